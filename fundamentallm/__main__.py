@@ -1,0 +1,34 @@
+"""`fundamentallm VERB ...`, also as `python -m fundamentallm VERB ...`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from fundamentallm.errors import FundamentaLLMError, report
+from fundamentallm.registry import did_you_mean
+
+VERBS = {
+    "train": ("fundamentallm.train", "train a language model from a config"),
+    "generate": ("fundamentallm.commands.generate", "write text with a trained model"),
+}
+
+
+def main() -> int:
+    """Run the verb that the command line names; returns the exit code."""
+    verb, *arguments = sys.argv[1:] or ["--help"]
+    if verb in ("-h", "--help"):
+        print("usage: fundamentallm VERB [--help] ...\n")
+        print("\n".join(f"  {name:<10} {text}" for name, (_, text) in VERBS.items()))
+        return 0
+    if verb not in VERBS:
+        print(f"verb is {verb!r}; allowed: {', '.join(VERBS)}.{did_you_mean(verb, VERBS)}", file=sys.stderr)
+        return 2
+    try:
+        return importlib.import_module(VERBS[verb][0]).main(arguments, f"fundamentallm {verb}")  # type: ignore[no-any-return]
+    except FundamentaLLMError as error:
+        return report(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,287 @@
+"""Every setting of a run, as frozen dataclasses. Field docstrings are the help texts.
+
+This module imports no torch, so that `--help` and a config error answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fundamentallm.errors import ConfigError
+from fundamentallm.registry import did_you_mean, unknown_name
+from fundamentallm.validation import Section
+
+IGNORE_INDEX = -100
+"""Target that is not trained on: torch's and transformers' convention."""
+
+BUILT_IN_CORPUS = "python-docs"
+
+# The tables behind these names live in the modules that import torch (a test holds the two together).
+OPTIMIZER_NAMES = ("adamw", "adam", "sgd", "muon")
+SCHEDULE_NAMES = ("constant", "linear", "cosine", "cosine_with_restarts", "wsd")
+LOSS_NAMES = ("cross_entropy", "label_smoothing", "focal", "z_loss")
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
+    """Shape of the `Transformer`."""
+
+    vocab_size: int | None = None
+    """Rows of the embedding table, in tokens; default: the tokenizer's vocabulary."""
+    d_model: int = 256
+    """Width of the residual stream, in features."""
+    num_heads: int = 8
+    """Query heads in each attention layer."""
+    num_kv_heads: int | None = None
+    """Key and value heads, each shared by num_heads / num_kv_heads query heads; default: num_heads."""
+    num_layers: int = 6
+    """Decoder blocks."""
+    d_ff: int | None = None
+    """Hidden width of the SwiGLU, in features; default: 8/3 of d_model, rounded up to a multiple of 8."""
+    dropout: float = 0.0
+    """Probability of dropping an embedding feature, an attention weight or a block's output feature."""
+    tie_embeddings: bool = False
+    """Use the embedding table as the output projection too."""
+    rope_theta: float = 10000.0
+    """Base of the rotary wavelengths, in tokens (RoFormer, arXiv:2104.09864)."""
+    qk_norm: bool = True
+    """RMS-normalise queries and keys for each head (opens in transformers as Qwen3; without, as Llama)."""
+
+    def _problems(self) -> list[str]:
+        problems = []
+        if self.d_model % (2 * self.num_heads):
+            problems.append(
+                f"d_model is {self.d_model} and num_heads is {self.num_heads}; allowed: a d_model that "
+                f"2 x num_heads = {2 * self.num_heads} divides, since rotary positions turn pairs of features."
+            )
+        if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
+            problems.append(
+                f"num_kv_heads is {self.num_kv_heads} and num_heads is {self.num_heads}; "
+                "allowed: a num_kv_heads that divides num_heads."
+            )
+        return problems
+
+    def resolved(self) -> ModelConfig:
+        """The same shape with every derived default filled in."""
+        return dataclasses.replace(
+            self,
+            num_kv_heads=self.num_kv_heads or self.num_heads,
+            d_ff=self.d_ff or 8 * math.ceil(self.d_model / 3),
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    """The text, and how it becomes samples."""
+
+    source: str = BUILT_IN_CORPUS
+    """A text file, a folder, a glob, or 'python-docs': the language reference every CPython carries."""
+    tokenizer: str = "char"
+    """'char', 'byte', 'bpe:<vocabulary size>' trained on the training text, or a tokenizer.json file."""
+    train_split: float = 0.9
+    """Leading fraction of the text that is trained on; the rest is validation (1: no validation)."""
+    sequence_length: int = 256
+    """Tokens the model sees at once; one sample."""
+    num_workers: int = 0
+    """Processes that prepare batches ahead; 0: the training process itself, fastest for memory-mapped text."""
+    cache_dir: str | None = None
+    """Folder for tokenized text, keyed by content and tokenizer; default: the user's cache folder."""
+
+    def _problems(self) -> list[str]:
+        if self.tokenizer in ("char", "byte"):
+            return []
+        kind, _, size = self.tokenizer.partition(":")
+        if kind == "bpe":
+            # 256 bytes and at least one merge.
+            if not size.isdecimal() or int(size) <= 256:
+                return [f"tokenizer is {self.tokenizer!r}; allowed: 'bpe:<vocabulary size>' with a size above 256."]
+            return []
+        if not self.tokenizer.endswith(".json"):
+            near = did_you_mean(self.tokenizer, ("char", "byte"))
+            return [
+                f"tokenizer is {self.tokenizer!r}; allowed: 'char', 'byte', 'bpe:<vocabulary size>', "
+                f"or the path of a tokenizer.json.{near}"
+            ]
+        return []
+
+    def source_files(self) -> list[Path]:
+        """The files `source` names, sorted; empty for the built-in corpus.
+
+        A folder means every non-hidden file below it that ends in .txt or .md.
+
+        Raises:
+            ConfigError: if there are none.
+        """
+        if self.source == BUILT_IN_CORPUS:
+            return []
+        path = Path(self.source).expanduser()
+        if path.is_file():
+            return [path]
+        if path.is_dir():
+            below = (found for found in path.rglob("*") if found.suffix in (".txt", ".md"))
+            files = [f for f in below if f.is_file() and not any(p.startswith(".") for p in f.relative_to(path).parts)]
+            wanted = "a folder with .txt or .md files below it"
+        else:
+            files = [found for found in map(Path, glob.glob(str(path), recursive=True)) if found.is_file()]
+            wanted = f"a text file, a folder, a glob, or {BUILT_IN_CORPUS!r}"
+        if not files:
+            near = did_you_mean(self.source, [BUILT_IN_CORPUS])
+            raise ConfigError(f"source is {self.source!r}, where there is no text; allowed: {wanted}.{near}")
+        return sorted(files)
+
+    def file_problems(self) -> list[str]:
+        """What is wrong with the files this section names: missing, empty, or certainly too short."""
+        problems = []
+        if self.tokenizer.endswith(".json") and not Path(self.tokenizer).expanduser().is_file():
+            problems.append(f"tokenizer is {self.tokenizer!r}, which is not a file; give the path of a tokenizer.json.")
+        try:
+            files = self.source_files()
+        except ConfigError as error:
+            return problems + error.problems
+        # No tokenizer makes more tokens than there are bytes, so this finds the hopeless cases before
+        # anything is read; the exact count is checked after encoding.
+        size, needed = sum(file.stat().st_size for file in files), self.sequence_length + 1
+        if files and size == 0:
+            problems.append(f"source is {self.source!r}, which is empty; give a file with text in it.")
+        elif files and size * self.train_split < needed:
+            problems.append(
+                f"source is {self.source!r}, which has {size} bytes; allowed: at least sequence_length + 1 = "
+                f"{needed} tokens in each part of the split. Give more text or a smaller data.sequence_length."
+            )
+        return problems
+
+
+@dataclass(frozen=True)
+class TrainingConfig(Section):
+    """How the model is trained. Every interval counts optimizer steps, or epochs where it says so."""
+
+    batch_size: int | None = None
+    """Sequences per optimizer step, over all devices; default: the train loader's, 32 on the command line."""
+    micro_batch_size: int | None = None
+    """Most sequences a process computes at once; bounds memory, changes no result; default: all it has."""
+    max_epochs: int | None = None
+    """Passes over the training data; default: 1 where max_steps is not set either."""
+    max_steps: int | None = None
+    """Optimizer steps; with max_epochs too, whichever ends first."""
+    optimizer: str = "adamw"
+    """adamw, adam, sgd, muon (hidden matrices; AdamW for the rest), or 'module:name' of an Optimizer class."""
+    optimizer_options: dict[str, Any] = field(default_factory=dict)
+    """Further keyword arguments of a 'module:name' optimizer."""
+    learning_rate: float = 3e-4
+    """Peak learning rate, per optimizer step."""
+    weight_decay: float = 0.1
+    """Decay of matrices (vectors have none), per optimizer step and unit of learning rate."""
+    adam_beta1: float = 0.9
+    """Decay of Adam's first moment, per optimizer step."""
+    adam_beta2: float = 0.999
+    """Decay of Adam's second moment, per optimizer step."""
+    adam_epsilon: float = 1e-8
+    """Added to the root of Adam's second moment."""
+    momentum: float = 0.9
+    """Momentum of sgd, per optimizer step (Muon's is fixed at 0.95, as published)."""
+    lr_scheduler: str = "cosine"
+    """constant, linear, cosine, cosine_with_restarts, wsd (warm-up, stable, decay), or 'module:name'."""
+    lr_scheduler_options: dict[str, Any] = field(default_factory=dict)
+    """Options of the schedule: cycles (cosine_with_restarts, 2), decay_fraction (wsd, 0.2)."""
+    warmup_steps: int = 0
+    """Optimizer steps of linear warm-up, the last of them at the peak."""
+    min_lr_ratio: float = 0.1
+    """Learning rate of the last optimizer step, as a fraction of the peak."""
+    loss: str = "cross_entropy"
+    """cross_entropy, label_smoothing, focal, z_loss, or 'module:name'; validation is cross entropy for all four."""
+    loss_options: dict[str, Any] = field(default_factory=dict)
+    """Options of the loss: smoothing (label_smoothing, 0.1), gamma (focal, 2.0), weight (z_loss, 1e-4)."""
+    gradient_clip_norm: float | None = 1.0
+    """Largest global gradient norm; null: no clipping."""
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    """Arithmetic of the forward and backward pass; default: what the accelerate config says, else no."""
+    max_bad_steps: int = 10
+    """Optimizer steps in a row with a loss or gradient that is not finite before the run ends with an error."""
+    early_stopping_patience: int | None = None
+    """Validations without improvement before training stops; null: never."""
+    early_stopping_metric: str = "val_loss"
+    """Validation metric that decides about stopping and about the best checkpoint."""
+    early_stopping_mode: Literal["min", "max"] = "min"
+    """Whether a smaller or a larger early_stopping_metric is better."""
+    early_stopping_min_delta: float = 0.0
+    """Smallest change of the metric that counts as an improvement, in the metric's unit."""
+    eval_every_n_epochs: int | None = 1
+    """Epochs between validations; null: none by epoch. The last step is always validated."""
+    eval_every_n_steps: int | None = None
+    """Optimizer steps between validations; null: none by step."""
+    checkpoint_dir: str | None = None
+    """Folder of checkpoints; default: <output_dir>/checkpoints on the command line, none in Python."""
+    save_every_n_epochs: int | None = 1
+    """Epochs between checkpoints; null: none by epoch. The end of the run is always saved."""
+    save_every_n_steps: int | None = None
+    """Optimizer steps between checkpoints; null: none by step."""
+    keep_last_n: int = 3
+    """Checkpoints kept, besides the best."""
+    log_every_n_steps: int = 10
+    """Optimizer steps between log lines; the host waits for the device at no other step."""
+    resume: str = "auto"
+    """auto: from the newest checkpoint that verifies, else afresh; never: afresh, in an unused folder; or a path."""
+    seed: int = 0
+    """Seed of initial weights, order of samples, and dropout."""
+
+    def _problems(self) -> list[str]:
+        problems = [
+            unknown_name("optimizer", self.optimizer, OPTIMIZER_NAMES),
+            unknown_name("lr_scheduler", self.lr_scheduler, SCHEDULE_NAMES),
+            unknown_name("loss", self.loss, LOSS_NAMES),
+        ]
+        if self.optimizer_options and self.optimizer in OPTIMIZER_NAMES:
+            problems.append(
+                f"optimizer_options is {self.optimizer_options!r} and optimizer is {self.optimizer!r}; "
+                "allowed: options for a 'module:name' optimizer only. Set adam_beta1 and the like directly."
+            )
+        if self.max_steps is not None and self.warmup_steps >= self.max_steps:
+            problems.append(
+                f"warmup_steps is {self.warmup_steps} and max_steps is {self.max_steps}; "
+                "allowed: a warm-up shorter than the run. Set training.warmup_steps lower."
+            )
+        if self.resume not in ("auto", "never") and not Path(self.resume).expanduser().is_dir():
+            near = did_you_mean(self.resume, ("auto", "never"))
+            problems.append(f"resume is {self.resume!r}; allowed: auto, never, or a checkpoint's folder.{near}")
+        return [problem for problem in problems if problem]
+
+    def resolved(self) -> TrainingConfig:
+        """The same settings with the length of the run filled in."""
+        return dataclasses.replace(self, max_epochs=1) if self.max_epochs is self.max_steps is None else self
+
+
+@dataclass(frozen=True)
+class Config(Section):
+    """One run."""
+
+    output_dir: str = "runs/default"
+    """Folder of everything the run writes: metrics.jsonl, curves.png, checkpoints."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The data."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """The training."""
+    callbacks: list[str] = field(default_factory=list)
+    """Further callbacks: 'module:name' of Callback classes, made without arguments."""
+    sample_tokens: int = 200
+    """Tokens of text generated and shown after training; 0: none."""
+
+    def resolved(self) -> Config:
+        """The same run with every default that depends on another setting filled in."""
+        training = self.training.resolved()
+        return dataclasses.replace(
+            self,
+            model=self.model.resolved(),
+            training=dataclasses.replace(
+                training,
+                batch_size=training.batch_size or 32,
+                checkpoint_dir=training.checkpoint_dir or os.path.join(self.output_dir, "checkpoints"),
+            ),
+        )

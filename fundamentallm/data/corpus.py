@@ -1,0 +1,173 @@
+"""Text files to memory-mapped tokens: read in pieces, split by position, encoded once, kept in a cache."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from fundamentallm.config import BUILT_IN_CORPUS, DataConfig
+from fundamentallm.data.tokenizers import create_tokenizer, read_tokenizer, unknown_id
+from fundamentallm.errors import ConfigError
+
+CACHE_FORMAT = 1
+PIECE = 65_536
+"""Characters read, and given to the tokenizer, at once (up to the end of their line)."""
+PIECES_AT_ONCE = 16
+"""Pieces that the tokenizer's threads share; bounds memory, at about 150 bytes a token."""
+BETWEEN_FILES = "\n\n"
+
+
+class Corpus(NamedTuple):
+    """A tokenized text, split by position."""
+
+    tokenizer: Tokenizer
+    train: NDArray[np.integer]
+    validation: NDArray[np.integer]
+    validation_bytes: int
+    """UTF-8 bytes of the validation text after its first token: of all that is a target."""
+
+
+def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
+    """The text of `config.source` as tokens, from the cache where it has been encoded before.
+
+    Raises:
+        ConfigError: if the text cannot be read, or has characters that the tokenizer's vocabulary lacks.
+    """
+    digest, characters = hashlib.sha256(), 0
+    for piece in _read(config):
+        digest.update(piece.encode())
+        characters += len(piece)
+    given_file = config.tokenizer.endswith(".json")
+    tokenizer_key = Path(config.tokenizer).expanduser().read_text() if given_file else config.tokenizer
+    parts = (CACHE_FORMAT, tokenizers.__version__, tokenizer_key, config.train_split, digest.hexdigest())
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    folder = (Path(config.cache_dir).expanduser() if config.cache_dir else _user_cache()) / key
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError):  # not there, or not whole: encode it
+        return _open(folder)
+    _encode(config, characters, folder, show_progress)
+    return _open(folder)
+
+
+def read_pieces(file: TextIO) -> Iterator[str]:
+    """The text of `file` in pieces that end with a line."""
+    while piece := file.read(PIECE):
+        yield piece + file.readline()
+
+
+def split_pieces(pieces: Iterable[str], train_characters: int) -> Iterator[tuple[str, str]]:
+    """Each piece cut into (training part, validation part) where the text passes `train_characters`."""
+    position = 0
+    for piece in pieces:
+        cut = max(0, min(len(piece), train_characters - position))
+        position += len(piece)
+        yield piece[:cut], piece[cut:]
+
+
+def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[tuple[str, NDArray[np.integer]]]:
+    """Each piece with its token ids, in the smallest unsigned integers that hold the vocabulary.
+
+    Raises:
+        ConfigError: if the vocabulary lacks some of the characters.
+    """
+    dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
+    unknown = unknown_id(tokenizer)
+    remaining = iter(pieces)
+    while batch := list(islice(remaining, PIECES_AT_ONCE)):
+        for piece, encoding in zip(batch, tokenizer.encode_batch_fast(batch, add_special_tokens=False), strict=True):
+            ids = np.array(encoding.ids, dtype=dtype)
+            if unknown is not None and (lacking := int((ids == unknown).sum())):
+                raise ConfigError(
+                    f"the text has characters that the tokenizer's vocabulary lacks: {lacking} of the {len(ids)} "
+                    f"tokens from {piece[:40]!r} on. Give another data.tokenizer."
+                )
+            yield piece, ids
+
+
+def first_token_bytes(tokenizer: Tokenizer, tokens: NDArray[np.integer]) -> int:
+    """UTF-8 bytes of the first token, which is nobody's target."""
+    return len(tokenizer.decode([int(tokens[0])], skip_special_tokens=False).encode()) if len(tokens) else 0
+
+
+def _read(config: DataConfig) -> Iterator[str]:
+    """The text in pieces that end with a line, line ends as they are in the file."""
+    if config.source == BUILT_IN_CORPUS:
+        from pydoc_data.topics import topics
+
+        yield from (text + BETWEEN_FILES for text in topics.values())
+        return
+    for number, path in enumerate(config.source_files()):
+        if number:
+            yield BETWEEN_FILES
+        try:
+            with path.open(encoding="utf-8", newline="") as file:
+                yield from read_pieces(file)
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"source has {str(path)!r}, which is not UTF-8 text: {error}.") from error
+        except OSError as error:
+            raise ConfigError(f"source has {str(path)!r}, which cannot be read: {error}.") from error
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fundamentallm"
+
+
+def _encode(config: DataConfig, characters: int, folder: Path, show_progress: bool) -> None:
+    """Write tokenizer, tokens and their counts to `folder`, whole or not at all."""
+    train_characters = int(characters * config.train_split)
+    tokenizer = create_tokenizer(
+        config.tokenizer,
+        text=lambda: _read(config),
+        training_text=lambda: (train for train, _ in split_pieces(_read(config), train_characters)),
+    )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder.parent))
+    try:
+        tokenizer.save(str(staging / "tokenizer.json"))
+        files, counts, dtype, validation_bytes = ("train.bin", "validation.bin"), [0, 0], "", 0
+        with tqdm(total=characters, desc="tokenizing", unit="char", unit_scale=True, disable=not show_progress) as bar:
+            for part, name in enumerate(files):
+                with (staging / name).open("wb") as file:
+                    pieces = (split[part] for split in split_pieces(_read(config), train_characters) if split[part])
+                    for piece, ids in encode_pieces(tokenizer, pieces):
+                        if part == 1:
+                            first = 0 if counts[1] else first_token_bytes(tokenizer, ids)
+                            validation_bytes += len(piece.encode()) - first
+                        counts[part] += len(ids)
+                        dtype = ids.dtype.name
+                        ids.tofile(file)
+                        bar.update(len(piece))
+        meta = {"dtype": dtype, "tokens": counts, "validation_bytes": validation_bytes}
+        (staging / "meta.json").write_text(json.dumps(meta))
+        if folder.exists():  # a damaged entry of ours, or one that another process has just finished
+            shutil.rmtree(folder)
+        staging.rename(folder)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _open(folder: Path) -> Corpus:
+    """The cache entry at `folder`. Raises FileNotFoundError if it is not there or not whole."""
+    meta = json.loads((folder / "meta.json").read_text())
+    dtype = np.dtype(meta["dtype"])
+    arrays = []
+    for name, count in zip(("train.bin", "validation.bin"), meta["tokens"], strict=True):
+        if (folder / name).stat().st_size != count * dtype.itemsize:
+            raise FileNotFoundError(folder / name)
+        # An empty file cannot be mapped.
+        arrays.append(np.memmap(folder / name, dtype=dtype, mode="r") if count else np.empty(0, dtype))
+    return Corpus(read_tokenizer(folder / "tokenizer.json"), arrays[0], arrays[1], meta["validation_bytes"])

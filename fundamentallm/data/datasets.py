@@ -1,0 +1,70 @@
+"""Tokens as samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fundamentallm.config import IGNORE_INDEX
+from fundamentallm.errors import ConfigError
+
+Batch = tuple[Tensor, Tensor]
+"""Inputs and targets, each (B, T) int64; targets are the inputs' next tokens."""
+
+
+class TokenDataset(Dataset[Batch]):
+    """Consecutive windows over a token array, in which every token but the first is a target exactly once.
+
+    The last window is moved back to end at the last token; what it repeats is masked with `IGNORE_INDEX`.
+
+    Args:
+        tokens: 1-D integers, memory-mapped or not; read only where a sample lies.
+        sequence_length: inputs of a sample.
+        tokenizer: how the tokens were made; stored with checkpoints.
+        num_bytes: UTF-8 bytes of the text of all targets, for bits per byte; None where unknown.
+
+    Raises:
+        ConfigError: if there are too few tokens for one sample.
+    """
+
+    def __init__(
+        self,
+        tokens: NDArray[np.integer],
+        sequence_length: int,
+        tokenizer: Tokenizer | None = None,
+        num_bytes: int | None = None,
+    ) -> None:
+        if len(tokens) < sequence_length + 1:
+            raise ConfigError(
+                f"a part of the text has {len(tokens)} tokens; allowed: at least sequence_length + 1 = "
+                f"{sequence_length + 1}. Give more text, a smaller data.sequence_length, or another data.train_split."
+            )
+        self.tokens, self.sequence_length = tokens, sequence_length
+        self.tokenizer, self.num_bytes = tokenizer, num_bytes
+        self._window = np.arange(sequence_length + 1)
+
+    def __len__(self) -> int:
+        return -(-(len(self.tokens) - 1) // self.sequence_length)
+
+    def __getitem__(self, index: int) -> Batch:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        inputs, targets = self.__getitems__([index % len(self)])
+        return inputs[0], targets[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """A whole batch in one gather; torch's loader calls this instead of looping over samples."""
+        wanted = np.asarray(indices, dtype=np.int64) * self.sequence_length
+        starts = np.minimum(wanted, len(self.tokens) - 1 - self.sequence_length)
+        windows = torch.from_numpy(self.tokens[starts[:, None] + self._window].astype(np.int64))
+        inputs, targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+        if not np.array_equal(wanted, starts):
+            seen_before = torch.from_numpy(wanted - starts)[:, None] > torch.arange(self.sequence_length)
+            targets.masked_fill_(seen_before, IGNORE_INDEX)
+        return inputs, targets

@@ -1,0 +1,281 @@
+"""Which samples an optimizer step trains on: a pure function of (seed, epoch, place), on any number of processes."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+
+from fundamentallm.config import Config
+from fundamentallm.data.corpus import Corpus, encode_pieces, first_token_bytes, read_pieces
+from fundamentallm.data.datasets import Batch, TokenDataset
+from fundamentallm.errors import ConfigError
+
+POSITIONS_AT_ONCE = 4096
+"""Places of the order computed, and kept, at once."""
+
+
+def derive_seed(*parts: int) -> int:
+    """A 63-bit seed from whole numbers: equal parts, equal seed; else unrelated ones."""
+    text = ":".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+def permute(positions: NDArray[np.int64], size: int, seed: int) -> NDArray[np.int64]:
+    """Where a pseudo-random permutation of range(size) takes each position: O(1) memory, O(1) a position.
+
+    A Feistel network over the next power of four, walked until it lands inside (cycle-walking; Black and
+    Rogaway, 2002). `torch.randperm` would need the whole epoch to know one batch of it.
+    """
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    keys = [np.uint64(derive_seed(seed, round_)) for round_ in range(6)]
+    result = positions.astype(np.uint64)
+    outside = np.ones(len(result), dtype=bool)
+    while outside.any():
+        left, right = result[outside] >> half, result[outside] & mask
+        for key in keys:
+            left, right = right, left ^ (_mix(right ^ key) & mask)
+        result[outside] = (left << half) | right
+        outside = result >= np.uint64(size)
+    return result.astype(np.int64)
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's finalizer (Steele et al., 2014): every input bit changes about half the output bits."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))  # type: ignore[no-any-return]
+
+
+class StepSampler:
+    """Yields, for each optimizer step, the dataset indices of one process's share of its batch.
+
+    Step s of epoch e covers places s * batch_size onwards of the epoch's order; each process takes an equal,
+    contiguous part of them (sizes differ by one at most). The epoch's last batch may be short.
+
+    Args:
+        num_samples: size of the dataset.
+        batch_size: samples per step over all processes.
+        seed: of the order; None for the dataset's own order.
+        process_index: whose share.
+        num_processes: how many share a batch.
+        micro_batch_size: most samples of a share to compute at once; None: all.
+        drop_last: leave out an epoch's short last batch.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        seed: int | None,
+        process_index: int = 0,
+        num_processes: int = 1,
+        micro_batch_size: int | None = None,
+        drop_last: bool = False,
+    ) -> None:
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self.micro_batch_size = micro_batch_size or batch_size
+        self.process_index, self.num_processes = process_index, num_processes
+        self.steps_per_epoch = num_samples // batch_size if drop_last else -(-num_samples // batch_size)
+        self._block: tuple[tuple[int, int], NDArray[np.int64]] | None = None
+
+    def samples_before(self, step: int) -> int:
+        """Samples consumed, over all processes and epochs, before `step`."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        per_epoch = min(self.steps_per_epoch * self.batch_size, self.num_samples)
+        return epoch * per_epoch + step_in_epoch * self.batch_size
+
+    def batch(self, step: int) -> list[int]:
+        """Dataset indices of the whole batch of `step`, over all processes."""
+        epoch, start, stop = self._places(step)
+        return self._indices(epoch, start, stop)
+
+    def rows(self, step: int) -> int:
+        """Samples in this process's share of `step`'s batch; 0 where there are fewer samples than processes."""
+        _, start, stop = self._share(step)
+        return stop - start
+
+    def micro_batches(self, step: int) -> int:
+        """How many parts each process computes its share of `step`'s batch in; the same on all of them."""
+        _, start, stop = self._places(step)
+        largest_share = -(-(stop - start) // self.num_processes)
+        return -(-largest_share // self.micro_batch_size)
+
+    def share(self, step: int) -> list[int]:
+        """Dataset indices of this process's share, filled up to one for each micro-batch.
+
+        The filling is the batch's first sample, and whoever computes it masks its targets. Thus every process
+        always has something to compute, and none leaves the others waiting.
+        """
+        epoch, first, _ = self._places(step)
+        share = self._indices(*self._share(step))
+        lacking = self.micro_batches(step) - len(share)
+        return share + self._indices(epoch, first, first + 1) * lacking
+
+    def _places(self, step: int) -> tuple[int, int, int]:
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        start = step_in_epoch * self.batch_size
+        return epoch, start, min(start + self.batch_size, self.num_samples)
+
+    def _share(self, step: int) -> tuple[int, int, int]:
+        epoch, start, stop = self._places(step)
+        parts = (start + (stop - start) * (self.process_index + i) // self.num_processes for i in (0, 1))
+        return epoch, *parts  # type: ignore[return-value]
+
+    def _indices(self, epoch: int, start: int, stop: int) -> list[int]:
+        if self.seed is None:
+            return list(range(start, stop))
+        indices: list[int] = []
+        while start < stop:
+            number, offset = divmod(start, POSITIONS_AT_ONCE)
+            take = min(POSITIONS_AT_ONCE - offset, stop - start)
+            indices += self._order_block(epoch, number)[offset : offset + take].tolist()
+            start += take
+        return indices
+
+    def _order_block(self, epoch: int, number: int) -> NDArray[np.int64]:
+        if self._block is None or self._block[0] != (epoch, number):
+            assert self.seed is not None
+            first = number * POSITIONS_AT_ONCE
+            places = np.arange(first, min(first + POSITIONS_AT_ONCE, self.num_samples))
+            self._block = (epoch, number), permute(places, self.num_samples, derive_seed(self.seed, epoch))
+        return self._block[1]
+
+
+def step_sampler(
+    name: str,
+    loader: DataLoader[Any],
+    seed: int,
+    process_index: int,
+    num_processes: int,
+    micro_batch_size: int | None = None,
+) -> StepSampler:
+    """How to run through a user's DataLoader: its batch size, its shuffling (made pure), its drop_last.
+
+    Raises:
+        ConfigError: if the loader's order is not known beforehand, so that no run could resume in it.
+    """
+    problem = None
+    if not isinstance(loader, DataLoader):  # which types promise, and notebooks do not
+        problem = f"is a {type(loader).__name__}; allowed: a torch DataLoader."  # type: ignore[unreachable]
+    elif isinstance(loader.dataset, IterableDataset):
+        problem = "has an IterableDataset; allowed: a map-style dataset, with __len__ and __getitem__."
+    elif loader.batch_size is None:
+        problem = "has its own batch_sampler or batch_size=None; allowed: a batch_size."
+    elif not isinstance(loader.sampler, (RandomSampler, SequentialSampler)):
+        problem = f"has a {type(loader.sampler).__name__}; allowed: shuffle=True or shuffle=False."
+    elif isinstance(loader.sampler, RandomSampler) and (
+        loader.sampler.replacement or loader.sampler.num_samples != len(loader.dataset)  # type: ignore[arg-type]
+    ):
+        problem = "has a RandomSampler with replacement or num_samples; allowed: shuffle=True."
+    elif len(loader) == 0:
+        problem = f"has {len(loader.dataset)} samples, which make no batch; give it more."  # type: ignore[arg-type]
+    if problem:
+        raise ConfigError(f"{name} {problem} Its samples must have an order that can be resumed.")
+    return StepSampler(
+        num_samples=len(loader.dataset),  # type: ignore[arg-type]
+        batch_size=loader.batch_size or 0,
+        seed=seed if isinstance(loader.sampler, RandomSampler) else None,
+        process_index=process_index,
+        num_processes=num_processes,
+        micro_batch_size=micro_batch_size,
+        drop_last=loader.drop_last,
+    )
+
+
+def step_loader(
+    loader: DataLoader[Any], sampler: StepSampler, start: int, stop: int, pin_memory: bool
+) -> DataLoader[Any]:
+    """A DataLoader like `loader` that yields this process's shares of steps `start` to `stop`.
+
+    One loader for all epochs, so that worker processes outlive them and nothing restarts in between.
+    """
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=(sampler.share(step) for step in range(start, stop)),
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+        pin_memory=loader.pin_memory or pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        prefetch_factor=loader.prefetch_factor,
+        # Its own generator, or iter() would draw from the global one.
+        generator=torch.Generator().manual_seed(sampler.seed or 0),
+    )
+
+
+def as_is(batch: Any) -> Any:
+    """Collate for a dataset whose `__getitems__` makes whole batches."""
+    return batch
+
+
+def create_dataloaders(
+    text_or_tokens: str | Corpus | NDArray[np.integer] | torch.Tensor | Sequence[int],
+    tokenizer: Tokenizer | None,
+    config: Config,
+) -> tuple[DataLoader[Batch], DataLoader[Batch] | None]:
+    """Loaders of the training part and of the validation part (None where `train_split` is 1).
+
+    Args:
+        text_or_tokens: a text, split by characters and encoded; a tokenized corpus; or token ids, split as they are.
+        tokenizer: encodes the text; with token ids it serves bits per byte and is stored with checkpoints.
+        config: `data.train_split`, `data.sequence_length`, `data.num_workers`, and `training.batch_size`:
+            sequences per optimizer step over all devices.
+
+    Raises:
+        ConfigError: if a part is too short for one sample, or an id is outside the tokenizer's vocabulary.
+    """
+    parts: Parts
+    if isinstance(text_or_tokens, Corpus):
+        parts = text_or_tokens[1:]
+    elif isinstance(text_or_tokens, str):
+        parts = _encode_text(text_or_tokens, tokenizer, config.data.train_split)
+    else:
+        parts = _split_tokens(text_or_tokens, tokenizer, config.data.train_split)
+    train, validation, validation_bytes = parts
+    length = config.data.sequence_length
+    options: dict[str, Any] = {"num_workers": config.data.num_workers, "collate_fn": as_is}
+    options["batch_size"] = config.resolved().training.batch_size
+    train_loader = DataLoader(TokenDataset(train, length, tokenizer), shuffle=True, **options)
+    if config.data.train_split == 1:
+        return train_loader, None
+    return train_loader, DataLoader(TokenDataset(validation, length, tokenizer, validation_bytes), **options)
+
+
+Parts = tuple[NDArray[np.integer], NDArray[np.integer], int | None]
+"""Training tokens, validation tokens, and UTF-8 bytes of the validation targets (None: unknown)."""
+
+
+def _encode_text(text: str, tokenizer: Tokenizer | None, train_split: float) -> Parts:
+    if tokenizer is None:
+        raise ConfigError("the data is a text and the tokenizer is None; give a tokenizer, or token ids.")
+    cut = int(len(text) * train_split)
+    train, validation = (
+        np.concatenate([np.empty(0, np.uint16), *(ids for _, ids in encode_pieces(tokenizer, pieces))])
+        for pieces in map(read_pieces, (io.StringIO(text[:cut], newline=""), io.StringIO(text[cut:], newline="")))
+    )
+    return train, validation, len(text[cut:].encode()) - first_token_bytes(tokenizer, validation)
+
+
+def _split_tokens(tokens: Any, tokenizer: Tokenizer | None, train_split: float) -> Parts:
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+        raise ConfigError(f"the tokens have shape {tokens.shape} and type {tokens.dtype}; allowed: 1-D integers.")
+    if tokenizer is not None and tokens.size and not 0 <= tokens.min() <= tokens.max() < tokenizer.get_vocab_size():
+        raise ConfigError(
+            f"the tokens range from {tokens.min()} to {tokens.max()}; allowed: 0 to {tokenizer.get_vocab_size() - 1}, "
+            "the tokenizer's vocabulary."
+        )
+    train, validation = np.split(tokens, [int(len(tokens) * train_split)])
+    if tokenizer is None:
+        return train, validation, None
+    return train, validation, len(tokenizer.decode(validation[1:].tolist(), skip_special_tokens=False).encode())

@@ -1,0 +1,46 @@
+"""What a user can get wrong, as exceptions that say what was got, what is allowed and what to do."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+
+class FundamentaLLMError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(FundamentaLLMError, ValueError):
+    """One or more settings are wrong; `problems` lists them all, one sentence each."""
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class CheckpointError(FundamentaLLMError):
+    """A checkpoint cannot be written, is damaged, or does not fit the run."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """There is no checkpoint at the given path."""
+
+
+class TrainingError(FundamentaLLMError):
+    """Training cannot go on: the loss or the gradient stopped being finite."""
+
+
+def report(error: FundamentaLLMError) -> int:
+    """Print an error as a command line shows it and return the exit code: 2 for a wrong setting, else 1.
+
+    Launched processes find the same mistakes; only the first prints them.
+    """
+    text = f"error: {error}"
+    if isinstance(error, ConfigError):
+        count = len(error.problems)
+        title = "1 setting is wrong:" if count == 1 else f"{count} settings are wrong:"
+        text = "\n".join([title, *(f"  - {problem}" for problem in error.problems)])
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
+    return 2 if isinstance(error, ConfigError) else 1

@@ -1,0 +1,129 @@
+"""Train a language model from a config: `accelerate launch -m fundamentallm.train --config cfg.yaml`.
+
+The composition root: it makes the parts and hands them to the Trainer. Exit codes: 0 done, 1 failed,
+2 the config is wrong.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from fundamentallm.command_line import parse_config
+from fundamentallm.config import Config, ModelConfig
+from fundamentallm.errors import ConfigError, FundamentaLLMError, report
+from fundamentallm.registry import resolve
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from tokenizers import Tokenizer
+
+    from fundamentallm.data.corpus import Corpus
+    from fundamentallm.training.callbacks import Callback
+    from fundamentallm.training.trainer import Trainer
+
+T = TypeVar("T")
+
+
+def main(arguments: Sequence[str] | None = None, program: str = "python -m fundamentallm.train") -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        run(parse_config(sys.argv[1:] if arguments is None else arguments, program))
+    except FundamentaLLMError as error:
+        return report(error)
+    return 0
+
+
+def run(config: Config) -> Trainer:
+    """Train as `config` says; returns the trainer, its run ended.
+
+    Raises:
+        FundamentaLLMError: as the parts do.
+    """
+    if config.training.resume == "never" and (Path(config.output_dir) / "metrics.jsonl").exists():
+        raise ConfigError(
+            f"training.resume is 'never' and {config.output_dir} holds a run already; choose another output_dir, "
+            "or resume: auto to go on with it."
+        )
+    # Imported here, so that --help and config errors need not wait for torch.
+    import torch
+
+    from fundamentallm.data.corpus import load_corpus
+    from fundamentallm.data.loaders import create_dataloaders
+    from fundamentallm.models.transformer import Transformer
+    from fundamentallm.training.accelerator import create_accelerator
+    from fundamentallm.training.trainer import Trainer
+
+    accelerator = create_accelerator(config.training.mixed_precision)
+    is_main = accelerator.is_main_process
+    corpus = _local_main_process_first(accelerator, lambda: load_corpus(config.data, show_progress=is_main))
+    config = replace(config, model=_with_vocabulary(config.model, corpus.tokenizer))
+    train_loader, val_loader = create_dataloaders(corpus, corpus.tokenizer, config)
+    torch.manual_seed(config.training.seed)
+    trainer = Trainer(Transformer(config.model), config, train_loader, val_loader, accelerator=accelerator)
+    for callback in _callbacks(config):
+        trainer.callbacks.add(callback)
+    if is_main:
+        sizes = f"{len(corpus.train):,} training and {len(corpus.validation):,} validation tokens"
+        print(f"{config.data.source}: {sizes}, vocabulary {corpus.tokenizer.get_vocab_size():,}")
+    trainer.train()
+    if is_main and trainer.is_finished:
+        _show_end(trainer, corpus, config)
+    accelerator.end_training()
+    return trainer
+
+
+def _local_main_process_first(accelerator: Accelerator, build: Callable[[], T]) -> T:
+    """`build()` on one process of each machine, then on the others, which find the cache filled.
+
+    Unlike `accelerator.local_main_process_first`, the others go on after an error too, and run into the same
+    one, rather than wait for a process that is gone.
+    """
+    if not accelerator.is_local_main_process:
+        accelerator.wait_for_everyone()
+        return build()
+    try:
+        return build()
+    finally:
+        accelerator.wait_for_everyone()
+
+
+def _with_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    size = tokenizer.get_vocab_size()
+    if model.vocab_size is not None and model.vocab_size < size:
+        raise ConfigError(f"model.vocab_size is {model.vocab_size}; allowed: at least the tokenizer's {size}.")
+    return replace(model, vocab_size=model.vocab_size or size)
+
+
+def _callbacks(config: Config) -> list[Callback]:
+    """Those beyond the Trainer's own: the curves, and what the config names."""
+    from fundamentallm.training.callbacks import VisualizationCallback
+
+    callbacks: list[Callback] = []
+    try:
+        callbacks.append(VisualizationCallback(Path(config.output_dir) / "curves.png"))
+    except ConfigError as error:
+        print(f"no curves.png: {error}", file=sys.stderr)
+    return callbacks + [resolve("callbacks", name, {})() for name in config.callbacks]
+
+
+def _show_end(trainer: Trainer, corpus: Corpus, config: Config) -> None:
+    """Where everything is, the best validation loss, and what the model writes."""
+    best = trainer.metrics.get_best("val_loss")
+    print(f"best val_loss {best:.4f}; " if best is not None else "", end="")
+    print(f"metrics, curves and checkpoints are in {config.output_dir}")
+    if config.sample_tokens:
+        from fundamentallm.models.generation import generate
+
+        text = corpus.validation if len(corpus.validation) else corpus.train
+        prompt = text[: min(32, config.data.sequence_length)].tolist()
+        ids = generate(trainer.model, prompt, config.sample_tokens, config.data.sequence_length, temperature=0.8)
+        print(f"---- sample: {corpus.tokenizer.decode(prompt)!r} continued ----")
+        print(corpus.tokenizer.decode(list(ids)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""Making and checking the `Accelerator`: every way in which a launch would silently not be one run is an error."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from accelerate import Accelerator
+
+from fundamentallm.errors import ConfigError
+
+
+def create_accelerator(mixed_precision: str | None = None) -> Accelerator:
+    """The Accelerator of this process; the first thing a program makes, before anything asks for its rank.
+
+    Raises:
+        ConfigError: if the processes that were launched would not form one group, the accelerate config asks
+            for another precision, or the device lacks the precision.
+    """
+    # Without cpu=True on a machine without an accelerator, two launched processes would be two independent runs.
+    cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if mixed_precision and launched and mixed_precision != launched:
+        raise ConfigError(
+            f"training.mixed_precision is {mixed_precision!r} and mixed_precision in the accelerate config is "
+            f"{launched!r}; set one of them, or both alike."
+        )
+    accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision)
+    check_accelerator(accelerator)
+    return accelerator
+
+
+def check_accelerator(accelerator: Accelerator) -> None:
+    """Refuse an Accelerator with which a run would silently not be what its config says.
+
+    Raises:
+        ConfigError: saying what to change.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise ConfigError(
+            f"{launched} processes were launched and the Accelerator has {accelerator.num_processes}; make it before "
+            "anything else of accelerate, with cpu=True where there is no GPU (create_accelerator does both)."
+        )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ConfigError(
+            f"the Accelerator's gradient_accumulation_steps is {accelerator.gradient_accumulation_steps}; allowed: 1. "
+            "Set training.micro_batch_size instead: accumulation follows from it."
+        )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ConfigError("mixed_precision is 'fp16', which accelerate computes as fp32 on a CPU; use no or bf16.")
+
+
+def seed_device(seed: int, device: torch.device) -> None:
+    """Seed the CPU's and the device's default generators."""
+    torch.default_generator.manual_seed(seed)  # 1.4 us; torch.manual_seed was measured at 916 us
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)

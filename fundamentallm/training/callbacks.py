@@ -1,0 +1,347 @@
+"""Callbacks observe the training; they never change its numbers. `CallbackList` calls them in order."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from fundamentallm.config import TrainingConfig
+from fundamentallm.errors import ConfigError
+from fundamentallm.training.early_stopping import improves
+
+if TYPE_CHECKING:
+    from fundamentallm.training.trainer import Trainer
+
+
+class Callback:
+    """Base class; every hook does nothing. Hooks run on every process, and their exceptions propagate.
+
+    A hook may call `trainer.request_stop(reason)` and `trainer.request_save()`, both of which take effect at
+    the end of the optimizer step, after all hooks.
+    """
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        """Once, before the first step of this start; the state is restored already."""
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """Once, after the last step and the final checkpoint."""
+
+    def on_epoch_begin(self, trainer: Trainer) -> None:
+        """Before an epoch's first step, and again where a run resumes within an epoch."""
+
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        """After an epoch's last step and its validation, before its checkpoint."""
+
+    def on_step_end(self, trainer: Trainer, loss: float) -> None:
+        """After each optimizer step, with its mean loss over all targets of all processes.
+
+        The loss is read from the device only where some callback overrides this hook.
+        """
+
+    def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        """After every `log_every_n_steps`-th step and the last one, with a line of metrics.jsonl."""
+
+    def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        """After each validation during training, with `val_loss` and its companions."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a restart must know; tensors and JSON. Empty: nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+
+
+class CallbackList:
+    """Callbacks in the order in which they are called."""
+
+    def __init__(self, callbacks: list[Callback] | None = None) -> None:
+        self.callbacks = list(callbacks or [])
+
+    def add(self, callback: Callback) -> None:
+        """Append a callback."""
+        self.callbacks.append(callback)
+
+    def remove(self, callback: Callback) -> None:
+        """Take a callback out. Raises ValueError if it is not in the list."""
+        self.callbacks.remove(callback)
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        """See `Callback`."""
+        for callback in self.callbacks:
+            callback.on_train_begin(trainer)
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """See `Callback`."""
+        for callback in self.callbacks:
+            callback.on_train_end(trainer)
+
+    def on_epoch_begin(self, trainer: Trainer) -> None:
+        """See `Callback`."""
+        for callback in self.callbacks:
+            callback.on_epoch_begin(trainer)
+
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        """See `Callback`."""
+        for callback in self.callbacks:
+            callback.on_epoch_end(trainer)
+
+    @property
+    def wants_step_loss(self) -> bool:
+        """Whether any callback overrides `on_step_end`."""
+        return any(type(callback).on_step_end is not Callback.on_step_end for callback in self.callbacks)
+
+    def on_step_end(self, trainer: Trainer, loss: float) -> None:
+        """See `Callback`."""
+        for callback in self.callbacks:
+            callback.on_step_end(trainer, loss)
+
+    def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        """See `Callback`."""
+        for callback in self.callbacks:
+            callback.on_log(trainer, metrics)
+
+    def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        """See `Callback`."""
+        for callback in self.callbacks:
+            callback.on_validation_end(trainer, metrics)
+
+    def _named(self) -> dict[str, Callback]:
+        """By class name, numbered where a class is there twice."""
+        named: dict[str, Callback] = {}
+        for callback in self.callbacks:
+            name = kind = type(callback).__name__
+            while name in named:
+                name = f"{kind}_{int(name.removeprefix(kind + '_')) + 1 if name != kind else 2}"
+            named[name] = callback
+        return named
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of each callback that has any."""
+        return {name: state for name, callback in self._named().items() if (state := callback.state_dict())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> list[str]:
+        """Restore each callback that is in the saved state; returns what is on one side only, in words."""
+        named = self._named()
+        for name in named.keys() & state.keys():
+            named[name].load_state_dict(state[name])
+        stateful = {name for name, callback in named.items() if callback.state_dict()}
+        return [f"{name} starts afresh, it is not in the checkpoint" for name in sorted(stateful - state.keys())] + [
+            f"{name} is in the checkpoint but not in this run" for name in sorted(state.keys() - named.keys())
+        ]
+
+
+class ProgressCallback(Callback):
+    """A tqdm bar over the optimizer steps, on the main process: loss, learning rate, tokens per second, time left."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] | None = None
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        """Open the bar at the step the run goes on from."""
+        self._bar = tqdm(
+            total=trainer.total_steps,
+            initial=trainer.global_step,
+            desc="training",
+            unit="step",
+            dynamic_ncols=True,
+            disable=not trainer.is_main_process,
+        )
+
+    def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(
+                f"loss {metrics['train_loss']:.4f}, lr {metrics['learning_rate']:.2e}, "
+                f"{_short(metrics['tokens_per_second'])} tok/s",
+                refresh=False,
+            )
+            self._bar.update(trainer.global_step - self._bar.n)
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """Close the bar where the run ended."""
+        if self._bar is not None:
+            self._bar.update(trainer.global_step - self._bar.n)
+            self._bar.close()
+
+
+class LoggingCallback(Callback):
+    """Log lines on the console and, with a path, as JSON lines in full precision; on the main process.
+
+    A resumed run goes on in the same file: lines after the step it resumes from are dropped, since those
+    steps are made again. Numbers that JSON lacks are the texts "NaN", "Infinity" and "-Infinity".
+    """
+
+    def __init__(self, path: Path | str | None = None) -> None:
+        self.path = Path(path) if path else None
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        """Say what is about to run; bring the file back to the step the run goes on from."""
+        if not trainer.is_main_process:
+            return
+        parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+        device, processes = trainer.accelerator.device.type, trainer.accelerator.num_processes
+        tqdm.write(
+            f"{_short(parameters)} parameters, {processes} process{'es' * (processes > 1)} on {device}, "
+            f"{trainer.total_steps - trainer.global_step} steps of {trainer.batch_size} sequences"
+        )
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                self._rewind(self.path, trainer.global_step)
+
+    @staticmethod
+    def _rewind(path: Path, step: int) -> None:
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            with contextlib.suppress(ValueError):  # a kill may have torn the last line
+                if line.endswith("\n") and json.loads(line)["step"] <= step:
+                    kept.append(line)
+        temporary = path.with_name(path.name + ".new")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, path)
+
+    def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        """A training line; on a terminal the progress bar shows the same."""
+        self._write(trainer, metrics, console=not sys.stderr.isatty())
+
+    def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        """A validation line."""
+        self._write(trainer, {"step": trainer.global_step, "epoch": trainer.epochs_done, **metrics}, console=True)
+
+    def _write(self, trainer: Trainer, metrics: dict[str, float], console: bool) -> None:
+        if not trainer.is_main_process:
+            return
+        if console:
+            shown = {key: value for key, value in metrics.items() if key not in ("step", "samples", "tokens")}
+            tqdm.write(f"step {metrics['step']}  " + "  ".join(f"{key} {_shown(v)}" for key, v in shown.items()))
+        if self.path:
+            line = {key: value if math.isfinite(value) else _json_text(value) for key, value in metrics.items()}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+class SaveBestCallback(Callback):
+    """Saves a checkpoint, marked as the best, whenever a validation metric improves.
+
+    Args:
+        metric: name of the validation metric.
+        mode: 'min' where smaller is better, 'max' where larger is.
+
+    Raises:
+        ConfigError: if mode is neither.
+    """
+
+    def __init__(
+        self, metric: str = TrainingConfig.early_stopping_metric, mode: str = TrainingConfig.early_stopping_mode
+    ) -> None:
+        if mode not in ("min", "max"):
+            raise ConfigError(f"mode is {mode!r}; allowed: min, max.")
+        self.metric, self.mode = metric, mode
+        self.best_value: float | None = None
+
+    def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        """Ask for a checkpoint if the metric improved."""
+        if self.metric not in metrics:
+            raise ConfigError(f"the metric is {self.metric!r}; allowed: {', '.join(metrics)}.")
+        if improves(metrics[self.metric], self.best_value, self.mode):
+            self.best_value = metrics[self.metric]
+            trainer.request_save(is_best=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best value so far."""
+        return {"best_value": self.best_value}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved best value."""
+        self.best_value = state["best_value"]
+
+
+class VisualizationCallback(Callback):
+    """Draws loss, learning rate and gradient norm over the steps; on the main process, refreshed as it trains.
+
+    Args:
+        path: of the PNG.
+        refresh_seconds: shortest time between two drawings at log lines; validations always draw.
+
+    Raises:
+        ConfigError: if matplotlib is not installed.
+    """
+
+    def __init__(self, path: Path | str = "curves.png", refresh_seconds: float = 30.0) -> None:
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ConfigError("matplotlib is not installed; run: pip install 'fundamentallm[plots]'.")
+        self.path, self.refresh_seconds = Path(path), refresh_seconds
+        self._drawn_at = time.monotonic()
+
+    def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        """Draw, if the last drawing is old enough."""
+        if time.monotonic() - self._drawn_at >= self.refresh_seconds:
+            self._draw(trainer)
+
+    def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        """Draw."""
+        self._draw(trainer)
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """Draw the whole run."""
+        self._draw(trainer)
+
+    def _draw(self, trainer: Trainer) -> None:
+        history = trainer.metrics.get_history()
+        if not trainer.is_main_process or "step" not in history:
+            return
+        # The object interface touches neither pyplot's global state nor the user's backend.
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(9, 6.5), layout="constrained")
+        axes = figure.subplot_mosaic([["loss", "loss"], ["learning_rate", "grad_norm"]], height_ratios=[2, 1])
+        steps, ink, accent = history["step"], "#33658a", "#d1495b"
+        axes["loss"].plot(steps, history["train_loss"], color=ink, linewidth=1.2, label="training")
+        if "val_step" in history:
+            values = history["val_loss"]
+            axes["loss"].plot(history["val_step"], values, color=accent, marker="o", markersize=4, label="validation")
+            axes["loss"].annotate(
+                f"{values[-1]:.3f}", (history["val_step"][-1], values[-1]), xytext=(0, 8), textcoords="offset points",
+                ha="center", color=accent,
+            )  # fmt: skip
+        axes["loss"].set(ylabel="loss (nats per token)", xlabel="optimizer step")
+        axes["loss"].legend(frameon=False)
+        axes["learning_rate"].plot(steps, history["learning_rate"], color=ink, linewidth=1.2)
+        axes["learning_rate"].set(title="learning rate", xlabel="optimizer step", ylim=(0, None))
+        axes["learning_rate"].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        axes["grad_norm"].plot(steps, history["grad_norm"], color=ink, linewidth=0.8)
+        axes["grad_norm"].set(title="gradient norm before clipping", xlabel="optimizer step", ylim=(0, None))
+        for axis in axes.values():
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.grid(alpha=0.25, linewidth=0.6)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name("." + self.path.name)  # a viewer never sees half a picture
+        figure.savefig(temporary, dpi=130, format="png")
+        os.replace(temporary, self.path)
+        self._drawn_at = time.monotonic()
+
+
+def _json_text(value: float) -> str:
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _shown(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _short(number: float) -> str:
+    """1234567 as 1.23M."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.3g}"

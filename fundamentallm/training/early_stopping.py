@@ -1,0 +1,78 @@
+"""Stop when the validation metric no longer improves."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from fundamentallm.config import TrainingConfig
+from fundamentallm.errors import ConfigError
+from fundamentallm.validation import range_problems
+
+
+def improves(value: float, best: float | None, mode: str, min_delta: float = 0.0) -> bool:
+    """Whether `value` beats `best` (None: nothing yet) by more than `min_delta`. NaN never does."""
+    if math.isnan(value):
+        return False
+    if best is None:
+        return True
+    return value < best - min_delta if mode == "min" else value > best + min_delta
+
+
+class EarlyStopping:
+    """Counts validations without improvement.
+
+    Args:
+        patience: validations without improvement before stopping, at least 1.
+        metric: name of the validation metric.
+        mode: 'min' where smaller is better, 'max' where larger is.
+        min_delta: smallest change that counts as an improvement, in the metric's unit.
+
+    Raises:
+        ConfigError: if a value is outside its range.
+    """
+
+    def __init__(
+        self,
+        patience: int,
+        metric: str = TrainingConfig.early_stopping_metric,
+        mode: str = TrainingConfig.early_stopping_mode,
+        min_delta: float = TrainingConfig.early_stopping_min_delta,
+    ) -> None:
+        problems = range_problems(early_stopping_patience=patience, early_stopping_min_delta=min_delta)
+        if mode not in ("min", "max"):
+            problems.append(f"early_stopping_mode is {mode!r}; allowed: min, max.")
+        if problems:
+            raise ConfigError(problems)
+        self.patience, self.metric, self.mode, self.min_delta = patience, metric, mode, min_delta
+        self._best: float | None = None
+        self.counter = 0
+        self.is_best = False
+
+    def step(self, current_value: float) -> bool:
+        """Take one validation's value; True if training should stop."""
+        self.is_best = improves(current_value, self._best, self.mode, self.min_delta)
+        self._best, self.counter = (current_value, 0) if self.is_best else (self._best, self.counter + 1)
+        return self.should_stop
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether patience has run out."""
+        return self.counter >= self.patience
+
+    @property
+    def best_value(self) -> float:
+        """The best value so far; infinitely bad before the first."""
+        return self._best if self._best is not None else math.inf if self.mode == "min" else -math.inf
+
+    def reset(self) -> None:
+        """Forget everything seen."""
+        self._best, self.counter, self.is_best = None, 0, False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Best value and count."""
+        return {"best_value": self._best, "counter": self.counter, "is_best": self.is_best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved count."""
+        self._best, self.counter, self.is_best = state["best_value"], state["counter"], state["is_best"]

@@ -1,0 +1,101 @@
+"""Losses: modules that map (logits, targets) to the SUM over target tokens, in float32.
+
+A sum, since the trainer divides once, by the number of targets of the whole optimizer step: means of
+micro-batches or of processes would weigh tokens by where they happened to be computed.
+
+What a loss adds to cross entropy acts in training mode only, like dropout. In evaluation mode each is plain
+cross entropy, so that validation losses compare between runs and perplexity means what it says.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fundamentallm.config import IGNORE_INDEX, LOSS_NAMES
+from fundamentallm.errors import ConfigError
+from fundamentallm.registry import resolve
+from fundamentallm.validation import FRACTION, NON_NEGATIVE, Interval
+
+
+class CrossEntropy(nn.Module):
+    """Negative log-likelihood of the targets, in nats."""
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Sum over the targets that are not `IGNORE_INDEX`; logits (..., V), targets (...); a scalar."""
+        logits, targets = logits.float().flatten(0, -2), targets.flatten()
+        return self.objective(logits, targets) if self.training else _nll(logits, targets)
+
+    def objective(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """What training minimises; logits (N, V), targets (N,)."""
+        return _nll(logits, targets)
+
+
+class LabelSmoothing(CrossEntropy):
+    """Cross entropy towards 1 - smoothing on the target and smoothing spread over all (arXiv:1512.00567)."""
+
+    def __init__(self, smoothing: float = 0.1) -> None:
+        super().__init__()
+        self.smoothing = _checked("smoothing", smoothing, FRACTION)
+
+    def objective(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Smoothed cross entropy."""
+        return F.cross_entropy(
+            logits, targets, reduction="sum", ignore_index=IGNORE_INDEX, label_smoothing=self.smoothing
+        )
+
+
+class Focal(CrossEntropy):
+    """(1 - p)^gamma times cross entropy, p the target's probability: less weight on easy tokens (arXiv:1708.02002)."""
+
+    def __init__(self, gamma: float = 2.0) -> None:
+        super().__init__()
+        self.gamma = _checked("gamma", gamma, NON_NEGATIVE)
+
+    def objective(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Focal loss."""
+        nll = _nll(logits, targets, reduction="none")  # 0 where ignored
+        # expm1 keeps 1 - p exact for p near 1; where nll is 0, 0 * log(...) must not make gamma = 0 undefined.
+        return ((-(-nll).expm1()).clamp(min=0) ** self.gamma * nll).sum()
+
+
+class ZLoss(CrossEntropy):
+    """Cross entropy plus weight * log(Z)^2, which keeps the logits from drifting (PaLM, arXiv:2204.02311)."""
+
+    def __init__(self, weight: float = 1e-4) -> None:
+        super().__init__()
+        self.weight = _checked("weight", weight, NON_NEGATIVE)
+
+    def objective(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy with z-loss."""
+        log_z_squared = logits.logsumexp(-1).square()
+        return _nll(logits, targets) + self.weight * log_z_squared[targets != IGNORE_INDEX].sum()
+
+
+def _nll(logits: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
+    return F.cross_entropy(logits, targets, reduction=reduction, ignore_index=IGNORE_INDEX)
+
+
+def _checked(name: str, value: Any, allowed: Interval) -> float:
+    if value not in allowed:
+        raise ConfigError(f"loss option {name} is {value!r}; allowed: {allowed}.")
+    return float(value)
+
+
+LOSSES = dict(zip(LOSS_NAMES, (CrossEntropy, LabelSmoothing, Focal, ZLoss), strict=True))
+
+
+def create_loss(loss_type: str = "cross_entropy", **options: Any) -> nn.Module:
+    """A loss by name, or a 'module:name' class made with `options`.
+
+    Raises:
+        ConfigError: if the name or an option is not known, or an option is outside its range.
+    """
+    made_by = resolve("loss", loss_type, LOSSES)
+    known = inspect.signature(made_by).parameters
+    if wrong := set(options) - set(known):
+        raise ConfigError(f"loss_options has {sorted(wrong)}; allowed for {loss_type}: {sorted(known) or 'none'}.")
+    return made_by(**options)  # type: ignore[no-any-return]

@@ -1,0 +1,83 @@
+"""Numbers over time: sums kept on the device, and the history of a run."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+class RunningMean:
+    """A mean as (sum, count) on the device: adding never waits for it, and the sums of processes add up.
+
+    Sums are float64 where the device has it: a float32 sum stops growing by ones at 2^24.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._totals = torch.zeros(2, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+
+    def add(self, total: Tensor, count: Tensor) -> None:
+        """Add a sum and how many values it is over (scalars)."""
+        self._totals += torch.stack((total, count))
+
+    @property
+    def totals(self) -> Tensor:
+        """(sum, count), to be reduced over processes."""
+        return self._totals
+
+    def reset(self) -> None:
+        """Start again from nothing."""
+        self._totals.zero_()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Sum and count."""
+        return {"totals": self._totals}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from saved sums."""
+        self._totals.copy_(state["totals"])
+
+
+class MetricTracker:
+    """The history of a run: a list of numbers for each metric, in the order they came."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, list[float]] = {}
+
+    def update(self, metrics_dict: dict[str, float]) -> None:
+        """Append one value to each named metric."""
+        for key, value in metrics_dict.items():
+            self.metrics.setdefault(key, []).append(value)
+
+    def get_history(self) -> dict[str, list[float]]:
+        """All values of all metrics; a copy, which the caller may change."""
+        return {key: list(values) for key, values in self.metrics.items()}
+
+    def get_latest(self, metric_name: str) -> float | None:
+        """The last value of a metric, or None where there is none."""
+        values = self.metrics.get(metric_name)
+        return values[-1] if values else None
+
+    def get_best(self, metric_name: str, mode: str = "min") -> float | None:
+        """The smallest or largest value of a metric, NaN never being it; None where there is none.
+
+        Raises:
+            ValueError: if mode is neither 'min' nor 'max'.
+        """
+        if mode not in ("min", "max"):
+            raise ValueError(f"mode is {mode!r}; allowed: 'min', 'max'.")
+        values = [value for value in self.metrics.get(metric_name, ()) if not math.isnan(value)]
+        return (min if mode == "min" else max)(values, default=None)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.metrics.clear()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The history as float64 tensors, which hold any step number and any float exactly."""
+        return {key: torch.tensor(values, dtype=torch.float64) for key, values in self.metrics.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from a saved history."""
+        self.metrics = {key: values.tolist() for key, values in state.items()}

@@ -1,0 +1,150 @@
+"""How settings are checked: types, ranges and unknown names, every problem at once, nothing converted."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from fundamentallm.errors import ConfigError
+from fundamentallm.registry import did_you_mean
+
+
+class Interval(NamedTuple):
+    """Allowed values of a number. A bound of None is open-ended; `open_low` excludes `low` itself."""
+
+    low: float | None = None
+    high: float | None = None
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            return False
+        above = self.low is None or (value > self.low if self.open_low else value >= self.low)
+        below = self.high is None or (value < self.high if self.open_high else value <= self.high)
+        return above and below
+
+    def __str__(self) -> str:
+        low = None if self.low is None else f"{'greater than' if self.open_low else 'at least'} {self.low:g}"
+        high = None if self.high is None else f"{'less than' if self.open_high else 'at most'} {self.high:g}"
+        return " and ".join(bound for bound in (low, high) if bound)
+
+
+POSITIVE = Interval(low=0, open_low=True)
+NON_NEGATIVE = Interval(low=0)
+AT_LEAST_ONE = Interval(low=1)
+FRACTION = Interval(low=0, high=1)
+BELOW_ONE = Interval(low=0, high=1, open_high=True)
+
+RANGES: dict[str, Interval] = {
+    **dict.fromkeys(("vocab_size", "d_model", "num_heads", "num_kv_heads", "num_layers", "d_ff"), AT_LEAST_ONE),
+    **dict.fromkeys(("sequence_length", "batch_size", "micro_batch_size", "max_epochs", "max_steps"), AT_LEAST_ONE),
+    **dict.fromkeys(("save_every_n_epochs", "save_every_n_steps", "eval_every_n_epochs"), AT_LEAST_ONE),
+    **dict.fromkeys(("eval_every_n_steps", "log_every_n_steps", "keep_last_n", "max_bad_steps"), AT_LEAST_ONE),
+    **dict.fromkeys(("learning_rate", "gradient_clip_norm", "rope_theta", "adam_epsilon"), POSITIVE),
+    **dict.fromkeys(("weight_decay", "early_stopping_min_delta", "warmup_steps"), NON_NEGATIVE),
+    **dict.fromkeys(("num_workers", "sample_tokens"), NON_NEGATIVE),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "momentum", "dropout"), BELOW_ONE),
+    "min_lr_ratio": FRACTION,
+    "early_stopping_patience": AT_LEAST_ONE,
+    "train_split": Interval(low=0, high=1, open_low=True),
+    "seed": Interval(low=0, high=2**63 - 1),
+}
+"""What each number may be; one table for the config and for the functions that take the same values."""
+
+
+def range_problems(**values: float | None) -> list[str]:
+    """One sentence for each value outside its range in `RANGES`; None means 'not set' and is always fine."""
+    return [
+        f"{name} is {value!r}; allowed: {RANGES[name]}."
+        for name, value in values.items()
+        if value is not None and value not in RANGES[name]
+    ]
+
+
+_UNIONS = (types.UnionType, typing.Union)  # `int | None`, and `Literal["a"] | None` before Python 3.14
+
+
+def allowed_values(hint: Any) -> str:
+    """A type hint in words."""
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) in _UNIONS:
+        return " or ".join(allowed_values(option) for option in typing.get_args(hint))
+    words = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    return words.get(hint) or {list: "a list of text"}.get(typing.get_origin(hint), "a mapping")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether `value` is of the type that `hint` says, without converting anything."""
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return value in typing.get_args(hint)
+    if origin in _UNIONS:
+        return any(fits(value, option) for option in typing.get_args(hint))
+    if origin is dict:
+        return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+    if origin is list:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if hint in (int, float) and isinstance(value, bool):
+        return False  # a bool is an int to Python, not to a person
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _type_problem(name: str, value: Any, hint: Any) -> str | None:
+    return None if fits(value, hint) else f"{name} is {value!r}; allowed: {allowed_values(hint)}."
+
+
+class Section:
+    """Checks of one dataclass of settings, run when it is made: types, then ranges, then `_problems`."""
+
+    def __post_init__(self) -> None:
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        hints = typing.get_type_hints(type(self))
+        values = {entry.name: getattr(self, entry.name) for entry in fields}
+        problems = [problem for name in values if (problem := _type_problem(name, values[name], hints[name]))]
+        if not problems:
+            problems = range_problems(**{name: value for name, value in values.items() if name in RANGES})
+            problems += self._problems()
+        if problems:
+            raise ConfigError(problems)
+
+    def _problems(self) -> list[str]:
+        """What no type and no range can say: the relations between fields."""
+        return []
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def from_dict(section: type[SectionT], values: dict[str, Any]) -> SectionT:
+    """A section from a plain dict, as JSON stores it: nested, strict about names, every problem at once.
+
+    Raises:
+        ConfigError: naming each unknown key and each wrong value by its dotted path.
+    """
+    hints = typing.get_type_hints(section)
+    arguments: dict[str, Any] = {}
+    problems = []
+    for name, value in values.items():
+        if name not in hints:
+            problems.append(f"{name}: unknown setting.{did_you_mean(str(name), hints)}")
+        elif dataclasses.is_dataclass(hints[name]) and isinstance(value, dict):
+            try:
+                arguments[name] = from_dict(hints[name], value)
+            except ConfigError as error:
+                problems += [f"{name}.{problem}" for problem in error.problems]
+        elif problem := _type_problem(name, value, hints[name]):
+            problems.append(problem)  # and the default stands in, so that the other fields are checked too
+        else:
+            arguments[name] = value
+    try:
+        made = section(**arguments)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return made
