@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from fundamentallm.training.callbacks import LoggingCallback as LoggingCallback
     from fundamentallm.training.callbacks import ProgressCallback as ProgressCallback
     from fundamentallm.training.callbacks import SaveBestCallback as SaveBestCallback
-    from fundamentallm.training.callbacks import VisualizationCallback as VisualizationCallback
     from fundamentallm.training.checkpoint import CheckpointManager as CheckpointManager
     from fundamentallm.training.early_stopping import EarlyStopping as EarlyStopping
     from fundamentallm.training.loss import create_loss as create_loss
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from fundamentallm.training.optimizers import create_optimizer as create_optimizer
     from fundamentallm.training.schedulers import create_scheduler as create_scheduler
     from fundamentallm.training.trainer import Trainer as Trainer
+    from fundamentallm.training.visualization import VisualizationCallback as VisualizationCallback
 
 _MODULES = {
     "config": ("Config", "DataConfig", "ModelConfig", "TrainingConfig"),
@@ -46,7 +46,7 @@ _MODULES = {
     "models.transformer": ("Transformer",),
     "training.accelerator": ("create_accelerator",),
     "training.callbacks": (
-        "Callback", "CallbackList", "LoggingCallback", "ProgressCallback", "SaveBestCallback", "VisualizationCallback",
+        "Callback", "CallbackList", "LoggingCallback", "ProgressCallback", "SaveBestCallback",
     ),
     "training.checkpoint": ("CheckpointManager",),
     "training.early_stopping": ("EarlyStopping",),
@@ -55,6 +55,7 @@ _MODULES = {
     "training.optimizers": ("create_optimizer",),
     "training.schedulers": ("create_scheduler",),
     "training.trainer": ("Trainer",),
+    "training.visualization": ("VisualizationCallback",),
 }  # fmt: skip
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = sorted(_HOME)

@@ -100,7 +100,7 @@ def _with_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
 
 def _callbacks(config: Config) -> list[Callback]:
     """Those beyond the Trainer's own: the curves, and what the config names."""
-    from fundamentallm.training.callbacks import VisualizationCallback
+    from fundamentallm.training.visualization import VisualizationCallback
 
     callbacks: list[Callback] = []
     try:
