@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 
 # More threads than cores (pytest beside anything else) make OpenMP spin: seconds instead of milliseconds a step.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -19,15 +20,16 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate_state() -> Iterator[None]:
-    """accelerate keeps process-wide state, which refuses a second precision."""
-    yield
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
+def reset_accelerate() -> None:
+    """Forget accelerate's process-wide state, which refuses a second precision and is inherited by forks."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    PartialState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate_state() -> Iterator[None]:
+    yield
+    reset_accelerate()
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
-from fundamentallm.config import Config
+from fundamentallm.config import IGNORE_INDEX, Config
 from fundamentallm.data.corpus import Corpus, encode_pieces, first_token_bytes, read_pieces
 from fundamentallm.data.datasets import Batch, TokenDataset
 from fundamentallm.errors import ConfigError
@@ -211,6 +211,27 @@ def step_loader(
         # Its own generator, or iter() would draw from the global one.
         generator=torch.Generator().manual_seed(sampler.seed or 0),
     )
+
+
+def device_batches(
+    loader: DataLoader[Any], sampler: StepSampler, start: int, stop: int, device: torch.device
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    """For steps `start` to `stop`: this process's share on its device, and in how many micro-batches to compute it.
+
+    Raises:
+        ConfigError: if the loader does not give (inputs, targets).
+    """
+    batches = step_loader(loader, sampler, start, stop, pin_memory=device.type == "cuda")
+    for step, batch in zip(range(start, stop), batches, strict=True):
+        pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+        if not pair or not all(isinstance(tensor, torch.Tensor) for tensor in batch):
+            raise ConfigError(f"the loader gives {type(batch).__name__}; allowed: (inputs, targets), two tensors.")
+        inputs, targets = (tensor.to(device, non_blocking=True) for tensor in batch)
+        rows = sampler.rows(step)
+        if rows < len(targets):  # the share was filled up
+            targets = targets.clone()
+            targets[rows:] = IGNORE_INDEX
+        yield inputs, targets, sampler.micro_batches(step)
 
 
 def as_is(batch: Any) -> Any:

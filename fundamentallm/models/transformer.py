@@ -62,7 +62,8 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(b, t, self.num_kv_heads, self.head_size)
         v = self.v_proj(x).view(b, t, self.num_kv_heads, self.head_size)
         if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+            # In the weights' precision: mixed with autocast's, torch leaves its fused kernel.
+            q, k = (norm(x.to(norm.weight.dtype)) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, H, T, F)
         y = F.scaled_dot_product_attention(
             rotate(q, cos, sin),

@@ -6,6 +6,7 @@ import os
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import parse_flag_from_env
 
 from fundamentallm.errors import ConfigError
 
@@ -18,9 +19,10 @@ def create_accelerator(mixed_precision: str | None = None) -> Accelerator:
             for another precision, or the device lacks the precision.
     """
     # Without cpu=True on a machine without an accelerator, two launched processes would be two independent runs.
-    cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
-    if mixed_precision and launched and mixed_precision != launched:
+    cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    # `accelerate launch` says "no" where nobody said anything, so only another precision can contradict ours.
+    if mixed_precision is not None and launched not in ("no", mixed_precision):
         raise ConfigError(
             f"training.mixed_precision is {mixed_precision!r} and mixed_precision in the accelerate config is "
             f"{launched!r}; set one of them, or both alike."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import sys
@@ -18,6 +19,8 @@ from fundamentallm.training.early_stopping import improves
 
 if TYPE_CHECKING:
     from fundamentallm.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 class Callback:
@@ -127,15 +130,15 @@ class CallbackList:
         """The state of each callback that has any."""
         return {name: state for name, callback in self._named().items() if (state := callback.state_dict())}
 
-    def load_state_dict(self, state: dict[str, Any]) -> list[str]:
-        """Restore each callback that is in the saved state; returns what is on one side only, in words."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore each callback that is in the saved state; one that is on one side only is named in a warning."""
         named = self._named()
         for name in named.keys() & state.keys():
             named[name].load_state_dict(state[name])
-        stateful = {name for name, callback in named.items() if callback.state_dict()}
-        return [f"{name} starts afresh, it is not in the checkpoint" for name in sorted(stateful - state.keys())] + [
-            f"{name} is in the checkpoint but not in this run" for name in sorted(state.keys() - named.keys())
-        ]
+        for name in sorted(name for name in named.keys() - state.keys() if named[name].state_dict()):
+            logger.warning("the callback %s starts afresh: it is not in the checkpoint.", name)
+        for name in sorted(state.keys() - named.keys()):
+            logger.warning("the callback %s is in the checkpoint and not in this run.", name)
 
 
 class ProgressCallback(Callback):

@@ -10,6 +10,7 @@ cross entropy, so that validation losses compare between runs and perplexity mea
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 import torch.nn.functional as F
@@ -73,6 +74,25 @@ class ZLoss(CrossEntropy):
         """Cross entropy with z-loss."""
         log_z_squared = logits.logsumexp(-1).square()
         return _nll(logits, targets) + self.weight * log_z_squared[targets != IGNORE_INDEX].sum()
+
+
+class ModelWithLoss(nn.Module):
+    """Model and loss in one forward pass, so that the Accelerator wraps both.
+
+    The logits stay inside: accelerate neither casts nor copies them, and DistributedDataParallel sees a scalar.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: Any) -> None:
+        super().__init__()
+        self.model, self.loss_fn = model, loss_fn
+        transformers = sys.modules.get("transformers")  # imported already if the model is one of theirs
+        is_theirs = transformers is not None and isinstance(model, transformers.PreTrainedModel)
+        self._options = {"use_cache": False} if is_theirs else {}
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss, summed over targets."""
+        output = self.model(inputs, **self._options)
+        return self.loss_fn(output if isinstance(output, Tensor) else output.logits, targets)  # type: ignore[no-any-return]
 
 
 def _nll(logits: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:

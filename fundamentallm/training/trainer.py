@@ -7,16 +7,10 @@ where they were computed, step the schedule once for each process, and pickle.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 import math
-import platform
-import sys
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +23,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fundamentallm.config import IGNORE_INDEX, Config, TrainingConfig
-from fundamentallm.data.datasets import TokenDataset
-from fundamentallm.data.loaders import StepSampler, derive_seed, step_loader, step_sampler
-from fundamentallm.errors import CheckpointError, ConfigError, TrainingError
-from fundamentallm.models.transformer import Transformer
+from fundamentallm.data.loaders import derive_seed, device_batches, step_sampler
+from fundamentallm.errors import ConfigError, TrainingError
 from fundamentallm.training.accelerator import check_accelerator, create_accelerator, seed_device
 from fundamentallm.training.callbacks import (
     Callback,
@@ -41,71 +33,17 @@ from fundamentallm.training.callbacks import (
     ProgressCallback,
     SaveBestCallback,
 )
-from fundamentallm.training.checkpoint import CheckpointManager
+from fundamentallm.training.checkpoint import CheckpointManager, load_checkpoint
 from fundamentallm.training.early_stopping import EarlyStopping
-from fundamentallm.training.loss import create_loss
-from fundamentallm.training.metrics import MetricTracker, RunningMean
+from fundamentallm.training.evaluation import evaluate
+from fundamentallm.training.loss import ModelWithLoss, create_loss
+from fundamentallm.training.metrics import MetricTracker
 from fundamentallm.training.optimizers import NamedOptimizerState, create_optimizer
+from fundamentallm.training.progress import Progress
+from fundamentallm.training.resume import model_files, restore, resume, run_state
 from fundamentallm.training.schedulers import create_scheduler
 
 logger = logging.getLogger(__name__)
-
-
-class ModelWithLoss(nn.Module):
-    """Model and loss in one forward pass, so that the Accelerator wraps both.
-
-    The logits stay inside: accelerate neither casts nor copies them, and DistributedDataParallel sees a scalar.
-    """
-
-    def __init__(self, model: nn.Module, loss_fn: Any) -> None:
-        super().__init__()
-        self.model, self.loss_fn = model, loss_fn
-        transformers = sys.modules.get("transformers")  # imported already if the model is one of theirs
-        is_theirs = transformers is not None and isinstance(model, transformers.PreTrainedModel)
-        self._options = {"use_cache": False} if is_theirs else {}
-
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """The loss, summed over targets."""
-        output = self.model(inputs, **self._options)
-        return self.loss_fn(output if isinstance(output, Tensor) else output.logits, targets)  # type: ignore[no-any-return]
-
-
-class Progress:
-    """How far a run is. The step says where in the data it is; the counts are kept on the device."""
-
-    def __init__(self, samples: StepSampler, device: torch.device) -> None:
-        self.samples = samples
-        self.step = 0
-        self.tokens = torch.zeros((), dtype=torch.int64, device=device)  # targets trained on
-        self.bad_steps = torch.zeros(2, dtype=torch.int64, device=device)  # in a row until now, in all
-        self.loss = RunningMean(device)  # since the last log line
-
-    def state_dict(self) -> dict[str, Any]:
-        """Step, samples and tokens consumed, and what the next log line will sum up."""
-        return {
-            "step": self.step,
-            "samples": self.samples.samples_before(self.step),
-            "tokens": self.tokens,
-            "bad_steps": self.bad_steps,
-            "loss": self.loss.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved place.
-
-        Raises:
-            ConfigError: if this run's batches are not those of the saved one, so that the place has no meaning.
-        """
-        if state["samples"] != self.samples.samples_before(state["step"]):
-            raise ConfigError(
-                f"the checkpoint's step {state['step']} came after {state['samples']} samples, and with this run's "
-                f"data and batch_size {self.samples.batch_size} it would come after "
-                f"{self.samples.samples_before(state['step'])}; resume with the same data and batch_size."
-            )
-        self.step = state["step"]
-        self.tokens.copy_(state["tokens"])
-        self.bad_steps.copy_(state["bad_steps"])
-        self.loss.load_state_dict(state["loss"])
 
 
 class Trainer:
@@ -170,9 +108,9 @@ class Trainer:
         self.scheduler = scheduler or create_scheduler(
             self.optimizer,
             training.lr_scheduler,
-            max_epochs=1,
-            steps_per_epoch=self.total_steps,
-            warmup_steps=training.warmup_steps,
+            1,
+            self.total_steps,
+            training.warmup_steps,
             min_lr_ratio=training.min_lr_ratio,
             **training.lr_scheduler_options,
         )
@@ -196,12 +134,13 @@ class Trainer:
             self.checkpoint_manager = CheckpointManager(training.checkpoint_dir, training.keep_last_n)
         self.callbacks = CallbackList(self._default_callbacks() if callbacks is None else callbacks)
         self._progress = Progress(self.samples, self.accelerator.device)
-        self._state = {  # all that changes because of training, by name
+        self.state: dict[str, Any] = {  # all that changes because of training, by name
             "model": self.model,
             "optimizer": NamedOptimizerState(self.model, self.optimizer),
             "scheduler": self.scheduler,
             "progress": self._progress,
             "metrics": self.metrics,
+            "callbacks": self.callbacks,
             **({"early_stopping": self.early_stopping} if self.early_stopping else {}),
             **({"scaler": self.accelerator.scaler} if self.accelerator.scaler else {}),
         }
@@ -279,7 +218,8 @@ class Trainer:
         accelerator, config, progress = self.accelerator, self.config, self._progress
         max_norm = math.inf if config.gradient_clip_norm is None else config.gradient_clip_norm
 
-        for inputs, targets, parts in self._batches(self.train_loader, self.samples, progress.step, self.total_steps):
+        share = self.train_loader, self.samples, progress.step, self.total_steps, accelerator.device
+        for inputs, targets, parts in device_batches(*share):
             if progress.step % self.steps_per_epoch == 0 or progress.step == self._start_step:
                 self.callbacks.on_epoch_begin(self)
             # Derived, not carried: a resumed run draws the same dropout masks.
@@ -309,22 +249,6 @@ class Trainer:
             if self._end_of_step(loss / count, norm, learning_rate):
                 break
         return self._finish()
-
-    def _batches(
-        self, loader: DataLoader[Any], sampler: StepSampler, start: int, stop: int
-    ) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """This process's share of each step's batch on its device, and in how many micro-batches to compute it."""
-        device = self.accelerator.device
-        batches = step_loader(loader, sampler, start, stop, pin_memory=device.type == "cuda")
-        for step, batch in zip(range(start, stop), batches, strict=True):
-            if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch)):
-                raise ConfigError(f"the loader gives {type(batch).__name__}; allowed: (inputs, targets), two tensors.")
-            inputs, targets = (tensor.to(device, non_blocking=True) for tensor in batch)
-            rows = sampler.rows(step)
-            if rows < len(targets):  # filling, so that every process has something to compute
-                targets = targets.clone()
-                targets[rows:] = IGNORE_INDEX
-            yield inputs, targets, sampler.micro_batches(step)
 
     def _optimizer_step(self, bad: Tensor) -> None:
         """Step, unless `bad` (a boolean scalar): then no weight and no moment changes. Decided on the device."""
@@ -415,24 +339,7 @@ class Trainer:
         """
         if self.val_loader is None or self.val_samples is None:
             raise ConfigError("there is no val_loader; give the Trainer one.")
-        was_training = self._step_model.training
-        self._step_model.eval()
-        mean = RunningMean(self.accelerator.device)
-        with torch.no_grad():
-            steps = self.val_samples.steps_per_epoch
-            for inputs, targets, parts in self._batches(self.val_loader, self.val_samples, 0, steps):
-                for x, y in zip(inputs.tensor_split(parts), targets.tensor_split(parts), strict=True):
-                    mean.add(self._step_model(x, y), (y != IGNORE_INDEX).sum())
-        self._step_model.train(was_training)
-        total, count = self.accelerator.reduce(mean.totals, "sum").tolist()
-        if count == 0:
-            raise ConfigError("val_loader has no target that counts; give it some.")
-        loss = total / count
-        metrics = {"val_loss": loss, "val_perplexity": math.exp(loss) if loss < 700 else math.inf}
-        dataset = self.val_loader.dataset
-        if isinstance(dataset, TokenDataset) and dataset.num_bytes:
-            metrics["val_bits_per_byte"] = total / math.log(2) / dataset.num_bytes
-        return metrics
+        return evaluate(self._step_model, self.val_loader, self.val_samples, self.accelerator)
 
     def _validate_in_training(self) -> None:
         metrics = self.validate()
@@ -476,10 +383,7 @@ class Trainer:
         if manager is None:
             raise ConfigError("there is no checkpoint_dir; set training.checkpoint_dir.")
         if self.is_main_process:
-            state = {f"{part}_state_dict": holder.state_dict() for part, holder in self._state.items()}
-            state |= {"callbacks_state_dict": self.callbacks.state_dict()}
-            state |= {"config": dataclasses.asdict(self.run_config), "versions": _versions()}
-            manager.save(state, name, is_best, self._model_files())
+            manager.save(run_state(self), name, is_best, model_files(self))
         self.accelerator.wait_for_everyone()
         self._saved_at, self._save_requested = self.global_step, None
         return manager.checkpoint_dir / name
@@ -489,18 +393,6 @@ class Trainer:
             self.save_checkpoint(is_best=bool(self._save_requested))
         self._save_requested = None
 
-    def _model_files(self) -> dict[str, str]:
-        """What transformers needs beside the weights, as far as it is known."""
-        files, dataset = {}, self.train_loader.dataset
-        if isinstance(dataset, TokenDataset) and dataset.tokenizer is not None:
-            files["tokenizer.json"] = dataset.tokenizer.to_str()
-        if isinstance(self.model, Transformer):
-            context = len(dataset[0][0])
-            files["config.json"] = json.dumps(self.model.transformers_config(context), indent=2)
-        elif to_json := getattr(getattr(self.model, "config", None), "to_json_string", None):
-            files["config.json"] = to_json(use_diff=False)
-        return files
-
     def load_checkpoint(self, path: Path | str) -> None:
         """Restore the whole state from a checkpoint; `train()` goes on from there.
 
@@ -508,62 +400,18 @@ class Trainer:
             CheckpointError: if the checkpoint is damaged, or has not exactly the parts that this run has.
             ConfigError: if its place in the data has no meaning in this run.
         """
-        self._restore(CheckpointManager(Path(path).parent).load(path), str(path))
-
-    def _restore(self, saved: dict[str, Any], where: str) -> None:
-        expected = {f"{part}_state_dict" for part in self._state} | {"callbacks_state_dict", "config", "versions"}
-        if saved.keys() != expected:
-            missing, unknown = sorted(expected - saved.keys()), sorted(saved.keys() - expected)
-            raise CheckpointError(f"{where} does not fit this run: it lacks {missing}, and has besides {unknown}.")
-        for part, holder in self._state.items():
-            try:
-                holder.load_state_dict(saved[f"{part}_state_dict"])
-            except (RuntimeError, KeyError, TypeError, ValueError) as error:
-                if isinstance(error, ConfigError):
-                    raise
-                raise CheckpointError(f"{where}: its {part} does not fit this run: {error}") from error
-        notes = self.callbacks.load_state_dict(saved["callbacks_state_dict"])
-        for group, lr in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
-            group["lr"] = lr
-        before, now = _flat(saved["config"]), _flat(dataclasses.asdict(self.run_config))
-        notes += [f"{name}: {before.get(name)!r} -> {now[name]!r}" for name in now if now[name] != before.get(name)]
-        self._say(f"resumed from {where} at step {self.global_step}")
-        if notes:
-            self._say("changed since: " + "; ".join(notes))
-        self._started, self._saved_at = True, self.global_step
-
-    def _resume(self) -> None:
-        """Restore what `config.resume` says, if anything."""
-        manager, resume = self.checkpoint_manager, self.config.resume
-        if resume not in ("auto", "never"):
-            self.load_checkpoint(Path(resume).expanduser())
-        elif manager is not None and resume == "never":
-            if manager.checkpoint_dir.is_dir() and any(manager.checkpoint_dir.iterdir()):
-                raise ConfigError(
-                    f"resume is 'never' and {manager.checkpoint_dir} holds a run already; choose another output_dir "
-                    "(or checkpoint_dir), or resume: auto to go on with it."
-                )
-        elif manager is not None:
-            saved, path, passed_over = manager.load_latest()
-            for reason in passed_over:
-                self._say(f"passed over {reason}")
-            if saved is not None:
-                self._restore(saved, str(path))
-            elif passed_over:
-                raise CheckpointError(
-                    f"none of the checkpoints in {manager.checkpoint_dir} is intact, and starting afresh among them "
-                    "would mix two runs; choose another output_dir, or move them away."
-                )
+        restore(self, load_checkpoint(Path(path)), Path(path))
+        self._started = True
 
     # ---- beginning and end -------------------------------------------------------------------------------
 
     def _begin(self) -> bool:
         """Restore and announce; False if there is nothing left to do."""
         if not self._started:
-            self._resume()
+            resume(self)
             self._started = True
         if self.is_finished:
-            self._say(
+            self.say(
                 f"this run is finished, at step {self.global_step} of {self.total_steps}; "
                 "raise training.max_steps or max_epochs to go on, or choose another output_dir."
             )
@@ -581,22 +429,10 @@ class Trainer:
         self._save_if_possible()
         self.callbacks.on_train_end(self)
         if self._stop_reason:
-            self._say(f"stopped at step {self.global_step} of {self.total_steps}: {self._stop_reason}")
+            self.say(f"stopped at step {self.global_step} of {self.total_steps}: {self._stop_reason}")
         return self.metrics.get_history()
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Print a line, beside the progress bar and on the main process only."""
         if self.is_main_process:
             tqdm.write(text)
-
-
-def _versions() -> dict[str, str]:
-    packages = ("fundamentallm", "torch", "accelerate", "safetensors", "tokenizers")
-    return {"python": platform.python_version()} | {package: version(package) for package in packages}
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{dotted name: value} of nested settings."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat

@@ -1,0 +1,59 @@
+"""An optimizer, a schedule and a callback of your own, without touching the package.
+
+In YAML each is named as module:name, importable from the working directory:
+
+    cd examples && python -m fundamentallm.train --config quickstart.yaml --output_dir runs/lion \
+        --training.optimizer custom_optimizer:Lion --training.learning_rate 3e-4 \
+        --training.lr_scheduler custom_optimizer:inverse_square_root \
+        --callbacks '["custom_optimizer:StopWhenGood"]'
+
+From Python, pass objects: Trainer(model, config, loader, optimizer=Lion(model.parameters(), lr=3e-4)).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from fundamentallm import Callback, Trainer
+
+
+class Lion(torch.optim.Optimizer):
+    """Steps by the sign of an interpolated momentum (Chen et al., arXiv:2302.06675).
+
+    Any class with torch's constructor will do: it gets the parameter groups, each with its weight decay, and `lr`;
+    `training.optimizer_options` are further keyword arguments.
+    """
+
+    def __init__(self, params, lr: float, beta1: float = 0.9, beta2: float = 0.99, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "beta1": beta1, "beta2": beta2, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """One step; its state is found, saved and restored by parameter name like any other's."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(momentum.lerp(p.grad, 1 - group["beta1"]).sign_(), alpha=-group["lr"])
+                momentum.lerp_(p.grad, 1 - group["beta2"])
+
+
+def inverse_square_root(progress: float, sharpness: float = 10.0) -> float:
+    """A decay maps the progress of the run, 0 to 1, to the part of the way from the floor to the peak."""
+    return (1 + sharpness * progress) ** -0.5
+
+
+class StopWhenGood(Callback):
+    """Stops once the validation loss is good enough; the run is saved, and the same command would go on."""
+
+    def __init__(self, val_loss: float = 1.5) -> None:
+        self.val_loss = val_loss
+
+    def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        """Called after each validation."""
+        if metrics["val_loss"] < self.val_loss:
+            trainer.request_stop(f"val_loss {metrics['val_loss']:.3f} is below {self.val_loss}")

@@ -1,0 +1,106 @@
+"""Small real runs for the integration tests."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import debug_launcher
+from torch import Tensor
+
+from fundamentallm import (
+    Config,
+    DataConfig,
+    LoggingCallback,
+    ModelConfig,
+    Trainer,
+    TrainingConfig,
+    Transformer,
+    create_dataloaders,
+    create_tokenizer,
+)
+from fundamentallm.config import IGNORE_INDEX
+from tests.conftest import reset_accelerate
+
+SEQUENCE = 16
+
+
+def prose(characters: int = 6_000) -> str:
+    """English prose that every CPython carries."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics.values())[:characters]
+
+
+class PartlyIgnored(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
+    """Random tokens whose samples have from none to all of their targets ignored."""
+
+    def __init__(self, size: int = 44, vocabulary: int = 20) -> None:
+        generator = torch.Generator().manual_seed(7)
+        self.tokens = torch.randint(vocabulary, (size, SEQUENCE + 1), generator=generator)
+        self.ignored = torch.randint(SEQUENCE + 1, (size,), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        targets = self.tokens[index, 1:].clone()
+        targets[: self.ignored[index]] = IGNORE_INDEX
+        return self.tokens[index, :-1], targets
+
+
+def make_config(folder: Path | str, dropout: float = 0.0, **training: Any) -> Config:
+    """A tiny model on a little prose, logged at every step."""
+    defaults: dict[str, Any] = {"batch_size": 8, "learning_rate": 1e-2, "log_every_n_steps": 1, "max_steps": 12}
+    return Config(
+        output_dir=str(folder),
+        model=ModelConfig(d_model=16, num_heads=2, num_kv_heads=1, num_layers=2, dropout=dropout),
+        data=DataConfig(sequence_length=SEQUENCE),
+        training=TrainingConfig(**{**defaults, **training}),
+    )
+
+
+def make_trainer(config: Config, characters: int = 6_000, **arguments: Any) -> Trainer:
+    """A Trainer as `fundamentallm.train` makes it, with lines in metrics.jsonl and no bar."""
+    text = prose(characters)
+    tokenizer = create_tokenizer("char", lambda: [text], lambda: [text])
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tokenizer.get_vocab_size()))
+    train_loader, val_loader = create_dataloaders(text, tokenizer, config)
+    torch.manual_seed(config.training.seed)
+    arguments.setdefault("callbacks", [LoggingCallback(Path(config.output_dir) / "metrics.jsonl")])
+    return Trainer(Transformer(config.model), config, train_loader, val_loader, **arguments)
+
+
+def weights(trainer: Trainer) -> dict[str, Tensor]:
+    """A copy of the model's weights."""
+    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def assert_same_weights(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    """Equal to the bit."""
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert different == []
+
+
+def lines(folder: Path | str) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines without what depends on the clock."""
+    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in metrics]
+
+
+def on_processes(count: int, function: Callable[..., None], *arguments: Any) -> None:
+    """Run `function` on `count` real processes in one gloo group, or here where `count` is 1."""
+    reset_accelerate()
+    if count == 1:
+        function(1, *arguments)
+    else:
+        debug_launcher(function, (count, *arguments), num_processes=count)

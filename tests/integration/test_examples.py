@@ -1,0 +1,69 @@
+"""Every example and every accelerate config works as it stands."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import types
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+
+from fundamentallm import train
+from fundamentallm.command_line import parse_config
+
+ROOT = Path(__file__).parents[2]
+
+
+def load(path: Path) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_python_example_learns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = load(ROOT / "examples/train_from_python.py").main(str(tmp_path / "run"))
+    assert trainer.metrics.get_latest("val_loss") < 2.9
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
+    assert "The " in capsys.readouterr().out
+
+
+def test_the_custom_optimizer_schedule_and_callback_train_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(ROOT / "examples/custom_optimizer.py", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    settings = {
+        "training.optimizer": "custom_optimizer:Lion",
+        "training.optimizer_options": "{beta2: 0.95}",
+        "training.lr_scheduler": "custom_optimizer:inverse_square_root",
+        "training.lr_scheduler_options": "{sharpness: 5}",
+        "callbacks": '["custom_optimizer:StopWhenGood"]',
+    }
+    arguments = [word for name, value in settings.items() for word in (f"--{name}", value)]
+    arguments += ["--model.d_model", "16", "--model.num_heads", "2", "--model.num_layers", "1", "--sample_tokens", "0"]
+    arguments += ["--data.sequence_length", "32", "--training.max_steps", "20", "--training.learning_rate", "1e-2"]
+    assert train.main([*arguments, "--training.log_every_n_steps", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "step 20" in out
+    rates = [float(line.split("learning_rate ")[1].split()[0]) for line in out.splitlines() if "learning_rate" in line]
+    assert rates[0] == 1e-2
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_the_quickstart_config_is_a_short_run_on_the_built_in_text() -> None:
+    config = parse_config(["--config", str(ROOT / "examples/quickstart.yaml")])
+    assert config.data.source == "python-docs"
+    assert config.training.max_steps <= 1000
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_each_config(path: Path) -> None:
+    config = load_config_from_file(str(path))
+    assert config.num_processes == yaml.safe_load(path.read_text())["num_processes"]
+    assert config.use_cpu == path.stem.startswith("cpu")

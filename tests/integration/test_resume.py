@@ -1,0 +1,318 @@
+"""Stopped anywhere and resumed by the same command, a run ends as the uninterrupted one, to the bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+
+from fundamentallm import (
+    Callback,
+    CheckpointError,
+    ConfigError,
+    LoggingCallback,
+    SaveBestCallback,
+    Trainer,
+    TrainingConfig,
+)
+from tests.integration.runs import (
+    PartlyIgnored,
+    assert_same_weights,
+    lines,
+    make_config,
+    make_trainer,
+    on_processes,
+    timeless,
+    weights,
+)
+from tests.integration.test_training_loop import Bigram
+
+# 6,000 characters, 90 % of them for training, in windows of 16 and batches of 64 make 6 steps an epoch.
+SETTINGS: dict[str, Any] = {
+    "dropout": 0.2, "batch_size": 64, "max_steps": 14, "max_epochs": None, "log_every_n_steps": 4,
+    "eval_every_n_steps": 3, "warmup_steps": 3, "save_every_n_epochs": None,
+}  # fmt: skip
+
+
+class StopAt(Callback):
+    """Asks for a stop after one step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        if trainer.global_step == self.step:
+            trainer.request_stop("test")
+
+
+class StopAtStepEnd(StopAt):
+    def on_step_end(self, trainer: Trainer, loss: float) -> None:
+        self.on_log(trainer, {})
+
+
+def run(processes: int, folder: str, settings: dict[str, Any], stop_at: int | None = None) -> None:
+    """One start of a run, its final weights in a file beside it."""
+    stop = StopAtStepEnd if processes == 1 else StopAt
+    callbacks: list[Callback] = [LoggingCallback(Path(folder) / "metrics.jsonl"), SaveBestCallback()]
+    trainer = make_trainer(
+        make_config(folder, **{**SETTINGS, **settings}), callbacks=callbacks + ([stop(stop_at)] if stop_at else [])
+    )
+    assert trainer.accelerator.num_processes == processes
+    assert trainer.steps_per_epoch == 6
+    trainer.train()
+    if trainer.is_main_process:
+        (Path(folder) / "ended_at").write_text(str(trainer.global_step))
+
+
+def final_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoints" / "step_00000014" / "model.safetensors")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd", "muon"])
+@pytest.mark.parametrize("stop_at", [1, 5, 6, 9, 13])
+def test_a_stopped_run_ends_as_the_uninterrupted_one(tmp_path: Path, optimizer: str, stop_at: int) -> None:
+    settings = {"optimizer": optimizer}
+    run(1, str(tmp_path / "whole"), settings)
+    run(1, str(tmp_path / "parts"), settings, stop_at)
+    assert (tmp_path / "parts" / "ended_at").read_text() == str(stop_at)
+    run(1, str(tmp_path / "parts"), settings)
+    assert_same_weights(final_weights(tmp_path / "parts"), final_weights(tmp_path / "whole"))
+    assert timeless(lines(tmp_path / "parts")) == timeless(lines(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("stop_at", [4, 8])
+def test_two_processes_resume_to_the_bit(tmp_path: Path, stop_at: int) -> None:
+    settings = {"optimizer": "muon", "micro_batch_size": 20}
+    on_processes(2, run, str(tmp_path / "whole"), settings)
+    on_processes(2, run, str(tmp_path / "parts"), settings, stop_at)
+    assert (tmp_path / "parts" / "ended_at").read_text() == str(stop_at)
+    on_processes(2, run, str(tmp_path / "parts"), settings)
+    assert_same_weights(final_weights(tmp_path / "parts"), final_weights(tmp_path / "whole"))
+    assert timeless(lines(tmp_path / "parts")) == timeless(lines(tmp_path / "whole"))
+
+
+def test_a_run_resumes_on_another_number_of_processes(tmp_path: Path) -> None:
+    settings = {"dropout": 0.0, "log_every_n_steps": 1}
+    run(1, str(tmp_path / "whole"), settings)
+    on_processes(2, run, str(tmp_path / "parts"), settings, 4)
+    on_processes(3, run, str(tmp_path / "parts"), settings, 9)
+    run(1, str(tmp_path / "parts"), settings)
+    for expected, got in zip(lines(tmp_path / "whole"), lines(tmp_path / "parts"), strict=True):
+        loss = "train_loss" if "train_loss" in expected else "val_loss"
+        assert got[loss] == pytest.approx(expected[loss], rel=1e-5)
+        assert (got["step"], got["epoch"]) == (expected["step"], expected["epoch"])
+
+
+def test_a_crash_between_checkpoints_repeats_and_loses_no_line(tmp_path: Path) -> None:
+    class Crash(Callback):
+        def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+            if trainer.global_step == 9:
+                raise RuntimeError("crash")
+
+    config = make_config(tmp_path / "parts", dropout=0.2, save_every_n_steps=4)
+    trainer = make_trainer(config)
+    trainer.callbacks.add(Crash())
+    with pytest.raises(RuntimeError, match="crash"):
+        trainer.train()
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 10, "train_l')  # a kill in the middle of a line
+    make_trainer(config).train()
+    make_trainer(dataclasses.replace(config, output_dir=str(tmp_path / "whole"))).train()
+    assert timeless(lines(tmp_path / "parts")) == timeless(lines(tmp_path / "whole"))
+
+
+def test_early_stopping_and_the_best_value_survive_restarts(tmp_path: Path) -> None:
+    """Every validation is stopped after; patience must run out as if nothing had happened."""
+    settings = {
+        "learning_rate": 0.5, "lr_scheduler": "constant", "max_steps": 40, "eval_every_n_steps": 2,
+        "early_stopping_patience": 3, "early_stopping_min_delta": 0.05,
+    }  # fmt: skip
+    run(1, str(tmp_path / "whole"), settings)
+    ended_at = int((tmp_path / "whole" / "ended_at").read_text())
+    assert 6 < ended_at < 40
+    for stop_at in range(2, ended_at + 1, 2):
+        run(1, str(tmp_path / "parts"), settings, stop_at)
+    run(1, str(tmp_path / "parts"), settings)
+    assert (tmp_path / "parts" / "ended_at").read_text() == str(ended_at)
+    best = [json.loads((tmp_path / name / "checkpoints").joinpath(*_best(tmp_path / name)).read_text())["state"]
+            ["callbacks_state_dict"]["SaveBestCallback"]["best_value"] for name in ("whole", "parts")]  # fmt: skip
+    assert best[0] == best[1] == min(line["val_loss"] for line in lines(tmp_path / "whole") if "val_loss" in line)
+
+
+def _best(folder: Path) -> tuple[str, str]:
+    from fundamentallm import CheckpointManager
+
+    best = CheckpointManager(folder / "checkpoints").get_best()
+    assert best is not None
+    return best.name, "state.json"
+
+
+def test_a_finished_run_says_so_and_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = make_config(tmp_path)
+    history = make_trainer(config).train()
+    before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+    capsys.readouterr()
+    again = make_trainer(config)
+    assert again.train() == history
+    assert "this run is finished, at step 12 of 12" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
+
+
+def test_a_longer_horizon_goes_on_and_says_what_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_trainer(make_config(tmp_path, max_steps=6, lr_scheduler="constant")).train()
+    capsys.readouterr()
+    longer = make_trainer(make_config(tmp_path, max_steps=12, lr_scheduler="constant"))
+    longer.train()
+    assert "training.max_steps 6 -> 12" in capsys.readouterr().out
+    whole = make_trainer(make_config(tmp_path / "whole", max_steps=12, lr_scheduler="constant"))
+    whole.train()
+    assert_same_weights(weights(longer), weights(whole))
+
+
+def test_the_learning_rate_of_a_resumed_run_is_the_configs(tmp_path: Path) -> None:
+    make_trainer(make_config(tmp_path, max_steps=6, learning_rate=1e-2, lr_scheduler="constant")).train()
+    history = make_trainer(make_config(tmp_path, max_steps=8, learning_rate=5e-3, lr_scheduler="constant")).train()
+    assert history["learning_rate"] == [1e-2] * 6 + [5e-3] * 2
+
+
+def test_never_refuses_a_folder_in_use_and_leaves_it_as_it_is(tmp_path: Path) -> None:
+    make_trainer(make_config(tmp_path)).train()
+    before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+    with pytest.raises(ConfigError, match="holds a run already"):
+        make_trainer(make_config(tmp_path, resume="never")).train()
+    assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
+
+
+def test_a_path_resumes_from_that_checkpoint(tmp_path: Path) -> None:
+    first = make_trainer(make_config(tmp_path / "a", save_every_n_steps=4))
+    first.train()
+    checkpoint = tmp_path / "a" / "checkpoints" / "step_00000004"
+    second = make_trainer(make_config(tmp_path / "b", resume=str(checkpoint)))
+    second.train()
+    assert_same_weights(weights(second), weights(first))
+    assert [line["step"] for line in lines(tmp_path / "b") if "train_loss" in line] == list(range(5, 13))
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_with_the_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(tmp_path, save_every_n_steps=4)
+    first = make_trainer(config)
+    first.train()
+    newest = tmp_path / "checkpoints" / "step_00000012"
+    data = bytearray((newest / "training.safetensors").read_bytes())
+    data[-1] ^= 1
+    (newest / "training.safetensors").write_bytes(data)
+    capsys.readouterr()
+    second = make_trainer(config)
+    second.train()
+    said = capsys.readouterr().out
+    assert "training.safetensors is damaged" in said
+    assert "step_00000008 at step 8" in said
+    assert_same_weights(weights(second), weights(first))
+
+
+def test_only_damaged_checkpoints_stop_the_run_rather_than_start_it_afresh(tmp_path: Path) -> None:
+    config = make_config(tmp_path, max_steps=4)
+    make_trainer(config).train()
+    (tmp_path / "checkpoints" / "step_00000004" / "state.json").unlink()
+    with pytest.raises(CheckpointError, match="none of the checkpoints"):
+        make_trainer(config).train()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 9}, "same data and batch_size"),
+        ({"optimizer": "sgd"}, "state of AdamW and this run has SGD"),
+        ({"early_stopping_patience": 3}, "early_stopping"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    make_trainer(make_config(tmp_path, max_steps=4)).train()
+    with pytest.raises((CheckpointError, ConfigError), match=message):
+        make_trainer(make_config(tmp_path, **{"max_steps": 8, **change})).train()
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    config = make_config(tmp_path, max_steps=4)
+    make_trainer(config).train()
+    wider = dataclasses.replace(config, model=dataclasses.replace(config.model, d_ff=99))
+    with pytest.raises(CheckpointError, match="its model does not fit"):
+        make_trainer(wider).train()
+
+
+def test_a_users_loader_scheduler_and_module_resume_to_the_bit(tmp_path: Path) -> None:
+    def trainer(folder: str, stop_at: int | None = None) -> Trainer:
+        torch.manual_seed(0)
+        model = Bigram()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.9)
+        config = TrainingConfig(max_epochs=3, checkpoint_dir=str(tmp_path / folder))
+        loader = DataLoader(PartlyIgnored(), batch_size=8, shuffle=True)
+        callbacks: list[Callback] = [StopAtStepEnd(stop_at)] if stop_at else []
+        return Trainer(model, config, loader, callbacks=callbacks, optimizer=optimizer, scheduler=scheduler)
+
+    whole = trainer("whole")
+    whole.train()
+    trainer("parts", stop_at=8).train()
+    parts = trainer("parts")
+    parts.train()
+    assert parts.optimizer.param_groups[0]["lr"] == whole.optimizer.param_groups[0]["lr"]
+    assert_same_weights(weights(parts), weights(whole))
+
+
+def test_load_checkpoint_then_train_goes_on_from_there(tmp_path: Path) -> None:
+    first = make_trainer(make_config(tmp_path, save_every_n_steps=4))
+    first.train()
+    second = make_trainer(make_config(tmp_path / "b"))
+    second.load_checkpoint(tmp_path / "checkpoints" / "step_00000008")
+    assert (second.global_step, second.current_epoch) == (8, 0)
+    second.train()
+    assert_same_weights(weights(second), weights(first))
+
+
+def test_train_again_after_a_stop_goes_on_in_memory(tmp_path: Path) -> None:
+    whole = make_trainer(make_config(tmp_path / "whole"))
+    whole.train()
+    parts = make_trainer(make_config(tmp_path / "parts"))
+    parts.callbacks.add(StopAtStepEnd(5))
+    parts.train()
+    assert parts.global_step == 5
+    parts.train()
+    assert_same_weights(weights(parts), weights(whole))
+
+
+def test_a_checkpoint_holds_everything_by_name_and_no_pickle(tmp_path: Path) -> None:
+    trainer = make_trainer(make_config(tmp_path, max_steps=4))
+    trainer.train()
+    folder = tmp_path / "checkpoints" / "step_00000004"
+    assert {path.name for path in folder.iterdir()} == {
+        "model.safetensors", "training.safetensors", "state.json", "manifest.json", "config.json", "tokenizer.json",
+    }  # fmt: skip
+    assert load_file(folder / "model.safetensors").keys() == dict(trainer.model.named_parameters()).keys()
+    moments = {key for key in load_file(folder / "training.safetensors") if key.endswith("/exp_avg")}
+    names = {f"optimizer_state_dict/state/{name}/exp_avg" for name, _ in trainer.model.named_parameters()}
+    assert moments == names
+    assert all(not path.read_bytes().startswith((b"PK", b"\x80")) for path in folder.iterdir())
+
+
+def test_saving_under_a_name_and_as_the_best_works_twice(tmp_path: Path) -> None:
+    trainer = make_trainer(make_config(tmp_path, max_steps=2))
+    trainer.train()
+    for _ in range(2):
+        path = trainer.save_checkpoint("best", is_best=True)
+    assert trainer.checkpoint_manager is not None
+    assert trainer.checkpoint_manager.get_best() == path == tmp_path / "checkpoints" / "best"
+
+
+def test_saving_without_a_folder_is_refused() -> None:
+    trainer = Trainer(Bigram(), TrainingConfig(), DataLoader(PartlyIgnored(), batch_size=8), callbacks=[])
+    with pytest.raises(ConfigError, match="checkpoint_dir"):
+        trainer.save_checkpoint("x")

@@ -1,0 +1,291 @@
+"""One config, one run: the loss curve depends on neither micro-batches nor processes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from fundamentallm import ConfigError, LoggingCallback, Trainer, TrainingConfig, create_loss
+from tests.integration.runs import PartlyIgnored, lines, make_config, make_trainer, on_processes, prose, timeless
+
+
+class Bigram(nn.Module):
+    """Any module that maps ids to logits."""
+
+    def __init__(self, vocabulary: int = 20) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, 12)
+        self.mix = nn.Linear(12, 12)
+        self.norm = nn.LayerNorm(12)
+        self.head = nn.Linear(12, vocabulary)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.mix(self.embedding(ids)).relu()))
+
+
+def bigram_trainer(folder: Path, rows: int = 8, shuffle: bool = True, **training: object) -> Trainer:
+    torch.manual_seed(0)
+    loader = DataLoader(PartlyIgnored(), batch_size=rows, shuffle=shuffle)
+    config = TrainingConfig(**{"max_epochs": 2, "learning_rate": 1e-2, "log_every_n_steps": 1, **training})
+    validation = DataLoader(PartlyIgnored(30), batch_size=7)
+    return Trainer(Bigram(), config, loader, validation, [LoggingCallback(folder / "metrics.jsonl")])
+
+
+def train_text(processes: int, folder: str, micro_batch_size: int | None) -> None:
+    trainer = make_trainer(make_config(folder, micro_batch_size=micro_batch_size, eval_every_n_steps=5))
+    assert trainer.accelerator.num_processes == processes
+    trainer.train()
+
+
+def train_partly_ignored(processes: int, folder: str, micro_batch_size: int | None) -> None:
+    # 44 samples in batches of 8: the last batch of each epoch has 4, shared by 3 processes as 1, 1 and 2.
+    trainer = bigram_trainer(Path(folder), micro_batch_size=micro_batch_size)
+    assert trainer.accelerator.num_processes == processes
+    trainer.train()
+
+
+def train_batch_smaller_than_group(processes: int, folder: str, micro_batch_size: int | None) -> None:
+    # The last batch has 2 samples: the third process has none.
+    trainer = bigram_trainer(Path(folder), rows=6, micro_batch_size=micro_batch_size)
+    assert trainer.accelerator.num_processes == processes
+    trainer.train()
+
+
+@pytest.mark.parametrize("function", [train_text, train_partly_ignored, train_batch_smaller_than_group])
+def test_the_loss_curve_depends_on_neither_micro_batches_nor_processes(tmp_path: Path, function) -> None:
+    layouts = {"1": (1, None), "1 accumulated": (1, 2), "1 by 3": (1, 3), "2": (2, None), "3 accumulated": (3, 1)}
+    curves = {}
+    for name, (processes, micro_batch_size) in layouts.items():
+        on_processes(processes, function, str(tmp_path / name), micro_batch_size)
+        curves[name] = lines(tmp_path / name)
+    reference = curves.pop("1")
+    assert len(reference) >= 14
+    for name, curve in curves.items():
+        for expected, got in zip(reference, curve, strict=True):
+            assert got.keys() == expected.keys()
+            for key in expected.keys() - {"tokens_per_second"}:
+                assert got[key] == pytest.approx(expected[key], rel=1e-5), (name, key, expected["step"])
+
+
+def test_every_line_has_the_promised_keys(tmp_path: Path) -> None:
+    make_trainer(make_config(tmp_path, max_steps=3)).train()
+    training, validation = lines(tmp_path)[0], lines(tmp_path)[-1]
+    promised = {"step", "epoch", "samples", "tokens", "train_loss", "learning_rate", "grad_norm", "tokens_per_second"}
+    assert promised <= training.keys()
+    assert {"step", "epoch", "val_loss", "val_perplexity", "val_bits_per_byte"} == validation.keys()
+
+
+def test_a_step_is_that_of_plain_torch(tmp_path: Path) -> None:
+    trainer = bigram_trainer(tmp_path, shuffle=False, max_epochs=1, weight_decay=0.1, gradient_clip_norm=0.5)
+    torch.manual_seed(0)
+    model, data = Bigram(), PartlyIgnored()
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2)
+    total, losses, norms = 6, [], []
+    for step in range(total):
+        ids, targets = torch.utils.data.default_collate([data[i] for i in range(8 * step, min(8 * step + 8, 44))])
+        loss = nn.functional.cross_entropy(model(ids).flatten(0, 1), targets.flatten())
+        loss.backward()
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), 0.5).item())
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * (0.1 + 0.9 * (1 + math.cos(math.pi * step / (total - 1))) / 2)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    history = trainer.train()
+    assert history["train_loss"] == pytest.approx(losses, rel=1e-5)
+    assert history["grad_norm"] == pytest.approx(norms, rel=1e-4)
+    for mine, theirs in zip(trainer.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_log_lines_mean_over_all_steps_since_the_last(tmp_path: Path) -> None:
+    bigram_trainer(tmp_path / "each", max_epochs=1).train()
+    bigram_trainer(tmp_path / "third", max_epochs=1, log_every_n_steps=3).train()
+    each, third = ([line for line in lines(tmp_path / name) if "train_loss" in line] for name in ("each", "third"))
+    assert [line["step"] for line in third] == [3, 6]
+    tokens = [line["tokens"] - before["tokens"] for before, line in zip([{"tokens": 0}, *each], each, strict=False)]
+    for line, steps in zip(third, (slice(0, 3), slice(3, 6)), strict=True):
+        weighted = sum(x["train_loss"] * n for x, n in zip(each[steps], tokens[steps], strict=True))
+        assert line["train_loss"] == pytest.approx(weighted / sum(tokens[steps]), rel=1e-6)
+        assert line["tokens"] == each[steps][-1]["tokens"]
+
+
+def test_the_learning_rate_peaks_and_ends_where_the_config_says(tmp_path: Path) -> None:
+    config = make_config(tmp_path, warmup_steps=4, learning_rate=2e-3, min_lr_ratio=0.25)
+    rates = make_trainer(config).train()["learning_rate"]
+    assert rates[0] == pytest.approx(2e-3 / 4)
+    assert rates[3] == max(rates) == 2e-3
+    assert rates[-1] == 0.25 * 2e-3
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates[3:]))
+
+
+def test_gradient_norms_are_the_same_with_clipping_off(tmp_path: Path) -> None:
+    clipped = make_trainer(make_config(tmp_path / "a", max_steps=1, gradient_clip_norm=1e-3)).train()
+    unclipped = make_trainer(make_config(tmp_path / "b", max_steps=1, gradient_clip_norm=None)).train()
+    assert clipped["grad_norm"] == unclipped["grad_norm"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd", "muon"])
+def test_the_loss_falls_below_the_unigram_entropy_of_real_text(tmp_path: Path, optimizer: str) -> None:
+    text = prose(30_000)
+    frequencies = [text.count(character) / len(text) for character in set(text)]
+    unigram = -sum(frequency * math.log(frequency) for frequency in frequencies)
+    rate = 0.1 if optimizer == "sgd" else 1e-2
+    config = make_config(tmp_path, max_steps=150, learning_rate=rate, warmup_steps=10, batch_size=16)
+    history = make_trainer(config, 30_000).train()
+    assert history["val_loss"][-1] < unigram - 0.25
+
+
+def test_validation_depends_on_neither_batch_size_nor_micro_batches(tmp_path: Path) -> None:
+    results = []
+    for batch_size, micro_batch_size in ((30, None), (7, None), (4, 3), (1, None)):
+        torch.manual_seed(0)
+        loader = DataLoader(PartlyIgnored(30), batch_size=batch_size)
+        config = TrainingConfig(micro_batch_size=micro_batch_size)
+        results.append(Trainer(Bigram(), config, loader, loader, []).validate())
+    for result in results[1:]:
+        assert result == pytest.approx(results[0], rel=1e-6)
+
+
+def test_perplexity_is_that_of_the_mean_over_tokens_not_over_batches() -> None:
+    torch.manual_seed(0)
+    model, data = Bigram(), PartlyIgnored(30)
+    logits = model(data.tokens[:, :-1])
+    targets = torch.stack([data[i][1] for i in range(30)])
+    expected = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
+    loader = DataLoader(data, batch_size=4)
+    result = Trainer(model, TrainingConfig(), loader, loader, []).validate()
+    assert result["val_loss"] == pytest.approx(expected, rel=1e-6)
+    assert result["val_perplexity"] == pytest.approx(math.exp(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["label_smoothing", "focal", "z_loss"])
+def test_validation_is_plain_cross_entropy_whatever_is_trained(tmp_path: Path, loss: str) -> None:
+    options = {"weight": 1.0} if loss == "z_loss" else {}
+    plain = bigram_trainer(tmp_path / "a", max_epochs=1)
+    other = bigram_trainer(tmp_path / "b", max_epochs=1, loss=loss, loss_options=options)
+    assert other.validate() == plain.validate()
+    assert other.train()["train_loss"][0] != pytest.approx(plain.train()["train_loss"][0], rel=1e-3)
+
+
+def test_a_users_optimizer_schedule_and_loss_are_used(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Bigram()
+    optimizer = torch.optim.RMSprop(model.parameters(), lr=0.5)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+    seen = []
+
+    def loss_fn(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        seen.append(len(targets))
+        return create_loss()(logits, targets)
+
+    loader = DataLoader(PartlyIgnored(), batch_size=11)
+    config = TrainingConfig(log_every_n_steps=1)
+    trainer = Trainer(model, config, loader, callbacks=[], optimizer=optimizer, scheduler=scheduler, loss_fn=loss_fn)
+    assert trainer.train()["learning_rate"] == [0.5, 0.25, 0.125, 0.0625]
+    assert trainer.optimizer is optimizer
+    assert seen == [11] * 4
+
+
+def test_an_epoch_visits_every_sample_once_in_an_order_of_its_own(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    class Recording(PartlyIgnored):
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+            seen.append(index)
+            return super().__getitem__(index)
+
+    loader = DataLoader(Recording(), batch_size=8, shuffle=True)
+    Trainer(Bigram(), TrainingConfig(max_epochs=2), loader, callbacks=[]).train()
+    first, second = seen[:44], seen[44:]
+    assert sorted(first) == sorted(second) == list(range(44))
+    assert first != second
+
+
+def test_a_transformers_model_trains(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    shape = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**shape, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)
+    )
+    loader = DataLoader(PartlyIgnored(), batch_size=8, shuffle=True)
+    config = TrainingConfig(max_epochs=30, learning_rate=1e-2, checkpoint_dir=str(tmp_path), save_every_n_epochs=None)
+    trainer = Trainer(model, config, loader, loader, [])
+    history = trainer.train()
+    assert history["val_loss"][-1] < history["val_loss"][0] - 0.2
+    again = transformers.AutoModelForCausalLM.from_pretrained(trainer.checkpoint_manager.get_latest())
+    ids = PartlyIgnored().tokens[:4]
+    torch.testing.assert_close(again(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_mixed_precision_trains_with_float32_weights(tmp_path: Path, precision: str) -> None:
+    trainer = make_trainer(make_config(tmp_path, mixed_precision=precision, max_steps=20))
+    history = trainer.train()
+    assert history["train_loss"][-1] < history["train_loss"][0] - 0.3
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+
+
+def test_bf16_really_computes_in_bf16(tmp_path: Path) -> None:
+    dtypes = []
+    trainer = make_trainer(make_config(tmp_path, mixed_precision="bf16", max_steps=1))
+    trainer.model.lm_head.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    trainer.train()
+    assert dtypes[0] == torch.bfloat16
+
+
+def test_two_equal_runs_write_equal_lines(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        make_trainer(make_config(tmp_path / name, dropout=0.2)).train()
+    assert timeless(lines(tmp_path / "a")) == timeless(lines(tmp_path / "b"))
+
+
+def test_another_seed_is_another_run(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        make_trainer(make_config(tmp_path / str(seed), seed=seed)).train()
+    assert lines(tmp_path / "0")[0]["train_loss"] != lines(tmp_path / "1")[0]["train_loss"]
+
+
+def test_worker_processes_change_nothing(tmp_path: Path) -> None:
+    import dataclasses
+
+    for workers in (0, 2):
+        config = make_config(tmp_path / str(workers), max_steps=6)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, num_workers=workers))
+        make_trainer(config).train()
+    assert timeless(lines(tmp_path / "0")) == timeless(lines(tmp_path / "2"))
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"batch_size": 4}, "train_loader's batch_size is 8"),
+        ({"max_epochs": 1, "warmup_steps": 6}, "warmup_steps is 6 and the run has 6 optimizer steps"),
+        ({"mixed_precision": "fp16"}, "fp16"),
+    ],
+)
+def test_settings_that_contradict_the_run_are_refused(tmp_path: Path, training: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        bigram_trainer(tmp_path, **training)
+
+
+def test_early_stopping_without_validation_data_is_refused() -> None:
+    loader = DataLoader(PartlyIgnored(), batch_size=8)
+    with pytest.raises(ConfigError, match="val_loader"):
+        Trainer(Bigram(), TrainingConfig(early_stopping_patience=2), loader, callbacks=[])
+
+
+def test_samples_that_are_no_pairs_are_refused() -> None:
+    loader = DataLoader(torch.arange(10), batch_size=5)
+    with pytest.raises(ConfigError, match="inputs, targets"):
+        Trainer(Bigram(), TrainingConfig(), loader, callbacks=[]).train()

@@ -1,0 +1,147 @@
+"""A step whose loss or gradient is not finite changes nothing, is logged as what it is, and ends a run in time."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from fundamentallm import Callback, LoggingCallback, Trainer, TrainingConfig, TrainingError, create_loss
+from fundamentallm.training.optimizers import create_optimizer
+from tests.integration.runs import PartlyIgnored, assert_same_weights, lines, make_config, make_trainer, on_processes
+from tests.integration.test_training_loop import Bigram
+
+BAD_STEP = 3
+
+
+class SpoiledLoss(nn.Module):
+    """Cross entropy that one step spoils: its value, or (value intact) only its gradient."""
+
+    def __init__(self, kind: str, bad_calls: set[int]) -> None:
+        super().__init__()
+        self.kind, self.bad_calls, self.calls, self.plain = kind, bad_calls, 0, create_loss()
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+            if self.calls in self.bad_calls:
+                if self.kind == "loss":
+                    return self.plain(logits, targets) * math.inf
+                logits.register_hook(lambda gradient: gradient * math.nan)
+        return self.plain(logits, targets)
+
+
+class Snapshots(Callback):
+    """Weights and moments after each step."""
+
+    def __init__(self) -> None:
+        self.taken: list[dict[str, Tensor]] = []
+
+    def on_step_end(self, trainer: Trainer, loss: float) -> None:
+        moments = trainer.state["optimizer"].state_dict()["state"]
+        flat = {f"{name}/{key}": value.clone() for name, state in moments.items() for key, value in state.items()}
+        self.taken.append({**flat, **{name: p.detach().clone() for name, p in trainer.model.named_parameters()}})
+
+
+def spoiled_trainer(folder: Path, kind: str, bad_calls: set[int], optimizer: str = "adamw", **training) -> Trainer:
+    torch.manual_seed(0)
+    loader = DataLoader(PartlyIgnored(), batch_size=8)
+    config = TrainingConfig(**{"max_steps": 5, "log_every_n_steps": 1, "optimizer": optimizer, **training})
+    callbacks: list[Callback] = [Snapshots(), LoggingCallback(folder / "metrics.jsonl")]
+    return Trainer(Bigram(), config, loader, None, callbacks, loss_fn=SpoiledLoss(kind, bad_calls))
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd", "muon", "torch.optim:Adagrad"])
+def test_a_bad_step_changes_no_weight_and_no_moment(tmp_path: Path, kind: str, optimizer: str) -> None:
+    trainer = spoiled_trainer(tmp_path, kind, {BAD_STEP}, optimizer)
+    trainer.train()
+    snapshots = trainer.callbacks.callbacks[0].taken
+    assert_same_weights(snapshots[BAD_STEP - 1], snapshots[BAD_STEP - 2])
+    assert not torch.equal(snapshots[BAD_STEP]["head.weight"], snapshots[BAD_STEP - 1]["head.weight"])
+    assert all(tensor.isfinite().all() for tensor in snapshots[-1].values())
+
+
+def test_a_bad_step_is_logged_as_what_it_is_and_counted(tmp_path: Path) -> None:
+    spoiled_trainer(tmp_path, "loss", {BAD_STEP}).train()
+    written = lines(tmp_path)
+    assert [line["bad_steps"] for line in written] == [0, 0, 1, 1, 1]
+    assert [line["train_loss"] for line in written].index("Infinity") == BAD_STEP - 1
+    assert all(isinstance(line["train_loss"], float) for line in written if line["step"] != BAD_STEP)
+    for text in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
+    trainer = spoiled_trainer(
+        tmp_path, "gradient", set(range(4, 99)), max_steps=50, max_bad_steps=6, checkpoint_dir=str(tmp_path / "c"),
+        save_every_n_steps=2,
+    )  # fmt: skip
+    with pytest.raises(TrainingError, match="last 6 optimizer steps"):
+        trainer.train()
+    assert trainer.global_step == 9
+    manager = trainer.checkpoint_manager
+    weights = manager.load(manager.get_latest())["model_state_dict"]
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_bad_steps_that_are_not_in_a_row_do_not_end_the_run(tmp_path: Path) -> None:
+    trainer = spoiled_trainer(tmp_path, "loss", {2, 4, 6, 8}, max_steps=10, max_bad_steps=2)
+    assert trainer.train()["bad_steps"][-1] == 4
+
+
+def spoiled_on_one_process(processes: int, folder: str) -> None:
+    bad_calls = {BAD_STEP} if torch.distributed.get_rank() == 1 else set()
+    trainer = spoiled_trainer(Path(folder), "gradient", bad_calls)
+    assert trainer.accelerator.num_processes == processes
+    trainer.train()
+    snapshots = trainer.callbacks.callbacks[0].taken
+    assert_same_weights(snapshots[BAD_STEP - 1], snapshots[BAD_STEP - 2])
+    assert trainer.metrics.get_latest("bad_steps") == 1
+
+
+def test_a_bad_step_of_one_process_is_one_of_all(tmp_path: Path) -> None:
+    def with_group(processes: int, folder: str) -> None:
+        from fundamentallm import create_accelerator
+
+        create_accelerator()
+        spoiled_on_one_process(processes, folder)
+
+    on_processes(2, with_group, str(tmp_path))
+
+
+def test_a_large_learning_rate_never_leaves_weights_that_are_not_finite(tmp_path: Path) -> None:
+    trainer = make_trainer(make_config(tmp_path, learning_rate=1e3, max_steps=90, gradient_clip_norm=None))
+    with pytest.raises(TrainingError):
+        trainer.train()
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+
+
+def test_batches_without_any_target_do_no_harm(tmp_path: Path) -> None:
+    class Nothing(PartlyIgnored):
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            ids, targets = super().__getitem__(index)
+            return ids, torch.full_like(targets, -100) if index < 8 else targets
+
+    torch.manual_seed(0)
+    loader = DataLoader(Nothing(), batch_size=8)
+    history = Trainer(Bigram(), TrainingConfig(log_every_n_steps=1), loader, callbacks=[]).train()
+    assert math.isnan(history["train_loss"][0])
+    assert history["tokens"][0] == history["bad_steps"][-1] == 0
+    assert all(map(math.isfinite, history["train_loss"][1:]))
+
+
+def test_frozen_parameters_stay_as_they_are(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Bigram()
+    model.embedding.requires_grad_(False)
+    before = model.embedding.weight.clone()
+    loader = DataLoader(PartlyIgnored(), batch_size=8)
+    Trainer(model, TrainingConfig(max_epochs=2, optimizer="muon"), loader, callbacks=[]).train()
+    assert torch.equal(model.embedding.weight, before)
+    assert create_optimizer(model, "adamw", 1e-3).param_groups[0]["params"][0] is model.mix.weight
