@@ -30,6 +30,9 @@ def model_files(trainer: Trainer) -> dict[str, str]:
     files, dataset = {}, trainer.train_loader.dataset
     if isinstance(dataset, TokenDataset) and dataset.tokenizer is not None:
         files["tokenizer.json"] = dataset.tokenizer.to_str()
+        # Without this, AutoTokenizer takes the class that the model's type suggests, which splits words its own way.
+        tokenizer_class = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        files["tokenizer_config.json"] = json.dumps(tokenizer_class, indent=2)
     if isinstance(trainer.model, Transformer):
         files["config.json"] = json.dumps(trainer.model.transformers_config(len(dataset[0][0])), indent=2)
     elif to_json := getattr(getattr(trainer.model, "config", None), "to_json_string", None):

@@ -28,6 +28,7 @@ from tests.integration.runs import (
     make_config,
     make_trainer,
     on_processes,
+    prose,
     timeless,
     weights,
 )
@@ -295,12 +296,28 @@ def test_a_checkpoint_holds_everything_by_name_and_no_pickle(tmp_path: Path) -> 
     folder = tmp_path / "checkpoints" / "step_00000004"
     assert {path.name for path in folder.iterdir()} == {
         "model.safetensors", "training.safetensors", "state.json", "manifest.json", "config.json", "tokenizer.json",
+        "tokenizer_config.json",
     }  # fmt: skip
     assert load_file(folder / "model.safetensors").keys() == dict(trainer.model.named_parameters()).keys()
     moments = {key for key in load_file(folder / "training.safetensors") if key.endswith("/exp_avg")}
     names = {f"optimizer_state_dict/state/{name}/exp_avg" for name, _ in trainer.model.named_parameters()}
     assert moments == names
     assert all(not path.read_bytes().startswith((b"PK", b"\x80")) for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("spec", ["char", "byte", "bpe:300"])
+def test_a_checkpoint_opens_in_transformers_as_it_is(tmp_path: Path, spec: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    trainer = make_trainer(make_config(tmp_path, max_steps=2), tokenizer_spec=spec)
+    trainer.train()
+    folder = tmp_path / "checkpoints" / "step_00000002"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    text = prose(400)
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    assert ids[0].tolist() == trainer.train_loader.dataset.tokenizer.encode(text).ids
+    assert tokenizer.decode(ids[0]) == text
+    torch.testing.assert_close(model(ids).logits, trainer.model(ids), rtol=1e-5, atol=1e-5)
 
 
 def test_saving_under_a_name_and_as_the_best_works_twice(tmp_path: Path) -> None:

@@ -1,0 +1,304 @@
+"""The corpus: split by position, encoded once, whole or not in the cache at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from fundamentallm.config import DataConfig
+from fundamentallm.data import corpus
+from fundamentallm.data.corpus import Corpus, load_corpus, read_pieces, split_pieces
+from fundamentallm.errors import ConfigError
+
+UNICODE = "Grüße,\r\n\tहिन्दी 漢字 🙂\r old Mac\n\n  don't e\u0301\n" * 20
+
+Load = Callable[..., Corpus]
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def load(tmp_path: Path, cache: Path) -> Load:
+    """Load a text, or what a source path names, with the settings given."""
+
+    def load(text: str | Path, **settings: object) -> Corpus:
+        source = text
+        if isinstance(text, str):
+            source = tmp_path / "source.txt"
+            source.write_bytes(text.encode())
+        config = DataConfig(source=str(source), cache_dir=str(cache), **{"tokenizer": "byte"} | settings)
+        return load_corpus(config, show_progress=False)
+
+    return load
+
+
+def decode(made: Corpus) -> tuple[str, str]:
+    return made.tokenizer.decode(made.train.tolist()), made.tokenizer.decode(made.validation.tolist())
+
+
+def entries(cache: Path) -> list[Path]:
+    return sorted(cache.iterdir()) if cache.exists() else []
+
+
+def save_tokenizer(path: Path, characters: str, unknown: str | None = None) -> str:
+    vocabulary = {character: index for index, character in enumerate([*characters, *([unknown] if unknown else [])])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=unknown))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.save(str(path))
+    return str(path)
+
+
+@pytest.mark.parametrize("train_split", [1e-6, 0.1, 0.5, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe:300"])
+def test_train_is_exactly_the_leading_characters_and_validation_the_rest(
+    load: Load, tokenizer: str, train_split: float
+) -> None:
+    cut = int(len(UNICODE) * train_split)
+    made = load(UNICODE, tokenizer=tokenizer, train_split=train_split)
+    assert decode(made) == (UNICODE[:cut], UNICODE[cut:])
+
+
+@pytest.mark.parametrize("piece", [1, 2, 7, 100])
+def test_where_pieces_end_changes_nothing(load: Load, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "PIECE", piece)
+    monkeypatch.setattr(corpus, "PIECES_AT_ONCE", 2)
+    cut = int(len(UNICODE) * 0.7)
+    made = load(UNICODE, train_split=0.7)
+    assert decode(made) == (UNICODE[:cut], UNICODE[cut:])
+    assert len(made.train) == len(UNICODE[:cut].encode())
+
+
+def test_pieces_are_the_text_and_end_with_its_lines(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text(text * 8, encoding="utf-8")
+    with path.open(encoding="utf-8", newline="") as file:
+        pieces = list(read_pieces(file))
+    assert len(pieces) > 2
+    assert "".join(pieces) == text * 8
+    assert all(piece.endswith("\n") for piece in pieces[:-1])
+
+
+@pytest.mark.parametrize("cut", range(9))
+def test_splitting_pieces_splits_the_text(cut: int) -> None:
+    train, validation = zip(*split_pieces(["abc", "", "d", "efg"], cut), strict=True)
+    assert ("".join(train), "".join(validation)) == ("abcdefg"[:cut], "abcdefg"[cut:])
+
+
+def test_line_ends_stay_as_they_are(load: Load) -> None:
+    assert decode(load("a\r\nb\rc\n\r\n", train_split=1.0))[0] == "a\r\nb\rc\n\r\n"
+
+
+def test_bpe_learns_nothing_from_the_validation_text(load: Load, text: str) -> None:
+    train, validation = text[:10_000], text[10_000:20_000]
+    learned = load(train + validation, tokenizer="bpe:300", train_split=0.5).tokenizer.to_str()
+    assert learned == load(train + "zq" * 5_000, tokenizer="bpe:300", train_split=0.5).tokenizer.to_str()
+    assert learned != load(validation + train, tokenizer="bpe:300", train_split=0.5).tokenizer.to_str()
+
+
+def test_char_knows_the_characters_of_the_validation_text(load: Load) -> None:
+    made = load("a" * 50 + "漢" * 50, tokenizer="char", train_split=0.5)
+    assert decode(made) == ("a" * 50, "漢" * 50)
+
+
+@pytest.mark.parametrize("start", ["a", "é", "漢", "🙂"])
+@pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe:300"])
+def test_validation_bytes_are_those_of_all_tokens_after_the_first(load: Load, tokenizer: str, start: str) -> None:
+    text = "x" * 100 + start + "y漢 é" * 20
+    made = load(text, tokenizer=tokenizer, train_split=100 / len(text) + 1e-9)
+    validation = text[100:].encode()
+    # bpe learns from x alone, so that its first token is a byte too.
+    first = 1 if tokenizer != "char" else len(start.encode())
+    assert made.tokenizer.decode(made.validation.tolist()) == validation.decode()
+    assert made.validation_bytes == len(validation) - first
+
+
+def test_validation_bytes_are_zero_without_validation(load: Load) -> None:
+    assert load(UNICODE, train_split=1.0).validation_bytes == 0
+
+
+def test_tokens_are_mapped_from_the_file_and_read_only(load: Load) -> None:
+    made = load(UNICODE)
+    for tokens in (made.train, made.validation):
+        assert isinstance(tokens, np.memmap)
+        assert not tokens.flags.writeable
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.uint32)])
+def test_tokens_take_the_smallest_type_that_holds_the_vocabulary(
+    load: Load, size: int, dtype: type, tmp_path: Path
+) -> None:
+    characters = "".join(chr(0xE000 + index) for index in range(size))
+    made = load(characters[-5:] + characters[:5], tokenizer=save_tokenizer(tmp_path / "big.json", characters))
+    assert made.train.dtype == made.validation.dtype == dtype
+    assert [*made.train, *made.validation] == [*range(size - 5, size), *range(5)]
+
+
+def test_what_is_in_the_cache_is_used_and_not_encoded_again(load: Load, cache: Path) -> None:
+    load(UNICODE)
+    (entry,) = entries(cache)
+    size = (entry / "train.bin").stat().st_size
+    (entry / "train.bin").write_bytes(b"\1\0" * (size // 2))
+    assert set(load(UNICODE).train.tolist()) == {1}
+
+
+def test_the_cache_knows_a_text_by_its_content(load: Load, cache: Path, tmp_path: Path) -> None:
+    load(UNICODE)
+    (tmp_path / "other name.md").write_bytes(UNICODE.encode())
+    load(tmp_path / "other name.md")
+    assert len(entries(cache)) == 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"text": UNICODE.replace("old", "new")}, {"tokenizer": "char"}, {"train_split": 0.25}]
+)
+def test_another_content_tokenizer_or_split_is_encoded_anew(load: Load, cache: Path, change: dict) -> None:
+    before = decode(load(UNICODE))
+    changed = {"text": UNICODE, "train_split": 0.9} | change
+    made = load(**changed)
+    cut = int(len(changed["text"]) * changed["train_split"])
+    assert decode(made) == (changed["text"][:cut], changed["text"][cut:])
+    assert made.tokenizer.get_vocab_size() == (256 if "tokenizer" not in change else len(set(UNICODE)) + 1)
+    assert decode(load(UNICODE)) == before
+    assert len(entries(cache)) == 2
+
+
+def test_a_tokenizer_file_with_other_content_is_encoded_anew(load: Load, tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    assert load("abba", tokenizer=save_tokenizer(path, "ab"), train_split=1.0).train.tolist() == [0, 1, 1, 0]
+    assert load("abba", tokenizer=save_tokenizer(path, "ba"), train_split=1.0).train.tolist() == [1, 0, 0, 1]
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(
+        path.read_bytes()[: -np.dtype(np.uint16).itemsize]
+    )  # a whole token, or the mapping fails by itself
+
+
+def change_type(path: Path) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "uint99"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *[(name, truncate) for name in ("train.bin", "validation.bin", "meta.json", "tokenizer.json")],
+        *[(name, Path.unlink) for name in ("train.bin", "validation.bin", "meta.json", "tokenizer.json")],
+        *[("meta.json", lambda path, text=text: path.write_text(text)) for text in ("", "{}", "null", "[]")],
+        ("meta.json", change_type),
+    ],
+)
+def test_a_damaged_cache_entry_is_encoded_again(
+    load: Load, cache: Path, name: str, damage: Callable[[Path], object]
+) -> None:
+    before = decode(load(UNICODE))
+    (entry,) = entries(cache)
+    files = {path.name: path.read_bytes() for path in entry.iterdir()}
+    damage(entry / name)
+    assert decode(load(UNICODE)) == before
+    assert entries(cache) == [entry]
+    assert {path.name: path.read_bytes() for path in entry.iterdir()} == files
+
+
+def test_without_a_cache_dir_the_users_cache_folder_is_used(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    (tmp_path / "source.txt").write_text(UNICODE, newline="")
+    load_corpus(DataConfig(source=str(tmp_path / "source.txt"), tokenizer="byte"), show_progress=False)
+    assert len(entries(cache / "fundamentallm")) == 1
+
+
+def test_a_failure_leaves_nothing_behind(load: Load, cache: Path, tmp_path: Path) -> None:
+    tokenizer = save_tokenizer(tmp_path / "mine.json", "ab\n", unknown="<unk>")
+    with pytest.raises(ConfigError):
+        load("ab\n" * 100 + "漢", tokenizer=tokenizer)
+    assert entries(cache) == []
+
+
+def test_unknown_characters_are_refused_by_name(load: Load, tmp_path: Path) -> None:
+    tokenizer = save_tokenizer(tmp_path / "mine.json", "ab\n", unknown="<unk>")
+    with pytest.raises(ConfigError, match="漢"):
+        load("ab\n" * 100 + "a漢b\nabéab\n" + "ab\n" * 100, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("byte_level", [False, True])
+def test_characters_are_not_dropped_in_silence_by_a_vocabulary_without_an_unknown_token(
+    load: Load, cache: Path, tmp_path: Path, byte_level: bool
+) -> None:
+    path = tmp_path / "mine.json"
+    save_tokenizer(path, "ab")
+    if byte_level:
+        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.save(str(path))
+    with pytest.raises(ConfigError, match="z"):
+        load("abzab" * 20, tokenizer=str(path))
+    assert entries(cache) == []
+
+
+@pytest.mark.parametrize("content", [None, b"not json", b"\xff\xfe"])
+def test_a_file_that_is_no_tokenizer_is_refused_by_name(
+    load: Load, cache: Path, tmp_path: Path, content: bytes | None
+) -> None:
+    if content is not None:
+        (tmp_path / "mine.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"mine\.json"):
+        load(UNICODE, tokenizer=str(tmp_path / "mine.json"))
+    assert entries(cache) == []
+
+
+def test_an_empty_text_is_refused(load: Load, cache: Path) -> None:
+    with pytest.raises(ConfigError):
+        load("")
+    assert entries(cache) == []
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Below a hidden folder, which must not hide what is in it."""
+    files = ["b.txt", "a.md", "sub/c.txt", "sub/.hidden.txt", ".git/d.txt", "e.py", "sub/deep/f.txt", "Z.txt"]
+    for name in files:
+        path = tmp_path / ".home" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"<{name}>")
+    return tmp_path / ".home"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("", ["Z.txt", "a.md", "b.txt", "sub/c.txt", "sub/deep/f.txt"]),
+        ("b.txt", ["b.txt"]),
+        ("e.py", ["e.py"]),
+        ("*", ["Z.txt", "a.md", "b.txt", "e.py"]),
+        ("**/*.txt", ["Z.txt", "b.txt", "sub/c.txt", "sub/deep/f.txt"]),
+        ("[ab].*", ["a.md", "b.txt"]),
+    ],
+)
+def test_a_folder_or_glob_means_its_files_that_are_not_hidden_in_order(
+    load: Load, folder: Path, pattern: str, names: list[str]
+) -> None:
+    made = load(folder / pattern, train_split=1.0)
+    assert decode(made)[0] == "\n\n".join(f"<{name}>" for name in names)
+
+
+@pytest.mark.parametrize("pattern", ["nothing", "*.nothing", ".git/nothing"])
+def test_a_source_without_text_is_refused_by_name(load: Load, folder: Path, pattern: str) -> None:
+    with pytest.raises(ConfigError, match="nothing"):
+        load(folder / pattern)
+
+
+def test_a_file_that_is_not_utf8_is_refused_by_name(load: Load, cache: Path, folder: Path) -> None:
+    (folder / "sub" / "latin.txt").write_bytes("Grüße".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"latin\.txt.*UTF-8"):
+        load(folder)
+    assert entries(cache) == []

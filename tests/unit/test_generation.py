@@ -1,0 +1,317 @@
+"""Generated text: seeded, drawn from the model's distribution; and the command that prints it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from fundamentallm.__main__ import main
+from fundamentallm.commands import generate as command
+from fundamentallm.config import ModelConfig
+from fundamentallm.data.tokenizers import create_tokenizer
+from fundamentallm.errors import CheckpointNotFoundError, ConfigError
+from fundamentallm.models.generation import generate
+from fundamentallm.models.transformer import Transformer
+from fundamentallm.training.checkpoint import MODEL, MODEL_KEY, CheckpointManager
+
+CONTEXT = 8
+PROMPT = [3, 1, 4, 1, 5]
+
+
+def make(seed: int = 0, vocab_size: int = 23, **shape: object) -> Transformer:
+    """A model with an opinion: initial weights would make all tokens about equally probable."""
+    torch.manual_seed(seed)
+    model = Transformer(ModelConfig(vocab_size, d_model=16, num_heads=2, num_layers=2, **shape))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.4)
+    return model.eval()
+
+
+@pytest.fixture
+def model() -> Transformer:
+    return make()
+
+
+@torch.no_grad()
+def last_logits(model: Transformer, ids: list[int]) -> torch.Tensor:
+    return model(torch.tensor([ids[-CONTEXT:]]))[0, -1]
+
+
+def most_probable(model: Transformer, count: int) -> list[int]:
+    ids = list(PROMPT)
+    for _ in range(count):
+        ids.append(int(last_logits(model, ids).argmax()))
+    return ids[len(PROMPT) :]
+
+
+def test_the_seed_decides_about_the_text(model: Transformer) -> None:
+    texts = [list(generate(model, PROMPT, 40, CONTEXT, seed=seed)) for seed in (0, 1, 2, 0, 1, 2)]
+    assert texts[:3] == texts[3:]
+    assert len({tuple(text) for text in texts}) == 3
+
+
+def test_the_global_generator_is_neither_read_nor_changed(model: Transformer) -> None:
+    texts = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        texts.append(list(generate(model, PROMPT, 40, CONTEXT)))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 40])
+def test_as_many_tokens_are_drawn_as_are_asked_for_also_past_the_context(model: Transformer, count: int) -> None:
+    assert len(list(generate(model, PROMPT * 3, count, CONTEXT))) == count
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_temperature_zero_takes_the_most_probable_token_of_the_last_context(model: Transformer, seed: int) -> None:
+    text = list(generate(model, PROMPT, 40, CONTEXT, temperature=0, seed=seed))
+    assert text == most_probable(model, 40)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1.0, 100.0])
+def test_a_top_k_of_one_takes_the_most_probable_token_at_any_temperature(
+    model: Transformer, temperature: float
+) -> None:
+    assert list(generate(model, PROMPT, 40, CONTEXT, temperature, top_k=1)) == most_probable(model, 40)
+
+
+@pytest.mark.parametrize("top_k", [2, 5, 22])
+def test_top_k_draws_among_the_most_probable_and_all_of_them(model: Transformer, top_k: int) -> None:
+    ids, ranks = list(PROMPT), set()
+    for token in generate(model, PROMPT, 400, CONTEXT, temperature=100.0, top_k=top_k):
+        ranks.add(last_logits(model, ids).argsort(descending=True).tolist().index(token))
+        ids.append(token)
+    assert ranks == set(range(top_k))
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_top_k_draws_no_more_tokens_where_all_are_equally_probable(model: Transformer, top_k: int) -> None:
+    torch.nn.init.zeros_(model.lm_head.weight)
+    assert len(set(generate(model, PROMPT, 200, CONTEXT, top_k=top_k))) <= top_k
+
+
+@pytest.mark.parametrize("top_k", [23, 1000])
+def test_a_top_k_of_the_vocabulary_or_more_changes_nothing(model: Transformer, top_k: int) -> None:
+    assert list(generate(model, PROMPT, 40, CONTEXT, top_k=top_k)) == list(generate(model, PROMPT, 40, CONTEXT))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 3.0])
+def test_tokens_are_as_frequent_as_the_model_and_the_temperature_say(temperature: float) -> None:
+    model = make(vocab_size=6)
+    with torch.no_grad():  # equal embeddings: each draw is from the same distribution
+        model.get_input_embeddings().weight.copy_(model.get_input_embeddings().weight[0].expand(6, -1).clone())
+    expected = (last_logits(model, [0]) / temperature).softmax(0)
+    assert expected.max() - expected.min() > 0.1
+    drawn = torch.tensor(list(generate(model, [0], 2000, 1, temperature)))
+    assert (drawn.bincount(minlength=6) / 2000 - expected).abs().max() < 0.04
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_models_mode_comes_back_also_when_the_reader_stops_early(training: bool) -> None:
+    model = make(dropout=0.5).train(training)
+    list(generate(model, PROMPT, 3, CONTEXT))
+    assert model.training is training
+    reader = generate(model, PROMPT, 3, CONTEXT)
+    next(reader)
+    reader.close()
+    assert model.training is training
+
+
+def test_nothing_is_dropped_out_while_generating() -> None:
+    assert list(generate(make(dropout=0.5).train(), PROMPT, 40, CONTEXT)) == list(generate(make(), PROMPT, 40, CONTEXT))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("temperature", value) for value in (-0.1, float("nan"), float("inf"))],
+        *[("top_k", value) for value in (0, -1)],
+        *[("context", value) for value in (0, -1)],
+        ("max_new_tokens", -1),
+        ("seed", 2**64),
+        ("seed", -1),
+    ],
+)
+def test_a_value_outside_its_range_is_refused_by_name(model: Transformer, name: str, value: float) -> None:
+    arguments = {"token_ids": PROMPT, "max_new_tokens": 3, "context": CONTEXT}
+    with pytest.raises(ConfigError, match=name):
+        list(generate(model, **arguments | {name: value}))
+
+
+def test_all_wrong_values_are_refused_at_once(model: Transformer) -> None:
+    with pytest.raises(ConfigError) as caught:
+        list(generate(model, [], 3, CONTEXT, temperature=-1, top_k=0))
+    assert len(caught.value.problems) == 3
+    assert "prompt is empty" in caught.value.problems[0]
+
+
+TEXT = "to be, or not to be: that is the question\n"
+
+
+@pytest.fixture(params=["char", "byte"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    return create_tokenizer(request.param, lambda: [TEXT], lambda: [TEXT])
+
+
+def save(
+    folder: Path, tokenizer: Tokenizer, seed: int, is_best: bool = False, without: str = "", **config: object
+) -> Path:
+    """A checkpoint as the Trainer makes them, of a model that is all its own."""
+    model = make(seed, tokenizer.get_vocab_size())
+    texts = {
+        "config.json": json.dumps(model.transformers_config(CONTEXT) | config),
+        "tokenizer.json": tokenizer.to_str(),
+    }
+    files = {name: text for name, text in texts.items() if name != without}
+    manager = CheckpointManager(folder, keep_last_n=10)
+    return manager.save({MODEL_KEY: model.state_dict()}, f"step_{seed}", is_best, files)
+
+
+def expected_output(tokenizer: Tokenizer, model_seed: int, prompt: str, count: int, **options: float) -> str:
+    model, ids = make(model_seed, tokenizer.get_vocab_size()), tokenizer.encode(prompt).ids
+    return prompt + tokenizer.decode(list(generate(model, ids, count, CONTEXT, **options))) + "\n"
+
+
+def run(path: Path, *arguments: str) -> int:
+    return command.main(["--checkpoint", str(path), *arguments], "fundamentallm generate")
+
+
+def test_the_command_prints_the_prompt_and_the_models_text(
+    tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save(tmp_path, tokenizer, seed=1)
+    options = {"temperature": 0.7, "top_k": 9, "seed": 5}
+    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    assert run(path, "--prompt", "to be", "--max_new_tokens", "50", *flags) == 0
+    assert capsys.readouterr().out == expected_output(tokenizer, 1, "to be", 50, **options)
+
+
+def test_the_commands_defaults_are_those_of_its_help(
+    tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(save(tmp_path, tokenizer, seed=1)) == 0
+    assert capsys.readouterr().out == expected_output(tokenizer, 1, "\n", 200, temperature=0.8)
+
+
+def test_a_character_of_several_tokens_is_printed_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    byte = create_tokenizer("byte", lambda: [], lambda: [])
+    model = make(0, 256)
+    cycle = byte.encode("漢é🙂").ids
+    with torch.no_grad():  # each byte of the cycle makes the next one the most probable
+        for parameter in model.parameters():
+            parameter.fill_(1.0 if parameter.ndim == 1 else 0.0)
+        for place, token in enumerate(cycle):
+            model.get_input_embeddings().weight[token, place] = 1.0
+            model.lm_head.weight[cycle[(place + 1) % len(cycle)], place] = 1.0
+    files = {"config.json": json.dumps(model.transformers_config(CONTEXT)), "tokenizer.json": byte.to_str()}
+    path = CheckpointManager(tmp_path).save({MODEL_KEY: model.state_dict()}, files=files)
+    assert run(path, "--prompt", "🙂", "--max_new_tokens", "18", "--temperature", "0") == 0
+    assert capsys.readouterr().out == "🙂" + "漢é🙂" * 2 + "\n"
+
+
+@pytest.mark.parametrize(("best", "taken"), [(None, 3), (1, 1), (2, 2)])
+@pytest.mark.parametrize("below", ["", "checkpoints"])
+def test_the_best_checkpoint_of_a_folder_is_taken_else_the_newest(
+    tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str], below: str, best: int | None, taken: int
+) -> None:
+    for seed in (1, 2, 3):
+        save(tmp_path / below, tokenizer, seed, is_best=seed == best)
+    outputs = [expected_output(tokenizer, seed, "to", 20, temperature=0) for seed in (1, 2, 3)]
+    assert len(set(outputs)) == 3
+    assert run(tmp_path, "--prompt", "to", "--max_new_tokens", "20", "--temperature", "0") == 0
+    assert capsys.readouterr().out == outputs[taken - 1]
+
+
+def test_a_checkpoint_named_itself_is_taken_even_if_another_is_best(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    named = save(tmp_path, tokenizer, seed=1)
+    best = save(tmp_path, tokenizer, seed=2, is_best=True)
+    assert command.find_checkpoint(named) == named
+    assert command.find_checkpoint(tmp_path) == best
+
+
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer.json"])
+def test_a_checkpoint_without_what_generating_needs_is_refused_by_name(
+    tokenizer: Tokenizer, tmp_path: Path, missing: str
+) -> None:
+    save(tmp_path, tokenizer, seed=1, without=missing)
+    with pytest.raises(CheckpointNotFoundError, match=missing):
+        command.find_checkpoint(tmp_path)
+
+
+def fails(monkeypatch: pytest.MonkeyPatch, path: Path, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["fundamentallm", "generate", "--checkpoint", str(path), *arguments])
+    return main()
+
+
+@pytest.mark.parametrize("name", ["", "nothing"])
+def test_a_folder_without_a_checkpoint_is_an_error_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    assert fails(monkeypatch, tmp_path / name) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert f"there is no checkpoint in {tmp_path / name}" in captured.err
+    assert len(captured.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--prompt", "to é漢be"], "['é', '漢']"),
+        (["--prompt", ""], "prompt is empty"),
+        (["--temperature", "-1"], "temperature is -1.0"),
+        (["--temperature", "nan"], "temperature is nan"),
+        (["--top_k", "0"], "top_k is 0"),
+        (["--max_new_tokens", "-1"], "max_new_tokens is -1"),
+        (["--seed", str(2**64)], "seed is"),
+    ],
+)
+def test_a_wrong_argument_is_an_error_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list, named: str
+) -> None:
+    save(tmp_path, create_tokenizer("char", lambda: [TEXT], lambda: []), seed=1)
+    assert fails(monkeypatch, tmp_path, *arguments) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_a_wrong_argument_is_found_before_anything_is_printed(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fails(monkeypatch, save(tmp_path, tokenizer, seed=1), "--prompt", "to", "--top_k", "0") == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_another_architecture_is_an_error_that_names_it(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path, tokenizer, seed=1, model_type="gpt2")
+    assert fails(monkeypatch, tmp_path) == 2
+    assert "'gpt2'" in capsys.readouterr().err
+
+
+def test_weights_that_do_not_fit_the_config_are_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save(tmp_path, create_tokenizer("char", lambda: [TEXT], lambda: []), seed=1, num_hidden_layers=3)
+    assert fails(monkeypatch, path) == 1
+    assert str(path) in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_an_error_that_names_the_file(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save(tmp_path, tokenizer, seed=1)
+    weights = (path / MODEL).read_bytes()
+    (path / MODEL).write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    assert fails(monkeypatch, path) == 1
+    assert f"{MODEL} is damaged" in capsys.readouterr().err

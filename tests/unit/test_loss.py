@@ -1,0 +1,186 @@
+"""Losses: float32 sums over the targets that count, each against its formula in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fundamentallm.config import IGNORE_INDEX
+from fundamentallm.errors import ConfigError
+from fundamentallm.training.loss import LOSSES, create_loss
+
+
+def cross_entropy(logits: Tensor, target: int) -> Tensor:
+    return logits.exp().sum().log() - logits[target]
+
+
+def label_smoothing(smoothing: float) -> Callable[[Tensor, int], Tensor]:
+    def loss(logits: Tensor, target: int) -> Tensor:
+        wanted = torch.full_like(logits, smoothing / len(logits))
+        wanted[target] += 1 - smoothing
+        return -(wanted * torch.log(logits.exp() / logits.exp().sum())).sum()
+
+    return loss
+
+
+def focal(gamma: float) -> Callable[[Tensor, int], Tensor]:
+    def loss(logits: Tensor, target: int) -> Tensor:
+        p = logits.exp()[target] / logits.exp().sum()
+        return -((1 - p) ** gamma) * p.log()
+
+    return loss
+
+
+def z_loss(weight: float) -> Callable[[Tensor, int], Tensor]:
+    return lambda logits, target: cross_entropy(logits, target) + weight * logits.exp().sum().log() ** 2
+
+
+FORMS: list[tuple[str, dict[str, Any], Callable[[Tensor, int], Tensor]]] = [
+    ("cross_entropy", {}, cross_entropy),
+    ("label_smoothing", {}, label_smoothing(0.1)),
+    ("label_smoothing", {"smoothing": 0.0}, cross_entropy),
+    ("label_smoothing", {"smoothing": 1.0}, label_smoothing(1.0)),
+    ("focal", {}, focal(2.0)),
+    ("focal", {"gamma": 0.0}, cross_entropy),
+    ("focal", {"gamma": 0.5}, focal(0.5)),
+    ("z_loss", {}, z_loss(1e-4)),
+    ("z_loss", {"weight": 0.3}, z_loss(0.3)),
+]
+EACH = pytest.mark.parametrize(("name", "options", "form"), FORMS)
+
+
+def batch(rows: int = 3, length: int = 5, vocabulary: int = 7) -> tuple[Tensor, Tensor]:
+    """Logits and targets of which some do not count."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(rows, length, vocabulary, generator=generator)
+    targets = torch.randint(vocabulary, (rows, length), generator=generator)
+    targets[0, 1], targets[2, 3:] = IGNORE_INDEX, IGNORE_INDEX
+    return logits.requires_grad_(), targets
+
+
+def expected_sum(form: Callable[[Tensor, int], Tensor], logits: Tensor, targets: Tensor) -> Tensor:
+    pairs = zip(logits.double().flatten(0, -2), targets.flatten().tolist(), strict=True)
+    return torch.stack([form(row, target) for row, target in pairs if target != IGNORE_INDEX]).sum()
+
+
+def value_and_gradient(loss: nn.Module, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    value = loss(logits, targets)
+    (gradient,) = torch.autograd.grad(value, logits)
+    return value, gradient
+
+
+def test_every_loss_has_its_form_here() -> None:
+    assert {name for name, _, _ in FORMS} == set(LOSSES)
+
+
+@EACH
+def test_value_and_gradient_are_those_of_the_formula_summed(name: str, options: Any, form: Any) -> None:
+    logits, targets = batch()
+    value, gradient = value_and_gradient(create_loss(name, **options), logits, targets)
+    reference = expected_sum(form, logits, targets)
+    (expected,) = torch.autograd.grad(reference, logits)
+    assert value.shape == ()
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value.double(), reference, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradient, expected.float(), rtol=1e-5, atol=1e-6)
+
+
+@EACH
+def test_ignored_targets_have_no_part_in_value_or_gradient(name: str, options: Any, form: Any) -> None:
+    logits, targets = batch()
+    loss = create_loss(name, **options)
+    value, gradient = value_and_gradient(loss, logits, targets)
+    ignored = targets == IGNORE_INDEX
+    assert not gradient[ignored].any()
+    changed = logits.detach().clone()
+    changed[ignored] = 50.0 * changed[ignored]
+    assert torch.equal(loss(changed, targets), value)
+
+
+@EACH
+def test_a_batch_without_targets_gives_zero_and_no_gradient(name: str, options: Any, form: Any) -> None:
+    logits, targets = batch()
+    value, gradient = value_and_gradient(create_loss(name, **options), logits, targets.fill_(IGNORE_INDEX))
+    assert value.item() == 0.0
+    assert not gradient.any()
+    assert gradient.isfinite().all()
+
+
+@EACH
+def test_in_evaluation_mode_all_are_cross_entropy(name: str, options: Any, form: Any) -> None:
+    logits, targets = batch()
+    torch.testing.assert_close(
+        create_loss(name, **options).eval()(logits, targets).double(),
+        expected_sum(cross_entropy, logits, targets),
+        rtol=1e-6,
+        atol=1e-6,
+    )
+
+
+@EACH
+def test_parts_of_a_batch_add_up_to_the_whole(name: str, options: Any, form: Any) -> None:
+    logits, targets = batch()
+    loss = create_loss(name, **options)
+    value, gradient = value_and_gradient(loss, logits, targets)
+    parts = [
+        value_and_gradient(loss, x, y) for x, y in zip(logits.tensor_split(3), targets.tensor_split(3), strict=True)
+    ]
+    torch.testing.assert_close(sum(v for v, _ in parts), value)
+    torch.testing.assert_close(torch.cat([g for _, g in parts]), gradient)
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_computed_in_float32(dtype: torch.dtype, name: str, options: Any, form: Any) -> None:
+    logits, targets = batch()
+    halves = logits.detach().to(dtype)
+    value = create_loss(name, **options)(halves, targets)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value.double(), expected_sum(form, halves, targets), rtol=1e-6, atol=1e-6)
+
+
+@EACH
+def test_certain_predictions_have_finite_gradients(name: str, options: Any, form: Any) -> None:
+    logits = torch.tensor([[120.0, 0.0, 0.0], [0.0, 120.0, 0.0]], requires_grad=True)
+    value, gradient = value_and_gradient(create_loss(name, **options), logits, torch.tensor([0, 2]))
+    assert value.isfinite()
+    assert gradient.isfinite().all()
+
+
+def test_logits_of_any_leading_shape_are_taken() -> None:
+    logits, targets = batch()
+    loss = create_loss()
+    assert torch.equal(loss(logits, targets), loss(logits.flatten(0, 1), targets.flatten()))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("label_smoothing", {"smoothing": -0.1}, "smoothing is -0.1; allowed: at least 0 and at most 1"),
+        ("label_smoothing", {"smoothing": 1.1}, "smoothing is 1.1; allowed: at least 0 and at most 1"),
+        ("label_smoothing", {"smoothing": math.nan}, "smoothing is nan; allowed: at least 0 and at most 1"),
+        ("label_smoothing", {"smoothing": "0.1"}, "smoothing is '0.1'; allowed: at least 0 and at most 1"),
+        ("focal", {"gamma": -1.0}, "gamma is -1.0; allowed: at least 0"),
+        ("focal", {"gamma": math.inf}, "gamma is inf; allowed: at least 0"),
+        ("z_loss", {"weight": -1e-4}, "weight is -0.0001; allowed: at least 0"),
+        ("z_loss", {"weight": None}, "weight is None; allowed: at least 0"),
+        ("focal", {"alpha": 0.5}, r"loss_options has \['alpha'\]; allowed for focal: \['gamma'\]"),
+        ("cross_entropy", {"gamma": 0.5}, r"\['gamma'\]; allowed for cross_entropy: none"),
+        ("focla", {}, r"loss is 'focla'; allowed: cross_entropy, .*Did you mean 'focal'\?"),
+        ("torch.nn:Nothing", {}, r"torch\.nn:Nothing.*cannot be imported"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_what_is_allowed(name: str, options: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        create_loss(name, **options)
+
+
+def test_module_and_name_make_any_loss_with_its_options() -> None:
+    loss = create_loss("torch.nn:CrossEntropyLoss", reduction="sum", label_smoothing=0.25)
+    assert isinstance(loss, nn.CrossEntropyLoss)
+    assert (loss.reduction, loss.label_smoothing) == ("sum", 0.25)

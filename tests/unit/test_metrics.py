@@ -1,0 +1,131 @@
+"""Metrics: means that lose nothing, and a history that survives its readers and restarts."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from fundamentallm.training.checkpoint import CheckpointManager
+from fundamentallm.training.metrics import MetricTracker, RunningMean
+
+
+def tracker(**columns: list[float]) -> MetricTracker:
+    made = MetricTracker()
+    for name, values in columns.items():
+        for value in values:
+            made.update({name: value})
+    return made
+
+
+def test_history_keeps_each_metric_in_order() -> None:
+    made = MetricTracker()
+    made.update({"loss": 3.0, "step": 1})
+    made.update({"loss": 2.0, "step": 2})
+    made.update({"val_loss": 2.5})
+    assert made.get_history() == {"loss": [3.0, 2.0], "step": [1, 2], "val_loss": [2.5]}
+
+
+def test_changing_the_returned_history_changes_nothing_kept() -> None:
+    made = tracker(loss=[3.0, 2.0])
+    history = made.get_history()
+    history["loss"].append(9.0)
+    history["other"] = []
+    assert made.get_history() == {"loss": [3.0, 2.0]}
+
+
+def test_a_returned_history_does_not_grow_with_the_run() -> None:
+    made = tracker(loss=[3.0])
+    history = made.get_history()
+    made.update({"loss": 2.0})
+    assert history == {"loss": [3.0]}
+
+
+@pytest.mark.parametrize(("mode", "best"), [("min", -1.5), ("max", math.inf)])
+@pytest.mark.parametrize("nan_at", range(4))
+def test_nan_is_never_the_best_wherever_it_stands(mode: str, best: float, nan_at: int) -> None:
+    values = [2.0, -1.5, math.inf]
+    values.insert(nan_at, math.nan)
+    assert tracker(loss=values).get_best("loss", mode) == best
+
+
+def test_best_and_latest_of_nothing_are_none() -> None:
+    made = tracker(only_nan=[math.nan])
+    made.metrics["empty"] = []
+    for name in ("empty", "unknown"):
+        assert made.get_latest(name) is None
+    for name in ("empty", "unknown", "only_nan"):
+        for mode in ("min", "max"):
+            assert made.get_best(name, mode) is None
+
+
+def test_latest_is_the_last_given() -> None:
+    assert tracker(loss=[1.0, 5.0, 3.0]).get_latest("loss") == 3.0
+
+
+@pytest.mark.parametrize("mode", ["MIN", "smallest", ""])
+def test_an_unknown_mode_is_refused(mode: str) -> None:
+    with pytest.raises(ValueError, match=f"mode is {mode!r}; allowed: 'min', 'max'"):
+        tracker(loss=[1.0]).get_best("loss", mode)
+
+
+def test_reset_forgets_everything() -> None:
+    made = tracker(loss=[1.0])
+    made.reset()
+    assert made.get_history() == {}
+
+
+def test_the_history_survives_a_checkpoint_exactly(tmp_path: Path) -> None:
+    columns = {
+        "step": [1, 2**53 - 1],
+        "loss": [0.1, 1e-310, -0.0, math.inf, -math.inf, math.nan, 1 / 3],
+        "grad/norm": [5e-324],
+    }
+    manager = CheckpointManager(tmp_path)
+    again = MetricTracker()
+    again.load_state_dict(manager.load(manager.save(tracker(**columns).state_dict())))
+    # repr, since NaN is unequal to itself and -0.0 is equal to 0.0.
+    as_text = {name: [repr(float(value)) for value in values] for name, values in columns.items()}
+    assert {name: list(map(repr, values)) for name, values in again.get_history().items()} == as_text
+    again.update({"step": 3})
+    assert again.get_history()["step"] == [1, 2**53 - 1, 3]
+
+
+def mean() -> RunningMean:
+    return RunningMean(torch.device("cpu"))
+
+
+def test_a_running_mean_weighs_each_value_alike() -> None:
+    made = mean()
+    made.add(torch.tensor(6.0), torch.tensor(3))
+    made.add(torch.tensor(10.0), torch.tensor(1))
+    assert made.totals.tolist() == [16.0, 4.0]
+
+
+def test_a_running_mean_still_grows_by_ones_when_it_is_large() -> None:
+    made = mean()
+    made.add(torch.tensor(2.0**24), torch.tensor(2**24))
+    for _ in range(3):
+        made.add(torch.tensor(1.0), torch.tensor(1))
+    assert made.totals.tolist() == [2**24 + 3, 2**24 + 3]
+
+
+@pytest.mark.parametrize(("dtype", "count"), [(torch.float32, 2**24 + 1), (torch.bfloat16, 257)])
+def test_a_count_is_added_exactly_whatever_the_type_of_the_sum(dtype: torch.dtype, count: int) -> None:
+    made = mean()
+    made.add(torch.tensor(1.0, dtype=dtype), torch.tensor(count))
+    assert made.totals.tolist() == [1.0, count]
+
+
+def test_a_running_mean_starts_again_and_goes_on() -> None:
+    made, again = mean(), mean()
+    made.add(torch.tensor(6.0), torch.tensor(3))
+    saved = {key: value.clone() for key, value in made.state_dict().items()}
+    made.reset()
+    assert made.totals.tolist() == [0.0, 0.0]
+    again.load_state_dict(saved)
+    again.add(torch.tensor(1.0), torch.tensor(1))
+    assert again.totals.tolist() == [7.0, 4.0]
+    assert saved["totals"].tolist() == [6.0, 3.0]

@@ -1,0 +1,463 @@
+"""Optimizers: torch's arithmetic, decay on matrices only, Muon on hidden matrices only, state by name."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fundamentallm.config import ModelConfig
+from fundamentallm.errors import CheckpointError, ConfigError
+from fundamentallm.models.transformer import Transformer
+from fundamentallm.training.checkpoint import CheckpointManager
+from fundamentallm.training.optimizers import Muon, NamedOptimizerState, create_optimizer, orthogonalize
+
+KINDS = ("adamw", "adam", "sgd", "muon")
+BETAS = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-6}
+
+
+class Tiny(nn.Module):
+    """Embedding, two hidden matrices (one wide, one tall), a norm, a head."""
+
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.table = nn.Embedding(11, 4)
+        self.up = nn.Linear(4, 6)
+        self.norm = nn.LayerNorm(6)
+        self.down = nn.Linear(6, 4, bias=False)
+        self.head = nn.Linear(4, 11, bias=False)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        if tied:
+            self.head.weight = self.table.weight
+
+
+def give_gradients(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, *seeds: int) -> None:
+    for seed in seeds:
+        give_gradients(model, seed)
+        optimizer.step()
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def names_in(model: nn.Module, group: dict[str, Any]) -> set[str]:
+    ids = {id(parameter) for parameter in group["params"]}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in ids}
+
+
+def reference_groups(model: nn.Module) -> list[dict[str, Any]]:
+    return [
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "reference"),
+    [
+        ("adamw", BETAS, lambda groups: torch.optim.AdamW(groups, lr=0.01, betas=(0.8, 0.95), eps=1e-6, foreach=False)),
+        ("adam", BETAS, lambda groups: torch.optim.Adam(groups, lr=0.01, betas=(0.8, 0.95), eps=1e-6, foreach=False)),
+        ("sgd", {"momentum": 0.7}, lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.7, foreach=False)),
+        ("sgd", {"momentum": 0.0}, lambda groups: torch.optim.SGD(groups, lr=0.01, foreach=False)),
+    ],
+)
+def test_steps_equal_those_of_torch_with_decay_on_matrices_only(kind: str, options: Any, reference: Any) -> None:
+    ours, theirs = Tiny(), Tiny()
+    step(ours, create_optimizer(ours, kind, 0.01, 0.1, **options), 1, 2, 3)
+    step(theirs, reference(reference_groups(theirs)), 1, 2, 3)
+    torch.testing.assert_close(weights(ours), weights(theirs), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hyper_parameters_reach_their_groups(kind: str) -> None:
+    model = Tiny()
+    optimizer = create_optimizer(model, kind, 0.02, 0.3, momentum=0.6, **BETAS)
+    decays = {name: group["weight_decay"] for group in optimizer.param_groups for name in names_in(model, group)}
+    assert decays == {name: 0.3 if parameter.ndim >= 2 else 0.0 for name, parameter in model.named_parameters()}
+    for group in optimizer.param_groups:
+        assert group["lr"] == 0.02
+        assert group["fused"] is True
+        if kind == "sgd":
+            assert group["momentum"] == 0.6
+        else:
+            assert (group["betas"], group["eps"]) == ((0.8, 0.95), 1e-6)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "torch.optim:Adagrad"])
+def test_frozen_parameters_are_left_out(kind: str) -> None:
+    model = Tiny()
+    model.up.requires_grad_(False)
+    optimizer = create_optimizer(model, kind, 0.01)
+    covered = [name for group in optimizer.param_groups for name in sorted(names_in(model, group))]
+    assert sorted(covered) == sorted(name for name, _ in model.named_parameters() if not name.startswith("up."))
+
+
+def test_no_group_is_empty() -> None:
+    model = nn.Sequential(nn.Linear(3, 3, bias=False))
+    for kind in KINDS:
+        assert [len(group["params"]) for group in create_optimizer(model, kind, 0.01).param_groups] == [1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_without_trainable_parameters_is_refused(kind: str) -> None:
+    with pytest.raises(ConfigError, match="no parameter that requires a gradient"):
+        create_optimizer(Tiny().requires_grad_(False), kind, 0.01)
+
+
+INVALID = [
+    ("learning_rate", (0.0, -0.1, math.inf, math.nan), "greater than 0"),
+    ("weight_decay", (-0.1, math.inf, math.nan), "at least 0"),
+    ("adam_beta1", (-0.1, 1.0, math.nan), "at least 0 and less than 1"),
+    ("adam_beta2", (-0.1, 1.0, math.nan), "at least 0 and less than 1"),
+    ("adam_epsilon", (0.0, -1e-8, math.nan), "greater than 0"),
+    ("momentum", (-0.1, 1.0, math.nan), "at least 0 and less than 1"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"), [(name, value, allowed) for name, values, allowed in INVALID for value in values]
+)
+def test_a_value_outside_its_range_is_named_with_its_range(name: str, value: float, allowed: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        create_optimizer(Tiny(), "adamw", **{"learning_rate": 0.1, name: value})
+    assert caught.value.problems == [f"{name} is {value!r}; allowed: {allowed}."]
+
+
+def test_all_problems_are_listed_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        create_optimizer(Tiny().requires_grad_(False), "sgd", -1.0, -1.0, nesterov=True)
+    assert len(caught.value.problems) == 4
+
+
+def test_an_unknown_name_is_answered_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"'adamww'; allowed: adam, adamw, muon, sgd.*Did you mean 'adamw'\?"):
+        create_optimizer(Tiny(), "adamww", 0.1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_named_optimizer_refuses_unknown_options(kind: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{kind} has no \['amsgrad'\]; allowed: adam_beta1"):
+        create_optimizer(Tiny(), kind, 0.1, amsgrad=True)
+
+
+def test_module_and_name_make_any_optimizer_with_its_options() -> None:
+    ours, theirs = Tiny(), Tiny()
+    optimizer = create_optimizer(ours, "torch.optim:Adagrad", 0.01, 0.1, lr_decay=0.5)
+    assert type(optimizer) is torch.optim.Adagrad
+    step(ours, optimizer, 1, 2)
+    step(theirs, torch.optim.Adagrad(reference_groups(theirs), lr=0.01, lr_decay=0.5), 1, 2)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_an_option_that_the_class_lacks_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="bogus"):
+        create_optimizer(Tiny(), "torch.optim:Adagrad", 0.1, bogus=1)
+
+
+def test_a_class_that_cannot_be_imported_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match=r"torch\.optim:Nothing.*cannot be imported"):
+        create_optimizer(Tiny(), "torch.optim:Nothing", 0.1)
+
+
+@pytest.mark.parametrize("shape", [(64, 16), (16, 64), (32, 32), (3, 24, 8), (2, 3, 8, 24), (1, 5), (5, 1)])
+def test_orthogonalized_matrices_keep_their_directions_at_length_one(shape: tuple[int, ...]) -> None:
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    result = orthogonalize(matrices)
+    assert result.shape == matrices.shape
+    lengths = torch.linalg.svdvals(result)
+    assert lengths.min() > 0.3
+    assert lengths.max() < 1.3
+    left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+    inside = left.mT @ result @ right.mT
+    torch.testing.assert_close(inside, torch.diag_embed(inside.diagonal(dim1=-2, dim2=-1)), rtol=0, atol=1e-4)
+    assert (inside.diagonal(dim1=-2, dim2=-1) > 0).all()
+
+
+def test_orthogonalizing_ignores_scale_and_neighbours() -> None:
+    matrices = torch.randn(3, 6, 9, generator=torch.Generator().manual_seed(0))
+    together = orthogonalize(matrices * torch.tensor([1e-3, 1.0, 1e6]).view(3, 1, 1))
+    for alone, one in zip(matrices, together, strict=True):
+        torch.testing.assert_close(one, orthogonalize(alone), rtol=1e-3, atol=1e-4)
+
+
+def test_zero_gradients_orthogonalize_to_zero() -> None:
+    assert not orthogonalize(torch.zeros(4, 3)).any()
+
+
+@pytest.mark.parametrize("shape", [(48, 16), (16, 48), (32, 32)])
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))],
+)
+def test_muon_steps_equal_those_of_torch_within_bfloat16(shape: tuple[int, int], device: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    start, *gradients = (torch.randn(shape, generator=generator).to(device) for _ in range(4))
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    optimizers = (
+        Muon([{"params": [ours], "weight_decay": 0.1, "muon": True}], lr=0.05, momentum=0.9, fused=True),
+        torch.optim.Muon([theirs], lr=0.05, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw"),
+    )
+    for gradient in gradients:
+        for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+    moved = (theirs - start).norm()
+    assert (ours - theirs).norm() < 0.02 * moved
+    assert torch.equal(optimizers[0].state[ours]["momentum_buffer"], optimizers[1].state[theirs]["momentum_buffer"])
+
+
+def test_matrices_of_one_shape_do_not_mix_in_muon() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(6, 4, generator=generator) for _ in range(3)]
+    together = [nn.Parameter(value.clone()) for value in values]
+    alone = [nn.Parameter(value.clone()) for value in values]
+    optimizers = [
+        Muon([{"params": params, "weight_decay": 0.1, "muon": True}], lr=0.1)
+        for params in (together, *([p] for p in alone))
+    ]
+    for a, b in zip(together, alone, strict=True):
+        a.grad = torch.randn(6, 4, generator=generator)
+        b.grad = a.grad.clone()
+    for optimizer in optimizers:
+        optimizer.step()
+    torch.testing.assert_close(list(map(torch.Tensor.detach, together)), list(map(torch.Tensor.detach, alone)))
+
+
+def test_what_muon_does_not_take_is_stepped_exactly_as_adamw_does() -> None:
+    ours, theirs = Tiny(), Tiny()
+    step(ours, create_optimizer(ours, "muon", 0.01, 0.1, **BETAS), 1, 2, 3)
+    step(theirs, create_optimizer(theirs, "adamw", 0.01, 0.1, **BETAS), 1, 2, 3)
+    same = {name for name, value in weights(ours).items() if torch.equal(value, weights(theirs)[name])}
+    assert same == set(weights(ours)) - {"up.weight", "down.weight"}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda tied: Tiny(tied),
+        lambda tied: Transformer(
+            ModelConfig(vocab_size=11, d_model=8, num_heads=2, num_layers=2, tie_embeddings=tied, d_ff=16)
+        ),
+    ],
+)
+def test_muon_takes_hidden_matrices_and_nothing_else(model: Any, tied: bool) -> None:
+    model = model(tied)
+    optimizer = create_optimizer(model, "muon", 0.01)
+    taken = set().union(*(names_in(model, group) for group in optimizer.param_groups if group["muon"]))
+    outside = ("table", "head", "model.embed_tokens", "lm_head")
+    assert taken == {n for n, p in model.named_parameters() if p.ndim == 2 and not n.startswith(outside)}
+    covered = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(covered) == sorted(map(id, model.parameters()))
+
+
+def test_a_known_output_projection_is_kept_from_muon_wherever_it_stands() -> None:
+    class HeadFirst(Tiny):
+        def get_output_embeddings(self) -> nn.Module:
+            return self.up
+
+    model = HeadFirst()
+    optimizer = create_optimizer(model, "muon", 0.01)
+    taken = set().union(*(names_in(model, group) for group in optimizer.param_groups if group["muon"]))
+    assert taken == {"down.weight", "head.weight"}
+
+
+def test_muon_runs_a_closure_with_gradients_on() -> None:
+    model = Tiny()
+    optimizer = create_optimizer(model, "muon", 0.01)
+    before = weights(model)
+
+    def closure() -> float:
+        loss = sum(parameter.square().sum() for parameter in model.parameters())
+        loss.backward()
+        return loss.item()
+
+    assert optimizer.step(closure) == pytest.approx(sum(value.square().sum().item() for value in before.values()))
+    assert all(not torch.equal(value, before[name]) for name, value in weights(model).items())
+
+
+def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state = NamedOptimizerState(model, optimizer).state_dict()["state"]
+    flat = {f"{name}.{key}": value.clone() for name, entry in state.items() for key, value in entry.items()}
+    return flat | weights(model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gradient", [1.0, math.nan, math.inf])
+def test_a_step_with_found_inf_changes_no_weight_and_no_state(kind: str, gradient: float) -> None:
+    model = Tiny()
+    optimizer = create_optimizer(model, kind, 0.01, 0.1)
+    step(model, optimizer, 1, 2)
+    before = snapshot(model, optimizer)
+    give_gradients(model, 3)
+    for parameter in model.parameters():
+        parameter.grad *= gradient
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    after = snapshot(model, optimizer)
+    assert after.keys() == before.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_first_step_with_found_inf_is_as_if_it_had_not_been(kind: str) -> None:
+    skipped, fresh = Tiny(), Tiny()
+    optimizers = [create_optimizer(model, kind, 0.01, 0.1) for model in (skipped, fresh)]
+    # Freed memory that is not zero: state that is allocated and not written would be seen.
+    garbage = [torch.full_like(p, 7.0) for p in skipped.parameters() for _ in range(4)]
+    give_gradients(skipped, 1)
+    del garbage
+    optimizers[0].found_inf = torch.tensor(1.0)
+    optimizers[0].step()
+    optimizers[0].found_inf = torch.tensor(0.0)
+    step(skipped, optimizers[0], 2, 3)
+    step(fresh, optimizers[1], 2, 3)
+    torch.testing.assert_close(weights(skipped), weights(fresh), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_found_inf_of_zero_is_an_ordinary_step(kind: str) -> None:
+    with_flag, without = Tiny(), Tiny()
+    optimizers = [create_optimizer(model, kind, 0.01, 0.1) for model in (with_flag, without)]
+    optimizers[0].found_inf = torch.tensor(0.0)
+    for model, optimizer in zip((with_flag, without), optimizers, strict=True):
+        step(model, optimizer, 1, 2, 3)
+    torch.testing.assert_close(
+        snapshot(with_flag, optimizers[0]), snapshot(without, optimizers[1]), rtol=1e-6, atol=1e-7
+    )
+
+
+def test_muon_without_a_fused_kernel_skips_a_bad_step_too() -> None:
+    model = Tiny()
+    groups = [
+        {"params": [model.up.weight], "weight_decay": 0.1, "muon": True},
+        {"params": [model.up.bias], "weight_decay": 0.0, "muon": False},
+    ]
+    optimizer = Muon(groups, lr=0.01, fused=False)
+    step(model, optimizer, 1)
+    before = weights(model)
+    optimizer.found_inf = torch.tensor(1.0)
+    step(model, optimizer, 2)
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+
+
+def test_muon_divides_gradients_by_the_scale() -> None:
+    scaled, plain = Tiny(), Tiny()
+    optimizers = [create_optimizer(model, "muon", 0.01, 0.1) for model in (scaled, plain)]
+    give_gradients(scaled, 1)
+    for parameter in scaled.parameters():
+        parameter.grad *= 1024
+    optimizers[0].grad_scale, optimizers[0].found_inf = torch.tensor(1024.0), torch.tensor(0.0)
+    optimizers[0].step()
+    step(plain, optimizers[1], 1)
+    torch.testing.assert_close(weights(scaled), weights(plain), rtol=1e-6, atol=1e-7)
+
+
+def stored(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Any) -> dict[str, Any]:
+    """The state as a restart reads it."""
+    manager = CheckpointManager(folder)
+    return manager.load(manager.save(NamedOptimizerState(model, optimizer).state_dict()))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "torch.optim:Adagrad", "torch.optim:Adafactor"])
+def test_a_restored_optimizer_goes_on_bit_for_bit(kind: str, tmp_path: Any) -> None:
+    model = Tiny()
+    optimizer = create_optimizer(model, kind, 0.01, 0.1)
+    step(model, optimizer, 1, 2)
+    again = Tiny()
+    again.load_state_dict(model.state_dict())
+    restored = create_optimizer(again, kind, 0.01, 0.1)
+    NamedOptimizerState(again, restored).load_state_dict(stored(model, optimizer, tmp_path))
+    expected, got = (
+        NamedOptimizerState(*pair).state_dict()["state"] for pair in ((model, optimizer), (again, restored))
+    )
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    assert expected
+    step(model, optimizer, 3, 4, 5)
+    step(again, restored, 3, 4, 5)
+    assert all(torch.equal(value, weights(model)[name]) for name, value in weights(again).items())
+
+
+def test_the_state_fits_groups_in_another_order(tmp_path: Any) -> None:
+    model, again = Tiny(), Tiny()
+    optimizer = create_optimizer(model, "adamw", 0.01)
+    step(model, optimizer, 1, 2)
+    parameters = list(again.parameters())[::-1]
+    regrouped = torch.optim.AdamW([{"params": parameters[:2]}, {"params": parameters[2:]}], lr=0.5)
+    NamedOptimizerState(again, regrouped).load_state_dict(stored(model, optimizer, tmp_path))
+    for (name, p), q in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(optimizer.state[p]["exp_avg"], regrouped.state[q]["exp_avg"]), name
+    assert {group["lr"] for group in regrouped.param_groups} == {0.5}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_state_before_the_first_step_fits(kind: str) -> None:
+    model = Tiny()
+    optimizer = create_optimizer(model, kind, 0.01)
+    state = NamedOptimizerState(model, optimizer)
+    state.load_state_dict(state.state_dict())
+    assert not optimizer.state
+
+
+def test_the_state_of_a_run_with_an_unused_parameter_fits_the_same_run(tmp_path: Any) -> None:
+    model = Tiny()
+    optimizer = create_optimizer(model, "adamw", 0.01)
+    give_gradients(model, 1)
+    model.down.weight.grad = None
+    optimizer.step()
+    again = Tiny()
+    restored = create_optimizer(again, "adamw", 0.01)
+    NamedOptimizerState(again, restored).load_state_dict(stored(model, optimizer, tmp_path))
+    assert torch.equal(restored.state[again.up.weight]["exp_avg"], optimizer.state[model.up.weight]["exp_avg"])
+
+
+def saved_state() -> dict[str, Any]:
+    model = Tiny()
+    optimizer = create_optimizer(model, "adamw", 0.01)
+    step(model, optimizer, 1)
+    return NamedOptimizerState(model, optimizer).state_dict()
+
+
+def refusal(saved: dict[str, Any], kind: str = "adamw") -> str:
+    model = Tiny()
+    optimizer = create_optimizer(model, kind, 0.01)
+    with pytest.raises(CheckpointError) as caught:
+        NamedOptimizerState(model, optimizer).load_state_dict(saved)
+    assert not optimizer.state
+    return str(caught.value)
+
+
+def test_the_state_of_another_optimizer_is_refused() -> None:
+    message = refusal(saved_state(), "sgd")
+    assert "AdamW" in message
+    assert "SGD" in message
+
+
+def test_missing_unknown_and_misshapen_state_is_refused_by_name() -> None:
+    saved = saved_state()
+    saved["state"]["up.wheel"] = saved["state"].pop("up.weight")
+    saved["state"]["norm.bias"]["exp_avg"] = torch.zeros(7)
+    message = refusal(saved)
+    assert "up.wheel is not trained here" in message
+    assert "none for up.weight" in message
+    assert "exp_avg of norm.bias has shape (7,), the parameter (6,)" in message
+
+
+def test_the_state_of_a_parameter_frozen_since_is_refused_by_name() -> None:
+    model = Tiny()
+    model.table.requires_grad_(False)
+    with pytest.raises(CheckpointError, match=r"table\.weight is not trained here"):
+        NamedOptimizerState(model, create_optimizer(model, "adamw", 0.01)).load_state_dict(saved_state())

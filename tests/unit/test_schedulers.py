@@ -1,0 +1,212 @@
+"""Schedules: each is its closed form at every step, in optimizer steps, whatever the length of the run."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from fundamentallm.errors import ConfigError
+from fundamentallm.training.schedulers import SCHEDULES, create_scheduler
+
+PEAK = 3e-4
+LENGTHS = [(total, warmup) for total in (1, 2, 3, 7, 50, 101) for warmup in {0, 1, 2, total - 1} if warmup < total]
+
+
+def optimizer(*peaks: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD([{"params": [torch.zeros(1)], "lr": peak} for peak in peaks or (PEAK,)])
+
+
+def rates(scheduler: LRScheduler, steps: int) -> list[float]:
+    """The learning rate of each of `steps` optimizer steps, as the optimizer sees it."""
+    seen = []
+    for _ in range(steps):
+        seen.append(scheduler.optimizer.param_groups[0]["lr"])
+        scheduler.optimizer.step()
+        scheduler.step()
+    return seen
+
+
+def linear(done: int, length: int) -> float:
+    return (length - done) / length
+
+
+def cosine(done: int, length: int) -> float:
+    return math.cos(math.pi / 2 * done / length) ** 2
+
+
+def restarts(cycles: int) -> Callable[[int, int], float]:
+    def shape(done: int, length: int) -> float:
+        if done == length:
+            return 0.0
+        # In whole numbers: where a cycle begins is no matter of rounding.
+        return math.cos(math.pi / 2 * (done * cycles % length) / length) ** 2
+
+    return shape
+
+
+def wsd(fraction: float) -> Callable[[int, int], float]:
+    return lambda done, length: min(1.0, (length - done) / (fraction * length))
+
+
+FORMS: list[tuple[str, dict[str, Any], Callable[[int, int], float]]] = [
+    ("constant", {}, lambda done, length: 1.0),
+    ("linear", {}, linear),
+    ("cosine", {}, cosine),
+    ("cosine_with_restarts", {}, restarts(2)),
+    ("cosine_with_restarts", {"cycles": 1}, cosine),
+    ("cosine_with_restarts", {"cycles": 7}, restarts(7)),
+    ("wsd", {}, wsd(0.2)),
+    ("wsd", {"decay_fraction": 0.5}, wsd(0.5)),
+    ("wsd", {"decay_fraction": 1.0}, linear),
+]
+DECAYING = [(name, options) for name, options, _ in FORMS if name != "constant"]
+
+
+def test_every_schedule_has_its_form_here() -> None:
+    assert {name for name, _, _ in FORMS} == set(SCHEDULES)
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize(("name", "options", "form"), FORMS)
+def test_every_step_has_the_rate_of_the_closed_form(
+    name: str, options: Any, form: Callable[[int, int], float], floor: float
+) -> None:
+    for total, warmup in LENGTHS:
+        before_peak = max(warmup, 1) - 1
+        length = total - 1 - before_peak
+        expected = [PEAK * (step + 1) / warmup for step in range(before_peak)]
+        expected += [PEAK * (floor + (1 - floor) * form(i, length)) if length else PEAK for i in range(length + 1)]
+        scheduler = create_scheduler(optimizer(), name, 1, total, warmup, min_lr_ratio=floor, **options)
+        assert rates(scheduler, total) == pytest.approx(expected, rel=1e-7, abs=1e-12), f"{total=} {warmup=}"
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.07, 0.1, 1 / 3])
+@pytest.mark.parametrize(("name", "options"), DECAYING)
+def test_first_peak_and_last_rate_are_exact(name: str, options: Any, floor: float) -> None:
+    for total, warmup in LENGTHS:
+        seen = rates(create_scheduler(optimizer(), name, 1, total, warmup, min_lr_ratio=floor, **options), total)
+        length = f"{total=} {warmup=}"
+        assert seen[0] > 0, length
+        assert seen[max(warmup, 1) - 1] == PEAK, length
+        assert max(seen) == PEAK, length
+        if total > max(warmup, 1):
+            assert seen[-1] == floor * PEAK, length
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 5])
+def test_constant_stays_at_the_peak(warmup: int) -> None:
+    seen = rates(create_scheduler(optimizer(), "constant", 1, 20, warmup, min_lr_ratio=0.0), 20)
+    assert set(seen[max(warmup, 1) - 1 :]) == {PEAK}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_rates_after_the_end_stay_at_the_last(name: str) -> None:
+    seen = rates(create_scheduler(optimizer(), name, 1, 10, 3), 15)
+    assert set(seen[10:]) == {seen[9]}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_epochs_and_steps_in_them_count_only_by_their_product(name: str) -> None:
+    by_epochs, in_one = (create_scheduler(optimizer(), name, *shape, 4) for shape in ((5, 8), (1, 40)))
+    assert rates(by_epochs, 40) == rates(in_one, 40)
+
+
+def test_restarts_begin_at_equal_distances_of_optimizer_steps() -> None:
+    seen = rates(create_scheduler(optimizer(), "cosine_with_restarts", 4, 10, 0, min_lr_ratio=0.0, cycles=3), 40)
+    assert [step for step, rate in enumerate(seen) if rate == PEAK] == [0, 13, 26]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_each_group_has_its_own_peak(name: str) -> None:
+    peaks = 0.1, 0.02, 3e-5
+    scheduler = create_scheduler(optimizer(*peaks), name, 1, 12, 3)
+    for _ in range(12):
+        factors = {group["lr"] / peak for group, peak in zip(scheduler.optimizer.param_groups, peaks, strict=True)}
+        assert max(factors) == pytest.approx(min(factors))
+        scheduler.optimizer.step()
+        scheduler.step()
+
+
+def test_the_peak_is_the_present_rate_also_of_an_optimizer_scheduled_before() -> None:
+    used = optimizer()
+    rates(create_scheduler(used, "cosine", 1, 10), 10)
+    for group in used.param_groups:
+        group["lr"] = 0.5
+    assert rates(create_scheduler(used, "constant", 1, 10), 1) == [0.5]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_state_is_one_integer_and_loading_it_jumps_there(name: str) -> None:
+    scheduler = create_scheduler(optimizer(), name, 2, 15, 4)
+    expected = rates(scheduler, 17)
+    saved = scheduler.state_dict()
+    assert list(map(type, saved.values())) == [int]
+    expected += rates(scheduler, 13)
+    again = create_scheduler(optimizer(), name, 2, 15, 4)
+    again.load_state_dict(saved)
+    assert again.get_last_lr() == [expected[17]]
+    assert expected[:17] + rates(again, 13) == expected
+
+
+def test_loading_warns_of_nothing() -> None:
+    scheduler = create_scheduler(optimizer(), "cosine", 1, 10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler.load_state_dict({"last_epoch": 5})
+
+
+def test_the_curve_comes_from_the_config_and_not_from_the_state() -> None:
+    short, long = (create_scheduler(optimizer(), "linear", 1, total) for total in (10, 100))
+    rates(short, 5)
+    long.load_state_dict(short.state_dict())
+    assert long.get_last_lr() == rates(create_scheduler(optimizer(), "linear", 1, 100), 6)[-1:]
+
+
+def half(progress: float, height: float = 0.5) -> float:
+    return height if 0 < progress < 1 else 1 - progress
+
+
+def test_module_and_name_make_a_schedule_with_its_options() -> None:
+    scheduler = create_scheduler(optimizer(1.0), f"{__name__}:half", 1, 5, min_lr_ratio=0.0, height=0.25)
+    assert rates(scheduler, 5) == [1.0, 0.25, 0.25, 0.25, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"warmup_steps": -1}, "warmup_steps is -1; allowed: at least 0"),
+        ({"warmup_steps": 10}, "warmup_steps is 10 and the run has 10 optimizer steps"),
+        ({"warmup_steps": 11}, "warmup_steps is 11 and the run has 10 optimizer steps"),
+        ({"min_lr_ratio": -0.1}, "min_lr_ratio is -0.1; allowed: at least 0 and at most 1"),
+        ({"min_lr_ratio": 1.5}, "min_lr_ratio is 1.5; allowed: at least 0 and at most 1"),
+        ({"min_lr_ratio": math.nan}, "min_lr_ratio is nan; allowed: at least 0 and at most 1"),
+        ({"max_epochs": 0}, "max_epochs x steps_per_epoch is 0; allowed: at least 1"),
+        ({"steps_per_epoch": 0}, "max_epochs x steps_per_epoch is 0; allowed: at least 1"),
+        ({"scheduler_type": "cosin"}, "'cosin'; allowed: constant, cosine.*Did you mean 'cosine'"),
+        ({"scheduler_type": "math:nothing"}, "math:nothing.*cannot be imported"),
+        ({"cycles": 2}, r"lr_scheduler_options has \['cycles'\]; allowed for cosine: none"),
+        ({"scheduler_type": "wsd", "cycles": 2}, r"\['cycles'\]; allowed for wsd: \['decay_fraction'\]"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_what_is_allowed(arguments: Any, message: str) -> None:
+    settings = {"scheduler_type": "cosine", "max_epochs": 1, "steps_per_epoch": 10} | arguments
+    with pytest.raises(ConfigError, match=message):
+        create_scheduler(optimizer(), **settings)
+
+
+@pytest.mark.parametrize("cycles", [0, -1, 1.5, "2", None])
+def test_cycles_is_a_positive_integer(cycles: Any) -> None:
+    with pytest.raises(ConfigError, match=f"cycles is {cycles!r}; allowed: an integer, at least 1"):
+        create_scheduler(optimizer(), "cosine_with_restarts", 1, 10, cycles=cycles)
+
+
+@pytest.mark.parametrize("fraction", [0, -0.1, 1.1, math.nan, "0.2", None])
+def test_decay_fraction_is_a_positive_fraction(fraction: Any) -> None:
+    with pytest.raises(ConfigError, match=f"decay_fraction is {fraction!r}; allowed: greater than 0 and at most 1"):
+        create_scheduler(optimizer(), "wsd", 1, 10, decay_fraction=fraction)

@@ -1,0 +1,182 @@
+"""The Transformer: transformers' arithmetic under transformers' names, causal, well initialised."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from fundamentallm.config import ModelConfig
+from fundamentallm.errors import ConfigError
+from fundamentallm.models.transformer import INITIAL_STD, Attention, Block, Transformer, from_transformers_config
+from fundamentallm.training.checkpoint import MODEL_KEY, CheckpointManager
+
+SHAPES = [
+    ModelConfig(37, d_model=32, num_heads=4, num_layers=2, qk_norm=qk_norm, tie_embeddings=tied, **shape)
+    for qk_norm in (True, False)
+    for tied in (True, False)
+    for shape in ({}, {"num_kv_heads": 2, "d_ff": 40}, {"num_kv_heads": 1, "rope_theta": 77.0})
+]
+
+
+def make(config: ModelConfig) -> Transformer:
+    """A model whose every parameter matters: initial weights are too small, and norms of one hide mistakes."""
+    torch.manual_seed(0)
+    model = Transformer(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2).add_(1.0 if parameter.ndim == 1 else 0.0)
+    return model
+
+
+def some_ids(*shape: int) -> torch.Tensor:
+    return torch.randint(37, shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("config", SHAPES)
+@torch.no_grad()
+def test_logits_are_those_of_transformers_opening_the_checkpoint(config: ModelConfig, tmp_path: Path) -> None:
+    model, ids = make(config), some_ids(2, 33)
+    files = {"config.json": json.dumps(model.transformers_config(sequence_length=48))}
+    folder = CheckpointManager(tmp_path).save({MODEL_KEY: model.state_dict()}, files=files)
+    theirs, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(theirs).__name__ == ("Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM")
+    assert theirs.config.max_position_embeddings == 48
+    ours = model(ids)
+    assert ours.std() > 0.5
+    torch.testing.assert_close(ours, theirs.eval()(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("config", SHAPES[:3])
+@torch.no_grad()
+def test_a_token_changes_its_own_and_later_logits_but_no_earlier_ones(config: ModelConfig) -> None:
+    model, ids = make(config), some_ids(1, 12)
+    logits = model(ids)
+    for place in range(12):
+        changed = ids.clone()
+        changed[0, place] = (changed[0, place] + 1) % 37
+        difference = (model(changed) - logits).abs().amax(dim=(0, 2))
+        assert (difference[:place] < 1e-5).all()
+        assert (difference[place:] > 1e-3).all()
+
+
+@torch.no_grad()
+def test_sequences_of_a_batch_do_not_see_each_other() -> None:
+    model, ids = make(SHAPES[0]), some_ids(3, 9)
+    alone = torch.cat([model(row[None]) for row in ids])
+    torch.testing.assert_close(model(ids), alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("config", SHAPES)
+def test_parameters_are_as_many_as_the_shape_says(config: ModelConfig) -> None:
+    c = config.resolved()
+    head, kv_width = c.d_model // c.num_heads, c.d_model // c.num_heads * c.num_kv_heads
+    attention = 2 * c.d_model * c.d_model + 2 * c.d_model * kv_width + (2 * head if c.qk_norm else 0)
+    block = attention + 3 * c.d_model * c.d_ff + 2 * c.d_model
+    tables = c.vocab_size * c.d_model * (1 if c.tie_embeddings else 2)
+    assert sum(p.numel() for p in Transformer(config).parameters()) == tables + c.num_layers * block + c.d_model
+
+
+def test_tied_embeddings_are_one_tensor() -> None:
+    tied, untied = (Transformer(ModelConfig(9, 16, 2, num_layers=1, tie_embeddings=tie)) for tie in (True, False))
+    assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight
+    assert not torch.equal(untied.get_output_embeddings().weight, untied.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_writes_to_the_residual_starts_smaller_by_the_root_of_its_additions(num_layers: int, tied: bool) -> None:
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(500, d_model=128, num_heads=2, num_layers=num_layers, tie_embeddings=tied))
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            assert (parameter == 1).all()
+            continue
+        residual = name.rsplit(".", 2)[-2] in ("o_proj", "down_proj")
+        expected = INITIAL_STD / math.sqrt(2 * num_layers) if residual else INITIAL_STD
+        assert parameter.std().item() == pytest.approx(expected, rel=0.03)
+        assert abs(parameter.mean().item()) < 0.03 * INITIAL_STD
+
+
+def test_the_seed_decides_about_the_initial_weights() -> None:
+    def weights(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return nn.utils.parameters_to_vector(Transformer(SHAPES[0]).parameters())
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+
+
+def rope(length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ones(length, 4), torch.zeros(length, 4)
+
+
+def without_branches(module: nn.Module) -> nn.Module:
+    for name, parameter in module.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            nn.init.zeros_(parameter)
+    return module
+
+
+@pytest.mark.parametrize("place", ["embedding", "attention", "attention output", "feed-forward output"])
+@torch.no_grad()
+def test_dropout_acts_at_each_of_its_places_in_training_only(place: str) -> None:
+    config = ModelConfig(37, d_model=16, num_heads=2, num_layers=1, dropout=0.5).resolved()
+    torch.manual_seed(0)
+    x = torch.randn(2, 20, 16)
+    if place == "embedding":
+        module, arguments = without_branches(Transformer(config)), (some_ids(2, 20),)
+    elif place == "attention":
+        module, arguments = Attention(config), (x, *rope(20))
+    else:
+        module, arguments = Block(config), (x, *rope(20))
+        module.self_attn.dropout = 0.0
+        nn.init.zeros_((module.mlp.down_proj if place == "attention output" else module.self_attn.o_proj).weight)
+    assert torch.equal(module.eval()(*arguments), module(*arguments))
+    assert not torch.equal(module.train()(*arguments), module(*arguments))
+
+
+@torch.no_grad()
+def test_without_dropout_training_mode_changes_nothing() -> None:
+    model, ids = make(SHAPES[0]), some_ids(2, 20)
+    assert torch.equal(model.eval()(ids), model.train()(ids))
+
+
+@pytest.mark.parametrize("config", SHAPES)
+def test_gradient_reaches_every_parameter(config: ModelConfig) -> None:
+    model, ids = make(config).train(), some_ids(2, 20)
+    nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.roll(-1, 1).flatten()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("config", SHAPES)
+def test_a_shape_survives_transformers_config(config: ModelConfig) -> None:
+    saved = json.loads(json.dumps(Transformer(config).transformers_config(16)))
+    assert from_transformers_config(saved) == config.resolved()
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", None])
+def test_another_architecture_is_refused_by_name(model_type: str | None) -> None:
+    saved = Transformer(SHAPES[0]).transformers_config(16) | {"model_type": model_type}
+    with pytest.raises(ConfigError, match=str(model_type)):
+        from_transformers_config(saved)
+
+
+def test_a_shape_that_lacks_a_value_is_refused_by_name() -> None:
+    saved = Transformer(SHAPES[0]).transformers_config(16)
+    del saved["hidden_size"]
+    with pytest.raises(ConfigError, match="hidden_size"):
+        from_transformers_config(saved)
+
+
+def test_a_model_without_a_vocabulary_size_is_refused() -> None:
+    with pytest.raises(ConfigError, match="vocab_size"):
+        Transformer(ModelConfig())
