@@ -9,30 +9,40 @@ import dataclasses
 import inspect
 import io
 import itertools
+import os
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from fundamentallm.config import Config, DataConfig
+from fundamentallm.config import Config
 from fundamentallm.errors import ConfigError
 from fundamentallm.registry import did_you_mean
-from fundamentallm.validation import Section, allowed_values, fits, from_dict
+from fundamentallm.validation import Section, SectionT, allowed_values, fits, from_dict
 
-# ruamel reads YAML 1.2: `mixed_precision: no` is the text "no" and 1e-4 is a number (PyYAML reads False
-# and a text), and a key given twice is an error. `safe` constructs plain data only.
-_yaml = YAML(typ="safe", pure=True)
-_yaml.default_flow_style = False
-_yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+# What ruamel raises besides its own errors: bad dates and numbers, and nesting without end.
+_YAML_ERRORS = (YAMLError, ValueError, RecursionError)
+
+
+def _yaml() -> YAML:
+    """A reader and writer of YAML 1.2, new each time, since a file's %YAML directive would outlive the file.
+
+    `mixed_precision: no` is the text "no" and 1e-4 is a number (PyYAML reads False and a text), and a key given
+    twice is an error. `safe` constructs plain data only.
+    """
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    return yaml
 
 
 def to_yaml(config: Config) -> str:
     """The config as YAML that reads back equal."""
     stream = io.StringIO()
-    _yaml.dump(dataclasses.asdict(config), stream)
+    _yaml().dump(dataclasses.asdict(config), stream)
     return stream.getvalue()
 
 
@@ -53,49 +63,75 @@ def settings(section: type[Section], prefix: str = "") -> Iterator[tuple[str, An
             yield name, hint, entry, help_of[entry.name]
 
 
-def _parser(program: str) -> argparse.ArgumentParser:
+def _help(program: str) -> str:
     parser = argparse.ArgumentParser(
         prog=program,
         usage="%(prog)s [--config FILE] [--SECTION.SETTING VALUE ...] [--print_config] [--help]",
         description="Train a GPT-style language model. Settings come from the defaults, then the YAML file, "
         "then the command line.",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
     parser.add_argument("--print_config", action="store_true", help="print the resolved settings and exit")
-    groups = {"": parser.add_argument_group("run")}
-    for name, hint, entry, text in settings(Config):
-        section = name.rpartition(".")[0]
-        group = groups.setdefault(section, None) or parser.add_argument_group(section)  # type: ignore[arg-type]
-        groups[section] = group
-        default = "" if "default:" in text else f" [{_yaml_scalar(entry)}]"
-        metavar = allowed_values(hint).removeprefix("one of ").split(" or null")[0]
-        group.add_argument(f"--{name}", metavar=f"<{metavar}>", help=(text + default).replace("%", "%%"))
-    return parser
+    for section, group in itertools.groupby(settings(Config), lambda setting: setting[0].rpartition(".")[0]):
+        described = parser.add_argument_group(section or "run")
+        for name, hint, entry, text in group:
+            default = "" if "default:" in text else f" [{_default(entry)}]"
+            metavar = allowed_values(hint).removeprefix("one of ").split(" or null")[0]
+            described.add_argument(f"--{name}", metavar=f"<{metavar}>", help=(text + default).replace("%", "%%"))
+    return parser.format_help()
 
 
-def _yaml_scalar(entry: dataclasses.Field[Any]) -> str:
+def _default(entry: dataclasses.Field[Any]) -> str:
     if entry.default is dataclasses.MISSING:
         return "none"
     return {None: "null", True: "true", False: "false"}.get(entry.default, str(entry.default))
 
 
+def _split(arguments: Sequence[str], known: Collection[str]) -> tuple[dict[str, str], list[str]]:
+    """({name: text} of the options, what is wrong with the others).
+
+    Not by argparse, which stops at the first mistake and takes `-1e-4` for an option.
+    """
+    given: dict[str, str] = {}
+    problems = []
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        name, equals, text = word.removeprefix("--").partition("=")
+        if word in ("-h", "--help", "--print_config"):
+            given[word.lstrip("-")] = ""
+            continue
+        if not word.startswith("--"):
+            problems.append(f"{word}: unknown word; allowed: --SECTION.SETTING VALUE, --config FILE.")
+            continue
+        has_value = bool(equals) or (bool(words) and not words[0].startswith("--"))
+        if not equals and has_value:
+            text = words.pop(0)
+        if name not in known:
+            near = did_you_mean(f"--{name}", [f"--{option}" for option in known])
+            problems.append(f"--{name}: unknown option.{near}")
+        elif not has_value:
+            problems.append(f"--{name}: has no value; give one.")
+        else:
+            given[name] = text
+    return given, problems
+
+
 def _command_line_value(text: str, hint: Any) -> Any:
     """A setting's text as YAML reads it, or the text itself where the setting is text (`--output_dir 7`)."""
     try:
-        value = _yaml.load(text)
-    except YAMLError:
+        value = _yaml().load(text)
+    except _YAML_ERRORS:
         return text
     return text if fits(text, hint) and not fits(value, hint) else value
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        values = _yaml.load(Path(path).expanduser().read_text(encoding="utf-8"))
+        values = _yaml().load(Path(os.path.expanduser(path)).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"--config is {path!r}, which does not exist; give a YAML file.") from None
-    except (OSError, UnicodeDecodeError, YAMLError) as error:
+    except (OSError, *_YAML_ERRORS) as error:
         raise ConfigError(f"--config is {path!r}, which cannot be read as YAML: {error}") from error
     if values is None:
         return {}
@@ -110,46 +146,46 @@ def parse_config(arguments: Sequence[str], program: str = "fundamentallm.train")
     Raises:
         ConfigError: listing everything that is wrong, missing or too short data files included.
     """
-    given, unknown = _parser(program).parse_known_args(list(arguments))
-    overrides = vars(given)
-    show = overrides.pop("print_config", False)
     known = {name: hint for name, hint, _, _ in settings(Config)}
-    problems = [
-        f"{word.split('=')[0]}: unknown option.{did_you_mean(word.split('=')[0], ['--' + name for name in known])}"
-        for word in unknown
-        if word.startswith("--")
-    ]
-    try:
-        values = _read_yaml(overrides.pop("config")) if "config" in overrides else {}
-    except ConfigError as error:
-        raise ConfigError(problems + error.problems) from error
-    for name, text in overrides.items():
+    given, problems = _split(arguments, [*known, "config", "print_config", "help"])
+    if given.keys() & {"h", "help"}:
+        print(_help(program), end="")
+        raise SystemExit(0)
+    show = given.pop("print_config", None) is not None
+    values: dict[str, Any] = {}
+    if "config" in given:
+        try:
+            values = _read_yaml(given.pop("config"))
+        except ConfigError as error:
+            problems += error.problems
+    for name, text in given.items():
         section, _, key = name.rpartition(".")
         target = values.setdefault(section, {}) if section else values
         if isinstance(target, dict):  # else the section is wrong, which from_dict says
             target[key] = _command_line_value(text, known[name])
     try:
-        config = from_dict(Config, values).resolved()
-        problems += _file_problems(config.data)
+        config = from_dict(Config, values)
     except ConfigError as error:
-        problems += error.problems + _file_problems(_data_as_far_as_valid(values.get("data")))
+        problems += error.problems
+        config = _as_far_as_valid(Config, values)
+    problems += config.file_problems()
     if problems:
         raise ConfigError(problems)
     if show:
-        print(to_yaml(config), end="")
+        print(to_yaml(config.resolved()), end="")
         raise SystemExit(0)
-    return config
+    return config.resolved()
 
 
-def _file_problems(data: DataConfig) -> list[str]:
-    return [f"data.{problem}" for problem in data.file_problems()]
-
-
-def _data_as_far_as_valid(values: Any) -> DataConfig:
-    """The data section without its wrong settings, so that its files are checked in the same report."""
-    right = {}
+def _as_far_as_valid(section: type[SectionT], values: Any) -> SectionT:
+    """A section without its wrong settings, so that the files it names are checked in the same report."""
+    right: dict[str, Any] = {}
     for name, value in values.items() if isinstance(values, dict) else ():
+        hint = typing.get_type_hints(section).get(name)
+        if dataclasses.is_dataclass(hint):
+            right[name] = _as_far_as_valid(hint, value)  # type: ignore[type-var, arg-type]
+            continue
         with contextlib.suppress(ConfigError):
-            from_dict(DataConfig, {name: value})
+            from_dict(section, {**right, name: value})
             right[name] = value
-    return from_dict(DataConfig, right)
+    return section(**right)

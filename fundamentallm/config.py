@@ -9,6 +9,7 @@ import dataclasses
 import glob
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +26,15 @@ BUILT_IN_CORPUS = "python-docs"
 # The tables behind these names live in the modules that import torch (a test holds the two together).
 OPTIMIZER_NAMES = ("adamw", "adam", "sgd", "muon")
 SCHEDULE_NAMES = ("constant", "linear", "cosine", "cosine_with_restarts", "wsd")
+METRIC_NAMES = ("val_loss", "val_perplexity", "val_bits_per_byte")
 LOSS_NAMES = ("cross_entropy", "label_smoothing", "focal", "z_loss")
+
+
+def _is_no_folder(path: str) -> bool:
+    """Whether something that is no folder is at the path, or a part of it."""
+    if os.path.isdir(path):
+        return False
+    return os.path.exists(path) or (bool(parent := os.path.dirname(path.rstrip("/"))) and _is_no_folder(parent))
 
 
 @dataclass(frozen=True)
@@ -53,19 +62,19 @@ class ModelConfig(Section):
     qk_norm: bool = True
     """RMS-normalise queries and keys for each head (opens in transformers as Qwen3; without, as Llama)."""
 
-    def _problems(self) -> list[str]:
-        problems = []
-        if self.d_model % (2 * self.num_heads):
-            problems.append(
+    def _relations(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        if self.d_model % max(2 * self.num_heads, 1):
+            yield (
+                ("d_model", "num_heads"),
                 f"d_model is {self.d_model} and num_heads is {self.num_heads}; allowed: a d_model that "
-                f"2 x num_heads = {2 * self.num_heads} divides, since rotary positions turn pairs of features."
+                f"2 x num_heads = {2 * self.num_heads} divides, since rotary positions turn pairs of features.",
             )
-        if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
-            problems.append(
+        if self.num_kv_heads and self.num_heads % self.num_kv_heads:
+            yield (
+                ("num_heads", "num_kv_heads"),
                 f"num_kv_heads is {self.num_kv_heads} and num_heads is {self.num_heads}; "
-                "allowed: a num_kv_heads that divides num_heads."
+                "allowed: a num_kv_heads that divides num_heads.",
             )
-        return problems
 
     def resolved(self) -> ModelConfig:
         """The same shape with every derived default filled in."""
@@ -93,22 +102,22 @@ class DataConfig(Section):
     cache_dir: str | None = None
     """Folder for tokenized text, keyed by content and tokenizer; default: the user's cache folder."""
 
-    def _problems(self) -> list[str]:
-        if self.tokenizer in ("char", "byte"):
-            return []
+    def _relations(self) -> Iterator[tuple[tuple[str, ...], str]]:
         kind, _, size = self.tokenizer.partition(":")
         if kind == "bpe":
             # 256 bytes and at least one merge.
-            if not size.isdecimal() or int(size) <= 256:
-                return [f"tokenizer is {self.tokenizer!r}; allowed: 'bpe:<vocabulary size>' with a size above 256."]
-            return []
-        if not self.tokenizer.endswith(".json"):
+            if not (size.isascii() and size.isdecimal() and len(size) < 10 and int(size) > 256):
+                yield (
+                    ("tokenizer",),
+                    f"tokenizer is {self.tokenizer!r}; allowed: 'bpe:<vocabulary size>' with a size above 256.",
+                )
+        elif self.tokenizer not in ("char", "byte") and not self.tokenizer.endswith(".json"):
             near = did_you_mean(self.tokenizer, ("char", "byte"))
-            return [
+            yield (
+                ("tokenizer",),
                 f"tokenizer is {self.tokenizer!r}; allowed: 'char', 'byte', 'bpe:<vocabulary size>', "
-                f"or the path of a tokenizer.json.{near}"
-            ]
-        return []
+                f"or the path of a tokenizer.json.{near}",
+            )
 
     def source_files(self) -> list[Path]:
         """The files `source` names, sorted; empty for the built-in corpus.
@@ -120,15 +129,17 @@ class DataConfig(Section):
         """
         if self.source == BUILT_IN_CORPUS:
             return []
-        path = Path(self.source).expanduser()
-        if path.is_file():
+        # os.path answers False where pathlib raises: an unknown ~user, a name too long, a null character.
+        text = os.path.expanduser(self.source)
+        path = Path(text)
+        if os.path.isfile(text):
             return [path]
-        if path.is_dir():
+        if os.path.isdir(text):
             below = (found for found in path.rglob("*") if found.suffix in (".txt", ".md"))
             files = [f for f in below if f.is_file() and not any(p.startswith(".") for p in f.relative_to(path).parts)]
             wanted = "a folder with .txt or .md files below it"
         else:
-            files = [found for found in map(Path, glob.glob(str(path), recursive=True)) if found.is_file()]
+            files = [Path(found) for found in glob.glob(text, recursive=True) if os.path.isfile(found)]
             wanted = f"a text file, a folder, a glob, or {BUILT_IN_CORPUS!r}"
         if not files:
             near = did_you_mean(self.source, [BUILT_IN_CORPUS])
@@ -138,18 +149,20 @@ class DataConfig(Section):
     def file_problems(self) -> list[str]:
         """What is wrong with the files this section names: missing, empty, or certainly too short."""
         problems = []
-        if self.tokenizer.endswith(".json") and not Path(self.tokenizer).expanduser().is_file():
+        if self.tokenizer.endswith(".json") and not os.path.isfile(os.path.expanduser(self.tokenizer)):
             problems.append(f"tokenizer is {self.tokenizer!r}, which is not a file; give the path of a tokenizer.json.")
+        if self.cache_dir is not None and _is_no_folder(self.cache_dir):
+            problems.append(f"cache_dir is {self.cache_dir!r}, which is no folder; give another.")
         try:
             files = self.source_files()
         except ConfigError as error:
             return problems + error.problems
-        # No tokenizer makes more tokens than there are bytes, so this finds the hopeless cases before
-        # anything is read; the exact count is checked after encoding.
         size, needed = sum(file.stat().st_size for file in files), self.sequence_length + 1
         if files and size == 0:
             problems.append(f"source is {self.source!r}, which is empty; give a file with text in it.")
-        elif files and size * self.train_split < needed:
+        # Our own tokenizers make at most a token of a byte, so this finds the hopeless cases before anything is
+        # read; the exact count, of each part of the split, is checked after encoding.
+        elif files and not self.tokenizer.endswith(".json") and size + 2 * len(files) < needed:
             problems.append(
                 f"source is {self.source!r}, which has {size} bytes; allowed: at least sequence_length + 1 = "
                 f"{needed} tokens in each part of the split. Give more text or a smaller data.sequence_length."
@@ -230,26 +243,32 @@ class TrainingConfig(Section):
     seed: int = 0
     """Seed of initial weights, order of samples, and dropout."""
 
-    def _problems(self) -> list[str]:
-        problems = [
-            unknown_name("optimizer", self.optimizer, OPTIMIZER_NAMES),
-            unknown_name("lr_scheduler", self.lr_scheduler, SCHEDULE_NAMES),
-            unknown_name("loss", self.loss, LOSS_NAMES),
-        ]
+    def _relations(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        tables = {"optimizer": OPTIMIZER_NAMES, "lr_scheduler": SCHEDULE_NAMES, "loss": LOSS_NAMES}
+        for name, known in tables.items():
+            if problem := unknown_name(name, getattr(self, name), known):
+                yield (name,), problem
+        if self.early_stopping_metric not in METRIC_NAMES:
+            near = did_you_mean(self.early_stopping_metric, METRIC_NAMES)
+            yield (
+                ("early_stopping_metric",),
+                f"early_stopping_metric is {self.early_stopping_metric!r}; allowed: {', '.join(METRIC_NAMES)}.{near}",
+            )
         if self.optimizer_options and self.optimizer in OPTIMIZER_NAMES:
-            problems.append(
+            yield (
+                ("optimizer_options",),
                 f"optimizer_options is {self.optimizer_options!r} and optimizer is {self.optimizer!r}; "
-                "allowed: options for a 'module:name' optimizer only. Set adam_beta1 and the like directly."
+                "allowed: options for a 'module:name' optimizer only. Set adam_beta1 and the like directly.",
             )
         if self.max_steps is not None and self.warmup_steps >= self.max_steps:
-            problems.append(
+            yield (
+                ("warmup_steps", "max_steps"),
                 f"warmup_steps is {self.warmup_steps} and max_steps is {self.max_steps}; "
-                "allowed: a warm-up shorter than the run. Set training.warmup_steps lower."
+                "allowed: a warm-up shorter than the run. Set training.warmup_steps lower.",
             )
-        if self.resume not in ("auto", "never") and not Path(self.resume).expanduser().is_dir():
+        if self.resume not in ("auto", "never") and not os.path.isdir(os.path.expanduser(self.resume)):
             near = did_you_mean(self.resume, ("auto", "never"))
-            problems.append(f"resume is {self.resume!r}; allowed: auto, never, or a checkpoint's folder.{near}")
-        return [problem for problem in problems if problem]
+            yield ("resume",), f"resume is {self.resume!r}; allowed: auto, never, or a checkpoint's folder.{near}"
 
     def resolved(self) -> TrainingConfig:
         """The same settings with the length of the run filled in."""
@@ -272,6 +291,16 @@ class Config(Section):
     """Further callbacks: 'module:name' of Callback classes, made without arguments."""
     sample_tokens: int = 200
     """Tokens of text generated and shown after training; 0: none."""
+
+    def file_problems(self) -> list[str]:
+        """What is wrong with the files and folders of this run, found without creating any."""
+        problems = [f"data.{problem}" for problem in self.data.file_problems()]
+        if _is_no_folder(self.output_dir):
+            problems.append(f"output_dir is {self.output_dir!r}, which is no folder; give another.")
+        checkpoints = self.training.checkpoint_dir
+        if checkpoints is not None and _is_no_folder(checkpoints):
+            problems.append(f"training.checkpoint_dir is {checkpoints!r}, which is no folder; give another.")
+        return problems
 
     def resolved(self) -> Config:
         """The same run with every default that depends on another setting filled in."""

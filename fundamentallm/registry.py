@@ -44,7 +44,7 @@ def resolve(kind: str, name: str, known: Mapping[str, Any]) -> Any:
         sys.path.append(str(Path.cwd()))
     try:
         return getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{kind} is {name!r}, which cannot be imported: {error}. "
             "Give 'module:name' of something importable from the working directory."

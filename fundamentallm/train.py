@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fundamentallm.command_line import parse_config
 from fundamentallm.config import Config, ModelConfig
@@ -58,13 +58,14 @@ def run(config: Config) -> Trainer:
     from fundamentallm.training.trainer import Trainer
 
     accelerator = create_accelerator(config.training.mixed_precision)
+    callbacks = _check_parts(config)
     is_main = accelerator.is_main_process
     corpus = _local_main_process_first(accelerator, lambda: load_corpus(config.data, show_progress=is_main))
     config = replace(config, model=_with_vocabulary(config.model, corpus.tokenizer))
     train_loader, val_loader = create_dataloaders(corpus, corpus.tokenizer, config)
     torch.manual_seed(config.training.seed)
     trainer = Trainer(Transformer(config.model), config, train_loader, val_loader, accelerator=accelerator)
-    for callback in _callbacks(config):
+    for callback in callbacks:
         trainer.callbacks.add(callback)
     if is_main:
         sizes = f"{len(corpus.train):,} training and {len(corpus.validation):,} validation tokens"
@@ -89,6 +90,42 @@ def _local_main_process_first(accelerator: Accelerator, build: Callable[[], T]) 
         return build()
     finally:
         accelerator.wait_for_everyone()
+
+
+def _check_parts(config: Config) -> list[Callback]:
+    """Make every part once over a dummy parameter, so that wrong names and options are found, all of them, before
+    anything is read or written. Returns the callbacks.
+
+    Raises:
+        ConfigError: listing what is wrong.
+    """
+    from torch import nn
+
+    from fundamentallm.training.loss import create_loss
+    from fundamentallm.training.optimizers import create_optimizer
+    from fundamentallm.training.schedulers import create_scheduler
+
+    training, dummy, problems = config.training, nn.Linear(1, 1), []
+    steps = training.max_steps or training.warmup_steps + 1
+
+    def schedule(kind: str, options: dict[str, Any]) -> object:
+        return create_scheduler(create_optimizer(dummy, "sgd", 1.0), kind, 1, steps, training.warmup_steps, **options)
+
+    parts: list[Callable[[], object]] = [
+        lambda: create_optimizer(dummy, training.optimizer, training.learning_rate, **training.optimizer_options),
+        lambda: schedule(training.lr_scheduler, training.lr_scheduler_options),
+        lambda: create_loss(training.loss, **training.loss_options),
+        lambda: callbacks.extend(_callbacks(config)),
+    ]
+    callbacks: list[Callback] = []
+    for make in parts:
+        try:
+            make()
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return callbacks
 
 
 def _with_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from fundamentallm.errors import ConfigError
@@ -21,7 +22,12 @@ class Interval(NamedTuple):
     open_high: bool = False
 
     def __contains__(self, value: object) -> bool:
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
+        if not isinstance(value, (int, float)):
+            return False
+        try:
+            if not math.isfinite(value):
+                return False
+        except OverflowError:  # an integer beyond all floats
             return False
         above = self.low is None or (value > self.low if self.open_low else value >= self.low)
         below = self.high is None or (value < self.high if self.open_high else value <= self.high)
@@ -99,22 +105,26 @@ def _type_problem(name: str, value: Any, hint: Any) -> str | None:
 
 
 class Section:
-    """Checks of one dataclass of settings, run when it is made: types, then ranges, then `_problems`."""
+    """Checks of one dataclass of settings, run when it is made: types, then ranges, then relations."""
 
     def __post_init__(self) -> None:
-        fields = dataclasses.fields(self)  # type: ignore[arg-type]
         hints = typing.get_type_hints(type(self))
-        values = {entry.name: getattr(self, entry.name) for entry in fields}
+        values = {name: getattr(self, name) for name in hints}
         problems = [problem for name in values if (problem := _type_problem(name, values[name], hints[name]))]
         if not problems:
-            problems = range_problems(**{name: value for name, value in values.items() if name in RANGES})
-            problems += self._problems()
+            wrong = {name for name in values.keys() & RANGES.keys() if range_problems(**{name: values[name]})}
+            problems = range_problems(**{name: values[name] for name in values if name in wrong})
+            relations = ((names, text) for names, text in self._relations() if not wrong & set(names))
+            problems += [text for _, text in relations]
         if problems:
             raise ConfigError(problems)
 
-    def _problems(self) -> list[str]:
-        """What no type and no range can say: the relations between fields."""
-        return []
+    def _relations(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """What no type and no range can say: (the fields concerned, the problem).
+
+        A problem about a field that is outside its range is left out, but has to be found without failing.
+        """
+        yield from ()
 
 
 SectionT = TypeVar("SectionT", bound=Section)

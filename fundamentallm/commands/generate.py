@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from fundamentallm.errors import CheckpointNotFoundError
+from fundamentallm.errors import CheckpointError, CheckpointNotFoundError
 
 
 def main(arguments: Sequence[str], program: str) -> int:
@@ -39,7 +39,10 @@ def main(arguments: Sequence[str], program: str) -> int:
     tokenizer = read_tokenizer(folder / "tokenizer.json")
     shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     model, context = Transformer(from_transformers_config(shape)), shape["max_position_embeddings"]
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder}: the weights do not fit config.json: {error}") from error
     prompt = encode_prompt(tokenizer, options.prompt)
     ids = generate(model, prompt, options.max_new_tokens, context, options.temperature, options.top_k, options.seed)
     print(options.prompt, end="", flush=True)

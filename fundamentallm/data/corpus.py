@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from fundamentallm.config import BUILT_IN_CORPUS, DataConfig
-from fundamentallm.data.tokenizers import create_tokenizer, read_tokenizer, unknown_id
+from fundamentallm.data.tokenizers import create_tokenizer, lacking_characters, num_bytes, read_tokenizer
 from fundamentallm.errors import ConfigError
 
 CACHE_FORMAT = 1
@@ -51,12 +51,14 @@ def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
     for piece in _read(config):
         digest.update(piece.encode())
         characters += len(piece)
+    if characters == 0:
+        raise ConfigError(f"source is {config.source!r}, which is empty; give a file with text in it.")
     given_file = config.tokenizer.endswith(".json")
-    tokenizer_key = Path(config.tokenizer).expanduser().read_text() if given_file else config.tokenizer
+    tokenizer_key = read_tokenizer(config.tokenizer).to_str() if given_file else config.tokenizer
     parts = (CACHE_FORMAT, tokenizers.__version__, tokenizer_key, config.train_split, digest.hexdigest())
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-    folder = (Path(config.cache_dir).expanduser() if config.cache_dir else _user_cache()) / key
-    with contextlib.suppress(FileNotFoundError, ValueError, KeyError):  # not there, or not whole: encode it
+    folder = (Path(os.path.expanduser(config.cache_dir)) if config.cache_dir else _user_cache()) / key
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or not whole: encode it
         return _open(folder)
     _encode(config, characters, folder, show_progress)
     return _open(folder)
@@ -83,23 +85,27 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[tuple
     Raises:
         ConfigError: if the vocabulary lacks some of the characters.
     """
-    dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
-    unknown = unknown_id(tokenizer)
-    remaining = iter(pieces)
+    dtype = token_dtype(tokenizer)
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())  # a copy that is set to return every token of a text
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    remaining, known = iter(pieces), set[str]()
     while batch := list(islice(remaining, PIECES_AT_ONCE)):
-        for piece, encoding in zip(batch, tokenizer.encode_batch_fast(batch, add_special_tokens=False), strict=True):
-            ids = np.array(encoding.ids, dtype=dtype)
-            if unknown is not None and (lacking := int((ids == unknown).sum())):
-                raise ConfigError(
-                    f"the text has characters that the tokenizer's vocabulary lacks: {lacking} of the {len(ids)} "
-                    f"tokens from {piece[:40]!r} on. Give another data.tokenizer."
-                )
-            yield piece, ids
+        new = set().union(*batch) - known
+        if lacking := lacking_characters(tokenizer, new):
+            raise ConfigError(
+                f"the text has {', '.join(map(repr, lacking[:10]))}{', ...' if len(lacking) > 10 else ''}, "
+                "which the tokenizer's vocabulary lacks; give another data.tokenizer."
+            )
+        known |= new
+        encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+        for piece, encoding in zip(batch, encodings, strict=True):
+            yield piece, np.array(encoding.ids, dtype=dtype)
 
 
-def first_token_bytes(tokenizer: Tokenizer, tokens: NDArray[np.integer]) -> int:
-    """UTF-8 bytes of the first token, which is nobody's target."""
-    return len(tokenizer.decode([int(tokens[0])], skip_special_tokens=False).encode()) if len(tokens) else 0
+def token_dtype(tokenizer: Tokenizer) -> np.dtype[np.unsignedinteger]:
+    """The smallest type that holds the vocabulary's ids."""
+    return np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32)
 
 
 def _read(config: DataConfig) -> Iterator[str]:
@@ -137,20 +143,19 @@ def _encode(config: DataConfig, characters: int, folder: Path, show_progress: bo
     staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder.parent))
     try:
         tokenizer.save(str(staging / "tokenizer.json"))
-        files, counts, dtype, validation_bytes = ("train.bin", "validation.bin"), [0, 0], "", 0
+        files, counts, validation_bytes = ("train.bin", "validation.bin"), [0, 0], 0
         with tqdm(total=characters, desc="tokenizing", unit="char", unit_scale=True, disable=not show_progress) as bar:
             for part, name in enumerate(files):
                 with (staging / name).open("wb") as file:
                     pieces = (split[part] for split in split_pieces(_read(config), train_characters) if split[part])
                     for piece, ids in encode_pieces(tokenizer, pieces):
                         if part == 1:
-                            first = 0 if counts[1] else first_token_bytes(tokenizer, ids)
-                            validation_bytes += len(piece.encode()) - first
+                            first = ids[:1] if counts[1] == 0 else ids[:0]
+                            validation_bytes += len(piece.encode()) - num_bytes(tokenizer, first)
                         counts[part] += len(ids)
-                        dtype = ids.dtype.name
                         ids.tofile(file)
                         bar.update(len(piece))
-        meta = {"dtype": dtype, "tokens": counts, "validation_bytes": validation_bytes}
+        meta = {"dtype": token_dtype(tokenizer).name, "tokens": counts, "validation_bytes": validation_bytes}
         (staging / "meta.json").write_text(json.dumps(meta))
         if folder.exists():  # a damaged entry of ours, or one that another process has just finished
             shutil.rmtree(folder)

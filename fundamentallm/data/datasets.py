@@ -63,7 +63,8 @@ class TokenDataset(Dataset[Batch]):
         wanted = np.asarray(indices, dtype=np.int64) * self.sequence_length
         starts = np.minimum(wanted, len(self.tokens) - 1 - self.sequence_length)
         windows = torch.from_numpy(self.tokens[starts[:, None] + self._window].astype(np.int64))
-        inputs, targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+        # Copies: a single row's slice counts as contiguous, and masking the targets would reach the inputs.
+        inputs, targets = windows[:, :-1].clone(), windows[:, 1:].clone()
         if not np.array_equal(wanted, starts):
             seen_before = torch.from_numpy(wanted - starts)[:, None] > torch.arange(self.sequence_length)
             targets.masked_fill_(seen_before, IGNORE_INDEX)

@@ -14,8 +14,9 @@ from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from fundamentallm.config import IGNORE_INDEX, Config
-from fundamentallm.data.corpus import Corpus, encode_pieces, first_token_bytes, read_pieces
+from fundamentallm.data.corpus import Corpus, encode_pieces, read_pieces
 from fundamentallm.data.datasets import Batch, TokenDataset
+from fundamentallm.data.tokenizers import num_bytes
 from fundamentallm.errors import ConfigError
 
 POSITIONS_AT_ONCE = 4096
@@ -166,18 +167,18 @@ def step_sampler(
     problem = None
     if not isinstance(loader, DataLoader):  # which types promise, and notebooks do not
         problem = f"is a {type(loader).__name__}; allowed: a torch DataLoader."  # type: ignore[unreachable]
-    elif isinstance(loader.dataset, IterableDataset):
+    elif isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
         problem = "has an IterableDataset; allowed: a map-style dataset, with __len__ and __getitem__."
     elif loader.batch_size is None:
         problem = "has its own batch_sampler or batch_size=None; allowed: a batch_size."
     elif not isinstance(loader.sampler, (RandomSampler, SequentialSampler)):
         problem = f"has a {type(loader.sampler).__name__}; allowed: shuffle=True or shuffle=False."
     elif isinstance(loader.sampler, RandomSampler) and (
-        loader.sampler.replacement or loader.sampler.num_samples != len(loader.dataset)  # type: ignore[arg-type]
+        loader.sampler.replacement or loader.sampler.num_samples != len(loader.dataset)
     ):
         problem = "has a RandomSampler with replacement or num_samples; allowed: shuffle=True."
     elif len(loader) == 0:
-        problem = f"has {len(loader.dataset)} samples, which make no batch; give it more."  # type: ignore[arg-type]
+        problem = f"has {len(loader.dataset)} samples, which make no batch; give it more."
     if problem:
         raise ConfigError(f"{name} {problem} Its samples must have an order that can be resumed.")
     return StepSampler(
@@ -257,7 +258,7 @@ def create_dataloaders(
     """
     parts: Parts
     if isinstance(text_or_tokens, Corpus):
-        parts = text_or_tokens[1:]
+        tokenizer, parts = tokenizer or text_or_tokens.tokenizer, text_or_tokens[1:]
     elif isinstance(text_or_tokens, str):
         parts = _encode_text(text_or_tokens, tokenizer, config.data.train_split)
     else:
@@ -284,7 +285,7 @@ def _encode_text(text: str, tokenizer: Tokenizer | None, train_split: float) -> 
         np.concatenate([np.empty(0, np.uint16), *(ids for _, ids in encode_pieces(tokenizer, pieces))])
         for pieces in map(read_pieces, (io.StringIO(text[:cut], newline=""), io.StringIO(text[cut:], newline="")))
     )
-    return train, validation, len(text[cut:].encode()) - first_token_bytes(tokenizer, validation)
+    return train, validation, len(text[cut:].encode()) - num_bytes(tokenizer, validation[:1])
 
 
 def _split_tokens(tokens: Any, tokenizer: Tokenizer | None, train_split: float) -> Parts:
@@ -299,4 +300,4 @@ def _split_tokens(tokens: Any, tokenizer: Tokenizer | None, train_split: float) 
     train, validation = np.split(tokens, [int(len(tokens) * train_split)])
     if tokenizer is None:
         return train, validation, None
-    return train, validation, len(tokenizer.decode(validation[1:].tolist(), skip_special_tokens=False).encode())
+    return train, validation, num_bytes(tokenizer, validation[1:])

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from fundamentallm.errors import ConfigError
+
+BROKEN = "\N{REPLACEMENT CHARACTER}"
+"""What decoding gives for part of a character."""
 
 UNKNOWN = "<unk>"
 """Token of a character that a `char` vocabulary lacks; without it BPE would drop the character in silence."""
@@ -43,17 +50,17 @@ def create_tokenizer(
             trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
             tokenizer.train_from_iterator(training_text(), trainer)
         return tokenizer
-    return read_tokenizer(Path(spec).expanduser())
+    return read_tokenizer(spec)
 
 
-def read_tokenizer(path: Path) -> Tokenizer:
+def read_tokenizer(path: str | Path) -> Tokenizer:
     """A tokenizer.json, set to return every token of a text.
 
     Raises:
         ConfigError: if it cannot be read.
     """
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(os.path.expanduser(path))
     except Exception as error:  # the library raises bare Exception
         raise ConfigError(f"tokenizer is {str(path)!r}, which is no tokenizer.json: {error}.") from error
     tokenizer.no_truncation()
@@ -61,10 +68,30 @@ def read_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def unknown_id(tokenizer: Tokenizer) -> int | None:
-    """The id that stands for what the vocabulary lacks, or None where nothing can be lacking."""
-    unknown = getattr(tokenizer.model, "unk_token", None)
-    return tokenizer.token_to_id(unknown) if unknown else None
+def lacking_characters(tokenizer: Tokenizer, characters: Iterable[str]) -> list[str]:
+    """Those of `characters` that the vocabulary lacks: they become its unknown token, part of themselves, or nothing.
+
+    White space that becomes nothing is not among them: some tokenizers mean it.
+    """
+    model = json.loads(tokenizer.to_str())["model"]
+    unknown = model.get("unk_id")
+    if unknown is None and model.get("unk_token"):
+        unknown = tokenizer.token_to_id(model["unk_token"])
+    lacking = []
+    for character in sorted(characters):
+        ids = tokenizer.encode(character, add_special_tokens=False).ids
+        broken = character != BROKEN and BROKEN in tokenizer.decode(ids, skip_special_tokens=False)
+        if unknown in ids or broken or not (ids or character.isspace()):
+            lacking.append(character)
+    return lacking
+
+
+def num_bytes(tokenizer: Tokenizer, tokens: NDArray[np.integer]) -> int:
+    """UTF-8 bytes of the text of `tokens`, also where it begins or ends within a character."""
+    if isinstance(tokenizer.decoder, decoders.ByteLevel):  # each character of such a token stands for a byte
+        sizes = [len(tokenizer.id_to_token(index) or "") for index in range(tokenizer.get_vocab_size())]
+        return int(np.array(sizes)[tokens].sum())
+    return len(tokenizer.decode(tokens.tolist(), skip_special_tokens=False).encode())
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -73,9 +100,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     Raises:
         ConfigError: if the vocabulary lacks some of its characters.
     """
-    ids: list[int] = tokenizer.encode(prompt, add_special_tokens=False).ids
-    unknown = unknown_id(tokenizer)
-    if unknown is not None and unknown in ids:
-        lacking = sorted({c for c in prompt if unknown in tokenizer.encode(c, add_special_tokens=False).ids})
+    if lacking := lacking_characters(tokenizer, set(prompt)):
         raise ConfigError(f"the prompt has {lacking}, which the model's vocabulary lacks; leave them out.")
+    ids: list[int] = tokenizer.encode(prompt, add_special_tokens=False).ids
     return ids

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from fundamentallm.errors import ConfigError
+from fundamentallm.validation import AT_LEAST_ONE, NON_NEGATIVE, RANGES
 
 
-@torch.no_grad()
 def generate(
     model: nn.Module,
     token_ids: list[int],
@@ -32,17 +32,36 @@ def generate(
         seed: of the draws; the global random state is neither read nor changed.
 
     Raises:
-        ConfigError: if a value is outside its range.
+        ConfigError: if a value is outside its range, before anything is drawn.
     """
-    problems = []
-    if not token_ids:
-        problems.append("the prompt is empty; give at least one token.")
-    if not 0 <= temperature < float("inf"):
-        problems.append(f"temperature is {temperature!r}; allowed: at least 0.")
-    if top_k is not None and top_k < 1:
-        problems.append(f"top_k is {top_k!r}; allowed: at least 1.")
+    ranges = {
+        "max_new_tokens": (max_new_tokens, NON_NEGATIVE),
+        "context": (context, AT_LEAST_ONE),
+        "temperature": (temperature, NON_NEGATIVE),
+        "top_k": (top_k, AT_LEAST_ONE),
+        "seed": (seed, RANGES["seed"]),
+    }
+    problems = [] if token_ids else ["the prompt is empty; give at least one token."]
+    problems += [
+        f"{name} is {value!r}; allowed: {allowed}."
+        for name, (value, allowed) in ranges.items()
+        if value is not None and value not in allowed
+    ]
     if problems:
         raise ConfigError(problems)
+    return _generate(model, token_ids, max_new_tokens, context, temperature, top_k, seed)
+
+
+@torch.no_grad()
+def _generate(
+    model: nn.Module,
+    token_ids: list[int],
+    max_new_tokens: int,
+    context: int,
+    temperature: float,
+    top_k: int | None,
+    seed: int,
+) -> Iterator[int]:
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     was_training = model.training
@@ -50,9 +69,11 @@ def generate(
     try:
         ids = torch.tensor([token_ids], device=device)
         for _ in range(max_new_tokens):
-            logits = model(ids[:, -context:])[0, -1].float()  # (V,)
+            # (1, T) to (V,), in the precision in which softmax is safe
+            logits = model(ids[:, -context:])[0, -1].float()
             if top_k is not None and top_k < len(logits):
-                logits[logits < logits.topk(top_k).values[-1]] = float("-inf")
+                likeliest = logits.topk(top_k)
+                logits = torch.full_like(logits, float("-inf")).scatter(0, likeliest.indices, likeliest.values)
             if temperature == 0:
                 token = logits.argmax().view(1)
             else:

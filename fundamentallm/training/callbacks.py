@@ -63,7 +63,7 @@ class Callback:
 
 
 class CallbackList:
-    """Callbacks in the order in which they are called."""
+    """Callbacks in the order in which they are called; a hook may add and remove some, from the next hook on."""
 
     def __init__(self, callbacks: list[Callback] | None = None) -> None:
         self.callbacks = list(callbacks or [])
@@ -78,22 +78,22 @@ class CallbackList:
 
     def on_train_begin(self, trainer: Trainer) -> None:
         """See `Callback`."""
-        for callback in self.callbacks:
+        for callback in tuple(self.callbacks):
             callback.on_train_begin(trainer)
 
     def on_train_end(self, trainer: Trainer) -> None:
         """See `Callback`."""
-        for callback in self.callbacks:
+        for callback in tuple(self.callbacks):
             callback.on_train_end(trainer)
 
     def on_epoch_begin(self, trainer: Trainer) -> None:
         """See `Callback`."""
-        for callback in self.callbacks:
+        for callback in tuple(self.callbacks):
             callback.on_epoch_begin(trainer)
 
     def on_epoch_end(self, trainer: Trainer) -> None:
         """See `Callback`."""
-        for callback in self.callbacks:
+        for callback in tuple(self.callbacks):
             callback.on_epoch_end(trainer)
 
     @property
@@ -103,17 +103,17 @@ class CallbackList:
 
     def on_step_end(self, trainer: Trainer, loss: float) -> None:
         """See `Callback`."""
-        for callback in self.callbacks:
+        for callback in tuple(self.callbacks):
             callback.on_step_end(trainer, loss)
 
     def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """See `Callback`."""
-        for callback in self.callbacks:
+        for callback in tuple(self.callbacks):
             callback.on_log(trainer, metrics)
 
     def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """See `Callback`."""
-        for callback in self.callbacks:
+        for callback in tuple(self.callbacks):
             callback.on_validation_end(trainer, metrics)
 
     def _named(self) -> dict[str, Callback]:

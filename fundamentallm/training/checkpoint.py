@@ -21,11 +21,12 @@ import math
 import os
 import re
 import shutil
-import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -43,11 +44,13 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _TENSOR, _TUPLE, _FLOAT = "__tensor__", "__tuple__", "__float__"
 
 
-def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """`value` as JSON; its tensors are moved to `tensors` under their path."""
+def _encode(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
+    """`value` as JSON; its tensors go to `tensors` under their path, escaped as in RFC 6901."""
+    where = "/".join(part.replace("~", "~0").replace("/", "~1") for part in path)
     if isinstance(value, Tensor):
-        tensors[path] = value.detach()
-        return {_TENSOR: path}
+        name = "~" if where == "__metadata__" else where  # a name that safetensors keeps for itself
+        tensors[name] = value.detach()
+        return {_TENSOR: name}
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
@@ -55,13 +58,15 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str) or key in (_TENSOR, _TUPLE, _FLOAT):
-                raise CheckpointError(f"{path or 'the state'} has the key {key!r}; allowed: text other than our marks.")
-        return {key: _encode(item, f"{path}/{key}" if path else key, tensors) for key, item in value.items()}
+                raise CheckpointError(
+                    f"{where or 'the state'} has the key {key!r}; allowed: text other than our marks."
+                )
+        return {key: _encode(item, (*path, key), tensors) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        items = [_encode(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]
+        items = [_encode(item, (*path, str(index)), tensors) for index, item in enumerate(value)]
         return items if isinstance(value, list) else {_TUPLE: items}
     raise CheckpointError(
-        f"{path} is a {type(value).__module__}.{type(value).__name__}; allowed: tensors, and what JSON can hold "
+        f"{where} is a {type(value).__module__}.{type(value).__name__}; allowed: tensors, and what JSON can hold "
         "(text, numbers, true, false, null, lists and dicts of these). Convert it before saving."
     )
 
@@ -86,7 +91,9 @@ def _unshare(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, s
     A tied weight is stored once: under its first name.
     """
     first_name: dict[Any, str] = {}
-    stored, same_as = {}, {}
+    stored: dict[str, Tensor] = {}
+    same_as: dict[str, str] = {}
+    storages = set()
     for name, tensor in tensors.items():
         identity = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
         if tensor.numel() and identity in first_name:
@@ -95,8 +102,10 @@ def _unshare(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, s
         first_name[identity] = name
         tensor = tensor.cpu().contiguous()
         # A view into a larger storage must not drag the rest along, nor share it with its siblings.
-        whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-        stored[name] = tensor if whole else tensor.clone()
+        storage = tensor.untyped_storage()
+        alone = storage.nbytes() == tensor.numel() * tensor.element_size() and storage.data_ptr() not in storages
+        stored[name] = tensor if alone else tensor.clone()
+        storages.add(storage.data_ptr())
     return stored, same_as
 
 
@@ -117,6 +126,18 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _is_ours(path: Path) -> bool:
+    """Whether a path is a checkpoint, or what is left of one."""
+    is_folder = path.is_dir() and not path.is_symlink()
+    return is_folder and any((path / file).exists() for file in (STATE, MODEL, TRAINING, MANIFEST))
+
+
+def _own_sha256(manifest: dict[str, Any]) -> str:
+    """SHA-256 of a manifest without its own."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """A checkpoint's manifest, its form checked.
 
@@ -126,10 +147,16 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """
     if not checkpoint.is_dir():
         raise CheckpointNotFoundError(f"{checkpoint}: there is no checkpoint directory here.")
+    if (checkpoint / MANIFEST).is_symlink():
+        raise CheckpointError(f"{checkpoint}: {MANIFEST} is damaged, it is a link.")
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         version, files = manifest["format_version"], manifest["files"]
-        good = isinstance(manifest["sequence"], int) and isinstance(manifest["is_best"], bool)
+        good = (
+            manifest["sha256"] == _own_sha256(manifest)
+            and isinstance(manifest["sequence"], int)
+            and isinstance(manifest["is_best"], bool)
+        )
         good &= all(NAME.fullmatch(name) and {"size", "sha256"} <= set(entry) for name, entry in files.items())
     except FileNotFoundError:
         raise CheckpointError(f"{checkpoint}: incomplete, it has no {MANIFEST}.") from None
@@ -204,11 +231,14 @@ class CheckpointManager:
             if not NAME.fullmatch(text) or text in (STATE, MODEL, TRAINING, MANIFEST):
                 raise CheckpointError(f"the name is {text!r}; allowed: letters, digits, '_', '-' and '.', not first.")
         tensors: dict[str, Tensor] = {}
-        state = _encode(checkpoint, "", tensors)
-        stored, same_as = _unshare(tensors)
+        state = _encode(checkpoint, (), tensors)
+        # The model's first: a tensor that is there twice is stored under its first name.
+        stored, same_as = _unshare(
+            dict(sorted(tensors.items(), key=lambda item: not item[0].startswith(MODEL_KEY + "/")))
+        )
         try:
             self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
-            staging = Path(tempfile.mkdtemp(prefix=f".staging-{name}-", dir=self.checkpoint_dir))
+            staging = self._hidden_folder(f"staging-{name}")
             try:
                 self._write(staging, {"state": state, "same_as": same_as}, stored, is_best, files or {})
                 path = self._publish(staging, name)
@@ -231,7 +261,7 @@ class CheckpointManager:
         texts = {**files, STATE: json.dumps(state, indent=1, allow_nan=False)}
         for file_name, text in texts.items():
             (folder / file_name).write_text(text, encoding="utf-8")
-        manifest = {
+        manifest: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "sequence": max((m["sequence"] for _, m in self._found()), default=0) + 1,
             "is_best": is_best,
@@ -239,22 +269,34 @@ class CheckpointManager:
                 path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())
             },
         }
+        manifest["sha256"] = _own_sha256(manifest)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for path in (*folder.iterdir(), folder):
             _sync(path)
 
     def _publish(self, staging: Path, name: str) -> Path:
-        """Give the staged checkpoint its name. One that has the name steps aside first, and goes last."""
+        """Give the staged checkpoint its name. An intact one that has the name steps aside first, and goes last."""
         path = self.checkpoint_dir / name
-        if not path.exists():
-            staging.rename(path)
-            _sync(self.checkpoint_dir)
-            return path
-        aside = Path(tempfile.mkdtemp(prefix=f".replaced-{name}-", dir=self.checkpoint_dir)) / name
-        path.rename(aside)
+        aside = None
+        if path.exists() or path.is_symlink():
+            if not _is_ours(path):
+                raise CheckpointError(f"{path} is in the way, and is no checkpoint to replace; move it away.")
+            try:
+                verify(path)
+                aside = self._hidden_folder(f"replaced-{name}") / name
+                path.rename(aside)
+            except CheckpointError:  # somebody may want to see what is left of it, so it is never deleted
+                path.rename(self.checkpoint_dir / f"{name}~damaged-{uuid.uuid4().hex[:6]}")
         staging.rename(path)
         _sync(self.checkpoint_dir)
-        shutil.rmtree(aside.parent)
+        if aside is not None:
+            shutil.rmtree(aside.parent)
+        return path
+
+    def _hidden_folder(self, purpose: str) -> Path:
+        # tempfile.mkdtemp would close the folder to everyone else, and with it the checkpoint it becomes.
+        path = self.checkpoint_dir / f".{purpose}-{uuid.uuid4().hex[:12]}"
+        path.mkdir()
         return path
 
     def _found(self) -> list[tuple[Path, dict[str, Any]]]:
@@ -272,7 +314,7 @@ class CheckpointManager:
         for path, _ in found:
             if path not in keep:
                 # Renamed first, so that a kill in between leaves no half of a checkpoint under its name.
-                doomed = Path(tempfile.mkdtemp(prefix=f".deleting-{path.name}-", dir=self.checkpoint_dir))
+                doomed = self._hidden_folder(f"deleting-{path.name}")
                 shutil.rmtree(path.rename(doomed / path.name))
                 doomed.rmdir()
 
@@ -289,7 +331,7 @@ class CheckpointManager:
         """(checkpoint, its path, why others were passed over) of the newest intact checkpoint; None: there is none."""
         passed_over = []
         for path in sorted(self.checkpoint_dir.iterdir()) if self.checkpoint_dir.is_dir() else ():
-            if NAME.fullmatch(path.name) and any((path / file).exists() for file in (STATE, MODEL, TRAINING, MANIFEST)):
+            if NAME.fullmatch(path.name) and _is_ours(path):
                 try:
                     read_manifest(path)
                 except CheckpointError as error:
@@ -320,5 +362,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         tensors |= {f"{MODEL_KEY}/{name}": tensor for name, tensor in load_file(path / MODEL).items()}
         tensors |= {name: tensors[other] for name, other in saved["same_as"].items()}
         return _decode(saved["state"], tensors)  # type: ignore[no-any-return]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: {STATE} does not fit the tensors ({type(error).__name__}: {error}).") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path}: {STATE} does not fit the tensors of {MODEL} and {TRAINING} ({type(error).__name__}: {error})."
+        ) from error

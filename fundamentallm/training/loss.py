@@ -13,6 +13,7 @@ import inspect
 import sys
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -24,6 +25,9 @@ from fundamentallm.validation import FRACTION, NON_NEGATIVE, Interval
 
 class CrossEntropy(nn.Module):
     """Negative log-likelihood of the targets, in nats."""
+
+    def __init__(self) -> None:  # without options, which nn.Module's own signature would allow
+        super().__init__()
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Sum over the targets that are not `IGNORE_INDEX`; logits (..., V), targets (...); a scalar."""
@@ -59,8 +63,8 @@ class Focal(CrossEntropy):
     def objective(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Focal loss."""
         nll = _nll(logits, targets, reduction="none")  # 0 where ignored
-        # expm1 keeps 1 - p exact for p near 1; where nll is 0, 0 * log(...) must not make gamma = 0 undefined.
-        return ((-(-nll).expm1()).clamp(min=0) ** self.gamma * nll).sum()
+        # expm1 keeps 1 - p exact for p near 1; at 1 - p = 0 a power below 1 has an infinite slope.
+        return ((-(-nll).expm1()).clamp(min=torch.finfo(nll.dtype).tiny) ** self.gamma * nll).sum()
 
 
 class ZLoss(CrossEntropy):

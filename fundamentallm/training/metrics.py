@@ -19,7 +19,7 @@ class RunningMean:
 
     def add(self, total: Tensor, count: Tensor) -> None:
         """Add a sum and how many values it is over (scalars)."""
-        self._totals += torch.stack((total, count))
+        self._totals += torch.stack((total.to(self._totals.dtype), count.to(self._totals.dtype)))
 
     @property
     def totals(self) -> Tensor:

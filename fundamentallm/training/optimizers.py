@@ -109,8 +109,12 @@ class Muon(Optimizer):
     def _adamw(
         self, group: dict[str, Any], parameters: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
-        if not parameters:
+        # Only the fused kernel skips on the device.
+        if not parameters or (found_inf is not None and not group["fused"] and found_inf.item()):
             return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if grad_scale is not None and not group["fused"]:
+            gradients = [gradient / grad_scale for gradient in gradients]
         states = [self.state[p] for p in parameters]
         for p, state in zip(parameters, states, strict=True):
             if not state:
@@ -118,14 +122,14 @@ class Muon(Optimizer):
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
         adamw(
             parameters,
-            [p.grad for p in parameters if p.grad is not None],
+            gradients,
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
             [state["step"] for state in states],
             fused=group["fused"],
-            grad_scale=grad_scale,
-            found_inf=found_inf,
+            grad_scale=grad_scale if group["fused"] else None,
+            found_inf=found_inf if group["fused"] else None,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -213,7 +217,12 @@ def create_optimizer(
     if kind == "adam":
         return Adam(groups, lr=learning_rate, betas=betas, eps=adam_epsilon, fused=fused)
     if kind == "sgd":
-        return SGD(groups, lr=learning_rate, momentum=momentum, fused=fused)
+        sgd = SGD(groups, lr=learning_rate, momentum=momentum, fused=fused)
+        if momentum:
+            # torch's fused kernel takes uninitialised memory for momentum where the very first step is skipped.
+            for parameter in parameters:
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     if kind == "muon":
         hidden = _hidden_matrices(model)
         rest = _decay_groups((p for p in parameters if p not in hidden), weight_decay)
@@ -221,7 +230,10 @@ def create_optimizer(
         groups = [group for group in groups if group["params"]] + [{**group, "muon": False} for group in rest]
         return Muon(groups, lr=learning_rate, betas=betas, eps=adam_epsilon, fused=fused)
     made_by = resolve("optimizer", optimizer_type, dict.fromkeys(OPTIMIZER_NAMES))
-    return made_by(groups, lr=learning_rate, **options)  # type: ignore[no-any-return]
+    try:
+        return made_by(groups, lr=learning_rate, **options)  # type: ignore[no-any-return]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer {optimizer_type} cannot be made with {options!r}: {error}.") from error
 
 
 class NamedOptimizerState:
@@ -237,8 +249,10 @@ class NamedOptimizerState:
 
     def state_dict(self) -> dict[str, Any]:
         """The state, by name."""
-        state, named = self.optimizer.state, self.model.named_parameters()
-        by_name = {name: dict(state[parameter]) for name, parameter in named if parameter in state}
+        trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        named = ((name, p) for name, p in self.model.named_parameters() if id(p) in trained)
+        # Empty where a parameter has had no gradient yet: what is missing when loading has been lost.
+        by_name = {name: dict(self.optimizer.state.get(p, {})) for name, p in named}
         return {"type": type(self.optimizer).__name__, "state": by_name}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -256,16 +270,21 @@ class NamedOptimizerState:
         index_of = {id(p): i for i, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"])}
         trained = {name for name, parameter in named.items() if id(parameter) in index_of}
         problems = [f"{name} is not trained here" for name in sorted(set(saved["state"]) - trained)]
-        if saved["state"]:  # none at all is an optimizer without state, or one that has not stepped
-            problems += [f"there is none for {name}" for name in sorted(trained - set(saved["state"]))]
+        problems += [f"there is none for {name}" for name in sorted(trained - set(saved["state"]))]
         problems += [
             f"{key} of {name} has shape {tuple(value.shape)}, the parameter {tuple(named[name].shape)}"
             for name, state in saved["state"].items()
             for key, value in state.items()
-            if name in trained and isinstance(value, Tensor) and value.ndim and value.shape != named[name].shape
+            if name in trained and isinstance(value, Tensor) and not _fits(value, named[name])
         ]
         if problems:
             more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
             raise CheckpointError(f"The optimizer's state does not fit the model: {'; '.join(problems[:5])}{more}.")
-        state = {index_of[id(named[name])]: state for name, state in saved["state"].items()}
+        state = {index_of[id(named[name])]: state for name, state in saved["state"].items() if state}
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+
+def _fits(value: Tensor, parameter: Tensor) -> bool:
+    """Whether a state tensor has the parameter's shape, or is a factor of it (Adafactor's rows and columns)."""
+    sizes = zip(reversed(value.shape), reversed(parameter.shape), strict=False)
+    return value.ndim <= parameter.ndim and all(size in (1, whole) for size, whole in sizes)

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from fundamentallm.config import SCHEDULE_NAMES, TrainingConfig
 from fundamentallm.errors import ConfigError
 from fundamentallm.registry import resolve
-from fundamentallm.validation import range_problems
+from fundamentallm.validation import Interval, range_problems
 
 # A decay maps progress, 0 on the peak's step to 1 on the run's last step, to the part of the way from
 # `min_lr_ratio` up to the peak: 1 at 0 and 0 at 1.
@@ -41,7 +41,7 @@ def cosine(progress: float) -> float:
 
 def cosine_with_restarts(progress: float, cycles: int = 2) -> float:
     """`cycles` half cosine waves of equal length, each from the peak down (SGDR, arXiv:1608.03983)."""
-    if not isinstance(cycles, int) or cycles < 1:
+    if not isinstance(cycles, int) or isinstance(cycles, bool) or cycles < 1:
         raise ConfigError(f"lr_scheduler option cycles is {cycles!r}; allowed: an integer, at least 1.")
     # Rounded, so that a restart falls on its step also where i / n * cycles is a hair below a whole number.
     return cosine(round(progress * cycles, 9) % 1 if progress < 1 else 1)
@@ -49,7 +49,7 @@ def cosine_with_restarts(progress: float, cycles: int = 2) -> float:
 
 def wsd(progress: float, decay_fraction: float = 0.2) -> float:
     """Warm-up, stable, decay: the peak, then a straight line over the last `decay_fraction` (arXiv:2404.06395)."""
-    if not 0 < decay_fraction <= 1:
+    if decay_fraction not in Interval(low=0, high=1, open_low=True):
         raise ConfigError(
             f"lr_scheduler option decay_fraction is {decay_fraction!r}; allowed: greater than 0 and at most 1."
         )
@@ -124,4 +124,6 @@ def create_scheduler(
         return float(min_lr_ratio + (1 - min_lr_ratio) * decay(progress, **options))
 
     factor(last_step)  # an option outside its range is found here rather than inside torch
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]  # torch keeps the one of an earlier schedule
     return StepSchedule(optimizer, factor)

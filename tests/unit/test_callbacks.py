@@ -403,6 +403,17 @@ def test_the_bar_of_a_resumed_run_begins_where_the_run_does(tmp_path: Path, caps
     assert "6/6" in bars[-1]
 
 
+def test_the_bar_ends_where_the_run_stopped(capsys: pytest.CaptureFixture[str]) -> None:
+    class StopBetweenLogs(Callback):
+        def on_step_end(self, trainer: Trainer, loss: float) -> None:
+            if trainer.global_step == 5:
+                trainer.request_stop("asked to")
+
+    make_trainer([ProgressCallback(), StopBetweenLogs()], log_every_n_steps=4).train()
+    bars = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.strip()]
+    assert "5/6" in bars[-1]
+
+
 # ---- the picture ---------------------------------------------------------------------------------------------
 
 INK, ACCENT = (0x33, 0x65, 0x8A), (0xD1, 0x49, 0x5B)

@@ -75,6 +75,7 @@ def test_non_finite_and_signed_zero_elements_come_back(tmp_path: Path) -> None:
         -1,
         2**80,
         0.1,
+        1 / 3,
         -0.0,
         5e-324,
         math.inf,
@@ -153,6 +154,13 @@ def test_views_come_back_as_what_they_show_and_drag_nothing_along(tmp_path: Path
     got = round_trip(tmp_path, [base, view(base), view(base)[..., :1]])
     for tensor, expected in zip(got, (base, view(base), view(base)[..., :1]), strict=True):
         assert_same_bits(tensor, expected)
+
+
+def test_views_that_read_one_memory_in_different_ways_stay_apart(tmp_path: Path) -> None:
+    base = torch.arange(9.0).reshape(3, 3)
+    expected = [base, base.T, base.view(torch.int32)]
+    for got, tensor in zip(round_trip(tmp_path, expected), expected, strict=True):
+        assert_same_bits(got, tensor)
 
 
 def test_a_small_view_of_a_large_tensor_is_stored_small(tmp_path: Path) -> None:
@@ -269,11 +277,16 @@ def test_a_checkpoint_of_the_same_name_is_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "model.safetensors"])
-def test_a_damaged_checkpoint_of_the_same_name_is_replaced(tmp_path: Path, file: str) -> None:
+def test_a_damaged_checkpoint_of_the_same_name_is_set_aside_and_kept(tmp_path: Path, file: str) -> None:
     manager = CheckpointManager(tmp_path)
     (manager.save(state(1), "step_1") / file).unlink()
     assert manager.load(manager.save(state(2), "step_1"))["step"] == 2
-    assert names(tmp_path) == ["step_1"]
+    saved, set_aside = names(tmp_path)
+    assert saved == "step_1"
+    assert set_aside.startswith("step_1~damaged-")
+    assert file not in names(tmp_path / set_aside)
+    assert "state.json" in names(tmp_path / set_aside)
+    assert manager.load_latest()[2] == []
 
 
 def test_the_best_can_be_saved_as_best_again_and_again(tmp_path: Path) -> None:
@@ -484,8 +497,11 @@ def test_with_nothing_intact_there_are_only_reasons(tmp_path: Path) -> None:
 
 
 def rewrite_manifest(path: Path, **changes: Any) -> None:
-    manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+    """What somebody could write who knows the format: its own checksum is right."""
+    manifest = {**json.loads((path / "manifest.json").read_text()), **changes}
+    del manifest["sha256"]
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps({**manifest, "sha256": digest}))
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/hostname", ".x", "", "a/b"])

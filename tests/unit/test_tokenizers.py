@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from fundamentallm.data.tokenizers import UNKNOWN, create_tokenizer, encode_prompt, read_tokenizer, unknown_id
+from fundamentallm.data.tokenizers import UNKNOWN, create_tokenizer, encode_prompt, read_tokenizer
 from fundamentallm.errors import ConfigError
 
 SAMPLE = "Grüße,\r\n\tहिन्दी 漢字 🙂 don't e\u0301\n\n  two  spaces and a <unk>\n"
@@ -42,7 +42,7 @@ def test_char_has_one_token_for_each_character_of_all_the_text() -> None:
     assert set(tokenizer.get_vocab()) == {*SAMPLE, UNKNOWN}
     ids = tokenizer.encode(SAMPLE).ids
     assert len(ids) == len(SAMPLE)
-    assert unknown_id(tokenizer) not in ids
+    assert tokenizer.token_to_id(UNKNOWN) not in ids
 
 
 def test_char_vocabulary_does_not_depend_on_how_the_text_comes_in_pieces() -> None:
