@@ -155,9 +155,8 @@ def _show_end(trainer: Trainer, corpus: Corpus, config: Config) -> None:
     if config.sample_tokens:
         from fundamentallm.models.generation import generate
 
-        text = corpus.validation if len(corpus.validation) else corpus.train
-        prompt = text[: min(32, config.data.sequence_length)].tolist()
-        ids = generate(trainer.model, prompt, config.sample_tokens, config.data.sequence_length, temperature=0.8)
+        prompt = corpus.train[: min(32, config.data.sequence_length)].tolist()
+        ids = generate(trainer.model, prompt, config.sample_tokens, config.data.sequence_length, temperature=0.7)
         print(f"---- sample: {corpus.tokenizer.decode(prompt)!r} continued ----")
         print(corpus.tokenizer.decode(list(ids)))
 
