@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from fundamentallm.config import TrainingConfig
 from fundamentallm.errors import CheckpointError, CheckpointNotFoundError, ConfigError
+from fundamentallm.training.serialization import decode, encode, unshare
 from fundamentallm.validation import range_problems
 
 FORMAT_VERSION = 1
@@ -39,74 +39,6 @@ MODEL, TRAINING, STATE, MANIFEST = "model.safetensors", "training.safetensors", 
 MODEL_KEY = "model_state_dict"
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 """Names of checkpoints and of their files: nothing hidden, nothing that leaves the directory."""
-
-# JSON has no tensors, tuples or non-finite numbers: each is an object with one of these keys.
-_TENSOR, _TUPLE, _FLOAT = "__tensor__", "__tuple__", "__float__"
-
-
-def _encode(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
-    """`value` as JSON; its tensors go to `tensors` under their path, escaped as in RFC 6901."""
-    where = "/".join(part.replace("~", "~0").replace("/", "~1") for part in path)
-    if isinstance(value, Tensor):
-        name = "~" if where == "__metadata__" else where  # a name that safetensors keeps for itself
-        tensors[name] = value.detach()
-        return {_TENSOR: name}
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else {_FLOAT: repr(float(value))}
-    if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str) or key in (_TENSOR, _TUPLE, _FLOAT):
-                raise CheckpointError(
-                    f"{where or 'the state'} has the key {key!r}; allowed: text other than our marks."
-                )
-        return {key: _encode(item, (*path, key), tensors) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        items = [_encode(item, (*path, str(index)), tensors) for index, item in enumerate(value)]
-        return items if isinstance(value, list) else {_TUPLE: items}
-    raise CheckpointError(
-        f"{where} is a {type(value).__module__}.{type(value).__name__}; allowed: tensors, and what JSON can hold "
-        "(text, numbers, true, false, null, lists and dicts of these). Convert it before saving."
-    )
-
-
-def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_decode(item, tensors) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if _TENSOR in value:
-        return tensors[value[_TENSOR]]
-    if _TUPLE in value:
-        return tuple(_decode(item, tensors) for item in value[_TUPLE])
-    if _FLOAT in value:
-        return float(value[_FLOAT])
-    return {key: _decode(item, tensors) for key, item in value.items()}
-
-
-def _unshare(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors fit for safetensors (on the CPU, dense, own memory), and {name: name of the same tensor}.
-
-    A tied weight is stored once: under its first name.
-    """
-    first_name: dict[Any, str] = {}
-    stored: dict[str, Tensor] = {}
-    same_as: dict[str, str] = {}
-    storages = set()
-    for name, tensor in tensors.items():
-        identity = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
-        if tensor.numel() and identity in first_name:
-            same_as[name] = first_name[identity]
-            continue
-        first_name[identity] = name
-        tensor = tensor.cpu().contiguous()
-        # A view into a larger storage must not drag the rest along, nor share it with its siblings.
-        storage = tensor.untyped_storage()
-        alone = storage.nbytes() == tensor.numel() * tensor.element_size() and storage.data_ptr() not in storages
-        stored[name] = tensor if alone else tensor.clone()
-        storages.add(storage.data_ptr())
-    return stored, same_as
 
 
 def _sync(path: Path) -> None:
@@ -231,9 +163,9 @@ class CheckpointManager:
             if not NAME.fullmatch(text) or text in (STATE, MODEL, TRAINING, MANIFEST):
                 raise CheckpointError(f"the name is {text!r}; allowed: letters, digits, '_', '-' and '.', not first.")
         tensors: dict[str, Tensor] = {}
-        state = _encode(checkpoint, (), tensors)
+        state = encode(checkpoint, (), tensors)
         # The model's first: a tensor that is there twice is stored under its first name.
-        stored, same_as = _unshare(
+        stored, same_as = unshare(
             dict(sorted(tensors.items(), key=lambda item: not item[0].startswith(MODEL_KEY + "/")))
         )
         try:
@@ -361,7 +293,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         tensors = load_file(path / TRAINING)
         tensors |= {f"{MODEL_KEY}/{name}": tensor for name, tensor in load_file(path / MODEL).items()}
         tensors |= {name: tensors[other] for name, other in saved["same_as"].items()}
-        return _decode(saved["state"], tensors)  # type: ignore[no-any-return]
+        return decode(saved["state"], tensors)  # type: ignore[no-any-return]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise CheckpointError(
             f"{path}: {STATE} does not fit the tensors of {MODEL} and {TRAINING} ({type(error).__name__}: {error})."

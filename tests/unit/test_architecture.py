@@ -32,7 +32,13 @@ from fundamentallm.training.schedulers import SCHEDULES
 ROOT = Path(fundamentallm.__file__).parent
 LEAVES = ("errors", "registry", "validation", "config", "command_line")
 PARTS = tuple(f"training.{name}" for name in ("loss", "metrics", "optimizers", "schedulers", "early_stopping"))
-SERVICES = ("training.checkpoint", "training.callbacks", "training.visualization")
+SERVICES = tuple(
+    f"training.{name}" for name in ("serialization", "checkpoint", "callbacks", "visualization", "progress")
+)
+WITHIN_SERVICES = {
+    ("training.visualization", "training.callbacks"),
+    ("training.checkpoint", "training.serialization"),
+}
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 
@@ -96,7 +102,7 @@ def _may_import(importer: str, imported: str) -> bool:
         together = importer.partition(".")[0] in ("models", "data")
         return _level(imported) == 0 or (together and imported.split(".")[0] == importer.split(".")[0])
     if level == 2:
-        return _level(imported) < 2 or (importer, imported) == ("training.visualization", "training.callbacks")
+        return _level(imported) < 2 or (importer, imported) in WITHIN_SERVICES
     return _level(imported) <= level
 
 
