@@ -180,7 +180,7 @@ def step_sampler(
     elif len(loader) == 0:
         problem = f"has {len(loader.dataset)} samples, which make no batch; give it more."
     if problem:
-        raise ConfigError(f"{name} {problem} Its samples must have an order that can be resumed.")
+        raise ConfigError(f"{name} {problem}")
     return StepSampler(
         num_samples=len(loader.dataset),  # type: ignore[arg-type]
         batch_size=loader.batch_size or 0,

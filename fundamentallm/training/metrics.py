@@ -75,8 +75,12 @@ class MetricTracker:
         self.metrics.clear()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The history as float64 tensors, which hold any step number and any float exactly."""
-        return {key: torch.tensor(values, dtype=torch.float64) for key, values in self.metrics.items()}
+        """The history as tensors: int64 for whole numbers, else float64, which hold them exactly."""
+        whole = {key for key, values in self.metrics.items() if all(isinstance(value, int) for value in values)}
+        return {
+            key: torch.tensor(values, dtype=torch.int64 if key in whole else torch.float64)
+            for key, values in self.metrics.items()
+        }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from a saved history."""

@@ -261,6 +261,14 @@ def test_a_misspelt_option_is_refused_with_the_right_one(write: Write, form: lis
     assert found == [f"--{name}x: unknown option. Did you mean '--{name}'?" for name in SETTINGS]
 
 
+@pytest.mark.parametrize(
+    "option", ["--training.learning", "--training.learning_rat=1", "--print", "--conf=config.yaml"]
+)
+def test_an_option_cannot_be_shortened(write: Write, option: str) -> None:
+    (problem,) = problems(option)
+    assert problem.startswith(f"{option.partition('=')[0]}: unknown option.")
+
+
 @pytest.mark.parametrize("arguments", [["config.yaml"], ["-c", "config.yaml"], ["-x"], ["--training.seed", "1", "2"]])
 def test_a_word_that_is_no_option_is_refused(write: Write, arguments: list[str]) -> None:
     write("model: {}")
