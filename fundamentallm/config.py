@@ -297,6 +297,11 @@ class Config(Section):
         problems = [f"data.{problem}" for problem in self.data.file_problems()]
         if _is_no_folder(self.output_dir):
             problems.append(f"output_dir is {self.output_dir!r}, which is no folder; give another.")
+        resume = self.training.resume
+        if resume not in ("auto", "never") and not os.path.isfile(
+            os.path.join(os.path.expanduser(resume), "manifest.json")
+        ):
+            problems.append(f"training.resume is {resume!r}, which is no checkpoint; give the folder of one.")
         checkpoints = self.training.checkpoint_dir
         if checkpoints is not None and _is_no_folder(checkpoints):
             problems.append(f"training.checkpoint_dir is {checkpoints!r}, which is no folder; give another.")

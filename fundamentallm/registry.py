@@ -23,7 +23,8 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str | None:
     known = sorted(known)
     if name in known or ":" in name:
         return None
-    return f"{kind} is {name!r}; allowed: {', '.join(known)}, or 'module:name'.{did_you_mean(name, known)}"
+    choices = ", or ".join([*([", ".join(known)] if known else []), "'module:name'"])
+    return f"{kind} is {name!r}; allowed: {choices}.{did_you_mean(name, known)}"
 
 
 def resolve(kind: str, name: str, known: Mapping[str, Any]) -> Any:

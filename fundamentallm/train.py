@@ -137,6 +137,7 @@ def _with_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
 
 def _callbacks(config: Config) -> list[Callback]:
     """Those beyond the Trainer's own: the curves, and what the config names."""
+    from fundamentallm.training.callbacks import Callback
     from fundamentallm.training.visualization import VisualizationCallback
 
     callbacks: list[Callback] = []
@@ -144,7 +145,12 @@ def _callbacks(config: Config) -> list[Callback]:
         callbacks.append(VisualizationCallback(Path(config.output_dir) / "curves.png"))
     except ConfigError as error:
         print(f"no curves.png: {error}", file=sys.stderr)
-    return callbacks + [resolve("callbacks", name, {})() for name in config.callbacks]
+    for name in config.callbacks:
+        kind = resolve("callbacks", name, {})
+        if not (isinstance(kind, type) and issubclass(kind, Callback)):
+            raise ConfigError(f"callbacks has {name!r}, a {type(kind).__name__}; allowed: subclasses of Callback.")
+        callbacks.append(kind())
+    return callbacks
 
 
 def _show_end(trainer: Trainer, corpus: Corpus, config: Config) -> None:

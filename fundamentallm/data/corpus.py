@@ -91,13 +91,12 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[tuple
     tokenizer.no_padding()
     remaining, known = iter(pieces), set[str]()
     while batch := list(islice(remaining, PIECES_AT_ONCE)):
-        new = set().union(*batch) - known
-        if lacking := lacking_characters(tokenizer, new):
-            raise ConfigError(
-                f"the text has {', '.join(map(repr, lacking[:10]))}{', ...' if len(lacking) > 10 else ''}, "
-                "which the tokenizer's vocabulary lacks; give another data.tokenizer."
-            )
-        known |= new
+        for piece in batch:
+            if not known.issuperset(piece) and (lacking := lacking_characters(tokenizer, piece, known)):
+                raise ConfigError(
+                    f"the text has {', '.join(map(repr, lacking[:10]))}{', ...' if len(lacking) > 10 else ''}, "
+                    "which the tokenizer's vocabulary lacks; give another data.tokenizer."
+                )
         encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
         for piece, encoding in zip(batch, encodings, strict=True):
             yield piece, np.array(encoding.ids, dtype=dtype)

@@ -68,22 +68,35 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def lacking_characters(tokenizer: Tokenizer, characters: Iterable[str]) -> list[str]:
-    """Those of `characters` that the vocabulary lacks: they become its unknown token, part of themselves, or nothing.
+def lacking_characters(tokenizer: Tokenizer, text: str, known: set[str]) -> list[str]:
+    """Characters of `text` that the vocabulary lacks: they become its unknown token, part of themselves, or nothing.
 
     White space that becomes nothing is not among them: some tokenizers mean it.
+
+    Args:
+        tokenizer: the tokenizer.
+        text: the text.
+        known: characters that are known to be there; those found to be are added.
     """
     model = json.loads(tokenizer.to_str())["model"]
     unknown = model.get("unk_id")
     if unknown is None and model.get("unk_token"):
         unknown = tokenizer.token_to_id(model["unk_token"])
-    lacking = []
-    for character in sorted(characters):
+    lacking, known_in_words = [], set()
+    for character in set(text) - known:
         ids = tokenizer.encode(character, add_special_tokens=False).ids
-        broken = character != BROKEN and BROKEN in tokenizer.decode(ids, skip_special_tokens=False)
-        if unknown in ids or broken or not (ids or character.isspace()):
+        if character != BROKEN and BROKEN in tokenizer.decode(ids, skip_special_tokens=False):
             lacking.append(character)
-    return lacking
+        elif unknown in ids or not (ids or character.isspace()):
+            known_in_words.add(character)
+        else:
+            known.add(character)
+    if known_in_words:  # at most: each has to come back out of the tokens (offsets do not show what was dropped)
+        ids = [index for index in tokenizer.encode(text, add_special_tokens=False).ids if index != unknown]
+        back = tokenizer.decode(ids, skip_special_tokens=False).casefold()
+        folded = text.casefold()
+        lacking += [c for c in known_in_words if back.count(c.casefold()) < folded.count(c.casefold())]
+    return sorted(lacking)
 
 
 def num_bytes(tokenizer: Tokenizer, tokens: NDArray[np.integer]) -> int:
@@ -100,7 +113,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     Raises:
         ConfigError: if the vocabulary lacks some of its characters.
     """
-    if lacking := lacking_characters(tokenizer, set(prompt)):
+    if lacking := lacking_characters(tokenizer, prompt, set()):
         raise ConfigError(f"the prompt has {lacking}, which the model's vocabulary lacks; leave them out.")
     ids: list[int] = tokenizer.encode(prompt, add_special_tokens=False).ids
     return ids

@@ -122,4 +122,9 @@ def create_loss(loss_type: str = "cross_entropy", **options: Any) -> nn.Module:
     known = inspect.signature(made_by).parameters
     if wrong := set(options) - set(known):
         raise ConfigError(f"loss_options has {sorted(wrong)}; allowed for {loss_type}: {sorted(known) or 'none'}.")
-    return made_by(**options)  # type: ignore[no-any-return]
+    loss = made_by(**options)
+    if not callable(loss):
+        raise ConfigError(
+            f"loss is {loss_type!r}, which makes a {type(loss).__name__}; allowed: a loss module's class."
+        )
+    return loss  # type: ignore[no-any-return]

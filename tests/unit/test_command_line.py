@@ -282,6 +282,24 @@ def test_a_negative_number_reaches_its_setting(write: Write, text: str) -> None:
     assert problems("--training.learning_rate", text) == expected
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--callbacks=[json:dumps]", "callbacks has 'json:dumps', a function; allowed: subclasses of Callback"),
+        ("--callbacks=[curves]", "callbacks is 'curves'; allowed: 'module:name'"),
+        ("--training.loss=os:getcwd", "loss is 'os:getcwd', which makes a str"),
+        ("--training.resume=.", "training.resume is '.', which is no checkpoint"),
+    ],
+)
+def test_a_name_of_the_wrong_kind_is_a_config_error(
+    option: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert train.main([option]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("arguments", [["--training.seed"], ["--config"], ["--training.seed", "--print_config"]])
 def test_an_option_without_its_value_is_refused(arguments: list[str]) -> None:
     with pytest.raises(ConfigError, match=f"{arguments[0]}: has no value"):

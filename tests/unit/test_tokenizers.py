@@ -121,6 +121,25 @@ def test_a_vocabulary_without_an_unknown_token_does_not_drop_characters_in_silen
         encode_prompt(tokenizer, "cazb")
 
 
+def whole_words() -> Tokenizer:
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "to": 1, "be": 2}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
+
+
+def characters_and_a_special_token() -> Tokenizer:
+    tokenizer = make("char", "to be")
+    tokenizer.add_special_tokens(["<|end|>"])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "prompt"), [(whole_words(), "to be"), (characters_and_a_special_token(), "to<|end|>be")]
+)
+def test_what_is_known_only_as_a_whole_is_known(tokenizer: Tokenizer, prompt: str) -> None:
+    assert encode_prompt(tokenizer, prompt) == tokenizer.encode(prompt).ids
+
+
 @pytest.mark.parametrize("content", [None, b"", b"{}", b"not json", b"\xff\xfe"])
 def test_a_file_that_is_no_tokenizer_is_refused_by_name(content: bytes | None, tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
