@@ -77,7 +77,8 @@ class ZLoss(CrossEntropy):
     def objective(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Cross entropy with z-loss."""
         log_z_squared = logits.logsumexp(-1).square()
-        return _nll(logits, targets) + self.weight * log_z_squared[targets != IGNORE_INDEX].sum()
+        # Not by boolean indexing, which makes the host wait for the number of targets.
+        return _nll(logits, targets) + self.weight * log_z_squared.where(targets != IGNORE_INDEX, 0.0).sum()
 
 
 class ModelWithLoss(nn.Module):

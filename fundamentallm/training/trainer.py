@@ -118,7 +118,7 @@ class Trainer:
         # wrapper; what accelerate wraps around them serves to compute only.
         with_loss = ModelWithLoss(self.model, loss_fn or create_loss(training.loss, **training.loss_options))
         self._step_model, self._scaled_optimizer = self.accelerator.prepare(with_loss, self.optimizer)
-        self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
         self.metrics = MetricTracker()
         self.early_stopping: EarlyStopping | None = None
@@ -241,7 +241,7 @@ class Trainer:
             learning_rate = float(self.scheduler.get_last_lr()[0])
             self._optimizer_step(bad=~(loss.isfinite() & norm.isfinite()))
             self.scheduler.step()
-            self.optimizer.zero_grad()
+            self.model.zero_grad()  # all of it: the optimizer may have a part of the model only
 
             progress.step += 1
             progress.tokens += count
@@ -385,12 +385,12 @@ class Trainer:
         if self.is_main_process:
             manager.save(run_state(self), name, is_best, model_files(self))
         self.accelerator.wait_for_everyone()
-        self._saved_at, self._save_requested = self.global_step, None
         return manager.checkpoint_dir / name
 
     def _save_if_possible(self) -> None:
         if self.checkpoint_manager is not None and (self._saved_at != self.global_step or self._save_requested):
             self.save_checkpoint(is_best=bool(self._save_requested))
+            self._saved_at = self.global_step
         self._save_requested = None
 
     def load_checkpoint(self, path: Path | str) -> None:
@@ -420,6 +420,7 @@ class Trainer:
             logger.warning("training.checkpoint_dir is not set: nothing will be saved.")
         self._start_step, self._stop_reason, self._save_requested = self.global_step, None, None
         self._step_model.train()
+        self.model.zero_grad()  # what a caller, or a step that raised, may have left
         self.callbacks.on_train_begin(self)
         self._log_mark = time.perf_counter(), int(self._progress.tokens)
         return True
