@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from tokenizers import Tokenizer
 
-    from fundamentallm.data.corpus import Corpus
     from fundamentallm.training.callbacks import Callback
     from fundamentallm.training.trainer import Trainer
 
@@ -48,6 +47,20 @@ def run(config: Config) -> Trainer:
             f"training.resume is 'never' and {config.output_dir} holds a run already; choose another output_dir, "
             "or resume: auto to go on with it."
         )
+    trainer = make_trainer(config)
+    trainer.train()
+    if trainer.is_main_process and trainer.is_finished:
+        _show_end(trainer, config)
+    trainer.accelerator.end_training()
+    return trainer
+
+
+def make_trainer(config: Config) -> Trainer:
+    """The parts that `config` describes, put together.
+
+    Raises:
+        FundamentaLLMError: as the parts do.
+    """
     # Imported here, so that --help and config errors need not wait for torch.
     import torch
 
@@ -67,13 +80,8 @@ def run(config: Config) -> Trainer:
     trainer = Trainer(Transformer(config.model), config, train_loader, val_loader, accelerator=accelerator)
     for callback in callbacks:
         trainer.callbacks.add(callback)
-    if is_main:
-        sizes = f"{len(corpus.train):,} training and {len(corpus.validation):,} validation tokens"
-        print(f"{config.data.source}: {sizes}, vocabulary {corpus.tokenizer.get_vocab_size():,}")
-    trainer.train()
-    if is_main and trainer.is_finished:
-        _show_end(trainer, corpus, config)
-    accelerator.end_training()
+    sizes = f"{len(corpus.train):,} training and {len(corpus.validation):,} validation tokens"
+    trainer.say(f"{config.data.source}: {sizes}, vocabulary {corpus.tokenizer.get_vocab_size():,}")
     return trainer
 
 
@@ -153,18 +161,19 @@ def _callbacks(config: Config) -> list[Callback]:
     return callbacks
 
 
-def _show_end(trainer: Trainer, corpus: Corpus, config: Config) -> None:
+def _show_end(trainer: Trainer, config: Config) -> None:
     """Where everything is, the best validation loss, and what the model writes."""
     best = trainer.metrics.get_best("val_loss")
     print(f"best val_loss {best:.4f}; " if best is not None else "", end="")
     print(f"metrics, curves and checkpoints are in {config.output_dir}")
+    data: Any = trainer.train_loader.dataset
     if config.sample_tokens:
         from fundamentallm.models.generation import generate
 
-        prompt = corpus.train[: min(32, config.data.sequence_length)].tolist()
+        prompt = data.tokens[: min(32, config.data.sequence_length)].tolist()
         ids = generate(trainer.model, prompt, config.sample_tokens, config.data.sequence_length, temperature=0.7)
-        print(f"---- sample: {corpus.tokenizer.decode(prompt)!r} continued ----")
-        print(corpus.tokenizer.decode(list(ids)))
+        print(f"---- sample: {data.tokenizer.decode(prompt)!r} continued ----")
+        print(data.tokenizer.decode(list(ids)))
 
 
 if __name__ == "__main__":
