@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fundamentallm.errors import CheckpointError as CheckpointError
     from fundamentallm.errors import ConfigError as ConfigError
     from fundamentallm.errors import FundamentaLLMError as FundamentaLLMError
+    from fundamentallm.errors import RunInProgressError as RunInProgressError
     from fundamentallm.errors import TrainingError as TrainingError
     from fundamentallm.models.generation import generate as generate
     from fundamentallm.models.transformer import Transformer as Transformer
@@ -41,7 +42,7 @@ _MODULES = {
     "data.datasets": ("TokenDataset",),
     "data.loaders": ("create_dataloaders",),
     "data.tokenizers": ("create_tokenizer",),
-    "errors": ("CheckpointError", "ConfigError", "FundamentaLLMError", "TrainingError"),
+    "errors": ("CheckpointError", "ConfigError", "FundamentaLLMError", "RunInProgressError", "TrainingError"),
     "models.generation": ("generate",),
     "models.transformer": ("Transformer",),
     "training.accelerator": ("create_accelerator",),

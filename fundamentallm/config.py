@@ -59,6 +59,8 @@ class ModelConfig(Section):
     """Use the embedding table as the output projection too."""
     rope_theta: float = 10000.0
     """Base of the rotary wavelengths, in tokens (RoFormer, arXiv:2104.09864)."""
+    init_from: str | None = None
+    """A checkpoint whose weights a new run begins with (nothing else of it); null: random weights."""
     qk_norm: bool = True
     """RMS-normalise queries and keys for each head (opens in transformers as Qwen3; without, as Llama)."""
 
@@ -216,6 +218,8 @@ class TrainingConfig(Section):
     """Arithmetic of the forward and backward pass; default: what the accelerate config says, else no."""
     max_bad_steps: int = 10
     """Optimizer steps in a row with a loss or gradient that is not finite before the run ends with an error."""
+    skip_spikes_above: float | None = None
+    """Robust z-score, against the last 128 steps, of a loss or gradient norm that makes a step left out; null: none."""
     early_stopping_patience: int | None = None
     """Validations without improvement before training stops; null: never."""
     early_stopping_metric: str = "val_loss"
@@ -240,6 +244,10 @@ class TrainingConfig(Section):
     """Optimizer steps between log lines; the host waits for the device at no other step."""
     resume: str = "auto"
     """auto: from the newest checkpoint that verifies, else afresh; never: afresh, in an unused folder; or a path."""
+    resume_changes: list[str] = field(default_factory=list)
+    """Settings that may differ from the checkpoint's although they change the course of the run; or sections."""
+    max_minutes: float | None = None
+    """Minutes after which a start of the run ends, saved, with exit code 75: start it again; null: no limit."""
     seed: int = 0
     """Seed of initial weights, order of samples, and dropout."""
 
@@ -266,6 +274,11 @@ class TrainingConfig(Section):
                 f"warmup_steps is {self.warmup_steps} and max_steps is {self.max_steps}; "
                 "allowed: a warm-up shorter than the run. Set training.warmup_steps lower.",
             )
+        changeable = _names_of_changes()
+        for name in self.resume_changes:
+            if name not in changeable:
+                near = did_you_mean(name, changeable)
+                yield ("resume_changes",), f"resume_changes has {name!r}; allowed: settings, such as data.source.{near}"
         if self.resume not in ("auto", "never") and not os.path.isdir(os.path.expanduser(self.resume)):
             near = did_you_mean(self.resume, ("auto", "never"))
             yield ("resume",), f"resume is {self.resume!r}; allowed: auto, never, or a checkpoint's folder.{near}"
@@ -273,6 +286,16 @@ class TrainingConfig(Section):
     def resolved(self) -> TrainingConfig:
         """The same settings with the length of the run filled in."""
         return dataclasses.replace(self, max_epochs=1) if self.max_epochs is self.max_steps is None else self
+
+
+DATA_FACTS = ("data.num_samples", "data.shuffle", "data.drop_last", "data.content")
+"""What else of the data a run depends on, and a checkpoint knows; named like settings in `resume_changes`."""
+
+
+def _names_of_changes() -> set[str]:
+    sections: dict[str, type[Section]] = {"model": ModelConfig, "data": DataConfig, "training": TrainingConfig}
+    dotted = {f"{section}.{entry.name}" for section, kind in sections.items() for entry in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return {*sections, *dotted, *DATA_FACTS}
 
 
 @dataclass(frozen=True)

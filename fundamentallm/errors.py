@@ -31,8 +31,25 @@ class TrainingError(FundamentaLLMError):
     """Training cannot go on: the loss or the gradient stopped being finite."""
 
 
+class RunInProgressError(FundamentaLLMError):
+    """Another process runs in the same folder."""
+
+
+FAILED, WRONG_CONFIG, DIVERGED, START_AGAIN, INTERRUPTED = 1, 2, 3, 75, 130
+"""Exit codes besides 0. 75 is EX_TEMPFAIL of sysexits.h, "try again later"; 130 what a shell says of a Ctrl-C."""
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code of a process that an error ends."""
+    if isinstance(error, ConfigError):
+        return WRONG_CONFIG
+    if isinstance(error, TrainingError):
+        return DIVERGED
+    return INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
+
+
 def report(error: FundamentaLLMError) -> int:
-    """Print an error as a command line shows it and return the exit code: 2 for a wrong setting, else 1.
+    """Print an error as a command line shows it and return its exit code.
 
     Launched processes find the same mistakes; only the first prints them.
     """
@@ -43,4 +60,4 @@ def report(error: FundamentaLLMError) -> int:
         text = "\n".join([title, *(f"  - {problem}" for problem in error.problems)])
     if os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr)
-    return 2 if isinstance(error, ConfigError) else 1
+    return exit_code(error)

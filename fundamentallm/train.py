@@ -1,11 +1,13 @@
 """Train a language model from a config: `accelerate launch -m fundamentallm.train --config cfg.yaml`.
 
-The composition root: it makes the parts and hands them to the Trainer. Exit codes: 0 done, 1 failed,
-2 the config is wrong.
+The composition root: it makes the parts and hands them to the Trainer. Exit codes: 0 done (or stopped by a
+callback), 1 failed, 2 the config is wrong, 3 the loss or gradient stopped being finite, 75 stopped by a signal or
+by `training.max_minutes` (start it again: the same command goes on), 130 a second Ctrl-C.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,12 +16,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fundamentallm.command_line import parse_config
 from fundamentallm.config import Config, ModelConfig
-from fundamentallm.errors import ConfigError, FundamentaLLMError, report
+from fundamentallm.errors import START_AGAIN, CheckpointError, ConfigError, FundamentaLLMError, exit_code, report
 from fundamentallm.registry import resolve
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from tokenizers import Tokenizer
+    from torch import nn
 
     from fundamentallm.training.callbacks import Callback
     from fundamentallm.training.trainer import Trainer
@@ -30,10 +33,13 @@ T = TypeVar("T")
 def main(arguments: Sequence[str] | None = None, program: str = "python -m fundamentallm.train") -> int:
     """Run the command line; returns the exit code."""
     try:
-        run(parse_config(sys.argv[1:] if arguments is None else arguments, program))
+        trainer = run(parse_config(sys.argv[1:] if arguments is None else arguments, program))
     except FundamentaLLMError as error:
         return report(error)
-    return 0
+    except KeyboardInterrupt as interrupt:
+        print("\nstopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
+        return exit_code(interrupt)
+    return START_AGAIN if trainer.was_interrupted else 0
 
 
 def run(config: Config) -> Trainer:
@@ -77,7 +83,10 @@ def make_trainer(config: Config) -> Trainer:
     config = replace(config, model=_with_vocabulary(config.model, corpus.tokenizer))
     train_loader, val_loader = create_dataloaders(corpus, corpus.tokenizer, config)
     torch.manual_seed(config.training.seed)
-    trainer = Trainer(Transformer(config.model), config, train_loader, val_loader, accelerator=accelerator)
+    model = Transformer(config.model)
+    if config.model.init_from is not None and _begins_afresh(config):
+        _load_weights(model, Path(config.model.init_from).expanduser(), corpus.tokenizer)
+    trainer = Trainer(model, config, train_loader, val_loader, accelerator=accelerator)
     for callback in callbacks:
         trainer.callbacks.add(callback)
     sizes = f"{len(corpus.train):,} training and {len(corpus.validation):,} validation tokens"
@@ -141,6 +150,37 @@ def _with_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     if model.vocab_size is not None and model.vocab_size < size:
         raise ConfigError(f"model.vocab_size is {model.vocab_size}; allowed: at least the tokenizer's {size}.")
     return replace(model, vocab_size=model.vocab_size or size)
+
+
+def _begins_afresh(config: Config) -> bool:
+    """Whether no checkpoint of the run will be resumed."""
+    from fundamentallm.training.checkpoint import CheckpointManager
+
+    folder = config.training.checkpoint_dir
+    assert folder is not None  # a resolved config has one
+    return config.training.resume in ("auto", "never") and CheckpointManager(folder).get_latest() is None
+
+
+def _load_weights(model: nn.Module, checkpoint: Path, tokenizer: Tokenizer) -> None:
+    """Begin from a checkpoint's weights.
+
+    Raises:
+        CheckpointError: if it is damaged, or of a model of another shape.
+        ConfigError: if its tokens mean something else.
+    """
+    from fundamentallm.training.checkpoint import MODEL_KEY, load_checkpoint
+
+    weights = load_checkpoint(checkpoint)[MODEL_KEY]
+    theirs = checkpoint / "tokenizer.json"
+    if theirs.exists() and json.loads(theirs.read_text(encoding="utf-8")) != json.loads(tokenizer.to_str()):
+        raise ConfigError(
+            f"model.init_from is {str(checkpoint)!r}, whose tokenizer is another than data.tokenizer makes, so that "
+            f"its weights would mean other tokens; set data.tokenizer to {str(theirs)!r}."
+        )
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"model.init_from: the weights of {checkpoint} do not fit the model: {error}") from error
 
 
 def _callbacks(config: Config) -> list[Callback]:

@@ -64,7 +64,8 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         CheckpointNotFoundError: if there is none, or one without what generating needs.
     """
-    from fundamentallm.training.checkpoint import MANIFEST, CheckpointManager
+    from fundamentallm.training.checkpoint import CheckpointManager
+    from fundamentallm.training.manifest import MANIFEST
 
     managers = [CheckpointManager(path), CheckpointManager(path / "checkpoints")]
     found = [path] if (path / MANIFEST).exists() else [m.get_best() or m.get_latest() for m in managers]

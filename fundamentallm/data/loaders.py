@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -56,6 +56,15 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))  # type: ignore[no-any-return]
 
 
+class Start(NamedTuple):
+    """Where an order of batches begins: at an optimizer step, at a place within an epoch, after some samples."""
+
+    step: int = 0
+    epoch: int = 0
+    place: int = 0
+    samples: int = 0
+
+
 class StepSampler:
     """Yields, for each optimizer step, the dataset indices of one process's share of its batch.
 
@@ -70,6 +79,9 @@ class StepSampler:
         num_processes: how many share a batch.
         micro_batch_size: most samples of a share to compute at once; None: all.
         drop_last: leave out an epoch's short last batch.
+
+    Attributes:
+        start: where the batches begin; a run whose batch size was changed goes on from where it was.
     """
 
     def __init__(
@@ -82,17 +94,44 @@ class StepSampler:
         micro_batch_size: int | None = None,
         drop_last: bool = False,
     ) -> None:
-        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self.num_samples, self.batch_size, self.seed, self.drop_last = num_samples, batch_size, seed, drop_last
         self.micro_batch_size = micro_batch_size or batch_size
         self.process_index, self.num_processes = process_index, num_processes
-        self.steps_per_epoch = num_samples // batch_size if drop_last else -(-num_samples // batch_size)
+        self.steps_per_epoch = self._steps_over(num_samples)
+        self.samples_per_epoch = min(self.steps_per_epoch * batch_size, num_samples)
+        self.start = Start()
         self._block: tuple[tuple[int, int], NDArray[np.int64]] | None = None
+
+    def _steps_over(self, samples: int) -> int:
+        return samples // self.batch_size if self.drop_last else -(-samples // self.batch_size)
+
+    def place(self, step: int) -> tuple[int, int]:
+        """(epoch, place in its order) at which the batch of `step` begins; place 0 is the beginning of an epoch."""
+        since = step - self.start.step
+        begun = self._steps_over(self.num_samples - self.start.place)  # steps of the epoch that `start` lies in
+        if since < begun:
+            return self.start.epoch, self.start.place + since * self.batch_size
+        epochs, step_in_epoch = divmod(since - begun, self.steps_per_epoch)
+        return self.start.epoch + 1 + epochs, step_in_epoch * self.batch_size
+
+    def steps_before_epoch(self, epoch: int) -> int:
+        """Optimizer steps before the first one of `epoch`, which comes after the one that `start` lies in."""
+        begun = self._steps_over(self.num_samples - self.start.place)
+        return self.start.step + begun + (epoch - self.start.epoch - 1) * self.steps_per_epoch
 
     def samples_before(self, step: int) -> int:
         """Samples consumed, over all processes and epochs, before `step`."""
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        per_epoch = min(self.steps_per_epoch * self.batch_size, self.num_samples)
-        return epoch * per_epoch + step_in_epoch * self.batch_size
+        epoch, place = self.place(step)
+        if epoch == self.start.epoch:
+            return self.start.samples + place - self.start.place
+        rest = self.num_samples - self.start.place
+        begun = min(self._steps_over(rest) * self.batch_size, rest)
+        return self.start.samples + begun + (epoch - self.start.epoch - 1) * self.samples_per_epoch + place
+
+    def epochs_before(self, step: int) -> float:
+        """Passes over the data done before `step`, in samples."""
+        epoch, place = self.place(step)
+        return (epoch * self.samples_per_epoch + place) / self.samples_per_epoch
 
     def batch(self, step: int) -> list[int]:
         """Dataset indices of the whole batch of `step`, over all processes."""
@@ -122,8 +161,7 @@ class StepSampler:
         return share + self._indices(epoch, first, first + 1) * lacking
 
     def _places(self, step: int) -> tuple[int, int, int]:
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        start = step_in_epoch * self.batch_size
+        epoch, start = self.place(step)
         return epoch, start, min(start + self.batch_size, self.num_samples)
 
     def _share(self, step: int) -> tuple[int, int, int]:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
 
-from fundamentallm.errors import ConfigError
+from fundamentallm.errors import ConfigError, FundamentaLLMError
+
+T = TypeVar("T")
 
 
 def create_accelerator(mixed_precision: str | None = None) -> Accelerator:
@@ -27,6 +32,8 @@ def create_accelerator(mixed_precision: str | None = None) -> Accelerator:
             f"training.mixed_precision is {mixed_precision!r} and mixed_precision in the accelerate config is "
             f"{launched!r}; set one of them, or both alike."
         )
+    if cpu:
+        _join_restarted_group()
     accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision)
     check_accelerator(accelerator)
     return accelerator
@@ -51,6 +58,46 @@ def check_accelerator(accelerator: Accelerator) -> None:
         )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ConfigError("mixed_precision is 'fp16', which accelerate computes as fp32 on a CPU; use no or bf16.")
+
+
+def _join_restarted_group() -> None:
+    """After a restart by the launcher (`--max_restarts`), form the gloo group under keys of its own.
+
+    The launcher's store outlives the processes, and torch 2.13 would find the addresses of the dead there.
+    """
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if attempt == 0 or dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    of_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world_size=None if of_launcher else world,
+        is_master=rank == 0 and not of_launcher,
+    )
+    own = dist.PrefixStore(f"attempt_{attempt}", store)  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=own, rank=rank, world_size=world)
+
+
+def on_main_process(accelerator: Accelerator, action: Callable[[], T]) -> T | None:
+    """`action()` on the main process, None on the others; where it fails, it fails on all of them.
+
+    Raises:
+        FundamentaLLMError: on the other processes, if it failed on the main one.
+    """
+    result, error = None, None
+    if accelerator.is_main_process:
+        try:
+            result = action()
+        except BaseException as raised:
+            error = raised
+    failed = accelerator.reduce(torch.tensor(int(error is not None), device=accelerator.device), "sum")
+    if error is not None:
+        raise error
+    if failed.item():
+        raise FundamentaLLMError("the main process failed; what it printed says why.")
+    return result
 
 
 def seed_device(seed: int, device: torch.device) -> None:

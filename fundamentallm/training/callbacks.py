@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import json
 import logging
 import math
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from fundamentallm.config import TrainingConfig
+from fundamentallm.config import Config, TrainingConfig
 from fundamentallm.errors import ConfigError
 from fundamentallm.training.early_stopping import improves
 
@@ -197,19 +197,33 @@ class LoggingCallback(Callback):
         )
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.exists():
-                self._rewind(self.path, trainer.global_step)
+            if self.path.exists() and (aside := self._rewind(self.path, trainer.global_step)):
+                trainer.say(f"{self.path} is of another run, or of one that ended before its first checkpoint: {aside}")
 
     @staticmethod
-    def _rewind(path: Path, step: int) -> None:
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            with contextlib.suppress(ValueError):  # a kill may have torn the last line
-                if line.endswith("\n") and json.loads(line)["step"] <= step:
-                    kept.append(line)
+    def _rewind(path: Path, step: int) -> Path | None:
+        """Drop the lines after `step`, which are made again; where that would lose others, the file is kept aside."""
+        kept, lost = [], False
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        for number, line in enumerate(lines, start=1):
+            try:
+                line_step = json.loads(line)["step"]
+            except (ValueError, TypeError, KeyError, RecursionError):
+                line_step = None
+            is_whole = line.endswith("\n") and isinstance(line_step, int)
+            if is_whole and line_step <= step:
+                kept.append(line)
+            elif step == 0 or (not is_whole and number < len(lines)):  # a kill may have torn the last one only
+                lost = True
         temporary = path.with_name(path.name + ".new")
         temporary.write_text("".join(kept), encoding="utf-8")
+        aside = None
+        if lost:
+            taken = (path.with_name(f"{path.stem}.before-{number}{path.suffix}") for number in itertools.count(1))
+            aside = next(name for name in taken if not name.exists())
+            os.rename(path, aside)
         os.replace(temporary, path)
+        return aside
 
     def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """A training line; on a terminal the progress bar shows the same."""
@@ -265,6 +279,16 @@ class SaveBestCallback(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved best value."""
         self.best_value = state["best_value"]
+
+
+def default_callbacks(config: Config | TrainingConfig, has_validation: bool) -> list[Callback]:
+    """A progress bar, log lines (in the output_dir of a whole `Config`), and keeping the best checkpoint."""
+    training = config.training if isinstance(config, Config) else config
+    path = Path(config.output_dir) / "metrics.jsonl" if isinstance(config, Config) else None
+    callbacks: list[Callback] = [ProgressCallback(), LoggingCallback(path)]
+    if has_validation and training.checkpoint_dir is not None:
+        callbacks.append(SaveBestCallback(training.early_stopping_metric, training.early_stopping_mode))
+    return callbacks
 
 
 def _json_text(value: float) -> str:

@@ -15,108 +15,88 @@ of their code.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
 import shutil
+import threading
+import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fundamentallm.config import TrainingConfig
-from fundamentallm.errors import CheckpointError, CheckpointNotFoundError, ConfigError
+from fundamentallm.errors import CheckpointError, ConfigError
+from fundamentallm.training.manifest import (
+    MANIFEST,
+    MODEL,
+    NAME,
+    STATE,
+    TRAINING,
+    read_manifest,
+    sync,
+    verify,
+    write_manifest,
+)
 from fundamentallm.training.serialization import decode, encode, unshare
 from fundamentallm.validation import range_problems
 
-FORMAT_VERSION = 1
-MODEL, TRAINING, STATE, MANIFEST = "model.safetensors", "training.safetensors", "state.json", "manifest.json"
-MODEL_KEY = "model_state_dict"
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
-"""Names of checkpoints and of their files: nothing hidden, nothing that leaves the directory."""
+MODEL_KEY, OPTIMIZER_KEY = "model_state_dict", "optimizer_state_dict"
+HIDDEN = re.compile(r"\.(staging|replaced|deleting)-(.+)-[0-9a-f]{12}")
+"""Folders in which checkpoints come and go; one that outlives its process is put in order by `recover`."""
 
 
-def _sync(path: Path) -> None:
-    """Wait until `path` (a file, or a directory's list of names) is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+class Snapshot(NamedTuple):
+    """A checkpoint in memory, ready to be written."""
+
+    name: str
+    about: dict[str, Any]
+    state: dict[str, Any]
+    weights: dict[str, Tensor]
+    others: dict[str, Tensor]
+    files: Mapping[str, str]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size on the disk, but for the tensors' headers."""
+        texts = len(json.dumps(self.state)) + sum(map(len, self.files.values()))
+        return texts + sum(tensor.nbytes for tensors in (self.weights, self.others) for tensor in tensors.values())
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether a path is a checkpoint, or what is left of one."""
-    is_folder = path.is_dir() and not path.is_symlink()
-    return is_folder and any((path / file).exists() for file in (STATE, MODEL, TRAINING, MANIFEST))
-
-
-def _own_sha256(manifest: dict[str, Any]) -> str:
-    """SHA-256 of a manifest without its own."""
-    rest = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """A checkpoint's manifest, its form checked.
+def take_snapshot(
+    checkpoint: Mapping[str, Any], name: str, is_best: bool, files: Mapping[str, str], copy: bool
+) -> Snapshot:
+    """`checkpoint` as JSON and tensors on the CPU; with `copy`, nothing that happens afterwards changes them.
 
     Raises:
-        CheckpointNotFoundError: if there is no directory at the path.
-        CheckpointError: if it is no whole checkpoint, or one of a later version.
+        CheckpointError: if the name would leave its directory, or a value is neither tensor nor JSON.
     """
-    if not checkpoint.is_dir():
-        raise CheckpointNotFoundError(f"{checkpoint}: there is no checkpoint directory here.")
-    if (checkpoint / MANIFEST).is_symlink():
-        raise CheckpointError(f"{checkpoint}: {MANIFEST} is damaged, it is a link.")
-    try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        version, files = manifest["format_version"], manifest["files"]
-        good = (
-            manifest["sha256"] == _own_sha256(manifest)
-            and isinstance(manifest["sequence"], int)
-            and isinstance(manifest["is_best"], bool)
-        )
-        good &= all(NAME.fullmatch(name) and {"size", "sha256"} <= set(entry) for name, entry in files.items())
-    except FileNotFoundError:
-        raise CheckpointError(f"{checkpoint}: incomplete, it has no {MANIFEST}.") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{checkpoint}: {MANIFEST} is damaged ({error}).") from error
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{checkpoint}: format {version!r}; this version reads {FORMAT_VERSION}. Upgrade.")
-    if not good or not {STATE, MODEL, TRAINING} <= set(files):
-        raise CheckpointError(f"{checkpoint}: {MANIFEST} is damaged.")
-    return manifest  # type: ignore[no-any-return]
+    for text in (name, *files):
+        if not NAME.fullmatch(text) or text in (STATE, MODEL, TRAINING, MANIFEST):
+            raise CheckpointError(f"the name is {text!r}; allowed: letters, digits, '_', '-' and '.', not first.")
+    tensors: dict[str, Tensor] = {}
+    state = encode(checkpoint, (), tensors)
+    # The model's first: a tensor that is there twice is stored under its first name.
+    of_model = {key: value for key, value in tensors.items() if key.startswith(MODEL_KEY + "/")}
+    stored, same_as = unshare(of_model | tensors, copy)
+    weights = {key.removeprefix(MODEL_KEY + "/"): stored[key] for key in of_model if key in stored}
+    others = {key: value for key, value in stored.items() if key not in of_model}
+    step = checkpoint.get("progress_state_dict", {}).get("step")
+    about = {"step": step, "is_best": is_best}
+    return Snapshot(name, about, {"state": state, "same_as": same_as}, weights, others, files)
 
 
-def verify(checkpoint: Path) -> dict[str, Any]:
-    """The manifest, once every file it lists has been found to have its size and SHA-256.
-
-    Raises:
-        CheckpointError: naming the first file that has not.
-    """
-    manifest = read_manifest(checkpoint)
-    for name, entry in manifest["files"].items():
-        path = checkpoint / name
-        if path.is_symlink() or not path.is_file():
-            raise CheckpointError(f"{checkpoint}: {name} is missing.")
-        if path.stat().st_size != entry["size"]:
-            raise CheckpointError(f"{checkpoint}: {name} has {path.stat().st_size} bytes instead of {entry['size']}.")
-        if _sha256(path) != entry["sha256"]:
-            raise CheckpointError(f"{checkpoint}: {name} is damaged, its SHA-256 differs from the manifest's.")
-    return manifest
+def _is_finite(snapshot: Snapshot) -> bool:
+    """Whether weights and moments are. Minus infinity is not counted: attention masks are made of it."""
+    moments = (value for key, value in snapshot.others.items() if key.startswith(OPTIMIZER_KEY + "/"))
+    floating = (tensor for tensor in (*snapshot.weights.values(), *moments) if tensor.is_floating_point())
+    wide = (tensor if tensor.element_size() > 1 else tensor.float() for tensor in floating if tensor.numel())
+    return all(bool((tensor.amax() < float("inf")).item()) for tensor in wide)  # NaN is below nothing
 
 
 class CheckpointManager:
@@ -124,8 +104,12 @@ class CheckpointManager:
 
     Args:
         checkpoint_dir: the directory; created by the first save.
-        keep_last_n: how many checkpoints to keep, besides the best. Older ones are deleted after each save,
-            whatever their name; what is not a whole checkpoint of ours is never touched.
+        keep_last_n: how many checkpoints to keep, besides the best and the last whose weights are finite. Older
+            ones are deleted after each save, whatever their name; what is not a whole checkpoint of ours is never
+            touched.
+
+    Attributes:
+        seconds: that the last save took to write.
 
     Raises:
         ConfigError: if keep_last_n is below 1.
@@ -135,6 +119,11 @@ class CheckpointManager:
         if problems := range_problems(keep_last_n=keep_last_n):
             raise ConfigError(problems)
         self.checkpoint_dir, self.keep_last_n = Path(checkpoint_dir), keep_last_n
+        self.seconds = 0.0
+        self._writer: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    # ---- saving ------------------------------------------------------------------------------------------
 
     def save(
         self,
@@ -157,54 +146,106 @@ class CheckpointManager:
 
         Raises:
             CheckpointError: if the name would leave the directory, a value is neither tensor nor JSON
-                (naming its path), or the files cannot be written; nothing is changed then.
+                (naming its path), the disk has no room, or the files cannot be written; nothing is changed then.
         """
-        for text in (name, *(files or {})):
-            if not NAME.fullmatch(text) or text in (STATE, MODEL, TRAINING, MANIFEST):
-                raise CheckpointError(f"the name is {text!r}; allowed: letters, digits, '_', '-' and '.', not first.")
-        tensors: dict[str, Tensor] = {}
-        state = encode(checkpoint, (), tensors)
-        # The model's first: a tensor that is there twice is stored under its first name.
-        stored, same_as = unshare(
-            dict(sorted(tensors.items(), key=lambda item: not item[0].startswith(MODEL_KEY + "/")))
-        )
+        self.wait()
+        self._write(take_snapshot(checkpoint, name, is_best, files or {}, copy=False))
+        return self.checkpoint_dir / name
+
+    def save_in_background(
+        self,
+        checkpoint: Mapping[str, Any],
+        name: str,
+        is_best: bool = False,
+        files: Mapping[str, str] | None = None,
+    ) -> None:
+        """Like `save`, but returns once everything is copied to memory; a thread does the rest, one at a time.
+
+        Raises:
+            CheckpointError: as `save` does, or because the save before could not be written.
+        """
+        self.wait()
+        snapshot = take_snapshot(checkpoint, name, is_best, files or {}, copy=True)
+        # A daemon: whoever wants the process to end at once is not kept waiting, and loses no older checkpoint.
+        self._writer = threading.Thread(target=self._try_to_write, args=(snapshot,), name="checkpoint", daemon=True)
+        self._writer.start()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the last save in the background has failed; `wait` raises why."""
+        return self._error is not None
+
+    def wait(self) -> None:
+        """Wait for the save in the background.
+
+        Raises:
+            CheckpointError: if it failed.
+        """
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def check_space(self, num_bytes: int, copies: int = 1) -> None:
+        """Refuse to begin what the disk has no room for.
+
+        Raises:
+            CheckpointError: with the numbers.
+        """
+        folder = self.checkpoint_dir.absolute()
+        while not folder.exists():
+            folder = folder.parent
+        free = shutil.disk_usage(folder).free
+        if free < num_bytes * copies:
+            raise CheckpointError(
+                f"{copies} checkpoint{'s' * (copies > 1)} of {num_bytes / 1e6:,.1f} MB need{'s' * (copies == 1)} "
+                f"{num_bytes * copies / 1e6:,.1f} MB in {self.checkpoint_dir}, and {free / 1e6:,.1f} MB are free; "
+                "free some, lower training.keep_last_n, or choose another training.checkpoint_dir."
+            )
+
+    def check_space_of_run(self, num_bytes: int) -> None:
+        """`check_space` for all checkpoints of `num_bytes` that are to be there at once, and are not yet.
+
+        Raises:
+            CheckpointError: with the numbers.
+        """
+        at_once = self.keep_last_n + 2  # with the best, and a new one before an old one goes
+        self.check_space(num_bytes, max(at_once - len(self._found()), 1))
+
+    def _try_to_write(self, snapshot: Snapshot) -> None:
         try:
+            self._write(snapshot)
+        except BaseException as error:  # kept for the thread that trains
+            self._error = error
+
+    def _write(self, snapshot: Snapshot) -> None:
+        """Stage, sync, publish, verify; then delete what is old."""
+        started = time.monotonic()
+        try:
+            self.check_space(snapshot.num_bytes)
             self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
-            staging = self._hidden_folder(f"staging-{name}")
+            staging = self._hidden_folder(f"staging-{snapshot.name}")
             try:
-                self._write(staging, {"state": state, "same_as": same_as}, stored, is_best, files or {})
-                path = self._publish(staging, name)
+                save_file(snapshot.weights, staging / MODEL, metadata={"format": "pt"})  # transformers asks for it
+                save_file(snapshot.others, staging / TRAINING)
+                texts = {**snapshot.files, STATE: json.dumps(snapshot.state, indent=1, allow_nan=False)}
+                for file_name, text in texts.items():
+                    (staging / file_name).write_text(text, encoding="utf-8")
+                sequence = max((manifest["sequence"] for _, manifest in self._found()), default=0) + 1
+                write_manifest(staging, sequence=sequence, is_finite=_is_finite(snapshot), **snapshot.about)
+                path = self._publish(staging, snapshot.name)
             except BaseException:
                 shutil.rmtree(staging, ignore_errors=True)
                 raise
-        except OSError as error:
-            raise CheckpointError(f"cannot write checkpoint {name!r} in {self.checkpoint_dir}: {error}.") from error
-        self._rotate()
-        return path
-
-    def _write(
-        self, folder: Path, state: dict[str, Any], tensors: dict[str, Tensor], is_best: bool, files: Mapping[str, str]
-    ) -> None:
-        prefix = MODEL_KEY + "/"
-        weights = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        others = {key: value for key, value in tensors.items() if not key.startswith(prefix)}
-        save_file(weights, folder / MODEL, metadata={"format": "pt"})  # transformers asks for this mark
-        save_file(others, folder / TRAINING)
-        texts = {**files, STATE: json.dumps(state, indent=1, allow_nan=False)}
-        for file_name, text in texts.items():
-            (folder / file_name).write_text(text, encoding="utf-8")
-        manifest: dict[str, Any] = {
-            "format_version": FORMAT_VERSION,
-            "sequence": max((m["sequence"] for _, m in self._found()), default=0) + 1,
-            "is_best": is_best,
-            "files": {
-                path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())
-            },
-        }
-        manifest["sha256"] = _own_sha256(manifest)
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for path in (*folder.iterdir(), folder):
-            _sync(path)
+            verify(path)
+            self._rotate()
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"cannot write checkpoint {snapshot.name!r} in {self.checkpoint_dir}: {error}."
+            ) from error
+        self.seconds = time.monotonic() - started
 
     def _publish(self, staging: Path, name: str) -> Path:
         """Give the staged checkpoint its name. An intact one that has the name steps aside first, and goes last."""
@@ -220,7 +261,7 @@ class CheckpointManager:
             except CheckpointError:  # somebody may want to see what is left of it, so it is never deleted
                 path.rename(self.checkpoint_dir / f"{name}~damaged-{uuid.uuid4().hex[:6]}")
         staging.rename(path)
-        _sync(self.checkpoint_dir)
+        sync(self.checkpoint_dir)
         if aside is not None:
             shutil.rmtree(aside.parent)
         return path
@@ -231,6 +272,41 @@ class CheckpointManager:
         path.mkdir()
         return path
 
+    def _rotate(self) -> None:
+        found = self._found()
+        last_finite = [path for path, manifest in found if manifest["is_finite"]][-1:]
+        keep = {path for path, _ in found[-self.keep_last_n :]} | {self.get_best(), *last_finite}
+        for path, _ in found:
+            if path not in keep:
+                # Renamed first, so that a kill in between leaves no half of a checkpoint under its name.
+                doomed = self._hidden_folder(f"deleting-{path.name}")
+                shutil.rmtree(path.rename(doomed / path.name))
+                doomed.rmdir()
+
+    def recover(self) -> list[str]:
+        """Put in order what a process left that ended while it saved; says what it did.
+
+        Only for whoever knows that no process is saving here.
+        """
+        done = []
+        for folder in sorted(self.checkpoint_dir.iterdir()) if self.checkpoint_dir.is_dir() else ():
+            match = HIDDEN.fullmatch(folder.name)
+            if match is None or folder.is_symlink() or not folder.is_dir():
+                continue
+            purpose, name = match.groups()
+            path, kept = self.checkpoint_dir / name, folder / name
+            if purpose == "replaced" and kept.is_dir() and not path.exists():
+                kept.rename(path)
+                folder.rmdir()
+                done.append(f"put {name} back, which was being replaced when its process ended")
+            else:
+                shutil.rmtree(folder)
+                was = "an unfinished checkpoint" if purpose == "staging" else "the rest of an old checkpoint"
+                done.append(f"removed {was}, {folder.name}, of a process that ended")
+        return done
+
+    # ---- finding and loading -----------------------------------------------------------------------------
+
     def _found(self) -> list[tuple[Path, dict[str, Any]]]:
         """Complete checkpoints and their manifests, oldest first."""
         found = []
@@ -239,16 +315,6 @@ class CheckpointManager:
                 with contextlib.suppress(CheckpointError):
                     found.append((path, read_manifest(path)))
         return sorted(found, key=lambda item: item[1]["sequence"])
-
-    def _rotate(self) -> None:
-        found = self._found()
-        keep = {path for path, _ in found[-self.keep_last_n :]} | {self.get_best()}
-        for path, _ in found:
-            if path not in keep:
-                # Renamed first, so that a kill in between leaves no half of a checkpoint under its name.
-                doomed = self._hidden_folder(f"deleting-{path.name}")
-                shutil.rmtree(path.rename(doomed / path.name))
-                doomed.rmdir()
 
     def get_latest(self) -> Path | None:
         """The checkpoint saved last, or None."""
@@ -260,7 +326,10 @@ class CheckpointManager:
         return next((path for path, manifest in reversed(self._found()) if manifest["is_best"]), None)
 
     def load_latest(self) -> tuple[dict[str, Any] | None, Path | None, list[str]]:
-        """(checkpoint, its path, why others were passed over) of the newest intact checkpoint; None: there is none."""
+        """(checkpoint, its path, why others were passed over) of the newest intact checkpoint; None: there is none.
+
+        One whose weights are not finite comes after all others.
+        """
         passed_over = []
         for path in sorted(self.checkpoint_dir.iterdir()) if self.checkpoint_dir.is_dir() else ():
             if NAME.fullmatch(path.name) and _is_ours(path):
@@ -268,7 +337,12 @@ class CheckpointManager:
                     read_manifest(path)
                 except CheckpointError as error:
                     passed_over.append(str(error))
-        for path, _ in reversed(self._found()):
+        newest_first = self._found()[::-1]
+        finite = [path for path, manifest in newest_first if manifest["is_finite"]]
+        others = [path for path, manifest in newest_first if not manifest["is_finite"]]
+        if finite:
+            passed_over += [f"{path}: its weights are not finite." for path in others]
+        for path in finite + others:
             try:
                 return load_checkpoint(path), path, passed_over
             except CheckpointError as error:
@@ -283,6 +357,12 @@ class CheckpointManager:
             CheckpointError: if the checkpoint is incomplete or damaged, naming the file.
         """
         return load_checkpoint(Path(path))
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a path is a checkpoint, or what is left of one."""
+    is_folder = path.is_dir() and not path.is_symlink()
+    return is_folder and any(os.path.lexists(path / file) for file in (STATE, MODEL, TRAINING, MANIFEST))
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

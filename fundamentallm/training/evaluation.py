@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,8 +20,12 @@ from fundamentallm.training.metrics import RunningMean
 
 @torch.no_grad()
 def evaluate(
-    step_model: nn.Module, loader: DataLoader[Any], samples: StepSampler, accelerator: Accelerator
-) -> dict[str, float]:
+    step_model: nn.Module,
+    loader: DataLoader[Any],
+    samples: StepSampler,
+    accelerator: Accelerator,
+    is_interrupted: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
     """Loss over every target of a loader, whatever its batch size and the number of processes.
 
     Args:
@@ -28,10 +33,11 @@ def evaluate(
         loader: the data.
         samples: how this process runs through it.
         accelerator: adds up the processes' sums.
+        is_interrupted: asked after each batch, answers alike on all processes; True breaks off.
 
     Returns:
         `val_loss` (mean per target, in nats for our losses), `val_perplexity` (its exponential), and for text
-        `val_bits_per_byte`.
+        `val_bits_per_byte`; None where broken off.
 
     Raises:
         ConfigError: if there is no target that counts.
@@ -39,10 +45,14 @@ def evaluate(
     was_training = step_model.training
     step_model.eval()
     mean = RunningMean(accelerator.device)
-    for inputs, targets, parts in device_batches(loader, samples, 0, samples.steps_per_epoch, accelerator.device):
-        for x, y in zip(inputs.tensor_split(parts), targets.tensor_split(parts), strict=True):
-            mean.add(step_model(x, y), (y != IGNORE_INDEX).sum())
-    step_model.train(was_training)
+    try:
+        for inputs, targets, parts in device_batches(loader, samples, 0, samples.steps_per_epoch, accelerator.device):
+            for x, y in zip(inputs.tensor_split(parts), targets.tensor_split(parts), strict=True):
+                mean.add(step_model(x, y), (y != IGNORE_INDEX).sum())
+            if is_interrupted():
+                return None
+    finally:
+        step_model.train(was_training)
     total, count = accelerator.reduce(mean.totals, "sum").tolist()
     if count == 0:
         raise ConfigError("val_loader has no target that counts; give it some.")

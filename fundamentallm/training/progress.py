@@ -6,44 +6,81 @@ from typing import Any
 
 import torch
 
-from fundamentallm.data.loaders import StepSampler
-from fundamentallm.errors import ConfigError
+from fundamentallm.data.loaders import Start, StepSampler
 from fundamentallm.training.metrics import RunningMean
 
 
 class Progress:
-    """Where in the run a trainer is. The step says where in the data it is; the counts are kept on the device."""
+    """Where in the run a trainer is. The step says where in the data it is; the counts are kept on the device.
 
-    def __init__(self, samples: StepSampler, device: torch.device) -> None:
+    Attributes:
+        step: optimizer steps done.
+        tokens: targets trained on, a scalar.
+        loss: the mean since the last log line.
+        validation_due: the last step's validation was broken off, and comes first when the run goes on.
+        stretches: each stretch of the run with the data and batches it was trained on, the present one last; what
+            names any step's samples afterwards.
+    """
+
+    def __init__(self, samples: StepSampler, content: list[str | None], device: torch.device) -> None:
+        """Begin a run over `samples`; `content` is what `fingerprint` says of each dataset."""
         self.samples = samples
         self.step = 0
-        self.tokens = torch.zeros((), dtype=torch.int64, device=device)  # targets trained on
-        self.bad_steps = torch.zeros(2, dtype=torch.int64, device=device)  # in a row until now, in all
-        self.loss = RunningMean(device)  # since the last log line
+        self.tokens = torch.zeros((), dtype=torch.int64, device=device)
+        self.loss = RunningMean(device)
+        self.validation_due = False
+        self.stretches = [{**geometry(samples), "content": content, "start": list(samples.start)}]
 
     def state_dict(self) -> dict[str, Any]:
-        """Step, samples and tokens consumed, and what the next log line will sum up."""
+        """Everything."""
         return {
             "step": self.step,
             "samples": self.samples.samples_before(self.step),
             "tokens": self.tokens,
-            "bad_steps": self.bad_steps,
             "loss": self.loss.state_dict(),
+            "validation_due": self.validation_due,
+            "stretches": self.stretches,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved place.
 
+        With another batch size, the batches go on at the next sample; with other data, at the next epoch.
+
         Raises:
-            ConfigError: if this run's batches are not those of the saved one, so that the place has no meaning.
+            ValueError: if the state is none of a run's.
         """
-        if state["samples"] != self.samples.samples_before(state["step"]):
-            raise ConfigError(
-                f"the checkpoint's step {state['step']} came after {state['samples']} samples, and with this run's "
-                f"data and batch_size {self.samples.batch_size} it would come after "
-                f"{self.samples.samples_before(state['step'])}; resume with the same data and batch_size."
-            )
-        self.step = state["step"]
+        before, now = state["stretches"][-1], self.stretches[-1]
+        step = state["step"]
+        if not isinstance(step, int) or step < 0:
+            raise ValueError(f"the step is {step!r}; allowed: a whole number, at least 0.")
+        saved = sampler_of(before)
+        if state["samples"] != saved.samples_before(step):
+            raise ValueError(f"step {step} comes after {saved.samples_before(step)} samples, not {state['samples']}.")
+        if _batches(before) == _batches(now):
+            self.samples.start, self.stretches = saved.start, list(state["stretches"])
+        else:
+            epoch, place = saved.place(step)
+            if place and {**before, "batch_size": 0, "start": 0} != {**now, "batch_size": 0, "start": 0}:
+                epoch, place = epoch + 1, 0
+            self.samples.start = Start(step, epoch, place, state["samples"])
+            self.stretches = [*state["stretches"], {**now, "start": list(self.samples.start)}]
+        self.step, self.validation_due = step, bool(state["validation_due"])
         self.tokens.copy_(state["tokens"])
-        self.bad_steps.copy_(state["bad_steps"])
         self.loss.load_state_dict(state["loss"])
+
+
+def geometry(samples: StepSampler) -> dict[str, Any]:
+    """What the order of samples and batches follows from."""
+    return {name: getattr(samples, name) for name in ("num_samples", "batch_size", "seed", "drop_last")}
+
+
+def _batches(stretch: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in stretch.items() if name != "start"}
+
+
+def sampler_of(stretch: dict[str, Any]) -> StepSampler:
+    """The batches of a stretch, over all processes."""
+    made = StepSampler(stretch["num_samples"], stretch["batch_size"], stretch["seed"], drop_last=stretch["drop_last"])
+    made.start = Start(*stretch["start"])
+    return made

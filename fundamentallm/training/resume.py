@@ -12,9 +12,30 @@ from typing import TYPE_CHECKING, Any
 from fundamentallm.data.datasets import TokenDataset
 from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.models.transformer import Transformer
+from fundamentallm.training.optimizers import NamedOptimizerState
+from fundamentallm.training.run_folder import LOCK
+from fundamentallm.training.schedulers import StepSchedule
 
 if TYPE_CHECKING:
+    from fundamentallm.config import Config, TrainingConfig
     from fundamentallm.training.trainer import Trainer
+
+FREE = {
+    *("output_dir", "callbacks", "sample_tokens", "data.source", "data.num_workers", "data.cache_dir"),
+    *("training.micro_batch_size", "training.checkpoint_dir", "training.keep_last_n", "training.max_bad_steps"),
+    *("training.save_every_n_epochs", "training.save_every_n_steps", "training.log_every_n_steps"),
+    *("training.eval_every_n_epochs", "training.eval_every_n_steps", "training.max_minutes"),
+    *("training.early_stopping_patience", "training.early_stopping_metric", "training.early_stopping_mode"),
+    *("training.early_stopping_min_delta", "training.resume", "training.resume_changes"),
+}
+"""Settings that change no weight (the text may move; its content counts): a resumed run may change them at will."""
+
+HORIZON = {
+    *("training.max_steps", "training.max_epochs", "training.learning_rate", "training.lr_scheduler"),
+    *("training.lr_scheduler_options", "training.warmup_steps", "training.min_lr_ratio"),
+    *("training.batch_size", "data.num_samples"),
+}
+"""Those that bend the learning rate's curve."""
 
 
 def run_state(trainer: Trainer) -> dict[str, Any]:
@@ -40,47 +61,21 @@ def model_files(trainer: Trainer) -> dict[str, str]:
     return files
 
 
-def restore(trainer: Trainer, saved: dict[str, Any], where: Path) -> None:
-    """Give every part its saved state; say where the run goes on and which settings have changed.
-
-    Raises:
-        CheckpointError: if a part is missing, unknown, or does not fit.
-        ConfigError: if the place in the data has no meaning in this run.
-    """
-    expected = {f"{part}_state_dict" for part in trainer.state} | {"config", "versions"}
-    if saved.keys() != expected:
-        lacks, besides = sorted(expected - saved.keys()), sorted(saved.keys() - expected)
-        raise CheckpointError(f"{where} does not fit this run: it lacks {lacks}, and has besides {besides}.")
-    for part, holder in trainer.state.items():
-        try:
-            holder.load_state_dict(saved[f"{part}_state_dict"])
-        except (RuntimeError, KeyError, TypeError, ValueError) as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise CheckpointError(f"{where}: its {part} does not fit this run: {error}") from error
-    for group, lr in zip(trainer.optimizer.param_groups, trainer.scheduler.get_last_lr(), strict=True):
-        group["lr"] = lr
-    trainer.say(f"resumed from {where} at step {trainer.global_step}")
-    before, now = _flat(saved["config"]), _flat(dataclasses.asdict(trainer.run_config))
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
-            trainer.say(f"changed since: {name} {before.get(name)!r} -> {now.get(name)!r}")
-
-
 def resume(trainer: Trainer) -> None:
     """Restore what `config.resume` says, if anything.
 
     Raises:
-        ConfigError: if it says 'never' and the checkpoint folder is in use.
+        ConfigError: if it says 'never' and the checkpoint folder is in use, or a setting has changed that must not.
         CheckpointError: if there are checkpoints but none can be restored.
     """
     manager, wanted = trainer.checkpoint_manager, trainer.config.resume
     if wanted not in ("auto", "never"):
         trainer.load_checkpoint(Path(wanted).expanduser())
     elif manager is not None and wanted == "never":
-        if manager.checkpoint_dir.is_dir() and any(manager.checkpoint_dir.iterdir()):
+        folder = manager.checkpoint_dir
+        if folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
             raise ConfigError(
-                f"resume is 'never' and {manager.checkpoint_dir} holds a run already; choose another output_dir "
+                f"resume is 'never' and {folder} holds a run already; choose another output_dir "
                 "(or checkpoint_dir), or resume: auto to go on with it."
             )
     elif manager is not None:
@@ -96,9 +91,129 @@ def resume(trainer: Trainer) -> None:
             )
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{dotted name: value} of nested settings."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+def restore(trainer: Trainer, saved: dict[str, Any], where: Path) -> None:
+    """Give every part its saved state; say what was restored and which settings have changed.
+
+    Raises:
+        CheckpointError: if a part is missing, unknown, or does not fit.
+        ConfigError: naming each setting that changes the course of the run and is not in `resume_changes`.
+    """
+    try:
+        changed = changes(saved, trainer.run_config, trainer.state["progress"].stretches[-1])
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{where} holds no run ({type(error).__name__}: {error}).") from error
+    allowed = trainer.config.resume_changes
+    refused = [name for name in changed if name not in FREE and not {name, name.partition(".")[0]} & set(allowed)]
+    if refused:
+        way_out = (
+            "which changes the course of the run; set it back, or allow it by training.resume_changes: "
+            f"[{', '.join(refused)}]. (To begin a new run from these weights: model.init_from.)"
+        )
+        raise ConfigError(
+            [
+                f"{name} is {_short(now)} and {where} was trained with {_short(before)}, {way_out}"
+                for name, (before, now) in changed.items()
+                if name in refused
+            ]
+        )
+    afresh = _parts_afresh(trainer, saved, set(changed), where)
+    for part, holder in trainer.state.items():
+        if part in afresh:
+            continue
+        try:
+            holder.load_state_dict(saved[f"{part}_state_dict"])
+        except Exception as error:  # a stranger's checkpoint may hold anything
+            raise CheckpointError(f"{where}: its {part} does not fit this run: {error}") from error
+        if part == "progress":
+            trainer.set_horizon()  # with another batch size, an epoch has another number of steps
+    for group, lr in zip(trainer.optimizer.param_groups, trainer.scheduler.get_last_lr(), strict=True):
+        group["lr"] = lr
+    trainer.say(f"resumed from {where} at step {trainer.global_step}: {_inventory(trainer, saved, afresh, where)}")
+    for name, (before, now) in changed.items():
+        trainer.say(f"changed since: {name} {_short(before)} -> {_short(now)}")
+    if changed.keys() & HORIZON:
+        trainer.say(_curve(trainer))
+
+
+def changes(saved: dict[str, Any], config: Config | TrainingConfig, stretch: dict[str, Any]) -> dict[str, Any]:
+    """{dotted name: (value in the checkpoint, value now)} of the settings, and facts of the data, that differ."""
+    before, now = _flat(saved["config"]), _flat(dataclasses.asdict(config))
+    before |= _facts(saved["progress_state_dict"]["stretches"][-1])
+    now |= _facts(stretch)
+    return {name: (before[name], now[name]) for name in sorted(before.keys() & now.keys()) if before[name] != now[name]}
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    """{dotted name: value}; settings without sections are those of the training."""
+    sections = ("model", "data", "training")
+    nested = config if "training" in config else {"training": config}
+    flat = {name: value for name, value in nested.items() if name not in sections}
+    for section in sections:
+        flat |= {f"{section}.{name}": value for name, value in nested.get(section, {}).items()}
     return flat
+
+
+def _facts(stretch: dict[str, Any]) -> dict[str, Any]:
+    facts = {f"data.{name}": stretch[name] for name in ("num_samples", "drop_last", "content")}
+    return facts | {"data.shuffle": stretch["seed"] is not None, "training.batch_size": stretch["batch_size"]}
+
+
+def _short(value: Any) -> str:
+    return text if len(text := repr(value)) <= 60 else f"{text[:57]}..."
+
+
+def _parts_afresh(trainer: Trainer, saved: dict[str, Any], changed: set[str], where: Path) -> set[str]:
+    """Parts that begin anew since a changed setting makes them other parts; says so.
+
+    Raises:
+        CheckpointError: if a part is missing or unknown and no setting explains it.
+    """
+    expected = {f"{part}_state_dict" for part in trainer.state} | {"config", "versions"}
+    explained = {"early_stopping": "training.early_stopping_patience", "scaler": "training.mixed_precision"}
+    without = {f"{part}_state_dict" for part, setting in explained.items() if setting in changed}
+    lacks, besides = sorted(expected - saved.keys()), sorted(saved.keys() - expected)
+    if not {*lacks, *besides} <= without:
+        raise CheckpointError(f"{where} does not fit this run: it lacks {lacks}, and has besides {besides}.")
+    afresh = {part.removesuffix("_state_dict") for part in lacks}
+    optimizer = saved["optimizer_state_dict"]
+    if "training.optimizer" in changed and optimizer.get("type") != type(trainer.optimizer).__name__:
+        afresh.add("optimizer")
+    for part in sorted(afresh):
+        trainer.say(f"{part} starts afresh: the checkpoint has none of this run's kind")
+    for part in besides:
+        trainer.say(f"{part.removesuffix('_state_dict')} is in the checkpoint and not in this run")
+    return afresh
+
+
+def _inventory(trainer: Trainer, saved: dict[str, Any], afresh: set[str], where: Path) -> str:
+    """What was restored, counted in the parts themselves.
+
+    Raises:
+        CheckpointError: if the optimizer took less than the checkpoint holds.
+    """
+    words = [f"weights {len(saved['model_state_dict'])}/{len(trainer.model.state_dict())}"]
+    if "optimizer" not in afresh:
+        holder = trainer.state["optimizer"]
+        assert isinstance(holder, NamedOptimizerState)
+        held, given = (_tensor_names(state) for state in (holder.state_dict(), saved["optimizer_state_dict"]))
+        if given - held:
+            raise CheckpointError(f"{where}: the optimizer did not take {sorted(given - held)[:5]}.")
+        words.append(f"optimizer {len(given)}/{len(held)} tensors")
+    others = (part for part in trainer.state if part not in ("model", "optimizer", *afresh))
+    return ", ".join([*words, *others])
+
+
+def _tensor_names(optimizer_state: dict[str, Any]) -> set[str]:
+    return {f"{name}/{key}" for name, state in optimizer_state["state"].items() for key in state}
+
+
+def _curve(trainer: Trainer) -> str:
+    """The learning rate from here to the end, at a few steps."""
+    last, first = trainer.total_steps - 1, trainer.global_step
+    if not isinstance(trainer.scheduler, StepSchedule) or first > last:
+        return "the learning rate follows another curve from here"
+    base, factor = trainer.scheduler.base_lrs[0], trainer.scheduler.lr_lambdas[0]
+    steps = sorted({first + (last - first) * part // 6 for part in range(7)})
+    before = trainer.metrics.get_latest("learning_rate")
+    was = f" (it was {before:.3g})" if before is not None else ""
+    return f"learning rate from here{was}: " + ", ".join(f"step {s + 1} {base * factor(s):.3g}" for s in steps)

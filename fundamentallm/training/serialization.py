@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fundamentallm.errors import CheckpointError
@@ -18,6 +19,8 @@ def encode(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any
     """`value` as JSON; its tensors go to `tensors` under their path, escaped as in RFC 6901."""
     where = "/".join(part.replace("~", "~0").replace("/", "~1") for part in path)
     if isinstance(value, Tensor):
+        if value.layout is not torch.strided or value.is_conj() or value.is_neg():
+            raise CheckpointError(f"{where} is a {value.layout} tensor or a lazy view; allowed: dense tensors.")
         name = "~" if where == "__metadata__" else where  # a name that safetensors keeps for itself
         tensors[name] = value.detach()
         return {_TENSOR: name}
@@ -56,10 +59,10 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return {key: decode(item, tensors) for key, item in value.items()}
 
 
-def unshare(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def unshare(tensors: dict[str, Tensor], copy: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors fit for safetensors (on the CPU, dense, own memory), and {name: name of the same tensor}.
 
-    A tied weight is stored once: under its first name.
+    A tied weight is stored once: under its first name. With `copy`, no memory is shared with `tensors`.
     """
     first_name: dict[Any, str] = {}
     stored: dict[str, Tensor] = {}
@@ -71,10 +74,11 @@ def unshare(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
             same_as[name] = first_name[identity]
             continue
         first_name[identity] = name
-        tensor = tensor.cpu().contiguous()
+        given, tensor = tensor, tensor.cpu().contiguous()
         # A view into a larger storage must not drag the rest along, nor share it with its siblings.
         storage = tensor.untyped_storage()
         alone = storage.nbytes() == tensor.numel() * tensor.element_size() and storage.data_ptr() not in storages
-        stored[name] = tensor if alone else tensor.clone()
+        is_copy = tensor.data_ptr() != given.data_ptr()
+        stored[name] = tensor if alone and (is_copy or not copy) else tensor.clone()
         storages.add(storage.data_ptr())
     return stored, same_as

@@ -7,7 +7,6 @@ where they were computed, step the schedule once for each process, and pickle.
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from contextlib import nullcontext
@@ -23,27 +22,23 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fundamentallm.config import IGNORE_INDEX, Config, TrainingConfig
+from fundamentallm.data.datasets import fingerprint
 from fundamentallm.data.loaders import derive_seed, device_batches, step_sampler
 from fundamentallm.errors import ConfigError, TrainingError
-from fundamentallm.training.accelerator import check_accelerator, create_accelerator, seed_device
-from fundamentallm.training.callbacks import (
-    Callback,
-    CallbackList,
-    LoggingCallback,
-    ProgressCallback,
-    SaveBestCallback,
-)
+from fundamentallm.training.accelerator import check_accelerator, create_accelerator, on_main_process, seed_device
+from fundamentallm.training.callbacks import Callback, CallbackList, default_callbacks
 from fundamentallm.training.checkpoint import CheckpointManager, load_checkpoint
 from fundamentallm.training.early_stopping import EarlyStopping
 from fundamentallm.training.evaluation import evaluate
+from fundamentallm.training.guard import Guard
 from fundamentallm.training.loss import ModelWithLoss, create_loss
 from fundamentallm.training.metrics import MetricTracker
 from fundamentallm.training.optimizers import NamedOptimizerState, create_optimizer
 from fundamentallm.training.progress import Progress
-from fundamentallm.training.resume import model_files, restore, resume, run_state
+from fundamentallm.training.resume import model_files, restore, run_state
 from fundamentallm.training.schedulers import create_scheduler
-
-logger = logging.getLogger(__name__)
+from fundamentallm.training.session import session
+from fundamentallm.training.stopping import Stop, StopSwitch
 
 
 class Trainer:
@@ -89,8 +84,7 @@ class Trainer:
         self.samples = step_sampler("train_loader", train_loader, training.seed, *place)
         self.val_samples = step_sampler("val_loader", val_loader, 0, *place) if val_loader is not None else None
         self.batch_size, self.steps_per_epoch = self.samples.batch_size, self.samples.steps_per_epoch
-        by_epochs = (training.max_epochs or math.inf) * self.steps_per_epoch
-        self.total_steps = int(min(by_epochs, training.max_steps or math.inf))
+        self.total_steps = self._total_steps()
         self._check(optimizer, scheduler)
 
         self.model = model.to(self.accelerator.device)
@@ -105,19 +99,13 @@ class Trainer:
             momentum=training.momentum,
             **training.optimizer_options,
         )
-        self.scheduler = scheduler or create_scheduler(
-            self.optimizer,
-            training.lr_scheduler,
-            1,
-            self.total_steps,
-            training.warmup_steps,
-            min_lr_ratio=training.min_lr_ratio,
-            **training.lr_scheduler_options,
-        )
+        self._own_schedule = scheduler is None
+        self.scheduler = scheduler or self._create_schedule()
         # `self.model` and `self.optimizer` stay the caller's own objects, so that names and state carry no
         # wrapper; what accelerate wraps around them serves to compute only.
         with_loss = ModelWithLoss(self.model, loss_fn or create_loss(training.loss, **training.loss_options))
-        self._step_model, self._scaled_optimizer = self.accelerator.prepare(with_loss, self.optimizer)
+        # Prepared with the optimizer, which is how accelerate knows what to unscale before clipping.
+        self._step_model, _ = self.accelerator.prepare(with_loss, self.optimizer)
         self._parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
         self.metrics = MetricTracker()
@@ -132,21 +120,26 @@ class Trainer:
         self.checkpoint_manager: CheckpointManager | None = None
         if training.checkpoint_dir is not None:
             self.checkpoint_manager = CheckpointManager(training.checkpoint_dir, training.keep_last_n)
-        self.callbacks = CallbackList(self._default_callbacks() if callbacks is None else callbacks)
-        self._progress = Progress(self.samples, self.accelerator.device)
+        self.callbacks = CallbackList(
+            default_callbacks(self.run_config, val_loader is not None) if callbacks is None else callbacks
+        )
+        content = [fingerprint(loader.dataset) if loader else None for loader in (train_loader, val_loader)]
+        self._progress = Progress(self.samples, content, self.accelerator.device)
+        self._guard = Guard(self.accelerator.device, training.max_bad_steps, training.skip_spikes_above)
         self.state: dict[str, Any] = {  # all that changes because of training, by name
+            "progress": self._progress,
             "model": self.model,
             "optimizer": NamedOptimizerState(self.model, self.optimizer),
             "scheduler": self.scheduler,
-            "progress": self._progress,
+            "guard": self._guard,
             "metrics": self.metrics,
             "callbacks": self.callbacks,
             **({"early_stopping": self.early_stopping} if self.early_stopping else {}),
             **({"scaler": self.accelerator.scaler} if self.accelerator.scaler else {}),
         }
+        self.stop = StopSwitch(training.max_minutes)
         self._started = False
         self._start_step = 0
-        self._stop_reason: str | None = None
         self._save_requested: bool | None = None  # and whether as the best
         self._saved_at = -1
         self._log_mark = (0.0, 0)  # when the window of the next log line began, and at how many tokens
@@ -166,13 +159,30 @@ class Trainer:
         if problems:
             raise ConfigError(problems)
 
-    def _default_callbacks(self) -> list[Callback]:
-        whole = self.run_config if isinstance(self.run_config, Config) else None
-        log = LoggingCallback(Path(whole.output_dir) / "metrics.jsonl" if whole else None)
-        callbacks: list[Callback] = [ProgressCallback(), log]
-        if self.val_loader is not None and self.checkpoint_manager is not None:
-            callbacks.append(SaveBestCallback(self.config.early_stopping_metric, self.config.early_stopping_mode))
-        return callbacks
+    def _total_steps(self) -> int:
+        training = self.config
+        by_epochs = math.inf if training.max_epochs is None else self.samples.steps_before_epoch(training.max_epochs)
+        return int(min(by_epochs, training.max_steps or math.inf))
+
+    def _create_schedule(self) -> LRScheduler:
+        training = self.config
+        return create_scheduler(
+            self.optimizer,
+            training.lr_scheduler,
+            1,
+            self.total_steps,
+            training.warmup_steps,
+            min_lr_ratio=training.min_lr_ratio,
+            **training.lr_scheduler_options,
+        )
+
+    def set_horizon(self) -> None:
+        """Fit the run's length, and its schedule, to where its batches begin (see `StepSampler.start`)."""
+        total_steps, self.total_steps = self.total_steps, self._total_steps()
+        if self._own_schedule and total_steps != self.total_steps:
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["initial_lr"]
+            self.scheduler = self.state["scheduler"] = self._create_schedule()
 
     # ---- where the run is --------------------------------------------------------------------------------
 
@@ -184,13 +194,12 @@ class Trainer:
     @property
     def current_epoch(self) -> int:
         """Index of the epoch the next step belongs to, from 0."""
-        return self.global_step // self.steps_per_epoch
+        return self.samples.place(self.global_step)[0]
 
     @property
     def epochs_done(self) -> float:
         """Passes over the training data done, in samples."""
-        per_epoch = self.samples.samples_before(self.steps_per_epoch)
-        return self.samples.samples_before(self.global_step) / per_epoch
+        return self.samples.epochs_before(self.global_step)
 
     @property
     def is_main_process(self) -> bool:
@@ -201,26 +210,50 @@ class Trainer:
     def is_finished(self) -> bool:
         """Whether the run has reached its last step, or patience ran out."""
         out_of_patience = self.early_stopping is not None and self.early_stopping.should_stop
-        return self.global_step >= self.total_steps or out_of_patience
+        return (self.global_step >= self.total_steps and not self._progress.validation_due) or out_of_patience
+
+    @property
+    def was_interrupted(self) -> bool:
+        """Whether a signal or `max_minutes` ended the last `train()`: the same command goes on where it was."""
+        return not self.is_finished and self.stop.agreed in (Stop.SIGNAL, Stop.OUT_OF_TIME)
 
     # ---- the loop ----------------------------------------------------------------------------------------
 
     def train(self) -> dict[str, list[float]]:
         """Train to the end of the run and return its history; goes on from a checkpoint as `config.resume` says.
 
+        SIGTERM, SIGINT and SIGUSR1 stop it after the step, saved; a second Ctrl-C at once.
+
         Raises:
-            ConfigError: if `resume` is 'never' and the checkpoint folder is in use.
-            CheckpointError: if there are checkpoints but none can be restored.
+            ConfigError: if `resume` is 'never' and the checkpoint folder is in use, or settings that change the
+                course of the run are not those of the checkpoint.
+            CheckpointError: if there are checkpoints but none can be restored, or one cannot be written.
+            RunInProgressError: if another process trains in the same folders.
             TrainingError: after `max_bad_steps` steps in a row whose loss or gradient was not finite.
         """
-        if not self._begin():
-            return self.metrics.get_history()
+        with session(self, is_first=not self._started):
+            self._started = True
+            if self.is_finished:
+                self.say(
+                    f"this run is finished, at step {self.global_step} of {self.total_steps}; choose another "
+                    "output_dir, or raise training.max_steps or max_epochs and name it in training.resume_changes."
+                )
+            else:
+                self._begin()
+                self._train()
+                self._finish()
+        return self.metrics.get_history()
+
+    def _train(self) -> None:
+        """The steps, up to the last one or to a stop."""
         accelerator, config, progress = self.accelerator, self.config, self._progress
         max_norm = math.inf if config.gradient_clip_norm is None else config.gradient_clip_norm
+        if progress.validation_due and self._close_step():
+            return
 
         share = self.train_loader, self.samples, progress.step, self.total_steps, accelerator.device
         for inputs, targets, parts in device_batches(*share):
-            if progress.step % self.steps_per_epoch == 0 or progress.step == self._start_step:
+            if self._is_at_epoch or progress.step == self._start_step:
                 self.callbacks.on_epoch_begin(self)
             # Derived, not carried: a resumed run draws the same dropout masks.
             seed_device(derive_seed(config.seed, progress.step, accelerator.process_index), accelerator.device)
@@ -239,7 +272,7 @@ class Trainer:
             loss = accelerator.reduce(loss, "sum")
             norm = accelerator.clip_grad_norm_(self._parameters, max_norm)
             learning_rate = float(self.scheduler.get_last_lr()[0])
-            self._optimizer_step(bad=~(loss.isfinite() & norm.isfinite()))
+            self._optimizer_step(skip=self._guard.skips(progress.step, loss / count.clamp(min=1), norm))
             self.scheduler.step()
             self.model.zero_grad()  # all of it: the optimizer may have a part of the model only
 
@@ -247,60 +280,61 @@ class Trainer:
             progress.tokens += count
             progress.loss.add(loss, count)
             if self._end_of_step(loss / count, norm, learning_rate):
-                break
-        return self._finish()
+                return
 
-    def _optimizer_step(self, bad: Tensor) -> None:
-        """Step, unless `bad` (a boolean scalar): then no weight and no moment changes. Decided on the device."""
-        in_a_row, in_all = self._progress.bad_steps.unbind()
-        self._progress.bad_steps = torch.stack(((in_a_row + 1) * bad, in_all + bad))
-        if self.accelerator.scaler is not None:  # fp16: the scaler finds the same, and adapts its scale
-            self._scaled_optimizer.step()
-        elif getattr(self.optimizer, "_step_supports_amp_scaling", False):
-            self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # read by torch's fused kernels
+    def _optimizer_step(self, skip: Tensor) -> None:
+        """Step, unless `skip` (a boolean scalar): then no weight and no moment changes. Decided on the device."""
+        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            self.optimizer.found_inf = skip.float()  # type: ignore[attr-defined]  # read by torch's fused kernels
             self.optimizer.step()
-        elif not bad:  # an optimizer that cannot skip by itself makes the host wait
+        elif not skip:  # an optimizer that cannot skip by itself makes the host wait
             self.optimizer.step()
+        if self.accelerator.scaler is not None:  # fp16: clipping has unscaled, and told it what is not finite
+            self.accelerator.scaler.update()
 
     def _end_of_step(self, loss: Tensor, norm: Tensor, learning_rate: float) -> bool:
-        """Whatever is due after a step: hooks, log line, validation, checkpoint. True if the run should stop."""
-        config, step = self.config, self.global_step
-        at_end, epoch_ended = step == self.total_steps, step % self.steps_per_epoch == 0
+        """Whatever is due after a step: hooks, log line, validation, checkpoint. True if the run stops here."""
         if self.callbacks.wants_step_loss:
             self.callbacks.on_step_end(self, loss.item())
-        logged = at_end or step % config.log_every_n_steps == 0
+        logged = self.global_step == self.total_steps or self.global_step % self.config.log_every_n_steps == 0
         if logged:
             self._log(norm, learning_rate)
-        validated = self.val_loader is not None and (
-            at_end or self._due(config.eval_every_n_steps, config.eval_every_n_epochs)
-        )
+        return self._close_step(logged)
+
+    def _close_step(self, logged: bool = True) -> bool:
+        config, progress = self.config, self._progress
         started = time.perf_counter()
-        if validated:
-            self._validate_in_training()
-        if epoch_ended:
+        validates = self.val_loader is not None and (
+            progress.validation_due
+            or self.global_step == self.total_steps
+            or self._due(config.eval_every_n_steps, config.eval_every_n_epochs)
+        )
+        if validates and not self._validate_in_training():
+            return True
+        if self._is_at_epoch:
             self.callbacks.on_epoch_end(self)
         if self._save_requested is not None or self._due(config.save_every_n_steps, config.save_every_n_epochs):
             self._save_if_possible()
         self._log_mark = (self._log_mark[0] + time.perf_counter() - started, self._log_mark[1])
-        # A request made on one process alone is agreed on where the host waits for the device anyway.
-        if self.accelerator.num_processes > 1 and (logged or validated or epoch_ended):
-            if self._stop_reason:
-                self.accelerator.set_trigger()
-            if self.accelerator.check_trigger():
-                self._stop_reason = self._stop_reason or "another process asked for it"
-                return True
-            return False
-        return self._stop_reason is not None and self.accelerator.num_processes == 1
+        if self.checkpoint_manager is not None and self.checkpoint_manager.has_failed:
+            self.stop.request(Stop.FAILED, "a checkpoint could not be written")
+        # What hooks ask for at these steps takes effect at once, on every process; else at the next step.
+        return (self.stop.settle() if logged or validates or self._is_at_epoch else self.stop.poll()) != Stop.NO
+
+    @property
+    def _is_at_epoch(self) -> bool:
+        """Whether the next step begins an epoch."""
+        return self.samples.place(self.global_step)[1] == 0
 
     def _due(self, every_n_steps: int | None, every_n_epochs: int | None) -> bool:
         by_step = every_n_steps is not None and self.global_step % every_n_steps == 0
         return by_step or (
-            every_n_epochs is not None and self.global_step % (every_n_epochs * self.steps_per_epoch) == 0
+            every_n_epochs is not None and self._is_at_epoch and self.current_epoch % every_n_epochs == 0
         )
 
     def _log(self, norm: Tensor, learning_rate: float) -> None:
         """One line of numbers over the steps since the last one. The host waits for the device here."""
-        tokens, bad_in_a_row, bad_in_all = torch.stack((self._progress.tokens, *self._progress.bad_steps)).tolist()
+        tokens, bad_in_a_row, bad, spikes = torch.stack((self._progress.tokens, *self._guard.counts)).tolist()
         total, count = self._progress.loss.totals.tolist()
         self._progress.loss.reset()
         now, (since, tokens_then) = time.perf_counter(), self._log_mark
@@ -314,15 +348,16 @@ class Trainer:
             "learning_rate": learning_rate,
             "grad_norm": norm.item(),
             "tokens_per_second": (tokens - tokens_then) / (now - since),
-            "bad_steps": bad_in_all,
+            "bad_steps": bad,
+            **({"skipped_spikes": spikes} if self.config.skip_spikes_above is not None else {}),
         }
         self.metrics.update(line)
         self.callbacks.on_log(self, line)
         if bad_in_a_row >= self.config.max_bad_steps:
             raise TrainingError(
-                f"the loss or the gradient was not finite in the last {bad_in_a_row} optimizer steps; none of them "
-                "changed the weights. Lower training.learning_rate, check the data, and look at the loss and the "
-                "gradient norm before."
+                f"the loss or the gradient was not finite in {self.config.max_bad_steps} optimizer steps in a row; "
+                "none of them changed the weights. Lower training.learning_rate, check the data, and look at the loss "
+                "and the gradient norm before."
             )
 
     # ---- validation --------------------------------------------------------------------------------------
@@ -339,10 +374,24 @@ class Trainer:
         """
         if self.val_loader is None or self.val_samples is None:
             raise ConfigError("there is no val_loader; give the Trainer one.")
-        return evaluate(self._step_model, self.val_loader, self.val_samples, self.accelerator)
+        metrics = evaluate(self._step_model, self.val_loader, self.val_samples, self.accelerator)
+        assert metrics is not None  # nothing interrupts it
+        return metrics
 
-    def _validate_in_training(self) -> None:
-        metrics = self.validate()
+    def _validate_in_training(self) -> bool:
+        """Validate; False if a signal or the clock broke it off, to be done first when the run goes on."""
+        assert self.val_loader is not None
+        assert self.val_samples is not None
+        metrics = evaluate(
+            self._step_model,
+            self.val_loader,
+            self.val_samples,
+            self.accelerator,
+            is_interrupted=lambda: self.stop.poll() >= Stop.OUT_OF_TIME,
+        )
+        self._progress.validation_due = metrics is None
+        if metrics is None:
+            return False
         self.metrics.update({"val_step": self.global_step, **metrics})
         if self.early_stopping is not None:
             name = self.early_stopping.metric
@@ -352,15 +401,16 @@ class Trainer:
                 best, patience = self.early_stopping.best_value, self.early_stopping.patience
                 self.request_stop(f"early stopping: {name} has not improved on {best:.4g} in {patience} validations")
         self.callbacks.on_validation_end(self, metrics)
+        return True
 
     # ---- requests ----------------------------------------------------------------------------------------
 
     def request_stop(self, reason: str) -> None:
         """Stop at the end of this step, saved, so that the same command goes on later.
 
-        On several processes, a request made in `on_step_end` takes effect at the next log line.
+        On several processes, a request made in `on_step_end` by some of them takes effect one step later.
         """
-        self._stop_reason = self._stop_reason or reason
+        self.stop.request(Stop.REQUESTED, reason)
 
     def request_save(self, is_best: bool = False) -> None:
         """Save a checkpoint at the end of this step, when all hooks have run. For all processes alike."""
@@ -382,14 +432,17 @@ class Trainer:
         manager, name = self.checkpoint_manager, name or f"step_{self.global_step:08d}"
         if manager is None:
             raise ConfigError("there is no checkpoint_dir; set training.checkpoint_dir.")
-        if self.is_main_process:
-            manager.save(run_state(self), name, is_best, model_files(self))
-        self.accelerator.wait_for_everyone()
+        on_main_process(self.accelerator, lambda: manager.save(run_state(self), name, is_best, model_files(self)))
         return manager.checkpoint_dir / name
 
     def _save_if_possible(self) -> None:
-        if self.checkpoint_manager is not None and (self._saved_at != self.global_step or self._save_requested):
-            self.save_checkpoint(is_best=bool(self._save_requested))
+        """Save in the background; at the end of the run, `_finish` waits for it."""
+        manager, is_best = self.checkpoint_manager, bool(self._save_requested)
+        if manager is not None and (self._saved_at != self.global_step or is_best):
+            if self.is_main_process and not manager.has_failed:
+                name = f"step_{self.global_step:08d}"
+                manager.save_in_background(run_state(self), name, is_best, model_files(self))
+                self.stop.seconds_to_save = manager.seconds
             self._saved_at = self.global_step
         self._save_requested = None
 
@@ -405,33 +458,24 @@ class Trainer:
 
     # ---- beginning and end -------------------------------------------------------------------------------
 
-    def _begin(self) -> bool:
-        """Restore and announce; False if there is nothing left to do."""
-        if not self._started:
-            resume(self)
-            self._started = True
-        if self.is_finished:
-            self.say(
-                f"this run is finished, at step {self.global_step} of {self.total_steps}; "
-                "raise training.max_steps or max_epochs to go on, or choose another output_dir."
-            )
-            return False
-        if self.checkpoint_manager is None and self.is_main_process:
-            logger.warning("training.checkpoint_dir is not set: nothing will be saved.")
-        self._start_step, self._stop_reason, self._save_requested = self.global_step, None, None
+    def _begin(self) -> None:
+        self.stop.withdraw()
+        self._start_step, self._save_requested = self.global_step, None
         self._step_model.train()
         self.model.zero_grad()  # what a caller, or a step that raised, may have left
         self.callbacks.on_train_begin(self)
         self._log_mark = time.perf_counter(), int(self._progress.tokens)
-        return True
 
-    def _finish(self) -> dict[str, list[float]]:
-        """Save the end, whatever the reason, and return the history."""
-        self._save_if_possible()
+    def _finish(self) -> None:
+        """Save the end, whatever the reason, and wait until it is saved."""
+        manager = self.checkpoint_manager
+        if manager is not None:
+            self._save_if_possible()
+            on_main_process(self.accelerator, manager.wait)
         self.callbacks.on_train_end(self)
-        if self._stop_reason:
-            self.say(f"stopped at step {self.global_step} of {self.total_steps}: {self._stop_reason}")
-        return self.metrics.get_history()
+        if self.stop.reason:
+            go_on = "; start it again to go on" if self.was_interrupted else ""
+            self.say(f"stopped at step {self.global_step} of {self.total_steps}: {self.stop.reason}{go_on}")
 
     def say(self, text: str) -> None:
         """Print a line, beside the progress bar and on the main process only."""

@@ -31,13 +31,18 @@ from fundamentallm.training.schedulers import SCHEDULES
 
 ROOT = Path(fundamentallm.__file__).parent
 LEAVES = ("errors", "registry", "validation", "config", "command_line")
-PARTS = tuple(f"training.{name}" for name in ("loss", "metrics", "optimizers", "schedulers", "early_stopping"))
+PARTS = tuple(f"training.{name}" for name in ("loss", "metrics", "optimizers", "schedulers", "early_stopping", "guard"))
 SERVICES = tuple(
-    f"training.{name}" for name in ("serialization", "checkpoint", "callbacks", "visualization", "progress")
+    f"training.{name}"
+    for name in (
+        *("serialization", "manifest", "checkpoint", "callbacks", "visualization", "progress"),
+        *("stopping", "run_folder"),
+    )
 )
 WITHIN_SERVICES = {
     ("training.visualization", "training.callbacks"),
     ("training.checkpoint", "training.serialization"),
+    ("training.checkpoint", "training.manifest"),
 }
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 

@@ -280,7 +280,7 @@ def test_each_improvement_is_saved_as_the_best(tmp_path: Path, mode: str, best: 
     trainer.train()
     assert trainer.checkpoint_manager.get_best() == tmp_path / f"step_{best:08d}"
     assert trainer.checkpoint_manager.load(tmp_path / f"step_{best:08d}")["progress_state_dict"]["step"] == best
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_{step:08d}" for step in (*marked, 6)]
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == [f"step_{step:08d}" for step in (*marked, 6)]
 
 
 def test_the_best_so_far_survives_a_restart(tmp_path: Path) -> None:

@@ -528,11 +528,11 @@ def test_a_manifest_of_another_form_is_refused(tmp_path: Path, changes: dict[str
         manager.load(path)
 
 
-def test_a_later_format_is_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_another_format_is_refused_with_what_to_do(tmp_path: Path) -> None:
     manager = CheckpointManager(tmp_path)
     path = manager.save(state())
-    rewrite_manifest(path, format_version=2)
-    with pytest.raises(CheckpointError, match=r"format 2; this version reads 1\. Upgrade"):
+    rewrite_manifest(path, format_version=3)
+    with pytest.raises(CheckpointError, match=r"its format is 3; allowed: 2\. Use the version of fundamentallm"):
         manager.load(path)
 
 

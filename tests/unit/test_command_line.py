@@ -34,6 +34,7 @@ CHOSEN = {
     "training.early_stopping_mode": "max",
     "training.checkpoint_dir": "elsewhere",
     "training.resume": "never",
+    "training.resume_changes": ["data", "training.max_steps"],
     "training.warmup_steps": 1,
 }
 
@@ -76,6 +77,8 @@ def another_value(name: str) -> Any:
         return {"x": 1}
     if "list" in str(hint):
         return ["a:b"]
+    if hint == str | None:
+        return "elsewhere"
     return 0.5 if "float" in str(hint) else 2 * (field.default or 1)
 
 

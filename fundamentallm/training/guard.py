@@ -1,0 +1,64 @@
+"""Which optimizer steps must not be taken: those that are not finite, and on request spikes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+WINDOW = 128
+"""Steps that a spike is measured against."""
+FEWEST = 32
+"""Steps that have to be known before any is called a spike."""
+MAD_TO_STD = 1.4826
+"""Standard deviation of normal numbers over their median absolute deviation."""
+
+
+class Guard:
+    """Says of each step, before the optimizer uses it, whether to leave it out; the host never waits for the answer.
+
+    A step whose loss or gradient is not finite is bad. Once `max_bad_steps` came in a row, every later one counts
+    as bad too: the run stands still until the host next looks, so that where it ends depends on no interval.
+
+    A step whose loss or gradient norm lies more than `skip_spikes_above` robust standard deviations above the
+    median of the last `WINDOW` steps is a spike. (Median and median absolute deviation, since the mean and the
+    standard deviation follow the very outliers to be found: Leys et al., J. Exp. Soc. Psychol. 49, 2013.) Spikes
+    enter the window, so that a lasting change of level is followed rather than skipped for ever.
+
+    Args:
+        device: of the losses.
+        max_bad_steps: bad steps in a row after which nothing is trusted any more.
+        skip_spikes_above: robust z-score, in standard deviations; None: nothing is a spike.
+    """
+
+    def __init__(self, device: torch.device, max_bad_steps: int, skip_spikes_above: float | None = None) -> None:
+        self.max_bad_steps, self.skip_spikes_above = max_bad_steps, skip_spikes_above
+        self.counts = torch.zeros(3, dtype=torch.int64, device=device)  # bad in a row until now, bad in all, spikes
+        self._recent = torch.full((2, WINDOW), torch.nan, device=device)  # loss and norm; NaN: none yet
+
+    def skips(self, step: int, loss: Tensor, norm: Tensor) -> Tensor:
+        """Whether to leave `step` out (a boolean scalar), given its mean loss and gradient norm (scalars)."""
+        in_a_row, in_all, spikes = self.counts.unbind()
+        bad = ~(loss.isfinite() & norm.isfinite()) | (in_a_row >= self.max_bad_steps)
+        spike = torch.zeros_like(bad)
+        if self.skip_spikes_above is not None:
+            spike = self._is_spike(step, torch.stack((loss.float(), norm.float())), self.skip_spikes_above) & ~bad
+        self.counts = torch.stack(((in_a_row + 1) * bad, in_all + bad, spikes + spike))
+        return bad | spike
+
+    def _is_spike(self, step: int, values: Tensor, threshold: float) -> Tensor:
+        median = self._recent.nanmedian(dim=1, keepdim=True).values
+        deviation = (self._recent - median).abs().nanmedian(dim=1).values * MAD_TO_STD
+        known = (~self._recent.isnan()).sum(dim=1) >= FEWEST
+        above = values - median.squeeze(1) > threshold * deviation
+        slot = step % WINDOW
+        self._recent[:, slot] = values.where(values.isfinite(), self._recent[:, slot])
+        return (above & known).any()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The counts and the window."""
+        return {"counts": self.counts, "recent": self._recent}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from saved counts."""
+        self.counts.copy_(state["counts"])
+        self._recent.copy_(state["recent"])

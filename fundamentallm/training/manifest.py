@@ -1,0 +1,126 @@
+"""What makes a directory a checkpoint: the manifest of its files, written last, and the check against it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from fundamentallm.errors import CheckpointError, CheckpointNotFoundError
+
+FORMAT_VERSION = 2
+MODEL, TRAINING, STATE, MANIFEST = "model.safetensors", "training.safetensors", "state.json", "manifest.json"
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+"""Names of checkpoints and of their files: nothing hidden, nothing that leaves the directory."""
+_FIELDS: dict[str, Any] = {
+    "sequence": int,
+    "is_best": bool,
+    "is_finite": bool,
+    "step": (int, type(None)),
+    "files": dict,
+}
+
+
+def sync(path: Path) -> None:
+    """Wait until `path` (a file, or a directory's list of names) is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _own_sha256(manifest: dict[str, Any]) -> str:
+    """SHA-256 of a manifest without its own."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def write_manifest(folder: Path, **about: Any) -> None:
+    """List every file of `folder` in its manifest, with what else is to be known about it, and sync all of it."""
+    files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
+    manifest = {"format_version": FORMAT_VERSION, **about, "files": files}
+    manifest["sha256"] = _own_sha256(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    for path in (*folder.iterdir(), folder):
+        sync(path)
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """A checkpoint's manifest, its form checked.
+
+    Raises:
+        CheckpointNotFoundError: if there is no directory at the path.
+        CheckpointError: if it is no whole checkpoint, or one of another version.
+    """
+    path = checkpoint / MANIFEST
+    if not checkpoint.is_dir():
+        raise CheckpointNotFoundError(f"{checkpoint}: there is no checkpoint directory here.")
+    if not os.path.lexists(path):
+        raise CheckpointError(f"{checkpoint}: incomplete, it has no {MANIFEST}.")
+    if path.is_symlink() or not path.is_file():  # a pipe would never answer
+        raise CheckpointError(f"{checkpoint}: {MANIFEST} is damaged, it is no file.")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version = manifest["format_version"]
+        good = version != FORMAT_VERSION or _has_form(manifest)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{checkpoint}: {MANIFEST} is damaged ({type(error).__name__}: {error}).") from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{checkpoint}: its format is {version!r}; allowed: {FORMAT_VERSION}. Use the version of fundamentallm "
+            f"that {STATE} names."
+        )
+    if not good:
+        raise CheckpointError(f"{checkpoint}: {MANIFEST} is damaged.")
+    return manifest  # type: ignore[no-any-return]
+
+
+def _has_form(manifest: dict[str, Any]) -> bool:
+    """Whether it is intact, and names nothing outside its own directory."""
+    return (
+        manifest["sha256"] == _own_sha256(manifest)
+        and all(isinstance(manifest[field], kind) for field, kind in _FIELDS.items())
+        and {STATE, MODEL, TRAINING} <= manifest["files"].keys()
+        and all(
+            NAME.fullmatch(name)
+            and name != MANIFEST
+            and isinstance(entry, dict)
+            and type(entry["size"]) is int
+            and isinstance(entry["sha256"], str)
+            for name, entry in manifest["files"].items()
+        )
+    )
+
+
+def verify(checkpoint: Path) -> dict[str, Any]:
+    """The manifest, once every file it lists has been found to have its size and SHA-256.
+
+    Raises:
+        CheckpointError: naming the first file that has not.
+    """
+    manifest = read_manifest(checkpoint)
+    for name, entry in manifest["files"].items():
+        path = checkpoint / name
+        if path.is_symlink() or not path.is_file():
+            raise CheckpointError(f"{checkpoint}: {name} is missing.")
+        try:
+            size = path.stat().st_size
+            if size != entry["size"]:
+                raise CheckpointError(f"{checkpoint}: {name} has {size} bytes instead of {entry['size']}.")
+            if _sha256(path) != entry["sha256"]:
+                raise CheckpointError(f"{checkpoint}: {name} is damaged, its SHA-256 differs from the manifest's.")
+        except OSError as error:
+            raise CheckpointError(f"{checkpoint}: {name} cannot be read: {error}.") from error
+    return manifest

@@ -1,0 +1,53 @@
+"""What a run tells other processes through its folders: that it is going on, and how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fundamentallm.errors import RunInProgressError
+
+LOCK, STATUS = ".lock", "status.json"
+
+
+@contextlib.contextmanager
+def locked(folders: Iterable[Path]) -> Iterator[None]:
+    """Meanwhile, no other process runs in these folders, which are created.
+
+    By a POSIX record lock, which ends with its process however that ends, is not inherited by the workers of a
+    loader, and holds over NFS. The file stays, empty: removing it would let two processes each lock its own.
+
+    Raises:
+        RunInProgressError: if another process does, with its id.
+        OSError: if a folder cannot be created or written to.
+    """
+    with contextlib.ExitStack() as held:
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context((folder / LOCK).open("a+", encoding="utf-8"))
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise RunInProgressError(
+                    f"{folder} is in use by {holder}; wait for it to end, stop it, or choose another output_dir."
+                ) from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            held.callback(file.truncate, 0)
+        yield
+
+
+def write_status(folder: Path, **status: Any) -> None:
+    """Say in `status.json` how a run is getting on: for schedulers, since a launcher's exit code is always 0 or 1."""
+    temporary = folder / f"{STATUS}.new"
+    temporary.write_text(json.dumps(status, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / STATUS)

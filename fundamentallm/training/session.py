@@ -1,0 +1,113 @@
+"""One start of a run: its folders are locked, its checkpoints put in order and taken up, its end is told."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fundamentallm.config import Config
+from fundamentallm.errors import START_AGAIN, CheckpointError, TrainingError, exit_code
+from fundamentallm.training.accelerator import on_main_process
+from fundamentallm.training.resume import resume, run_state
+from fundamentallm.training.run_folder import locked, write_status
+
+if TYPE_CHECKING:
+    from fundamentallm.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def session(trainer: Trainer, is_first: bool) -> Iterator[None]:
+    """Meanwhile, this run alone uses its folders, and signals ask it to stop.
+
+    Args:
+        trainer: about to train.
+        is_first: whether its state is still that of a new run, so that it has to be resumed.
+
+    Raises:
+        RunInProgressError: if another process trains in the same folders.
+        CheckpointError: if there is no room for the checkpoints, or none can be restored.
+        ConfigError: if the run cannot go on with this config.
+    """
+    with ExitStack() as stack:
+        on_main_process(trainer.accelerator, lambda: _open_folders(trainer, stack))
+        if is_first:
+            resume(trainer)
+            _check_same_step(trainer)
+        if trainer.is_finished:
+            yield
+            return
+        on_main_process(trainer.accelerator, lambda: _check_space(trainer))
+        _tell(trainer, state="running")
+        stack.enter_context(trainer.stop.listening())
+        try:
+            yield
+        except BaseException as error:
+            state = "diverged" if isinstance(error, TrainingError) else "failed"
+            _tell(trainer, state=state, exit_code=exit_code(error), reason=f"{type(error).__name__}: {error}")
+            raise
+        state = "finished" if trainer.is_finished else "interrupted" if trainer.was_interrupted else "stopped"
+        code = START_AGAIN if trainer.was_interrupted else 0
+        _tell(trainer, state=state, exit_code=code, reason=trainer.stop.reason)
+
+
+def _open_folders(trainer: Trainer, stack: ExitStack) -> None:
+    manager, folders = trainer.checkpoint_manager, []
+    if isinstance(trainer.run_config, Config):
+        folders.append(Path(trainer.run_config.output_dir))
+    if manager is not None:
+        folders.append(manager.checkpoint_dir)
+    else:
+        logger.warning("training.checkpoint_dir is not set: nothing will be saved.")
+    try:
+        stack.enter_context(locked(folders))
+        for what in manager.recover() if manager is not None else ():
+            trainer.say(what)
+    except OSError as error:
+        raise CheckpointError(f"a folder of this run cannot be used: {error}; choose another output_dir.") from error
+
+
+def _check_same_step(trainer: Trainer) -> None:
+    """Refuse processes that see different checkpoints: they would train different models together."""
+    device = trainer.accelerator.device
+    steps = trainer.accelerator.gather(torch.tensor([trainer.global_step], device=device)).tolist()
+    if len(set(steps)) > 1:
+        raise CheckpointError(
+            f"the processes would go on from steps {steps}; training.checkpoint_dir has to be a folder that all of "
+            "them see, with the same checkpoints in it."
+        )
+
+
+def _check_space(trainer: Trainer) -> None:
+    if trainer.checkpoint_manager is not None:
+        trainer.checkpoint_manager.check_space_of_run(expected_bytes(trainer))
+
+
+def expected_bytes(trainer: Trainer) -> int:
+    """Size of a checkpoint; before the first step, the optimizer is taken to hold two numbers a parameter, as Adam."""
+    state = run_state(trainer)
+    held = sum(_bytes(state[f"{part}_state_dict"]) for part in trainer.state)
+    trained = sum(p.numel() * p.element_size() for group in trainer.optimizer.param_groups for p in group["params"])
+    return held if trainer.global_step else held - _bytes(state["optimizer_state_dict"]) + 2 * trained
+
+
+def _bytes(state: object) -> int:
+    if isinstance(state, Tensor):
+        return state.nbytes
+    items = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return sum(map(_bytes, items))
+
+
+def _tell(trainer: Trainer, **status: object) -> None:
+    if trainer.is_main_process and isinstance(trainer.run_config, Config):
+        about = {"step": trainer.global_step, "total_steps": trainer.total_steps, "pid": os.getpid()}
+        write_status(Path(trainer.run_config.output_dir), **status, **about, host=socket.gethostname())
