@@ -8,6 +8,7 @@ by `training.max_minutes` (start it again: the same command goes on), 130 a seco
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -39,7 +40,9 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m funda
     except KeyboardInterrupt as interrupt:
         print("\nstopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
         return exit_code(interrupt)
-    return START_AGAIN if trainer.was_interrupted else 0
+    # A launcher that restarts what fails would begin again at once; to it, the run has ended.
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    return START_AGAIN if trainer.was_interrupted and not restarts else 0
 
 
 def run(config: Config) -> Trainer:
@@ -156,7 +159,7 @@ def _begins_afresh(config: Config) -> bool:
     """Whether no checkpoint of the run will be resumed."""
     from fundamentallm.training.checkpoint import CheckpointManager
 
-    folder = config.training.checkpoint_dir
+    folder = config.resolved().training.checkpoint_dir
     assert folder is not None  # a resolved config has one
     return config.training.resume in ("auto", "never") and CheckpointManager(folder).get_latest() is None
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -230,6 +231,25 @@ def step_sampler(
     )
 
 
+class _Shielded:
+    """Begins a worker process that signals to the whole process group do not end: the run decides when it stops.
+
+    A second SIGTERM does end it, since that is how torch ends one that hangs. (A class, so that it can be sent to
+    workers that are spawned rather than forked.)
+    """
+
+    def __init__(self, begin: Callable[[int], None] | None) -> None:
+        self.begin = begin
+
+    def __call__(self, worker_id: int) -> None:
+        for name in ("SIGINT", "SIGUSR1"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
+        if self.begin is not None:
+            self.begin(worker_id)
+
+
 def step_loader(
     loader: DataLoader[Any], sampler: StepSampler, start: int, stop: int, pin_memory: bool
 ) -> DataLoader[Any]:
@@ -244,7 +264,7 @@ def step_loader(
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory or pin_memory,
         timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
+        worker_init_fn=_Shielded(loader.worker_init_fn),
         multiprocessing_context=loader.multiprocessing_context,
         prefetch_factor=loader.prefetch_factor,
         # Its own generator, or iter() would draw from the global one.

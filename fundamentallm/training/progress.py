@@ -61,7 +61,7 @@ class Progress:
             self.samples.start, self.stretches = saved.start, list(state["stretches"])
         else:
             epoch, place = saved.place(step)
-            if place and {**before, "batch_size": 0, "start": 0} != {**now, "batch_size": 0, "start": 0}:
+            if place and _order(before) != _order(now):
                 epoch, place = epoch + 1, 0
             self.samples.start = Start(step, epoch, place, state["samples"])
             self.stretches = [*state["stretches"], {**now, "start": list(self.samples.start)}]
@@ -77,6 +77,11 @@ def geometry(samples: StepSampler) -> dict[str, Any]:
 
 def _batches(stretch: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in stretch.items() if name != "start"}
+
+
+def _order(stretch: dict[str, Any]) -> tuple[Any, ...]:
+    """What a place in an epoch has a meaning in: the order of the training samples."""
+    return stretch["num_samples"], stretch["seed"], stretch["drop_last"], stretch["content"][0]
 
 
 def sampler_of(stretch: dict[str, Any]) -> StepSampler:

@@ -20,6 +20,7 @@ from fundamentallm.training.resume import resume, run_state
 from fundamentallm.training.run_folder import locked, write_status
 
 if TYPE_CHECKING:
+    from fundamentallm.training.checkpoint import CheckpointManager
     from fundamentallm.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -48,16 +49,18 @@ def session(trainer: Trainer, is_first: bool) -> Iterator[None]:
             return
         on_main_process(trainer.accelerator, lambda: _check_space(trainer))
         _tell(trainer, state="running")
-        stack.enter_context(trainer.stop.listening())
+        stack.enter_context(trainer.stop_switch.listening())
         try:
             yield
         except BaseException as error:
+            if trainer.checkpoint_manager is not None and not isinstance(error, KeyboardInterrupt):
+                _finish_saving(trainer, trainer.checkpoint_manager)
             state = "diverged" if isinstance(error, TrainingError) else "failed"
             _tell(trainer, state=state, exit_code=exit_code(error), reason=f"{type(error).__name__}: {error}")
             raise
         state = "finished" if trainer.is_finished else "interrupted" if trainer.was_interrupted else "stopped"
         code = START_AGAIN if trainer.was_interrupted else 0
-        _tell(trainer, state=state, exit_code=code, reason=trainer.stop.reason)
+        _tell(trainer, state=state, exit_code=code, reason=trainer.stop_switch.reason)
 
 
 def _open_folders(trainer: Trainer, stack: ExitStack) -> None:
@@ -70,10 +73,20 @@ def _open_folders(trainer: Trainer, stack: ExitStack) -> None:
         logger.warning("training.checkpoint_dir is not set: nothing will be saved.")
     try:
         stack.enter_context(locked(folders))
+        if manager is not None:
+            manager.wait()  # for what an interrupted start in this process may have left under way
         for what in manager.recover() if manager is not None else ():
             trainer.say(what)
     except OSError as error:
         raise CheckpointError(f"a folder of this run cannot be used: {error}; choose another output_dir.") from error
+
+
+def _finish_saving(trainer: Trainer, manager: CheckpointManager) -> None:
+    """After an error, let the checkpoint in the making be completed; an error of its own is said, not raised."""
+    try:
+        manager.wait()
+    except CheckpointError as error:
+        trainer.say(str(error))
 
 
 def _check_same_step(trainer: Trainer) -> None:

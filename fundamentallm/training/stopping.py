@@ -67,7 +67,8 @@ class StopSwitch:
             self.wanted, self.reason = stop, reason
 
     def withdraw(self) -> None:
-        """Forget every reason: a stopped run begins again."""
+        """Forget every reason, also one on its way: a stopped run begins again."""
+        self._collect()
         self.wanted, self.agreed, self.reason = Stop.NO, Stop.NO, ""
 
     def poll(self) -> Stop:

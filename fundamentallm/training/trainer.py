@@ -123,7 +123,7 @@ class Trainer:
         self.callbacks = CallbackList(
             default_callbacks(self.run_config, val_loader is not None) if callbacks is None else callbacks
         )
-        content = [fingerprint(loader.dataset) if loader else None for loader in (train_loader, val_loader)]
+        content = [None if loader is None else fingerprint(loader.dataset) for loader in (train_loader, val_loader)]
         self._progress = Progress(self.samples, content, self.accelerator.device)
         self._guard = Guard(self.accelerator.device, training.max_bad_steps, training.skip_spikes_above)
         self.state: dict[str, Any] = {  # all that changes because of training, by name
@@ -137,7 +137,7 @@ class Trainer:
             **({"early_stopping": self.early_stopping} if self.early_stopping else {}),
             **({"scaler": self.accelerator.scaler} if self.accelerator.scaler else {}),
         }
-        self.stop = StopSwitch(training.max_minutes)
+        self.stop_switch = StopSwitch(training.max_minutes)
         self._started = False
         self._start_step = 0
         self._save_requested: bool | None = None  # and whether as the best
@@ -215,7 +215,7 @@ class Trainer:
     @property
     def was_interrupted(self) -> bool:
         """Whether a signal or `max_minutes` ended the last `train()`: the same command goes on where it was."""
-        return not self.is_finished and self.stop.agreed in (Stop.SIGNAL, Stop.OUT_OF_TIME)
+        return not self.is_finished and self.stop_switch.agreed in (Stop.SIGNAL, Stop.OUT_OF_TIME)
 
     # ---- the loop ----------------------------------------------------------------------------------------
 
@@ -317,9 +317,11 @@ class Trainer:
             self._save_if_possible()
         self._log_mark = (self._log_mark[0] + time.perf_counter() - started, self._log_mark[1])
         if self.checkpoint_manager is not None and self.checkpoint_manager.has_failed:
-            self.stop.request(Stop.FAILED, "a checkpoint could not be written")
+            self.stop_switch.request(Stop.FAILED, "a checkpoint could not be written")
         # What hooks ask for at these steps takes effect at once, on every process; else at the next step.
-        return (self.stop.settle() if logged or validates or self._is_at_epoch else self.stop.poll()) != Stop.NO
+        return (
+            self.stop_switch.settle() if logged or validates or self._is_at_epoch else self.stop_switch.poll()
+        ) != Stop.NO
 
     @property
     def _is_at_epoch(self) -> bool:
@@ -382,12 +384,14 @@ class Trainer:
         """Validate; False if a signal or the clock broke it off, to be done first when the run goes on."""
         assert self.val_loader is not None
         assert self.val_samples is not None
+        # The clock does not break off the same validation twice, or no start would ever get beyond it.
+        gravest = Stop.SIGNAL if self._progress.validation_due else Stop.OUT_OF_TIME
         metrics = evaluate(
             self._step_model,
             self.val_loader,
             self.val_samples,
             self.accelerator,
-            is_interrupted=lambda: self.stop.poll() >= Stop.OUT_OF_TIME,
+            is_interrupted=lambda: self.stop_switch.poll() >= gravest,
         )
         self._progress.validation_due = metrics is None
         if metrics is None:
@@ -410,7 +414,7 @@ class Trainer:
 
         On several processes, a request made in `on_step_end` by some of them takes effect one step later.
         """
-        self.stop.request(Stop.REQUESTED, reason)
+        self.stop_switch.request(Stop.REQUESTED, reason)
 
     def request_save(self, is_best: bool = False) -> None:
         """Save a checkpoint at the end of this step, when all hooks have run. For all processes alike."""
@@ -442,7 +446,7 @@ class Trainer:
             if self.is_main_process and not manager.has_failed:
                 name = f"step_{self.global_step:08d}"
                 manager.save_in_background(run_state(self), name, is_best, model_files(self))
-                self.stop.seconds_to_save = manager.seconds
+                self.stop_switch.seconds_to_save = manager.seconds
             self._saved_at = self.global_step
         self._save_requested = None
 
@@ -459,7 +463,7 @@ class Trainer:
     # ---- beginning and end -------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        self.stop.withdraw()
+        self.stop_switch.withdraw()
         self._start_step, self._save_requested = self.global_step, None
         self._step_model.train()
         self.model.zero_grad()  # what a caller, or a step that raised, may have left
@@ -473,9 +477,9 @@ class Trainer:
             self._save_if_possible()
             on_main_process(self.accelerator, manager.wait)
         self.callbacks.on_train_end(self)
-        if self.stop.reason:
+        if self.stop_switch.reason:
             go_on = "; start it again to go on" if self.was_interrupted else ""
-            self.say(f"stopped at step {self.global_step} of {self.total_steps}: {self.stop.reason}{go_on}")
+            self.say(f"stopped at step {self.global_step} of {self.total_steps}: {self.stop_switch.reason}{go_on}")
 
     def say(self, text: str) -> None:
         """Print a line, beside the progress bar and on the main process only."""

@@ -1,0 +1,262 @@
+"""Signals and the clock end a run at a step that all its processes agree on, saved; the same command goes on."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fundamentallm import Callback, LoggingCallback, SaveBestCallback, Trainer
+from fundamentallm.errors import START_AGAIN
+from fundamentallm.training import evaluation
+from fundamentallm.training.stopping import SIGNALS
+from tests.integration.runs import (
+    assert_same_weights,
+    lines,
+    make_config,
+    make_trainer,
+    on_processes,
+    timeless,
+    weights,
+)
+from tests.integration.test_launching import LAUNCH, ROOT
+
+SETTINGS: dict[str, Any] = {
+    "dropout": 0.2, "batch_size": 64, "max_steps": 14, "log_every_n_steps": 7, "eval_every_n_steps": 3,
+    "save_every_n_epochs": None,
+}  # fmt: skip
+
+
+class SignalAt(Callback):
+    """Sends this process a signal in the middle of a step, or of its validation."""
+
+    def __init__(self, step: int, number: int = signal.SIGTERM, in_validation: bool = False) -> None:
+        self.step, self.number, self.in_validation = step, number, in_validation
+
+    def on_step_end(self, trainer: Trainer, loss: float) -> None:
+        if trainer.global_step != self.step:
+            return
+        if not self.in_validation:
+            os.kill(os.getpid(), self.number)
+        else:
+            trainer.model.register_forward_hook(self._once_in_evaluation)
+
+    def _once_in_evaluation(self, model: torch.nn.Module, *_: object) -> None:
+        if not model.training and not self.has_sent:
+            self.has_sent = True
+            os.kill(os.getpid(), self.number)
+
+    has_sent = False
+
+
+def run(folder: Path | str, *callbacks: Callback, **settings: Any) -> Trainer:
+    own: list[Callback] = [LoggingCallback(Path(folder) / "metrics.jsonl"), SaveBestCallback()]
+    trainer = make_trainer(make_config(folder, **{**SETTINGS, **settings}), callbacks=[*own, *callbacks])
+    trainer.train()
+    return trainer
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").glob("[!.]*"))
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_signal_ends_the_run_after_its_step_saved(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = run(tmp_path / "whole")
+    before = signal.getsignal(getattr(signal, name))
+    first = run(tmp_path / "parts", SignalAt(5, getattr(signal, name)))
+    assert signal.getsignal(getattr(signal, name)) is before
+    assert (first.global_step, first.was_interrupted) == (5, True)
+    assert f"stopped at step 5 of 14: {name} received; start it again to go on" in capsys.readouterr().out
+    status = json.loads((tmp_path / "parts" / "status.json").read_text())
+    assert (status["state"], status["exit_code"], status["step"]) == ("interrupted", START_AGAIN, 5)
+    second = run(tmp_path / "parts")
+    assert not second.was_interrupted
+    assert_same_weights(weights(second), weights(whole))
+    assert timeless(lines(tmp_path / "parts")) == timeless(lines(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("step", [3, 6, 14])
+def test_a_signal_breaks_off_an_evaluation_which_comes_first_on_the_next_start(tmp_path: Path, step: int) -> None:
+    """Step 6 ends an epoch too, and step 14 the run: what is due after their validation must not be lost."""
+    settings = {"save_every_n_epochs": 1, "keep_last_n": 9, "log_every_n_steps": 1}
+    whole = run(tmp_path / "whole", **settings)
+    first = run(tmp_path / "parts", SignalAt(step, in_validation=True), **settings)
+    assert (first.global_step, first.was_interrupted) == (step, True)
+    assert [line for line in lines(tmp_path / "parts") if line["step"] == step and "val_loss" in line] == []
+    second = run(tmp_path / "parts", **settings)
+    assert second.is_finished
+    assert_same_weights(weights(second), weights(whole))
+    assert timeless(lines(tmp_path / "parts")) == timeless(lines(tmp_path / "whole"))
+    assert checkpoints(tmp_path / "parts") == checkpoints(tmp_path / "whole")
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path: Path) -> None:
+    class Twice(Callback):
+        def on_step_end(self, trainer: Trainer, loss: float) -> None:
+            if trainer.global_step == 5:
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Twice(), save_every_n_steps=2)
+    assert "step_00000005" not in checkpoints(tmp_path)
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 130)
+
+
+def test_max_minutes_ends_a_start_and_not_the_run(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole")
+    reached = (0, False)
+    while reached != (14, False):  # each start makes at least a step, or a validation
+        trainer = run(tmp_path / "parts", max_minutes=1e-9)
+        before, reached = reached, (trainer.global_step, trainer.state["progress"].validation_due)
+        assert reached == ((before[0], False) if before[1] else (before[0] + 1, (before[0] + 1) in (3, 6, 9, 12, 14)))
+        assert trainer.was_interrupted is not trainer.is_finished
+    assert_same_weights(weights(trainer), weights(whole))
+    assert timeless(lines(tmp_path / "parts")) == timeless(lines(tmp_path / "whole"))
+
+
+def signalled_on_one_process(processes: int, folder: str, rank: int, in_validation: bool) -> None:
+    from fundamentallm import create_accelerator
+
+    mine = create_accelerator().process_index == rank
+    signalled = [SignalAt(6 if in_validation else 4, in_validation=in_validation)] if mine else []
+    trainer = run(folder, *signalled, batch_size=8)  # five batches in a validation
+    assert trainer.accelerator.num_processes == processes
+    assert trainer.was_interrupted
+    # A step or a batch later, since the others hear of it while they compute.
+    assert trainer.global_step == (6 if in_validation else 5)
+    assert trainer.state["progress"].validation_due is in_validation
+    (Path(folder) / f"seen_by_{trainer.accelerator.process_index}").write_text(trainer.stop_switch.reason)
+
+
+def to_the_end(processes: int, folder: str) -> None:
+    trainer = run(folder, batch_size=8)
+    assert trainer.accelerator.num_processes == processes
+    assert trainer.is_finished
+
+
+@pytest.mark.parametrize("in_validation", [False, True])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_stop_at_the_same_step_whichever_is_signalled(tmp_path: Path, rank: int, in_validation: bool) -> None:
+    on_processes(2, to_the_end, str(tmp_path / "whole"))
+    on_processes(2, signalled_on_one_process, str(tmp_path / "parts"), rank, in_validation)
+    reasons = [(tmp_path / "parts" / f"seen_by_{index}").read_text() for index in (0, 1)]
+    assert reasons[rank] == "SIGTERM received"
+    assert reasons[1 - rank] == "another process received a signal"
+    on_processes(2, to_the_end, str(tmp_path / "parts"))
+    assert timeless(lines(tmp_path / "parts")) == timeless(lines(tmp_path / "whole"))
+
+
+def test_an_interrupted_evaluation_leaves_the_model_training(tmp_path: Path) -> None:
+    trainer = make_trainer(make_config(tmp_path))
+    assert trainer.val_loader is not None
+    assert trainer.val_samples is not None
+    trainer._step_model.train()
+    arguments = trainer._step_model, trainer.val_loader, trainer.val_samples, trainer.accelerator
+    assert evaluation.evaluate(*arguments, is_interrupted=lambda: True) is None
+    assert trainer.model.training
+
+
+LONG = """
+output_dir: run
+model: {d_model: 16, num_heads: 2, num_layers: 1, dropout: 0.1}
+data: {sequence_length: 32, num_workers: WORKERS}
+training: {batch_size: 8, max_steps: STEPS, log_every_n_steps: 5, eval_every_n_epochs: null}
+sample_tokens: 0
+"""
+
+
+def start(
+    folder: Path, *command: str, steps: int, workers: int = 0, options: Sequence[str] = ()
+) -> subprocess.Popen[str]:
+    """A real run in a process group of its own, returned at its first log line."""
+    (folder / "long.yaml").write_text(LONG.replace("STEPS", str(steps)).replace("WORKERS", str(workers)))
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE", "WORLD_SIZE"))}
+    process = subprocess.Popen(
+        [*command, "-m", "fundamentallm.train", "--config", "long.yaml", *options], cwd=folder, text=True,
+        env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    read_up_to("step 5 ", process)
+    return process
+
+
+def read_up_to(text: str, process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    read = []
+    for line in process.stdout:
+        read.append(line)
+        if text in line:
+            return
+    raise AssertionError(f"the run ended with {process.wait()} before {text!r}: {''.join(read)}")
+
+
+def end(process: subprocess.Popen[str]) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=100)
+    return process.returncode, output
+
+
+@pytest.mark.slow
+def test_loader_workers_outlive_the_signals_of_their_group(tmp_path: Path) -> None:
+    process = start(tmp_path, sys.executable, steps=100_000, workers=2)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(workers) == 2
+    for worker, name in itertools.product(workers, SIGNALS):
+        os.kill(int(worker), getattr(signal, name))
+    logged = len(lines(tmp_path / "run"))
+    read_up_to(f"step {5 * logged + 500} ", process)
+    os.killpg(process.pid, signal.SIGUSR1)
+    code, output = end(process)
+    assert code == START_AGAIN, output
+    step = json.loads((tmp_path / "run" / "status.json").read_text())["step"]
+    assert checkpoints(tmp_path / "run")[-1] == f"step_{step:08d}"
+
+
+@pytest.mark.slow
+def test_two_launched_processes_are_preempted_as_one(tmp_path: Path) -> None:
+    """The launcher passes the signal on to both, and answers 1 whatever they say: status.json knows."""
+    config = str(ROOT / "accelerate_configs/cpu_2_processes.yaml")
+    process = start(tmp_path, *LAUNCH, config, steps=100_000)
+    process.send_signal(signal.SIGTERM)
+    code, output = end(process)
+    assert code == 1, output
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["exit_code"], status["reason"]) == ("interrupted", START_AGAIN, "SIGTERM received")
+    assert checkpoints(tmp_path / "run") == [f"step_{status['step']:08d}"]
+
+
+CRASH_ONCE = """
+import os, signal
+from fundamentallm import Callback
+
+class CrashOnce(Callback):
+    def on_log(self, trainer, metrics):
+        first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+        if first and trainer.global_step == 15 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_a_launcher_that_restarts_picks_the_run_up_where_it_was(tmp_path: Path) -> None:
+    (tmp_path / "crash.py").write_text(CRASH_ONCE)
+    config = str(ROOT / "accelerate_configs/cpu_2_processes.yaml")
+    settings = ["--training.save_every_n_steps", "4", "--callbacks", "['crash:CrashOnce']"]
+    process = start(tmp_path, *LAUNCH, config, "--max_restarts", "1", steps=40, options=settings)
+    code, output = end(process)
+    assert code == 0, output
+    assert "resumed from run/checkpoints/step_00000012 at step 12" in output
+    assert [line["step"] for line in lines(tmp_path / "run") if "train_loss" in line] == list(range(5, 41, 5))
