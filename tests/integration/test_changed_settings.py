@@ -1,0 +1,268 @@
+"""What may differ when a run goes on, what must be allowed by name, and what a new run from old weights takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from fundamentallm import Callback, CheckpointError, ConfigError, Trainer, TrainingConfig
+from fundamentallm.config import Config, DataConfig, ModelConfig
+from fundamentallm.train import make_trainer as make_from_config
+from fundamentallm.training.resume import FREE, HORIZON
+from tests.conftest import reset_accelerate
+from tests.integration.runs import PartlyIgnored, assert_same_weights, lines, make_config, make_trainer, prose, weights
+from tests.integration.test_training_loop import Bigram
+
+
+class Counting(PartlyIgnored):
+    """Notes which samples are asked for."""
+
+    def __init__(self, size: int = 44) -> None:
+        super().__init__(size)
+        self.asked: list[int] = []
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        self.asked.append(index)
+        return super().__getitem__(index)
+
+
+class StopAt(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, trainer: Trainer, loss: float) -> None:
+        if trainer.global_step == self.step:
+            trainer.request_stop("test")
+
+
+def part(folder: Path, batch_size: int, stop_at: int | None = None, size: int = 44, **training: Any) -> Trainer:
+    """A start of a run over a dataset that counts; from Python, with its own model and loader."""
+    torch.manual_seed(0)
+    config = TrainingConfig(**{"max_epochs": 3, "checkpoint_dir": str(folder), **training})
+    loader = DataLoader(Counting(size), batch_size=batch_size, shuffle=True)
+    trainer = Trainer(Bigram(), config, loader, callbacks=[StopAt(stop_at)] if stop_at else [])
+    trainer.train()
+    return trainer
+
+
+def test_every_free_and_every_bending_setting_is_one() -> None:
+    sections = {"model": ModelConfig, "data": DataConfig, "training": TrainingConfig}
+    names = {f"{section}.{entry.name}" for section, kind in sections.items() for entry in dataclasses.fields(kind)}
+    names |= {entry.name for entry in dataclasses.fields(Config)}
+    assert FREE - names == set()
+    assert HORIZON - names == {"data.num_samples"}
+    assert FREE.isdisjoint(HORIZON)
+
+
+@pytest.mark.parametrize("other", [3, 5, 16, 44])
+def test_another_batch_size_goes_on_at_the_next_sample(tmp_path: Path, other: int) -> None:
+    """44 samples an epoch: 8 a step, stopped in the second epoch after 5 + 2 steps and 60 samples."""
+    whole = part(tmp_path / "whole", 8).train_loader.dataset.asked
+    first = part(tmp_path / "parts", 8, stop_at=8)
+    allowed = {"resume_changes": ["training.batch_size"]}
+    second = part(tmp_path / "parts", other, stop_at=None, **allowed)
+    asked = first.train_loader.dataset.asked[: 44 + 16] + second.train_loader.dataset.asked
+    assert asked == whole
+    rest = -(-(44 - 16) // other)
+    assert second.global_step == second.total_steps == 8 + rest + -(-44 // other)
+    assert second.epochs_done == 3.0
+
+
+def test_a_run_of_changed_batch_size_resumes_like_any_other(tmp_path: Path) -> None:
+    allowed = {"resume_changes": ["training.batch_size"]}
+    for folder in ("whole", "parts"):
+        part(tmp_path / folder, 8, stop_at=8)
+    whole = part(tmp_path / "whole", 5, **allowed)
+    part(tmp_path / "parts", 5, stop_at=11, **allowed)
+    parts = part(tmp_path / "parts", 5)  # the change is part of the run by now
+    assert_same_weights(weights(parts), weights(whole))
+    assert parts.total_steps == whole.total_steps
+    assert parts.scheduler.get_last_lr() == whole.scheduler.get_last_lr()
+    stretches = parts.state["progress"].stretches
+    assert [(stretch["batch_size"], stretch["start"]) for stretch in stretches] == [
+        (8, [0, 0, 0, 0]),
+        (5, [8, 1, 16, 60]),
+    ]
+
+
+def test_the_schedule_bends_to_the_new_number_of_steps(tmp_path: Path) -> None:
+    part(tmp_path, 8, stop_at=8)
+    second = part(tmp_path, 5, log_every_n_steps=1, resume_changes=["training.batch_size"])
+    rates = second.metrics.get_history()["learning_rate"]
+    assert rates[-1] == pytest.approx(3e-4 * 0.1)  # the floor, on the very last step
+    assert len(rates) == second.total_steps - 8
+
+
+def test_other_data_is_refused_and_if_allowed_begins_with_its_next_epoch(tmp_path: Path) -> None:
+    part(tmp_path, 8, stop_at=8)
+    with pytest.raises(ConfigError, match=r"data\.num_samples is 50 and .* was trained with 44"):
+        part(tmp_path, 8, size=50)
+    second = part(tmp_path, 8, size=50, resume_changes=["data"])
+    assert sorted(second.train_loader.dataset.asked) == list(range(50))
+    assert second.global_step == 8 + 7
+
+
+def test_a_changed_text_is_found_wherever_it_lies(tmp_path: Path) -> None:
+    text = prose()
+    (tmp_path / "text.txt").write_text(text)
+    config = Config(
+        output_dir=str(tmp_path / "run"),
+        model=ModelConfig(d_model=16, num_heads=2, num_layers=1),
+        data=DataConfig(source=str(tmp_path / "text.txt"), sequence_length=16, tokenizer="byte"),
+        training=TrainingConfig(max_steps=3, batch_size=8),
+    )
+    make_from_config(config).train()
+    (tmp_path / "moved.txt").write_text(text)
+    moved = dataclasses.replace(config, data=dataclasses.replace(config.data, source=str(tmp_path / "moved.txt")))
+    trainer = make_from_config(moved)
+    trainer.train()
+    assert trainer.global_step == 3
+    for place in (1234, len(text) - 1):  # of the training part, of the validation part
+        changed = text[:place] + chr(ord(text[place]) ^ 1) + text[place + 1 :]
+        (tmp_path / "moved.txt").write_text(changed)
+        with pytest.raises(ConfigError, match=r"data\.content is"):
+            make_from_config(moved).train()
+
+
+def test_what_changes_no_weight_is_listed_and_let_through(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_trainer(make_config(tmp_path, save_every_n_steps=6), callbacks=[StopAt(6)]).train()
+    free = {"log_every_n_steps": 3, "keep_last_n": 7, "micro_batch_size": 3, "early_stopping_patience": 5}
+    capsys.readouterr()
+    trainer = make_trainer(make_config(tmp_path, save_every_n_steps=6, **free))
+    trainer.train()
+    said = capsys.readouterr().out
+    assert "changed since: training.log_every_n_steps 1 -> 3" in said
+    assert "changed since: training.micro_batch_size None -> 3" in said
+    assert "early_stopping starts afresh" in said
+    assert trainer.is_finished
+    without = make_trainer(
+        make_config(tmp_path, log_every_n_steps=3, resume=str(tmp_path / "checkpoints/step_00000012"))
+    )
+    without.train()
+    assert "early_stopping is in the checkpoint and not in this run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1}, {"optimizer": "muon"}, {"lr_scheduler": "linear"}, {"learning_rate": 0.5}, {"warmup_steps": 2},
+        {"weight_decay": 0.0}, {"gradient_clip_norm": None}, {"loss": "focal"}, {"mixed_precision": "bf16"},
+        {"skip_spikes_above": 5.0}, {"max_steps": 13}, {"max_epochs": 4}, {"min_lr_ratio": 0.5},
+    ],
+)  # fmt: skip
+def test_what_changes_the_course_of_the_run_is_refused_until_named(tmp_path: Path, change: dict[str, Any]) -> None:
+    make_trainer(make_config(tmp_path), callbacks=[StopAt(6)]).train()
+    before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+    (name,) = change
+    reset_accelerate()  # it keeps one precision for a whole process
+    with pytest.raises(ConfigError, match=rf"training\.{name} is .*training\.resume_changes: \[training\.{name}\]"):
+        make_trainer(make_config(tmp_path, **change)).train()
+    assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
+    trainer = make_trainer(make_config(tmp_path, **change, resume_changes=[f"training.{name}"]))
+    trainer.train()
+    assert trainer.global_step == trainer.total_steps > 6
+
+
+def test_another_optimizer_starts_afresh_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_trainer(make_config(tmp_path), callbacks=[StopAt(6)]).train()
+    allowed = ["training.optimizer"]
+    trainer = make_trainer(make_config(tmp_path, optimizer="sgd", resume_changes=allowed))
+    trainer.train()
+    said = capsys.readouterr().out
+    assert "optimizer starts afresh" in said
+    assert "optimizer" not in said.partition(" at step 6: ")[2].partition("\n")[0]
+
+
+def test_an_unknown_name_of_a_change_is_a_mistake_with_the_nearest_one() -> None:
+    with pytest.raises(ConfigError, match=r"'training.max_step'.*Did you mean 'training.max_steps'"):
+        TrainingConfig(resume_changes=["training.max_step"])
+
+
+# ---- a new run from old weights ------------------------------------------------------------------------------
+
+
+def from_text(folder: Path, **changes: Any) -> Config:
+    (folder / "text.txt").write_text(prose())
+    return Config(
+        output_dir=str(folder / "old"),
+        model=ModelConfig(d_model=16, num_heads=2, num_layers=1),
+        data=DataConfig(source=str(folder / "text.txt"), sequence_length=16),
+        training=TrainingConfig(max_steps=5, batch_size=8, log_every_n_steps=1),
+    )
+
+
+def test_init_from_takes_the_weights_and_nothing_else(tmp_path: Path) -> None:
+    old = from_text(tmp_path)
+    trained = make_from_config(old)
+    trained.train()
+    checkpoint = tmp_path / "old" / "checkpoints" / "step_00000005"
+    new = dataclasses.replace(
+        old, output_dir=str(tmp_path / "new"), model=dataclasses.replace(old.model, init_from=str(checkpoint))
+    )
+    second = make_from_config(new)
+    assert_same_weights(weights(second), weights(trained))
+    assert (second.global_step, len(second.optimizer.state)) == (0, 0)
+    second.train()
+    # A restart goes on from the new run's own checkpoint, also when the old one is gone.
+    checkpoint.rename(tmp_path / "elsewhere")
+    longer = dataclasses.replace(
+        new, training=dataclasses.replace(new.training, max_steps=7, resume_changes=["training.max_steps"])
+    )
+    third = make_from_config(longer)
+    third.train()
+    assert [line["step"] for line in lines(tmp_path / "new") if "train_loss" in line] == list(range(1, 8))
+
+
+def test_init_from_refuses_other_tokens_other_shapes_and_damage(tmp_path: Path) -> None:
+    old = from_text(tmp_path)
+    make_from_config(old).train()
+    checkpoint = tmp_path / "old" / "checkpoints" / "step_00000005"
+    new = dataclasses.replace(
+        old, output_dir=str(tmp_path / "new"), model=dataclasses.replace(old.model, init_from=str(checkpoint))
+    )
+    with pytest.raises(ConfigError, match=r"set data\.tokenizer to '.*tokenizer\.json'"):
+        make_from_config(dataclasses.replace(new, data=dataclasses.replace(new.data, tokenizer="byte")))
+    with pytest.raises(CheckpointError, match="do not fit the model"):
+        make_from_config(dataclasses.replace(new, model=dataclasses.replace(new.model, d_ff=8)))
+    with_file = dataclasses.replace(new.data, tokenizer=str(checkpoint / "tokenizer.json"))
+    assert make_from_config(dataclasses.replace(new, data=with_file)).global_step == 0
+    (checkpoint / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has 0 bytes"):
+        make_from_config(new)
+    nowhere = dataclasses.replace(new.model, init_from=str(tmp_path / "nowhere"))
+    with pytest.raises(CheckpointError, match="no checkpoint directory here"):
+        make_from_config(dataclasses.replace(new, model=nowhere))
+
+
+# ---- the log of another run in the way -----------------------------------------------------------------------
+
+
+def test_a_log_that_would_be_lost_is_kept_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_trainer(make_config(tmp_path)).train()
+    old = (tmp_path / "metrics.jsonl").read_bytes()
+    for number in (1, 2):
+        other = make_config(tmp_path, checkpoint_dir=str(tmp_path / f"checkpoints_{number}"), seed=number)
+        make_trainer(other).train()
+        kept = tmp_path / f"metrics.before-{number}.jsonl"
+        assert str(kept) in capsys.readouterr().out
+        assert kept.read_bytes() == old
+        old = (tmp_path / "metrics.jsonl").read_bytes()
+        assert [line["step"] for line in lines(tmp_path) if "train_loss" in line] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("foreign", ['{"note": "mine"}\n', "not JSON\n", "[1, 2]\n", '{"step": "seven"}\n'])
+def test_a_foreign_line_in_the_log_is_kept_aside(tmp_path: Path, foreign: str) -> None:
+    make_trainer(make_config(tmp_path)).train()
+    with_note = foreign + (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(with_note)
+    make_trainer(make_config(tmp_path, max_steps=13, resume_changes=["training.max_steps"])).train()
+    assert (tmp_path / "metrics.before-1.jsonl").read_text() == with_note
+    assert [line["step"] for line in lines(tmp_path) if "train_loss" in line] == list(range(1, 14))
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "finished"
