@@ -1,4 +1,4 @@
-"""The trainer: one pass of its loop is one batch is one optimizer step.
+"""The trainer: one pass of its loop is one batch is one optimizer step (which `step.py` shows).
 
 `Accelerator` owns the hardware: placement, precision, gradient exchange, clipping, process identity.
 Accumulation, schedule, data order and file format are plain code here, since accelerate's own weigh tokens by
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +20,23 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from fundamentallm.config import IGNORE_INDEX, Config, TrainingConfig
+from fundamentallm.config import Config, TrainingConfig
 from fundamentallm.data.datasets import fingerprint
-from fundamentallm.data.loaders import derive_seed, device_batches, step_sampler
+from fundamentallm.data.loaders import device_batches, step_sampler
 from fundamentallm.errors import ConfigError, TrainingError
-from fundamentallm.training.accelerator import check_accelerator, create_accelerator, on_main_process, seed_device
+from fundamentallm.training.accelerator import check_accelerator, create_accelerator, on_main_process
 from fundamentallm.training.callbacks import Callback, CallbackList, default_callbacks
 from fundamentallm.training.checkpoint import CheckpointManager, load_checkpoint
-from fundamentallm.training.early_stopping import EarlyStopping
 from fundamentallm.training.evaluation import evaluate
 from fundamentallm.training.guard import Guard
-from fundamentallm.training.loss import ModelWithLoss, create_loss
+from fundamentallm.training.loss import create_loss
 from fundamentallm.training.metrics import MetricTracker
-from fundamentallm.training.optimizers import NamedOptimizerState, create_optimizer
+from fundamentallm.training.optimizers import NamedOptimizerState
+from fundamentallm.training.parts import make_early_stopping, make_optimizer, make_schedule
 from fundamentallm.training.progress import Progress
 from fundamentallm.training.resume import model_files, restore, run_state
-from fundamentallm.training.schedulers import create_scheduler
 from fundamentallm.training.session import session
+from fundamentallm.training.step import OptimizerStep
 from fundamentallm.training.stopping import Stop, StopSwitch
 
 
@@ -88,35 +87,23 @@ class Trainer:
         self._check(optimizer, scheduler)
 
         self.model = model.to(self.accelerator.device)
-        self.optimizer = optimizer or create_optimizer(
-            self.model,
-            training.optimizer,
-            training.learning_rate,
-            training.weight_decay,
-            adam_beta1=training.adam_beta1,
-            adam_beta2=training.adam_beta2,
-            adam_epsilon=training.adam_epsilon,
-            momentum=training.momentum,
-            **training.optimizer_options,
-        )
+        self.optimizer = optimizer or make_optimizer(training, self.model)
         self._own_schedule = scheduler is None
-        self.scheduler = scheduler or self._create_schedule()
-        # `self.model` and `self.optimizer` stay the caller's own objects, so that names and state carry no
-        # wrapper; what accelerate wraps around them serves to compute only.
-        with_loss = ModelWithLoss(self.model, loss_fn or create_loss(training.loss, **training.loss_options))
-        # Prepared with the optimizer, which is how accelerate knows what to unscale before clipping.
-        self._step_model, _ = self.accelerator.prepare(with_loss, self.optimizer)
-        self._parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.scheduler = scheduler or make_schedule(training, self.optimizer, self.total_steps)
+        self._guard = Guard(self.accelerator.device, training.max_bad_steps, training.skip_spikes_above)
+        self._step = OptimizerStep(
+            self.accelerator,
+            self.model,
+            loss_fn or create_loss(training.loss, **training.loss_options),
+            self.optimizer,
+            self._guard,
+            training.gradient_clip_norm,
+            training.seed,
+        )
+        self._step_model = self._step.model_with_loss
 
         self.metrics = MetricTracker()
-        self.early_stopping: EarlyStopping | None = None
-        if training.early_stopping_patience is not None:
-            self.early_stopping = EarlyStopping(
-                training.early_stopping_patience,
-                training.early_stopping_metric,
-                training.early_stopping_mode,
-                training.early_stopping_min_delta,
-            )
+        self.early_stopping = make_early_stopping(training)
         self.checkpoint_manager: CheckpointManager | None = None
         if training.checkpoint_dir is not None:
             self.checkpoint_manager = CheckpointManager(training.checkpoint_dir, training.keep_last_n)
@@ -125,7 +112,6 @@ class Trainer:
         )
         content = [None if loader is None else fingerprint(loader.dataset) for loader in (train_loader, val_loader)]
         self._progress = Progress(self.samples, content, self.accelerator.device)
-        self._guard = Guard(self.accelerator.device, training.max_bad_steps, training.skip_spikes_above)
         self.state: dict[str, Any] = {  # all that changes because of training, by name
             "progress": self._progress,
             "model": self.model,
@@ -164,25 +150,13 @@ class Trainer:
         by_epochs = math.inf if training.max_epochs is None else self.samples.steps_before_epoch(training.max_epochs)
         return int(min(by_epochs, training.max_steps or math.inf))
 
-    def _create_schedule(self) -> LRScheduler:
-        training = self.config
-        return create_scheduler(
-            self.optimizer,
-            training.lr_scheduler,
-            1,
-            self.total_steps,
-            training.warmup_steps,
-            min_lr_ratio=training.min_lr_ratio,
-            **training.lr_scheduler_options,
-        )
-
     def set_horizon(self) -> None:
         """Fit the run's length, and its schedule, to where its batches begin (see `StepSampler.start`)."""
         total_steps, self.total_steps = self.total_steps, self._total_steps()
         if self._own_schedule and total_steps != self.total_steps:
             for group in self.optimizer.param_groups:
                 group["lr"] = group["initial_lr"]
-            self.scheduler = self.state["scheduler"] = self._create_schedule()
+            self.scheduler = self.state["scheduler"] = make_schedule(self.config, self.optimizer, self.total_steps)
 
     # ---- where the run is --------------------------------------------------------------------------------
 
@@ -246,51 +220,21 @@ class Trainer:
 
     def _train(self) -> None:
         """The steps, up to the last one or to a stop."""
-        accelerator, config, progress = self.accelerator, self.config, self._progress
-        max_norm = math.inf if config.gradient_clip_norm is None else config.gradient_clip_norm
+        progress = self._progress
         if progress.validation_due and self._close_step():
             return
-
-        share = self.train_loader, self.samples, progress.step, self.total_steps, accelerator.device
+        share = self.train_loader, self.samples, progress.step, self.total_steps, self.accelerator.device
         for inputs, targets, parts in device_batches(*share):
             if self._is_at_epoch or progress.step == self._start_step:
                 self.callbacks.on_epoch_begin(self)
-            # Derived, not carried: a resumed run draws the same dropout masks.
-            seed_device(derive_seed(config.seed, progress.step, accelerator.process_index), accelerator.device)
-
-            # Losses are sums over targets, divided once by the number of targets of the whole step: over all
-            # micro-batches and processes. DistributedDataParallel averages, which num_processes undoes.
-            count = accelerator.reduce((targets != IGNORE_INDEX).sum(), "sum")
-            scale = accelerator.num_processes / count.clamp(min=1)
-            loss = torch.zeros((), device=accelerator.device)
-            pairs = zip(inputs.tensor_split(parts), targets.tensor_split(parts), strict=True)
-            for part, (x, y) in enumerate(pairs, start=1):
-                with nullcontext() if part == parts else accelerator.no_sync(self._step_model):
-                    loss_sum = self._step_model(x, y)
-                    accelerator.backward(loss_sum * scale)
-                loss += loss_sum.detach()
-            loss = accelerator.reduce(loss, "sum")
-            norm = accelerator.clip_grad_norm_(self._parameters, max_norm)
             learning_rate = float(self.scheduler.get_last_lr()[0])
-            self._optimizer_step(skip=self._guard.skips(progress.step, loss / count.clamp(min=1), norm))
+            loss, count, norm = self._step(progress.step, inputs, targets, parts)
             self.scheduler.step()
-            self.model.zero_grad()  # all of it: the optimizer may have a part of the model only
-
             progress.step += 1
             progress.tokens += count
             progress.loss.add(loss, count)
             if self._end_of_step(loss / count, norm, learning_rate):
                 return
-
-    def _optimizer_step(self, skip: Tensor) -> None:
-        """Step, unless `skip` (a boolean scalar): then no weight and no moment changes. Decided on the device."""
-        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
-            self.optimizer.found_inf = skip.float()  # type: ignore[attr-defined]  # read by torch's fused kernels
-            self.optimizer.step()
-        elif not skip:  # an optimizer that cannot skip by itself makes the host wait
-            self.optimizer.step()
-        if self.accelerator.scaler is not None:  # fp16: clipping has unscaled, and told it what is not finite
-            self.accelerator.scaler.update()
 
     def _end_of_step(self, loss: Tensor, norm: Tensor, learning_rate: float) -> bool:
         """Whatever is due after a step: hooks, log line, validation, checkpoint. True if the run stops here."""

@@ -1,0 +1,95 @@
+"""One optimizer step: forward, backward, gradient exchange, clipping, guard, optimizer."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fundamentallm.config import IGNORE_INDEX
+from fundamentallm.data.loaders import derive_seed
+from fundamentallm.training.accelerator import seed_device
+from fundamentallm.training.guard import Guard
+from fundamentallm.training.loss import ModelWithLoss
+
+
+class StepResult(NamedTuple):
+    """What a step was, over all processes; scalars on the device."""
+
+    loss: Tensor
+    """Summed over the targets."""
+    num_targets: Tensor
+    """Targets that count."""
+    norm: Tensor
+    """Of the gradient, before clipping."""
+
+
+class OptimizerStep:
+    """Takes optimizer steps; the host never waits for the device (an optimizer that cannot skip by itself excepted).
+
+    The model and the optimizer stay the caller's own objects, so that names and state carry no wrapper; what
+    accelerate wraps around them serves to compute only.
+
+    Args:
+        accelerator: placement, precision, gradient exchange and clipping.
+        model: maps inputs to logits.
+        loss_fn: maps (logits, targets) to the sum over targets.
+        optimizer: over the model's parameters, or some of them.
+        guard: says which steps must not be taken.
+        max_norm: largest gradient norm; None: no clipping.
+        seed: of the run.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        loss_fn: Any,
+        optimizer: Optimizer,
+        guard: Guard,
+        max_norm: float | None,
+        seed: int,
+    ) -> None:
+        self.accelerator, self.model, self.optimizer, self.guard = accelerator, model, optimizer, guard
+        self.max_norm, self.seed = math.inf if max_norm is None else max_norm, seed
+        # Together, which is how accelerate knows what to unscale before it clips.
+        self.model_with_loss, _ = accelerator.prepare(ModelWithLoss(model, loss_fn), optimizer)
+        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def __call__(self, step: int, inputs: Tensor, targets: Tensor, parts: int) -> StepResult:
+        """Train on this process's share of the batch of `step`, in `parts` micro-batches."""
+        accelerator, model = self.accelerator, self.model_with_loss
+        # Derived, not carried: a resumed run draws the same dropout masks.
+        seed_device(derive_seed(self.seed, step, accelerator.process_index), accelerator.device)
+
+        # Losses are sums over targets, divided once by the number of targets of the whole step: over all
+        # micro-batches and processes. DistributedDataParallel averages, which num_processes undoes.
+        count = accelerator.reduce((targets != IGNORE_INDEX).sum(), "sum")
+        scale = accelerator.num_processes / count.clamp(min=1)
+        loss = torch.zeros((), device=accelerator.device)
+        pairs = zip(inputs.tensor_split(parts), targets.tensor_split(parts), strict=True)
+        for part, (x, y) in enumerate(pairs, start=1):
+            with nullcontext() if part == parts else accelerator.no_sync(model):
+                loss_sum = model(x, y)
+                accelerator.backward(loss_sum * scale)
+            loss += loss_sum.detach()
+        loss = accelerator.reduce(loss, "sum")
+        norm = accelerator.clip_grad_norm_(self._parameters, self.max_norm)
+        self._update(skip=self.guard.skips(step, loss / count.clamp(min=1), norm))
+        self.model.zero_grad()  # all of it: the optimizer may have a part of the model only
+        return StepResult(loss, count, norm)
+
+    def _update(self, skip: Tensor) -> None:
+        """Let the optimizer step, unless `skip` (a boolean scalar): then no weight and no moment changes."""
+        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            self.optimizer.found_inf = skip.float()  # type: ignore[attr-defined]  # read by torch's fused kernels
+            self.optimizer.step()
+        elif not skip:  # an optimizer that cannot skip by itself makes the host wait
+            self.optimizer.step()
+        if self.accelerator.scaler is not None:  # fp16: clipping has unscaled, and told it what is not finite
+            self.accelerator.scaler.update()
