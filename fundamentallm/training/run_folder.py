@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
+import logging
 import os
 import socket
 from collections.abc import Iterable, Iterator
@@ -13,7 +15,11 @@ from typing import Any
 
 from fundamentallm.errors import RunInProgressError
 
+logger = logging.getLogger(__name__)
+
 LOCK, STATUS = ".lock", "status.json"
+CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+"""What file systems without locks answer, as Lustre does unless mounted for them."""
 
 
 @contextlib.contextmanager
@@ -33,7 +39,12 @@ def locked(folders: Iterable[Path]) -> Iterator[None]:
             file = held.enter_context((folder / LOCK).open("a+", encoding="utf-8"))
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            except OSError as error:
+                if error.errno in CANNOT_LOCK:
+                    logger.warning("%s cannot be locked (%s); see to it that no other run uses it.", folder, error)
+                    continue
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise
                 file.seek(0)
                 holder = file.read().strip() or "another process"
                 raise RunInProgressError(

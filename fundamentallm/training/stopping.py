@@ -127,7 +127,9 @@ class StopSwitch:
             self.request(Stop.SIGNAL, f"{signal.Signals(number).name} received")
 
         numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
-        before = {number: signal.signal(number, handle) for number in numbers}
+        # What somebody set to be ignored stays so: a shell does it for the Ctrl-C of its background jobs.
+        heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, handle) for number in heard}
         try:
             yield
         finally:
