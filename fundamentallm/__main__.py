@@ -11,6 +11,7 @@ from fundamentallm.registry import did_you_mean
 VERBS = {
     "train": ("fundamentallm.train", "train a language model from a config"),
     "generate": ("fundamentallm.commands.generate", "write text with a trained model"),
+    "checkpoints": ("fundamentallm.commands.checkpoints", "list, verify and show checkpoints; what a step trained on"),
 }
 
 
@@ -19,7 +20,7 @@ def main() -> int:
     verb, *arguments = sys.argv[1:] or ["--help"]
     if verb in ("-h", "--help"):
         print("usage: fundamentallm VERB [--help] ...\n")
-        print("\n".join(f"  {name:<10} {text}" for name, (_, text) in VERBS.items()))
+        print("\n".join(f"  {name:<12} {text}" for name, (_, text) in VERBS.items()))
         return 0
     if verb not in VERBS:
         print(f"verb is {verb!r}; allowed: {', '.join(VERBS)}.{did_you_mean(verb, VERBS)}", file=sys.stderr)

@@ -39,10 +39,10 @@ def _yaml() -> YAML:
     return yaml
 
 
-def to_yaml(config: Config) -> str:
-    """The config as YAML that reads back equal."""
+def to_yaml(config: Config | dict[str, Any]) -> str:
+    """The config, or a plain dict of settings as checkpoints hold them, as YAML that reads back equal."""
     stream = io.StringIO()
-    _yaml().dump(dataclasses.asdict(config), stream)
+    _yaml().dump(config if isinstance(config, dict) else dataclasses.asdict(config), stream)
     return stream.getvalue()
 
 

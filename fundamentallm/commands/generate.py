@@ -64,17 +64,14 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         CheckpointNotFoundError: if there is none, or one without what generating needs.
     """
-    from fundamentallm.training.checkpoint import CheckpointManager
+    from fundamentallm.training.checkpoint import CheckpointManager, checkpoints_folder
     from fundamentallm.training.manifest import MANIFEST
 
-    managers = [CheckpointManager(path), CheckpointManager(path / "checkpoints")]
-    found = [path] if (path / MANIFEST).exists() else [m.get_best() or m.get_latest() for m in managers]
-    for folder in found:
-        if folder is not None:
-            for name in ("config.json", "tokenizer.json"):
-                if not (folder / name).exists():
-                    raise CheckpointNotFoundError(
-                        f"{folder} has no {name}; it was saved without a Transformer or a tokenizer."
-                    )
-            return folder
-    raise CheckpointNotFoundError(f"there is no checkpoint in {path}; give a checkpoint, or a run's output_dir.")
+    manager = CheckpointManager(checkpoints_folder(path))
+    folder = path if (path / MANIFEST).exists() else manager.get_best() or manager.get_latest()
+    if folder is None:
+        raise CheckpointNotFoundError(f"there is no checkpoint in {path}; give a checkpoint, or a run's output_dir.")
+    for name in ("config.json", "tokenizer.json"):
+        if not (folder / name).exists():
+            raise CheckpointNotFoundError(f"{folder} has no {name}; it was saved without a Transformer or a tokenizer.")
+    return folder

@@ -69,6 +69,11 @@ class TokenDataset(Dataset[Batch]):
             digest.update(self.tokens[start : start + FINGERPRINT_BLOCK].astype(np.int64).tobytes())
         return digest.hexdigest()
 
+    def starts(self, indices: Sequence[int]) -> NDArray[np.int64]:
+        """Where in the tokens each sample's inputs begin."""
+        wanted = np.asarray(indices, dtype=np.int64) * self.sequence_length
+        return np.minimum(wanted, len(self.tokens) - 1 - self.sequence_length)
+
     def __len__(self) -> int:
         return -(-(len(self.tokens) - 1) // self.sequence_length)
 
@@ -81,7 +86,7 @@ class TokenDataset(Dataset[Batch]):
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """A whole batch in one gather; torch's loader calls this instead of looping over samples."""
         wanted = np.asarray(indices, dtype=np.int64) * self.sequence_length
-        starts = np.minimum(wanted, len(self.tokens) - 1 - self.sequence_length)
+        starts = self.starts(indices)
         windows = torch.from_numpy(self.tokens[starts[:, None] + self._window].astype(np.int64))
         # Copies: a single row's slice counts as contiguous, and masking the targets would reach the inputs.
         inputs, targets = windows[:, :-1].clone(), windows[:, 1:].clone()

@@ -22,11 +22,11 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -252,7 +252,7 @@ class CheckpointManager:
         path = self.checkpoint_dir / name
         aside = None
         if path.exists() or path.is_symlink():
-            if not _is_ours(path):
+            if not is_ours(path):
                 raise CheckpointError(f"{path} is in the way, and is no checkpoint to replace; move it away.")
             try:
                 verify(path)
@@ -332,7 +332,7 @@ class CheckpointManager:
         """
         passed_over = []
         for path in sorted(self.checkpoint_dir.iterdir()) if self.checkpoint_dir.is_dir() else ():
-            if NAME.fullmatch(path.name) and _is_ours(path):
+            if NAME.fullmatch(path.name) and is_ours(path):
                 try:
                     read_manifest(path)
                 except CheckpointError as error:
@@ -359,7 +359,7 @@ class CheckpointManager:
         return load_checkpoint(Path(path))
 
 
-def _is_ours(path: Path) -> bool:
+def is_ours(path: Path) -> bool:
     """Whether a path is a checkpoint, or what is left of one."""
     is_folder = path.is_dir() and not path.is_symlink()
     return is_folder and any(os.path.lexists(path / file) for file in (STATE, MODEL, TRAINING, MANIFEST))
@@ -368,13 +368,44 @@ def _is_ours(path: Path) -> bool:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """See `CheckpointManager.load`; a checkpoint is complete in itself, wherever it lies."""
     verify(path)
-    try:
+    with _explained(path):
         saved = json.loads((path / STATE).read_text(encoding="utf-8"))
         tensors = load_file(path / TRAINING)
         tensors |= {f"{MODEL_KEY}/{name}": tensor for name, tensor in load_file(path / MODEL).items()}
         tensors |= {name: tensors[other] for name, other in saved["same_as"].items()}
         return decode(saved["state"], tensors)  # type: ignore[no-any-return]
+
+
+def load_parts(path: Path, parts: Collection[str]) -> dict[str, Any]:
+    """Some entries of what was saved, those that are there; no other tensor is read, and no weight.
+
+    The sizes of all files, and every byte of state.json, are verified; tensors are not.
+
+    Raises:
+        CheckpointNotFoundError: if there is no directory at the path.
+        CheckpointError: if the checkpoint is incomplete or damaged, naming the file.
+    """
+    verify(path, hashed=[STATE])
+    with _explained(path):
+        saved = json.loads((path / STATE).read_text(encoding="utf-8"))
+        with safe_open(path / TRAINING, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys() if name.partition("/")[0] in parts}  # noqa: SIM118
+        tensors |= {name: tensors[other] for name, other in saved["same_as"].items() if other in tensors}
+        return {part: decode(saved["state"][part], tensors) for part in parts if part in saved["state"]}
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """A stranger's checkpoint may hold anything; what does not fit is an error of the checkpoint."""
+    try:
+        yield
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise CheckpointError(
             f"{path}: {STATE} does not fit the tensors of {MODEL} and {TRAINING} ({type(error).__name__}: {error})."
         ) from error
+
+
+def checkpoints_folder(path: Path) -> Path:
+    """The folder of checkpoints that `path` means: itself, or the one in a run's output_dir."""
+    below = path / "checkpoints"
+    return below if below.is_dir() and CheckpointManager(path).get_latest() is None else path
