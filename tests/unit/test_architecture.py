@@ -211,7 +211,9 @@ def _loaded_after(statement: str, folder: Path) -> set[str]:
     return set(json.loads(done.stdout))
 
 
-@pytest.mark.parametrize("module", ["fundamentallm", "fundamentallm.command_line", "fundamentallm.train"])
+@pytest.mark.parametrize(
+    "module", ["fundamentallm", "fundamentallm.command_line", "fundamentallm.train", "fundamentallm.commands.doctor"]
+)
 def test_what_the_command_line_needs_loads_no_torch(module: str, tmp_path: Path) -> None:
     loaded = _loaded_after(f"import {module}", tmp_path)
     assert module in loaded

@@ -1,0 +1,1 @@
+"""The checks behind `fundamentallm doctor`, and the short runs they look at."""

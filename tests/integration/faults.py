@@ -1,0 +1,189 @@
+"""Runs for the doctor, named by --trainer: a sound one, and one for each planted fault."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from fundamentallm import Config, Trainer
+from fundamentallm.data.datasets import Batch
+from tests.integration.runs import SEQUENCE, PartlyIgnored
+
+VOCABULARY = 20
+
+
+class Small(nn.Module):
+    """A bigram model behind a dropout; faults override `disturb`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, 16)
+        self.dropout = nn.Dropout(0.1)
+        self.head = nn.Linear(16, VOCABULARY)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.disturb(self.head(self.dropout(self.embedding(inputs))))  # type: ignore[no-any-return]
+
+    def disturb(self, logits: Tensor) -> Tensor:
+        return logits
+
+
+def _trainer(
+    config: Config, make_model: Callable[[], nn.Module] = Small, data: Any = None, **arguments: Any
+) -> Trainer:
+    torch.manual_seed(config.training.seed)
+    model = make_model()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and config.model.dropout == 0:
+            module.p = 0.0
+    size = config.training.batch_size
+    train_loader = DataLoader(PartlyIgnored() if data is None else data, batch_size=size, shuffle=True)
+    val_loader = DataLoader(PartlyIgnored(20), batch_size=size)
+    return Trainer(model, config, train_loader, val_loader, **arguments)
+
+
+def sound(config: Config) -> Trainer:
+    return _trainer(config)
+
+
+def no_validation(config: Config) -> Trainer:
+    torch.manual_seed(config.training.seed)
+    return Trainer(Small(), config, DataLoader(PartlyIgnored(), batch_size=config.training.batch_size))
+
+
+class _Noisy(Dataset[Batch]):
+    def __init__(self, draw: Callable[[], int]) -> None:
+        self.inner, self.draw = PartlyIgnored(), draw
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, index: int) -> Batch:
+        inputs, targets = self.inner[index]
+        return (inputs + self.draw()) % VOCABULARY, targets
+
+
+def global_random_data(config: Config) -> Trainer:
+    return _trainer(config, data=_Noisy(lambda: int(np.random.randint(VOCABULARY))))
+
+
+def own_generator_data(config: Config) -> Trainer:
+    generator = torch.Generator().manual_seed(1)
+    return _trainer(config, data=_Noisy(lambda: int(torch.randint(VOCABULARY, (), generator=generator))))
+
+
+class _Unseeded(Small):
+    def disturb(self, logits: Tensor) -> Tensor:
+        return logits * random.uniform(0.9, 1.1) if self.training else logits
+
+
+def unseeded_model(config: Config) -> Trainer:
+    return _trainer(config, _Unseeded)
+
+
+class _DropoutInEvaluation(Small):
+    def disturb(self, logits: Tensor) -> Tensor:
+        return F.dropout(logits, 0.1)
+
+
+def dropout_in_evaluation(config: Config) -> Trainer:
+    return _trainer(config, _DropoutInEvaluation)
+
+
+class _BatchStatistics(Small):
+    def disturb(self, logits: Tensor) -> Tensor:
+        return logits - logits.mean(dim=0)
+
+
+def batch_statistics(config: Config) -> Trainer:
+    return _trainer(config, _BatchStatistics)
+
+
+def mean_loss(config: Config) -> Trainer:
+    return _trainer(config, loss_fn=lambda logits, targets: F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+
+
+def loss_over_ignored(config: Config) -> Trainer:
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") + 0.1 * logits.square().sum()
+
+    return _trainer(config, loss_fn=loss)
+
+
+class _Spare(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Linear(2, 2)
+
+
+def unused_parameter(config: Config) -> Trainer:
+    return _trainer(config, _Spare)
+
+
+def unseeded_weights(config: Config) -> Trainer:
+    model = Small()
+    return _trainer(config, lambda: model)
+
+
+class _Detached(Small):
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.embedding(inputs).detach())  # type: ignore[no-any-return]
+
+
+def detached(config: Config) -> Trainer:
+    return _trainer(config, _Detached)
+
+
+class _Forgetful(Small):
+    """Counts its training passes where no checkpoint looks; equal from call to call within a step's first passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("passes", torch.zeros(()), persistent=False)
+
+    def disturb(self, logits: Tensor) -> Tensor:
+        if self.training:
+            self.passes += 1
+        return logits * (2.0 if self.passes > 4 else 1.0)
+
+
+def forgetful_model(config: Config) -> Trainer:
+    return _trainer(config, _Forgetful)
+
+
+class _ByRank(Small):
+    def disturb(self, logits: Tensor) -> Tensor:
+        return logits * (1 + int(os.environ.get("RANK", "0")))
+
+
+def model_by_rank(config: Config) -> Trainer:
+    return _trainer(config, _ByRank)
+
+
+class _Broken(Small):
+    def disturb(self, logits: Tensor) -> Tensor:
+        raise ZeroDivisionError("planted")
+
+
+def broken_model(config: Config) -> Trainer:
+    return _trainer(config, _Broken)
+
+
+def not_a_trainer(config: Config) -> dict[str, int]:
+    return {"step": SEQUENCE}
+
+
+def elsewhere(config: Config) -> Trainer:
+    return _trainer(dataclasses.replace(config, output_dir="elsewhere"))
+
+
+not_callable = 7
