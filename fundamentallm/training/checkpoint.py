@@ -240,7 +240,7 @@ class CheckpointManager:
                 shutil.rmtree(staging, ignore_errors=True)
                 raise
             verify(path)
-            self._rotate()
+            self.rotate()
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"cannot write checkpoint {snapshot.name!r} in {self.checkpoint_dir}: {error}."
@@ -272,7 +272,8 @@ class CheckpointManager:
         path.mkdir()
         return path
 
-    def _rotate(self) -> None:
+    def rotate(self) -> None:
+        """Delete what is neither among the last nor the best; for when the newest is known to be whole."""
         found = self._found()
         last_finite = [path for path, manifest in found if manifest["is_finite"]][-1:]
         keep = {path for path, _ in found[-self.keep_last_n :]} | {self.get_best(), *last_finite}

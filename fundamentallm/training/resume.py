@@ -61,8 +61,8 @@ def model_files(trainer: Trainer) -> dict[str, str]:
     return files
 
 
-def resume(trainer: Trainer) -> None:
-    """Restore what `config.resume` says, if anything.
+def resume(trainer: Trainer) -> Path | None:
+    """Restore what `config.resume` says, if anything; returns the checkpoint.
 
     Raises:
         ConfigError: if it says 'never' and the checkpoint folder is in use, or a setting has changed that must not.
@@ -71,7 +71,8 @@ def resume(trainer: Trainer) -> None:
     manager, wanted = trainer.checkpoint_manager, trainer.config.resume
     if wanted not in ("auto", "never"):
         trainer.load_checkpoint(Path(wanted).expanduser())
-    elif manager is not None and wanted == "never":
+        return Path(wanted).expanduser()
+    if manager is not None and wanted == "never":
         folder = manager.checkpoint_dir
         if folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
             raise ConfigError(
@@ -84,11 +85,13 @@ def resume(trainer: Trainer) -> None:
             trainer.say(f"passed over {reason}")
         if saved is not None and path is not None:
             restore(trainer, saved, path)
-        elif passed_over:
+            return path
+        if passed_over:
             raise CheckpointError(
                 f"none of the checkpoints in {manager.checkpoint_dir} is intact, and starting afresh among them "
                 "would mix two runs; choose another output_dir, or move them away."
             )
+    return None
 
 
 def restore(trainer: Trainer, saved: dict[str, Any], where: Path) -> None:

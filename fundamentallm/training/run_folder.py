@@ -62,3 +62,10 @@ def write_status(folder: Path, **status: Any) -> None:
     temporary = folder / f"{STATUS}.new"
     temporary.write_text(json.dumps(status, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, folder / STATUS)
+
+
+def read_state(folder: Path) -> str | None:
+    """How the run last said it was getting on."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return str(json.loads((folder / STATUS).read_text(encoding="utf-8"))["state"])
+    return None

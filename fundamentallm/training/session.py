@@ -17,7 +17,7 @@ from fundamentallm.config import Config
 from fundamentallm.errors import START_AGAIN, CheckpointError, TrainingError, exit_code
 from fundamentallm.training.accelerator import on_main_process
 from fundamentallm.training.resume import resume, run_state
-from fundamentallm.training.run_folder import locked, write_status
+from fundamentallm.training.run_folder import locked, read_state, write_status
 
 if TYPE_CHECKING:
     from fundamentallm.training.checkpoint import CheckpointManager
@@ -42,9 +42,12 @@ def session(trainer: Trainer, is_first: bool) -> Iterator[None]:
     with ExitStack() as stack:
         on_main_process(trainer.accelerator, lambda: _open_folders(trainer, stack))
         if is_first:
-            resume(trainer)
+            resumed_from = resume(trainer)
             _check_same_step(trainer)
+            on_main_process(trainer.accelerator, lambda: _delete_old(trainer, resumed_from))
         if trainer.is_finished:
+            if trainer.is_main_process and _state(trainer) == "running":  # killed between the last save and the end
+                _tell(trainer, state="finished", exit_code=0, reason="")
             yield
             return
         on_main_process(trainer.accelerator, lambda: _check_space(trainer))
@@ -100,6 +103,13 @@ def _check_same_step(trainer: Trainer) -> None:
         )
 
 
+def _delete_old(trainer: Trainer, verified: Path | None) -> None:
+    """Delete what a process that was killed after a save did not; `verified` is the checkpoint resumed from."""
+    manager = trainer.checkpoint_manager
+    if manager is not None and verified is not None and verified == manager.get_latest():
+        manager.rotate()
+
+
 def _check_space(trainer: Trainer) -> None:
     if trainer.checkpoint_manager is not None:
         trainer.checkpoint_manager.check_space_of_run(expected_bytes(trainer))
@@ -118,6 +128,11 @@ def _bytes(state: object) -> int:
         return state.nbytes
     items = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
     return sum(map(_bytes, items))
+
+
+def _state(trainer: Trainer) -> str | None:
+    config = trainer.run_config
+    return read_state(Path(config.output_dir)) if isinstance(config, Config) else None
 
 
 def _tell(trainer: Trainer, **status: object) -> None:
