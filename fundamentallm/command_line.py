@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
-from fundamentallm.config import Config
+from fundamentallm.config import Config, expand_user
 from fundamentallm.errors import ConfigError
 from fundamentallm.registry import did_you_mean
 from fundamentallm.validation import Section, SectionT, allowed_values, fits, from_dict
 
-# What ruamel raises besides its own errors: bad dates and numbers, and nesting without end.
-_YAML_ERRORS = (YAMLError, ValueError, RecursionError)
+MOST_VALUES = 10_000
+"""In one YAML document, with every alias written out. No config comes near, and a text of a few lines can mean more
+than memory holds."""
 
 
 def _yaml() -> YAML:
@@ -117,21 +117,50 @@ def _split(arguments: Sequence[str], known: Collection[str]) -> tuple[dict[str, 
     return given, problems
 
 
+def _load(text: str) -> Any:
+    """What a YAML text says.
+
+    Raises:
+        ValueError: if it is no YAML, or its values could not be shown.
+    """
+    try:
+        value = _yaml().load(text)
+    # Besides its own errors, ruamel raises what its constructors run into: KeyError for `!!bool x`,
+    # AttributeError for `!!timestamp x`, RecursionError for nesting without end.
+    except Exception as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+    rest, count = [value], 0
+    while rest:
+        item, count = rest.pop(), count + 1
+        if count > MOST_VALUES:
+            raise ValueError(f"its aliases stand for themselves, or for more than {MOST_VALUES:,} values")
+        if isinstance(item, int) and item.bit_length() > 10_000:  # 0xfff... has no limit, and cannot be printed
+            raise ValueError(f"it has a number of {item.bit_length():,} bits")
+        if isinstance(item, dict):
+            rest += [*item.keys(), *item.values()]
+        elif isinstance(item, (list, tuple, set)):
+            rest += item
+    return value
+
+
 def _command_line_value(text: str, hint: Any) -> Any:
     """A setting's text as YAML reads it, or the text itself where the setting is text (`--output_dir 7`)."""
     try:
-        value = _yaml().load(text)
-    except _YAML_ERRORS:
+        value = _load(text)
+    except ValueError:
         return text
     return text if fits(text, hint) and not fits(value, hint) else value
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
+    file = expand_user(path)
+    if path and not os.path.lexists(file):
+        raise ConfigError(f"--config is {path!r}, which does not exist; give a YAML file.")
     try:
-        values = _yaml().load(Path(os.path.expanduser(path)).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"--config is {path!r}, which does not exist; give a YAML file.") from None
-    except (OSError, *_YAML_ERRORS) as error:
+        if not os.path.isfile(file):  # a pipe may never answer, and gives the first of several processes all it has
+            raise ValueError("it is no file")
+        values = _load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ConfigError(f"--config is {path!r}, which cannot be read as YAML: {error}") from error
     if values is None:
         return {}

@@ -6,6 +6,7 @@ This module imports no torch, so that `--help` and a config error answer at once
 from __future__ import annotations
 
 import dataclasses
+import errno
 import glob
 import math
 import os
@@ -30,10 +31,25 @@ METRIC_NAMES = ("val_loss", "val_perplexity", "val_bits_per_byte")
 LOSS_NAMES = ("cross_entropy", "label_smoothing", "focal", "z_loss")
 
 
+def expand_user(path: str) -> str:
+    """A path with its `~` or `~user` written out, where that can be done (os.path.expanduser raises over a null)."""
+    try:
+        return os.path.expanduser(path)
+    except ValueError:
+        return path
+
+
 def _is_no_folder(path: str) -> bool:
-    """Whether something that is no folder is at the path, or a part of it."""
+    """Whether something that is no folder is at the path, or a part of it, or no folder can have it for a name."""
     if os.path.isdir(path):
         return False
+    try:
+        os.lstat(path)
+    except ValueError:  # a null character, or what no file system can encode
+        return True
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return True
     return os.path.exists(path) or (bool(parent := os.path.dirname(path.rstrip("/"))) and _is_no_folder(parent))
 
 
@@ -132,7 +148,7 @@ class DataConfig(Section):
         if self.source == BUILT_IN_CORPUS:
             return []
         # os.path answers False where pathlib raises: an unknown ~user, a name too long, a null character.
-        text = os.path.expanduser(self.source)
+        text = expand_user(self.source)
         path = Path(text)
         if os.path.isfile(text):
             return [path]
@@ -141,7 +157,10 @@ class DataConfig(Section):
             files = [f for f in below if f.is_file() and not any(p.startswith(".") for p in f.relative_to(path).parts)]
             wanted = "a folder with .txt or .md files below it"
         else:
-            files = [Path(found) for found in glob.glob(text, recursive=True) if os.path.isfile(found)]
+            try:
+                files = [Path(found) for found in glob.glob(text, recursive=True) if os.path.isfile(found)]
+            except ValueError:  # a null character
+                files = []
             wanted = f"a text file, a folder, a glob, or {BUILT_IN_CORPUS!r}"
         if not files:
             near = did_you_mean(self.source, [BUILT_IN_CORPUS])
@@ -151,7 +170,7 @@ class DataConfig(Section):
     def file_problems(self) -> list[str]:
         """What is wrong with the files this section names: missing, empty, or certainly too short."""
         problems = []
-        if self.tokenizer.endswith(".json") and not os.path.isfile(os.path.expanduser(self.tokenizer)):
+        if self.tokenizer.endswith(".json") and not os.path.isfile(expand_user(self.tokenizer)):
             problems.append(f"tokenizer is {self.tokenizer!r}, which is not a file; give the path of a tokenizer.json.")
         if self.cache_dir is not None and _is_no_folder(self.cache_dir):
             problems.append(f"cache_dir is {self.cache_dir!r}, which is no folder; give another.")
@@ -279,7 +298,7 @@ class TrainingConfig(Section):
             if name not in changeable:
                 near = did_you_mean(name, changeable)
                 yield ("resume_changes",), f"resume_changes has {name!r}; allowed: settings, such as data.source.{near}"
-        if self.resume not in ("auto", "never") and not os.path.isdir(os.path.expanduser(self.resume)):
+        if self.resume not in ("auto", "never") and not os.path.isdir(expand_user(self.resume)):
             near = did_you_mean(self.resume, ("auto", "never"))
             yield ("resume",), f"resume is {self.resume!r}; allowed: auto, never, or a checkpoint's folder.{near}"
 
@@ -321,9 +340,7 @@ class Config(Section):
         if _is_no_folder(self.output_dir):
             problems.append(f"output_dir is {self.output_dir!r}, which is no folder; give another.")
         resume = self.training.resume
-        if resume not in ("auto", "never") and not os.path.isfile(
-            os.path.join(os.path.expanduser(resume), "manifest.json")
-        ):
+        if resume not in ("auto", "never") and not os.path.isfile(os.path.join(expand_user(resume), "manifest.json")):
             problems.append(f"training.resume is {resume!r}, which is no checkpoint; give the folder of one.")
         checkpoints = self.training.checkpoint_dir
         if checkpoints is not None and _is_no_folder(checkpoints):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fundamentallm.command_line import parse_config
-from fundamentallm.config import Config, ModelConfig
+from fundamentallm.config import Config, ModelConfig, expand_user
 from fundamentallm.errors import START_AGAIN, CheckpointError, ConfigError, FundamentaLLMError, exit_code, report
 from fundamentallm.registry import resolve
 
@@ -88,7 +88,7 @@ def make_trainer(config: Config) -> Trainer:
     torch.manual_seed(config.training.seed)
     model = Transformer(config.model)
     if config.model.init_from is not None and _begins_afresh(config):
-        _load_weights(model, Path(config.model.init_from).expanduser(), corpus.tokenizer)
+        _load_weights(model, Path(expand_user(config.model.init_from)), corpus.tokenizer)
     trainer = Trainer(model, config, train_loader, val_loader, accelerator=accelerator)
     for callback in callbacks:
         trainer.callbacks.add(callback)

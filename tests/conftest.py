@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, a cache of their own, and a fresh accelerate state for each."""
+"""Shared by all tests: one thread, a cache of their own, a fresh accelerate state for each, hypothesis' profiles."""
 
 from __future__ import annotations
 
@@ -8,10 +8,23 @@ from collections.abc import Iterator
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from hypothesis import HealthCheck, settings
 
 # More threads than cores (pytest beside anything else) make OpenMP spin: seconds instead of milliseconds a step.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+# Property tests take a second or two each in CI, where the same examples come every time; by hand,
+# HYPOTHESIS_PROFILE=thorough draws new ones, a hundred times as many. Examples of both make real runs, and share the
+# fixtures of their test. What hangs is ended by `time_limit` of each test, which says where; hypothesis' own deadline
+# would call a busy machine a failure.
+COMMON = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large],
+}
+settings.register_profile("ci", derandomize=True, database=None, print_blob=True, max_examples=100, **COMMON)
+settings.register_profile("thorough", max_examples=10_000, **COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 @pytest.fixture(autouse=True)

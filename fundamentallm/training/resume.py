@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fundamentallm.config import expand_user
 from fundamentallm.data.datasets import TokenDataset
 from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.models.transformer import Transformer
@@ -70,8 +71,8 @@ def resume(trainer: Trainer) -> Path | None:
     """
     manager, wanted = trainer.checkpoint_manager, trainer.config.resume
     if wanted not in ("auto", "never"):
-        trainer.load_checkpoint(Path(wanted).expanduser())
-        return Path(wanted).expanduser()
+        trainer.load_checkpoint(given := Path(expand_user(wanted)))
+        return given
     if manager is not None and wanted == "never":
         folder = manager.checkpoint_dir
         if folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
