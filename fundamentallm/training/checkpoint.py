@@ -374,7 +374,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         tensors = load_file(path / TRAINING)
         tensors |= {f"{MODEL_KEY}/{name}": tensor for name, tensor in load_file(path / MODEL).items()}
         tensors |= {name: tensors[other] for name, other in saved["same_as"].items()}
-        return decode(saved["state"], tensors)  # type: ignore[no-any-return]
+        return dict(decode(_mapping(saved["state"]), tensors))
 
 
 def load_parts(path: Path, parts: Collection[str]) -> dict[str, Any]:
@@ -392,7 +392,14 @@ def load_parts(path: Path, parts: Collection[str]) -> dict[str, Any]:
         with safe_open(path / TRAINING, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys() if name.partition("/")[0] in parts}  # noqa: SIM118
         tensors |= {name: tensors[other] for name, other in saved["same_as"].items() if other in tensors}
-        return {part: decode(saved["state"][part], tensors) for part in parts if part in saved["state"]}
+        state = _mapping(saved["state"])
+        return {part: decode(state[part], tensors) for part in parts if part in state}
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"the state is a {type(value).__name__}")
+    return value
 
 
 @contextlib.contextmanager

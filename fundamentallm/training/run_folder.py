@@ -36,7 +36,9 @@ def locked(folders: Iterable[Path]) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
-            file = held.enter_context((folder / LOCK).open("a+", encoding="utf-8"))
+            # Not through a link, which would have us write into somebody else's file.
+            handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            file = held.enter_context(os.fdopen(handle, "r+", encoding="utf-8"))
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -45,7 +47,6 @@ def locked(folders: Iterable[Path]) -> Iterator[None]:
                     continue
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
                     raise
-                file.seek(0)
                 holder = file.read().strip() or "another process"
                 raise RunInProgressError(
                     f"{folder} is in use by {holder}; wait for it to end, stop it, or choose another output_dir."
