@@ -407,7 +407,7 @@ def _explained(path: Path) -> Iterator[None]:
     """A stranger's checkpoint may hold anything; what does not fit is an error of the checkpoint."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, SafetensorError) as error:
         raise CheckpointError(
             f"{path}: {STATE} does not fit the tensors of {MODEL} and {TRAINING} ({type(error).__name__}: {error})."
         ) from error

@@ -19,6 +19,11 @@ def improves(value: float, best: float | None, mode: str, min_delta: float = 0.0
     return value < best - min_delta if mode == "min" else value > best + min_delta
 
 
+def is_value(best: object) -> bool:
+    """Whether something can be the best value so far: a number, or None before the first."""
+    return best is None or (isinstance(best, (int, float)) and not isinstance(best, bool))
+
+
 class EarlyStopping:
     """Counts validations without improvement.
 
@@ -74,5 +79,7 @@ class EarlyStopping:
         return {"best_value": self._best, "counter": self.counter, "is_best": self.is_best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved count."""
+        """Go on from a saved count. Raises ValueError if it is none."""
+        if not (is_value(state["best_value"]) and type(state["counter"]) is int and state["counter"] >= 0):
+            raise ValueError(f"{state!r} is no state of early stopping.")
         self._best, self.counter, self.is_best = state["best_value"], state["counter"], state["is_best"]

@@ -59,6 +59,8 @@ class Guard:
         return {"counts": self.counts, "recent": self._recent}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from saved counts."""
+        """Go on from saved counts. Raises ValueError if they are those of another guard."""
+        if state["counts"].shape != self.counts.shape or state["recent"].shape != self._recent.shape:
+            raise ValueError(f"the shapes are {state['counts'].shape} and {state['recent'].shape}.")
         self.counts.copy_(state["counts"])
         self._recent.copy_(state["recent"])

@@ -35,7 +35,9 @@ class RunningMean:
         return {"totals": self._totals}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from saved sums."""
+        """Go on from saved sums. Raises ValueError if they are none."""
+        if state["totals"].shape != self._totals.shape:
+            raise ValueError(f"the sums have shape {state['totals'].shape}.")
         self._totals.copy_(state["totals"])
 
 
@@ -83,5 +85,8 @@ class MetricTracker:
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from a saved history."""
+        """Go on from a saved history. Raises ValueError if a metric's values are no list of numbers."""
+        for key, values in state.items():
+            if values.ndim != 1:
+                raise ValueError(f"the values of {key} have shape {values.shape}.")
         self.metrics = {key: values.tolist() for key, values in state.items()}

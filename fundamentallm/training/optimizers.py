@@ -277,11 +277,28 @@ class NamedOptimizerState:
             for key, value in state.items()
             if name in trained and isinstance(value, Tensor) and not _fits(value, named[name])
         ]
+        problems += _thinned(saved["state"], {name: named[name] for name in trained}, self.optimizer)
         if problems:
             more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
             raise CheckpointError(f"The optimizer's state does not fit the model: {'; '.join(problems[:5])}{more}.")
         state = {index_of[id(named[name])]: state for name, state in saved["state"].items() if state}
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+
+def _thinned(state: dict[str, Any], trained: dict[str, Tensor], optimizer: Optimizer) -> list[str]:
+    """What the state of a parameter lacks that the others like it have (those that have any), of the same kind."""
+    problems = []
+    group_of = {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    alike: dict[tuple[int, int], dict[str, type]] = defaultdict(dict)
+    for name, parameter in trained.items():
+        for key, value in state.get(name, {}).items():
+            alike[group_of[id(parameter)], parameter.ndim].setdefault(key, type(value))
+    for name, parameter in trained.items():
+        own = {key: type(value) for key, value in state.get(name, {}).items()}
+        expected = alike[group_of[id(parameter)], parameter.ndim]
+        problems += [f"{key} of {name} is missing" for key in expected.keys() - own.keys() if own]
+        problems += [f"{key} of {name} is a {kind.__name__}" for key, kind in own.items() if kind is not expected[key]]
+    return problems
 
 
 def _fits(value: Tensor, parameter: Tensor) -> bool:

@@ -55,6 +55,8 @@ class Progress:
         if not isinstance(step, int) or step < 0:
             raise ValueError(f"the step is {step!r}; allowed: a whole number, at least 0.")
         saved = sampler_of(before)
+        if state["tokens"].shape != self.tokens.shape:
+            raise ValueError(f"the number of tokens has shape {state['tokens'].shape}.")
         if state["samples"] != saved.samples_before(step):
             raise ValueError(f"step {step} comes after {saved.samples_before(step)} samples, not {state['samples']}.")
         if _batches(before) == _batches(now):

@@ -190,7 +190,7 @@ def _parts_afresh(trainer: Trainer, saved: dict[str, Any], changed: set[str], wh
 
 
 def _inventory(trainer: Trainer, saved: dict[str, Any], afresh: set[str], where: Path) -> str:
-    """What was restored, counted in the parts themselves.
+    """What was restored: weights, and parameters whose optimizer state was, of those that there are.
 
     Raises:
         CheckpointError: if the optimizer took less than the checkpoint holds.
@@ -199,16 +199,12 @@ def _inventory(trainer: Trainer, saved: dict[str, Any], afresh: set[str], where:
     if "optimizer" not in afresh:
         holder = trainer.state["optimizer"]
         assert isinstance(holder, NamedOptimizerState)
-        held, given = (_tensor_names(state) for state in (holder.state_dict(), saved["optimizer_state_dict"]))
-        if given - held:
-            raise CheckpointError(f"{where}: the optimizer did not take {sorted(given - held)[:5]}.")
-        words.append(f"optimizer {len(given)}/{len(held)} tensors")
+        held, given = holder.state_dict()["state"], saved["optimizer_state_dict"]["state"]
+        if lost := [name for name in given if given[name].keys() != held[name].keys()]:
+            raise CheckpointError(f"{where}: the optimizer did not take the state of {', '.join(lost[:5])}.")
+        words.append(f"optimizer {sum(map(bool, held.values()))}/{len(held)}")
     others = (part for part in trainer.state if part not in ("model", "optimizer", *afresh))
     return ", ".join([*words, *others])
-
-
-def _tensor_names(optimizer_state: dict[str, Any]) -> set[str]:
-    return {f"{name}/{key}" for name, state in optimizer_state["state"].items() for key in state}
 
 
 def _curve(trainer: Trainer) -> str:

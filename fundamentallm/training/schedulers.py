@@ -69,8 +69,11 @@ class StepSchedule(LambdaLR):
         return {"last_epoch": self.last_epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Jump to a step."""
-        self.last_epoch = state_dict["last_epoch"]
+        """Jump to a step. Raises ValueError if it is none."""
+        step = state_dict["last_epoch"]
+        if type(step) is not int or step < 0:
+            raise ValueError(f"the step is {step!r}; allowed: a whole number, at least 0.")
+        self.last_epoch = step
         self._last_lr = [base * f(self.last_epoch) for base, f in zip(self.base_lrs, self.lr_lambdas, strict=True)]
         for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
             group["lr"] = lr
