@@ -197,21 +197,28 @@ class LoggingCallback(Callback):
         )
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.exists() and (aside := self._rewind(self.path, trainer.global_step)):
+            validation_due = trainer.state["progress"].validation_due
+            if self.path.exists() and (aside := self._rewind(self.path, trainer.global_step, validation_due)):
                 trainer.say(f"{self.path} is of another run, or of one that ended before its first checkpoint: {aside}")
 
     @staticmethod
-    def _rewind(path: Path, step: int) -> Path | None:
-        """Drop the lines after `step`, which are made again; where that would lose others, the file is kept aside."""
+    def _rewind(path: Path, step: int, validation_due: bool) -> Path | None:
+        """Drop the lines after `step` (and its validation's, if that is due), which are made again; where that would
+        lose others, the file is kept aside.
+        """
         kept, lost = [], False
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         for number, line in enumerate(lines, start=1):
             try:
-                line_step = json.loads(line)["step"]
+                metrics = json.loads(line)
+                line_step = metrics["step"]
             except (ValueError, TypeError, KeyError, RecursionError):
                 line_step = None
             is_whole = line.endswith("\n") and isinstance(line_step, int)
-            if is_whole and line_step <= step:
+            made_again = is_whole and (
+                line_step > step or (line_step == step and validation_due and "val_loss" in metrics)
+            )
+            if is_whole and not made_again:
                 kept.append(line)
             elif step == 0 or (not is_whole and number < len(lines)):  # a kill may have torn the last one only
                 lost = True
