@@ -15,6 +15,11 @@ from fundamentallm.errors import ConfigError, FundamentaLLMError
 
 T = TypeVar("T")
 
+_groups: list[object] = []
+"""Process groups, kept as long as the interpreter. DistributedDataParallel would else be the last to hold one, and
+torch 2.13 then destroys it with the interpreter locked: it waits for gloo's threads, and one of them, still letting go
+of a tensor of ours, for the interpreter. (Seen in one of some ten runs on a busy machine, at their very end.)"""
+
 
 def create_accelerator(mixed_precision: str | None = None) -> Accelerator:
     """The Accelerator of this process; the first thing a program makes, before anything asks for its rank.
@@ -45,6 +50,8 @@ def check_accelerator(accelerator: Accelerator) -> None:
     Raises:
         ConfigError: saying what to change.
     """
+    if dist.is_initialized():
+        _groups.append(dist.group.WORLD)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise ConfigError(
