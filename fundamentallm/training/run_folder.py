@@ -38,7 +38,7 @@ def locked(folders: Iterable[Path]) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             # Not through a link, which would have us write into somebody else's file.
             handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-            file = held.enter_context(os.fdopen(handle, "r+", encoding="utf-8"))
+            file = held.enter_context(os.fdopen(handle, "r+", encoding="utf-8", errors="replace"))
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
