@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fundamentallm.config import Config, TrainingConfig
 from fundamentallm.errors import ConfigError
-from fundamentallm.training.early_stopping import improves, is_value
+from fundamentallm.training.early_stopping import improves, saved_best
 
 if TYPE_CHECKING:
     from fundamentallm.training.trainer import Trainer
@@ -284,10 +284,8 @@ class SaveBestCallback(Callback):
         return {"best_value": self.best_value}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved best value. Raises ValueError if it is none."""
-        if not is_value(state["best_value"]):
-            raise ValueError(f"{state!r} is no best value.")
-        self.best_value = state["best_value"]
+        """Go on from a saved best value."""
+        self.best_value = saved_best(state["best_value"])
 
 
 def default_callbacks(config: Config | TrainingConfig, has_validation: bool) -> list[Callback]:
