@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from fundamentallm.config import Config, TrainingConfig
-from fundamentallm.errors import ConfigError
+from fundamentallm.errors import ConfigError, writing
 from fundamentallm.training.early_stopping import improves, saved_best
 
 if TYPE_CHECKING:
@@ -196,9 +196,12 @@ class LoggingCallback(Callback):
             f"{trainer.total_steps - trainer.global_step} steps of {trainer.batch_size} sequences"
         )
         if self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             validation_due = trainer.state["progress"].validation_due
-            if self.path.exists() and (aside := self._rewind(self.path, trainer.global_step, validation_due)):
+            with writing(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                there = self.path.exists()
+                aside = self._rewind(self.path, trainer.global_step, validation_due) if there else None
+            if aside is not None:
                 trainer.say(f"{self.path} is of another run, or of one that ended before its first checkpoint: {aside}")
 
     @staticmethod
@@ -248,7 +251,7 @@ class LoggingCallback(Callback):
             tqdm.write(f"step {metrics['step']}  " + "  ".join(f"{key} {_shown(v)}" for key, v in shown.items()))
         if self.path:
             line = {key: value if math.isfinite(value) else _json_text(value) for key, value in metrics.items()}
-            with self.path.open("a", encoding="utf-8") as file:
+            with writing(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fundamentallm.errors import RunInProgressError
+from fundamentallm.errors import RunInProgressError, writing
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +61,9 @@ def locked(folders: Iterable[Path]) -> Iterator[None]:
 def write_status(folder: Path, **status: Any) -> None:
     """Say in `status.json` how a run is getting on: for schedulers, since a launcher's exit code is always 0 or 1."""
     temporary = folder / f"{STATUS}.new"
-    temporary.write_text(json.dumps(status, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / STATUS)
+    with writing(folder / STATUS):
+        temporary.write_text(json.dumps(status, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, folder / STATUS)
 
 
 def read_state(folder: Path) -> str | None:
