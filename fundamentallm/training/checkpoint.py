@@ -88,7 +88,7 @@ def take_snapshot(
     others = {key: value for key, value in stored.items() if key not in of_model}
     step = checkpoint.get("progress_state_dict", {}).get("step")
     about = {"step": step, "is_best": is_best}
-    return Snapshot(name, about, {"state": state, "same_as": same_as}, weights, others, files)
+    return Snapshot(name, about, {"state": state, "same_as": same_as}, weights, others, dict(files))
 
 
 def _is_finite(snapshot: Snapshot) -> bool:

@@ -68,6 +68,6 @@ def write_status(folder: Path, **status: Any) -> None:
 
 def read_state(folder: Path) -> str | None:
     """How the run last said it was getting on."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         return str(json.loads((folder / STATUS).read_text(encoding="utf-8"))["state"])
     return None
