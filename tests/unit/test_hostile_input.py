@@ -416,7 +416,7 @@ KINDS = (
     "link outside",
     "link to its like",
     "nothing",
-    "endless",
+    "device",
 )
 
 
