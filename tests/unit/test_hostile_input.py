@@ -220,7 +220,7 @@ def test_a_config_that_is_no_file_is_refused(folder: Path, kind: str) -> None:
         path.mkdir()
     else:
         path.symlink_to("/dev/null")  # stands for /dev/zero, which would take all memory where this fails
-    with time_limit(), pytest.raises(ConfigError, match=r"config\.yaml.*cannot be read"):
+    with time_limit(10), pytest.raises(ConfigError, match=r"config\.yaml.*cannot be read"):
         parse_config(["--config", "config.yaml"])
 
 

@@ -65,9 +65,10 @@ def test_after_changes_of_the_batch_size_every_sample_of_every_epoch_is_still_se
             seen += run.samples.batch(run.step)
             run.step += 1
         state = run.state_dict()
-    while len(seen) % samples:
-        seen += run.samples.batch(run.step)
-        run.step += 1
+    for _ in range(samples):  # to the end of the epoch, at most
+        if len(seen) % samples:
+            seen += run.samples.batch(run.step)
+            run.step += 1
     order = StepSampler(samples, samples, 3)
     assert seen == list(itertools.chain(*(order.batch(epoch) for epoch in range(len(seen) // samples))))
 
