@@ -6,7 +6,6 @@ This module imports no torch, so that `--help` and a config error answer at once
 from __future__ import annotations
 
 import dataclasses
-import errno
 import glob
 import math
 import os
@@ -45,11 +44,10 @@ def _is_no_folder(path: str) -> bool:
         return False
     try:
         os.lstat(path)
+    except OSError:  # none is there yet
+        pass
     except ValueError:  # a null character, or what no file system can encode
         return True
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            return True
     return os.path.exists(path) or (bool(parent := os.path.dirname(path.rstrip("/"))) and _is_no_folder(parent))
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 
 class FundamentaLLMError(Exception):
@@ -33,6 +34,19 @@ class TrainingError(FundamentaLLMError):
 
 class RunInProgressError(FundamentaLLMError):
     """Another process runs in the same folder."""
+
+
+@contextlib.contextmanager
+def writing(path: object) -> Iterator[None]:
+    """Meanwhile, what the file system refuses is an error that names the file (a full disk's own names none).
+
+    Raises:
+        FundamentaLLMError: with the file system's words.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise FundamentaLLMError(f"{path} cannot be written: {error}.") from error
 
 
 FAILED, WRONG_CONFIG, DIVERGED, START_AGAIN, INTERRUPTED = 1, 2, 3, 75, 130

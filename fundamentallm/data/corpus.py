@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from fundamentallm.config import BUILT_IN_CORPUS, DataConfig
 from fundamentallm.data.tokenizers import create_tokenizer, lacking_characters, num_bytes, read_tokenizer
-from fundamentallm.errors import ConfigError
+from fundamentallm.errors import ConfigError, writing
 
 CACHE_FORMAT = 1
 PIECE = 65_536
@@ -60,7 +60,8 @@ def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
     folder = (Path(os.path.expanduser(config.cache_dir)) if config.cache_dir else _user_cache()) / key
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or not whole: encode it
         return _open(folder)
-    _encode(config, characters, folder, show_progress)
+    with writing(folder):
+        _encode(config, characters, folder, show_progress)
     return _open(folder)
 
 
@@ -141,7 +142,8 @@ def _encode(config: DataConfig, characters: int, folder: Path, show_progress: bo
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder.parent))
     try:
-        tokenizer.save(str(staging / "tokenizer.json"))
+        # Not by its own `save`, whose errors are no OSErrors.
+        (staging / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
         files, counts, validation_bytes = ("train.bin", "validation.bin"), [0, 0], 0
         with tqdm(total=characters, desc="tokenizing", unit="char", unit_scale=True, disable=not show_progress) as bar:
             for part, name in enumerate(files):

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from fundamentallm.config import Config, TrainingConfig
-from fundamentallm.errors import ConfigError
-from fundamentallm.training.early_stopping import improves, is_value
+from fundamentallm.errors import ConfigError, writing
+from fundamentallm.training.early_stopping import improves, saved_best
 
 if TYPE_CHECKING:
     from fundamentallm.training.trainer import Trainer
@@ -196,9 +196,12 @@ class LoggingCallback(Callback):
             f"{trainer.total_steps - trainer.global_step} steps of {trainer.batch_size} sequences"
         )
         if self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             validation_due = trainer.state["progress"].validation_due
-            if self.path.exists() and (aside := self._rewind(self.path, trainer.global_step, validation_due)):
+            with writing(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                there = self.path.exists()
+                aside = self._rewind(self.path, trainer.global_step, validation_due) if there else None
+            if aside is not None:
                 trainer.say(f"{self.path} is of another run, or of one that ended before its first checkpoint: {aside}")
 
     @staticmethod
@@ -248,7 +251,7 @@ class LoggingCallback(Callback):
             tqdm.write(f"step {metrics['step']}  " + "  ".join(f"{key} {_shown(v)}" for key, v in shown.items()))
         if self.path:
             line = {key: value if math.isfinite(value) else _json_text(value) for key, value in metrics.items()}
-            with self.path.open("a", encoding="utf-8") as file:
+            with writing(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
 
@@ -284,10 +287,8 @@ class SaveBestCallback(Callback):
         return {"best_value": self.best_value}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved best value. Raises ValueError if it is none."""
-        if not is_value(state["best_value"]):
-            raise ValueError(f"{state!r} is no best value.")
-        self.best_value = state["best_value"]
+        """Go on from a saved best value."""
+        self.best_value = saved_best(state["best_value"])
 
 
 def default_callbacks(config: Config | TrainingConfig, has_validation: bool) -> list[Callback]:

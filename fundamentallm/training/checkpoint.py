@@ -43,7 +43,7 @@ from fundamentallm.training.manifest import (
     verify,
     write_manifest,
 )
-from fundamentallm.training.serialization import decode, encode, unshare
+from fundamentallm.training.serialization import MALFORMED, decode, encode, unshare
 from fundamentallm.validation import range_problems
 
 MODEL_KEY, OPTIMIZER_KEY = "model_state_dict", "optimizer_state_dict"
@@ -88,7 +88,7 @@ def take_snapshot(
     others = {key: value for key, value in stored.items() if key not in of_model}
     step = checkpoint.get("progress_state_dict", {}).get("step")
     about = {"step": step, "is_best": is_best}
-    return Snapshot(name, about, {"state": state, "same_as": same_as}, weights, others, files)
+    return Snapshot(name, about, {"state": state, "same_as": same_as}, weights, others, dict(files))
 
 
 def _is_finite(snapshot: Snapshot) -> bool:
@@ -290,7 +290,7 @@ class CheckpointManager:
         Only for whoever knows that no process is saving here.
         """
         done = []
-        for folder in sorted(self.checkpoint_dir.iterdir()) if self.checkpoint_dir.is_dir() else ():
+        for folder in self._entries():
             match = HIDDEN.fullmatch(folder.name)
             if match is None or folder.is_symlink() or not folder.is_dir():
                 continue
@@ -308,10 +308,23 @@ class CheckpointManager:
 
     # ---- finding and loading -----------------------------------------------------------------------------
 
+    def _entries(self) -> list[Path]:
+        """What is in the directory, by name; nothing where there is none.
+
+        Raises:
+            CheckpointError: if it cannot be read, which is not the same.
+        """
+        try:
+            return sorted(self.checkpoint_dir.iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise CheckpointError(f"{self.checkpoint_dir} cannot be read: {error}.") from error
+
     def _found(self) -> list[tuple[Path, dict[str, Any]]]:
         """Complete checkpoints and their manifests, oldest first."""
         found = []
-        for path in self.checkpoint_dir.iterdir() if self.checkpoint_dir.is_dir() else ():
+        for path in self._entries():
             if NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
                 with contextlib.suppress(CheckpointError):
                     found.append((path, read_manifest(path)))
@@ -332,7 +345,7 @@ class CheckpointManager:
         One whose weights are not finite comes after all others.
         """
         passed_over = []
-        for path in sorted(self.checkpoint_dir.iterdir()) if self.checkpoint_dir.is_dir() else ():
+        for path in self._entries():
             if NAME.fullmatch(path.name) and is_ours(path):
                 try:
                     read_manifest(path)
@@ -407,7 +420,7 @@ def _explained(path: Path) -> Iterator[None]:
     """A stranger's checkpoint may hold anything; what does not fit is an error of the checkpoint."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, SafetensorError) as error:
+    except (OSError, SafetensorError, *MALFORMED) as error:
         raise CheckpointError(
             f"{path}: {STATE} does not fit the tensors of {MODEL} and {TRAINING} ({type(error).__name__}: {error})."
         ) from error

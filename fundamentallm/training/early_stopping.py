@@ -19,9 +19,15 @@ def improves(value: float, best: float | None, mode: str, min_delta: float = 0.0
     return value < best - min_delta if mode == "min" else value > best + min_delta
 
 
-def is_value(best: object) -> bool:
-    """Whether something can be the best value so far: a number, or None before the first."""
-    return best is None or (isinstance(best, (int, float)) and not isinstance(best, bool))
+def saved_best(value: Any) -> float | None:
+    """A saved best value, its type checked.
+
+    Raises:
+        ValueError: if it is neither a number nor None.
+    """
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise ValueError(f"the best value is {value!r}; allowed: a number or null.")
+    return value if value is None else float(value)
 
 
 class EarlyStopping:
@@ -79,7 +85,8 @@ class EarlyStopping:
         return {"best_value": self._best, "counter": self.counter, "is_best": self.is_best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved count. Raises ValueError if it is none."""
-        if not (is_value(state["best_value"]) and type(state["counter"]) is int and state["counter"] >= 0):
-            raise ValueError(f"{state!r} is no state of early stopping.")
-        self._best, self.counter, self.is_best = state["best_value"], state["counter"], state["is_best"]
+        """Go on from a saved count."""
+        best, counter = saved_best(state["best_value"]), state["counter"]
+        if type(counter) is not int or counter < 0:
+            raise ValueError(f"the counter is {counter!r}; allowed: a whole number, at least 0.")
+        self._best, self.counter, self.is_best = best, counter, bool(state["is_best"])

@@ -75,16 +75,16 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["format_version"]
-        good = version != FORMAT_VERSION or _has_form(manifest)
+        good = type(version) is int and (version != FORMAT_VERSION or _has_form(manifest))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{checkpoint}: {MANIFEST} is damaged ({type(error).__name__}: {error}).") from error
+    if not good:
+        raise CheckpointError(f"{checkpoint}: {MANIFEST} is damaged.")
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{checkpoint}: its format is {version!r}; allowed: {FORMAT_VERSION}. Use the version of fundamentallm "
             f"that {STATE} names."
         )
-    if not good:
-        raise CheckpointError(f"{checkpoint}: {MANIFEST} is damaged.")
     return manifest  # type: ignore[no-any-return]
 
 
@@ -93,6 +93,7 @@ def _has_form(manifest: dict[str, Any]) -> bool:
     return (
         manifest["sha256"] == _own_sha256(manifest)
         and all(isinstance(manifest[field], kind) for field, kind in _FIELDS.items())
+        and 0 < manifest["sequence"] < 2**63
         and {STATE, MODEL, TRAINING} <= manifest["files"].keys()
         and all(
             NAME.fullmatch(name)
@@ -118,7 +119,7 @@ def verify(checkpoint: Path, hashed: Collection[str] | None = None) -> dict[str,
     manifest = read_manifest(checkpoint)
     for name, entry in manifest["files"].items():
         path = checkpoint / name
-        if path.is_symlink() or not path.is_file():
+        if os.path.islink(path) or not os.path.isfile(path):  # unlike pathlib's, these take names of any length
             raise CheckpointError(f"{checkpoint}: {name} is missing.")
         try:
             size = path.stat().st_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -239,8 +239,9 @@ def create_optimizer(
 class NamedOptimizerState:
     """An optimizer's state by parameter name: {"type": class, "state": {parameter: {name: tensor or number}}}.
 
-    By name, so that it fits any wrapping and any grouping of the same model; without the groups'
-    hyper-parameters, which come from the config. (`torch.distributed.checkpoint.state_dict` would take a
+    "entries" counts what all parameters hold by each name, since torch would begin afresh, in silence, what an
+    incomplete state lacks. By name, so that it fits any wrapping and any grouping of the same model; without the
+    groups' hyper-parameters, which come from the config. (`torch.distributed.checkpoint.state_dict` would take a
     hidden optimizer step to create missing state.)
     """
 
@@ -253,13 +254,13 @@ class NamedOptimizerState:
         named = ((name, p) for name, p in self.model.named_parameters() if id(p) in trained)
         # Empty where a parameter has had no gradient yet: what is missing when loading has been lost.
         by_name = {name: dict(self.optimizer.state.get(p, {})) for name, p in named}
-        return {"type": type(self.optimizer).__name__, "state": by_name}
+        return {"type": type(self.optimizer).__name__, "entries": _count_entries(by_name), "state": by_name}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Restore what `state_dict` returned.
 
         Raises:
-            CheckpointError: if type, names or shapes are not those of this model and optimizer.
+            CheckpointError: if type, names or shapes are not those of this model and optimizer, or some is lost.
         """
         if saved["type"] != type(self.optimizer).__name__:
             raise CheckpointError(
@@ -272,12 +273,19 @@ class NamedOptimizerState:
         problems = [f"{name} is not trained here" for name in sorted(set(saved["state"]) - trained)]
         problems += [f"there is none for {name}" for name in sorted(trained - set(saved["state"]))]
         problems += [
-            f"{key} of {name} has shape {tuple(value.shape)}, the parameter {tuple(named[name].shape)}"
+            f"{key} of {name} has {_shape(value)}, the parameter {tuple(named[name].shape)}"
             for name, state in saved["state"].items()
             for key, value in state.items()
-            if name in trained and isinstance(value, Tensor) and not _fits(value, named[name])
+            if name in trained and not _fits(key, value, named[name])
         ]
-        problems += _thinned(saved["state"], {name: named[name] for name in trained}, self.optimizer)
+        counts = _count_entries(saved["state"])
+        if len({type(state["step"]) for state in saved["state"].values() if "step" in state}) > 1:
+            problems.append("step is a tensor of some parameters and a number of others")  # torch looks at one of them
+        problems += [
+            f"there are {counts.get(key, 0)} of {count} {key}"
+            for key, count in saved["entries"].items()
+            if counts.get(key, 0) != count
+        ]
         if problems:
             more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
             raise CheckpointError(f"The optimizer's state does not fit the model: {'; '.join(problems[:5])}{more}.")
@@ -285,23 +293,25 @@ class NamedOptimizerState:
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
 
-def _thinned(state: dict[str, Any], trained: dict[str, Tensor], optimizer: Optimizer) -> list[str]:
-    """What the state of a parameter lacks that the others like it have (those that have any), of the same kind."""
-    problems = []
-    group_of = {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
-    alike: dict[tuple[int, int], dict[str, type]] = defaultdict(dict)
-    for name, parameter in trained.items():
-        for key, value in state.get(name, {}).items():
-            alike[group_of[id(parameter)], parameter.ndim].setdefault(key, type(value))
-    for name, parameter in trained.items():
-        own = {key: type(value) for key, value in state.get(name, {}).items()}
-        expected = alike[group_of[id(parameter)], parameter.ndim]
-        problems += [f"{key} of {name} is missing" for key in expected.keys() - own.keys() if own]
-        problems += [f"{key} of {name} is a {kind.__name__}" for key, kind in own.items() if kind is not expected[key]]
-    return problems
+def _count_entries(by_name: dict[str, dict[str, Any]]) -> dict[str, int]:
+    return dict(Counter(key for state in by_name.values() for key in state))
 
 
-def _fits(value: Tensor, parameter: Tensor) -> bool:
+def _shape(value: Any) -> str:
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"the value {value!r}"
+
+
+LIKE_PARAMETERS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+"""What torch's fused kernels, and ours, read as many elements of as the parameter has, without looking."""
+
+
+def _fits(key: str, value: Any, parameter: Tensor) -> bool:
     """Whether a state tensor has the parameter's shape, or is a factor of it (Adafactor's rows and columns)."""
+    if key in LIKE_PARAMETERS:
+        return isinstance(value, Tensor) and value.shape == parameter.shape
+    if key == "step":
+        return value.numel() == 1 if isinstance(value, Tensor) else type(value) in (int, float)
+    if not isinstance(value, Tensor):
+        return True
     sizes = zip(reversed(value.shape), reversed(parameter.shape), strict=False)
     return value.ndim <= parameter.ndim and all(size in (1, whole) for size, whole in sizes)

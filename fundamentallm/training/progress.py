@@ -57,6 +57,7 @@ class Progress:
         saved = sampler_of(before)
         if state["tokens"].shape != self.tokens.shape:
             raise ValueError(f"the number of tokens has shape {state['tokens'].shape}.")
+        _check_start(saved, step)
         if state["samples"] != saved.samples_before(step):
             raise ValueError(f"step {step} comes after {saved.samples_before(step)} samples, not {state['samples']}.")
         if _batches(before) == _batches(now):
@@ -84,6 +85,19 @@ def _batches(stretch: dict[str, Any]) -> dict[str, Any]:
 def _order(stretch: dict[str, Any]) -> tuple[Any, ...]:
     """What a place in an epoch has a meaning in: the order of the training samples."""
     return stretch["num_samples"], stretch["seed"], stretch["drop_last"], stretch["content"][0]
+
+
+def _check_start(samples: StepSampler, step: int) -> None:
+    """Refuse a start that no run has: outside an epoch's order, places stand for no sample.
+
+    Raises:
+        ValueError: saying which.
+    """
+    start = samples.start
+    if any(type(number) is not int or number < 0 for number in start) or start.step > step:
+        raise ValueError(f"step {step} cannot come after a start at {start}.")
+    if start.place >= samples.num_samples:
+        raise ValueError(f"place {start.place} is outside an order of {samples.num_samples} samples.")
 
 
 def sampler_of(stretch: dict[str, Any]) -> StepSampler:

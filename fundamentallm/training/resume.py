@@ -16,6 +16,7 @@ from fundamentallm.models.transformer import Transformer
 from fundamentallm.training.optimizers import NamedOptimizerState
 from fundamentallm.training.run_folder import LOCK
 from fundamentallm.training.schedulers import StepSchedule
+from fundamentallm.training.serialization import MALFORMED
 
 if TYPE_CHECKING:
     from fundamentallm.config import Config, TrainingConfig
@@ -104,7 +105,7 @@ def restore(trainer: Trainer, saved: dict[str, Any], where: Path) -> None:
     """
     try:
         changed = changes(saved, trainer.run_config, trainer.state["progress"].stretches[-1])
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except MALFORMED as error:
         raise CheckpointError(f"{where} holds no run ({type(error).__name__}: {error}).") from error
     allowed = trainer.config.resume_changes
     refused = [name for name in changed if name not in FREE and not {name, name.partition(".")[0]} & set(allowed)]

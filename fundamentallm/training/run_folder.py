@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fundamentallm.errors import RunInProgressError
+from fundamentallm.errors import RunInProgressError, writing
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def locked(folders: Iterable[Path]) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             # Not through a link, which would have us write into somebody else's file.
             handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-            file = held.enter_context(os.fdopen(handle, "r+", encoding="utf-8"))
+            file = held.enter_context(os.fdopen(handle, "r+", encoding="utf-8", errors="replace"))
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -61,12 +61,13 @@ def locked(folders: Iterable[Path]) -> Iterator[None]:
 def write_status(folder: Path, **status: Any) -> None:
     """Say in `status.json` how a run is getting on: for schedulers, since a launcher's exit code is always 0 or 1."""
     temporary = folder / f"{STATUS}.new"
-    temporary.write_text(json.dumps(status, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / STATUS)
+    with writing(folder / STATUS):
+        temporary.write_text(json.dumps(status, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, folder / STATUS)
 
 
 def read_state(folder: Path) -> str | None:
     """How the run last said it was getting on."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         return str(json.loads((folder / STATUS).read_text(encoding="utf-8"))["state"])
     return None

@@ -14,6 +14,9 @@ from fundamentallm.errors import CheckpointError
 # JSON has no tensors, tuples or non-finite numbers: each is an object with one of these keys.
 _TENSOR, _TUPLE, _FLOAT = "__tensor__", "__tuple__", "__float__"
 
+MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What reading a state of another form than ours runs into; a stranger's checkpoint may hold anything."""
+
 
 def encode(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
     """`value` as JSON; its tensors go to `tensors` under their path, escaped as in RFC 6901."""

@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fundamentallm.config import Config
-from fundamentallm.errors import START_AGAIN, CheckpointError, TrainingError, exit_code
+from fundamentallm.errors import START_AGAIN, CheckpointError, FundamentaLLMError, TrainingError, exit_code
 from fundamentallm.training.accelerator import on_main_process
 from fundamentallm.training.resume import resume, run_state
 from fundamentallm.training.run_folder import locked, read_state, write_status
@@ -59,7 +59,8 @@ def session(trainer: Trainer, is_first: bool) -> Iterator[None]:
             if trainer.checkpoint_manager is not None and not isinstance(error, KeyboardInterrupt):
                 _finish_saving(trainer, trainer.checkpoint_manager)
             state = "diverged" if isinstance(error, TrainingError) else "failed"
-            _tell(trainer, state=state, exit_code=exit_code(error), reason=f"{type(error).__name__}: {error}")
+            with suppress(FundamentaLLMError):  # a full disk takes no status either, which is not what to raise
+                _tell(trainer, state=state, exit_code=exit_code(error), reason=f"{type(error).__name__}: {error}")
             raise
         state = "finished" if trainer.is_finished else "interrupted" if trainer.was_interrupted else "stopped"
         code = START_AGAIN if trainer.was_interrupted else 0

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fundamentallm.errors import ConfigError
+from fundamentallm.errors import ConfigError, writing
 from fundamentallm.training.callbacks import Callback
 
 if TYPE_CHECKING:
@@ -73,8 +73,9 @@ class VisualizationCallback(Callback):
         for axis in axes.values():
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(alpha=0.25, linewidth=0.6)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name("." + self.path.name)  # a viewer never sees half a picture
-        figure.savefig(temporary, dpi=130, format="png")
-        os.replace(temporary, self.path)
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(temporary, dpi=130, format="png")
+            os.replace(temporary, self.path)
         self._drawn_at = time.monotonic()

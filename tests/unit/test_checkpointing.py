@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -296,6 +298,92 @@ def test_the_best_can_be_saved_as_best_again_and_again(tmp_path: Path) -> None:
         assert manager.get_best() == path == tmp_path / "best"
         assert manager.load(path)["step"] == step
     assert names(tmp_path) == ["best"]
+
+
+# ---- saving in the background ------------------------------------------------------------------------------------
+
+
+class Gate:
+    """Holds the writing of checkpoints back until it is opened, and knows how many are being written at once."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.opened, self.entered = threading.Event(), threading.Event()
+        self.writing, self.most = 0, 0
+        write = CheckpointManager._write
+
+        def gated(manager: CheckpointManager, snapshot: Any) -> None:
+            self.writing += 1
+            self.most = max(self.most, self.writing)
+            self.entered.set()
+            assert self.opened.wait(60)
+            write(manager, snapshot)
+            self.writing -= 1
+
+        monkeypatch.setattr(CheckpointManager, "_write", gated)
+
+
+def test_a_snapshot_is_not_changed_by_what_happens_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place, through a view, through a tied name, in nested containers: the training goes on while it is written."""
+    gate, manager = Gate(monkeypatch), CheckpointManager(tmp_path)
+    weight, moments = torch.ones(4, 3), [torch.arange(6.0)]
+    texts, files = {"a": [1, 2]}, {"config.json": "{}"}
+    changing = {
+        "model_state_dict": {"w": weight, "tied": weight, "row": weight[1], "turned": weight.T},
+        "optimizer_state_dict": {"state": moments}, "texts": texts,
+    }  # fmt: skip
+    expected = copy.deepcopy(changing)
+    manager.save_in_background(changing, "step_1", files=files)
+    assert gate.entered.wait(60)
+    weight.fill_(math.nan)
+    moments[0].zero_()
+    moments.append(torch.ones(1))
+    texts["a"].append(3)
+    texts["b"] = [4]
+    files.clear()
+    gate.opened.set()
+    manager.wait()
+    assert repr(manager.load(tmp_path / "step_1")) == repr(expected)
+    assert (tmp_path / "step_1" / "config.json").read_text() == "{}"
+
+
+def test_one_checkpoint_at_a_time_is_written_in_the_order_of_saving(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, manager = Gate(monkeypatch), CheckpointManager(tmp_path, 9)
+    manager.save_in_background(state(1), "z")
+    assert gate.entered.wait(60)
+    gate.opened.set()
+    manager.save_in_background(state(2), "y")
+    manager.save(state(3), "x")
+    assert manager.get_latest() == tmp_path / "x"
+    manager.save_in_background(state(4), "w")
+    manager.wait()
+    assert gate.most == 1
+    sequence = {
+        name: json.loads((tmp_path / name / "manifest.json").read_text())["sequence"] for name in names(tmp_path)
+    }
+    assert sorted(sequence, key=sequence.__getitem__) == ["z", "y", "x", "w"]
+
+
+def test_an_error_of_the_background_is_raised_once_and_by_whoever_asks_next(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path)
+    (tmp_path / "taken").mkdir()
+    for ask in (manager.wait, lambda: manager.save(state(), "a"), lambda: manager.save_in_background(state(), "a")):
+        manager.save_in_background(state(), "taken")
+        with pytest.raises(CheckpointError, match="taken is in the way"):
+            ask()
+        assert not manager.has_failed
+        manager.wait()
+    assert names(tmp_path) == ["taken"]
+    assert manager.save(state(), "a").name == "a"
+
+
+def test_what_cannot_be_saved_is_refused_before_the_background(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path)
+    with pytest.raises(CheckpointError, match=r"x is a builtins\.object"):
+        manager.save_in_background({"x": object()}, "a")
+    manager.wait()
+    assert names(tmp_path) == []
 
 
 # ---- rotation ------------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 from torch.utils.data import WeightedRandomSampler as Weighted
@@ -18,6 +20,7 @@ from fundamentallm.data.corpus import load_corpus
 from fundamentallm.data.datasets import TokenDataset
 from fundamentallm.data.loaders import (
     POSITIONS_AT_ONCE,
+    Start,
     StepSampler,
     as_is,
     create_dataloaders,
@@ -151,6 +154,59 @@ def test_a_batch_does_not_depend_on_what_was_asked_before(samples: int, batch_si
     in_order = [sampler.batch(step) for step in steps]
     assert [sampler.batch(step) for step in reversed(steps)] == in_order[::-1]
     assert [StepSampler(samples, batch_size, 7).batch(step) for step in steps] == in_order
+
+
+@given(
+    samples=st.integers(1, 40), first=st.integers(1, 12), second=st.integers(1, 12), step=st.integers(0, 30),
+    drop_last=st.booleans(),
+)  # fmt: skip
+def test_batches_that_start_anywhere_go_on_from_there(
+    samples: int, first: int, second: int, step: int, drop_last: bool
+) -> None:
+    """After a change of batch size in the middle of an epoch, its samples are still seen once, and all counts agree."""
+    if drop_last:
+        samples = max(samples, first, second)
+    before = StepSampler(samples, first, 7, drop_last=drop_last)
+    after = StepSampler(samples, second, 7, drop_last=drop_last)
+    epoch, place = before.place(step)
+    after.start = Start(step, epoch, place, before.samples_before(step))
+
+    held = before.samples_before(step)
+    rest_of_epoch, last = [], step
+    while after.place(last)[0] == epoch:
+        assert after.place(last) == (epoch, place + len(rest_of_epoch))
+        assert after.samples_before(last) == held + len(rest_of_epoch)
+        rest_of_epoch += after.batch(last)
+        last += 1
+    order = StepSampler(samples, samples, 7).batch(epoch)
+    left_out = (samples - place) % second if drop_last else 0
+    assert rest_of_epoch == order[place : samples - left_out]
+
+    assert after.place(last) == (epoch + 1, 0)
+    assert after.steps_before_epoch(epoch + 1) == last
+    assert after.samples_before(last) == held + len(rest_of_epoch)
+    assert after.epochs_before(last) == epoch + 1
+    assert after.steps_before_epoch(epoch + 3) == last + 2 * after.steps_per_epoch
+    fresh = StepSampler(samples, second, 7, drop_last=drop_last)
+    for further in range(2 * after.steps_per_epoch):
+        assert after.batch(last + further) == fresh.batch(fresh.steps_before_epoch(epoch + 1) + further)
+        assert after.samples_before(last + further + 1) - after.samples_before(last + further) == len(
+            after.batch(last + further)
+        )
+
+
+@shapes
+def test_a_start_between_two_epochs_changes_no_batch(samples: int, batch_size: int) -> None:
+    whole, started = StepSampler(samples, batch_size, 7), StepSampler(samples, batch_size, 7)
+    steps = whole.steps_per_epoch
+    started.start = Start(2 * steps, 2, 0, whole.samples_before(2 * steps))
+    for step in range(2 * steps, 4 * steps):
+        assert started.batch(step) == whole.batch(step)
+        assert started.place(step) == whole.place(step)
+        assert started.samples_before(step) == whole.samples_before(step)
+        assert started.epochs_before(step) == whole.epochs_before(step)
+    for epoch in (3, 4):
+        assert started.steps_before_epoch(epoch) == whole.steps_before_epoch(epoch) == epoch * steps
 
 
 def test_order_differs_between_epochs_and_between_seeds() -> None:

@@ -1,0 +1,122 @@
+"""The place in a run, and how it goes on where batches or data have changed."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fundamentallm.data.loaders import Start, StepSampler
+from fundamentallm.training.progress import Progress, sampler_of
+
+CPU = torch.device("cpu")
+
+
+def progress(
+    samples: int = 10, batch_size: int = 4, seed: int | None = 3, content: str = "a", **options: Any
+) -> Progress:
+    return Progress(StepSampler(samples, batch_size, seed, **options), [content, None], CPU)
+
+
+def at(step: int, made: Progress) -> Progress:
+    made.step = step
+    return made
+
+
+def restored(state: dict[str, Any], made: Progress) -> Progress:
+    """As from a checkpoint: no object is shared."""
+    made.load_state_dict(copy.deepcopy(state))
+    return made
+
+
+def test_a_saved_place_comes_back_whole() -> None:
+    before = at(5, progress())
+    before.tokens += 70
+    before.loss.add(torch.tensor(6.0), torch.tensor(3))
+    before.validation_due = True
+    again = restored(before.state_dict(), progress())
+    assert repr(again.state_dict()) == repr(before.state_dict())
+    assert (again.step, again.samples.start, len(again.stretches)) == (5, Start(), 1)
+
+
+def test_all_but_the_counts_is_json() -> None:
+    state = at(5, progress()).state_dict()
+    del state["tokens"], state["loss"]
+    assert json.loads(json.dumps(state)) == state
+
+
+@given(st.integers(1, 30), st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=2, max_size=5))
+def test_after_changes_of_the_batch_size_every_sample_of_every_epoch_is_still_seen_once(
+    samples: int, stretches: list[tuple[int, int]]
+) -> None:
+    state, seen = None, list[int]()
+    for batch_size, steps in stretches:
+        run = progress(samples, batch_size)
+        if state is not None:
+            run.load_state_dict(copy.deepcopy(state))
+        for _ in range(steps):
+            assert run.samples.samples_before(run.step) == len(seen)
+            seen += run.samples.batch(run.step)
+            run.step += 1
+        state = run.state_dict()
+    for _ in range(samples):  # to the end of the epoch, at most
+        if len(seen) % samples:
+            seen += run.samples.batch(run.step)
+            run.step += 1
+    order = StepSampler(samples, samples, 3)
+    assert seen == list(itertools.chain(*(order.batch(epoch) for epoch in range(len(seen) // samples))))
+
+
+def test_every_stretch_stays_known_and_names_its_batches() -> None:
+    runs = [at(3, progress(batch_size=4))]
+    for step, batch_size in ((5, 3), (9, 2)):
+        runs.append(at(step, restored(runs[-1].state_dict(), progress(batch_size=batch_size))))
+    assert [stretch["start"][0] for stretch in runs[-1].stretches] == [0, 3, 5]
+    for run, stretch in zip(runs, runs[-1].stretches, strict=True):
+        first = stretch["start"][0]
+        assert [sampler_of(stretch).batch(first + i) for i in range(9)] == [
+            run.samples.batch(first + i) for i in range(9)
+        ]
+
+
+@pytest.mark.parametrize("other", [{"samples": 12}, {"seed": 4}, {"seed": None}, {"content": "b"}, {"drop_last": True}])
+def test_other_data_begins_at_the_next_epoch(other: dict[str, Any]) -> None:
+    saved = at(4, progress()).state_dict()  # 3 steps an epoch: in the middle of the second
+    again = restored(saved, progress(**other))
+    assert again.samples.start == Start(step=4, epoch=2, place=0, samples=14)
+    assert again.samples.samples_before(4) == saved["samples"] == 14
+
+
+def test_other_data_between_two_epochs_leaves_none_out() -> None:
+    again = restored(at(3, progress()).state_dict(), progress(content="b"))
+    assert again.samples.start == Start(step=3, epoch=1, place=0, samples=10)
+
+
+def broken(**changes: Any) -> dict[str, Any]:
+    state = copy.deepcopy(at(5, progress()).state_dict())
+    return {**state, **changes}
+
+
+def with_start(*start: Any) -> dict[str, Any]:
+    stretch = progress().stretches[0]
+    return broken(stretches=[{**stretch, "start": list(start)}])
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        broken(step=-1), broken(step="5"), broken(step=None), broken(step=5.0), broken(step=6), broken(samples=17),
+        broken(tokens=torch.zeros(2)), broken(loss={"totals": torch.zeros(())}),
+        with_start(6, 0, 0, 0), with_start(0, -1, 0, 0), with_start(0, 0, -4, 0), with_start(0, 0, 10, 0),
+        with_start(0, 0, 0, -1), with_start(0, 0, 0.0, 0), with_start(0, 0, "0", 0), with_start(True, 0, 0, 0),
+    ],
+)  # fmt: skip
+def test_a_place_that_no_run_can_be_at_is_refused(state: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"step|place|samples|shape"):
+        progress().load_state_dict(state)

@@ -1,0 +1,104 @@
+"""A folder belongs to one process at a time, and says how its run is getting on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fundamentallm.errors import FundamentaLLMError, RunInProgressError
+from fundamentallm.training.run_folder import locked, read_state, write_status
+
+HOLD = """
+import sys
+from pathlib import Path
+from fundamentallm.training.run_folder import locked
+with locked([Path(sys.argv[1])]):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def held_by_another(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_locked_folder_is_made_and_names_its_process_until_it_ends(tmp_path: Path) -> None:
+    folders = [tmp_path / "a" / "b", tmp_path / "c"]
+    with locked(folders):
+        for folder in folders:
+            assert (folder / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+    assert [(folder / ".lock").read_text() for folder in folders] == ["", ""]
+    with locked(folders):
+        pass
+
+
+def test_another_process_is_refused_with_the_id_of_the_first(tmp_path: Path) -> None:
+    with held_by_another(tmp_path / "taken") as process:
+        refused = pytest.raises(RunInProgressError, match=rf"taken is in use by process {process.pid} on .*output_dir")
+        with refused, locked([tmp_path / "free", tmp_path / "taken"]):
+            pass
+        process.communicate()  # closes its standard input, at which it ends
+        with locked([tmp_path / "free", tmp_path / "taken"]):
+            pass
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
+    with held_by_another(tmp_path) as process:
+        process.kill()
+        process.wait()
+        with locked([tmp_path]):
+            assert str(os.getpid()) in (tmp_path / ".lock").read_text()
+
+
+def test_a_lock_file_of_any_content_is_taken_over(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_bytes(b"\xff\0 something long that stood here")
+    with locked([tmp_path]):
+        assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def test_a_lock_that_is_a_link_is_refused_and_its_target_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(OSError, match="symbolic links"), locked([tmp_path / "run"]):
+        pass
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_a_status_replaces_the_one_before_and_is_read_back(tmp_path: Path) -> None:
+    assert read_state(tmp_path) is None
+    for state in ("running", "finished"):
+        write_status(tmp_path, state=state, step=3)
+        assert json.loads((tmp_path / "status.json").read_text()) == {"state": state, "step": 3}
+        assert read_state(tmp_path) == state
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff", b"[" * 10**5])
+def test_a_status_that_is_none_says_nothing(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "status.json").write_bytes(content)
+    assert read_state(tmp_path) is None
+
+
+def test_a_status_that_cannot_be_written_is_an_error_with_its_name(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(FundamentaLLMError, match=r"run/status\.json cannot be written: .*Not a directory"):
+        write_status(tmp_path / "run", state="running")
