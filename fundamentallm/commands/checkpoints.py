@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fundamentallm.commands.output import WIDTH, printable, say, say_table, shortened, size_text
-from fundamentallm.errors import CheckpointError, CheckpointNotFoundError, ConfigError, FundamentaLLMError
+from fundamentallm.errors import CheckpointError, CheckpointNotFoundError, ConfigError
 
 
 def main(arguments: Sequence[str], program: str) -> int:
@@ -49,8 +49,11 @@ def main(arguments: Sequence[str], program: str) -> int:
     except BrokenPipeError:  # whoever reads, such as `head`, has seen enough; nothing is left to flush at the exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except FundamentaLLMError:
-        raise
+    # Errors may quote what a stranger wrote.
+    except ConfigError as error:
+        raise ConfigError([printable(problem) for problem in error.problems]) from error
+    except CheckpointError as error:
+        raise type(error)(printable(str(error))) from error
     except OSError as error:
         raise CheckpointError(f"{options.folder} cannot be read: {error}.") from error
     return code
@@ -121,7 +124,7 @@ def verify_all(options: argparse.Namespace) -> int:
             say(f"{path.name}  {_reason(error, path)}")
             continue
         besides = sorted({entry.name for entry in path.iterdir()} - {*manifest["files"], MANIFEST})
-        more = f"; not in the manifest: {', '.join(besides)}" if besides else ""
+        more = f"; not in the manifest: {printable(', '.join(besides))}" if besides else ""
         say(f"{path.name}  ok, {len(manifest['files']) + 1} files, {size_text(num_bytes(manifest))}{more}")
     if damaged and len(paths) > 1:
         say(f"{damaged} of {len(paths)} are damaged")
@@ -143,10 +146,7 @@ def show_samples(options: argparse.Namespace) -> int:
     path = _checkpoint(options.folder)
     found = samples_of_step(path, options.step)
     no_text = "--indices_only" if options.indices_only else why_no_text(path, found)
-    try:
-        dataset = None if no_text else text_of_step(path, found, options.source)
-    except ConfigError as error:  # which may quote what a stranger wrote
-        raise ConfigError([printable(problem) for problem in error.problems]) from error
+    dataset = None if no_text else text_of_step(path, found, options.source)
     first, count = found.samples_before, len(found.indices)
     say(f"{path}: step {options.step:,} is in epoch {found.epoch:,} (from 0), after {first:,} samples of the run")
     if options.step > found.steps_done:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from fundamentallm.command_line import to_yaml
 from fundamentallm.commands.output import WIDTH, say, say_table, shortened, size_text
@@ -67,8 +66,8 @@ def _show_progress(step: int | None, parts: dict[str, Any]) -> None:
     progress, metrics = _mapping(parts.get("progress_state_dict")), series(parts.get("metrics_state_dict"))
     rows: list[tuple[str, Any]] = [] if step is None else [("step", step)]
     for name in sorted(progress.keys() & {"samples", "tokens"}):
-        value = progress.get(name)
-        rows.append((name, value.item() if isinstance(value, Tensor) and value.numel() == 1 else value))
+        value: Any = progress[name]
+        rows.append((name, value.item() if hasattr(value, "item") and value.numel() == 1 else value))
     rows += [(name, values[-1]) for name, values in metrics.items() if name not in ("step", "samples", "tokens")]
     losses = zip(metrics.get("val_loss", ()), metrics.get("val_step", ()), strict=False)
     best = min((pair for pair in losses if not math.isnan(pair[0])), default=None)

@@ -9,19 +9,18 @@ WIDTH = 100
 
 
 def say(text: str) -> None:
-    """Print the text, `printable`."""
-    print(printable(text), flush=True)
+    """Print the text, in its lines, `printable`."""
+    print(printable(text, keep="\n\t"), flush=True)
 
 
-def printable(text: str) -> str:
-    """The text with whatever could steer a terminal, or not be printed at all, as an escape."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+def printable(text: str, keep: str = "") -> str:
+    """The text with whatever could steer a terminal, or not be printed at all, as an escape; but for `keep`."""
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
 def shortened(text: str, width: int) -> str:
     """One line of at most `width` characters, line ends as escapes."""
-    line = text[:width].replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t")
-    line = printable(line)
+    line = printable(text[:width].replace("\\", "\\\\"))
     return line if len(text) <= width and len(line) <= width else line[: width - 3] + "..."
 
 

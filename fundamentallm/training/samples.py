@@ -129,6 +129,8 @@ def _checked(sampler: StepSampler) -> StepSampler:
         raise ValueError(f"a batch of more than {MOST_IN_A_BATCH:,} samples")
     if sampler.seed is not None:
         _count(sampler.seed, 2**63)
+    if not isinstance(sampler.drop_last, bool):
+        raise ValueError("drop_last is neither true nor false")
     return sampler
 
 

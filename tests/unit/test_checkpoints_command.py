@@ -1,0 +1,534 @@
+"""`fundamentallm checkpoints`: what it says of a real run is what the run did, whatever it is given is no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from torch.utils.data import DataLoader
+
+from fundamentallm import CheckpointManager, Config, DataConfig, ModelConfig, Trainer, TrainingConfig
+from fundamentallm.__main__ import main
+from fundamentallm.commands.output import shortened
+from fundamentallm.data.datasets import TokenDataset
+from fundamentallm.train import make_trainer
+from fundamentallm.training.manifest import MANIFEST, read_manifest, write_manifest
+from tests.conftest import reset_accelerate
+from tests.integration.runs import PartlyIgnored, lines, prose
+from tests.integration.test_training_loop import Bigram
+
+ROOT = Path(__file__).parents[2]
+SEQUENCE = 16
+Command = Callable[..., tuple[int, str, str]]
+
+
+class Run(NamedTuple):
+    """A run that was made on `text`, and for each of its steps what its loader was asked for and its model saw."""
+
+    folder: Path
+    text: Path
+    indices: list[list[int]]
+    seen: list[list[str]]
+
+
+def record(trainer: Trainer, indices: list[list[int]], seen: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset: Any = trainer.train_loader.dataset
+    get = TokenDataset.__getitems__
+
+    def asked(self: TokenDataset, wanted: Any) -> Any:
+        if self is dataset:
+            indices.append(list(wanted))
+        return get(self, wanted)
+
+    def sees(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if model.training:
+            seen.append([dataset.tokenizer.decode(row, skip_special_tokens=False) for row in inputs[0].tolist()])
+
+    monkeypatch.setattr(TokenDataset, "__getitems__", asked)
+    # Saving looks at one sample by itself, which is no part of a batch.
+    monkeypatch.setattr(TokenDataset, "__getitem__", lambda self, index: tuple(t[0] for t in get(self, [index])))
+    trainer.model.register_forward_pre_hook(sees)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Three epochs and more over 169 samples: 8 steps of 32, whose sixth is short, then steps of 20."""
+    folder = tmp_path_factory.mktemp("run")
+    run = Run(folder / "run", folder / "text.txt", [], [])
+    run.text.write_text(prose(3_000))
+    for batch_size, max_steps in ((32, 8), (20, 30)):
+        reset_accelerate()
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            training = TrainingConfig(
+                batch_size=batch_size, max_steps=max_steps, learning_rate=1e-2, log_every_n_steps=1, keep_last_n=20,
+                save_every_n_steps=4, eval_every_n_steps=4, eval_every_n_epochs=None, save_every_n_epochs=None,
+                resume_changes=["training.batch_size", "training.max_steps"],
+            )  # fmt: skip
+            data = DataConfig(str(run.text), sequence_length=SEQUENCE, cache_dir=str(folder / "cache"))
+            model = ModelConfig(d_model=16, num_heads=2, num_layers=1)
+            trainer = make_trainer(Config(str(run.folder), model, data, training).resolved())
+            record(trainer, run.indices, run.seen, monkeypatch)
+            trainer.train()
+    reset_accelerate()
+    return run
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs `fundamentallm checkpoints ...` here; (exit code, what it printed, errors)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fundamentallm", "checkpoints", *map(str, arguments)])
+        capsys.readouterr()
+        return (main(), *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def copy(made: Run, tmp_path: Path) -> Path:
+    """The run's folder, to be damaged."""
+    return Path(shutil.copytree(made.folder, tmp_path / "run", symlinks=True))
+
+
+def newest(folder: Path) -> Path:
+    return folder / "checkpoints" / "step_00000030"
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def parsed(output: str) -> dict[str, tuple[str, str]]:
+    """{index: (first and last token, text)} of what `samples --full` prints."""
+    parts = re.split(r"---- sample ([\d,]+), tokens (\S+) ----\n", output)[1:]
+    found = zip(parts[::3], parts[1::3], parts[2::3], strict=True)
+    return {index.replace(",", ""): (place.replace(",", ""), text[:-1]) for index, place, text in found}
+
+
+# ---- samples ----------------------------------------------------------------------------------------------
+
+
+def test_the_run_has_what_makes_naming_its_samples_hard(made: Run) -> None:
+    sizes = [len(batch) for batch in made.indices]
+    assert sizes == [32, 32, 32, 32, 32, 9, 32, 32, 20, 20, 20, 20, 20, 5, *[20] * 8, 9, *[20] * 7]
+    for epoch in (made.indices[:6], made.indices[6:14], made.indices[14:23]):
+        assert sorted(chain.from_iterable(epoch)) == list(range(169))
+    assert made.indices[0] != sorted(made.indices[0])
+
+
+def test_samples_are_those_that_each_step_consumed_and_their_text_is_what_the_model_saw(
+    made: Run, command: Command
+) -> None:
+    length = int(3_000 * 0.9)
+    for step, (indices, seen) in enumerate(zip(made.indices, made.seen, strict=True), start=1):
+        code, out, err = command("samples", made.folder, "--step", step, "--full")
+        assert (code, err) == (0, "")
+        starts = [min(index * SEQUENCE, length - 1 - SEQUENCE) for index in indices]
+        places = [f"{start}-{start + SEQUENCE - 1}" for start in starts]
+        assert list(parsed(out).items()) == [
+            (str(index), (place, text)) for index, place, text in zip(indices, places, seen, strict=True)
+        ]
+        before = sum(map(len, made.indices[: step - 1]))
+        assert f"step {step} is in epoch {before // 169} (from 0), after {before} samples of the run" in out
+
+
+def test_samples_of_the_steps_after_an_older_checkpoint_are_foretold(made: Run, command: Command) -> None:
+    older = made.folder / "checkpoints" / "step_00000004"
+    for step, is_told in ((4, False), (5, True), (8, True)):
+        code, out, _ = command("samples", older, "--step", step, "--indices_only")
+        assert code == 0
+        assert out.splitlines()[-1] == ", ".join(map(str, made.indices[step - 1]))
+        assert ("not trained yet: the checkpoint has 4 steps" in out) == is_told
+
+
+@pytest.mark.parametrize(("checkpoint", "step", "last"), [("", 0, 30), ("", 31, 30), ("step_00000004", 9, 8)])
+def test_a_step_that_the_run_has_not_is_refused(
+    made: Run, command: Command, checkpoint: str, step: int, last: int
+) -> None:
+    code, out, err = command("samples", made.folder / "checkpoints" / checkpoint, "--step", step)
+    assert (code, out) == (2, "")
+    assert f"the step is {step}; allowed: 1 to {last}" in err
+
+
+def test_a_text_is_one_line_of_the_table_unless_full(made: Run, command: Command) -> None:
+    _, out, _ = command("samples", made.folder, "--step", 1)
+    rows = out.splitlines()[3:]
+    assert len(rows) == 32
+    assert max(map(len, out.splitlines()[1:])) <= 100
+    assert any("\\n" in row for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("x" * 20, "x" * 20),
+        ("x" * 21, "x" * 17 + "..."),
+        ("x" * 18 + "\n", "x" * 18 + "\\n"),
+        ("x" * 19 + "\n", "x" * 17 + "..."),
+        ("a\\b\x1b\u202e\ud800", "a\\\\b\\x1b\\u202e\\ud800"),
+        ("", ""),
+    ],
+)
+def test_a_long_text_is_cut_to_the_line(text: str, line: str) -> None:
+    assert shortened(text, 20) == line
+
+
+def test_a_text_that_has_changed_is_refused(made: Run, copy: Path, command: Command, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(made.text.read_text()[:50] + "#" + made.text.read_text()[51:])
+    for source, problem in (
+        (other, "whose text is not what this step was trained on"),
+        ("gone.txt", "there is no text"),
+    ):
+        code, out, err = command("samples", copy, "--step", 1, "--source", source)
+        assert (code, out) == (2, "")
+        assert str(source) in err
+        assert problem in err
+        assert "--source" in err
+    assert command("samples", copy, "--step", 1, "--source", other, "--indices_only")[0] == 0
+
+
+def test_a_text_that_has_moved_is_taken_from_where_it_is(
+    made: Run, copy: Path, command: Command, tmp_path: Path
+) -> None:
+    moved = tmp_path / "moved.txt"
+    shutil.copy(made.text, moved)
+    assert command("samples", copy, "--step", 9, "--source", moved) == command(
+        "samples", copy, "--step", 9, "--source", made.text
+    )
+
+
+def test_the_text_is_told_in_the_characters_of_the_run(made: Run, command: Command, tmp_path: Path) -> None:
+    """Another text may have the same token ids, since a char vocabulary numbers the characters that there are."""
+    other = tmp_path / "other.txt"
+    other.write_text("".join(chr(ord(character) + 0x4E00) for character in made.text.read_text()))
+    code, out, _ = command("samples", made.folder, "--step", 2, "--full", "--source", other)
+    assert code == 0
+    assert [text for _, text in parsed(out).values()] == made.seen[1]
+
+
+def test_a_run_on_a_dataset_of_ones_own_has_indices_and_no_text(tmp_path: Path, command: Command) -> None:
+    asked: list[int] = []
+
+    class Recorded(PartlyIgnored):
+        def __getitem__(self, index: int) -> Any:
+            asked.append(index)
+            return super().__getitem__(index)
+
+    for config, reason in (
+        (TrainingConfig(max_steps=12, checkpoint_dir=str(tmp_path / "a")), "made from Python with a TrainingConfig"),
+        (Config(str(tmp_path / "b"), training=TrainingConfig(batch_size=8, max_steps=12)), "with a dataset of its own"),
+    ):
+        asked.clear()
+        loader = DataLoader(Recorded(), batch_size=8, shuffle=True, drop_last=True)
+        Trainer(Bigram(), config, loader, callbacks=[]).train()
+        reset_accelerate()
+        folder = tmp_path / ("a" if isinstance(config, TrainingConfig) else "b")
+        for step in range(1, 13):
+            code, out, _ = command("samples", folder, "--step", step)
+            assert code == 0
+            assert reason in out
+            assert out.splitlines()[-1] == ", ".join(map(str, asked[8 * step - 8 : 8 * step]))
+        code, out, _ = command("show", folder)
+        assert code == 0
+        assert ("TrainingConfig alone" in out) == isinstance(config, TrainingConfig)
+
+
+# ---- list -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("below", ["", "checkpoints"])
+def test_list_has_a_line_for_each_checkpoint_oldest_first(made: Run, command: Command, below: str) -> None:
+    code, out, _ = command("list", made.folder / below)
+    header, *rows = (line.split() for line in out.splitlines())
+    assert code == 0
+    assert header == ["checkpoint", "step", "val_loss", "size", "saved"]
+    steps = [4, 8, 12, 16, 20, 24, 28, 30]
+    losses = {line["step"]: line["val_loss"] for line in lines(made.folder) if "val_loss" in line}
+    assert [row[:3] for row in rows] == [[f"step_{step:08d}", str(step), f"{losses[step]:.4f}"] for step in steps]
+    best = min(losses, key=lambda step: losses[step])
+    marked = {row[0]: " ".join(row[7:]) for row in rows if row[7:]}
+    assert marked == {f"step_{best:08d}": "best"} | {"step_00000030": "best, newest" if best == 30 else "newest"}
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def test_list_goes_by_the_order_of_saving_and_knows_no_loss_of_another_step(tmp_path: Path, command: Command) -> None:
+    metrics = {"val_step": torch.tensor([3]), "val_loss": torch.tensor([1.5])}
+    for name, step in (("z", 2), ("a", 3)):
+        progress = {"step": step}
+        CheckpointManager(tmp_path).save(
+            {"model_state_dict": {"w": torch.ones(1)}, "metrics_state_dict": metrics, "progress_state_dict": progress},
+            name,
+        )
+    rows = [line.split()[:3] for line in command("list", tmp_path)[1].splitlines()[1:]]
+    assert rows == [["z", "2", "-"], ["a", "3", "1.5000"]]
+
+
+def test_list_says_what_is_wrong_with_what_is_no_whole_checkpoint(copy: Path, command: Command) -> None:
+    folder = copy / "checkpoints"
+    (folder / "step_00000004" / MANIFEST).unlink()
+    (folder / "step_00000008" / MANIFEST).write_text("{")
+    (folder / "step_00000012" / "model.safetensors").write_bytes(b"short")
+    (folder / "step_00000016").rename(folder / "step_00000016~damaged-0a1b2c")
+    (folder / ".staging-step_00000040-0123456789ab").mkdir()
+    (folder / "notes").mkdir()
+    (folder / "link").symlink_to(newest(copy))
+    CheckpointManager(folder, 20).save({"model_state_dict": {"w": torch.tensor([float("nan")])}}, "nan")
+    code, out, _ = command("list", copy)
+    assert code == 0
+    for name, reason in (
+        ("step_00000004", "incomplete, it has no manifest.json"),
+        ("step_00000008", "manifest.json is damaged"),
+        ("step_00000012", "model.safetensors has 5 bytes instead of"),
+        ("step_00000016~damaged-0a1b2c", "set aside as damaged"),
+        (".staging-step_00000040-0123456789ab", "step_00000040, being saved"),
+        ("notes", "has none of a checkpoint's files"),
+        ("link", "a link"),
+        ("nan", "newest, weights not finite"),
+    ):
+        assert [line for line in out.splitlines() if line.split()[:1] == [name] and reason in line], name
+
+
+# ---- verify -----------------------------------------------------------------------------------------------
+
+
+def test_verify_says_ok_for_each_intact_checkpoint(made: Run, command: Command) -> None:
+    size = sum(entry["size"] for entry in read_manifest(newest(made.folder))["files"].values())
+    code, out, _ = command("verify", newest(made.folder))
+    assert (code, out) == (0, f"step_00000030  ok, 7 files, {size / 1000:.1f} kB\n")
+    code, out, _ = command("verify", made.folder)
+    assert code == 0
+    assert [line.split(",")[0] for line in out.splitlines()] == [
+        f"step_{step:08d}  ok" for step in (4, 8, 12, 16, 20, 24, 28, 30)
+    ]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "training.safetensors", "state.json", "tokenizer.json"])
+def test_verify_finds_a_flipped_bit_in_any_file(copy: Path, command: Command, file: str) -> None:
+    flip(newest(copy) / file)
+    for folder in (newest(copy), copy):
+        code, out, _ = command("verify", folder)
+        assert code == 1
+        assert f"step_00000030  {file} is damaged, its SHA-256 differs from the manifest's\n" in out
+    assert out.count("ok, 7 files") == 7
+    assert out.endswith("1 of 8 are damaged\n")
+
+
+def test_verify_finds_what_lost_its_manifest(copy: Path, command: Command) -> None:
+    (newest(copy) / MANIFEST).unlink()
+    for folder in (newest(copy), copy):
+        code, out, _ = command("verify", folder)
+        assert code == 1
+        assert "step_00000030  incomplete, it has no manifest.json" in out
+
+
+def test_verify_counts_no_leftover_and_names_files_that_are_not_in_the_manifest(copy: Path, command: Command) -> None:
+    (copy / "checkpoints" / ".staging-step_00000040-0123456789ab").mkdir()
+    (newest(copy) / "notes\n.txt").write_text("")
+    code, out, _ = command("verify", copy)
+    assert code == 0
+    assert "not in the manifest: notes\\n.txt" in out
+    assert len(out.splitlines()) == 8
+
+
+# ---- show -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_show_tells_what_is_in_a_checkpoint(made: Run, command: Command, named: bool) -> None:
+    code, out, _ = command("show", newest(made.folder) if named else made.folder)
+    assert code == 0
+    words = {tuple(line.split()) for line in out.splitlines()}
+    last = [line for line in lines(made.folder) if "train_loss" in line][-1]
+    losses = {line["val_loss"]: line["step"] for line in lines(made.folder) if "val_loss" in line}
+    vocabulary = Tokenizer.from_file(str(newest(made.folder) / "tokenizer.json")).get_vocab_size()
+    for expected in (
+        f"step {last['step']}", f"samples {last['samples']}", f"tokens {last['tokens']:,}",
+        f"train_loss {last['train_loss']:.5g}", f"best val_loss {min(losses):.4f}, at step {losses[min(losses)]}",
+        f"model.embed_tokens {vocabulary * 16:,}", f"lm_head {vocabulary * 16:,}", "model.norm 16",
+        "optimizer 42 tensors", "model 14 tensors", "batch_size: 20", f"source: {made.text}",
+    ):  # fmt: skip
+        assert any(line[: len(expected.split())] == tuple(expected.split()) for line in words), expected
+    assert f"torch {torch.__version__}" in out.replace("\n  ", " ")
+    weights = sum(parameter.numel() for parameter in stored_weights(made.folder))
+    assert f"weights: {weights:,} parameters (and buffers) in 14 tensors, f32" in out
+
+
+def stored_weights(folder: Path) -> Iterator[torch.Tensor]:
+    state = CheckpointManager(folder / "checkpoints").load(newest(folder))
+    yield from state["model_state_dict"].values()
+
+
+def test_show_reads_no_weight_unless_it_verifies(copy: Path, command: Command) -> None:
+    assert "SHA-256 verified" in command("show", copy, "--verify")[1]
+    flip(newest(copy) / "model.safetensors")
+    code, out, _ = command("show", copy)
+    assert code == 0
+    assert "--verify compares every byte" in out
+    code, out, err = command("show", copy, "--verify")
+    assert (code, out) == (1, "")
+    assert "model.safetensors is damaged" in err
+
+
+@pytest.mark.parametrize("verb", [["show"], ["samples", "--step", "1"]])
+@pytest.mark.parametrize("file", ["state.json", MANIFEST])
+def test_what_is_damaged_is_not_told(copy: Path, command: Command, verb: list[str], file: str) -> None:
+    flip(newest(copy) / file)
+    code, out, err = command(verb[0], newest(copy), *verb[1:])
+    assert (code, out) == (1, "")
+    assert f"{file} is damaged" in err
+
+
+# ---- whatever it is given ---------------------------------------------------------------------------------
+
+VERBS: list[list[str]] = [["list"], ["verify"], ["show"], ["samples", "--step", "1"]]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_wrong_path_is_an_error_that_names_it(tmp_path: Path, command: Command, verb: list[str]) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    for path, problem in (
+        (tmp_path / "nothing", "does not exist"),
+        (tmp_path / "file", "is a file"),
+        (tmp_path / "empty", "there is no checkpoint in"),
+        (tmp_path / ("x" * 300), "cannot be read"),
+    ):
+        code, out, err = command(verb[0], path, *verb[1:])
+        assert (code, out) == (1, "")
+        assert str(path) in err
+        assert problem in err
+        assert len(err.splitlines()) == 1
+
+
+def set_stretch(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda state: state["progress_state_dict"]["stretches"][0].update({name: value})
+
+
+def set_part(part: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda state: state.update({part: value})
+
+
+ESCAPE = "\x1b[2J\ud800\nstep_99999999  ok"
+HOSTILE: dict[str, Callable[[dict[str, Any]], None]] = {
+    **{f"stretch {name} {value!r}": set_stretch(name, value) for name, value in [
+        ("num_samples", 0), ("num_samples", "9"), ("num_samples", 1e9), ("num_samples", 2**70), ("num_samples", -1),
+        ("batch_size", 0), ("batch_size", None), ("batch_size", 2**50), ("batch_size", -4), ("batch_size", True),
+        ("seed", ESCAPE), ("seed", -1), ("drop_last", [ESCAPE]), ("content", ESCAPE), ("content", []),
+        ("start", [5, 0, 0, 0]), ("start", [0, 0, 10**9, 0]), ("start", [0, 2**80, 0, 0]), ("start", "0123"),
+        ("start", [0, 0, 0, 0, 0]), ("start", {"__tensor__": "no"}),
+    ]},
+    "vast": lambda state: state["progress_state_dict"]["stretches"][0].update(num_samples=2**40, batch_size=2**40),
+    **{f"{part} {str(value)[:20]!r}": set_part(part, value) for part in (
+        "progress_state_dict", "metrics_state_dict", "config", "versions",
+    ) for value in (None, [], ESCAPE, {ESCAPE: ESCAPE}, {ESCAPE: {"__tensor__": "no"}}, {"x": {"__float__": ESCAPE}})},
+    "data": lambda state: state["config"].update(data={ESCAPE: ESCAPE, "source": 7}),
+    "source": lambda state: state["config"]["data"].update(source=ESCAPE),
+    "epochs": lambda state: state["config"]["training"].update(max_steps=None, max_epochs=2**60),
+    "training": lambda state: state["config"].update(training=ESCAPE),
+    "steps": lambda state: state["progress_state_dict"].update(step=[ESCAPE]),
+    "losses": lambda state: state["metrics_state_dict"].update(val_loss=ESCAPE, val_step={"__tuple__": [1]}),
+    "matrix": lambda state: state["metrics_state_dict"].update(val_loss=state["guard_state_dict"]["recent"]),
+    "deep": lambda state: state["config"].update(deep=nested(150)),
+}  # fmt: skip
+
+
+def nested(depth: int) -> Any:
+    return {"x": nested(depth - 1)} if depth else 0
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_strangers_state_gives_an_answer_or_an_error_and_never_a_control_character(
+    copy: Path, command: Command, case: str
+) -> None:
+    path, folder = newest(copy), copy / "checkpoints"
+    for other in folder.iterdir():
+        if other != path and other.is_dir():
+            shutil.rmtree(other)
+    saved = json.loads((path / "state.json").read_text())
+    HOSTILE[case](saved["state"])
+    (path / "state.json").write_text(json.dumps(saved))
+    (path / MANIFEST).unlink()
+    write_manifest(path, sequence=1, is_best=True, is_finite=True, step=30)
+    for verb in VERBS:
+        code, out, err = command(verb[0], copy, *verb[1:])
+        assert code in (0, 1, 2)
+        assert (code == 0) == (err == "")
+        assert all(character.isprintable() or character == "\n" for character in out + err)
+        assert not any(line.startswith("step_99999999") for line in (out + err).splitlines())
+    if case.startswith("stretch") and not case.startswith("stretch content '"):
+        assert (code, out) == (1, "")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "training.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"\xff" * 64, b"\x02\0\0\0\0\0\0\0{}", b"\x04\0\0\0\0\0\0\0\x1b[2J"])
+def test_a_strangers_tensors_are_an_answer_or_an_error(copy: Path, command: Command, file: str, content: bytes) -> None:
+    path = newest(copy)
+    (path / file).write_bytes(content)
+    (path / MANIFEST).unlink()
+    write_manifest(path, sequence=99, is_best=True, is_finite=True, step=30)
+    for verb in VERBS:
+        code, out, err = command(verb[0], copy, *verb[1:])
+        assert code in (0, 1)
+        assert (code == 0) == (err == "")
+        assert "\x1b" not in out + err
+
+
+def test_a_file_that_never_answers_is_not_opened(copy: Path, command: Command) -> None:
+    for file in ("model.safetensors", "state.json"):
+        (newest(copy) / file).unlink()
+        os.mkfifo(newest(copy) / file)
+    for verb in VERBS:
+        code, out, err = command(verb[0], copy, *verb[1:])
+        assert "is missing" in out + err
+        assert code == (0 if verb == ["list"] else 1)
+
+
+@pytest.mark.parametrize("verb", [[], ["list"], ["verify"], ["show"], ["samples"]])
+def test_help_loads_no_torch(tmp_path: Path, verb: list[str]) -> None:
+    code = (
+        "import sys\nfrom fundamentallm.commands.checkpoints import main\n"
+        f"try:\n    main({[*verb, '--help']}, 'fundamentallm checkpoints')\n"
+        "finally:\n    print(sorted(sys.modules.keys() & {'torch', 'numpy', 'safetensors', 'tokenizers'}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "usage: fundamentallm checkpoints" in done.stdout
+    assert done.stdout.endswith("\n[]\n")
+
+
+@pytest.mark.slow
+def test_the_command_line_for_real(made: Run, copy: Path) -> None:
+    def shell(text: str) -> subprocess.CompletedProcess[str]:
+        environment = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"], "XDG_CACHE_HOME": str(copy)}
+        program = f"{sys.executable} -m fundamentallm checkpoints"
+        command = text.replace("checkpoints ", f"{program} ", 1)
+        return subprocess.run(["bash", "-c", command], cwd=copy, env=environment, capture_output=True, text=True)
+
+    done = shell("checkpoints samples . --step 7 --full")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [text for _, text in parsed(done.stdout).values()] == made.seen[6]
+    flip(newest(copy) / "model.safetensors")
+    done = shell("checkpoints verify .")
+    assert (done.returncode, done.stderr) == (1, "")
+    done = shell("checkpoints show . --verify")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    done = shell("checkpoints show . | true; exit ${PIPESTATUS[0]}")
+    assert (done.returncode, done.stderr) == (0, "")
