@@ -267,7 +267,7 @@ def test_list_has_a_line_for_each_checkpoint_oldest_first(made: Run, command: Co
 
 
 def test_list_goes_by_the_order_of_saving_and_knows_no_loss_of_another_step(tmp_path: Path, command: Command) -> None:
-    metrics = {"val_step": torch.tensor([3]), "val_loss": torch.tensor([1.5])}
+    metrics = {"val_step": torch.tensor([1, 3, 4]), "val_loss": torch.tensor([float("nan"), 1.5, 1.75])}
     for name, step in (("z", 2), ("a", 3)):
         progress = {"step": step}
         CheckpointManager(tmp_path).save(
@@ -276,6 +276,7 @@ def test_list_goes_by_the_order_of_saving_and_knows_no_loss_of_another_step(tmp_
         )
     rows = [line.split()[:3] for line in command("list", tmp_path)[1].splitlines()[1:]]
     assert rows == [["z", "2", "-"], ["a", "3", "1.5000"]]
+    assert "best val_loss 1.5000, at step 3" in command("show", tmp_path)[1]
 
 
 def test_list_says_what_is_wrong_with_what_is_no_whole_checkpoint(copy: Path, command: Command) -> None:
@@ -385,9 +386,11 @@ def test_show_reads_no_weight_unless_it_verifies(copy: Path, command: Command) -
 
 
 @pytest.mark.parametrize("verb", [["show"], ["samples", "--step", "1"]])
-@pytest.mark.parametrize("file", ["state.json", MANIFEST])
+@pytest.mark.parametrize("file", ["state.json", MANIFEST, "tokenizer.json"])
 def test_what_is_damaged_is_not_told(copy: Path, command: Command, verb: list[str], file: str) -> None:
     flip(newest(copy) / file)
+    if verb == ["show"] and file == "tokenizer.json":
+        verb = ["show", "--verify"]
     code, out, err = command(verb[0], newest(copy), *verb[1:])
     assert (code, out) == (1, "")
     assert f"{file} is damaged" in err
@@ -407,10 +410,11 @@ def test_a_wrong_path_is_an_error_that_names_it(tmp_path: Path, command: Command
         (tmp_path / "file", "is a file"),
         (tmp_path / "empty", "there is no checkpoint in"),
         (tmp_path / ("x" * 300), "cannot be read"),
+        (tmp_path / "x\x1b[2J\n", "does not exist"),
     ):
         code, out, err = command(verb[0], path, *verb[1:])
         assert (code, out) == (1, "")
-        assert str(path) in err
+        assert str(path).replace("\x1b", "\\x1b").replace("\n", "\\n") in err
         assert problem in err
         assert len(err.splitlines()) == 1
 
@@ -443,7 +447,9 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], None]] = {
     "steps": lambda state: state["progress_state_dict"].update(step=[ESCAPE]),
     "losses": lambda state: state["metrics_state_dict"].update(val_loss=ESCAPE, val_step={"__tuple__": [1]}),
     "matrix": lambda state: state["metrics_state_dict"].update(val_loss=state["guard_state_dict"]["recent"]),
-    "deep": lambda state: state["config"].update(deep=nested(150)),
+    # Deeper and deeper, so that everything that descends into it comes to its end.
+    **{f"deep {depth}": lambda state, depth=depth: state["config"].update(deep=nested(depth)) for depth in
+       (200, 300, 350, 400, 450, 600, 900)},
 }  # fmt: skip
 
 
