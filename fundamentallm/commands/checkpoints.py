@@ -207,7 +207,7 @@ def _why_none(path: Path) -> str | None:
     if match := HIDDEN.fullmatch(path.name):
         purpose, name = match.groups()
         what = {"staging": "being saved", "replaced": "being replaced", "deleting": "being deleted"}[purpose]
-        return f"{name}, {what}; if no run is going on, the next start puts it in order"
+        return f"{name}, {what}, or left by a run that ended"
     if path.is_symlink():
         return "a link, which is not followed"
     if not is_ours(path):
