@@ -90,7 +90,7 @@ def _examine_all(config: Config, trainer: str, folder: Path) -> int:
         findings[check.name] = finding = examine(check, case, findings)
         _show(f"{finding.status:<9}", finding.figure)
         if finding.advice:
-            print(_wrap(finding.advice))
+            print(_wrap(f"-> {finding.advice}"))
     _show_forecast(case)
     counts: Counter[str] = Counter(finding.status for finding in findings.values())
     shown = ", ".join(f"{counts[status]} {word}" for status, word in WORDS.items() if counts[status])

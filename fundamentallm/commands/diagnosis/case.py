@@ -88,6 +88,11 @@ def within(apart: float) -> str:
     return f"within {apart:.0e}" if apart else "to the bit"
 
 
+def counted(count: int, noun: str) -> str:
+    """A number and its noun."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def listed(names: Sequence[str], at_most: int = 4) -> str:
     """The first few names and how many more there are."""
     more = f" and {len(names) - at_most} more" if len(names) > at_most else ""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -49,7 +51,9 @@ def examine(check: Check, case: Case, before: Mapping[str, Finding]) -> Finding:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             finding = check.make(case)
     except Exception as error:  # a check that raises has found something, and the others can still be made
-        finding = Finding("fail", f"{type(error).__name__}: {error}", "The run itself raises this.")
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        figure = f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
+        finding = Finding("fail", figure, "The short run raised this, before there was anything to compare.")
     finally:
         gc.collect()  # the trainers of this check, before those of the next one
         if torch.cuda.is_available():

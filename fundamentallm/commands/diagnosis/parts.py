@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from fundamentallm.commands.diagnosis.case import (
     Case,
     Finding,
+    counted,
     distance,
     draws_random_numbers,
     listed,
@@ -193,8 +194,8 @@ def check_gradients(case: Case) -> Finding:
     if seen.without_gradient:
         return Finding(
             "fail",
-            f"no gradient in {seen.steps} steps reached {listed(seen.without_gradient)}",
+            f"no gradient in {counted(seen.steps, 'step')} reached {listed(seen.without_gradient)}",
             "Use them in the forward pass (no detach() or no_grad() on the way), remove them, or freeze them with "
             "requires_grad_(False): they do not learn, and several processes refuse to run.",
         )
-    return Finding("pass", f"every trainable parameter got one within {seen.steps} steps")
+    return Finding("pass", f"every trainable parameter got one within {counted(seen.steps, 'step')}")

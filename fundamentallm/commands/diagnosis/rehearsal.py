@@ -75,16 +75,16 @@ def forecast(config: Config, seen: Rehearsal) -> Iterator[tuple[str, str]]:
     training = config.training
     validations = _validations(seen, training) if seen.has_validation else 0
     seconds = seen.total_steps * seen.step_seconds + validations * seen.validation_seconds
-    counted = f"{seen.total_steps:,} steps of {_duration(seen.step_seconds)}"
+    steps = f"{seen.total_steps:,} step{'s' * (seen.total_steps != 1)} of {_duration(seen.step_seconds)}"
     if validations:
-        counted += f", {validations:,} validation{'s' * (validations > 1)} of {_duration(seen.validation_seconds)}"
+        steps += f", {validations:,} validation{'s' * (validations > 1)} of {_duration(seen.validation_seconds)}"
     kept = training.keep_last_n + seen.has_validation + 1
     folder = Path(training.checkpoint_dir or config.output_dir).absolute()
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     needed = kept * seen.checkpoint_bytes
     yield "parameters", f"{seen.parameters:,}"
     yield "speed", f"{seen.tokens_per_step / seen.step_seconds:,.0f} tokens per second on {seen.device}, 1 process"
-    yield "whole run", f"{_duration(seconds)}: {counted}"
+    yield "whole run", f"{_duration(seconds)}: {steps}"
     yield "peak memory", f"{_size(seen.peak_bytes)} of {'device' if seen.device == 'cuda' else 'main'} memory"
     yield "checkpoint", f"{_size(seen.checkpoint_bytes)}"
     yield (
