@@ -264,7 +264,7 @@ class TrainingConfig(Section):
     resume_changes: list[str] = field(default_factory=list)
     """Settings that may differ from the checkpoint's although they change the course of the run; or sections."""
     max_minutes: float | None = None
-    """Minutes after which a start of the run ends, saved, with exit code 75: start it again; null: no limit."""
+    """Minutes of training after which a start of the run ends, saved, with exit code 75; null: no limit."""
     seed: int = 0
     """Seed of initial weights, order of samples, and dropout."""
 

@@ -40,12 +40,16 @@ def create_accelerator(mixed_precision: str | None = None) -> Accelerator:
     if cpu:
         _join_restarted_group()
     accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision)
-    check_accelerator(accelerator)
+    check_accelerator(accelerator, mixed_precision)
     return accelerator
 
 
-def check_accelerator(accelerator: Accelerator) -> None:
+def check_accelerator(accelerator: Accelerator, mixed_precision: str | None = None) -> None:
     """Refuse an Accelerator with which a run would silently not be what its config says.
+
+    Args:
+        accelerator: made already.
+        mixed_precision: what the config says; None: nothing.
 
     Raises:
         ConfigError: saying what to change.
@@ -62,6 +66,11 @@ def check_accelerator(accelerator: Accelerator) -> None:
         raise ConfigError(
             f"the Accelerator's gradient_accumulation_steps is {accelerator.gradient_accumulation_steps}; allowed: 1. "
             "Set training.micro_batch_size instead: accumulation follows from it."
+        )
+    if mixed_precision not in (None, accelerator.mixed_precision):
+        raise ConfigError(
+            f"training.mixed_precision is {mixed_precision!r} and the Accelerator's is "
+            f"{accelerator.mixed_precision!r}; set one of them, or both alike."
         )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ConfigError("mixed_precision is 'fp16', which accelerate computes as fp32 on a CPU; use no or bf16.")

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -200,14 +201,15 @@ class LoggingCallback(Callback):
             with writing(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 there = self.path.exists()
-                aside = self._rewind(self.path, trainer.global_step, validation_due) if there else None
+                rewound = trainer.was_rewound
+                aside = self._rewind(self.path, trainer.global_step, validation_due, rewound) if there else None
             if aside is not None:
-                trainer.say(f"{self.path} is of another run, or of one that ended before its first checkpoint: {aside}")
+                trainer.say(f"{self.path} had lines that would be lost; it is kept as {aside}")
 
     @staticmethod
-    def _rewind(path: Path, step: int, validation_due: bool) -> Path | None:
+    def _rewind(path: Path, step: int, validation_due: bool, keep_all: bool) -> Path | None:
         """Drop the lines after `step` (and its validation's, if that is due), which are made again; where that would
-        lose others, the file is kept aside.
+        lose others, or with `keep_all` any, the file is kept aside.
         """
         kept, lost = [], False
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
@@ -223,7 +225,9 @@ class LoggingCallback(Callback):
             )
             if is_whole and not made_again:
                 kept.append(line)
-            elif step == 0 or (not is_whole and number < len(lines)):  # a kill may have torn the last one only
+            elif (
+                step == 0 or keep_all or (not is_whole and number < len(lines))
+            ):  # a kill may have torn the last one only
                 lost = True
         temporary = path.with_name(path.name + ".new")
         temporary.write_text("".join(kept), encoding="utf-8")
@@ -231,7 +235,7 @@ class LoggingCallback(Callback):
         if lost:
             taken = (path.with_name(f"{path.stem}.before-{number}{path.suffix}") for number in itertools.count(1))
             aside = next(name for name in taken if not name.exists())
-            os.rename(path, aside)
+            shutil.copy2(path, aside)
         os.replace(temporary, path)
         return aside
 
@@ -283,12 +287,16 @@ class SaveBestCallback(Callback):
             trainer.request_save(is_best=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """The best value so far."""
-        return {"best_value": self.best_value}
+        """The best value so far, and of what."""
+        return {"metric": self.metric, "mode": self.mode, "best_value": self.best_value}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved best value."""
-        self.best_value = saved_best(state["best_value"])
+        best = saved_best(state["best_value"])
+        if (state["metric"], state["mode"]) == (self.metric, self.mode):
+            self.best_value = best
+        else:
+            logger.warning("the best starts afresh: it was of %s (%s) before.", state["metric"], state["mode"])
 
 
 def default_callbacks(config: Config | TrainingConfig, has_validation: bool) -> list[Callback]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -45,6 +47,8 @@ from fundamentallm.training.manifest import (
 )
 from fundamentallm.training.serialization import MALFORMED, decode, encode, unshare
 from fundamentallm.validation import range_problems
+
+logger = logging.getLogger(__name__)
 
 MODEL_KEY, OPTIMIZER_KEY = "model_state_dict", "optimizer_state_dict"
 HIDDEN = re.compile(r"\.(staging|replaced|deleting)-(.+)-[0-9a-f]{12}")
@@ -110,6 +114,7 @@ class CheckpointManager:
 
     Attributes:
         seconds: that the last save took to write.
+        origin: a checkpoint here that is kept too, since a restart needs it; None: none.
 
     Raises:
         ConfigError: if keep_last_n is below 1.
@@ -120,6 +125,7 @@ class CheckpointManager:
             raise ConfigError(problems)
         self.checkpoint_dir, self.keep_last_n = Path(checkpoint_dir), keep_last_n
         self.seconds = 0.0
+        self.origin: Path | None = None
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -205,14 +211,15 @@ class CheckpointManager:
                 "free some, lower training.keep_last_n, or choose another training.checkpoint_dir."
             )
 
-    def check_space_of_run(self, num_bytes: int) -> None:
-        """`check_space` for all checkpoints of `num_bytes` that are to be there at once, and are not yet.
+    def check_space_of_run(self, num_bytes: int, num_saves: int) -> None:
+        """`check_space` for all checkpoints of `num_bytes` that are to be there at once, and are not yet; at most
+        `num_saves` are still to come.
 
         Raises:
             CheckpointError: with the numbers.
         """
         at_once = self.keep_last_n + 2  # with the best, and a new one before an old one goes
-        self.check_space(num_bytes, max(at_once - len(self._found()), 1))
+        self.check_space(num_bytes, min(max(at_once - len(self._found()), 1), max(num_saves, 1)))
 
     def _try_to_write(self, snapshot: Snapshot) -> None:
         try:
@@ -221,7 +228,7 @@ class CheckpointManager:
             self._error = error
 
     def _write(self, snapshot: Snapshot) -> None:
-        """Stage, sync, publish, verify; then delete what is old."""
+        """Stage, sync, read back, publish; then delete what is old."""
         started = time.monotonic()
         try:
             self.check_space(snapshot.num_bytes)
@@ -235,19 +242,22 @@ class CheckpointManager:
                     (staging / file_name).write_text(text, encoding="utf-8")
                 sequence = max((manifest["sequence"] for _, manifest in self._found()), default=0) + 1
                 write_manifest(staging, sequence=sequence, is_finite=_is_finite(snapshot), **snapshot.about)
-                path = self._publish(staging, snapshot.name)
+                _read_back(staging, snapshot.weights, snapshot.others, texts)
+                self._publish(staging, snapshot.name)
             except BaseException:
                 shutil.rmtree(staging, ignore_errors=True)
                 raise
-            verify(path)
-            self.rotate()
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"cannot write checkpoint {snapshot.name!r} in {self.checkpoint_dir}: {error}."
             ) from error
+        try:
+            self.rotate()
+        except OSError as error:  # the new one is there all the same; the next start puts the rest in order
+            logger.warning("an old checkpoint in %s cannot be deleted: %s", self.checkpoint_dir, error)
         self.seconds = time.monotonic() - started
 
-    def _publish(self, staging: Path, name: str) -> Path:
+    def _publish(self, staging: Path, name: str) -> None:
         """Give the staged checkpoint its name. An intact one that has the name steps aside first, and goes last."""
         path = self.checkpoint_dir / name
         aside = None
@@ -260,11 +270,16 @@ class CheckpointManager:
                 path.rename(aside)
             except CheckpointError:  # somebody may want to see what is left of it, so it is never deleted
                 path.rename(self.checkpoint_dir / f"{name}~damaged-{uuid.uuid4().hex[:6]}")
-        staging.rename(path)
+        try:
+            staging.rename(path)
+        except BaseException:
+            if aside is not None:
+                aside.rename(path)
+                aside.parent.rmdir()
+            raise
         sync(self.checkpoint_dir)
         if aside is not None:
             shutil.rmtree(aside.parent)
-        return path
 
     def _hidden_folder(self, purpose: str) -> Path:
         # tempfile.mkdtemp would close the folder to everyone else, and with it the checkpoint it becomes.
@@ -276,9 +291,13 @@ class CheckpointManager:
         """Delete what is neither among the last nor the best; for when the newest is known to be whole."""
         found = self._found()
         last_finite = [path for path, manifest in found if manifest["is_finite"]][-1:]
-        keep = {path for path, _ in found[-self.keep_last_n :]} | {self.get_best(), *last_finite}
-        for path, _ in found:
-            if path not in keep:
+        keep = {path for path, _ in found[-self.keep_last_n :]} | {self.get_best(), *last_finite, self.origin}
+        for path, manifest in found:
+            if path in keep:
+                continue
+            if others := sorted({entry.name for entry in path.iterdir()} - {*manifest["files"], MANIFEST}):
+                logger.warning("%s is kept: it holds files that are not ours, such as %s", path, others[0])
+            else:
                 # Renamed first, so that a kill in between leaves no half of a checkpoint under its name.
                 doomed = self._hidden_folder(f"deleting-{path.name}")
                 shutil.rmtree(path.rename(doomed / path.name))
@@ -371,6 +390,43 @@ class CheckpointManager:
             CheckpointError: if the checkpoint is incomplete or damaged, naming the file.
         """
         return load_checkpoint(Path(path))
+
+
+def _read_back(
+    folder: Path, weights: Mapping[str, Tensor], others: Mapping[str, Tensor], texts: Mapping[str, str]
+) -> None:
+    """Compare what is on the disk with what is in memory: the manifest's hashes only say what was written.
+
+    Raises:
+        CheckpointError: naming the file that differs.
+    """
+    for name, tensors in ((MODEL, weights), (TRAINING, others)):
+        _forget(folder / name)
+        with safe_open(folder / name, "pt") as file:
+            same = set(file.keys()) == tensors.keys() and all(
+                torch.equal(_raw(file.get_tensor(key)), _raw(tensor)) for key, tensor in tensors.items()
+            )
+        if not same:
+            raise CheckpointError(f"{folder / name} was not written as it is in memory; the disk may be failing.")
+    for name, text in texts.items():
+        _forget(folder / name)
+        if (folder / name).read_bytes() != text.encode():
+            raise CheckpointError(f"{folder / name} was not written as it is in memory; the disk may be failing.")
+
+
+def _forget(path: Path) -> None:
+    """Have the next read of a synced file come from the disk, where the system lets us."""
+    if hasattr(os, "posix_fadvise"):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(handle)
+
+
+def _raw(tensor: Tensor) -> Tensor:
+    """The bytes of a dense tensor, so that NaN equals NaN."""
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def is_ours(path: Path) -> bool:

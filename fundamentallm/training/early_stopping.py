@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
 from fundamentallm.config import TrainingConfig
 from fundamentallm.errors import ConfigError
 from fundamentallm.validation import range_problems
+
+logger = logging.getLogger(__name__)
 
 
 def improves(value: float, best: float | None, mode: str, min_delta: float = 0.0) -> bool:
@@ -81,12 +84,21 @@ class EarlyStopping:
         self._best, self.counter, self.is_best = None, 0, False
 
     def state_dict(self) -> dict[str, Any]:
-        """Best value and count."""
-        return {"best_value": self._best, "counter": self.counter, "is_best": self.is_best}
+        """Best value and count, and of what."""
+        return {
+            "metric": self.metric,
+            "mode": self.mode,
+            "best_value": self._best,
+            "counter": self.counter,
+            "is_best": self.is_best,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved count."""
         best, counter = saved_best(state["best_value"]), state["counter"]
         if type(counter) is not int or counter < 0:
             raise ValueError(f"the counter is {counter!r}; allowed: a whole number, at least 0.")
+        if (state["metric"], state["mode"]) != (self.metric, self.mode):
+            logger.warning("early stopping starts afresh: it watched %s (%s) before.", state["metric"], state["mode"])
+            return
         self._best, self.counter, self.is_best = best, counter, bool(state["is_best"])

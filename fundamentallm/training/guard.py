@@ -9,6 +9,8 @@ WINDOW = 128
 """Steps that a spike is measured against."""
 FEWEST = 32
 """Steps that have to be known before any is called a spike."""
+LEAST_DEVIATION = 1e-3
+"""Of the median: where more than half of the window is alike, not everything above it is a spike."""
 MAD_TO_STD = 1.4826
 """Standard deviation of normal numbers over their median absolute deviation."""
 
@@ -38,16 +40,18 @@ class Guard:
     def skips(self, step: int, loss: Tensor, norm: Tensor) -> Tensor:
         """Whether to leave `step` out (a boolean scalar), given its mean loss and gradient norm (scalars)."""
         in_a_row, in_all, spikes = self.counts.unbind()
-        bad = ~(loss.isfinite() & norm.isfinite()) | (in_a_row >= self.max_bad_steps)
+        stands_still = in_a_row >= self.max_bad_steps
+        bad = ~(loss.isfinite() & norm.isfinite()) | stands_still
         spike = torch.zeros_like(bad)
         if self.skip_spikes_above is not None:
             spike = self._is_spike(step, torch.stack((loss.float(), norm.float())), self.skip_spikes_above) & ~bad
-        self.counts = torch.stack(((in_a_row + 1) * bad, in_all + bad, spikes + spike))
+        self.counts = torch.stack(((in_a_row + 1) * bad, in_all + (bad & ~stands_still), spikes + spike))
         return bad | spike
 
     def _is_spike(self, step: int, values: Tensor, threshold: float) -> Tensor:
         median = self._recent.nanmedian(dim=1, keepdim=True).values
-        deviation = (self._recent - median).abs().nanmedian(dim=1).values * MAD_TO_STD
+        spread = (self._recent - median).abs().nanmedian(dim=1).values * MAD_TO_STD
+        deviation = spread.maximum(LEAST_DEVIATION * median.squeeze(1).abs())
         known = (~self._recent.isnan()).sum(dim=1) >= FEWEST
         above = values - median.squeeze(1) > threshold * deviation
         slot = step % WINDOW

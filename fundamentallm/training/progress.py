@@ -17,6 +17,7 @@ class Progress:
         step: optimizer steps done.
         tokens: targets trained on, a scalar.
         loss: the mean since the last log line.
+        origin: the checkpoint, by path, that `resume` named and this run went on from; None: none.
         validation_due: the last step's validation was broken off, and comes first when the run goes on.
         stretches: each stretch of the run with the data and batches it was trained on, the present one last; what
             names any step's samples afterwards.
@@ -29,6 +30,7 @@ class Progress:
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
         self.loss = RunningMean(device)
         self.validation_due = False
+        self.origin: str | None = None
         self.stretches = [{**geometry(samples), "content": content, "start": list(samples.start)}]
 
     def state_dict(self) -> dict[str, Any]:
@@ -39,6 +41,7 @@ class Progress:
             "tokens": self.tokens,
             "loss": self.loss.state_dict(),
             "validation_due": self.validation_due,
+            "origin": self.origin,
             "stretches": self.stretches,
         }
 
@@ -69,6 +72,7 @@ class Progress:
             self.samples.start = Start(step, epoch, place, state["samples"])
             self.stretches = [*state["stretches"], {**now, "start": list(self.samples.start)}]
         self.step, self.validation_due = step, bool(state["validation_due"])
+        self.origin = None if state["origin"] is None else str(state["origin"])
         self.tokens.copy_(state["tokens"])
         self.loss.load_state_dict(state["loss"])
 

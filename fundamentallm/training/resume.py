@@ -13,6 +13,7 @@ from fundamentallm.config import expand_user
 from fundamentallm.data.datasets import TokenDataset
 from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.models.transformer import Transformer
+from fundamentallm.training.checkpoint import load_checkpoint
 from fundamentallm.training.optimizers import NamedOptimizerState
 from fundamentallm.training.run_folder import LOCK
 from fundamentallm.training.schedulers import StepSchedule
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from fundamentallm.training.trainer import Trainer
 
 FREE = {
+    "model.init_from",
     *("output_dir", "callbacks", "sample_tokens", "data.source", "data.num_workers", "data.cache_dir"),
     *("training.micro_batch_size", "training.checkpoint_dir", "training.keep_last_n", "training.max_bad_steps"),
     *("training.save_every_n_epochs", "training.save_every_n_steps", "training.log_every_n_steps"),
@@ -72,8 +74,7 @@ def resume(trainer: Trainer) -> Path | None:
     """
     manager, wanted = trainer.checkpoint_manager, trainer.config.resume
     if wanted not in ("auto", "never"):
-        trainer.load_checkpoint(given := Path(expand_user(wanted)))
-        return given
+        return _resume_from(trainer, Path(expand_user(wanted)).absolute())
     if manager is not None and wanted == "never":
         folder = manager.checkpoint_dir
         if folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
@@ -94,6 +95,35 @@ def resume(trainer: Trainer) -> Path | None:
                 "would mix two runs; choose another output_dir, or move them away."
             )
     return None
+
+
+def _resume_from(trainer: Trainer, path: Path) -> Path:
+    """Go on from the checkpoint at `path`, or, where the run has gone on from there already, from its newest.
+
+    So the same command is the first start and every restart. A folder that holds another run is refused, since
+    what is saved would push its checkpoints out.
+
+    Raises:
+        ConfigError: if it is.
+        CheckpointError: as loading does.
+    """
+    manager = trainer.checkpoint_manager
+    saved, newest, _ = manager.load_latest() if manager is not None else (None, None, [])
+    if manager is not None and saved is not None and newest is not None:
+        progress = saved.get("progress_state_dict")
+        if isinstance(progress, dict) and progress.get("origin") == str(path):
+            manager.origin = path
+            restore(trainer, saved, newest)
+            return newest
+        if path.parent.resolve() != manager.checkpoint_dir.resolve():
+            raise ConfigError(
+                f"training.resume is {str(path)!r} and {manager.checkpoint_dir} holds another run, whose checkpoints "
+                "would go as new ones come; choose another output_dir (or checkpoint_dir)."
+            )
+        manager.origin, trainer.was_rewound = manager.checkpoint_dir / path.name, True
+    restore(trainer, load_checkpoint(path), path)
+    trainer.state["progress"].origin = str(path)
+    return path
 
 
 def restore(trainer: Trainer, saved: dict[str, Any], where: Path) -> None:
@@ -131,6 +161,7 @@ def restore(trainer: Trainer, saved: dict[str, Any], where: Path) -> None:
             raise CheckpointError(f"{where}: its {part} does not fit this run: {error}") from error
         if part == "progress":
             trainer.set_horizon()  # with another batch size, an epoch has another number of steps
+    trainer.mark_saved()
     for group, lr in zip(trainer.optimizer.param_groups, trainer.scheduler.get_last_lr(), strict=True):
         group["lr"] = lr
     trainer.say(f"resumed from {where} at step {trainer.global_step}: {_inventory(trainer, saved, afresh, where)}")

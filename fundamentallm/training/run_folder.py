@@ -17,7 +17,8 @@ from fundamentallm.errors import RunInProgressError, writing
 
 logger = logging.getLogger(__name__)
 
-LOCK, STATUS = ".lock", "status.json"
+LOCK, STATUS = ".fundamentallm.lock", "status.json"
+_held_here: set[Path] = set()
 CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 """What file systems without locks answer, as Lustre does unless mounted for them."""
 
@@ -34,8 +35,13 @@ def locked(folders: Iterable[Path]) -> Iterator[None]:
         OSError: if a folder cannot be created or written to.
     """
     with contextlib.ExitStack() as held:
-        for folder in folders:
+        for folder in dict.fromkeys(path.absolute() for path in folders):
             folder.mkdir(parents=True, exist_ok=True)
+            real = folder.resolve()
+            if real in _held_here:  # a record lock does not hold within a process
+                raise RunInProgressError(f"{folder} is in use by another Trainer of this process; choose another.")
+            _held_here.add(real)
+            held.callback(_held_here.discard, real)
             # Not through a link, which would have us write into somebody else's file.
             handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             file = held.enter_context(os.fdopen(handle, "r+", encoding="utf-8", errors="replace"))

@@ -16,8 +16,10 @@ from torch import Tensor
 from fundamentallm.config import Config
 from fundamentallm.errors import START_AGAIN, CheckpointError, FundamentaLLMError, TrainingError, exit_code
 from fundamentallm.training.accelerator import on_main_process
+from fundamentallm.training.checkpoint import OPTIMIZER_KEY
 from fundamentallm.training.resume import resume, run_state
 from fundamentallm.training.run_folder import locked, read_state, write_status
+from fundamentallm.training.serialization import encode
 
 if TYPE_CHECKING:
     from fundamentallm.training.checkpoint import CheckpointManager
@@ -41,19 +43,16 @@ def session(trainer: Trainer, is_first: bool) -> Iterator[None]:
     """
     with ExitStack() as stack:
         on_main_process(trainer.accelerator, lambda: _open_folders(trainer, stack))
-        if is_first:
-            resumed_from = resume(trainer)
-            _check_same_step(trainer)
-            on_main_process(trainer.accelerator, lambda: _delete_old(trainer, resumed_from))
-        if trainer.is_finished:
-            if trainer.is_main_process and _state(trainer) == "running":  # killed between the last save and the end
-                _tell(trainer, state="finished", exit_code=0, reason="")
-            yield
-            return
-        on_main_process(trainer.accelerator, lambda: _check_space(trainer))
-        _tell(trainer, state="running")
-        stack.enter_context(trainer.stop_switch.listening())
         try:
+            if is_first:
+                resumed_from = resume(trainer)
+                _check_same_step(trainer)
+                on_main_process(trainer.accelerator, lambda: _delete_old(trainer, resumed_from))
+            if not trainer.is_finished:
+                on_main_process(trainer.accelerator, lambda: _check_saving(trainer))
+                _tell(trainer, state="running")
+            trainer.stop_switch.begin()
+            stack.enter_context(trainer.stop_switch.listening())
             yield
         except BaseException as error:
             if trainer.checkpoint_manager is not None and not isinstance(error, KeyboardInterrupt):
@@ -64,7 +63,8 @@ def session(trainer: Trainer, is_first: bool) -> Iterator[None]:
             raise
         state = "finished" if trainer.is_finished else "interrupted" if trainer.was_interrupted else "stopped"
         code = START_AGAIN if trainer.was_interrupted else 0
-        _tell(trainer, state=state, exit_code=code, reason=trainer.stop_switch.reason)
+        if state != "finished" or _state(trainer) != state:  # a start that finds the run finished changes nothing
+            _tell(trainer, state=state, exit_code=code, reason=trainer.stop_switch.reason)
 
 
 def _open_folders(trainer: Trainer, stack: ExitStack) -> None:
@@ -111,24 +111,34 @@ def _delete_old(trainer: Trainer, verified: Path | None) -> None:
         manager.rotate()
 
 
-def _check_space(trainer: Trainer) -> None:
+def _check_saving(trainer: Trainer) -> None:
+    """Find out before the first step whether the state can be saved, and whether there is room for it."""
     if trainer.checkpoint_manager is not None:
-        trainer.checkpoint_manager.check_space_of_run(expected_bytes(trainer))
+        config, left = trainer.config, trainer.total_steps - trainer.global_step
+        by_steps = left // (config.save_every_n_steps or left + 1)
+        by_epochs = left // ((config.save_every_n_epochs or left + 1) * trainer.steps_per_epoch)
+        by_validations = left // min(config.eval_every_n_steps or left + 1, trainer.steps_per_epoch)  # the best
+        trainer.checkpoint_manager.check_space_of_run(
+            expected_bytes(trainer), by_steps + by_epochs + by_validations + 2
+        )
 
 
 def expected_bytes(trainer: Trainer) -> int:
-    """Size of a checkpoint; before the first step, the optimizer is taken to hold two numbers a parameter, as Adam."""
-    state = run_state(trainer)
-    held = sum(_bytes(state[f"{part}_state_dict"]) for part in trainer.state)
+    """Size of a checkpoint; before the first step, the optimizer is taken to hold two numbers a parameter, as Adam.
+
+    Raises:
+        CheckpointError: if the state has something in it that cannot be saved.
+    """
+    tensors: dict[str, Tensor] = {}
+    encode(run_state(trainer), (), tensors)
+    moments = {name: tensor for name, tensor in tensors.items() if name.startswith(OPTIMIZER_KEY)}
     trained = sum(p.numel() * p.element_size() for group in trainer.optimizer.param_groups for p in group["params"])
-    return held if trainer.global_step else held - _bytes(state["optimizer_state_dict"]) + 2 * trained
+    return _bytes(tensors) if trainer.global_step else _bytes(tensors) - _bytes(moments) + 2 * trained
 
 
-def _bytes(state: object) -> int:
-    if isinstance(state, Tensor):
-        return state.nbytes
-    items = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
-    return sum(map(_bytes, items))
+def _bytes(tensors: dict[str, Tensor]) -> int:
+    """Of all of them, a tied one counted once."""
+    return sum({(t.data_ptr(), t.nbytes): t.nbytes for t in tensors.values()}.values())
 
 
 def _state(trainer: Trainer) -> str | None:

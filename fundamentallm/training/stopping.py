@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -48,14 +49,14 @@ class StopSwitch:
     poll before, exchanged while the step was computed, so that nobody waits for it either.
 
     Args:
-        max_minutes: from now on; None: without limit.
+        max_minutes: from `begin` on; None: without limit.
     """
 
     def __init__(self, max_minutes: float | None = None) -> None:
         self.wanted, self.agreed, self.reason = Stop.NO, Stop.NO, ""
         self.seconds_to_save = 0.0  # kept free before the time is over
-        self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
-        self._polled_at = time.monotonic()
+        self._max_minutes = max_minutes
+        self._deadline, self._polled_at = math.inf, time.monotonic()
         self._on_their_way: tuple[torch.Tensor, Any] | None = None
         self._several = dist.is_initialized() and dist.get_world_size() > 1
         # The default group is used where it is gloo's already.
@@ -66,9 +67,11 @@ class StopSwitch:
         if stop > self.wanted:
             self.wanted, self.reason = stop, reason
 
-    def withdraw(self) -> None:
-        """Forget every reason, also one on its way: a stopped run begins again."""
+    def begin(self) -> None:
+        """Start the clock, and forget every reason, also one on its way: a stopped run may begin again."""
         self._collect()
+        self._polled_at = time.monotonic()
+        self._deadline = math.inf if self._max_minutes is None else self._polled_at + 60 * self._max_minutes
         self.wanted, self.agreed, self.reason = Stop.NO, Stop.NO, ""
 
     def poll(self) -> Stop:
@@ -78,7 +81,7 @@ class StopSwitch:
         """
         now = time.monotonic()
         since_last, self._polled_at = now - self._polled_at, now
-        if self._deadline is not None and now + since_last + self.seconds_to_save >= self._deadline:
+        if now + since_last + self.seconds_to_save >= self._deadline:
             self.request(Stop.OUT_OF_TIME, REASONS[Stop.OUT_OF_TIME])
         if not self._several:
             return self._conclude(self.wanted)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,14 @@ class Trainer:
         loss_fn: Any = None,
         accelerator: Accelerator | None = None,
     ) -> None:
-        self.run_config = config.resolved()
-        self.config = training = self.run_config.training if isinstance(self.run_config, Config) else self.run_config
+        config = config.resolved()
+        training = config.training if isinstance(config, Config) else config
         if accelerator is not None:
-            check_accelerator(accelerator)
+            check_accelerator(accelerator, training.mixed_precision)
         self.accelerator = accelerator or create_accelerator(training.mixed_precision)
+        # What the launcher said about it is a part of the run as if the config had.
+        self.config = training = replace(training, mixed_precision=self.accelerator.mixed_precision)
+        self.run_config = replace(config, training=training) if isinstance(config, Config) else training
         place = self.accelerator.process_index, self.accelerator.num_processes, training.micro_batch_size
         self.train_loader, self.val_loader = train_loader, val_loader
         self.samples = step_sampler("train_loader", train_loader, training.seed, *place)
@@ -128,6 +132,8 @@ class Trainer:
         self._start_step = 0
         self._save_requested: bool | None = None  # and whether as the best
         self._saved_at = -1
+        self.was_rewound = False
+        """Whether this run went back to an earlier checkpoint, so that what came after it is another course."""
         self._log_mark = (0.0, 0)  # when the window of the next log line began, and at how many tokens
 
     def _check(self, optimizer: Optimizer | None, scheduler: LRScheduler | None) -> None:
@@ -208,6 +214,8 @@ class Trainer:
         with session(self, is_first=not self._started):
             self._started = True
             if self.is_finished:
+                if self.checkpoint_manager is not None and self._saved_at != self.global_step:
+                    self.save_checkpoint()  # which failed when the run ended
                 self.say(
                     f"this run is finished, at step {self.global_step} of {self.total_steps}; choose another "
                     "output_dir, or raise training.max_steps or max_epochs and name it in training.resume_changes."
@@ -255,13 +263,17 @@ class Trainer:
         )
         if validates and not self._validate_in_training():
             return True
+        progress.validation_due = False  # also where there is nothing to validate on any more
         if self._is_at_epoch:
             self.callbacks.on_epoch_end(self)
         if self._save_requested is not None or self._due(config.save_every_n_steps, config.save_every_n_epochs):
+            self._end_if_diverged(int(self._guard.counts[0]))  # before it is saved
             self._save_if_possible()
         self._log_mark = (self._log_mark[0] + time.perf_counter() - started, self._log_mark[1])
-        if self.checkpoint_manager is not None and self.checkpoint_manager.has_failed:
-            self.stop_switch.request(Stop.FAILED, "a checkpoint could not be written")
+        if self.checkpoint_manager is not None:
+            self.stop_switch.seconds_to_save = self.checkpoint_manager.seconds
+            if self.checkpoint_manager.has_failed:
+                self.stop_switch.request(Stop.FAILED, "a checkpoint could not be written")
         # What hooks ask for at these steps takes effect at once, on every process; else at the next step.
         return (
             self.stop_switch.settle() if logged or validates or self._is_at_epoch else self.stop_switch.poll()
@@ -299,6 +311,10 @@ class Trainer:
         }
         self.metrics.update(line)
         self.callbacks.on_log(self, line)
+        self._end_if_diverged(bad_in_a_row)
+
+    def _end_if_diverged(self, bad_in_a_row: int) -> None:
+        """Raise TrainingError if the guard has stopped the run; such a state is never saved."""
         if bad_in_a_row >= self.config.max_bad_steps:
             raise TrainingError(
                 f"the loss or the gradient was not finite in {self.config.max_bad_steps} optimizer steps in a row; "
@@ -377,20 +393,28 @@ class Trainer:
             ConfigError: if there is no checkpoint_dir.
             CheckpointError: if it cannot be written.
         """
-        manager, name = self.checkpoint_manager, name or f"step_{self.global_step:08d}"
+        manager, name = self.checkpoint_manager, name or self._name
         if manager is None:
             raise ConfigError("there is no checkpoint_dir; set training.checkpoint_dir.")
         on_main_process(self.accelerator, lambda: manager.save(run_state(self), name, is_best, model_files(self)))
+        if name == self._name:
+            self._saved_at = self.global_step
         return manager.checkpoint_dir / name
+
+    def mark_saved(self) -> None:
+        """Note that the present state is on the disk; but for a validation that is due, after which it is another."""
+        self._saved_at = -1 if self._progress.validation_due else self.global_step
+
+    @property
+    def _name(self) -> str:
+        return f"step_{self.global_step:08d}"
 
     def _save_if_possible(self) -> None:
         """Save in the background; at the end of the run, `_finish` waits for it."""
         manager, is_best = self.checkpoint_manager, bool(self._save_requested)
         if manager is not None and (self._saved_at != self.global_step or is_best):
             if self.is_main_process and not manager.has_failed:
-                name = f"step_{self.global_step:08d}"
-                manager.save_in_background(run_state(self), name, is_best, model_files(self))
-                self.stop_switch.seconds_to_save = manager.seconds
+                manager.save_in_background(run_state(self), self._name, is_best, model_files(self))
             self._saved_at = self.global_step
         self._save_requested = None
 
@@ -407,7 +431,6 @@ class Trainer:
     # ---- beginning and end -------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        self.stop_switch.withdraw()
         self._start_step, self._save_requested = self.global_step, None
         self._step_model.train()
         self.model.zero_grad()  # what a caller, or a step that raised, may have left
@@ -418,11 +441,14 @@ class Trainer:
         """Save the end, whatever the reason, and wait until it is saved."""
         manager = self.checkpoint_manager
         if manager is not None:
+            self._end_if_diverged(int(self._guard.counts[0]))
             self._save_if_possible()
+            saved, self._saved_at = self._saved_at, -1
             on_main_process(self.accelerator, manager.wait)
+            self._saved_at = saved
         self.callbacks.on_train_end(self)
         if self.stop_switch.reason:
-            go_on = "; start it again to go on" if self.was_interrupted else ""
+            go_on = "; start it again to go on" if self.was_interrupted and manager is not None else ""
             self.say(f"stopped at step {self.global_step} of {self.total_steps}: {self.stop_switch.reason}{go_on}")
 
     def say(self, text: str) -> None:

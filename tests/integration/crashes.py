@@ -408,16 +408,23 @@ class Case:
         # A run that was stopped has saved at steps of its own, which counted among the last.
         if not self.was_stopped and found != expected:
             self._fail(f"the checkpoint folder holds {sorted(found)}, not {sorted(expected)}")
-        if odd := {name for name in found if not name.startswith("step_")} - {".lock"}:
+        if odd := {name for name in found if not name.startswith("step_")} - {".fundamentallm.lock"}:
             self._fail(f"left in the checkpoint folder: {sorted(odd)}")
         if max(found) != max(expected):
             self._fail(f"the last checkpoint is {max(found)}, not {max(expected)}")
-        for name in sorted(found & expected - {".lock"}):
+        for name in sorted(found & expected - {".fundamentallm.lock"}):
             one, another = (load_checkpoint(run / "checkpoints" / name) for run in (mine, other))
             if different := differences(one, another):
                 self._fail(f"{name} differs in {different[:5]}")
         written = {re.sub(r"\d+", "N", path.name) for path in mine.iterdir()}
-        known = {".lock", "checkpoints", "metrics.jsonl", "metrics.before-N.jsonl", "status.json", "curves.png"}
+        known = {
+            ".fundamentallm.lock",
+            "checkpoints",
+            "metrics.jsonl",
+            "metrics.before-N.jsonl",
+            "status.json",
+            "curves.png",
+        }
         if odd := written - known - {".curves.png"}:  # which the next drawing, that forked starts lack, writes over
             self._fail(f"left in the output folder: {sorted(odd)}")
         status = json.loads((mine / "status.json").read_text())

@@ -331,7 +331,9 @@ class Fill(Callback):
             fill(self.disk, self.free)
 
 
-@pytest.mark.parametrize(("step", "left"), [(1, [".lock"]), (5, [".lock", "step_00000004"])])
+@pytest.mark.parametrize(
+    ("step", "left"), [(1, [".fundamentallm.lock"]), (5, [".fundamentallm.lock", "step_00000004"])]
+)
 @pytest.mark.parametrize("free", [0, 40_000])
 def test_a_full_disk_is_told_with_the_numbers_and_keeps_what_is_on_it(
     tmp_path: Path, step: int, left: list[str], free: int
@@ -360,7 +362,7 @@ def test_a_disk_that_fills_up_while_writing_is_told_in_the_file_systems_words(
             patched.setattr(f"{__name__}.fill", lambda folder, free: _fill_by_statvfs(folder, free))
             with pytest.raises(CheckpointError, match=r"cannot write checkpoint 'step_00000008'.*No space left"):
                 trainer.train()
-        assert names(disk / "c") == [".lock", "step_00000004"]
+        assert names(disk / "c") == [".fundamentallm.lock", "step_00000004"]
         CheckpointManager(disk / "c").load(disk / "c" / "step_00000004")
 
 
@@ -376,7 +378,7 @@ def test_a_full_disk_under_the_whole_run_is_told(tmp_path: Path) -> None:
         trainer.callbacks.add(Fill(disk, 5, 0))
         with pytest.raises(CheckpointError, match=r"and 0\.0 MB are free"):
             trainer.train()
-        assert names(disk / "run" / "checkpoints") == [".lock", "step_00000004"]
+        assert names(disk / "run" / "checkpoints") == [".fundamentallm.lock", "step_00000004"]
         (disk / "filling").unlink()
         again = make_trainer(make_config(disk / "run", **RUN))
         again.train()
@@ -390,7 +392,7 @@ LIMIT = 400_000
 def test_a_limit_on_files_is_told_in_the_file_systems_words_at_the_first_save(tmp_path: Path) -> None:
     ended = run_command_line(tmp_path, largest_file=LIMIT)
     assert_told(ended, "cannot write checkpoint 'step_00000002' in run/checkpoints", "File too large")
-    assert names(tmp_path / "run" / "checkpoints") == [".lock"]
+    assert names(tmp_path / "run" / "checkpoints") == [".fundamentallm.lock"]
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 1)
 
@@ -465,7 +467,9 @@ def test_what_a_dead_process_left_is_put_in_order_and_told_and_nothing_else_is_t
     assert "step_00000008 at step 8" in said
     assert_ends_as_undisturbed(cut, whole)
     links = [".deleting-link-0123456789ab", ".replaced-link-0123456789ab", ".staging-file-0123456789ab"]
-    assert names(folder) == sorted([".lock", "step_00000004", "step_00000008", "step_00000012", *foreign, *links])
+    assert names(folder) == sorted(
+        [".fundamentallm.lock", "step_00000004", "step_00000008", "step_00000012", *foreign, *links]
+    )
     assert all((folder / name / "mine").read_text() == "mine" for name in foreign)
     assert names(outside) == ["mine"]
 
@@ -521,7 +525,7 @@ def test_the_lock_of_a_killed_process_stops_nobody(tmp_path: Path, whole: Path) 
     with waiting_run(tmp_path / "run") as process:
         process.kill()
         process.wait()
-        assert f"process {process.pid}" in (tmp_path / "run" / ".lock").read_text()
+        assert f"process {process.pid}" in (tmp_path / "run" / ".fundamentallm.lock").read_text()
         make_trainer(make_config(tmp_path / "run", **RUN)).train()
     assert_ends_as_undisturbed(tmp_path / "run", whole)
 
@@ -547,7 +551,7 @@ def test_a_failed_save_ends_the_run_at_its_next_step(tmp_path: Path) -> None:
         trainer.train()
     assert trainer.global_step == 9
     assert json.loads((tmp_path / "status.json").read_text())["exit_code"] == 1
-    assert names(tmp_path / "checkpoints") == [".lock", "step_00000004", "step_00000008"]
+    assert names(tmp_path / "checkpoints") == [".fundamentallm.lock", "step_00000004", "step_00000008"]
 
 
 def spoil(trainer: Trainer) -> None:
@@ -567,7 +571,7 @@ def test_weights_that_are_not_finite_push_no_finite_ones_out_and_are_passed_over
     trainer = make_trainer(make_config(tmp_path / "run", **settings))
     trainer.callbacks.add(Spoil())
     trainer.train()
-    assert names(tmp_path / "run" / "checkpoints") == [".lock", "step_00000004", "step_00000012"]
+    assert names(tmp_path / "run" / "checkpoints") == [".fundamentallm.lock", "step_00000004", "step_00000012"]
     capsys.readouterr()
     again = make_trainer(make_config(tmp_path / "run", **settings))
     again.train()

@@ -436,7 +436,9 @@ def replace(path: Path, kind: str, outside: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", [*FILES, "", "~", "../.lock", ".staging-x-0123456789ab", ".replaced-x-0123456789ab"])
+@pytest.mark.parametrize(
+    "name", [*FILES, "", "~", "../.fundamentallm.lock", ".staging-x-0123456789ab", ".replaced-x-0123456789ab"]
+)
 def test_anything_in_the_place_of_a_file_or_folder(kind: str, name: str) -> None:
     with copy_of_run() as run:
         checkpoints = run / "checkpoints"

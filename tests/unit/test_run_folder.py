@@ -44,8 +44,8 @@ def test_a_locked_folder_is_made_and_names_its_process_until_it_ends(tmp_path: P
     folders = [tmp_path / "a" / "b", tmp_path / "c"]
     with locked(folders):
         for folder in folders:
-            assert (folder / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
-    assert [(folder / ".lock").read_text() for folder in folders] == ["", ""]
+            assert (folder / ".fundamentallm.lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+    assert [(folder / ".fundamentallm.lock").read_text() for folder in folders] == ["", ""]
     with locked(folders):
         pass
 
@@ -65,19 +65,19 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
         process.kill()
         process.wait()
         with locked([tmp_path]):
-            assert str(os.getpid()) in (tmp_path / ".lock").read_text()
+            assert str(os.getpid()) in (tmp_path / ".fundamentallm.lock").read_text()
 
 
 def test_a_lock_file_of_any_content_is_taken_over(tmp_path: Path) -> None:
-    (tmp_path / ".lock").write_bytes(b"\xff\0 something long that stood here")
+    (tmp_path / ".fundamentallm.lock").write_bytes(b"\xff\0 something long that stood here")
     with locked([tmp_path]):
-        assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+        assert (tmp_path / ".fundamentallm.lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def test_a_lock_that_is_a_link_is_refused_and_its_target_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "mine")
+    (tmp_path / "run" / ".fundamentallm.lock").symlink_to(tmp_path / "mine")
     with pytest.raises(OSError, match="symbolic links"), locked([tmp_path / "run"]):
         pass
     assert (tmp_path / "mine").read_text() == "mine"
