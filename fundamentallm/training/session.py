@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fundamentallm.config import Config
-from fundamentallm.errors import START_AGAIN, CheckpointError, FundamentaLLMError, TrainingError, exit_code
+from fundamentallm.errors import START_AGAIN, CheckpointError, ConfigError, FundamentaLLMError, TrainingError, exit_code
 from fundamentallm.training.accelerator import on_main_process
 from fundamentallm.training.checkpoint import OPTIMIZER_KEY
 from fundamentallm.training.resume import resume, run_state
@@ -58,8 +58,10 @@ def session(trainer: Trainer, is_first: bool) -> Iterator[None]:
             if trainer.checkpoint_manager is not None and not isinstance(error, KeyboardInterrupt):
                 _finish_saving(trainer, trainer.checkpoint_manager)
             state = "diverged" if isinstance(error, TrainingError) else "failed"
-            with suppress(FundamentaLLMError):  # a full disk takes no status either, which is not what to raise
-                _tell(trainer, state=state, exit_code=exit_code(error), reason=f"{type(error).__name__}: {error}")
+            # A start that is refused leaves the run as it was, unless that is to be started again and again.
+            if not isinstance(error, ConfigError) or _state(trainer) in ("running", "interrupted"):
+                with suppress(FundamentaLLMError):  # a full disk takes no status either, which is not what to raise
+                    _tell(trainer, state=state, exit_code=exit_code(error), reason=f"{type(error).__name__}: {error}")
             raise
         state = "finished" if trainer.is_finished else "interrupted" if trainer.was_interrupted else "stopped"
         code = START_AGAIN if trainer.was_interrupted else 0
