@@ -100,6 +100,7 @@ def _has_form(manifest: dict[str, Any]) -> bool:
             and name != MANIFEST
             and isinstance(entry, dict)
             and type(entry["size"]) is int
+            and 0 <= entry["size"] < 2**63
             and isinstance(entry["sha256"], str)
             for name, entry in manifest["files"].items()
         )
