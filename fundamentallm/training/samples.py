@@ -94,7 +94,8 @@ def text_of_step(checkpoint: Path, samples: StepSamples, source: str | None = No
     verify(checkpoint, hashed=[STATE, TOKENIZER])
     try:
         data = from_dict(DataConfig, samples.config["data"])
-        data = dataclasses.replace(data, source=data.source if source is None else source)
+        # The cache is that of whoever asks: the run's is of its own machine, and a stranger's anywhere.
+        data = dataclasses.replace(data, source=data.source if source is None else source, cache_dir=None)
         if data.tokenizer.endswith(".json"):  # a file of the user's, which may be gone
             data = dataclasses.replace(data, tokenizer=str(checkpoint / TOKENIZER))
         # The ids are compared, so it takes the tokenizer that the run had to give them back their text.
