@@ -26,7 +26,7 @@ def shortened(text: str, width: int) -> str:
 
 def say_table(rows: Iterable[tuple[str, ...]], sides: str) -> None:
     """Print columns as wide as what is in them, two spaces apart; `sides` has '<' or '>' for each."""
-    rows = [tuple(map(printable, row)) for row in rows]
+    rows = [tuple(printable(cell).replace("\n", "\\n").replace("\t", "\\t") for cell in row) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         say("  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)).rstrip())
