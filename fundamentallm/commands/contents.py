@@ -40,8 +40,8 @@ def show(path: Path, verified: bool) -> None:
     finite = "finite" if manifest["is_finite"] else "not finite"
     say(f"number {manifest['sequence']} in its folder, {marks}, weights {finite}")
     if versions:
-        made_with = ", ".join(f"{name} {version}" for name, version in versions.items())
-        say(textwrap.fill(f"made with {made_with}", WIDTH, subsequent_indent="  "))
+        made_with = ", ".join(f"{name}\xa0{version}" for name, version in versions.items())  # of one line
+        say(textwrap.fill(f"made with {made_with}", WIDTH, subsequent_indent="  ").replace("\xa0", " "))
     _show_progress(manifest["step"], parts)
     _show_weights(weights)
 
@@ -151,4 +151,4 @@ def _yaml(config: dict[str, Any], path: Path) -> str:
     try:
         return to_yaml(config)
     except Exception as error:  # whatever a stranger has put there
-        raise CheckpointError(f"{path}: its config is none ({type(error).__name__}: {error}).") from error
+        raise CheckpointError(f"{path}: its config cannot be shown ({type(error).__name__}: {error}).") from error
