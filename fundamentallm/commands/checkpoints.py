@@ -49,10 +49,9 @@ def main(arguments: Sequence[str], program: str) -> int:
     except BrokenPipeError:  # whoever reads, such as `head`, has seen enough; nothing is left to flush at the exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    # Errors may quote what a stranger wrote.
-    except ConfigError as error:
+    except ConfigError as error:  # which may quote what a stranger wrote, as any error here may
         raise ConfigError([printable(problem) for problem in error.problems]) from error
-    except CheckpointError as error:
+    except FundamentaLLMError as error:
         raise type(error)(printable(str(error))) from error
     except OSError as error:
         raise CheckpointError(f"{options.folder} cannot be read: {error}.") from error
@@ -65,10 +64,12 @@ def main(arguments: Sequence[str], program: str) -> int:
 def list_all(options: argparse.Namespace) -> int:
     """`checkpoints list`: from manifests, sizes and the recorded history alone."""
     from fundamentallm.commands.contents import num_bytes, saved_at, series
-    from fundamentallm.training.checkpoint import CheckpointManager, checkpoints_folder, load_parts
+    from fundamentallm.training.checkpoint import HIDDEN, CheckpointManager, checkpoints_folder, is_ours, load_parts
     from fundamentallm.training.manifest import read_manifest
 
-    folder = checkpoints_folder(_existing(options.folder))
+    if is_ours(_existing(options.folder).resolve()):
+        raise CheckpointError(f"{options.folder} is a checkpoint; give the folder it is in, or use show or verify.")
+    folder = checkpoints_folder(options.folder)
     manager, rows, others = CheckpointManager(folder), [], []
     best, newest = manager.get_best(), manager.get_latest()
     for path in _entries(folder):
@@ -91,8 +92,8 @@ def list_all(options: argparse.Namespace) -> int:
         step, loss = manifest["step"], losses.get(manifest["step"])
         row = path.name, "-" if step is None else f"{step:,}", "-" if loss is None else f"{loss:.4f}"
         rows.append((manifest["sequence"], (*row, size_text(num_bytes(manifest)), saved_at(path), ", ".join(marks))))
-    if not rows and not others:
-        raise _nothing_in(options.folder)
+    if not rows and not any(is_ours(folder / name) or HIDDEN.fullmatch(name) for name, _ in others):
+        raise _nothing_in(options.folder)  # nor are a stranger's folders listed
     table = [row for _, row in sorted(rows, key=lambda item: item[0])]
     if table:
         say_table([("checkpoint", "step", "val_loss", "size", "saved", ""), *table], "<>>>><")
