@@ -66,7 +66,7 @@ def test_the_command_passes_a_sound_run_and_leaves_nothing_behind(tmp_path: Path
     assert done.returncode == 0, done.stdout + done.stderr
     rows = re.findall(r"^ (\d)  (\w.*?)  +(\w+) ", done.stdout, re.MULTILINE)
     assert rows == [(str(number), name, "pass") for number, name in enumerate(CHECKS, start=1)]
-    assert "killed at step 5, resumed from 4" in done.stdout
+    assert re.search(r"killed at step 5, resumed from [24]", done.stdout)
     for title in ("parameters", "speed", "whole run", "peak memory", "checkpoint", "disk"):
         assert f"\n    {title}" in done.stdout
     assert not (tmp_path / "run").exists()
@@ -162,8 +162,8 @@ def test_the_forecast_counts_steps_validations_and_checkpoints(tmp_path: Path) -
     assert "40 steps of " in shown["whole run"]
     # At 16 and 32, at the ends of 6 epochs of 6 steps, and at 40.
     assert ", 9 validations of " in shown["whole run"]
-    # float32 weights and two moments, and the short history.
-    assert 3 * 660 * 4 <= case.rehearsal.checkpoint_bytes < 4 * 660 * 4
+    # float32 weights and two moments, the short history, and the window of the guard.
+    assert 3 * 660 * 4 <= case.rehearsal.checkpoint_bytes < 5 * 660 * 4
     assert " up to 4 checkpoints (last 2, best, the one being written)" in shown["disk"]
 
 

@@ -58,7 +58,7 @@ def test_launchers_start_one_run_on_as_many_processes_as_their_config_says(tmp_p
 def test_train_then_generate_from_the_run(tmp_path: Path) -> None:
     run(tmp_path, sys.executable, "-m", "fundamentallm", "train", "--config", "tiny.yaml")
     written = {path.name for path in (tmp_path / "run").iterdir()}
-    assert written == {"metrics.jsonl", "curves.png", "checkpoints"}
+    assert written == {"metrics.jsonl", "curves.png", "checkpoints", "status.json", ".fundamentallm.lock"}
     generate = [sys.executable, "-m", "fundamentallm", "generate", "--checkpoint", "run", "--prompt", "The "]
     outputs = [run(tmp_path, *generate, "--seed", seed).stdout for seed in ("1", "1", "2")]
     assert outputs[0].startswith("The ")
