@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fundamentallm.commands.output import WIDTH, printable, say, say_table, shortened, size_text
-from fundamentallm.errors import CheckpointError, CheckpointNotFoundError, ConfigError
+from fundamentallm.errors import CheckpointError, CheckpointNotFoundError, ConfigError, FundamentaLLMError
 
 
 def main(arguments: Sequence[str], program: str) -> int:
