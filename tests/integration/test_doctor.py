@@ -116,10 +116,25 @@ def test_what_follows_from_an_earlier_fault_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "check"), [("batch_statistics", "micro-batches"), ("batch_statistics", "evaluation")]
+    ("check", "figure"),
+    [
+        ("micro-batches", r"micro-batches of 8 and 2: train_loss of step 1 is \S+ and \S+, apart by "),
+        ("evaluation", r"val_loss is \S+ with batch size 1, \S+ with batch size 5, \S+ with batch size 8"),
+    ],
 )
-def test_rows_that_influence_each_other_change_the_curve(tmp_path: Path, fault: str, check: str) -> None:
-    assert status(examine(a_case(tmp_path, fault), check)) == {check: "fail"}
+def test_rows_that_influence_each_other_change_the_curve(tmp_path: Path, check: str, figure: str) -> None:
+    finding = examine(a_case(tmp_path, "batch_statistics"), check)[check]
+    assert finding.status == "fail"
+    assert re.match(figure, finding.figure)
+
+
+def test_a_trial_writes_into_its_own_folder_only(tmp_path: Path) -> None:
+    case = a_case(tmp_path, "sound")
+    config = case.make().run_config
+    assert isinstance(config, Config)
+    assert config.training.checkpoint_dir is not None
+    for folder in (config.output_dir, config.training.checkpoint_dir):
+        assert Path(folder).is_relative_to(case.folder)
 
 
 def test_a_run_that_does_not_learn(tmp_path: Path) -> None:
@@ -133,7 +148,9 @@ def test_an_exception_is_a_failure_told_once(tmp_path: Path) -> None:
     findings = examine(a_case(tmp_path, "broken_model"), *HERE)
     assert findings["data"].status == "pass"
     assert re.fullmatch(r"ZeroDivisionError: planted \(faults.py, line \d+\)", findings["model"].figure)
-    assert findings["overfits"].advice.startswith("As check 2 (model) explains")
+    assert findings["gradients"].figure == findings["model"].figure
+    for name in ("gradients", "overfits"):
+        assert findings[name].advice.startswith("As check 2 (model) explains")
 
 
 def test_without_validation_there_is_none_to_check(tmp_path: Path) -> None:
@@ -212,4 +229,4 @@ def test_help_names_the_option_of_its_own(capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit) as caught:
         doctor.main(["--help"], "fundamentallm doctor")
     assert caught.value.code == 0
-    assert "--trainer MODULE:NAME" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("--trainer MODULE:NAME") == 2  # in the usage, and explained
