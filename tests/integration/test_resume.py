@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -21,6 +22,7 @@ from fundamentallm import (
     Trainer,
     TrainingConfig,
 )
+from fundamentallm.training.stopping import Stop
 from tests.integration.runs import (
     PartlyIgnored,
     assert_same_weights,
@@ -128,6 +130,33 @@ def test_a_crash_between_checkpoints_repeats_and_loses_no_line(tmp_path: Path) -
     assert timeless(lines(tmp_path / "parts")) == timeless(lines(tmp_path / "whole"))
 
 
+def test_a_crash_after_a_validation_that_was_broken_off_before_repeats_no_line(tmp_path: Path) -> None:
+    """The checkpoint of the stop is the newest still when its validation has been made and written."""
+
+    class StopInValidation(Callback):
+        def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+            if trainer.global_step == 3:
+                trainer.stop_switch.request(Stop.SIGNAL, "test")
+
+    class Crash(Callback):
+        def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+            raise RuntimeError("crash")
+
+    config = make_config(tmp_path / "parts", max_steps=6, eval_every_n_steps=3)
+    for callback in (StopInValidation(), Crash(), Crash()):
+        trainer = make_trainer(config)
+        trainer.callbacks.add(callback)
+        with contextlib.suppress(RuntimeError):
+            trainer.train()
+        assert (trainer.global_step, trainer.state["progress"].validation_due) == (
+            3,
+            isinstance(callback, StopInValidation),
+        )
+    make_trainer(config).train()
+    make_trainer(dataclasses.replace(config, output_dir=str(tmp_path / "whole"))).train()
+    assert timeless(lines(tmp_path / "parts")) == timeless(lines(tmp_path / "whole"))
+
+
 def test_early_stopping_and_the_best_value_survive_restarts(tmp_path: Path) -> None:
     """Every validation is stopped after; patience must run out as if nothing had happened."""
     settings = {
@@ -163,6 +192,49 @@ def test_a_finished_run_says_so_and_changes_nothing(tmp_path: Path, capsys: pyte
     assert repr(again.train()) == repr(history)
     assert "this run is finished, at step 12 of 12" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
+
+
+@pytest.mark.parametrize("state", ["running", "failed"])
+def test_a_run_that_was_killed_after_its_last_save_is_told_finished(tmp_path: Path, state: str) -> None:
+    make_trainer(make_config(tmp_path)).train()
+    (tmp_path / "status.json").write_text(json.dumps({"state": state}))
+    make_trainer(make_config(tmp_path)).train()
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["exit_code"], status["step"]) == ("finished", 0, 12)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_a_kill_after_a_save_left_to_delete_is_deleted(tmp_path: Path, processes: int) -> None:
+    """A larger keep_last_n leaves what a kill between publishing and deleting leaves."""
+    settings = {"save_every_n_steps": 4, "eval_every_n_steps": None, "eval_every_n_epochs": None, "learning_rate": 1e-3}
+    on_processes(processes, run, str(tmp_path), {**settings, "keep_last_n": 4})
+    assert _steps(tmp_path) == [4, 8, 12, 14]
+    on_processes(processes, run, str(tmp_path), {**settings, "keep_last_n": 2})
+    assert _steps(tmp_path) == [12, 14]
+
+
+def test_nothing_is_deleted_at_the_start_if_the_newest_checkpoint_is_damaged(tmp_path: Path) -> None:
+    make_trainer(make_config(tmp_path, save_every_n_steps=4)).train()
+    (tmp_path / "checkpoints" / "step_00000012" / "training.safetensors").unlink()
+    again = make_trainer(make_config(tmp_path, save_every_n_steps=4, keep_last_n=1))
+    again.callbacks.add(LookAtBeginning(tmp_path))
+    with pytest.raises(RuntimeError, match="seen"):
+        again.train()
+
+
+class LookAtBeginning(Callback):
+    """Sees whether the checkpoints are all there when training begins."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        assert _steps(self.folder) == [4, 8, 12]
+        raise RuntimeError("seen")
+
+
+def _steps(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step_")) for path in (folder / "checkpoints").glob("step_*"))
 
 
 def test_a_longer_horizon_goes_on_and_says_what_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
