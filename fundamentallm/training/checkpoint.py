@@ -251,10 +251,7 @@ class CheckpointManager:
             raise CheckpointError(
                 f"cannot write checkpoint {snapshot.name!r} in {self.checkpoint_dir}: {error}."
             ) from error
-        try:
-            self.rotate()
-        except OSError as error:  # the new one is there all the same; the next start puts the rest in order
-            logger.warning("an old checkpoint in %s cannot be deleted: %s", self.checkpoint_dir, error)
+        self.rotate()
         self.seconds = time.monotonic() - started
 
     def _publish(self, staging: Path, name: str) -> None:
@@ -289,6 +286,12 @@ class CheckpointManager:
 
     def rotate(self) -> None:
         """Delete what is neither among the last nor the best; for when the newest is known to be whole."""
+        try:
+            self._delete_old()
+        except OSError as error:  # the new one is there all the same; the next start puts the rest in order
+            logger.warning("an old checkpoint in %s cannot be deleted: %s", self.checkpoint_dir, error)
+
+    def _delete_old(self) -> None:
         found = self._found()
         last_finite = [path for path, manifest in found if manifest["is_finite"]][-1:]
         keep = {path for path, _ in found[-self.keep_last_n :]} | {self.get_best(), *last_finite, self.origin}
