@@ -171,7 +171,8 @@ def _load_weights(model: nn.Module, checkpoint: Path, tokenizer: Tokenizer) -> N
         CheckpointError: if it is damaged, or of a model of another shape.
         ConfigError: if its tokens mean something else.
     """
-    from fundamentallm.training.checkpoint import MODEL_KEY, load_checkpoint
+    from fundamentallm.training.checkpoint import load_checkpoint
+    from fundamentallm.training.snapshot import MODEL_KEY
 
     weights = load_checkpoint(checkpoint)[MODEL_KEY]
     theirs = checkpoint / "tokenizer.json"

@@ -25,12 +25,10 @@ import time
 import uuid
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from fundamentallm.config import TrainingConfig
 from fundamentallm.errors import CheckpointError, ConfigError
@@ -45,62 +43,14 @@ from fundamentallm.training.manifest import (
     verify,
     write_manifest,
 )
-from fundamentallm.training.serialization import MALFORMED, decode, encode, unshare
+from fundamentallm.training.serialization import MALFORMED, decode
+from fundamentallm.training.snapshot import MODEL_KEY, Snapshot, is_finite, read_back, take_snapshot
 from fundamentallm.validation import range_problems
 
 logger = logging.getLogger(__name__)
 
-MODEL_KEY, OPTIMIZER_KEY = "model_state_dict", "optimizer_state_dict"
 HIDDEN = re.compile(r"\.(staging|replaced|deleting)-(.+)-[0-9a-f]{12}")
 """Folders in which checkpoints come and go; one that outlives its process is put in order by `recover`."""
-
-
-class Snapshot(NamedTuple):
-    """A checkpoint in memory, ready to be written."""
-
-    name: str
-    about: dict[str, Any]
-    state: dict[str, Any]
-    weights: dict[str, Tensor]
-    others: dict[str, Tensor]
-    files: Mapping[str, str]
-
-    @property
-    def num_bytes(self) -> int:
-        """Size on the disk, but for the tensors' headers."""
-        texts = len(json.dumps(self.state)) + sum(map(len, self.files.values()))
-        return texts + sum(tensor.nbytes for tensors in (self.weights, self.others) for tensor in tensors.values())
-
-
-def take_snapshot(
-    checkpoint: Mapping[str, Any], name: str, is_best: bool, files: Mapping[str, str], copy: bool
-) -> Snapshot:
-    """`checkpoint` as JSON and tensors on the CPU; with `copy`, nothing that happens afterwards changes them.
-
-    Raises:
-        CheckpointError: if the name would leave its directory, or a value is neither tensor nor JSON.
-    """
-    for text in (name, *files):
-        if not NAME.fullmatch(text) or text in (STATE, MODEL, TRAINING, MANIFEST):
-            raise CheckpointError(f"the name is {text!r}; allowed: letters, digits, '_', '-' and '.', not first.")
-    tensors: dict[str, Tensor] = {}
-    state = encode(checkpoint, (), tensors)
-    # The model's first: a tensor that is there twice is stored under its first name.
-    of_model = {key: value for key, value in tensors.items() if key.startswith(MODEL_KEY + "/")}
-    stored, same_as = unshare(of_model | tensors, copy)
-    weights = {key.removeprefix(MODEL_KEY + "/"): stored[key] for key in of_model if key in stored}
-    others = {key: value for key, value in stored.items() if key not in of_model}
-    step = checkpoint.get("progress_state_dict", {}).get("step")
-    about = {"step": step, "is_best": is_best}
-    return Snapshot(name, about, {"state": state, "same_as": same_as}, weights, others, dict(files))
-
-
-def _is_finite(snapshot: Snapshot) -> bool:
-    """Whether weights and moments are. Minus infinity is not counted: attention masks are made of it."""
-    moments = (value for key, value in snapshot.others.items() if key.startswith(OPTIMIZER_KEY + "/"))
-    floating = (tensor for tensor in (*snapshot.weights.values(), *moments) if tensor.is_floating_point())
-    wide = (tensor if tensor.element_size() > 1 else tensor.float() for tensor in floating if tensor.numel())
-    return all(bool((tensor.amax() < float("inf")).item()) for tensor in wide)  # NaN is below nothing
 
 
 class CheckpointManager:
@@ -241,8 +191,8 @@ class CheckpointManager:
                 for file_name, text in texts.items():
                     (staging / file_name).write_text(text, encoding="utf-8")
                 sequence = max((manifest["sequence"] for _, manifest in self._found()), default=0) + 1
-                write_manifest(staging, sequence=sequence, is_finite=_is_finite(snapshot), **snapshot.about)
-                _read_back(staging, snapshot.weights, snapshot.others, texts)
+                write_manifest(staging, sequence=sequence, is_finite=is_finite(snapshot), **snapshot.about)
+                read_back(staging, snapshot.weights, snapshot.others, texts)
                 self._publish(staging, snapshot.name)
             except BaseException:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -393,43 +343,6 @@ class CheckpointManager:
             CheckpointError: if the checkpoint is incomplete or damaged, naming the file.
         """
         return load_checkpoint(Path(path))
-
-
-def _read_back(
-    folder: Path, weights: Mapping[str, Tensor], others: Mapping[str, Tensor], texts: Mapping[str, str]
-) -> None:
-    """Compare what is on the disk with what is in memory: the manifest's hashes only say what was written.
-
-    Raises:
-        CheckpointError: naming the file that differs.
-    """
-    for name, tensors in ((MODEL, weights), (TRAINING, others)):
-        _forget(folder / name)
-        with safe_open(folder / name, "pt") as file:
-            same = set(file.keys()) == tensors.keys() and all(
-                torch.equal(_raw(file.get_tensor(key)), _raw(tensor)) for key, tensor in tensors.items()
-            )
-        if not same:
-            raise CheckpointError(f"{folder / name} was not written as it is in memory; the disk may be failing.")
-    for name, text in texts.items():
-        _forget(folder / name)
-        if (folder / name).read_bytes() != text.encode():
-            raise CheckpointError(f"{folder / name} was not written as it is in memory; the disk may be failing.")
-
-
-def _forget(path: Path) -> None:
-    """Have the next read of a synced file come from the disk, where the system lets us."""
-    if hasattr(os, "posix_fadvise"):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(handle)
-
-
-def _raw(tensor: Tensor) -> Tensor:
-    """The bytes of a dense tensor, so that NaN equals NaN."""
-    return tensor.reshape(-1).view(torch.uint8)
 
 
 def is_ours(path: Path) -> bool:

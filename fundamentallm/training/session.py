@@ -16,10 +16,10 @@ from torch import Tensor
 from fundamentallm.config import Config
 from fundamentallm.errors import START_AGAIN, CheckpointError, ConfigError, FundamentaLLMError, TrainingError, exit_code
 from fundamentallm.training.accelerator import on_main_process
-from fundamentallm.training.checkpoint import OPTIMIZER_KEY
 from fundamentallm.training.resume import resume, run_state
 from fundamentallm.training.run_folder import locked, read_state, write_status
 from fundamentallm.training.serialization import encode
+from fundamentallm.training.snapshot import OPTIMIZER_KEY
 
 if TYPE_CHECKING:
     from fundamentallm.training.checkpoint import CheckpointManager

@@ -35,13 +35,16 @@ PARTS = tuple(f"training.{name}" for name in ("loss", "metrics", "optimizers", "
 SERVICES = tuple(
     f"training.{name}"
     for name in (
-        *("serialization", "manifest", "checkpoint", "callbacks", "visualization", "progress"),
+        *("serialization", "manifest", "snapshot", "checkpoint", "callbacks", "visualization", "progress"),
         *("stopping", "run_folder"),
     )
 )
 WITHIN_SERVICES = {
     ("training.visualization", "training.callbacks"),
     ("training.checkpoint", "training.serialization"),
+    ("training.checkpoint", "training.snapshot"),
+    ("training.snapshot", "training.serialization"),
+    ("training.snapshot", "training.manifest"),
     ("training.checkpoint", "training.manifest"),
 }
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

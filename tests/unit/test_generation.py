@@ -17,7 +17,9 @@ from fundamentallm.data.tokenizers import create_tokenizer
 from fundamentallm.errors import CheckpointNotFoundError, ConfigError
 from fundamentallm.models.generation import generate
 from fundamentallm.models.transformer import Transformer
-from fundamentallm.training.checkpoint import MODEL, MODEL_KEY, CheckpointManager
+from fundamentallm.training.checkpoint import CheckpointManager
+from fundamentallm.training.manifest import MODEL
+from fundamentallm.training.snapshot import MODEL_KEY
 
 CONTEXT = 8
 PROMPT = [3, 1, 4, 1, 5]

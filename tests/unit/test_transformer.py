@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from fundamentallm.config import ModelConfig
 from fundamentallm.errors import ConfigError
 from fundamentallm.models.transformer import INITIAL_STD, Attention, Block, Transformer, from_transformers_config
-from fundamentallm.training.checkpoint import MODEL_KEY, CheckpointManager
+from fundamentallm.training.checkpoint import CheckpointManager
+from fundamentallm.training.snapshot import MODEL_KEY
 
 SHAPES = [
     ModelConfig(37, d_model=32, num_heads=4, num_layers=2, qk_norm=qk_norm, tie_embeddings=tied, **shape)

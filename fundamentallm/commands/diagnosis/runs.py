@@ -37,7 +37,8 @@ from fundamentallm.commands.diagnosis.trial import (
     write_trial,
 )
 from fundamentallm.data.loaders import step_sampler
-from fundamentallm.training.checkpoint import MODEL_KEY, CheckpointManager, load_checkpoint
+from fundamentallm.training.checkpoint import CheckpointManager, load_checkpoint
+from fundamentallm.training.snapshot import MODEL_KEY
 
 LAYOUT_STEPS = 3
 """Steps in which different layouts of the same batches are compared."""
