@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,7 +100,11 @@ def text_of_step(checkpoint: Path, samples: StepSamples, source: str | None = No
         if data.tokenizer.endswith(".json"):  # a file of the user's, which may be gone
             data = dataclasses.replace(data, tokenizer=str(checkpoint / TOKENIZER))
         # The ids are compared, so it takes the tokenizer that the run had to give them back their text.
-        dataset = TokenDataset(load_corpus(data).train, data.sequence_length, read_tokenizer(checkpoint / TOKENIZER))
+        dataset = TokenDataset(
+            load_corpus(data, show_progress=sys.stderr.isatty()).train,
+            data.sequence_length,
+            read_tokenizer(checkpoint / TOKENIZER),
+        )
     except ConfigError as error:
         way_out = "If the text has moved, name it with --source; to do without it, --indices_only."
         raise ConfigError([f"data.{problem} {way_out}" for problem in error.problems]) from error
