@@ -84,7 +84,7 @@ def test_the_gravest_reason_counts_and_of_those_the_first() -> None:
     for stop, reason in requests:
         switch.request(stop, reason)
     assert (switch.poll(), switch.reason) == (Stop.SIGNAL, "c")
-    switch.withdraw()
+    switch.begin()
     assert (switch.poll(), switch.reason) == (Stop.NO, "")
 
 
@@ -110,6 +110,7 @@ def test_max_minutes_leaves_time_for_a_step_and_for_saving(
 ) -> None:
     clock = Clock(monkeypatch)
     switch = StopSwitch(max_minutes=1)
+    switch.begin()
     switch.seconds_to_save = to_save
     assert clock.polls(switch, 1.0) == expected
     assert (switch.wanted, switch.reason) == (Stop.OUT_OF_TIME, "training.max_minutes is over")
