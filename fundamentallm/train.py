@@ -60,7 +60,7 @@ def run(config: Config) -> Trainer:
     trainer.train()
     if trainer.is_main_process and trainer.is_finished:
         _show_end(trainer, config)
-    trainer.accelerator.end_training()
+    trainer.leave_group()
     return trainer
 
 

@@ -15,10 +15,11 @@ from fundamentallm.errors import ConfigError, FundamentaLLMError
 
 T = TypeVar("T")
 
-_groups: list[object] = []
-"""Process groups, kept as long as the interpreter. DistributedDataParallel would else be the last to hold one, and
-torch 2.13 then destroys it with the interpreter locked: it waits for gloo's threads, and one of them, still letting go
-of a tensor of ours, for the interpreter. (Seen in one of some ten runs on a busy machine, at their very end.)"""
+kept_groups: list[object] = []
+"""Process groups, kept until `Trainer.leave_group`, or as long as the interpreter. DistributedDataParallel would else
+be the last to hold one, and torch 2.13 then destroys it with the interpreter locked: it waits for gloo's threads, and
+one of them, still letting go of a tensor of ours, for the interpreter. (Seen in one of some ten runs on a busy machine,
+at their very end.)"""
 
 
 def create_accelerator(mixed_precision: str | None = None) -> Accelerator:
@@ -55,7 +56,7 @@ def check_accelerator(accelerator: Accelerator, mixed_precision: str | None = No
         ConfigError: saying what to change.
     """
     if dist.is_initialized():
-        _groups.append(dist.group.WORLD)
+        kept_groups.append(dist.group.WORLD)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise ConfigError(

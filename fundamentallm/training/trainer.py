@@ -25,7 +25,7 @@ from fundamentallm.config import Config, TrainingConfig
 from fundamentallm.data.datasets import fingerprint
 from fundamentallm.data.loaders import device_batches, step_sampler
 from fundamentallm.errors import ConfigError, TrainingError
-from fundamentallm.training.accelerator import check_accelerator, create_accelerator, on_main_process
+from fundamentallm.training.accelerator import check_accelerator, create_accelerator, kept_groups, on_main_process
 from fundamentallm.training.callbacks import Callback, CallbackList, default_callbacks
 from fundamentallm.training.checkpoint import CheckpointManager, load_checkpoint
 from fundamentallm.training.evaluation import evaluate
@@ -450,6 +450,15 @@ class Trainer:
         if self.stop_switch.reason:
             go_on = "; start it again to go on" if self.was_interrupted and manager is not None else ""
             self.say(f"stopped at step {self.global_step} of {self.total_steps}: {self.stop_switch.reason}{go_on}")
+
+    def leave_group(self) -> None:
+        """Leave the group of processes, for good: nothing can be trained or validated afterwards."""
+        # DistributedDataParallel first, which must not be the last to hold the group (see `kept_groups`); and a group
+        # left to the end of the interpreter aborts it, if one of its threads is still at work then.
+        self._step.model_with_loss = self._step_model = self.accelerator.unwrap_model(self._step_model)
+        self.accelerator.free_memory()
+        kept_groups.clear()
+        self.accelerator.end_training()
 
     def say(self, text: str) -> None:
         """Print a line, beside the progress bar and on the main process only."""

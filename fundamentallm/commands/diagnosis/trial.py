@@ -263,7 +263,7 @@ def main(arguments: list[str]) -> int:
         return report(error)
     if trainer.is_main_process:
         (folder / "outcome.json").write_text(json.dumps({"started_at": until.started_at}), encoding="utf-8")
-    trainer.accelerator.end_training()
+    trainer.leave_group()
     return 0
 
 
