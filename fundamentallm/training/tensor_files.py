@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -93,7 +93,7 @@ class TensorFiles(Mapping[str, Tensor]):
         like: which tensors to read a part of only; None: none.
 
     Raises:
-        ValueError: if the pieces of a tensor are not all there.
+        ValueError: if a file cannot be opened, or the pieces of a tensor are not all there.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class TensorFiles(Mapping[str, Tensor]):
         self.shapes: dict[str, tuple[int, ...]] = {}
         for file in files:
             if match := TENSORS.fullmatch(file):
-                handle = stack.enter_context(safe_open(folder / file, "pt"))
+                handle = stack.enter_context(_opened(folder / file))
                 places = json.loads((handle.metadata() or {}).get(PLACES, "{}"))
                 for key in handle.keys():  # noqa: SIM118
                     name = f"{prefix}{key}" if match[1] == "model" else key
@@ -168,6 +168,13 @@ class TensorFiles(Mapping[str, Tensor]):
                 here = tuple(slice(s - o, e - o) for s, e, o in zip(starts, ends, offsets, strict=True))
                 box[here] = handle.get_slice(key)[there]
         return box
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path.name} is no file of tensors: {error}") from error
 
 
 def _is_whole(shape: tuple[int, ...], pieces: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:

@@ -270,7 +270,7 @@ def opens_or_is_refused(run: Path) -> None:
     with time_limit():
         manager.get_best()
         manager.get_latest()
-        manager.load_latest()
+        manager.newest_intact()
         for path in sorted(checkpoints.glob("step*")):
             with contextlib.suppress(CheckpointError):
                 assert isinstance(manager.load(path), dict)
