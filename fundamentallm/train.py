@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,7 +24,6 @@ from fundamentallm.registry import resolve
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from tokenizers import Tokenizer
-    from torch import nn
 
     from fundamentallm.training.callbacks import Callback
     from fundamentallm.training.trainer import Trainer
@@ -58,7 +58,7 @@ def run(config: Config) -> Trainer:
         )
     trainer = make_trainer(config)
     trainer.train()
-    if trainer.is_main_process and trainer.is_finished:
+    if trainer.is_finished:
         _show_end(trainer, config)
     trainer.leave_group()
     return trainer
@@ -86,10 +86,11 @@ def make_trainer(config: Config) -> Trainer:
     config = replace(config, model=_with_vocabulary(config.model, corpus.tokenizer))
     train_loader, val_loader = create_dataloaders(corpus, corpus.tokenizer, config)
     torch.manual_seed(config.training.seed)
-    model = Transformer(config.model)
-    if config.model.init_from is not None and _begins_afresh(config):
-        _load_weights(model, Path(expand_user(config.model.init_from)), corpus.tokenizer)
+    with torch.device("meta") if accelerator.is_fsdp2 else nullcontext():  # it may be larger than a device
+        model = Transformer(config.model)
     trainer = Trainer(model, config, train_loader, val_loader, accelerator=accelerator)
+    if config.model.init_from is not None and _begins_afresh(config):
+        _load_weights(trainer, Path(expand_user(config.model.init_from)), corpus.tokenizer)
     for callback in callbacks:
         trainer.callbacks.add(callback)
     sizes = f"{len(corpus.train):,} training and {len(corpus.validation):,} validation tokens"
@@ -164,17 +165,19 @@ def _begins_afresh(config: Config) -> bool:
     return config.training.resume in ("auto", "never") and CheckpointManager(folder).get_latest() is None
 
 
-def _load_weights(model: nn.Module, checkpoint: Path, tokenizer: Tokenizer) -> None:
+def _load_weights(trainer: Trainer, checkpoint: Path, tokenizer: Tokenizer) -> None:
     """Begin from a checkpoint's weights.
 
     Raises:
         CheckpointError: if it is damaged, or of a model of another shape.
         ConfigError: if its tokens mean something else.
     """
-    from fundamentallm.training.checkpoint import load_checkpoint
+    from fundamentallm.training.checkpoint import check_checkpoint, load_parts
+    from fundamentallm.training.resume import like_of
     from fundamentallm.training.snapshot import MODEL_KEY
 
-    weights = load_checkpoint(checkpoint)[MODEL_KEY]
+    trainer.team.from_first(lambda: check_checkpoint(checkpoint))
+    weights = load_parts(checkpoint, [MODEL_KEY], like_of(trainer))[MODEL_KEY]
     theirs = checkpoint / "tokenizer.json"
     if theirs.exists() and json.loads(theirs.read_text(encoding="utf-8")) != json.loads(tokenizer.to_str()):
         raise ConfigError(
@@ -182,7 +185,7 @@ def _load_weights(model: nn.Module, checkpoint: Path, tokenizer: Tokenizer) -> N
             f"its weights would mean other tokens; set data.tokenizer to {str(theirs)!r}."
         )
     try:
-        model.load_state_dict(weights)
+        trainer.model.load_state_dict(weights)
     except RuntimeError as error:
         raise CheckpointError(f"model.init_from: the weights of {checkpoint} do not fit the model: {error}") from error
 
@@ -208,16 +211,18 @@ def _callbacks(config: Config) -> list[Callback]:
 def _show_end(trainer: Trainer, config: Config) -> None:
     """Where everything is, the best validation loss, and what the model writes."""
     best = trainer.metrics.get_best("val_loss")
-    print(f"best val_loss {best:.4f}; " if best is not None else "", end="")
-    print(f"metrics, curves and checkpoints are in {config.output_dir}")
-    data: Any = trainer.train_loader.dataset
-    if config.sample_tokens:
+    trainer.say(
+        (f"best val_loss {best:.4f}; " if best is not None else "")
+        + f"metrics, curves and checkpoints are in {config.output_dir}"
+    )
+    if config.sample_tokens and (trainer.is_main_process or trainer.is_sharded):  # all have to compute a sharded one
         from fundamentallm.models.generation import generate
 
+        data: Any = trainer.train_loader.dataset
         prompt = data.tokens[: min(32, config.data.sequence_length)].tolist()
         ids = generate(trainer.model, prompt, config.sample_tokens, config.data.sequence_length, temperature=0.7)
-        print(f"---- sample: {data.tokenizer.decode(prompt)!r} continued ----")
-        print(data.tokenizer.decode(list(ids)))
+        text = data.tokenizer.decode(list(ids))
+        trainer.say(f"---- sample: {data.tokenizer.decode(prompt)!r} continued ----\n{text}")
 
 
 if __name__ == "__main__":

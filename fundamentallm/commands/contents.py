@@ -7,17 +7,20 @@ import re
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from fundamentallm.command_line import to_yaml
 from fundamentallm.commands.output import WIDTH, say, say_table, shortened, size_text
 from fundamentallm.errors import CheckpointError
 from fundamentallm.training.checkpoint import load_parts
-from fundamentallm.training.manifest import MANIFEST, MODEL, TRAINING, read_manifest, verify
+from fundamentallm.training.manifest import MANIFEST, read_manifest, verify
+from fundamentallm.training.serialization import MALFORMED
+from fundamentallm.training.snapshot import MODEL_KEY
+from fundamentallm.training.tensor_files import TensorFiles
 
 MOST_ROWS = 16
 """Modules that are counted one by one."""
@@ -31,7 +34,9 @@ def show(path: Path, verified: bool) -> None:
     """
     manifest = verify(path) if verified else read_manifest(path)
     parts = load_parts(path, ("progress_state_dict", "metrics_state_dict", "config", "versions"))
-    weights, others = tensors_of(path / MODEL), tensors_of(path / TRAINING)
+    tensors = tensors_of(path, manifest)
+    prefix = f"{MODEL_KEY}/"
+    weights = [(name.removeprefix(prefix), *about) for name, *about in tensors if name.startswith(prefix)]
     config, versions = _mapping(parts.get("config")), _mapping(parts.get("versions"))
     config_yaml = _yaml(config, path)
 
@@ -46,8 +51,7 @@ def show(path: Path, verified: bool) -> None:
     _show_weights(weights)
 
     say("\nwhat is inside")
-    inside = [("model", size) for _, _, _, size in weights]
-    inside += [(name.partition("/")[0].removesuffix("_state_dict"), size) for name, _, _, size in others]
+    inside = [(name.partition("/")[0].removesuffix("_state_dict"), size) for name, _, _, size in tensors]
     count, total = Counter(part for part, _ in inside), Counter[str]()
     for part, size in inside:
         total[part] += size
@@ -78,7 +82,7 @@ def _show_progress(step: int | None, parts: dict[str, Any]) -> None:
         say(f"  best val_loss {best[0]:.4f}, at step {best[1]:,}")
 
 
-def _show_weights(weights: list[tuple[str, str, int, int]]) -> None:
+def _show_weights(weights: list[tuple[Any, ...]]) -> None:
     dtypes = ", ".join(sorted({dtype for _, dtype, _, _ in weights}))
     count = sum(elements for _, _, elements, _ in weights)
     say(f"\nweights: {count:,} parameters (and buffers) in {len(weights):,} tensors, {dtypes}")
@@ -100,25 +104,23 @@ def series(metrics: Any) -> dict[str, list[float]]:
     return found
 
 
-def tensors_of(path: Path) -> list[tuple[str, str, int, int]]:
-    """(name, dtype, elements, bytes) of each tensor of a file, from its header alone.
+def tensors_of(path: Path, manifest: dict[str, Any]) -> list[tuple[str, str, int, int]]:
+    """(path in the state, dtype, elements, bytes) of each tensor of a checkpoint, from its files' headers alone.
 
     Raises:
-        CheckpointError: if the file has no whole header.
+        CheckpointError: if a file has no whole header.
     """
     try:
-        with safe_open(path, "pt") as file:
-            return list(_described(file))
-    except SafetensorError as error:
-        raise CheckpointError(f"{path.parent}: {path.name} cannot be opened: {error}.") from error
+        with ExitStack() as stack:
+            tensors = TensorFiles(path, manifest["files"], f"{MODEL_KEY}/", stack)
+            return [(name, *_size(tensors.dtype(name), math.prod(tensors.shapes[name]))) for name in tensors]
+    except (OSError, SafetensorError, *MALFORMED) as error:
+        raise CheckpointError(f"{path}: its tensors cannot be opened: {error}.") from error
 
 
-def _described(file: Any) -> Iterator[tuple[str, str, int, int]]:
-    for name in file.keys():  # noqa: SIM118
-        tensor = file.get_slice(name)
-        dtype, elements = tensor.get_dtype(), math.prod(tensor.get_shape())
-        bits = re.search(r"\d+", dtype)  # F32, BF16, F8_E4M3; a BOOL is a byte
-        yield name, dtype.lower(), elements, elements * (int(bits[0]) if bits else 8) // 8
+def _size(dtype: str, elements: int) -> tuple[str, int, int]:
+    bits = re.search(r"\d+", dtype)  # F32, BF16, F8_E4M3; a BOOL is a byte
+    return dtype.lower(), elements, elements * (int(bits[0]) if bits else 8) // 8
 
 
 def num_bytes(manifest: dict[str, Any]) -> int:

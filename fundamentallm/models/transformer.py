@@ -7,6 +7,7 @@ checkpoint opens there as it is. Shapes: B sequences, T tokens, D = d_model, H h
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -118,6 +119,10 @@ class Transformer(nn.Module):
         ConfigError: if `vocab_size` is not set.
     """
 
+    # transformers' names for what is not to be split, and for where the norm before the head is to be found.
+    _no_split_modules = ("Block",)
+    base_model_prefix = "model"
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         if config.vocab_size is None:
@@ -133,18 +138,23 @@ class Transformer(nn.Module):
             }
         )
         self.lm_head = nn.Linear(config.d_model, config.vocab_size or 0, bias=False)
-        self.reset_parameters()
+        if not embedding.weight.is_meta:  # else whoever gives the weights memory fills them
+            with torch.no_grad():
+                for name, values in self.initial_weights():
+                    self.get_parameter(name).copy_(values)
         if config.tie_embeddings:
             self.lm_head.weight = embedding.weight
 
-    def reset_parameters(self) -> None:
-        """Draw initial weights from the global generator: normal, smaller where they write to the residual."""
+    def initial_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and initial values of the weights, one after the other: normal, smaller where they write to the
+        residual stream; drawn from the CPU's global generator, whatever the device.
+        """
         for name, parameter in self.named_parameters():
-            if parameter.ndim == 2:
-                # 2 additions for each block: their variances add up to that of one (GPT-2).
-                writes_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                scale = 1 / math.sqrt(2 * self.config.num_layers) if writes_residual else 1.0
-                nn.init.normal_(parameter, std=INITIAL_STD * scale)
+            # 2 additions for each block: their variances add up to that of one (GPT-2).
+            writes_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            scale = 1 / math.sqrt(2 * self.config.num_layers) if writes_residual else 1.0
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+            yield name, empty.normal_(std=INITIAL_STD * scale) if parameter.ndim == 2 else empty.fill_(1.0)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits (B, T, V) of the token after each of `input_ids` (B, T)."""

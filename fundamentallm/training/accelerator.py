@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
 
-from fundamentallm.errors import ConfigError, FundamentaLLMError
-
-T = TypeVar("T")
+from fundamentallm.errors import ConfigError
 
 kept_groups: list[object] = []
 """Process groups, kept until `Trainer.leave_group`, or as long as the interpreter. DistributedDataParallel would else
@@ -95,26 +91,6 @@ def _join_restarted_group() -> None:
     )
     own = dist.PrefixStore(f"attempt_{attempt}", store)  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=own, rank=rank, world_size=world)
-
-
-def on_main_process(accelerator: Accelerator, action: Callable[[], T]) -> T | None:
-    """`action()` on the main process, None on the others; where it fails, it fails on all of them.
-
-    Raises:
-        FundamentaLLMError: on the other processes, if it failed on the main one.
-    """
-    result, error = None, None
-    if accelerator.is_main_process:
-        try:
-            result = action()
-        except BaseException as raised:
-            error = raised
-    failed = accelerator.reduce(torch.tensor(int(error is not None), device=accelerator.device), "sum")
-    if error is not None:
-        raise error
-    if failed.item():
-        raise FundamentaLLMError("the main process failed; what it printed says why.")
-    return result
 
 
 def seed_device(seed: int, device: torch.device) -> None:

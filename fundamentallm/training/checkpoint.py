@@ -2,7 +2,8 @@
 
     step_00001000/
       model.safetensors      the entry `model_state_dict`, under transformers' parameter names
-      training.safetensors   every other tensor, keyed by its path in the state
+      training.safetensors   every other tensor, keyed by its path in the state (`tensor_files.py` shows how both
+                             look where the tensors are sharded)
       state.json             everything that is no tensor, and where each tensor belongs
       config.json ...        further text files the caller gives (transformers' config, tokenizer.json)
       manifest.json          written last: size and SHA-256 of every file, place in the sequence, best or not
@@ -27,24 +28,27 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
 
 from fundamentallm.config import TrainingConfig
 from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.training.manifest import (
     MANIFEST,
-    MODEL,
     NAME,
     STATE,
-    TRAINING,
+    TENSORS,
+    describe,
     read_manifest,
     sync,
     verify,
     write_manifest,
 )
 from fundamentallm.training.serialization import MALFORMED, decode
-from fundamentallm.training.snapshot import MODEL_KEY, Snapshot, is_finite, read_back, take_snapshot
+from fundamentallm.training.snapshot import MODEL_KEY, Snapshot, read_back, take_snapshot
+from fundamentallm.training.team import Team
+from fundamentallm.training.tensor_files import Like, TensorFiles, write_tensors
 from fundamentallm.validation import range_problems
 
 logger = logging.getLogger(__name__)
@@ -61,6 +65,8 @@ class CheckpointManager:
         keep_last_n: how many checkpoints to keep, besides the best and the last whose weights are finite. Older
             ones are deleted after each save, whatever their name; what is not a whole checkpoint of ours is never
             touched.
+        team: the processes that save a sharded state together, each calling every method that saves; None: this
+            process saves alone.
 
     Attributes:
         seconds: that the last save took to write.
@@ -70,10 +76,13 @@ class CheckpointManager:
         ConfigError: if keep_last_n is below 1.
     """
 
-    def __init__(self, checkpoint_dir: Path | str, keep_last_n: int = TrainingConfig.keep_last_n) -> None:
+    def __init__(
+        self, checkpoint_dir: Path | str, keep_last_n: int = TrainingConfig.keep_last_n, team: Team | None = None
+    ) -> None:
         if problems := range_problems(keep_last_n=keep_last_n):
             raise ConfigError(problems)
         self.checkpoint_dir, self.keep_last_n = Path(checkpoint_dir), keep_last_n
+        self.team = team or Team(alone=True)
         self.seconds = 0.0
         self.origin: Path | None = None
         self._writer: threading.Thread | None = None
@@ -105,7 +114,7 @@ class CheckpointManager:
                 (naming its path), the disk has no room, or the files cannot be written; nothing is changed then.
         """
         self.wait()
-        self._write(take_snapshot(checkpoint, name, is_best, files or {}, copy=False))
+        self._write(self._snapshot(checkpoint, name, is_best, files, copy=False))
         return self.checkpoint_dir / name
 
     def save_in_background(
@@ -121,7 +130,7 @@ class CheckpointManager:
             CheckpointError: as `save` does, or because the save before could not be written.
         """
         self.wait()
-        snapshot = take_snapshot(checkpoint, name, is_best, files or {}, copy=True)
+        snapshot = self._snapshot(checkpoint, name, is_best, files, copy=True)
         # A daemon: whoever wants the process to end at once is not kept waiting, and loses no older checkpoint.
         self._writer = threading.Thread(target=self._try_to_write, args=(snapshot,), name="checkpoint", daemon=True)
         self._writer.start()
@@ -177,32 +186,67 @@ class CheckpointManager:
         except BaseException as error:  # kept for the thread that trains
             self._error = error
 
+    def _snapshot(
+        self, checkpoint: Mapping[str, Any], name: str, is_best: bool, files: Mapping[str, str] | None, copy: bool
+    ) -> Snapshot:
+        part = None if self.team.size == 1 else (self.team.rank, self.team.size)
+        with self.team.together():
+            return take_snapshot(checkpoint, name, is_best, files or {}, copy, part)
+
     def _write(self, snapshot: Snapshot) -> None:
         """Stage, sync, read back, publish; then delete what is old."""
-        started = time.monotonic()
+        started, team = time.monotonic(), self.team
+        staging = self.checkpoint_dir / team.exchange(f".staging-{snapshot.name}-{uuid.uuid4().hex[:12]}")[0]
         try:
-            self.check_space(snapshot.num_bytes)
-            self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
-            staging = self._hidden_folder(f"staging-{snapshot.name}")
             try:
-                save_file(snapshot.weights, staging / MODEL, metadata={"format": "pt"})  # transformers asks for it
-                save_file(snapshot.others, staging / TRAINING)
-                texts = {**snapshot.files, STATE: json.dumps(snapshot.state, indent=1, allow_nan=False)}
-                for file_name, text in texts.items():
-                    (staging / file_name).write_text(text, encoding="utf-8")
-                sequence = max((manifest["sequence"] for _, manifest in self._found()), default=0) + 1
-                write_manifest(staging, sequence=sequence, is_finite=is_finite(snapshot), **snapshot.about)
-                read_back(staging, snapshot.weights, snapshot.others, texts)
-                self._publish(staging, snapshot.name)
+                with team.together():
+                    if team.rank == 0:
+                        self.check_space(snapshot.num_bytes)
+                        self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
+                        # tempfile.mkdtemp would close the folder to everyone else, and with it the checkpoint.
+                        staging.mkdir()
+                with team.together():
+                    entries = self._write_tensors(snapshot, staging)
+                parts, are_finite = team.exchange(entries), team.exchange(snapshot.is_finite)
+                with team.together():
+                    if team.rank == 0:
+                        files = {name: entry for part in parts for name, entry in part.items()}
+                        self._complete(snapshot, staging, files, all(are_finite))
             except BaseException:
-                shutil.rmtree(staging, ignore_errors=True)
+                if team.rank == 0:
+                    shutil.rmtree(staging, ignore_errors=True)
                 raise
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"cannot write checkpoint {snapshot.name!r} in {self.checkpoint_dir}: {error}."
             ) from error
-        self.rotate()
+        if team.rank == 0:
+            self.rotate()
         self.seconds = time.monotonic() - started
+
+    def _write_tensors(self, snapshot: Snapshot, staging: Path) -> dict[str, Any]:
+        """Write, and read back, this process's tensors; what the manifest says of their files."""
+        if not staging.is_dir():
+            raise CheckpointError(
+                f"{self.checkpoint_dir} is not the same folder on all machines; choose a training.checkpoint_dir (or "
+                "output_dir) that all of them see, since each process writes what it holds of the weights."
+            )
+        for file, tensors in snapshot.tensors.items():
+            write_tensors(staging / file, tensors, snapshot.places)
+        entries = describe(staging, snapshot.tensors)
+        read_back(staging, snapshot.tensors, {})
+        return entries
+
+    def _complete(self, snapshot: Snapshot, staging: Path, files: dict[str, Any], is_finite: bool) -> None:
+        """Add all that is no tensor, the manifest last, and publish."""
+        texts = {**snapshot.files, STATE: json.dumps(snapshot.state, indent=1, allow_nan=False)}
+        for name, text in texts.items():
+            (staging / name).write_text(text, encoding="utf-8")
+        files = files | describe(staging, texts)
+        read_back(staging, {}, texts)
+        sequence = max((manifest["sequence"] for _, manifest in self._found()), default=0) + 1
+        write_manifest(staging, files, sequence=sequence, is_finite=is_finite, **snapshot.about)
+        self._publish(staging, snapshot.name)
 
     def _publish(self, staging: Path, name: str) -> None:
         """Give the staged checkpoint its name. An intact one that has the name steps aside first, and goes last."""
@@ -229,7 +273,6 @@ class CheckpointManager:
             shutil.rmtree(aside.parent)
 
     def _hidden_folder(self, purpose: str) -> Path:
-        # tempfile.mkdtemp would close the folder to everyone else, and with it the checkpoint it becomes.
         path = self.checkpoint_dir / f".{purpose}-{uuid.uuid4().hex[:12]}"
         path.mkdir()
         return path
@@ -311,8 +354,8 @@ class CheckpointManager:
         """The last checkpoint that was saved as the best, or None."""
         return next((path for path, manifest in reversed(self._found()) if manifest["is_best"]), None)
 
-    def load_latest(self) -> tuple[dict[str, Any] | None, Path | None, list[str]]:
-        """(checkpoint, its path, why others were passed over) of the newest intact checkpoint; None: there is none.
+    def newest_intact(self) -> tuple[Path | None, list[str]]:
+        """(the newest intact checkpoint or None, why others were passed over), every byte of it verified.
 
         One whose weights are not finite comes after all others.
         """
@@ -330,10 +373,12 @@ class CheckpointManager:
             passed_over += [f"{path}: its weights are not finite." for path in others]
         for path in finite + others:
             try:
-                return load_checkpoint(path), path, passed_over
+                check_checkpoint(path)
             except CheckpointError as error:
                 passed_over.append(str(error))
-        return None, None, passed_over
+            else:
+                return path, passed_over
+        return None, passed_over
 
     def load(self, path: Path | str) -> dict[str, Any]:
         """What was saved at `path`, tensors on the CPU, every byte verified.
@@ -347,23 +392,31 @@ class CheckpointManager:
 
 def is_ours(path: Path) -> bool:
     """Whether a path is a checkpoint, or what is left of one."""
-    is_folder = path.is_dir() and not path.is_symlink()
-    return is_folder and any(os.path.lexists(path / file) for file in (STATE, MODEL, TRAINING, MANIFEST))
+    if not path.is_dir() or path.is_symlink():
+        return False
+    has_texts = any(os.path.lexists(path / file) for file in (STATE, MANIFEST))
+    return has_texts or any(TENSORS.fullmatch(entry.name) for entry in path.glob("*.safetensors"))
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """See `CheckpointManager.load`; a checkpoint is complete in itself, wherever it lies."""
-    verify(path)
-    with _explained(path):
-        saved = json.loads((path / STATE).read_text(encoding="utf-8"))
-        tensors = load_file(path / TRAINING)
-        tensors |= {f"{MODEL_KEY}/{name}": tensor for name, tensor in load_file(path / MODEL).items()}
-        tensors |= {name: tensors[other] for name, other in saved["same_as"].items()}
-        return dict(decode(_mapping(saved["state"]), tensors))
+def load_checkpoint(path: Path, like: Like | None = None, is_verified: bool = False) -> dict[str, Any]:
+    """What was saved at `path`, tensors on the CPU; a checkpoint is complete in itself, wherever it lies.
+
+    Args:
+        path: its directory.
+        like: says of which tensors a part is wanted; None: all are read whole.
+        is_verified: whether every byte of it has been verified already.
+
+    Raises:
+        CheckpointNotFoundError: if there is no directory at the path.
+        CheckpointError: if the checkpoint is incomplete or damaged, naming the file.
+    """
+    manifest = read_manifest(path) if is_verified else verify(path)
+    with _opened(path, manifest, like) as (state, tensors):
+        return dict(decode(state, tensors))
 
 
-def load_parts(path: Path, parts: Collection[str]) -> dict[str, Any]:
-    """Some entries of what was saved, those that are there; no other tensor is read, and no weight.
+def load_parts(path: Path, parts: Collection[str], like: Like | None = None) -> dict[str, Any]:
+    """Some entries of what was saved, those that are there; no other tensor is read. `like`: see `load_checkpoint`.
 
     The sizes of all files, and every byte of state.json, are verified; tensors are not.
 
@@ -371,14 +424,30 @@ def load_parts(path: Path, parts: Collection[str]) -> dict[str, Any]:
         CheckpointNotFoundError: if there is no directory at the path.
         CheckpointError: if the checkpoint is incomplete or damaged, naming the file.
     """
-    verify(path, hashed=[STATE])
-    with _explained(path):
-        saved = json.loads((path / STATE).read_text(encoding="utf-8"))
-        with safe_open(path / TRAINING, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys() if name.partition("/")[0] in parts}  # noqa: SIM118
-        tensors |= {name: tensors[other] for name, other in saved["same_as"].items() if other in tensors}
-        state = _mapping(saved["state"])
+    with _opened(path, verify(path, hashed=[STATE]), like) as (state, tensors):
         return {part: decode(state[part], tensors) for part in parts if part in state}
+
+
+def check_checkpoint(path: Path) -> None:
+    """Verify every byte of a checkpoint, and that its state has all its tensors; none of them is kept in memory.
+
+    Raises:
+        CheckpointNotFoundError: if there is no directory at the path.
+        CheckpointError: if the checkpoint is incomplete or damaged, naming the file.
+    """
+    with _opened(path, verify(path)) as (state, tensors):
+        decode(state, dict.fromkeys(tensors, torch.empty(0)))
+
+
+@contextlib.contextmanager
+def _opened(
+    path: Path, manifest: Mapping[str, Any], like: Like | None = None
+) -> Iterator[tuple[dict[str, Any], Mapping[str, Tensor]]]:
+    """The state of a checkpoint, encoded, and its tensors by name."""
+    with _explained(path), contextlib.ExitStack() as stack:
+        saved = json.loads((path / STATE).read_text(encoding="utf-8"))
+        tensors = TensorFiles(path, list(manifest["files"]), f"{MODEL_KEY}/", stack, saved["same_as"], like)
+        yield _mapping(saved["state"]), tensors
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -394,7 +463,7 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, *MALFORMED) as error:
         raise CheckpointError(
-            f"{path}: {STATE} does not fit the tensors of {MODEL} and {TRAINING} ({type(error).__name__}: {error})."
+            f"{path}: {STATE} does not fit the tensors of the other files ({type(error).__name__}: {error})."
         ) from error
 
 

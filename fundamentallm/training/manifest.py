@@ -6,14 +6,17 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from fundamentallm.errors import CheckpointError, CheckpointNotFoundError
 
 FORMAT_VERSION = 2
-MODEL, TRAINING, STATE, MANIFEST = "model.safetensors", "training.safetensors", "state.json", "manifest.json"
+STATE, MANIFEST = "state.json", "manifest.json"
+TENSORS = re.compile(r"(model|training)(-\d{5}-of-\d{5})?\.safetensors")
+"""Files of tensors: whole ones, or what one of several processes held."""
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 """Names of checkpoints and of their files: nothing hidden, nothing that leaves the directory."""
 _FIELDS: dict[str, Any] = {
@@ -48,14 +51,20 @@ def _own_sha256(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def write_manifest(folder: Path, **about: Any) -> None:
-    """List every file of `folder` in its manifest, with what else is to be known about it, and sync all of it."""
-    files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
-    manifest = {"format_version": FORMAT_VERSION, **about, "files": files}
+def describe(folder: Path, names: Collection[str]) -> dict[str, dict[str, Any]]:
+    """What a manifest says of files: {name: {"size": in bytes, "sha256": of the content}}; they are synced first."""
+    for name in names:
+        sync(folder / name)
+    return {name: {"size": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in sorted(names)}
+
+
+def write_manifest(folder: Path, files: Mapping[str, dict[str, Any]], **about: Any) -> None:
+    """Make `folder` a checkpoint: of `files`, as `describe` does, with what else is to be known about it; synced."""
+    manifest = {"format_version": FORMAT_VERSION, **about, "files": dict(sorted(files.items()))}
     manifest["sha256"] = _own_sha256(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for path in (*folder.iterdir(), folder):
-        sync(path)
+    sync(folder / MANIFEST)
+    sync(folder)
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
@@ -94,7 +103,8 @@ def _has_form(manifest: dict[str, Any]) -> bool:
         manifest["sha256"] == _own_sha256(manifest)
         and all(isinstance(manifest[field], kind) for field, kind in _FIELDS.items())
         and 0 < manifest["sequence"] < 2**63
-        and {STATE, MODEL, TRAINING} <= manifest["files"].keys()
+        and STATE in manifest["files"]
+        and {"model", "training"} == {match[1] for match in map(TENSORS.fullmatch, manifest["files"]) if match}
         and all(
             NAME.fullmatch(name)
             and name != MANIFEST
@@ -118,16 +128,25 @@ def verify(checkpoint: Path, hashed: Collection[str] | None = None) -> dict[str,
         CheckpointError: naming the first file that has not.
     """
     manifest = read_manifest(checkpoint)
-    for name, entry in manifest["files"].items():
-        path = checkpoint / name
-        if os.path.islink(path) or not os.path.isfile(path):  # unlike pathlib's, these take names of any length
-            raise CheckpointError(f"{checkpoint}: {name} is missing.")
-        try:
-            size = path.stat().st_size
-            if size != entry["size"]:
-                raise CheckpointError(f"{checkpoint}: {name} has {size} bytes instead of {entry['size']}.")
-            if (hashed is None or name in hashed) and _sha256(path) != entry["sha256"]:
-                raise CheckpointError(f"{checkpoint}: {name} is damaged, its SHA-256 differs from the manifest's.")
-        except OSError as error:
-            raise CheckpointError(f"{checkpoint}: {name} cannot be read: {error}.") from error
+    with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter free
+        checks = [
+            pool.submit(_check_file, checkpoint, name, entry, hashed is None or name in hashed)
+            for name, entry in manifest["files"].items()
+        ]
+        for check in checks:
+            check.result()
     return manifest
+
+
+def _check_file(checkpoint: Path, name: str, entry: dict[str, Any], is_hashed: bool) -> None:
+    path = checkpoint / name
+    if os.path.islink(path) or not os.path.isfile(path):  # unlike pathlib's, these take names of any length
+        raise CheckpointError(f"{checkpoint}: {name} is missing.")
+    try:
+        size = path.stat().st_size
+        if size != entry["size"]:
+            raise CheckpointError(f"{checkpoint}: {name} has {size} bytes instead of {entry['size']}.")
+        if is_hashed and _sha256(path) != entry["sha256"]:
+            raise CheckpointError(f"{checkpoint}: {name} is damaged, its SHA-256 differs from the manifest's.")
+    except OSError as error:
+        raise CheckpointError(f"{checkpoint}: {name} cannot be read: {error}.") from error

@@ -42,6 +42,23 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     return x if wide else x.mT
 
 
+def _orthogonalize_all(matrices: Tensor) -> Tensor:
+    """`orthogonalize`; where (B, M, N) `matrices` are sharded by rows (FSDP2), each process takes some of the B whole.
+
+    Left to DTensor, every product would gather what it needs of both sides.
+    """
+    if not hasattr(matrices, "device_mesh"):
+        return orthogonalize(matrices)
+    from torch.distributed.tensor import DTensor, Shard  # loaded where there are any, else half a second
+
+    assert isinstance(matrices, DTensor)
+    mesh, by_rows = matrices.device_mesh, matrices.placements
+    by_matrices = [placement if placement.is_replicate() else Shard(0) for placement in by_rows]
+    mine = orthogonalize(matrices.redistribute(mesh, by_matrices).to_local())
+    whole = DTensor.from_local(mine, mesh, by_matrices, run_check=False, shape=matrices.shape, stride=matrices.stride())
+    return whole.redistribute(mesh, by_rows)
+
+
 class Muon(Optimizer):
     """Muon for the groups with `muon: True`, AdamW for the others: one optimizer, one state, one schedule.
 
@@ -101,7 +118,7 @@ class Muon(Optimizer):
             by_shape[p.shape].append((p, gradient.lerp(buffer, beta)))
         alive = 1.0 if found_inf is None else 1 - found_inf
         for (rows, columns), pairs in by_shape.items():
-            updates = orthogonalize(torch.stack([momentum for _, momentum in pairs]))
+            updates = _orthogonalize_all(torch.stack([momentum for _, momentum in pairs]))
             updates = updates * (-lr * 0.2 * math.sqrt(max(rows, columns)) * alive)
             for (p, _), update in zip(pairs, updates.unbind(), strict=True):
                 p.mul_(1 - lr * group["weight_decay"] * alive).add_(update)
@@ -217,6 +234,8 @@ def create_optimizer(
     if kind == "adam":
         return Adam(groups, lr=learning_rate, betas=betas, eps=adam_epsilon, fused=fused)
     if kind == "sgd":
+        # torch's fused kernel does not know DTensors, which sharded parameters are.
+        fused = fused and not any(hasattr(parameter, "device_mesh") for parameter in parameters)
         sgd = SGD(groups, lr=learning_rate, momentum=momentum, fused=fused)
         if momentum:
             # torch's fused kernel takes uninitialised memory for momentum where the very first step is skipped.

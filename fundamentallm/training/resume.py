@@ -7,17 +7,22 @@ import json
 import platform
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
 
 from fundamentallm.config import expand_user
 from fundamentallm.data.datasets import TokenDataset
 from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.models.transformer import Transformer
-from fundamentallm.training.checkpoint import load_checkpoint
+from fundamentallm.training.checkpoint import check_checkpoint, load_checkpoint, load_parts
+from fundamentallm.training.manifest import read_manifest
 from fundamentallm.training.optimizers import NamedOptimizerState
 from fundamentallm.training.run_folder import LOCK
 from fundamentallm.training.schedulers import StepSchedule
-from fundamentallm.training.serialization import MALFORMED
+from fundamentallm.training.serialization import MALFORMED, encode
+from fundamentallm.training.snapshot import MODEL_KEY, OPTIMIZER_KEY
+from fundamentallm.training.tensor_files import Like, is_sharded
 
 if TYPE_CHECKING:
     from fundamentallm.config import Config, TrainingConfig
@@ -65,65 +70,113 @@ def model_files(trainer: Trainer) -> dict[str, str]:
     return files
 
 
+class Choice(NamedTuple):
+    """Where a start of a run goes on from."""
+
+    path: Path | None = None
+    """The checkpoint, verified; None: nowhere, it begins."""
+    sha256: str | None = None
+    """Of its manifest, and so of everything in it."""
+    passed_over: tuple[str, ...] = ()
+    """Why newer ones were."""
+    origin: Path | None = None
+    """The checkpoint that `resume` names, from which the run in the checkpoint folder went on."""
+    is_rewound: bool = False
+    """Whether the run goes back to an earlier one of its own."""
+
+
 def resume(trainer: Trainer) -> Path | None:
-    """Restore what `config.resume` says, if anything; returns the checkpoint.
+    """Restore what `config.resume` says, if anything, on all processes together; returns the checkpoint.
 
     Raises:
         ConfigError: if it says 'never' and the checkpoint folder is in use, or a setting has changed that must not.
         CheckpointError: if there are checkpoints but none can be restored.
+        FundamentaLLMError: on the other processes, if one of them failed.
+    """
+    choice = trainer.team.from_first(lambda: _choose(trainer))
+    for reason in choice.passed_over:
+        trainer.say(f"passed over {reason}")
+    if choice.path is None:
+        return None
+    with trainer.team.together():
+        if read_manifest(choice.path)["sha256"] != choice.sha256:
+            raise CheckpointError(
+                f"{choice.path} is another checkpoint here than on the first machine; training.checkpoint_dir has to "
+                "be a folder that all of them see."
+            )
+        restore(trainer, load_checkpoint(choice.path, like_of(trainer), is_verified=True), choice.path)
+    if choice.origin is not None:
+        trainer.state["progress"].origin = str(choice.origin)
+    trainer.was_rewound = choice.is_rewound
+    return choice.path
+
+
+def _choose(trainer: Trainer) -> Choice:
+    """What `config.resume` means now: a path is the first start and every restart alike, so where the run has gone
+    on from there already, its newest checkpoint is meant.
+
+    Raises:
+        ConfigError: if it says 'never' and the folder is in use, or a path and the folder holds another run, whose
+            checkpoints would go as new ones come.
+        CheckpointError: if there are checkpoints but none is intact.
     """
     manager, wanted = trainer.checkpoint_manager, trainer.config.resume
-    if wanted not in ("auto", "never"):
-        return _resume_from(trainer, Path(expand_user(wanted)).absolute())
-    if manager is not None and wanted == "never":
-        folder = manager.checkpoint_dir
-        if folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
+    if wanted == "never":
+        folder = manager.checkpoint_dir if manager is not None else None
+        if folder is not None and folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
             raise ConfigError(
                 f"resume is 'never' and {folder} holds a run already; choose another output_dir "
                 "(or checkpoint_dir), or resume: auto to go on with it."
             )
-    elif manager is not None:
-        saved, path, passed_over = manager.load_latest()
-        for reason in passed_over:
-            trainer.say(f"passed over {reason}")
-        if saved is not None and path is not None:
-            restore(trainer, saved, path)
-            return path
-        if passed_over:
+        return Choice()
+    newest, passed_over = manager.newest_intact() if manager is not None else (None, [])
+    if wanted == "auto":
+        if newest is None and passed_over and manager is not None:
             raise CheckpointError(
                 f"none of the checkpoints in {manager.checkpoint_dir} is intact, and starting afresh among them "
                 "would mix two runs; choose another output_dir, or move them away."
+                + "".join(f"\n  {reason}" for reason in passed_over)
             )
-    return None
-
-
-def _resume_from(trainer: Trainer, path: Path) -> Path:
-    """Go on from the checkpoint at `path`, or, where the run has gone on from there already, from its newest.
-
-    So the same command is the first start and every restart. A folder that holds another run is refused, since
-    what is saved would push its checkpoints out.
-
-    Raises:
-        ConfigError: if it is.
-        CheckpointError: as loading does.
-    """
-    manager = trainer.checkpoint_manager
-    saved, newest, _ = manager.load_latest() if manager is not None else (None, None, [])
-    if manager is not None and saved is not None and newest is not None:
-        progress = saved.get("progress_state_dict")
+        return Choice(newest, _sha256(newest), tuple(passed_over))
+    path = Path(expand_user(wanted)).absolute()
+    if manager is not None and newest is not None:
+        progress = load_parts(newest, ["progress_state_dict"]).get("progress_state_dict")
         if isinstance(progress, dict) and progress.get("origin") == str(path):
             manager.origin = path
-            restore(trainer, saved, newest)
-            return newest
+            return Choice(newest, _sha256(newest), origin=path)
         if path.parent.resolve() != manager.checkpoint_dir.resolve():
             raise ConfigError(
                 f"training.resume is {str(path)!r} and {manager.checkpoint_dir} holds another run, whose checkpoints "
                 "would go as new ones come; choose another output_dir (or checkpoint_dir)."
             )
-        manager.origin, trainer.was_rewound = manager.checkpoint_dir / path.name, True
-    restore(trainer, load_checkpoint(path), path)
-    trainer.state["progress"].origin = str(path)
-    return path
+        manager.origin = manager.checkpoint_dir / path.name
+    check_checkpoint(path)
+    return Choice(path, _sha256(path), origin=path, is_rewound=newest is not None)
+
+
+def _sha256(checkpoint: Path | None) -> str | None:
+    return None if checkpoint is None else read_manifest(checkpoint)["sha256"]
+
+
+def like_of(trainer: Trainer) -> Like | None:
+    """Which slices of a checkpoint's tensors this process needs; None: all of all of them."""
+    if not trainer.is_sharded:
+        return None
+    tensors: dict[str, Tensor] = {}
+    encode({MODEL_KEY: trainer.model.state_dict()}, (), tensors)
+    parameters: dict[str, Tensor] = {}
+    encode({OPTIMIZER_KEY: {"state": dict(trainer.model.named_parameters())}}, (), parameters)
+
+    def like(name: str, shape: tuple[int, ...]) -> Tensor | None:
+        # What an optimizer keeps of a parameter is sliced as the parameter is.
+        tensor = tensors.get(name, parameters.get(name.rpartition("/")[0]))
+        if tensor is None or not is_sharded(tensor) or len(shape) == 0:
+            return None
+        if tensor.shape != shape:
+            raise ValueError(f"{name} has shape {shape} and is to be sliced like a tensor of {tuple(tensor.shape)}")
+        return tensor
+
+    return like
 
 
 def restore(trainer: Trainer, saved: dict[str, Any], where: Path) -> None:

@@ -10,16 +10,15 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from fundamentallm.config import Config
 from fundamentallm.errors import START_AGAIN, CheckpointError, ConfigError, FundamentaLLMError, TrainingError, exit_code
-from fundamentallm.training.accelerator import on_main_process
 from fundamentallm.training.resume import resume, run_state
 from fundamentallm.training.run_folder import locked, read_state, write_status
 from fundamentallm.training.serialization import encode
 from fundamentallm.training.snapshot import OPTIMIZER_KEY
+from fundamentallm.training.tensor_files import local
 
 if TYPE_CHECKING:
     from fundamentallm.training.checkpoint import CheckpointManager
@@ -42,14 +41,13 @@ def session(trainer: Trainer, is_first: bool) -> Iterator[None]:
         ConfigError: if the run cannot go on with this config.
     """
     with ExitStack() as stack:
-        on_main_process(trainer.accelerator, lambda: _open_folders(trainer, stack))
+        trainer.team.from_first(lambda: _open_folders(trainer, stack))
         try:
             if is_first:
                 resumed_from = resume(trainer)
-                _check_same_step(trainer)
-                on_main_process(trainer.accelerator, lambda: _delete_old(trainer, resumed_from))
+                trainer.team.from_first(lambda: _delete_old(trainer, resumed_from))
             if not trainer.is_finished:
-                on_main_process(trainer.accelerator, lambda: _check_saving(trainer))
+                trainer.team.from_first(lambda: _check_saving(trainer))
                 _tell(trainer, state="running")
             trainer.stop_switch.begin()
             stack.enter_context(trainer.stop_switch.listening())
@@ -91,19 +89,8 @@ def _finish_saving(trainer: Trainer, manager: CheckpointManager) -> None:
     """After an error, let the checkpoint in the making be completed; an error of its own is said, not raised."""
     try:
         manager.wait()
-    except CheckpointError as error:
+    except FundamentaLLMError as error:
         trainer.say(str(error))
-
-
-def _check_same_step(trainer: Trainer) -> None:
-    """Refuse processes that see different checkpoints: they would train different models together."""
-    device = trainer.accelerator.device
-    steps = trainer.accelerator.gather(torch.tensor([trainer.global_step], device=device)).tolist()
-    if len(set(steps)) > 1:
-        raise CheckpointError(
-            f"the processes would go on from steps {steps}; training.checkpoint_dir has to be a folder that all of "
-            "them see, with the same checkpoints in it."
-        )
 
 
 def _delete_old(trainer: Trainer, verified: Path | None) -> None:
@@ -140,7 +127,7 @@ def expected_bytes(trainer: Trainer) -> int:
 
 def _bytes(tensors: dict[str, Tensor]) -> int:
     """Of all of them, a tied one counted once."""
-    return sum({(t.data_ptr(), t.nbytes): t.nbytes for t in tensors.values()}.values())
+    return sum({(local(t).data_ptr(), t.nbytes): t.nbytes for t in tensors.values()}.values())
 
 
 def _state(trainer: Trainer) -> str | None:

@@ -13,73 +13,117 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fundamentallm.errors import CheckpointError
-from fundamentallm.training.manifest import MANIFEST, MODEL, NAME, STATE, TRAINING
+from fundamentallm.training.manifest import MANIFEST, NAME, STATE, TENSORS
 from fundamentallm.training.serialization import encode, unshare
+from fundamentallm.training.tensor_files import Place, file_name, is_first_holder, is_sharded, local, place_of
 
 MODEL_KEY, OPTIMIZER_KEY = "model_state_dict", "optimizer_state_dict"
 
 
 class Snapshot(NamedTuple):
-    """A checkpoint in memory, ready to be written."""
+    """A checkpoint in memory, ready to be written: all of it, or what one of several processes writes of it."""
 
     name: str
     about: dict[str, Any]
     state: dict[str, Any]
-    weights: dict[str, Tensor]
-    others: dict[str, Tensor]
+    tensors: dict[str, dict[str, Tensor]]
+    """By file, then by name."""
+    places: dict[str, Place] | None
+    """Where each tensor's piece belongs, by name; None: all are whole."""
     files: Mapping[str, str]
+    """Text files, by name."""
+    num_bytes: int
+    """Size on the disk of all that the processes write together, but for the tensors' headers."""
 
     @property
-    def num_bytes(self) -> int:
-        """Size on the disk, but for the tensors' headers."""
-        texts = len(json.dumps(self.state)) + sum(map(len, self.files.values()))
-        return texts + sum(tensor.nbytes for tensors in (self.weights, self.others) for tensor in tensors.values())
+    def is_finite(self) -> bool:
+        """Whether weights and moments are. Minus infinity is not counted: attention masks are made of it."""
+        checked = (
+            tensor
+            for file, tensors in self.tensors.items()
+            for key, tensor in tensors.items()
+            if file.startswith("model") or key.startswith(OPTIMIZER_KEY + "/")
+        )
+        floating = (tensor for tensor in checked if tensor.is_floating_point())
+        wide = (tensor if tensor.element_size() > 1 else tensor.float() for tensor in floating if tensor.numel())
+        return all(bool((tensor.amax() < float("inf")).item()) for tensor in wide)  # NaN is below nothing
 
 
 def take_snapshot(
-    checkpoint: Mapping[str, Any], name: str, is_best: bool, files: Mapping[str, str], copy: bool
+    checkpoint: Mapping[str, Any],
+    name: str,
+    is_best: bool,
+    files: Mapping[str, str],
+    copy: bool,
+    part: tuple[int, int] | None = None,
 ) -> Snapshot:
-    """`checkpoint` as JSON and tensors on the CPU; with `copy`, nothing that happens afterwards changes them.
+    """`checkpoint` as JSON and tensors on the CPU.
+
+    Args:
+        checkpoint: the state.
+        name: of the checkpoint's directory.
+        is_best: whether it is the best so far.
+        files: further text files, by name.
+        copy: whether the state changes before the snapshot is written, so that no memory may be shared with it.
+        part: (index, number) of this process among those that write the checkpoint together: each writes what it
+            holds of the sharded tensors, and the first all else; None: this process writes everything.
 
     Raises:
         CheckpointError: if the name would leave its directory, or a value is neither tensor nor JSON.
     """
     for text in (name, *files):
-        if not NAME.fullmatch(text) or text in (STATE, MODEL, TRAINING, MANIFEST):
+        if not NAME.fullmatch(text) or text in (STATE, MANIFEST) or TENSORS.fullmatch(text):
             raise CheckpointError(f"the name is {text!r}; allowed: letters, digits, '_', '-' and '.', not first.")
     tensors: dict[str, Tensor] = {}
     state = encode(checkpoint, (), tensors)
     # The model's first: a tensor that is there twice is stored under its first name.
     of_model = {key: value for key, value in tensors.items() if key.startswith(MODEL_KEY + "/")}
-    stored, same_as = unshare(of_model | tensors, copy)
-    weights = {key.removeprefix(MODEL_KEY + "/"): stored[key] for key in of_model if key in stored}
-    others = {key: value for key, value in stored.items() if key not in of_model}
-    step = checkpoint.get("progress_state_dict", {}).get("step")
-    about = {"step": step, "is_best": is_best}
-    return Snapshot(name, about, {"state": state, "same_as": same_as}, weights, others, dict(files))
+    tensors = of_model | tensors
+    mine = {key: local(value) for key, value in tensors.items() if _writes(key, value, part)}
+    stored, same_as = unshare(mine, copy)
+
+    by_file: dict[str, dict[str, Tensor]] = {file_name(kind, part): {} for kind in ("model", "training")}
+    places = {}
+    for key, value in stored.items():
+        file = file_name("model" if key in of_model else "training", part)
+        stored_as = key.removeprefix(MODEL_KEY + "/")
+        by_file[file][stored_as], places[stored_as] = value, place_of(tensors[key])
+    num_bytes = len(json.dumps(state)) + sum(map(len, files.values()))
+    num_bytes += sum(value.nbytes for key, value in tensors.items() if key not in same_as)
+    about = {"step": checkpoint.get("progress_state_dict", {}).get("step"), "is_best": is_best}
+    return Snapshot(
+        name,
+        about,
+        {"state": state, "same_as": same_as},
+        by_file if part is None else {file: content for file, content in by_file.items() if content},
+        None if part is None else places,
+        dict(files),
+        num_bytes,
+    )
 
 
-def is_finite(snapshot: Snapshot) -> bool:
-    """Whether weights and moments are. Minus infinity is not counted: attention masks are made of it."""
-    moments = (value for key, value in snapshot.others.items() if key.startswith(OPTIMIZER_KEY + "/"))
-    floating = (tensor for tensor in (*snapshot.weights.values(), *moments) if tensor.is_floating_point())
-    wide = (tensor if tensor.element_size() > 1 else tensor.float() for tensor in floating if tensor.numel())
-    return all(bool((tensor.amax() < float("inf")).item()) for tensor in wide)  # NaN is below nothing
+def _writes(name: str, tensor: Tensor, part: tuple[int, int] | None) -> bool:
+    """Whether this process writes (what it holds of) a tensor."""
+    if not is_sharded(tensor):
+        return part is None or part[0] == 0
+    if part is None:
+        raise CheckpointError(f"{name} is sharded; the processes that hold it have to save it together.")
+    if sum(not placement.is_replicate() for placement in tensor.placements) > 1:  # type: ignore[attr-defined]
+        raise CheckpointError(f"{name} is sharded along several dimensions; allowed: along one.")
+    return is_first_holder(tensor) and (local(tensor).numel() > 0 or part[0] == 0)
 
 
-def read_back(
-    folder: Path, weights: Mapping[str, Tensor], others: Mapping[str, Tensor], texts: Mapping[str, str]
-) -> None:
+def read_back(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], texts: Mapping[str, str]) -> None:
     """Compare what is on the disk with what is in memory: the manifest's hashes only say what was written.
 
     Raises:
         CheckpointError: naming the file that differs.
     """
-    for name, tensors in ((MODEL, weights), (TRAINING, others)):
+    for name, content in tensors.items():
         _forget(folder / name)
         with safe_open(folder / name, "pt") as file:
-            same = set(file.keys()) == tensors.keys() and all(
-                torch.equal(_raw(file.get_tensor(key)), _raw(tensor)) for key, tensor in tensors.items()
+            same = set(file.keys()) == content.keys() and all(
+                torch.equal(_raw(file.get_tensor(key)), _raw(tensor)) for key, tensor in content.items()
             )
         if not same:
             raise CheckpointError(f"{folder / name} was not written as it is in memory; the disk may be failing.")

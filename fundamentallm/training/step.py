@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -15,7 +15,7 @@ from fundamentallm.config import IGNORE_INDEX
 from fundamentallm.data.loaders import derive_seed
 from fundamentallm.training.accelerator import seed_device
 from fundamentallm.training.guard import Guard
-from fundamentallm.training.loss import ModelWithLoss
+from fundamentallm.training.tensor_files import is_sharded
 
 
 class StepResult(NamedTuple):
@@ -32,14 +32,10 @@ class StepResult(NamedTuple):
 class OptimizerStep:
     """Takes optimizer steps; the host never waits for the device (an optimizer that cannot skip by itself excepted).
 
-    The model and the optimizer stay the caller's own objects, so that names and state carry no wrapper; what
-    accelerate wraps around them serves to compute only.
-
     Args:
         accelerator: placement, precision, gradient exchange and clipping.
-        model: maps inputs to logits.
-        loss_fn: maps (logits, targets) to the sum over targets.
-        optimizer: over the model's parameters, or some of them.
+        model_with_loss: maps (inputs, targets) to the loss summed over targets, as `prepare_model` made it.
+        optimizer: over its parameters, or some of them.
         guard: says which steps must not be taken.
         max_norm: largest gradient norm; None: no clipping.
         seed: of the run.
@@ -48,17 +44,16 @@ class OptimizerStep:
     def __init__(
         self,
         accelerator: Accelerator,
-        model: nn.Module,
-        loss_fn: Any,
+        model_with_loss: nn.Module,
         optimizer: Optimizer,
         guard: Guard,
         max_norm: float | None,
         seed: int,
     ) -> None:
-        self.accelerator, self.model, self.optimizer, self.guard = accelerator, model, optimizer, guard
+        self.accelerator, self.model_with_loss = accelerator, model_with_loss
+        self.optimizer, self.guard = optimizer, guard
         self.max_norm, self.seed = math.inf if max_norm is None else max_norm, seed
-        # Together, which is how accelerate knows what to unscale before it clips.
-        self.model_with_loss, _ = accelerator.prepare(ModelWithLoss(model, loss_fn), optimizer)
+        accelerator.prepare_optimizer(optimizer)  # which tells accelerate what to unscale before it clips
         self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def __call__(self, step: int, inputs: Tensor, targets: Tensor, parts: int) -> StepResult:
@@ -74,14 +69,16 @@ class OptimizerStep:
         loss = torch.zeros((), device=accelerator.device)
         pairs = zip(inputs.tensor_split(parts), targets.tensor_split(parts), strict=True)
         for part, (x, y) in enumerate(pairs, start=1):
-            with nullcontext() if part == parts else accelerator.no_sync(model):
+            # Gradients of sharded weights are exchanged with each part: put off, they would be there unsharded.
+            with nullcontext() if part == parts or accelerator.is_fsdp2 else accelerator.no_sync(model):
                 loss_sum = model(x, y)
                 accelerator.backward(loss_sum * scale)
             loss += loss_sum.detach()
         loss = accelerator.reduce(loss, "sum")
         norm = accelerator.clip_grad_norm_(self._parameters, self.max_norm)
+        norm = norm.full_tensor() if is_sharded(norm) else norm
         self._update(skip=self.guard.skips(step, loss / count.clamp(min=1), norm))
-        self.model.zero_grad()  # all of it: the optimizer may have a part of the model only
+        model.zero_grad()  # all of it: the optimizer may have a part of the model only
         return StepResult(loss, count, norm)
 
     def _update(self, skip: Tensor) -> None:

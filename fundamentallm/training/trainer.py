@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from fundamentallm.config import Config, TrainingConfig
 from fundamentallm.data.datasets import fingerprint
 from fundamentallm.data.loaders import device_batches, step_sampler
 from fundamentallm.errors import ConfigError, TrainingError
-from fundamentallm.training.accelerator import check_accelerator, create_accelerator, kept_groups, on_main_process
+from fundamentallm.training.accelerator import check_accelerator, create_accelerator, kept_groups
 from fundamentallm.training.callbacks import Callback, CallbackList, default_callbacks
 from fundamentallm.training.checkpoint import CheckpointManager, load_checkpoint
 from fundamentallm.training.evaluation import evaluate
@@ -35,10 +36,12 @@ from fundamentallm.training.metrics import MetricTracker
 from fundamentallm.training.optimizers import NamedOptimizerState
 from fundamentallm.training.parts import make_early_stopping, make_optimizer, make_schedule
 from fundamentallm.training.progress import Progress
-from fundamentallm.training.resume import model_files, restore, run_state
+from fundamentallm.training.resume import like_of, model_files, restore, run_state
 from fundamentallm.training.session import session
+from fundamentallm.training.sharding import follow, prepare_model
 from fundamentallm.training.step import OptimizerStep
 from fundamentallm.training.stopping import Stop, StopSwitch
+from fundamentallm.training.team import Team
 
 
 class Trainer:
@@ -90,27 +93,31 @@ class Trainer:
         self.total_steps = self._total_steps()
         self._check(optimizer, scheduler)
 
-        self.model = model.to(self.accelerator.device)
-        self.optimizer = optimizer or make_optimizer(training, self.model)
+        self.model, loss_fn = model, loss_fn or create_loss(training.loss, **training.loss_options)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._step_model = prepare_model(self.accelerator, model, loss_fn, training.seed)
+        if optimizer is not None and self.is_sharded:
+            follow(optimizer, names, model)
+        self.optimizer = optimizer or make_optimizer(training, model)
         self._own_schedule = scheduler is None
         self.scheduler = scheduler or make_schedule(training, self.optimizer, self.total_steps)
         self._guard = Guard(self.accelerator.device, training.max_bad_steps, training.skip_spikes_above)
         self._step = OptimizerStep(
             self.accelerator,
-            self.model,
-            loss_fn or create_loss(training.loss, **training.loss_options),
+            self._step_model,
             self.optimizer,
             self._guard,
             training.gradient_clip_norm,
             training.seed,
         )
-        self._step_model = self._step.model_with_loss
 
+        self.team = Team()
         self.metrics = MetricTracker()
         self.early_stopping = make_early_stopping(training)
         self.checkpoint_manager: CheckpointManager | None = None
         if training.checkpoint_dir is not None:
-            self.checkpoint_manager = CheckpointManager(training.checkpoint_dir, training.keep_last_n)
+            team = self.team if self.is_sharded else None
+            self.checkpoint_manager = CheckpointManager(training.checkpoint_dir, training.keep_last_n, team)
         self.callbacks = CallbackList(
             default_callbacks(self.run_config, val_loader is not None) if callbacks is None else callbacks
         )
@@ -185,6 +192,11 @@ class Trainer:
     def is_main_process(self) -> bool:
         """Whether this process is the one that prints, draws and writes."""
         return bool(self.accelerator.is_main_process)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds slices of the weights only."""
+        return bool(self.accelerator.is_fsdp2)
 
     @property
     def is_finished(self) -> bool:
@@ -396,7 +408,7 @@ class Trainer:
         manager, name = self.checkpoint_manager, name or self._name
         if manager is None:
             raise ConfigError("there is no checkpoint_dir; set training.checkpoint_dir.")
-        on_main_process(self.accelerator, lambda: manager.save(run_state(self), name, is_best, model_files(self)))
+        self._on_savers(lambda: manager.save(run_state(self), name, is_best, model_files(self)))
         if name == self._name:
             self._saved_at = self.global_step
         return manager.checkpoint_dir / name
@@ -413,10 +425,18 @@ class Trainer:
         """Save in the background; at the end of the run, `_finish` waits for it."""
         manager, is_best = self.checkpoint_manager, bool(self._save_requested)
         if manager is not None and (self._saved_at != self.global_step or is_best):
-            if self.is_main_process and not manager.has_failed:
+            # A sharded state is saved by all, and the one before has failed on all of them or on none.
+            if self.is_sharded or (self.is_main_process and not manager.has_failed):
                 manager.save_in_background(run_state(self), self._name, is_best, model_files(self))
             self._saved_at = self.global_step
         self._save_requested = None
+
+    def _on_savers(self, action: Callable[[], object]) -> None:
+        """Have whoever saves do something: all processes where the state is sharded, else the main one."""
+        if self.is_sharded:
+            action()
+        else:
+            self.team.from_first(action)
 
     def load_checkpoint(self, path: Path | str) -> None:
         """Restore the whole state from a checkpoint; `train()` goes on from there.
@@ -425,7 +445,7 @@ class Trainer:
             CheckpointError: if the checkpoint is damaged, or has not exactly the parts that this run has.
             ConfigError: if its place in the data has no meaning in this run.
         """
-        restore(self, load_checkpoint(Path(path)), Path(path))
+        restore(self, load_checkpoint(Path(path), like_of(self)), Path(path))
         self._started = True
 
     # ---- beginning and end -------------------------------------------------------------------------------
@@ -444,7 +464,7 @@ class Trainer:
             self._end_if_diverged(int(self._guard.counts[0]))
             self._save_if_possible()
             saved, self._saved_at = self._saved_at, -1
-            on_main_process(self.accelerator, manager.wait)
+            self._on_savers(manager.wait)
             self._saved_at = saved
         self.callbacks.on_train_end(self)
         if self.stop_switch.reason:

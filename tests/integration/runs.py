@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import debug_launcher
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState, debug_launcher
+from accelerate.parallelism_config import ParallelismConfig
 from torch import Tensor
 
 from fundamentallm import (
@@ -73,6 +74,25 @@ def make_trainer(config: Config, characters: int = 6_000, tokenizer_spec: str = 
     torch.manual_seed(config.training.seed)
     arguments.setdefault("callbacks", [LoggingCallback(Path(config.output_dir) / "metrics.jsonl")])
     return Trainer(Transformer(config.model), config, train_loader, val_loader, **arguments)
+
+
+def sharded_accelerator(replicate: int = 1) -> Accelerator:
+    """accelerate's own FSDP2 path on gloo, over all processes, or over those of each of `replicate` groups (HSDP).
+
+    accelerate 1.15 takes FSDP2 for plain data parallelism on a CPU; told otherwise once it is made, it runs it.
+    """
+    accelerator = Accelerator(cpu=True)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+    )
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    if replicate > 1:
+        sizes = {"dp_replicate_size": replicate, "dp_shard_size": accelerator.num_processes // replicate}
+        accelerator.state.parallelism_config = ParallelismConfig(**sizes)
+        accelerator.state.device_mesh = accelerator.state.parallelism_config.get_device_mesh("cpu")
+    return accelerator
 
 
 def weights(trainer: Trainer) -> dict[str, Tensor]:

@@ -18,7 +18,6 @@ from fundamentallm.errors import CheckpointNotFoundError, ConfigError
 from fundamentallm.models.generation import generate
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.training.checkpoint import CheckpointManager
-from fundamentallm.training.manifest import MODEL
 from fundamentallm.training.snapshot import MODEL_KEY
 
 CONTEXT = 8
@@ -313,7 +312,7 @@ def test_a_damaged_checkpoint_is_an_error_that_names_the_file(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = save(tmp_path, tokenizer, seed=1)
-    weights = (path / MODEL).read_bytes()
-    (path / MODEL).write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    weights = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
     assert fails(monkeypatch, path) == 1
-    assert f"{MODEL} is damaged" in capsys.readouterr().err
+    assert "model.safetensors is damaged" in capsys.readouterr().err

@@ -1,0 +1,103 @@
+"""A model spread over devices: accelerate's FSDP2, each decoder block a unit.
+
+Parameters, gradients and optimizer state are DTensors then, of which each process holds a slice. The model stays the
+caller's object, and its parameters keep their names.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DynamoBackend, fsdp2_prepare_model
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.distributed.tensor import distribute_tensor
+from torch.optim import Optimizer
+
+from fundamentallm.errors import ConfigError
+from fundamentallm.training.loss import ModelWithLoss
+
+
+def prepare_model(accelerator: Accelerator, model: nn.Module, loss_fn: Any, seed: int) -> nn.Module:
+    """Model and loss in one module, on its device and spread as the processes were launched.
+
+    Args:
+        accelerator: of this process.
+        model: maps inputs to logits. Under FSDP2 it may be on the meta device, to get its memory, and the weights of
+            its `initial_weights()`, slice by slice: thus a model larger than a device can start.
+        loss_fn: maps (logits, targets) to the sum over targets.
+        seed: of initial weights that are drawn here.
+
+    Raises:
+        ConfigError: if the model, or the accelerate config, does not allow it.
+    """
+    is_meta = any(parameter.is_meta for parameter in model.parameters())
+    if is_meta and not (accelerator.is_fsdp2 and hasattr(model, "initial_weights")):
+        raise ConfigError(
+            f"the model, a {type(model).__name__}, has parameters on the meta device; allowed: under FSDP2, where it "
+            "has a method initial_weights() that yields (name, tensor) for each."
+        )
+    if not accelerator.is_fsdp2:
+        prepared: nn.Module = accelerator.prepare_model(ModelWithLoss(model.to(accelerator.device), loss_fn))
+        return prepared
+    if isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
+        raise ConfigError("fsdp_offload_params is true in the accelerate config; allowed: false.")
+    if is_meta:
+        torch.manual_seed(seed)
+        for layer in model.modules():
+            # What their constructors would have drawn on a CPU, so that the weights are those of a single process.
+            if isinstance(layer, (nn.Linear, nn.Embedding)):
+                copy.deepcopy(layer).to_empty(device="cpu").reset_parameters()
+    _shard(accelerator, model)
+    if is_meta:
+        model.to_empty(device=accelerator.device)
+        _fill(model)
+    return ModelWithLoss(model, loss_fn)
+
+
+def _shard(accelerator: Accelerator, model: nn.Module) -> None:
+    plugin, compiler = accelerator.state.fsdp_plugin, accelerator.state.dynamo_plugin
+    # accelerate's own policy adds gradients up in the precision of the forward pass.
+    computed_in = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=computed_in, reduce_dtype=torch.float32)
+    if compiler.backend != DynamoBackend.NO:
+        kinds = getattr(model, "_no_split_modules", None) or ()
+        for block in [module for module in model.modules() if type(module).__name__ in kinds]:
+            block.compile(**compiler.to_kwargs())  # in place: a wrapper would change the parameters' names
+    # Not by accelerator.prepare, which wants the optimizer too, and finds its parameters by their addresses: those of
+    # the meta device have none.
+    fsdp2_prepare_model(accelerator, model)
+
+
+@torch.no_grad()
+def _fill(model: nn.Module) -> None:
+    """Give each process its slices of the initial weights, whose whole tensors exist one at a time."""
+    for name, values in model.initial_weights():  # type: ignore[operator]
+        parameter = model.get_parameter(name)
+        # All processes have drawn the same values: none has to send any (src_data_rank=None).
+        mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+        parameter.copy_(distribute_tensor(values.to(parameter.device), mesh, placements, src_data_rank=None))
+
+
+def follow(optimizer: Optimizer, names: dict[int, str], model: nn.Module) -> None:
+    """Have an optimizer that was made before the model was sharded train the parameters it has now.
+
+    Args:
+        optimizer: without state yet.
+        names: of the parameters it was made for, by id.
+        model: sharded since.
+
+    Raises:
+        ConfigError: if it has state already, or parameters that are not the model's.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if optimizer.state or any(id(parameter) not in names for parameter in parameters):
+        raise ConfigError(
+            "the optimizer has state, or parameters that are not the model's; under FSDP2, give one that is fresh and "
+            "over this model, or name it in training.optimizer."
+        )
+    for group in optimizer.param_groups:
+        group["params"] = [model.get_parameter(names[id(parameter)]) for parameter in group["params"]]
