@@ -13,8 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
@@ -25,8 +24,10 @@ from fundamentallm.config import LOSS_NAMES
 from fundamentallm.training.guard import Guard
 from fundamentallm.training.loss import ModelWithLoss, create_loss
 from fundamentallm.training.parts import make_optimizer
+from fundamentallm.training.sharding import prepare_model
 from fundamentallm.training.step import OptimizerStep
-from tests.integration.runs import on_processes
+from fundamentallm.training.tensor_files import local
+from tests.integration.runs import on_processes, sharded_accelerator
 
 DEEP = {"vocab_size": 100, "d_model": 64, "num_heads": 4, "num_layers": 4}
 BROAD = {"vocab_size": 6000, "d_model": 64, "num_heads": 4, "num_layers": 2}
@@ -53,34 +54,31 @@ def allocated_peak(action: Callable[[], object], folder: Path) -> int:
     return peak
 
 
-def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[no-any-return]
-
-
-def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
-    """Of the weights, and of the optimizer's state."""
-    state = [t for values in optimizer.state.values() for t in values.values() if isinstance(t, Tensor)]
-    return sum(local(p).nbytes for p in model.parameters()), sum(local(t).nbytes for t in state)
-
-
 class Measured:
-    """An optimizer step of a config, as the Trainer would take it."""
+    """The optimizer step of a config, as the Trainer would take it."""
 
-    def __init__(self, config: Config, recomputes: bool = False) -> None:
-        training, model = config.training, Transformer(config.model)
-        accelerator = Accelerator(cpu=True, mixed_precision=training.mixed_precision)
-        optimizer = make_optimizer(training, model)
-        for block in model.model["layers"] if recomputes else ():  # type: ignore[attr-defined]
+    def __init__(self, config: Config, accelerator: Accelerator | None = None, recomputes: bool = False) -> None:
+        training, self.model, self.loss = config.training, Transformer(config.model), create_loss(config.training.loss)
+        accelerator = accelerator or Accelerator(cpu=True, mixed_precision=training.mixed_precision)
+        for block in self.model.model["layers"] if recomputes else ():  # type: ignore[attr-defined]
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-        loss, guard = create_loss(training.loss), Guard(accelerator.device, 10)
-        step = OptimizerStep(accelerator, model, loss, optimizer, guard, 1.0, 0)
+        whole = prepare_model(accelerator, self.model, self.loss, seed=0)
+        optimizer = make_optimizer(training, self.model)
+        step = OptimizerStep(accelerator, whole, optimizer, Guard(accelerator.device, 10), max_norm=1.0, seed=0)
         rows, parts, _ = micro_batches(config, accelerator.num_processes)
         size = (rows, config.data.sequence_length)
-        inputs, targets = (torch.randint(config.model.vocab_size or 0, size) for _ in range(2))
-        self.step = lambda number: step(number, inputs, targets, parts)
-        self.step(0)  # makes the optimizer's state
-        self.weights, self.optimizer = held_bytes(model, optimizer)
-        self.batch, self.model, self.loss, self.inputs = inputs.nbytes + targets.nbytes, model, loss, inputs
+        self.inputs, targets = (torch.randint(config.model.vocab_size or 0, size) for _ in range(2))
+        self.step = lambda number: step(number, self.inputs, targets, parts)
+        for number in range(2):  # the first makes the optimizer's state, and then DDP its buckets anew
+            self.step(number)
+        state = [value for values in optimizer.state.values() for value in values.values()]
+        self.weights = sum(local(parameter).nbytes for parameter in self.model.parameters())
+        self.optimizer = sum(local(value).nbytes for value in state if isinstance(value, Tensor))
+        self.batch = self.inputs.nbytes + targets.nbytes
+
+    def peak(self, folder: Path) -> int:
+        """Most bytes there are at once in a step."""
+        return self.weights + self.optimizer + self.batch + allocated_peak(lambda: self.step(2), folder)
 
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -111,11 +109,10 @@ def test_memory_is_what_torch_allocates(case: str, tmp_path: Path) -> None:
     model, settings = CASES[case]
     config = config_of(model, **settings)
     measured, estimated = Measured(config), memory(config, layout_of("ddp", 1), on_cpu=True)
-    peak = allocated_peak(lambda: measured.step(1), tmp_path)
     assert measured.weights == estimated.weights == estimated.gradients
     assert measured.optimizer == estimated.optimizer
     assert measured.batch == estimated.batch
-    assert estimated.peak == pytest.approx(measured.weights + measured.optimizer + measured.batch + peak, rel=0.05)
+    assert estimated.peak == pytest.approx(measured.peak(tmp_path), rel=0.05)
 
 
 @pytest.mark.parametrize("case", ["deep", "broad", "long", "micro-batches", "weights", "bf16"])
@@ -124,8 +121,7 @@ def test_memory_where_blocks_are_recomputed(case: str, tmp_path: Path) -> None:
     config = config_of(model, **settings)
     measured = Measured(config, recomputes=True)
     estimated = memory(config, layout_of("ddp", 1), on_cpu=True, recomputes=True)
-    peak = allocated_peak(lambda: measured.step(1), tmp_path)
-    assert estimated.peak == pytest.approx(measured.weights + measured.optimizer + measured.batch + peak, rel=0.05)
+    assert estimated.peak == pytest.approx(measured.peak(tmp_path), rel=0.05)
 
 
 @pytest.mark.parametrize("case", ["deep", "broad", "grouped, tied, micro-batches", "dropout", "bf16"])
@@ -167,34 +163,8 @@ def _measure_ddp(_: int, precision: str, folder: Path) -> None:
     config = config_of(DEEP, batch_size=4, mixed_precision=precision)
     measured = Measured(config)
     assert dist.get_world_size() == 2
-    measured.step(1)  # DDP makes its buckets anew after the first step
-    peak = allocated_peak(lambda: measured.step(2), folder / str(dist.get_rank()))
     estimated = memory(config, layout_of("ddp", 2), on_cpu=True)
-    held = measured.weights + measured.optimizer + measured.batch + estimated.buckets
-    assert estimated.peak == pytest.approx(held + peak, rel=0.02)
-
-
-def _fully_sharded(config: Config, narrow: bool) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], None]]:
-    """Model, optimizer and optimizer step, sharded as accelerate 1.15 does with blocks as units."""
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if narrow else MixedPrecisionPolicy()
-    shard: Any = functools.partial(fully_shard, mp_policy=policy, mesh=dist.init_device_mesh("cpu", (2,)))
-    model = Transformer(config.model)
-    for block in model.model["layers"]:  # type: ignore[attr-defined]
-        shard(block)
-    shard(model.model["embed_tokens"])
-    shard([model.model["norm"], model.lm_head], reshard_after_forward=False)
-    whole = shard(ModelWithLoss(model, create_loss()))
-    optimizer = make_optimizer(config.training, model)
-    rows, parts, _ = micro_batches(config, 2)
-    tokens = torch.randint(config.model.vocab_size or 0, (rows, config.data.sequence_length))
-
-    def step() -> None:
-        for part in tokens.tensor_split(parts):
-            whole(part, part).backward()
-        optimizer.step()
-        whole.zero_grad()
-
-    return model, optimizer, step
+    assert estimated.peak == pytest.approx(measured.peak(folder / str(dist.get_rank())) + estimated.buckets, rel=0.02)
 
 
 @contextlib.contextmanager
@@ -220,17 +190,14 @@ def counted() -> Iterator[list[int]]:
 
 def _measure_fsdp2(_: int, precision: str, folder: Path) -> None:
     config = config_of(DEEP, batch_size=8, micro_batch_size=2, mixed_precision=precision)
-    Accelerator(cpu=True)  # joins the group
-    model, optimizer, step = _fully_sharded(config, precision == "bf16")
-    step()
-    step()
+    Accelerator(cpu=True, mixed_precision=precision)  # whose precision the next one shares
+    measured = Measured(config, sharded_accelerator())
     with counted() as sent:
-        peak = allocated_peak(step, folder / str(dist.get_rank()))
-    weights, state = held_bytes(model, optimizer)
+        peak = measured.peak(folder / str(dist.get_rank()))
     estimated = memory(config, layout_of("fsdp2", 2), on_cpu=True)
-    assert estimated.weights == weights
-    assert estimated.optimizer == pytest.approx(state, rel=0.001)  # each process counts all steps
-    assert estimated.peak == pytest.approx(weights + state + estimated.batch + peak, rel=0.15)
+    assert estimated.weights == measured.weights
+    assert estimated.optimizer == pytest.approx(measured.optimizer, rel=0.001)  # each process counts all steps
+    assert estimated.peak == pytest.approx(peak, rel=0.15)
     assert sent_bytes(config, layout_of("fsdp2", 2)) == sum(sent)
 
 
