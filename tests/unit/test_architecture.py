@@ -219,7 +219,14 @@ def _loaded_after(statement: str, folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["fundamentallm", "fundamentallm.command_line", "fundamentallm.train", "fundamentallm.commands.doctor"]
+    "module",
+    [
+        "fundamentallm",
+        "fundamentallm.command_line",
+        "fundamentallm.train",
+        "fundamentallm.commands.doctor",
+        "fundamentallm.commands.estimate",
+    ],
 )
 def test_what_the_command_line_needs_loads_no_torch(module: str, tmp_path: Path) -> None:
     loaded = _loaded_after(f"import {module}", tmp_path)
