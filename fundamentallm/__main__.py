@@ -12,6 +12,10 @@ VERBS = {
     "train": ("fundamentallm.train", "train a language model from a config"),
     "generate": ("fundamentallm.commands.generate", "write text with a trained model"),
     "checkpoints": ("fundamentallm.commands.checkpoints", "list, verify and show checkpoints; what a step trained on"),
+    "estimate": (
+        "fundamentallm.commands.estimate",
+        "work out memory, operations and bytes sent, for any size, at once",
+    ),
     "doctor": ("fundamentallm.commands.doctor", "prove on your config, data and machine that one config is one run"),
 }
 

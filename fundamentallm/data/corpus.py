@@ -65,6 +65,20 @@ def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
     return _open(folder)
 
 
+def vocabulary_size(config: DataConfig) -> int:
+    """Tokens that `load_corpus`'s tokenizer knows; of 'bpe:<size>' what is asked for, which a short text may not fill.
+
+    Without encoding anything: only 'char' reads the text, and a tokenizer.json is opened.
+
+    Raises:
+        ConfigError: if what has to be read cannot be.
+    """
+    kind, _, size = config.tokenizer.partition(":")
+    if kind == "bpe":
+        return int(size)
+    return create_tokenizer(config.tokenizer, lambda: _read(config), lambda: ()).get_vocab_size()
+
+
 def read_pieces(file: TextIO) -> Iterator[str]:
     """The text of `file` in pieces that end with a line."""
     while piece := file.read(PIECE):

@@ -96,7 +96,9 @@ class Trainer:
 
         self.model, loss_fn = model, loss_fn or create_loss(training.loss, **training.loss_options)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._step_model = prepare_model(self.accelerator, model, loss_fn, training.seed)
+        self._step_model = prepare_model(
+            self.accelerator, model, loss_fn, training.seed, training.activation_checkpointing
+        )
         if optimizer is not None and self.is_sharded:
             follow(optimizer, names, model)
         self.optimizer = optimizer or make_optimizer(training, model)
@@ -254,13 +256,13 @@ class Trainer:
             progress.step += 1
             progress.tokens += count
             progress.loss.add(loss, count)
-            if self._end_of_step(loss / count, norm, learning_rate):
+            if self.callbacks.wants_step_loss:  # for which the host waits
+                self.callbacks.on_step_end(self, (loss / count).item())
+            if self._end_of_step(norm, learning_rate):
                 return
 
-    def _end_of_step(self, loss: Tensor, norm: Tensor, learning_rate: float) -> bool:
-        """Whatever is due after a step: hooks, log line, validation, checkpoint. True if the run stops here."""
-        if self.callbacks.wants_step_loss:
-            self.callbacks.on_step_end(self, loss.item())
+    def _end_of_step(self, norm: Tensor, learning_rate: float) -> bool:
+        """Whatever is due after a step: log line, validation, checkpoint. True if the run stops here."""
         logged = self.global_step == self.total_steps or self.global_step % self.config.log_every_n_steps == 0
         if logged:
             self._log(norm, learning_rate)

@@ -38,7 +38,7 @@ SERVICES = tuple(
     f"training.{name}"
     for name in (
         *("serialization", "manifest", "snapshot", "checkpoint", "callbacks", "visualization", "progress"),
-        *("stopping", "run_folder", "group", "watchdog"),
+        *("stopping", "run_folder", "tensor_files", "team", "group", "watchdog"),
     )
 )
 WITHIN_SERVICES = {
@@ -48,6 +48,10 @@ WITHIN_SERVICES = {
     ("training.snapshot", "training.serialization"),
     ("training.snapshot", "training.manifest"),
     ("training.checkpoint", "training.manifest"),
+    ("training.checkpoint", "training.tensor_files"),
+    ("training.checkpoint", "training.team"),
+    ("training.snapshot", "training.tensor_files"),
+    ("training.tensor_files", "training.manifest"),
 }
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
@@ -217,7 +221,14 @@ def _loaded_after(statement: str, folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["fundamentallm", "fundamentallm.command_line", "fundamentallm.train", "fundamentallm.commands.doctor"]
+    "module",
+    [
+        "fundamentallm",
+        "fundamentallm.command_line",
+        "fundamentallm.train",
+        "fundamentallm.commands.doctor",
+        "fundamentallm.commands.estimate",
+    ],
 )
 def test_what_the_command_line_needs_loads_no_torch(module: str, tmp_path: Path) -> None:
     loaded = _loaded_after(f"import {module}", tmp_path)

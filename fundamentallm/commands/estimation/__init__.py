@@ -1,0 +1,1 @@
+"""What a run takes, worked out from its settings alone; `fundamentallm estimate` shows it."""

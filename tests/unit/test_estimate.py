@@ -1,0 +1,249 @@
+"""What `fundamentallm estimate` counts is what the real model has, computes, holds and saves; and what it prints."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from fundamentallm import Config, DataConfig, ModelConfig, TrainingConfig, Transformer
+from fundamentallm.__main__ import main
+from fundamentallm.commands.estimation.counts import (
+    LAYOUTS,
+    checkpoint_bytes,
+    count_parameters,
+    layout_of,
+    micro_batches,
+    optimizer_bytes,
+    sent_bytes,
+    step_flops,
+    tokens_per_step,
+)
+from fundamentallm.commands.estimation.memory import memory
+from fundamentallm.data.corpus import load_corpus, vocabulary_size
+from fundamentallm.data.loaders import StepSampler
+from fundamentallm.training.loss import ModelWithLoss, create_loss
+from fundamentallm.training.parts import make_optimizer
+from tests.integration.runs import make_config, make_trainer
+
+ROOT = Path(__file__).parents[2]
+SHAPE = {"vocab_size": 100, "d_model": 64, "num_heads": 4, "num_layers": 2}
+GROUPED = {"num_kv_heads": 2, "qk_norm": False, "tie_embeddings": True}
+
+
+def config_of(model: dict[str, Any], sequence_length: int = 64, **training: Any) -> Config:
+    data = DataConfig(sequence_length=sequence_length)
+    return Config(model=ModelConfig(**model), data=data, training=TrainingConfig(**training)).resolved()
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> ModelConfig:
+    kv_heads, group, half_head = (draw(st.integers(1, 4)) for _ in range(3))
+    return ModelConfig(
+        vocab_size=draw(st.integers(1, 50)),
+        d_model=kv_heads * group * 2 * half_head,
+        num_heads=kv_heads * group,
+        num_kv_heads=draw(st.sampled_from([None, kv_heads])),
+        num_layers=draw(st.integers(1, 3)),
+        d_ff=draw(st.sampled_from([None, 7])),
+        tie_embeddings=draw(st.booleans()),
+        qk_norm=draw(st.booleans()),
+    ).resolved()
+
+
+def assert_counts_parameters(shape: ModelConfig) -> None:
+    with torch.device("meta"):
+        model = Transformer(shape)
+    p, by_name = count_parameters(shape), {name: q.numel() for name, q in model.named_parameters()}
+    assert p.total == sum(by_name.values())
+    assert p.tensors == len(by_name)
+    tables = ("model.embed_tokens.weight", "lm_head.weight")
+    assert p.without_tables == sum(count for name, count in by_name.items() if name not in tables)
+
+
+@given(shape=shapes())
+def test_parameters_are_those_of_the_model(shape: ModelConfig) -> None:
+    assert_counts_parameters(shape)
+
+
+def test_parameters_of_a_large_model() -> None:
+    shape = ModelConfig(vocab_size=128_256, d_model=8192, num_heads=64, num_kv_heads=8, num_layers=80, d_ff=28_672)
+    assert_counts_parameters(shape)
+    assert 70e9 < count_parameters(shape).total < 71e9
+
+
+@given(batch=st.integers(1, 70), devices=st.integers(1, 9), micro=st.none() | st.integers(1, 80))
+def test_micro_batches_are_those_of_the_run(batch: int, devices: int, micro: int | None) -> None:
+    samplers = [StepSampler(1000, batch, 0, process, devices, micro) for process in range(devices)]
+    rows, parts, largest = micro_batches(config_of(SHAPE, batch_size=batch, micro_batch_size=micro), devices)
+    assert rows == max(len(sampler.share(0)) for sampler in samplers)
+    assert parts == samplers[0].micro_batches(0)
+    assert largest == len(torch.arange(rows).tensor_split(parts)[0])
+
+
+@pytest.mark.parametrize("options", [{}, GROUPED, {"d_ff": 24, "num_layers": 1}])
+def test_operations_are_those_torch_counts(options: dict[str, Any]) -> None:
+    config = config_of(SHAPE | options, 24, batch_size=3)
+    model = ModelWithLoss(Transformer(config.model), create_loss())
+    inputs = torch.zeros(3, 24, dtype=torch.int64)
+    # With attention as matrix products, since torch does not count its CPU kernel.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(inputs, inputs).backward()
+    assert step_flops(config) == counter.get_total_flops()
+    assert tokens_per_step(config) == inputs.numel()
+
+
+OPTIMIZERS: list[dict[str, Any]] = [
+    *({"optimizer": name} for name in ("adamw", "adam", "sgd", "muon")),
+    {"optimizer": "sgd", "momentum": 0.0},
+    {"optimizer": "torch.optim:NAdam"},
+]
+
+
+@pytest.mark.parametrize("training", OPTIMIZERS, ids=str)
+@pytest.mark.parametrize("options", [{}, GROUPED])
+def test_the_optimizers_state_is_what_it_holds(training: dict[str, Any], options: dict[str, Any]) -> None:
+    config = config_of(SHAPE | options, **training)
+    model = Transformer(config.model)
+    optimizer = make_optimizer(config.training, model)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    held = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
+    estimated = optimizer_bytes(config)
+    assert held == estimated or (":" in config.training.optimizer and held == pytest.approx(estimated, rel=0.01))
+
+
+def test_a_checkpoint_is_as_large_as_the_files(tmp_path: Path) -> None:
+    config = make_config(tmp_path / "run", max_steps=1, checkpoint_dir=str(tmp_path / "saved"))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, d_model=128)).resolved()
+    trainer = make_trainer(config)
+    trainer.train()
+    (saved,) = (tmp_path / "saved").glob("step_*")
+    size = sum(file.stat().st_size for file in saved.glob("*.safetensors"))
+    assert checkpoint_bytes(dataclasses.replace(config, model=trainer.model.config)) == pytest.approx(size, rel=0.02)
+
+
+def test_ddp_sends_the_gradients_once_however_many_micro_batches() -> None:
+    config = config_of(SHAPE, batch_size=64, micro_batch_size=1)
+    gradients = 4 * count_parameters(config.model).total
+    sent = [sent_bytes(config, layout_of("ddp", devices)) for devices in (1, 2, 4)]
+    assert sent == [0, gradients, gradients * 3 // 2]
+
+
+@given(shape=shapes(), machines=st.integers(2, 100), batch=st.integers(1, 100), micro=st.none() | st.integers(1, 9))
+def test_sharing_takes_less_memory_and_hsdp_lies_between(
+    shape: ModelConfig, machines: int, batch: int, micro: int | None
+) -> None:
+    config = config_of(dataclasses.asdict(shape), 8, batch_size=batch, micro_batch_size=micro)
+    layouts = {name: layout_of(name, 8 * machines) for name in LAYOUTS}
+    assert {layout.devices for layout in layouts.values()} == {8 * machines}
+    held = {name: sum(memory(config, layout)[:3]) for name, layout in layouts.items()}
+    assert held["fsdp2"] <= held["hsdp"] < held["ddp"]
+    sent = {name: sent_bytes(config, layout) for name, layout in layouts.items()}
+    assert sent["ddp"] < sent["fsdp2"]
+    assert sent["ddp"] < sent["hsdp"]
+
+
+# ---- the command ---------------------------------------------------------------------------------------------
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def estimate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("sys.argv", ["fundamentallm", "estimate", *arguments])
+        code = main()
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def rows_of(text: str) -> list[list[str]]:
+    return [line.split() for line in text.splitlines() if line.split() and line.split()[1:2] != ["layout"]]
+
+
+def test_it_estimates_the_quickstart_and_writes_nothing(estimate: Command, tmp_path: Path) -> None:
+    code, out, err = estimate("--config", str(ROOT / "examples/quickstart.yaml"))
+    assert (code, err) == (0, "")
+    vocabulary = load_corpus(DataConfig()).tokenizer.get_vocab_size()
+    shape = ModelConfig(vocab_size=vocabulary, d_model=128, num_heads=4, num_layers=4).resolved()
+    assert f"{count_parameters(shape).total:,};" in out
+    assert [row[:2] for row in rows_of(out) if row[1] in LAYOUTS] == 2 * [["1", "ddp"], ["8", "ddp"], ["8", "fsdp2"]]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trillion_parameters(estimate: Command) -> None:
+    model = "--model.vocab_size 256000 --model.d_model 25600 --model.num_heads 160 --model.num_layers 128"
+    training = "--training.batch_size 4096 --training.micro_batch_size 1 --training.mixed_precision bf16"
+    code, out, _ = estimate(*model.split(), *training.split(), "--data.source", "elsewhere.txt")
+    assert code == 0
+    assert "1,0" in out.splitlines()[0]
+    assert ["4,096", "hsdp"] in [row[:2] for row in rows_of(out)]
+
+
+def test_devices_and_layout_choose_the_rows(estimate: Command) -> None:
+    _, out, _ = estimate("--model.vocab_size", "9", "--devices", "48", "--layout", "hsdp")
+    assert [row[:2] for row in rows_of(out) if row[1] in LAYOUTS] == 2 * [["48", "hsdp"]]
+    assert "16 devices have nothing to compute: training.batch_size is 32" in out
+    _, out, _ = estimate("--model.vocab_size", "9", "--devices", "12")
+    assert [row[:2] for row in rows_of(out) if row[1] in LAYOUTS] == 2 * [["12", "ddp"], ["12", "fsdp2"]]
+
+
+def test_the_kernels_of_a_cpu_and_the_rates(estimate: Command) -> None:
+    given = ("--model.vocab_size", "9", "--devices", "1")
+    by_default, with_options = (
+        estimate(*given)[1],
+        estimate(*given, "--kernels", "cpu", "--tflops", "800", "--disk", "2")[1],
+    )
+    (sizes, times), (cpu_sizes, cpu_times) = (
+        [line.split() for line in out.splitlines() if " ddp " in line] for out in (by_default, with_options)
+    )
+    assert float(cpu_sizes[8]) > float(sizes[8])
+    assert float(cpu_times[4]) == pytest.approx(float(times[4]) / 2, rel=0.01)
+    assert float(cpu_times[-2]) == pytest.approx(float(times[-2]) / 2, rel=0.01)
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe:300", "tokenizer.json"])
+def test_the_vocabulary_is_the_tokenizers(
+    tokenizer: str, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(text)
+    if tokenizer == "tokenizer.json":
+        made = load_corpus(DataConfig(source="text.txt", tokenizer="bpe:280")).tokenizer
+        made.save(tokenizer)
+    config = DataConfig(source="text.txt", tokenizer=tokenizer)
+    assert vocabulary_size(config) == load_corpus(config).tokenizer.get_vocab_size()
+
+
+def test_the_text_is_needed_only_for_its_characters(estimate: Command) -> None:
+    missing = ("--data.source", "elsewhere.txt")
+    code, _, err = estimate(*missing)
+    assert code == 2
+    assert "data.source is 'elsewhere.txt', where there is no text" in err
+    assert "Or set model.vocab_size" in err
+    assert estimate(*missing, "--model.vocab_size", "9")[0] == 0
+    assert estimate(*missing, "--data.tokenizer", "bpe:5000")[0] == 0
+
+
+def test_every_mistake_is_reported_at_once(estimate: Command) -> None:
+    code, _, err = estimate(
+        *("--devices", "12", "--layout", "hsdp", "--tflops", "0", "--network", "nan", "--disk", "inf"),
+        *("--training.batch_size", "0"),
+    )
+    assert code == 2
+    assert err.splitlines()[0] == "5 settings are wrong:"
+    assert "--devices is 12 and --layout is hsdp; allowed: a multiple of 8" in err
+    assert "--devices is 0; allowed: at least 1." in estimate("--devices", "0")[2]
