@@ -85,7 +85,7 @@ class Watchdog:
     def __exit__(self, *_: object) -> None:
         self._done.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(STORE_SECONDS)  # not for ever: the store's machine may be gone without a word
 
     # ---- who is gone -------------------------------------------------------------------------------------
 
@@ -93,21 +93,30 @@ class Watchdog:
         """The error itself; where it came of processes that are gone, one that names them, after a look at who lives
         that takes some seconds. The last thing to ask: the others hear that this process ends.
         """
-        gone: dict[int, str] = {}
+        if self.size == 1:
+            return error
         # What torch raises where a collective fails; our own errors are no RuntimeErrors.
-        if self.size > 1 and isinstance(error, RuntimeError):
-            gone = self._gone()
+        gone = self._look_around() if isinstance(error, RuntimeError) else {}
         self.__exit__()
-        if self.size > 1:
-            with suppress(RuntimeError):  # the store may be gone too
+        if not self._thread.is_alive():  # else the store does not answer, and would keep this thread too
+            with suppress(RuntimeError):
                 self._tell(end=_one_line(error), lost=sorted(gone))
         if not gone:
             return error
         what = "; ".join(f"process {rank} of {self.size} {text}" for rank, text in sorted(gone.items()))
         return ProcessLostError(f"at step {self._place().step}, {what}. {GO_ON}", sorted(gone))
 
-    def _gone(self) -> dict[int, str]:
+    def _look_around(self) -> dict[int, str]:
         """{rank: what is known of its end} of the other processes that live no more."""
+        found: list[dict[int, str]] = []
+        look = threading.Thread(target=lambda: found.append(self._gone()), daemon=True)
+        look.start()
+        look.join(LOST_SECONDS + STORE_SECONDS)
+        if found:
+            return found[0]
+        return {} if self.rank == 0 else {0: "does not answer, nor the store of the group, which its machine keeps"}
+
+    def _gone(self) -> dict[int, str]:
         first: dict[int, Beat] = {}
         living, gone = {self.rank}, dict[int, str]()
         deadline = time.monotonic() + LOST_SECONDS
@@ -115,7 +124,7 @@ class Watchdog:
             try:
                 beats = self._read()
             except RuntimeError as error:
-                return {0: f"does not answer, nor its machine, which keeps the store of the group: {_one_line(error)}"}
+                return {} if self.rank == 0 else {0: f"is gone, and its machine with the store: {_one_line(error)}"}
             for rank, beat in beats.items():
                 if beat.lost:  # ended as this process is about to
                     living.add(rank)

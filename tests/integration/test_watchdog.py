@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import threading
@@ -29,7 +30,15 @@ class InStep(Callback):
             getattr(self, self.what)()
 
     def hang_here(self) -> None:
-        threading.Event().wait(4)
+        """Until its stack has been shown. (This process ends with the test, and what is replaced in it.)"""
+        shown, dump = threading.Event(), faulthandler.dump_traceback
+
+        def dump_and_go_on(file: int) -> None:
+            dump(file)
+            shown.set()
+
+        faulthandler.dump_traceback = dump_and_go_on
+        assert shown.wait(100)
 
     def be_killed(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
