@@ -119,8 +119,8 @@ class Trainer:
         self.early_stopping = make_early_stopping(training)
         self.checkpoint_manager: CheckpointManager | None = None
         if training.checkpoint_dir is not None:
-            team = self.team if self.is_sharded else None
-            self.checkpoint_manager = CheckpointManager(training.checkpoint_dir, training.keep_last_n, team)
+            together = Team() if self.is_sharded else None  # another one: it speaks from a thread of its own
+            self.checkpoint_manager = CheckpointManager(training.checkpoint_dir, training.keep_last_n, together)
         self.callbacks = CallbackList(
             default_callbacks(self.run_config, val_loader is not None) if callbacks is None else callbacks
         )
