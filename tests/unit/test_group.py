@@ -14,6 +14,11 @@ from fundamentallm.training.group import agree_on_start
 WORLD = 3
 
 
+@pytest.fixture(autouse=True)
+def _bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group, "JOIN_SECONDS", 20.0)
+
+
 def start(store: dist.Store, *ranks: int) -> list[str]:
     """The name that each of these processes agrees to."""
     with ThreadPoolExecutor(WORLD) as pool:
