@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,25 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+started: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_running() -> Iterator[None]:
+    yield
+    while started:
+        process = started.pop()
+        if process.poll() is None:  # after a failure; launchers end what they have started
+            process.terminate()
+            process.communicate(timeout=100)
+
+
 def start(folder: Path, command: Sequence[str], **environment: str) -> subprocess.Popen[str]:
     own = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE", "WORLD_SIZE"))}
     own |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=folder, env=own, start_new_session=True, **pipes)
+    started.append(subprocess.Popen(command, cwd=folder, env=own, start_new_session=True, **pipes))
+    return started[-1]
 
 
 def assert_as_on_one_process(folder: Path, monkeypatch: pytest.MonkeyPatch, expected: Sequence[int]) -> None:
