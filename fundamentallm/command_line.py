@@ -6,6 +6,7 @@ import argparse
 import ast
 import contextlib
 import dataclasses
+import functools
 import inspect
 import io
 import itertools
@@ -48,19 +49,25 @@ def to_yaml(config: Config | dict[str, Any]) -> str:
 
 def settings(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any], str]]:
     """(dotted name, type, dataclass field, docstring) of every setting below `section`."""
-    body = ast.parse(inspect.cleandoc(inspect.getsource(section))).body[0].body  # type: ignore[attr-defined]
-    help_of = {
-        ast.unparse(entry.target): ast.literal_eval(text.value)
-        for entry, text in itertools.pairwise(body)
-        if isinstance(entry, ast.AnnAssign) and isinstance(text, ast.Expr)
-    }
     hints = typing.get_type_hints(section)
+    texts = _docstrings(section)  # type: ignore[arg-type]  # mypy asks for the hash of its objects
     for entry in dataclasses.fields(section):  # type: ignore[arg-type]
         name, hint = prefix + entry.name, hints[entry.name]
         if dataclasses.is_dataclass(hint):
             yield from settings(hint, name + ".")  # type: ignore[arg-type]
         else:
-            yield name, hint, entry, help_of[entry.name]
+            yield name, hint, entry, texts[entry.name]
+
+
+@functools.cache  # parsing the source takes most of the time of reading a config
+def _docstrings(section: type[Section]) -> dict[str, str]:
+    """{field: the text below it in the source}, which no object keeps."""
+    body = ast.parse(inspect.cleandoc(inspect.getsource(section))).body[0].body  # type: ignore[attr-defined]
+    return {
+        ast.unparse(entry.target): ast.literal_eval(text.value)
+        for entry, text in itertools.pairwise(body)
+        if isinstance(entry, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
 
 
 def _help(program: str) -> str:

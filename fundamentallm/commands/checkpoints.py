@@ -42,6 +42,9 @@ def main(arguments: Sequence[str], program: str) -> int:
     samples.add_argument("--full", action="store_true", help="all of each text, instead of one line")
     samples.add_argument("--indices_only", action="store_true", help="no text, so that it need not be there")
     samples.add_argument("--source", metavar="TEXT", help="where the text is now, if it has moved; as data.source")
+    merge = add("consolidate", "put the weights, whole, into one file for transformers, whoever holds them in slices",
+                f"a checkpoint, {a_run} (its newest)", consolidate_one)  # fmt: skip
+    merge.add_argument("output", metavar="OUT", type=Path, help="a new folder, for from_pretrained")
     options = parser.parse_args(arguments)
     try:
         code: int = options.command(options)
@@ -164,6 +167,28 @@ def show_samples(options: argparse.Namespace) -> int:
     else:
         left = max(WIDTH - sum(max(map(len, column)) + 2 for column in list(zip(*rows, strict=True))[:2]), 20)
         say_table([(index, place, shortened(text, left)) for index, place, text in rows], ">><")
+    return 0
+
+
+def consolidate_one(options: argparse.Namespace) -> int:
+    """`checkpoints consolidate`: weights, config and tokenizer; a tensor in memory at a time."""
+    import shutil
+
+    from fundamentallm.training.checkpoint import export_weights
+
+    source, output = _checkpoint(options.folder), options.output
+    if os.path.lexists(output):
+        raise ConfigError(f"OUT is {str(output)!r}, which is there already; give a new folder.")
+    staging = output.with_name(f".{output.name}-{os.getpid()}")
+    staging.mkdir(parents=True)
+    try:
+        export_weights(source, staging)
+        staging.rename(output)
+    except BaseException:
+        shutil.rmtree(staging)
+        raise
+    files = sorted(path.name for path in output.iterdir())
+    say(f"{source} -> {output}: {', '.join(files)}")
     return 0
 
 

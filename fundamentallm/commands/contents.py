@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import textwrap
 import time
 from collections import Counter
@@ -113,14 +112,12 @@ def tensors_of(path: Path, manifest: dict[str, Any]) -> list[tuple[str, str, int
     try:
         with ExitStack() as stack:
             tensors = TensorFiles(path, manifest["files"], f"{MODEL_KEY}/", stack)
-            return [(name, *_size(tensors.dtype(name), math.prod(tensors.shapes[name]))) for name in tensors]
+            return [
+                (name, tensors.dtype(name).lower(), math.prod(tensors.shapes[name]), tensors.num_bytes(name))
+                for name in tensors
+            ]
     except (OSError, SafetensorError, *MALFORMED) as error:
         raise CheckpointError(f"{path}: its tensors cannot be opened: {error}.") from error
-
-
-def _size(dtype: str, elements: int) -> tuple[str, int, int]:
-    bits = re.search(r"\d+", dtype)  # F32, BF16, F8_E4M3; a BOOL is a byte
-    return dtype.lower(), elements, elements * (int(bits[0]) if bits else 8) // 8
 
 
 def num_bytes(manifest: dict[str, Any]) -> int:

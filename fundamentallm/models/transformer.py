@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fundamentallm.config import ModelConfig
 from fundamentallm.errors import ConfigError
@@ -128,6 +129,7 @@ class Transformer(nn.Module):
         if config.vocab_size is None:
             raise ConfigError("vocab_size is not set; give ModelConfig the tokenizer's get_vocab_size().")
         self.config = config = config.resolved()
+        self.gradient_checkpointing = False
         self.dropout = nn.Dropout(config.dropout)
         embedding = nn.Embedding(config.vocab_size or 0, config.d_model)
         self.model = nn.ModuleDict(
@@ -162,8 +164,15 @@ class Transformer(nn.Module):
         config = self.config
         cos, sin = rotary_table(input_ids.shape[1], config.d_model // config.num_heads, config.rope_theta, x.device)
         for block in self.model["layers"]:  # type: ignore[attr-defined]
-            x = block(x, cos, sin)
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, cos, sin, use_reentrant=False)
+            else:
+                x = block(x, cos, sin)
         return self.lm_head(self.model["norm"](x))  # type: ignore[no-any-return]
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Keep only each block's input for the backward pass, and compute the rest again (arXiv:1604.06174)."""
+        self.gradient_checkpointing = True
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding table, under transformers' name for it."""

@@ -30,7 +30,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from fundamentallm.config import TrainingConfig
 from fundamentallm.errors import CheckpointError, ConfigError
@@ -48,7 +47,7 @@ from fundamentallm.training.manifest import (
 from fundamentallm.training.serialization import MALFORMED, decode
 from fundamentallm.training.snapshot import MODEL_KEY, Snapshot, read_back, take_snapshot
 from fundamentallm.training.team import Team
-from fundamentallm.training.tensor_files import Like, TensorFiles, write_tensors
+from fundamentallm.training.tensor_files import Like, TensorFiles, consolidate, write_tensors
 from fundamentallm.validation import range_problems
 
 logger = logging.getLogger(__name__)
@@ -428,6 +427,26 @@ def load_parts(path: Path, parts: Collection[str], like: Like | None = None) -> 
         return {part: decode(state[part], tensors) for part in parts if part in state}
 
 
+def export_weights(path: Path, folder: Path) -> None:
+    """Write a checkpoint's weights, whole and in one file, and its further text files into `folder`.
+
+    A tensor is in memory at a time, however large the model and however many processes saved it.
+
+    Raises:
+        CheckpointNotFoundError: if there is no directory at the path.
+        CheckpointError: if the checkpoint is incomplete or damaged, naming the file.
+    """
+    manifest = verify(path)
+    with _opened(path, manifest) as (_, tensors):
+        names = [name for name in tensors.shapes if name.startswith(f"{MODEL_KEY}/")]
+        consolidate(tensors, {name: name.removeprefix(f"{MODEL_KEY}/") for name in names}, folder / "model.safetensors")
+    for name in manifest["files"]:
+        if name != STATE and not TENSORS.fullmatch(name):
+            shutil.copyfile(path / name, folder / name)
+    for file in (*folder.iterdir(), folder):
+        sync(file)
+
+
 def check_checkpoint(path: Path) -> None:
     """Verify every byte of a checkpoint, and that its state has all its tensors; none of them is kept in memory.
 
@@ -442,7 +461,7 @@ def check_checkpoint(path: Path) -> None:
 @contextlib.contextmanager
 def _opened(
     path: Path, manifest: Mapping[str, Any], like: Like | None = None
-) -> Iterator[tuple[dict[str, Any], Mapping[str, Tensor]]]:
+) -> Iterator[tuple[dict[str, Any], TensorFiles]]:
     """The state of a checkpoint, encoded, and its tensors by name."""
     with _explained(path), contextlib.ExitStack() as stack:
         saved = json.loads((path / STATE).read_text(encoding="utf-8"))

@@ -21,7 +21,9 @@ from fundamentallm.errors import ConfigError
 from fundamentallm.training.loss import ModelWithLoss
 
 
-def prepare_model(accelerator: Accelerator, model: nn.Module, loss_fn: Any, seed: int) -> nn.Module:
+def prepare_model(
+    accelerator: Accelerator, model: nn.Module, loss_fn: Any, seed: int, activation_checkpointing: bool | None = None
+) -> nn.Module:
     """Model and loss in one module, on its device and spread as the processes were launched.
 
     Args:
@@ -30,6 +32,8 @@ def prepare_model(accelerator: Accelerator, model: nn.Module, loss_fn: Any, seed
             its `initial_weights()`, slice by slice: thus a model larger than a device can start.
         loss_fn: maps (logits, targets) to the sum over targets.
         seed: of initial weights that are drawn here.
+        activation_checkpointing: whether to compute each block again in the backward pass; None: as the accelerate
+            config says.
 
     Raises:
         ConfigError: if the model, or the accelerate config, does not allow it.
@@ -40,6 +44,13 @@ def prepare_model(accelerator: Accelerator, model: nn.Module, loss_fn: Any, seed
             f"the model, a {type(model).__name__}, has parameters on the meta device; allowed: under FSDP2, where it "
             "has a method initial_weights() that yields (name, tensor) for each."
         )
+    if _recomputes(accelerator, activation_checkpointing):
+        if not hasattr(model, "gradient_checkpointing_enable"):
+            raise ConfigError(
+                f"training.activation_checkpointing is true and the model, a {type(model).__name__}, has no method "
+                "gradient_checkpointing_enable(), as transformers' models and our Transformer do; set it to false."
+            )
+        model.gradient_checkpointing_enable()  # type: ignore[operator]
     if not accelerator.is_fsdp2:
         prepared: nn.Module = accelerator.prepare_model(ModelWithLoss(model.to(accelerator.device), loss_fn))
         return prepared
@@ -56,6 +67,17 @@ def prepare_model(accelerator: Accelerator, model: nn.Module, loss_fn: Any, seed
         model.to_empty(device=accelerator.device)
         _fill(model)
     return ModelWithLoss(model, loss_fn)
+
+
+def _recomputes(accelerator: Accelerator, wanted: bool | None) -> bool:
+    plugin = accelerator.state.fsdp_plugin if accelerator.is_fsdp2 else None
+    launched = plugin is not None and plugin.activation_checkpointing
+    if wanted is False and launched:
+        raise ConfigError(
+            "training.activation_checkpointing is False and fsdp_activation_checkpointing in the accelerate config is "
+            "True; set one of them, or both alike."
+        )
+    return bool(wanted or launched)
 
 
 def _shard(accelerator: Accelerator, model: nn.Module) -> None:

@@ -12,13 +12,15 @@ optimizer's state made before it is loaded, and keeps no account of which files 
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -93,7 +95,7 @@ class TensorFiles(Mapping[str, Tensor]):
         like: which tensors to read a part of only; None: none.
 
     Raises:
-        ValueError: if the pieces of a tensor are not all there.
+        ValueError: if a file cannot be opened, or the pieces of a tensor are not all there.
     """
 
     def __init__(
@@ -107,11 +109,10 @@ class TensorFiles(Mapping[str, Tensor]):
     ) -> None:
         self._like, self._same_as = like, same_as or {}
         self._pieces: dict[str, list[tuple[Any, str, tuple[int, ...], tuple[int, ...]]]] = {}
-        self._read: dict[str, Tensor] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for file in files:
             if match := TENSORS.fullmatch(file):
-                handle = stack.enter_context(safe_open(folder / file, "pt"))
+                handle = stack.enter_context(_opened(folder / file))
                 places = json.loads((handle.metadata() or {}).get(PLACES, "{}"))
                 for key in handle.keys():  # noqa: SIM118
                     name = f"{prefix}{key}" if match[1] == "model" else key
@@ -131,13 +132,16 @@ class TensorFiles(Mapping[str, Tensor]):
         handle, key, _, _ = self._pieces[name][0]
         return str(handle.get_slice(key).get_dtype())
 
+    def num_bytes(self, name: str) -> int:
+        """Of the whole tensor."""
+        bits = re.search(r"\d+", self.dtype(name))  # F32, BF16, F8_E4M3; a BOOL is a byte
+        return math.prod(self.shapes[name]) * (int(bits[0]) if bits else 8) // 8
+
     def __getitem__(self, name: str) -> Tensor:
         name = self._same_as.get(name, name)
-        if name not in self._read:
-            shape = self.shapes[name]
-            like = None if self._like is None else self._like(name, shape)
-            self._read[name] = self._box(name, (0,) * len(shape), shape) if like is None else self._part(name, like)
-        return self._read[name]
+        shape = self.shapes[name]
+        like = None if self._like is None else self._like(name, shape)
+        return self._box(name, (0,) * len(shape), shape) if like is None else self._part(name, like)
 
     def __iter__(self) -> Iterator[str]:
         yield from self._pieces
@@ -170,6 +174,13 @@ class TensorFiles(Mapping[str, Tensor]):
         return box
 
 
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path.name} is no file of tensors: {error}") from error
+
+
 def _is_whole(shape: tuple[int, ...], pieces: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
     """Whether (offsets, size) of pieces, in order, make up the whole: one piece, or slices along one dimension."""
     if pieces == [((0,) * len(shape), shape)]:
@@ -185,3 +196,29 @@ def _is_whole(shape: tuple[int, ...], pieces: list[tuple[tuple[int, ...], tuple[
             return False
         end += size[along]
     return end == shape[along]
+
+
+def consolidate(source: TensorFiles, names: Mapping[str, str], path: Path) -> None:
+    """Write tensors into one file that opens in transformers, one of them in memory at a time.
+
+    Args:
+        source: of the tensors.
+        names: {name in the source: name in the file}.
+        path: of the file.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, stored_as in names.items():
+        begin, end = end, end + source.num_bytes(name)
+        header[stored_as] = {
+            "dtype": source.dtype(name),
+            "shape": source.shapes[name],
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight
+    # safetensors' own writer wants all of them in memory. The format: the header's length, the header, the tensors.
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            file.write(source[name].reshape(-1).view(torch.uint8).numpy().data)

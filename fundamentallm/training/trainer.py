@@ -95,7 +95,9 @@ class Trainer:
 
         self.model, loss_fn = model, loss_fn or create_loss(training.loss, **training.loss_options)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._step_model = prepare_model(self.accelerator, model, loss_fn, training.seed)
+        self._step_model = prepare_model(
+            self.accelerator, model, loss_fn, training.seed, training.activation_checkpointing
+        )
         if optimizer is not None and self.is_sharded:
             follow(optimizer, names, model)
         self.optimizer = optimizer or make_optimizer(training, model)

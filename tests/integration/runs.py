@@ -54,6 +54,18 @@ class PartlyIgnored(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         return self.tokens[index, :-1], targets
 
 
+class Counting(PartlyIgnored):
+    """Notes which samples are asked for."""
+
+    def __init__(self, size: int = 44) -> None:
+        super().__init__(size)
+        self.asked: list[int] = []
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        self.asked.append(index)
+        return super().__getitem__(index)
+
+
 def make_config(folder: Path | str, dropout: float = 0.0, **training: Any) -> Config:
     """A tiny model on a little prose, logged at every step."""
     defaults: dict[str, Any] = {"batch_size": 8, "learning_rate": 1e-2, "log_every_n_steps": 1, "max_steps": 12}

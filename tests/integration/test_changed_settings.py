@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fundamentallm import Callback, CheckpointError, ConfigError, Trainer, TrainingConfig
@@ -17,20 +16,8 @@ from fundamentallm.config import Config, DataConfig, ModelConfig
 from fundamentallm.train import make_trainer as make_from_config
 from fundamentallm.training.resume import FREE, HORIZON
 from tests.conftest import reset_accelerate
-from tests.integration.runs import PartlyIgnored, assert_same_weights, lines, make_config, make_trainer, prose, weights
+from tests.integration.runs import Counting, assert_same_weights, lines, make_config, make_trainer, prose, weights
 from tests.integration.test_training_loop import Bigram
-
-
-class Counting(PartlyIgnored):
-    """Notes which samples are asked for."""
-
-    def __init__(self, size: int = 44) -> None:
-        super().__init__(size)
-        self.asked: list[int] = []
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        self.asked.append(index)
-        return super().__getitem__(index)
 
 
 class StopAt(Callback):

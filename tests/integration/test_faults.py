@@ -144,10 +144,9 @@ def test_with_every_checkpoint_damaged_the_run_names_them_all_and_touches_nothin
     for path in (cut / "checkpoints").glob("step*"):
         flip(0.5, path / "training.safetensors")
     before = contents(cut / "checkpoints")
-    with pytest.raises(CheckpointError, match=r"none of the checkpoints in .* is intact"):
+    with pytest.raises(CheckpointError, match=r"none of the checkpoints in .* is intact") as caught:
         make_trainer(make_config(cut, **RUN)).train()
-    said = capsys.readouterr().out
-    assert said.count("training.safetensors is damaged") == 2
+    assert str(caught.value).count("training.safetensors is damaged") == 2
     assert contents(cut / "checkpoints") == before
 
 

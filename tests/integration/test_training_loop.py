@@ -51,7 +51,7 @@ def train_partly_ignored(processes: int, folder: str, micro_batch_size: int | No
 
 
 def train_batch_smaller_than_group(processes: int, folder: str, micro_batch_size: int | None) -> None:
-    # The last batch has 2 samples: the third process has none.
+    # The last batch has 2 samples: the third and the fourth process have none.
     trainer = bigram_trainer(Path(folder), rows=6, micro_batch_size=micro_batch_size)
     assert trainer.accelerator.num_processes == processes
     trainer.train()
@@ -59,7 +59,8 @@ def train_batch_smaller_than_group(processes: int, folder: str, micro_batch_size
 
 @pytest.mark.parametrize("function", [train_text, train_partly_ignored, train_batch_smaller_than_group])
 def test_the_loss_curve_depends_on_neither_micro_batches_nor_processes(tmp_path: Path, function) -> None:
-    layouts = {"1": (1, None), "1 accumulated": (1, 2), "1 by 3": (1, 3), "2": (2, None), "3 accumulated": (3, 1)}
+    layouts: dict[str, tuple[int, int | None]] = {"1": (1, None), "1 accumulated": (1, 2), "1 by 3": (1, 3)}
+    layouts |= {"2": (2, None), "3 accumulated": (3, 1), "4 accumulated": (4, 2)}
     curves = {}
     for name, (processes, micro_batch_size) in layouts.items():
         on_processes(processes, function, str(tmp_path / name), micro_batch_size)

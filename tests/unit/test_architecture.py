@@ -36,7 +36,7 @@ SERVICES = tuple(
     f"training.{name}"
     for name in (
         *("serialization", "manifest", "snapshot", "checkpoint", "callbacks", "visualization", "progress"),
-        *("stopping", "run_folder"),
+        *("stopping", "run_folder", "tensor_files", "team"),
     )
 )
 WITHIN_SERVICES = {
@@ -46,6 +46,10 @@ WITHIN_SERVICES = {
     ("training.snapshot", "training.serialization"),
     ("training.snapshot", "training.manifest"),
     ("training.checkpoint", "training.manifest"),
+    ("training.checkpoint", "training.tensor_files"),
+    ("training.checkpoint", "training.team"),
+    ("training.snapshot", "training.tensor_files"),
+    ("training.tensor_files", "training.manifest"),
 }
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 

@@ -266,7 +266,7 @@ def test_a_file_in_the_place_of_the_folder_is_reported_and_kept(tmp_path: Path) 
     with pytest.raises(CheckpointError, match=r"cannot write checkpoint 'step_1' in .*checkpoints"):
         manager.save(state(), "step_1")
     assert (tmp_path / "checkpoints").read_text() == "mine"
-    assert (manager.get_latest(), manager.get_best(), manager.load_latest()) == (None, None, (None, None, []))
+    assert (manager.get_latest(), manager.get_best(), manager.newest_intact()) == (None, None, (None, []))
 
 
 def test_a_checkpoint_of_the_same_name_is_replaced(tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_a_damaged_checkpoint_of_the_same_name_is_set_aside_and_kept(tmp_path: P
     assert set_aside.startswith("step_1~damaged-")
     assert file not in names(tmp_path / set_aside)
     assert "state.json" in names(tmp_path / set_aside)
-    assert manager.load_latest()[2] == []
+    assert manager.newest_intact()[1] == []
 
 
 def test_the_best_can_be_saved_as_best_again_and_again(tmp_path: Path) -> None:
@@ -469,7 +469,7 @@ def test_saving_does_not_take_the_place_of_what_is_not_a_checkpoint(tmp_path: Pa
 def test_an_empty_or_missing_folder_has_no_checkpoint(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "missing"):
         manager = CheckpointManager(folder)
-        assert (manager.get_latest(), manager.get_best(), manager.load_latest()) == (None, None, (None, None, []))
+        assert (manager.get_latest(), manager.get_best(), manager.newest_intact()) == (None, None, (None, []))
     assert not (tmp_path / "missing").exists()
 
 
@@ -560,9 +560,9 @@ def test_the_newest_intact_checkpoint_is_loaded_and_the_damage_told(
     for step in (1, 2, 3):
         newest = manager.save(state(step), f"step_{step}", files={"config.json": '{"model_type": "llama"}'})
     damage(newest / file)
-    saved, path, reasons = manager.load_latest()
+    path, reasons = manager.newest_intact()
     assert path == tmp_path / "checkpoints" / "step_2"
-    assert saved["step"] == 2
+    assert manager.load(path)["step"] == 2
     assert len(reasons) == 1
     assert "step_3" in reasons[0]
     assert file in reasons[0]
@@ -572,16 +572,16 @@ def test_an_intact_checkpoint_is_loaded_without_complaint(tmp_path: Path) -> Non
     manager = CheckpointManager(tmp_path)
     for step in (1, 2):
         manager.save(state(step), f"step_{step}")
-    saved, path, reasons = manager.load_latest()
-    assert (saved["step"], path, reasons) == (2, tmp_path / "step_2", [])
+    path, reasons = manager.newest_intact()
+    assert (path, reasons) == (tmp_path / "step_2", [])
 
 
 def test_with_nothing_intact_there_are_only_reasons(tmp_path: Path) -> None:
     manager = CheckpointManager(tmp_path)
     for step, file in enumerate(FILES[:3]):
         empty(manager.save(state(step), f"step_{step}") / file)
-    saved, path, reasons = manager.load_latest()
-    assert (saved, path, len(reasons)) == (None, None, 3)
+    path, reasons = manager.newest_intact()
+    assert (path, len(reasons)) == (None, 3)
 
 
 def rewrite_manifest(path: Path, **changes: Any) -> None:

@@ -23,7 +23,7 @@ from fundamentallm.__main__ import main
 from fundamentallm.commands.output import shortened
 from fundamentallm.data.datasets import TokenDataset
 from fundamentallm.train import make_trainer
-from fundamentallm.training.manifest import MANIFEST, read_manifest, write_manifest
+from fundamentallm.training.manifest import MANIFEST, describe, read_manifest, write_manifest
 from tests.conftest import reset_accelerate
 from tests.integration.runs import PartlyIgnored, lines, prose
 from tests.integration.test_training_loop import Bigram
@@ -469,7 +469,7 @@ def test_a_strangers_state_gives_an_answer_or_an_error_and_never_a_control_chara
     HOSTILE[case](saved["state"])
     (path / "state.json").write_text(json.dumps(saved))
     (path / MANIFEST).unlink()
-    write_manifest(path, sequence=1, is_best=True, is_finite=True, step=30)
+    write_manifest(path, describe(path, os.listdir(path)), sequence=1, is_best=True, is_finite=True, step=30)
     for verb in VERBS:
         code, out, err = command(verb[0], copy, *verb[1:])
         assert code in (0, 1, 2)
@@ -486,7 +486,7 @@ def test_a_strangers_tensors_are_an_answer_or_an_error(copy: Path, command: Comm
     path = newest(copy)
     (path / file).write_bytes(content)
     (path / MANIFEST).unlink()
-    write_manifest(path, sequence=99, is_best=True, is_finite=True, step=30)
+    write_manifest(path, describe(path, os.listdir(path)), sequence=99, is_best=True, is_finite=True, step=30)
     for verb in VERBS:
         code, out, err = command(verb[0], copy, *verb[1:])
         assert code in (0, 1)

@@ -132,7 +132,7 @@ YAML_WORDS = [
 @example("a: !!float ''")
 @example('output_dir: "\\ud800"\ndata: {source: "\\0/*"}')
 @example('data: {source: "\\ud800/*", cache_dir: "\\0", tokenizer: "\\ud800.json"}')
-@example("a: " + "[" * 3000)
+@example("a: " + "[" * 1200)  # deeper than the interpreter goes; ruamel takes time by the square of it
 @example('training: {resume: "~\\0", checkpoint_dir: "\\0"}')
 def test_any_text_as_a_config_file(folder: Path, text: str) -> None:
     (folder / "config.yaml").write_bytes(text.encode("utf-8", "surrogatepass"))
@@ -270,7 +270,7 @@ def opens_or_is_refused(run: Path) -> None:
     with time_limit():
         manager.get_best()
         manager.get_latest()
-        manager.load_latest()
+        manager.newest_intact()
         for path in sorted(checkpoints.glob("step*")):
             with contextlib.suppress(CheckpointError):
                 assert isinstance(manager.load(path), dict)

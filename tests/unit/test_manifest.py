@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fundamentallm.errors import CheckpointError, CheckpointNotFoundError
-from fundamentallm.training.manifest import read_manifest, verify, write_manifest
+from fundamentallm.training.manifest import describe, read_manifest, verify, write_manifest
 from tests.unit import checkpoint_files
 
 ABOUT = {"sequence": 3, "is_best": False, "is_finite": True, "step": 7}
@@ -24,7 +24,7 @@ def folder(tmp_path: Path) -> Path:
     folder.mkdir()
     for name, content in CONTENTS.items():
         (folder / name).write_bytes(content)
-    write_manifest(folder, **ABOUT)
+    write_manifest(folder, describe(folder, CONTENTS), **ABOUT)
     return folder
 
 
