@@ -121,7 +121,7 @@ def _show_devices(config: Config, options: argparse.Namespace) -> None:
     times: list[tuple[str, ...]] = [("devices", "layout", *TIMES)]
     for devices, name in _layouts(config, options):
         layout = layout_of(name, devices)
-        m = memory(config, layout, on_cpu=options.kernels == "cpu", recomputes=False)
+        m = memory(config, layout, on_cpu=options.kernels == "cpu")
         parts = (m.weights, m.gradients, m.optimizer, m.activations, m.logits, m.gathered + m.buckets, m.batch, m.peak)
         sizes.append((f"{devices:,}", name, *map(size_text, parts)))
         rows, micro, _ = micro_batches(config, devices)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from statistics import mean
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ def overflow(runs: Runs) -> str:
     precision = "fp16" if runs.on_gpu else "no"
     folder = runs.run(runs.config("overflow", mixed_precision=precision, hooks=["Overflow"]))
     assert seen(folder, "Overflow") == {"unchanged": True, "halved": True}, seen(folder, "Overflow")
-    assert lines(folder)[-1]["bad_steps"] == 1
+    assert lines(folder)[-1]["bad_steps"] >= 1
     return f"{precision}: nothing changed, the run went on to {losses(folder)[-1]:.4f}"
 
 
@@ -102,7 +101,13 @@ SHAPES: dict[str, dict[str, Any]] = {
         **{"sequence_length": 512, "batch_size": 8},
     },
     "heavy": {"model": {"d_model": 1024, "num_heads": 8, "num_layers": 12}, "sequence_length": 128, "batch_size": 2},
+    "grouped": {
+        "model": {"d_model": 512, "num_heads": 8, "num_kv_heads": 2, "num_layers": 6},
+        **{"sequence_length": 2048, "batch_size": 2},
+    },
 }
+SHAPES["micro-batches"] = SHAPES["deep"] | {"micro_batch_size": 1}
+SHAPES["recomputed"] = SHAPES["deep"] | {"activation_checkpointing": True}
 
 
 def memory_estimated(runs: Runs) -> str:
@@ -112,13 +117,12 @@ def memory_estimated(runs: Runs) -> str:
     found, right = [], True
     for name, options in SHAPES.items():
         for precision in ("no", "bf16"):
-            for micro in (None, 1) if name == "deep" else (None,):
-                given = {**options, "mixed_precision": precision, "micro_batch_size": micro, "max_steps": 10}
-                config = runs.config(f"memory-{name}-{precision}-{micro}", **given)
-                measured = seen(runs.run(config), "Facts")["peak_bytes"]
-                estimated = memory(config, layout_of("ddp", 1)).peak
-                right &= abs(estimated / measured - 1) < 0.15
-                found.append(f"{name} {precision} {size_text(measured)} ({estimated / measured - 1:+.1%})")
+            given = {"micro_batch_size": None, **options, "mixed_precision": precision, "max_steps": 10}
+            config = runs.config(f"memory-{name}-{precision}", **given)
+            measured = seen(runs.run(config), "Facts")["peak_bytes"]
+            off = memory(config, layout_of("ddp", 1)).peak / measured - 1
+            right &= abs(off) < 0.15
+            found.append(f"{name} {precision} {size_text(measured)} ({off:+.1%})")
     text = "measured (and estimated): " + ", ".join(found)
     assert right, text
     return text
@@ -137,8 +141,9 @@ def saving(runs: Runs) -> str:
     config = _large(runs, "saving", mixed_precision="bf16", save_every_n_steps=10)
     facts = seen(runs.run(config), "Facts")
     assert len(facts["seconds_waited"]) == 4, facts
-    # The last one but one is waited for by the last, if that is not written yet.
-    return f"waits {mean(facts['seconds_waited'][:2]):.3f} s, written in {facts['seconds_written']:.2f} s"
+    waited = ", ".join(f"{seconds:.2g}" for seconds in facts["seconds_waited"])
+    # The second and third wait for the one before, if that is not written yet.
+    return f"waits {waited} s; the last was written in {facts['seconds_written']:.2g} s"
 
 
 def speed(runs: Runs) -> str:

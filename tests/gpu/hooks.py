@@ -1,6 +1,7 @@
 """Callbacks that look into a run, or disturb it, and write what they saw into its output_dir as JSON.
 
-Named in configs as tests.gpu.hooks:Name. On a CPU they do what makes sense there, so that they can be tried without a GPU.
+Named in configs as tests.gpu.hooks:Name. On a CPU they do what makes sense there, so that they can be tried without a
+GPU.
 """
 
 from __future__ import annotations

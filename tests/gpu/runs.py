@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -82,7 +83,8 @@ class Runs:
             command, cwd=ROOT, env={**os.environ, **place, **(environment or {})}, capture_output=True, text=True
         )
         if done.returncode != code:
-            raise AssertionError(f"{' '.join(command)} answered {done.returncode}: {done.stderr[-2000:]}")
+            said = re.split(r"[\r\n]+", done.stderr.strip())[-3:]  # lines, or states of a progress bar
+            raise AssertionError(f"{' '.join(command)} answered {done.returncode}: {' | '.join(said)}")
         self._made[key] = folder
         return folder
 
