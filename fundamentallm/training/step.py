@@ -51,21 +51,23 @@ class OptimizerStep:
         seed: int,
     ) -> None:
         self.accelerator, self.model_with_loss = accelerator, model_with_loss
+        self.num_processes, self.process_index = accelerator.num_processes, accelerator.process_index
         self.optimizer, self.guard = optimizer, guard
         self.max_norm, self.seed = math.inf if max_norm is None else max_norm, seed
         accelerator.prepare_optimizer(optimizer)  # which tells accelerate what to unscale before it clips
-        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._parameters = list(model_with_loss.parameters())  # of which the optimizer may have a part only
 
     def __call__(self, step: int, inputs: Tensor, targets: Tensor, parts: int) -> StepResult:
         """Train on this process's share of the batch of `step`, in `parts` micro-batches."""
         accelerator, model = self.accelerator, self.model_with_loss
         # Derived, not carried: a resumed run draws the same dropout masks.
-        seed_device(derive_seed(self.seed, step, accelerator.process_index), accelerator.device)
+        seed_device(derive_seed(self.seed, step, self.process_index), accelerator.device)
 
         # Losses are sums over targets, divided once by the number of targets of the whole step: over all
         # micro-batches and processes. DistributedDataParallel averages, which num_processes undoes.
-        count = accelerator.reduce((targets != IGNORE_INDEX).sum(), "sum")
-        scale = accelerator.num_processes / count.clamp(min=1)
+        count = self._sum((targets != IGNORE_INDEX).sum())
+        scale = self.num_processes / count.clamp(min=1)
         loss = torch.zeros((), device=accelerator.device)
         pairs = zip(inputs.tensor_split(parts), targets.tensor_split(parts), strict=True)
         for part, (x, y) in enumerate(pairs, start=1):
@@ -74,12 +76,17 @@ class OptimizerStep:
                 loss_sum = model(x, y)
                 accelerator.backward(loss_sum * scale)
             loss += loss_sum.detach()
-        loss = accelerator.reduce(loss, "sum")
-        norm = accelerator.clip_grad_norm_(self._parameters, self.max_norm)
+        loss = self._sum(loss)
+        norm = accelerator.clip_grad_norm_(self._trained, self.max_norm)
         norm = norm.full_tensor() if is_sharded(norm) else norm
         self._update(skip=self.guard.skips(step, loss / count.clamp(min=1), norm))
-        model.zero_grad()  # all of it: the optimizer may have a part of the model only
+        for parameter in self._parameters:  # zero_grad() would walk through all modules first
+            parameter.grad = None
         return StepResult(loss, count, norm)
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        """Over all processes."""
+        return self.accelerator.reduce(tensor, "sum") if self.num_processes > 1 else tensor
 
     def _update(self, skip: Tensor) -> None:
         """Let the optimizer step, unless `skip` (a boolean scalar): then no weight and no moment changes."""

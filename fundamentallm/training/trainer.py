@@ -255,13 +255,13 @@ class Trainer:
             progress.step += 1
             progress.tokens += count
             progress.loss.add(loss, count)
-            if self._end_of_step(loss / count, norm, learning_rate):
+            if self.callbacks.wants_step_loss:  # for which the host waits
+                self.callbacks.on_step_end(self, (loss / count).item())
+            if self._end_of_step(norm, learning_rate):
                 return
 
-    def _end_of_step(self, loss: Tensor, norm: Tensor, learning_rate: float) -> bool:
-        """Whatever is due after a step: hooks, log line, validation, checkpoint. True if the run stops here."""
-        if self.callbacks.wants_step_loss:
-            self.callbacks.on_step_end(self, loss.item())
+    def _end_of_step(self, norm: Tensor, learning_rate: float) -> bool:
+        """Whatever is due after a step: log line, validation, checkpoint. True if the run stops here."""
         logged = self.global_step == self.total_steps or self.global_step % self.config.log_every_n_steps == 0
         if logged:
             self._log(norm, learning_rate)
