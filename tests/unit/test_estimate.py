@@ -202,8 +202,8 @@ def test_devices_and_layout_choose_the_rows(estimate: Command) -> None:
     _, out, _ = estimate("--model.vocab_size", "9", "--devices", "48", "--layout", "hsdp")
     assert [row[:2] for row in rows_of(out) if row[1] in LAYOUTS] == 2 * [["48", "hsdp"]]
     assert "16 devices have nothing to compute: training.batch_size is 32" in out
-    _, out, _ = estimate("--model.vocab_size", "9", "--devices", "12")
-    assert [row[:2] for row in rows_of(out) if row[1] in LAYOUTS] == 2 * [["12", "ddp"], ["12", "fsdp2"]]
+    _, out, _ = estimate("--model.vocab_size", "9", "--devices", "20")
+    assert [row[:2] for row in rows_of(out) if row[1] in LAYOUTS] == 2 * [["20", "ddp"], ["20", "fsdp2"]]
 
 
 def test_the_kernels_of_a_cpu_and_the_rates(estimate: Command) -> None:

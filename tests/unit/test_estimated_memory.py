@@ -209,8 +209,11 @@ def _measure_fsdp2(_: int, precision: str, folder: Path) -> None:
     config = config_of(DEEP | {"d_model": 128}, batch_size=4, micro_batch_size=1, mixed_precision=precision)
     Accelerator(cpu=True, mixed_precision=precision)  # whose precision the next one shares
     measured = Measured(config, sharded_accelerator())
+    folder /= str(dist.get_rank())
     with counted() as sent:
-        peak = measured.peak(folder / str(dist.get_rank()))
+        peak = measured.peak(folder)
+    # On a busy machine gloo's threads let go of a tensor late: the least of some steps.
+    peak = min(peak, *(measured.peak(folder) for _ in range(2)))
     estimated = memory(config, layout_of("fsdp2", 2), on_cpu=True)
     assert estimated.weights == measured.weights
     assert estimated.optimizer == pytest.approx(measured.optimizer, rel=0.001)  # each process counts all steps
