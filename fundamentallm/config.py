@@ -267,6 +267,8 @@ class TrainingConfig(Section):
     """Settings that may differ from the checkpoint's although they change the course of the run; or sections."""
     max_minutes: float | None = None
     """Minutes of training after which a start of the run ends, saved, with exit code 75; null: no limit."""
+    hang_minutes: float | None = 5.0
+    """Minutes without progress after which a process that holds up the others is named, with its stack; null: never."""
     seed: int = 0
     """Seed of initial weights, order of samples, and dropout."""
 

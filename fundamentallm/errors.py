@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,14 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
 
 class TrainingError(FundamentaLLMError):
     """Training cannot go on: the loss or the gradient stopped being finite."""
+
+
+class ProcessLostError(FundamentaLLMError):
+    """Processes of the run are gone, and the others cannot go on without them; `ranks` says which."""
+
+    def __init__(self, message: str, ranks: Sequence[int]) -> None:
+        super().__init__(message)
+        self.ranks = list(ranks)
 
 
 class RunInProgressError(FundamentaLLMError):
@@ -65,13 +74,15 @@ def exit_code(error: BaseException) -> int:
 def report(error: FundamentaLLMError) -> int:
     """Print an error as a command line shows it and return its exit code.
 
-    Launched processes find the same mistakes; only the first prints them.
+    Launched processes find the same mistakes; only the first prints them, or the first that is left.
     """
     text = f"error: {error}"
     if isinstance(error, ConfigError):
         count = len(error.problems)
         title = "1 setting is wrong:" if count == 1 else f"{count} settings are wrong:"
         text = "\n".join([title, *(f"  - {problem}" for problem in error.problems)])
-    if os.environ.get("RANK", "0") == "0":
+    lost = error.ranks if isinstance(error, ProcessLostError) else []
+    first = next(rank for rank in itertools.count() if rank not in lost)
+    if os.environ.get("RANK", "0") == str(first):
         print(text, file=sys.stderr)
     return exit_code(error)

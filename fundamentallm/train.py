@@ -79,7 +79,7 @@ def make_trainer(config: Config) -> Trainer:
     from fundamentallm.training.accelerator import create_accelerator
     from fundamentallm.training.trainer import Trainer
 
-    accelerator = create_accelerator(config.training.mixed_precision)
+    accelerator = create_accelerator(config.training.mixed_precision, config.resolved().training.batch_size)
     callbacks = _check_parts(config)
     is_main = accelerator.is_main_process
     corpus = _local_main_process_first(accelerator, lambda: load_corpus(config.data, show_progress=is_main))

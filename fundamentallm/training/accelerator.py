@@ -6,10 +6,21 @@ import os
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import parse_flag_from_env
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import is_torch_xla_available, parse_flag_from_env
 
 from fundamentallm.errors import ConfigError
+from fundamentallm.training.group import join_group
+from fundamentallm.training.launch import (
+    DEEPSPEED,
+    MEGATRON,
+    PARALLEL,
+    SUPPORTED,
+    XLA,
+    idle_processes,
+    launch_problems,
+    parallel_problems,
+)
 
 kept_groups: list[object] = []
 """Process groups, kept until `Trainer.leave_group`, or as long as the interpreter. DistributedDataParallel would else
@@ -18,79 +29,83 @@ one of them, still letting go of a tensor of ours, for the interpreter. (Seen in
 at their very end.)"""
 
 
-def create_accelerator(mixed_precision: str | None = None) -> Accelerator:
+def create_accelerator(mixed_precision: str | None = None, batch_size: int | None = None) -> Accelerator:
     """The Accelerator of this process; the first thing a program makes, before anything asks for its rank.
 
+    Args:
+        mixed_precision: what the config says; None: nothing.
+        batch_size: sequences per optimizer step, over all processes; None: not known yet.
+
     Raises:
-        ConfigError: if the processes that were launched would not form one group, the accelerate config asks
-            for another precision, or the device lacks the precision.
+        ConfigError: listing whatever the launcher was asked for that contradicts our settings, is not supported, or
+            would not be had (see `launch_problems` and `check_accelerator`).
     """
     # Without cpu=True on a machine without an accelerator, two launched processes would be two independent runs.
     cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    # `accelerate launch` says "no" where nobody said anything, so only another precision can contradict ours.
-    if mixed_precision is not None and launched not in ("no", mixed_precision):
-        raise ConfigError(
-            f"training.mixed_precision is {mixed_precision!r} and mixed_precision in the accelerate config is "
-            f"{launched!r}; set one of them, or both alike."
-        )
-    if cpu:
-        _join_restarted_group()
+    problems = launch_problems(os.environ, not cpu, mixed_precision, batch_size)
+    if is_torch_xla_available():
+        problems.append(f"torch_xla is installed, which accelerate takes for a TPU; uninstall it: {XLA}")
+    if problems:
+        raise ConfigError(problems)
+    join_group(cpu)
     accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision)
-    check_accelerator(accelerator, mixed_precision)
+    check_accelerator(accelerator, mixed_precision, batch_size)
     return accelerator
 
 
-def check_accelerator(accelerator: Accelerator, mixed_precision: str | None = None) -> None:
+def check_accelerator(
+    accelerator: Accelerator, mixed_precision: str | None = None, batch_size: int | None = None
+) -> None:
     """Refuse an Accelerator with which a run would silently not be what its config says.
 
     Args:
         accelerator: made already.
         mixed_precision: what the config says; None: nothing.
+        batch_size: sequences per optimizer step, over all processes; None: not known yet.
 
     Raises:
-        ConfigError: saying what to change.
+        ConfigError: listing what to change.
     """
     if dist.is_initialized():
         kept_groups.append(dist.group.WORLD)
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    launched, problems = int(os.environ.get("WORLD_SIZE", "1")), []
     if accelerator.num_processes != launched:
-        raise ConfigError(
+        problems.append(
             f"{launched} processes were launched and the Accelerator has {accelerator.num_processes}; make it before "
             "anything else of accelerate, with cpu=True where there is no GPU (create_accelerator does both)."
         )
+    problems += _kind_problems(accelerator)
     if accelerator.gradient_accumulation_steps != 1:
-        raise ConfigError(
+        problems.append(
             f"the Accelerator's gradient_accumulation_steps is {accelerator.gradient_accumulation_steps}; allowed: 1. "
             "Set training.micro_batch_size instead: accumulation follows from it."
         )
     if mixed_precision not in (None, accelerator.mixed_precision):
-        raise ConfigError(
+        problems.append(
             f"training.mixed_precision is {mixed_precision!r} and the Accelerator's is "
             f"{accelerator.mixed_precision!r}; set one of them, or both alike."
         )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ConfigError("mixed_precision is 'fp16', which accelerate computes as fp32 on a CPU; use no or bf16.")
+        problems.append("mixed_precision is 'fp16', which accelerate computes as fp32 on a CPU; use no or bf16.")
+    problems += idle_processes(batch_size, accelerator.num_processes)
+    if problems:
+        raise ConfigError(problems)
 
 
-def _join_restarted_group() -> None:
-    """After a restart by the launcher (`--max_restarts`), form the gloo group under keys of its own.
-
-    The launcher's store outlives the processes, and torch 2.13 would find the addresses of the dead there.
-    """
-    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    if attempt == 0 or dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    of_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(  # type: ignore[attr-defined]
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        world_size=None if of_launcher else world,
-        is_master=rank == 0 and not of_launcher,
-    )
-    own = dist.PrefixStore(f"attempt_{attempt}", store)  # type: ignore[attr-defined]
-    dist.init_process_group("gloo", store=own, rank=rank, world_size=world)
+def _kind_problems(accelerator: Accelerator) -> list[str]:
+    """What is wrong with how an Accelerator would use its processes."""
+    kind, parallel = accelerator.distributed_type, accelerator.parallelism_config
+    why = {DistributedType.DEEPSPEED: DEEPSPEED, DistributedType.MEGATRON_LM: MEGATRON, DistributedType.XLA: XLA}
+    problems = [f"the Accelerator's distributed_type is {kind.value}; {SUPPORTED}: {why[kind]}"] if kind in why else []
+    # accelerate itself forgets it on a CPU, and on a process that no launcher started.
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and not accelerator.is_fsdp2:
+        problems.append(
+            f"FSDP was asked for and the Accelerator's distributed_type is {kind.value}; set fsdp_version to 2, and "
+            "start the run by accelerate launch or torchrun, on a machine with accelerators."
+        )
+    if parallel is not None:
+        problems += parallel_problems({name: getattr(parallel, f"{name}_size") for name in PARALLEL})
+    return problems
 
 
 def seed_device(seed: int, device: torch.device) -> None:

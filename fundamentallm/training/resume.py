@@ -41,7 +41,7 @@ FREE = {
     *("training.save_every_n_epochs", "training.save_every_n_steps", "training.log_every_n_steps"),
     *("training.eval_every_n_epochs", "training.eval_every_n_steps", "training.max_minutes"),
     *("training.early_stopping_patience", "training.early_stopping_metric", "training.early_stopping_mode"),
-    *("training.early_stopping_min_delta", "training.resume", "training.resume_changes"),
+    *("training.early_stopping_min_delta", "training.hang_minutes", "training.resume", "training.resume_changes"),
 }
 """Settings that change no weight (the text may move; its content counts): a resumed run may change them at will."""
 

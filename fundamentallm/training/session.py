@@ -19,6 +19,7 @@ from fundamentallm.training.run_folder import locked, read_state, write_status
 from fundamentallm.training.serialization import encode
 from fundamentallm.training.snapshot import OPTIMIZER_KEY
 from fundamentallm.training.tensor_files import local
+from fundamentallm.training.watchdog import Place, Watchdog
 
 if TYPE_CHECKING:
     from fundamentallm.training.checkpoint import CheckpointManager
@@ -37,10 +38,12 @@ def session(trainer: Trainer, is_first: bool) -> Iterator[None]:
 
     Raises:
         RunInProgressError: if another process trains in the same folders.
+        ProcessLostError: if another process of the run is gone.
         CheckpointError: if there is no room for the checkpoints, or none can be restored.
         ConfigError: if the run cannot go on with this config.
     """
     with ExitStack() as stack:
+        watchdog = stack.enter_context(Watchdog(lambda: _place(trainer), trainer.config.hang_minutes))
         trainer.team.from_first(lambda: _open_folders(trainer, stack))
         try:
             if is_first:
@@ -52,7 +55,8 @@ def session(trainer: Trainer, is_first: bool) -> Iterator[None]:
             trainer.stop_switch.begin()
             stack.enter_context(trainer.stop_switch.listening())
             yield
-        except BaseException as error:
+        except BaseException as raised:
+            error = watchdog.explain(raised)
             if trainer.checkpoint_manager is not None and not isinstance(error, KeyboardInterrupt):
                 _finish_saving(trainer, trainer.checkpoint_manager)
             state = "diverged" if isinstance(error, TrainingError) else "failed"
@@ -60,11 +64,17 @@ def session(trainer: Trainer, is_first: bool) -> Iterator[None]:
             if not isinstance(error, ConfigError) or _state(trainer) in ("running", "interrupted"):
                 with suppress(FundamentaLLMError):  # a full disk takes no status either, which is not what to raise
                     _tell(trainer, state=state, exit_code=exit_code(error), reason=f"{type(error).__name__}: {error}")
+            if error is not raised:
+                raise error from raised
             raise
         state = "finished" if trainer.is_finished else "interrupted" if trainer.was_interrupted else "stopped"
         code = START_AGAIN if trainer.was_interrupted else 0
         if state != "finished" or _state(trainer) != state:  # a start that finds the run finished changes nothing
             _tell(trainer, state=state, exit_code=code, reason=trainer.stop_switch.reason)
+
+
+def _place(trainer: Trainer) -> Place:
+    return Place(trainer.global_step, trainer.stop_switch.polled_at)
 
 
 def _open_folders(trainer: Trainer, stack: ExitStack) -> None:

@@ -56,7 +56,9 @@ class StopSwitch:
         self.wanted, self.agreed, self.reason = Stop.NO, Stop.NO, ""
         self.seconds_to_save = 0.0  # kept free before the time is over
         self._max_minutes = max_minutes
-        self._deadline, self._polled_at = math.inf, time.monotonic()
+        self._deadline = math.inf
+        self.polled_at = time.monotonic()
+        """When the training last moved on: by a step, or by a batch of a validation."""
         self._on_their_way: tuple[torch.Tensor, Any] | None = None
         self._several = dist.is_initialized() and dist.get_world_size() > 1
         # The default group is used where it is gloo's already.
@@ -70,8 +72,8 @@ class StopSwitch:
     def begin(self) -> None:
         """Start the clock, and forget every reason, also one on its way: a stopped run may begin again."""
         self._collect()
-        self._polled_at = time.monotonic()
-        self._deadline = math.inf if self._max_minutes is None else self._polled_at + 60 * self._max_minutes
+        self.polled_at = time.monotonic()
+        self._deadline = math.inf if self._max_minutes is None else self.polled_at + 60 * self._max_minutes
         self.wanted, self.agreed, self.reason = Stop.NO, Stop.NO, ""
 
     def poll(self) -> Stop:
@@ -80,7 +82,7 @@ class StopSwitch:
         On a single process, what it wants now.
         """
         now = time.monotonic()
-        since_last, self._polled_at = now - self._polled_at, now
+        since_last, self.polled_at = now - self.polled_at, now
         if now + since_last + self.seconds_to_save >= self._deadline:
             self.request(Stop.OUT_OF_TIME, REASONS[Stop.OUT_OF_TIME])
         if not self._several:

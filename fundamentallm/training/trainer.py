@@ -79,9 +79,10 @@ class Trainer:
     ) -> None:
         config = config.resolved()
         training = config.training if isinstance(config, Config) else config
+        launch = training.mixed_precision, getattr(train_loader, "batch_size", None)
         if accelerator is not None:
-            check_accelerator(accelerator, training.mixed_precision)
-        self.accelerator = accelerator or create_accelerator(training.mixed_precision)
+            check_accelerator(accelerator, *launch)
+        self.accelerator = accelerator or create_accelerator(*launch)
         # What the launcher said about it is a part of the run as if the config had.
         self.config = training = replace(training, mixed_precision=self.accelerator.mixed_precision)
         self.run_config = replace(config, training=training) if isinstance(config, Config) else training

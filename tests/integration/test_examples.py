@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
 from fundamentallm import train
 from fundamentallm.command_line import parse_config
+from fundamentallm.training.launch import launch_problems
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,8 +65,35 @@ def test_the_quickstart_config_is_a_short_run_on_the_built_in_text() -> None:
     assert config.training.max_steps <= 1000
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
+CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_accelerate_reads_each_config(path: Path) -> None:
     config = load_config_from_file(str(path))
     assert config.num_processes == yaml.safe_load(path.read_text())["num_processes"]
     assert config.use_cpu == path.stem.startswith("cpu")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_launcher_takes_every_key_of_each_config_and_a_run_accepts_it(path: Path) -> None:
+    """accelerate drops, in silence, keys of sections that it does not know, and those whose flag has a default."""
+    parser, given = launch_command_parser(), yaml.safe_load(path.read_text())
+    line = ["--config_file", str(path), "-m", "fundamentallm.train"]
+    known, flags = vars(parser.parse_args(line)), {}
+    for name, value in given.items():
+        flags |= value if isinstance(value, dict) else {name: value}
+    assert flags.keys() - known.keys() - {"compute_environment", "distributed_type", "use_cpu"} == set()
+    arguments, _, _ = _validate_launch_command(parser.parse_args(line))
+    taken = {name: getattr(arguments, name) for name in flags if name in known}
+    assert taken == {name: flags[name] for name in taken}
+    arguments.main_process_port = 0  # any free one
+    if arguments.use_fsdp or arguments.multi_gpu:
+        environment = prepare_multi_gpu_env(arguments)
+        assert arguments.nproc_per_node == str(given["num_processes"] // given["num_machines"])
+    else:
+        _, environment = prepare_simple_launcher_cmd_env(arguments)
+    assert launch_problems({**environment, "WORLD_SIZE": str(given["num_processes"])}, not given["use_cpu"]) == []
+    assert environment["ACCELERATE_MIXED_PRECISION"] == given["mixed_precision"]
+    assert (environment.get("FSDP_VERSION") == "2") == (given["distributed_type"] == "FSDP")
+    assert (environment.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE") == "2") == (path.stem == "hsdp")

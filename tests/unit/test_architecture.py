@@ -31,12 +31,14 @@ from fundamentallm.training.schedulers import SCHEDULES
 
 ROOT = Path(fundamentallm.__file__).parent
 LEAVES = ("errors", "registry", "validation", "config", "command_line")
-PARTS = tuple(f"training.{name}" for name in ("loss", "metrics", "optimizers", "schedulers", "early_stopping", "guard"))
+PARTS = tuple(
+    f"training.{name}" for name in ("loss", "metrics", "optimizers", "schedulers", "early_stopping", "guard", "launch")
+)
 SERVICES = tuple(
     f"training.{name}"
     for name in (
         *("serialization", "manifest", "snapshot", "checkpoint", "callbacks", "visualization", "progress"),
-        *("stopping", "run_folder", "tensor_files", "team"),
+        *("stopping", "run_folder", "tensor_files", "team", "group", "watchdog"),
     )
 )
 WITHIN_SERVICES = {

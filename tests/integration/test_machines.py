@@ -1,0 +1,137 @@
+"""Runs on several machines, as the examples start them: two launchers on this machine, each with its own process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fundamentallm import train
+from tests.integration.runs import lines
+from tests.integration.test_launching import ROOT
+from tests.integration.test_preemption import end, read_up_to
+
+TINY = """
+model: {d_model: 16, num_heads: 2, num_layers: 1}
+data: {sequence_length: 32}
+training: {batch_size: 9, log_every_n_steps: 5,
+  eval_every_n_epochs: null, save_every_n_steps: 4, lr_scheduler: constant}
+sample_tokens: 0
+"""
+KILL_ONCE = """
+import os, pathlib, signal
+from fundamentallm import Callback
+
+class KillOnce(Callback):
+    def on_log(self, trainer, metrics):
+        if trainer.global_step == 15 and os.environ["GROUP_RANK"] == "1" and not os.path.exists("killed"):
+            pathlib.Path("killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+SRUN = """#!/usr/bin/env bash
+while [[ $1 == --* ]]; do shift; done
+for node in 0 1; do SLURM_NODEID=$node "$@" & done
+machines=$(jobs -p)
+trap 'kill -TERM $machines' TERM
+for machine in $machines; do
+    while kill -0 $machine 2>/dev/null; do wait $machine; code=$?; done
+done
+exit $code
+"""
+SCONTROL = """#!/usr/bin/env bash
+if [[ $1 == show ]]; then printf '127.0.0.1\\nanother\\n'; else echo "$@" > scontrol_was_told; fi
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start(folder: Path, command: Sequence[str], **environment: str) -> subprocess.Popen[str]:
+    own = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE", "WORLD_SIZE"))}
+    own |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=own, start_new_session=True, **pipes)
+
+
+def assert_as_on_one_process(folder: Path, monkeypatch: pytest.MonkeyPatch, expected: Sequence[int]) -> None:
+    """The losses of the run in `folder`/run are those of one process, at the steps expected."""
+    monkeypatch.chdir(folder)
+    until = ["--training.max_steps", f"{expected[-1]}"]
+    assert train.main(["--config", "tiny.yaml", "--output_dir", "one", *until]) == 0
+    one, several = ([line for line in lines(folder / run) if "train_loss" in line] for run in ("one", "run"))
+    several = several[: len(expected)]
+    assert [line["step"] for line in several] == list(expected)
+    for name in ("train_loss", "grad_norm", "samples", "tokens"):
+        assert [line[name] for line in several] == pytest.approx([line[name] for line in one], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_slurm_script_trains_as_one_run_and_requeues_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = ROOT / "examples/slurm.sh"
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    (tmp_path / "bin").mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    in_float32 = (ROOT / "accelerate_configs/multi_node.yaml").read_text().replace("bf16", "'no'")
+    (tmp_path / "multi_node.yaml").write_text(in_float32)
+    process = start(
+        tmp_path,
+        ["bash", str(script), "run", "--config", "tiny.yaml", "--training.max_steps", "100000"],
+        PATH=f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        ACCELERATE_CONFIG="multi_node.yaml",
+        SLURM_JOB_ID=f"{free_port()}",
+        SLURM_JOB_NUM_NODES="2",
+        SLURM_JOB_NODELIST="two",
+    )
+    read_up_to("2 processes on cpu", process)
+    read_up_to("step 10 ", process)
+    process.send_signal(signal.SIGUSR1)
+    code, output = end(process)
+    assert code == 1, output
+    assert '"state": "interrupted"' in (tmp_path / "run/status.json").read_text()
+    assert (tmp_path / "scontrol_was_told").read_text().startswith("requeue ")
+    assert_as_on_one_process(tmp_path, monkeypatch, [5, 10])
+
+
+@pytest.mark.slow
+def test_the_kubernetes_job_names_a_lost_process_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    service, job = yaml.safe_load_all((ROOT / "examples/kubernetes.yaml").read_text())
+    pod = job["spec"]["template"]["spec"]
+    first, number = f"{service['metadata']['name']}-0.{pod['subdomain']}", job["spec"]["completions"]
+    command = " ".join(pod["containers"][0]["command"])
+    assert f"--nnodes={number} " in command
+    changes = {
+        "torchrun ": f"{sys.executable} -m torch.distributed.run ",
+        f"{first}:29500": f"localhost:{free_port()}",
+        "--nproc-per-node=8": "--nproc-per-node=1",
+        "your.yaml": "tiny.yaml",
+        "runs/mine": "run --training.max_steps=25 --callbacks=[kill:KillOnce]",
+        "precision=bf16": "precision=no",
+    }
+    for theirs, ours in changes.items():
+        assert command.count(theirs) == 1
+        command = command.replace(theirs, ours)
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    (tmp_path / "kill.py").write_text(KILL_ONCE)
+    machines = [start(tmp_path, command.split()) for _ in range(number)]
+    ends = [end(machine) for machine in machines]
+    output = "".join(text for _, text in ends)
+    assert [code for code, _ in ends] == [0, 0], output
+    assert output.count("2 processes on cpu") == 2
+    assert "process 1 of 2" in output
+    assert "is gone: killed, or its machine is lost" in output
+    assert "resumed from run/checkpoints/step_00000012 at step 12" in output
+    assert_as_on_one_process(tmp_path, monkeypatch, [5, 10, 15, 20, 25])
