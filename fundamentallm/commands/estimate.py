@@ -123,7 +123,7 @@ def _show_devices(config: Config, options: argparse.Namespace) -> None:
     for devices, name in _layouts(config, options):
         layout = layout_of(name, devices)
         m = memory(config, layout, on_cpu=options.kernels == "cpu")
-        parts = (m.weights, m.gradients, m.optimizer, m.activations, m.logits, m.gathered + m.buckets, m.batch, m.peak)
+        parts = (m.weights, m.gradients, m.optimizer, m.activations, m.logits, m.gathered, m.batch, m.peak)
         sizes.append((f"{devices:,}", name, *map(size_text, parts)))
         rows, micro, _ = micro_batches(config, devices)
         sent, saved = sent_bytes(config, layout), checkpoint_bytes(config) // layout.shards

@@ -180,9 +180,9 @@ def test_a_stop_that_one_process_asks_for_is_one_of_all_at_the_same_step(tmp_pat
 
 
 def almost_nothing(processes: int, folder: str) -> None:
-    """Batches of two samples, the second of an epoch of one; one sample to validate on."""
+    """Batches of four samples, the second of an epoch of one; one sample to validate on."""
     torch.manual_seed(0)
-    train, validation = DataLoader(PartlyIgnored(3), batch_size=2), DataLoader(PartlyIgnored(1), batch_size=5)
+    train, validation = DataLoader(PartlyIgnored(5), batch_size=4), DataLoader(PartlyIgnored(1), batch_size=5)
     config = TrainingConfig(max_epochs=3, learning_rate=1e-2, log_every_n_steps=1)
     trainer = Trainer(Bigram(), config, train, validation, [LoggingCallback(Path(folder) / "metrics.jsonl")])
     assert trainer.accelerator.num_processes == processes
@@ -192,7 +192,7 @@ def almost_nothing(processes: int, folder: str) -> None:
     (Path(folder) / f"validated_{trainer.accelerator.process_index}.json").write_text(json.dumps(written))
 
 
-def test_there_may_be_more_processes_than_samples(tmp_path: Path) -> None:
+def test_there_may_be_more_processes_than_samples_left(tmp_path: Path) -> None:
     for processes in (1, 4):
         (tmp_path / str(processes)).mkdir()
         on_processes(processes, almost_nothing, str(tmp_path / str(processes)))

@@ -20,6 +20,7 @@ from fundamentallm import Config, DataConfig, ModelConfig, TrainingConfig, Trans
 from fundamentallm.commands.estimation.counts import layout_of, micro_batches, sent_bytes
 from fundamentallm.commands.estimation.memory import memory
 from fundamentallm.config import LOSS_NAMES
+from fundamentallm.training.accelerator import create_accelerator
 from fundamentallm.training.guard import Guard
 from fundamentallm.training.loss import ModelWithLoss, create_loss
 from fundamentallm.training.parts import make_optimizer
@@ -58,7 +59,7 @@ class Measured:
 
     def __init__(self, config: Config, accelerator: Accelerator | None = None) -> None:
         training, self.model, self.loss = config.training, Transformer(config.model), create_loss(config.training.loss)
-        accelerator = accelerator or Accelerator(cpu=True, mixed_precision=training.mixed_precision)
+        accelerator = accelerator or create_accelerator(training.mixed_precision)
         self.whole = whole = prepare_model(accelerator, self.model, self.loss, 0, training.activation_checkpointing)
         optimizer = make_optimizer(training, self.model)
         step = OptimizerStep(accelerator, whole, optimizer, Guard(accelerator.device, 10), max_norm=1.0, seed=0)
@@ -179,7 +180,7 @@ def _measure_ddp(_: int, precision: str, folder: Path) -> None:
     measured.whole.register_comm_hook(None, reduce)
     peak = measured.peak(folder / str(dist.get_rank()))
     estimated = memory(config, layout_of("ddp", 2), on_cpu=True)
-    assert estimated.buckets == sent_bytes(config, layout_of("ddp", 2)) == sum(buckets)
+    assert estimated.gradients == sent_bytes(config, layout_of("ddp", 2)) == sum(buckets)
     assert estimated.peak == pytest.approx(peak + sum(buckets), rel=0.02)
 
 

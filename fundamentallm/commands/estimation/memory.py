@@ -37,8 +37,6 @@ class Memory(NamedTuple):
     """Logits, log-probabilities, and their gradients."""
     gathered: int
     """FSDP2: blocks to compute with, and whole gradients to be scattered."""
-    buckets: int
-    """DDP: in which gradients are exchanged."""
     batch: int
     peak: int
 
@@ -82,13 +80,12 @@ def memory(config: Config, layout: Layout, on_cpu: bool = False) -> Memory:
     # The block being computed and the next one, its gradients, and these in float32 to be summed; accelerate leaves
     # the output projection, with the last norm, gathered from the forward to the backward pass.
     gathered = (3 * compute + WIDE) * (p.hidden + p.vectors) + compute * (p.table + p.norm) if shards > 1 else 0
-    buckets = gradients if shards == 1 < layout.replicas else 0
     batch = 2 * 8 * rows * config.data.sequence_length  # inputs and targets, int64
 
-    # Activations go as gradients come: the peak is at one of these moments. From the second micro-batch on, all
-    # gradients are there already, and each new one is made beside them before it is added. A tied table has two, and
-    # their sum is a third.
-    held = gradients if parts > 1 else 0
+    # Activations go as gradients come: the peak is at one of these moments. From the second micro-batch on, and under
+    # DDP always, all gradients have their memory already, and each new one is made beside them before it is added. A
+    # tied table has two, and their sum is a third.
+    held = gradients if parts > 1 or shards == 1 < layout.replicas else 0
     table, ff_matrix = WIDE * p.table, WIDE * model.d_model * (model.d_ff or 0)
     working = _working(n, model, precision) + ff_matrix
     moments = (
@@ -99,8 +96,8 @@ def memory(config: Config, layout: Layout, on_cpu: bool = False) -> Memory:
         gradients + (2 * model.tie_embeddings + (parts > 1)) * table,  # the embedding table
         gradients + _update_bytes(config, on_cpu),  # the optimizer
     )
-    peak = weights + optimizer + gathered + buckets + batch + max(moments)
-    return Memory(weights, gradients, optimizer, activations, logits, gathered, buckets, batch, peak)
+    peak = weights + optimizer + gathered + batch + max(moments)
+    return Memory(weights, gradients, optimizer, activations, logits, gathered, batch, peak)
 
 
 def _kept_by_block(config: Config, precision: _Precision, on_cpu: bool) -> int:
