@@ -15,6 +15,7 @@ from fundamentallm.commands.estimation.counts import (
     layout_of,
     micro_batches,
     optimizer_bytes,
+    recomputed_flops,
     sent_bytes,
     step_flops,
     tokens_per_step,
@@ -121,12 +122,12 @@ def _show_devices(config: Config, options: argparse.Namespace) -> None:
     times: list[tuple[str, ...]] = [("devices", "layout", *TIMES)]
     for devices, name in _layouts(config, options):
         layout = layout_of(name, devices)
-        m = memory(config, layout, on_cpu=options.kernels == "cpu", recomputes=False)
-        parts = (m.weights, m.gradients, m.optimizer, m.activations, m.logits, m.gathered + m.buckets, m.batch, m.peak)
+        m = memory(config, layout, on_cpu=options.kernels == "cpu")
+        parts = (m.weights, m.gradients, m.optimizer, m.activations, m.logits, m.gathered, m.batch, m.peak)
         sizes.append((f"{devices:,}", name, *map(size_text, parts)))
         rows, micro, _ = micro_batches(config, devices)
         sent, saved = sent_bytes(config, layout), checkpoint_bytes(config) // layout.shards
-        computing = step_flops(config) / devices / options.tflops / 1e12
+        computing = (step_flops(config) + recomputed_flops(config)) / devices / options.tflops / 1e12
         times.append(
             (
                 *(f"{devices:,}", name, f"{rows:,}", f"{micro:,}", _seconds(computing)),

@@ -7,7 +7,7 @@ import os
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import is_torch_xla_available, parse_flag_from_env
+from accelerate.utils import DistributedDataParallelKwargs, is_torch_xla_available, parse_flag_from_env
 
 from fundamentallm.errors import ConfigError
 from fundamentallm.training.group import join_group
@@ -48,7 +48,9 @@ def create_accelerator(mixed_precision: str | None = None, batch_size: int | Non
     if problems:
         raise ConfigError(problems)
     join_group(cpu)
-    accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision)
+    # Gradients lie in the buffers that are exchanged, rather than once more beside them.
+    data_parallel = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision, kwargs_handlers=[data_parallel])
     check_accelerator(accelerator, mixed_precision, batch_size)
     return accelerator
 

@@ -4,7 +4,7 @@ By hand: `python -m tests.integration.layouts [--short] [--steps N]`; it prints 
 run is not the reference's. A layout is a number of processes (gloo, on CPU), what each of them holds (the whole model:
 DDP; a shard of it: FSDP2; a shard, in each of several replicas: HSDP) and micro-batches, or several of them, one after
 the other: the run is stopped and resumed in the next. The samples are those that the processes' datasets were really
-asked for; the losses are those of every step and of every validation, as logged.
+asked for; the numbers are those of every step and of every validation, as logged.
 """
 
 from __future__ import annotations
@@ -22,19 +22,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from fundamentallm import Callback, LoggingCallback, ModelConfig, Trainer, TrainingConfig, Transformer
-from tests.integration.runs import Counting, PartlyIgnored, lines, on_processes
+from tests.integration.runs import Counting, PartlyIgnored, lines, on_processes, sharded_accelerator
 
 BOUND = 1e-5
-"""Largest relative difference of a loss: fp32 sums in another order, over this many steps."""
-STEPS = 40
+"""Largest relative difference of a logged number. Sums in fp32 in another order begin with 1e-7, and training
+multiplies that: here, at a large learning rate, tenfold in some 20 steps."""
+STEPS = 30
 # 51 samples make 4 steps an epoch. The last has 3 samples, one fewer than the largest group has processes; the last
-# batch of a validation, 2. Some samples have no target that counts.
+# batch of a validation, 2. Some samples have no target that counts. A run in two parts is stopped within an epoch.
 SAMPLES, BATCH_SIZE = 51, 16
 VALIDATION_SAMPLES, VALIDATION_BATCH_SIZE = 30, 7
 OPTIMIZERS = ("adamw", "muon")
+NUMBERS = {"loss": "train_loss", "gradient norm": "grad_norm", "validation": "val_loss"}
+"""What is compared, and its key in a log line."""
 
 
 class Part(NamedTuple):
@@ -73,7 +77,7 @@ LAYOUTS: tuple[Layout, ...] = (
     *((Part(processes, replicas=1),) for processes in (2, 3, 4)),
     (Part(2, 2, replicas=1),),
     (Part(4, replicas=2),),
-    (Part(4, 1, replicas=2),),
+    (Part(4, 2, replicas=2),),
     (Part(1), Part(2)),
     (Part(2), Part(1)),
     (Part(4), Part(3)),
@@ -86,8 +90,7 @@ LAYOUTS: tuple[Layout, ...] = (
 )
 SHORT: tuple[Layout, ...] = (
     (Part(4),),
-    (Part(3, 2),),
-    (Part(4, 1, replicas=2),),
+    (Part(4, 2, replicas=2),),
     (Part(2, replicas=1), Part(3)),
 )
 """The rows of the test."""
@@ -108,13 +111,11 @@ class Witness(Callback):
             trainer.request_stop("the next layout's turn")
 
 
-def train(processes: int, folder: str, number: int, part: Part, optimizer: str, steps: int, stop_at: int) -> None:
+def train(
+    processes: int, folder: str, number: int, part: Part, optimizer: str, dropout: float, steps: int, stop_at: int
+) -> None:
     """One part of a run, on one of its processes, which notes its samples in a file of its own."""
-    accelerator = None
-    if part.replicas is not None:
-        from tests.integration.runs import sharded_accelerator
-
-        accelerator = sharded_accelerator(part.replicas)
+    accelerator = None if part.replicas is None else sharded_accelerator(part.replicas)
     torch.manual_seed(0)
     config = TrainingConfig(
         optimizer=optimizer,
@@ -127,10 +128,11 @@ def train(processes: int, folder: str, number: int, part: Part, optimizer: str, 
         checkpoint_dir=str(Path(folder) / "checkpoints"),
         save_every_n_epochs=None,
     )
+    model = ModelConfig(vocab_size=20, d_model=16, num_heads=2, num_kv_heads=1, num_layers=2, dropout=dropout)
     data = Counting(SAMPLES)
     witness = Witness(data, stop_at)
     trainer = Trainer(
-        Transformer(ModelConfig(vocab_size=20, d_model=16, num_heads=2, num_kv_heads=1, num_layers=2)),
+        Transformer(model),
         config,
         DataLoader(data, batch_size=BATCH_SIZE, shuffle=True),
         DataLoader(PartlyIgnored(VALIDATION_SAMPLES), batch_size=VALIDATION_BATCH_SIZE),
@@ -138,6 +140,7 @@ def train(processes: int, folder: str, number: int, part: Part, optimizer: str, 
         accelerator=accelerator,
     )
     assert trainer.accelerator.num_processes == processes
+    assert all(isinstance(p, DTensor) == (part.replicas is not None) for p in trainer.model.parameters())
     trainer.train()
     place = trainer.accelerator.process_index
     (Path(folder) / f"samples_{number}_{place}.json").write_text(json.dumps(witness.samples))
@@ -147,57 +150,47 @@ class Run(NamedTuple):
     """What a run was, by what it has written.
 
     Attributes:
-        losses: logged at each step.
-        validations: logged, by step.
+        numbers: logged at every step, or validation, by name.
         samples: of each step's batch, over all processes, in order.
     """
 
-    losses: list[float]
-    validations: dict[int, float]
+    numbers: dict[str, list[float]]
     samples: list[list[int]]
 
 
-def run(folder: Path, layout: Layout, optimizer: str, steps: int) -> Run:
+def run(folder: Path, layout: Layout, optimizer: str, steps: int, dropout: float = 0.0) -> Run:
     """Train in each part of the layout for an equal number of steps."""
     samples: list[list[int]] = []
     for number, part in enumerate(layout):
         stop_at = steps * (number + 1) // len(layout)
         with redirect_stdout(io.StringIO()):
-            on_processes(part.processes, train, str(folder), number, part, optimizer, steps, stop_at)
+            on_processes(part.processes, train, str(folder), number, part, optimizer, dropout, steps, stop_at)
         shares = [json.loads((folder / f"samples_{number}_{i}.json").read_text()) for i in range(part.processes)]
         samples += [list(itertools.chain(*of_step)) for of_step in zip(*shares, strict=True)]
     written = lines(folder)
-    return Run(
-        [line["train_loss"] for line in written if "train_loss" in line],
-        {line["step"]: line["val_loss"] for line in written if "val_loss" in line},
-        samples,
-    )
+    return Run({name: [line[key] for line in written if key in line] for name, key in NUMBERS.items()}, samples)
 
 
 class Difference(NamedTuple):
-    """Of a run from the reference: the largest relative ones, and the first step of other samples."""
+    """Of a run from the reference: of its numbers, relative and the largest; and the first step of other samples."""
 
-    losses: float
-    validations: float
+    numbers: dict[str, float]
     other_samples_at: int | None
 
     @property
     def is_within_bound(self) -> bool:
-        return max(self.losses, self.validations) <= BOUND and self.other_samples_at is None
+        return max(self.numbers.values()) <= BOUND and self.other_samples_at is None
 
 
 def difference(one: Run, reference: Run) -> Difference:
-    assert len(one.losses) == len(one.samples) == len(reference.losses)
-    assert one.validations.keys() == reference.validations.keys()
     pairs = enumerate(zip(one.samples, reference.samples, strict=True), start=1)
     return Difference(
-        _largest(one.losses, reference.losses),
-        _largest(one.validations.values(), reference.validations.values()),
+        {name: _largest(one.numbers[name], expected) for name, expected in reference.numbers.items()},
         next((step for step, (mine, other) in pairs if mine != other), None),
     )
 
 
-def _largest(values: Iterable[float], expected: Iterable[float]) -> float:
+def _largest(values: list[float], expected: list[float]) -> float:
     return max(abs(value - other) / abs(other) for value, other in zip(values, expected, strict=True))
 
 
@@ -215,7 +208,7 @@ class Row(NamedTuple):
         found = self.differences.values()
         first = min((each.other_samples_at for each in found if each.other_samples_at is not None), default=None)
         samples = "the same" if first is None else f"others from step {first} on"
-        numbers = [f"{value:.1e}" for each in found for value in (each.losses, each.validations)]
+        numbers = [f"{value:.1e}" for each in found for value in each.numbers.values()]
         return markdown([" → ".join(map(str, self.layout)), samples, *numbers])
 
 
@@ -237,7 +230,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps of each run")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    titles = ["layout", "samples", *(f"{name}: {what}" for name in OPTIMIZERS for what in ("loss", "validation"))]
+    titles = ["layout", "samples", *(f"{optimizer}: {name}" for optimizer in OPTIMIZERS for name in NUMBERS)]
     print(markdown(titles), markdown(["---"] * len(titles)), sep="\n", flush=True)
     rows = []
     with tempfile.TemporaryDirectory(prefix="layouts-") as folder:
@@ -245,9 +238,7 @@ def main() -> int:
             print(row, flush=True)
             rows.append(row)
     broken = sum(not row.is_within_bound for row in rows)
-    print(
-        f"\n{arguments.steps} steps each; {broken} of {len(rows)} layouts beyond a relative difference of {BOUND:.0e}"
-    )
+    print(f"\n{arguments.steps} steps each; {broken} of {len(rows)} layouts differ by more than {BOUND:.0e}")
     return 1 if broken else 0
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # which a trainer imports as it goes: once here, rather than in every process that is forked
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState, debug_launcher
 from accelerate.parallelism_config import ParallelismConfig
 from torch import Tensor

@@ -192,7 +192,7 @@ def almost_nothing(processes: int, folder: str) -> None:
     (Path(folder) / f"validated_{trainer.accelerator.process_index}.json").write_text(json.dumps(written))
 
 
-def test_a_batch_may_have_fewer_samples_left_than_there_are_processes(tmp_path: Path) -> None:
+def test_there_may_be_more_processes_than_samples_left(tmp_path: Path) -> None:
     for processes in (1, 4):
         (tmp_path / str(processes)).mkdir()
         on_processes(processes, almost_nothing, str(tmp_path / str(processes)))

@@ -71,7 +71,7 @@ def another_value(name: str) -> Any:
     if name in CHOSEN:
         return CHOSEN[name]
     hint, field = SETTINGS[name]
-    if hint is bool:
+    if "bool" in str(hint):
         return not field.default
     if "dict" in str(hint):
         return {"x": 1}

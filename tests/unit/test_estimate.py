@@ -24,6 +24,7 @@ from fundamentallm.commands.estimation.counts import (
     layout_of,
     micro_batches,
     optimizer_bytes,
+    recomputed_flops,
     sent_bytes,
     step_flops,
     tokens_per_step,
@@ -90,15 +91,19 @@ def test_micro_batches_are_those_of_the_run(batch: int, devices: int, micro: int
     assert largest == len(torch.arange(rows).tensor_split(parts)[0])
 
 
+@pytest.mark.parametrize("recomputes", [False, True])
 @pytest.mark.parametrize("options", [{}, GROUPED, {"d_ff": 24, "num_layers": 1}])
-def test_operations_are_those_torch_counts(options: dict[str, Any]) -> None:
-    config = config_of(SHAPE | options, 24, batch_size=3)
-    model = ModelWithLoss(Transformer(config.model), create_loss())
+def test_operations_are_those_torch_counts(options: dict[str, Any], recomputes: bool) -> None:
+    config = config_of(SHAPE | options, 24, batch_size=3, activation_checkpointing=recomputes)
+    model = Transformer(config.model)
+    if recomputes:
+        model.gradient_checkpointing_enable()
     inputs = torch.zeros(3, 24, dtype=torch.int64)
     # With attention as matrix products, since torch does not count its CPU kernel.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(inputs, inputs).backward()
-    assert step_flops(config) == counter.get_total_flops()
+        ModelWithLoss(model, create_loss())(inputs, inputs).backward()
+    assert step_flops(config) + recomputed_flops(config) == counter.get_total_flops()
+    assert (recomputed_flops(config) > 0) == recomputes
     assert tokens_per_step(config) == inputs.numel()
 
 
@@ -197,8 +202,8 @@ def test_devices_and_layout_choose_the_rows(estimate: Command) -> None:
     _, out, _ = estimate("--model.vocab_size", "9", "--devices", "48", "--layout", "hsdp")
     assert [row[:2] for row in rows_of(out) if row[1] in LAYOUTS] == 2 * [["48", "hsdp"]]
     assert "16 devices have nothing to compute: training.batch_size is 32" in out
-    _, out, _ = estimate("--model.vocab_size", "9", "--devices", "12")
-    assert [row[:2] for row in rows_of(out) if row[1] in LAYOUTS] == 2 * [["12", "ddp"], ["12", "fsdp2"]]
+    _, out, _ = estimate("--model.vocab_size", "9", "--devices", "20")
+    assert [row[:2] for row in rows_of(out) if row[1] in LAYOUTS] == 2 * [["20", "ddp"], ["20", "fsdp2"]]
 
 
 def test_the_kernels_of_a_cpu_and_the_rates(estimate: Command) -> None:

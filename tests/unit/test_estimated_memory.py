@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,13 +13,14 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.checkpoint import checkpoint
 
 from fundamentallm import Config, DataConfig, ModelConfig, TrainingConfig, Transformer
 from fundamentallm.commands.estimation.counts import layout_of, micro_batches, sent_bytes
 from fundamentallm.commands.estimation.memory import memory
 from fundamentallm.config import LOSS_NAMES
+from fundamentallm.training.accelerator import create_accelerator
 from fundamentallm.training.guard import Guard
 from fundamentallm.training.loss import ModelWithLoss, create_loss
 from fundamentallm.training.parts import make_optimizer
@@ -57,12 +57,10 @@ def allocated_peak(action: Callable[[], object], folder: Path) -> int:
 class Measured:
     """The optimizer step of a config, as the Trainer would take it."""
 
-    def __init__(self, config: Config, accelerator: Accelerator | None = None, recomputes: bool = False) -> None:
+    def __init__(self, config: Config, accelerator: Accelerator | None = None) -> None:
         training, self.model, self.loss = config.training, Transformer(config.model), create_loss(config.training.loss)
-        accelerator = accelerator or Accelerator(cpu=True, mixed_precision=training.mixed_precision)
-        for block in self.model.model["layers"] if recomputes else ():  # type: ignore[attr-defined]
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-        whole = prepare_model(accelerator, self.model, self.loss, seed=0)
+        accelerator = accelerator or create_accelerator(training.mixed_precision)
+        self.whole = whole = prepare_model(accelerator, self.model, self.loss, 0, training.activation_checkpointing)
         optimizer = make_optimizer(training, self.model)
         step = OptimizerStep(accelerator, whole, optimizer, Guard(accelerator.device, 10), max_norm=1.0, seed=0)
         rows, parts, _ = micro_batches(config, accelerator.num_processes)
@@ -112,16 +110,15 @@ def test_memory_is_what_torch_allocates(case: str, tmp_path: Path) -> None:
     assert measured.weights == estimated.weights == estimated.gradients
     assert measured.optimizer == estimated.optimizer
     assert measured.batch == estimated.batch
-    assert estimated.peak == pytest.approx(measured.peak(tmp_path), rel=0.05)
+    assert estimated.peak == pytest.approx(measured.peak(tmp_path), rel=0.02)
 
 
 @pytest.mark.parametrize("case", ["deep", "broad", "long", "micro-batches", "weights", "bf16"])
 def test_memory_where_blocks_are_recomputed(case: str, tmp_path: Path) -> None:
     model, settings = CASES[case]
-    config = config_of(model, **settings)
-    measured = Measured(config, recomputes=True)
-    estimated = memory(config, layout_of("ddp", 1), on_cpu=True, recomputes=True)
-    assert estimated.peak == pytest.approx(measured.peak(tmp_path), rel=0.05)
+    config = config_of(model, **settings, activation_checkpointing=True)
+    measured, estimated = Measured(config), memory(config, layout_of("ddp", 1), on_cpu=True)
+    assert estimated.peak == pytest.approx(measured.peak(tmp_path), rel=0.02)
 
 
 @pytest.mark.parametrize("case", ["deep", "broad", "grouped, tied, micro-batches", "dropout", "bf16"])
@@ -149,6 +146,19 @@ def test_activations_are_what_autograd_keeps(case: str) -> None:
     assert estimated.activations == pytest.approx(total - log_probabilities, rel=0.001)
 
 
+@pytest.mark.parametrize(
+    ("layout", "precision", "size"), [("ddp", "bf16", 4), ("fsdp2", "bf16", 2), ("fsdp2", "no", 4)]
+)
+def test_a_recomputed_block_keeps_its_input(layout: str, precision: str, size: int) -> None:
+    """Autocast leaves the residual stream in float32, FSDP2's policy does not."""
+
+    def kept(num_layers: int) -> int:
+        training = {"batch_size": 8, "mixed_precision": precision, "activation_checkpointing": True}
+        return memory(config_of(DEEP | {"num_layers": num_layers}, **training), layout_of(layout, 2)).activations
+
+    assert kept(5) - kept(4) == 4 * 64 * DEEP["d_model"] * size
+
+
 def test_a_gpu_keeps_less() -> None:
     config = config_of(DEEP | {"dropout": 0.1}, batch_size=4)
     on_gpu, on_cpu = (memory(config, layout_of("ddp", 1), on_cpu) for on_cpu in (False, True))
@@ -161,10 +171,17 @@ def test_a_gpu_keeps_less() -> None:
 
 def _measure_ddp(_: int, precision: str, folder: Path) -> None:
     config = config_of(DEEP, batch_size=4, mixed_precision=precision)
-    measured = Measured(config)
-    assert dist.get_world_size() == 2
+    measured, buckets = Measured(config), []
+
+    def reduce(group, bucket):  # type: ignore[no-untyped-def]  # torch would compare annotations, which are text here
+        buckets.append(bucket.buffer().nbytes)
+        return allreduce_hook(group, bucket)
+
+    measured.whole.register_comm_hook(None, reduce)
+    peak = measured.peak(folder / str(dist.get_rank()))
     estimated = memory(config, layout_of("ddp", 2), on_cpu=True)
-    assert estimated.peak == pytest.approx(measured.peak(folder / str(dist.get_rank())) + estimated.buckets, rel=0.02)
+    assert estimated.gradients == sent_bytes(config, layout_of("ddp", 2)) == sum(buckets)
+    assert estimated.peak == pytest.approx(peak + sum(buckets), rel=0.02)
 
 
 @contextlib.contextmanager
@@ -189,11 +206,15 @@ def counted() -> Iterator[list[int]]:
 
 
 def _measure_fsdp2(_: int, precision: str, folder: Path) -> None:
-    config = config_of(DEEP, batch_size=8, micro_batch_size=2, mixed_precision=precision)
+    # Few tokens: what is gathered is a third of all.
+    config = config_of(DEEP | {"d_model": 128}, batch_size=4, micro_batch_size=1, mixed_precision=precision)
     Accelerator(cpu=True, mixed_precision=precision)  # whose precision the next one shares
     measured = Measured(config, sharded_accelerator())
+    folder /= str(dist.get_rank())
     with counted() as sent:
-        peak = measured.peak(folder / str(dist.get_rank()))
+        peak = measured.peak(folder)
+    # On a busy machine gloo's threads let go of a tensor late: the least of some steps.
+    peak = min(peak, *(measured.peak(folder) for _ in range(2)))
     estimated = memory(config, layout_of("fsdp2", 2), on_cpu=True)
     assert estimated.weights == measured.weights
     assert estimated.optimizer == pytest.approx(measured.optimizer, rel=0.001)  # each process counts all steps

@@ -111,11 +111,22 @@ def step_flops(config: Config) -> int:
     (PaLM, arXiv:2204.02311, appendix B. Two for a multiplication and its addition, forward once and backward twice;
     N parameters are multiplied with, L blocks have H heads of Q features, H Q = d_model, and T is the sequence
     length.) As in PaLM's model FLOPs utilisation, attention counts in full, although a causal kernel may leave out
-    half of it, and what is computed again in the backward pass does not count.
+    half of it, and what is computed again in the backward pass does not (see `recomputed_flops`).
     """
     model = config.model
     attention = 12 * model.num_layers * model.d_model * config.data.sequence_length
     return (6 * count_parameters(model).multiplied + attention) * tokens_per_step(config)
+
+
+def recomputed_flops(config: Config) -> int:
+    """Operations of a step, over all devices, that activation checkpointing adds to `step_flops`.
+
+    Each block's forward pass once more, but for its last matrix, whose output no backward pass needs.
+    """
+    model, p = config.model, count_parameters(config.model)
+    matrices = p.hidden - model.d_model * (model.d_ff or 0)
+    of_token = p.blocks * (2 * matrices + 4 * model.d_model * config.data.sequence_length)
+    return of_token * tokens_per_step(config) if config.training.activation_checkpointing else 0
 
 
 def optimizer_bytes(config: Config) -> int:

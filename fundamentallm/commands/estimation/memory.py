@@ -37,8 +37,6 @@ class Memory(NamedTuple):
     """Logits, log-probabilities, and their gradients."""
     gathered: int
     """FSDP2: blocks to compute with, and whole gradients to be scattered."""
-    buckets: int
-    """DDP: in which gradients are exchanged."""
     batch: int
     peak: int
 
@@ -54,14 +52,13 @@ class _Precision(NamedTuple):
     """Whether autocast keeps a narrow copy of every matrix, and of the input of every one."""
 
 
-def memory(config: Config, layout: Layout, on_cpu: bool = False, recomputes: bool = False) -> Memory:
+def memory(config: Config, layout: Layout, on_cpu: bool = False) -> Memory:
     """Memory of each device of a layout (of the one with most sequences).
 
     Args:
         config: resolved, with the model's vocab_size.
         layout: of the devices.
         on_cpu: with the kernels torch has on a CPU, rather than those on a GPU.
-        recomputes: whether the backward pass computes each block's activations anew from the block's input.
     """
     model, p, shards = config.model, count_parameters(config.model), layout.shards
     rows, parts, micro_rows = micro_batches(config, layout.devices)
@@ -71,7 +68,8 @@ def memory(config: Config, layout: Layout, on_cpu: bool = False, recomputes: boo
     precision = _Precision(compute, WIDE if shards == 1 else compute, casts=is_narrow(config) and shards == 1)
 
     block = n * _kept_by_block(config, precision, on_cpu) + NARROW * p.hidden * precision.casts
-    other_block = n * precision.stream * model.d_model if recomputes else block
+    # Of the blocks that are not being computed, activation checkpointing keeps the input only.
+    other_block = n * precision.stream * model.d_model if config.training.activation_checkpointing else block
     angles = config.data.sequence_length * (model.d_model // model.num_heads) * WIDE
     top = n * _kept_on_top(model, precision, on_cpu) + NARROW * p.table * precision.casts + angles
     activations = (p.blocks - 1) * other_block + block + top
@@ -82,28 +80,24 @@ def memory(config: Config, layout: Layout, on_cpu: bool = False, recomputes: boo
     # The block being computed and the next one, its gradients, and these in float32 to be summed; accelerate leaves
     # the output projection, with the last norm, gathered from the forward to the backward pass.
     gathered = (3 * compute + WIDE) * (p.hidden + p.vectors) + compute * (p.table + p.norm) if shards > 1 else 0
-    buckets = gradients if shards == 1 < layout.replicas else 0
     batch = 2 * 8 * rows * config.data.sequence_length  # inputs and targets, int64
 
-    # Activations go as gradients come: the peak is at one of these moments. From the second micro-batch on, all
-    # gradients are there already, and each new one is made beside them before it is added. A tied table's first one
-    # waits for the second, and their sum is a third.
-    held = gradients if parts > 1 else 0
+    # Activations go as gradients come: the peak is at one of these moments. From the second micro-batch on, and under
+    # DDP always, all gradients have their memory already, and each new one is made beside them before it is added. A
+    # tied table has two, and their sum is a third.
+    held = gradients if parts > 1 or shards == 1 < layout.replicas else 0
     table, ff_matrix = WIDE * p.table, WIDE * model.d_model * (model.d_ff or 0)
-    waits = model.tie_embeddings and parts > 1
-    first = (held or -(-table // shards)) + waits * table
-    last = (held or gradients - -(-WIDE * (p.hidden + p.vectors) // shards)) + waits * table
     working = _working(n, model, precision) + ff_matrix
     moments = (
         held + p.blocks * other_block + top + logits,  # the loss
         held + p.blocks * other_block + top + one_of_logits + table,  # the output projection
-        first + (p.blocks - 1) * other_block + block + working,  # the last block, where the backward pass begins
-        last + block + working,  # the first block
+        (held or table // shards) + (p.blocks - 1) * other_block + block + working,  # the last block, computed first
+        gradients - WIDE * (p.hidden + p.vectors) // shards + block + working,  # the first block
         gradients + (2 * model.tie_embeddings + (parts > 1)) * table,  # the embedding table
         gradients + _update_bytes(config, on_cpu),  # the optimizer
     )
-    peak = weights + optimizer + gathered + buckets + batch + max(moments)
-    return Memory(weights, gradients, optimizer, activations, logits, gathered, buckets, batch, peak)
+    peak = weights + optimizer + gathered + batch + max(moments)
+    return Memory(weights, gradients, optimizer, activations, logits, gathered, batch, peak)
 
 
 def _kept_by_block(config: Config, precision: _Precision, on_cpu: bool) -> int:

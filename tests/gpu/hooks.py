@@ -1,0 +1,157 @@
+"""Callbacks that look into a run, or disturb it, and write what they saw into its output_dir as JSON.
+
+Named in configs as tests.gpu.hooks:Name. On a CPU they do what makes sense there, so that they can be tried without a
+GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fundamentallm import Callback, Trainer
+
+STOP_AT = "GPU_CHECK_STOP_AT"
+"""Environment variable: the step after which `Preempted` has the run end."""
+
+
+class Hook(Callback):
+    """A callback with something to tell, under its own name."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Any] = {}
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        folder = Path(trainer.run_config.output_dir)  # type: ignore[union-attr]
+        (folder / f"{type(self).__name__}.json").write_text(json.dumps(self.seen))
+
+
+class Facts(Hook):
+    """Where and how the run was computed, its peak memory, and how long it waited for its checkpoints."""
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        self.waited: list[float] = []
+        self.cuda = trainer.accelerator.device.type == "cuda"
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        if (manager := trainer.checkpoint_manager) is not None:
+            save = manager.save_in_background
+
+            def timed(*arguments: Any, **options: Any) -> Any:
+                if self.cuda:
+                    torch.cuda.synchronize()  # the steps before are not the checkpoint's
+                started = time.perf_counter()
+                result = save(*arguments, **options)
+                self.waited.append(time.perf_counter() - started)
+                return result
+
+            manager.save_in_background = timed  # type: ignore[method-assign]
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        self.seen = {
+            "device": trainer.accelerator.device.type,
+            "sharded": trainer.is_sharded,
+            "mixed_precision": trainer.accelerator.mixed_precision,
+            "compiler": trainer.accelerator.state.dynamo_plugin.backend.value,
+            "peak_bytes": torch.cuda.max_memory_allocated() if self.cuda else None,
+            "seconds_waited": self.waited,
+            "seconds_written": trainer.checkpoint_manager.seconds if trainer.checkpoint_manager else None,
+        }
+        super().on_train_end(trainer)
+
+
+class NoWaiting(Hook):
+    """Makes it an error that the host waits for the device in a step that is not logged."""
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        self.trainer, steps = trainer, set[int]()
+
+        # From the first forward pass of such a step to that of the next one: the loader and all hooks are between.
+        def before_forward(model: nn.Module, _: Any) -> None:
+            step = trainer.global_step + 1
+            ordinary = model.training and step != trainer.total_steps and step % trainer.config.log_every_n_steps != 0
+            steps.update({step} if ordinary else ())
+            if trainer.accelerator.device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("error" if ordinary else "default")
+            self.seen = {"steps_without_waiting": len(steps)}
+
+        trainer.model.register_forward_pre_hook(before_forward)
+
+
+class Overflow(Hook):
+    """Has the gradient of one step overflow, and compares weights and moments before and after."""
+
+    step = 5
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        self.before: list[Tensor] | None = None
+        scaler: Any = trainer.accelerator.scaler
+
+        def state() -> list[Tensor]:
+            moments = [value for values in trainer.optimizer.state.values() for value in values.values()]
+            return [tensor.detach().clone() for tensor in (*trainer.model.parameters(), *moments)]
+
+        def before_forward(model: nn.Module, _: Any) -> None:
+            step = trainer.global_step
+            if step == self.step and self.before is None:
+                self.before = state()
+                if scaler is not None:
+                    self.scale = scaler.get_scale()
+                    scaler.update(new_scale=2.0**60)  # the loss stays finite, in float32; gradients in float16 do not
+            elif step == self.step + 1 and not self.seen:
+                assert self.before is not None
+                same = all(torch.equal(old, new) for old, new in zip(self.before, state(), strict=True))
+                self.seen = {"unchanged": same, "halved": scaler is None or scaler.get_scale() == 2.0**59}
+                if scaler is not None:
+                    scaler.update(new_scale=self.scale)
+
+        def after_forward(model: nn.Module, _: Any, logits: Tensor) -> Tensor:
+            planted = scaler is None and model.training and trainer.global_step == self.step
+            return logits * torch.inf if planted else logits
+
+        trainer.model.register_forward_pre_hook(before_forward)
+        trainer.model.register_forward_hook(after_forward)
+
+
+class Deterministic(Callback):
+    """Only kernels that add in a fixed order (flash attention's backward pass, for one, has another too)."""
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        torch.use_deterministic_algorithms(True)
+
+
+class Preempted(Callback):
+    """Ends the run by SIGTERM after a step, as a cluster does."""
+
+    def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        if os.environ.get(STOP_AT) == str(trainer.global_step):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class MatrixProduct(Hook):
+    """How fast the device multiplies two large matrices in bfloat16."""
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        device = trainer.accelerator.device
+        size, times = (8192, 20) if device.type == "cuda" else (256, 2)
+        a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
+        for count in (3, times):  # the first round warms up
+            started = self._now(device)
+            for _ in range(count):
+                a @ b
+            seconds = (self._now(device) - started) / count
+        self.seen = {"flops_per_second": 2 * size**3 / seconds}
+        super().on_train_end(trainer)
+
+    @staticmethod
+    def _now(device: torch.device) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()

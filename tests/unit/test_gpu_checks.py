@@ -1,0 +1,56 @@
+"""The checks for a GPU work, as far as a CPU can tell."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.gpu.__main__ import main
+from tests.gpu.checks import CHECKS, described
+from tests.gpu.runs import Runs
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_checks_run_on_a_cpu_and_are_reported(tmp_path: Path) -> None:
+    command = [ROOT / "tests/gpu/run.sh", "--device", "cpu", "--output", tmp_path / "gpu.json", "overflow", "sharded"]
+    environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    assert results["machine"].keys() >= {"device", "torch", "accelerate"}
+    found = {finding["name"]: finding["status"] for finding in results["checks"]}
+    assert found == {"overflow": "passed", "sharded": "skipped"}
+    assert all(f"\n{name} " in done.stdout for name in found)
+
+
+def test_a_check_that_fails_is_told_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(runs: Runs) -> str:
+        """Fails."""
+        raise AssertionError("a loss of 7")
+
+    def passes(runs: Runs) -> str:
+        """Passes."""
+        return f"on {runs.device}"
+
+    monkeypatch.setattr("tests.gpu.__main__.CHECKS", {"fails": fails, "passes": passes})
+    monkeypatch.setattr("sys.argv", ["gpu", "--device", "cpu", "--output", str(tmp_path / "gpu.json")])
+    assert main() == 1
+    told = [
+        (finding["status"], finding["text"]) for finding in json.loads((tmp_path / "gpu.json").read_text())["checks"]
+    ]
+    assert told == [("FAILED", "AssertionError: a loss of 7"), ("passed", "on cpu")]
+    assert "FAILED: AssertionError: a loss of 7" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_every_check_says_what_it_shows(name: str) -> None:
+    assert described(CHECKS[name]).endswith(".")
