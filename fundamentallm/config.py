@@ -18,6 +18,8 @@ from fundamentallm.errors import ConfigError
 from fundamentallm.registry import did_you_mean, unknown_name
 from fundamentallm.validation import Section
 
+LARGE_VOCABULARY, CHUNK = 1024, 512
+"""Tokens in a vocabulary from which on logits are made for so many positions at a time only."""
 IGNORE_INDEX = -100
 """Target that is not trained on: torch's and transformers' convention."""
 

@@ -7,7 +7,7 @@ checkpoint opens there as it is. Shapes: B sequences, T tokens, D = d_model, H h
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -110,6 +110,17 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))  # type: ignore[no-any-return]
 
 
+class Head(nn.Linear):
+    """Output projection, without a bias: to logits, or straight to what is made of them."""
+
+    def forward(self, x: Tensor, of_hidden: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
+        """Logits (B, T, V) of x (B, T, D); or `of_hidden` of x and the weights (V, D), which makes them bit by bit.
+
+        Within this call, since only here FSDP2 has the weights whole.
+        """
+        return super().forward(x) if of_hidden is None else of_hidden(x, self.weight)
+
+
 class Transformer(nn.Module):
     """A decoder-only language model.
 
@@ -139,7 +150,7 @@ class Transformer(nn.Module):
                 "norm": nn.RMSNorm(config.d_model, eps=NORM_EPSILON),
             }
         )
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size or 0, bias=False)
+        self.lm_head = Head(config.d_model, config.vocab_size or 0, bias=False)
         if not embedding.weight.is_meta:  # else whoever gives the weights memory fills them
             with torch.no_grad():
                 for name, values in self.initial_weights():
@@ -158,8 +169,10 @@ class Transformer(nn.Module):
             empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
             yield name, empty.normal_(std=INITIAL_STD * scale) if parameter.ndim == 2 else empty.fill_(1.0)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Logits (B, T, V) of the token after each of `input_ids` (B, T)."""
+    def forward(self, input_ids: Tensor, of_hidden: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
+        """Logits (B, T, V) of the token after each of `input_ids` (B, T); or what `of_hidden` makes of the head's input
+        (B, T, D) and weights (V, D).
+        """
         x = self.dropout(self.model["embed_tokens"](input_ids))
         config = self.config
         cos, sin = rotary_table(input_ids.shape[1], config.d_model // config.num_heads, config.rope_theta, x.device)
@@ -168,7 +181,7 @@ class Transformer(nn.Module):
                 x = checkpoint(block, x, cos, sin, use_reentrant=False)
             else:
                 x = block(x, cos, sin)
-        return self.lm_head(self.model["norm"](x))  # type: ignore[no-any-return]
+        return self.lm_head(self.model["norm"](x), of_hidden)  # type: ignore[no-any-return]
 
     def gradient_checkpointing_enable(self) -> None:
         """Keep only each block's input for the backward pass, and compute the rest again (arXiv:1604.06174)."""

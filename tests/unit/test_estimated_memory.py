@@ -97,6 +97,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "sgd": (HEAVY, {"batch_size": 1, "optimizer": "sgd", "sequence_length": 32}),
     "muon": (HEAVY, {"batch_size": 1, "optimizer": "muon", "sequence_length": 32}),
+    "chunks, fused": (BROAD, {"batch_size": 32}),
+    "chunks": (BROAD, {"batch_size": 32, "loss": "focal"}),
+    "chunks, bf16": (BROAD, {"batch_size": 32, "mixed_precision": "bf16"}),
+    "chunks, z_loss, micro-batches": (BROAD, {"batch_size": 64, "micro_batch_size": 32, "loss": "z_loss"}),
     "bf16": (DEEP, {"batch_size": 4, "mixed_precision": "bf16"}),
     "bf16, broad": (BROAD, {"batch_size": 8, "mixed_precision": "bf16"}),
 }

@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fundamentallm.config import IGNORE_INDEX
+from fundamentallm.config import CHUNK, IGNORE_INDEX, ModelConfig
 from fundamentallm.errors import ConfigError
-from fundamentallm.training.loss import LOSSES, create_loss
+from fundamentallm.models.transformer import Transformer
+from fundamentallm.training.loss import LOSSES, ModelWithLoss, create_loss
 
 
 def cross_entropy(logits: Tensor, target: int) -> Tensor:
@@ -184,3 +188,95 @@ def test_module_and_name_make_any_loss_with_its_options() -> None:
     loss = create_loss("torch.nn:CrossEntropyLoss", reduction="sum", label_smoothing=0.25)
     assert isinstance(loss, nn.CrossEntropyLoss)
     assert (loss.reduction, loss.label_smoothing) == ("sum", 0.25)
+
+
+# ---- a large vocabulary --------------------------------------------------------------------------------------------
+
+
+def head(vocabulary: int = 1500, tokens: int = 1300) -> tuple[Tensor, Tensor, Tensor]:
+    """What a head gets, its weights, and targets of which some do not count."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, tokens // 2, 16, generator=generator).requires_grad_()
+    weight = torch.randn(vocabulary, 16, generator=generator).requires_grad_()
+    targets = torch.randint(vocabulary, (2, tokens // 2), generator=generator)
+    targets[:, ::5] = IGNORE_INDEX
+    return hidden, weight, targets
+
+
+def largest_and_gradients(loss: Callable[[], Tensor], *parameters: Tensor) -> tuple[int, Tensor, list[Tensor]]:
+    """Elements of the largest tensor made on the way, the loss, and its gradients."""
+    sizes = [0]
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = function(*args, **(kwargs or {}))
+            sizes.extend(value.numel() for value in pytree.tree_leaves(made) if isinstance(value, Tensor))
+            return made
+
+    with Sizes():
+        value = loss()
+        value.backward()
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    for parameter in parameters:
+        parameter.grad = None
+    return max(sizes), value.detach(), gradients
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LOSSES)
+def test_logits_of_a_large_vocabulary_are_made_a_chunk_at_a_time(
+    name: str, precision: torch.dtype, training: bool
+) -> None:
+    hidden, weight, targets = head()
+    loss_fn = create_loss(name).train(training)
+    with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        whole = largest_and_gradients(lambda: loss_fn(F.linear(hidden, weight), targets), hidden, weight)
+        chunks = largest_and_gradients(lambda: loss_fn.of_hidden(hidden, weight, targets), hidden, weight)
+        with torch.no_grad():
+            valued = loss_fn.of_hidden(hidden, weight, targets)
+    assert whole[0] == 1300 * 1500
+    assert chunks[0] <= CHUNK * 1500  # torch's fused kernel shows none of its own
+    near = {"rtol": 1e-5, "atol": 0.0}
+    torch.testing.assert_close(chunks[1], whole[1], **near)
+    torch.testing.assert_close(valued, whole[1], **near)
+    for one, other in zip(chunks[2], whole[2], strict=True):
+        assert (one - other).norm() <= (1e-6 if precision == torch.float32 else 5e-3) * other.norm()
+
+
+@pytest.mark.parametrize(("vocabulary", "tokens"), [(1023, 1300), (1500, 512)])
+def test_a_small_vocabulary_or_few_tokens_are_one_chunk(vocabulary: int, tokens: int) -> None:
+    hidden, weight, targets = head(vocabulary, tokens)
+    loss_fn = create_loss()
+    largest, _, _ = largest_and_gradients(lambda: loss_fn.of_hidden(hidden, weight, targets), hidden, weight)
+    assert largest == vocabulary * tokens
+
+
+class OfPairs(LOSSES["cross_entropy"]):  # type: ignore[misc]
+    """Looks at two tokens at once, the first and the last."""
+
+    def objective(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return (logits[0] * logits[-1]).sum()
+
+
+def test_a_loss_of_somebody_elses_gets_all_logits() -> None:
+    hidden, weight, targets = head()
+    loss_fn = OfPairs()
+    assert torch.equal(loss_fn.of_hidden(hidden, weight, targets), loss_fn(F.linear(hidden, weight), targets))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_transformer_and_its_loss_meet_at_the_head(tied: bool) -> None:
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(1500, d_model=16, num_heads=2, num_layers=1, tie_embeddings=tied))
+    ids, targets = torch.randint(1500, (2, 2, 400)).unbind()
+    loss_fn = create_loss()
+    both = ModelWithLoss(model, loss_fn)
+    whole = largest_and_gradients(lambda: loss_fn(model(ids), targets), *model.parameters())
+    chunks = largest_and_gradients(lambda: both(ids, targets), *model.parameters())
+    assert whole[0] == 800 * 1500
+    assert chunks[0] <= CHUNK * 1500
+    torch.testing.assert_close(chunks[1], whole[1], rtol=1e-5, atol=0.0)
+    assert len(chunks[2]) == len(whole[2]) == len(list(model.parameters()))
+    for one, other in zip(chunks[2], whole[2], strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm()

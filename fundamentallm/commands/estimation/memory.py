@@ -18,10 +18,10 @@ from fundamentallm.commands.estimation.counts import (
     micro_batches,
     optimizer_bytes,
 )
-from fundamentallm.config import Config, ModelConfig
+from fundamentallm.config import CHUNK, LARGE_VOCABULARY, Config, ModelConfig
 
 COPIES_OF_LOGITS, COPIES_OF_Z_LOSS = 3, 5
-"""Float32 tensors of n x V at a loss's peak. Log-probabilities, and in the backward pass their gradient and the
+"""Float32 tensors of logits' size at a loss's peak. Log-probabilities, and in the backward pass their gradient and the
 logits'; focal loss and label smoothing have no more. z_loss keeps the logits too, and sums two gradients of them."""
 
 
@@ -73,8 +73,12 @@ def memory(config: Config, layout: Layout, on_cpu: bool = False) -> Memory:
     angles = config.data.sequence_length * (model.d_model // model.num_heads) * WIDE
     top = n * _kept_on_top(model, precision, on_cpu) + NARROW * p.table * precision.casts + angles
     activations = (p.blocks - 1) * other_block + block + top
-    one_of_logits = WIDE * n * (model.vocab_size or 0)
-    logits = (COPIES_OF_Z_LOSS if config.training.loss == "z_loss" else COPIES_OF_LOGITS) * one_of_logits
+    is_chunked = (model.vocab_size or 0) >= LARGE_VOCABULARY and n > CHUNK
+    one_of_logits = WIDE * (CHUNK if is_chunked else n) * (model.vocab_size or 0)
+    # torch's fused kernel makes do with one, which it turns into the gradient.
+    is_fused = is_chunked and config.training.loss == "cross_entropy" and not is_narrow(config)
+    copies = 1 if is_fused else COPIES_OF_Z_LOSS if config.training.loss == "z_loss" else COPIES_OF_LOGITS
+    logits = copies * one_of_logits
 
     weights, gradients, optimizer = (-(-s // shards) for s in (WIDE * p.total, WIDE * p.total, optimizer_bytes(config)))
     # The block being computed and the next one, its gradients, and these in float32 to be summed; accelerate leaves
@@ -87,9 +91,11 @@ def memory(config: Config, layout: Layout, on_cpu: bool = False) -> Memory:
     # tied table has two, and their sum is a third.
     held = gradients if parts > 1 or shards == 1 < layout.replicas else 0
     table, ff_matrix = WIDE * p.table, WIDE * model.d_model * (model.d_ff or 0)
+    # Chunks' gradients, of the head's input and weights, are there before those of others are made.
+    of_chunks = table + WIDE * (n if is_fused else n - CHUNK) * model.d_model if is_chunked else 0
     working = _working(n, model, precision) + ff_matrix
     moments = (
-        held + p.blocks * other_block + top + logits,  # the loss
+        held + p.blocks * other_block + top + logits + of_chunks,  # the loss
         held + p.blocks * other_block + top + one_of_logits + table,  # the output projection
         (held or table // shards) + (p.blocks - 1) * other_block + block + working,  # the last block, computed first
         gradients - WIDE * (p.hidden + p.vectors) // shards + block + working,  # the first block
