@@ -58,8 +58,8 @@ def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
     parts = (CACHE_FORMAT, tokenizers.__version__, tokenizer_key, config.train_split, digest.hexdigest())
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
     folder = (Path(os.path.expanduser(config.cache_dir)) if config.cache_dir else _user_cache()) / key
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or not whole: encode it
-        return _open(folder)
+    if corpus := _cached(folder):
+        return corpus
     with writing(folder):
         _encode(config, characters, folder, show_progress)
     return _open(folder)
@@ -172,12 +172,24 @@ def _encode(config: DataConfig, characters: int, folder: Path, show_progress: bo
                         bar.update(len(piece))
         meta = {"dtype": token_dtype(tokenizer).name, "tokens": counts, "validation_bytes": validation_bytes}
         (staging / "meta.json").write_text(json.dumps(meta))
-        if folder.exists():  # a damaged entry of ours, or one that another process has just finished
-            shutil.rmtree(folder)
-        staging.rename(folder)
+        try:
+            staging.rename(folder)
+        except OSError:
+            if _cached(folder):  # another process, on another machine perhaps, was faster, and reads it by now
+                shutil.rmtree(staging)
+            else:  # a damaged entry of ours
+                shutil.rmtree(folder)
+                staging.rename(folder)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def _cached(folder: Path) -> Corpus | None:
+    """The cache entry at `folder`; None where there is none, or it is damaged."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, ConfigError):
+        return _open(folder)
+    return None
 
 
 def _open(folder: Path) -> Corpus:

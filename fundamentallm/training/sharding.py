@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DynamoBackend, fsdp2_prepare_model
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import distribute_tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from fundamentallm.errors import ConfigError
 from fundamentallm.training.loss import ModelWithLoss
@@ -109,18 +109,22 @@ def follow(optimizer: Optimizer, names: dict[int, str], model: nn.Module) -> Non
     """Have an optimizer that was made before the model was sharded train the parameters it has now.
 
     Args:
-        optimizer: without state yet.
+        optimizer: fresh.
         names: of the parameters it was made for, by id.
         model: sharded since.
 
     Raises:
-        ConfigError: if it has state already, or parameters that are not the model's.
+        ConfigError: if it has taken steps already, or has parameters that are not the model's.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if optimizer.state or any(id(parameter) not in names for parameter in parameters):
+    moments = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    if any(id(parameter) not in names for parameter in parameters) or any(bool(moment.any()) for moment in moments):
         raise ConfigError(
-            "the optimizer has state, or parameters that are not the model's; under FSDP2, give one that is fresh and "
-            "over this model, or name it in training.optimizer."
+            "the optimizer has taken steps, or has parameters that are not the model's; under FSDP2, give one that is "
+            "fresh and over this model, or name it in training.optimizer."
         )
+    optimizer.state.clear()
     for group in optimizer.param_groups:
         group["params"] = [model.get_parameter(names[id(parameter)]) for parameter in group["params"]]
+        if isinstance(optimizer, SGD) and group["fused"]:  # a kernel that does not know DTensors
+            group["fused"] = optimizer._step_supports_amp_scaling = False

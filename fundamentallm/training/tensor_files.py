@@ -185,10 +185,12 @@ def _is_whole(shape: tuple[int, ...], pieces: list[tuple[tuple[int, ...], tuple[
     """Whether (offsets, size) of pieces, in order, make up the whole: one piece, or slices along one dimension."""
     if pieces == [((0,) * len(shape), shape)]:
         return True
+    if any(len(offsets) != len(shape) or len(size) != len(shape) for offsets, size in pieces):
+        return False
     along = next((dim for dim in range(len(shape)) if pieces[0][1][dim] != shape[dim]), 0)
     end = 0
     for offsets, size in pieces:
-        if not size or size[along] < 1:
+        if not shape or size[along] < 1:
             return False
         if offsets != (*(0,) * along, end, *(0,) * (len(shape) - along - 1)):
             return False

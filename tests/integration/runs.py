@@ -89,12 +89,12 @@ def make_trainer(config: Config, characters: int = 6_000, tokenizer_spec: str = 
     return Trainer(Transformer(config.model), config, train_loader, val_loader, **arguments)
 
 
-def sharded_accelerator(replicate: int = 1) -> Accelerator:
+def sharded_accelerator(replicate: int = 1, precision: str = "no") -> Accelerator:
     """accelerate's own FSDP2 path on gloo, over all processes, or over those of each of `replicate` groups (HSDP).
 
     accelerate 1.15 takes FSDP2 for plain data parallelism on a CPU; told otherwise once it is made, it runs it.
     """
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=True, mixed_precision=precision)
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
     )

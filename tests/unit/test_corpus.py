@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -302,3 +303,26 @@ def test_a_file_that_is_not_utf8_is_refused_by_name(load: Load, cache: Path, fol
     with pytest.raises(ConfigError, match=r"latin\.txt.*UTF-8"):
         load(folder)
     assert entries(cache) == []
+
+
+def test_a_cache_entry_that_another_process_reads_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two machines that share the cache folder encode the same text at once."""
+    (tmp_path / "text.txt").write_text("some text, and more of it " * 20)
+    config = DataConfig(str(tmp_path / "text.txt"), sequence_length=4, cache_dir=str(tmp_path / "cache"))
+    first = load_corpus(config)
+    entry = next((tmp_path / "cache").iterdir())
+    files = {path: path.stat().st_ino for path in entry.iterdir()}
+    real, asked = corpus._cached, []
+
+    def not_yet(folder: Path) -> Any:
+        asked.append(folder)
+        return real(folder) if len(asked) > 1 else None
+
+    monkeypatch.setattr(corpus, "_cached", not_yet)
+    second = load_corpus(config)
+    assert len(asked) == 2
+    assert {path: path.stat().st_ino for path in entry.iterdir()} == files
+    assert list((tmp_path / "cache").iterdir()) == [entry]
+    assert (first.train == second.train).all()

@@ -1,0 +1,497 @@
+"""FSDP2 and HSDP, by accelerate's own path on gloo: what is sharded, how it starts, is saved, fails and goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.utils import DynamoBackend
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+import fundamentallm.training.accelerator as accelerators
+import fundamentallm.training.checkpoint as checkpoint_module
+from fundamentallm import Callback, Config, Trainer, TrainingConfig, Transformer, train
+from fundamentallm.commands import checkpoints, generate
+from fundamentallm.errors import CheckpointError, ConfigError, FundamentaLLMError
+from fundamentallm.training.checkpoint import CheckpointManager, load_checkpoint
+from fundamentallm.training.optimizers import create_optimizer
+from fundamentallm.training.sharding import prepare_model
+from fundamentallm.training.snapshot import MODEL_KEY, OPTIMIZER_KEY
+from tests.integration.runs import (
+    assert_same_weights,
+    lines,
+    make_config,
+    make_trainer,
+    on_processes,
+    prose,
+    sharded_accelerator,
+    timeless,
+)
+from tests.unit.checkpoint_files import write_manifest
+
+RUN: dict[str, Any] = {"max_steps": 8, "save_every_n_steps": 3, "save_every_n_epochs": None, "keep_last_n": 9}
+
+
+def sharded(config: Config, replicate: int = 1, precision: str = "no", **arguments: Any) -> Trainer:
+    return make_trainer(config, accelerator=sharded_accelerator(replicate, precision), **arguments)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_weights(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: whole(tensor).clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def newest(folder: Path) -> Path:
+    return sorted((folder / "checkpoints").glob("step_*"))[-1]
+
+
+def fit(processes: int, folder: str, settings: dict[str, Any], is_sharded: bool = True, replicate: int = 1) -> None:
+    """A run."""
+    config = make_config(folder, **{**RUN, **settings})
+    trainer = sharded(config, replicate) if is_sharded else make_trainer(config)
+    assert trainer.accelerator.num_processes == processes
+    assert trainer.is_sharded is is_sharded
+    trainer.train()
+    trainer.leave_group()
+
+
+# ---- what is sharded -----------------------------------------------------------------------------------------------
+
+
+def look_inside(processes: int, folder: str) -> None:
+    trainer = sharded(make_config(folder, max_steps=2, optimizer="muon"), precision="bf16")
+    assert trainer.accelerator.num_processes == processes
+    blocks = [module for module in trainer.model.modules() if type(module).__name__.endswith("Block")]
+    assert len(blocks) == 2
+    policies = [block._get_fsdp_state()._mp_policy for block in blocks if isinstance(block, FSDPModule)]
+    assert [(policy.param_dtype, policy.reduce_dtype) for policy in policies] == [(torch.bfloat16, torch.float32)] * 2
+    trainer.train()
+    moments = [v for state in trainer.optimizer.state.values() for v in state.values() if v.ndim]
+    for tensor in (*trainer.model.parameters(), *moments):
+        assert isinstance(tensor, DTensor)
+        assert tensor.dtype == torch.float32
+        assert tensor.to_local().numel() <= -(-tensor.shape[0] // processes) * tensor[:1].numel()
+
+
+def test_every_weight_and_moment_is_a_slice_and_every_block_a_unit(tmp_path: Path) -> None:
+    on_processes(2, look_inside, str(tmp_path))
+
+
+def bf16_losses(processes: int, folder: str) -> None:
+    config = make_config(folder, mixed_precision="bf16", max_steps=6)
+    (sharded(config, precision="bf16") if processes > 1 else make_trainer(config)).train()
+
+
+def test_bf16_is_near_what_autocast_computes(tmp_path: Path) -> None:
+    losses = []
+    for processes in (1, 2):
+        on_processes(processes, bf16_losses, str(tmp_path / str(processes)))
+        losses.append([line["train_loss"] for line in lines(tmp_path / str(processes)) if "train_loss" in line])
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+
+
+# ---- how it starts -------------------------------------------------------------------------------------------------
+
+
+def begin_on_meta(processes: int, folder: str, tied: bool) -> None:
+    config = make_config(folder)
+    shape = replace(config.model, vocab_size=50, tie_embeddings=tied)
+    torch.manual_seed(3)
+    expected = Transformer(shape).state_dict()
+    accelerator = sharded_accelerator()
+    assert accelerator.num_processes == processes
+    with torch.device("meta"):
+        model = Transformer(shape)
+    prepare_model(accelerator, model, nn.Identity(), seed=3)
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    assert_same_weights({name: whole(tensor) for name, tensor in model.state_dict().items()}, expected)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_without_memory_starts_with_the_weights_of_a_single_process(tmp_path: Path, tied: bool) -> None:
+    on_processes(3, begin_on_meta, str(tmp_path), tied)
+
+
+def refused(_: int) -> None:
+    accelerator = sharded_accelerator()
+    with torch.device("meta"):
+        model = nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match=r"a Linear, has parameters on the meta device.*initial_weights\(\)"):
+        prepare_model(accelerator, model, nn.Identity(), 0)
+    with pytest.raises(ConfigError, match=r"activation_checkpointing is true and the model, a Linear, has no method"):
+        prepare_model(accelerator, nn.Linear(2, 2), nn.Identity(), 0, activation_checkpointing=True)
+    accelerator.state.fsdp_plugin.activation_checkpointing = True
+    with pytest.raises(ConfigError, match="activation_checkpointing is False and fsdp_activation_checkpointing"):
+        prepare_model(accelerator, nn.Linear(2, 2), nn.Identity(), 0, activation_checkpointing=False)
+
+
+def test_what_cannot_be_sharded_is_refused() -> None:
+    on_processes(2, refused)
+
+
+def with_own_parts(processes: int, folder: str) -> None:
+    """An optimizer and a schedule made before the model is sharded."""
+    config = make_config(folder, max_steps=6)
+    trainers = []
+    for is_sharded in (False, True):
+        text_trainer = make_trainer(config)  # for its loader
+        torch.manual_seed(0)
+        model = Transformer(replace(config.model, vocab_size=text_trainer.model.config.vocab_size))
+        optimizer = create_optimizer(model, "sgd", 0.1)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+        trainer = Trainer(
+            model,
+            TrainingConfig(max_steps=6, log_every_n_steps=1),
+            text_trainer.train_loader,
+            callbacks=[],
+            optimizer=optimizer,
+            scheduler=scheduler,
+            accelerator=sharded_accelerator() if is_sharded else text_trainer.accelerator,
+        )
+        assert trainer.is_sharded is is_sharded
+        trainers.append(trainer)
+        trainer.train()
+    assert trainers[0].accelerator.num_processes == processes
+    losses = [trainer.get_history()["train_loss"] for trainer in (trainers[0].metrics, trainers[1].metrics)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    foreign = create_optimizer(nn.Linear(2, 2), "sgd", 0.1)
+    with pytest.raises(ConfigError, match="parameters that are not the model's"):
+        Trainer(
+            Transformer(trainers[0].model.config),
+            TrainingConfig(max_steps=6),
+            trainers[0].train_loader,
+            optimizer=foreign,
+            accelerator=trainers[1].accelerator,
+        )
+
+
+def test_an_optimizer_made_before_follows_the_sharded_weights(tmp_path: Path) -> None:
+    on_processes(2, with_own_parts, str(tmp_path))
+
+
+def blocks_compiled(_: int, folder: str) -> None:
+    accelerator = sharded_accelerator()
+    accelerator.state.dynamo_plugin.backend = DynamoBackend.EAGER
+    trainer = make_trainer(make_config(folder, max_steps=3), accelerator=accelerator)
+    assert {name.split(".")[0] for name in trainer.model.state_dict()} == {"model", "lm_head"}
+    trainer.train()
+
+
+def test_compiled_blocks_keep_their_names_and_losses(tmp_path: Path) -> None:
+    on_processes(2, blocks_compiled, str(tmp_path / "compiled"))
+    on_processes(1, fit, str(tmp_path / "plain"), {"max_steps": 3}, False)
+    losses = [
+        [line["train_loss"] for line in lines(tmp_path / name) if "train_loss" in line]
+        for name in ("plain", "compiled")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+# ---- a step that must not be taken ---------------------------------------------------------------------------------
+
+
+class PoisonOneGradient(Callback):
+    """Makes a gradient NaN on one process, before it is exchanged, at one step."""
+
+    def __init__(self, mine: bool) -> None:
+        self.mine = mine
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        parameter = trainer.model.model["layers"][0].mlp.up_proj.weight
+
+        # Before the step begins: the forward pass of process 1 alone gives NaN.
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+            return output * float("nan") if self.mine and trainer.global_step == 2 and module.training else output
+
+        assert isinstance(parameter, DTensor)
+        trainer.model.model["layers"][0].mlp.register_forward_hook(hook)
+
+
+class Remember(Callback):
+    """All weights and moments after each step."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[Tensor]] = []
+
+    def on_step_end(self, trainer: Trainer, loss: float) -> None:
+        moments = [v for state in trainer.optimizer.state.values() for v in state.values()]
+        self.seen.append([whole(tensor).clone() for tensor in (*trainer.model.state_dict().values(), *moments)])
+
+
+def poisoned(_: int, folder: str, optimizer: str) -> None:
+    accelerator = sharded_accelerator()
+    remember = Remember()
+    callbacks = [PoisonOneGradient(mine=accelerator.process_index == 1), remember]
+    config = make_config(folder, optimizer=optimizer, max_steps=4)
+    trainer = make_trainer(config, accelerator=accelerator, callbacks=callbacks)
+    trainer.train()
+    assert trainer.metrics.get_history()["bad_steps"] == [0, 0, 1, 1]
+    before, after, later = remember.seen[1:4]
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    assert not all(torch.equal(one, other) for one, other in zip(after, later, strict=True))
+    assert all(tensor.isfinite().all() for tensor in later)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+def test_a_nan_of_one_process_changes_no_slice_of_any(tmp_path: Path, optimizer: str) -> None:
+    on_processes(2, poisoned, str(tmp_path), optimizer)
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes that share the weights."""
+    folder = tmp_path_factory.mktemp("sharded") / "run"
+    on_processes(2, fit, str(folder), {})
+    return folder
+
+
+def test_each_process_writes_what_it_holds_and_the_commands_read_it(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = newest(run)
+    files = sorted(file.name for file in path.glob("*.safetensors"))
+    assert files == [f"{kind}-0000{n}-of-00002.safetensors" for kind in ("model", "training") for n in (1, 2)]
+    sizes = [(path / file).stat().st_size for file in files]
+    assert sizes[1] < 1.2 * sizes[0]  # nobody writes the other's part
+    assert sizes[0] < 1.2 * sizes[1]
+    assert checkpoints.main(["verify", str(run)], "checkpoints") == 0
+    assert checkpoints.main(["show", str(run)], "checkpoints") == 0
+    assert "8,272 parameters (and buffers) in 25 tensors, f32" in capsys.readouterr().out
+    assert generate.main(["--checkpoint", str(run), "--max_new_tokens", "3"], "generate") == 0
+
+    assert checkpoints.main(["consolidate", str(run), str(tmp_path / "out")], "checkpoints") == 0
+    weights = load_checkpoint(path)[MODEL_KEY]
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert_same_weights({name: theirs.state_dict()[name] for name in weights}, weights)
+    with pytest.raises(ConfigError, match="which is there already"):
+        checkpoints.main(["consolidate", str(run), str(tmp_path / "out")], "checkpoints")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_of_several_copies_one_is_saved(tmp_path: Path) -> None:
+    on_processes(4, fit, str(tmp_path), {"max_steps": 3}, True, 2)
+    names = {file.name for file in newest(tmp_path).glob("model*")}
+    assert names == {f"model-0000{n}-of-00004.safetensors" for n in (1, 2)}
+    assert checkpoints.main(["verify", str(tmp_path)], "checkpoints") == 0
+
+
+class StopAt(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, trainer: Trainer, loss: float) -> None:
+        if trainer.global_step == self.step:
+            trainer.request_stop("half-way")
+
+
+def in_two_parts(processes: int, folder: str, optimizer: str) -> None:
+    config = make_config(folder, dropout=0.2, optimizer=optimizer, **RUN)
+    trainer = sharded(config)
+    trainer.callbacks.add(StopAt(5))
+    trainer.train()
+    assert (trainer.accelerator.num_processes, trainer.global_step) == (processes, 5)
+    again = make_trainer(config, accelerator=trainer.accelerator)
+    again.train()
+    assert again.global_step == 8
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_sharded_run_goes_on_to_the_bit(tmp_path: Path, optimizer: str) -> None:
+    on_processes(2, fit, str(tmp_path / "whole"), {"optimizer": optimizer, "dropout": 0.2})
+    on_processes(2, in_two_parts, str(tmp_path / "parts"), optimizer)
+    one, other = (load_checkpoint(newest(tmp_path / name)) for name in ("whole", "parts"))
+    assert_same_weights(one[MODEL_KEY], other[MODEL_KEY])
+    for name, moments in one[OPTIMIZER_KEY]["state"].items():
+        assert_same_weights(moments, other[OPTIMIZER_KEY]["state"][name])
+    assert timeless(lines(tmp_path / "parts")) == timeless(lines(tmp_path / "whole"))
+
+
+def begin_from(processes: int, folder: str, checkpoint: str, is_sharded: bool) -> None:
+    """fundamentallm.train's own way, with the weights of another run."""
+    config = make_config(folder, **RUN, max_minutes=60)
+    model = replace(config.model, init_from=checkpoint)
+    text = Path(folder).with_suffix(".txt")
+    data = replace(config.data, source=str(text), cache_dir=f"{folder}-cache")
+    if is_sharded:
+        accelerators.create_accelerator = lambda *_: sharded_accelerator()
+    trainer = train.make_trainer(replace(config, model=model, data=data, sample_tokens=5))
+    assert (trainer.accelerator.num_processes, trainer.is_sharded) == (processes, is_sharded)
+    assert_same_weights(whole_weights(trainer), load_checkpoint(Path(checkpoint))[MODEL_KEY])
+    trainer.leave_group()
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_a_new_run_begins_with_the_weights_of_a_sharded_one(run: Path, tmp_path: Path, is_sharded: bool) -> None:
+    (tmp_path / "new.txt").write_text(prose())
+    on_processes(2, begin_from, str(tmp_path / "new"), str(newest(run)), is_sharded)
+
+
+def run_by_command(processes: int, folder: str) -> None:
+    accelerators.create_accelerator = lambda *_: sharded_accelerator()
+    config = make_config(folder, **RUN)
+    data = replace(config.data, source=f"{folder}.txt", cache_dir=f"{folder}-cache")
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        trainer = train.run(replace(config, data=data, sample_tokens=5))
+    rank = 0 if trainer.is_main_process else 1
+    (Path(folder) / f"said_by_{rank}.txt").write_text(said.getvalue())
+
+
+def test_a_sharded_model_writes_a_sample_at_the_end(tmp_path: Path) -> None:
+    (tmp_path / "run.txt").write_text(prose())
+    on_processes(2, run_by_command, str(tmp_path / "run"))
+    assert "---- sample:" in (tmp_path / "run" / "said_by_0.txt").read_text()
+    assert (tmp_path / "run" / "said_by_1.txt").read_text() == ""
+
+
+# ---- faults --------------------------------------------------------------------------------------------------------
+
+
+def resume_and_say(processes: int, folder: str) -> None:
+    trainer = sharded(make_config(folder, **{**RUN, "max_steps": 9}, resume_changes=["training.max_steps"]))
+    assert trainer.accelerator.num_processes == processes
+    said: list[str] = []
+    trainer.say = said.append  # type: ignore[method-assign]
+    trainer.train()
+    (Path(folder) / f"said_{trainer.accelerator.process_index}.json").write_text(json.dumps(said))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("model-00002-of-00002.safetensors", "flip"),
+        ("training-00001-of-00002.safetensors", "cut"),
+        ("training-00002-of-00002.safetensors", "delete"),
+    ],
+)
+def test_a_damaged_part_is_found_by_all_processes(run: Path, tmp_path: Path, file: str, damage: str) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    path = newest(copy) / file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    {"flip": lambda: path.write_bytes(content), "cut": lambda: path.write_bytes(content[:-1]), "delete": path.unlink}[
+        damage
+    ]()
+    on_processes(2, resume_and_say, str(copy))
+    for index in (0, 1):
+        said = "\n".join(json.loads((copy / f"said_{index}.json").read_text()))
+        assert f"passed over {newest(run).as_posix().replace(str(run), str(copy))}: {file} " in said
+        assert "at step 6:" in said
+
+
+def full_disk(processes: int, folder: str, in_background: bool) -> None:
+    trainer = sharded(make_config(folder, **{**RUN, "save_every_n_steps": None}))
+    mine = trainer.accelerator.process_index
+    assert trainer.accelerator.num_processes == processes
+    trainer.save_checkpoint("good")
+    real = checkpoint_module.write_tensors
+    if mine == 1:
+
+        def fails(*_: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        checkpoint_module.write_tensors = fails
+    expected = (CheckpointError, "cannot write .*No space left") if mine == 1 else (
+        FundamentaLLMError, "process 1 of 2 failed: .*No space left")  # fmt: skip
+    with pytest.raises(expected[0], match=expected[1]):
+        trainer.train() if in_background else trainer.save_checkpoint("bad")
+    checkpoint_module.write_tensors = real
+    trainer.accelerator.wait_for_everyone()
+    names = sorted(
+        path.name for path in (Path(folder) / "checkpoints").iterdir() if path.name[0] != "." or path.is_dir()
+    )
+    assert names == ["good"]
+    assert CheckpointManager(Path(folder) / "checkpoints").newest_intact()[0] == Path(folder) / "checkpoints" / "good"
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_where_one_process_cannot_write_none_has_a_checkpoint(tmp_path: Path, in_background: bool) -> None:
+    on_processes(2, full_disk, str(tmp_path), in_background)
+
+
+def on_a_disk_of_its_own(folder: str) -> Trainer:
+    """Of the same name on each process, and another folder, as on machines that share nothing."""
+    accelerator = sharded_accelerator()
+    own = Path(folder) / str(accelerator.process_index)
+    own.mkdir(exist_ok=True)
+    os.chdir(own)
+    return make_trainer(make_config("run", **RUN), accelerator=accelerator)
+
+
+def other_folders(_: int, folder: str) -> None:
+    with pytest.raises(FundamentaLLMError, match="is not the same folder on all machines"):
+        on_a_disk_of_its_own(folder).save_checkpoint()
+
+
+def test_folders_of_their_own_are_told(tmp_path: Path) -> None:
+    on_processes(2, other_folders, str(tmp_path))
+
+
+def other_checkpoints(_: int, folder: str) -> None:
+    with pytest.raises(FundamentaLLMError, match=r"is another checkpoint here than on the first machine"):
+        on_a_disk_of_its_own(folder).train()
+
+
+def test_other_checkpoints_on_another_machine_are_told(run: Path, tmp_path: Path) -> None:
+    for index in ("0", "1"):
+        shutil.copytree(run, tmp_path / index / "run")
+    checkpoint = newest(tmp_path / "1" / "run")
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    write_manifest(checkpoint, {**manifest, "is_best": True})
+    on_processes(2, other_checkpoints, str(tmp_path))
+
+
+# ---- somebody else's model -----------------------------------------------------------------------------------------
+
+
+def gpt2(processes: int, folder: str, is_sharded: bool, steps: int) -> None:
+    torch.manual_seed(0)
+    text_trainer = make_trainer(make_config(folder))
+    vocabulary = text_trainer.model.config.vocab_size
+    sizes = {"n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    torch.manual_seed(0)
+    trainer = Trainer(
+        GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, **sizes, **dropouts)),
+        make_config(
+            folder, **{**RUN, "max_steps": steps, "lr_scheduler": "constant", "resume_changes": ["training.max_steps"]}
+        ),
+        text_trainer.train_loader,
+        text_trainer.val_loader,
+        accelerator=sharded_accelerator() if is_sharded else text_trainer.accelerator,
+    )
+    assert (trainer.accelerator.num_processes, trainer.is_sharded) == (processes, is_sharded)
+    trainer.train()
+    trainer.leave_group()
+
+
+def test_a_transformers_model_is_sharded_and_goes_on_unsharded(tmp_path: Path) -> None:
+    """Its embedding table is its output projection too."""
+    on_processes(1, gpt2, str(tmp_path / "one"), False, 6)
+    on_processes(2, gpt2, str(tmp_path / "two"), True, 3)
+    with safe_open(newest(tmp_path / "two") / "model-00001-of-00002.safetensors", "pt") as file:
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118
+    on_processes(1, gpt2, str(tmp_path / "two"), False, 6)
+    losses = [
+        [line["train_loss"] for line in lines(tmp_path / name) if "train_loss" in line] for name in ("one", "two")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
