@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing import ProcessExitedException
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import fundamentallm.training.accelerator as accelerators
@@ -27,6 +29,7 @@ from fundamentallm.commands import checkpoints, generate
 from fundamentallm.errors import CheckpointError, ConfigError, FundamentaLLMError
 from fundamentallm.training.checkpoint import CheckpointManager, load_checkpoint
 from fundamentallm.training.optimizers import create_optimizer
+from fundamentallm.training.run_folder import LOCK
 from fundamentallm.training.sharding import prepare_model
 from fundamentallm.training.snapshot import MODEL_KEY, OPTIMIZER_KEY
 from tests.integration.runs import (
@@ -495,3 +498,38 @@ def test_a_transformers_model_is_sharded_and_goes_on_unsharded(tmp_path: Path) -
         [line["train_loss"] for line in lines(tmp_path / name) if "train_loss" in line] for name in ("one", "two")
     ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+# ---- a kill while it is saved ---------------------------------------------------------------------------------------
+
+
+def killed_at(processes: int, folder: str, rank: int, function: str) -> None:
+    """A run in which a process is killed as it enters a function of the second save, or as that returns."""
+    accelerator = sharded_accelerator()
+    assert accelerator.num_processes == processes
+    if accelerator.process_index == rank:
+        real, calls = getattr(CheckpointManager, function), []
+
+        def kill(self: CheckpointManager, *arguments: Any) -> Any:
+            calls.append(function)
+            if len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(self, *arguments)
+
+        setattr(CheckpointManager, function, kill)
+    make_trainer(make_config(folder, **RUN), accelerator=accelerator).train()
+
+
+@pytest.mark.parametrize(("rank", "function"), [(1, "_write_tensors"), (0, "_complete"), (0, "rotate")])
+def test_a_kill_while_slices_are_saved_loses_nothing(run: Path, tmp_path: Path, rank: int, function: str) -> None:
+    copy = tmp_path / "run"
+    with pytest.raises(ProcessExitedException):
+        on_processes(2, killed_at, str(copy), rank, function)
+    saved = sorted(path.name for path in (copy / "checkpoints").glob("step_*"))
+    assert saved == ["step_00000003", "step_00000006"][: 2 if function == "rotate" else 1]
+    on_processes(2, fit, str(copy), {})
+    assert_same_weights(load_checkpoint(newest(copy))[MODEL_KEY], load_checkpoint(newest(run))[MODEL_KEY])
+    assert timeless(lines(copy)) == timeless(lines(run))
+    assert sorted(path.name for path in (copy / "checkpoints").iterdir() if path.name != LOCK) == [
+        "step_00000003", "step_00000006", "step_00000008"
+    ]  # fmt: skip
