@@ -89,7 +89,7 @@ def make_trainer(config: Config, characters: int = 6_000, tokenizer_spec: str = 
     return Trainer(Transformer(config.model), config, train_loader, val_loader, **arguments)
 
 
-def sharded_accelerator(replicate: int = 1, precision: str = "no") -> Accelerator:
+def sharded_accelerator(replicate: int = 1, precision: str | None = None) -> Accelerator:
     """accelerate's own FSDP2 path on gloo, over all processes, or over those of each of `replicate` groups (HSDP).
 
     accelerate 1.15 takes FSDP2 for plain data parallelism on a CPU; told otherwise once it is made, it runs it.

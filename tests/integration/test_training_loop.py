@@ -240,7 +240,8 @@ def test_mixed_precision_trains_with_float32_weights(tmp_path: Path, precision: 
 def test_bf16_really_computes_in_bf16(tmp_path: Path) -> None:
     dtypes = []
     trainer = make_trainer(make_config(tmp_path, mixed_precision="bf16", max_steps=1))
-    trainer.model.lm_head.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    down = trainer.model.model["layers"][0].mlp.down_proj
+    down.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
     trainer.train()
     assert dtypes[0] == torch.bfloat16
 
