@@ -39,10 +39,11 @@ def prepare_model(
         ConfigError: if the model, or the accelerate config, does not allow it.
     """
     is_meta = any(parameter.is_meta for parameter in model.parameters())
-    if is_meta and not (accelerator.is_fsdp2 and hasattr(model, "initial_weights")):
+    has_values = hasattr(model, "initial_weights") and not any(buffer.is_meta for buffer in model.buffers())
+    if is_meta and not (accelerator.is_fsdp2 and has_values):
         raise ConfigError(
             f"the model, a {type(model).__name__}, has parameters on the meta device; allowed: under FSDP2, where it "
-            "has a method initial_weights() that yields (name, tensor) for each."
+            "has a method initial_weights() that yields (name, tensor) for each, and no buffer there."
         )
     if _recomputes(accelerator, activation_checkpointing):
         if not hasattr(model, "gradient_checkpointing_enable"):

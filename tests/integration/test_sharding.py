@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import fundamentallm.training.accelerator as accelerators
 import fundamentallm.training.checkpoint as checkpoint_module
-from fundamentallm import Callback, Config, Trainer, TrainingConfig, Transformer, train
+from fundamentallm import Callback, Config, ModelConfig, Trainer, TrainingConfig, Transformer, train
 from fundamentallm.commands import checkpoints, generate
 from fundamentallm.errors import CheckpointError, ConfigError, FundamentaLLMError
 from fundamentallm.training.checkpoint import CheckpointManager, load_checkpoint
@@ -136,6 +136,11 @@ def refused(_: int) -> None:
         model = nn.Linear(2, 2)
     with pytest.raises(ConfigError, match=r"a Linear, has parameters on the meta device.*initial_weights\(\)"):
         prepare_model(accelerator, model, nn.Identity(), 0)
+    with torch.device("meta"):
+        with_buffer = Transformer(ModelConfig(20, d_model=8, num_heads=2, num_layers=1))
+        with_buffer.register_buffer("mask", torch.ones(3))
+    with pytest.raises(ConfigError, match="and no buffer there"):
+        prepare_model(accelerator, with_buffer, nn.Identity(), 0)
     with pytest.raises(ConfigError, match=r"activation_checkpointing is true and the model, a Linear, has no method"):
         prepare_model(accelerator, nn.Linear(2, 2), nn.Identity(), 0, activation_checkpointing=True)
     accelerator.state.fsdp_plugin.activation_checkpointing = True
