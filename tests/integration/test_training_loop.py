@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from fundamentallm import ConfigError, LoggingCallback, Trainer, TrainingConfig, create_loss
@@ -291,3 +293,50 @@ def test_samples_that_are_no_pairs_are_refused() -> None:
     loader = DataLoader(torch.arange(10), batch_size=5)
     with pytest.raises(ConfigError, match="inputs, targets"):
         Trainer(Bigram(), TrainingConfig(), loader, callbacks=[]).train()
+
+
+# ---- the host does not wait ----------------------------------------------------------------------------------------
+
+
+class Waits(TorchDispatchMode):
+    """At which steps somebody asks for a tensor's value, which on a GPU would wait for it."""
+
+    ASKS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trainer: Trainer | None = None
+        self.steps: list[int] = []
+
+    def note(self) -> None:
+        if self.trainer is not None:
+            self.steps.append(self.trainer.global_step)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(name in str(function) for name in self.ASKS):
+            self.note()
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("settings", [{}, {"optimizer": "muon"}, {"skip_spikes_above": 6.0}, {"micro_batch_size": 3}])
+def test_the_host_asks_for_no_value_between_log_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    waits, tolist = Waits(), Tensor.tolist
+
+    def asking(tensor: Tensor) -> Any:  # which reads memory, and passes no dispatcher
+        waits.note()
+        return tolist(tensor)
+
+    monkeypatch.setattr(Tensor, "tolist", asking)
+    config = make_config(tmp_path, max_steps=12, log_every_n_steps=5, eval_every_n_epochs=None, **settings)
+    trainer = make_trainer(config)
+    trainer.val_loader = None
+    waits.trainer = trainer
+    with waits:
+        trainer.train()
+    # What is asked for at the beginning, in the log lines of steps 5 and 10, and at the end; none within a step, which
+    # counts as the one before.
+    assert sorted(set(waits.steps)) == [0, 5, 10, 12]
+    log_lines = [waits.steps.count(step) for step in (5, 10)]
+    assert log_lines[0] == log_lines[1] <= 6
