@@ -89,8 +89,9 @@ def make_trainer(config: Config) -> Trainer:
     with torch.device("meta") if accelerator.is_fsdp2 else nullcontext():  # it may be larger than a device
         model = Transformer(config.model)
     trainer = Trainer(model, config, train_loader, val_loader, accelerator=accelerator)
-    if config.model.init_from is not None and _begins_afresh(config):
-        _load_weights(trainer, Path(expand_user(config.model.init_from)), corpus.tokenizer)
+    if config.model.init_from is not None and trainer.team.from_first(lambda: _begins_afresh(config)):
+        with trainer.team.together():
+            _load_weights(trainer, Path(expand_user(config.model.init_from)), corpus.tokenizer)
     for callback in callbacks:
         trainer.callbacks.add(callback)
     sizes = f"{len(corpus.train):,} training and {len(corpus.validation):,} validation tokens"

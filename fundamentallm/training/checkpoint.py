@@ -32,7 +32,7 @@ import torch
 from safetensors import SafetensorError
 
 from fundamentallm.config import TrainingConfig
-from fundamentallm.errors import CheckpointError, ConfigError
+from fundamentallm.errors import CheckpointError, ConfigError, FundamentaLLMError
 from fundamentallm.training.manifest import (
     MANIFEST,
     NAME,
@@ -215,7 +215,9 @@ class CheckpointManager:
                 if team.rank == 0:
                     shutil.rmtree(staging, ignore_errors=True)
                 raise
-        except (OSError, SafetensorError) as error:
+        except CheckpointError:
+            raise
+        except (OSError, SafetensorError, FundamentaLLMError) as error:  # the last is another process's
             raise CheckpointError(
                 f"cannot write checkpoint {snapshot.name!r} in {self.checkpoint_dir}: {error}."
             ) from error
@@ -280,7 +282,7 @@ class CheckpointManager:
         """Delete what is neither among the last nor the best; for when the newest is known to be whole."""
         try:
             self._delete_old()
-        except OSError as error:  # the new one is there all the same; the next start puts the rest in order
+        except (OSError, CheckpointError) as error:  # the new one is there all the same; the next start goes on here
             logger.warning("an old checkpoint in %s cannot be deleted: %s", self.checkpoint_dir, error)
 
     def _delete_old(self) -> None:
@@ -435,9 +437,12 @@ def export_weights(path: Path, folder: Path) -> None:
     Raises:
         CheckpointNotFoundError: if there is no directory at the path.
         CheckpointError: if the checkpoint is incomplete or damaged, naming the file.
+        OSError: if the folder cannot be written to.
     """
     manifest = verify(path)
-    with _opened(path, manifest) as (_, tensors):
+    with contextlib.ExitStack() as stack:
+        with _explained(path):
+            tensors = TensorFiles(path, list(manifest["files"]), f"{MODEL_KEY}/", stack)
         names = [name for name in tensors.shapes if name.startswith(f"{MODEL_KEY}/")]
         consolidate(tensors, {name: name.removeprefix(f"{MODEL_KEY}/") for name in names}, folder / "model.safetensors")
     for name in manifest["files"]:

@@ -50,7 +50,7 @@ def session(trainer: Trainer, is_first: bool) -> Iterator[None]:
                 resumed_from = resume(trainer)
                 trainer.team.from_first(lambda: _delete_old(trainer, resumed_from))
             if not trainer.is_finished:
-                trainer.team.from_first(lambda: _check_saving(trainer))
+                _check_saving(trainer)
                 _tell(trainer, state="running")
             trainer.stop_switch.begin()
             stack.enter_context(trainer.stop_switch.listening())
@@ -99,7 +99,7 @@ def _finish_saving(trainer: Trainer, manager: CheckpointManager) -> None:
     """After an error, let the checkpoint in the making be completed; an error of its own is said, not raised."""
     try:
         manager.wait()
-    except FundamentaLLMError as error:
+    except Exception as error:  # also that of a group in which a process is missing
         trainer.say(str(error))
 
 
@@ -112,13 +112,18 @@ def _delete_old(trainer: Trainer, verified: Path | None) -> None:
 
 def _check_saving(trainer: Trainer) -> None:
     """Find out before the first step whether the state can be saved, and whether there is room for it."""
-    if trainer.checkpoint_manager is not None:
+    manager = trainer.checkpoint_manager
+    if manager is not None:
         config, left = trainer.config, trainer.total_steps - trainer.global_step
         by_steps = left // (config.save_every_n_steps or left + 1)
         by_epochs = left // ((config.save_every_n_epochs or left + 1) * trainer.steps_per_epoch)
         by_validations = left // min(config.eval_every_n_steps or left + 1, trainer.steps_per_epoch)  # the best
-        trainer.checkpoint_manager.check_space_of_run(
-            expected_bytes(trainer), by_steps + by_epochs + by_validations + 2
+        # On all processes: asked for its state, a sharded model lets go of what it has gathered, for a validation, say;
+        # where some do and others do not, the next forward pass waits for ever.
+        with trainer.team.together():
+            num_bytes = expected_bytes(trainer)
+        trainer.team.from_first(
+            lambda: manager.check_space_of_run(num_bytes, by_steps + by_epochs + by_validations + 2)
         )
 
 

@@ -128,7 +128,7 @@ class Trainer:
         self._progress = Progress(self.samples, content, self.accelerator.device)
         self.state: dict[str, Any] = {  # all that changes because of training, by name
             "progress": self._progress,
-            "model": self.model,
+            "model": self.model,  # first, which makes sharded parameters of those that a validation has left gathered
             "optimizer": NamedOptimizerState(self.model, self.optimizer),
             "scheduler": self.scheduler,
             "guard": self._guard,
