@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DynamoBackend, fsdp2_prepare_model
+from accelerate.utils import DynamoBackend, broadcast, fsdp2_prepare_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import distribute_tensor
@@ -63,6 +63,8 @@ def prepare_model(
             # What their constructors would have drawn on a CPU, so that the weights are those of a single process.
             if isinstance(layer, (nn.Linear, nn.Embedding)):
                 copy.deepcopy(layer).to_empty(device="cpu").reset_parameters()
+    else:
+        _begin_alike(accelerator, model)
     _shard(accelerator, model)
     if is_meta:
         model.to_empty(device=accelerator.device)
@@ -97,13 +99,34 @@ def _shard(accelerator: Accelerator, model: nn.Module) -> None:
 
 
 @torch.no_grad()
+def _begin_alike(accelerator: Accelerator, model: nn.Module) -> None:
+    """Give all processes the first one's weights and buffers, as DistributedDataParallel does.
+
+    Where they drew others, the weights would be made of pieces that do not belong together, and replicas differ.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.copy_(broadcast(tensor.detach().to(accelerator.device).contiguous()))
+
+
+@torch.no_grad()
 def _fill(model: nn.Module) -> None:
-    """Give each process its slices of the initial weights, whose whole tensors exist one at a time."""
+    """Give each process its slices of the initial weights, whose whole tensors exist one at a time.
+
+    Raises:
+        ConfigError: if some parameters are given none.
+    """
+    empty = {parameter: name for name, parameter in model.named_parameters()}
     for name, values in model.initial_weights():  # type: ignore[operator]
         parameter = model.get_parameter(name)
+        empty.pop(parameter, None)
         # All processes have drawn the same values: none has to send any (src_data_rank=None).
         mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
         parameter.copy_(distribute_tensor(values.to(parameter.device), mesh, placements, src_data_rank=None))
+    if empty:
+        raise ConfigError(
+            f"initial_weights() of the model yields nothing for {', '.join(empty.values())}, and has to for "
+            "each parameter."
+        )
 
 
 def follow(optimizer: Optimizer, names: dict[int, str], model: nn.Module) -> None:
@@ -124,7 +147,14 @@ def follow(optimizer: Optimizer, names: dict[int, str], model: nn.Module) -> Non
             "the optimizer has taken steps, or has parameters that are not the model's; under FSDP2, give one that is "
             "fresh and over this model, or name it in training.optimizer."
         )
+    states = dict(optimizer.state)
     optimizer.state.clear()
+    for parameter, state in states.items():  # which some make at once, and rely on
+        sharded = model.get_parameter(names[id(parameter)])
+        optimizer.state[sharded] = {
+            key: torch.zeros_like(sharded) if isinstance(value, Tensor) and value.shape == sharded.shape else value
+            for key, value in state.items()
+        }
     for group in optimizer.param_groups:
         group["params"] = [model.get_parameter(names[id(parameter)]) for parameter in group["params"]]
         if isinstance(optimizer, SGD) and group["fused"]:  # a kernel that does not know DTensors

@@ -95,7 +95,8 @@ def take_snapshot(
         name,
         about,
         {"state": state, "same_as": same_as},
-        by_file if part is None else {file: content for file, content in by_file.items() if content},
+        # Of each kind there is one, though it be empty.
+        {file: content for file, content in by_file.items() if content or part is None or part[0] == 0},
         None if part is None else places,
         dict(files),
         num_bytes,
@@ -106,11 +107,14 @@ def _writes(name: str, tensor: Tensor, part: tuple[int, int] | None) -> bool:
     """Whether this process writes (what it holds of) a tensor."""
     if not is_sharded(tensor):
         return part is None or part[0] == 0
-    if part is None:
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    if part is None and mesh.size() > 1:
         raise CheckpointError(f"{name} is sharded; the processes that hold it have to save it together.")
-    if sum(not placement.is_replicate() for placement in tensor.placements) > 1:  # type: ignore[attr-defined]
-        raise CheckpointError(f"{name} is sharded along several dimensions; allowed: along one.")
-    return is_first_holder(tensor) and (local(tensor).numel() > 0 or part[0] == 0)
+    if any(placement.is_partial() for placement in placements) or sum(not p.is_replicate() for p in placements) > 1:
+        raise CheckpointError(
+            f"{name} has the placements {placements}; allowed: sharded along one dimension, or whole."
+        )
+    return is_first_holder(tensor) and (local(tensor).numel() > 0 or part is None or part[0] == 0)
 
 
 def read_back(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], texts: Mapping[str, str]) -> None:
