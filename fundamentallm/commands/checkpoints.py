@@ -180,12 +180,16 @@ def consolidate_one(options: argparse.Namespace) -> int:
     if os.path.lexists(output):
         raise ConfigError(f"OUT is {str(output)!r}, which is there already; give a new folder.")
     staging = output.with_name(f".{output.name}-{os.getpid()}")
-    staging.mkdir(parents=True)
     try:
+        staging.mkdir(parents=True)
         export_weights(source, staging)
         staging.rename(output)
-    except BaseException:
-        shutil.rmtree(staging)
+    except BaseException as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise CheckpointError(
+                f"{output} cannot be written: {error}; free some space, or choose another."
+            ) from error
         raise
     files = sorted(path.name for path in output.iterdir())
     say(f"{source} -> {output}: {', '.join(files)}")
