@@ -76,6 +76,23 @@ def test_the_loss_curve_depends_on_neither_micro_batches_nor_processes(tmp_path:
                 assert got[key] == pytest.approx(expected[key], rel=1e-5), (name, key, expected["step"])
 
 
+def test_recomputing_activations_keeps_fewer_and_changes_no_bit(tmp_path: Path) -> None:
+    kept = {}
+    for recomputes in (False, True):
+        config = make_config(tmp_path / str(recomputes), dropout=0.2, max_steps=4, activation_checkpointing=recomputes)
+        trainer, sizes = make_trainer(config), []
+
+        def keep(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            trainer.train()
+        kept[recomputes] = sum(sizes)
+    assert timeless(lines(tmp_path / "True")) == timeless(lines(tmp_path / "False"))
+    assert kept[True] < 0.6 * kept[False]
+
+
 def test_every_line_has_the_promised_keys(tmp_path: Path) -> None:
     make_trainer(make_config(tmp_path, max_steps=3)).train()
     training, validation = lines(tmp_path)[0], lines(tmp_path)[-1]
