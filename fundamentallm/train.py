@@ -173,9 +173,9 @@ def _load_weights(trainer: Trainer, checkpoint: Path, tokenizer: Tokenizer) -> N
         CheckpointError: if it is damaged, or of a model of another shape.
         ConfigError: if its tokens mean something else.
     """
-    from fundamentallm.training.checkpoint import check_checkpoint, load_parts
     from fundamentallm.training.resume import like_of
     from fundamentallm.training.snapshot import MODEL_KEY
+    from fundamentallm.training.stored import check_checkpoint, load_parts
 
     trainer.team.from_first(lambda: check_checkpoint(checkpoint))
     weights = load_parts(checkpoint, [MODEL_KEY], like_of(trainer))[MODEL_KEY]

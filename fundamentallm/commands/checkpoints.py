@@ -67,8 +67,9 @@ def main(arguments: Sequence[str], program: str) -> int:
 def list_all(options: argparse.Namespace) -> int:
     """`checkpoints list`: from manifests, sizes and the recorded history alone."""
     from fundamentallm.commands.contents import num_bytes, saved_at, series
-    from fundamentallm.training.checkpoint import HIDDEN, CheckpointManager, checkpoints_folder, is_ours, load_parts
+    from fundamentallm.training.checkpoint import HIDDEN, CheckpointManager, checkpoints_folder
     from fundamentallm.training.manifest import read_manifest
+    from fundamentallm.training.stored import is_ours, load_parts
 
     if is_ours(_existing(options.folder).resolve()):
         raise CheckpointError(f"{options.folder} is a checkpoint; give the folder it is in, or use show or verify.")
@@ -109,8 +110,9 @@ def list_all(options: argparse.Namespace) -> int:
 def verify_all(options: argparse.Namespace) -> int:
     """`checkpoints verify`: a line each."""
     from fundamentallm.commands.contents import num_bytes
-    from fundamentallm.training.checkpoint import checkpoints_folder, is_ours
+    from fundamentallm.training.checkpoint import checkpoints_folder
     from fundamentallm.training.manifest import MANIFEST, verify
+    from fundamentallm.training.stored import is_ours
 
     folder, paths = _existing(options.folder), []
     if is_ours(folder.resolve()):
@@ -174,7 +176,7 @@ def consolidate_one(options: argparse.Namespace) -> int:
     """`checkpoints consolidate`: weights, config and tokenizer; a tensor in memory at a time."""
     import shutil
 
-    from fundamentallm.training.checkpoint import export_weights
+    from fundamentallm.training.stored import export_weights
 
     source, output = _checkpoint(options.folder), options.output
     if os.path.lexists(output):
@@ -214,7 +216,8 @@ def _nothing_in(folder: Path) -> CheckpointNotFoundError:
 
 def _checkpoint(folder: Path) -> Path:
     """The checkpoint at `folder`, or the newest in it."""
-    from fundamentallm.training.checkpoint import CheckpointManager, checkpoints_folder, is_ours
+    from fundamentallm.training.checkpoint import CheckpointManager, checkpoints_folder
+    from fundamentallm.training.stored import is_ours
 
     if is_ours(_existing(folder).resolve()):
         return folder
@@ -231,8 +234,9 @@ def _entries(folder: Path) -> list[Path]:
 
 def _why_none(path: Path) -> str | None:
     """Why a folder among checkpoints is not even a damaged one; None: it is one."""
-    from fundamentallm.training.checkpoint import HIDDEN, is_ours
+    from fundamentallm.training.checkpoint import HIDDEN
     from fundamentallm.training.manifest import NAME
+    from fundamentallm.training.stored import is_ours
 
     if match := HIDDEN.fullmatch(path.name):
         purpose, name = match.groups()

@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from fundamentallm.command_line import to_yaml
 from fundamentallm.commands.output import WIDTH, say, say_table, shortened, size_text
 from fundamentallm.errors import CheckpointError
-from fundamentallm.training.checkpoint import load_parts
 from fundamentallm.training.manifest import MANIFEST, read_manifest, verify
 from fundamentallm.training.serialization import MALFORMED
 from fundamentallm.training.snapshot import MODEL_KEY
+from fundamentallm.training.stored import load_parts
 from fundamentallm.training.tensor_files import TensorFiles
 
 MOST_ROWS = 16

@@ -32,8 +32,8 @@ def main(arguments: Sequence[str], program: str) -> int:
     from fundamentallm.data.tokenizers import encode_prompt, read_tokenizer
     from fundamentallm.models.generation import generate
     from fundamentallm.models.transformer import Transformer, from_transformers_config
-    from fundamentallm.training.checkpoint import load_checkpoint
     from fundamentallm.training.snapshot import MODEL_KEY
+    from fundamentallm.training.stored import load_checkpoint
 
     folder = find_checkpoint(options.checkpoint)
     weights = load_checkpoint(folder)[MODEL_KEY]

@@ -18,17 +18,15 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import re
 import shutil
 import threading
 import time
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 
 from fundamentallm.config import TrainingConfig
@@ -37,17 +35,16 @@ from fundamentallm.training.manifest import (
     MANIFEST,
     NAME,
     STATE,
-    TENSORS,
     describe,
     read_manifest,
     sync,
     verify,
     write_manifest,
 )
-from fundamentallm.training.serialization import MALFORMED, decode
-from fundamentallm.training.snapshot import MODEL_KEY, Snapshot, read_back, take_snapshot
+from fundamentallm.training.snapshot import Snapshot, read_back, take_snapshot
+from fundamentallm.training.stored import check_checkpoint, is_ours, load_checkpoint
 from fundamentallm.training.team import Team
-from fundamentallm.training.tensor_files import Like, TensorFiles, consolidate, write_tensors
+from fundamentallm.training.tensor_files import write_tensors
 from fundamentallm.validation import range_problems
 
 logger = logging.getLogger(__name__)
@@ -205,12 +202,12 @@ class CheckpointManager:
                         # tempfile.mkdtemp would close the folder to everyone else, and with it the checkpoint.
                         staging.mkdir()
                 with team.together():
-                    entries = self._write_tensors(snapshot, staging)
-                parts, are_finite = team.exchange(entries), team.exchange(snapshot.is_finite)
+                    part = self._write_tensors(snapshot, staging), snapshot.is_finite
+                parts = team.exchange(part)
                 with team.together():
                     if team.rank == 0:
-                        files = {name: entry for part in parts for name, entry in part.items()}
-                        self._complete(snapshot, staging, files, all(are_finite))
+                        files = {name: entry for entries, _ in parts for name, entry in entries.items()}
+                        self._complete(snapshot, staging, files, all(is_finite for _, is_finite in parts))
             except BaseException:
                 if team.rank == 0:
                     shutil.rmtree(staging, ignore_errors=True)
@@ -389,106 +386,6 @@ class CheckpointManager:
             CheckpointError: if the checkpoint is incomplete or damaged, naming the file.
         """
         return load_checkpoint(Path(path))
-
-
-def is_ours(path: Path) -> bool:
-    """Whether a path is a checkpoint, or what is left of one."""
-    if not path.is_dir() or path.is_symlink():
-        return False
-    has_texts = any(os.path.lexists(path / file) for file in (STATE, MANIFEST))
-    return has_texts or any(TENSORS.fullmatch(entry.name) for entry in path.glob("*.safetensors"))
-
-
-def load_checkpoint(path: Path, like: Like | None = None, is_verified: bool = False) -> dict[str, Any]:
-    """What was saved at `path`, tensors on the CPU; a checkpoint is complete in itself, wherever it lies.
-
-    Args:
-        path: its directory.
-        like: says of which tensors a part is wanted; None: all are read whole.
-        is_verified: whether every byte of it has been verified already.
-
-    Raises:
-        CheckpointNotFoundError: if there is no directory at the path.
-        CheckpointError: if the checkpoint is incomplete or damaged, naming the file.
-    """
-    manifest = read_manifest(path) if is_verified else verify(path)
-    with _opened(path, manifest, like) as (state, tensors):
-        return dict(decode(state, tensors))
-
-
-def load_parts(path: Path, parts: Collection[str], like: Like | None = None) -> dict[str, Any]:
-    """Some entries of what was saved, those that are there; no other tensor is read. `like`: see `load_checkpoint`.
-
-    The sizes of all files, and every byte of state.json, are verified; tensors are not.
-
-    Raises:
-        CheckpointNotFoundError: if there is no directory at the path.
-        CheckpointError: if the checkpoint is incomplete or damaged, naming the file.
-    """
-    with _opened(path, verify(path, hashed=[STATE]), like) as (state, tensors):
-        return {part: decode(state[part], tensors) for part in parts if part in state}
-
-
-def export_weights(path: Path, folder: Path) -> None:
-    """Write a checkpoint's weights, whole and in one file, and its further text files into `folder`.
-
-    A tensor is in memory at a time, however large the model and however many processes saved it.
-
-    Raises:
-        CheckpointNotFoundError: if there is no directory at the path.
-        CheckpointError: if the checkpoint is incomplete or damaged, naming the file.
-        OSError: if the folder cannot be written to.
-    """
-    manifest = verify(path)
-    with contextlib.ExitStack() as stack:
-        with _explained(path):
-            tensors = TensorFiles(path, list(manifest["files"]), f"{MODEL_KEY}/", stack)
-        names = [name for name in tensors.shapes if name.startswith(f"{MODEL_KEY}/")]
-        consolidate(tensors, {name: name.removeprefix(f"{MODEL_KEY}/") for name in names}, folder / "model.safetensors")
-    for name in manifest["files"]:
-        if name != STATE and not TENSORS.fullmatch(name):
-            shutil.copyfile(path / name, folder / name)
-    for file in (*folder.iterdir(), folder):
-        sync(file)
-
-
-def check_checkpoint(path: Path) -> None:
-    """Verify every byte of a checkpoint, and that its state has all its tensors; none of them is kept in memory.
-
-    Raises:
-        CheckpointNotFoundError: if there is no directory at the path.
-        CheckpointError: if the checkpoint is incomplete or damaged, naming the file.
-    """
-    with _opened(path, verify(path)) as (state, tensors):
-        decode(state, dict.fromkeys(tensors, torch.empty(0)))
-
-
-@contextlib.contextmanager
-def _opened(
-    path: Path, manifest: Mapping[str, Any], like: Like | None = None
-) -> Iterator[tuple[dict[str, Any], TensorFiles]]:
-    """The state of a checkpoint, encoded, and its tensors by name."""
-    with _explained(path), contextlib.ExitStack() as stack:
-        saved = json.loads((path / STATE).read_text(encoding="utf-8"))
-        tensors = TensorFiles(path, list(manifest["files"]), f"{MODEL_KEY}/", stack, saved["same_as"], like)
-        yield _mapping(saved["state"]), tensors
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise TypeError(f"the state is a {type(value).__name__}")
-    return value
-
-
-@contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """A stranger's checkpoint may hold anything; what does not fit is an error of the checkpoint."""
-    try:
-        yield
-    except (OSError, SafetensorError, *MALFORMED) as error:
-        raise CheckpointError(
-            f"{path}: {STATE} does not fit the tensors of the other files ({type(error).__name__}: {error})."
-        ) from error
 
 
 def checkpoints_folder(path: Path) -> Path:

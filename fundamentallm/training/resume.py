@@ -15,13 +15,13 @@ from fundamentallm.config import expand_user
 from fundamentallm.data.datasets import TokenDataset
 from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.models.transformer import Transformer
-from fundamentallm.training.checkpoint import check_checkpoint, load_checkpoint, load_parts
 from fundamentallm.training.manifest import read_manifest
 from fundamentallm.training.optimizers import NamedOptimizerState
 from fundamentallm.training.run_folder import LOCK
 from fundamentallm.training.schedulers import StepSchedule
 from fundamentallm.training.serialization import MALFORMED, encode
 from fundamentallm.training.snapshot import MODEL_KEY, OPTIMIZER_KEY
+from fundamentallm.training.stored import check_checkpoint, load_checkpoint, load_parts
 from fundamentallm.training.tensor_files import Like, is_sharded
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from fundamentallm.data.datasets import TokenDataset
 from fundamentallm.data.loaders import StepSampler
 from fundamentallm.data.tokenizers import read_tokenizer
 from fundamentallm.errors import CheckpointError, ConfigError
-from fundamentallm.training.checkpoint import load_parts
 from fundamentallm.training.manifest import STATE, read_manifest, verify
 from fundamentallm.training.progress import sampler_of
+from fundamentallm.training.stored import load_parts
 from fundamentallm.validation import from_dict
 
 TOKENIZER = "tokenizer.json"

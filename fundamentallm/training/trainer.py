@@ -28,7 +28,7 @@ from fundamentallm.data.loaders import device_batches, step_sampler
 from fundamentallm.errors import ConfigError, TrainingError
 from fundamentallm.training.accelerator import check_accelerator, create_accelerator, kept_groups
 from fundamentallm.training.callbacks import Callback, CallbackList, default_callbacks
-from fundamentallm.training.checkpoint import CheckpointManager, load_checkpoint
+from fundamentallm.training.checkpoint import CheckpointManager
 from fundamentallm.training.evaluation import evaluate
 from fundamentallm.training.guard import Guard
 from fundamentallm.training.loss import create_loss
@@ -41,6 +41,7 @@ from fundamentallm.training.session import session
 from fundamentallm.training.sharding import follow, prepare_model
 from fundamentallm.training.step import OptimizerStep
 from fundamentallm.training.stopping import Stop, StopSwitch
+from fundamentallm.training.stored import load_checkpoint
 from fundamentallm.training.team import Team
 
 

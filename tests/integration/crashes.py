@@ -41,8 +41,8 @@ import fundamentallm.train
 import fundamentallm.training.trainer
 from fundamentallm import CheckpointManager
 from fundamentallm.errors import START_AGAIN
-from fundamentallm.training.checkpoint import load_checkpoint
 from fundamentallm.training.manifest import verify
+from fundamentallm.training.stored import load_checkpoint
 from tests.integration.runs import lines, prose, timeless
 
 PACKAGE = str(Path(fundamentallm.__file__).parent)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 import fundamentallm.train
 from fundamentallm import Callback, LoggingCallback, SaveBestCallback, Trainer, TrainingConfig
-from fundamentallm.training.checkpoint import load_checkpoint
+from fundamentallm.training.stored import load_checkpoint
 from tests.integration.runs import PartlyIgnored, lines, on_processes, prose
 from tests.integration.test_training_loop import Bigram
 

@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen
 
 import fundamentallm.training.accelerator as accelerators
 import fundamentallm.training.checkpoint as checkpoint_module
+import fundamentallm.training.stored as stored
 from fundamentallm import (
     Callback,
     Config,
@@ -40,12 +41,13 @@ from fundamentallm import (
 )
 from fundamentallm.commands import checkpoints, generate
 from fundamentallm.errors import CheckpointError, ConfigError, FundamentaLLMError
-from fundamentallm.training.checkpoint import CheckpointManager, load_checkpoint
+from fundamentallm.training.checkpoint import CheckpointManager
 from fundamentallm.training.manifest import read_manifest
 from fundamentallm.training.optimizers import create_optimizer
 from fundamentallm.training.run_folder import LOCK
 from fundamentallm.training.sharding import prepare_model
 from fundamentallm.training.snapshot import MODEL_KEY, OPTIMIZER_KEY
+from fundamentallm.training.stored import load_checkpoint
 from fundamentallm.training.team import Team
 from tests.integration.runs import (
     assert_same_weights,
@@ -373,7 +375,7 @@ def test_what_one_process_saved_is_consolidated_or_nothing_is_left(
     def full_disk(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_module, "consolidate", full_disk)
+    monkeypatch.setattr(stored, "consolidate", full_disk)
     with pytest.raises(CheckpointError, match=r"other cannot be written: .*No space"):
         consolidate(["consolidate", str(tmp_path / "run"), str(tmp_path / "other")])
     monkeypatch.undo()

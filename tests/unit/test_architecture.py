@@ -38,12 +38,16 @@ SERVICES = tuple(
     f"training.{name}"
     for name in (
         *("serialization", "manifest", "snapshot", "checkpoint", "callbacks", "visualization", "progress"),
-        *("stopping", "run_folder", "tensor_files", "team", "group", "watchdog"),
+        *("stopping", "run_folder", "tensor_files", "stored", "team", "group", "watchdog"),
     )
 )
 WITHIN_SERVICES = {
     ("training.visualization", "training.callbacks"),
-    ("training.checkpoint", "training.serialization"),
+    ("training.checkpoint", "training.stored"),
+    ("training.stored", "training.serialization"),
+    ("training.stored", "training.snapshot"),
+    ("training.stored", "training.manifest"),
+    ("training.stored", "training.tensor_files"),
     ("training.checkpoint", "training.snapshot"),
     ("training.snapshot", "training.serialization"),
     ("training.snapshot", "training.manifest"),

@@ -37,8 +37,9 @@ from fundamentallm.commands.diagnosis.trial import (
     write_trial,
 )
 from fundamentallm.data.loaders import step_sampler
-from fundamentallm.training.checkpoint import CheckpointManager, load_checkpoint
+from fundamentallm.training.checkpoint import CheckpointManager
 from fundamentallm.training.snapshot import MODEL_KEY
+from fundamentallm.training.stored import load_checkpoint
 
 LAYOUT_STEPS = 3
 """Steps in which different layouts of the same batches are compared."""
