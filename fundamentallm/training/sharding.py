@@ -88,7 +88,7 @@ def _shard(accelerator: Accelerator, model: nn.Module) -> None:
     # accelerate's own policy adds gradients up in the precision of the forward pass.
     computed_in = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=computed_in, reduce_dtype=torch.float32)
-    plugin.cpu_ram_efficient_loading = False  # it would load what `_fill` draws, to the same end
+    plugin.cpu_ram_efficient_loading = False  # `_begin_alike` and `_fill` see to the same
     if compiler.backend != DynamoBackend.NO:
         kinds = getattr(model, "_no_split_modules", None) or ()
         for block in [module for module in model.modules() if type(module).__name__ in kinds]:

@@ -83,11 +83,8 @@ def take_snapshot(
     stored, same_as = unshare(mine, copy)
 
     by_file: dict[str, dict[str, Tensor]] = {file_name(kind, part): {} for kind in ("model", "training")}
-    places = {}
     for key, value in stored.items():
-        file = file_name("model" if key in of_model else "training", part)
-        stored_as = key.removeprefix(MODEL_KEY + "/")
-        by_file[file][stored_as], places[stored_as] = value, place_of(tensors[key])
+        by_file[file_name("model" if key in of_model else "training", part)][_in_file(key)] = value
     num_bytes = len(json.dumps(state)) + sum(map(len, files.values()))
     num_bytes += sum(value.nbytes for key, value in tensors.items() if key not in same_as)
     about = {"step": checkpoint.get("progress_state_dict", {}).get("step"), "is_best": is_best}
@@ -97,10 +94,15 @@ def take_snapshot(
         {"state": state, "same_as": same_as},
         # Of each kind there is one, though it be empty.
         {file: content for file, content in by_file.items() if content or part is None or part[0] == 0},
-        None if part is None else places,
+        None if part is None else {_in_file(key): place_of(tensors[key]) for key in stored},
         dict(files),
         num_bytes,
     )
+
+
+def _in_file(key: str) -> str:
+    """A tensor's name in its file: weights go by transformers' names, all else by the path in the state."""
+    return key.removeprefix(MODEL_KEY + "/")
 
 
 def _writes(name: str, tensor: Tensor, part: tuple[int, int] | None) -> bool:

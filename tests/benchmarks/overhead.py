@@ -15,10 +15,11 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -96,21 +97,15 @@ def ours(steps: int) -> Times:
     return clock.times()
 
 
-def by_hand(steps: int) -> Times:
-    """The loop one would write with torch alone."""
-    model, optimizer, scheduler = model_and_optimizer(steps)
-    loader, clock = DataLoader(Samples(), batch_size=BATCH, shuffle=True, drop_last=True), Clock()
-    step, total = 0, torch.zeros(())
+def loop(
+    steps: int, loader: Iterable[tuple[Tensor, Tensor]], scheduler: Any, take_step: Callable[[Tensor, Tensor], Tensor]
+) -> Times:
+    """What every loop of one's own has beside its step: epochs, a bar, and a log line."""
+    step, total, clock = 0, torch.zeros(()), Clock()
     with tqdm(total=steps) as bar:
         while step < steps:
             for inputs, targets in loader:
-                loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
-                loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                scheduler.step()
-                optimizer.zero_grad()
-                total += loss.detach()
+                total += take_step(inputs, targets).detach()
                 step += 1
                 bar.update()
                 if step % EVERY == 0:
@@ -120,38 +115,47 @@ def by_hand(steps: int) -> Times:
                 if step == steps:
                     break
     return clock.times()
+
+
+def stock_loader() -> DataLoader[tuple[Tensor, Tensor]]:
+    return DataLoader(Samples(), batch_size=BATCH, shuffle=True, drop_last=True)
+
+
+def by_hand(steps: int) -> Times:
+    """The step one would write with torch alone."""
+    model, optimizer, scheduler = model_and_optimizer(steps)
+
+    def take_step(inputs: Tensor, targets: Tensor) -> Tensor:
+        loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        return loss
+
+    return loop(steps, stock_loader(), scheduler, take_step)
 
 
 def by_accelerate(steps: int) -> Times:
-    """accelerate's documented loop."""
+    """accelerate's documented step."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True)
-    parts = model_and_optimizer(steps)
-    loader, clock = DataLoader(Samples(), batch_size=BATCH, shuffle=True, drop_last=True), Clock()
-    model, optimizer, scheduler, loader = accelerator.prepare(*parts, loader)
-    step, total = 0, torch.zeros(())
-    with tqdm(total=steps, disable=not accelerator.is_local_main_process) as bar:
-        while step < steps:
-            for inputs, targets in loader:
-                with accelerator.accumulate(model):
-                    loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
-                    accelerator.backward(loss)
-                    if accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-                    optimizer.step()
-                    scheduler.step()
-                    optimizer.zero_grad()
-                total += loss.detach()
-                step += 1
-                bar.update()
-                if step % EVERY == 0:
-                    bar.set_postfix(loss=total.item() / EVERY, lr=scheduler.get_last_lr()[0])
-                    total.zero_()
-                    clock.mark()
-                if step == steps:
-                    break
-    return clock.times()
+    model, optimizer, scheduler, loader = accelerator.prepare(*model_and_optimizer(steps), stock_loader())
+
+    def take_step(inputs: Tensor, targets: Tensor) -> Tensor:
+        with accelerator.accumulate(model):
+            loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        return loss
+
+    return loop(steps, loader, scheduler, take_step)
 
 
 class WithLoss(nn.Module):

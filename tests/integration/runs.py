@@ -15,6 +15,7 @@ from accelerate.parallelism_config import ParallelismConfig
 from torch import Tensor
 
 from fundamentallm import (
+    Callback,
     Config,
     DataConfig,
     LoggingCallback,
@@ -65,6 +66,17 @@ class Counting(PartlyIgnored):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         self.asked.append(index)
         return super().__getitem__(index)
+
+
+class StopAt(Callback):
+    """Asks for a stop at the end of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, trainer: Trainer, loss: float) -> None:
+        if trainer.global_step == self.step:
+            trainer.request_stop("half-way")
 
 
 def make_config(folder: Path | str, dropout: float = 0.0, **training: Any) -> Config:

@@ -11,22 +11,22 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from fundamentallm import Callback, CheckpointError, ConfigError, Trainer, TrainingConfig
+from fundamentallm import CheckpointError, ConfigError, Trainer, TrainingConfig
 from fundamentallm.config import Config, DataConfig, ModelConfig
 from fundamentallm.train import make_trainer as make_from_config
 from fundamentallm.training.resume import FREE, HORIZON
 from tests.conftest import reset_accelerate
-from tests.integration.runs import Counting, assert_same_weights, lines, make_config, make_trainer, prose, weights
+from tests.integration.runs import (
+    Counting,
+    StopAt,
+    assert_same_weights,
+    lines,
+    make_config,
+    make_trainer,
+    prose,
+    weights,
+)
 from tests.integration.test_training_loop import Bigram
-
-
-class StopAt(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, trainer: Trainer, loss: float) -> None:
-        if trainer.global_step == self.step:
-            trainer.request_stop("test")
 
 
 def part(folder: Path, batch_size: int, stop_at: int | None = None, size: int = 44, **training: Any) -> Trainer:

@@ -50,6 +50,7 @@ from fundamentallm.training.snapshot import MODEL_KEY, OPTIMIZER_KEY
 from fundamentallm.training.stored import load_checkpoint
 from fundamentallm.training.team import Team
 from tests.integration.runs import (
+    StopAt,
     assert_same_weights,
     lines,
     make_config,
@@ -424,15 +425,6 @@ def save_with_a_team(processes: int, folder: str) -> None:
 
 def test_what_processes_save_together_is_theirs_together(tmp_path: Path) -> None:
     on_processes(2, save_with_a_team, str(tmp_path))
-
-
-class StopAt(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, trainer: Trainer, loss: float) -> None:
-        if trainer.global_step == self.step:
-            trainer.request_stop("half-way")
 
 
 def in_two_parts(processes: int, folder: str, optimizer: str) -> None:
