@@ -35,17 +35,21 @@ class Guard:
     def __init__(self, device: torch.device, max_bad_steps: int, skip_spikes_above: float | None = None) -> None:
         self.max_bad_steps, self.skip_spikes_above = max_bad_steps, skip_spikes_above
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)  # bad in a row until now, bad in all, spikes
+        self._in_a_row, self._in_all, self._spikes = self.counts.unbind()  # views of it
         self._recent = torch.full((2, WINDOW), torch.nan, device=device)  # loss and norm; NaN: none yet
 
     def skips(self, step: int, loss: Tensor, norm: Tensor) -> Tensor:
         """Whether to leave `step` out (a boolean scalar), given its mean loss and gradient norm (scalars)."""
-        in_a_row, in_all, spikes = self.counts.unbind()
-        stands_still = in_a_row >= self.max_bad_steps
-        bad = ~(loss.isfinite() & norm.isfinite()) | stands_still
-        spike = torch.zeros_like(bad)
-        if self.skip_spikes_above is not None:
-            spike = self._is_spike(step, torch.stack((loss.float(), norm.float())), self.skip_spikes_above) & ~bad
-        self.counts = torch.stack(((in_a_row + 1) * bad, in_all + (bad & ~stands_still), spikes + spike))
+        # In as few operations as will do: on a tiny model each is a thousandth of the step.
+        stands_still = self._in_a_row >= self.max_bad_steps
+        both = loss + norm
+        bad = (both - both != 0) | stands_still  # what is not finite, less itself, is NaN
+        self._in_a_row.add_(1).mul_(bad)
+        self._in_all.add_(bad > stands_still)
+        if self.skip_spikes_above is None:
+            return bad
+        spike = self._is_spike(step, torch.stack((loss.float(), norm.float())), self.skip_spikes_above) & ~bad
+        self._spikes.add_(spike)
         return bad | spike
 
     def _is_spike(self, step: int, values: Tensor, threshold: float) -> Tensor:

@@ -16,10 +16,12 @@ class RunningMean:
 
     def __init__(self, device: torch.device) -> None:
         self._totals = torch.zeros(2, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+        self._sum, self._count = self._totals.unbind()  # views of them
 
     def add(self, total: Tensor, count: Tensor) -> None:
         """Add a sum and how many values it is over (scalars)."""
-        self._totals += torch.stack((total.to(self._totals.dtype), count.to(self._totals.dtype)))
+        self._sum += total
+        self._count += count
 
     @property
     def totals(self) -> Tensor:

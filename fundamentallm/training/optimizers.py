@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, Adam, Optimizer
 from torch.optim.adamw import adamw
 
 from fundamentallm.config import OPTIMIZER_NAMES, TrainingConfig
@@ -57,6 +57,63 @@ def _orthogonalize_all(matrices: Tensor) -> Tensor:
     mine = orthogonalize(matrices.redistribute(mesh, by_matrices).to_local())
     whole = DTensor.from_local(mine, mesh, by_matrices, run_check=False, shape=matrices.shape, stride=matrices.stride())
     return whole.redistribute(mesh, by_rows)
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW, going straight to its fused kernel.
+
+    Over 25 small tensors the kernel took 23 of the 120 microseconds of torch's own step, and of 161 where it may have
+    to skip: each parameter counts its steps in a tensor of its own there. Here those that step together share one.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step; `found_inf` and `grad_scale` as torch's fused optimizers take them."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            _fused_adamw(group, self.state, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        return loss
+
+
+def _fused_adamw(
+    group: dict[str, Any], state: dict[Tensor, Any], grad_scale: Tensor | None, found_inf: Tensor | None
+) -> None:
+    """AdamW's step of one group by torch's fused kernel."""
+    parameters = [p for p in group["params"] if p.grad is not None]
+    if not parameters:
+        return
+    states = [state[p] for p in parameters]
+    if not all(states):
+        begun = torch.zeros((), device=parameters[0].device)
+        for p, entry in zip(parameters, states, strict=True):
+            if not entry:
+                entry.update(step=begun, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+    # Those of a group that have been without a gradient at times have taken fewer steps.
+    counts = {id(entry["step"]): entry["step"] for entry in states}
+    taken = 1 if found_inf is None else 1 - found_inf
+    counts = {key: count + taken for key, count in counts.items()}
+    for entry in states:
+        entry["step"] = counts[id(entry["step"])]
+    torch._fused_adamw_(
+        parameters,
+        [p.grad for p in parameters],
+        [entry["exp_avg"] for entry in states],
+        [entry["exp_avg_sq"] for entry in states],
+        [],
+        [entry["step"] for entry in states],
+        amsgrad=False,
+        lr=group["lr"],
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+    )
 
 
 class Muon(Optimizer):
@@ -126,11 +183,13 @@ class Muon(Optimizer):
     def _adamw(
         self, group: dict[str, Any], parameters: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
-        # Only the fused kernel skips on the device.
-        if not parameters or (found_inf is not None and not group["fused"] and found_inf.item()):
+        if group["fused"]:
+            _fused_adamw(group, self.state, grad_scale, found_inf)
+            return
+        if not parameters or (found_inf is not None and found_inf.item()):
             return
         gradients = [p.grad for p in parameters if p.grad is not None]
-        if grad_scale is not None and not group["fused"]:
+        if grad_scale is not None:
             gradients = [gradient / grad_scale for gradient in gradients]
         states = [self.state[p] for p in parameters]
         for p, state in zip(parameters, states, strict=True):
@@ -144,9 +203,7 @@ class Muon(Optimizer):
             [state["exp_avg_sq"] for state in states],
             [],
             [state["step"] for state in states],
-            fused=group["fused"],
-            grad_scale=grad_scale if group["fused"] else None,
-            found_inf=found_inf if group["fused"] else None,
+            fused=False,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -230,7 +287,8 @@ def create_optimizer(
     groups = _decay_groups(parameters, weight_decay)
     betas = (adam_beta1, adam_beta2)
     if kind == "adamw":
-        return AdamW(groups, lr=learning_rate, betas=betas, eps=adam_epsilon, fused=fused)
+        made_of = AdamW if fused else torch.optim.AdamW
+        return made_of(groups, lr=learning_rate, betas=betas, eps=adam_epsilon, fused=fused)
     if kind == "adam":
         return Adam(groups, lr=learning_rate, betas=betas, eps=adam_epsilon, fused=fused)
     if kind == "sgd":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
-from typing import NamedTuple
+from functools import reduce
+from operator import add
+from typing import Any, NamedTuple
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from fundamentallm.config import IGNORE_INDEX
@@ -53,7 +54,7 @@ class OptimizerStep:
         self.accelerator, self.model_with_loss = accelerator, model_with_loss
         self.num_processes, self.process_index = accelerator.num_processes, accelerator.process_index
         self.optimizer, self.guard = optimizer, guard
-        self.max_norm, self.seed = math.inf if max_norm is None else max_norm, seed
+        self.max_norm, self.seed = max_norm, seed
         accelerator.prepare_optimizer(optimizer)  # which tells accelerate what to unscale before it clips
         self._trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._parameters = list(model_with_loss.parameters())  # of which the optimizer may have a part only
@@ -67,19 +68,23 @@ class OptimizerStep:
         # Losses are sums over targets, divided once by the number of targets of the whole step: over all
         # micro-batches and processes. DistributedDataParallel averages, which num_processes undoes.
         count = self._sum((targets != IGNORE_INDEX).sum())
-        scale = self.num_processes / count.clamp(min=1)
-        loss = torch.zeros((), device=accelerator.device)
-        pairs = zip(inputs.tensor_split(parts), targets.tensor_split(parts), strict=True)
+        divisor = count.clamp(min=1)
+        scale = self.num_processes / divisor
+        pairs = [(inputs, targets)]
+        if parts > 1:
+            pairs = list(zip(inputs.tensor_split(parts), targets.tensor_split(parts), strict=True))
+        losses: list[Tensor] = []
         for part, (x, y) in enumerate(pairs, start=1):
             # Gradients of sharded weights are exchanged with each part: put off, they would be there unsharded.
             with nullcontext() if part == parts or accelerator.is_fsdp2 else accelerator.no_sync(model):
                 loss_sum = model(x, y)
-                accelerator.backward(loss_sum * scale)
-            loss += loss_sum.detach()
-        loss = self._sum(loss)
-        norm = accelerator.clip_grad_norm_(self._trained, self.max_norm)
-        norm = norm.full_tensor() if is_sharded(norm) else norm
-        self._update(skip=self.guard.skips(step, loss / count.clamp(min=1), norm))
+                accelerator.backward(loss_sum, gradient=scale)  # of loss_sum * scale, one node less
+            losses.append(loss_sum.detach())
+        loss = self._sum(reduce(add, losses))
+        accelerator.unscale_gradients()
+        norm = get_total_norm([parameter.grad for parameter in self._trained if parameter.grad is not None])
+        norm = norm.full_tensor() if is_sharded(norm) else norm  # type: ignore[attr-defined]
+        self._update(norm, skip=self.guard.skips(step, loss / divisor, norm))
         for parameter in self._parameters:  # zero_grad() would walk through all modules first
             parameter.grad = None
         return StepResult(loss, count, norm)
@@ -88,12 +93,20 @@ class OptimizerStep:
         """Over all processes."""
         return self.accelerator.reduce(tensor, "sum") if self.num_processes > 1 else tensor
 
-    def _update(self, skip: Tensor) -> None:
-        """Let the optimizer step, unless `skip` (a boolean scalar): then no weight and no moment changes."""
-        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
-            self.optimizer.found_inf = skip.float()  # type: ignore[attr-defined]  # read by torch's fused kernels
-            self.optimizer.step()
-        elif not skip:  # an optimizer that cannot skip by itself makes the host wait
-            self.optimizer.step()
-        if self.accelerator.scaler is not None:  # fp16: clipping has unscaled, and told it what is not finite
+    def _update(self, norm: Tensor, skip: Tensor) -> None:
+        """Let the optimizer step, unless `skip` (a boolean scalar): then no weight and no moment changes.
+
+        The gradient, of norm `norm`, is clipped to `max_norm`: by torch's fused kernels as they read it, which spares
+        the pass over it that `accelerator.clip_grad_norm_` makes.
+        """
+        optimizer: Any = self.optimizer
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer.found_inf = skip.float()
+            optimizer.grad_scale = None if self.max_norm is None else (norm / self.max_norm).clamp(min=1)
+            optimizer.step()
+        elif not skip:  # an optimizer that cannot do that by itself makes the host wait
+            if self.max_norm is not None:
+                clip_grads_with_norm_(self._trained, self.max_norm, norm)
+            optimizer.step()
+        if self.accelerator.scaler is not None:  # fp16: unscaling has told it what is not finite
             self.accelerator.scaler.update()

@@ -1,24 +1,28 @@
 """What a trainer costs beside the model: the time of an optimizer step of a tiny model, of ours and of other loops.
 
-    python -m tests.benchmarks.overhead [--rounds 5] [--steps 400]
+    python -m tests.benchmarks.overhead [--turns 40]
 
 Every side trains the same Transformer (two blocks of width 32) on the same text, on one thread of a CPU, with fused
-AdamW, a cosine schedule, clipping, a progress bar, and a log line every 10 steps. The sides run in turn; a step's time
-is the median over each run's stretches of 10 steps, and a ratio that of the rounds' medians. transformers is left out
-where it is not installed.
+AdamW, a cosine schedule, clipping, a progress bar, and a log line every 10 steps. Each has a process of its own, and
+they take turns of 50 steps: whatever else the machine does hits all of them alike. A turn's time is the median of its
+stretches of 10 steps; a ratio is the median over the turns. Peers that are not installed are left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import io
 import os
+import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from importlib.util import find_spec
-from pathlib import Path
+from multiprocessing import Pipe, get_context
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -31,24 +35,19 @@ from fundamentallm import Callback, Config, DataConfig, ModelConfig, Trainer, Tr
 from fundamentallm.data.loaders import create_dataloaders
 from fundamentallm.data.tokenizers import create_tokenizer
 from fundamentallm.training.callbacks import default_callbacks
-from tests.conftest import reset_accelerate
 from tests.integration.runs import prose
 
-LENGTH, BATCH, EVERY = 32, 8, 10
-TEXT = prose(400_000)
-TOKENIZER = create_tokenizer("char", lambda: [TEXT], lambda: [TEXT])
-SHAPE = ModelConfig(TOKENIZER.get_vocab_size(), d_model=32, num_heads=2, num_layers=2)
+LENGTH, BATCH, EVERY, STRETCHES = 16, 4, 10, 5
 LEARNING_RATE = 1e-3
-
-Times = list[float]
-"""Seconds a step, of each stretch of `EVERY` steps."""
+FOR_EVER = 10**9
+"""Steps: a side is ended when it has had its turns."""
 
 
 class Samples(Dataset[tuple[Tensor, Tensor]]):
     """As one writes it by hand: a sample at a time."""
 
-    def __init__(self) -> None:
-        self.tokens = torch.tensor(TOKENIZER.encode(TEXT).ids)
+    def __init__(self, text: str, tokenizer: Any) -> None:
+        self.tokens = torch.tensor(tokenizer.encode(text).ids)
 
     def __len__(self) -> int:
         return (len(self.tokens) - 1) // LENGTH
@@ -58,52 +57,62 @@ class Samples(Dataset[tuple[Tensor, Tensor]]):
         return window[:-1], window[1:]
 
 
-def model_and_optimizer(steps: int) -> tuple[nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    torch.manual_seed(0)
-    model = Transformer(SHAPE)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
-    return model, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-
-
 class Clock:
-    """Notes the time at every `EVERY`th step."""
+    """Told of every `EVERY`th step; hands over to the next side after a turn."""
 
-    def __init__(self) -> None:
-        self.marks: Times = []
+    def __init__(self, turns: Connection) -> None:
+        self.turns, self.marks = turns, [0.0]
+        self.text = prose(400_000)
+        self.tokenizer = create_tokenizer("char", lambda: [self.text], lambda: [self.text])
+        self.shape = ModelConfig(self.tokenizer.get_vocab_size(), d_model=32, num_heads=2, num_layers=2)
 
     def mark(self) -> None:
-        self.marks.append(time.perf_counter())
+        self.marks.append(time.process_time())
+        if len(self.marks) > STRETCHES + 1:  # the first stretch warms the caches
+            times = [(after - before) / EVERY for before, after in zip(self.marks[1:], self.marks[2:], strict=False)]
+            self.turns.send(statistics.median(times))
+            self.turns.recv()
+            self.marks = [time.process_time()]
 
-    def times(self) -> Times:
-        return [(after - before) / EVERY for before, after in zip(self.marks, self.marks[1:], strict=False)]
+    def samples(self) -> Samples:
+        return Samples(self.text, self.tokenizer)
+
+    def stock_loader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        return DataLoader(self.samples(), batch_size=BATCH, shuffle=True, drop_last=True)
+
+    def model_and_optimizer(self) -> tuple[nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        torch.manual_seed(0)
+        model = Transformer(self.shape)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+        return model, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, FOR_EVER)
 
 
-def ours(steps: int) -> Times:
+def ours(clock: Clock) -> None:
     class Marks(Callback):
         def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
             clock.mark()
 
-    clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         training = TrainingConfig(
-            batch_size=BATCH, max_steps=steps, learning_rate=LEARNING_RATE, eval_every_n_epochs=None,
+            batch_size=BATCH, max_steps=FOR_EVER, learning_rate=LEARNING_RATE, eval_every_n_epochs=None,
             save_every_n_epochs=None, log_every_n_steps=EVERY,
         )  # fmt: skip
-        config = Config(folder, SHAPE, DataConfig(sequence_length=LENGTH), training)
-        loader, _ = create_dataloaders(TEXT, TOKENIZER, config)
+        config = Config(folder, clock.shape, DataConfig(sequence_length=LENGTH), training)
+        loader, _ = create_dataloaders(clock.text, clock.tokenizer, config)
         torch.manual_seed(0)
-        callbacks = [*default_callbacks(config, False), Marks()]
-        Trainer(Transformer(SHAPE), config, loader, None, callbacks).train()
-    return clock.times()
+        Trainer(Transformer(clock.shape), config, loader, None, [*default_callbacks(config, False), Marks()]).train()
 
 
 def loop(
-    steps: int, loader: Iterable[tuple[Tensor, Tensor]], scheduler: Any, take_step: Callable[[Tensor, Tensor], Tensor]
-) -> Times:
+    clock: Clock,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    scheduler: Any,
+    take_step: Callable[[Tensor, Tensor], Tensor],
+) -> None:
     """What every loop of one's own has beside its step: epochs, a bar, and a log line."""
-    step, total, clock = 0, torch.zeros(()), Clock()
-    with tqdm(total=steps) as bar:
-        while step < steps:
+    step, total = 0, torch.zeros(())
+    with tqdm(total=FOR_EVER) as bar:
+        while True:
             for inputs, targets in loader:
                 total += take_step(inputs, targets).detach()
                 step += 1
@@ -112,18 +121,11 @@ def loop(
                     bar.set_postfix(loss=total.item() / EVERY, lr=scheduler.get_last_lr()[0])
                     total.zero_()
                     clock.mark()
-                if step == steps:
-                    break
-    return clock.times()
 
 
-def stock_loader() -> DataLoader[tuple[Tensor, Tensor]]:
-    return DataLoader(Samples(), batch_size=BATCH, shuffle=True, drop_last=True)
-
-
-def by_hand(steps: int) -> Times:
+def by_hand(clock: Clock) -> None:
     """The step one would write with torch alone."""
-    model, optimizer, scheduler = model_and_optimizer(steps)
+    model, optimizer, scheduler = clock.model_and_optimizer()
 
     def take_step(inputs: Tensor, targets: Tensor) -> Tensor:
         loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
@@ -134,15 +136,15 @@ def by_hand(steps: int) -> Times:
         optimizer.zero_grad()
         return loss
 
-    return loop(steps, stock_loader(), scheduler, take_step)
+    loop(clock, clock.stock_loader(), scheduler, take_step)
 
 
-def by_accelerate(steps: int) -> Times:
+def by_accelerate(clock: Clock) -> None:
     """accelerate's documented step."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True)
-    model, optimizer, scheduler, loader = accelerator.prepare(*model_and_optimizer(steps), stock_loader())
+    model, optimizer, scheduler, loader = accelerator.prepare(*clock.model_and_optimizer(), clock.stock_loader())
 
     def take_step(inputs: Tensor, targets: Tensor) -> Tensor:
         with accelerator.accumulate(model):
@@ -155,7 +157,7 @@ def by_accelerate(steps: int) -> Times:
             optimizer.zero_grad()
         return loss
 
-    return loop(steps, loader, scheduler, take_step)
+    loop(clock, loader, scheduler, take_step)
 
 
 class WithLoss(nn.Module):
@@ -169,7 +171,7 @@ class WithLoss(nn.Module):
         return {"loss": F.cross_entropy(self.model(inputs).flatten(0, 1), targets.flatten())}
 
 
-def by_transformers(steps: int) -> Times:
+def by_transformers(clock: Clock) -> None:
     import transformers
 
     class Marks(transformers.TrainerCallback):
@@ -177,7 +179,7 @@ def by_transformers(steps: int) -> Times:
             clock.mark()
 
     class Named(Dataset[dict[str, Tensor]]):
-        samples = Samples()
+        samples = clock.samples()
 
         def __len__(self) -> int:
             return len(self.samples)
@@ -186,50 +188,144 @@ def by_transformers(steps: int) -> Times:
             inputs, targets = self.samples[index]
             return {"inputs": inputs, "targets": targets}
 
-    clock = Clock()
-    model, optimizer, scheduler = model_and_optimizer(steps)
+    model, optimizer, scheduler = clock.model_and_optimizer()
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
-            folder, per_device_train_batch_size=BATCH, max_steps=steps, logging_steps=EVERY, save_strategy="no",
+            folder, per_device_train_batch_size=BATCH, max_steps=FOR_EVER, logging_steps=EVERY, save_strategy="no",
             max_grad_norm=1.0, use_cpu=True, report_to="none", dataloader_pin_memory=False,
         )  # fmt: skip
         trainer = transformers.Trainer(
             WithLoss(model), arguments, train_dataset=Named(), optimizers=(optimizer, scheduler), callbacks=[Marks()]
         )
         trainer.train()
-    return clock.times()
 
 
-SIDES: dict[str, Callable[[int], Times]] = {
+def by_lightning(clock: Clock) -> None:
+    import lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.optimizer, self.scheduler = clock.model_and_optimizer()
+
+        def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+            inputs, targets = batch
+            loss = F.cross_entropy(self.model(inputs).flatten(0, 1), targets.flatten())
+            self.log("loss", loss, prog_bar=True)
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            return {
+                "optimizer": self.optimizer,
+                "lr_scheduler": {"scheduler": self.scheduler, "interval": "step"},
+            }
+
+    class Marks(lightning.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: object, **__: object) -> None:
+            if trainer.global_step % EVERY == 0:
+                clock.mark()
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = lightning.Trainer(
+            accelerator="cpu", devices=1, max_steps=-1, max_epochs=-1, log_every_n_steps=EVERY, gradient_clip_val=1.0,
+            enable_checkpointing=False, enable_model_summary=False, default_root_dir=folder, callbacks=[Marks()],
+            logger=lightning.pytorch.loggers.CSVLogger(folder),
+        )  # fmt: skip
+        trainer.fit(Module(), clock.stock_loader())
+
+
+def by_pytorch_accelerated(clock: Clock) -> None:
+    from pytorch_accelerated import Trainer as Accelerated
+    from pytorch_accelerated.callbacks import ProgressBarCallback, TrainerCallback
+
+    class Marks(TrainerCallback):
+        steps = 0
+
+        def on_train_step_end(self, trainer: Any, **_: object) -> None:
+            self.steps += 1
+            if self.steps % EVERY == 0:
+                clock.mark()
+
+    model, optimizer, scheduler = clock.model_and_optimizer()
+    trainer = Accelerated(
+        model=model,
+        loss_func=lambda logits, targets: F.cross_entropy(logits.flatten(0, 1), targets.flatten()),
+        optimizer=optimizer,
+        callbacks=[ProgressBarCallback(), Marks()],
+    )
+    trainer.train(
+        train_dataset=clock.samples(), num_epochs=FOR_EVER, per_device_batch_size=BATCH, gradient_clip_value=1.0,
+        create_scheduler_fn=lambda optimizer: scheduler, train_dataloader_kwargs={"num_workers": 0},
+    )  # fmt: skip
+
+
+SIDES: dict[str, Callable[[Clock], None]] = {
     "torch by hand": by_hand,
     "fundamentallm": ours,
     "accelerate": by_accelerate,
+    "transformers": by_transformers,
+    "lightning": by_lightning,
+    "pytorch-accelerated": by_pytorch_accelerated,
 }
-PEERS: dict[str, Callable[[int], Times]] = {"transformers": by_transformers}
+
+
+class Terminal(io.StringIO):
+    """What bars draw themselves on."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+def run_side(name: str, turns: Connection) -> None:
+    """In a process of its own: that side, from turn to turn."""
+    torch.set_num_threads(1)
+    turns.recv()
+    with redirect_stdout(Terminal()), redirect_stderr(Terminal()):
+        SIDES[name](Clock(turns))
+
+
+def quietest(times: list[float]) -> float:
+    """The lowest tenth's upper end: what the machine's other work, which only adds, has touched least."""
+    return statistics.quantiles(times, n=10)[0]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--turns", type=int, default=40, help="of each side [40]")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="[all]")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    sides = SIDES | {name: side for name, side in PEERS.items() if find_spec(name.replace("-", "_"))}
-    rounds: dict[str, Times] = {name: [] for name in sides}
-    with Path(os.devnull).open("w") as nowhere:
-        for _ in range(options.rounds):
-            for name, side in sides.items():
-                reset_accelerate()
-                with redirect_stdout(nowhere), redirect_stderr(nowhere):
-                    rounds[name].append(statistics.median(side(options.steps)))
-    reference = rounds["torch by hand"]
-    print("| loop | microseconds a step | ratio to torch by hand | from | to |\n| --- | --- | --- | --- | --- |")
-    for name, times in rounds.items():
-        ratios = [time / other for time, other in zip(times, reference, strict=True)]
-        median = statistics.median(ratios)
-        print(
-            f"| {name} | {statistics.median(times) * 1e6:,.0f} | {median:.2f} | {min(ratios):.2f} | {max(ratios):.2f} |"
-        )
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sides = [name for name in options.sides if name in list(SIDES)[:3] or find_spec(name.replace("-", "_"))]
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    pipes, processes = {}, []
+    for name in sides:
+        pipes[name], theirs = Pipe()
+        processes.append(get_context("spawn").Process(target=run_side, args=(name, theirs), daemon=True))
+        processes[-1].start()
+        theirs.close()  # so that the end of the process is the end of the pipe
+    for turn in range(options.turns + 1):  # the first one starts up
+        for name, pipe in pipes.items():
+            pipe.send("your turn")
+            seconds = pipe.recv()
+            if turn:
+                times[name].append(seconds)
+    for process in processes:
+        process.kill()  # they would go on for ever
+    reference = times["torch by hand"]
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", *sides[1:]))
+    print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, {versions}\n")
+    print(
+        "| loop | microseconds a step | ratio | median of the turns' ratios | middle half |\n"
+        "| --- | --- | --- | --- | --- |"
+    )
+    for name, of_side in times.items():
+        ratios = [time / other for time, other in zip(of_side, reference, strict=True)]
+        low, median, high = statistics.quantiles(ratios, n=4)
+        quiet = quietest(of_side) / quietest(reference)
+        print(f"| {name} | {quietest(of_side) * 1e6:,.0f} | {quiet:.3f} | {median:.3f} | {low:.2f} to {high:.2f} |")
 
 
 if __name__ == "__main__":
