@@ -82,7 +82,8 @@ def test_train_then_generate_from_the_run(
 def report_a_mistake(count: int, folder: str) -> None:
     os.chdir(folder)
     assert torch.distributed.get_world_size() == count
-    with Path(f"err_{torch.distributed.get_rank()}").open("w") as err, redirect_stderr(err):
+    os.environ["RANK"] = rank = f"{torch.distributed.get_rank()}"  # as launchers do
+    with Path(f"err_{rank}").open("w") as err, redirect_stderr(err):
         assert train.main(["--config", "tiny.yaml", "--data.sequence_length", "60000"]) == 2
 
 
