@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fundamentallm import Callback, Trainer
+from fundamentallm.training.compilation import compile_seconds
 
 STOP_AT = "GPU_CHECK_STOP_AT"
 """Environment variable: the step after which `Preempted` has the run end."""
@@ -59,7 +60,8 @@ class Facts(Hook):
             "device": trainer.accelerator.device.type,
             "sharded": trainer.is_sharded,
             "mixed_precision": trainer.accelerator.mixed_precision,
-            "compiler": trainer.accelerator.state.dynamo_plugin.backend.value,
+            "compiled": trainer.config.compile,
+            "compile_seconds": compile_seconds(),
             "peak_bytes": torch.cuda.max_memory_allocated() if self.cuda else None,
             "seconds_waited": self.waited,
             "seconds_written": trainer.checkpoint_manager.seconds if trainer.checkpoint_manager else None,
