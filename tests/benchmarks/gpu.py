@@ -112,15 +112,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 say(f"    FAILED: {error}")
             options.output.write_text(json.dumps({"machine": about, "rows": found}, indent=2) + "\n")
     right = {name: row for name, row in found.items() if "error" not in row}
-    say(
-        "\n| run | micro-batch | compiled in | tokens/s | TFLOP/s | of the product's | utilisation | outside the model |"
+    columns = (
+        "run",
+        "micro-batch",
+        "compiled in",
+        "tokens/s",
+        "TFLOP/s",
+        "product's",
+        "utilisation",
+        "outside the model",
     )
-    say("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    say("\n| " + " | ".join(columns) + " |\n" + "| --- " * len(columns) + "|")
     for name, row in right.items():
+        ours, product = row["flops_per_second"] / 1e12, row["product_flops_per_second"] / 1e12
         say(
-            f"| {name} | {row['micro_batch_size']} | {row['compile_seconds']:.0f} s | {row['tokens_per_second']:,.0f} | "
-            f"{row['flops_per_second'] / 1e12:,.3g} | {row['product_flops_per_second'] / 1e12:,.3g} | "
-            f"{row['utilisation']:.1%} | {row['outside_the_model']:.1%} |"
+            f"| {name} | {row['micro_batch_size']} | {row['compile_seconds']:.0f} s | {row['tokens_per_second']:,.0f} "
+            f"| {ours:,.3g} | {product:,.3g} | {row['utilisation']:.1%} | {row['outside_the_model']:.1%} |"
         )
     say(f"\nThe target is {TARGET:.0%}. Written to {options.output}.")
     return int(len(right) < len(found))

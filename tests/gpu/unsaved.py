@@ -1,4 +1,4 @@
-"""Train as the command line says and save nothing: a large model's checkpoint would take longer than what is measured."""
+"""Train as the command line says and save nothing: a large model's checkpoint takes longer than what is measured."""
 
 from __future__ import annotations
 
