@@ -19,8 +19,8 @@ def test_the_exponent_is_that_of_the_power_law() -> None:
 
 
 def test_only_what_outgrows_its_flops_is_marked() -> None:
-    # Twice the work at twice, 1.6 and 3 times the cost of the row before.
-    costs = (1.0, 2.0, 3.2, 9.6)
+    # Twice the work at 2.4, 1.6 and 3 times the cost of the row before.
+    costs = (1.0, 2.4, 3.84, 11.52)
     rows = list(table("width", [Point(2**i, cost, cost, 2**i) for i, cost in enumerate(costs)]))
     assert ["more than its FLOPs" in row for row in rows[2:6]] == [False, False, False, True]
 
