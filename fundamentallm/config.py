@@ -237,6 +237,8 @@ class TrainingConfig(Section):
     """Arithmetic of the forward and backward pass; default: what the accelerate config says, else no."""
     activation_checkpointing: bool | None = None
     """Recompute each block in the backward pass: memory for time; default: what the accelerate config says, else no."""
+    compile: bool | None = None
+    """Compile the model first (torch.compile), for faster steps; default: what the accelerate config says, else no."""
     max_bad_steps: int = 10
     """Optimizer steps in a row with a loss or gradient that is not finite before the run ends with an error."""
     skip_spikes_above: float | None = None
