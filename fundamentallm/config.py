@@ -79,6 +79,8 @@ class ModelConfig(Section):
     """A checkpoint whose weights a new run begins with (nothing else of it); null: random weights."""
     qk_norm: bool = True
     """RMS-normalise queries and keys for each head (opens in transformers as Qwen3; without, as Llama)."""
+    zero_init_residual: bool = False
+    """Begin with zeros where blocks write to the residual stream, so that each is the identity at first."""
 
     def _relations(self) -> Iterator[tuple[tuple[str, ...], str]]:
         if self.d_model % max(2 * self.num_heads, 1):

@@ -33,13 +33,14 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     """
     a, b, c = NEWTON_SCHULZ
     x: Tensor = matrices.float() if matrices.device.type == "cpu" else matrices.bfloat16()
+    x = x.reshape(-1, *x.shape[-2:])  # one batch, which baddbmm takes: product, scaling and sum in one kernel
     wide = x.shape[-2] <= x.shape[-1]  # the smaller Gram matrix is the cheaper one
-    x = x if wide else x.mT
+    x = x if wide else x.mT.contiguous()
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x if wide else x.mT
+        x = x.baddbmm(gram.baddbmm(gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x if wide else x.mT).reshape(matrices.shape)
 
 
 def _orthogonalize_all(matrices: Tensor) -> Tensor:
