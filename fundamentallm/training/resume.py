@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fundamentallm.training.trainer import Trainer
 
 FREE = {
-    "model.init_from",
+    *("model.init_from", "model.zero_init_residual"),
     *("output_dir", "callbacks", "sample_tokens", "data.source", "data.num_workers", "data.cache_dir"),
     *("training.micro_batch_size", "training.activation_checkpointing", "training.compile"),
     *("training.checkpoint_dir", "training.keep_last_n", "training.max_bad_steps"),
