@@ -51,6 +51,8 @@ def session(trainer: Trainer, is_first: bool) -> Iterator[None]:
                 trainer.team.from_first(lambda: _delete_old(trainer, resumed_from))
             if not trainer.is_finished:
                 _check_saving(trainer)
+                if trainer.micro_batch is not None:
+                    trainer.micro_batch.settle(trainer)
                 _tell(trainer, state="running")
             trainer.stop_switch.begin()
             stack.enter_context(trainer.stop_switch.listening())

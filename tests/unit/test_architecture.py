@@ -32,7 +32,10 @@ from fundamentallm.training.schedulers import SCHEDULES
 ROOT = Path(fundamentallm.__file__).parent
 LEAVES = ("errors", "registry", "validation", "config", "command_line")
 PARTS = tuple(
-    f"training.{name}" for name in ("loss", "metrics", "optimizers", "schedulers", "early_stopping", "guard", "launch")
+    f"training.{name}"
+    for name in (
+        *("loss", "metrics", "optimizers", "parameter_groups", "schedulers", "early_stopping", "guard", "launch"),
+    )
 )
 SERVICES = tuple(
     f"training.{name}"

@@ -96,7 +96,8 @@ def micro_batches(config: Config, devices: int) -> tuple[int, int, int]:
     Of the device that has most, as `StepSampler` and `OptimizerStep` cut the batch.
     """
     rows = -(-(config.training.batch_size or 0) // devices)
-    parts = -(-rows // (config.training.micro_batch_size or rows))
+    size = config.training.micro_batch_size
+    parts = -(-rows // (rows if size is None or size == "auto" else size))
     return rows, parts, -(-rows // parts)
 
 
