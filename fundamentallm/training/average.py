@@ -32,13 +32,16 @@ class WeightAverage:
         decay: between 0 and 1.
 
     Raises:
-        ConfigError: if weights are not float32, in whose place an average of another precision could not be put.
+        ConfigError: if there is nothing to average, or weights are not float32, in whose place an average of another
+            precision could not be put.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, decay: float) -> None:
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         # A tied parameter under each of its names, as in the model's own state.
         named = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if id(p) in trained]
+        if not named:
+            raise ConfigError("training.ema_decay is set and the optimizer trains nothing of the model; give it one.")
         if wrong := [f"{name} is {p.dtype}" for name, p in named if p.dtype != torch.float32]:
             raise ConfigError(
                 f"training.ema_decay is {decay} and {wrong[0]}; allowed: weights in float32, in which an average adds "

@@ -131,7 +131,15 @@ def recomputed_flops(config: Config) -> int:
 
 
 def optimizer_bytes(config: Config) -> int:
-    """Bytes of the optimizer's state, over the whole model; a 'module:name' is taken to hold what Adam does."""
+    """Bytes of the optimizer's state, over the whole model, and of the weights' average where there is one.
+
+    A 'module:name' optimizer is taken to hold what Adam does.
+    """
+    training, p = config.training, count_parameters(config.model)
+    return _moments_bytes(config) + (0 if training.ema_decay is None else WIDE * p.total)
+
+
+def _moments_bytes(config: Config) -> int:
     training, p = config.training, count_parameters(config.model)
     if training.optimizer == "sgd":
         return WIDE * p.total if training.momentum else 0
