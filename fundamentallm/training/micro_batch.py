@@ -105,18 +105,19 @@ def _largest_that_fits(trainer: Trainer, largest: int) -> int:
 
 def _fits_here(trainer: Trainer, rows: Tensor, targets: Tensor, size: int, in_several: bool) -> bool:
     """Whether this process can train on `size` sequences at once, and validate on them; they are some, repeated."""
+    fits = False
     try:
         index = torch.arange(size * (1 + in_several), device=rows.device) % len(rows)
         _try(trainer, rows[index], targets[index], size)
+        fits = True
     except Exception as error:  # accelerate knows what torch raises where memory is short
         if not should_reduce_batch_size(error):
             raise
-        return False
-    finally:
-        for parameter in trainer.model.parameters():
-            parameter.grad = None
-        clear_device_cache(garbage_collection=True)  # so that every size, and the run, begins with unbroken memory
-    return True
+    for parameter in trainer.model.parameters():
+        parameter.grad = None
+    # So that every size, and the run, begins with unbroken memory. An error's frames hold tensors, in circles.
+    clear_device_cache(garbage_collection=not fits)
+    return fits
 
 
 def _try(trainer: Trainer, inputs: Tensor, targets: Tensor, size: int) -> None:
