@@ -85,7 +85,7 @@ def _open_folders(trainer: Trainer, stack: ExitStack) -> None:
         folders.append(Path(trainer.run_config.output_dir))
     if manager is not None:
         folders.append(manager.checkpoint_dir)
-    else:
+    elif trainer.config.checkpoint_dir is None:
         logger.warning("training.checkpoint_dir is not set: nothing will be saved.")
     try:
         stack.enter_context(locked(folders))
