@@ -105,7 +105,9 @@ def _largest_that_fits(trainer: Trainer, largest: int) -> int:
 
 def _fits_here(trainer: Trainer, rows: Tensor, targets: Tensor, size: int, in_several: bool) -> bool:
     """Whether this process can train on `size` sequences at once, and validate on them; they are some, repeated."""
-    fits = False
+    accelerator, fits = trainer.accelerator, False
+    scaler = accelerator.scaler
+    accelerator.scaler = copy.deepcopy(scaler)  # one that a try leaves half-way could not be used again
     try:
         index = torch.arange(size * (1 + in_several), device=rows.device) % len(rows)
         _try(trainer, rows[index], targets[index], size)
@@ -113,6 +115,8 @@ def _fits_here(trainer: Trainer, rows: Tensor, targets: Tensor, size: int, in_se
     except Exception as error:  # accelerate knows what torch raises where memory is short
         if not should_reduce_batch_size(error):
             raise
+    finally:
+        accelerator.scaler = scaler
     for parameter in trainer.model.parameters():
         parameter.grad = None
     # So that every size, and the run, begins with unbroken memory. An error's frames hold tensors, in circles.
@@ -156,12 +160,11 @@ def _step_of_this_process(trainer: Trainer) -> OptimizerStep:
 
 @contextmanager
 def _leaving_no_trace(trainer: Trainer) -> Iterator[None]:
-    """Afterwards random numbers, buffers, optimizer, scaler and mode are as before; no weight ever changes."""
-    device, scaler, optimizer = trainer.accelerator.device, trainer.accelerator.scaler, trainer.optimizer
+    """Afterwards random numbers, buffers, optimizer and mode are as before; no weight ever changes."""
+    device, optimizer = trainer.accelerator.device, trainer.optimizer
     buffers = [(buffer, buffer.clone()) for buffer in trainer.model.buffers()]
     modes = {module: module.training for module in trainer._step_model.modules()}
     had_state = {parameter for parameter, state in optimizer.state.items() if state}
-    scale = None if scaler is None else scaler.state_dict()
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
         trainer._step_model.train()
@@ -174,5 +177,3 @@ def _leaving_no_trace(trainer: Trainer) -> Iterator[None]:
                 module.training = mode
             for parameter in [parameter for parameter in optimizer.state if parameter not in had_state]:
                 del optimizer.state[parameter]
-            if scaler is not None:
-                scaler.load_state_dict(scale)

@@ -163,9 +163,12 @@ def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
 
 
+GROUPS = [{"pattern": "*.embed_tokens.*", "frozen": True}, {"pattern": "*.mlp.*", "learning_rate_scale": 0.3}]
+
+
 def _sharded(count: int, folder: Path) -> None:
     def start(name: str, stop_at: int | None = None, **training: Any) -> Trainer:
-        config = make_config(folder / name, **{**RUN, **training})
+        config = make_config(folder / name, parameter_groups=GROUPS, **{**RUN, **training})
         trainer = make_trainer(config, accelerator=sharded_accelerator(), callbacks=[StopAt(stop_at or 99)])
         trainer.train()
         return trainer
@@ -179,9 +182,9 @@ def _sharded(count: int, folder: Path) -> None:
     assert parts.metrics.get_history()["val_loss"] == run.metrics.get_history()["val_loss"]
 
 
-def test_sharded_it_is_the_same(tmp_path: Path) -> None:
+def test_sharded_it_is_the_same_also_with_groups_of_parameters(tmp_path: Path) -> None:
     on_processes(2, _sharded, tmp_path)
-    single = make_trainer(make_config(tmp_path / "single", **RUN))
+    single = make_trainer(make_config(tmp_path / "single", parameter_groups=GROUPS, **RUN))
     single.train()
     saved = load_checkpoint(CheckpointManager(tmp_path / "run" / "checkpoints").get_latest() or Path())
     for name, tensor in averages(single).items():

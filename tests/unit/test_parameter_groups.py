@@ -11,9 +11,11 @@ from torch import nn
 
 from fundamentallm import CheckpointError, ConfigError, ModelConfig, Trainer, Transformer
 from fundamentallm.config import OPTIMIZER_NAMES
+from fundamentallm.training.checkpoint import CheckpointManager
 from fundamentallm.training.optimizers import create_optimizer
 from fundamentallm.training.parameter_groups import freeze, split_groups
-from tests.integration.runs import StopAt, assert_same_weights, make_config, make_trainer, weights
+from fundamentallm.training.stored import load_checkpoint
+from tests.integration.runs import StopAt, assert_same_weights, make_config, make_trainer, on_processes, weights
 
 ENTRIES: list[dict[str, Any]] = [
     {"pattern": "*.embed_tokens.*", "frozen": True},
@@ -114,3 +116,15 @@ def test_groups_beside_an_optimizer_of_the_callers_are_refused(tmp_path: Path) -
     config = make_config(tmp_path, parameter_groups=ENTRIES)
     with pytest.raises(ConfigError, match="parameter_groups is set and an optimizer is given"):
         make_trainer(config, optimizer=torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1))
+
+
+def _on_two(count: int, folder: Path) -> None:
+    """DistributedDataParallel would wait for the gradient of what was frozen too late."""
+    assert run(folder).accelerator.num_processes == count
+
+
+def test_on_several_processes_the_run_is_the_same(whole: Trainer, tmp_path: Path) -> None:
+    on_processes(2, _on_two, tmp_path)
+    saved = load_checkpoint(CheckpointManager(tmp_path / "checkpoints").get_latest() or Path())
+    expected = whole.metrics.get_history()["train_loss"]
+    assert saved["metrics_state_dict"]["train_loss"].tolist() == pytest.approx(expected, rel=1e-4)

@@ -106,6 +106,15 @@ def tokens_per_step(config: Config) -> int:
     return (config.training.batch_size or 0) * config.data.sequence_length
 
 
+def tokens_of_run(config: Config, steps: int) -> int:
+    """Tokens of the first `steps` optimizer steps, over all devices, as `batch_size_schedule` has them."""
+    training = config.training
+    begins = [(0, training.batch_size or 0), *((step, size) for step, size in training.batch_size_schedule)]
+    ends = [*(step for step, _ in begins[1:]), steps]
+    sequences = sum(size * max(min(end, steps) - step, 0) for (step, size), end in zip(begins, ends, strict=True))
+    return sequences * config.data.sequence_length
+
+
 def step_flops(config: Config) -> int:
     """Floating-point operations of one optimizer step, over all devices: 6 N + 12 L H Q T for each token.
 
