@@ -110,7 +110,8 @@ def _show_model(config: Config) -> None:
         rows.append(("whole run", f"{steps:,} steps, {tokens:,} tokens, {flops:.3g} FLOPs"))
     kept = training.keep_last_n + (config.data.train_split < 1) + 1  # with the best, and the one being written
     guessed = "" if training.optimizer in OPTIMIZER_NAMES else ", taken to hold what Adam does"
-    state = f"{training.optimizer}{guessed}: {size_text(optimizer_bytes(config))}"
+    averaged = "" if training.ema_decay is None else " and the weights' average"
+    state = f"{training.optimizer}{guessed}{averaged}: {size_text(optimizer_bytes(config))}"
     size = checkpoint_bytes(config)
     rows.append(("checkpoint", f"{size_text(size)} ({state}); on the disk up to {kept}: {size_text(kept * size)}"))
     unset = " (training.mixed_precision is not set)" if training.mixed_precision is None else ""
