@@ -32,9 +32,9 @@ from fundamentallm.training.checkpoint import CheckpointManager
 from fundamentallm.training.evaluation import evaluate
 from fundamentallm.training.guard import Guard
 from fundamentallm.training.loss import create_loss
-from fundamentallm.training.metrics import MetricTracker
+from fundamentallm.training.metrics import MetricTracker, peak_memory_gb
 from fundamentallm.training.optimizers import NamedOptimizerState
-from fundamentallm.training.parts import make_early_stopping, make_optimizer, make_schedule
+from fundamentallm.training.parts import make_early_stopping, make_optimizer, make_schedule, make_throughput
 from fundamentallm.training.progress import Progress
 from fundamentallm.training.resume import like_of, model_files, restore, run_state
 from fundamentallm.training.session import session
@@ -43,6 +43,8 @@ from fundamentallm.training.step import OptimizerStep
 from fundamentallm.training.stopping import Stop, StopSwitch
 from fundamentallm.training.stored import load_checkpoint
 from fundamentallm.training.team import Team
+from fundamentallm.training.throughput import Throughput
+from fundamentallm.training.tracking import TrackerCallback, tracker_names
 
 
 class Trainer:
@@ -83,7 +85,8 @@ class Trainer:
         launch = training.mixed_precision, getattr(train_loader, "batch_size", None)
         if accelerator is not None:
             check_accelerator(accelerator, *launch)
-        self.accelerator = accelerator or create_accelerator(*launch)
+        tracked = (config.trackers, config.output_dir) if isinstance(config, Config) else ([], None)
+        self.accelerator = accelerator or create_accelerator(*launch, *tracked)
         # What the launcher said about it is a part of the run as if the config had.
         self.config = training = replace(training, mixed_precision=self.accelerator.mixed_precision)
         self.run_config = replace(config, training=training) if isinstance(config, Config) else training
@@ -125,6 +128,8 @@ class Trainer:
         self.callbacks = CallbackList(
             default_callbacks(self.run_config, val_loader is not None) if callbacks is None else callbacks
         )
+        if self.accelerator.log_with:
+            self.callbacks.add(TrackerCallback())
         content = [None if loader is None else fingerprint(loader.dataset) for loader in (train_loader, val_loader)]
         self._progress = Progress(self.samples, content, self.accelerator.device)
         self.state: dict[str, Any] = {  # all that changes because of training, by name
@@ -145,7 +150,7 @@ class Trainer:
         self._saved_at = -1
         self.was_rewound = False
         """Whether this run went back to an earlier checkpoint, so that what came after it is another course."""
-        self._log_mark = (0.0, 0)  # when the window of the next log line began, and at how many tokens
+        self._throughput = Throughput()
 
     def _check(self, optimizer: Optimizer | None, scheduler: LRScheduler | None) -> None:
         """Refuse arguments and settings that contradict each other."""
@@ -159,6 +164,13 @@ class Trainer:
             problems.append("the scheduler was made for another optimizer; pass its optimizer too.")
         if training.early_stopping_patience and self.val_loader is None:
             problems.append("early_stopping_patience is set and there is no val_loader; give one, or set it to null.")
+        wanted = self.run_config.trackers if isinstance(self.run_config, Config) else []
+        given = tracker_names(self.accelerator)
+        if not set(wanted) <= set(given):
+            problems.append(
+                f"trackers is {wanted} and the Accelerator was made with log_with={given}; make it with all of them "
+                "(create_accelerator does), or set trackers to []."
+            )
         if problems:
             raise ConfigError(problems)
 
@@ -209,6 +221,11 @@ class Trainer:
         return (self.global_step >= self.total_steps and not self._progress.validation_due) or out_of_patience
 
     @property
+    def seconds_left(self) -> float:
+        """To the last step, at the pace of this start; NaN before its second log line."""
+        return self._throughput.seconds_left(self.total_steps - self.global_step)
+
+    @property
     def was_interrupted(self) -> bool:
         """Whether a signal or `max_minutes` ended the last `train()`: the same command goes on where it was."""
         return not self.is_finished and self.stop_switch.agreed in (Stop.SIGNAL, Stop.OUT_OF_TIME)
@@ -251,6 +268,7 @@ class Trainer:
         for inputs, targets, parts in device_batches(*share):
             if self._is_at_epoch or progress.step == self._start_step:
                 self.callbacks.on_epoch_begin(self)
+            self.callbacks.on_step_begin(self)
             learning_rate = float(self.scheduler.get_last_lr()[0])
             loss, count, norm = self._step(progress.step, inputs, targets, parts)
             self.scheduler.step()
@@ -285,7 +303,7 @@ class Trainer:
         if self._save_requested is not None or self._due(config.save_every_n_steps, config.save_every_n_epochs):
             self._end_if_diverged(int(self._guard.counts[0]))  # before it is saved
             self._save_if_possible()
-        self._log_mark = (self._log_mark[0] + time.perf_counter() - started, self._log_mark[1])
+        self._throughput.pause(time.perf_counter() - started)
         if self.checkpoint_manager is not None:
             self.stop_switch.seconds_to_save = self.checkpoint_manager.seconds
             if self.checkpoint_manager.has_failed:
@@ -311,8 +329,8 @@ class Trainer:
         tokens, bad_in_a_row, bad, spikes = torch.stack((self._progress.tokens, *self._guard.counts)).tolist()
         total, count = self._progress.loss.totals.tolist()
         self._progress.loss.reset()
-        now, (since, tokens_then) = time.perf_counter(), self._log_mark
-        self._log_mark = now, tokens
+        speed = self._throughput.log(self.global_step, tokens)
+        memory = peak_memory_gb(self.accelerator.device)
         line = {
             "step": self.global_step,
             "epoch": self.epochs_done,
@@ -321,11 +339,13 @@ class Trainer:
             "train_loss": total / count if count else math.nan,
             "learning_rate": learning_rate,
             "grad_norm": norm.item(),
-            "tokens_per_second": (tokens - tokens_then) / (now - since),
+            "tokens_per_second": speed.pop("tokens_per_second"),
             "bad_steps": bad,
             **({"skipped_spikes": spikes} if self.config.skip_spikes_above is not None else {}),
         }
         self.metrics.update(line)
+        # What the machine or an observer says is no part of the state: a checkpoint is the same with it and without.
+        line |= speed | ({} if memory is None else {"memory_gb": memory}) | self.callbacks.measure(self)
         self.callbacks.on_log(self, line)
         self._end_if_diverged(bad_in_a_row)
 
@@ -459,7 +479,8 @@ class Trainer:
         self._step_model.train()
         self.model.zero_grad()  # what a caller, or a step that raised, may have left
         self.callbacks.on_train_begin(self)
-        self._log_mark = time.perf_counter(), int(self._progress.tokens)
+        self._throughput = make_throughput(self)
+        self._throughput.begin(self.global_step, int(self._progress.tokens))
 
     def _finish(self) -> None:
         """Save the end, whatever the reason, and wait until it is saved."""
