@@ -240,7 +240,9 @@ class LoggingCallback(Callback):
         if not trainer.is_main_process:
             return
         if console:
-            shown = {key: value for key, value in metrics.items() if key not in ("step", "samples", "tokens")}
+            left_out = ("step", "samples", "tokens")
+            # Nor what is measured of each block of the model, which would fill the screen.
+            shown = {key: value for key, value in metrics.items() if key not in left_out and "/" not in key}
             numbers = "  ".join(f"{key} {_shown(value)}" for key, value in shown.items())
             tqdm.write(f"step {metrics['step']}  {numbers}{more}")
         if self.path:

@@ -18,11 +18,12 @@ from fundamentallm.errors import ConfigError, writing
 from fundamentallm.models.generation import generate
 from fundamentallm.training.callbacks import Callback, keep_file
 from fundamentallm.training.json_lines import append
+from fundamentallm.training.run_folder import SAMPLES
 
 if TYPE_CHECKING:
     from fundamentallm.training.trainer import Trainer
 
-SAMPLES, TRACES = "samples.jsonl", "traces"
+TRACES = "traces"
 PROMPT_TOKENS = 32
 """Of the training text, where no prompt is given."""
 

@@ -18,7 +18,7 @@ from fundamentallm.training.json_lines import append, read
 
 logger = logging.getLogger(__name__)
 
-LOCK, STATUS, STARTS = ".fundamentallm.lock", "status.json", "starts.jsonl"
+LOCK, STATUS, STARTS, SAMPLES = ".fundamentallm.lock", "status.json", "starts.jsonl", "samples.jsonl"
 _held_here: set[Path] = set()
 CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 """What file systems without locks answer, as Lustre does unless mounted for them."""
