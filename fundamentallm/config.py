@@ -338,7 +338,7 @@ class Config(Section):
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """The training."""
     callbacks: list[str] = field(default_factory=list)
-    """Besides the curves: samples, profiler, ratios, or 'module:name' of Callback classes."""
+    """samples, profiler, ratios, curves (always there), or 'module:name' of Callback classes."""
     callback_options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of callbacks by name, such as {samples: {prompts: [Once]}, curves: {theme: dark}}."""
     trackers: list[str] = field(default_factory=list)

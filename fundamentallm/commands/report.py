@@ -57,8 +57,8 @@ def read_run(folder: Path, name: str) -> dict[str, Any]:
         FundamentaLLMError: if the folder has no metrics.jsonl, or it cannot be read.
     """
     # Imported here, with the package of the modules that import torch, so that --help need not wait.
-    from fundamentallm.training.run_folder import SAMPLES, read_starts, restarts
     from fundamentallm.training.json_lines import numbers, read
+    from fundamentallm.training.run_folder import SAMPLES, read_starts, restarts
 
     log = folder / "metrics.jsonl"
     try:

@@ -50,8 +50,8 @@ def create_accelerator(
         output_dir: whose folder tensorboard writes to.
 
     Raises:
-        ConfigError: listing trackers that are not installed, and whatever the launcher was asked for that contradicts our settings, is not supported, or
-            would not be had (see `launch_problems` and `check_accelerator`).
+        ConfigError: listing trackers that are not installed, and whatever the launcher was asked for that contradicts
+            our settings, is not supported, or would not be had (see `launch_problems` and `check_accelerator`).
     """
     # Without cpu=True on a machine without an accelerator, two launched processes would be two independent runs.
     cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")

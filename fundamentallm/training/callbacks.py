@@ -228,9 +228,8 @@ class LoggingCallback(Callback):
 
     def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """A training line; on a terminal the progress bar shows the same."""
-        left = trainer.seconds_left
-        shown = "" if sys.stderr.isatty() else f"  left {_time(left)}" * math.isfinite(left)
-        self._write(trainer, metrics, console=not sys.stderr.isatty(), more=shown)
+        left = f"  left {_time(trainer.seconds_left)}" if math.isfinite(trainer.seconds_left) else ""
+        self._write(trainer, metrics, console=not sys.stderr.isatty(), more=left)
 
     def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """A validation line."""

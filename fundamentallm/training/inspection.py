@@ -1,10 +1,10 @@
-"""Callbacks for looking into a training as it goes: what the model writes, where the time goes, how far weights move."""
+"""Callbacks that look into a training: what the model writes, where the time goes, how far weights move."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -44,7 +44,9 @@ def continuation(
     """
     dataset = trainer.train_loader.dataset
     if not isinstance(dataset, TokenDataset) or dataset.tokenizer is None:
-        raise ConfigError("the train_loader's dataset has no tokenizer, so no text can be generated; use a TokenDataset.")
+        raise ConfigError(
+            "the train_loader's dataset has no tokenizer, so no text can be generated; use a TokenDataset."
+        )
     if not (trainer.is_main_process or trainer.is_sharded):  # all have to compute a sharded model
         return None
     context = len(dataset[0][0])
@@ -90,7 +92,9 @@ class SampleCallback(Callback):
         step, validation_due = trainer.global_step, trainer.state["progress"].validation_due
         if self.path is not None and trainer.is_main_process:
             # Its lines are made at validations.
-            keep_file(trainer, self.path, lambda line: bool(line["step"] > step or (line["step"] == step and validation_due)))
+            keep_file(
+                trainer, self.path, lambda line: bool(line["step"] > step or (line["step"] == step and validation_due))
+            )
 
     def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """Write."""
@@ -107,7 +111,8 @@ class ProfilerCallback(Callback):
     """Traces chosen optimizer steps with torch's profiler: a Chrome trace (open it in https://ui.perfetto.dev) and a
     table of the most expensive operations.
 
-    A start of the run that begins after them traces nothing; one that begins among them, the rest.
+    A start of the run that begins after them traces nothing; one that begins among them, the rest. The first step of a
+    start is never traced: the profiler warms up in the step before.
 
     Args:
         first_step: number of the first step traced, counted from 1; None: the tenth of this start, so that neither
@@ -142,7 +147,7 @@ class ProfilerCallback(Callback):
         """Choose the steps of this start."""
         first = self.first_step or trainer.global_step + 10
         self._last = first + self.num_steps - 1
-        self._first = max(first, trainer.global_step + 1)
+        self._first = max(first, trainer.global_step + 2)
         if isinstance(trainer.run_config, Config):
             self.folder = self.folder or Path(trainer.run_config.output_dir) / TRACES
 
@@ -153,30 +158,28 @@ class ProfilerCallback(Callback):
             self._profile.step()
             if step > self._last:
                 self._stop()
-        # The profiler's own beginning is slow: it is left to the step before, where there is one.
-        elif max(self._first - 1, trainer.global_step + 1) <= step <= self._last and (
-            self.all_processes or trainer.is_main_process
-        ):
-            self._start(trainer, warmup=int(step < self._first))
+        elif step == self._first - 1 < self._last and (self.all_processes or trainer.is_main_process):
+            self._start(trainer)
 
-    def _start(self, trainer: Trainer, warmup: int) -> None:
+    def _start(self, trainer: Trainer) -> None:
         folder = self.folder or Path(TRACES)
-        name = f"step_{self._first:08d}-{self._last:08d}.rank{trainer.accelerator.process_index}"
         device = trainer.accelerator.device.type
         kinds = {"cuda": [ProfilerActivity.CUDA], "xpu": [ProfilerActivity.XPU]}.get(device, [])
 
         def write(done: profile) -> None:
+            last = min(self._last, trainer.global_step)
+            name = f"step_{self._first:08d}-{last:08d}.rank{trainer.accelerator.process_index}"
             with writing(folder / name):
                 folder.mkdir(parents=True, exist_ok=True)
                 done.export_chrome_trace(str(folder / f"{name}.json"))
                 order = f"self_{device}_time_total" if kinds else "self_cpu_time_total"
                 table = done.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=80)
                 (folder / f"{name}.txt").write_text(table, encoding="utf-8")
-            trainer.say(f"trace of steps {self._first} to {self._last}: {folder / name}.json")
+            trainer.say(f"trace of steps {self._first} to {last}: {folder / name}.json")
 
         self._profile = profile(
             activities=[ProfilerActivity.CPU, *kinds],
-            schedule=schedule(wait=0, warmup=warmup, active=self._last - self._first + 1, repeat=1),
+            schedule=schedule(wait=0, warmup=1, active=self._last - self._first + 1, repeat=1),
             on_trace_ready=write,
             record_shapes=True,
             profile_memory=True,
@@ -192,7 +195,7 @@ class ProfilerCallback(Callback):
     def _stop(self) -> None:
         if self._profile is not None:
             self._profile.stop()
-        self._profile, self._first = None, self._last + 1
+            self._profile = None
 
 
 class RatioCallback(Callback):

@@ -38,7 +38,9 @@ def read(path: Path) -> list[dict[str, Any]]:
 def numbers(line: dict[str, Any]) -> dict[str, float]:
     """The numbers of a line, also those that JSON lacks."""
     named = {name: TEXTS.get(value) if isinstance(value, str) else value for name, value in line.items()}
-    return {name: value for name, value in named.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
+    return {
+        name: value for name, value in named.items() if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
 
 
 def rewind(path: Path, is_made_again: Callable[[dict[str, Any]], bool], keep_all: bool) -> Path | None:

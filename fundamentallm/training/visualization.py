@@ -45,9 +45,7 @@ class VisualizationCallback(Callback):
         ConfigError: if matplotlib is not installed, or there is no such theme.
     """
 
-    def __init__(
-        self, path: Path | str = "curves.png", refresh_seconds: float = 30.0, theme: str = "light"
-    ) -> None:
+    def __init__(self, path: Path | str = "curves.png", refresh_seconds: float = 30.0, theme: str = "light") -> None:
         if importlib.util.find_spec("matplotlib") is None:
             raise ConfigError("matplotlib is not installed; run: pip install 'fundamentallm[plots]'.")
         if theme not in THEMES:
@@ -104,7 +102,8 @@ def draw(
     figure = Figure(figsize=(10, 7), layout="constrained", facecolor=theme["paper"])
     figure.suptitle(title, color=theme["ink"], fontsize=12, fontweight="bold", x=0.01, ha="left")
     small = ["learning_rate", "grad_norm", "tokens_per_second"]
-    axes = figure.subplot_mosaic([["loss"] * 3, small], height_ratios=[1.9, 1])
+    layout: Any = [["loss"] * 3, small]
+    axes = figure.subplot_mosaic(layout, height_ratios=[1.9, 1])
     for name, axis in axes.items():
         axis.set_facecolor(theme["paper"])
         axis.spines[["top", "right"]].set_visible(False)

@@ -16,9 +16,11 @@ from torch import nn
 import fundamentallm
 from fundamentallm.command_line import settings
 from fundamentallm.config import (
+    CALLBACK_NAMES,
     LOSS_NAMES,
     OPTIMIZER_NAMES,
     SCHEDULE_NAMES,
+    TRACKER_NAMES,
     Config,
     DataConfig,
     ModelConfig,
@@ -32,17 +34,25 @@ from fundamentallm.training.schedulers import SCHEDULES
 ROOT = Path(fundamentallm.__file__).parent
 LEAVES = ("errors", "registry", "validation", "config", "command_line")
 PARTS = tuple(
-    f"training.{name}" for name in ("loss", "metrics", "optimizers", "schedulers", "early_stopping", "guard", "launch")
+    f"training.{name}"
+    for name in (*("loss", "metrics", "optimizers", "schedulers", "early_stopping", "guard", "launch", "throughput"),)
 )
 SERVICES = tuple(
     f"training.{name}"
     for name in (
         *("serialization", "manifest", "snapshot", "checkpoint", "callbacks", "visualization", "progress"),
         *("stopping", "run_folder", "tensor_files", "stored", "team", "group", "watchdog"),
+        *("json_lines", "environment", "inspection"),
     )
 )
 WITHIN_SERVICES = {
+    ("training.callbacks", "training.json_lines"),
+    ("training.run_folder", "training.json_lines"),
     ("training.visualization", "training.callbacks"),
+    ("training.visualization", "training.run_folder"),
+    ("training.inspection", "training.callbacks"),
+    ("training.inspection", "training.json_lines"),
+    ("training.inspection", "training.run_folder"),
     ("training.checkpoint", "training.stored"),
     ("training.stored", "training.serialization"),
     ("training.stored", "training.snapshot"),
@@ -189,11 +199,18 @@ def test_every_setting_has_a_help_text(setting: str, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "names"), [("optimizer", OPTIMIZER_NAMES), ("lr_scheduler", SCHEDULE_NAMES), ("loss", LOSS_NAMES)]
+    ("setting", "names"),
+    [
+        ("training.optimizer", OPTIMIZER_NAMES),
+        ("training.lr_scheduler", SCHEDULE_NAMES),
+        ("training.loss", LOSS_NAMES),
+        ("trackers", TRACKER_NAMES),
+        ("callbacks", CALLBACK_NAMES),
+    ],
 )
 def test_the_help_text_names_every_choice(setting: str, names: tuple[str, ...]) -> None:
-    text = next(text for name, _, _, text in settings(Config) if name == f"training.{setting}")
-    assert set(names) <= set(text.replace(",", " ").split())
+    text = next(text for name, _, _, text in settings(Config) if name == setting)
+    assert set(names) <= set(text.replace(",", " ").replace(".", " ").split())
 
 
 @pytest.mark.parametrize("name", OPTIMIZER_NAMES)
@@ -232,6 +249,7 @@ def _loaded_after(statement: str, folder: Path) -> set[str]:
         "fundamentallm.train",
         "fundamentallm.commands.doctor",
         "fundamentallm.commands.estimate",
+        "fundamentallm.commands.report",
     ],
 )
 def test_what_the_command_line_needs_loads_no_torch(module: str, tmp_path: Path) -> None:
