@@ -36,6 +36,9 @@ class Callback:
     def on_train_end(self, trainer: Trainer) -> None:
         """Once, after the last step and the final checkpoint."""
 
+    def on_train_abort(self, trainer: Trainer) -> None:
+        """Instead of `on_train_end`, where an exception ends the training; other processes may be gone already."""
+
     def on_epoch_begin(self, trainer: Trainer) -> None:
         """Before an epoch's first step, and again where a run resumes within an epoch."""
 
@@ -92,6 +95,14 @@ class CallbackList:
         """See `Callback`."""
         for callback in tuple(self.callbacks):
             callback.on_train_end(trainer)
+
+    def on_train_abort(self, trainer: Trainer) -> None:
+        """See `Callback`; what fails here must not hide why the training has ended."""
+        for callback in tuple(self.callbacks):
+            try:
+                callback.on_train_abort(trainer)
+            except Exception as error:
+                logger.warning("%s failed as the training was aborted: %s", type(callback).__name__, error)
 
     def on_epoch_begin(self, trainer: Trainer) -> None:
         """See `Callback`."""

@@ -172,7 +172,7 @@ class ProfilerCallback(Callback):
             with writing(folder / name):
                 folder.mkdir(parents=True, exist_ok=True)
                 done.export_chrome_trace(str(folder / f"{name}.json"))
-                order = f"self_{device}_time_total" if kinds else "self_cpu_time_total"
+                order = "self_device_time_total" if kinds else "self_cpu_time_total"
                 table = done.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=80)
                 (folder / f"{name}.txt").write_text(table, encoding="utf-8")
             trainer.say(f"trace of steps {self._first} to {last}: {folder / name}.json")
@@ -191,6 +191,8 @@ class ProfilerCallback(Callback):
     def on_train_end(self, trainer: Trainer) -> None:
         """Write what has been traced, where the run ends among the steps."""
         self._stop()
+
+    on_train_abort = on_train_end
 
     def _stop(self) -> None:
         if self._profile is not None:
@@ -255,6 +257,8 @@ class RatioCallback(Callback):
         """Listen no more."""
         for hook in self._hooks:
             hook.remove()
+
+    on_train_abort = on_train_end
 
 
 def block_of(name: str) -> str:

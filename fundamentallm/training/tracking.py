@@ -149,10 +149,23 @@ class TrackerCallback(Callback):
 
     def on_train_end(self, trainer: Trainer) -> None:
         """Close what was started here."""
-        if self._owns:
-            for tracker in trainer.accelerator.trackers:
+        self._close(trainer, has_failed=False)
+
+    def on_train_abort(self, trainer: Trainer) -> None:
+        """Close it as failed, where the tracker tells that apart."""
+        self._close(trainer, has_failed=True)
+
+    def _close(self, trainer: Trainer, has_failed: bool) -> None:
+        while self._owns and trainer.accelerator.trackers:
+            tracker = trainer.accelerator.trackers.pop()
+            if has_failed and tracker.name == "wandb":
+                tracker.tracker.finish(exit_code=1)
+            elif has_failed and tracker.name == "mlflow":
+                import mlflow
+
+                mlflow.end_run("FAILED")
+            else:
                 tracker.finish()
-            trainer.accelerator.trackers.clear()
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:

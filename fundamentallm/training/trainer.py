@@ -254,9 +254,13 @@ class Trainer:
                     "output_dir, or raise training.max_steps or max_epochs and name it in training.resume_changes."
                 )
             else:
-                self._begin()
-                self._train()
-                self._finish()
+                try:
+                    self._begin()
+                    self._train()
+                    self._finish()
+                except BaseException:
+                    self.callbacks.on_train_abort(self)
+                    raise
         return self.metrics.get_history()
 
     def _train(self) -> None:

@@ -142,7 +142,9 @@ def test_ratios_are_those_of_the_weights_before_and_after(tmp_path: Path) -> Non
         moved = torch.cat([(after[name] - before[name]).flatten() for name in names]).norm()
         assert line[f"update_ratio/{block}"] == pytest.approx(float(moved / old), rel=1e-4)
         # Plain gradient descent moves weights by the gradient times the learning rate.
-        assert line[f"grad_norm/{block}"] == pytest.approx(float(moved) / trainer.metrics.metrics["learning_rate"][0], rel=1e-3)
+        assert line[f"grad_norm/{block}"] == pytest.approx(
+            float(moved) / trainer.metrics.metrics["learning_rate"][0], rel=1e-3
+        )
 
 
 def test_ratios_are_measured_at_log_lines_only_and_alike_on_two_processes(tmp_path: Path) -> None:

@@ -70,5 +70,3 @@ def test_speed_utilisation_and_the_time_that_is_left(monkeypatch: pytest.MonkeyP
     assert math.isnan(clock.seconds_left(1))
     now = 150.0
     assert clock.log(71, 3010) == {"tokens_per_second": 1.0}
-
-
