@@ -1,7 +1,8 @@
-"""Trackers, for real, on local files: a run that is killed and started again is one run there, and no step comes twice."""
+"""Trackers, for real, on local files: a run that is killed and started again is one run there, each step once."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections import defaultdict
@@ -53,7 +54,7 @@ def run(config: Config, *callbacks: Callback, accelerator: Accelerator | None = 
 
 
 def run_in_parts(config: Config) -> None:
-    """Killed at step 7, whose lines the trackers have and the checkpoint of step 4 does not; stopped at 10; finished."""
+    """Killed at step 7, whose lines the trackers have, and no checkpoint; stopped at 10; finished."""
     with pytest.raises(KilledError):
         run(config, KillAfter(7))
     run(config, StopAt(10))
@@ -169,10 +170,8 @@ def note(config: Config, *callbacks: Callback, **arguments: Any) -> dict[str, li
     trainer = make_trainer(config, accelerator=accelerator)
     for callback in callbacks:
         trainer.callbacks.add(callback)
-    try:
+    with contextlib.suppress(KilledError):
         trainer.train()
-    except KilledError:
-        pass
     noted = defaultdict(list)
     for line in path.read_text().splitlines():
         kind, *what = json.loads(line)

@@ -178,21 +178,25 @@ LOOK = """
 <script>
 addEventListener("load", () => setTimeout(() => {
   const loss = charts[0], box = loss.svg.getBoundingClientRect(), seen = {};
-  const at = (part) => loss.svg.dispatchEvent(new PointerEvent("pointermove", { clientX: box.left + 52 + (box.width - 62) * part }));
+  const clientX = (part) => box.left + 52 + (box.width - 62) * part;
+  const at = (part) => loss.svg.dispatchEvent(new PointerEvent("pointermove", { clientX: clientX(part) }));
   at(10 / 12); seen.tip = loss.tip.innerText; seen.hidden = loss.tip.hidden;
   loss.svg.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight" })); seen.next = loss.tip.innerText;
   loss.svg.dispatchEvent(new PointerEvent("pointerleave")); seen.left = loss.tip.hidden;
   const labels = () => [...loss.svg.querySelectorAll("text")].map((text) => text.textContent);
   const curve = () => loss.svg.querySelector("g path").getAttribute("d");
   seen.linear = curve(); document.getElementById("log").click(); seen.log = curve();
-  seen.paths = loss.svg.querySelectorAll("path:not(.left-out)").length;
-  document.querySelectorAll("#runs input")[1].click(); seen.fewer = loss.svg.querySelectorAll("path:not(.left-out)").length;
+  const count = (what) => loss.svg.querySelectorAll(what).length, curves = "path:not(.left-out)";
+  seen.paths = count(curves); document.querySelectorAll("#runs input")[1].click(); seen.fewer = count(curves);
   document.querySelectorAll("#runs input")[1].click();
-  seen.restarts = loss.svg.querySelectorAll(".restart").length; seen.crosses = loss.svg.querySelectorAll(".left-out").length;
-  const axis = document.getElementById("axis"); axis.value = "tokens"; axis.dispatchEvent(new Event("change")); seen.tokens = labels();
+  seen.restarts = count(".restart"); seen.crosses = count(".left-out");
+  const axis = document.getElementById("axis");
+  axis.value = "tokens"; axis.dispatchEvent(new Event("change")); seen.tokens = labels();
   seen.samples = document.getElementById("samples").innerText; seen.final = document.getElementById("final").innerText;
-  seen.settings = document.getElementById("config").innerText; seen.title = document.title; seen.images = document.images.length;
-  const out = document.createElement("pre"); out.id = "seen"; out.textContent = JSON.stringify(seen); document.body.append(out);
+  seen.settings = document.getElementById("config").innerText; seen.title = document.title;
+  seen.images = document.images.length;
+  const out = document.createElement("pre");
+  out.id = "seen"; out.textContent = JSON.stringify(seen); document.body.append(out);
 }, 200));
 </script>
 """
