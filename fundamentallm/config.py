@@ -330,7 +330,7 @@ class Config(Section):
     """One run."""
 
     output_dir: str = "runs/default"
-    """Folder of everything the run writes: metrics.jsonl, curves.png, checkpoints."""
+    """Folder of everything the run writes: metrics.jsonl, starts.jsonl, curves.png, checkpoints."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model."""
     data: DataConfig = field(default_factory=DataConfig)

@@ -217,7 +217,8 @@ def _callbacks(config: Config) -> list[Callback]:
             try:
                 callbacks.append(kind(**options.get(name, {})))
             except TypeError as error:
-                problems.append(f"callback_options.{name} is {options.get(name, {})!r}, which does not fit: {error}.")
+                given = config.callback_options.get(name, {})
+                problems.append(f"callback_options.{name} is {given!r}, which does not fit: {error}.")
         except ConfigError as error:
             if name == "curves" and name not in config.callbacks and not config.callback_options.get(name):
                 print(f"no curves.png: {error}", file=sys.stderr)  # nobody asked for them

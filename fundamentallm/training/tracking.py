@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, get_available_trackers
 
 from fundamentallm.config import Config, flat_settings
-from fundamentallm.errors import writing
+from fundamentallm.errors import FundamentaLLMError, writing
 from fundamentallm.training.callbacks import Callback
 
 if TYPE_CHECKING:
@@ -73,7 +73,13 @@ class TrackerCallback(Callback):
                 ours |= self._placed(folder, tracker_names(accelerator))
             names = ours.keys() | options.keys()
             arguments = {name: {**ours.get(name, {}), **options.get(name, {})} for name in names}
-            accelerator.init_trackers(project, init_kwargs=arguments)
+            try:
+                accelerator.init_trackers(project, init_kwargs=arguments)
+            except Exception as error:  # whatever a tracker raises, over a login, an address or an option
+                raise FundamentaLLMError(
+                    f"trackers {', '.join(tracker_names(accelerator))} cannot be started: {error}; mend that, or take "
+                    "it out of trackers."
+                ) from error
         for tracker in accelerator.trackers:
             self._begin(tracker, dataclasses.asdict(config))
         self._write()
