@@ -12,6 +12,7 @@ VERBS = {
     "train": ("fundamentallm.train", "train a language model from a config"),
     "generate": ("fundamentallm.commands.generate", "write text with a trained model"),
     "checkpoints": ("fundamentallm.commands.checkpoints", "list, verify and show checkpoints; what a step trained on"),
+    "report": ("fundamentallm.commands.report", "compare runs on one page: curves, settings, samples, environment"),
     "estimate": (
         "fundamentallm.commands.estimate",
         "work out memory, operations and bytes sent, for any size, at once",

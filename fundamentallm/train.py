@@ -80,8 +80,8 @@ def make_trainer(config: Config) -> Trainer:
     from fundamentallm.training.trainer import Trainer
 
     training = config.resolved().training
-    smallest = training.smallest_batch_size(training.batch_size)
-    accelerator = create_accelerator(training.mixed_precision, smallest, training.compile)
+    launch = training.mixed_precision, training.smallest_batch_size(training.batch_size), training.compile
+    accelerator = create_accelerator(*launch, config.trackers, config.output_dir)
     callbacks = _check_parts(config)
     is_main = accelerator.is_main_process
     corpus = _local_main_process_first(accelerator, lambda: load_corpus(config.data, show_progress=is_main))
@@ -202,18 +202,37 @@ def _load_weights(trainer: Trainer, checkpoint: Path, tokenizer: Tokenizer) -> N
 def _callbacks(config: Config) -> list[Callback]:
     """Those beyond the Trainer's own: the curves, and what the config names."""
     from fundamentallm.training.callbacks import Callback
+    from fundamentallm.training.inspection import ProfilerCallback, RatioCallback, SampleCallback
     from fundamentallm.training.visualization import VisualizationCallback
 
+    known: dict[str, type[Callback]] = {
+        "curves": VisualizationCallback,
+        "samples": SampleCallback,
+        "profiler": ProfilerCallback,
+        "ratios": RatioCallback,
+    }
+    problems: list[str] = []
     callbacks: list[Callback] = []
-    try:
-        callbacks.append(VisualizationCallback(Path(config.output_dir) / "curves.png"))
-    except ConfigError as error:
-        print(f"no curves.png: {error}", file=sys.stderr)
-    for name in config.callbacks:
-        kind = resolve("callbacks", name, {})
-        if not (isinstance(kind, type) and issubclass(kind, Callback)):
-            raise ConfigError(f"callbacks has {name!r}, a {type(kind).__name__}; allowed: subclasses of Callback.")
-        callbacks.append(kind())
+    curves = {"path": Path(config.output_dir) / "curves.png", **config.callback_options.get("curves", {})}
+    options = config.callback_options | {"curves": curves}
+    for name in dict.fromkeys(["curves", *config.callbacks]):
+        try:
+            kind = resolve("callbacks", name, known)
+            if not (isinstance(kind, type) and issubclass(kind, Callback)):
+                problems.append(f"callbacks has {name!r}, a {type(kind).__name__}; allowed: subclasses of Callback.")
+                continue
+            try:
+                callbacks.append(kind(**options.get(name, {})))
+            except TypeError as error:
+                given = config.callback_options.get(name, {})
+                problems.append(f"callback_options.{name} is {given!r}, which does not fit: {error}.")
+        except ConfigError as error:
+            if name == "curves" and name not in config.callbacks and not config.callback_options.get(name):
+                print(f"no curves.png: {error}", file=sys.stderr)  # nobody asked for them
+            else:
+                problems += error.problems
+    if problems:
+        raise ConfigError(problems)
     return callbacks
 
 
@@ -224,15 +243,11 @@ def _show_end(trainer: Trainer, config: Config) -> None:
         (f"best val_loss {best:.4f}; " if best is not None else "")
         + f"metrics, curves and checkpoints are in {config.output_dir}"
     )
-    if config.sample_tokens and (trainer.is_main_process or trainer.is_sharded):  # all have to compute a sharded one
-        from fundamentallm.models.generation import generate
+    if config.sample_tokens:
+        from fundamentallm.training.inspection import continuation
 
-        data: Any = trainer.train_loader.dataset
-        prompt = data.tokens[: min(32, config.data.sequence_length)].tolist()
-        with trainer.averaged_weights():
-            ids = generate(trainer.model, prompt, config.sample_tokens, config.data.sequence_length, temperature=0.7)
-            text = data.tokenizer.decode(list(ids))
-        trainer.say(f"---- sample: {data.tokenizer.decode(prompt)!r} continued ----\n{text}")
+        if written := continuation(trainer, None, config.sample_tokens):
+            trainer.say(f"---- sample: {written[0]!r} continued ----\n{written[1]}")
 
 
 if __name__ == "__main__":

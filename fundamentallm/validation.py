@@ -53,7 +53,9 @@ RANGES: dict[str, Interval] = {
     **dict.fromkeys(
         ("learning_rate", "adam_learning_rate", "gradient_clip_norm", "rope_theta", "adam_epsilon"), POSITIVE
     ),
-    **dict.fromkeys(("max_minutes", "hang_minutes", "skip_spikes_above", "learning_rate_scale"), POSITIVE),
+    **dict.fromkeys(
+        ("max_minutes", "hang_minutes", "skip_spikes_above", "learning_rate_scale", "peak_tflops"), POSITIVE
+    ),
     **dict.fromkeys(("weight_decay", "early_stopping_min_delta", "warmup_steps"), NON_NEGATIVE),
     **dict.fromkeys(("num_workers", "sample_tokens"), NON_NEGATIVE),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "momentum", "muon_momentum", "dropout"), BELOW_ONE),
