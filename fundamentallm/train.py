@@ -7,7 +7,6 @@ by `training.max_minutes` (start it again: the same command goes on), 130 a seco
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -17,13 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fundamentallm.command_line import parse_config
-from fundamentallm.config import Config, ModelConfig, expand_user
-from fundamentallm.errors import START_AGAIN, CheckpointError, ConfigError, FundamentaLLMError, exit_code, report
+from fundamentallm.config import Config, ModelConfig
+from fundamentallm.errors import START_AGAIN, ConfigError, FundamentaLLMError, exit_code, report
 from fundamentallm.registry import resolve
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from tokenizers import Tokenizer
+    from torch import nn
 
     from fundamentallm.training.callbacks import Callback
     from fundamentallm.training.trainer import Trainer
@@ -75,23 +75,38 @@ def make_trainer(config: Config) -> Trainer:
 
     from fundamentallm.data.corpus import load_corpus
     from fundamentallm.data.loaders import create_dataloaders
+    from fundamentallm.models.pretrained import find_pretrained, transformers_model
     from fundamentallm.models.transformer import Transformer
     from fundamentallm.training.accelerator import create_accelerator
+    from fundamentallm.training.pretrained import begin_from_checkpoint, begin_from_pretrained, completed
     from fundamentallm.training.trainer import Trainer
 
     accelerator = create_accelerator(config.training.mixed_precision, config.resolved().training.batch_size)
     callbacks = _check_parts(config)
+    pretrained = None if config.model.pretrained is None else find_pretrained(config.model.pretrained)
+    if pretrained is not None:
+        config = completed(config, pretrained)
     is_main = accelerator.is_main_process
     corpus = _local_main_process_first(accelerator, lambda: load_corpus(config.data, show_progress=is_main))
     config = replace(config, model=_with_vocabulary(config.model, corpus.tokenizer))
     train_loader, val_loader = create_dataloaders(corpus, corpus.tokenizer, config)
     torch.manual_seed(config.training.seed)
-    with torch.device("meta") if accelerator.is_fsdp2 else nullcontext():  # it may be larger than a device
-        model = Transformer(config.model)
+    if pretrained is not None and pretrained.shape is None:
+        model: nn.Module = transformers_model(pretrained)
+    else:
+        with torch.device("meta") if accelerator.is_fsdp2 else nullcontext():  # it may be larger than a device
+            model = Transformer(config.model)
     trainer = Trainer(model, config, train_loader, val_loader, accelerator=accelerator)
-    if config.model.init_from is not None and trainer.team.from_first(lambda: _begins_afresh(config)):
+    if pretrained is not None:
+        trainer.files = pretrained.files(config.data.sequence_length)
+        how = f"by transformers: {pretrained.why_not}" if pretrained.shape is None else "as a Transformer"
+        trainer.say(f"{config.model.pretrained}: a {pretrained.config.get('model_type')} model, {how}")
+    if isinstance(model, Transformer) and trainer.team.from_first(lambda: _begins_afresh(config)):
         with trainer.team.together():
-            _load_weights(trainer, Path(expand_user(config.model.init_from)), corpus.tokenizer)
+            if pretrained is not None:
+                begin_from_pretrained(trainer, pretrained)
+            if config.model.init_from is not None:
+                begin_from_checkpoint(trainer, Path(config.model.init_from), corpus.tokenizer)
     for callback in callbacks:
         trainer.callbacks.add(callback)
     sizes = f"{len(corpus.train):,} training and {len(corpus.validation):,} validation tokens"
@@ -164,31 +179,6 @@ def _begins_afresh(config: Config) -> bool:
     folder = config.resolved().training.checkpoint_dir
     assert folder is not None  # a resolved config has one
     return config.training.resume in ("auto", "never") and CheckpointManager(folder).get_latest() is None
-
-
-def _load_weights(trainer: Trainer, checkpoint: Path, tokenizer: Tokenizer) -> None:
-    """Begin from a checkpoint's weights.
-
-    Raises:
-        CheckpointError: if it is damaged, or of a model of another shape.
-        ConfigError: if its tokens mean something else.
-    """
-    from fundamentallm.training.resume import like_of
-    from fundamentallm.training.snapshot import MODEL_KEY
-    from fundamentallm.training.stored import check_checkpoint, load_parts
-
-    trainer.team.from_first(lambda: check_checkpoint(checkpoint))
-    weights = load_parts(checkpoint, [MODEL_KEY], like_of(trainer))[MODEL_KEY]
-    theirs = checkpoint / "tokenizer.json"
-    if theirs.exists() and json.loads(theirs.read_text(encoding="utf-8")) != json.loads(tokenizer.to_str()):
-        raise ConfigError(
-            f"model.init_from is {str(checkpoint)!r}, whose tokenizer is another than data.tokenizer makes, so that "
-            f"its weights would mean other tokens; set data.tokenizer to {str(theirs)!r}."
-        )
-    try:
-        trainer.model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise CheckpointError(f"model.init_from: the weights of {checkpoint} do not fit the model: {error}") from error
 
 
 def _callbacks(config: Config) -> list[Callback]:

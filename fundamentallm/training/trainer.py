@@ -138,6 +138,8 @@ class Trainer:
             **({"early_stopping": self.early_stopping} if self.early_stopping else {}),
             **({"scaler": self.accelerator.scaler} if self.accelerator.scaler else {}),
         }
+        self.files: dict[str, str] = {}
+        """Further text files of each checkpoint, by name; in place of those that are made for it."""
         self.stop_switch = StopSwitch(training.max_minutes)
         self._started = False
         self._start_step = 0
