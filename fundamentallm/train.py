@@ -23,7 +23,6 @@ from fundamentallm.registry import resolve
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from tokenizers import Tokenizer
-    from torch import nn
 
     from fundamentallm.training.callbacks import Callback
     from fundamentallm.training.trainer import Trainer
@@ -75,38 +74,33 @@ def make_trainer(config: Config) -> Trainer:
 
     from fundamentallm.data.corpus import load_corpus
     from fundamentallm.data.loaders import create_dataloaders
-    from fundamentallm.models.pretrained import find_pretrained, transformers_model
     from fundamentallm.models.transformer import Transformer
     from fundamentallm.training.accelerator import create_accelerator
-    from fundamentallm.training.pretrained import begin_from_checkpoint, begin_from_pretrained, completed
+    from fundamentallm.training.pretrained import begin_from_checkpoint, begin_from_pretrained, open_pretrained
     from fundamentallm.training.trainer import Trainer
 
     accelerator = create_accelerator(config.training.mixed_precision, config.resolved().training.batch_size)
     callbacks = _check_parts(config)
-    pretrained = None if config.model.pretrained is None else find_pretrained(config.model.pretrained)
-    if pretrained is not None:
-        config = completed(config, pretrained)
+    config, pretrained, model = open_pretrained(config)
     is_main = accelerator.is_main_process
     corpus = _local_main_process_first(accelerator, lambda: load_corpus(config.data, show_progress=is_main))
     config = replace(config, model=_with_vocabulary(config.model, corpus.tokenizer))
     train_loader, val_loader = create_dataloaders(corpus, corpus.tokenizer, config)
     torch.manual_seed(config.training.seed)
-    if pretrained is not None and pretrained.shape is None:
-        model: nn.Module = transformers_model(pretrained)
-    else:
+    if model is None:
         with torch.device("meta") if accelerator.is_fsdp2 else nullcontext():  # it may be larger than a device
             model = Transformer(config.model)
     trainer = Trainer(model, config, train_loader, val_loader, accelerator=accelerator)
     if pretrained is not None:
         trainer.files = pretrained.files(config.data.sequence_length)
-        how = f"by transformers: {pretrained.why_not}" if pretrained.shape is None else "as a Transformer"
-        trainer.say(f"{config.model.pretrained}: a {pretrained.config.get('model_type')} model, {how}")
-    if isinstance(model, Transformer) and trainer.team.from_first(lambda: _begins_afresh(config)):
+        trainer.say(f"{config.model.pretrained}: {pretrained}")
+    begins_from = config.model.init_from is not None or (pretrained is not None and pretrained.shape is not None)
+    if begins_from and trainer.team.from_first(lambda: _begins_afresh(config)):
         with trainer.team.together():
             if pretrained is not None:
                 begin_from_pretrained(trainer, pretrained)
-            if config.model.init_from is not None:
-                begin_from_checkpoint(trainer, Path(config.model.init_from), corpus.tokenizer)
+            else:
+                begin_from_checkpoint(trainer, corpus.tokenizer)
     for callback in callbacks:
         trainer.callbacks.add(callback)
     sizes = f"{len(corpus.train):,} training and {len(corpus.validation):,} validation tokens"

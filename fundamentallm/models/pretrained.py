@@ -60,6 +60,10 @@ class Pretrained(NamedTuple):
     weights: tuple[str, ...]
     """Names of the files that hold the weights."""
 
+    def __str__(self) -> str:
+        how = f"trained as transformers makes it, since {self.why_not}" if self.shape is None else "as a Transformer"
+        return f"a {self.config.get('model_type')} model, {how}"
+
     @property
     def context(self) -> int | None:
         """Most tokens that the model sees at once; None: it does not say, and has no limit as far as it says."""
@@ -170,26 +174,26 @@ def shape_of(saved: dict[str, Any]) -> ModelConfig:
         ConfigError: if there is none, saying why.
     """
     if saved.get("model_type") not in ("qwen3", "llama"):
-        raise ConfigError(f"the model's type is {saved.get('model_type')!r}; allowed: qwen3, llama (our Transformer).")
+        raise ConfigError(f"its type is {saved.get('model_type')!r}, and the Transformer's are 'qwen3' and 'llama'")
     if lacking := [name for name in REQUIRED if name not in saved]:
-        raise ConfigError(f"the model's config.json lacks {', '.join(lacking)}.")
+        raise ConfigError(f"its {CONFIG} lacks {', '.join(lacking)}")
     rope = saved.get("rope_parameters") or saved.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     head_dim = saved["hidden_size"] // max(saved["num_attention_heads"], 1)
     wanted = SAME | {"head_dim": (head_dim, None), "pretraining_tp": (1,)}
     problems = [
-        f"{name} is {saved[name]!r}; allowed: {allowed[0]!r}"
+        f"its {name} is {saved[name]!r}, and the Transformer's {allowed[0]!r}"
         for name, allowed in wanted.items()
         if name in saved and saved[name] not in allowed
     ]
     if saved["model_type"] == "qwen3" and "head_dim" not in saved and head_dim != 128:
-        problems.append(f"head_dim is 128, as in Qwen3 where nothing else is said; allowed: {head_dim}")
+        problems.append(f"its head_dim is 128, as Qwen3's where nothing is said, and the Transformer's {head_dim}")
     if kind != "default":
-        problems.append(f"the rotary positions are of the type {kind!r}; allowed: 'default'")
+        problems.append(f"its rotary positions are of the type {kind!r}, and the Transformer's 'default'")
     if set(saved.get("layer_types") or []) - {"full_attention"}:
-        problems.append("layer_types has others than 'full_attention'")
+        problems.append("its layer_types has others than 'full_attention', which all of the Transformer's are")
     if problems:
-        raise ConfigError("; ".join(problems) + ".")
+        raise ConfigError("; ".join(problems))
     return ModelConfig(
         **{ours: saved[theirs] for theirs, ours in REQUIRED.items()},
         num_kv_heads=saved.get("num_key_value_heads") or saved["num_attention_heads"],
@@ -211,8 +215,8 @@ def transformers_model(pretrained: Pretrained) -> nn.Module:
         import transformers
     except ImportError as error:
         raise ConfigError(
-            f"{pretrained.folder} has to be opened by transformers, since {pretrained.why_not.rstrip('.')}, and it is "
-            "not installed; pip install 'fundamentallm[hf]'."
+            f"{pretrained.folder} needs transformers, which is not installed, since {pretrained.why_not}; pip install "
+            "'fundamentallm[hf]'."
         ) from error
     named = pretrained.config.get("architectures") or []
     if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in named):

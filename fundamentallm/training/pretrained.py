@@ -8,20 +8,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
+from torch import nn
 
 from fundamentallm.config import Config, DataConfig, ModelConfig, expand_user
 from fundamentallm.data.tokenizers import create_tokenizer, read_tokenizer
 from fundamentallm.errors import CheckpointError, ConfigError
-from fundamentallm.models.pretrained import TOKENIZER, Pretrained
+from fundamentallm.models.pretrained import TOKENIZER, Pretrained, find_pretrained, transformers_model
 from fundamentallm.training.manifest import TENSORS, read_manifest
 from fundamentallm.training.resume import like_of
 from fundamentallm.training.stored import check_checkpoint, load_weights
+from fundamentallm.training.team import Team
 
 if TYPE_CHECKING:
     from fundamentallm.training.trainer import Trainer
 
 BESIDE = ("init_from", "pretrained", "dropout")
 """Settings of the model that are not its shape."""
+
+
+def open_pretrained(config: Config) -> tuple[Config, Pretrained | None, nn.Module | None]:
+    """What `model.pretrained` says, where it is set, on all processes together: the config with what its folder says,
+    the folder, and the model that transformers makes of it, where it is none of ours.
+
+    Raises:
+        ConfigError: if it cannot be opened, or contradicts other settings.
+        FundamentaLLMError: on the other processes.
+    """
+    if config.model.pretrained is None:
+        return config, None, None
+    with Team().together():
+        pretrained = find_pretrained(config.model.pretrained)
+        config = completed(config, pretrained)
+        return config, pretrained, None if pretrained.shape is not None else transformers_model(pretrained)
 
 
 def completed(config: Config, pretrained: Pretrained) -> Config:
@@ -90,14 +108,15 @@ def begin_from_pretrained(trainer: Trainer, pretrained: Pretrained) -> None:
     load_weights(pretrained.folder, pretrained.weights, trainer.model, like_of(trainer))
 
 
-def begin_from_checkpoint(trainer: Trainer, checkpoint: Path, tokenizer: Tokenizer) -> None:
-    """Begin from a checkpoint's weights.
+def begin_from_checkpoint(trainer: Trainer, tokenizer: Tokenizer) -> None:
+    """Begin from the weights of the checkpoint `model.init_from`.
 
     Raises:
         CheckpointError: if it is damaged, or of a model of another shape.
         ConfigError: if its tokens mean something else.
     """
-    checkpoint = Path(expand_user(str(checkpoint)))
+    assert isinstance(trainer.run_config, Config)
+    checkpoint = Path(expand_user(trainer.run_config.model.init_from or ""))
     trainer.team.from_first(lambda: check_checkpoint(checkpoint))
     theirs = checkpoint / TOKENIZER
     if theirs.exists() and json.loads(theirs.read_text(encoding="utf-8")) != json.loads(tokenizer.to_str()):
