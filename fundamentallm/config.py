@@ -87,12 +87,6 @@ class ModelConfig(Section):
     """RMS-normalise queries and keys for each head (opens in transformers as Qwen3; without, as Llama)."""
 
     def _relations(self) -> Iterator[tuple[tuple[str, ...], str]]:
-        if self.init_from is not None and self.pretrained is not None:
-            yield (
-                ("init_from", "pretrained"),
-                f"init_from is {self.init_from!r} and pretrained is {self.pretrained!r}; allowed: one of them. (A "
-                "checkpoint of ours is a pretrained folder too.)",
-            )
         if self.d_model % max(2 * self.num_heads, 1):
             yield (
                 ("d_model", "num_heads"),

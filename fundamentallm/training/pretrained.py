@@ -58,6 +58,11 @@ def completed(config: Config, pretrained: Pretrained) -> Config:
         problems.append(
             f"model.{entry.name} is {value!r} and {pretrained.folder} {has}; leave it out: the shape is the folder's."
         )
+    if config.model.init_from is not None:
+        problems.append(
+            f"model.init_from is {config.model.init_from!r} and model.pretrained {config.model.pretrained!r}; allowed: "
+            "one of them. (A checkpoint of ours is a pretrained model too.)"
+        )
     length, most = config.data.sequence_length, pretrained.context
     if pretrained.shape is None and config.model.dropout:
         problems.append(

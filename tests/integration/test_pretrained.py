@@ -193,6 +193,7 @@ def test_a_sharded_run_is_the_same_and_its_weights_are_put_together(
         ("gpt2", {"vocab_size": 308}, {"sequence_length": 24}, []),
         ("gpt2", {"vocab_size": 300, "num_layers": 2}, {}, ["model.vocab_size is 300", "model.num_layers is 2"]),
         ("gpt2", {"dropout": 0.1}, {"sequence_length": 25}, ["model.dropout is 0.1", "data.sequence_length is 25"]),
+        ("gpt2", {"init_from": "checkpoint"}, {}, ["model.init_from is 'checkpoint'"]),
         ("llama", {}, {"tokenizer": "byte"}, ["data.tokenizer is 'byte'"]),
         ("llama", {}, {"tokenizer": "bpe:300"}, ["data.tokenizer is 'bpe:300'"]),
         ("llama", {}, {"tokenizer": "gpt2/tokenizer.json"}, []),
@@ -232,8 +233,3 @@ def test_a_folder_without_a_tokenizer_needs_one_to_be_named(folders: dict[str, P
         completed(made, find_pretrained(str(tmp_path / "llama")))
     data = dataclasses.replace(made.data, tokenizer=str(tokenizer))
     assert completed(dataclasses.replace(made, data=data), find_pretrained(str(tmp_path / "llama"))).data == data
-
-
-def test_init_from_and_pretrained_exclude_each_other() -> None:
-    with pytest.raises(ConfigError, match="one of them"):
-        ModelConfig(init_from="a", pretrained="b")
