@@ -128,7 +128,10 @@ def run_tasks(
     Raises:
         ConfigError: if a task is not known.
     """
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    folder = None if include_path is None else str(include_path)
+    manager = TaskManager(include_path=folder, include_defaults=False)
+    if not all(manager.match_tasks([task]) for task in tasks):  # those of lm-eval take many seconds to list
+        manager = TaskManager(include_path=folder)
     if unknown := [task for task in tasks if not manager.match_tasks([task])]:
         raise ConfigError(f"--tasks has {', '.join(unknown)}, which lm-eval does not know; see: lm-eval ls tasks.")
     found = simple_evaluate(

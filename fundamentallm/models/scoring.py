@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from fundamentallm.config import CHUNK, IGNORE_INDEX
 from fundamentallm.models.transformer import Transformer
 
-MOST_BLOCKS, FEWEST_BLOCKS = 64, 8
-"""Blocks that a text's windows are put together to, for the confidence interval of their mean."""
+FEWEST_BLOCKS = 8
+"""Of windows, from whose means the confidence interval of a text's mean is told."""
 
 
 class Scores(NamedTuple):
@@ -87,18 +87,19 @@ def windows(num_tokens: int, context: int, stride: int) -> Iterator[Window]:
 def interval(losses: Sequence[float], counts: Sequence[int], confidence: float) -> tuple[float, float] | None:
     """Confidence interval of the mean loss of a target, of a text like this one; None where it is too short for one.
 
-    By batch means: windows of a text are not independent of their neighbours, so up to 64 blocks are made of
-    neighbouring ones; the mean is the ratio of the blocks' summed losses to their summed targets, its variance that of
-    a ratio of block totals (Cochran, Sampling Techniques, 1977, chapter 6), and its distribution Student's.
+    By batch means: windows of a text are not independent of their neighbours, so n of them make about sqrt(n) blocks of
+    as many neighbours each (Flegal and Jones, Annals of Statistics 38, 2010). The mean is the ratio of the blocks'
+    summed losses to their summed targets, its variance that of such a ratio (Cochran, Sampling Techniques, 1977,
+    chapter 6), and its distribution Student's.
 
     Args:
         losses: summed over the targets of each window, in the order of the text.
         counts: targets of each window.
         confidence: probability that the interval holds the mean, such as 0.95.
     """
-    blocks = min(len(losses), MOST_BLOCKS)
-    if blocks < FEWEST_BLOCKS:
+    if len(losses) < FEWEST_BLOCKS:
         return None
+    blocks = max(math.isqrt(len(losses)), FEWEST_BLOCKS)
     totals, sizes = (
         np.array([part.sum() for part in np.array_split(np.asarray(values, dtype=np.float64), blocks)])
         for values in (losses, counts)
