@@ -63,14 +63,14 @@ def main(arguments: Sequence[str], program: str) -> int:
     tasks.add_argument("--limit", type=int, metavar="N", help="documents of each task [all]")
     options = parser.parse_args(arguments)
     _check(options)
-    opened = open_model(options.checkpoint)
     if options.tasks is not None:
         from fundamentallm.commands.harness import run_tasks
 
+        opened = open_model(options.checkpoint)
         results = run_tasks(opened, options.tasks, options.include_path, options.limit, options.batch_size)
         _show_tasks(results, options.json)
         return 0
-    _show(_evaluate(opened, options), options.json)
+    _show(_evaluate(open_model(options.checkpoint), options), options.json)
     return 0
 
 

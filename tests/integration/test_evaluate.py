@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,13 @@ def test_a_wrong_argument_is_named(run: Path, arguments: list[str], named: str) 
     with pytest.raises(ConfigError) as caught:
         command.main(["--checkpoint", str(run), *arguments], "evaluate")
     assert named in str(caught.value)
+
+
+def test_without_lm_eval_its_tasks_name_the_extra(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "fundamentallm.commands.harness", raising=False)
+    with pytest.raises(ConfigError, match=r"fundamentallm\[eval\]"):
+        command.main(["--checkpoint", str(run), "--tasks", "arc_easy"], "evaluate")
 
 
 def test_another_text_than_the_run_had_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
