@@ -220,3 +220,14 @@ def test_the_cache_of_hugging_face_is_looked_into(tmp_path: Path, monkeypatch: p
     (repo / "refs" / "main").write_text(commit)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     assert find_pretrained("somebody/something").folder == repo / "snapshots" / commit
+
+
+def test_estimate_takes_the_shape_of_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from fundamentallm.commands.estimate import main
+
+    model = llama(tmp_path)
+    assert main(["--model.pretrained", str(tmp_path), "--devices", "1"], "estimate") == 0
+    assert f"{sum(parameter.numel() for parameter in model.parameters()):,};" in capsys.readouterr().out
+    write(tmp_path, mlp_bias=True)
+    with pytest.raises(ConfigError, match="mlp_bias"):
+        main(["--model.pretrained", str(tmp_path)], "estimate")
