@@ -137,6 +137,7 @@ def _generate(
 ) -> Iterator[dict[int, int]]:
     device = next(model.parameters()).device
     generators = [torch.Generator(device).manual_seed(seed + index) for index in range(len(prompts))]
+    context = min(context, max(map(len, prompts)) + max_new_tokens)  # more will not be there: nor is memory kept for it
     reader: Reader = Cached(model, context) if isinstance(model, Transformer) else Theirs(model, context)
     texts, rows, seen = [list(prompt) for prompt in prompts], list(range(len(prompts))), None
     was_training = model.training

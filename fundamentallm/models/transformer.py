@@ -140,7 +140,7 @@ class Head(nn.Linear):
     """Output projection, without a bias: to logits, or straight to what is made of them."""
 
     def forward(self, x: Tensor, of_hidden: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
-        """Logits (B, T, V) of x (B, T, D); or `of_hidden` of x and the weights (V, D), which makes a chunk at a time.
+        """Logits (B, T, V) of x (B, T, D); or `of_hidden` of x and the weights (V, D): a chunk at a time.
 
         Within this call, since only here FSDP2 has the weights whole.
         """

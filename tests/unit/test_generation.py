@@ -165,6 +165,11 @@ def test_texts_of_a_batch_are_those_of_each_alone(model: Transformer, stop: tupl
 def test_each_token_is_computed_once_and_half_a_context_once_more_where_the_window_moves(model: Transformer) -> None:
     computed = []
     model.get_input_embeddings().register_forward_pre_hook(lambda _, ids: computed.append(ids[0].numel()))
+    caches, new_cache = [], model.new_cache
+    model.new_cache = lambda slots: caches.append(slots) or new_cache(slots)
+    list(generate(model, PROMPT, 2, 10**9))
+    assert caches == [7]
+    computed.clear()
     list(generate(model, PROMPT, 40, CONTEXT))
     assert computed[:4] == [5, 1, 1, 1]  # now the context is full
     assert computed[4:] == [4, 1, 1, 1, 1] * 7 + [4]
