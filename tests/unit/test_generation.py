@@ -121,7 +121,7 @@ def test_a_top_k_of_the_vocabulary_or_more_changes_nothing(model: Transformer, t
 
 @pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9])
 def test_top_p_draws_among_the_fewest_tokens_that_have_it_together(model: Transformer, top_p: float) -> None:
-    text = list(generate(model, PROMPT, 400, CONTEXT, temperature=2.0, top_p=top_p))
+    text = list(generate(model, PROMPT, 150, CONTEXT, temperature=2.0, top_p=top_p))
     seen = set()
     for ids, token in zip(windows(PROMPT, text), text, strict=True):
         probabilities = (last_logits(model, ids) / 2.0).softmax(0)
@@ -217,8 +217,8 @@ def test_tokens_are_as_frequent_as_the_model_and_the_temperature_say(temperature
         model.get_input_embeddings().weight.copy_(model.get_input_embeddings().weight[0].expand(6, -1).clone())
     expected = (last_logits(model, [0]) / temperature).softmax(0)
     assert expected.max() - expected.min() > 0.1
-    drawn = torch.tensor(list(generate(model, [0], 2000, 1, temperature)))
-    assert (drawn.bincount(minlength=6) / 2000 - expected).abs().max() < 0.04
+    drawn = torch.tensor(list(generate(model, [0], 1000, 1, temperature)))
+    assert (drawn.bincount(minlength=6) / 1000 - expected).abs().max() < 0.05
 
 
 @pytest.mark.parametrize("training", [True, False])
