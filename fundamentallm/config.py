@@ -25,6 +25,8 @@ IGNORE_INDEX = -100
 """Target that is not trained on: torch's and transformers' convention."""
 
 BUILT_IN_CORPUS = "python-docs"
+END_OF_TEXT = "<|endoftext|>"
+"""Token that ends a text, where a vocabulary has it (GPT-2's)."""
 
 # The tables behind these names live in the modules that import torch (a test holds the two together).
 OPTIMIZER_NAMES = ("adamw", "adam", "sgd", "muon")
@@ -83,8 +85,12 @@ class ModelConfig(Section):
     """Use the embedding table as the output projection too."""
     rope_theta: float = 10000.0
     """Base of the rotary wavelengths, in tokens (RoFormer, arXiv:2104.09864)."""
+    norm_epsilon: float = 1e-6
+    """Added to the mean square of the features that an RMSNorm divides by the root of."""
     init_from: str | None = None
     """A checkpoint whose weights a new run begins with (nothing else of it); null: random weights."""
+    pretrained: str | None = None
+    """A folder, or cached name, of transformers' format: what a new run goes on training; the shape is then its own."""
     qk_norm: bool = True
     """RMS-normalise queries and keys for each head (opens in transformers as Qwen3; without, as Llama)."""
     zero_init_residual: bool = False
@@ -105,7 +111,9 @@ class ModelConfig(Section):
             )
 
     def resolved(self) -> ModelConfig:
-        """The same shape with every derived default filled in."""
+        """The same shape with every derived default filled in; with `pretrained`, they are not known yet."""
+        if self.pretrained is not None:
+            return self
         return dataclasses.replace(
             self,
             num_kv_heads=self.num_kv_heads or self.num_heads,
@@ -120,7 +128,7 @@ class DataConfig(Section):
     source: str = BUILT_IN_CORPUS
     """A text file, a folder, a glob, or 'python-docs': the language reference every CPython carries."""
     tokenizer: str = "char"
-    """'char', 'byte', 'bpe:<vocabulary size>' trained on the training text, or a tokenizer.json file."""
+    """'char' (with model.pretrained: its own), 'byte', 'bpe:<size>' trained on the training text, a tokenizer.json."""
     train_split: float = 0.9
     """Leading fraction of the text that is trained on; the rest is validation (1: no validation)."""
     sequence_length: int = 256

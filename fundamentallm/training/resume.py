@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from fundamentallm.config import expand_user, flat_settings
+from fundamentallm.config import END_OF_TEXT, expand_user, flat_settings
 from fundamentallm.data.datasets import TokenDataset
 from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.models.transformer import Transformer
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fundamentallm.training.trainer import Trainer
 
 FREE = {
-    *("model.init_from", "model.zero_init_residual"),
+    *("model.init_from", "model.pretrained", "model.zero_init_residual"),
     *("output_dir", "callbacks", "callback_options", "trackers", "tracker_options", "sample_tokens"),
     *("data.source", "data.num_workers", "data.cache_dir", "training.peak_tflops"),
     *("training.micro_batch_size", "training.activation_checkpointing", "training.compile"),
@@ -64,17 +64,19 @@ def run_state(trainer: Trainer) -> dict[str, Any]:
 
 def model_files(trainer: Trainer) -> dict[str, str]:
     """What transformers needs beside the weights, as far as it is known."""
-    files, dataset = {}, trainer.train_loader.dataset
+    files, dataset, end_of_text = {}, trainer.train_loader.dataset, None
     if isinstance(dataset, TokenDataset) and dataset.tokenizer is not None:
+        end_of_text = dataset.tokenizer.token_to_id(END_OF_TEXT)
         files["tokenizer.json"] = dataset.tokenizer.to_str()
         # Without this, AutoTokenizer takes the class that the model's type suggests, which splits words its own way.
         tokenizer_class = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         files["tokenizer_config.json"] = json.dumps(tokenizer_class, indent=2)
     if isinstance(trainer.model, Transformer):
-        files["config.json"] = json.dumps(trainer.model.transformers_config(len(dataset[0][0])), indent=2)
+        files["config.json"] = json.dumps(trainer.model.transformers_config(len(dataset[0][0]), end_of_text), indent=2)
     elif to_json := getattr(getattr(trainer.model, "config", None), "to_json_string", None):
-        files["config.json"] = to_json(use_diff=False)
-    return files
+        about = {"architectures": [type(trainer.model).__name__], "dtype": "float32"}
+        files["config.json"] = json.dumps(json.loads(to_json(use_diff=False)) | about, indent=2)
+    return files | trainer.files
 
 
 class Choice(NamedTuple):

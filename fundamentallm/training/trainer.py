@@ -173,6 +173,8 @@ class Trainer:
             "micro_batch": self.micro_batch,
         }
         self.state |= {name: part for name, part in there_or_not.items() if part is not None}
+        self.files: dict[str, str] = {}
+        """Further text files of each checkpoint, by name; in place of those that are made for it."""
         self.stop_switch = StopSwitch(training.max_minutes)
         self._started = False
         self._start_step = 0
