@@ -112,3 +112,5 @@ def test_starts_that_led_elsewhere_are_no_part_of_the_run(tmp_path: Path) -> Non
         file.write('{"step": 35, "num')
     assert [start["number"] for start in read_starts(tmp_path)] == [0, 3, 4]
     assert restarts(tmp_path) == [20, 30]
+    write_start(tmp_path, step=30, number=5)
+    assert [start["number"] for start in read_starts(tmp_path)] == [0, 3, 4, 5]
