@@ -36,6 +36,7 @@ def test_smoothing_has_no_bias_at_the_beginning() -> None:
         ((5, 4.9, 4, 2, 1.5, 1.4, 3), 1e3, 1e5),  # 4.9 to 2 in two decades is less than 4 to 1.5
         ((5, 4.9, 4, 1, 0.9, math.inf), 1e2, 1e4),
         ((5, 4, 3.9, 3.8, 9, 1), 1e1, 1e5),
+        ((5, 4.5, 1, 9, 9, 2), 1e1, 1e2),  # what falls after the smallest comes down from an explosion
     ],
 )
 def test_the_suggestion_is_where_the_loss_falls_fastest(
