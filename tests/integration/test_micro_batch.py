@@ -94,8 +94,9 @@ def test_the_search_finds_the_fewest_parts_and_asks_little(largest: int, room: i
 def test_training_with_gradients_there_and_validation_both_fit(
     tmp_path: Path, room: int, room_to_validate: int, size: int
 ) -> None:
-    trainer = made(tmp_path, room, room_to_validate, max_steps=1)
-    trainer.train()
+    trainer = made(tmp_path, room, room_to_validate)
+    assert trainer.micro_batch is not None
+    trainer.micro_batch.settle(trainer)
     assert trainer.samples.micro_batch_size == trainer.val_samples.micro_batch_size == size  # type: ignore[union-attr]
     assert trainer.model.trained == set(trainer.model.tried)
 
