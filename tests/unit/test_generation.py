@@ -217,8 +217,8 @@ def test_tokens_are_as_frequent_as_the_model_and_the_temperature_say(temperature
         model.get_input_embeddings().weight.copy_(model.get_input_embeddings().weight[0].expand(6, -1).clone())
     expected = (last_logits(model, [0]) / temperature).softmax(0)
     assert expected.max() - expected.min() > 0.1
-    drawn = torch.tensor(list(generate(model, [0], 1000, 1, temperature)))
-    assert (drawn.bincount(minlength=6) / 1000 - expected).abs().max() < 0.05
+    drawn = torch.tensor(list(generate(model, [0], 400, 1, temperature)))
+    assert (drawn.bincount(minlength=6) / 400 - expected).abs().max() < 0.08
 
 
 @pytest.mark.parametrize("training", [True, False])
