@@ -313,6 +313,15 @@ def create_dataloaders(
 
     Raises:
         ConfigError: if a part is too short for one sample, or an id is outside the tokenizer's vocabulary.
+
+    Example:
+        >>> from fundamentallm import Config, DataConfig, create_dataloaders, create_tokenizer
+        >>> text = "to be or not to be " * 100
+        >>> tokenizer = create_tokenizer("char", lambda: [text], lambda: [text])
+        >>> config = Config(data=DataConfig(sequence_length=19))
+        >>> train_loader, val_loader = create_dataloaders(text, tokenizer, config)
+        >>> train_loader.dataset, val_loader.dataset
+        (TokenDataset(90 samples of 19 tokens), TokenDataset(10 samples of 19 tokens))
     """
     parts: Parts
     if isinstance(text_or_tokens, Corpus):

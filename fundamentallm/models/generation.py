@@ -33,6 +33,14 @@ def generate(
 
     Raises:
         ConfigError: if a value is outside its range, before anything is drawn.
+
+    Example:
+        >>> import torch
+        >>> from fundamentallm import ModelConfig, Transformer, generate
+        >>> model = Transformer(ModelConfig(vocab_size=10, d_model=16, num_heads=2, num_layers=1))
+        >>> ids = list(generate(model, [1, 2, 3], max_new_tokens=5, context=16, seed=7))
+        >>> len(ids), ids == list(generate(model, [1, 2, 3], max_new_tokens=5, context=16, seed=7))
+        (5, True)
     """
     ranges = {
         "max_new_tokens": (max_new_tokens, NON_NEGATIVE),
