@@ -85,6 +85,8 @@ class ModelConfig(Section):
     """A checkpoint whose weights a new run begins with (nothing else of it); null: random weights."""
     qk_norm: bool = True
     """RMS-normalise queries and keys for each head (opens in transformers as Qwen3; without, as Llama)."""
+    zero_init_residual: bool = False
+    """Begin with zeros where blocks write to the residual stream, so that each is the identity at first."""
 
     def _relations(self) -> Iterator[tuple[tuple[str, ...], str]]:
         if self.d_model % max(2 * self.num_heads, 1):
@@ -228,6 +230,8 @@ class TrainingConfig(Section):
     """Further keyword arguments of a 'module:name' optimizer."""
     learning_rate: float = 3e-4
     """Peak learning rate, per optimizer step."""
+    adam_learning_rate: float | None = None
+    """Peak learning rate of what muon leaves to AdamW, per optimizer step; null: learning_rate."""
     weight_decay: float = 0.1
     """Decay of matrices (vectors have none), per optimizer step and unit of learning rate."""
     adam_beta1: float = 0.9
@@ -237,7 +241,9 @@ class TrainingConfig(Section):
     adam_epsilon: float = 1e-8
     """Added to the root of Adam's second moment."""
     momentum: float = 0.9
-    """Momentum of sgd, per optimizer step (Muon's is fixed at 0.95, as published)."""
+    """Momentum of sgd, per optimizer step."""
+    muon_momentum: float = 0.95
+    """Momentum of muon, per optimizer step; runs of some hundred steps want less than the published 0.95."""
     lr_scheduler: str = "cosine"
     """constant, linear, cosine, cosine_with_restarts, wsd (warm-up, stable, decay), or 'module:name'."""
     lr_scheduler_options: dict[str, Any] = field(default_factory=dict)
@@ -256,6 +262,8 @@ class TrainingConfig(Section):
     """Arithmetic of the forward and backward pass; default: what the accelerate config says, else no."""
     activation_checkpointing: bool | None = None
     """Recompute each block in the backward pass: memory for time; default: what the accelerate config says, else no."""
+    compile: bool | None = None
+    """Compile the model first (torch.compile), for faster steps; default: what the accelerate config says, else no."""
     max_bad_steps: int = 10
     """Optimizer steps in a row with a loss or gradient that is not finite before the run ends with an error."""
     skip_spikes_above: float | None = None
@@ -309,6 +317,12 @@ class TrainingConfig(Section):
                 ("optimizer_options",),
                 f"optimizer_options is {self.optimizer_options!r} and optimizer is {self.optimizer!r}; "
                 "allowed: options for a 'module:name' optimizer only. Set adam_beta1 and the like directly.",
+            )
+        if self.adam_learning_rate is not None and self.optimizer != "muon":
+            yield (
+                ("adam_learning_rate",),
+                f"adam_learning_rate is {self.adam_learning_rate!r} and optimizer is {self.optimizer!r}; "
+                "allowed: null, but for muon. Set training.learning_rate instead.",
             )
         if self.max_steps is not None and self.warmup_steps >= self.max_steps:
             yield (

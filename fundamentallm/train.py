@@ -79,7 +79,8 @@ def make_trainer(config: Config) -> Trainer:
     from fundamentallm.training.accelerator import create_accelerator
     from fundamentallm.training.trainer import Trainer
 
-    accelerator = create_accelerator(config.training.mixed_precision, config.resolved().training.batch_size)
+    training = config.resolved().training
+    accelerator = create_accelerator(training.mixed_precision, training.batch_size, training.compile)
     callbacks = _check_parts(config)
     is_main = accelerator.is_main_process
     corpus = _local_main_process_first(accelerator, lambda: load_corpus(config.data, show_progress=is_main))

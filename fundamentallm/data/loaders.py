@@ -80,6 +80,7 @@ class StepSampler:
         num_processes: how many share a batch.
         micro_batch_size: most samples of a share to compute at once; None: all.
         drop_last: leave out an epoch's short last batch.
+        is_even: fill all micro-batches up to as many samples, of which no target counts.
 
     Attributes:
         start: where the batches begin; a run whose batch size was changed goes on from where it was.
@@ -94,10 +95,15 @@ class StepSampler:
         num_processes: int = 1,
         micro_batch_size: int | None = None,
         drop_last: bool = False,
+        is_even: bool = False,
     ) -> None:
         self.num_samples, self.batch_size, self.seed, self.drop_last = num_samples, batch_size, seed, drop_last
         self.micro_batch_size = micro_batch_size or batch_size
         self.process_index, self.num_processes = process_index, num_processes
+        self._least = 1  # samples in a micro-batch
+        if is_even:
+            largest = -(-min(batch_size, num_samples) // num_processes)
+            self._least = self.micro_batch_size = -(-largest // -(-largest // self.micro_batch_size))
         self.steps_per_epoch = self._steps_over(num_samples)
         self.samples_per_epoch = min(self.steps_per_epoch * batch_size, num_samples)
         self.start = Start()
@@ -151,14 +157,14 @@ class StepSampler:
         return -(-largest_share // self.micro_batch_size)
 
     def share(self, step: int) -> list[int]:
-        """Dataset indices of this process's share, filled up to one for each micro-batch.
+        """Dataset indices of this process's share, filled up to one for each micro-batch (with `is_even`, to all).
 
         The filling is the batch's first sample, and whoever computes it masks its targets. Thus every process
         always has something to compute, and none leaves the others waiting.
         """
         epoch, first, _ = self._places(step)
         share = self._indices(*self._share(step))
-        lacking = self.micro_batches(step) - len(share)
+        lacking = self.micro_batches(step) * self._least - len(share)
         return share + self._indices(epoch, first, first + 1) * lacking
 
     def _places(self, step: int) -> tuple[int, int, int]:
@@ -197,6 +203,7 @@ def step_sampler(
     process_index: int,
     num_processes: int,
     micro_batch_size: int | None = None,
+    is_even: bool = False,
 ) -> StepSampler:
     """How to run through a user's DataLoader: its batch size, its shuffling (made pure), its drop_last.
 
@@ -228,6 +235,7 @@ def step_sampler(
         num_processes=num_processes,
         micro_batch_size=micro_batch_size,
         drop_last=loader.drop_last,
+        is_even=is_even,
     )
 
 

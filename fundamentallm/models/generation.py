@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -77,8 +78,8 @@ def _generate(
     try:
         ids = torch.tensor([token_ids], device=device)
         for _ in range(max_new_tokens):
-            # (1, T) to (V,), in the precision in which softmax is safe
-            logits = model(ids[:, -context:])[0, -1].float()
+            with _uncompiled(model):  # (1, T) to (V,), in the precision in which softmax is safe
+                logits = model(ids[:, -context:])[0, -1].float()
             if top_k is not None and top_k < len(logits):
                 likeliest = logits.topk(top_k)
                 logits = torch.full_like(logits, float("-inf")).scatter(0, likeliest.indices, likeliest.values)
@@ -90,3 +91,10 @@ def _generate(
             yield int(token)
     finally:
         model.train(was_training)
+
+
+def _uncompiled(model: nn.Module) -> AbstractContextManager[object]:
+    """Meanwhile, compiled modules (a sharded model's blocks) are not: each length would take a compilation."""
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
+    return nullcontext()

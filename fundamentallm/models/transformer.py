@@ -166,13 +166,14 @@ class Transformer(nn.Module):
             self.lm_head.weight = embedding.weight
 
     def initial_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and initial values of the weights, one after the other: normal, smaller where they write to the
-        residual stream; drawn from the CPU's global generator, whatever the device.
+        """Names and initial values of the weights, one after the other: normal, smaller (or zero) where they write to
+        the residual stream; drawn from the CPU's global generator, whatever the device.
         """
+        # 2 additions for each block: their variances add up to that of one (GPT-2). Zeros are drawn too, so that the
+        # other weights are the same with them and without.
+        residual = 0.0 if self.config.zero_init_residual else 1 / math.sqrt(2 * self.config.num_layers)
         for name, parameter in self.named_parameters():
-            # 2 additions for each block: their variances add up to that of one (GPT-2).
-            writes_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            scale = 1 / math.sqrt(2 * self.config.num_layers) if writes_residual else 1.0
+            scale = residual if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
             empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
             yield name, empty.normal_(std=INITIAL_STD * scale) if parameter.ndim == 2 else empty.fill_(1.0)
 

@@ -10,6 +10,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import DistributedDataParallelKwargs, is_torch_xla_available, parse_flag_from_env
 
 from fundamentallm.errors import ConfigError
+from fundamentallm.training.compilation import compile_problems
 from fundamentallm.training.group import join_group
 from fundamentallm.training.launch import (
     DEEPSPEED,
@@ -29,12 +30,15 @@ one of them, still letting go of a tensor of ours, for the interpreter. (Seen in
 at their very end.)"""
 
 
-def create_accelerator(mixed_precision: str | None = None, batch_size: int | None = None) -> Accelerator:
+def create_accelerator(
+    mixed_precision: str | None = None, batch_size: int | None = None, compiles: bool | None = None
+) -> Accelerator:
     """The Accelerator of this process; the first thing a program makes, before anything asks for its rank.
 
     Args:
         mixed_precision: what the config says; None: nothing.
         batch_size: sequences per optimizer step, over all processes; None: not known yet.
+        compiles: `training.compile`; None: not set.
 
     Raises:
         ConfigError: listing whatever the launcher was asked for that contradicts our settings, is not supported, or
@@ -57,12 +61,15 @@ def create_accelerator(mixed_precision: str | None = None, batch_size: int | Non
     # Gradients lie in the buffers that are exchanged, rather than once more beside them.
     data_parallel = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision, kwargs_handlers=[data_parallel])
-    check_accelerator(accelerator, mixed_precision, batch_size)
+    check_accelerator(accelerator, mixed_precision, batch_size, compiles)
     return accelerator
 
 
 def check_accelerator(
-    accelerator: Accelerator, mixed_precision: str | None = None, batch_size: int | None = None
+    accelerator: Accelerator,
+    mixed_precision: str | None = None,
+    batch_size: int | None = None,
+    compiles: bool | None = None,
 ) -> None:
     """Refuse an Accelerator with which a run would silently not be what its config says.
 
@@ -70,6 +77,7 @@ def check_accelerator(
         accelerator: made already.
         mixed_precision: what the config says; None: nothing.
         batch_size: sequences per optimizer step, over all processes; None: not known yet.
+        compiles: `training.compile`; None: not set.
 
     Raises:
         ConfigError: listing what to change.
@@ -95,6 +103,7 @@ def check_accelerator(
         )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         problems.append("mixed_precision is 'fp16', which accelerate computes as fp32 on a CPU; use no or bf16.")
+    problems += compile_problems(accelerator, compiles)
     problems += idle_processes(batch_size, accelerator.num_processes)
     if problems:
         raise ConfigError(problems)

@@ -37,10 +37,12 @@ class CrossEntropy(nn.Module):
         float32, torch computes each chunk's gradients with its loss (since 2.13); else each chunk's logits are computed
         again in the backward pass. (From 1024 tokens on, that took 0.5 to 0.9 and 1.0 to 1.5 of the time of whole
         logits on a CPU; for 65 tokens, twice.) A loss of somebody else's gets all logits: it may look at several
-        tokens at once.
+        tokens at once. So does a compiler, which fuses what is made of them: it keeps the logits and their gradient
+        only; the loop over chunks would be written out in its graph, and torch's function break it.
         """
         hidden, targets = hidden.flatten(0, -2), targets.flatten()
-        if len(weight) < LARGE_VOCABULARY or len(hidden) <= CHUNK or type(self) not in LOSSES.values():
+        is_small = len(weight) < LARGE_VOCABULARY or len(hidden) <= CHUNK
+        if is_small or type(self) not in LOSSES.values() or torch.compiler.is_compiling():
             return self(F.linear(hidden, weight), targets)  # type: ignore[no-any-return]
         learns = torch.is_grad_enabled()
         # It adds up in the precision of its input, which of narrow numbers is too rough a sum.

@@ -33,13 +33,14 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     """
     a, b, c = NEWTON_SCHULZ
     x: Tensor = matrices.float() if matrices.device.type == "cpu" else matrices.bfloat16()
+    x = x.reshape(-1, *x.shape[-2:])  # one batch, which baddbmm takes: product, scaling and sum in one kernel
     wide = x.shape[-2] <= x.shape[-1]  # the smaller Gram matrix is the cheaper one
-    x = x if wide else x.mT
+    x = x if wide else x.mT.contiguous()
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x if wide else x.mT
+        x = x.baddbmm(gram.baddbmm(gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x if wide else x.mT).reshape(matrices.shape)
 
 
 def _orthogonalize_all(matrices: Tensor) -> Tensor:
@@ -131,7 +132,7 @@ class Muon(Optimizer):
         lr: float,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        momentum: float = 0.95,
+        momentum: float = TrainingConfig.muon_momentum,
         fused: bool = False,
     ) -> None:
         # torch's name for "skips by itself where `found_inf` is set", for GradScaler and for the trainer.
@@ -243,10 +244,12 @@ def create_optimizer(
     learning_rate: float,
     weight_decay: float = 0.0,
     *,
+    adam_learning_rate: float | None = TrainingConfig.adam_learning_rate,
     adam_beta1: float = TrainingConfig.adam_beta1,
     adam_beta2: float = TrainingConfig.adam_beta2,
     adam_epsilon: float = TrainingConfig.adam_epsilon,
     momentum: float = TrainingConfig.momentum,
+    muon_momentum: float = TrainingConfig.muon_momentum,
     **options: Any,
 ) -> Optimizer:
     """An optimizer over the model's trainable parameters, fused where the device has it.
@@ -256,10 +259,12 @@ def create_optimizer(
         optimizer_type: adamw, adam, sgd, muon, or 'module:name' of an `Optimizer` class.
         learning_rate: peak, per step.
         weight_decay: of matrices; decoupled (adamw, muon) or added to the gradient (adam, sgd).
+        adam_learning_rate: of what muon leaves to AdamW; None: `learning_rate`.
         adam_beta1: decay of the first moment.
         adam_beta2: decay of the second moment.
         adam_epsilon: added to the root of the second moment.
         momentum: of sgd.
+        muon_momentum: of muon.
         options: further keyword arguments of a 'module:name' class.
 
     Raises:
@@ -274,11 +279,13 @@ def create_optimizer(
     """
     problems = range_problems(
         learning_rate=learning_rate,
+        adam_learning_rate=adam_learning_rate,
         weight_decay=weight_decay,
         adam_beta1=adam_beta1,
         adam_beta2=adam_beta2,
         adam_epsilon=adam_epsilon,
         momentum=momentum,
+        muon_momentum=muon_momentum,
     )
     kind = optimizer_type.lower()
     if options and kind in OPTIMIZER_NAMES:
@@ -311,8 +318,9 @@ def create_optimizer(
         hidden = _hidden_matrices(model)
         rest = _decay_groups((p for p in parameters if p not in hidden), weight_decay)
         groups = [{"params": [p for p in parameters if p in hidden], "weight_decay": weight_decay, "muon": True}]
-        groups = [group for group in groups if group["params"]] + [{**group, "muon": False} for group in rest]
-        return Muon(groups, lr=learning_rate, betas=betas, eps=adam_epsilon, fused=fused)
+        adam = {"muon": False, "lr": learning_rate if adam_learning_rate is None else adam_learning_rate}
+        groups = [group for group in groups if group["params"]] + [group | adam for group in rest]
+        return Muon(groups, learning_rate, betas, adam_epsilon, muon_momentum, fused)
     made_by = resolve("optimizer", optimizer_type, dict.fromkeys(OPTIMIZER_NAMES))
     try:
         return made_by(groups, lr=learning_rate, **options)  # type: ignore[no-any-return]

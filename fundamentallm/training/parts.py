@@ -19,10 +19,12 @@ def make_optimizer(config: TrainingConfig, model: nn.Module) -> Optimizer:
         config.optimizer,
         config.learning_rate,
         config.weight_decay,
+        adam_learning_rate=config.adam_learning_rate,
         adam_beta1=config.adam_beta1,
         adam_beta2=config.adam_beta2,
         adam_epsilon=config.adam_epsilon,
         momentum=config.momentum,
+        muon_momentum=config.muon_momentum,
         **config.optimizer_options,
     )
 

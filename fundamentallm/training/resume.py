@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from fundamentallm.training.trainer import Trainer
 
 FREE = {
-    "model.init_from",
+    *("model.init_from", "model.zero_init_residual"),
     *("output_dir", "callbacks", "sample_tokens", "data.source", "data.num_workers", "data.cache_dir"),
-    *("training.micro_batch_size", "training.activation_checkpointing", "training.checkpoint_dir"),
-    *("training.keep_last_n", "training.max_bad_steps"),
+    *("training.micro_batch_size", "training.activation_checkpointing", "training.compile"),
+    *("training.checkpoint_dir", "training.keep_last_n", "training.max_bad_steps"),
     *("training.save_every_n_epochs", "training.save_every_n_steps", "training.log_every_n_steps"),
     *("training.eval_every_n_epochs", "training.eval_every_n_steps", "training.max_minutes"),
     *("training.early_stopping_patience", "training.early_stopping_metric", "training.early_stopping_mode"),

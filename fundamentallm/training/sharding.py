@@ -18,11 +18,17 @@ from torch.distributed.tensor import distribute_tensor
 from torch.optim import SGD, Optimizer
 
 from fundamentallm.errors import ConfigError
+from fundamentallm.training.compilation import compile_in_place
 from fundamentallm.training.loss import ModelWithLoss
 
 
 def prepare_model(
-    accelerator: Accelerator, model: nn.Module, loss_fn: Any, seed: int, activation_checkpointing: bool | None = None
+    accelerator: Accelerator,
+    model: nn.Module,
+    loss_fn: Any,
+    seed: int,
+    activation_checkpointing: bool | None = None,
+    compiles: bool = False,
 ) -> nn.Module:
     """Model and loss in one module, on its device and spread as the processes were launched.
 
@@ -34,6 +40,7 @@ def prepare_model(
         seed: of initial weights that are drawn here.
         activation_checkpointing: whether to compute each block again in the backward pass; None: as the accelerate
             config says.
+        compiles: whether to compile it; under FSDP2, each block by itself, since its weights come and go.
 
     Raises:
         ConfigError: if the model, or the accelerate config, does not allow it.
@@ -53,8 +60,16 @@ def prepare_model(
             )
         model.gradient_checkpointing_enable()  # type: ignore[operator]
     if not accelerator.is_fsdp2:
-        prepared: nn.Module = accelerator.prepare_model(ModelWithLoss(model.to(accelerator.device), loss_fn))
-        return prepared
+        whole = ModelWithLoss(model.to(accelerator.device), loss_fn)
+        compiler = accelerator.state.dynamo_plugin
+        backend = compiler.backend
+        if compiles:
+            compile_in_place(accelerator, [whole])
+        compiler.backend = DynamoBackend.NO  # or accelerate would compile it too, wrapped
+        try:
+            return accelerator.prepare_model(whole)  # type: ignore[no-any-return]
+        finally:
+            compiler.backend = backend
     if isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
         raise ConfigError("fsdp_offload_params is true in the accelerate config; allowed: false.")
     if is_meta:
@@ -65,6 +80,8 @@ def prepare_model(
                 copy.deepcopy(layer).to_empty(device="cpu").reset_parameters()
     else:
         _begin_alike(accelerator, model)
+    if compiles:
+        compile_in_place(accelerator, _blocks(model))
     _shard(accelerator, model)
     if is_meta:
         model.to_empty(device=accelerator.device)
@@ -83,16 +100,23 @@ def _recomputes(accelerator: Accelerator, wanted: bool | None) -> bool:
     return bool(wanted or launched)
 
 
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    kinds = getattr(model, "_no_split_modules", None) or ()
+    blocks = [module for module in model.modules() if type(module).__name__ in kinds]
+    if not blocks:
+        raise ConfigError(
+            f"training.compile is true and the model, a {type(model).__name__}, does not name its blocks' classes in "
+            "_no_split_modules, as transformers' models and our Transformer do; set it to false under FSDP2."
+        )
+    return blocks
+
+
 def _shard(accelerator: Accelerator, model: nn.Module) -> None:
-    plugin, compiler = accelerator.state.fsdp_plugin, accelerator.state.dynamo_plugin
+    plugin = accelerator.state.fsdp_plugin
     # accelerate's own policy adds gradients up in the precision of the forward pass.
     computed_in = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=computed_in, reduce_dtype=torch.float32)
     plugin.cpu_ram_efficient_loading = False  # `_begin_alike` and `_fill` see to the same
-    if compiler.backend != DynamoBackend.NO:
-        kinds = getattr(model, "_no_split_modules", None) or ()
-        for block in [module for module in model.modules() if type(module).__name__ in kinds]:
-            block.compile(**compiler.to_kwargs())  # in place: a wrapper would change the parameters' names
     # Not by accelerator.prepare, which wants the optimizer too, and finds its parameters by their addresses: those of
     # the meta device have none.
     fsdp2_prepare_model(accelerator, model)

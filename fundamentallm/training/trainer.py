@@ -29,6 +29,7 @@ from fundamentallm.errors import ConfigError, TrainingError
 from fundamentallm.training.accelerator import check_accelerator, create_accelerator, kept_groups
 from fundamentallm.training.callbacks import Callback, CallbackList, default_callbacks
 from fundamentallm.training.checkpoint import CheckpointManager
+from fundamentallm.training.compilation import compile_seconds, is_compiled
 from fundamentallm.training.evaluation import evaluate
 from fundamentallm.training.guard import Guard
 from fundamentallm.training.loss import create_loss
@@ -101,17 +102,22 @@ class Trainer:
     ) -> None:
         config = config.resolved()
         training = config.training if isinstance(config, Config) else config
-        launch = training.mixed_precision, getattr(train_loader, "batch_size", None)
+        launch = training.mixed_precision, getattr(train_loader, "batch_size", None), training.compile
         if accelerator is not None:
             check_accelerator(accelerator, *launch)
         self.accelerator = accelerator or create_accelerator(*launch)
         # What the launcher said about it is a part of the run as if the config had.
-        self.config = training = replace(training, mixed_precision=self.accelerator.mixed_precision)
+        self.config = training = replace(
+            training,
+            mixed_precision=self.accelerator.mixed_precision,
+            compile=is_compiled(self.accelerator, training.compile),
+        )
         self.run_config = replace(config, training=training) if isinstance(config, Config) else training
         place = self.accelerator.process_index, self.accelerator.num_processes, training.micro_batch_size
         self.train_loader, self.val_loader = train_loader, val_loader
-        self.samples = step_sampler("train_loader", train_loader, training.seed, *place)
-        self.val_samples = step_sampler("val_loader", val_loader, 0, *place) if val_loader is not None else None
+        even = bool(training.compile)  # so that it is for one shape
+        self.samples = step_sampler("train_loader", train_loader, training.seed, *place, even)
+        self.val_samples = step_sampler("val_loader", val_loader, 0, *place, even) if val_loader is not None else None
         self.batch_size, self.steps_per_epoch = self.samples.batch_size, self.samples.steps_per_epoch
         self.total_steps = self._total_steps()
         self._check(optimizer, scheduler)
@@ -119,7 +125,7 @@ class Trainer:
         self.model, loss_fn = model, loss_fn or create_loss(training.loss, **training.loss_options)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._step_model = prepare_model(
-            self.accelerator, model, loss_fn, training.seed, training.activation_checkpointing
+            self.accelerator, model, loss_fn, training.seed, training.activation_checkpointing, bool(training.compile)
         )
         if optimizer is not None and self.is_sharded:
             follow(optimizer, names, model)
@@ -168,6 +174,7 @@ class Trainer:
         self.was_rewound = False
         """Whether this run went back to an earlier checkpoint, so that what came after it is another course."""
         self._log_mark = (0.0, 0)  # when the window of the next log line began, and at how many tokens
+        self._compile_mark = 0.0  # how much of the compiler's time has been told
 
     def _check(self, optimizer: Optimizer | None, scheduler: LRScheduler | None) -> None:
         """Refuse arguments and settings that contradict each other."""
@@ -303,7 +310,7 @@ class Trainer:
 
     def _close_step(self, logged: bool = True) -> bool:
         config, progress = self.config, self._progress
-        started = time.perf_counter()
+        started = _clock()
         validates = self.val_loader is not None and (
             progress.validation_due
             or self.global_step == self.total_steps
@@ -317,7 +324,7 @@ class Trainer:
         if self._save_requested is not None or self._due(config.save_every_n_steps, config.save_every_n_epochs):
             self._end_if_diverged(int(self._guard.counts[0]))  # before it is saved
             self._save_if_possible()
-        self._log_mark = (self._log_mark[0] + time.perf_counter() - started, self._log_mark[1])
+        self._log_mark = (self._log_mark[0] + _clock() - started, self._log_mark[1])
         if self.checkpoint_manager is not None:
             self.stop_switch.seconds_to_save = self.checkpoint_manager.seconds
             if self.checkpoint_manager.has_failed:
@@ -343,7 +350,8 @@ class Trainer:
         tokens, bad_in_a_row, bad, spikes = torch.stack((self._progress.tokens, *self._guard.counts)).tolist()
         total, count = self._progress.loss.totals.tolist()
         self._progress.loss.reset()
-        now, (since, tokens_then) = time.perf_counter(), self._log_mark
+        self._tell_compiled()
+        now, (since, tokens_then) = _clock(), self._log_mark
         self._log_mark = now, tokens
         line = {
             "step": self.global_step,
@@ -360,6 +368,11 @@ class Trainer:
         self.metrics.update(line)
         self.callbacks.on_log(self, line)
         self._end_if_diverged(bad_in_a_row)
+
+    def _tell_compiled(self) -> None:
+        told, self._compile_mark = self._compile_mark, compile_seconds()
+        if self._compile_mark > told:
+            self.say(f"compiled in {self._compile_mark - told:.1f} s")
 
     def _end_if_diverged(self, bad_in_a_row: int) -> None:
         """Raise TrainingError if the guard has stopped the run; such a state is never saved."""
@@ -401,6 +414,7 @@ class Trainer:
             self.accelerator,
             is_interrupted=lambda: self.stop_switch.poll() >= gravest,
         )
+        self._tell_compiled()
         self._progress.validation_due = metrics is None
         if metrics is None:
             return False
@@ -491,7 +505,7 @@ class Trainer:
         self._step_model.train()
         self.model.zero_grad()  # what a caller, or a step that raised, may have left
         self.callbacks.on_train_begin(self)
-        self._log_mark = time.perf_counter(), int(self._progress.tokens)
+        self._log_mark, self._compile_mark = (_clock(), int(self._progress.tokens)), compile_seconds()
 
     def _finish(self) -> None:
         """Save the end, whatever the reason, and wait until it is saved."""
@@ -520,3 +534,8 @@ class Trainer:
         """Print a line, beside the progress bar and on the main process only."""
         if self.is_main_process:
             tqdm.write(text)
+
+
+def _clock() -> float:
+    """Seconds, not counting those in which the model is compiled: once, whatever the length of the run."""
+    return time.perf_counter() - compile_seconds()

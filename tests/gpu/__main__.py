@@ -34,8 +34,8 @@ def main() -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device; give --device cpu to try the checks out.")
 
-    machine = _machine(options.device)
-    say_table(list(machine.items()), "<<")
+    about = machine(options.device)
+    say_table(list(about.items()), "<<")
     findings = []
     with tempfile.TemporaryDirectory(prefix="fundamentallm-gpu-") as folder:
         runs = Runs(Path(folder), options.device)
@@ -45,7 +45,7 @@ def main() -> int:
             say(f"    {findings[-1].status}: {findings[-1].text}")
     say("")
     say_table([(f.name, f.status, f"{f.seconds:.0f} s", shortened(f.text, 120)) for f in findings], "<<><")
-    results = {"machine": machine, "checks": [dataclasses.asdict(finding) for finding in findings]}
+    results = {"machine": about, "checks": [dataclasses.asdict(finding) for finding in findings]}
     options.output.write_text(json.dumps(results, indent=2) + "\n")
     say(f"written to {options.output}")
     return int(any(finding.status == "FAILED" for finding in findings))
@@ -62,7 +62,7 @@ def _finding(name: str, runs: Runs) -> Finding:
     return Finding(name, status, text, time.perf_counter() - started)
 
 
-def _machine(device: str) -> dict[str, str]:
+def machine(device: str) -> dict[str, str]:
     """Hardware and versions."""
     found = {"device": platform.processor() or platform.machine()}
     if device == "cuda":

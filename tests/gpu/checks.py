@@ -54,16 +54,17 @@ def sharded(runs: Runs) -> str:
 
 
 def compiled(runs: Runs) -> str:
-    """Compiled by accelerate's dynamo_backend, the run learns the same, faster."""
-    backend = "inductor" if runs.on_gpu else "eager"
+    """Compiled, the run learns the same, faster."""
     plain = runs.run(runs.config("precision-bf16", mixed_precision="bf16"))
-    launch = ["--config_file", str(ROOT / f"accelerate_configs/{'single_gpu' if runs.on_gpu else 'cpu'}.yaml")]
-    launch += ["--mixed_precision", "bf16", "--dynamo_backend", backend]
-    folder = runs.run(runs.config("compiled", mixed_precision="bf16"), launch)
-    assert seen(folder, "Facts")["compiler"].lower() == backend
+    folder = runs.run(runs.config("compiled", mixed_precision="bf16", compile=True))
+    facts = seen(folder, "Facts")
+    assert facts["compiled"]
     assert abs(losses(folder)[-1] / losses(plain)[-1] - 1) < 0.02, (losses(folder)[-1], losses(plain)[-1])
     faster = lines(folder)[-1]["tokens_per_second"] / lines(plain)[-1]["tokens_per_second"]
-    return f"{backend}: loss {losses(folder)[-1]:.4f} (plain {losses(plain)[-1]:.4f}), {faster:.2f} times as fast"
+    return (
+        f"compiled in {facts['compile_seconds']:.0f} s; loss {losses(folder)[-1]:.4f} (plain {losses(plain)[-1]:.4f}), "
+        f"{faster:.2f} times as fast"
+    )
 
 
 def waiting(runs: Runs) -> str:
@@ -80,14 +81,16 @@ def resuming(runs: Runs) -> str:
     """Stopped by SIGTERM and started again, the run ends with the same weights and moments, to the bit."""
     deterministic = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     options: dict[str, Any] = {"hooks": ["Deterministic", "Preempted"], "mixed_precision": "bf16"}
-    whole = runs.run(runs.config("whole", **options), environment=deterministic)
-    broken = runs.config("broken", **options)
-    runs.run(broken, environment={**deterministic, STOP_AT: "20"}, code=75)
-    folder = runs.run(broken, environment=deterministic)
-    one, other = state(whole), state(folder)
-    assert one.keys() == other.keys()
-    differing = [name for name, tensor in one.items() if not torch.equal(tensor, other[name])]
-    assert not differing, f"{len(differing)} of {len(one)} tensors differ: {differing[:3]}"
+    for kind in ("", "-compiled") if runs.on_gpu else ("",):  # tests/integration/test_compile.py has it on a CPU
+        options["compile"] = bool(kind)
+        whole = runs.run(runs.config(f"whole{kind}", **options), environment=deterministic)
+        broken = runs.config(f"broken{kind}", **options)
+        runs.run(broken, environment={**deterministic, STOP_AT: "20"}, code=75)
+        folder = runs.run(broken, environment=deterministic)
+        one, other = state(whole), state(folder)
+        assert one.keys() == other.keys()
+        differing = [name for name, tensor in one.items() if not torch.equal(tensor, other[name])]
+        assert not differing, f"{len(differing)} of {len(one)} tensors differ{kind}: {differing[:3]}"
     # Without torch's deterministic algorithms, two equal runs may differ: worth knowing, and no fault of resuming.
     free = [state(runs.run(runs.config(f"free-{i}", mixed_precision="bf16"))) for i in range(2)]
     same = all(torch.equal(tensor, free[1][name]) for name, tensor in free[0].items())

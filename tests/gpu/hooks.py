@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from fundamentallm import Callback, Trainer
+from fundamentallm.data.loaders import device_batches
+from fundamentallm.training.compilation import compile_seconds
 
 STOP_AT = "GPU_CHECK_STOP_AT"
 """Environment variable: the step after which `Preempted` has the run end."""
@@ -59,7 +61,8 @@ class Facts(Hook):
             "device": trainer.accelerator.device.type,
             "sharded": trainer.is_sharded,
             "mixed_precision": trainer.accelerator.mixed_precision,
-            "compiler": trainer.accelerator.state.dynamo_plugin.backend.value,
+            "compiled": trainer.config.compile,
+            "compile_seconds": compile_seconds(),
             "peak_bytes": torch.cuda.max_memory_allocated() if self.cuda else None,
             "seconds_waited": self.waited,
             "seconds_written": trainer.checkpoint_manager.seconds if trainer.checkpoint_manager else None,
@@ -135,6 +138,32 @@ class Preempted(Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+def now(device: torch.device) -> float:
+    """The time at which the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class ModelAlone(Hook):
+    """How long the forward and backward passes of a step take without all else."""
+
+    times = 10
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        device, model = trainer.accelerator.device, trainer._step_model
+        inputs, targets, parts = next(device_batches(trainer.train_loader, trainer.samples, 0, 1, device))
+        pairs = list(zip(inputs.tensor_split(parts), targets.tensor_split(parts), strict=True))
+        for count in (2, self.times):  # the first round warms up
+            started = now(device)
+            for _ in range(count):
+                for x, y in pairs:
+                    trainer.accelerator.backward(model(x, y))
+                trainer.model.zero_grad()
+            self.seen = {"seconds": (now(device) - started) / count}
+        super().on_train_end(trainer)
+
+
 class MatrixProduct(Hook):
     """How fast the device multiplies two large matrices in bfloat16."""
 
@@ -143,15 +172,9 @@ class MatrixProduct(Hook):
         size, times = (8192, 20) if device.type == "cuda" else (256, 2)
         a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
         for count in (3, times):  # the first round warms up
-            started = self._now(device)
+            started = now(device)
             for _ in range(count):
                 a @ b
-            seconds = (self._now(device) - started) / count
+            seconds = (now(device) - started) / count
         self.seen = {"flops_per_second": 2 * size**3 / seconds}
         super().on_train_end(trainer)
-
-    @staticmethod
-    def _now(device: torch.device) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()

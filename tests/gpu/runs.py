@@ -67,7 +67,12 @@ class Runs:
         return from_dict(Config, values).resolved()
 
     def run(
-        self, config: Config, launch: Sequence[str] = (), environment: Mapping[str, str] | None = None, code: int = 0
+        self,
+        config: Config,
+        launch: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        code: int = 0,
+        module: str = "fundamentallm.train",
     ) -> Path:
         """The output_dir of a run that has ended with exit code `code`; through `accelerate launch` with options."""
         folder = Path(config.output_dir)
@@ -77,7 +82,7 @@ class Runs:
         settings = folder.with_suffix(".yaml")
         settings.write_text(to_yaml(config))
         launcher = ["accelerate.commands.launch", *launch, "-m"] if launch else []
-        command = [sys.executable, "-m", *launcher, "fundamentallm.train", "--config", str(settings)]
+        command = [sys.executable, "-m", *launcher, module, "--config", str(settings)]
         place = {"PYTHONPATH": str(ROOT)} | ({} if self.on_gpu else {"ACCELERATE_USE_CPU": "true"})
         done = subprocess.run(
             command, cwd=ROOT, env={**os.environ, **place, **(environment or {})}, capture_output=True, text=True

@@ -564,8 +564,8 @@ def kill_in_windows(folder: Path, processes: int) -> list[Case]:
     """
     reference, cases = uninterrupted(folder, processes), list[Case]()
     # Without the line in training/accelerator.py that keeps the process group, one in four hangs at its very end.
-    for number in range(3 if processes > 1 else 0):
-        uninterrupted(folder / f"again_{number}", processes)
+    if processes > 1:
+        uninterrupted(folder / "again", processes)
     for number, windows in enumerate((WINDOWS, WINDOWS_OF_REPLACING) if processes == 1 else (WINDOWS_OF_TWO,)):
         case = Case(folder / f"case_{number}", processes)
         for place, (name, instant) in enumerate(windows.items()):

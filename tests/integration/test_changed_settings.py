@@ -122,9 +122,13 @@ def test_what_changes_no_weight_is_listed_and_let_through(tmp_path: Path, capsys
     make_trainer(make_config(tmp_path, save_every_n_steps=6), callbacks=[StopAt(6)]).train()
     free = {"log_every_n_steps": 3, "keep_last_n": 7, "micro_batch_size": 3, "early_stopping_patience": 5}
     capsys.readouterr()
-    trainer = make_trainer(make_config(tmp_path, save_every_n_steps=6, **free))
+    config = make_config(tmp_path, save_every_n_steps=6, **free)
+    trainer = make_trainer(
+        dataclasses.replace(config, model=dataclasses.replace(config.model, zero_init_residual=True))
+    )
     trainer.train()
     said = capsys.readouterr().out
+    assert "changed since: model.zero_init_residual False -> True" in said
     assert "changed since: training.log_every_n_steps 1 -> 3" in said
     assert "changed since: training.micro_batch_size None -> 3" in said
     assert "early_stopping starts afresh" in said

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import Accelerator
 
-from fundamentallm import ConfigError, create_accelerator
+from fundamentallm import ConfigError, create_accelerator, train
+from fundamentallm.commands import generate
 from fundamentallm.training.accelerator import check_accelerator
-from tests.integration.runs import lines
+from tests.integration.runs import lines, on_processes
 
 ROOT = Path(__file__).parents[2]
 TINY = """
@@ -36,12 +39,14 @@ def run(folder: Path, *command: str, expected: int = 0) -> subprocess.CompletedP
 
 
 @pytest.mark.slow
-def test_launchers_start_one_run_on_as_many_processes_as_their_config_says(tmp_path: Path) -> None:
-    train = ["-m", "fundamentallm.train", "--config", "tiny.yaml", "--output_dir"]
-    single = run(tmp_path, sys.executable, *train, "python").stdout
-    one = run(tmp_path, *LAUNCH, str(ROOT / "accelerate_configs/cpu.yaml"), *train, "one").stdout
-    two = run(tmp_path, *LAUNCH, str(ROOT / "accelerate_configs/cpu_2_processes.yaml"), *train, "two").stdout
-    assert "1 process on cpu" in single
+def test_launchers_start_one_run_on_as_many_processes_as_their_config_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    launched = ["-m", "fundamentallm.train", "--config", "tiny.yaml", "--output_dir"]
+    one = run(tmp_path, *LAUNCH, str(ROOT / "accelerate_configs/cpu.yaml"), *launched, "one").stdout
+    two = run(tmp_path, *LAUNCH, str(ROOT / "accelerate_configs/cpu_2_processes.yaml"), *launched, "two").stdout
+    assert train.main(["--config", "tiny.yaml", "--output_dir", "python"]) == 0
     assert "1 process on cpu" in one
     assert two.count("2 processes on cpu") == 1
     assert two.count("---- sample") == 1
@@ -55,27 +60,39 @@ def test_launchers_start_one_run_on_as_many_processes_as_their_config_says(tmp_p
 
 
 @pytest.mark.slow
-def test_train_then_generate_from_the_run(tmp_path: Path) -> None:
+def test_train_then_generate_from_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run(tmp_path, sys.executable, "-m", "fundamentallm", "train", "--config", "tiny.yaml")
     written = {path.name for path in (tmp_path / "run").iterdir()}
     assert written == {"metrics.jsonl", "curves.png", "checkpoints", "status.json", ".fundamentallm.lock"}
-    generate = [sys.executable, "-m", "fundamentallm", "generate", "--checkpoint", "run", "--prompt", "The "]
-    outputs = [run(tmp_path, *generate, "--seed", seed).stdout for seed in ("1", "1", "2")]
+    monkeypatch.chdir(tmp_path)
+    outputs = []
+    for seed in ("1", "1", "2"):
+        assert generate.main(["--checkpoint", "run", "--prompt", "The ", "--seed", seed], "fundamentallm generate") == 0
+        outputs.append(capsys.readouterr().out)
     assert outputs[0].startswith("The ")
     assert outputs[0] == outputs[1] != outputs[2]
-    again = run(tmp_path, sys.executable, "-m", "fundamentallm", "train", "--config", "tiny.yaml")
-    assert "this run is finished" in again.stdout
-    never = [sys.executable, "-m", "fundamentallm.train", "--config", "tiny.yaml", "--training.resume", "never"]
-    assert "holds a run already" in run(tmp_path, *never, expected=2).stderr
+    assert train.main(["--config", "tiny.yaml"]) == 0
+    assert "this run is finished" in capsys.readouterr().out
+    assert train.main(["--config", "tiny.yaml", "--training.resume", "never"]) == 2
+    assert "holds a run already" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+def report_a_mistake(count: int, folder: str) -> None:
+    os.chdir(folder)
+    assert torch.distributed.get_world_size() == count
+    os.environ["RANK"] = rank = f"{torch.distributed.get_rank()}"  # as launchers do
+    with Path(f"err_{rank}").open("w") as err, redirect_stderr(err):
+        assert train.main(["--config", "tiny.yaml", "--data.sequence_length", "60000"]) == 2
+
+
 def test_two_processes_report_a_mistake_once(tmp_path: Path) -> None:
-    config = str(ROOT / "accelerate_configs/cpu_2_processes.yaml")
-    train = ["-m", "fundamentallm.train", "--config", "tiny.yaml", "--data.sequence_length", "60000"]
-    done = run(tmp_path, *LAUNCH, config, *train, expected=1)
-    assert done.stderr.count("1 setting is wrong") == 1
-    assert "46513 tokens" in done.stderr.replace(",", "")
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    on_processes(2, report_a_mistake, str(tmp_path))
+    said = "".join((tmp_path / f"err_{rank}").read_text() for rank in range(2))
+    assert said.count("1 setting is wrong") == 1
+    assert "46513 tokens" in said.replace(",", "")
     assert not (tmp_path / "run").exists()
 
 

@@ -225,6 +225,16 @@ def test_optimizer_options_are_for_optimizers_from_outside(optimizer: str) -> No
     assert problem.startswith(f"training.optimizer_options is {{'x': 1}} and optimizer is {optimizer!r}; allowed: ")
 
 
+@pytest.mark.parametrize("optimizer", [*OPTIMIZER_NAMES, "a:b"])
+def test_a_learning_rate_for_adamw_is_for_what_muon_leaves_to_it(optimizer: str) -> None:
+    chosen = ("training.optimizer", optimizer), ("training.adam_learning_rate", 0.1)
+    if optimizer == "muon":
+        assert TrainingConfig(optimizer="muon", adam_learning_rate=0.1).adam_learning_rate == 0.1
+        return
+    (problem,) = problems(*chosen)
+    assert problem.startswith(f"training.adam_learning_rate is 0.1 and optimizer is {optimizer!r}; allowed: null")
+
+
 @pytest.mark.parametrize("section", [Config, ModelConfig, DataConfig, TrainingConfig])
 def test_a_section_cannot_be_changed(section: type) -> None:
     made = section()
@@ -258,6 +268,7 @@ def test_resolving_leaves_unset_only_what_null_has_a_meaning_for(config: Config)
         "training.max_steps",
         "training.mixed_precision",
         "training.activation_checkpointing",
+        "training.compile",
     }
     for name in derived - later:
         value: Any = resolved

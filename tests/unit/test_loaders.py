@@ -442,3 +442,20 @@ def test_a_part_too_short_for_one_sample_is_refused(count: int, train_split: flo
     for data in (np.zeros(count, np.int64), "a" * count):
         with pytest.raises(ConfigError, match="= 17"):
             create_dataloaders(data, tokenizer, make_config(train_split=train_split))
+
+
+@pytest.mark.parametrize(("size", "batch", "micro"), [(44, 22, 4), (44, 9, 8), (7, 32, None), (10, 4, 3), (13, 5, 1)])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_even_micro_batches_have_one_size_and_the_same_samples(
+    size: int, batch: int, micro: int | None, processes: int
+) -> None:
+    even = [StepSampler(size, batch, 3, i, processes, micro, is_even=True) for i in range(processes)]
+    plain = [StepSampler(size, batch, 3, i, processes, micro) for i in range(processes)]
+    largest = -(-min(size, batch) // processes)
+    parts = -(-largest // (micro or largest))
+    for step in range(2 * plain[0].steps_per_epoch):
+        for one, other in zip(even, plain, strict=True):
+            share, rows = one.share(step), one.rows(step)
+            assert share[:rows] == other.share(step)[:rows]
+            assert len(share) == one.micro_batches(step) * -(-largest // parts)
+            assert one.micro_batches(step) <= parts

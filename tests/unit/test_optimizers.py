@@ -14,6 +14,7 @@ from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.training.checkpoint import CheckpointManager
 from fundamentallm.training.optimizers import Muon, NamedOptimizerState, create_optimizer, orthogonalize
+from fundamentallm.training.schedulers import create_scheduler
 
 KINDS = ("adamw", "adam", "sgd", "muon")
 BETAS = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-6}
@@ -84,7 +85,7 @@ def test_steps_equal_those_of_torch_with_decay_on_matrices_only(kind: str, optio
 @pytest.mark.parametrize("kind", KINDS)
 def test_hyper_parameters_reach_their_groups(kind: str) -> None:
     model = Tiny()
-    optimizer = create_optimizer(model, kind, 0.02, 0.3, momentum=0.6, **BETAS)
+    optimizer = create_optimizer(model, kind, 0.02, 0.3, momentum=0.6, muon_momentum=0.7, **BETAS)
     decays = {name: group["weight_decay"] for group in optimizer.param_groups for name in names_in(model, group)}
     assert decays == {name: 0.3 if parameter.ndim >= 2 else 0.0 for name, parameter in model.named_parameters()}
     for group in optimizer.param_groups:
@@ -94,6 +95,8 @@ def test_hyper_parameters_reach_their_groups(kind: str) -> None:
             assert group["momentum"] == 0.6
         else:
             assert (group["betas"], group["eps"]) == ((0.8, 0.95), 1e-6)
+        if kind == "muon":
+            assert group["momentum"] == 0.7
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "torch.optim:Adagrad"])
@@ -119,11 +122,13 @@ def test_a_model_without_trainable_parameters_is_refused(kind: str) -> None:
 
 INVALID = [
     ("learning_rate", (0.0, -0.1, math.inf, math.nan), "greater than 0"),
+    ("adam_learning_rate", (0.0, math.nan), "greater than 0"),
     ("weight_decay", (-0.1, math.inf, math.nan), "at least 0"),
     ("adam_beta1", (-0.1, 1.0, math.nan), "at least 0 and less than 1"),
     ("adam_beta2", (-0.1, 1.0, math.nan), "at least 0 and less than 1"),
     ("adam_epsilon", (0.0, -1e-8, math.nan), "greater than 0"),
     ("momentum", (-0.1, 1.0, math.nan), "at least 0 and less than 1"),
+    ("muon_momentum", (-0.1, 1.0, math.nan), "at least 0 and less than 1"),
 ]
 
 
@@ -149,7 +154,7 @@ def test_an_unknown_name_is_answered_with_the_nearest() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_named_optimizer_refuses_unknown_options(kind: str) -> None:
-    with pytest.raises(ConfigError, match=rf"{kind} has no \['amsgrad'\]; allowed: adam_beta1"):
+    with pytest.raises(ConfigError, match=rf"{kind} has no \['amsgrad'\]; allowed: adam_learning_rate, adam_beta1"):
         create_optimizer(Tiny(), kind, 0.1, amsgrad=True)
 
 
@@ -242,6 +247,22 @@ def test_what_muon_does_not_take_is_stepped_exactly_as_adamw_does() -> None:
     step(theirs, create_optimizer(theirs, "adamw", 0.01, 0.1, **BETAS), 1, 2, 3)
     same = {name for name, value in weights(ours).items() if torch.equal(value, weights(theirs)[name])}
     assert same == set(weights(ours)) - {"up.weight", "down.weight"}
+
+
+def test_what_muon_does_not_take_has_a_learning_rate_of_its_own_which_follows_the_schedule() -> None:
+    ours, theirs = Tiny(), Tiny()
+    optimizers = [
+        create_optimizer(ours, "muon", 0.01, 0.1, adam_learning_rate=0.03),
+        create_optimizer(theirs, "adamw", 0.03, 0.1),
+    ]
+    for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+        schedule = create_scheduler(optimizer, "linear", 1, 5)
+        for seed in (1, 2, 3):
+            step(model, optimizer, seed)
+            schedule.step()
+    same = {name for name, value in weights(ours).items() if torch.equal(value, weights(theirs)[name])}
+    assert same == set(weights(ours)) - {"up.weight", "down.weight"}
+    assert {group["initial_lr"] for group in optimizers[0].param_groups if group["muon"]} == {0.01}
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -105,6 +105,20 @@ def test_what_writes_to_the_residual_starts_smaller_by_the_root_of_its_additions
         assert abs(parameter.mean().item()) < 0.03 * INITIAL_STD
 
 
+@torch.no_grad()
+def test_blocks_that_begin_with_zeros_are_the_identity_and_all_other_weights_as_without() -> None:
+    models = []
+    for zero in (False, True):
+        torch.manual_seed(0)
+        models.append(Transformer(ModelConfig(37, 32, 4, num_layers=2, zero_init_residual=zero)).eval())
+    plain, zeroed = (dict(model.named_parameters()) for model in models)
+    different = {name for name in plain if not torch.equal(plain[name], zeroed[name])}
+    assert different == {name for name in plain if name.endswith(("o_proj.weight", "down_proj.weight"))}
+    assert all((zeroed[name] == 0).all() for name in different)
+    x = models[1].get_input_embeddings()(some_ids(2, 9))
+    assert torch.equal(models[1].model["layers"][0](x, *rope(9)), x)
+
+
 def test_the_seed_decides_about_the_initial_weights() -> None:
     def weights(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)

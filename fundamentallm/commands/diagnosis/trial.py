@@ -46,6 +46,7 @@ def trial_config(config: Config, folder: Path, dropout: bool = True, **training:
         "resume": "auto",
         "log_every_n_steps": 1,
         "early_stopping_patience": None,
+        "compile": None,  # for a few steps, each trial would take a minute
         **dict.fromkeys(("eval_every_n_steps", "eval_every_n_epochs", "save_every_n_steps", "save_every_n_epochs")),
         **training,
     }

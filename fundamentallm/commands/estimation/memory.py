@@ -73,7 +73,8 @@ def memory(config: Config, layout: Layout, on_cpu: bool = False) -> Memory:
     angles = config.data.sequence_length * (model.d_model // model.num_heads) * WIDE
     top = n * _kept_on_top(model, precision, on_cpu) + NARROW * p.table * precision.casts + angles
     activations = (p.blocks - 1) * other_block + block + top
-    is_chunked = (model.vocab_size or 0) >= LARGE_VOCABULARY and n > CHUNK
+    is_whole = bool(config.training.compile) and shards == 1  # which has the logits whole (`CrossEntropy.of_hidden`)
+    is_chunked = (model.vocab_size or 0) >= LARGE_VOCABULARY and n > CHUNK and not is_whole
     one_of_logits = WIDE * (CHUNK if is_chunked else n) * (model.vocab_size or 0)
     # torch's fused kernel makes do with one, which it turns into the gradient.
     is_fused = is_chunked and config.training.loss == "cross_entropy" and not is_narrow(config)

@@ -1,0 +1,14 @@
+"""Train as the command line says and save nothing: a large model's checkpoint takes longer than what is measured."""
+
+from __future__ import annotations
+
+import sys
+
+from fundamentallm.command_line import parse_config
+from fundamentallm.train import make_trainer
+
+if __name__ == "__main__":
+    trainer = make_trainer(parse_config(sys.argv[1:]))
+    trainer.checkpoint_manager = None
+    trainer.train()
+    trainer.leave_group()
