@@ -16,6 +16,7 @@ VERBS = {
         "fundamentallm.commands.estimate",
         "work out memory, operations and bytes sent, for any size, at once",
     ),
+    "find_lr": ("fundamentallm.commands.find_lr", "find a learning rate by short training at a growing one"),
     "doctor": ("fundamentallm.commands.doctor", "prove on your config, data and machine that one config is one run"),
 }
 

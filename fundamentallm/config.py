@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from fundamentallm.errors import ConfigError
 from fundamentallm.registry import did_you_mean, unknown_name
-from fundamentallm.validation import Section
+from fundamentallm.validation import Section, from_dict, range_problems
 
 LARGE_VOCABULARY, CHUNK = 1024, 512
 """Tokens in a vocabulary from which on logits are made for so many positions at a time only."""
@@ -30,6 +31,11 @@ OPTIMIZER_NAMES = ("adamw", "adam", "sgd", "muon")
 SCHEDULE_NAMES = ("constant", "linear", "cosine", "cosine_with_restarts", "wsd")
 METRIC_NAMES = ("val_loss", "val_perplexity", "val_bits_per_byte")
 LOSS_NAMES = ("cross_entropy", "label_smoothing", "focal", "z_loss")
+
+
+def unknown_metric(name: str, known: Collection[str]) -> str:
+    """The problem with an `early_stopping_metric` that is none of the known ones."""
+    return f"early_stopping_metric is {name!r}; allowed: {', '.join(known)}.{did_you_mean(name, known)}"
 
 
 def expand_user(path: str) -> str:
@@ -206,6 +212,26 @@ class DataConfig(Section):
 
 
 @dataclass(frozen=True, repr=False)
+class ParameterGroup(Section):
+    """What is different for some parameters; an entry of `training.parameter_groups`."""
+
+    pattern: str = ""
+    """Which: a glob over the parameters' names, such as '*.embed_tokens.*'."""
+    learning_rate_scale: float = 1.0
+    """Factor of the learning rate, at every step."""
+    weight_decay: float | None = None
+    """Decay of all of them, vectors too; null: as without the group."""
+    frozen: bool = False
+    """Whether they are not trained."""
+
+    def _relations(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        if not self.pattern:
+            yield ("pattern",), "pattern is ''; allowed: a glob over the parameters' names, such as 'model.layers.0.*'."
+        if self.frozen and (self.learning_rate_scale != 1 or self.weight_decay is not None):
+            yield ("frozen",), "frozen is True; allowed: no learning_rate_scale and no weight_decay beside it."
+
+
+@dataclass(frozen=True, repr=False)
 class TrainingConfig(Section):
     """How the model is trained. Every interval counts optimizer steps, or epochs where it says so.
 
@@ -218,8 +244,10 @@ class TrainingConfig(Section):
 
     batch_size: int | None = None
     """Sequences per optimizer step, over all devices; default: the train loader's, 32 on the command line."""
-    micro_batch_size: int | None = None
-    """Most sequences a process computes at once; bounds memory, changes no result; default: all it has."""
+    batch_size_schedule: list[list[int]] = field(default_factory=list)
+    """Later batch sizes: [[1000, 64], [5000, 128]] is 64 sequences after 1000 optimizer steps, and 128 after 5000."""
+    micro_batch_size: int | Literal["auto"] | None = None
+    """Most sequences a process computes at once; changes no result; auto: what fits, tried out; default: all it has."""
     max_epochs: int | None = None
     """Passes over the training data; default: 1 where max_steps is not set either."""
     max_steps: int | None = None
@@ -228,6 +256,8 @@ class TrainingConfig(Section):
     """adamw, adam, sgd, muon (hidden matrices; AdamW for the rest), or 'module:name' of an Optimizer class."""
     optimizer_options: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments of a 'module:name' optimizer."""
+    parameter_groups: list[dict[str, Any]] = field(default_factory=list)
+    """Of parameters by name: a list of {pattern, learning_rate_scale, weight_decay, frozen}; the first that matches."""
     learning_rate: float = 3e-4
     """Peak learning rate, per optimizer step."""
     adam_learning_rate: float | None = None
@@ -258,6 +288,8 @@ class TrainingConfig(Section):
     """Options of the loss: smoothing (label_smoothing, 0.1), gamma (focal, 2.0), weight (z_loss, 1e-4)."""
     gradient_clip_norm: float | None = 1.0
     """Largest global gradient norm; null: no clipping."""
+    ema_decay: float | None = None
+    """Decay, per step, of a moving average of the weights, validated and exported in their place; null: none."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """Arithmetic of the forward and backward pass; default: what the accelerate config says, else no."""
     activation_checkpointing: bool | None = None
@@ -268,6 +300,8 @@ class TrainingConfig(Section):
     """Optimizer steps in a row with a loss or gradient that is not finite before the run ends with an error."""
     skip_spikes_above: float | None = None
     """Robust z-score, against the last 128 steps, of a loss or gradient norm that makes a step left out; null: none."""
+    validation_metrics: list[str] = field(default_factory=list)
+    """Further metrics: 'module:name' of functions of (logits, targets) to (sum, count); logged as val_<name>."""
     early_stopping_patience: int | None = None
     """Validations without improvement before training stops; null: never."""
     early_stopping_metric: str = "val_loss"
@@ -306,12 +340,9 @@ class TrainingConfig(Section):
         for name, known in tables.items():
             if problem := unknown_name(name, getattr(self, name), known):
                 yield (name,), problem
-        if self.early_stopping_metric not in METRIC_NAMES:
-            near = did_you_mean(self.early_stopping_metric, METRIC_NAMES)
-            yield (
-                ("early_stopping_metric",),
-                f"early_stopping_metric is {self.early_stopping_metric!r}; allowed: {', '.join(METRIC_NAMES)}.{near}",
-            )
+        # Whether there is such a further metric is known to the Trainer, which may be given some.
+        if self.early_stopping_metric not in METRIC_NAMES and not self.early_stopping_metric.startswith("val_"):
+            yield ("early_stopping_metric",), unknown_metric(self.early_stopping_metric, METRIC_NAMES)
         if self.optimizer_options and self.optimizer in OPTIMIZER_NAMES:
             yield (
                 ("optimizer_options",),
@@ -330,6 +361,13 @@ class TrainingConfig(Section):
                 f"warmup_steps is {self.warmup_steps} and max_steps is {self.max_steps}; "
                 "allowed: a warm-up shorter than the run. Set training.warmup_steps lower.",
             )
+        for index, entry in enumerate(self.parameter_groups):
+            try:
+                from_dict(ParameterGroup, entry)
+            except ConfigError as error:
+                yield from ((("parameter_groups",), f"parameter_groups[{index}].{text}") for text in error.problems)
+        if problem := self._schedule_problem():
+            yield ("batch_size_schedule",), problem
         changeable = _names_of_changes()
         for name in self.resume_changes:
             if name not in changeable:
@@ -338,6 +376,22 @@ class TrainingConfig(Section):
         if self.resume not in ("auto", "never") and not os.path.isdir(expand_user(self.resume)):
             near = did_you_mean(self.resume, ("auto", "never"))
             yield ("resume",), f"resume is {self.resume!r}; allowed: auto, never, or a checkpoint's folder.{near}"
+
+    def _schedule_problem(self) -> str | None:
+        pairs = all(
+            len(pair) == 2 and not range_problems(max_steps=pair[0], batch_size=pair[1])
+            for pair in self.batch_size_schedule
+        )
+        if pairs and all(one[0] < other[0] for one, other in itertools.pairwise(self.batch_size_schedule)):
+            return None
+        return (
+            f"batch_size_schedule is {self.batch_size_schedule!r}; allowed: pairs of [optimizer steps done, sequences "
+            "per step from there on], each at least 1, the steps increasing. (The first steps' is batch_size.)"
+        )
+
+    def smallest_batch_size(self, first: int | None) -> int | None:
+        """The smallest batch of the run, the first steps' being `first` (None: not known)."""
+        return None if first is None else min([first, *(size for _, size in self.batch_size_schedule)])
 
     def resolved(self) -> TrainingConfig:
         """The same settings with the length of the run filled in."""

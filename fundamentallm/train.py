@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fundamentallm.command_line import parse_config
-from fundamentallm.config import Config, ModelConfig, expand_user
+from fundamentallm.config import METRIC_NAMES, Config, ModelConfig, expand_user, unknown_metric
 from fundamentallm.errors import START_AGAIN, CheckpointError, ConfigError, FundamentaLLMError, exit_code, report
 from fundamentallm.registry import resolve
 
@@ -80,7 +80,8 @@ def make_trainer(config: Config) -> Trainer:
     from fundamentallm.training.trainer import Trainer
 
     training = config.resolved().training
-    accelerator = create_accelerator(training.mixed_precision, training.batch_size, training.compile)
+    smallest = training.smallest_batch_size(training.batch_size)
+    accelerator = create_accelerator(training.mixed_precision, smallest, training.compile)
     callbacks = _check_parts(config)
     is_main = accelerator.is_main_process
     corpus = _local_main_process_first(accelerator, lambda: load_corpus(config.data, show_progress=is_main))
@@ -125,6 +126,7 @@ def _check_parts(config: Config) -> list[Callback]:
     from torch import nn
 
     from fundamentallm.training.loss import create_loss
+    from fundamentallm.training.metrics import further_metrics
     from fundamentallm.training.optimizers import create_optimizer
     from fundamentallm.training.schedulers import create_scheduler
 
@@ -134,11 +136,16 @@ def _check_parts(config: Config) -> list[Callback]:
     def schedule(kind: str, options: dict[str, Any]) -> object:
         return create_scheduler(create_optimizer(dummy, "sgd", 1.0), kind, 1, steps, training.warmup_steps, **options)
 
+    def check_metric(further: dict[str, Any]) -> None:
+        if training.early_stopping_metric not in (known := (*METRIC_NAMES, *further)):
+            raise ConfigError(unknown_metric(training.early_stopping_metric, known))
+
     parts: list[Callable[[], object]] = [
         lambda: create_optimizer(dummy, training.optimizer, training.learning_rate, **training.optimizer_options),
         lambda: schedule(training.lr_scheduler, training.lr_scheduler_options),
         lambda: create_loss(training.loss, **training.loss_options),
         lambda: callbacks.extend(_callbacks(config)),
+        lambda: check_metric(further_metrics(training.validation_metrics)),
     ]
     callbacks: list[Callback] = []
     for make in parts:
@@ -222,8 +229,9 @@ def _show_end(trainer: Trainer, config: Config) -> None:
 
         data: Any = trainer.train_loader.dataset
         prompt = data.tokens[: min(32, config.data.sequence_length)].tolist()
-        ids = generate(trainer.model, prompt, config.sample_tokens, config.data.sequence_length, temperature=0.7)
-        text = data.tokenizer.decode(list(ids))
+        with trainer.averaged_weights():
+            ids = generate(trainer.model, prompt, config.sample_tokens, config.data.sequence_length, temperature=0.7)
+            text = data.tokenizer.decode(list(ids))
         trainer.say(f"---- sample: {data.tokenizer.decode(prompt)!r} continued ----\n{text}")
 
 

@@ -53,11 +53,12 @@ RANGES: dict[str, Interval] = {
     **dict.fromkeys(
         ("learning_rate", "adam_learning_rate", "gradient_clip_norm", "rope_theta", "adam_epsilon"), POSITIVE
     ),
-    **dict.fromkeys(("max_minutes", "hang_minutes", "skip_spikes_above"), POSITIVE),
+    **dict.fromkeys(("max_minutes", "hang_minutes", "skip_spikes_above", "learning_rate_scale"), POSITIVE),
     **dict.fromkeys(("weight_decay", "early_stopping_min_delta", "warmup_steps"), NON_NEGATIVE),
     **dict.fromkeys(("num_workers", "sample_tokens"), NON_NEGATIVE),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "momentum", "muon_momentum", "dropout"), BELOW_ONE),
     "min_lr_ratio": FRACTION,
+    "ema_decay": Interval(low=0, high=1, open_low=True, open_high=True),
     "early_stopping_patience": AT_LEAST_ONE,
     "train_split": Interval(low=0, high=1, open_low=True),
     "seed": Interval(low=0, high=2**63 - 1),
@@ -65,12 +66,12 @@ RANGES: dict[str, Interval] = {
 """What each number may be; one table for the config and for the functions that take the same values."""
 
 
-def range_problems(**values: float | None) -> list[str]:
-    """One sentence for each value outside its range in `RANGES`; None means 'not set' and is always fine."""
+def range_problems(**values: float | str | None) -> list[str]:
+    """One sentence for each value outside its range in `RANGES`; None and words ('auto') have none."""
     return [
         f"{name} is {value!r}; allowed: {RANGES[name]}."
         for name, value in values.items()
-        if value is not None and value not in RANGES[name]
+        if value is not None and not isinstance(value, str) and value not in RANGES[name]
     ]
 
 
@@ -79,12 +80,15 @@ _UNIONS = (types.UnionType, typing.Union)  # `int | None`, and `Literal["a"] | N
 
 def allowed_values(hint: Any) -> str:
     """A type hint in words."""
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    if typing.get_origin(hint) in _UNIONS:
-        return " or ".join(allowed_values(option) for option in typing.get_args(hint))
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "one of " * (len(options) > 1) + ", ".join(map(str, options))
+    if origin in _UNIONS:
+        return " or ".join(map(allowed_values, options))
+    if origin is list:
+        return "a list of " + {str: "text", list: "lists"}.get(typing.get_origin(options[0]) or options[0], "mappings")
     words = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
-    return words.get(hint) or {list: "a list of text"}.get(typing.get_origin(hint), "a mapping")
+    return words.get(hint, "a mapping")
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -97,7 +101,7 @@ def fits(value: Any, hint: Any) -> bool:
     if origin is dict:
         return isinstance(value, dict) and all(isinstance(key, str) for key in value)
     if origin is list:
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+        return isinstance(value, list) and all(fits(item, typing.get_args(hint)[0]) for item in value)
     if hint in (int, float) and isinstance(value, bool):
         return False  # a bool is an int to Python, not to a person
     return isinstance(value, (int, float) if hint is float else hint)

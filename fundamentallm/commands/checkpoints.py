@@ -45,6 +45,7 @@ def main(arguments: Sequence[str], program: str) -> int:
     merge = add("consolidate", "put the weights, whole, into one file for transformers, whoever holds them in slices",
                 f"a checkpoint, {a_run} (its newest)", consolidate_one)  # fmt: skip
     merge.add_argument("output", metavar="OUT", type=Path, help="a new folder, for from_pretrained")
+    merge.add_argument("--raw", action="store_true", help="the weights as trained, instead of their moving average")
     options = parser.parse_args(arguments)
     try:
         code: int = options.command(options)
@@ -184,7 +185,7 @@ def consolidate_one(options: argparse.Namespace) -> int:
     staging = output.with_name(f".{output.name}-{os.getpid()}")
     try:
         staging.mkdir(parents=True)
-        export_weights(source, staging)
+        export_weights(source, staging, options.raw)
         staging.rename(output)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)

@@ -13,15 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fundamentallm.command_line import parse_config
+from fundamentallm.commands.trainer_option import add_trainer_option, parse_with_trainer
 from fundamentallm.config import Config
-from fundamentallm.errors import ConfigError
-from fundamentallm.registry import resolve
 
 if TYPE_CHECKING:
     from fundamentallm.commands.diagnosis.case import Case, Finding
 
-DEFAULT_TRAINER = "fundamentallm.train:make_trainer"
 NAME_WIDTH = 17
 WORDS = {"pass": "passed", "fail": "failed", "skipped": "skipped"}
 
@@ -40,38 +37,15 @@ def main(arguments: Sequence[str], program: str) -> int:
         "2: a setting is wrong.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--trainer", default=DEFAULT_TRAINER, metavar="MODULE:NAME",
-        help="function from a Config to a Trainer, for a model or data of your own; it has to hand the config's "
-        f"settings on [{DEFAULT_TRAINER}]",
-    )  # fmt: skip
+    add_trainer_option(parser)
     options, rest = parser.parse_known_args(arguments)
-    config = _parse(rest, options.trainer, program)
+    problems = []
+    if (launched := os.environ.get("WORLD_SIZE", "1")) != "1":
+        problems.append(f"doctor was launched as {launched} processes; start it once, it starts more by itself.")
+    config = parse_with_trainer(rest, options.trainer, program, problems)
 
     with tempfile.TemporaryDirectory(prefix="fundamentallm-doctor-") as folder:
         return _examine_all(config, options.trainer, Path(folder))
-
-
-def _parse(arguments: Sequence[str], trainer: str, program: str) -> Config:
-    """The config, once all that the command line says has been found right."""
-    problems: list[str] = []
-    config = Config()
-    try:
-        config = parse_config(arguments, program)
-    except ConfigError as error:
-        problems += error.problems
-    try:
-        if not callable(made_by := resolve("--trainer", trainer, {})):
-            problems.append(
-                f"--trainer is {trainer!r}, a {type(made_by).__name__}; allowed: a function from a Config to a Trainer."
-            )
-    except ConfigError as error:
-        problems += error.problems
-    if (launched := os.environ.get("WORLD_SIZE", "1")) != "1":
-        problems.append(f"doctor was launched as {launched} processes; start it once, it starts more by itself.")
-    if problems:
-        raise ConfigError(problems)
-    return config
 
 
 def _examine_all(config: Config, trainer: str, folder: Path) -> int:

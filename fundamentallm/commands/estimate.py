@@ -18,6 +18,7 @@ from fundamentallm.commands.estimation.counts import (
     recomputed_flops,
     sent_bytes,
     step_flops,
+    tokens_of_run,
     tokens_per_step,
 )
 from fundamentallm.commands.estimation.memory import memory
@@ -104,15 +105,23 @@ def _show_model(config: Config) -> None:
         ("optimizer step", f"{tokens_per_step(config):,} tokens, {step_flops(config):.3g} FLOPs"),
     ]
     if steps is not None:
-        total = f"{steps * tokens_per_step(config):,} tokens, {steps * step_flops(config):.3g} FLOPs"
-        rows.append(("whole run", f"{steps:,} steps, {total}"))
+        tokens = tokens_of_run(config, steps)
+        flops = tokens * step_flops(config) / tokens_per_step(config)
+        rows.append(("whole run", f"{steps:,} steps, {tokens:,} tokens, {flops:.3g} FLOPs"))
     kept = training.keep_last_n + (config.data.train_split < 1) + 1  # with the best, and the one being written
     guessed = "" if training.optimizer in OPTIMIZER_NAMES else ", taken to hold what Adam does"
-    state = f"{training.optimizer}{guessed}: {size_text(optimizer_bytes(config))}"
+    averaged = "" if training.ema_decay is None else " and the weights' average"
+    state = f"{training.optimizer}{guessed}{averaged}: {size_text(optimizer_bytes(config))}"
     size = checkpoint_bytes(config)
     rows.append(("checkpoint", f"{size_text(size)} ({state}); on the disk up to {kept}: {size_text(kept * size)}"))
     unset = " (training.mixed_precision is not set)" if training.mixed_precision is None else ""
     rows.append(("mixed precision", f"{training.mixed_precision or 'no'}{unset}"))
+    if training.micro_batch_size == "auto":
+        rows.append(("micro-batches", "auto; below, each device computes all its sequences at once"))
+    if training.batch_size_schedule:
+        rows.append(("batches", "steps, memory and time are those of the first batch_size"))
+    if training.parameter_groups:
+        rows.append(("parameter groups", "left out of account: all parameters are taken to be trained"))
     say_table(rows, "<<")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -66,11 +67,47 @@ class Start(NamedTuple):
     samples: int = 0
 
 
+class _Stretch(NamedTuple):
+    """Batches of one size from a place on; to where the next stretch starts, if there is one."""
+
+    start: Start
+    batch_size: int
+    num_samples: int
+    drop_last: bool
+
+    def steps_over(self, samples: int) -> int:
+        return samples // self.batch_size if self.drop_last else -(-samples // self.batch_size)
+
+    @property
+    def begun(self) -> int:
+        """Steps of the epoch that `start` lies in."""
+        return self.steps_over(self.num_samples - self.start.place)
+
+    def place(self, step: int) -> tuple[int, int]:
+        since = step - self.start.step
+        if since < self.begun:
+            return self.start.epoch, self.start.place + since * self.batch_size
+        epochs, step_in_epoch = divmod(since - self.begun, self.steps_over(self.num_samples))
+        return self.start.epoch + 1 + epochs, step_in_epoch * self.batch_size
+
+    def steps_before_epoch(self, epoch: int) -> int:
+        epochs = epoch - self.start.epoch - 1
+        return self.start.step + self.begun + epochs * self.steps_over(self.num_samples)
+
+    def samples_before(self, step: int) -> int:
+        epoch, place = self.place(step)
+        if epoch == self.start.epoch:
+            return self.start.samples + place - self.start.place
+        begun = min(self.begun * self.batch_size, self.num_samples - self.start.place)
+        whole = min(self.steps_over(self.num_samples) * self.batch_size, self.num_samples)
+        return self.start.samples + begun + (epoch - self.start.epoch - 1) * whole + place
+
+
 class StepSampler:
     """Yields, for each optimizer step, the dataset indices of one process's share of its batch.
 
-    Step s of epoch e covers places s * batch_size onwards of the epoch's order; each process takes an equal,
-    contiguous part of them (sizes differ by one at most). The epoch's last batch may be short.
+    A batch is the next places of the epoch's order; each process takes an equal, contiguous part of them (sizes
+    differ by one at most). The epoch's last batch may be short.
 
     Args:
         num_samples: size of the dataset.
@@ -81,6 +118,7 @@ class StepSampler:
         micro_batch_size: most samples of a share to compute at once; None: all.
         drop_last: leave out an epoch's short last batch.
         is_even: fill all micro-batches up to as many samples, of which no target counts.
+        schedule: later batch sizes: pairs of the number of steps done and the size from there on, in order.
 
     Attributes:
         start: where the batches begin; a run whose batch size was changed goes on from where it was.
@@ -96,44 +134,63 @@ class StepSampler:
         micro_batch_size: int | None = None,
         drop_last: bool = False,
         is_even: bool = False,
+        schedule: Sequence[Sequence[int]] = (),
     ) -> None:
         self.num_samples, self.batch_size, self.seed, self.drop_last = num_samples, batch_size, seed, drop_last
-        self.micro_batch_size = micro_batch_size or batch_size
-        self.process_index, self.num_processes = process_index, num_processes
-        self._least = 1  # samples in a micro-batch
-        if is_even:
-            largest = -(-min(batch_size, num_samples) // num_processes)
-            self._least = self.micro_batch_size = -(-largest // -(-largest // self.micro_batch_size))
-        self.steps_per_epoch = self._steps_over(num_samples)
+        self.schedule = [list(pair) for pair in schedule]
+        self.sizes = [batch_size, *(size for _, size in self.schedule)]
+        self.process_index, self.num_processes, self._is_even = process_index, num_processes, is_even
+        self.compute_at_once(micro_batch_size or max(self.sizes))
+        first = _Stretch(Start(), batch_size, num_samples, drop_last)
+        self.steps_per_epoch = first.steps_over(num_samples)
         self.samples_per_epoch = min(self.steps_per_epoch * batch_size, num_samples)
         self.start = Start()
         self._block: tuple[tuple[int, int], NDArray[np.int64]] | None = None
 
-    def _steps_over(self, samples: int) -> int:
-        return samples // self.batch_size if self.drop_last else -(-samples // self.batch_size)
+    @property
+    def largest_share(self) -> int:
+        """Most samples that a process has in a step."""
+        return -(-min(max(self.sizes), self.num_samples) // self.num_processes)
+
+    def compute_at_once(self, micro_batch_size: int) -> None:
+        """Cut shares into micro-batches of at most so many samples."""
+        self.micro_batch_size, self._least = micro_batch_size, 1  # samples in a micro-batch, at most and at least
+        if self._is_even:
+            largest = self.largest_share
+            self._least = self.micro_batch_size = -(-largest // -(-largest // micro_batch_size))
+
+    @property
+    def start(self) -> Start:
+        """Where the batches begin."""
+        return self._stretches[0].start
+
+    @start.setter
+    def start(self, start: Start) -> None:
+        size = [size for step, size in [(0, self.batch_size), *self.schedule] if step <= start.step][-1]
+        self._stretches = [_Stretch(start, size, self.num_samples, self.drop_last)]
+        for step, size in self.schedule:
+            if step > start.step:  # the same order of samples goes on, in batches of another size
+                begins = Start(step, *self.place(step), self.samples_before(step))
+                self._stretches.append(_Stretch(begins, size, self.num_samples, self.drop_last))
+
+    def _stretch(self, step: int) -> _Stretch:
+        """The one whose batches `step` has."""
+        return next((each for each in reversed(self._stretches) if each.start.step <= step), self._stretches[0])
 
     def place(self, step: int) -> tuple[int, int]:
         """(epoch, place in its order) at which the batch of `step` begins; place 0 is the beginning of an epoch."""
-        since = step - self.start.step
-        begun = self._steps_over(self.num_samples - self.start.place)  # steps of the epoch that `start` lies in
-        if since < begun:
-            return self.start.epoch, self.start.place + since * self.batch_size
-        epochs, step_in_epoch = divmod(since - begun, self.steps_per_epoch)
-        return self.start.epoch + 1 + epochs, step_in_epoch * self.batch_size
+        return self._stretch(step).place(step)
 
     def steps_before_epoch(self, epoch: int) -> int:
         """Optimizer steps before the first one of `epoch`, which comes after the one that `start` lies in."""
-        begun = self._steps_over(self.num_samples - self.start.place)
-        return self.start.step + begun + (epoch - self.start.epoch - 1) * self.steps_per_epoch
+        for stretch, after in itertools.pairwise(self._stretches):
+            if (step := stretch.steps_before_epoch(epoch)) <= after.start.step:
+                return step
+        return self._stretches[-1].steps_before_epoch(epoch)
 
     def samples_before(self, step: int) -> int:
         """Samples consumed, over all processes and epochs, before `step`."""
-        epoch, place = self.place(step)
-        if epoch == self.start.epoch:
-            return self.start.samples + place - self.start.place
-        rest = self.num_samples - self.start.place
-        begun = min(self._steps_over(rest) * self.batch_size, rest)
-        return self.start.samples + begun + (epoch - self.start.epoch - 1) * self.samples_per_epoch + place
+        return self._stretch(step).samples_before(step)
 
     def epochs_before(self, step: int) -> float:
         """Passes over the data done before `step`, in samples."""
@@ -169,7 +226,7 @@ class StepSampler:
 
     def _places(self, step: int) -> tuple[int, int, int]:
         epoch, start = self.place(step)
-        return epoch, start, min(start + self.batch_size, self.num_samples)
+        return epoch, start, min(start + self._stretch(step).batch_size, self.num_samples)
 
     def _share(self, step: int) -> tuple[int, int, int]:
         epoch, start, stop = self._places(step)
@@ -204,8 +261,11 @@ def step_sampler(
     num_processes: int,
     micro_batch_size: int | None = None,
     is_even: bool = False,
+    schedule: Sequence[Sequence[int]] = (),
 ) -> StepSampler:
     """How to run through a user's DataLoader: its batch size, its shuffling (made pure), its drop_last.
+
+    Whatever the loader does not say is as in `StepSampler`.
 
     Raises:
         ConfigError: if the loader's order is not known beforehand, so that no run could resume in it.
@@ -225,6 +285,11 @@ def step_sampler(
         problem = "has a RandomSampler with replacement or num_samples; allowed: shuffle=True."
     elif len(loader) == 0:
         problem = f"has {len(loader.dataset)} samples, which make no batch; give it more."
+    elif loader.drop_last and (too_large := [size for _, size in schedule if size > len(loader.dataset)]):
+        problem = (
+            f"has {len(loader.dataset)} samples and drop_last=True, which make no batch of {too_large[0]}, as "
+            "training.batch_size_schedule asks for; give it more, or set smaller ones."
+        )
     if problem:
         raise ConfigError(f"{name} {problem}")
     return StepSampler(
@@ -236,6 +301,7 @@ def step_sampler(
         micro_batch_size=micro_batch_size,
         drop_last=loader.drop_last,
         is_even=is_even,
+        schedule=schedule,
     )
 
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fundamentallm.config import IGNORE_INDEX
 from fundamentallm.data.datasets import TokenDataset
 from fundamentallm.data.loaders import StepSampler, device_batches
 from fundamentallm.errors import ConfigError
-from fundamentallm.training.metrics import RunningMean
+from fundamentallm.training.metrics import Metric, RunningMean
 
 
 @torch.no_grad()
@@ -25,6 +25,7 @@ def evaluate(
     samples: StepSampler,
     accelerator: Accelerator,
     is_interrupted: Callable[[], bool] = lambda: False,
+    further: Mapping[str, Metric] | None = None,
 ) -> dict[str, float] | None:
     """Loss over every target of a loader, whatever its batch size and the number of processes.
 
@@ -34,30 +35,56 @@ def evaluate(
         samples: how this process runs through it.
         accelerator: adds up the processes' sums.
         is_interrupted: asked after each batch, answers alike on all processes; True breaks off.
+        further: metrics by name, for which all logits of a micro-batch are made.
 
     Returns:
-        `val_loss` (mean per target, in nats for our losses), `val_perplexity` (its exponential), and for text
-        `val_bits_per_byte`; None where broken off.
+        `val_loss` (mean per target, in nats for our losses), `val_perplexity` (its exponential), for text
+        `val_bits_per_byte`, and the `further` ones, NaN where they counted nothing; None where broken off.
 
     Raises:
-        ConfigError: if there is no target that counts.
+        ConfigError: if there is no target that counts, or a metric gives something else than (sum, count).
     """
     was_training = step_model.training
     step_model.eval()
-    mean = RunningMean(accelerator.device)
+    mean, further = RunningMean(accelerator.device), further or {}
+    means = {name: RunningMean(accelerator.device) for name in further}
+    batches = device_batches(loader, samples, 0, samples.steps_per_epoch, accelerator.device)
     try:
-        for inputs, targets, parts in device_batches(loader, samples, 0, samples.steps_per_epoch, accelerator.device):
+        for step, (inputs, targets, parts) in enumerate(batches):
+            rows = samples.rows(step)  # without those that only fill the share up
             for x, y in zip(inputs.tensor_split(parts), targets.tensor_split(parts), strict=True):
-                mean.add(step_model(x, y), (y != IGNORE_INDEX).sum())
+                if further:
+                    loss, logits = step_model(x, y, with_logits=True)
+                    if rows > 0:
+                        for name, metric in further.items():
+                            means[name].add(*_sum_and_count(name, metric, logits[:rows].float(), y[:rows]))
+                    rows -= len(y)
+                else:
+                    loss = step_model(x, y)
+                mean.add(loss, (y != IGNORE_INDEX).sum())
             if is_interrupted():
                 return None
     finally:
         step_model.train(was_training)
-    total, count = accelerator.reduce(mean.totals, "sum").tolist()
+    totals = torch.stack([each.totals for each in (mean, *means.values())])
+    (total, count), *others = accelerator.reduce(totals, "sum").tolist()
     if count == 0:
         raise ConfigError("val_loader has no target that counts; give it some.")
     loss = total / count
     metrics = {"val_loss": loss, "val_perplexity": math.exp(loss) if loss < 700 else math.inf}
     if isinstance(loader.dataset, TokenDataset) and loader.dataset.num_bytes:
         metrics["val_bits_per_byte"] = total / math.log(2) / loader.dataset.num_bytes
-    return metrics
+    return metrics | {name: s / n if n else math.nan for name, (s, n) in zip(further, others, strict=True)}
+
+
+def _sum_and_count(name: str, metric: Metric, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    result = metric(logits, targets)
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise ConfigError(f"the metric {name} gave {type(result).__name__}; allowed: (sum, count), a pair of scalars.")
+    total, count = (torch.as_tensor(value, device=logits.device) for value in result)
+    if total.numel() != 1 or count.numel() != 1:
+        shapes = f"{tuple(total.shape)} and {tuple(count.shape)}"
+        raise ConfigError(
+            f"the metric {name} gave tensors of shape {shapes}; allowed: (sum, count), a pair of scalars."
+        )
+    return total.reshape(()), count.reshape(())

@@ -128,12 +128,14 @@ class ModelWithLoss(nn.Module):
         # A loss and a model that both can: the logits of a large vocabulary then never are there all at once.
         self._by_hidden = hasattr(loss_fn, "of_hidden") and "of_hidden" in inspect.signature(model.forward).parameters
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """The loss, summed over targets."""
-        if self._by_hidden:
-            return self.model(inputs, of_hidden=lambda hidden, weight: self.loss_fn.of_hidden(hidden, weight, targets))  # type: ignore[no-any-return]
+    def forward(self, inputs: Tensor, targets: Tensor, with_logits: bool = False) -> Any:
+        """The loss, summed over targets; `with_logits`, (loss, all logits), which nothing needs in training."""
+        if self._by_hidden and not with_logits:
+            return self.model(inputs, of_hidden=lambda hidden, weight: self.loss_fn.of_hidden(hidden, weight, targets))
         output = self.model(inputs, **self._options)
-        return self.loss_fn(output if isinstance(output, Tensor) else output.logits, targets)  # type: ignore[no-any-return]
+        logits = output if isinstance(output, Tensor) else output.logits
+        loss = self.loss_fn(logits, targets)
+        return (loss, logits) if with_logits else loss
 
 
 def _nll(logits: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from fundamentallm.config import METRIC_NAMES
+from fundamentallm.errors import ConfigError
+from fundamentallm.registry import resolve
 
 
 class RunningMean:
@@ -45,6 +51,40 @@ class RunningMean:
 
 CLOCKS = ("step", "val_step")
 """Metrics that say to which optimizer step the others given with them belong."""
+
+Metric = Callable[[Tensor, Tensor], "tuple[Tensor | float, Tensor | float]"]
+"""Of logits (B, T, V) in float32 and targets (B, T), some of them `IGNORE_INDEX`: a sum, and over how many values.
+Both are added up over all rows of the validation data, each once, wherever it was computed."""
+
+
+def further_metrics(names: Sequence[str], given: Mapping[str, Metric] | None = None) -> dict[str, Metric]:
+    """Validation metrics by the name they are logged under: val_ and the function's, or the one `given`.
+
+    Args:
+        names: 'module:name' of each.
+        given: others, by name.
+
+    Raises:
+        ConfigError: listing what cannot be imported or called, and names that are taken.
+    """
+    problems: list[str] = []
+    found: list[tuple[str, Any]] = [*(given or {}).items()]
+    for name in names:
+        try:
+            found.append((name.rpartition(":")[2], resolve("validation_metrics", name, {})))
+        except ConfigError as error:
+            problems += error.problems
+    metrics: dict[str, Metric] = {}
+    for name, metric in found:
+        key = f"val_{name}"
+        if not callable(metric):
+            problems.append(f"validation_metrics has {name!r}, a {type(metric).__name__}; allowed: functions.")
+        if key in metrics or key in METRIC_NAMES:
+            problems.append(f"validation_metrics has {name!r}, and there is a {key} already; give it another name.")
+        metrics[key] = metric
+    if problems:
+        raise ConfigError(problems)
+    return metrics
 
 
 class MetricTracker:

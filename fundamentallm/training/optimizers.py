@@ -117,6 +117,13 @@ def _fused_adamw(
     )
 
 
+def _update_alike(pairs: list[tuple[Tensor, Tensor]], size: Tensor | float, kept: Tensor | float) -> None:
+    """Update (parameter, momentum) of one shape; a function, so that its stack is gone before the next is made."""
+    updates = _orthogonalize_all(torch.stack([momentum for _, momentum in pairs])).mul_(size)
+    for (p, _), update in zip(pairs, updates.unbind(), strict=True):
+        p.mul_(kept).add_(update)
+
+
 class Muon(Optimizer):
     """Muon for the groups with `muon: True`, AdamW for the others: one optimizer, one state, one schedule.
 
@@ -176,10 +183,8 @@ class Muon(Optimizer):
             by_shape[p.shape].append((p, gradient.lerp(buffer, beta)))
         alive = 1.0 if found_inf is None else 1 - found_inf
         for (rows, columns), pairs in by_shape.items():
-            updates = _orthogonalize_all(torch.stack([momentum for _, momentum in pairs]))
-            updates = updates * (-lr * 0.2 * math.sqrt(max(rows, columns)) * alive)
-            for (p, _), update in zip(pairs, updates.unbind(), strict=True):
-                p.mul_(1 - lr * group["weight_decay"] * alive).add_(update)
+            size = -lr * 0.2 * math.sqrt(max(rows, columns)) * alive
+            _update_alike(pairs, size, 1 - lr * group["weight_decay"] * alive)
 
     def _adamw(
         self, group: dict[str, Any], parameters: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None

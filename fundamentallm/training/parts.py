@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fundamentallm.config import TrainingConfig
+from fundamentallm.errors import ConfigError
+from fundamentallm.training.average import WeightAverage
 from fundamentallm.training.early_stopping import EarlyStopping
+from fundamentallm.training.micro_batch import MicroBatch
 from fundamentallm.training.optimizers import create_optimizer
+from fundamentallm.training.parameter_groups import split_groups
 from fundamentallm.training.schedulers import create_scheduler
 
 
 def make_optimizer(config: TrainingConfig, model: nn.Module) -> Optimizer:
     """The optimizer of `config` over a model that is on its device already."""
-    return create_optimizer(
+    optimizer = create_optimizer(
         model,
         config.optimizer,
         config.learning_rate,
@@ -27,6 +32,9 @@ def make_optimizer(config: TrainingConfig, model: nn.Module) -> Optimizer:
         muon_momentum=config.muon_momentum,
         **config.optimizer_options,
     )
+    if config.parameter_groups:
+        split_groups(optimizer, model, config.parameter_groups)
+    return optimizer
 
 
 def make_schedule(config: TrainingConfig, optimizer: Optimizer, total_steps: int) -> LRScheduler:
@@ -40,6 +48,28 @@ def make_schedule(config: TrainingConfig, optimizer: Optimizer, total_steps: int
         min_lr_ratio=config.min_lr_ratio,
         **config.lr_scheduler_options,
     )
+
+
+def make_average(config: TrainingConfig, model: nn.Module, optimizer: Optimizer) -> WeightAverage | None:
+    """The moving average of the weights that `optimizer` trains; None where `config` asks for none."""
+    return None if config.ema_decay is None else WeightAverage(model, optimizer, config.ema_decay)
+
+
+def make_micro_batch(config: TrainingConfig, accelerator: Accelerator) -> MicroBatch | None:
+    """What finds the micro-batches' size; None where `config` says it.
+
+    Raises:
+        ConfigError: where it could not be found.
+    """
+    if config.micro_batch_size != "auto":
+        return None
+    if accelerator.is_fsdp2:
+        raise ConfigError(
+            "training.micro_batch_size is auto and the model is sharded (FSDP2), where a process that runs out of "
+            "memory would leave the others waiting for its slices; set a number. (`fundamentallm estimate` foretells "
+            "what fits.)"
+        )
+    return MicroBatch(accelerator.device, accelerator.num_processes)
 
 
 def make_early_stopping(config: TrainingConfig) -> EarlyStopping | None:

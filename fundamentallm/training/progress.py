@@ -79,11 +79,11 @@ class Progress:
 
 def geometry(samples: StepSampler) -> dict[str, Any]:
     """What the order of samples and batches follows from."""
-    return {name: getattr(samples, name) for name in ("num_samples", "batch_size", "seed", "drop_last")}
+    return {name: getattr(samples, name) for name in ("num_samples", "batch_size", "seed", "drop_last", "schedule")}
 
 
 def _batches(stretch: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in stretch.items() if name != "start"}
+    return {"schedule": []} | {name: value for name, value in stretch.items() if name != "start"}
 
 
 def _order(stretch: dict[str, Any]) -> tuple[Any, ...]:
@@ -106,6 +106,12 @@ def _check_start(samples: StepSampler, step: int) -> None:
 
 def sampler_of(stretch: dict[str, Any]) -> StepSampler:
     """The batches of a stretch, over all processes."""
-    made = StepSampler(stretch["num_samples"], stretch["batch_size"], stretch["seed"], drop_last=stretch["drop_last"])
+    made = StepSampler(
+        stretch["num_samples"],
+        stretch["batch_size"],
+        stretch["seed"],
+        drop_last=stretch["drop_last"],
+        schedule=stretch.get("schedule", ()),  # which earlier versions did not have
+    )
     made.start = Start(*stretch["start"])
     return made

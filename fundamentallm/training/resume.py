@@ -15,12 +15,13 @@ from fundamentallm.config import expand_user
 from fundamentallm.data.datasets import TokenDataset
 from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.models.transformer import Transformer
+from fundamentallm.training.average import exchange
 from fundamentallm.training.manifest import read_manifest
 from fundamentallm.training.optimizers import NamedOptimizerState
 from fundamentallm.training.run_folder import LOCK
 from fundamentallm.training.schedulers import StepSchedule
 from fundamentallm.training.serialization import MALFORMED, encode
-from fundamentallm.training.snapshot import MODEL_KEY, OPTIMIZER_KEY
+from fundamentallm.training.snapshot import AVERAGE_KEY, MODEL_KEY, OPTIMIZER_KEY
 from fundamentallm.training.stored import check_checkpoint, load_checkpoint, load_parts
 from fundamentallm.training.tensor_files import Like, is_sharded
 
@@ -36,14 +37,20 @@ FREE = {
     *("training.save_every_n_epochs", "training.save_every_n_steps", "training.log_every_n_steps"),
     *("training.eval_every_n_epochs", "training.eval_every_n_steps", "training.max_minutes"),
     *("training.early_stopping_patience", "training.early_stopping_metric", "training.early_stopping_mode"),
-    *("training.early_stopping_min_delta", "training.hang_minutes", "training.resume", "training.resume_changes"),
+    *(
+        "training.validation_metrics",
+        "training.early_stopping_min_delta",
+        "training.hang_minutes",
+        "training.resume",
+        "training.resume_changes",
+    ),
 }
 """Settings that change no weight (the text may move; its content counts): a resumed run may change them at will."""
 
 HORIZON = {
     *("training.max_steps", "training.max_epochs", "training.learning_rate", "training.lr_scheduler"),
     *("training.lr_scheduler_options", "training.warmup_steps", "training.min_lr_ratio"),
-    *("training.batch_size", "data.num_samples"),
+    *("training.batch_size", "training.batch_size_schedule", "data.num_samples"),
 }
 """Those that bend the learning rate's curve."""
 
@@ -53,6 +60,7 @@ def run_state(trainer: Trainer) -> dict[str, Any]:
     state = {f"{part}_state_dict": holder.state_dict() for part, holder in trainer.state.items()}
     packages = ("fundamentallm", "torch", "accelerate", "safetensors", "tokenizers")
     versions = {"python": platform.python_version()} | {package: version(package) for package in packages}
+    exchange(state)
     return {**state, "config": dataclasses.asdict(trainer.run_config), "versions": versions}
 
 
@@ -165,6 +173,8 @@ def like_of(trainer: Trainer) -> Like | None:
         return None
     tensors: dict[str, Tensor] = {}
     encode({MODEL_KEY: trainer.model.state_dict()}, (), tensors)
+    if trainer.average is not None:
+        encode({AVERAGE_KEY: trainer.average.state_dict()}, (), tensors)
     parameters: dict[str, Tensor] = {}
     encode({OPTIMIZER_KEY: {"state": dict(trainer.model.named_parameters())}}, (), parameters)
 
@@ -189,6 +199,7 @@ def restore(trainer: Trainer, saved: dict[str, Any], where: Path) -> None:
     """
     try:
         changed = changes(saved, trainer.run_config, trainer.state["progress"].stretches[-1])
+        exchange(saved)
     except MALFORMED as error:
         raise CheckpointError(f"{where} holds no run ({type(error).__name__}: {error}).") from error
     allowed = trainer.config.resume_changes
@@ -259,7 +270,12 @@ def _parts_afresh(trainer: Trainer, saved: dict[str, Any], changed: set[str], wh
         CheckpointError: if a part is missing or unknown and no setting explains it.
     """
     expected = {f"{part}_state_dict" for part in trainer.state} | {"config", "versions"}
-    explained = {"early_stopping": "training.early_stopping_patience", "scaler": "training.mixed_precision"}
+    explained = {
+        "average": "training.ema_decay",
+        "early_stopping": "training.early_stopping_patience",
+        "scaler": "training.mixed_precision",
+        "micro_batch": "training.micro_batch_size",
+    }
     without = {f"{part}_state_dict" for part, setting in explained.items() if setting in changed}
     lacks, besides = sorted(expected - saved.keys()), sorted(saved.keys() - expected)
     if not {*lacks, *besides} <= without:

@@ -128,10 +128,11 @@ def texts(dataset: TokenDataset, indices: Sequence[int]) -> Iterator[tuple[int, 
 
 def _checked(sampler: StepSampler) -> StepSampler:
     """A sampler from a stranger's checkpoint, whose numbers are a run's. Raises ValueError if they are not."""
-    numbers = [_count(number) for number in (sampler.num_samples, sampler.batch_size, *sampler.start)]
-    if min(numbers[0], numbers[1], sampler.steps_per_epoch) < 1 or sampler.start.place > sampler.num_samples:
+    numbers = [_count(number) for number in (sampler.num_samples, *sampler.sizes, *sampler.start)]
+    least = sampler.num_samples // max(sampler.sizes) if sampler.drop_last else sampler.num_samples
+    if min(*numbers[: 1 + len(sampler.sizes)], least) < 1 or sampler.start.place > sampler.num_samples:
         raise ValueError("a stretch without batches")
-    if min(sampler.num_samples, sampler.batch_size) > MOST_IN_A_BATCH:
+    if min(sampler.num_samples, max(sampler.sizes)) > MOST_IN_A_BATCH:
         raise ValueError(f"a batch of more than {MOST_IN_A_BATCH:,} samples")
     if sampler.seed is not None:
         _count(sampler.seed, 2**63)

@@ -51,6 +51,8 @@ def session(trainer: Trainer, is_first: bool) -> Iterator[None]:
                 trainer.team.from_first(lambda: _delete_old(trainer, resumed_from))
             if not trainer.is_finished:
                 _check_saving(trainer)
+                if trainer.micro_batch is not None:
+                    trainer.micro_batch.settle(trainer)
                 _tell(trainer, state="running")
             trainer.stop_switch.begin()
             stack.enter_context(trainer.stop_switch.listening())
@@ -83,7 +85,7 @@ def _open_folders(trainer: Trainer, stack: ExitStack) -> None:
         folders.append(Path(trainer.run_config.output_dir))
     if manager is not None:
         folders.append(manager.checkpoint_dir)
-    else:
+    elif trainer.config.checkpoint_dir is None:
         logger.warning("training.checkpoint_dir is not set: nothing will be saved.")
     try:
         stack.enter_context(locked(folders))

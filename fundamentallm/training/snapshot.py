@@ -17,7 +17,7 @@ from fundamentallm.training.manifest import MANIFEST, NAME, STATE, TENSORS
 from fundamentallm.training.serialization import encode, unshare
 from fundamentallm.training.tensor_files import Place, file_name, is_first_holder, is_sharded, local, place_of
 
-MODEL_KEY, OPTIMIZER_KEY = "model_state_dict", "optimizer_state_dict"
+MODEL_KEY, OPTIMIZER_KEY, AVERAGE_KEY = "model_state_dict", "optimizer_state_dict", "average_state_dict"
 
 
 class Snapshot(NamedTuple):

@@ -16,8 +16,11 @@ from safetensors import SafetensorError
 from fundamentallm.errors import CheckpointError
 from fundamentallm.training.manifest import MANIFEST, STATE, TENSORS, read_manifest, sync, verify
 from fundamentallm.training.serialization import MALFORMED, decode
-from fundamentallm.training.snapshot import MODEL_KEY
+from fundamentallm.training.snapshot import AVERAGE_KEY, MODEL_KEY
 from fundamentallm.training.tensor_files import Like, TensorFiles, consolidate
+
+RAW = f"{AVERAGE_KEY}/weights/"
+"""Before the names of weights that the checkpoint holds beside their average."""
 
 
 def is_ours(path: Path) -> bool:
@@ -58,22 +61,36 @@ def load_parts(path: Path, parts: Collection[str], like: Like | None = None) -> 
         return {part: decode(state[part], tensors) for part in parts if part in state}
 
 
-def export_weights(path: Path, folder: Path) -> None:
+def export_weights(path: Path, folder: Path, raw: bool = False) -> None:
     """Write a checkpoint's weights, whole and in one file, and its further text files into `folder`.
 
     A tensor is in memory at a time, however large the model and however many processes saved it.
 
+    Args:
+        path: the checkpoint.
+        folder: an empty one.
+        raw: the weights as trained, of a run that averages them; else those that the checkpoint opens as.
+
     Raises:
         CheckpointNotFoundError: if there is no directory at the path.
-        CheckpointError: if the checkpoint is incomplete or damaged, naming the file.
+        CheckpointError: if the checkpoint is incomplete or damaged, naming the file; or with `raw`, if nothing in it
+            is averaged.
         OSError: if the folder cannot be written to.
     """
     manifest = verify(path)
     with contextlib.ExitStack() as stack:
         with _explained(path):
             tensors = TensorFiles(path, list(manifest["files"]), f"{MODEL_KEY}/", stack)
-        names = [name for name in tensors.shapes if name.startswith(f"{MODEL_KEY}/")]
-        consolidate(tensors, {name: name.removeprefix(f"{MODEL_KEY}/") for name in names}, folder / "model.safetensors")
+        named = {
+            name.removeprefix(f"{MODEL_KEY}/"): name for name in tensors.shapes if name.startswith(f"{MODEL_KEY}/")
+        }
+        if raw:
+            # A state exchanges the two before it is saved (see `training.average`).
+            there = {name.removeprefix(RAW): name for name in tensors.shapes if name.startswith(RAW)}
+            if not there:
+                raise CheckpointError(f"{path} holds no averaged weights: what it opens as are those trained.")
+            named |= there
+        consolidate(tensors, {name: stored_as for stored_as, name in named.items()}, folder / "model.safetensors")
     for name in manifest["files"]:
         if name != STATE and not TENSORS.fullmatch(name):
             shutil.copyfile(path / name, folder / name)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fundamentallm.training.schedulers import StepSchedule
+
 if TYPE_CHECKING:
     from fundamentallm.training.trainer import Trainer
 
@@ -15,7 +17,8 @@ def summary(trainer: Trainer) -> str:
     processes = trainer.accelerator.num_processes
     latest = {name: trainer.metrics.get_latest(name) for name in ("train_loss", "val_loss")}
     rate = f"learning rate {float(trainer.scheduler.get_last_lr()[0]):.3g}"
-    schedule = training.lr_scheduler if trainer.has_own_schedule else type(trainer.scheduler).__name__
+    is_own = isinstance(trainer.scheduler, StepSchedule)
+    schedule = training.lr_scheduler if is_own else type(trainer.scheduler).__name__
     lines = {
         "model": f"{type(trainer.model).__name__}, {parameters:,} parameters, precision {training.mixed_precision}",
         "device": f"{trainer.accelerator.device}, {processes} process{'es' * (processes > 1)}",

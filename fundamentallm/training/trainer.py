@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from fundamentallm.config import Config, TrainingConfig
+from fundamentallm.config import METRIC_NAMES, Config, TrainingConfig, unknown_metric
 from fundamentallm.data.datasets import fingerprint
 from fundamentallm.data.loaders import device_batches, step_sampler
 from fundamentallm.errors import ConfigError, TrainingError
@@ -33,9 +34,16 @@ from fundamentallm.training.compilation import compile_seconds, is_compiled
 from fundamentallm.training.evaluation import evaluate
 from fundamentallm.training.guard import Guard
 from fundamentallm.training.loss import create_loss
-from fundamentallm.training.metrics import MetricTracker
+from fundamentallm.training.metrics import Metric, MetricTracker, further_metrics
 from fundamentallm.training.optimizers import NamedOptimizerState
-from fundamentallm.training.parts import make_early_stopping, make_optimizer, make_schedule
+from fundamentallm.training.parameter_groups import freeze
+from fundamentallm.training.parts import (
+    make_average,
+    make_early_stopping,
+    make_micro_batch,
+    make_optimizer,
+    make_schedule,
+)
 from fundamentallm.training.progress import Progress
 from fundamentallm.training.resume import like_of, model_files, restore, run_state
 from fundamentallm.training.session import session
@@ -61,6 +69,8 @@ class Trainer:
         optimizer: instead of the config's; over this model's parameters.
         scheduler: instead of the config's; over that optimizer, stepped after every optimizer step.
         loss_fn: instead of the config's; maps (logits, targets) to the sum over targets.
+        validation_metrics: besides the config's: functions of (logits, targets) to (sum, count), by name; each is
+            logged as val_ and its name.
         accelerator: instead of one made here.
 
     Raises:
@@ -98,11 +108,13 @@ class Trainer:
         optimizer: Optimizer | None = None,
         scheduler: LRScheduler | None = None,
         loss_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+        validation_metrics: Mapping[str, Metric] | None = None,
         accelerator: Accelerator | None = None,
     ) -> None:
         config = config.resolved()
         training = config.training if isinstance(config, Config) else config
-        launch = training.mixed_precision, getattr(train_loader, "batch_size", None), training.compile
+        smallest = training.smallest_batch_size(getattr(train_loader, "batch_size", None))
+        launch = training.mixed_precision, smallest, training.compile
         if accelerator is not None:
             check_accelerator(accelerator, *launch)
         self.accelerator = accelerator or create_accelerator(*launch)
@@ -113,15 +125,20 @@ class Trainer:
             compile=is_compiled(self.accelerator, training.compile),
         )
         self.run_config = replace(config, training=training) if isinstance(config, Config) else training
-        place = self.accelerator.process_index, self.accelerator.num_processes, training.micro_batch_size
+        self.micro_batch = make_micro_batch(training, self.accelerator)
+        at_once = None if training.micro_batch_size == "auto" else training.micro_batch_size
+        place = self.accelerator.process_index, self.accelerator.num_processes, at_once
         self.train_loader, self.val_loader = train_loader, val_loader
         even = bool(training.compile)  # so that it is for one shape
-        self.samples = step_sampler("train_loader", train_loader, training.seed, *place, even)
+        sizes = training.batch_size_schedule
+        self.samples = step_sampler("train_loader", train_loader, training.seed, *place, even, sizes)
         self.val_samples = step_sampler("val_loader", val_loader, 0, *place, even) if val_loader is not None else None
         self.batch_size, self.steps_per_epoch = self.samples.batch_size, self.samples.steps_per_epoch
         self.total_steps = self._total_steps()
+        self.validation_metrics = further_metrics(training.validation_metrics, validation_metrics)
         self._check(optimizer, scheduler)
 
+        freeze(model, training.parameter_groups)
         self.model, loss_fn = model, loss_fn or create_loss(training.loss, **training.loss_options)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._step_model = prepare_model(
@@ -130,8 +147,8 @@ class Trainer:
         if optimizer is not None and self.is_sharded:
             follow(optimizer, names, model)
         self.optimizer = optimizer or make_optimizer(training, model)
-        self.has_own_schedule = scheduler is None
-        """Whether the schedule is the config's."""
+        self.average = make_average(training, model, self.optimizer)
+        self._own_schedule = scheduler is None
         self.scheduler = scheduler or make_schedule(training, self.optimizer, self.total_steps)
         self._guard = Guard(self.accelerator.device, training.max_bad_steps, training.skip_spikes_above)
         self._step = OptimizerStep(
@@ -163,9 +180,14 @@ class Trainer:
             "guard": self._guard,
             "metrics": self.metrics,
             "callbacks": self.callbacks,
-            **({"early_stopping": self.early_stopping} if self.early_stopping else {}),
-            **({"scaler": self.accelerator.scaler} if self.accelerator.scaler else {}),
         }
+        there_or_not = {
+            "average": self.average,
+            "early_stopping": self.early_stopping,
+            "scaler": self.accelerator.scaler,
+            "micro_batch": self.micro_batch,
+        }
+        self.state |= {name: part for name, part in there_or_not.items() if part is not None}
         self.stop_switch = StopSwitch(training.max_minutes)
         self._started = False
         self._start_step = 0
@@ -186,6 +208,11 @@ class Trainer:
             )
         if scheduler is not None and scheduler.optimizer is not optimizer:
             problems.append("the scheduler was made for another optimizer; pass its optimizer too.")
+        if optimizer is not None and training.parameter_groups:
+            problems.append("parameter_groups is set and an optimizer is given; give it the groups, or set it to [].")
+        metrics = (*METRIC_NAMES, *self.validation_metrics)
+        if training.early_stopping_metric not in metrics:
+            problems.append(unknown_metric(training.early_stopping_metric, metrics))
         if training.early_stopping_patience and self.val_loader is None:
             problems.append("early_stopping_patience is set and there is no val_loader; give one, or set it to null.")
         if problems:
@@ -199,7 +226,7 @@ class Trainer:
     def set_horizon(self) -> None:
         """Fit the run's length, and its schedule, to where its batches begin (see `StepSampler.start`)."""
         total_steps, self.total_steps = self.total_steps, self._total_steps()
-        if self.has_own_schedule and total_steps != self.total_steps:
+        if self._own_schedule and total_steps != self.total_steps:
             for group in self.optimizer.param_groups:
                 group["lr"] = group["initial_lr"]
             self.scheduler = self.state["scheduler"] = make_schedule(self.config, self.optimizer, self.total_steps)
@@ -388,32 +415,37 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Loss over every target of the validation data, whatever its batch size and the number of processes.
 
+        With `training.ema_decay`, of the averaged weights.
+
         Returns:
-            `val_loss` (mean per target, in nats for our losses), `val_perplexity` (its exponential), and for text
-            `val_bits_per_byte`.
+            `val_loss` (mean per target, in nats for our losses), `val_perplexity` (its exponential), for text
+            `val_bits_per_byte`, and the further metrics.
 
         Raises:
             ConfigError: if there is no val_loader, or no target in it.
         """
-        if self.val_loader is None or self.val_samples is None:
+        if self.val_loader is None:
             raise ConfigError("there is no val_loader; give the Trainer one.")
-        metrics = evaluate(self._step_model, self.val_loader, self.val_samples, self.accelerator)
+        metrics = self._evaluate(lambda: False)
         assert metrics is not None  # nothing interrupts it
         return metrics
 
-    def _validate_in_training(self) -> bool:
-        """Validate; False if a signal or the clock broke it off, to be done first when the run goes on."""
+    def _evaluate(self, is_interrupted: Callable[[], bool]) -> dict[str, float] | None:
         assert self.val_loader is not None
         assert self.val_samples is not None
+        data = self.val_loader, self.val_samples, self.accelerator
+        with self.averaged_weights():
+            return evaluate(self._step_model, *data, is_interrupted, self.validation_metrics)
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """Meanwhile, `model` has the averaged weights; its own, where `training.ema_decay` is not set."""
+        return self.average.applied() if self.average is not None else nullcontext()
+
+    def _validate_in_training(self) -> bool:
+        """Validate; False if a signal or the clock broke it off, to be done first when the run goes on."""
         # The clock does not break off the same validation twice, or no start would ever get beyond it.
         gravest = Stop.SIGNAL if self._progress.validation_due else Stop.OUT_OF_TIME
-        metrics = evaluate(
-            self._step_model,
-            self.val_loader,
-            self.val_samples,
-            self.accelerator,
-            is_interrupted=lambda: self.stop_switch.poll() >= gravest,
-        )
+        metrics = self._evaluate(is_interrupted=lambda: self.stop_switch.poll() >= gravest)
         self._tell_compiled()
         self._progress.validation_due = metrics is None
         if metrics is None:
@@ -421,8 +453,8 @@ class Trainer:
         self.metrics.update({"val_step": self.global_step, **metrics})
         if self.early_stopping is not None:
             name = self.early_stopping.metric
-            if name not in metrics:
-                raise ConfigError(f"early_stopping_metric is {name!r}; allowed: {', '.join(metrics)}.")
+            if name not in metrics:  # as bits per byte, of data that is no text
+                raise ConfigError(unknown_metric(name, metrics.keys()))
             if self.early_stopping.step(metrics[name]):
                 best, patience = self.early_stopping.best_value, self.early_stopping.patience
                 self.request_stop(f"early stopping: {name} has not improved on {best:.4g} in {patience} validations")

@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from fundamentallm.training.trainer import Trainer
 
 
+def check_matplotlib() -> None:
+    """Raises ConfigError if matplotlib is not installed, naming the extra."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("matplotlib is not installed; run: pip install 'fundamentallm[plots]'.")
+
+
 class VisualizationCallback(Callback):
     """Draws loss, learning rate and gradient norm over the steps; on the main process, refreshed as it trains.
 
@@ -40,8 +46,7 @@ class VisualizationCallback(Callback):
     """
 
     def __init__(self, path: Path | str = "curves.png", refresh_seconds: float = 30.0) -> None:
-        if importlib.util.find_spec("matplotlib") is None:
-            raise ConfigError("matplotlib is not installed; run: pip install 'fundamentallm[plots]'.")
+        check_matplotlib()
         self.path, self.refresh_seconds = Path(path), refresh_seconds
         self._drawn_at = time.monotonic()
 

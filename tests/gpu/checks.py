@@ -71,7 +71,8 @@ def waiting(runs: Runs) -> str:
     """The host waits for the device at log steps only."""
     found = []
     for precision in ("bf16", "fp16") if runs.on_gpu else ("no",):
-        folder = runs.run(runs.config(f"waiting-{precision}", mixed_precision=precision, hooks=["NoWaiting"]))
+        settings = {"mixed_precision": precision, "ema_decay": 0.9, "hooks": ["NoWaiting"]}
+        folder = runs.run(runs.config(f"waiting-{precision}", **settings))
         found.append(f"{seen(folder, 'NoWaiting')['steps_without_waiting']} of 40 steps in {precision}")
     assert all(text.startswith("36 ") for text in found), found
     return ", ".join(found)
@@ -139,6 +140,18 @@ def _large(runs: Runs, name: str, **training: Any) -> Config:
     return runs.config(name, model, sequence_length=1024, batch_size=64, **{"micro_batch_size": 16} | training)
 
 
+def fitting(runs: Runs) -> str:
+    """Where memory is short, micro_batch_size: auto finds what fits; the run is the one that is given the number."""
+    precision = "fp16" if runs.on_gpu else "bf16"  # whose scale of the loss has to stay what it was
+    settings = {"mixed_precision": precision, "max_steps": 10, "log_every_n_steps": 1, "hooks": ["LittleMemory"]}
+    found = runs.run(_large(runs, "fitting", micro_batch_size="auto", **settings))
+    size = seen(found, "Facts")["micro_batch_size"]
+    assert not runs.on_gpu or 1 <= size < 64, f"{size} of 64 sequences"
+    told = runs.run(_large(runs, "fitting-told", micro_batch_size=size, **settings))
+    assert losses(found) == losses(told)
+    return f"{size} sequences at once, the same losses to the bit"
+
+
 def saving(runs: Runs) -> str:
     """How long the training waits for a checkpoint, and how long a thread then writes it."""
     config = _large(runs, "saving", mixed_precision="bf16", save_every_n_steps=10)
@@ -162,7 +175,7 @@ def speed(runs: Runs) -> str:
 
 CHECKS: dict[str, Callable[[Runs], str]] = {
     check.__name__: check
-    for check in (precisions, overflow, sharded, compiled, waiting, resuming, memory_estimated, saving, speed)
+    for check in (precisions, overflow, sharded, compiled, waiting, resuming, memory_estimated, fitting, saving, speed)
 }
 
 

@@ -63,11 +63,24 @@ class Facts(Hook):
             "mixed_precision": trainer.accelerator.mixed_precision,
             "compiled": trainer.config.compile,
             "compile_seconds": compile_seconds(),
+            "micro_batch_size": trainer.samples.micro_batch_size,
             "peak_bytes": torch.cuda.max_memory_allocated() if self.cuda else None,
             "seconds_waited": self.waited,
             "seconds_written": trainer.checkpoint_manager.seconds if trainer.checkpoint_manager else None,
         }
         super().on_train_end(trainer)
+
+
+class LittleMemory(Hook):
+    """Leaves the run some of a GPU's memory only, from before it begins."""
+
+    GIGABYTES = 12
+
+    def __init__(self) -> None:
+        super().__init__()
+        if torch.cuda.is_available():
+            _, total = torch.cuda.mem_get_info()
+            torch.cuda.set_per_process_memory_fraction(min(1.0, self.GIGABYTES * 1e9 / total))
 
 
 class NoWaiting(Hook):

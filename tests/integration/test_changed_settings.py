@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from fundamentallm import CheckpointError, ConfigError, Trainer, TrainingConfig
+from fundamentallm.commands import checkpoints
 from fundamentallm.config import Config, DataConfig, ModelConfig
 from fundamentallm.train import make_trainer as make_from_config
 from fundamentallm.training.resume import FREE, HORIZON
@@ -257,3 +258,51 @@ def test_a_foreign_line_in_the_log_is_kept_aside(tmp_path: Path, foreign: str) -
     assert (tmp_path / "metrics.before-1.jsonl").read_text() == with_note
     assert [line["step"] for line in lines(tmp_path) if "train_loss" in line] == list(range(1, 14))
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "finished"
+
+
+SCHEDULED = {"batch_size_schedule": [[3, 16], [7, 5]], "log_every_n_steps": 1}
+
+
+def test_a_schedule_of_batch_sizes_bends_the_run_and_not_its_order(tmp_path: Path, capsys: Any) -> None:
+    """44 samples an epoch: 8 + 8 + 8 + 16 + 4 in the first; 16, 16 and then 5 + 5 + 2 in the second."""
+    plain = part(tmp_path / "plain", 8, max_epochs=2).train_loader.dataset.asked
+    whole = part(tmp_path / "whole", 8, max_epochs=2, **SCHEDULED)
+    assert whole.train_loader.dataset.asked == plain
+    history = whole.metrics.get_history()
+    assert history["samples"] == [8, 16, 24, 40, 44, 60, 76, 81, 86, 88]
+    assert whole.global_step == whole.total_steps == 10
+    assert history["learning_rate"][-1] == pytest.approx(3e-4 * 0.1)  # the floor, on the very last step
+    assert checkpoints.main(["samples", str(tmp_path / "whole"), "--step", "9"], "checkpoints") == 0
+    assert ", ".join(map(str, plain[81:86])) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stop_at", [2, 3, 4, 8])
+def test_a_scheduled_run_resumes_to_the_bit(tmp_path: Path, stop_at: int) -> None:
+    whole = part(tmp_path / "whole", 8, max_epochs=2, **SCHEDULED)
+    part(tmp_path / "parts", 8, stop_at=stop_at, max_epochs=2, **SCHEDULED)
+    parts = part(tmp_path / "parts", 8, max_epochs=2, **SCHEDULED)
+    assert_same_weights(weights(parts), weights(whole))
+    assert timeless_history(parts) == timeless_history(whole)
+
+
+def timeless_history(trainer: Trainer) -> dict[str, list[float]]:
+    return {name: values for name, values in trainer.metrics.get_history().items() if name != "tokens_per_second"}
+
+
+def test_another_schedule_is_a_change_of_the_run(tmp_path: Path) -> None:
+    part(tmp_path, 8, stop_at=4, max_epochs=2, **SCHEDULED)
+    with pytest.raises(ConfigError, match=r"training\.batch_size_schedule is \[\] and"):
+        part(tmp_path, 8, max_epochs=2)
+    again = part(tmp_path, 8, max_epochs=2, resume_changes=["training.batch_size_schedule"])
+    assert again.metrics.get_history()["samples"][-1] == 88
+    assert again.global_step == again.total_steps == 4 + 1 + 6
+
+
+def test_a_scheduled_batch_too_small_or_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = DataLoader(Counting(44), batch_size=8, drop_last=True)
+    with pytest.raises(ConfigError, match=r"44 samples and drop_last=True, which make no batch of 45"):
+        Trainer(Bigram(), TrainingConfig(max_steps=3, batch_size_schedule=[[1, 45]]), loader)
+    reset_accelerate()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match=r"batch_size is 3 and num_processes .* is 4"):
+        Trainer(Bigram(), TrainingConfig(max_steps=3, batch_size_schedule=[[1, 3]]), DataLoader(Counting(), 8))

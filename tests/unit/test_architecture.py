@@ -32,7 +32,10 @@ from fundamentallm.training.schedulers import SCHEDULES
 ROOT = Path(fundamentallm.__file__).parent
 LEAVES = ("errors", "registry", "validation", "config", "command_line")
 PARTS = tuple(
-    f"training.{name}" for name in ("loss", "metrics", "optimizers", "schedulers", "early_stopping", "guard", "launch")
+    f"training.{name}"
+    for name in (
+        *("loss", "metrics", "optimizers", "parameter_groups", "schedulers", "early_stopping", "guard", "launch"),
+    )
 )
 SERVICES = tuple(
     f"training.{name}"
@@ -232,6 +235,7 @@ def _loaded_after(statement: str, folder: Path) -> set[str]:
         "fundamentallm.train",
         "fundamentallm.commands.doctor",
         "fundamentallm.commands.estimate",
+        "fundamentallm.commands.find_lr",
     ],
 )
 def test_what_the_command_line_needs_loads_no_torch(module: str, tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ CHOSEN = {
     "training.resume": "never",
     "training.resume_changes": ["data", "training.max_steps"],
     "training.warmup_steps": 1,
+    "training.batch_size_schedule": [[5, 4], [9, 8]],
+    "training.parameter_groups": [{"pattern": "*.bias", "frozen": True}],
 }
 
 Write = Callable[..., str]
@@ -388,6 +390,8 @@ TINY = [
         ["--training.loss_options={gamma: 1}"],
         ["--training.lr_scheduler_options={cycles: 1}"],
         ["--training.early_stopping_metric=accuracy"],
+        ["--training.early_stopping_metric=val_accuracy"],
+        ["--training.validation_metrics=[no_such_module:x]"],
         ["--training.optimizer=no_such_module:x"],
         ["--callbacks=[curves]"],
         ["--callbacks=[no_such_module:x]"],

@@ -53,6 +53,11 @@ MISTAKES = [
     ("output_dir", 7, "text"),
     ("callbacks", ["a:b", 3], "a list of text"),
     ("callbacks", "a:b", "a list of text"),
+    ("training.micro_batch_size", "automatic", "an integer or auto or null"),
+    ("training.micro_batch_size", 0, "at least 1"),
+    ("training.ema_decay", 1, "greater than 0 and less than 1"),
+    ("training.batch_size_schedule", [5, 4], "a list of lists"),
+    ("training.parameter_groups", ["*"], "a list of mappings"),
     ("sample_tokens", -1, "at least 0"),
     ("model.dropout", 1.0, "at least 0 and less than 1"),
     ("model.num_layers", 0, "at least 1"),
@@ -443,3 +448,24 @@ def test_an_error_is_shown_once_by_the_first_process(
     monkeypatch.setenv("RANK", "1")
     assert report(error) == code
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("schedule", [[[5, 4, 3]], [[5, 4], [5, 8]], [[0, 4]], [[5, 0]], [[]]])
+def test_a_batch_size_schedule_is_pairs_in_order(schedule: list[list[int]]) -> None:
+    (problem,) = problems(("training.batch_size_schedule", schedule))
+    assert problem.startswith(f"training.batch_size_schedule is {schedule!r}; allowed: pairs of [optimizer steps done,")
+
+
+@pytest.mark.parametrize(
+    ("entry", "problem"),
+    [
+        ({"pattern": "*", "learning_rate_scale": 0}, "learning_rate_scale is 0; allowed: greater than 0."),
+        ({"pattern": "*", "weight_decay": -1}, "weight_decay is -1; allowed: at least 0."),
+        ({"patern": "*", "pattern": "*"}, "patern: unknown setting. Did you mean 'pattern'?"),
+        ({"frozen": True}, "pattern is ''; allowed: a glob over the parameters' names, such as 'model.layers.0.*'."),
+        ({"pattern": "*", "frozen": True, "weight_decay": 0.1}, "frozen is True; allowed: no learning_rate_scale and "),
+    ],
+)
+def test_what_is_wrong_within_a_parameter_group_is_named_with_its_place(entry: dict[str, Any], problem: str) -> None:
+    (found,) = problems(("training.parameter_groups", [{"pattern": "*.bias"}, entry]))
+    assert found.startswith(f"training.parameter_groups[1].{problem}")

@@ -27,6 +27,7 @@ from fundamentallm.commands.estimation.counts import (
     recomputed_flops,
     sent_bytes,
     step_flops,
+    tokens_of_run,
     tokens_per_step,
 )
 from fundamentallm.commands.estimation.memory import memory
@@ -91,6 +92,19 @@ def test_micro_batches_are_those_of_the_run(batch: int, devices: int, micro: int
     assert largest == len(torch.arange(rows).tensor_split(parts)[0])
 
 
+@pytest.mark.parametrize("steps", [1, 5, 6, 9, 30])
+def test_tokens_of_a_run_follow_the_schedule(steps: int) -> None:
+    schedule = [[5, 7], [9, 2]]
+    config = config_of(SHAPE, 24, batch_size=4, batch_size_schedule=schedule)
+    assert tokens_of_run(config, steps) == StepSampler(10**6, 4, 0, schedule=schedule).samples_before(steps) * 24
+
+
+def test_what_the_table_leaves_out_is_said(estimate: Command) -> None:
+    settings = ["--training.micro_batch_size=auto", "--training.batch_size_schedule=[[2, 64]]", "--model.vocab_size=99"]
+    _, out, _ = estimate(*settings, "--training.parameter_groups=[{pattern: '*', frozen: true}]")
+    assert all(f"\n{name} " in out for name in ("micro-batches", "batches", "parameter groups"))
+
+
 @pytest.mark.parametrize("recomputes", [False, True])
 @pytest.mark.parametrize("options", [{}, GROUPED, {"d_ff": 24, "num_layers": 1}])
 def test_operations_are_those_torch_counts(options: dict[str, Any], recomputes: bool) -> None:
@@ -128,8 +142,9 @@ def test_the_optimizers_state_is_what_it_holds(training: dict[str, Any], options
     assert held == estimated or (":" in config.training.optimizer and held == pytest.approx(estimated, rel=0.01))
 
 
-def test_a_checkpoint_is_as_large_as_the_files(tmp_path: Path) -> None:
-    config = make_config(tmp_path / "run", max_steps=1, checkpoint_dir=str(tmp_path / "saved"))
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_a_checkpoint_is_as_large_as_the_files(tmp_path: Path, ema_decay: float | None) -> None:
+    config = make_config(tmp_path / "run", max_steps=1, checkpoint_dir=str(tmp_path / "saved"), ema_decay=ema_decay)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, d_model=128)).resolved()
     trainer = make_trainer(config)
     trainer.train()

@@ -120,3 +120,56 @@ def with_start(*start: Any) -> dict[str, Any]:
 def test_a_place_that_no_run_can_be_at_is_refused(state: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"step|place|samples|shape"):
         progress().load_state_dict(state)
+
+
+schedules = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 9)), max_size=3).map(
+    lambda gaps: [[sum(gap for gap, _ in gaps[: i + 1]), size] for i, (_, size) in enumerate(gaps)]
+)
+
+
+def size_at(step: int, batch_size: int, schedule: list[list[int]]) -> int:
+    return [size for begins, size in [[0, batch_size], *schedule] if begins <= step][-1]
+
+
+@given(st.integers(1, 30), st.integers(1, 9), schedules, st.integers(1, 4), st.booleans())
+def test_batches_follow_the_schedule_and_see_every_sample_of_every_epoch_once(
+    samples: int, batch_size: int, schedule: list[list[int]], processes: int, drop_last: bool
+) -> None:
+    if drop_last and samples < max(batch_size, *(size for _, size in schedule), 1):
+        return
+    options = {"num_processes": processes, "schedule": schedule, "drop_last": drop_last}
+    shares = [StepSampler(samples, batch_size, 3, rank, **options) for rank in range(processes)]
+    made, order, seen, epochs = shares[0], StepSampler(samples, samples, 3), list[int](), [0]
+    for step in range(25):
+        epoch, place = made.place(step)
+        batch = [index for share in shares for index in share.share(step)[: share.rows(step)]]
+        assert batch == made.batch(step) == order.batch(epoch)[place : place + size_at(step, batch_size, schedule)]
+        assert made.samples_before(step) == len(seen)
+        assert len(batch) == size_at(step, batch_size, schedule) or (not drop_last and place + len(batch) == samples)
+        assert all(len(share.share(step)) >= share.micro_batches(step) == 1 for share in shares)
+        if epoch == len(epochs):
+            epochs.append(step)
+            assert made.steps_before_epoch(epoch) == step
+        seen += batch
+    if not drop_last:
+        assert seen == [index for epoch in range(len(epochs)) for index in order.batch(epoch)][: len(seen)]
+
+
+@given(st.integers(1, 30), st.integers(1, 9), schedules, schedules, st.integers(0, 12), st.booleans())
+def test_a_saved_place_within_a_schedule_goes_on_also_in_another(
+    samples: int, batch_size: int, one: list[list[int]], other: list[list[int]], step: int, changes: bool
+) -> None:
+    before = at(step, progress(samples, batch_size, schedule=one))
+    schedule = other if changes else one
+    state = json.loads(json.dumps({k: v for k, v in before.state_dict().items() if k not in ("tokens", "loss")}))
+    again = progress(samples, batch_size, schedule=schedule)
+    again.load_state_dict({**before.state_dict(), **state})
+    for later in range(step, step + 12):
+        epoch, place = again.samples.place(later)
+        assert (
+            again.samples.batch(later)
+            == StepSampler(samples, samples, 3).batch(epoch)[place : place + size_at(later, batch_size, schedule)]
+        )
+        assert sampler_of(again.stretches[-1]).batch(later) == again.samples.batch(later)
+    assert again.samples.samples_before(step) == before.samples.samples_before(step)
+    assert len(again.stretches) == 1 + (one != schedule)

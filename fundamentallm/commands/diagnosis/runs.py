@@ -212,7 +212,7 @@ def check_overfitting(case: Case) -> Finding:
     indices = trainer.samples.batch(0)[:OVERFIT_ROWS]
     subset: Subset[Any] = Subset(loader.dataset, indices)
     trainer.train_loader = DataLoader(subset, batch_size=len(indices), collate_fn=loader.collate_fn)
-    trainer.samples = step_sampler("train_loader", trainer.train_loader, 0, 0, 1, trainer.config.micro_batch_size)
+    trainer.samples = step_sampler("train_loader", trainer.train_loader, 0, 0, 1, trainer.samples.micro_batch_size)
 
     def enough(run: Until) -> bool:
         seconds = run.times[-1] - run.times[0]

@@ -152,7 +152,7 @@ def use_validation(trainer: Trainer, loader: DataLoader[Any], rows: int, batch_s
     """Let `trainer` validate on the first rows of a loader's data."""
     subset: Subset[Any] = Subset(loader.dataset, range(rows))
     trainer.val_loader = DataLoader(subset, batch_size=batch_size, collate_fn=loader.collate_fn)
-    place = trainer.accelerator.process_index, trainer.accelerator.num_processes, trainer.config.micro_batch_size
+    place = trainer.accelerator.process_index, trainer.accelerator.num_processes, trainer.samples.micro_batch_size
     trainer.val_samples = step_sampler("val_loader", trainer.val_loader, 0, *place)
 
 

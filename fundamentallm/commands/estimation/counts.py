@@ -96,13 +96,23 @@ def micro_batches(config: Config, devices: int) -> tuple[int, int, int]:
     Of the device that has most, as `StepSampler` and `OptimizerStep` cut the batch.
     """
     rows = -(-(config.training.batch_size or 0) // devices)
-    parts = -(-rows // (config.training.micro_batch_size or rows))
+    size = config.training.micro_batch_size
+    parts = -(-rows // (rows if size is None or size == "auto" else size))
     return rows, parts, -(-rows // parts)
 
 
 def tokens_per_step(config: Config) -> int:
     """Tokens of one optimizer step, over all devices."""
     return (config.training.batch_size or 0) * config.data.sequence_length
+
+
+def tokens_of_run(config: Config, steps: int) -> int:
+    """Tokens of the first `steps` optimizer steps, over all devices, as `batch_size_schedule` has them."""
+    training = config.training
+    begins = [(0, training.batch_size or 0), *((step, size) for step, size in training.batch_size_schedule)]
+    ends = [*(step for step, _ in begins[1:]), steps]
+    sequences = sum(size * max(min(end, steps) - step, 0) for (step, size), end in zip(begins, ends, strict=True))
+    return sequences * config.data.sequence_length
 
 
 def step_flops(config: Config) -> int:
@@ -130,7 +140,15 @@ def recomputed_flops(config: Config) -> int:
 
 
 def optimizer_bytes(config: Config) -> int:
-    """Bytes of the optimizer's state, over the whole model; a 'module:name' is taken to hold what Adam does."""
+    """Bytes of the optimizer's state, over the whole model, and of the weights' average where there is one.
+
+    A 'module:name' optimizer is taken to hold what Adam does.
+    """
+    training, p = config.training, count_parameters(config.model)
+    return _moments_bytes(config) + (0 if training.ema_decay is None else WIDE * p.total)
+
+
+def _moments_bytes(config: Config) -> int:
     training, p = config.training, count_parameters(config.model)
     if training.optimizer == "sgd":
         return WIDE * p.total if training.momentum else 0

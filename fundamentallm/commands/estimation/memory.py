@@ -159,5 +159,7 @@ def _update_bytes(config: Config, on_cpu: bool) -> int:
     of_shape: Counter[tuple[int, int]] = Counter()
     for shape, count in (((d, d), 2), ((keys, d), 2), ((ff, d), 2), ((d, ff), 1)):
         of_shape[shape] += WIDE * count * model.num_layers * shape[0] * shape[1]
-    # The largest stack of matrices, and five more like it in the iteration, which a GPU does in bfloat16.
-    return sum(of_shape.values()) + max(of_shape.values()) * (WIDE + 5 * (WIDE if on_cpu else NARROW)) // WIDE
+    # A stack of matrices, and in the iteration, which a GPU does in bfloat16, two more like it and two Gram matrices.
+    wide = WIDE if on_cpu else NARROW
+    stacks = (size + 2 * (size + size * min(shape) // max(shape)) * wide // WIDE for shape, size in of_shape.items())
+    return sum(of_shape.values()) + max(stacks)

@@ -1,0 +1,134 @@
+"""find_lr: the curve of real training, what it suggests, and that nothing of a run is touched."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from fundamentallm.command_line import to_yaml
+from fundamentallm.commands.find_lr import Point, has_diverged, main, smooth, suggestion
+from fundamentallm.config import OPTIMIZER_NAMES
+from fundamentallm.errors import ConfigError
+from tests.conftest import reset_accelerate
+from tests.integration.runs import StopAt, assert_same_weights, make_config, make_trainer, on_processes, prose, weights
+
+RUN: dict[str, Any] = {"optimizer": "muon", "ema_decay": 0.9, "eval_every_n_steps": 3, "max_bad_steps": 1}
+"""Of the user's: with parts that a test of a few steps does without."""
+
+
+def curve(*losses: float) -> list[Point]:
+    return [Point(10.0**i, loss, loss) for i, loss in enumerate(losses)]
+
+
+def test_smoothing_has_no_bias_at_the_beginning() -> None:
+    assert smooth([3.0] * 9) == pytest.approx([3.0] * 9)
+    assert smooth([1.0, 2.0]) == pytest.approx([1.0, (0.9 * 0.1 * 1 + 0.1 * 2) / 0.19])
+
+
+@pytest.mark.parametrize(
+    ("losses", "steepest", "minimum"),
+    [
+        ((5, 4.9, 4, 2, 1.5, 1.4, 3), 1e3, 1e5),  # 4.9 to 2 in two decades is less than 4 to 1.5
+        ((5, 4.9, 4, 1, 0.9, math.inf), 1e2, 1e4),
+        ((5, 4, 3.9, 3.8, 9, 1), 1e1, 1e5),
+    ],
+)
+def test_the_suggestion_is_where_the_loss_falls_fastest(
+    losses: tuple[float, ...], steepest: float, minimum: float
+) -> None:
+    found = suggestion(curve(*losses))
+    assert found is not None
+    slopes = {i: losses[i + 1] - losses[i - 1] for i in range(1, losses.index(min(losses)))}
+    assert found.steepest == 10.0 ** min(slopes, key=slopes.__getitem__)
+    assert found.minimum == minimum
+
+
+@pytest.mark.parametrize("losses", [(1,), (1, 2, 3), (1, 0.9, 3), (2, math.nan)])
+def test_a_curve_that_does_not_fall_suggests_nothing(losses: tuple[float, ...]) -> None:
+    assert suggestion(curve(*losses)) is None
+
+
+def test_it_ends_where_the_loss_explodes() -> None:
+    assert not has_diverged([4.0, 1.0, 3.0])
+    assert has_diverged([4.0] * 9 + [math.nan])
+    assert has_diverged([1.0] * 9 + [50.0])
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A config file in a new working directory, of a run that has validation, groups and an average too."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(prose())
+    Path("config.yaml").write_text(to_yaml(make_config("run", **RUN)))
+    return Path("config.yaml")
+
+
+def find(config: Path, *arguments: str) -> int:
+    reset_accelerate()
+    return main(["--config", str(config), "--data.source=text.txt", "--steps=30", *arguments], "find_lr")
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZER_NAMES)
+def test_with_every_optimizer_the_curve_is_drawn_told_and_written(
+    config: Path, optimizer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert find(config, f"--training.optimizer={optimizer}", "--json=out.json", "--highest=100") == 0
+    found = json.loads(Path("out.json").read_text())
+    rates = [point["learning_rate"] for point in found["points"]]
+    assert rates[0] == pytest.approx(1e-6)
+    assert [b / a for a, b in itertools.pairwise(rates)] == pytest.approx([1e8 ** (1 / 29)] * (len(rates) - 1))
+    assert found["points"][0]["loss"] == pytest.approx(math.log(70), rel=0.1)  # of a model that knows nothing
+    assert 1e-4 < found["suggestion"] < found["minimum"] < 1e2
+    assert Path("find_lr.png").read_bytes().startswith(b"\x89PNG")
+    assert f"suggestion: training.learning_rate {found['suggestion']:.1e}" in capsys.readouterr().out
+    assert sorted(path.name for path in Path().iterdir()) == ["config.yaml", "find_lr.png", "out.json", "text.txt"]
+
+
+def test_a_run_that_was_under_way_goes_on_as_if_it_had_not_been_used(config: Path) -> None:
+    def run(folder: str, stop_at: int = 99) -> dict[str, Tensor]:
+        reset_accelerate()
+        trainer = make_trainer(make_config(folder, **RUN), callbacks=[StopAt(stop_at)])
+        trainer.train()
+        return weights(trainer)
+
+    whole = run("whole")
+    run("run", stop_at=5)
+    before = {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}
+    assert find(config) == 0
+    assert {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")} == before
+    assert_same_weights(run("run"), whole)
+
+
+def _launched(count: int, config: Path) -> None:
+    assert find(config, "--json=several.json") == 0
+
+
+def test_several_processes_find_what_one_does(config: Path) -> None:
+    on_processes(2, _launched, config)
+    several = json.loads(Path("several.json").read_text())
+    assert find(config, "--json=one.json") == 0
+    one = json.loads(Path("one.json").read_text())
+    assert several["suggestion"] == one["suggestion"]
+    assert [point["loss"] for point in several["points"][:15]] == pytest.approx(
+        [point["loss"] for point in one["points"][:15]], rel=1e-4
+    )
+
+
+def test_everything_that_is_wrong_is_told_at_once(config: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        find(config, "--steps=3", "--lowest=1", "--highest=0.1", "--trainer=os:sep", "--training.max_steps=0")
+    assert [problem.split(" ")[0] for problem in caught.value.problems] == [
+        "training.max_steps", "--steps", "--lowest", "--trainer"
+    ]  # fmt: skip
+
+
+def test_a_curve_without_a_suggestion_is_exit_code_1(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert find(config, "--lowest=100", "--highest=1000", "--json=out.json") == 1
+    assert len(json.loads(Path("out.json").read_text())["points"]) < 30  # it ends where the loss explodes
+    assert "no suggestion: the loss did not fall" in capsys.readouterr().out

@@ -1,0 +1,195 @@
+"""micro_batch_size: auto. What is found is the largest that fits on every process, and finding it leaves no trace."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fundamentallm import ConfigError, LoggingCallback, Trainer, TrainingConfig, create_accelerator
+from fundamentallm.training.micro_batch import smallest_number_of_parts
+from tests.integration.runs import (
+    PartlyIgnored,
+    StopAt,
+    assert_same_weights,
+    lines,
+    make_config,
+    make_trainer,
+    on_processes,
+    sharded_accelerator,
+    timeless,
+    weights,
+)
+
+
+@pytest.fixture(autouse=True)
+def _little_to_collect() -> Iterator[None]:
+    """A collection after each failure would look through all that pytest has, for a third of a second."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+class Memory(nn.Module):
+    """Room for so many sequences at once, and fewer where a gradient is there already: torch's own error beyond.
+
+    Counts the forward passes in a buffer, and draws random numbers, as some models do.
+    """
+
+    def __init__(self, room: int, room_to_validate: int = 99) -> None:
+        super().__init__()
+        self.room, self.room_to_validate = room, room_to_validate
+        self.embedding, self.norm = nn.Embedding(20, 12), nn.BatchNorm1d(12)
+        self.head, self.dropout = nn.Linear(12, 20), nn.Dropout(0.2)
+        self.tried: list[int] = []
+
+    def forward(self, ids: Tensor) -> Tensor:
+        has_gradient = self.head.weight.grad is not None
+        room = self.room - has_gradient if self.training else self.room_to_validate
+        self.tried.append(len(ids))
+        if len(ids) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return self.head(self.norm(self.dropout(self.embedding(ids)).mT).mT)
+
+
+def made(folder: Path, room: int = 6, room_to_validate: int = 99, **arguments: Any) -> Trainer:
+    training = {"max_steps": 5, "checkpoint_dir": str(folder / "checkpoints"), "log_every_n_steps": 1}
+    torch.manual_seed(0)
+    model = Memory(room, room_to_validate)
+    loaders = [torch.utils.data.DataLoader(PartlyIgnored(size), batch_size=16, shuffle=True) for size in (44, 9)]
+    arguments.setdefault("callbacks", [LoggingCallback(folder / "metrics.jsonl")])
+    options = {key: arguments.pop(key) for key in ("callbacks", "accelerator", "own") if key in arguments}
+    if "own" in options:
+        options["optimizer"] = options.pop("own")(model.parameters())
+    return Trainer(model, TrainingConfig(**{**training, "micro_batch_size": "auto", **arguments}), *loaders, **options)
+
+
+@given(st.integers(1, 300), st.integers(0, 300))
+def test_the_search_finds_the_fewest_parts_and_asks_little(largest: int, room: int) -> None:
+    asked: list[int] = []
+
+    def fits(size: int) -> bool:
+        asked.append(size)
+        return size <= room
+
+    parts = smallest_number_of_parts(largest, fits)
+    expected = next((n for n in range(1, largest + 1) if -(-largest // n) <= room), None)
+    assert parts == expected
+    assert len(asked) <= 2 * largest.bit_length() + 1
+
+
+@pytest.mark.parametrize(
+    ("room", "room_to_validate", "size"),
+    [(16, 99, 16), (9, 99, 8), (8, 99, 6), (2, 99, 1), (99, 4, 4)],
+)
+def test_training_with_gradients_there_and_validation_both_fit(
+    tmp_path: Path, room: int, room_to_validate: int, size: int
+) -> None:
+    trainer = made(tmp_path, room, room_to_validate, max_steps=1)
+    trainer.train()
+    assert trainer.samples.micro_batch_size == trainer.val_samples.micro_batch_size == size  # type: ignore[union-attr]
+
+
+def test_nothing_fits_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not even one sequence fits"):
+        made(tmp_path, room=0).train()
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory(tmp_path: Path) -> None:
+    trainer = made(tmp_path)
+    trainer.model.head = nn.Linear(13, 20)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        trainer.train()
+
+
+OPTIMIZERS: dict[str, Any] = {
+    "adamw": {"ema_decay": 0.5},
+    "muon": {"optimizer": "muon"},
+    "sgd": {"optimizer": "sgd"},
+    "rprop": {"own": torch.optim.Rprop},  # which cannot skip a step by itself
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_the_run_is_the_one_that_is_given_the_number(tmp_path: Path, kind: str) -> None:
+    found = made(tmp_path / "found", **OPTIMIZERS[kind])
+    found.train()
+    told = made(tmp_path / "told", **OPTIMIZERS[kind], micro_batch_size=4)
+    told.train()
+    assert found.samples.micro_batch_size == 4
+    assert len(found.model.tried) > len(told.model.tried)
+    assert_same_weights(weights(found), weights(told))
+    assert repr(found.state["optimizer"].state_dict()) == repr(told.state["optimizer"].state_dict())
+    assert timeless(lines(tmp_path / "found")) == timeless(lines(tmp_path / "told"))
+
+
+def test_finding_changes_neither_state_nor_random_numbers(tmp_path: Path) -> None:
+    trainer = made(tmp_path)
+    trainer.model.eval()
+    before, state, modes = weights(trainer), torch.get_rng_state(), [m.training for m in trainer._step_model.modules()]
+    assert trainer.micro_batch is not None
+    trainer.micro_batch.settle(trainer)
+    assert trainer.micro_batch.size == 4
+    assert_same_weights(weights(trainer), before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [m.training for m in trainer._step_model.modules()] == modes
+    assert not trainer.optimizer.state
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
+def test_a_resumed_run_goes_on_with_what_was_found(tmp_path: Path) -> None:
+    whole = made(tmp_path / "whole")
+    whole.train()
+    made(tmp_path / "parts", callbacks=[StopAt(2)]).train()
+    again = made(tmp_path / "parts", room=99)  # there is more room by now, and the sums would round otherwise
+    again.train()
+    assert again.samples.micro_batch_size == 4
+    assert max(again.model.tried) == 4
+    assert_same_weights(weights(again), weights(whole))
+
+
+def test_elsewhere_it_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made(tmp_path, callbacks=[StopAt(2)]).train()
+    monkeypatch.setattr("platform.machine", lambda: "another")
+    again = made(tmp_path, room=3)
+    again.train()
+    assert (again.global_step, again.samples.micro_batch_size) == (5, 2)
+
+
+def test_it_may_be_told_or_left_to_be_found_from_a_restart_on(tmp_path: Path) -> None:
+    for step, size in ((2, "auto"), (3, 3), (4, "auto")):
+        trainer = made(tmp_path, callbacks=[StopAt(step)], micro_batch_size=size)
+        trainer.train()
+        assert (trainer.global_step, trainer.samples.micro_batch_size) == (step, {3: 3}.get(step, 4))
+
+
+def _agreeing(count: int, folder: Path) -> None:
+    accelerator = create_accelerator()
+    room = (5, 3)[accelerator.process_index]  # of 8 sequences each: 4 would fit on the first
+    found = made(folder / "found", room, accelerator=accelerator)
+    found.train()
+    assert (found.accelerator.num_processes, found.samples.micro_batch_size) == (count, 2)
+    told = made(folder / "told", room=99, micro_batch_size=2)
+    told.train()
+    assert_same_weights(weights(found), weights(told))
+
+
+def test_all_processes_agree_and_none_waits_for_one_that_ran_out(tmp_path: Path) -> None:
+    on_processes(2, _agreeing, tmp_path)
+    assert timeless(lines(tmp_path / "found")) == timeless(lines(tmp_path / "told"))
+
+
+def _refused(count: int, folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"micro_batch_size is auto and the model is sharded \(FSDP2\)"):
+        make_trainer(make_config(folder, micro_batch_size="auto"), accelerator=sharded_accelerator())
+
+
+def test_sharded_it_is_refused(tmp_path: Path) -> None:
+    on_processes(2, _refused, tmp_path)
