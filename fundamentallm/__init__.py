@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from fundamentallm.training.callbacks import SaveBestCallback as SaveBestCallback
     from fundamentallm.training.checkpoint import CheckpointManager as CheckpointManager
     from fundamentallm.training.early_stopping import EarlyStopping as EarlyStopping
+    from fundamentallm.training.inspection import ProfilerCallback as ProfilerCallback
+    from fundamentallm.training.inspection import RatioCallback as RatioCallback
+    from fundamentallm.training.inspection import SampleCallback as SampleCallback
     from fundamentallm.training.loss import create_loss as create_loss
     from fundamentallm.training.metrics import MetricTracker as MetricTracker
     from fundamentallm.training.optimizers import create_optimizer as create_optimizer
@@ -51,6 +54,7 @@ _MODULES = {
     ),
     "training.checkpoint": ("CheckpointManager",),
     "training.early_stopping": ("EarlyStopping",),
+    "training.inspection": ("ProfilerCallback", "RatioCallback", "SampleCallback"),
     "training.loss": ("create_loss",),
     "training.metrics": ("MetricTracker",),
     "training.optimizers": ("create_optimizer",),

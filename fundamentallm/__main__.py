@@ -11,7 +11,9 @@ from fundamentallm.registry import did_you_mean
 VERBS = {
     "train": ("fundamentallm.train", "train a language model from a config"),
     "generate": ("fundamentallm.commands.generate", "write text with a trained model"),
+    "evaluate": ("fundamentallm.commands.evaluate", "measure a trained model on text, or by tasks of lm-eval"),
     "checkpoints": ("fundamentallm.commands.checkpoints", "list, verify and show checkpoints; what a step trained on"),
+    "report": ("fundamentallm.commands.report", "compare runs on one page: curves, settings, samples, environment"),
     "estimate": (
         "fundamentallm.commands.estimate",
         "work out memory, operations and bytes sent, for any size, at once",

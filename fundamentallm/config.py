@@ -25,12 +25,16 @@ IGNORE_INDEX = -100
 """Target that is not trained on: torch's and transformers' convention."""
 
 BUILT_IN_CORPUS = "python-docs"
+END_OF_TEXT = "<|endoftext|>"
+"""Token that ends a text, where a vocabulary has it (GPT-2's)."""
 
 # The tables behind these names live in the modules that import torch (a test holds the two together).
 OPTIMIZER_NAMES = ("adamw", "adam", "sgd", "muon")
 SCHEDULE_NAMES = ("constant", "linear", "cosine", "cosine_with_restarts", "wsd")
 METRIC_NAMES = ("val_loss", "val_perplexity", "val_bits_per_byte")
 LOSS_NAMES = ("cross_entropy", "label_smoothing", "focal", "z_loss")
+CALLBACK_NAMES = ("curves", "samples", "profiler", "ratios")
+TRACKER_NAMES = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
 def unknown_metric(name: str, known: Collection[str]) -> str:
@@ -87,8 +91,12 @@ class ModelConfig(Section):
     """Use the embedding table as the output projection too."""
     rope_theta: float = 10000.0
     """Base of the rotary wavelengths, in tokens (RoFormer, arXiv:2104.09864)."""
+    norm_epsilon: float = 1e-6
+    """Added to the mean square of the features that an RMSNorm divides by the root of."""
     init_from: str | None = None
     """A checkpoint whose weights a new run begins with (nothing else of it); null: random weights."""
+    pretrained: str | None = None
+    """A folder, or cached name, of transformers' format: what a new run goes on training; the shape is then its own."""
     qk_norm: bool = True
     """RMS-normalise queries and keys for each head (opens in transformers as Qwen3; without, as Llama)."""
     zero_init_residual: bool = False
@@ -109,7 +117,9 @@ class ModelConfig(Section):
             )
 
     def resolved(self) -> ModelConfig:
-        """The same shape with every derived default filled in."""
+        """The same shape with every derived default filled in; with `pretrained`, they are not known yet."""
+        if self.pretrained is not None:
+            return self
         return dataclasses.replace(
             self,
             num_kv_heads=self.num_kv_heads or self.num_heads,
@@ -130,7 +140,7 @@ class DataConfig(Section):
     source: str = BUILT_IN_CORPUS
     """A text file, a folder, a glob, or 'python-docs': the language reference every CPython carries."""
     tokenizer: str = "char"
-    """'char', 'byte', 'bpe:<vocabulary size>' trained on the training text, or a tokenizer.json file."""
+    """'char' (with model.pretrained: its own), 'byte', 'bpe:<size>' trained on the training text, a tokenizer.json."""
     train_split: float = 0.9
     """Leading fraction of the text that is trained on; the rest is validation (1: no validation)."""
     sequence_length: int = 256
@@ -324,6 +334,8 @@ class TrainingConfig(Section):
     """Checkpoints kept, besides the best."""
     log_every_n_steps: int = 10
     """Optimizer steps between log lines; the host waits for the device at no other step."""
+    peak_tflops: float | None = None
+    """10^12 operations a second of one device at its best, for the MFU; default: known NVIDIA GPUs' in 16 bits."""
     resume: str = "auto"
     """auto: from the newest checkpoint that verifies, else afresh; never: afresh, in an unused folder; or a path."""
     resume_changes: list[str] = field(default_factory=list)
@@ -420,7 +432,7 @@ class Config(Section):
     """
 
     output_dir: str = "runs/default"
-    """Folder of everything the run writes: metrics.jsonl, curves.png, checkpoints."""
+    """Folder of everything the run writes: metrics.jsonl, starts.jsonl, curves.png, checkpoints."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -428,9 +440,33 @@ class Config(Section):
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """The training."""
     callbacks: list[str] = field(default_factory=list)
-    """Further callbacks: 'module:name' of Callback classes, made without arguments."""
+    """samples, profiler, ratios, curves (always there), or 'module:name' of Callback classes."""
+    callback_options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of callbacks by name, such as {samples: {prompts: [Once]}, curves: {theme: dark}}."""
+    trackers: list[str] = field(default_factory=list)
+    """Trackers that get every log line too: tensorboard, wandb, mlflow, trackio."""
+    tracker_options: dict[str, Any] = field(default_factory=dict)
+    """Name of the project, and keyword arguments of trackers by name: {project: mine, wandb: {tags: [small]}}."""
     sample_tokens: int = 200
-    """Tokens of text generated and shown after training; 0: none."""
+    """Tokens of each text generated: shown after training, and by the callback samples; 0: none after training."""
+
+    def _relations(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        for name in self.callbacks:
+            if problem := unknown_name("callbacks", name, CALLBACK_NAMES):
+                yield ("callbacks",), problem
+        for name in self.trackers:
+            if name not in TRACKER_NAMES:
+                near = did_you_mean(name, TRACKER_NAMES)
+                yield ("trackers",), f"trackers has {name!r}; allowed: {', '.join(TRACKER_NAMES)}.{near}"
+        named = {"callback_options": ["curves", *self.callbacks], "tracker_options": ["project", *self.trackers]}
+        for setting, names in named.items():
+            for name, value in getattr(self, setting).items():
+                if name not in names:
+                    near = did_you_mean(name, names)
+                    yield (setting,), f"{setting} has {name!r}; allowed: {', '.join(names)}.{near}"
+                elif not (isinstance(value, str) if name == "project" else isinstance(value, dict)):
+                    wanted = "text" if name == "project" else "a mapping of keyword arguments"
+                    yield (setting,), f"{setting}.{name} is {value!r}; allowed: {wanted}."
 
     def file_problems(self) -> list[str]:
         """What is wrong with the files and folders of this run, found without creating any."""
@@ -457,3 +493,13 @@ class Config(Section):
                 checkpoint_dir=training.checkpoint_dir or os.path.join(self.output_dir, "checkpoints"),
             ),
         )
+
+
+def flat_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """{dotted name: value} of a config as a plain dict; settings without sections are those of the training."""
+    sections = ("model", "data", "training")
+    nested = config if "training" in config else {"training": config}
+    flat = {name: value for name, value in nested.items() if name not in sections}
+    for section in sections:
+        flat |= {f"{section}.{name}": value for name, value in nested.get(section, {}).items()}
+    return flat

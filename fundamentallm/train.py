@@ -7,7 +7,6 @@ by `training.max_minutes` (start it again: the same command goes on), 130 a seco
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -17,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fundamentallm.command_line import parse_config
-from fundamentallm.config import METRIC_NAMES, Config, ModelConfig, expand_user, unknown_metric
-from fundamentallm.errors import START_AGAIN, CheckpointError, ConfigError, FundamentaLLMError, exit_code, report
+from fundamentallm.config import METRIC_NAMES, Config, ModelConfig, unknown_metric
+from fundamentallm.errors import START_AGAIN, ConfigError, FundamentaLLMError, exit_code, report
 from fundamentallm.registry import resolve
 
 if TYPE_CHECKING:
@@ -77,23 +76,33 @@ def make_trainer(config: Config) -> Trainer:
     from fundamentallm.data.loaders import create_dataloaders
     from fundamentallm.models.transformer import Transformer
     from fundamentallm.training.accelerator import create_accelerator
+    from fundamentallm.training.pretrained import begin_from_checkpoint, begin_from_pretrained, open_pretrained
     from fundamentallm.training.trainer import Trainer
 
     training = config.resolved().training
-    smallest = training.smallest_batch_size(training.batch_size)
-    accelerator = create_accelerator(training.mixed_precision, smallest, training.compile)
+    launch = training.mixed_precision, training.smallest_batch_size(training.batch_size), training.compile
+    accelerator = create_accelerator(*launch, config.trackers, config.output_dir)
     callbacks = _check_parts(config)
+    config, pretrained, model = open_pretrained(config)
     is_main = accelerator.is_main_process
     corpus = _local_main_process_first(accelerator, lambda: load_corpus(config.data, show_progress=is_main))
     config = replace(config, model=_with_vocabulary(config.model, corpus.tokenizer))
     train_loader, val_loader = create_dataloaders(corpus, corpus.tokenizer, config)
     torch.manual_seed(config.training.seed)
-    with torch.device("meta") if accelerator.is_fsdp2 else nullcontext():  # it may be larger than a device
-        model = Transformer(config.model)
+    if model is None:
+        with torch.device("meta") if accelerator.is_fsdp2 else nullcontext():  # it may be larger than a device
+            model = Transformer(config.model)
     trainer = Trainer(model, config, train_loader, val_loader, accelerator=accelerator)
-    if config.model.init_from is not None and trainer.team.from_first(lambda: _begins_afresh(config)):
+    if pretrained is not None:
+        trainer.files = pretrained.files(config.data.sequence_length)
+        trainer.say(f"{config.model.pretrained}: {pretrained}")
+    begins_from = config.model.init_from is not None or (pretrained is not None and pretrained.shape is not None)
+    if begins_from and trainer.team.from_first(lambda: _begins_afresh(config)):
         with trainer.team.together():
-            _load_weights(trainer, Path(expand_user(config.model.init_from)), corpus.tokenizer)
+            if pretrained is not None:
+                begin_from_pretrained(trainer, pretrained)
+            else:
+                begin_from_checkpoint(trainer, corpus.tokenizer)
     for callback in callbacks:
         trainer.callbacks.add(callback)
     sizes = f"{len(corpus.train):,} training and {len(corpus.validation):,} validation tokens"
@@ -174,46 +183,40 @@ def _begins_afresh(config: Config) -> bool:
     return config.training.resume in ("auto", "never") and CheckpointManager(folder).get_latest() is None
 
 
-def _load_weights(trainer: Trainer, checkpoint: Path, tokenizer: Tokenizer) -> None:
-    """Begin from a checkpoint's weights.
-
-    Raises:
-        CheckpointError: if it is damaged, or of a model of another shape.
-        ConfigError: if its tokens mean something else.
-    """
-    from fundamentallm.training.resume import like_of
-    from fundamentallm.training.snapshot import MODEL_KEY
-    from fundamentallm.training.stored import check_checkpoint, load_parts
-
-    trainer.team.from_first(lambda: check_checkpoint(checkpoint))
-    weights = load_parts(checkpoint, [MODEL_KEY], like_of(trainer))[MODEL_KEY]
-    theirs = checkpoint / "tokenizer.json"
-    if theirs.exists() and json.loads(theirs.read_text(encoding="utf-8")) != json.loads(tokenizer.to_str()):
-        raise ConfigError(
-            f"model.init_from is {str(checkpoint)!r}, whose tokenizer is another than data.tokenizer makes, so that "
-            f"its weights would mean other tokens; set data.tokenizer to {str(theirs)!r}."
-        )
-    try:
-        trainer.model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise CheckpointError(f"model.init_from: the weights of {checkpoint} do not fit the model: {error}") from error
-
-
 def _callbacks(config: Config) -> list[Callback]:
     """Those beyond the Trainer's own: the curves, and what the config names."""
     from fundamentallm.training.callbacks import Callback
+    from fundamentallm.training.inspection import ProfilerCallback, RatioCallback, SampleCallback
     from fundamentallm.training.visualization import VisualizationCallback
 
+    known: dict[str, type[Callback]] = {
+        "curves": VisualizationCallback,
+        "samples": SampleCallback,
+        "profiler": ProfilerCallback,
+        "ratios": RatioCallback,
+    }
+    problems: list[str] = []
     callbacks: list[Callback] = []
-    try:
-        callbacks.append(VisualizationCallback(Path(config.output_dir) / "curves.png"))
-    except ConfigError as error:
-        print(f"no curves.png: {error}", file=sys.stderr)
-    for name in config.callbacks:
-        kind = resolve("callbacks", name, {})
-        if not (isinstance(kind, type) and issubclass(kind, Callback)):
-            raise ConfigError(f"callbacks has {name!r}, a {type(kind).__name__}; allowed: subclasses of Callback.")
-        callbacks.append(kind())
+    curves = {"path": Path(config.output_dir) / "curves.png", **config.callback_options.get("curves", {})}
+    options = config.callback_options | {"curves": curves}
+    for name in dict.fromkeys(["curves", *config.callbacks]):
+        try:
+            kind = resolve("callbacks", name, known)
+            if not (isinstance(kind, type) and issubclass(kind, Callback)):
+                problems.append(f"callbacks has {name!r}, a {type(kind).__name__}; allowed: subclasses of Callback.")
+                continue
+            try:
+                callbacks.append(kind(**options.get(name, {})))
+            except TypeError as error:
+                given = config.callback_options.get(name, {})
+                problems.append(f"callback_options.{name} is {given!r}, which does not fit: {error}.")
+        except ConfigError as error:
+            if name == "curves" and name not in config.callbacks and not config.callback_options.get(name):
+                print(f"no curves.png: {error}", file=sys.stderr)  # nobody asked for them
+            else:
+                problems += error.problems
+    if problems:
+        raise ConfigError(problems)
     return callbacks
 
 
@@ -224,15 +227,11 @@ def _show_end(trainer: Trainer, config: Config) -> None:
         (f"best val_loss {best:.4f}; " if best is not None else "")
         + f"metrics, curves and checkpoints are in {config.output_dir}"
     )
-    if config.sample_tokens and (trainer.is_main_process or trainer.is_sharded):  # all have to compute a sharded one
-        from fundamentallm.models.generation import generate
+    if config.sample_tokens:
+        from fundamentallm.training.inspection import continuation
 
-        data: Any = trainer.train_loader.dataset
-        prompt = data.tokens[: min(32, config.data.sequence_length)].tolist()
-        with trainer.averaged_weights():
-            ids = generate(trainer.model, prompt, config.sample_tokens, config.data.sequence_length, temperature=0.7)
-            text = data.tokenizer.decode(list(ids))
-        trainer.say(f"---- sample: {data.tokenizer.decode(prompt)!r} continued ----\n{text}")
+        if written := continuation(trainer, None, config.sample_tokens):
+            trainer.say(f"---- sample: {written[0]!r} continued ----\n{written[1]}")
 
 
 if __name__ == "__main__":

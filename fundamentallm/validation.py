@@ -51,9 +51,12 @@ RANGES: dict[str, Interval] = {
     **dict.fromkeys(("save_every_n_epochs", "save_every_n_steps", "eval_every_n_epochs"), AT_LEAST_ONE),
     **dict.fromkeys(("eval_every_n_steps", "log_every_n_steps", "keep_last_n", "max_bad_steps"), AT_LEAST_ONE),
     **dict.fromkeys(
-        ("learning_rate", "adam_learning_rate", "gradient_clip_norm", "rope_theta", "adam_epsilon"), POSITIVE
+        ("learning_rate", "adam_learning_rate", "gradient_clip_norm", "rope_theta", "adam_epsilon", "norm_epsilon"),
+        POSITIVE,
     ),
-    **dict.fromkeys(("max_minutes", "hang_minutes", "skip_spikes_above", "learning_rate_scale"), POSITIVE),
+    **dict.fromkeys(
+        ("max_minutes", "hang_minutes", "skip_spikes_above", "learning_rate_scale", "peak_tflops"), POSITIVE
+    ),
     **dict.fromkeys(("weight_decay", "early_stopping_min_delta", "warmup_steps"), NON_NEGATIVE),
     **dict.fromkeys(("num_workers", "sample_tokens"), NON_NEGATIVE),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "momentum", "muon_momentum", "dropout"), BELOW_ONE),

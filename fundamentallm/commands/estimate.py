@@ -83,6 +83,15 @@ def _parse(arguments: Sequence[str], options: argparse.Namespace, program: str) 
         problems += error.problems
     if problems:
         raise ConfigError(problems)
+    if config.model.pretrained is not None:
+        from fundamentallm.models.pretrained import find_pretrained
+
+        found = find_pretrained(config.model.pretrained)
+        if found.shape is None:
+            raise ConfigError(
+                f"model.pretrained is {config.model.pretrained!r}; allowed: a Transformer; {found.why_not}."
+            )
+        return dataclasses.replace(config, model=dataclasses.replace(found.shape, dropout=config.model.dropout))
     if config.model.vocab_size is not None:
         return config
     from fundamentallm.data.corpus import vocabulary_size  # which takes half a second to import

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fundamentallm.errors import CheckpointError, CheckpointNotFoundError
+from fundamentallm.commands.opening import CHECKPOINT_HELP, open_model
+from fundamentallm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 def main(arguments: Sequence[str], program: str) -> int:
@@ -17,62 +24,106 @@ def main(arguments: Sequence[str], program: str) -> int:
         FundamentaLLMError: if the checkpoint cannot be opened, or a value is outside its range.
     """
     parser = argparse.ArgumentParser(prog=program, description=__doc__, allow_abbrev=False)
+    parser.add_argument("--checkpoint", required=True, type=Path, metavar="DIR", help=CHECKPOINT_HELP)
     parser.add_argument(
-        "--checkpoint", required=True, type=Path, metavar="DIR",
-        help="a checkpoint, a folder of checkpoints (the best, else the newest, is taken), or a run's output_dir",
+        "--prompt", action="append", metavar="TEXT",
+        help="text to go on from [a new line]; given several times, all are continued at once",
     )  # fmt: skip
-    parser.add_argument("--prompt", default="\n", help="text to go on from [a new line]")
-    parser.add_argument("--max_new_tokens", type=int, default=200, metavar="N", help="tokens to write [200]")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt in each line; further ones")
+    parser.add_argument("--max_new_tokens", type=int, default=200, metavar="N", help="most tokens to write [200]")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most probable token [0.8]")
     parser.add_argument("--top_k", type=int, metavar="N", help="draw among the N most probable tokens only")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws [0]")
+    parser.add_argument(
+        "--top_p", type=float, metavar="P", help="draw among the fewest tokens that have the probability P together"
+    )
+    parser.add_argument(
+        "--repetition_penalty", type=float, default=1.0, metavar="R",
+        help="above 1: tokens that are there already become less probable [1]",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of the draws; a further prompt's is one more [0]")
+    parser.add_argument(
+        "--ignore_end", action="store_true", help="write on where the model ends the text (its end-of-text token)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help='write {"prompt": ..., "text": ..., "tokens": N} a line, at the end'
+    )
     options = parser.parse_args(arguments)
+    prompts = _prompts(options)
 
     # Imported here, so that --help need not wait for torch.
-    from fundamentallm.data.tokenizers import encode_prompt, read_tokenizer
-    from fundamentallm.models.generation import generate
-    from fundamentallm.models.transformer import Transformer, from_transformers_config
-    from fundamentallm.training.snapshot import MODEL_KEY
-    from fundamentallm.training.stored import load_checkpoint
+    from fundamentallm.data.tokenizers import encode_prompt
+    from fundamentallm.models.generation import Sampling, generate_batch
 
-    folder = find_checkpoint(options.checkpoint)
-    weights = load_checkpoint(folder)[MODEL_KEY]
-    tokenizer = read_tokenizer(folder / "tokenizer.json")
-    shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    model, context = Transformer(from_transformers_config(shape)), shape["max_position_embeddings"]
+    opened = open_model(options.checkpoint)
+    ids = [encode_prompt(opened.tokenizer, prompt) for prompt in prompts]
+    drawn = generate_batch(
+        opened.model,
+        ids,
+        options.max_new_tokens,
+        opened.context or max(map(len, ids)) + options.max_new_tokens,
+        Sampling(options.repetition_penalty, options.temperature, options.top_k, options.top_p),
+        options.seed,
+        () if options.ignore_end else opened.stop,
+    )
     try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise CheckpointError(f"{folder}: the weights do not fit config.json: {error}") from error
-    prompt = encode_prompt(tokenizer, options.prompt)
-    ids = generate(model, prompt, options.max_new_tokens, context, options.temperature, options.top_k, options.seed)
-    print(options.prompt, end="", flush=True)
-    # A character may be made of several tokens, so what is new in the decoded whole is printed.
-    written, shown = [], 0
-    for token in ids:
-        written.append(token)
-        text = tokenizer.decode(written)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            print(text[shown:], end="", flush=True)
-            shown = len(text)
-    print(tokenizer.decode(written)[shown:])
+        if len(prompts) == 1 and not options.json:
+            _stream(opened.tokenizer, prompts[0], (row[0] for row in drawn))
+        else:
+            _write_all(opened.tokenizer, prompts, drawn, options.json)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` means: itself, or the best (else the newest) below it.
+def _prompts(options: argparse.Namespace) -> list[str]:
+    prompts = list(options.prompt or [])
+    if options.prompts is not None:
+        try:
+            lines = options.prompts.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--prompts is {str(options.prompts)!r}, which cannot be read: {error}.") from error
+        prompts += [line for line in lines if line]
+        if not prompts:
+            raise ConfigError(f"--prompts is {str(options.prompts)!r}, which is empty; give a prompt in each line.")
+    return prompts or ["\n"]
 
-    Raises:
-        CheckpointNotFoundError: if there is none, or one without what generating needs.
+
+def _stream(tokenizer: Tokenizer, prompt: str, ids: Iterator[int]) -> None:
+    """Print the prompt, and what continues it as it comes."""
+    print(prompt, end="", flush=True)
+    for piece in pieces(tokenizer, ids):
+        print(piece, end="", flush=True)
+    print()
+
+
+def pieces(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
+    """The text of tokens, piece by piece; a character that is made of several tokens comes whole.
+
+    A token's text depends on those before it, so the last few are decoded together, and new is what that text has more
+    than before; not all that there are, or long texts would cost the square of their length.
     """
-    from fundamentallm.training.checkpoint import CheckpointManager, checkpoints_folder
-    from fundamentallm.training.manifest import MANIFEST
+    window: list[int] = []
+    done = ""  # the text of the window that is out already
+    for token in ids:
+        window.append(token)
+        text = tokenizer.decode(window)
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            continue
+        yield text[len(done) :]
+        window, done = (window[-1:], tokenizer.decode(window[-1:])) if text[len(done) :] else (window, text)
+    yield tokenizer.decode(window)[len(done) :]
 
-    manager = CheckpointManager(checkpoints_folder(path))
-    folder = path if (path / MANIFEST).exists() else manager.get_best() or manager.get_latest()
-    if folder is None:
-        raise CheckpointNotFoundError(f"there is no checkpoint in {path}; give a checkpoint, or a run's output_dir.")
-    for name in ("config.json", "tokenizer.json"):
-        if not (folder / name).exists():
-            raise CheckpointNotFoundError(f"{folder} has no {name}; it was saved without a Transformer or a tokenizer.")
-    return folder
+
+def _write_all(tokenizer: Tokenizer, prompts: list[str], drawn: Iterator[dict[int, int]], as_json: bool) -> None:
+    """Print all texts when they are complete."""
+    written: list[list[int]] = [[] for _ in prompts]
+    for row in drawn:
+        for index, token in row.items():
+            written[index].append(token)
+    for index, (prompt, ids) in enumerate(zip(prompts, written, strict=True)):
+        text = tokenizer.decode(ids)
+        if as_json:
+            print(json.dumps({"prompt": prompt, "text": text, "tokens": len(ids)}, ensure_ascii=False))
+        else:
+            print(f"{'' if index == 0 else chr(10)}---- {index} ----\n{prompt}{text}")

@@ -7,7 +7,7 @@ checkpoint opens there as it is. Shapes: B sequences, T tokens, D = d_model, H h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,18 +18,17 @@ from torch.utils.checkpoint import checkpoint
 from fundamentallm.config import ModelConfig
 from fundamentallm.errors import ConfigError
 
-NORM_EPSILON = 1e-6
 INITIAL_STD = 0.02
 """Standard deviation of initial weights (GPT-2)."""
 
 
-def rotary_table(length: int, features: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles, each (length, features / 2), in float32.
+def rotary_table(positions: Tensor, features: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles of `positions` (...), each (..., features / 2), in float32.
 
     Position t turns pair i by the angle t * theta^(-2i / features) (RoFormer, arXiv:2104.09864).
     """
-    frequencies = theta ** (-torch.arange(0, features, 2, device=device, dtype=torch.float32) / features)
-    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequencies)
+    frequencies = theta ** (-torch.arange(0, features, 2, device=positions.device, dtype=torch.float32) / features)
+    angles = positions[..., None].float() * frequencies
     return angles.cos(), angles.sin()
 
 
@@ -37,6 +36,29 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the feature pairs (i, i + F/2) of x (B, H, T, F) by their position's angles."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
+
+
+class LayerCache:
+    """Keys and values of one layer, those of position t in slot t: while text is written, each token is computed once.
+
+    An object rather than a pair of tensors: FSDP2 casts those it is given, and what is written into a copy is lost.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self.keys = self.values = torch.empty(0)
+        self.positions = self.mask = torch.empty(0)
+        """Of the next tokens (B, T); and which slots each of them sees, (B, 1, T, used)."""
+
+    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add those of the next tokens, (B, H, T, F); all there are, (B, H, used, F)."""
+        if not self.keys.numel():
+            b, heads, _, features = keys.shape
+            self.keys, self.values = (x.new_zeros(b, heads, self.slots, features) for x in (keys, values))
+        rows, used = torch.arange(len(keys), device=keys.device)[:, None], self.mask.shape[-1]
+        for store, new in ((self.keys, keys), (self.values, values)):
+            store[rows, :, self.positions] = new.transpose(1, 2)
+        return self.keys[:, :, :used], self.values[:, :, :used]
 
 
 class Attention(nn.Module):
@@ -53,12 +75,12 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.d_model, self.num_kv_heads * self.head_size, bias=False)
         self.o_proj = nn.Linear(self.num_heads * self.head_size, config.d_model, bias=False)
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(self.head_size, eps=NORM_EPSILON)
-            self.k_norm = nn.RMSNorm(self.head_size, eps=NORM_EPSILON)
+            self.q_norm = nn.RMSNorm(self.head_size, eps=config.norm_epsilon)
+            self.k_norm = nn.RMSNorm(self.head_size, eps=config.norm_epsilon)
         self.qk_norm = config.qk_norm
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Mix x (B, T, D) over positions; (B, T, D)."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """Mix x (B, T, D) over its positions, and those in the cache; (B, T, D)."""
         b, t, _ = x.shape
         q = self.q_proj(x).view(b, t, self.num_heads, self.head_size)
         k = self.k_proj(x).view(b, t, self.num_kv_heads, self.head_size)
@@ -67,12 +89,16 @@ class Attention(nn.Module):
             # In the weights' precision: mixed with autocast's, torch leaves its fused kernel.
             q, k = (norm(x.to(norm.weight.dtype)) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, H, T, F)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.update(k, v)
         y = F.scaled_dot_product_attention(
-            rotate(q, cos, sin),
-            rotate(k, cos, sin),
+            q,
+            k,
             v,
+            attn_mask=None if cache is None else cache.mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=True,
+            is_causal=cache is None,
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
         return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))  # type: ignore[no-any-return]
@@ -98,15 +124,15 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.d_model, eps=NORM_EPSILON)
+        self.input_layernorm = nn.RMSNorm(config.d_model, eps=config.norm_epsilon)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.d_model, eps=NORM_EPSILON)
+        self.post_attention_layernorm = nn.RMSNorm(config.d_model, eps=config.norm_epsilon)
         self.mlp = SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin))
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, cache))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))  # type: ignore[no-any-return]
 
 
@@ -154,7 +180,7 @@ class Transformer(nn.Module):
             {
                 "embed_tokens": embedding,
                 "layers": nn.ModuleList(Block(config) for _ in range(config.num_layers)),
-                "norm": nn.RMSNorm(config.d_model, eps=NORM_EPSILON),
+                "norm": nn.RMSNorm(config.d_model, eps=config.norm_epsilon),
             }
         )
         self.lm_head = Head(config.d_model, config.vocab_size or 0, bias=False)
@@ -177,19 +203,37 @@ class Transformer(nn.Module):
             empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
             yield name, empty.normal_(std=INITIAL_STD * scale) if parameter.ndim == 2 else empty.fill_(1.0)
 
-    def forward(self, input_ids: Tensor, of_hidden: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        of_hidden: Callable[[Tensor, Tensor], Tensor] | None = None,
+        cache: Sequence[LayerCache] | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """Logits (B, T, V) of the token after each of `input_ids` (B, T); or what `of_hidden` makes of the head's input
-        (B, T, D) and weights (V, D).
+        (B, T, D) and weights (V, D). With a `new_cache`, the tokens come at `positions` (B, T), after those in it.
         """
         x = self.dropout(self.model["embed_tokens"](input_ids))
         config = self.config
-        cos, sin = rotary_table(input_ids.shape[1], config.d_model // config.num_heads, config.rope_theta, x.device)
-        for block in self.model["layers"]:  # type: ignore[attr-defined]
+        if cache is None:
+            positions = torch.arange(input_ids.shape[1], device=x.device)
+        else:
+            assert positions is not None
+            used = torch.arange(int(positions.max()) + 1, device=x.device)
+            for layer in cache:
+                layer.positions, layer.mask = positions, used <= positions[:, None, :, None]
+            positions = positions[:, None]  # alike for all heads
+        cos, sin = rotary_table(positions, config.d_model // config.num_heads, config.rope_theta)
+        for index, block in enumerate(self.model["layers"].children()):
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, cos, sin, use_reentrant=False)
             else:
-                x = block(x, cos, sin)
+                x = block(x, cos, sin, None if cache is None else cache[index])
         return self.lm_head(self.model["norm"](x), of_hidden)  # type: ignore[no-any-return]
+
+    def new_cache(self, slots: int) -> list[LayerCache]:
+        """Empty, for sequences of at most `slots` tokens."""
+        return [LayerCache(slots) for _ in range(self.config.num_layers)]
 
     def gradient_checkpointing_enable(self) -> None:
         """Keep only each block's input for the backward pass, and compute the rest again (arXiv:1604.06174)."""
@@ -203,8 +247,8 @@ class Transformer(nn.Module):
         """The output projection, under transformers' name for it."""
         return self.lm_head
 
-    def transformers_config(self, sequence_length: int) -> dict[str, Any]:
-        """The config.json with which transformers opens these weights."""
+    def transformers_config(self, sequence_length: int, end_of_text: int | None = None) -> dict[str, Any]:
+        """The config.json with which transformers opens these weights; `end_of_text`: the token that ends a text."""
         config = self.config
         return {
             "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
@@ -217,7 +261,7 @@ class Transformer(nn.Module):
             "num_key_value_heads": config.num_kv_heads,
             "head_dim": config.d_model // config.num_heads,
             "hidden_act": "silu",
-            "rms_norm_eps": NORM_EPSILON,
+            "rms_norm_eps": config.norm_epsilon,
             "rope_theta": config.rope_theta,
             "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},  # since transformers 5
             "max_position_embeddings": sequence_length,
@@ -226,30 +270,6 @@ class Transformer(nn.Module):
             "tie_word_embeddings": config.tie_embeddings,
             "initializer_range": INITIAL_STD,
             "bos_token_id": None,
-            "eos_token_id": None,
+            "eos_token_id": end_of_text,
             "dtype": "float32",
         }
-
-
-def from_transformers_config(saved: dict[str, Any]) -> ModelConfig:
-    """The shape that `transformers_config` wrote down.
-
-    Raises:
-        ConfigError: if it is another architecture, or a value is missing.
-    """
-    if saved.get("model_type") not in ("qwen3", "llama"):
-        raise ConfigError(f"the model's type is {saved.get('model_type')!r}; allowed: qwen3, llama (our Transformer).")
-    try:
-        return ModelConfig(
-            vocab_size=saved["vocab_size"],
-            d_model=saved["hidden_size"],
-            num_heads=saved["num_attention_heads"],
-            num_kv_heads=saved["num_key_value_heads"],
-            num_layers=saved["num_hidden_layers"],
-            d_ff=saved["intermediate_size"],
-            tie_embeddings=saved["tie_word_embeddings"],
-            rope_theta=saved["rope_theta"],
-            qk_norm=saved["model_type"] == "qwen3",
-        )
-    except KeyError as error:
-        raise ConfigError(f"the model's config.json lacks {error}.") from error

@@ -7,7 +7,12 @@ import os
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import DistributedDataParallelKwargs, is_torch_xla_available, parse_flag_from_env
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    ProjectConfiguration,
+    is_torch_xla_available,
+    parse_flag_from_env,
+)
 
 from fundamentallm.errors import ConfigError
 from fundamentallm.training.compilation import compile_problems
@@ -22,6 +27,7 @@ from fundamentallm.training.launch import (
     launch_problems,
     parallel_problems,
 )
+from fundamentallm.training.tracking import tracker_problems
 
 kept_groups: list[object] = []
 """Process groups, kept until `Trainer.leave_group`, or as long as the interpreter. DistributedDataParallel would else
@@ -31,7 +37,11 @@ at their very end.)"""
 
 
 def create_accelerator(
-    mixed_precision: str | None = None, batch_size: int | None = None, compiles: bool | None = None
+    mixed_precision: str | None = None,
+    batch_size: int | None = None,
+    compiles: bool | None = None,
+    trackers: list[str] | None = None,
+    output_dir: str | None = None,
 ) -> Accelerator:
     """The Accelerator of this process; the first thing a program makes, before anything asks for its rank.
 
@@ -39,10 +49,12 @@ def create_accelerator(
         mixed_precision: what the config says; None: nothing.
         batch_size: sequences per optimizer step, over all processes; None: not known yet.
         compiles: `training.compile`; None: not set.
+        trackers: that get the log lines too, by accelerate's names (`log_with`).
+        output_dir: whose folder tensorboard writes to.
 
     Raises:
-        ConfigError: listing whatever the launcher was asked for that contradicts our settings, is not supported, or
-            would not be had (see `launch_problems` and `check_accelerator`).
+        ConfigError: listing trackers that are not installed, and whatever the launcher was asked for that contradicts
+            our settings, is not supported, or would not be had (see `launch_problems` and `check_accelerator`).
 
     Example:
         >>> from fundamentallm import create_accelerator
@@ -55,12 +67,19 @@ def create_accelerator(
     problems = launch_problems(os.environ, not cpu, mixed_precision, batch_size)
     if is_torch_xla_available():
         problems.append(f"torch_xla is installed, which accelerate takes for a TPU; uninstall it: {XLA}")
+    problems += tracker_problems(trackers or [])
     if problems:
         raise ConfigError(problems)
     join_group(cpu)
     # Gradients lie in the buffers that are exchanged, rather than once more beside them.
     data_parallel = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision, kwargs_handlers=[data_parallel])
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision=mixed_precision,
+        kwargs_handlers=[data_parallel],
+        log_with=trackers or None,
+        project_config=ProjectConfiguration(output_dir, output_dir and os.path.join(output_dir, "tensorboard")),
+    )
     check_accelerator(accelerator, mixed_precision, batch_size, compiles)
     return accelerator
 
@@ -123,6 +142,11 @@ def _kind_problems(accelerator: Accelerator) -> list[str]:
     if parallel is not None:
         problems += parallel_problems({name: getattr(parallel, f"{name}_size") for name in PARALLEL})
     return problems
+
+
+def device_name(device: torch.device) -> str:
+    """What its maker calls it; else its type."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def seed_device(seed: int, device: torch.device) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import logging
 import math
-import os
-import shutil
 import sys
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +14,9 @@ from tqdm.auto import tqdm
 from tqdm.notebook import tqdm_notebook
 
 from fundamentallm.config import Config, TrainingConfig
-from fundamentallm.errors import ConfigError, writing
+from fundamentallm.errors import ConfigError
 from fundamentallm.training.early_stopping import improves, saved_best
+from fundamentallm.training.json_lines import append, rewind
 
 if TYPE_CHECKING:
     from fundamentallm.training.trainer import Trainer
@@ -54,17 +53,27 @@ class Callback:
     def on_train_end(self, trainer: Trainer) -> None:
         """Once, after the last step and the final checkpoint."""
 
+    def on_train_abort(self, trainer: Trainer) -> None:
+        """Instead of `on_train_end`, where an exception ends the training; other processes may be gone already."""
+
     def on_epoch_begin(self, trainer: Trainer) -> None:
         """Before an epoch's first step, and again where a run resumes within an epoch."""
 
     def on_epoch_end(self, trainer: Trainer) -> None:
         """After an epoch's last step and its validation, before its checkpoint."""
 
+    def on_step_begin(self, trainer: Trainer) -> None:
+        """Before each optimizer step; the next one's number is `trainer.global_step + 1`."""
+
     def on_step_end(self, trainer: Trainer, loss: float) -> None:
         """After each optimizer step, with its mean loss over all targets of all processes.
 
         The loss is read from the device only where some callback overrides this hook.
         """
+
+    def measure(self, trainer: Trainer) -> dict[str, float]:
+        """Further numbers of a log line, by name, asked for before `on_log`; the host may wait for the device."""
+        return {}
 
     def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """After every `log_every_n_steps`-th step and the last one, with a line of metrics.jsonl."""
@@ -112,6 +121,14 @@ class CallbackList:
         for callback in tuple(self.callbacks):
             callback.on_train_end(trainer)
 
+    def on_train_abort(self, trainer: Trainer) -> None:
+        """See `Callback`; what fails here must not hide why the training has ended."""
+        for callback in tuple(self.callbacks):
+            try:
+                callback.on_train_abort(trainer)
+            except Exception as error:
+                logger.warning("%s failed as the training was aborted: %s", type(callback).__name__, error)
+
     def on_epoch_begin(self, trainer: Trainer) -> None:
         """See `Callback`."""
         for callback in tuple(self.callbacks):
@@ -121,6 +138,18 @@ class CallbackList:
         """See `Callback`."""
         for callback in tuple(self.callbacks):
             callback.on_epoch_end(trainer)
+
+    def on_step_begin(self, trainer: Trainer) -> None:
+        """See `Callback`."""
+        for callback in tuple(self.callbacks):
+            callback.on_step_begin(trainer)
+
+    def measure(self, trainer: Trainer) -> dict[str, float]:
+        """What all of them measure."""
+        measured: dict[str, float] = {}
+        for callback in tuple(self.callbacks):
+            measured |= callback.measure(trainer)
+        return measured
 
     @property
     def wants_step_loss(self) -> bool:
@@ -174,7 +203,7 @@ def shows_bar() -> bool:
 
 class ProgressCallback(Callback):
     """A tqdm bar over the optimizer steps, on a terminal or in a notebook, on the main process: loss, learning rate,
-    tokens per second, time left.
+    tokens per second, the part of the devices' peak used (where it is known), memory, time left.
 
     Example:
         >>> import torch
@@ -205,7 +234,9 @@ class ProgressCallback(Callback):
         if self._bar is not None:
             self._bar.set_postfix_str(
                 f"loss {metrics['train_loss']:.4f}, lr {metrics['learning_rate']:.2e}, "
-                f"{_short(metrics['tokens_per_second'])} tok/s",
+                f"{_short(metrics['tokens_per_second'])} tok/s"
+                + (f", {metrics['mfu']:.1%} MFU" if "mfu" in metrics else "")
+                + (f", {metrics['memory_gb']:.3g} GB" if "memory_gb" in metrics else ""),
                 refresh=False,
             )
             self._bar.update(trainer.global_step - self._bar.n)
@@ -253,66 +284,40 @@ class LoggingCallback(Callback):
             f"{trainer.total_steps - trainer.global_step} steps of {trainer.batch_size} sequences"
         )
         if self.path:
-            validation_due = trainer.state["progress"].validation_due
-            with writing(self.path):
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                there = self.path.exists()
-                rewound = trainer.was_rewound
-                aside = self._rewind(self.path, trainer.global_step, validation_due, rewound) if there else None
-            if aside is not None:
-                trainer.say(f"{self.path} had lines that would be lost; it is kept as {aside}")
+            step, validation_due = trainer.global_step, trainer.state["progress"].validation_due
 
-    @staticmethod
-    def _rewind(path: Path, step: int, validation_due: bool, keep_all: bool) -> Path | None:
-        """Drop the lines after `step` (and its validation's, if that is due), which are made again; where that would
-        lose others, or with `keep_all` any, the file is kept aside.
-        """
-        kept, lost = [], False
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        for number, line in enumerate(lines, start=1):
-            try:
-                metrics = json.loads(line)
-                line_step = metrics["step"]
-            except (ValueError, TypeError, KeyError, RecursionError):
-                line_step = None
-            is_whole = line.endswith("\n") and isinstance(line_step, int)
-            made_again = is_whole and (
-                line_step > step or (line_step == step and validation_due and "val_loss" in metrics)
-            )
-            if is_whole and not made_again:
-                kept.append(line)
-            elif (
-                step == 0 or keep_all or (not is_whole and number < len(lines))
-            ):  # a kill may have torn the last one only
-                lost = True
-        temporary = path.with_name(path.name + ".new")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        aside = None
-        if lost:
-            taken = (path.with_name(f"{path.stem}.before-{number}{path.suffix}") for number in itertools.count(1))
-            aside = next(name for name in taken if not name.exists())
-            shutil.copy2(path, aside)
-        os.replace(temporary, path)
-        return aside
+            def is_made_again(line: dict[str, Any]) -> bool:
+                return bool(line["step"] > step or (line["step"] == step and validation_due and "val_loss" in line))
+
+            keep_file(trainer, self.path, is_made_again)
 
     def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """A training line; where there is a progress bar, that shows the same."""
-        self._write(trainer, metrics, console=not shows_bar())
+        left = f"  left {_time(trainer.seconds_left)}" if math.isfinite(trainer.seconds_left) else ""
+        self._write(trainer, metrics, console=not shows_bar(), more=left)
 
     def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """A validation line."""
         self._write(trainer, {"step": trainer.global_step, "epoch": trainer.epochs_done, **metrics}, console=True)
 
-    def _write(self, trainer: Trainer, metrics: dict[str, float], console: bool) -> None:
+    def _write(self, trainer: Trainer, metrics: dict[str, float], console: bool, more: str = "") -> None:
         if not trainer.is_main_process:
             return
         if console:
-            shown = {key: value for key, value in metrics.items() if key not in ("step", "samples", "tokens")}
-            tqdm.write(f"step {metrics['step']}  " + "  ".join(f"{key} {_shown(v)}" for key, v in shown.items()))
+            left_out = ("step", "samples", "tokens")
+            # Nor what is measured of each block of the model, which would fill the screen.
+            shown = {key: value for key, value in metrics.items() if key not in left_out and "/" not in key}
+            numbers = "  ".join(f"{key} {_shown(value)}" for key, value in shown.items())
+            tqdm.write(f"step {metrics['step']}  {numbers}{more}")
         if self.path:
-            line = {key: value if math.isfinite(value) else _json_text(value) for key, value in metrics.items()}
-            with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            append(self.path, metrics)
+
+
+def keep_file(trainer: Trainer, path: Path, is_made_again: Callable[[dict[str, Any]], bool]) -> None:
+    """Bring a file of lines back to the step that the run goes on from; where lines would be lost, it is kept aside."""
+    aside = rewind(path, is_made_again, keep_all=trainer.global_step == 0 or trainer.was_rewound)
+    if aside is not None:
+        trainer.say(f"{path} had lines that would be lost; it is kept as {aside}")
 
 
 class SaveBestCallback(Callback):
@@ -378,10 +383,6 @@ def default_callbacks(config: Config | TrainingConfig, has_validation: bool) -> 
     return callbacks
 
 
-def _json_text(value: float) -> str:
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-
-
 def _shown(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
@@ -392,3 +393,8 @@ def _short(number: float) -> str:
         if number >= size:
             return f"{number / size:.3g}{letter}"
     return f"{number:.3g}"
+
+
+def _time(seconds: float) -> str:
+    """4000 as 1:06:40."""
+    return str(timedelta(seconds=round(seconds)))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import resource
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +14,9 @@ from torch import Tensor
 from fundamentallm.config import METRIC_NAMES
 from fundamentallm.errors import ConfigError
 from fundamentallm.registry import resolve
+
+MEASURED = frozenset({"tokens_per_second", "mfu", "memory_gb"})
+"""Numbers of a log line that the clock and the machine decide: two runs that are the same differ in nothing else."""
 
 
 class RunningMean:
@@ -172,3 +177,15 @@ class MetricTracker:
             if values.ndim != 1:
                 raise ValueError(f"the values of {key} have shape {values.shape}.")
         self.metrics = {key: values.tolist() for key, values in state.items()}
+
+
+def peak_memory_gb(device: torch.device) -> float | None:
+    """Most memory this process has had so far, in 10^9 bytes: allocated on the device, or on a CPU resident.
+
+    The host does not wait for it. None where the device does not count.
+    """
+    if device.type == "cpu":
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most * (1 if sys.platform == "darwin" else 1024) / 1e9
+    count = getattr(torch.get_device_module(device), "max_memory_allocated", None)
+    return None if count is None else count(device) / 1e9

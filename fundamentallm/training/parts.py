@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
@@ -9,12 +11,17 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fundamentallm.config import TrainingConfig
 from fundamentallm.errors import ConfigError
+from fundamentallm.training.accelerator import device_name
 from fundamentallm.training.average import WeightAverage
 from fundamentallm.training.early_stopping import EarlyStopping
 from fundamentallm.training.micro_batch import MicroBatch
 from fundamentallm.training.optimizers import create_optimizer
 from fundamentallm.training.parameter_groups import split_groups
 from fundamentallm.training.schedulers import create_scheduler
+from fundamentallm.training.throughput import Throughput, known_peak, model_flops_per_token
+
+if TYPE_CHECKING:
+    from fundamentallm.training.trainer import Trainer
 
 
 def make_optimizer(config: TrainingConfig, model: nn.Module) -> Optimizer:
@@ -82,3 +89,13 @@ def make_early_stopping(config: TrainingConfig) -> EarlyStopping | None:
         config.early_stopping_mode,
         config.early_stopping_min_delta,
     )
+
+
+def make_throughput(trainer: Trainer) -> Throughput:
+    """The clock of a run on its devices; their peak is the config's, or known by their name."""
+    accelerator, device = trainer.accelerator, trainer.accelerator.device
+    peak = trainer.config.peak_tflops or known_peak(device_name(device), accelerator.mixed_precision)
+    if peak is None:
+        return Throughput()
+    length = len(trainer.train_loader.dataset[0][0])
+    return Throughput(peak * accelerator.num_processes, model_flops_per_token(trainer.model, length))

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from fundamentallm.config import expand_user
+from fundamentallm.config import END_OF_TEXT, expand_user, flat_settings
 from fundamentallm.data.datasets import TokenDataset
 from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.training.average import exchange
+from fundamentallm.training.environment import versions
 from fundamentallm.training.manifest import read_manifest
 from fundamentallm.training.optimizers import NamedOptimizerState
 from fundamentallm.training.run_folder import LOCK
@@ -30,8 +29,9 @@ if TYPE_CHECKING:
     from fundamentallm.training.trainer import Trainer
 
 FREE = {
-    *("model.init_from", "model.zero_init_residual"),
-    *("output_dir", "callbacks", "sample_tokens", "data.source", "data.num_workers", "data.cache_dir"),
+    *("model.init_from", "model.pretrained", "model.zero_init_residual"),
+    *("output_dir", "callbacks", "callback_options", "trackers", "tracker_options", "sample_tokens"),
+    *("data.source", "data.num_workers", "data.cache_dir", "training.peak_tflops"),
     *("training.micro_batch_size", "training.activation_checkpointing", "training.compile"),
     *("training.checkpoint_dir", "training.keep_last_n", "training.max_bad_steps"),
     *("training.save_every_n_epochs", "training.save_every_n_steps", "training.log_every_n_steps"),
@@ -58,25 +58,25 @@ HORIZON = {
 def run_state(trainer: Trainer) -> dict[str, Any]:
     """The state of every part by name, and what it was made with."""
     state = {f"{part}_state_dict": holder.state_dict() for part, holder in trainer.state.items()}
-    packages = ("fundamentallm", "torch", "accelerate", "safetensors", "tokenizers")
-    versions = {"python": platform.python_version()} | {package: version(package) for package in packages}
     exchange(state)
-    return {**state, "config": dataclasses.asdict(trainer.run_config), "versions": versions}
+    return {**state, "config": dataclasses.asdict(trainer.run_config), "versions": versions()}
 
 
 def model_files(trainer: Trainer) -> dict[str, str]:
     """What transformers needs beside the weights, as far as it is known."""
-    files, dataset = {}, trainer.train_loader.dataset
+    files, dataset, end_of_text = {}, trainer.train_loader.dataset, None
     if isinstance(dataset, TokenDataset) and dataset.tokenizer is not None:
+        end_of_text = dataset.tokenizer.token_to_id(END_OF_TEXT)
         files["tokenizer.json"] = dataset.tokenizer.to_str()
         # Without this, AutoTokenizer takes the class that the model's type suggests, which splits words its own way.
         tokenizer_class = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         files["tokenizer_config.json"] = json.dumps(tokenizer_class, indent=2)
     if isinstance(trainer.model, Transformer):
-        files["config.json"] = json.dumps(trainer.model.transformers_config(len(dataset[0][0])), indent=2)
+        files["config.json"] = json.dumps(trainer.model.transformers_config(len(dataset[0][0]), end_of_text), indent=2)
     elif to_json := getattr(getattr(trainer.model, "config", None), "to_json_string", None):
-        files["config.json"] = to_json(use_diff=False)
-    return files
+        about = {"architectures": [type(trainer.model).__name__], "dtype": "float32"}
+        files["config.json"] = json.dumps(json.loads(to_json(use_diff=False)) | about, indent=2)
+    return files | trainer.files
 
 
 class Choice(NamedTuple):
@@ -238,20 +238,10 @@ def restore(trainer: Trainer, saved: dict[str, Any], where: Path) -> None:
 
 def changes(saved: dict[str, Any], config: Config | TrainingConfig, stretch: dict[str, Any]) -> dict[str, Any]:
     """{dotted name: (value in the checkpoint, value now)} of the settings, and facts of the data, that differ."""
-    before, now = _flat(saved["config"]), _flat(dataclasses.asdict(config))
+    before, now = flat_settings(saved["config"]), flat_settings(dataclasses.asdict(config))
     before |= _facts(saved["progress_state_dict"]["stretches"][-1])
     now |= _facts(stretch)
     return {name: (before[name], now[name]) for name in sorted(before.keys() & now.keys()) if before[name] != now[name]}
-
-
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    """{dotted name: value}; settings without sections are those of the training."""
-    sections = ("model", "data", "training")
-    nested = config if "training" in config else {"training": config}
-    flat = {name: value for name, value in nested.items() if name not in sections}
-    for section in sections:
-        flat |= {f"{section}.{name}": value for name, value in nested.get(section, {}).items()}
-    return flat
 
 
 def _facts(stretch: dict[str, Any]) -> dict[str, Any]:

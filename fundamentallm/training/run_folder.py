@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from fundamentallm.errors import RunInProgressError, writing
+from fundamentallm.training.json_lines import append, read
 
 logger = logging.getLogger(__name__)
 
-LOCK, STATUS = ".fundamentallm.lock", "status.json"
+LOCK, STATUS, STARTS, SAMPLES = ".fundamentallm.lock", "status.json", "starts.jsonl", "samples.jsonl"
 _held_here: set[Path] = set()
 CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 """What file systems without locks answer, as Lustre does unless mounted for them."""
@@ -77,3 +78,24 @@ def read_state(folder: Path) -> str | None:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         return str(json.loads((folder / STATUS).read_text(encoding="utf-8"))["state"])
     return None
+
+
+def write_start(folder: Path, **start: Any) -> None:
+    """Add a line to `starts.jsonl`, beside metrics.jsonl, which is the same with restarts and without."""
+    append(folder / STARTS, start)
+
+
+def read_starts(folder: Path) -> list[dict[str, Any]]:
+    """The starts that have led to the log as it is, the first one first.
+
+    Steps after that of a later start were made again, and what had started there is no part of the run any more.
+    """
+    starts: list[dict[str, Any]] = []
+    for start in read(folder / STARTS):
+        starts = [earlier for earlier in starts if earlier["step"] <= start["step"]] + [start]
+    return starts
+
+
+def restarts(folder: Path) -> list[int]:
+    """Steps after which the run was started again."""
+    return sorted({start["step"] for start in read_starts(folder) if start["step"] > 0})

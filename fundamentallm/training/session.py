@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,8 +16,10 @@ from torch import Tensor
 
 from fundamentallm.config import Config
 from fundamentallm.errors import START_AGAIN, CheckpointError, ConfigError, FundamentaLLMError, TrainingError, exit_code
+from fundamentallm.training.accelerator import device_name
+from fundamentallm.training.environment import environment
 from fundamentallm.training.resume import resume, run_state
-from fundamentallm.training.run_folder import locked, read_state, write_status
+from fundamentallm.training.run_folder import locked, read_state, write_start, write_status
 from fundamentallm.training.serialization import encode
 from fundamentallm.training.snapshot import OPTIMIZER_KEY
 from fundamentallm.training.tensor_files import local
@@ -46,6 +50,7 @@ def session(trainer: Trainer, is_first: bool) -> Iterator[None]:
         watchdog = stack.enter_context(Watchdog(lambda: _place(trainer), trainer.config.hang_minutes))
         trainer.team.from_first(lambda: _open_folders(trainer, stack))
         try:
+            resumed_from = None
             if is_first:
                 resumed_from = resume(trainer)
                 trainer.team.from_first(lambda: _delete_old(trainer, resumed_from))
@@ -54,6 +59,7 @@ def session(trainer: Trainer, is_first: bool) -> Iterator[None]:
                 if trainer.micro_batch is not None:
                     trainer.micro_batch.settle(trainer)
                 _tell(trainer, state="running")
+                _record_start(trainer, resumed_from)
             trainer.stop_switch.begin()
             stack.enter_context(trainer.stop_switch.listening())
             yield
@@ -150,6 +156,22 @@ def _bytes(tensors: dict[str, Tensor]) -> int:
 def _state(trainer: Trainer) -> str | None:
     config = trainer.run_config
     return read_state(Path(config.output_dir)) if isinstance(config, Config) else None
+
+
+def _record_start(trainer: Trainer, resumed_from: Path | None) -> None:
+    """Write down where, when and with what the run goes on."""
+    config, accelerator = trainer.run_config, trainer.accelerator
+    if not (trainer.is_main_process and isinstance(config, Config)):
+        return
+    device, processes = device_name(accelerator.device), accelerator.num_processes
+    write_start(
+        Path(config.output_dir),
+        step=trainer.global_step,
+        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        resumed_from=None if resumed_from is None else str(resumed_from),
+        environment=environment(device, processes, accelerator.mixed_precision),
+        config=dataclasses.asdict(config),
+    )
 
 
 def _tell(trainer: Trainer, **status: object) -> None:

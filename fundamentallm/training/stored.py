@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from fundamentallm.errors import CheckpointError
 from fundamentallm.training.manifest import MANIFEST, STATE, TENSORS, read_manifest, sync, verify
 from fundamentallm.training.serialization import MALFORMED, decode
 from fundamentallm.training.snapshot import AVERAGE_KEY, MODEL_KEY
-from fundamentallm.training.tensor_files import Like, TensorFiles, consolidate
+from fundamentallm.training.tensor_files import Like, TensorFiles, consolidate, local
 
 RAW = f"{AVERAGE_KEY}/weights/"
 """Before the names of weights that the checkpoint holds beside their average."""
@@ -96,6 +97,47 @@ def export_weights(path: Path, folder: Path, raw: bool = False) -> None:
             shutil.copyfile(path / name, folder / name)
     for file in (*folder.iterdir(), folder):
         sync(file)
+
+
+def load_weights(path: Path, files: Collection[str], model: nn.Module, like: Like | None = None) -> None:
+    """Copy the weights in some of a folder's files into a model, one tensor after the other, in the model's precision.
+
+    Args:
+        path: the folder: a checkpoint, or another in transformers' format.
+        files: names of those that hold weights.
+        model: on its device, sharded or not.
+        like: see `load_checkpoint`.
+
+    Raises:
+        CheckpointError: if the files are damaged, or are not the weights of this model.
+    """
+    own = model.state_dict(keep_vars=True)
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        try:
+            tensors = TensorFiles(path, files, f"{MODEL_KEY}/", stack, like=like)
+            given = {name.removeprefix(f"{MODEL_KEY}/"): shape for name, shape in tensors.shapes.items()}
+            there = {id(own[name]) for name in given.keys() & own.keys()}
+            problems = [
+                f"lacks {name}" for name in own if id(own[name]) not in there
+            ]  # one of several tied names will do
+            problems += [f"has {name}, which the model has not" for name in sorted(given.keys() - own.keys())]
+            problems += [
+                f"has {name} of shape {given[name]}, and the model of {tuple(own[name].shape)}"
+                for name in sorted(given.keys() & own.keys())
+                if given[name] != tuple(own[name].shape)
+            ]
+            filled: set[int] = set()
+            for name in () if problems else given:
+                tensor = tensors[f"{MODEL_KEY}/{name}"].to(own[name].device, own[name].dtype)
+                if id(own[name]) in filled and not torch.equal(local(own[name]), local(tensor)):
+                    problems.append(f"has another {name} than what the model ties it to")
+                own[name].copy_(tensor)
+                filled.add(id(own[name]))
+        except (OSError, SafetensorError, *MALFORMED) as error:
+            raise CheckpointError(f"{path}: its weights cannot be read ({type(error).__name__}: {error}).") from error
+    if problems:
+        more = f" ({len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise CheckpointError(f"{path}: the weights do not fit the model: it {', it '.join(problems[:3])}{more}.")
 
 
 def check_checkpoint(path: Path) -> None:

@@ -34,7 +34,7 @@ from fundamentallm.training.compilation import compile_seconds, is_compiled
 from fundamentallm.training.evaluation import evaluate
 from fundamentallm.training.guard import Guard
 from fundamentallm.training.loss import create_loss
-from fundamentallm.training.metrics import Metric, MetricTracker, further_metrics
+from fundamentallm.training.metrics import Metric, MetricTracker, further_metrics, peak_memory_gb
 from fundamentallm.training.optimizers import NamedOptimizerState
 from fundamentallm.training.parameter_groups import freeze
 from fundamentallm.training.parts import (
@@ -43,6 +43,7 @@ from fundamentallm.training.parts import (
     make_micro_batch,
     make_optimizer,
     make_schedule,
+    make_throughput,
 )
 from fundamentallm.training.progress import Progress
 from fundamentallm.training.resume import like_of, model_files, restore, run_state
@@ -53,6 +54,8 @@ from fundamentallm.training.stopping import Stop, StopSwitch
 from fundamentallm.training.stored import load_checkpoint
 from fundamentallm.training.summary import summary
 from fundamentallm.training.team import Team
+from fundamentallm.training.throughput import Throughput
+from fundamentallm.training.tracking import TrackerCallback, tracker_names
 
 
 class Trainer:
@@ -117,7 +120,8 @@ class Trainer:
         launch = training.mixed_precision, smallest, training.compile
         if accelerator is not None:
             check_accelerator(accelerator, *launch)
-        self.accelerator = accelerator or create_accelerator(*launch)
+        tracked = (config.trackers, config.output_dir) if isinstance(config, Config) else ([], None)
+        self.accelerator = accelerator or create_accelerator(*launch, *tracked)
         # What the launcher said about it is a part of the run as if the config had.
         self.config = training = replace(
             training,
@@ -170,6 +174,8 @@ class Trainer:
         self.callbacks = CallbackList(
             default_callbacks(self.run_config, val_loader is not None) if callbacks is None else callbacks
         )
+        if self.accelerator.log_with:
+            self.callbacks.add(TrackerCallback())
         content = [None if loader is None else fingerprint(loader.dataset) for loader in (train_loader, val_loader)]
         self._progress = Progress(self.samples, content, self.accelerator.device)
         self.state: dict[str, Any] = {  # all that changes because of training, by name
@@ -188,6 +194,8 @@ class Trainer:
             "micro_batch": self.micro_batch,
         }
         self.state |= {name: part for name, part in there_or_not.items() if part is not None}
+        self.files: dict[str, str] = {}
+        """Further text files of each checkpoint, by name; in place of those that are made for it."""
         self.stop_switch = StopSwitch(training.max_minutes)
         self._started = False
         self._start_step = 0
@@ -195,7 +203,7 @@ class Trainer:
         self._saved_at = -1
         self.was_rewound = False
         """Whether this run went back to an earlier checkpoint, so that what came after it is another course."""
-        self._log_mark = (0.0, 0)  # when the window of the next log line began, and at how many tokens
+        self._throughput = Throughput()
         self._compile_mark = 0.0  # how much of the compiler's time has been told
 
     def _check(self, optimizer: Optimizer | None, scheduler: LRScheduler | None) -> None:
@@ -215,6 +223,13 @@ class Trainer:
             problems.append(unknown_metric(training.early_stopping_metric, metrics))
         if training.early_stopping_patience and self.val_loader is None:
             problems.append("early_stopping_patience is set and there is no val_loader; give one, or set it to null.")
+        wanted = self.run_config.trackers if isinstance(self.run_config, Config) else []
+        given = tracker_names(self.accelerator)
+        if not set(wanted) <= set(given):
+            problems.append(
+                f"trackers is {wanted} and the Accelerator was made with log_with={given}; make it with all of them "
+                "(create_accelerator does), or set trackers to []."
+            )
         if problems:
             raise ConfigError(problems)
 
@@ -265,6 +280,11 @@ class Trainer:
         return (self.global_step >= self.total_steps and not self._progress.validation_due) or out_of_patience
 
     @property
+    def seconds_left(self) -> float:
+        """To the last step, at the pace of this start; NaN before its second log line."""
+        return self._throughput.seconds_left(self.total_steps - self.global_step)
+
+    @property
     def was_interrupted(self) -> bool:
         """Whether a signal or `max_minutes` ended the last `train()`: the same command goes on where it was."""
         return not self.is_finished and self.stop_switch.agreed in (Stop.SIGNAL, Stop.OUT_OF_TIME)
@@ -303,9 +323,13 @@ class Trainer:
                     "output_dir, or raise training.max_steps or max_epochs and name it in training.resume_changes."
                 )
             else:
-                self._begin()
-                self._train()
-                self._finish()
+                try:
+                    self._begin()
+                    self._train()
+                    self._finish()
+                except BaseException:
+                    self.callbacks.on_train_abort(self)
+                    raise
         return self.history
 
     def _train(self) -> None:
@@ -317,6 +341,7 @@ class Trainer:
         for inputs, targets, parts in device_batches(*share):
             if self._is_at_epoch or progress.step == self._start_step:
                 self.callbacks.on_epoch_begin(self)
+            self.callbacks.on_step_begin(self)
             learning_rate = float(self.scheduler.get_last_lr()[0])
             loss, count, norm = self._step(progress.step, inputs, targets, parts)
             self.scheduler.step()
@@ -337,7 +362,7 @@ class Trainer:
 
     def _close_step(self, logged: bool = True) -> bool:
         config, progress = self.config, self._progress
-        started = _clock()
+        started = time.perf_counter()
         validates = self.val_loader is not None and (
             progress.validation_due
             or self.global_step == self.total_steps
@@ -351,7 +376,7 @@ class Trainer:
         if self._save_requested is not None or self._due(config.save_every_n_steps, config.save_every_n_epochs):
             self._end_if_diverged(int(self._guard.counts[0]))  # before it is saved
             self._save_if_possible()
-        self._log_mark = (self._log_mark[0] + _clock() - started, self._log_mark[1])
+        self._throughput.pause(time.perf_counter() - started)
         if self.checkpoint_manager is not None:
             self.stop_switch.seconds_to_save = self.checkpoint_manager.seconds
             if self.checkpoint_manager.has_failed:
@@ -377,9 +402,9 @@ class Trainer:
         tokens, bad_in_a_row, bad, spikes = torch.stack((self._progress.tokens, *self._guard.counts)).tolist()
         total, count = self._progress.loss.totals.tolist()
         self._progress.loss.reset()
-        self._tell_compiled()
-        now, (since, tokens_then) = _clock(), self._log_mark
-        self._log_mark = now, tokens
+        self._throughput.pause(self._tell_compiled())  # once, whatever the length of the run
+        speed = self._throughput.log(self.global_step, tokens)
+        memory = peak_memory_gb(self.accelerator.device)
         line = {
             "step": self.global_step,
             "epoch": self.epochs_done,
@@ -388,18 +413,22 @@ class Trainer:
             "train_loss": total / count if count else math.nan,
             "learning_rate": learning_rate,
             "grad_norm": norm.item(),
-            "tokens_per_second": (tokens - tokens_then) / (now - since),
+            "tokens_per_second": speed.pop("tokens_per_second"),
             "bad_steps": bad,
             **({"skipped_spikes": spikes} if self.config.skip_spikes_above is not None else {}),
         }
         self.metrics.update(line)
+        # What the machine or an observer says is no part of the state: a checkpoint is the same with it and without.
+        line |= speed | ({} if memory is None else {"memory_gb": memory}) | self.callbacks.measure(self)
         self.callbacks.on_log(self, line)
         self._end_if_diverged(bad_in_a_row)
 
-    def _tell_compiled(self) -> None:
+    def _tell_compiled(self) -> float:
+        """Seconds that the model has been compiled for since this was last called."""
         told, self._compile_mark = self._compile_mark, compile_seconds()
         if self._compile_mark > told:
             self.say(f"compiled in {self._compile_mark - told:.1f} s")
+        return self._compile_mark - told
 
     def _end_if_diverged(self, bad_in_a_row: int) -> None:
         """Raise TrainingError if the guard has stopped the run; such a state is never saved."""
@@ -537,7 +566,9 @@ class Trainer:
         self._step_model.train()
         self.model.zero_grad()  # what a caller, or a step that raised, may have left
         self.callbacks.on_train_begin(self)
-        self._log_mark, self._compile_mark = (_clock(), int(self._progress.tokens)), compile_seconds()
+        self._throughput = make_throughput(self)
+        self._throughput.begin(self.global_step, int(self._progress.tokens))
+        self._compile_mark = compile_seconds()
 
     def _finish(self) -> None:
         """Save the end, whatever the reason, and wait until it is saved."""
@@ -566,8 +597,3 @@ class Trainer:
         """Print a line, beside the progress bar and on the main process only."""
         if self.is_main_process:
             tqdm.write(text)
-
-
-def _clock() -> float:
-    """Seconds, not counting those in which the model is compiled: once, whatever the length of the run."""
-    return time.perf_counter() - compile_seconds()

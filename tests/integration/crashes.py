@@ -42,6 +42,7 @@ import fundamentallm.training.trainer
 from fundamentallm import CheckpointManager
 from fundamentallm.errors import START_AGAIN
 from fundamentallm.training.manifest import verify
+from fundamentallm.training.metrics import MEASURED
 from fundamentallm.training.stored import load_checkpoint
 from tests.integration.runs import lines, prose, timeless
 
@@ -428,6 +429,7 @@ class Case:
             "metrics.jsonl",
             "metrics.before-N.jsonl",
             "status.json",
+            "starts.jsonl",
             "curves.png",
             ".curves.png",  # which the next drawing, that forked starts lack, writes over
         }:
@@ -463,7 +465,7 @@ def _free_port() -> int:
 def differences(one: object, other: object, path: str = "") -> list[str]:
     """Paths at which two checkpoints differ, but for what depends on the clock."""
     if isinstance(one, dict) and isinstance(other, dict):
-        keys = (one.keys() | other.keys()) - {"tokens_per_second"}
+        keys = (one.keys() | other.keys()) - MEASURED
         return [found for key in sorted(keys) for found in differences(one.get(key), other.get(key), f"{path}/{key}")]
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         same = one.dtype == other.dtype and one.shape == other.shape and _bytes(one) == _bytes(other)  # NaN is NaN

@@ -27,6 +27,7 @@ from fundamentallm import (
     create_tokenizer,
 )
 from fundamentallm.config import IGNORE_INDEX
+from fundamentallm.training.metrics import MEASURED
 from tests.conftest import reset_accelerate
 
 SEQUENCE = 16
@@ -138,8 +139,8 @@ def lines(folder: Path | str) -> list[dict[str, Any]]:
 
 
 def timeless(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Lines without what depends on the clock."""
-    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in metrics]
+    """Lines without what depends on the clock and the machine."""
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in metrics]
 
 
 def on_processes(count: int, function: Callable[..., None], *arguments: Any) -> None:

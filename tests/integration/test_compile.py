@@ -100,11 +100,18 @@ def test_a_compiled_run_is_the_plain_one_in_every_layout(
 
 @pytest.mark.slow
 def test_a_stopped_compiled_run_goes_on_to_the_bit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By inductor, which draws dropout masks of its own."""
+    """By inductor, which draws dropout masks of its own; in bf16."""
 
     def trainer_in(folder: Path, *callbacks: Any, **training: Any) -> Trainer:
         reset_accelerate()
-        settings = {"compile": True, "eval_every_n_epochs": None, **UNEVEN, "eval_every_n_steps": None, **training}
+        settings = {
+            "compile": True,
+            "mixed_precision": "bf16",
+            "eval_every_n_epochs": None,
+            **UNEVEN,
+            "eval_every_n_steps": None,
+            **training,
+        }
         config = make_config(folder, dropout=0.1, **settings)
         config = dataclasses.replace(
             config,

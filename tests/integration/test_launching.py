@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from fundamentallm import ConfigError, create_accelerator, train
 from fundamentallm.commands import generate
 from fundamentallm.training.accelerator import check_accelerator
+from fundamentallm.training.metrics import MEASURED
 from tests.integration.runs import lines, on_processes
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +56,7 @@ def test_launchers_start_one_run_on_as_many_processes_as_their_config_says(
     for other in ("one", "two"):
         for expected, got in zip(reference, lines(tmp_path / other), strict=True):
             assert got.keys() == expected.keys()
-            for key in expected.keys() - {"tokens_per_second"}:
+            for key in expected.keys() - MEASURED:
                 assert got[key] == pytest.approx(expected[key], rel=1e-5)
 
 
@@ -65,7 +66,14 @@ def test_train_then_generate_from_the_run(
 ) -> None:
     run(tmp_path, sys.executable, "-m", "fundamentallm", "train", "--config", "tiny.yaml")
     written = {path.name for path in (tmp_path / "run").iterdir()}
-    assert written == {"metrics.jsonl", "curves.png", "checkpoints", "status.json", ".fundamentallm.lock"}
+    assert written == {
+        "metrics.jsonl",
+        "starts.jsonl",
+        "curves.png",
+        "checkpoints",
+        "status.json",
+        ".fundamentallm.lock",
+    }
     monkeypatch.chdir(tmp_path)
     outputs = []
     for seed in ("1", "1", "2"):

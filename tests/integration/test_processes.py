@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 import fundamentallm.train
 from fundamentallm import Callback, LoggingCallback, SaveBestCallback, Trainer, TrainingConfig
+from fundamentallm.training.metrics import MEASURED
 from fundamentallm.training.stored import load_checkpoint
 from tests.integration.runs import PartlyIgnored, lines, on_processes, prose
 from tests.integration.test_training_loop import Bigram
@@ -130,7 +131,7 @@ def test_early_stopping_and_checkpoints_are_those_of_one_process(tmp_path: Path)
 def unlike(one: object, other: object, path: str = "") -> list[str]:
     """Paths at which two checkpoints differ by more than rounding, but for what depends on clock and folder."""
     if isinstance(one, dict) and isinstance(other, dict):
-        keys = (one.keys() | other.keys()) - {"tokens_per_second", "checkpoint_dir"}
+        keys = (one.keys() | other.keys()) - MEASURED - {"checkpoint_dir"}
         return [found for key in sorted(keys) for found in unlike(one.get(key), other.get(key), f"{path}/{key}")]
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         finite = [tensor.double().nan_to_num(0.0, 0.0, 0.0) for tensor in (one, other)]  # the guard's are not all

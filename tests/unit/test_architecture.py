@@ -16,9 +16,11 @@ from torch import nn
 import fundamentallm
 from fundamentallm.command_line import settings
 from fundamentallm.config import (
+    CALLBACK_NAMES,
     LOSS_NAMES,
     OPTIMIZER_NAMES,
     SCHEDULE_NAMES,
+    TRACKER_NAMES,
     Config,
     DataConfig,
     ModelConfig,
@@ -35,6 +37,7 @@ PARTS = tuple(
     f"training.{name}"
     for name in (
         *("loss", "metrics", "optimizers", "parameter_groups", "schedulers", "early_stopping", "guard", "launch"),
+        "throughput",
     )
 )
 SERVICES = tuple(
@@ -42,10 +45,17 @@ SERVICES = tuple(
     for name in (
         *("serialization", "manifest", "snapshot", "checkpoint", "callbacks", "visualization", "progress"),
         *("stopping", "run_folder", "tensor_files", "stored", "team", "group", "watchdog"),
+        *("json_lines", "environment", "inspection"),
     )
 )
 WITHIN_SERVICES = {
+    ("training.callbacks", "training.json_lines"),
+    ("training.run_folder", "training.json_lines"),
     ("training.visualization", "training.callbacks"),
+    ("training.visualization", "training.run_folder"),
+    ("training.inspection", "training.callbacks"),
+    ("training.inspection", "training.json_lines"),
+    ("training.inspection", "training.run_folder"),
     ("training.checkpoint", "training.stored"),
     ("training.stored", "training.serialization"),
     ("training.stored", "training.snapshot"),
@@ -192,11 +202,18 @@ def test_every_setting_has_a_help_text(setting: str, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "names"), [("optimizer", OPTIMIZER_NAMES), ("lr_scheduler", SCHEDULE_NAMES), ("loss", LOSS_NAMES)]
+    ("setting", "names"),
+    [
+        ("training.optimizer", OPTIMIZER_NAMES),
+        ("training.lr_scheduler", SCHEDULE_NAMES),
+        ("training.loss", LOSS_NAMES),
+        ("trackers", TRACKER_NAMES),
+        ("callbacks", CALLBACK_NAMES),
+    ],
 )
 def test_the_help_text_names_every_choice(setting: str, names: tuple[str, ...]) -> None:
-    text = next(text for name, _, _, text in settings(Config) if name == f"training.{setting}")
-    assert set(names) <= set(text.replace(",", " ").split())
+    text = next(text for name, _, _, text in settings(Config) if name == setting)
+    assert set(names) <= set(text.replace(",", " ").replace(".", " ").split())
 
 
 @pytest.mark.parametrize("name", OPTIMIZER_NAMES)
@@ -236,6 +253,7 @@ def _loaded_after(statement: str, folder: Path) -> set[str]:
         "fundamentallm.commands.doctor",
         "fundamentallm.commands.estimate",
         "fundamentallm.commands.find_lr",
+        "fundamentallm.commands.report",
     ],
 )
 def test_what_the_command_line_needs_loads_no_torch(module: str, tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ from fundamentallm import (
     VisualizationCallback,
     create_dataloaders,
 )
+from fundamentallm.training.visualization import THEMES, draw, smoothed
+from tests.integration import runs
 
 HOOKS = (
     "on_train_begin",
@@ -162,7 +164,7 @@ def test_a_log_gives_the_line_that_enters_the_history() -> None:
     recorder = Recorder()
     history = make_trainer([recorder], validation=False).train()
     lines = recorder.given("on_log")
-    assert {key: [line[key] for line in lines] for key in lines[0]} == history
+    assert {key: [line[key] for line in lines] for key in lines[0] if key != "memory_gb"} == history
     assert history["step"] == [1, 2, 3, 4, 5, 6]
 
 
@@ -203,6 +205,17 @@ def test_the_list_given_is_not_changed() -> None:
     given: list[Callback] = []
     CallbackList(given).add(Callback())
     assert given == []
+
+
+def test_what_callbacks_measure_is_in_the_line_and_not_in_the_history(tmp_path: Path) -> None:
+    class Thermometer(Callback):
+        def measure(self, trainer: Trainer) -> dict[str, float]:
+            return {"degrees": 20.0 + trainer.global_step}
+
+    history = make_trainer([LoggingCallback(tmp_path / "log.jsonl"), Thermometer()], validation=False).train()
+    written = [json.loads(line)["degrees"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert written == [21.0, 22.0, 23.0, 24.0, 25.0, 26.0]
+    assert "degrees" not in history
 
 
 def test_removing_what_is_not_there_is_an_error() -> None:
@@ -327,6 +340,7 @@ def test_lines_hold_the_history_in_full_precision(tmp_path: Path) -> None:
     trainer.train()
     history = trainer.metrics.get_history()
     training, validation = (columns(strict_lines(path), of) for of in ("train_loss", "val_loss"))
+    training.pop("memory_gb")  # which the machine says
     assert training == {name: values for name, values in history.items() if not name.startswith("val_")}
     assert validation.pop("step") == history["val_step"]
     assert validation.pop("epoch") == [1.0, 2.0]
@@ -346,6 +360,7 @@ def test_a_resumed_run_goes_on_where_its_checkpoint_is(tmp_path: Path) -> None:
     history = run(stop=6)
     assert path.read_text().startswith(before)
     training, validation = (columns(strict_lines(path), of) for of in ("train_loss", "val_loss"))
+    training.pop("memory_gb")  # which the machine says
     assert training == {name: values for name, values in history.items() if not name.startswith("val_")}
     assert training["step"] == [1, 2, 3, 4, 5, 6]
     assert validation["step"] == [3, 6]
@@ -449,7 +464,7 @@ def test_the_picture_shows_the_curves_there_are(tmp_path: Path, validation: bool
     path = tmp_path / "new" / "curves.png"
     make_trainer([VisualizationCallback(path)], validation=validation).train()
     height, width, _ = matplotlib.image.imread(path).shape
-    assert (width, height) == (1170, 845)
+    assert (width, height) == (1300, 910)
     assert pixels(path, INK) > 500
     assert (pixels(path, ACCENT) > 100) is validation
     assert [file.name for file in path.parent.iterdir()] == ["curves.png"]
@@ -484,6 +499,42 @@ def test_each_drawing_has_what_came_since_the_last(tmp_path: Path) -> None:
     make_trainer([VisualizationCallback(tmp_path / "curves.png", 0.0), Keep()], validation=False, max_epochs=1).train()
     assert len(pictures) == 3
     assert all(earlier != later for earlier, later in pairwise(pictures))
+
+
+def test_restarts_and_steps_that_were_left_out_are_marked() -> None:
+    history = {
+        "step": [10, 20, 30, 40],
+        "bad_steps": [0, 2, 2, 3],
+        **{name: [4.0, 3.0, 2.0, 1.0] for name in ("train_loss", "learning_rate", "grad_norm", "tokens_per_second")},
+    }
+    axis = draw(history, [15, 25], 100, THEMES["light"], "run").axes[0]
+    drawn = {line.get_label(): list(line.get_xdata()) for line in axis.lines}
+    assert drawn["not finite (3)"] == [20, 40]
+    assert [list(line.get_xdata()) for line in axis.lines[:2]] == [[15, 15], [25, 25]]
+    assert drawn["started again (2)"] == [15, 15]
+    assert axis.get_xlim() == (0, 100)
+
+
+def test_the_picture_of_a_run_says_where_it_was_started_again(tmp_path: Path) -> None:
+    def trainer(*callbacks: Callback) -> Trainer:
+        return runs.make_trainer(runs.make_config(tmp_path, checkpoint_dir=str(tmp_path / "c")), callbacks=[*callbacks])
+
+    trainer(StopAt(5)).train()
+    picture = VisualizationCallback(tmp_path / "curves.png", theme="dark")
+    trainer(picture).train()
+    assert picture._restarts == [5]
+    corner = matplotlib.image.imread(picture.path)[0, 0, :3]
+    assert corner == pytest.approx(np.array((0x14, 0x18, 0x1D)) / 255, abs=0.01)
+    with pytest.raises(ConfigError, match="theme is 'sepia'; allowed: light, dark"):
+        VisualizationCallback(theme="sepia")
+
+
+def test_a_smoothed_curve_keeps_its_ends_and_passes_over_gaps() -> None:
+    values = [float(n) for n in range(200)]
+    assert smoothed(values) == pytest.approx(values)
+    values[100] = math.nan
+    assert smoothed(values)[99:102] == pytest.approx([98.5, 100, 101.5], abs=1.5)
+    assert math.isnan(smoothed([math.nan])[0])
 
 
 def test_a_missing_matplotlib_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,9 @@ HELP = {name: text for name, _, _, text in settings(Config)}
 
 CHOSEN = {
     "output_dir": "elsewhere",
+    "callback_options": {"curves": {"theme": "dark"}},
+    "trackers": ["wandb"],
+    "tracker_options": {"project": "mine", "wandb": {"tags": ["small"]}},
     "data.source": "text.txt",
     "data.tokenizer": "byte",
     "data.cache_dir": "elsewhere",
@@ -291,7 +294,11 @@ def test_a_negative_number_reaches_its_setting(write: Write, text: str) -> None:
     ("option", "message"),
     [
         ("--callbacks=[json:dumps]", "callbacks has 'json:dumps', a function; allowed: subclasses of Callback"),
-        ("--callbacks=[curves]", "callbacks is 'curves'; allowed: 'module:name'"),
+        ("--callbacks=[curve]", "callbacks is 'curve'; allowed: curves, profiler, ratios, samples, or 'module:name'"),
+        (
+            "--callback_options={curves: {colour: red}}",
+            "callback_options.curves is {'colour': 'red'}, which does not fit",
+        ),
         ("--training.loss=os:getcwd", "loss is 'os:getcwd', which makes a str"),
         ("--training.resume=.", "training.resume is '.', which is no checkpoint"),
     ],
@@ -321,7 +328,9 @@ TEXTS = [
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_printed_text_reads_back_equal(write: Write, text: str) -> None:
-    config = Config(output_dir=text, callbacks=[text, text], training=TrainingConfig(loss_options={"k" + text: text}))
+    config = Config(
+        output_dir=text, callbacks=[f"a:{text}"] * 2, training=TrainingConfig(loss_options={"k" + text: text})
+    )
     assert parse_config(["--config", write(to_yaml(config.resolved()))]) == config.resolved()
 
 
@@ -393,7 +402,7 @@ TINY = [
         ["--training.early_stopping_metric=val_accuracy"],
         ["--training.validation_metrics=[no_such_module:x]"],
         ["--training.optimizer=no_such_module:x"],
-        ["--callbacks=[curves]"],
+        ["--callbacks=[curve]"],
         ["--callbacks=[no_such_module:x]"],
         ["--output_dir=text.txt"],
         ["--data.cache_dir=text.txt"],

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from fundamentallm.config import ModelConfig
 from fundamentallm.errors import ConfigError
-from fundamentallm.models.transformer import INITIAL_STD, Attention, Block, Transformer, from_transformers_config
+from fundamentallm.models.transformer import INITIAL_STD, Attention, Block, Transformer
 from fundamentallm.training.checkpoint import CheckpointManager
 from fundamentallm.training.snapshot import MODEL_KEY
 
@@ -21,7 +21,7 @@ SHAPES = [
     ModelConfig(37, d_model=32, num_heads=4, num_layers=2, qk_norm=qk_norm, tie_embeddings=tied, **shape)
     for qk_norm in (True, False)
     for tied in (True, False)
-    for shape in ({}, {"num_kv_heads": 2, "d_ff": 40}, {"num_kv_heads": 1, "rope_theta": 77.0})
+    for shape in ({}, {"num_kv_heads": 2, "d_ff": 40}, {"num_kv_heads": 1, "rope_theta": 77.0, "norm_epsilon": 0.1})
 ]
 
 
@@ -173,23 +173,18 @@ def test_gradient_reaches_every_parameter(config: ModelConfig) -> None:
 
 
 @pytest.mark.parametrize("config", SHAPES)
-def test_a_shape_survives_transformers_config(config: ModelConfig) -> None:
-    saved = json.loads(json.dumps(Transformer(config).transformers_config(16)))
-    assert from_transformers_config(saved) == config.resolved()
-
-
-@pytest.mark.parametrize("model_type", ["gpt2", None])
-def test_another_architecture_is_refused_by_name(model_type: str | None) -> None:
-    saved = Transformer(SHAPES[0]).transformers_config(16) | {"model_type": model_type}
-    with pytest.raises(ConfigError, match=str(model_type)):
-        from_transformers_config(saved)
-
-
-def test_a_shape_that_lacks_a_value_is_refused_by_name() -> None:
-    saved = Transformer(SHAPES[0]).transformers_config(16)
-    del saved["hidden_size"]
-    with pytest.raises(ConfigError, match="hidden_size"):
-        from_transformers_config(saved)
+@torch.no_grad()
+def test_with_a_cache_logits_are_those_of_the_whole_texts(config: ModelConfig) -> None:
+    """Of two texts of different lengths: five and three tokens at once, then one of each at a time."""
+    model, ids = make(config), some_ids(2, 12)
+    whole, cache = model(ids), model.new_cache(12)
+    some = model(ids[:, :5], cache=cache, positions=torch.arange(5).expand(2, -1))
+    torch.testing.assert_close(some[0], whole[0, :5], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(some[1, :3], whole[1, :3], atol=1e-5, rtol=1e-5)
+    for step in range(7):
+        places = torch.tensor([5 + step, 3 + step])
+        one = model(ids[torch.arange(2), places][:, None], cache=cache, positions=places[:, None])
+        torch.testing.assert_close(one[:, 0], whole[torch.arange(2), places], atol=1e-5, rtol=1e-5)
 
 
 def test_a_model_without_a_vocabulary_size_is_refused() -> None:

@@ -38,6 +38,7 @@ from fundamentallm.commands.diagnosis.trial import (
 )
 from fundamentallm.data.loaders import step_sampler
 from fundamentallm.training.checkpoint import CheckpointManager
+from fundamentallm.training.metrics import MEASURED
 from fundamentallm.training.snapshot import MODEL_KEY
 from fundamentallm.training.stored import load_checkpoint
 
@@ -255,7 +256,7 @@ def _cpu_processes(count: int) -> list[Mapping[str, str]]:
 
 def _metrics(folder: Path) -> Lines:
     lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in MEASURED} for line in lines]
 
 
 def _compare(expected: Lines, got: Lines, allowed: float) -> tuple[float, str | None]:

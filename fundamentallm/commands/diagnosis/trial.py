@@ -53,6 +53,8 @@ def trial_config(config: Config, folder: Path, dropout: bool = True, **training:
     return dataclasses.replace(
         config,
         output_dir=str(folder / "run"),
+        trackers=[],
+        tracker_options={},
         model=config.model if dropout else dataclasses.replace(config.model, dropout=0.0),
         training=dataclasses.replace(config.training, **settings),
     )

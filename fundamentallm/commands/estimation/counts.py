@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fundamentallm.config import Config, ModelConfig
+from fundamentallm.training.throughput import flops_per_token
 
 WIDE, NARROW = 4, 2
 """Bytes of a float32, in which weights, gradients and moments are kept; and of a bfloat16 or float16."""
@@ -116,16 +117,10 @@ def tokens_of_run(config: Config, steps: int) -> int:
 
 
 def step_flops(config: Config) -> int:
-    """Floating-point operations of one optimizer step, over all devices: 6 N + 12 L H Q T for each token.
-
-    (PaLM, arXiv:2204.02311, appendix B. Two for a multiplication and its addition, forward once and backward twice;
-    N parameters are multiplied with, L blocks have H heads of Q features, H Q = d_model, and T is the sequence
-    length.) As in PaLM's model FLOPs utilisation, attention counts in full, although a causal kernel may leave out
-    half of it, and what is computed again in the backward pass does not (see `recomputed_flops`).
-    """
-    model = config.model
-    attention = 12 * model.num_layers * model.d_model * config.data.sequence_length
-    return (6 * count_parameters(model).multiplied + attention) * tokens_per_step(config)
+    """Floating-point operations of one optimizer step, over all devices (see `flops_per_token`)."""
+    model, multiplied = config.model, count_parameters(config.model).multiplied
+    of_token = flops_per_token(multiplied, model.num_layers, model.d_model, config.data.sequence_length)
+    return of_token * tokens_per_step(config)
 
 
 def recomputed_flops(config: Config) -> int:

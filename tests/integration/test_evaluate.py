@@ -1,0 +1,199 @@
+"""`fundamentallm evaluate`: what validation counts, each token once, with an interval that holds the mean."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fundamentallm import Config, DataConfig, ModelConfig, TrainingConfig
+from fundamentallm.commands import evaluate as command
+from fundamentallm.commands.opening import open_model
+from fundamentallm.config import CHUNK, IGNORE_INDEX
+from fundamentallm.errors import ConfigError
+from fundamentallm.models.scoring import interval, score, student_quantile, windows
+from fundamentallm.models.transformer import Transformer
+from fundamentallm.train import make_trainer
+from tests.conftest import reset_accelerate
+from tests.integration.runs import lines, prose
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run over 30,000 characters, beside their text."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "text.txt").write_text(prose(30_000))
+    config = Config(
+        output_dir=str(folder / "run"),
+        model=ModelConfig(d_model=16, num_heads=2, num_layers=1),
+        data=DataConfig(str(folder / "text.txt"), sequence_length=32, cache_dir=str(folder / "cache")),
+        training=TrainingConfig(batch_size=16, max_steps=8, learning_rate=1e-2),
+        sample_tokens=0,
+    )
+    reset_accelerate()
+    make_trainer(config.resolved()).train()
+    return folder / "run"
+
+
+def evaluate(capsys: pytest.CaptureFixture[str], path: Path, *arguments: str) -> dict[str, Any]:
+    capsys.readouterr()
+    assert command.main(["--checkpoint", str(path), *arguments, "--json"], "evaluate") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_runs_validation_text_gives_its_validation_loss(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(run.parent))
+    last = lines(run)[-1]
+    found = evaluate(capsys, run)
+    assert found["targets"] == 2999
+    for name in ("loss", "perplexity", "bits_per_byte"):
+        assert found[name] == pytest.approx(last[f"val_{name}"], rel=1e-6)
+        low, high = found["intervals"][name]
+        assert low < found[name] < high
+    assert evaluate(capsys, run, "--stride", "32")["loss"] == pytest.approx(found["loss"], rel=1e-6)
+    narrow = evaluate(capsys, run, "--confidence", "0.5")["intervals"]["loss"]
+    low, high = found["intervals"]["loss"]
+    assert low < narrow[0] < narrow[1] < high
+
+
+def token_losses(run: Path, text: str, context: int, stride: int) -> list[float]:
+    """Of each token but the first, each by itself."""
+    opened = open_model(run)
+    ids, losses = opened.tokenizer.encode(text).ids, []
+    for place in range(1, len(ids)):
+        block = max(-(-(place - context) // stride), 0)
+        first = max(min(block * stride, len(ids) - 1 - context), 0)
+        with torch.no_grad():
+            logits = opened.model(torch.tensor([ids[first:place]]))[0, -1]
+        losses.append(F.cross_entropy(logits, torch.tensor(ids[place])).item())
+    return losses
+
+
+@pytest.mark.parametrize("stride", [None, 5])
+def test_a_text_is_judged_token_by_token_each_once(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], stride: int | None
+) -> None:
+    texts = [prose(250), "on", prose(200)[150:], "a"]
+    for index, text in enumerate(texts):
+        (tmp_path / f"{index}.txt").write_text(text)
+    flags = [] if stride is None else ["--stride", str(stride)]
+    found = evaluate(capsys, run, "--source", str(tmp_path), *flags)
+    losses = [loss for text in texts for loss in token_losses(run, text, 32, stride or 32)]
+    assert found["targets"] == len(losses) == sum(map(len, texts)) - 4
+    assert found["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert found["bytes"] == found["targets"]
+    assert found["bits_per_byte"] == pytest.approx(np.mean(losses) / math.log(2), rel=1e-5)
+
+
+def test_the_table_for_people_has_the_same_numbers(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = str(run.parent / "text.txt")
+    found = evaluate(capsys, run, "--source", text)
+    assert command.main(["--checkpoint", str(run), "--source", text], "evaluate") == 0
+    out = capsys.readouterr().out
+    low, high = found["intervals"]["loss"]
+    assert f"{found['loss']:.4f}  {low:.4f} to {high:.4f}" in out
+    assert "29,999 tokens" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--stride", "33"], "--stride is 33; allowed: at most the context, 32"),
+        (["--context", "33"], "--context is 33; allowed: at most 32"),
+        (["--batch_size", "0", "--confidence", "1"], "--batch_size is 0"),
+        (["--source", "nowhere.txt"], "nowhere.txt"),
+        (["--source", "python-docs"], "allowed: text files"),
+        (["--limit", "3"], "--tasks is not"),
+        (["--tasks", "a", "--stride", "3"], "--stride is given and so is --tasks"),
+    ],
+)
+def test_a_wrong_argument_is_named(run: Path, arguments: list[str], named: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        command.main(["--checkpoint", str(run), *arguments], "evaluate")
+    assert named in str(caught.value)
+
+
+def test_without_lm_eval_its_tasks_name_the_extra(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "fundamentallm.commands.harness", raising=False)
+    with pytest.raises(ConfigError, match=r"fundamentallm\[eval\]"):
+        command.main(["--checkpoint", str(run), "--tasks", "arc_easy"], "evaluate")
+
+
+def test_another_text_than_the_run_had_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    text = run.parent / "text.txt"
+    before = text.read_text()
+    try:
+        text.write_text(before[:-20] + before[:20])
+        with pytest.raises(ConfigError, match="another text"):
+            command.main(["--checkpoint", str(run)], "evaluate")
+        text.unlink()
+        with pytest.raises(ConfigError, match="--source"):
+            command.main(["--checkpoint", str(run)], "evaluate")
+    finally:
+        text.write_text(before)
+
+
+@pytest.mark.parametrize("vocabulary", [50, 2000])
+def test_scores_are_those_of_the_logits(vocabulary: int) -> None:
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(vocabulary, d_model=16, num_heads=2, num_layers=1)).eval()
+    inputs, targets = torch.randint(vocabulary, (2, 3, CHUNK // 2))
+    with torch.no_grad():
+        targets[0, :50], targets[1, 7] = model(inputs).argmax(-1)[0, :50], IGNORE_INDEX
+        logits = model(inputs)
+    losses, is_first = score(model, inputs, targets)
+    torch.testing.assert_close(losses, F.cross_entropy(logits.transpose(1, 2), targets, reduction="none"))
+    assert torch.equal(is_first, logits.argmax(-1) == targets)
+    assert is_first[0, :50].all()
+    assert losses[1, 7] == 0
+
+
+@pytest.mark.parametrize(("context", "stride"), [(5, 5), (5, 2), (5, 1), (1, 1)])
+@pytest.mark.parametrize("length", [0, 1, 2, 5, 6, 7, 23])
+def test_windows_count_each_target_once_with_enough_before_it(length: int, context: int, stride: int) -> None:
+    counted = []
+    for window in windows(length, context, stride):
+        assert 0 < window.end - window.start <= context
+        for place in range(window.start + window.counted, window.end):
+            counted.append(place)
+            assert place - window.start >= min(place, context - stride)
+    assert counted == list(range(max(length - 1, 0)))
+
+
+@pytest.mark.parametrize(
+    ("degrees", "probability", "expected"),  # of a table of Student's distribution
+    [(7, 0.975, 2.3646), (7, 0.995, 3.4995), (20, 0.95, 1.7247), (63, 0.975, 1.9983)],
+)
+def test_students_quantiles(degrees: int, probability: float, expected: float) -> None:
+    assert student_quantile(probability, degrees) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(("size", "correlation"), [(8, 0.0), (500, 0.0), (500, 0.7)])
+def test_an_interval_holds_the_mean_as_often_as_it_says(size: int, correlation: float) -> None:
+    """Of windows of different sizes, whose losses may be like those of their neighbours."""
+    generator, hits, trials = np.random.default_rng(0), 0, 500
+    for _ in range(trials):
+        noise = generator.normal(size=size)
+        level = noise.copy()
+        for place in range(1, size):
+            level[place] = correlation * level[place - 1] + math.sqrt(1 - correlation**2) * noise[place]
+        counts = generator.integers(20, 40, size)
+        found = interval(list((3 + level) * counts), list(counts), 0.9)
+        assert found is not None
+        hits += found[0] < 3 < found[1]
+    assert 0.9 * trials - 30 < hits < 0.9 * trials + 20
+
+
+def test_too_few_windows_have_no_interval() -> None:
+    assert interval([1.0] * 7, [1] * 7, 0.9) is None

@@ -1,0 +1,235 @@
+"""Training that goes on from a model in transformers' format, and the checkpoints it makes."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from fundamentallm import Config, DataConfig, ModelConfig, Trainer, TrainingConfig, create_tokenizer
+from fundamentallm.commands.checkpoints import main as checkpoints
+from fundamentallm.commands.generate import main as generate
+from fundamentallm.errors import CheckpointError, ConfigError
+from fundamentallm.models.pretrained import find_pretrained
+from fundamentallm.train import make_trainer
+from fundamentallm.training import accelerator as accelerators
+from fundamentallm.training.pretrained import completed
+from tests.conftest import reset_accelerate
+from tests.integration.runs import (
+    StopAt,
+    assert_same_weights,
+    lines,
+    on_processes,
+    prose,
+    sharded_accelerator,
+    weights,
+)
+
+KINDS = ("llama", "gpt2")
+
+
+def make(kind: str, vocabulary: int) -> PreTrainedModel:
+    torch.manual_seed(0)
+    if kind == "llama":
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+        ids = {"bos_token_id": None, "eos_token_id": 3}
+        return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **sizes, **ids, tie_word_embeddings=True))
+    sizes = {"n_positions": 24, "n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 3}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, **sizes))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model of each kind, in bfloat16, with a tokenizer that has a few tokens less than the model has rows."""
+    base, text = tmp_path_factory.mktemp("pretrained"), prose()
+    (base / "text.txt").write_text(text)
+    tokenizer = create_tokenizer("bpe:300", lambda: [text], lambda: [text])
+    for kind in KINDS:
+        make(kind, 308).bfloat16().save_pretrained(base / kind)
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=77).save_pretrained(base / kind)
+    return {"text": base / "text.txt", **{kind: base / kind for kind in KINDS}}
+
+
+def config(folders: dict[str, Path], kind: str, output: Path, **training: Any) -> Config:
+    defaults: dict[str, Any] = {"batch_size": 8, "max_steps": 6, "log_every_n_steps": 1, "save_every_n_steps": 3}
+    return Config(
+        output_dir=str(output),
+        model=ModelConfig(pretrained=str(folders[kind])),
+        data=DataConfig(str(folders["text"]), sequence_length=16, cache_dir=str(output.parent / "cache")),
+        training=TrainingConfig(**{**defaults, **training}),
+        sample_tokens=0,
+    )
+
+
+def start(config: Config) -> Trainer:
+    reset_accelerate()
+    return make_trainer(config.resolved())
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def run(request: pytest.FixtureRequest, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of six steps."""
+    output = tmp_path_factory.mktemp("run") / "run"
+    trainer = start(config(folders, request.param, output))
+    before = logits(trainer.model)
+    history = trainer.train()
+    return Run(request.param, output, before, logits(trainer.model), history["train_loss"], weights(trainer))
+
+
+class Run(NamedTuple):
+    kind: str
+    folder: Path
+    before: Tensor
+    after: Tensor
+    losses: list[float]
+    weights: dict[str, Tensor]
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoints" / "step_00000006"
+
+
+IDS = torch.arange(16)[None]
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> Tensor:
+    output = model.eval()(IDS)
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def test_a_run_begins_from_the_model_and_its_checkpoint_opens_as_it_is(run: Run, folders: dict[str, Path]) -> None:
+    theirs = AutoModelForCausalLM.from_pretrained(folders[run.kind], dtype=torch.float32)
+    torch.testing.assert_close(run.before, logits(theirs), atol=1e-5, rtol=1e-5)
+    assert run.losses[-1] < run.losses[0] - 0.01
+    again, found = AutoModelForCausalLM.from_pretrained(run.checkpoint, output_loading_info=True)
+    assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(again) is type(theirs)
+    assert (again.dtype, again.config.vocab_size, again.generation_config.eos_token_id) == (torch.float32, 308, 3)
+    torch.testing.assert_close(logits(again), run.after, atol=1e-5, rtol=1e-5)
+    theirs, again = (AutoTokenizer.from_pretrained(folder) for folder in (folders[run.kind], run.checkpoint))
+    assert again.model_max_length == 77
+    assert again("the statement")["input_ids"] == theirs("the statement")["input_ids"]
+
+
+def test_a_stopped_run_goes_on_to_the_bit(run: Run, folders: dict[str, Path], tmp_path: Path) -> None:
+    """With GPT-2's own dropout, too."""
+    half = start(config(folders, run.kind, tmp_path / "half"))
+    half.callbacks.add(StopAt(3))
+    half.train()
+    again = start(config(folders, run.kind, tmp_path / "half"))
+    again.train()
+    assert again.global_step == 6
+    assert_same_weights(weights(again), run.weights)
+
+
+def test_a_checkpoint_is_a_pretrained_model_too(run: Run, folders: dict[str, Path], tmp_path: Path) -> None:
+    trainer = start(config({**folders, "old": run.checkpoint}, "old", tmp_path / "new"))
+    assert_same_weights(weights(trainer), run.weights)
+    assert trainer.global_step == 0
+
+
+def test_the_commands_take_the_run_and_the_model_alike(
+    run: Run, folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--prompt", "the", "--max_new_tokens", "9", "--temperature", "0", "--ignore_end"]
+    for given, folder in ((run.folder, run.checkpoint), (folders[run.kind], folders[run.kind])):
+        assert generate(["--checkpoint", str(given), *flags], "generate") == 0
+        tokenizer, model = (kind.from_pretrained(folder) for kind in (AutoTokenizer, AutoModelForCausalLM))
+        model.float().generation_config.eos_token_id = None
+        ids = tokenizer("the", return_tensors="pt")["input_ids"]
+        expected = model.generate(ids, max_new_tokens=9, do_sample=False)[0]
+        assert capsys.readouterr().out == tokenizer.decode(expected, skip_special_tokens=True) + "\n"
+
+
+def train_sharded(processes: int, kind: str, folders: dict[str, Path], output: str) -> None:
+    accelerators.create_accelerator = lambda *_: sharded_accelerator()
+    trainer = make_trainer(config(folders, kind, Path(output), max_minutes=60).resolved())
+    assert (trainer.accelerator.num_processes, trainer.is_sharded) == (processes, True)
+    trainer.train()
+    trainer.leave_group()
+
+
+def test_a_sharded_run_is_the_same_and_its_weights_are_put_together(
+    run: Run, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    on_processes(2, train_sharded, run.kind, folders, str(tmp_path / "run"))
+    if run.kind == "llama":  # dropout masks depend on the process
+        losses = [line["train_loss"] for line in lines(tmp_path / "run") if "train_loss" in line]
+        assert losses == pytest.approx(run.losses, rel=1e-5)
+    assert checkpoints(["consolidate", str(tmp_path / "run"), str(tmp_path / "whole")], "checkpoints") == 0
+    again, found = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", output_loading_info=True)
+    assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    torch.testing.assert_close(logits(again), run.after, atol=2e-2 if run.kind == "gpt2" else 1e-4, rtol=1e-4)
+    assert AutoTokenizer.from_pretrained(tmp_path / "whole").model_max_length == 77
+    flags = ["--prompt", "the", "--max_new_tokens", "1"]
+    if run.kind == "llama":
+        assert generate(["--checkpoint", str(tmp_path / "run"), *flags], "generate") == 0
+    else:
+        with pytest.raises(CheckpointError, match="checkpoints consolidate"):
+            generate(["--checkpoint", str(tmp_path / "run"), *flags], "generate")
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "data", "named"),
+    [
+        ("llama", {"d_model": 32}, {}, ["model.d_model is 32"]),
+        ("llama", {"d_model": 16, "num_heads": 2, "dropout": 0.1}, {}, []),
+        ("gpt2", {"vocab_size": 308}, {"sequence_length": 24}, []),
+        ("gpt2", {"vocab_size": 300, "num_layers": 2}, {}, ["model.vocab_size is 300", "model.num_layers is 2"]),
+        ("gpt2", {"dropout": 0.1}, {"sequence_length": 25}, ["model.dropout is 0.1", "data.sequence_length is 25"]),
+        ("gpt2", {"init_from": "checkpoint"}, {}, ["model.init_from is 'checkpoint'"]),
+        ("llama", {}, {"tokenizer": "byte"}, ["data.tokenizer is 'byte'"]),
+        ("llama", {}, {"tokenizer": "bpe:300"}, ["data.tokenizer is 'bpe:300'"]),
+        ("llama", {}, {"tokenizer": "gpt2/tokenizer.json"}, []),
+        ("llama", {}, {"tokenizer": "other.json"}, ["other.json"]),
+    ],
+)
+def test_what_contradicts_the_folder_is_refused_all_at_once(
+    folders: dict[str, Path], tmp_path: Path, kind: str, model: dict, data: dict, named: list[str]
+) -> None:
+    made = config(folders, kind, tmp_path)
+    text = prose(200)
+    (folders["gpt2"].parent / "other.json").write_text(create_tokenizer("char", lambda: [text], lambda: []).to_str())
+    if str(data.get("tokenizer")).endswith(".json"):
+        data = {"tokenizer": str(folders["gpt2"].parent / data["tokenizer"])}
+    made = dataclasses.replace(
+        made, model=dataclasses.replace(made.model, **model), data=dataclasses.replace(made.data, **data)
+    )
+    pretrained = find_pretrained(str(folders[kind]))
+    if not named:
+        done = completed(made.resolved(), pretrained)
+        assert (done.model.vocab_size, done.model.dropout) == (308, model.get("dropout", 0.0))
+        assert done.data.tokenizer == data.get("tokenizer", str(folders[kind] / "tokenizer.json"))
+        assert completed(done.resolved(), pretrained) == done
+        return
+    with pytest.raises(ConfigError) as caught:
+        completed(made.resolved(), pretrained)
+    assert len(caught.value.problems) == len(named)
+    for text, problem in zip(named, caught.value.problems, strict=True):
+        assert text in problem
+
+
+def test_a_folder_without_a_tokenizer_needs_one_to_be_named(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["llama"], tmp_path / "llama")
+    tokenizer = (tmp_path / "llama" / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    made = config({**folders, "llama": tmp_path / "llama"}, "llama", tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"has no tokenizer\.json"):
+        completed(made, find_pretrained(str(tmp_path / "llama")))
+    data = dataclasses.replace(made.data, tokenizer=str(tokenizer))
+    assert completed(dataclasses.replace(made, data=data), find_pretrained(str(tmp_path / "llama"))).data == data

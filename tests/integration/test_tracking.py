@@ -1,0 +1,263 @@
+"""Trackers, for real, on local files: a run that is killed and started again is one run there, each step once."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
+
+from fundamentallm import Callback, Config, ConfigError, Trainer, create_accelerator
+from fundamentallm.training import tracking
+from fundamentallm.training.stopping import Stop
+from tests.conftest import reset_accelerate
+from tests.integration.runs import StopAt, lines, make_config, make_trainer, on_processes
+
+CLOCK = "tokens_per_second"
+
+
+class KilledError(Exception):
+    pass
+
+
+class KillAfter(Callback):
+    """Ends a run once a step's line and validation have been handed on, before anything is saved."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, trainer: Trainer) -> None:
+        if trainer.global_step == self.step:
+            raise KilledError
+
+
+def tracked_config(folder: Path, *trackers: str, **training: Any) -> Config:
+    """Twelve steps, validated at every third, saved at every fourth."""
+    settings = {"eval_every_n_steps": 3, "save_every_n_steps": 4, "eval_every_n_epochs": None} | training
+    config = make_config(folder, checkpoint_dir=str(folder / "checkpoints"), **settings)
+    return dataclasses.replace(config, trackers=list(trackers))
+
+
+def run(config: Config, *callbacks: Callback, accelerator: Accelerator | None = None) -> Trainer:
+    reset_accelerate()
+    trainer = make_trainer(config, accelerator=accelerator)
+    for callback in callbacks:
+        trainer.callbacks.add(callback)
+    trainer.train()
+    return trainer
+
+
+def run_in_parts(config: Config) -> None:
+    """Killed at step 7, whose lines the trackers have, and no checkpoint; stopped at 10; finished."""
+    with pytest.raises(KilledError):
+        run(config, KillAfter(7))
+    run(config, StopAt(10))
+    run(config)
+
+
+def expected(folder: Path, name: str) -> list[tuple[int, float]]:
+    return [(line["step"], line[name]) for line in lines(folder) if name in line]
+
+
+# ---- tensorboard -------------------------------------------------------------------------------------------
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard itself would show."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_shows_one_run_of_each_step_once(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    run_in_parts(tracked_config(tmp_path, "tensorboard"))
+    shown = scalars(tmp_path / "tensorboard" / "fundamentallm")
+    for name in ("train_loss", "val_loss", "learning_rate", "tokens", CLOCK):
+        assert shown[name] == [(step, pytest.approx(value, rel=1e-6)) for step, value in expected(tmp_path, name)]
+    assert len(list((tmp_path / "tensorboard").glob("**/hparams.yml"))) == 1  # one for the run, not for each start
+    assert not list(tmp_path.glob("mlruns"))
+
+
+def test_a_validation_that_comes_again_brings_the_line_of_its_step_along(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    config = tracked_config(tmp_path, "tensorboard")
+
+    class BreakOff(Callback):
+        def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+            if trainer.global_step == 6:
+                trainer.stop_switch.request(Stop.SIGNAL, "a signal")
+
+    assert run(config, BreakOff()).state["progress"].validation_due
+    run(config)
+    shown = scalars(tmp_path / "tensorboard" / "fundamentallm")
+    assert [step for step, _ in shown["train_loss"]] == list(range(1, 13))
+    assert [step for step, _ in shown["val_loss"]] == [3, 6, 9, 12]
+
+
+# ---- mlflow ------------------------------------------------------------------------------------------------
+
+
+def test_mlflow_has_one_run_of_each_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    # A folder of files, which needs no more than mlflow-skinny; and no news of it to anybody.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    folder = tmp_path / "run"
+    run_in_parts(tracked_config(folder, "mlflow"))
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name("fundamentallm")
+    (found,) = client.search_runs([experiment.experiment_id])
+    assert (found.info.run_name, found.info.status) == ("run", "FINISHED")
+    assert mlflow.active_run() is None
+    assert found.data.params["training.learning_rate"] == "0.01"
+    assert found.data.params["training.max_epochs"] == "null"
+    for name in ("train_loss", "val_loss"):
+        history = sorted((metric.step, metric.value) for metric in client.get_metric_history(found.info.run_id, name))
+        assert history == expected(folder, name)
+
+
+# ---- any other ---------------------------------------------------------------------------------------------
+
+
+class Notebook(GeneralTracker):
+    """A tracker that only ever appends, as wandb and trackio do."""
+
+    name = "notebook"
+    requires_logging_directory = False
+
+    def __init__(self, path: Path, refuses: int | None = None) -> None:
+        super().__init__()
+        self.path, self.refuses = path, refuses
+
+    @property
+    def tracker(self) -> Path:
+        return self.path
+
+    def _add(self, *what: Any) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(what) + "\n")
+
+    def start(self) -> None:
+        self._add("start")
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self._add("config", values)
+
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        if step == self.refuses:
+            raise ConnectionError("the server is away")
+        self._add("val" if "val_loss" in values else "train", step, values)
+
+    def finish(self) -> None:
+        self._add("finish")
+
+
+def note(config: Config, *callbacks: Callback, **arguments: Any) -> dict[str, list[Any]]:
+    """{kind: what has been noted so far} after another start of the run."""
+    path = Path(config.output_dir).parent / "notes.jsonl"
+    reset_accelerate()
+    accelerator = Accelerator(cpu=True, log_with=[Notebook(path, **arguments)])
+    trainer = make_trainer(config, accelerator=accelerator)
+    for callback in callbacks:
+        trainer.callbacks.add(callback)
+    with contextlib.suppress(KilledError):
+        trainer.train()
+    noted = defaultdict(list)
+    for line in path.read_text().splitlines():
+        kind, *what = json.loads(line)
+        noted[kind].append(what)
+    return noted
+
+
+def test_what_only_appends_is_given_no_step_twice(tmp_path: Path) -> None:
+    config = tracked_config(tmp_path / "run")
+    note(config, KillAfter(7))
+    note(config, StopAt(10))
+    noted = note(config)
+    assert [step for step, _ in noted["train"]] == list(range(1, 13))
+    assert [step for step, _ in noted["val"]] == [3, 6, 9, 12]
+    assert (len(noted["start"]), len(noted["config"])) == (3, 1)
+    ((settings,),) = noted["config"]
+    assert settings["model.d_model"] == 16
+    assert settings["training.batch_size"] == 8
+    assert {type(value) for value in settings.values()} <= {str, int, float, bool}
+
+
+def test_another_course_is_another_run(tmp_path: Path) -> None:
+    config = tracked_config(tmp_path / "run")
+    note(config)
+    back = dataclasses.replace(config.training, resume=str(tmp_path / "run" / "checkpoints" / "step_00000008"))
+    noted = note(dataclasses.replace(config, training=back))
+    assert [step for step, _ in noted["train"]] == [*range(1, 13), *range(9, 13)]
+    assert len(noted["config"]) == 2
+
+
+def test_a_server_that_is_away_costs_a_line_and_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    noted = note(tracked_config(tmp_path / "run"), refuses=5)
+    assert [step for step, _ in noted["train"]] == [1, 2, 3, 4, *range(6, 13)]
+    assert "notebook did not take the line of step 5: the server is away" in caplog.text
+
+
+def _two_processes(count: int, folder: Path) -> None:
+    accelerator = create_accelerator()
+    accelerator.log_with = [Notebook(folder / f"notes{accelerator.process_index}.jsonl")]
+    make_trainer(tracked_config(folder), accelerator=accelerator).train()
+    assert accelerator.num_processes == count
+
+
+def test_only_the_main_process_has_trackers(tmp_path: Path) -> None:
+    on_processes(2, _two_processes, tmp_path)
+    assert [path.name for path in tmp_path.glob("notes*")] == ["notes0.jsonl"]
+
+
+# ---- mistakes ----------------------------------------------------------------------------------------------
+
+
+def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["tensorboard"])
+    with pytest.raises(ConfigError, match="trackers has 'trackio', which is not installed; run: pip install trackio"):
+        create_accelerator(trackers=["tensorboard", "trackio"], output_dir="runs/never")
+    assert not Path("runs/never").exists()
+
+
+def test_an_accelerator_without_the_config_s_trackers_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"trackers is \['tensorboard'\] and the Accelerator was made with log_with=\[\]"
+    ):
+        make_trainer(tracked_config(tmp_path, "tensorboard"), accelerator=create_accelerator())
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        (
+            {"trackers": ["wand"]},
+            "trackers has 'wand'; allowed: tensorboard, wandb, mlflow, trackio. Did you mean 'wandb'",
+        ),
+        ({"tracker_options": {"wandb": {}}}, "tracker_options has 'wandb'; allowed: project"),
+        ({"tracker_options": {"project": 3}}, "tracker_options.project is 3; allowed: text"),
+        (
+            {"callbacks": ["sample"]},
+            "callbacks is 'sample'; allowed: curves, profiler, ratios, samples, or 'module:name'",
+        ),
+        ({"callback_options": {"samples": {}}}, "callback_options has 'samples'; allowed: curves"),
+        (
+            {"callbacks": ["samples"], "callback_options": {"samples": 3}},
+            "callback_options.samples is 3; allowed: a mapping",
+        ),
+    ],
+)
+def test_mistakes_in_the_settings_are_told(settings: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        Config(**settings)
+    assert problem in str(raised.value)

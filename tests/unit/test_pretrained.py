@@ -1,0 +1,233 @@
+"""Folders in transformers' format: which shapes are ours, what is refused, what a checkpoint hands on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from fundamentallm.config import ModelConfig
+from fundamentallm.errors import CheckpointError, ConfigError
+from fundamentallm.models.pretrained import find_pretrained, shape_of, transformers_model
+from fundamentallm.models.transformer import Transformer
+from fundamentallm.training.stored import load_weights
+from tests.unit.test_transformer import SHAPES
+
+SIZES = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": None, "eos_token_id": 5}
+LLAMA = {**SIZES, **HEADS, "rms_norm_eps": 1e-3, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+
+
+def llama(folder: Path, dtype: torch.dtype = torch.float32, **config: object) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA | config)).to(dtype)
+    model.save_pretrained(folder, max_shard_size="4KB" if config.get("mlp_bias") is None else "1GB")
+    return model
+
+
+def write(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize("config", SHAPES)
+def test_a_shape_survives_transformers_config(config: ModelConfig) -> None:
+    saved = json.loads(json.dumps(Transformer(config).transformers_config(16)))
+    assert shape_of(saved) == config.resolved()
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", None])
+def test_another_architecture_is_named(model_type: str | None) -> None:
+    saved = Transformer(SHAPES[0]).transformers_config(16) | {"model_type": model_type}
+    with pytest.raises(ConfigError, match=str(model_type)):
+        shape_of(saved)
+
+
+def test_a_shape_that_lacks_a_value_is_named() -> None:
+    saved = Transformer(SHAPES[0]).transformers_config(16)
+    del saved["hidden_size"]
+    with pytest.raises(ConfigError, match="hidden_size"):
+        shape_of(saved)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attention_bias": True},
+        {"mlp_bias": True},
+        {"hidden_act": "gelu"},
+        {"head_dim": 4},
+        {"attention_dropout": 0.1},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None},
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}},
+        {"layer_types": ["sliding_attention"]},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_our_transformer_does_not_compute_is_left_to_transformers(tmp_path: Path, change: dict) -> None:
+    llama(tmp_path)
+    assert find_pretrained(str(tmp_path)).shape is not None
+    write(tmp_path, **change)
+    found = find_pretrained(str(tmp_path))
+    assert found.shape is None
+    name = "rotary" if "rope_parameters" in change else next(iter(change))
+    assert name in found.why_not
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_llama_in_several_files_becomes_a_transformer_in_float32(
+    tmp_path: Path, tied: bool, dtype: torch.dtype
+) -> None:
+    theirs = llama(tmp_path, dtype, tie_word_embeddings=tied).float().eval()
+    found = find_pretrained(str(tmp_path))
+    assert len(found.weights) > 2
+    assert found.shape is not None
+    assert (found.shape.rope_theta, found.shape.norm_epsilon, found.shape.tie_embeddings) == (500.0, 1e-3, tied)
+    assert (found.context, found.stop) == (2048, {5})
+    ours = Transformer(found.shape).eval()
+    load_weights(found.folder, found.weights, ours)
+    assert {parameter.dtype for parameter in ours.parameters()} == {torch.float32}
+    assert (ours.lm_head.weight is ours.get_input_embeddings().weight) == tied
+    ids = torch.randint(37, (2, 20))
+    torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_qwen3_as_transformers_writes_it_becomes_a_transformer(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    theirs = Qwen3ForCausalLM(Qwen3Config(**SIZES, **HEADS, head_dim=8)).eval()
+    theirs.save_pretrained(tmp_path)
+    found = find_pretrained(str(tmp_path))
+    assert found.shape is not None
+    ours = Transformer(found.shape).eval()
+    load_weights(found.folder, found.weights, ours)
+    ids = torch.randint(37, (2, 20))
+    torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_another_model_is_opened_by_transformers_in_float32(tmp_path: Path) -> None:
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=37, n_positions=16, n_embd=16, n_layer=1, n_head=2)).bfloat16()
+    theirs.save_pretrained(tmp_path)
+    found = find_pretrained(str(tmp_path))
+    assert (found.shape, found.context, found.vocab_size) == (None, 16, 37)
+    model = transformers_model(found)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    torch.testing.assert_close(model.lm_head.weight, theirs.lm_head.weight.float())
+
+
+def test_weights_that_transformers_would_draw_at_random_are_refused(tmp_path: Path) -> None:
+    GPT2LMHeadModel(GPT2Config(vocab_size=37, n_positions=16, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["transformer.h.0.attn.c_attn.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"transformer\.h\.0\.attn\.c_attn\.weight"):
+        transformers_model(find_pretrained(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"norm.weight": None}, r"lacks model\.norm\.weight"),
+        ({"norm.bias": torch.zeros(16)}, r"has model\.norm\.bias"),
+        ({"norm.weight": torch.zeros(8)}, r"of shape \(8,\)"),
+    ],
+)
+def test_weights_that_do_not_fit_the_shape_are_named_and_change_nothing(
+    tmp_path: Path, change: dict, named: str
+) -> None:
+    llama(tmp_path, mlp_bias=False)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights = {**weights, **{f"model.{name}": tensor for name, tensor in change.items()}}
+    save_file({k: v for k, v in weights.items() if v is not None}, tmp_path / "model.safetensors")
+    found = find_pretrained(str(tmp_path))
+    assert found.shape is not None
+    model = Transformer(found.shape)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=named):
+        load_weights(tmp_path, found.weights, model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("is_equal", [True, False])
+def test_tied_weights_that_are_there_twice_have_to_be_equal(tmp_path: Path, is_equal: bool) -> None:
+    llama(tmp_path, mlp_bias=False, tie_word_embeddings=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + (0.0 if is_equal else 1.0)
+    save_file(weights, tmp_path / "model.safetensors")
+    found = find_pretrained(str(tmp_path))
+    assert found.shape is not None
+    if is_equal:
+        load_weights(tmp_path, found.weights, Transformer(found.shape))
+    else:
+        with pytest.raises(CheckpointError, match="ties"):
+            load_weights(tmp_path, found.weights, Transformer(found.shape))
+
+
+def test_folders_that_cannot_be_opened_safely_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(named: str, name: str = str(tmp_path)) -> None:
+        with pytest.raises(ConfigError, match=named):
+            find_pretrained(name)
+
+    refused("no config.json")
+    refused("is no folder", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    refused("hf download somebody/something", "somebody/something")
+    refused("Hugging Face cache", "no such name!")
+    (tmp_path / "config.json").write_text("[]")
+    refused("holds a list")
+    llama(tmp_path)
+    (tmp_path / "model-00002-of-00006.safetensors").unlink(missing_ok=True)
+    for file in list(tmp_path.glob("model-*"))[1:]:
+        file.unlink()
+    refused("lacks model-")
+    for file in tmp_path.glob("model*"):
+        file.unlink()
+    refused("no weights as safetensors: give")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    refused(r"pytorch_model\.bin is pickled")
+    write(tmp_path, quantization_config={"bits": 4})
+    refused("quantized")
+
+
+def test_no_code_of_a_folder_is_run(tmp_path: Path) -> None:
+    llama(tmp_path)
+    (tmp_path / "modeling.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    write(tmp_path, model_type="mine", auto_map={"AutoConfig": "modeling.C", "AutoModelForCausalLM": "modeling.M"})
+    with pytest.raises(ConfigError, match="transformers cannot open"):
+        transformers_model(find_pretrained(str(tmp_path)))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_model_that_is_no_causal_language_model_is_refused(tmp_path: Path) -> None:
+    llama(tmp_path)
+    write(tmp_path, model_type="bert", architectures=["BertForMaskedLM"])
+    with pytest.raises(ConfigError, match="BertForMaskedLM"):
+        transformers_model(find_pretrained(str(tmp_path)))
+
+
+def test_the_cache_of_hugging_face_is_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repo, commit = tmp_path / "models--somebody--something", "a" * 40
+    llama(repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert find_pretrained("somebody/something").folder == repo / "snapshots" / commit
+
+
+def test_estimate_takes_the_shape_of_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from fundamentallm.commands.estimate import main
+
+    model = llama(tmp_path)
+    assert main(["--model.pretrained", str(tmp_path), "--devices", "1"], "estimate") == 0
+    assert f"{sum(parameter.numel() for parameter in model.parameters()):,};" in capsys.readouterr().out
+    write(tmp_path, mlp_bias=True)
+    with pytest.raises(ConfigError, match="mlp_bias"):
+        main(["--model.pretrained", str(tmp_path)], "estimate")

@@ -1,0 +1,246 @@
+"""`fundamentallm report`: one page of runs of any age, which opens by itself, whatever they are called and say."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pytest
+
+from fundamentallm import FundamentaLLMError, SampleCallback
+from fundamentallm.__main__ import VERBS
+from fundamentallm.commands.report import main, names_of, read_run, thinned
+from tests.integration.runs import StopAt, make_config, make_trainer
+
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
+HOSTILE = "<img src=x onerror=document.title='owned'></script><script>document.title='owned'</script><!--"
+
+
+def report(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments], "fundamentallm report")
+
+
+class Scripts(HTMLParser):
+    """The page as a browser cuts it up."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.scripts: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.tags[-1:] == ["script"]:
+            self.scripts[-1] += data
+
+
+def data_of(path: Path) -> list[dict[str, Any]]:
+    return json.loads(Scripts(path.read_text()).scripts[0])["runs"]  # type: ignore[no-any-return]
+
+
+def write_log(folder: Path, *lines: dict[str, Any], end: str = "\n") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + end)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real run: stopped once, with samples."""
+    folder = tmp_path_factory.mktemp("runs") / "real"
+
+    def trainer() -> Any:
+        settings = {"eval_every_n_steps": 5, "eval_every_n_epochs": None, "max_steps": 12}
+        made = make_trainer(make_config(folder, checkpoint_dir=str(folder / "checkpoints"), **settings))
+        made.callbacks.add(SampleCallback(["The "], 5))
+        return made
+
+    first = trainer()
+    first.callbacks.add(StopAt(7))
+    first.train()
+    trainer().train()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def old(run: Path) -> Path:
+    """A run of another age: without any record of starts or samples, NaNs, a cut last line, a name that attacks."""
+    lines = [
+        {"step": n, "epoch": n / 9, "tokens": 64 * n, "train_loss": 5 - n / 4, "bad_steps": n // 6}
+        for n in range(1, 13)
+    ]
+    lines[5]["train_loss"], lines[6]["train_loss"] = "NaN", float("nan")
+    folder = run.parent / "<img src=x onerror=document.title='owned'>"
+    write_log(folder, *lines, {"step": 12, "epoch": 1.0, "val_loss": 2.5}, end='\n{"step": 13, "train_lo')
+    sample = {"step": 12, "prompt": HOSTILE, "text": HOSTILE}
+    (folder / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(run: Path, old: Path) -> Path:
+    path = run.parent / "page" / "report.html"
+    assert report(run, old, "--output", path) == 0
+    return path
+
+
+def test_the_page_has_what_the_run_has_left(page: Path, run: Path) -> None:
+    real = data_of(page)[0]
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["train_loss"] for line in logged if "train_loss" in line]
+    assert real["curves"]["train_loss"] == [list(range(1, 13)), losses]
+    assert real["curves"]["val_loss"][0] == [5, 10, 12]
+    assert (real["name"], real["state"], real["total_steps"], real["restarts"]) == ("real", "finished", 12, [7])
+    assert [sample["step"] for sample in real["samples"]] == [5, 10, 12]
+    assert (real["config"]["model.d_model"], real["config"]["training.max_steps"]) == (16, 12)
+    assert real["environment"]["processes"] == 1
+    assert {"python", "torch", "accelerate", "host", "command"} <= real["environment"].keys()
+
+
+def test_a_run_of_another_age_is_shown_as_far_as_it_goes(page: Path) -> None:
+    old = data_of(page)[1]
+    assert old["curves"]["train_loss"] == [
+        list(range(1, 13)),
+        [4.75, 4.5, 4.25, 4.0, 3.75, None, None, 3.0, 2.75, 2.5, 2.25, 2.0],
+    ]
+    assert old["left_out"] == [[6, "loss or gradient not finite"], [12, "loss or gradient not finite"]]
+    assert (old["config"], old["environment"], old["restarts"]) == (None, None, [])
+
+
+def test_settings_of_a_run_without_a_record_are_those_of_its_checkpoint(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "copy")
+    (tmp_path / "copy" / "starts.jsonl").unlink()
+    assert read_run(tmp_path / "copy", "copy")["config"] == read_run(run, "run")["config"]
+
+
+def test_nothing_that_a_run_says_becomes_markup(page: Path) -> None:
+    parsed = Scripts(page.read_text())
+    assert len(parsed.scripts) == 2  # the data and our own
+    assert "img" not in parsed.tags
+    assert data_of(page)[1]["samples"][0]["text"] == HOSTILE
+
+
+def test_the_page_asks_for_nothing_from_anywhere(page: Path) -> None:
+    text = page.read_text()
+    assert "default-src 'none'" in text
+    assert (
+        re.findall(r"(?:src|href)\s*=|url\((?!#)|@import|fetch\(|XMLHttpRequest", text.partition("<script type")[0])
+        == []
+    )
+    assert "http://" not in Scripts(text).scripts[1].replace("http://www.w3.org/2000/svg", "")
+
+
+def test_thinning_loses_no_spike_and_no_gap() -> None:
+    points: list[tuple[int, float | None]] = [(n, float(n % 7)) for n in range(10_000)]
+    points[1234], points[5678], points[7777] = (1234, 99.0), (5678, -99.0), (7777, None)
+    kept = thinned(points)
+    assert len(kept) <= 2100
+    assert {points[0], points[1234], points[5678], points[7777], points[-1]} <= set(kept)
+    assert kept == sorted(kept, key=lambda point: point[0])
+    assert thinned(points[:50]) == points[:50]
+
+
+def test_runs_of_one_name_are_told_apart() -> None:
+    assert names_of([Path("/a/x/run"), Path("/a/y/run"), Path("/b")]) == ["x/run", "y/run", "/b"]
+    assert names_of([Path("runs/one")]) == ["one"]
+
+
+def test_a_folder_without_a_run_and_a_file_of_somebody_else_are_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(FundamentaLLMError, match=r"has no metrics.jsonl; give a run's output_dir"):
+        report(tmp_path)
+    mine = tmp_path / "mine.html"
+    mine.write_text("<p>mine")
+    with pytest.raises(FundamentaLLMError, match="no report of ours; choose another --output"):
+        report(run, "--output", mine)
+    assert mine.read_text() == "<p>mine"
+    assert report(run, "--output", tmp_path / "r.html") == report(run, "--output", tmp_path / "r.html") == 0
+    assert "report" in VERBS
+
+
+# ---- in a browser ------------------------------------------------------------------------------------------
+
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine")
+LOOK = """
+<script>
+addEventListener("load", () => setTimeout(() => {
+  const loss = charts[0], box = loss.svg.getBoundingClientRect(), seen = {};
+  const clientX = (part) => box.left + 52 + (box.width - 62) * part;
+  const at = (part) => loss.svg.dispatchEvent(new PointerEvent("pointermove", { clientX: clientX(part) }));
+  at(10 / 12); seen.tip = loss.tip.innerText; seen.hidden = loss.tip.hidden;
+  loss.svg.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight" })); seen.next = loss.tip.innerText;
+  loss.svg.dispatchEvent(new PointerEvent("pointerleave")); seen.left = loss.tip.hidden;
+  const labels = () => [...loss.svg.querySelectorAll("text")].map((text) => text.textContent);
+  const curve = () => loss.svg.querySelector("g path").getAttribute("d");
+  seen.linear = curve(); document.getElementById("log").click(); seen.log = curve();
+  const count = (what) => loss.svg.querySelectorAll(what).length, curves = "path:not(.left-out)";
+  seen.paths = count(curves); document.querySelectorAll("#runs input")[1].click(); seen.fewer = count(curves);
+  document.querySelectorAll("#runs input")[1].click();
+  seen.restarts = count(".restart"); seen.crosses = count(".left-out");
+  const axis = document.getElementById("axis");
+  axis.value = "tokens"; axis.dispatchEvent(new Event("change")); seen.tokens = labels();
+  seen.samples = document.getElementById("samples").innerText; seen.final = document.getElementById("final").innerText;
+  seen.settings = document.getElementById("config").innerText; seen.title = document.title;
+  seen.images = document.images.length;
+  const out = document.createElement("pre");
+  out.id = "seen"; out.textContent = JSON.stringify(seen); document.body.append(out);
+}, 200));
+</script>
+"""
+
+
+def browse(page: Path, folder: Path, *arguments: str) -> str:
+    quiet = ("disable-gpu", "disable-quic", "no-first-run", "disable-background-networking", "disable-component-update")
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-sync", *(f"--{name}" for name in quiet)]
+    command += [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=3000", "--window-size=1200,1500"]
+    done = subprocess.run([*command, *arguments, page.as_uri()], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@needs_browser
+def test_curves_are_hovered_hidden_and_rescaled_in_a_browser(page: Path, run: Path, tmp_path: Path) -> None:
+    looked_at = tmp_path / "looked_at.html"
+    looked_at.write_text(page.read_text().replace("</body>", LOOK + "</body>"))
+    dom = browse(looked_at, tmp_path, "--dump-dom")
+    found = re.search(r'<pre id="seen">(.*?)</pre>', dom, re.DOTALL)
+    assert found is not None, dom[-2000:]
+    seen = json.loads(html.unescape(found.group(1)))
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    value = next(line["val_loss"] for line in logged if line["step"] == 10 and "val_loss" in line)
+    assert seen["tip"].startswith("step 10")
+    assert f"{value:.5g}".rstrip("0") in seen["tip"]
+    assert (seen["hidden"], seen["left"]) == (False, True)
+    assert seen["next"].startswith("step 11")
+    assert seen["linear"] != seen["log"]
+    assert 0 < seen["fewer"] < seen["paths"]
+    assert (seen["restarts"], seen["crosses"]) == (1, 2)
+    assert "800" in seen["tokens"] or "1,000" in seen["tokens"]
+    assert HOSTILE in seen["samples"]
+    assert "finished" in seen["final"]
+    assert "model.d_model" in seen["settings"]
+    assert "owned" not in seen["title"]
+    assert seen["images"] == 0
+
+
+@needs_browser
+@pytest.mark.parametrize(("scheme", "is_dark"), [(1, False), (0, True)])
+def test_the_page_is_light_or_dark_as_the_reader_likes(page: Path, tmp_path: Path, scheme: int, is_dark: bool) -> None:
+    shot = tmp_path / "shot.png"
+    browse(page, tmp_path, f"--screenshot={shot}", f"--blink-settings=preferredColorScheme={scheme}")
+    picture = matplotlib.image.imread(shot)[..., :3]
+    assert bool(picture[5, 5].mean() < 0.2) is is_dark
+    assert picture.std() > 0.02

@@ -1,0 +1,72 @@
+"""Throughput: the formula is that of `estimate`, and the peak is known where it is sure."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from fundamentallm import Config, DataConfig, ModelConfig, TrainingConfig, Transformer
+from fundamentallm.commands.estimation.counts import step_flops, tokens_per_step
+from fundamentallm.training.throughput import Throughput, known_peak, model_flops_per_token
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_operations_of_a_token_are_those_that_estimate_counts(tied: bool) -> None:
+    shape = ModelConfig(vocab_size=50, d_model=16, num_heads=4, num_kv_heads=2, num_layers=3, tie_embeddings=tied)
+    config = Config(model=shape, data=DataConfig(sequence_length=24), training=TrainingConfig(batch_size=4)).resolved()
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    assert model_flops_per_token(model, 24) == step_flops(config) / tokens_per_step(config)
+
+
+def test_operations_of_a_transformers_model_are_those_of_the_same_shape() -> None:
+    transformers = pytest.importorskip("transformers")
+    shape = ModelConfig(vocab_size=50, d_model=16, num_heads=4, num_layers=3, qk_norm=False).resolved()
+    with torch.device("meta"):
+        ours = Transformer(shape)
+        theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**ours.transformers_config(24)))
+    assert model_flops_per_token(theirs, 24) == model_flops_per_token(ours, 24)
+
+
+def test_of_a_model_without_a_config_attention_is_left_out() -> None:
+    assert model_flops_per_token(nn.Sequential(nn.Embedding(7, 8), nn.Linear(8, 7)), 1000) == 6 * 8 * 7
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989.0),
+        ("NVIDIA H100 PCIe", "bf16", 756.0),
+        ("NVIDIA A100-SXM4-80GB", "fp16", 312.0),
+        ("NVIDIA GeForce RTX 4090", "bf16", 165.0),
+        ("NVIDIA L40S", "bf16", 362.0),
+        ("NVIDIA H100 80GB HBM3", "no", None),  # with TF32 or without, nobody knows
+        ("NVIDIA H1000", "bf16", None),
+        ("cpu", "bf16", None),
+    ],
+)
+def test_the_peak_is_known_by_the_words_of_the_name(name: str, precision: str, peak: float | None) -> None:
+    assert known_peak(name, precision) == peak
+
+
+def test_speed_utilisation_and_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    clock = Throughput(peak_tflops=2.0, flops_of_token=10**9)
+    clock.begin(50, 1000)
+    now = 130.0  # the first window, with compilation in it
+    assert clock.log(60, 2000) == {"tokens_per_second": pytest.approx(1000 / 30), "mfu": pytest.approx(1 / 60)}
+    assert clock.seconds_left(100) == 300
+    now = 140.0
+    clock.pause(5.0)  # a validation
+    assert clock.log(70, 3000) == {"tokens_per_second": 200.0, "mfu": pytest.approx(0.1)}
+    assert clock.seconds_left(100) == 100  # validations come again
+    clock = Throughput()
+    clock.begin(70, 3000)
+    assert math.isnan(clock.seconds_left(1))
+    now = 150.0
+    assert clock.log(71, 3010) == {"tokens_per_second": 1.0}
