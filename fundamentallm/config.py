@@ -67,7 +67,7 @@ def _is_no_folder(path: str) -> bool:
 class ModelConfig(Section):
     """Shape of the `Transformer`.
 
-    Example:
+    Examples:
         >>> from fundamentallm import ModelConfig
         >>> ModelConfig(d_model=512, num_heads=8).resolved()  # shows what is not the default
         ModelConfig(d_model=512, num_kv_heads=8, d_ff=1368)
@@ -131,7 +131,7 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """The text, and how it becomes samples.
 
-    Example:
+    Examples:
         >>> from fundamentallm import DataConfig
         >>> DataConfig(source="my_text", tokenizer="bpe:4096", sequence_length=512)
         DataConfig(source='my_text', tokenizer='bpe:4096', sequence_length=512)
@@ -245,7 +245,7 @@ class ParameterGroup(Section):
 class TrainingConfig(Section):
     """How the model is trained. Every interval counts optimizer steps, or epochs where it says so.
 
-    Example:
+    Examples:
         >>> from fundamentallm import TrainingConfig
         >>> TrainingConfig(max_steps=100, warmup_steps=200)
         Traceback (most recent call last):
@@ -424,7 +424,7 @@ def _names_of_changes() -> set[str]:
 class Config(Section):
     """One run.
 
-    Example:
+    Examples:
         >>> from fundamentallm import Config, ModelConfig, TrainingConfig
         >>> config = Config(output_dir="runs/one", training=TrainingConfig(max_steps=1000))
         >>> config.resolved().training.checkpoint_dir

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 class FundamentaLLMError(Exception):
     """Base of every error this package raises on purpose.
 
-    Example:
+    Examples:
         >>> from fundamentallm import CheckpointManager, FundamentaLLMError
         >>> try:
         ...     CheckpointManager("checkpoints").load("checkpoints/step_00000100")
@@ -25,7 +25,7 @@ class FundamentaLLMError(Exception):
 class ConfigError(FundamentaLLMError, ValueError):
     """One or more settings are wrong; `problems` lists them all, one sentence each.
 
-    Example:
+    Examples:
         >>> from fundamentallm import ConfigError, TrainingConfig
         >>> try:
         ...     TrainingConfig(optimizer="adamv", learning_rate=-1.0)
@@ -43,7 +43,7 @@ class ConfigError(FundamentaLLMError, ValueError):
 class CheckpointError(FundamentaLLMError):
     """A checkpoint cannot be written, is damaged, or does not fit the run.
 
-    Example:
+    Examples:
         >>> from fundamentallm import CheckpointManager
         >>> CheckpointManager("checkpoints").save({"model_state_dict": {}, "made": print})
         Traceback (most recent call last):
@@ -58,7 +58,7 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
 class TrainingError(FundamentaLLMError):
     """Training cannot go on: the loss or the gradient stopped being finite.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from torch.utils.data import DataLoader, TensorDataset
@@ -84,7 +84,7 @@ class ProcessLostError(FundamentaLLMError):
 class RunInProgressError(FundamentaLLMError):
     """Another process runs in the same folder.
 
-    Example:
+    Examples:
         >>> from fundamentallm import FundamentaLLMError, RunInProgressError
         >>> issubclass(RunInProgressError, FundamentaLLMError)
         True

@@ -47,7 +47,7 @@ def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
     Raises:
         ConfigError: if the text cannot be read, or has characters that the tokenizer's vocabulary lacks.
 
-    Example:
+    Examples:
         >>> from pathlib import Path
         >>> from fundamentallm import DataConfig, load_corpus
         >>> _ = Path("my.txt").write_text("to be or not to be " * 100)

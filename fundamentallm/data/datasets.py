@@ -36,7 +36,7 @@ class TokenDataset(Dataset[Batch]):
     Raises:
         ConfigError: if there are too few tokens for one sample.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from fundamentallm import TokenDataset
         >>> dataset = TokenDataset(np.arange(10), sequence_length=4)

@@ -388,7 +388,7 @@ def create_dataloaders(
     Raises:
         ConfigError: if a part is too short for one sample, or an id is outside the tokenizer's vocabulary.
 
-    Example:
+    Examples:
         >>> from fundamentallm import Config, DataConfig, create_dataloaders, create_tokenizer
         >>> text = "to be or not to be " * 100
         >>> tokenizer = create_tokenizer("char", lambda: [text], lambda: [text])

@@ -33,7 +33,7 @@ def create_tokenizer(
     Raises:
         ConfigError: if a tokenizer.json cannot be read.
 
-    Example:
+    Examples:
         >>> from fundamentallm import create_tokenizer
         >>> text = "to be or not to be"
         >>> tokenizer = create_tokenizer("char", lambda: [text], lambda: [text])

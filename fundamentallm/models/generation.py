@@ -93,7 +93,7 @@ def generate(
     Raises:
         ConfigError: if a value is outside its range, before anything is drawn.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from fundamentallm import ModelConfig, Transformer, generate
         >>> model = Transformer(ModelConfig(vocab_size=10, d_model=16, num_heads=2, num_layers=1))

@@ -156,7 +156,7 @@ class Transformer(nn.Module):
     Raises:
         ConfigError: if `vocab_size` is not set.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from fundamentallm import ModelConfig, Transformer
         >>> model = Transformer(ModelConfig(vocab_size=10, d_model=16, num_heads=2, num_layers=1))

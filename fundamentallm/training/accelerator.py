@@ -56,7 +56,7 @@ def create_accelerator(
         ConfigError: listing trackers that are not installed, and whatever the launcher was asked for that contradicts
             our settings, is not supported, or would not be had (see `launch_problems` and `check_accelerator`).
 
-    Example:
+    Examples:
         >>> from fundamentallm import create_accelerator
         >>> accelerator = create_accelerator(batch_size=32)  # give it to the Trainer
         >>> accelerator.num_processes, accelerator.is_main_process

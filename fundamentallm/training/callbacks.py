@@ -30,7 +30,7 @@ class Callback:
     A hook may call `trainer.request_stop(reason)` and `trainer.request_save()`, both of which take effect at
     the end of the optimizer step, after all hooks.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from torch.utils.data import DataLoader, TensorDataset
@@ -92,7 +92,7 @@ class Callback:
 class CallbackList:
     """Callbacks in the order in which they are called; a hook may add and remove some, from the next hook on.
 
-    Example:
+    Examples:
         >>> from fundamentallm import CallbackList, LoggingCallback, ProgressCallback
         >>> callbacks = CallbackList([LoggingCallback()])
         >>> callbacks.add(ProgressCallback())  # as trainer.callbacks.add does
@@ -205,7 +205,7 @@ class ProgressCallback(Callback):
     """A tqdm bar over the optimizer steps, on a terminal or in a notebook, on the main process: loss, learning rate,
     tokens per second, the part of the devices' peak used (where it is known), memory, time left.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from torch.utils.data import DataLoader, TensorDataset
@@ -254,7 +254,7 @@ class LoggingCallback(Callback):
     A resumed run goes on in the same file: lines after the step it resumes from are dropped, since those
     steps are made again. Numbers that JSON lacks are the texts "NaN", "Infinity" and "-Infinity".
 
-    Example:
+    Examples:
         >>> import json
         >>> import torch
         >>> from torch import nn
@@ -330,7 +330,7 @@ class SaveBestCallback(Callback):
     Raises:
         ConfigError: if mode is neither.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from torch.utils.data import DataLoader, TensorDataset

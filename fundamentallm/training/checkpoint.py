@@ -71,7 +71,7 @@ class CheckpointManager:
     Raises:
         ConfigError: if keep_last_n is below 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from fundamentallm import CheckpointManager
         >>> manager = CheckpointManager("checkpoints", keep_last_n=2)

@@ -68,16 +68,16 @@ class SampleCallback(Callback):
         temperature: divides the logits; 0 takes the most probable token.
         path: of the file; None: samples.jsonl in the `output_dir` of a whole `Config`.
 
-    Example:
+    Examples:
         >>> import torch
-        >>> from fundamentallm import Config, DataConfig, ModelConfig, SampleCallback, Trainer, TrainingConfig
-        >>> from fundamentallm import Transformer, create_dataloaders, create_tokenizer
+        >>> from fundamentallm import Config, DataConfig, ModelConfig, SampleCallback, Trainer
+        >>> from fundamentallm import TrainingConfig, Transformer, create_dataloaders, create_tokenizer
         >>> text = "to be or not to be " * 100
         >>> tokenizer = create_tokenizer("char", lambda: [text], lambda: [text])
         >>> model = ModelConfig(vocab_size=tokenizer.get_vocab_size(), d_model=16, num_heads=2, num_layers=1)
         >>> config = Config("runs/one", model, DataConfig(sequence_length=19), TrainingConfig(learning_rate=0.03))
         >>> loaders = create_dataloaders(text, tokenizer, config)
-        >>> trainer = Trainer(Transformer(model), config, *loaders, callbacks=[SampleCallback(["to be"], num_tokens=20)])
+        >>> trainer = Trainer(Transformer(model), config, *loaders, callbacks=[SampleCallback(["to be"], 20)])
         >>> history = trainer.train()
         ---- step 3: 'to be' continued ----
         ...
@@ -140,7 +140,7 @@ class ProfilerCallback(Callback):
     Raises:
         ConfigError: if a number is less than 1.
 
-    Example:
+    Examples:
         >>> from pathlib import Path
         >>> import torch
         >>> from torch import nn
@@ -236,7 +236,7 @@ class RatioCallback(Callback):
 
     In those steps the weights are there twice; in the others it costs nothing.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from torch.utils.data import DataLoader, TensorDataset

@@ -157,7 +157,7 @@ def create_loss(loss_type: str = "cross_entropy", **options: Any) -> nn.Module:
     Raises:
         ConfigError: if the name or an option is not known, or an option is outside its range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from fundamentallm import create_loss
         >>> loss = create_loss("label_smoothing", smoothing=0.1)

@@ -95,7 +95,7 @@ def further_metrics(names: Sequence[str], given: Mapping[str, Metric] | None = N
 class MetricTracker:
     """The history of a run: a list of numbers for each metric, in the order they came.
 
-    Example:
+    Examples:
         >>> from fundamentallm import MetricTracker
         >>> metrics = MetricTracker()
         >>> metrics.update({"step": 10, "train_loss": 2.0})

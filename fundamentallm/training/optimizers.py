@@ -275,7 +275,7 @@ def create_optimizer(
     Raises:
         ConfigError: if a name or option is not known, a value is outside its range, or nothing is trainable.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from fundamentallm import create_optimizer
         >>> optimizer = create_optimizer(nn.Linear(4, 2), "adamw", learning_rate=1e-3, weight_decay=0.1)

@@ -103,7 +103,7 @@ def create_scheduler(
     Raises:
         ConfigError: if a name or option is not known, or a value is outside its range.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from fundamentallm import create_optimizer, create_scheduler
         >>> optimizer = create_optimizer(nn.Linear(4, 2), "sgd", learning_rate=1.0)

@@ -79,7 +79,7 @@ class Trainer:
     Raises:
         ConfigError: listing what does not fit together.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from torch.utils.data import DataLoader, TensorDataset

@@ -50,7 +50,7 @@ class VisualizationCallback(Callback):
     Raises:
         ConfigError: if matplotlib is not installed, or there is no such theme.
 
-    Example:
+    Examples:
         >>> import os
         >>> import torch
         >>> from torch import nn
