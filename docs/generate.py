@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from typing import Any
 
 import fundamentallm
-from fundamentallm.command_line import settings
+from fundamentallm.command_line import default_text, settings
 from fundamentallm.config import Config
 from fundamentallm.validation import RANGES, allowed_values
 
@@ -25,15 +24,9 @@ def settings_tables() -> str:
         for name, hint, entry, text in group:
             of_range = RANGES.get(entry.name)
             values = allowed_values(hint) + (f", {of_range}" if of_range else "")
-            cells = (f"`{name}`", values, f"`{default(entry)}`", text)
+            cells = (f"`{name}`", values, f"`{default_text(entry)}`", text)
             parts[-1] += "\n| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |"
     return "\n\n".join(parts)
-
-
-def default(entry: dataclasses.Field[Any]) -> str:
-    """A setting's default, as YAML has it."""
-    value = entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
-    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if value.__hash__ else str(value)
 
 
 def api() -> str:

@@ -361,7 +361,8 @@ class TrainingConfig(Section):
                 f"optimizer_options is {self.optimizer_options!r} and optimizer is {self.optimizer!r}; "
                 "allowed: options for a 'module:name' optimizer only. Set adam_beta1 and the like directly.",
             )
-        if self.adam_learning_rate is not None and self.optimizer != "muon":
+        # An adamw that took no notice of it would be a surprise; what a 'module:name' makes of settings is its own.
+        if self.adam_learning_rate is not None and self.optimizer in ("adamw", "adam", "sgd"):
             yield (
                 ("adam_learning_rate",),
                 f"adam_learning_rate is {self.adam_learning_rate!r} and optimizer is {self.optimizer!r}; "

@@ -199,7 +199,7 @@ def _callbacks(config: Config) -> list[Callback]:
     callbacks: list[Callback] = []
     curves = {"path": Path(config.output_dir) / "curves.png", **config.callback_options.get("curves", {})}
     options = config.callback_options | {"curves": curves}
-    for name in dict.fromkeys(["curves", *config.callbacks]):
+    for name in [*(["curves"] if "curves" not in config.callbacks else []), *config.callbacks]:
         try:
             kind = resolve("callbacks", name, known)
             if not (isinstance(kind, type) and issubclass(kind, Callback)):

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
+import mmap
 import os
 import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import tokenizers
@@ -26,9 +32,14 @@ from fundamentallm.errors import ConfigError, writing
 CACHE_FORMAT = 1
 PIECE = 65_536
 """Characters read, and given to the tokenizer, at once (up to the end of their line)."""
-PIECES_AT_ONCE = 16
+PIECES_AT_ONCE = max(16, 2 * (os.cpu_count() or 1))
 """Pieces that the tokenizer's threads share; bounds memory, at about 150 bytes a token."""
 BETWEEN_FILES = "\n\n"
+READ_WHOLE = 2**30
+"""Bytes of training tokens above which samples are read one by one: in their random order the system's reading ahead
+would fetch some hundred times as much. Smaller corpora it soon holds whole that way."""
+SETTLED = 2_000_000_000
+"""Nanoseconds since its last change after which a further one surely shows in a file's times."""
 
 
 class Corpus(NamedTuple):
@@ -44,6 +55,8 @@ class Corpus(NamedTuple):
 def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
     """The text of `config.source` as tokens, from the cache where it has been encoded before.
 
+    Files that are what they were by size, times and inode are not read again; others are known by their content.
+
     Raises:
         ConfigError: if the text cannot be read, or has characters that the tokenizer's vocabulary lacks.
 
@@ -55,6 +68,13 @@ def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
         >>> corpus.tokenizer.decode(corpus.train[:18].tolist()), len(corpus.validation)
         ('to be or not to be', 190)
     """
+    cache = Path(os.path.expanduser(config.cache_dir)) if config.cache_dir else _user_cache()
+    looks = _looks(config)
+    note = cache / "known" / looks if looks else None
+    if note is not None:
+        with contextlib.suppress(OSError):
+            if corpus := _cached(cache / note.read_text()):
+                return corpus
     digest, characters = hashlib.sha256(), 0
     for piece in _read(config):
         digest.update(piece.encode())
@@ -63,14 +83,43 @@ def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
         raise ConfigError(f"source is {config.source!r}, which is empty; give a file with text in it.")
     given_file = config.tokenizer.endswith(".json")
     tokenizer_key = read_tokenizer(config.tokenizer).to_str() if given_file else config.tokenizer
-    parts = (CACHE_FORMAT, tokenizers.__version__, tokenizer_key, config.train_split, digest.hexdigest())
-    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-    folder = (Path(os.path.expanduser(config.cache_dir)) if config.cache_dir else _user_cache()) / key
-    if corpus := _cached(folder):
-        return corpus
-    with writing(folder):
-        _encode(config, characters, folder, show_progress)
-    return _open(folder)
+    key = _hash(CACHE_FORMAT, tokenizers.__version__, tokenizer_key, config.train_split, digest.hexdigest())
+    corpus = _cached(cache / key)
+    with writing(cache / key):
+        if corpus is None:
+            _encode(config, characters, cache / key, show_progress)
+            corpus = _open(cache / key)
+        if note is not None and looks == _looks(config):  # else they were changed while they were read
+            note.parent.mkdir(exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=note.parent, delete=False) as file:
+                file.write(key)
+            os.replace(file.name, note)
+    return corpus
+
+
+def _looks(config: DataConfig) -> str | None:
+    """All that shows from outside whether text and tokenizer are what they were; None where it might not show.
+
+    A file that is changed twice within a tick of the file system's clock looks the same (git calls it racy).
+    """
+    files = config.source_files() or [Path(str(find_spec("pydoc_data.topics").origin))]  # type: ignore[union-attr]
+    if config.tokenizer.endswith(".json"):
+        files.append(Path(os.path.expanduser(config.tokenizer)))
+    facts = []
+    for file in files:
+        try:
+            found = file.stat()
+        except OSError:  # reading it says why
+            return None
+        if time.time_ns() - found.st_ctime_ns < SETTLED:
+            return None
+        facts.append((str(file.absolute()), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino))
+    return _hash(CACHE_FORMAT, tokenizers.__version__, config.tokenizer, config.train_split, facts)
+
+
+def _hash(*parts: object) -> str:
+    """32 hexadecimal digits for what JSON can hold."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 def vocabulary_size(config: DataConfig) -> int:
@@ -112,17 +161,37 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[tuple
     tokenizer = Tokenizer.from_str(tokenizer.to_str())  # a copy that is set to return every token of a text
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    remaining, known = iter(pieces), set[str]()
-    while batch := list(islice(remaining, PIECES_AT_ONCE)):
-        for piece in batch:
-            if not known.issuperset(piece) and (lacking := lacking_characters(tokenizer, piece, known)):
-                raise ConfigError(
-                    f"the text has {', '.join(map(repr, lacking[:10]))}{', ...' if len(lacking) > 10 else ''}, "
-                    "which the tokenizer's vocabulary lacks; give another data.tokenizer."
-                )
-        encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
-        for piece, encoding in zip(batch, encodings, strict=True):
-            yield piece, np.array(encoding.ids, dtype=dtype)
+    remaining, known = iter(pieces), np.zeros(sys.maxunicode + 1, dtype=bool)
+    encode = functools.partial(tokenizer.encode_batch_fast, add_special_tokens=False)
+    # The library's threads encode a batch while this one, which alone can make Python objects, takes in the last.
+    with ThreadPoolExecutor(1) as executor:
+        last: list[str] = []
+        encoded: Future[Any] | None = None
+        while True:
+            batch = list(islice(remaining, PIECES_AT_ONCE))
+            for piece in batch:
+                _check_characters(tokenizer, piece, known)
+            waiting, encoded = encoded, executor.submit(encode, batch) if batch else None
+            for piece, encoding in zip(last, waiting.result() if waiting else (), strict=True):
+                yield piece, np.array(encoding.ids, dtype=dtype)
+            if encoded is None:
+                return
+            last = batch
+
+
+def _check_characters(tokenizer: Tokenizer, piece: str, known: NDArray[np.bool_]) -> None:
+    """Refuse characters that the vocabulary lacks; `known`, by code point, are those it is known to have."""
+    codes = np.frombuffer(piece.encode("utf-32-le"), np.uint32)
+    new = codes[~known[codes]]
+    if len(new) == 0:
+        return
+    have = set(map(chr, np.unique(codes[known[codes]])))
+    if lacking := lacking_characters(tokenizer, piece, have):
+        raise ConfigError(
+            f"the text has {', '.join(map(repr, lacking[:10]))}{', ...' if len(lacking) > 10 else ''}, "
+            "which the tokenizer's vocabulary lacks; give another data.tokenizer."
+        )
+    known[[ord(character) for character in have]] = True
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype[np.unsignedinteger]:
@@ -210,4 +279,6 @@ def _open(folder: Path) -> Corpus:
             raise FileNotFoundError(folder / name)
         # An empty file cannot be mapped.
         arrays.append(np.memmap(folder / name, dtype=dtype, mode="r") if count else np.empty(0, dtype))
+    if arrays[0].nbytes > READ_WHOLE and hasattr(mmap, "MADV_RANDOM"):
+        arrays[0].base.madvise(mmap.MADV_RANDOM)  # type: ignore[union-attr]
     return Corpus(read_tokenizer(folder / "tokenizer.json"), arrays[0], arrays[1], meta["validation_bytes"])

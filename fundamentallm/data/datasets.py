@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -61,7 +63,15 @@ class TokenDataset(Dataset[Batch]):
             )
         self.tokens, self.sequence_length = tokens, sequence_length
         self.tokenizer, self.num_bytes = tokenizer, num_bytes
-        self._window = np.arange(sequence_length + 1)
+        self._windows = sliding_window_view(np.asarray(tokens), sequence_length + 1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a worker process that is not forked gets: not the windows, which would be written out one by one."""
+        return {name: value for name, value in vars(self).items() if name != "_windows"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._windows = sliding_window_view(np.asarray(self.tokens), self.sequence_length + 1)
 
     def fingerprint(self) -> str:
         """What the samples are, in 32 hexadecimal digits: equal for equal tokens and windows.
@@ -82,7 +92,7 @@ class TokenDataset(Dataset[Batch]):
     def starts(self, indices: Sequence[int]) -> NDArray[np.int64]:
         """Where in the tokens each sample's inputs begin."""
         wanted = np.asarray(indices, dtype=np.int64) * self.sequence_length
-        return np.minimum(wanted, len(self.tokens) - 1 - self.sequence_length)
+        return np.minimum(wanted, len(self._windows) - 1)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self):,} samples of {self.sequence_length} tokens)"
@@ -99,13 +109,14 @@ class TokenDataset(Dataset[Batch]):
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """A whole batch in one gather; torch's loader calls this instead of looping over samples."""
         wanted = np.asarray(indices, dtype=np.int64) * self.sequence_length
-        starts = self.starts(indices)
-        windows = torch.from_numpy(self.tokens[starts[:, None] + self._window].astype(np.int64))
-        # Copies: a single row's slice counts as contiguous, and masking the targets would reach the inputs.
-        inputs, targets = windows[:, :-1].clone(), windows[:, 1:].clone()
-        if not np.array_equal(wanted, starts):
-            seen_before = torch.from_numpy(wanted - starts)[:, None] > torch.arange(self.sequence_length)
-            targets.masked_fill_(seen_before, IGNORE_INDEX)
+        starts = np.minimum(wanted, len(self._windows) - 1)
+        windows = self._windows[starts]
+        pair = np.empty((2, len(starts), self.sequence_length), np.int64)
+        pair[0], pair[1] = windows[:, :-1], windows[:, 1:]
+        repeated = wanted - starts
+        if repeated.any():
+            pair[1][np.arange(self.sequence_length) < repeated[:, None]] = IGNORE_INDEX
+        inputs, targets = torch.from_numpy(pair)
         return inputs, targets
 
 

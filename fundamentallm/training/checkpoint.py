@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from fundamentallm.config import TrainingConfig
 from fundamentallm.errors import CheckpointError, ConfigError, FundamentaLLMError
@@ -95,6 +96,7 @@ class CheckpointManager:
         self.origin: Path | None = None
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._buffers: Mapping[str, Tensor] = {}
 
     def __repr__(self) -> str:
         best, found = self.get_best(), [path for path, _ in self._found()]
@@ -137,7 +139,8 @@ class CheckpointManager:
         is_best: bool = False,
         files: Mapping[str, str] | None = None,
     ) -> None:
-        """Like `save`, but returns once everything is copied to memory; a thread does the rest, one at a time.
+        """Like `save`, but returns once everything is copied to memory, which is kept for the next time; a thread does
+        the rest, one at a time.
 
         Raises:
             CheckpointError: as `save` does, or because the save before could not be written.
@@ -204,7 +207,10 @@ class CheckpointManager:
     ) -> Snapshot:
         part = None if self.team.size == 1 else (self.team.rank, self.team.size)
         with self.team.together():
-            return take_snapshot(checkpoint, name, is_best, files or {}, copy, part)
+            snapshot = take_snapshot(checkpoint, name, is_best, files or {}, copy, part, self._buffers)
+        if copy:
+            self._buffers = snapshot.copies
+        return snapshot
 
     def _write(self, snapshot: Snapshot) -> None:
         """Stage, sync, read back, publish; then delete what is old."""

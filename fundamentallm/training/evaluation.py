@@ -66,8 +66,8 @@ def evaluate(
                 return None
     finally:
         step_model.train(was_training)
-    totals = torch.stack([each.totals for each in (mean, *means.values())])
-    (total, count), *others = accelerator.reduce(totals, "sum").tolist()
+    totals = torch.cat([each.totals for each in (mean, *means.values())])  # exchanged at once
+    (total, count), *others = accelerator.reduce(totals, "sum").view(-1, 2).tolist()
     if count == 0:
         raise ConfigError("val_loader has no target that counts; give it some.")
     loss = total / count

@@ -139,6 +139,7 @@ def _try(trainer: Trainer, inputs: Tensor, targets: Tensor, size: int) -> None:
         # It will not be called for a step that is left out; what it is going to keep is taken to be as much as Adam's.
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         ballast = [torch.empty_like(parameter) for parameter in trained for _ in range(2)]
+    step.model_with_loss.train()
     # Of several micro-batches, the second comes when there are gradients already.
     step(trainer.global_step, inputs, targets, len(inputs) // size)
     model = step.model_with_loss.eval()
@@ -146,7 +147,6 @@ def _try(trainer: Trainer, inputs: Tensor, targets: Tensor, size: int) -> None:
         result = model(inputs[:size], targets[:size], with_logits=bool(trainer.validation_metrics))
         for metric in trainer.validation_metrics.values():
             metric(result[1].float(), targets[:size])
-    model.train()
     del ballast
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fundamentallm.errors import RunInProgressError, writing
-from fundamentallm.training.json_lines import append, read
+from fundamentallm.training.json_lines import append, read, rewind
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +82,7 @@ def read_state(folder: Path) -> str | None:
 
 def write_start(folder: Path, **start: Any) -> None:
     """Add a line to `starts.jsonl`, beside metrics.jsonl, which is the same with restarts and without."""
+    rewind(folder / STARTS, lambda _: False, keep_all=False)  # a line that a kill has torn goes
     append(folder / STARTS, start)
 
 

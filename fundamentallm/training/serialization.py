@@ -62,10 +62,13 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return {key: decode(item, tensors) for key, item in value.items()}
 
 
-def unshare(tensors: dict[str, Tensor], copy: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
+def unshare(
+    tensors: dict[str, Tensor], copy: bool = False, buffers: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors fit for safetensors (on the CPU, dense, own memory), and {name: name of the same tensor}.
 
-    A tied weight is stored once: under its first name. With `copy`, no memory is shared with `tensors`.
+    A tied weight is stored once: under its first name. With `copy`, no memory is shared with `tensors`; copies go to
+    the `buffers` of their name where they fit, since new memory takes as long to get as to fill.
     """
     first_name: dict[Any, str] = {}
     stored: dict[str, Tensor] = {}
@@ -77,6 +80,10 @@ def unshare(tensors: dict[str, Tensor], copy: bool = False) -> tuple[dict[str, T
             same_as[name] = first_name[identity]
             continue
         first_name[identity] = name
+        buffer = buffers.get(name) if copy and buffers else None
+        if buffer is not None and (buffer.shape, buffer.dtype) == (tensor.shape, tensor.dtype):
+            stored[name] = buffer.copy_(tensor)
+            continue
         given, tensor = tensor, tensor.cpu().contiguous()
         # A view into a larger storage must not drag the rest along, nor share it with its siblings.
         storage = tensor.untyped_storage()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from fundamentallm.errors import CheckpointError
@@ -17,6 +18,8 @@ from fundamentallm.training.manifest import MANIFEST, NAME, STATE, TENSORS
 from fundamentallm.training.serialization import encode, unshare
 from fundamentallm.training.tensor_files import Place, file_name, is_first_holder, is_sharded, local, place_of
 
+BLOCK = 1 << 22
+"""Bytes that are read back at once."""
 MODEL_KEY, OPTIMIZER_KEY, AVERAGE_KEY = "model_state_dict", "optimizer_state_dict", "average_state_dict"
 
 
@@ -30,6 +33,8 @@ class Snapshot(NamedTuple):
     """By file, then by name."""
     places: dict[str, Place] | None
     """Where each tensor's piece belongs, by name; None: all are whole."""
+    copies: Mapping[str, Tensor]
+    """All tensors, by their path in the state."""
     files: Mapping[str, str]
     """Text files, by name."""
     num_bytes: int
@@ -56,6 +61,7 @@ def take_snapshot(
     files: Mapping[str, str],
     copy: bool,
     part: tuple[int, int] | None = None,
+    buffers: Mapping[str, Tensor] | None = None,
 ) -> Snapshot:
     """`checkpoint` as JSON and tensors on the CPU.
 
@@ -67,6 +73,7 @@ def take_snapshot(
         copy: whether the state changes before the snapshot is written, so that no memory may be shared with it.
         part: (index, number) of this process among those that write the checkpoint together: each writes what it
             holds of the sharded tensors, and the first all else; None: this process writes everything.
+        buffers: memory to copy to, of an earlier snapshot that is not needed any more; None: new memory.
 
     Raises:
         CheckpointError: if the name would leave its directory, or a value is neither tensor nor JSON.
@@ -80,7 +87,7 @@ def take_snapshot(
     of_model = {key: value for key, value in tensors.items() if key.startswith(MODEL_KEY + "/")}
     tensors = of_model | tensors
     mine = {key: local(value) for key, value in tensors.items() if _writes(key, value, part)}
-    stored, same_as = unshare(mine, copy)
+    stored, same_as = unshare(mine, copy, buffers)
 
     by_file: dict[str, dict[str, Tensor]] = {file_name(kind, part): {} for kind in ("model", "training")}
     for key, value in stored.items():
@@ -95,6 +102,7 @@ def take_snapshot(
         # Of each kind there is one, though it be empty.
         {file: content for file, content in by_file.items() if content or part is None or part[0] == 0},
         None if part is None else {_in_file(key): place_of(tensors[key]) for key in stored},
+        stored,
         dict(files),
         num_bytes,
     )
@@ -127,11 +135,7 @@ def read_back(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], texts: 
     """
     for name, content in tensors.items():
         _forget(folder / name)
-        with safe_open(folder / name, "pt") as file:
-            same = set(file.keys()) == content.keys() and all(
-                torch.equal(_raw(file.get_tensor(key)), _raw(tensor)) for key, tensor in content.items()
-            )
-        if not same:
+        if not _holds(folder / name, content):
             raise CheckpointError(f"{folder / name} was not written as it is in memory; the disk may be failing.")
     for name, text in texts.items():
         _forget(folder / name)
@@ -149,6 +153,29 @@ def _forget(path: Path) -> None:
             os.close(handle)
 
 
-def _raw(tensor: Tensor) -> Tensor:
-    """The bytes of a dense tensor, so that NaN equals NaN."""
-    return tensor.reshape(-1).view(torch.uint8)
+def _holds(path: Path, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a safetensors file holds these tensors, to the bit.
+
+    By plain reads, which leave the interpreter to the thread that trains; the library's hold it while the disk answers.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(length))
+            places = {name: header[name]["data_offsets"][0] for name in header.keys() - {"__metadata__"}}
+            return places.keys() == tensors.keys() and all(
+                file.seek(8 + length + place) and _same(file, tensors[name]) for name, place in places.items()
+            )
+        except (AttributeError, LookupError, MemoryError, OverflowError, TypeError, ValueError):  # not what was written
+            return False
+
+
+def _same(file: BufferedReader, tensor: Tensor) -> bool:
+    """Whether the next bytes of a file are those of a dense tensor, so that NaN equals NaN."""
+    raw = tensor.reshape(-1).view(torch.uint8).numpy()
+    block = np.empty(min(BLOCK, len(raw)), np.uint8)
+    for begin in range(0, len(raw), BLOCK):
+        expected = raw[begin : begin + BLOCK]
+        if file.readinto(block.data) < len(expected) or not np.array_equal(block[: len(expected)], expected):
+            return False
+    return True

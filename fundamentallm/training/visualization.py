@@ -164,6 +164,7 @@ def _draw_losses(axis: Any, history: dict[str, list[float]], theme: dict[str, st
         axis.annotate(
             f"{values[-1]:.4g}", (history["val_step"][-1], values[-1]), xytext=(-4, 9), textcoords="offset points",
             ha="right", color=theme["validation"], fontweight="bold",
+            bbox={"facecolor": theme["paper"], "edgecolor": "none", "alpha": 0.75, "pad": 1.5},
         )  # fmt: skip
     if len(steps) >= MANY and shown:  # the first lines, far above all others, would press them flat
         ordered = sorted(shown)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fundamentallm.command_line import to_yaml
 from fundamentallm.commands.find_lr import Point, has_diverged, main, smooth, suggestion
-from fundamentallm.config import OPTIMIZER_NAMES
 from fundamentallm.errors import ConfigError
 from tests.conftest import reset_accelerate
 from tests.integration.runs import StopAt, assert_same_weights, make_config, make_trainer, on_processes, prose, weights
@@ -37,6 +36,7 @@ def test_smoothing_has_no_bias_at_the_beginning() -> None:
         ((5, 4.9, 4, 2, 1.5, 1.4, 3), 1e3, 1e5),  # 4.9 to 2 in two decades is less than 4 to 1.5
         ((5, 4.9, 4, 1, 0.9, math.inf), 1e2, 1e4),
         ((5, 4, 3.9, 3.8, 9, 1), 1e1, 1e5),
+        ((5, 4.5, 1, 9, 9, 2), 1e1, 1e2),  # what falls after the smallest comes down from an explosion
     ],
 )
 def test_the_suggestion_is_where_the_loss_falls_fastest(
@@ -74,8 +74,8 @@ def find(config: Path, *arguments: str) -> int:
     return main(["--config", str(config), "--data.source=text.txt", "--steps=30", *arguments], "find_lr")
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZER_NAMES)
-def test_with_every_optimizer_the_curve_is_drawn_told_and_written(
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
+def test_with_any_optimizer_the_curve_is_drawn_told_and_written(
     config: Path, optimizer: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert find(config, f"--training.optimizer={optimizer}", "--json=out.json", "--highest=100") == 0
@@ -103,6 +103,13 @@ def test_a_run_that_was_under_way_goes_on_as_if_it_had_not_been_used(config: Pat
     assert find(config) == 0
     assert {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")} == before
     assert_same_weights(run("run"), whole)
+
+
+def test_it_neither_validates_nor_saves(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large model, both would take longer than the steps, and the second one room on the disk."""
+    for where in ("trainer.evaluate", "checkpoint.CheckpointManager.save_in_background"):
+        monkeypatch.setattr(f"fundamentallm.training.{where}", lambda *_, **__: pytest.fail("it does"))
+    assert find(config) == 0
 
 
 def _launched(count: int, config: Path) -> None:

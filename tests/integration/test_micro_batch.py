@@ -49,11 +49,13 @@ class Memory(nn.Module):
         self.embedding, self.norm = nn.Embedding(20, 12), nn.BatchNorm1d(12)
         self.head, self.dropout = nn.Linear(12, 20), nn.Dropout(0.2)
         self.tried: list[int] = []
+        self.trained: set[int] = set()
 
     def forward(self, ids: Tensor) -> Tensor:
         has_gradient = self.head.weight.grad is not None
         room = self.room - has_gradient if self.training else self.room_to_validate
         self.tried.append(len(ids))
+        self.trained |= {len(ids)} if self.training else set()
         if len(ids) > room:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return self.head(self.norm(self.dropout(self.embedding(ids)).mT).mT)
@@ -92,9 +94,11 @@ def test_the_search_finds_the_fewest_parts_and_asks_little(largest: int, room: i
 def test_training_with_gradients_there_and_validation_both_fit(
     tmp_path: Path, room: int, room_to_validate: int, size: int
 ) -> None:
-    trainer = made(tmp_path, room, room_to_validate, max_steps=1)
-    trainer.train()
+    trainer = made(tmp_path, room, room_to_validate)
+    assert trainer.micro_batch is not None
+    trainer.micro_batch.settle(trainer)
     assert trainer.samples.micro_batch_size == trainer.val_samples.micro_batch_size == size  # type: ignore[union-attr]
+    assert trainer.model.trained == set(trainer.model.tried)
 
 
 def test_nothing_fits_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:

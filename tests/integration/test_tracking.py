@@ -17,7 +17,7 @@ from fundamentallm import Callback, Config, ConfigError, Trainer, create_acceler
 from fundamentallm.training import tracking
 from fundamentallm.training.stopping import Stop
 from tests.conftest import reset_accelerate
-from tests.integration.runs import StopAt, lines, make_config, make_trainer, on_processes
+from tests.integration.runs import StopAt, lines, make_config, make_trainer
 
 CLOCK = "tokens_per_second"
 
@@ -206,18 +206,6 @@ def test_a_server_that_is_away_costs_a_line_and_not_the_run(tmp_path: Path, capl
     noted = note(tracked_config(tmp_path / "run"), refuses=5)
     assert [step for step, _ in noted["train"]] == [1, 2, 3, 4, *range(6, 13)]
     assert "notebook did not take the line of step 5: the server is away" in caplog.text
-
-
-def _two_processes(count: int, folder: Path) -> None:
-    accelerator = create_accelerator()
-    accelerator.log_with = [Notebook(folder / f"notes{accelerator.process_index}.jsonl")]
-    make_trainer(tracked_config(folder), accelerator=accelerator).train()
-    assert accelerator.num_processes == count
-
-
-def test_only_the_main_process_has_trackers(tmp_path: Path) -> None:
-    on_processes(2, _two_processes, tmp_path)
-    assert [path.name for path in tmp_path.glob("notes*")] == ["notes0.jsonl"]
 
 
 # ---- mistakes ----------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from fundamentallm import ConfigError, ModelConfig, Trainer, TrainingConfig, Transformer
 from fundamentallm.config import IGNORE_INDEX, LARGE_VOCABULARY
+from fundamentallm.data.loaders import step_sampler
 from fundamentallm.training.checkpoint import CheckpointManager
 from tests.integration.runs import PartlyIgnored, make_config, make_trainer, on_processes, sharded_accelerator
 
@@ -63,6 +64,16 @@ def test_they_are_logged_beside_the_loss(tmp_path: Path, micro: int | None, voca
     for name, value in expected(trainer).items():
         assert found[name] == pytest.approx(value, rel=1e-5), name
     assert list(found) == ["val_loss", "val_perplexity", "val_rows", "val_accuracy"]
+
+
+def test_rows_that_only_fill_a_micro_batch_up_do_not_count(tmp_path: Path) -> None:
+    """As where the model is compiled for one shape: 5, 5 and 1 rows in micro-batches of 3."""
+    trainer = made(tmp_path)
+    assert trainer.val_loader is not None
+    trainer.val_samples = step_sampler("val_loader", trainer.val_loader, 0, 0, 1, 3, is_even=True)
+    assert [len(trainer.val_samples.share(step)) for step in range(3)] == [6, 6, 3]
+    found = trainer.validate()
+    assert {name: found[name] for name in ("val_accuracy", "val_rows")} == pytest.approx(expected(trainer), rel=1e-5)
 
 
 def _on_several(count: int, folder: Path, wanted: dict[str, float]) -> None:

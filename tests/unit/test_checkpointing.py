@@ -346,6 +346,21 @@ def test_a_snapshot_is_not_changed_by_what_happens_afterwards(tmp_path: Path, mo
     assert (tmp_path / "step_1" / "config.json").read_text() == "{}"
 
 
+def test_the_next_save_in_the_background_copies_to_the_same_memory(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, keep_last_n=9)
+    for step, shape in enumerate([(3, 2), (3, 2), (2, 2)]):  # the last one does not fit
+        before = manager._buffers
+        manager.save_in_background(
+            {"value": {"a": torch.full(shape, float(step)), "b": torch.tensor(step)}}, f"s{step}"
+        )
+        assert (step == 0) or manager._buffers["value/b"].data_ptr() == before["value/b"].data_ptr()
+    manager.wait()
+    for step, shape in enumerate([(3, 2), (3, 2), (2, 2)]):
+        saved = manager.load(tmp_path / f"s{step}")["value"]
+        assert torch.equal(saved["a"], torch.full(shape, float(step)))
+        assert saved["b"].item() == step
+
+
 def test_one_checkpoint_at_a_time_is_written_in_the_order_of_saving(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

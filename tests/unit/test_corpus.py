@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,12 +42,18 @@ def load(tmp_path: Path, cache: Path) -> Load:
     return load
 
 
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Where `load` writes a text."""
+    return tmp_path / "source.txt"
+
+
 def decode(made: Corpus) -> tuple[str, str]:
     return made.tokenizer.decode(made.train.tolist()), made.tokenizer.decode(made.validation.tolist())
 
 
 def entries(cache: Path) -> list[Path]:
-    return sorted(cache.iterdir()) if cache.exists() else []
+    return sorted(path for path in cache.iterdir() if path.name != "known") if cache.exists() else []
 
 
 def save_tokenizer(path: Path, characters: str, unknown: str | None = None) -> str:
@@ -326,3 +333,63 @@ def test_a_cache_entry_that_another_process_reads_is_left_alone(
     assert {path: path.stat().st_ino for path in entry.iterdir()} == files
     assert list((tmp_path / "cache").iterdir()) == [entry]
     assert (first.train == second.train).all()
+
+
+@pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that was written just now counts as one that will not change unseen."""
+    monkeypatch.setattr(corpus, "SETTLED", 0)
+
+
+def refuse(*_: object) -> Any:
+    pytest.fail("the text was read")
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_text_that_looks_as_it_did_is_not_read_again(
+    load: Load, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = decode(load(UNICODE))
+    monkeypatch.setattr(corpus, "_read", refuse)
+    assert decode(load(source)) == before
+
+
+@pytest.mark.usefixtures("settled")
+@pytest.mark.parametrize("change", ["content", "times", "file", "damaged"])
+def test_a_text_that_changes_is_noticed_whatever_it_looks_like(
+    load: Load, cache: Path, source: Path, change: str
+) -> None:
+    load(UNICODE)
+    other = UNICODE.replace("old", "new")  # of the same size
+    status = source.stat()
+    if change == "content":
+        source.write_bytes(other.encode())
+    elif change == "times":  # written in place, and its time set back
+        source.write_bytes(other.encode())
+        os.utime(source, ns=(status.st_atime_ns, status.st_mtime_ns))
+    elif change == "file":  # replaced by another that has the time of the first
+        (source.parent / "new").write_bytes(other.encode())
+        os.utime(source.parent / "new", ns=(status.st_atime_ns, status.st_mtime_ns))
+        (source.parent / "new").rename(source)
+    else:
+        (entries(cache)[0] / "train.bin").unlink()
+        other = UNICODE
+    assert "".join(decode(load(source))) == other
+
+
+def test_a_text_that_was_changed_just_now_is_read_again(
+    load: Load, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(UNICODE)
+    read, real = [], corpus._read
+    monkeypatch.setattr(corpus, "_read", lambda config: read.append(1) or real(config))
+    load(source)
+    assert read
+
+
+@pytest.mark.usefixtures("settled")
+def test_the_built_in_corpus_is_not_read_again_either(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = DataConfig(cache_dir=str(cache))
+    made = load_corpus(config, show_progress=False)
+    monkeypatch.setattr(corpus, "_read", refuse)
+    assert np.array_equal(load_corpus(config, show_progress=False).train, made.train)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fundamentallm.errors import FundamentaLLMError, RunInProgressError
-from fundamentallm.training.run_folder import locked, read_state, write_status
+from fundamentallm.training.run_folder import locked, read_starts, read_state, restarts, write_start, write_status
 
 HOLD = """
 import sys
@@ -102,3 +102,15 @@ def test_a_status_that_cannot_be_written_is_an_error_with_its_name(tmp_path: Pat
     (tmp_path / "run").write_text("mine")
     with pytest.raises(FundamentaLLMError, match=r"run/status\.json cannot be written: .*Not a directory"):
         write_status(tmp_path / "run", state="running")
+
+
+def test_starts_that_led_elsewhere_are_no_part_of_the_run(tmp_path: Path) -> None:
+    assert restarts(tmp_path) == []
+    for number, step in enumerate((0, 40, 40, 20, 30)):  # the newest two checkpoints could not be read any more
+        write_start(tmp_path, step=step, number=number)
+    with (tmp_path / "starts.jsonl").open("a") as file:
+        file.write('{"step": 35, "num')
+    assert [start["number"] for start in read_starts(tmp_path)] == [0, 3, 4]
+    assert restarts(tmp_path) == [20, 30]
+    write_start(tmp_path, step=30, number=5)
+    assert [start["number"] for start in read_starts(tmp_path)] == [0, 3, 4, 5]
