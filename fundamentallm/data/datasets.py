@@ -47,6 +47,8 @@ class TokenDataset(Dataset[Batch]):
         >>> inputs, targets = dataset[2]
         >>> inputs.tolist(), targets.tolist()
         ([5, 6, 7, 8], [-100, -100, -100, 9])
+        >>> from torch.utils.data import DataLoader
+        >>> loader = DataLoader(dataset, batch_size=2, shuffle=True)  # for a Trainer
     """
 
     def __init__(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, default_collate
 
 from fundamentallm.config import IGNORE_INDEX, Config
 from fundamentallm.data.corpus import Corpus, encode_pieces, read_pieces
@@ -334,7 +334,7 @@ def step_loader(
     return DataLoader(
         loader.dataset,
         batch_sampler=(sampler.share(step) for step in range(start, stop)),
-        collate_fn=loader.collate_fn,
+        collate_fn=collate if loader.collate_fn is default_collate else loader.collate_fn,
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory or pin_memory,
         timeout=loader.timeout,
@@ -370,6 +370,11 @@ def device_batches(
 def as_is(batch: Any) -> Any:
     """Collate for a dataset whose `__getitems__` makes whole batches."""
     return batch
+
+
+def collate(batch: Any) -> Any:
+    """torch's own, which puts a list of samples together, but for a tuple: a whole batch already (`TokenDataset`)."""
+    return batch if isinstance(batch, tuple) else default_collate(batch)
 
 
 def create_dataloaders(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fundamentallm
 from fundamentallm import CheckpointManager
-from fundamentallm.command_line import settings
+from fundamentallm.command_line import parse_config, settings
 from fundamentallm.config import Config
 
 ROOT = Path(__file__).parents[2]
@@ -77,6 +77,13 @@ def test_python_on_a_page_is_python_and_imports_what_there_is(page: Path) -> Non
         compile(block, str(page), "exec")
         for names in re.findall(r"from fundamentallm import \(?([\w,\s]+?)\)?$", block, flags=re.MULTILINE):
             assert {name for name in re.split(r"[,\s]+", names) if name} <= {*fundamentallm.__all__}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_yaml_on_a_page_is_a_config(page: Path, tmp_path: Path) -> None:
+    for block in blocks(page, "yaml"):
+        (tmp_path / "config.yaml").write_text(block)
+        parse_config(["--config", str(tmp_path / "config.yaml")], check_files=False)
 
 
 def test_the_tutorial_s_python_and_the_numerics_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
