@@ -78,6 +78,19 @@ class AdamW(torch.optim.AdamW):
             _fused_adamw(group, self.state, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         return loss
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's."""
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            _share_counts(group, self.state)
+
+
+def _share_counts(group: dict[str, Any], state: dict[Tensor, Any]) -> None:
+    """Give the parameters of a group one tensor for equal numbers of steps, as they have it who began together."""
+    counts: dict[float, Tensor] = {}
+    for entry in (state[p] for p in group["params"] if "step" in state.get(p, {})):
+        entry["step"] = counts.setdefault(float(entry["step"]), entry["step"])
+
 
 def _fused_adamw(
     group: dict[str, Any], state: dict[Tensor, Any], grad_scale: Tensor | None, found_inf: Tensor | None
@@ -162,6 +175,13 @@ class Muon(Optimizer):
             else:
                 self._adamw(group, parameters, grad_scale, found_inf)
         return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's."""
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            if group["fused"]:  # torch's other kernels count in each tensor
+                _share_counts(group, self.state)
 
     def _muon(
         self, group: dict[str, Any], parameters: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None
