@@ -1,7 +1,9 @@
 """Any causal language model of transformers is trained as it is, and what is saved opens there again.
 
-python examples/finetune_transformers.py gpt2 my.txt      a name or a folder, and a text
-python examples/finetune_transformers.py --smoke          a tiny Llama made here, on a text Python carries
+    python examples/finetune_transformers.py gpt2 my.txt      a name or a folder, and a text
+    python examples/finetune_transformers.py --smoke          a tiny Llama made here, on a text Python carries
+
+Without Python: python -m fundamentallm.train --model.pretrained gpt2 --data.source my.txt
 """
 
 import sys
