@@ -1,10 +1,11 @@
-"""An optimizer, a schedule and a callback of your own, without touching the package.
+"""An optimizer, a schedule, a loss and a callback of your own, without touching the package.
 
 In YAML each is named as module:name, importable from the working directory:
 
     cd examples && python -m fundamentallm.train --config quickstart.yaml --output_dir runs/lion \
         --training.optimizer custom_optimizer:Lion --training.learning_rate 3e-4 \
         --training.lr_scheduler custom_optimizer:inverse_square_root \
+        --training.loss custom_optimizer:PolyLoss --training.loss_options '{epsilon: 0.5}' \
         --callbacks '["custom_optimizer:StopWhenGood"]'
 
 From Python, pass objects: Trainer(model, config, loader, optimizer=Lion(model.parameters(), lr=3e-4)).
@@ -15,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
 from fundamentallm import Callback, Trainer
 
@@ -45,6 +47,23 @@ class Lion(torch.optim.Optimizer):
 def inverse_square_root(progress: float, sharpness: float = 10.0) -> float:
     """A decay maps the progress of the run, 0 to 1, to the part of the way from the floor to the peak."""
     return (1 + sharpness * progress) ** -0.5
+
+
+class PolyLoss(torch.nn.Module):
+    """Cross entropy plus epsilon * (1 - p), p being the target's probability (Leng et al., arXiv:2204.12511).
+
+    A loss maps (logits, targets) to the sum over targets, those of -100 left out; the trainer divides it. This one is
+    plain cross entropy in validation, so that runs with other losses compare.
+    """
+
+    def __init__(self, epsilon: float = 1.0) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+
+    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Sum over the targets; logits (..., V), targets (...)."""
+        nll = F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none", ignore_index=-100)
+        return (nll + self.epsilon * (1 - (-nll).exp()) if self.training else nll).sum()  # 0 where ignored
 
 
 class StopWhenGood(Callback):

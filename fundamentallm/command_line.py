@@ -10,6 +10,7 @@ import functools
 import inspect
 import io
 import itertools
+import json
 import os
 import typing
 from collections.abc import Collection, Iterator, Sequence
@@ -82,16 +83,18 @@ def _help(program: str) -> str:
     for section, group in itertools.groupby(settings(Config), lambda setting: setting[0].rpartition(".")[0]):
         described = parser.add_argument_group(section or "run")
         for name, hint, entry, text in group:
-            default = "" if "default:" in text else f" [{_default(entry)}]"
+            default = "" if "default:" in text else f" [{default_text(entry)}]"
             metavar = allowed_values(hint).removeprefix("one of ").split(" or null")[0]
             described.add_argument(f"--{name}", metavar=f"<{metavar}>", help=(text + default).replace("%", "%%"))
     return parser.format_help()
 
 
-def _default(entry: dataclasses.Field[Any]) -> str:
+def default_text(entry: dataclasses.Field[Any]) -> str:
+    """A setting's default, as YAML has it; none, where it is an empty list or mapping."""
     if entry.default is dataclasses.MISSING:
         return "none"
-    return {None: "null", True: "true", False: "false"}.get(entry.default, str(entry.default))
+    is_word = entry.default is None or isinstance(entry.default, bool)  # a table would take 0 for False
+    return json.dumps(entry.default) if is_word else str(entry.default)
 
 
 def _split(arguments: Sequence[str], known: Collection[str]) -> tuple[dict[str, str], list[str]]:

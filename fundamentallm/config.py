@@ -63,9 +63,15 @@ def _is_no_folder(path: str) -> bool:
     return os.path.exists(path) or (bool(parent := os.path.dirname(path.rstrip("/"))) and _is_no_folder(parent))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ModelConfig(Section):
-    """Shape of the `Transformer`."""
+    """Shape of the `Transformer`.
+
+    Examples:
+        >>> from fundamentallm import ModelConfig
+        >>> ModelConfig(d_model=512, num_heads=8).resolved()  # shows what is not the default
+        ModelConfig(d_model=512, num_kv_heads=8, d_ff=1368)
+    """
 
     vocab_size: int | None = None
     """Rows of the embedding table, in tokens; default: the tokenizer's vocabulary."""
@@ -121,9 +127,15 @@ class ModelConfig(Section):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DataConfig(Section):
-    """The text, and how it becomes samples."""
+    """The text, and how it becomes samples.
+
+    Examples:
+        >>> from fundamentallm import DataConfig
+        >>> DataConfig(source="my_text", tokenizer="bpe:4096", sequence_length=512)
+        DataConfig(source='my_text', tokenizer='bpe:4096', sequence_length=512)
+    """
 
     source: str = BUILT_IN_CORPUS
     """A text file, a folder, a glob, or 'python-docs': the language reference every CPython carries."""
@@ -209,7 +221,7 @@ class DataConfig(Section):
         return problems
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ParameterGroup(Section):
     """What is different for some parameters; an entry of `training.parameter_groups`."""
 
@@ -229,9 +241,16 @@ class ParameterGroup(Section):
             yield ("frozen",), "frozen is True; allowed: no learning_rate_scale and no weight_decay beside it."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainingConfig(Section):
-    """How the model is trained. Every interval counts optimizer steps, or epochs where it says so."""
+    """How the model is trained. Every interval counts optimizer steps, or epochs where it says so.
+
+    Examples:
+        >>> from fundamentallm import TrainingConfig
+        >>> TrainingConfig(max_steps=100, warmup_steps=200)
+        Traceback (most recent call last):
+        fundamentallm.errors.ConfigError: warmup_steps is 200 and max_steps is 100; allowed: a warm-up shorter than ...
+    """
 
     batch_size: int | None = None
     """Sequences per optimizer step, over all devices; default: the train loader's, 32 on the command line."""
@@ -402,9 +421,16 @@ def _names_of_changes() -> set[str]:
     return {*sections, *dotted, *DATA_FACTS}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Config(Section):
-    """One run."""
+    """One run.
+
+    Examples:
+        >>> from fundamentallm import Config, ModelConfig, TrainingConfig
+        >>> config = Config(output_dir="runs/one", training=TrainingConfig(max_steps=1000))
+        >>> config.resolved().training.checkpoint_dir
+        'runs/one/checkpoints'
+    """
 
     output_dir: str = "runs/default"
     """Folder of everything the run writes: metrics.jsonl, starts.jsonl, curves.png, checkpoints."""

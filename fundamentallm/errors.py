@@ -10,11 +10,30 @@ from collections.abc import Iterator, Sequence
 
 
 class FundamentaLLMError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose.
+
+    Examples:
+        >>> from fundamentallm import CheckpointManager, FundamentaLLMError
+        >>> try:
+        ...     CheckpointManager("checkpoints").load("checkpoints/step_00000100")
+        ... except FundamentaLLMError as error:
+        ...     print(error)
+        checkpoints/step_00000100: there is no checkpoint directory here.
+    """
 
 
 class ConfigError(FundamentaLLMError, ValueError):
-    """One or more settings are wrong; `problems` lists them all, one sentence each."""
+    """One or more settings are wrong; `problems` lists them all, one sentence each.
+
+    Examples:
+        >>> from fundamentallm import ConfigError, TrainingConfig
+        >>> try:
+        ...     TrainingConfig(optimizer="adamv", learning_rate=-1.0)
+        ... except ConfigError as error:
+        ...     print(str(error))
+        learning_rate is -1.0; allowed: greater than 0.
+        optimizer is 'adamv'; allowed: ..., or 'module:name'. Did you mean 'adam'?
+    """
 
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
@@ -22,7 +41,14 @@ class ConfigError(FundamentaLLMError, ValueError):
 
 
 class CheckpointError(FundamentaLLMError):
-    """A checkpoint cannot be written, is damaged, or does not fit the run."""
+    """A checkpoint cannot be written, is damaged, or does not fit the run.
+
+    Examples:
+        >>> from fundamentallm import CheckpointManager
+        >>> CheckpointManager("checkpoints").save({"model_state_dict": {}, "made": print})
+        Traceback (most recent call last):
+        fundamentallm.errors.CheckpointError: made is a builtins.builtin_function_or_method; allowed: tensors, and ...
+    """
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
@@ -30,7 +56,21 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
 
 
 class TrainingError(FundamentaLLMError):
-    """Training cannot go on: the loss or the gradient stopped being finite."""
+    """Training cannot go on: the loss or the gradient stopped being finite.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from fundamentallm import Trainer, TrainingConfig
+        >>> numbers = torch.arange(300).reshape(30, 10) % 2
+        >>> loader = DataLoader(TensorDataset(numbers, (numbers + 1) % 2), batch_size=2)
+        >>> config = TrainingConfig(max_epochs=5, max_bad_steps=3)
+        >>> trainer = Trainer(nn.Embedding(2, 2), config, loader, callbacks=[], loss_fn=lambda x, _: x.sum() / 0)
+        >>> trainer.train()
+        Traceback (most recent call last):
+        fundamentallm.errors.TrainingError: the loss or the gradient was not finite in 3 optimizer steps in a row; ...
+    """
 
 
 class ProcessLostError(FundamentaLLMError):
@@ -42,7 +82,13 @@ class ProcessLostError(FundamentaLLMError):
 
 
 class RunInProgressError(FundamentaLLMError):
-    """Another process runs in the same folder."""
+    """Another process runs in the same folder.
+
+    Examples:
+        >>> from fundamentallm import FundamentaLLMError, RunInProgressError
+        >>> issubclass(RunInProgressError, FundamentaLLMError)
+        True
+    """
 
 
 @contextlib.contextmanager

@@ -129,6 +129,16 @@ class Section:
         if problems:
             raise ConfigError(problems)
 
+    def __repr__(self) -> str:
+        """What differs from the defaults, as code that makes an equal one."""
+        given = []
+        for entry in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, entry.name)
+            made = entry.default_factory
+            if value != (entry.default if made is dataclasses.MISSING else made()):
+                given.append(f"{entry.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(given)})"
+
     def _relations(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """What no type and no range can say: (the fields concerned, the problem).
 

@@ -59,6 +59,14 @@ def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
 
     Raises:
         ConfigError: if the text cannot be read, or has characters that the tokenizer's vocabulary lacks.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from fundamentallm import DataConfig, load_corpus
+        >>> _ = Path("my.txt").write_text("to be or not to be " * 100)
+        >>> corpus = load_corpus(DataConfig(source="my.txt", train_split=0.9), show_progress=False)
+        >>> corpus.tokenizer.decode(corpus.train[:18].tolist()), len(corpus.validation)
+        ('to be or not to be', 190)
     """
     cache = Path(os.path.expanduser(config.cache_dir)) if config.cache_dir else _user_cache()
     looks = _looks(config)

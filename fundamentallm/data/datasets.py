@@ -37,6 +37,18 @@ class TokenDataset(Dataset[Batch]):
 
     Raises:
         ConfigError: if there are too few tokens for one sample.
+
+    Examples:
+        >>> import numpy as np
+        >>> from fundamentallm import TokenDataset
+        >>> dataset = TokenDataset(np.arange(10), sequence_length=4)
+        >>> dataset
+        TokenDataset(3 samples of 4 tokens)
+        >>> inputs, targets = dataset[2]
+        >>> inputs.tolist(), targets.tolist()
+        ([5, 6, 7, 8], [-100, -100, -100, 9])
+        >>> from torch.utils.data import DataLoader
+        >>> loader = DataLoader(dataset, batch_size=2, shuffle=True)  # for a Trainer
     """
 
     def __init__(
@@ -83,6 +95,9 @@ class TokenDataset(Dataset[Batch]):
         """Where in the tokens each sample's inputs begin."""
         wanted = np.asarray(indices, dtype=np.int64) * self.sequence_length
         return np.minimum(wanted, len(self._windows) - 1)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self):,} samples of {self.sequence_length} tokens)"
 
     def __len__(self) -> int:
         return -(-(len(self.tokens) - 1) // self.sequence_length)

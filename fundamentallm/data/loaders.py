@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, default_collate
 
 from fundamentallm.config import IGNORE_INDEX, Config
 from fundamentallm.data.corpus import Corpus, encode_pieces, read_pieces
@@ -334,7 +334,7 @@ def step_loader(
     return DataLoader(
         loader.dataset,
         batch_sampler=(sampler.share(step) for step in range(start, stop)),
-        collate_fn=loader.collate_fn,
+        collate_fn=collate if loader.collate_fn is default_collate else loader.collate_fn,
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory or pin_memory,
         timeout=loader.timeout,
@@ -372,6 +372,11 @@ def as_is(batch: Any) -> Any:
     return batch
 
 
+def collate(batch: Any) -> Any:
+    """torch's own, which puts a list of samples together, but for a tuple: a whole batch already (`TokenDataset`)."""
+    return batch if isinstance(batch, tuple) else default_collate(batch)
+
+
 def create_dataloaders(
     text_or_tokens: str | Corpus | NDArray[np.integer] | torch.Tensor | Sequence[int],
     tokenizer: Tokenizer | None,
@@ -387,6 +392,15 @@ def create_dataloaders(
 
     Raises:
         ConfigError: if a part is too short for one sample, or an id is outside the tokenizer's vocabulary.
+
+    Examples:
+        >>> from fundamentallm import Config, DataConfig, create_dataloaders, create_tokenizer
+        >>> text = "to be or not to be " * 100
+        >>> tokenizer = create_tokenizer("char", lambda: [text], lambda: [text])
+        >>> config = Config(data=DataConfig(sequence_length=19))
+        >>> train_loader, val_loader = create_dataloaders(text, tokenizer, config)
+        >>> train_loader.dataset, val_loader.dataset
+        (TokenDataset(90 samples of 19 tokens), TokenDataset(10 samples of 19 tokens))
     """
     parts: Parts
     if isinstance(text_or_tokens, Corpus):

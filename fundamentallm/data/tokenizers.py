@@ -32,6 +32,14 @@ def create_tokenizer(
 
     Raises:
         ConfigError: if a tokenizer.json cannot be read.
+
+    Examples:
+        >>> from fundamentallm import create_tokenizer
+        >>> text = "to be or not to be"
+        >>> tokenizer = create_tokenizer("char", lambda: [text], lambda: [text])
+        >>> ids = tokenizer.encode("not to be").ids
+        >>> tokenizer.decode(ids), len(ids), tokenizer.get_vocab_size()  # its characters, and <unk>
+        ('not to be', 9, 8)
     """
     if spec == "char":
         characters = sorted(set().union(*text()))

@@ -92,6 +92,14 @@ def generate(
 
     Raises:
         ConfigError: if a value is outside its range, before anything is drawn.
+
+    Examples:
+        >>> import torch
+        >>> from fundamentallm import ModelConfig, Transformer, generate
+        >>> model = Transformer(ModelConfig(vocab_size=10, d_model=16, num_heads=2, num_layers=1))
+        >>> ids = list(generate(model, [1, 2, 3], max_new_tokens=5, context=16, seed=7))
+        >>> len(ids), ids == list(generate(model, [1, 2, 3], max_new_tokens=5, context=16, seed=7))
+        (5, True)
     """
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p)
     return (row[0] for row in generate_batch(model, [token_ids], max_new_tokens, context, sampling, seed, stop) if row)

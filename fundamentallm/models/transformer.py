@@ -155,6 +155,13 @@ class Transformer(nn.Module):
 
     Raises:
         ConfigError: if `vocab_size` is not set.
+
+    Examples:
+        >>> import torch
+        >>> from fundamentallm import ModelConfig, Transformer
+        >>> model = Transformer(ModelConfig(vocab_size=10, d_model=16, num_heads=2, num_layers=1))
+        >>> model(torch.tensor([[1, 2, 3]])).shape  # logits: batch, positions, vocabulary
+        torch.Size([1, 3, 10])
     """
 
     # transformers' names for what is not to be split, and for where the norm before the head is to be found.

@@ -55,6 +55,12 @@ def create_accelerator(
     Raises:
         ConfigError: listing trackers that are not installed, and whatever the launcher was asked for that contradicts
             our settings, is not supported, or would not be had (see `launch_problems` and `check_accelerator`).
+
+    Examples:
+        >>> from fundamentallm import create_accelerator
+        >>> accelerator = create_accelerator(batch_size=32)  # give it to the Trainer
+        >>> accelerator.num_processes, accelerator.is_main_process
+        (1, True)
     """
     # Without cpu=True on a machine without an accelerator, two launched processes would be two independent runs.
     cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")

@@ -10,7 +10,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
+from tqdm.notebook import tqdm_notebook
 
 from fundamentallm.config import Config, TrainingConfig
 from fundamentallm.errors import ConfigError
@@ -28,6 +29,22 @@ class Callback:
 
     A hook may call `trainer.request_stop(reason)` and `trainer.request_save()`, both of which take effect at
     the end of the optimizer step, after all hooks.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from fundamentallm import Callback, Trainer, TrainingConfig
+        >>> numbers = torch.arange(300).reshape(30, 10) % 3
+        >>> loader = DataLoader(TensorDataset(numbers, (numbers + 1) % 3), batch_size=4)
+        >>> class StopWhenGood(Callback):
+        ...     def on_log(self, trainer, metrics):
+        ...         if metrics["train_loss"] < 0.5:
+        ...             trainer.request_stop("it is good enough")
+        >>> model = nn.Sequential(nn.Embedding(3, 8), nn.Linear(8, 3))
+        >>> config = TrainingConfig(max_steps=1000, learning_rate=0.1, log_every_n_steps=5)
+        >>> history = Trainer(model, config, loader, callbacks=[StopWhenGood()]).train()
+        stopped at step ... of 1000: it is good enough
     """
 
     def on_train_begin(self, trainer: Trainer) -> None:
@@ -73,7 +90,15 @@ class Callback:
 
 
 class CallbackList:
-    """Callbacks in the order in which they are called; a hook may add and remove some, from the next hook on."""
+    """Callbacks in the order in which they are called; a hook may add and remove some, from the next hook on.
+
+    Examples:
+        >>> from fundamentallm import CallbackList, LoggingCallback, ProgressCallback
+        >>> callbacks = CallbackList([LoggingCallback()])
+        >>> callbacks.add(ProgressCallback())  # as trainer.callbacks.add does
+        >>> [type(callback).__name__ for callback in callbacks.callbacks]
+        ['LoggingCallback', 'ProgressCallback']
+    """
 
     def __init__(self, callbacks: list[Callback] | None = None) -> None:
         self.callbacks = list(callbacks or [])
@@ -171,9 +196,23 @@ class CallbackList:
             logger.warning("the callback %s is in the checkpoint and not in this run.", name)
 
 
+def shows_bar() -> bool:
+    """Whether somebody sees a bar move: on a terminal, or in a notebook that has ipywidgets. In a file it is noise."""
+    return sys.stderr.isatty() or issubclass(tqdm, tqdm_notebook)
+
+
 class ProgressCallback(Callback):
-    """A tqdm bar over the optimizer steps, on the main process: loss, learning rate, tokens per second, the part of the
-    devices' peak used (where it is known), memory, time left.
+    """A tqdm bar over the optimizer steps, on a terminal or in a notebook, on the main process: loss, learning rate,
+    tokens per second, the part of the devices' peak used (where it is known), memory, time left.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from fundamentallm import ProgressCallback, Trainer, TrainingConfig
+        >>> numbers = torch.arange(300).reshape(30, 10) % 3
+        >>> loader = DataLoader(TensorDataset(numbers, (numbers + 1) % 3), batch_size=4)
+        >>> history = Trainer(nn.Embedding(3, 3), TrainingConfig(), loader, callbacks=[ProgressCallback()]).train()
     """
 
     def __init__(self) -> None:
@@ -187,7 +226,7 @@ class ProgressCallback(Callback):
             desc="training",
             unit="step",
             dynamic_ncols=True,
-            disable=not trainer.is_main_process,
+            disable=not (trainer.is_main_process and shows_bar()),
         )
 
     def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
@@ -214,6 +253,21 @@ class LoggingCallback(Callback):
 
     A resumed run goes on in the same file: lines after the step it resumes from are dropped, since those
     steps are made again. Numbers that JSON lacks are the texts "NaN", "Infinity" and "-Infinity".
+
+    Examples:
+        >>> import json
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from fundamentallm import LoggingCallback, Trainer, TrainingConfig
+        >>> numbers = torch.arange(300).reshape(30, 10) % 3
+        >>> loader = DataLoader(TensorDataset(numbers, (numbers + 1) % 3), batch_size=4)
+        >>> config = TrainingConfig(max_steps=20, log_every_n_steps=10)
+        >>> history = Trainer(nn.Embedding(3, 3), config, loader, callbacks=[LoggingCallback("log.jsonl")]).train()
+        9 parameters, 1 process on cpu, 20 steps of 4 sequences
+        step 10  ...
+        >>> [json.loads(line)["step"] for line in open("log.jsonl")]
+        [10, 20]
     """
 
     def __init__(self, path: Path | str | None = None) -> None:
@@ -238,9 +292,9 @@ class LoggingCallback(Callback):
             keep_file(trainer, self.path, is_made_again)
 
     def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """A training line; on a terminal the progress bar shows the same."""
+        """A training line; where there is a progress bar, that shows the same."""
         left = f"  left {_time(trainer.seconds_left)}" if math.isfinite(trainer.seconds_left) else ""
-        self._write(trainer, metrics, console=not sys.stderr.isatty(), more=left)
+        self._write(trainer, metrics, console=not shows_bar(), more=left)
 
     def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """A validation line."""
@@ -275,6 +329,19 @@ class SaveBestCallback(Callback):
 
     Raises:
         ConfigError: if mode is neither.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from fundamentallm import SaveBestCallback, Trainer, TrainingConfig
+        >>> numbers = torch.arange(300).reshape(30, 10) % 3
+        >>> loader = DataLoader(TensorDataset(numbers, (numbers + 1) % 3), batch_size=4)
+        >>> config = TrainingConfig(max_steps=8, eval_every_n_steps=4, checkpoint_dir="checkpoints", learning_rate=0.1)
+        >>> trainer = Trainer(nn.Embedding(3, 3), config, loader, loader, callbacks=[SaveBestCallback()])
+        >>> history = trainer.train()
+        >>> trainer.checkpoint_manager.get_best().name
+        'step_00000008'
     """
 
     def __init__(

@@ -71,6 +71,18 @@ class CheckpointManager:
 
     Raises:
         ConfigError: if keep_last_n is below 1.
+
+    Examples:
+        >>> import torch
+        >>> from fundamentallm import CheckpointManager
+        >>> manager = CheckpointManager("checkpoints", keep_last_n=2)
+        >>> state = {"model_state_dict": {"weight": torch.ones(2)}, "note": "what JSON holds"}
+        >>> for step in (1, 2, 3):
+        ...     _ = manager.save(state, f"step_{step}", is_best=step == 1)
+        >>> manager  # the best is kept too
+        CheckpointManager('checkpoints', keep_last_n=2): step_1 (best), step_2, step_3
+        >>> manager.load(manager.get_latest())["note"]
+        'what JSON holds'
     """
 
     def __init__(
@@ -85,6 +97,11 @@ class CheckpointManager:
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
         self._buffers: Mapping[str, Tensor] = {}
+
+    def __repr__(self) -> str:
+        best, found = self.get_best(), [path for path, _ in self._found()]
+        names = ", ".join(path.name + " (best)" * (path == best) for path in found) or "none yet"
+        return f"{type(self).__name__}({str(self.checkpoint_dir)!r}, keep_last_n={self.keep_last_n}): {names}"
 
     # ---- saving ------------------------------------------------------------------------------------------
 

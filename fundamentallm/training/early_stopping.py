@@ -44,6 +44,12 @@ class EarlyStopping:
 
     Raises:
         ConfigError: if a value is outside its range.
+
+    Examples:
+        >>> from fundamentallm import EarlyStopping
+        >>> stopping = EarlyStopping(patience=2)
+        >>> [stopping.step(val_loss) for val_loss in (3.0, 2.5, 2.6, 2.5)]
+        [False, False, False, True]
     """
 
     def __init__(

@@ -67,6 +67,20 @@ class SampleCallback(Callback):
         num_tokens: to draw for each; None: the config's `sample_tokens`.
         temperature: divides the logits; 0 takes the most probable token.
         path: of the file; None: samples.jsonl in the `output_dir` of a whole `Config`.
+
+    Examples:
+        >>> import torch
+        >>> from fundamentallm import Config, DataConfig, ModelConfig, SampleCallback, Trainer
+        >>> from fundamentallm import TrainingConfig, Transformer, create_dataloaders, create_tokenizer
+        >>> text = "to be or not to be " * 100
+        >>> tokenizer = create_tokenizer("char", lambda: [text], lambda: [text])
+        >>> model = ModelConfig(vocab_size=tokenizer.get_vocab_size(), d_model=16, num_heads=2, num_layers=1)
+        >>> config = Config("runs/one", model, DataConfig(sequence_length=19), TrainingConfig(learning_rate=0.03))
+        >>> loaders = create_dataloaders(text, tokenizer, config)
+        >>> trainer = Trainer(Transformer(model), config, *loaders, callbacks=[SampleCallback(["to be"], 20)])
+        >>> history = trainer.train()
+        ---- step 3: 'to be' continued ----
+        ...
     """
 
     def __init__(
@@ -125,6 +139,20 @@ class ProfilerCallback(Callback):
 
     Raises:
         ConfigError: if a number is less than 1.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from fundamentallm import ProfilerCallback, Trainer, TrainingConfig
+        >>> numbers = torch.arange(300).reshape(30, 10) % 3
+        >>> loader = DataLoader(TensorDataset(numbers, (numbers + 1) % 3), batch_size=4)
+        >>> profiler = ProfilerCallback(first_step=3, num_steps=2, folder="traces")
+        >>> history = Trainer(nn.Embedding(3, 3), TrainingConfig(), loader, callbacks=[profiler]).train()
+        trace of steps 3 to 4: traces/step_00000003-00000004.rank0.json
+        >>> sorted(path.suffix for path in Path("traces").iterdir())  # the table of operations is a text
+        ['.json', '.txt']
     """
 
     def __init__(
@@ -207,6 +235,20 @@ class RatioCallback(Callback):
     its weights over their norm before. (Around 1e-3 is what trains well with Adam, by A. Karpathy's rule of thumb.)
 
     In those steps the weights are there twice; in the others it costs nothing.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from fundamentallm import Callback, RatioCallback, Trainer, TrainingConfig
+        >>> numbers = torch.arange(300).reshape(30, 10) % 3
+        >>> loader = DataLoader(TensorDataset(numbers, (numbers + 1) % 3), batch_size=4)
+        >>> class Show(Callback):
+        ...     def on_log(self, trainer, metrics):
+        ...         print([name for name in metrics if "/" in name])
+        >>> trainer = Trainer(nn.Embedding(3, 3), TrainingConfig(), loader, callbacks=[RatioCallback(), Show()])
+        >>> history = trainer.train()
+        ['grad_norm/weight', 'update_ratio/weight']
     """
 
     def __init__(self) -> None:

@@ -156,6 +156,14 @@ def create_loss(loss_type: str = "cross_entropy", **options: Any) -> nn.Module:
 
     Raises:
         ConfigError: if the name or an option is not known, or an option is outside its range.
+
+    Examples:
+        >>> import torch
+        >>> from fundamentallm import create_loss
+        >>> loss = create_loss("label_smoothing", smoothing=0.1)
+        >>> logits, targets = torch.zeros(2, 3, 4), torch.tensor([[0, 1, 2], [3, -100, -100]])
+        >>> loss(logits, targets)  # log 4 for each of four targets; -100 is none
+        tensor(5.5452)
     """
     made_by = resolve("loss", loss_type, LOSSES)
     known = inspect.signature(made_by).parameters

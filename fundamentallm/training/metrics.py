@@ -54,6 +54,9 @@ class RunningMean:
         self._totals.copy_(state["totals"])
 
 
+CLOCKS = ("step", "val_step")
+"""Metrics that say to which optimizer step the others given with them belong."""
+
 Metric = Callable[[Tensor, Tensor], "tuple[Tensor | float, Tensor | float]"]
 """Of logits (B, T, V) in float32 and targets (B, T), some of them `IGNORE_INDEX`: a sum, and over how many values.
 Both are added up over all rows of the validation data, each once, wherever it was computed."""
@@ -90,15 +93,51 @@ def further_metrics(names: Sequence[str], given: Mapping[str, Metric] | None = N
 
 
 class MetricTracker:
-    """The history of a run: a list of numbers for each metric, in the order they came."""
+    """The history of a run: a list of numbers for each metric, in the order they came.
+
+    Examples:
+        >>> from fundamentallm import MetricTracker
+        >>> metrics = MetricTracker()
+        >>> metrics.update({"step": 10, "train_loss": 2.0})
+        >>> metrics.update({"step": 20, "train_loss": 1.0})
+        >>> metrics.update({"val_step": 20, "val_loss": 1.5})
+        >>> metrics.get_history()
+        {'step': [10, 20], 'train_loss': [2.0, 1.0], 'val_step': [20], 'val_loss': [1.5]}
+        >>> metrics.by_step()
+        {'step': [10, 20], 'train_loss': [2.0, 1.0], 'val_loss': [nan, 1.5]}
+    """
 
     def __init__(self) -> None:
         self.metrics: dict[str, list[float]] = {}
 
     def update(self, metrics_dict: dict[str, float]) -> None:
-        """Append one value to each named metric."""
+        """Append one value to each named metric.
+
+        Together with a `step`, or a validation's `val_step`, one that has been missing is filled up with NaN first.
+        """
+        clock = next((key for key in CLOCKS if key in metrics_dict), "")
+        before = len(self.metrics.get(clock, ()))
         for key, value in metrics_dict.items():
-            self.metrics.setdefault(key, []).append(value)
+            values = self.metrics.setdefault(key, [])
+            values += [math.nan] * (before - len(values))
+            values.append(value)
+
+    def by_step(self) -> dict[str, list[float]]:
+        """The history as a table, in columns of one length: a row for each step that was logged or validated.
+
+        NaN stands where a row has no value. `step` is that of training lines, and `val_step` that of validations, which
+        is no column of its own.
+        """
+        clocks = {clock: self.metrics.get(clock, []) for clock in CLOCKS}
+        rows = {step: row for row, step in enumerate(sorted({step for steps in clocks.values() for step in steps}))}
+        table: dict[str, list[float]] = {"step": list(rows)}
+        for key, values in self.metrics.items():
+            if key not in clocks:
+                column = table[key] = [math.nan] * len(rows)
+                # A metric that a setting has taken away ends before its clock does.
+                for step, value in zip(clocks["val_step" if key.startswith("val_") else "step"], values, strict=False):
+                    column[rows[step]] = value
+        return table
 
     def get_history(self) -> dict[str, list[float]]:
         """All values of all metrics; a copy, which the caller may change."""

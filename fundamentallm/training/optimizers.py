@@ -294,6 +294,13 @@ def create_optimizer(
 
     Raises:
         ConfigError: if a name or option is not known, a value is outside its range, or nothing is trainable.
+
+    Examples:
+        >>> from torch import nn
+        >>> from fundamentallm import create_optimizer
+        >>> optimizer = create_optimizer(nn.Linear(4, 2), "adamw", learning_rate=1e-3, weight_decay=0.1)
+        >>> [group["weight_decay"] for group in optimizer.param_groups]  # the matrix, the vector
+        [0.1, 0.0]
     """
     problems = range_problems(
         learning_rate=learning_rate,

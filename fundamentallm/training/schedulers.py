@@ -102,6 +102,19 @@ def create_scheduler(
 
     Raises:
         ConfigError: if a name or option is not known, or a value is outside its range.
+
+    Examples:
+        >>> from torch import nn
+        >>> from fundamentallm import create_optimizer, create_scheduler
+        >>> optimizer = create_optimizer(nn.Linear(4, 2), "sgd", learning_rate=1.0)
+        >>> schedule = create_scheduler(optimizer, "linear", 1, steps_per_epoch=6, warmup_steps=2, min_lr_ratio=0)
+        >>> rates = []
+        >>> for _ in range(6):
+        ...     rates.append(schedule.get_last_lr()[0])
+        ...     optimizer.step()
+        ...     schedule.step()
+        >>> rates
+        [0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
     """
     decay = resolve("lr_scheduler", scheduler_type, SCHEDULES)
     total_steps = max_epochs * steps_per_epoch

@@ -52,6 +52,7 @@ from fundamentallm.training.sharding import follow, prepare_model
 from fundamentallm.training.step import OptimizerStep
 from fundamentallm.training.stopping import Stop, StopSwitch
 from fundamentallm.training.stored import load_checkpoint
+from fundamentallm.training.summary import summary
 from fundamentallm.training.team import Team
 from fundamentallm.training.throughput import Throughput
 from fundamentallm.training.tracking import TrackerCallback, tracker_names
@@ -77,6 +78,26 @@ class Trainer:
 
     Raises:
         ConfigError: listing what does not fit together.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from fundamentallm import Trainer, TrainingConfig
+        >>> numbers = torch.arange(64).reshape(8, 8) % 10  # 0 to 9, again and again
+        >>> loader = DataLoader(TensorDataset(numbers, (numbers + 1) % 10), batch_size=4, shuffle=True)
+        >>> model = nn.Sequential(nn.Embedding(10, 16), nn.Linear(16, 10))
+        >>> config = TrainingConfig(max_steps=40, learning_rate=0.1, log_every_n_steps=10)
+        >>> trainer = Trainer(model, config, loader)
+        >>> history = trainer.train()  # pandas.DataFrame(history) is a table
+        330 parameters, 1 process on cpu, 40 steps of 4 sequences
+        step 10  ...
+        >>> history["step"], history["train_loss"][-1] < 0.1
+        ([10, 20, 30, 40], True)
+        >>> trainer
+        Trainer at step 40 of 40, epoch 20
+          model      Sequential, 330 parameters, precision no
+        ...
     """
 
     def __init__(
@@ -89,7 +110,7 @@ class Trainer:
         *,
         optimizer: Optimizer | None = None,
         scheduler: LRScheduler | None = None,
-        loss_fn: Any = None,
+        loss_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
         validation_metrics: Mapping[str, Metric] | None = None,
         accelerator: Accelerator | None = None,
     ) -> None:
@@ -268,6 +289,16 @@ class Trainer:
         """Whether a signal or `max_minutes` ended the last `train()`: the same command goes on where it was."""
         return not self.is_finished and self.stop_switch.agreed in (Stop.SIGNAL, Stop.OUT_OF_TIME)
 
+    @property
+    def history(self) -> dict[str, list[float]]:
+        """The numbers of the run so far, as `pandas.DataFrame(trainer.history)` takes them: columns of one length, with
+        a row for each step that was logged or validated, and NaN where such a row has no value.
+        """
+        return self.metrics.by_step()
+
+    def __repr__(self) -> str:
+        return summary(self)
+
     # ---- the loop ----------------------------------------------------------------------------------------
 
     def train(self) -> dict[str, list[float]]:
@@ -299,7 +330,7 @@ class Trainer:
                 except BaseException:
                     self.callbacks.on_train_abort(self)
                     raise
-        return self.metrics.get_history()
+        return self.history
 
     def _train(self) -> None:
         """The steps, up to the last one or to a stop."""

@@ -49,6 +49,19 @@ class VisualizationCallback(Callback):
 
     Raises:
         ConfigError: if matplotlib is not installed, or there is no such theme.
+
+    Examples:
+        >>> import os
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from fundamentallm import Trainer, TrainingConfig, VisualizationCallback
+        >>> numbers = torch.arange(300).reshape(30, 10) % 3
+        >>> loader = DataLoader(TensorDataset(numbers, (numbers + 1) % 3), batch_size=4)
+        >>> curves = VisualizationCallback("curves.png")
+        >>> history = Trainer(nn.Embedding(3, 3), TrainingConfig(), loader, callbacks=[curves]).train()
+        >>> os.path.getsize("curves.png") > 10_000
+        True
     """
 
     def __init__(self, path: Path | str = "curves.png", refresh_seconds: float = 30.0, theme: str = "light") -> None:

@@ -51,8 +51,9 @@ def losses(name: str) -> dict[str, list[float]]:
     )
     train_loader, val_loader = create_dataloaders(tokens(), None, config)
     torch.manual_seed(0)
-    history = Trainer(Transformer(config.model), config.training, train_loader, val_loader, callbacks=[]).train()
-    return {key: history[key] for key in ("train_loss", "val_loss")}
+    trainer = Trainer(Transformer(config.model), config.training, train_loader, val_loader, callbacks=[])
+    trainer.train()
+    return {key: trainer.metrics.get_history()[key] for key in ("train_loss", "val_loss")}
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import runpy
 import shutil
+import sys
 import types
 from pathlib import Path
 
@@ -38,6 +40,30 @@ def test_the_python_example_learns(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "The " in capsys.readouterr().out
 
 
+SAYS = {
+    "finetune_transformers": r"it opens in transformers: LlamaForCausalLM",
+    "python_sources": r"def __init__\(self.+",
+    "supervised_pairs": r"97\+70=\d+",
+    "sweep": r"best val_loss\n +[0-9.]+  \w+_5e-3\n +[0-9.]+  \w+_5e-3",
+    "vision": r"[4-9]\d\.\d% of the shapes",
+}
+
+
+@pytest.mark.parametrize("name", SAYS)
+def test_each_script_comes_to_its_end_in_seconds(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--smoke"])
+    runpy.run_path(str(ROOT / f"examples/{name}.py"), run_name="__main__")
+    assert re.search(SAYS[name], capsys.readouterr().out)
+
+
+def test_no_script_is_left_out() -> None:
+    scripts = {path.stem for path in (ROOT / "examples").glob("*.py") if "--smoke" in path.read_text()}
+    assert scripts == SAYS.keys()
+
+
 def test_the_custom_optimizer_schedule_and_callback_train_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -48,6 +74,8 @@ def test_the_custom_optimizer_schedule_and_callback_train_by_name(
         "training.optimizer_options": "{beta2: 0.95}",
         "training.lr_scheduler": "custom_optimizer:inverse_square_root",
         "training.lr_scheduler_options": "{sharpness: 5}",
+        "training.loss": "custom_optimizer:PolyLoss",
+        "training.loss_options": "{epsilon: 0.5}",
         "callbacks": '["custom_optimizer:StopWhenGood"]',
     }
     arguments = [word for name, value in settings.items() for word in (f"--{name}", value)]

@@ -175,7 +175,8 @@ def test_a_validation_gives_what_validate_returns_under_the_same_names() -> None
     first, last = recorder.given("on_validation_end")
     assert last == trainer.validate()
     assert set(last) == {"val_loss", "val_perplexity"}
-    assert history["val_loss"] == [first["val_loss"], last["val_loss"]]
+    validated = {step: loss for step, loss in zip(history["step"], history["val_loss"], strict=True) if loss == loss}
+    assert validated == {3: first["val_loss"], 6: last["val_loss"]}
     assert not [name for name in history if name.startswith("val_val_")]
 
 
@@ -335,7 +336,9 @@ def columns(lines: list[dict[str, Any]], of: str) -> dict[str, list[float]]:
 
 def test_lines_hold_the_history_in_full_precision(tmp_path: Path) -> None:
     path = tmp_path / "new" / "metrics.jsonl"
-    history = make_trainer([LoggingCallback(path)]).train()
+    trainer = make_trainer([LoggingCallback(path)])
+    trainer.train()
+    history = trainer.metrics.get_history()
     training, validation = (columns(strict_lines(path), of) for of in ("train_loss", "val_loss"))
     training.pop("memory_gb")  # which the machine says
     assert training == {name: values for name, values in history.items() if not name.startswith("val_")}
@@ -398,9 +401,24 @@ def test_without_a_path_lines_go_to_the_console_alone(
 # ---- the bar -------------------------------------------------------------------------------------------------
 
 
-def test_the_bar_is_shown_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
-    history = make_trainer([ProgressCallback()]).train()
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> pytest.CaptureFixture[str]:
+    """What is captured, taken for a terminal."""
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda stream: True)
+    return capsys
+
+
+def test_into_a_file_go_lines_and_no_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    make_trainer([ProgressCallback(), LoggingCallback()]).train()
     captured = capsys.readouterr()
+    assert captured.err == ""
+    assert captured.out.count("train_loss") == 6
+
+
+def test_on_a_terminal_the_bar_stands_for_the_training_lines(terminal: pytest.CaptureFixture[str]) -> None:
+    history = make_trainer([ProgressCallback(), LoggingCallback()]).train()
+    captured = terminal.readouterr()
+    assert "train_loss" not in captured.out
     last = captured.err.replace("\r", "\n").rstrip().splitlines()[-1]
     assert last.startswith("training: 100%")
     assert "6/6" in last
@@ -409,23 +427,25 @@ def test_the_bar_is_shown_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert "training:" not in captured.out
 
 
-def test_the_bar_of_a_resumed_run_begins_where_the_run_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_bar_of_a_resumed_run_begins_where_the_run_does(
+    tmp_path: Path, terminal: pytest.CaptureFixture[str]
+) -> None:
     make_trainer([StopAt(4)], checkpoint_dir=str(tmp_path)).train()
-    capsys.readouterr()
+    terminal.readouterr()
     make_trainer([ProgressCallback()], checkpoint_dir=str(tmp_path), log_every_n_steps=5).train()
-    bars = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.strip()]
+    bars = [line for line in terminal.readouterr().err.replace("\r", "\n").splitlines() if line.strip()]
     assert "4/6" in bars[0]
     assert "6/6" in bars[-1]
 
 
-def test_the_bar_ends_where_the_run_stopped(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_bar_ends_where_the_run_stopped(terminal: pytest.CaptureFixture[str]) -> None:
     class StopBetweenLogs(Callback):
         def on_step_end(self, trainer: Trainer, loss: float) -> None:
             if trainer.global_step == 5:
                 trainer.request_stop("asked to")
 
     make_trainer([ProgressCallback(), StopBetweenLogs()], log_every_n_steps=4).train()
-    bars = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.strip()]
+    bars = [line for line in terminal.readouterr().err.replace("\r", "\n").splitlines() if line.strip()]
     assert "5/6" in bars[-1]
 
 

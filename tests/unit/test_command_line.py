@@ -372,6 +372,8 @@ def test_help_says_every_option_with_its_text_and_default(
         assert text in options[name]
         assert (" [" in options[name].partition(text)[2]) != ("default:" in text)
     assert options["training.learning_rate"].endswith("[0.0003]")
+    assert options["model.dropout"].endswith("[0.0]")  # which equals false
+    assert options["training.warmup_steps"].endswith("[0]")
 
 
 # ---- exit codes, and what is left behind

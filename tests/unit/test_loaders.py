@@ -292,6 +292,17 @@ def test_iterating_draws_nothing_from_the_global_generator(num_workers: int) -> 
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_plain_loader_over_windows_of_tokens_gives_them_as_ours_does() -> None:
+    dataset, sampler = TokenDataset(np.arange(40), 4), StepSampler(10, 3, 0)
+    batches = [
+        list(step_loader(DataLoader(dataset, batch_size=3, **options), sampler, 0, 4, False))
+        for options in ({}, {"collate_fn": as_is})
+    ]
+    for plain, ours in zip(*batches, strict=True):
+        assert plain[0].shape == (len(plain[1]), 4)
+        torch.testing.assert_close(plain, ours)
+
+
 def test_a_step_loader_collates_as_the_users_loader_does() -> None:
     loader = DataLoader(NUMBERS, batch_size=4, collate_fn=lambda items: [f"<{item}>" for item in items])
     sampler = step_sampler("train_loader", loader, 0, 0, 1)

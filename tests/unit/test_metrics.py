@@ -28,6 +28,25 @@ def test_history_keeps_each_metric_in_order() -> None:
     assert made.get_history() == {"loss": [3.0, 2.0], "step": [1, 2], "val_loss": [2.5]}
 
 
+def test_the_table_has_a_row_for_each_step_that_was_logged_or_validated() -> None:
+    made = MetricTracker()
+    for step in (2, 4):
+        made.update({"step": step, "train_loss": step / 2})
+    made.update({"val_step": 3, "val_loss": 0.5})
+    made.update({"val_step": 4, "val_loss": 0.25})
+    table = made.by_step()
+    assert repr(table) == repr(
+        {"step": [2, 3, 4], "train_loss": [1.0, math.nan, 2.0], "val_loss": [math.nan, 0.5, 0.25]}
+    )
+
+
+def test_a_metric_that_comes_and_goes_keeps_to_its_steps() -> None:
+    made = MetricTracker()
+    for step, more in enumerate(({}, {"skipped": 7}, {}, {"skipped": 9}, {})):
+        made.update({"step": step, "loss": 1.0, **more})
+    assert repr(made.by_step()["skipped"]) == repr([math.nan, 7, math.nan, 9, math.nan])
+
+
 def test_changing_the_returned_history_changes_nothing_kept() -> None:
     made = tracker(loss=[3.0, 2.0])
     history = made.get_history()

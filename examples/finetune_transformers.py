@@ -1,0 +1,58 @@
+"""Any causal language model of transformers is trained as it is, and what is saved opens there again.
+
+    python examples/finetune_transformers.py gpt2 my.txt      a name or a folder, and a text
+    python examples/finetune_transformers.py --smoke          a tiny Llama made here, on a text Python carries
+
+Without Python: python -m fundamentallm.train --model.pretrained gpt2 --data.source my.txt
+"""
+
+import sys
+from pathlib import Path
+from pydoc_data.topics import topics
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fundamentallm import Config, DataConfig, Trainer, TrainingConfig, create_dataloaders, create_tokenizer
+
+smoke = "--smoke" in sys.argv[1:]
+
+
+def tiny_model(folder: str, text: str) -> str:
+    """Stands for a downloaded one: a folder with a model and its tokenizer."""
+    tokenizer = create_tokenizer("bpe:400", lambda: [text], lambda: [text])
+    shape = LlamaConfig(
+        vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    LlamaForCausalLM(shape).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return folder
+
+
+if smoke:
+    text = "\n\n".join(topics.values())[:30_000]
+    name = tiny_model("runs/tiny_llama", text)
+else:
+    name, file = sys.argv[1:]
+    text = Path(file).read_text(encoding="utf-8")
+
+model = AutoModelForCausalLM.from_pretrained(name)
+tokenizer = AutoTokenizer.from_pretrained(name)
+config = Config(
+    output_dir="runs/finetuned_smoke" if smoke else "runs/finetuned",
+    data=DataConfig(sequence_length=32 if smoke else 512),
+    training=TrainingConfig(
+        batch_size=8,
+        micro_batch_size=2,  # what fits into memory; the batch of a step stays 8
+        max_steps=20 if smoke else 500,
+        learning_rate=1e-3 if smoke else 2e-5,
+        warmup_steps=5,
+    ),
+)
+# A fast tokenizer of transformers holds one of the `tokenizers` library, which is what is wanted here.
+trainer = Trainer(model, config, *create_dataloaders(text, tokenizer.backend_tokenizer, config))
+print(f"before: {trainer.validate()}")
+trainer.train()
+print(f"after: {trainer.validate()}")
+
+again = AutoModelForCausalLM.from_pretrained(trainer.save_checkpoint())
+print(f"it opens in transformers: {type(again).__name__}")

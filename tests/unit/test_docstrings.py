@@ -1,0 +1,45 @@
+"""Every public name is documented, and its examples give what they say."""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fundamentallm
+
+
+def public(name: str) -> Any:
+    return getattr(fundamentallm, name)
+
+
+@pytest.mark.parametrize("name", fundamentallm.__all__)
+def test_the_examples_of_a_public_name_give_what_they_say(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    examples = doctest.DocTestParser().get_doctest(inspect.getdoc(public(name)) or "", {}, name, None, None)
+    assert examples.examples
+    told: list[str] = []
+    doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(examples, out=told.append)
+    assert told == []
+
+
+@pytest.mark.parametrize("name", fundamentallm.__all__)
+def test_every_method_of_a_public_class_is_documented(name: str) -> None:
+    methods = vars(public(name)).items() if inspect.isclass(public(name)) else ()
+    public_ones = [(key, value) for key, value in methods if not key.startswith("_") and callable(value)]
+    assert [key for key, value in public_ones if not inspect.getdoc(value)] == []
+
+
+@pytest.mark.parametrize("name", fundamentallm.__all__)
+def test_the_docstring_of_a_public_name_explains_every_argument(name: str) -> None:
+    """All of them, by name, wherever it explains any."""
+    thing = public(name)
+    text = inspect.getdoc(thing) or ""
+    if "\nArgs:" in text:
+        names = [argument for argument in inspect.signature(thing).parameters if argument != "self"]
+        assert [argument for argument in names if f"\n    {argument}: " not in text] == []
