@@ -24,6 +24,12 @@ IGNORE_INDEX = -100
 """Target that is not trained on: torch's and transformers' convention."""
 
 BUILT_IN_CORPUS = "python-docs"
+DATASETS = "datasets:"
+"""How a source begins that the library of that name opens."""
+PREPARED = ("meta.json", "tokenizer.json", "train.bin", "validation.bin")
+"""Files of a prepared source."""
+ROWS, TOKENS = (".jsonl", ".parquet"), (".bin", ".npy")
+"""Endings of files that hold rows with fields, and of those that hold tokens; all others are text."""
 
 # The tables behind these names live in the modules that import torch (a test holds the two together).
 OPTIMIZER_NAMES = ("adamw", "adam", "sgd", "muon")
@@ -51,6 +57,11 @@ def _is_no_folder(path: str) -> bool:
     except ValueError:  # a null character, or what no file system can encode
         return True
     return os.path.exists(path) or (bool(parent := os.path.dirname(path.rstrip("/"))) and _is_no_folder(parent))
+
+
+def is_prepared(source: str) -> bool:
+    """Whether a source is a folder that `fundamentallm prepare` made."""
+    return all(os.path.isfile(os.path.join(expand_user(source), name)) for name in PREPARED)
 
 
 @dataclass(frozen=True)
@@ -107,12 +118,24 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """The text, and how it becomes samples."""
 
-    source: str = BUILT_IN_CORPUS
-    """A text file, a folder, a glob, or 'python-docs': the language reference every CPython carries."""
+    source: str | dict[str, float] = BUILT_IN_CORPUS
+    """A file, folder, glob, 'datasets:NAME', 'python-docs' (which CPython carries); or several, each with its weight."""
     tokenizer: str = "char"
     """'char', 'byte', 'bpe:<vocabulary size>' trained on the training text, or a tokenizer.json file."""
     train_split: float = 0.9
     """Leading fraction of the text that is trained on; the rest is validation (1: no validation)."""
+    text_field: str = "text"
+    """Field of a row (of .jsonl, .parquet, datasets) that holds the text."""
+    prompt_field: str | None = None
+    """Field of what the text answers: each row is a sample, whose prompt is not trained on; null: there is none."""
+    end_of_text: str | None = None
+    """Token after each document, such as '<|endoftext|>'; null: an empty line between documents."""
+    mask_documents: bool = False
+    """Let no token attend to what comes before its document's beginning (needs end_of_text)."""
+    suffixes: list[str] = field(default_factory=lambda: [".txt", ".md"])
+    """Endings of the files that a folder means."""
+    max_bad_rows: int = 0
+    """Rows (and text files) that cannot be read and may be left out, counted and named; with more it is an error."""
     sequence_length: int = 256
     """Tokens the model sees at once; one sample."""
     num_workers: int = 0
@@ -136,35 +159,69 @@ class DataConfig(Section):
                 f"tokenizer is {self.tokenizer!r}; allowed: 'char', 'byte', 'bpe:<vocabulary size>', "
                 f"or the path of a tokenizer.json.{near}",
             )
+        for source, weight in self.sources().items():
+            if not 0 < weight < math.inf:
+                yield ("source",), f"source has {source!r} with weight {weight}; allowed: greater than 0."
+        if not self.sources():
+            yield ("source",), "source is {}; allowed: at least one source with its weight."
+        if self.end_of_text == "":
+            yield ("end_of_text",), "end_of_text is ''; allowed: the text of a token, or null."
+        if self.mask_documents and self.end_of_text is None:
+            yield (
+                ("mask_documents", "end_of_text"),
+                "mask_documents is true and end_of_text is null; allowed: with an end_of_text, which shows where "
+                "documents begin. Set data.end_of_text, such as '<|endoftext|>'.",
+            )
+        if self.prompt_field is not None and self.end_of_text is None:
+            yield (
+                ("prompt_field", "end_of_text"),
+                f"prompt_field is {self.prompt_field!r} and end_of_text is null; allowed: with an end_of_text, or the "
+                "model never learns where an answer ends. Set data.end_of_text, such as '<|endoftext|>'.",
+            )
+        if self.prompt_field is not None and self.mask_documents:
+            yield (
+                ("prompt_field", "mask_documents"),
+                f"prompt_field is {self.prompt_field!r} and mask_documents is true; allowed: one of them, since each "
+                "row is a sample of its own. Set data.mask_documents to false.",
+            )
+        if self.prompt_field == self.text_field:
+            yield ("prompt_field", "text_field"), f"prompt_field and text_field are both {self.text_field!r}."
 
-    def source_files(self) -> list[Path]:
-        """The files `source` names, sorted; empty for the built-in corpus.
+    def sources(self) -> dict[str, float]:
+        """Each source with its weight."""
+        return self.source if isinstance(self.source, dict) else {self.source: 1.0}
 
-        A folder means every non-hidden file below it that ends in .txt or .md.
+    def source_files(self, source: str | None = None) -> list[Path]:
+        """The files that one source (default: the only one) names, sorted; empty for those that are no files.
+
+        A folder means every non-hidden file below it that has one of the `suffixes`.
 
         Raises:
             ConfigError: if there are none.
         """
-        if self.source == BUILT_IN_CORPUS:
+        (source,) = self.sources() if source is None else (source,)
+        if source == BUILT_IN_CORPUS or source.startswith(DATASETS):
             return []
         # os.path answers False where pathlib raises: an unknown ~user, a name too long, a null character.
-        text = expand_user(self.source)
+        text = expand_user(source)
         path = Path(text)
         if os.path.isfile(text):
             return [path]
+        if is_prepared(source):
+            return []
         if os.path.isdir(text):
-            below = (found for found in path.rglob("*") if found.suffix in (".txt", ".md"))
+            below = (found for found in path.rglob("*") if found.name.endswith(tuple(self.suffixes)))
             files = [f for f in below if f.is_file() and not any(p.startswith(".") for p in f.relative_to(path).parts)]
-            wanted = "a folder with .txt or .md files below it"
+            wanted = f"a folder with {' or '.join(self.suffixes)} files below it (data.suffixes)"
         else:
             try:
                 files = [Path(found) for found in glob.glob(text, recursive=True) if os.path.isfile(found)]
             except ValueError:  # a null character
                 files = []
-            wanted = f"a text file, a folder, a glob, or {BUILT_IN_CORPUS!r}"
+            wanted = f"a file, a folder, a glob, {DATASETS}NAME, or {BUILT_IN_CORPUS!r}"
         if not files:
-            near = did_you_mean(self.source, [BUILT_IN_CORPUS])
-            raise ConfigError(f"source is {self.source!r}, where there is no text; allowed: {wanted}.{near}")
+            near = did_you_mean(source, [BUILT_IN_CORPUS])
+            raise ConfigError(f"source is {source!r}, where there is no text; allowed: {wanted}.{near}")
         return sorted(files)
 
     def file_problems(self) -> list[str]:
@@ -174,21 +231,42 @@ class DataConfig(Section):
             problems.append(f"tokenizer is {self.tokenizer!r}, which is not a file; give the path of a tokenizer.json.")
         if self.cache_dir is not None and _is_no_folder(self.cache_dir):
             problems.append(f"cache_dir is {self.cache_dir!r}, which is no folder; give another.")
-        try:
-            files = self.source_files()
-        except ConfigError as error:
-            return problems + error.problems
+        for source in self.sources():
+            try:
+                problems += self._problems_of_files(source, self.source_files(source))
+            except ConfigError as error:
+                problems += error.problems
+        return problems
+
+    def _problems_of_files(self, source: str, files: list[Path]) -> Iterator[str]:
+        kinds = {"rows" if f.suffix in ROWS else "tokens" if f.suffix in TOKENS else "text" for f in files}
         size, needed = sum(file.stat().st_size for file in files), self.sequence_length + 1
-        if files and size == 0:
-            problems.append(f"source is {self.source!r}, which is empty; give a file with text in it.")
+        if len(kinds) > 1:
+            yield (
+                f"source is {source!r}, which has files of {' and of '.join(sorted(kinds))}; allowed: of one kind. "
+                "Name them as several sources."
+            )
+        elif files and size == 0:
+            yield f"source is {source!r}, which is empty; give a file with text in it."
+        elif "text" in kinds and self.prompt_field is not None:
+            yield (
+                f"source is {source!r}, which has no rows, and prompt_field is {self.prompt_field!r}; allowed: "
+                f"{', '.join(ROWS)} or {DATASETS}NAME. Set data.prompt_field to null, or give another source."
+            )
+        elif "tokens" in kinds and not self.tokenizer.endswith(".json"):
+            yield (
+                f"source is {source!r}, which holds tokens, and tokenizer is {self.tokenizer!r}; allowed: the "
+                "tokenizer.json that they were made with."
+            )
+        elif "tokens" in kinds and self.prompt_field is not None:
+            yield f"source is {source!r}, which holds tokens; allowed: with a data.prompt_field, sources of rows."
         # Our own tokenizers make at most a token of a byte, so this finds the hopeless cases before anything is
         # read; the exact count, of each part of the split, is checked after encoding.
-        elif files and not self.tokenizer.endswith(".json") and size + 2 * len(files) < needed:
-            problems.append(
-                f"source is {self.source!r}, which has {size} bytes; allowed: at least sequence_length + 1 = "
+        elif kinds == {"text"} and not self.tokenizer.endswith(".json") and size + 2 * len(files) < needed:
+            yield (
+                f"source is {source!r}, which has {size} bytes; allowed: at least sequence_length + 1 = "
                 f"{needed} tokens in each part of the split. Give more text or a smaller data.sequence_length."
             )
-        return problems
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ RANGES: dict[str, Interval] = {
     **dict.fromkeys(("learning_rate", "gradient_clip_norm", "rope_theta", "adam_epsilon"), POSITIVE),
     **dict.fromkeys(("max_minutes", "hang_minutes", "skip_spikes_above"), POSITIVE),
     **dict.fromkeys(("weight_decay", "early_stopping_min_delta", "warmup_steps"), NON_NEGATIVE),
-    **dict.fromkeys(("num_workers", "sample_tokens"), NON_NEGATIVE),
+    **dict.fromkeys(("num_workers", "sample_tokens", "max_bad_rows"), NON_NEGATIVE),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "momentum", "dropout"), BELOW_ONE),
     "min_lr_ratio": FRACTION,
     "early_stopping_patience": AT_LEAST_ONE,
@@ -93,7 +93,10 @@ def fits(value: Any, hint: Any) -> bool:
     if origin in _UNIONS:
         return any(fits(value, option) for option in typing.get_args(hint))
     if origin is dict:
-        return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+        of_value = typing.get_args(hint)[1]
+        return isinstance(value, dict) and all(
+            isinstance(key, str) and (of_value is Any or fits(item, of_value)) for key, item in value.items()
+        )
     if origin is list:
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
     if hint in (int, float) and isinstance(value, bool):
