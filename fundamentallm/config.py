@@ -119,7 +119,7 @@ class DataConfig(Section):
     """The text, and how it becomes samples."""
 
     source: str | dict[str, float] = BUILT_IN_CORPUS
-    """A file, folder, glob, 'datasets:NAME', 'python-docs' (which CPython carries); or several, each with its weight."""
+    """A file, folder, glob, 'datasets:NAME', 'python-docs' (CPython's own); or several, each with its weight."""
     tokenizer: str = "char"
     """'char', 'byte', 'bpe:<vocabulary size>' trained on the training text, or a tokenizer.json file."""
     train_split: float = 0.9

@@ -7,6 +7,7 @@ by `training.max_minutes` (start it again: the same command goes on), 130 a seco
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -73,7 +74,7 @@ def make_trainer(config: Config) -> Trainer:
     # Imported here, so that --help and config errors need not wait for torch.
     import torch
 
-    from fundamentallm.data.corpus import load_corpus
+    from fundamentallm.data.corpus import describe, load_corpus
     from fundamentallm.data.loaders import create_dataloaders
     from fundamentallm.models.transformer import Transformer
     from fundamentallm.training.accelerator import create_accelerator
@@ -87,15 +88,17 @@ def make_trainer(config: Config) -> Trainer:
     train_loader, val_loader = create_dataloaders(corpus, corpus.tokenizer, config)
     torch.manual_seed(config.training.seed)
     with torch.device("meta") if accelerator.is_fsdp2 else nullcontext():  # it may be larger than a device
-        model = Transformer(config.model)
+        model = Transformer(config.model, corpus.end_of_text if config.data.mask_documents else None)
     trainer = Trainer(model, config, train_loader, val_loader, accelerator=accelerator)
     if config.model.init_from is not None and trainer.team.from_first(lambda: _begins_afresh(config)):
         with trainer.team.together():
             _load_weights(trainer, Path(expand_user(config.model.init_from)), corpus.tokenizer)
     for callback in callbacks:
         trainer.callbacks.add(callback)
-    sizes = f"{len(corpus.train):,} training and {len(corpus.validation):,} validation tokens"
-    trainer.say(f"{config.data.source}: {sizes}, vocabulary {corpus.tokenizer.get_vocab_size():,}")
+    for line in describe(corpus):
+        trainer.say(line)
+    if cut := sum(getattr(loader.dataset, "num_cut", 0) for loader in (train_loader, val_loader) if loader):
+        trainer.say(f"{cut:,} pairs are longer than data.sequence_length; what is beyond it is not trained on")
     return trainer
 
 
@@ -220,8 +223,9 @@ def _show_end(trainer: Trainer, config: Config) -> None:
         from fundamentallm.models.generation import generate
 
         data: Any = trainer.train_loader.dataset
-        prompt = data.tokens[: min(32, config.data.sequence_length)].tolist()
+        prompt = data.opening().tolist()
         ids = generate(trainer.model, prompt, config.sample_tokens, config.data.sequence_length, temperature=0.7)
+        ids = itertools.takewhile(lambda token: token != data.end_of_text, ids)
         text = data.tokenizer.decode(list(ids))
         trainer.say(f"---- sample: {data.tokenizer.decode(prompt)!r} continued ----\n{text}")
 

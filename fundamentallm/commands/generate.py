@@ -50,6 +50,8 @@ def main(arguments: Sequence[str], program: str) -> int:
     # A character may be made of several tokens, so what is new in the decoded whole is printed.
     written, shown = [], 0
     for token in ids:
+        if token == shape.get("eos_token_id"):
+            break
         written.append(token)
         text = tokenizer.decode(written)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):

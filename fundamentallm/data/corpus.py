@@ -48,6 +48,7 @@ class Source(NamedTuple):
     validation: Tokens
     bad_rows: int
     """Rows that were left out."""
+    tokenizer: Tokenizer
     folder: Path
     """Where its files are."""
 
@@ -123,9 +124,23 @@ def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
     texts = {source.name: (source.folder / "tokenizer.json").read_text(encoding="utf-8") for source in sources}
     if len(set(texts.values())) > 1:
         raise ConfigError("source has several that were prepared with different tokenizers; prepare them together.")
-    tokenizer = read_tokenizer(sources[0].folder / "tokenizer.json")
+    tokenizer = sources[0].tokenizer
     end = None if config.end_of_text is None else tokenizer.token_to_id(config.end_of_text)
     return Corpus(tokenizer, sources, end)
+
+
+def describe(corpus: Corpus) -> list[str]:
+    """A line for each source, and what was left out of it."""
+    lines, total = [], sum(source.weight for source in corpus.sources)
+    for source in corpus.sources:
+        sizes = f"{len(source.train.ids):,} training and {len(source.validation.ids):,} validation tokens"
+        if source.train.rows is not None and source.validation.rows is not None:
+            sizes += f", {len(source.train.rows):,} and {len(source.validation.rows):,} pairs"
+        weight = f", weight {source.weight / total:.3g}" if len(corpus.sources) > 1 else ""
+        lines.append(f"{source.name}: {sizes}{weight}, vocabulary {corpus.tokenizer.get_vocab_size():,}")
+        if source.bad_rows:
+            lines.append(f"{source.name}: {source.bad_rows:,} bad rows left out: {source.folder / 'bad_rows.txt'}")
+    return lines
 
 
 def vocabulary_size(config: DataConfig) -> int:
@@ -154,8 +169,8 @@ def _known_facts(config: DataConfig, source: str, cache: Path) -> Facts:
     if before is not None:
         settings = config.text_field, config.prompt_field, config.end_of_text, config.max_bad_rows
         # A .bin's type, and so its number of tokens, is the tokenizer's.
-        tokenizer = config.tokenizer if config.tokenizer == "char" else _file_sha256(config, source)
-        note = cache / "known" / _hash(CACHE_FORMAT, before, settings, tokenizer)
+        width = token_dtype(read_tokenizer(config.tokenizer)).name if is_tokens(config, source) else None
+        note = cache / "known" / _hash(CACHE_FORMAT, before, settings, config.tokenizer == "char", width)
         with contextlib.suppress(OSError, ValueError, TypeError):
             return Facts(*json.loads(note.read_text(encoding="utf-8")))
     facts = _facts(config, source)
@@ -166,18 +181,6 @@ def _known_facts(config: DataConfig, source: str, cache: Path) -> Facts:
                 json.dump(facts, file)
             os.replace(file.name, note)
     return facts
-
-
-def _file_sha256(config: DataConfig, source: str) -> str | None:
-    """Of the tokenizer.json, where what a source holds depends on it."""
-    return _tokenizer_sha256(config) if is_tokens(config, source) else None
-
-
-def _tokenizer_sha256(config: DataConfig) -> str:
-    try:
-        return hashlib.sha256(Path(expand_user(config.tokenizer)).read_bytes()).hexdigest()
-    except OSError as error:
-        raise ConfigError(f"tokenizer is {config.tokenizer!r}, which cannot be read: {error}.") from error
 
 
 def _facts(config: DataConfig, source: str) -> Facts:
@@ -210,7 +213,7 @@ def _keys(config: DataConfig, facts: dict[str, Facts]) -> dict[str, str]:
     """The names under which the cache has the sources."""
     tokenizer: Any = config.tokenizer
     if config.tokenizer.endswith(".json"):
-        tokenizer = _tokenizer_sha256(config)
+        tokenizer = read_tokenizer(config.tokenizer).to_str()
     elif config.tokenizer != "byte":  # it is made of all the text
         tokenizer = [config.tokenizer, *(found.sha256 for found in facts.values())]
     made = CACHE_FORMAT, tokenizers.__version__, tokenizer, config.train_split, config.end_of_text
@@ -251,7 +254,6 @@ def _user_cache() -> Path:
 def _cached(folder: Path, name: str, weight: float) -> Source | None:
     """The cache entry at `folder`; None where there is none, or it is damaged."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, ConfigError):
-        read_tokenizer(folder / "tokenizer.json")
         return _open(folder, name, weight)
     return None
 
@@ -276,7 +278,8 @@ def _open(folder: Path, name: str, weight: float, config: DataConfig | None = No
     train = parts[0].ids
     if train.nbytes > READ_WHOLE and hasattr(mmap, "MADV_RANDOM"):
         train.base.madvise(mmap.MADV_RANDOM)  # type: ignore[union-attr]
-    return Source(name, weight, parts[0], parts[1], meta["bad_rows"], folder)
+    tokenizer = read_tokenizer(folder / "tokenizer.json")
+    return Source(name, weight, parts[0], parts[1], meta["bad_rows"], tokenizer, folder)
 
 
 def _mapped(path: Path, dtype: np.dtype[Any], count: int) -> NDArray[Any]:

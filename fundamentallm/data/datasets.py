@@ -24,7 +24,7 @@ Batch = tuple[Tensor, Tensor]
 FINGERPRINT_BLOCK, FINGERPRINT_BLOCKS = 2**16, 2**8
 """Tokens in a block, and most blocks, that a fingerprint covers."""
 WIDTHS = 64
-"""Pairs are filled up to a multiple of so many inputs, so that there are few shapes to compile for and to keep memory of."""
+"""Pairs are filled up to a multiple of so many inputs: few shapes to compile for, and to keep memory of."""
 
 
 class TokenSamples(Dataset[Batch]):
@@ -61,6 +61,10 @@ class TokenSamples(Dataset[Batch]):
 
     def locate(self, index: int) -> tuple[str, NDArray[np.integer]]:
         """Where a sample's inputs are, for people to read, and their tokens."""
+        raise NotImplementedError
+
+    def opening(self) -> NDArray[np.integer]:
+        """Tokens that a model can be shown to go on from."""
         raise NotImplementedError
 
 
@@ -124,6 +128,10 @@ class TokenDataset(TokenSamples):
         start = int(self.starts([index])[0])
         stop = start + self.sequence_length
         return f"{start:,}-{stop - 1:,}", self.tokens[start:stop]
+
+    def opening(self) -> NDArray[np.integer]:
+        """The first few tokens."""
+        return self.tokens[: min(32, self.sequence_length)]
 
     def __len__(self) -> int:
         return -(-(len(self.tokens) - 1) // self.sequence_length)
@@ -206,6 +214,10 @@ class PairDataset(TokenSamples):
         start, stop = int(starts[0]), int(min(ends[0], starts[0] + self.sequence_length))
         return f"{start:,}-{stop - 1:,}", self.tokens[start:stop]
 
+    def opening(self) -> NDArray[np.integer]:
+        """The first prompt."""
+        return self.tokens[: self.rows[0, 0]][-self.sequence_length :]
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -236,6 +248,9 @@ class MixedDataset(TokenSamples):
     Args:
         datasets: by name; all with the same sequence length and tokenizer.
         weights: parts of the samples that are to come from each; None: each sample once.
+
+    Attributes:
+        num_cut: pairs of which something is cut off.
     """
 
     def __init__(self, datasets: Mapping[str, TokenSamples], weights: Sequence[float] | None = None) -> None:
@@ -246,6 +261,7 @@ class MixedDataset(TokenSamples):
         sizes = [dataset.num_bytes for dataset in self.datasets]
         self.num_bytes = sum(size or 0 for size in sizes) if None not in sizes else None
         self.sizes = np.array([len(dataset) for dataset in self.datasets])
+        self.num_cut = sum(getattr(dataset, "num_cut", 0) for dataset in self.datasets)
         self.counts = self.sizes
         if weights is not None:
             per_weight = max(size / weight for size, weight in zip(self.sizes, weights, strict=True))
@@ -269,6 +285,10 @@ class MixedDataset(TokenSamples):
         of, sample = (int(found[0]) for found in self._which(np.array([index])))
         where, ids = self.datasets[of].locate(sample)
         return f"{self.names[of]} {where}", ids
+
+    def opening(self) -> NDArray[np.integer]:
+        """That of the first dataset."""
+        return self.datasets[0].opening()
 
     def __len__(self) -> int:
         return int(self._ends[-1])

@@ -87,13 +87,14 @@ def prepare_source(
     staging = folder.with_name(f".staging-{folder.name}")
     with _locked(staging):
         if is_ready():  # another process was faster
+            shutil.rmtree(staging)
             return
         try:
             # Not by its own `save`, whose errors are no OSErrors.
             (staging / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
             train_size = int(size * config.train_split)
             with tqdm(
-                total=size, desc=f"tokenizing {source}", unit="", unit_scale=True, disable=not show_progress
+                total=size, desc=f"tokenizing {os.path.basename(source)}", unit="", unit_scale=True, disable=not show_progress
             ) as bar:
                 if is_tokens(config, source):
                     note = _copy(config, source, train_size, tokenizer, staging, bar)

@@ -320,7 +320,8 @@ def create_dataloaders(
     train: TokenSamples
     validation: TokenSamples | None
     if isinstance(text_or_tokens, Corpus):
-        train, validation = corpus_samples(text_or_tokens, length, has_validation)
+        corpus = text_or_tokens._replace(tokenizer=tokenizer or text_or_tokens.tokenizer)
+        train, validation = corpus_samples(corpus, length, has_validation)
     else:
         if isinstance(text_or_tokens, str):
             parts = _encode_text(text_or_tokens, tokenizer, config.data.train_split)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import time
@@ -90,7 +89,7 @@ def read_source(config: DataConfig, source: str, bad: list[str], start: Place = 
             if len(bad) > config.max_bad_rows:
                 named = "; ".join(bad[-NAMED:])
                 raise ConfigError(
-                    f"source is {source!r}, which has {len(bad)} rows that cannot be read: {named}. Allowed: "
+                    f"source is {source!r}, which has rows that cannot be read ({len(bad)} so far): {named}. Allowed: "
                     f"data.max_bad_rows = {config.max_bad_rows}; mend them, or have more of them left out."
                 )
             continue
@@ -142,13 +141,13 @@ def _text_pieces(config: DataConfig, number: int, path: Path, offset: int) -> It
         except UnicodeDecodeError as error:
             yield BadRow(str(path), f"is not UTF-8 text: {error}")
             return
-    with path.open("rb") as raw:
-        size = os.fstat(raw.fileno()).st_size
+    with path.open(encoding="utf-8", newline="") as file:
+        size = os.fstat(file.fileno()).st_size
         if size == 0 and config.end_of_text is None:
             yield Piece("", ends=True, after=Place(number + 1))  # it has its separator
-        raw.seek(offset)
+        file.buffer.seek(offset)
         try:
-            for text in read_pieces(io.TextIOWrapper(raw, encoding="utf-8", newline="")):
+            for text in read_pieces(file):
                 offset += len(text.encode())
                 is_last = offset >= size
                 yield Piece(text, ends=is_last, after=Place(number + 1) if is_last else Place(number, offset))
@@ -224,8 +223,8 @@ def _why_bad(row: dict[str, Any], fields: list[str]) -> str | None:
 def _json_rows(path: Path, offset: int) -> Iterator[tuple[str, int, Row]]:
     with path.open("rb") as file:
         file.seek(offset)
-        for line in file:
-            where = f"byte {offset:,}"
+        for number, line in enumerate(file, start=1):
+            where = f"line {number:,}"  # of what is read now; bad ones are told when all of it is
             offset += len(line)
             if not line.strip():
                 continue
@@ -322,12 +321,7 @@ def looks(config: DataConfig, source: str) -> list[Any] | None:
         return [source, getattr(open_dataset(source), "_fingerprint", None)]
     built_in = source == BUILT_IN_CORPUS
     files = [Path(str(find_spec("pydoc_data.topics").origin))] if built_in else config.source_files(source)  # type: ignore[union-attr]
-    return file_looks(files)
-
-
-def file_looks(files: Iterable[Path]) -> list[Any] | None:
-    """`looks` of files."""
-    facts = []
+    facts: list[Any] = []
     for file in files:
         try:
             found = file.stat()

@@ -121,7 +121,10 @@ def lacking_characters(tokenizer: Tokenizer, text: str, known: set[str]) -> list
 
 
 def num_bytes(tokenizer: Tokenizer, tokens: NDArray[np.integer], end_of_text: int | None = None) -> int:
-    """UTF-8 bytes of the text of `tokens`, also where it begins or ends within a character; `end_of_text` is no text."""
+    """UTF-8 bytes of the text of `tokens`, also where it begins or ends within a character.
+
+    `end_of_text`, if it is among them, is no text.
+    """
     if end_of_text is not None:
         tokens = tokens[tokens != end_of_text]
     if len(tokens) == 0:

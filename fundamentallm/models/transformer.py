@@ -39,6 +39,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
 
 
+def document_mask(input_ids: Tensor, document_start: int) -> Tensor:
+    """Which positions (B, 1, T, T) each position of `input_ids` (B, T) attends to: those before it in its document.
+
+    Known from the tokens, so that neither batches nor their exchange have to carry it. Rotary positions need no reset:
+    only their differences count.
+    """
+    document = (input_ids == document_start).cumsum(1)
+    return (document[:, :, None] == document[:, None, :]).tril()[:, None]
+
+
 class Attention(nn.Module):
     """Causal self-attention in which several query heads may share a key and value head."""
 
@@ -57,8 +67,8 @@ class Attention(nn.Module):
             self.k_norm = nn.RMSNorm(self.head_size, eps=NORM_EPSILON)
         self.qk_norm = config.qk_norm
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Mix x (B, T, D) over positions; (B, T, D)."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Mix x (B, T, D) over positions, all before each or those that `mask` (B, 1, T, T) allows; (B, T, D)."""
         b, t, _ = x.shape
         q = self.q_proj(x).view(b, t, self.num_heads, self.head_size)
         k = self.k_proj(x).view(b, t, self.num_kv_heads, self.head_size)
@@ -71,8 +81,9 @@ class Attention(nn.Module):
             rotate(q, cos, sin),
             rotate(k, cos, sin),
             v,
+            mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=True,
+            is_causal=mask is None,
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
         return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))  # type: ignore[no-any-return]
@@ -104,9 +115,9 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin))
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))  # type: ignore[no-any-return]
 
 
@@ -114,7 +125,7 @@ class Head(nn.Linear):
     """Output projection, without a bias: to logits, or straight to what is made of them."""
 
     def forward(self, x: Tensor, of_hidden: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
-        """Logits (B, T, V) of x (B, T, D); or `of_hidden` of x and the weights (V, D), which makes them a chunk at a time.
+        """Logits (B, T, V) of x (B, T, D); or `of_hidden` of x and the weights (V, D), which makes a chunk at a time.
 
         Within this call, since only here FSDP2 has the weights whole.
         """
@@ -126,6 +137,8 @@ class Transformer(nn.Module):
 
     Args:
         config: its shape; `vocab_size` must be set.
+        document_start: a token before which nothing is attended to, by it or by what comes after it: the end-of-text
+            token, which thus begins the next document and tells nothing of the last; None: all is attended to.
 
     Raises:
         ConfigError: if `vocab_size` is not set.
@@ -135,8 +148,9 @@ class Transformer(nn.Module):
     _no_split_modules = ("Block",)
     base_model_prefix = "model"
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, document_start: int | None = None) -> None:
         super().__init__()
+        self.document_start = document_start
         if config.vocab_size is None:
             raise ConfigError("vocab_size is not set; give ModelConfig the tokenizer's get_vocab_size().")
         self.config = config = config.resolved()
@@ -176,11 +190,12 @@ class Transformer(nn.Module):
         x = self.dropout(self.model["embed_tokens"](input_ids))
         config = self.config
         cos, sin = rotary_table(input_ids.shape[1], config.d_model // config.num_heads, config.rope_theta, x.device)
+        mask = None if self.document_start is None else document_mask(input_ids, self.document_start)
         for block in self.model["layers"]:  # type: ignore[attr-defined]
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, cos, sin, use_reentrant=False)
+                x = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
             else:
-                x = block(x, cos, sin)
+                x = block(x, cos, sin, mask)
         return self.lm_head(self.model["norm"](x), of_hidden)  # type: ignore[no-any-return]
 
     def gradient_checkpointing_enable(self) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from fundamentallm.config import expand_user
-from fundamentallm.data.datasets import TokenDataset
+from fundamentallm.data.datasets import TokenSamples
 from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.training.manifest import read_manifest
@@ -59,13 +59,16 @@ def run_state(trainer: Trainer) -> dict[str, Any]:
 def model_files(trainer: Trainer) -> dict[str, str]:
     """What transformers needs beside the weights, as far as it is known."""
     files, dataset = {}, trainer.train_loader.dataset
-    if isinstance(dataset, TokenDataset) and dataset.tokenizer is not None:
-        files["tokenizer.json"] = dataset.tokenizer.to_str()
+    ours = dataset if isinstance(dataset, TokenSamples) else None
+    if ours is not None and ours.tokenizer is not None:
+        files["tokenizer.json"] = ours.tokenizer.to_str()
         # Without this, AutoTokenizer takes the class that the model's type suggests, which splits words its own way.
         tokenizer_class = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         files["tokenizer_config.json"] = json.dumps(tokenizer_class, indent=2)
     if isinstance(trainer.model, Transformer):
-        files["config.json"] = json.dumps(trainer.model.transformers_config(len(dataset[0][0])), indent=2)
+        length = len(dataset[0][0]) if ours is None else ours.sequence_length
+        shape = trainer.model.transformers_config(length) | {"eos_token_id": ours and ours.end_of_text}
+        files["config.json"] = json.dumps(shape, indent=2)
     elif to_json := getattr(getattr(trainer.model, "config", None), "to_json_string", None):
         files["config.json"] = to_json(use_diff=False)
     return files

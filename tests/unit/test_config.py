@@ -62,7 +62,7 @@ MISTAKES = [
     ("model.rope_theta", 0, "greater than 0"),
     ("data.train_split", 0, "greater than 0 and at most 1"),
     ("data.train_split", 1.1, "greater than 0 and at most 1"),
-    ("data.source", None, "text"),
+    ("data.source", None, "text or a mapping"),
     ("data.tokenizer", "wordpiece", "'char', 'byte', 'bpe:<vocabulary size>', or the path of a tokenizer.json"),
     ("data.tokenizer", "bpe:256", "'bpe:<vocabulary size>' with a size above 256"),
     ("data.tokenizer", "bpe:", "'bpe:<vocabulary size>' with a size above 256"),
@@ -321,8 +321,8 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("missing.txt", "where there is no text; allowed: a text file, a folder, a glob, or 'python-docs'"),
-        ("missing/*.txt", "where there is no text; allowed: a text file, a folder, a glob, or 'python-docs'"),
+        ("missing.txt", "where there is no text; allowed: a file, a folder, a glob, datasets:NAME, or 'python-docs'"),
+        ("missing/*.txt", "where there is no text; allowed: a file, a folder, a glob, datasets:NAME, or 'python-docs'"),
         ("python-doc", "Did you mean 'python-docs'?"),
         ("no_text", "where there is no text; allowed: a folder with .txt or .md files below it"),
         ("hidden", "where there is no text; allowed: a folder with .txt or .md files below it"),
