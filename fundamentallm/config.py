@@ -6,15 +6,13 @@ This module imports no torch, so that `--help` and a config error answer at once
 from __future__ import annotations
 
 import dataclasses
-import glob
 import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from fundamentallm.errors import ConfigError
+from fundamentallm.files import BUILT_IN_CORPUS, data_problems, expand_user, is_no_folder
 from fundamentallm.registry import did_you_mean, unknown_name
 from fundamentallm.validation import Section
 
@@ -23,45 +21,11 @@ LARGE_VOCABULARY, CHUNK = 1024, 512
 IGNORE_INDEX = -100
 """Target that is not trained on: torch's and transformers' convention."""
 
-BUILT_IN_CORPUS = "python-docs"
-DATASETS = "datasets:"
-"""How a source begins that the library of that name opens."""
-PREPARED = ("meta.json", "tokenizer.json", "train.bin", "validation.bin")
-"""Files of a prepared source."""
-ROWS, TOKENS = (".jsonl", ".parquet"), (".bin", ".npy")
-"""Endings of files that hold rows with fields, and of those that hold tokens; all others are text."""
-
 # The tables behind these names live in the modules that import torch (a test holds the two together).
 OPTIMIZER_NAMES = ("adamw", "adam", "sgd", "muon")
 SCHEDULE_NAMES = ("constant", "linear", "cosine", "cosine_with_restarts", "wsd")
 METRIC_NAMES = ("val_loss", "val_perplexity", "val_bits_per_byte")
 LOSS_NAMES = ("cross_entropy", "label_smoothing", "focal", "z_loss")
-
-
-def expand_user(path: str) -> str:
-    """A path with its `~` or `~user` written out, where that can be done (os.path.expanduser raises over a null)."""
-    try:
-        return os.path.expanduser(path)
-    except ValueError:
-        return path
-
-
-def _is_no_folder(path: str) -> bool:
-    """Whether something that is no folder is at the path, or a part of it, or no folder can have it for a name."""
-    if os.path.isdir(path):
-        return False
-    try:
-        os.lstat(path)
-    except OSError:  # none is there yet
-        pass
-    except ValueError:  # a null character, or what no file system can encode
-        return True
-    return os.path.exists(path) or (bool(parent := os.path.dirname(path.rstrip("/"))) and _is_no_folder(parent))
-
-
-def is_prepared(source: str) -> bool:
-    """Whether a source is a folder that `fundamentallm prepare` made."""
-    return all(os.path.isfile(os.path.join(expand_user(source), name)) for name in PREPARED)
 
 
 @dataclass(frozen=True)
@@ -190,83 +154,6 @@ class DataConfig(Section):
     def sources(self) -> dict[str, float]:
         """Each source with its weight."""
         return self.source if isinstance(self.source, dict) else {self.source: 1.0}
-
-    def source_files(self, source: str | None = None) -> list[Path]:
-        """The files that one source (default: the only one) names, sorted; empty for those that are no files.
-
-        A folder means every non-hidden file below it that has one of the `suffixes`.
-
-        Raises:
-            ConfigError: if there are none.
-        """
-        (source,) = self.sources() if source is None else (source,)
-        if source == BUILT_IN_CORPUS or source.startswith(DATASETS):
-            return []
-        # os.path answers False where pathlib raises: an unknown ~user, a name too long, a null character.
-        text = expand_user(source)
-        path = Path(text)
-        if os.path.isfile(text):
-            return [path]
-        if is_prepared(source):
-            return []
-        if os.path.isdir(text):
-            below = (found for found in path.rglob("*") if found.name.endswith(tuple(self.suffixes)))
-            files = [f for f in below if f.is_file() and not any(p.startswith(".") for p in f.relative_to(path).parts)]
-            wanted = f"a folder with {' or '.join(self.suffixes)} files below it (data.suffixes)"
-        else:
-            try:
-                files = [Path(found) for found in glob.glob(text, recursive=True) if os.path.isfile(found)]
-            except ValueError:  # a null character
-                files = []
-            wanted = f"a file, a folder, a glob, {DATASETS}NAME, or {BUILT_IN_CORPUS!r}"
-        if not files:
-            near = did_you_mean(source, [BUILT_IN_CORPUS])
-            raise ConfigError(f"source is {source!r}, where there is no text; allowed: {wanted}.{near}")
-        return sorted(files)
-
-    def file_problems(self) -> list[str]:
-        """What is wrong with the files this section names: missing, empty, or certainly too short."""
-        problems = []
-        if self.tokenizer.endswith(".json") and not os.path.isfile(expand_user(self.tokenizer)):
-            problems.append(f"tokenizer is {self.tokenizer!r}, which is not a file; give the path of a tokenizer.json.")
-        if self.cache_dir is not None and _is_no_folder(self.cache_dir):
-            problems.append(f"cache_dir is {self.cache_dir!r}, which is no folder; give another.")
-        for source in self.sources():
-            try:
-                problems += self._problems_of_files(source, self.source_files(source))
-            except ConfigError as error:
-                problems += error.problems
-        return problems
-
-    def _problems_of_files(self, source: str, files: list[Path]) -> Iterator[str]:
-        kinds = {"rows" if f.suffix in ROWS else "tokens" if f.suffix in TOKENS else "text" for f in files}
-        size, needed = sum(file.stat().st_size for file in files), self.sequence_length + 1
-        if len(kinds) > 1:
-            yield (
-                f"source is {source!r}, which has files of {' and of '.join(sorted(kinds))}; allowed: of one kind. "
-                "Name them as several sources."
-            )
-        elif files and size == 0:
-            yield f"source is {source!r}, which is empty; give a file with text in it."
-        elif "text" in kinds and self.prompt_field is not None:
-            yield (
-                f"source is {source!r}, which has no rows, and prompt_field is {self.prompt_field!r}; allowed: "
-                f"{', '.join(ROWS)} or {DATASETS}NAME. Set data.prompt_field to null, or give another source."
-            )
-        elif "tokens" in kinds and not self.tokenizer.endswith(".json"):
-            yield (
-                f"source is {source!r}, which holds tokens, and tokenizer is {self.tokenizer!r}; allowed: the "
-                "tokenizer.json that they were made with."
-            )
-        elif "tokens" in kinds and self.prompt_field is not None:
-            yield f"source is {source!r}, which holds tokens; allowed: with a data.prompt_field, sources of rows."
-        # Our own tokenizers make at most a token of a byte, so this finds the hopeless cases before anything is
-        # read; the exact count, of each part of the split, is checked after encoding.
-        elif kinds == {"text"} and not self.tokenizer.endswith(".json") and size + 2 * len(files) < needed:
-            yield (
-                f"source is {source!r}, which has {size} bytes; allowed: at least sequence_length + 1 = "
-                f"{needed} tokens in each part of the split. Give more text or a smaller data.sequence_length."
-            )
 
 
 @dataclass(frozen=True)
@@ -418,14 +305,14 @@ class Config(Section):
 
     def file_problems(self) -> list[str]:
         """What is wrong with the files and folders of this run, found without creating any."""
-        problems = [f"data.{problem}" for problem in self.data.file_problems()]
-        if _is_no_folder(self.output_dir):
+        problems = [f"data.{problem}" for problem in data_problems(self.data)]
+        if is_no_folder(self.output_dir):
             problems.append(f"output_dir is {self.output_dir!r}, which is no folder; give another.")
         resume = self.training.resume
         if resume not in ("auto", "never") and not os.path.isfile(os.path.join(expand_user(resume), "manifest.json")):
             problems.append(f"training.resume is {resume!r}, which is no checkpoint; give the folder of one.")
         checkpoints = self.training.checkpoint_dir
-        if checkpoints is not None and _is_no_folder(checkpoints):
+        if checkpoints is not None and is_no_folder(checkpoints):
             problems.append(f"training.checkpoint_dir is {checkpoints!r}, which is no folder; give another.")
         return problems
 

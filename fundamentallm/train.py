@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fundamentallm.command_line import parse_config
-from fundamentallm.config import Config, ModelConfig, expand_user
+from fundamentallm.config import Config, ModelConfig
 from fundamentallm.errors import START_AGAIN, CheckpointError, ConfigError, FundamentaLLMError, exit_code, report
+from fundamentallm.files import expand_user
 from fundamentallm.registry import resolve
 
 if TYPE_CHECKING:

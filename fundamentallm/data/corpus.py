@@ -17,11 +17,12 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from fundamentallm.config import DataConfig, expand_user, is_prepared
+from fundamentallm.config import DataConfig
 from fundamentallm.data.encoding import PARTS, SETTINGS, prepare_source, split_pieces, token_dtype
 from fundamentallm.data.sources import is_tokens, looks, read_source, token_blocks
 from fundamentallm.data.tokenizers import create_tokenizer, read_tokenizer
 from fundamentallm.errors import ConfigError, writing
+from fundamentallm.files import expand_user, is_prepared
 
 CACHE_FORMAT = 2
 READ_WHOLE = 2**30

@@ -94,7 +94,11 @@ def prepare_source(
             (staging / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
             train_size = int(size * config.train_split)
             with tqdm(
-                total=size, desc=f"tokenizing {os.path.basename(source)}", unit="", unit_scale=True, disable=not show_progress
+                total=size,
+                desc=f"tokenizing {os.path.basename(source)}",
+                unit="",
+                unit_scale=True,
+                disable=not show_progress,
             ) as bar:
                 if is_tokens(config, source):
                     note = _copy(config, source, train_size, tokenizer, staging, bar)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import time
@@ -13,8 +14,9 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from fundamentallm.config import BUILT_IN_CORPUS, DATASETS, ROWS, TOKENS, DataConfig
+from fundamentallm.config import DataConfig
 from fundamentallm.errors import ConfigError
+from fundamentallm.files import BUILT_IN_CORPUS, DATASETS, ROWS, TOKENS, source_files
 
 PIECE = 65_536
 """Characters of a text file that are read, and given to the tokenizer, at once (up to the end of their line)."""
@@ -63,13 +65,13 @@ Row = dict[str, Any] | BadRow
 
 def is_tokens(config: DataConfig, source: str) -> bool:
     """Whether a source holds tokens."""
-    files = config.source_files(source)
+    files = source_files(config, source)
     return bool(files) and files[0].suffix in TOKENS
 
 
 def is_rows(config: DataConfig, source: str) -> bool:
     """Whether a source holds rows with fields."""
-    files = config.source_files(source)
+    files = source_files(config, source)
     return source.startswith(DATASETS) or (bool(files) and files[0].suffix in ROWS)
 
 
@@ -110,7 +112,7 @@ def _pieces(config: DataConfig, source: str, start: Place) -> Iterator[Piece | B
     elif source.startswith(DATASETS):
         yield from _documents(config, 0, _dataset_rows(config, source, start.offset), source)
     else:
-        for number, path in enumerate(config.source_files(source)):
+        for number, path in enumerate(source_files(config, source)):
             if number < start.file:
                 continue
             offset = start.offset if number == start.file else 0
@@ -141,11 +143,11 @@ def _text_pieces(config: DataConfig, number: int, path: Path, offset: int) -> It
         except UnicodeDecodeError as error:
             yield BadRow(str(path), f"is not UTF-8 text: {error}")
             return
-    with path.open(encoding="utf-8", newline="") as file:
-        size = os.fstat(file.fileno()).st_size
+    with path.open("rb") as raw, io.TextIOWrapper(raw, encoding="utf-8", newline="") as file:
+        size = os.fstat(raw.fileno()).st_size
         if size == 0 and config.end_of_text is None:
             yield Piece("", ends=True, after=Place(number + 1))  # it has its separator
-        file.buffer.seek(offset)
+        raw.seek(offset)
         try:
             for text in read_pieces(file):
                 offset += len(text.encode())
@@ -166,7 +168,7 @@ def token_blocks(
     Raises:
         ConfigError: if a file holds something else.
     """
-    for path in config.source_files(source):
+    for path in source_files(config, source):
         try:
             if path.suffix == ".npy":
                 tokens = np.load(path, mmap_mode="r")
@@ -320,7 +322,7 @@ def looks(config: DataConfig, source: str) -> list[Any] | None:
     if source.startswith(DATASETS):
         return [source, getattr(open_dataset(source), "_fingerprint", None)]
     built_in = source == BUILT_IN_CORPUS
-    files = [Path(str(find_spec("pydoc_data.topics").origin))] if built_in else config.source_files(source)  # type: ignore[union-attr]
+    files = [Path(str(find_spec("pydoc_data.topics").origin))] if built_in else source_files(config, source)  # type: ignore[union-attr]
     facts: list[Any] = []
     for file in files:
         try:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from fundamentallm.config import expand_user
 from fundamentallm.data.datasets import TokenSamples
 from fundamentallm.errors import CheckpointError, ConfigError
+from fundamentallm.files import expand_user
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.training.manifest import read_manifest
 from fundamentallm.training.optimizers import NamedOptimizerState

@@ -30,7 +30,7 @@ from fundamentallm.training.optimizers import create_optimizer
 from fundamentallm.training.schedulers import SCHEDULES
 
 ROOT = Path(fundamentallm.__file__).parent
-LEAVES = ("errors", "registry", "validation", "config", "command_line")
+LEAVES = ("errors", "registry", "validation", "files", "config", "command_line")
 PARTS = tuple(
     f"training.{name}" for name in ("loss", "metrics", "optimizers", "schedulers", "early_stopping", "guard", "launch")
 )
