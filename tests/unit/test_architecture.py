@@ -232,6 +232,7 @@ def _loaded_after(statement: str, folder: Path) -> set[str]:
         "fundamentallm.train",
         "fundamentallm.commands.doctor",
         "fundamentallm.commands.estimate",
+        "fundamentallm.commands.prepare",
     ],
 )
 def test_what_the_command_line_needs_loads_no_torch(module: str, tmp_path: Path) -> None:
