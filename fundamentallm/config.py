@@ -142,12 +142,6 @@ class DataConfig(Section):
                 f"prompt_field is {self.prompt_field!r} and end_of_text is null; allowed: with an end_of_text, or the "
                 "model never learns where an answer ends. Set data.end_of_text, such as '<|endoftext|>'.",
             )
-        if self.prompt_field is not None and self.mask_documents:
-            yield (
-                ("prompt_field", "mask_documents"),
-                f"prompt_field is {self.prompt_field!r} and mask_documents is true; allowed: one of them, since each "
-                "row is a sample of its own. Set data.mask_documents to false.",
-            )
         if self.prompt_field == self.text_field:
             yield ("prompt_field", "text_field"), f"prompt_field and text_field are both {self.text_field!r}."
 

@@ -39,14 +39,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
 
 
-def document_mask(input_ids: Tensor, document_start: int) -> Tensor:
-    """Which positions (B, 1, T, T) each position of `input_ids` (B, T) attends to: those before it in its document.
+def document_mask(input_ids: Tensor, document_start: int, dtype: torch.dtype) -> Tensor:
+    """What to add to attention scores (B, 1, T, T), so that each position of `input_ids` (B, T) attends to those before
+    it in its document only.
 
-    Known from the tokens, so that neither batches nor their exchange have to carry it. Rotary positions need no reset:
-    only their differences count.
+    Known from the tokens, so that batches need not carry it. Rotary positions need no reset: only their differences
+    count. In the scores' precision, since attention would turn booleans into that, and keep it, in every block.
     """
     document = (input_ids == document_start).cumsum(1)
-    return (document[:, :, None] == document[:, None, :]).tril()[:, None]
+    allowed = (document[:, :, None] == document[:, None, :]).tril()[:, None]
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, float("-inf"))
 
 
 class Attention(nn.Module):
@@ -68,7 +70,7 @@ class Attention(nn.Module):
         self.qk_norm = config.qk_norm
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Mix x (B, T, D) over positions, all before each or those that `mask` (B, 1, T, T) allows; (B, T, D)."""
+        """Mix x (B, T, D) over positions, all before each or as `mask` (B, 1, T, T) says; (B, T, D)."""
         b, t, _ = x.shape
         q = self.q_proj(x).view(b, t, self.num_heads, self.head_size)
         k = self.k_proj(x).view(b, t, self.num_kv_heads, self.head_size)
@@ -190,7 +192,11 @@ class Transformer(nn.Module):
         x = self.dropout(self.model["embed_tokens"](input_ids))
         config = self.config
         cos, sin = rotary_table(input_ids.shape[1], config.d_model // config.num_heads, config.rope_theta, x.device)
-        mask = None if self.document_start is None else document_mask(input_ids, self.document_start)
+        mask = None
+        if self.document_start is not None:
+            kind = x.device.type
+            narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+            mask = document_mask(input_ids, self.document_start, narrow)
         for block in self.model["layers"]:  # type: ignore[attr-defined]
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, cos, sin, mask, use_reentrant=False)

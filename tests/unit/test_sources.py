@@ -251,7 +251,9 @@ class Killed(Exception):
     """As a kill would."""
 
 
-@pytest.mark.parametrize("kind", [as_jsonl, as_parquet, as_saved_dataset, as_texts, "one text", "pairs"])
+@pytest.mark.parametrize(
+    "kind", [as_jsonl, as_parquet, as_saved_dataset, as_texts, "one text", "rows as one text", "pairs"]
+)
 def test_an_encoding_that_was_broken_off_goes_on_to_the_same_tokens(
     tmp_path: Path, kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,6 +265,8 @@ def test_an_encoding_that_was_broken_off_goes_on_to_the_same_tokens(
         source = str(tmp_path / "a.txt")
         Path(source).write_text("\n".join(DOCUMENTS))
         settings["end_of_text"] = None
+    elif kind == "rows as one text":
+        source, settings["end_of_text"] = as_jsonl(tmp_path), None
     elif kind == "pairs":
         settings["prompt_field"] = "question"
         rows = [{"question": f"q{n} ", "text": text} for n, text in enumerate(DOCUMENTS)]
