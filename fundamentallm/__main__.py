@@ -10,6 +10,10 @@ from fundamentallm.registry import did_you_mean
 
 VERBS = {
     "train": ("fundamentallm.train", "train a language model from a config"),
+    "prepare": (
+        "fundamentallm.commands.prepare",
+        "tokenize the data of a config once, on all cores; goes on where it was stopped",
+    ),
     "generate": ("fundamentallm.commands.generate", "write text with a trained model"),
     "evaluate": ("fundamentallm.commands.evaluate", "measure a trained model on text, or by tasks of lm-eval"),
     "checkpoints": ("fundamentallm.commands.checkpoints", "list, verify and show checkpoints; what a step trained on"),

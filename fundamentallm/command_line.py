@@ -19,8 +19,9 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from fundamentallm.config import Config, expand_user
+from fundamentallm.config import Config
 from fundamentallm.errors import ConfigError
+from fundamentallm.files import expand_user
 from fundamentallm.registry import did_you_mean
 from fundamentallm.validation import Section, SectionT, allowed_values, fits, from_dict
 

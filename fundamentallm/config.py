@@ -6,16 +6,15 @@ This module imports no torch, so that `--help` and a config error answer at once
 from __future__ import annotations
 
 import dataclasses
-import glob
 import itertools
 import math
 import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from fundamentallm.errors import ConfigError
+from fundamentallm.files import BUILT_IN_CORPUS, data_problems, expand_user, is_no_folder
 from fundamentallm.registry import did_you_mean, unknown_name
 from fundamentallm.validation import Section, from_dict, range_problems
 
@@ -24,7 +23,6 @@ LARGE_VOCABULARY, CHUNK = 1024, 512
 IGNORE_INDEX = -100
 """Target that is not trained on: torch's and transformers' convention."""
 
-BUILT_IN_CORPUS = "python-docs"
 END_OF_TEXT = "<|endoftext|>"
 """Token that ends a text, where a vocabulary has it (GPT-2's)."""
 
@@ -40,27 +38,6 @@ TRACKER_NAMES = ("tensorboard", "wandb", "mlflow", "trackio")
 def unknown_metric(name: str, known: Collection[str]) -> str:
     """The problem with an `early_stopping_metric` that is none of the known ones."""
     return f"early_stopping_metric is {name!r}; allowed: {', '.join(known)}.{did_you_mean(name, known)}"
-
-
-def expand_user(path: str) -> str:
-    """A path with its `~` or `~user` written out, where that can be done (os.path.expanduser raises over a null)."""
-    try:
-        return os.path.expanduser(path)
-    except ValueError:
-        return path
-
-
-def _is_no_folder(path: str) -> bool:
-    """Whether something that is no folder is at the path, or a part of it, or no folder can have it for a name."""
-    if os.path.isdir(path):
-        return False
-    try:
-        os.lstat(path)
-    except OSError:  # none is there yet
-        pass
-    except ValueError:  # a null character, or what no file system can encode
-        return True
-    return os.path.exists(path) or (bool(parent := os.path.dirname(path.rstrip("/"))) and _is_no_folder(parent))
 
 
 @dataclass(frozen=True, repr=False)
@@ -137,12 +114,24 @@ class DataConfig(Section):
         DataConfig(source='my_text', tokenizer='bpe:4096', sequence_length=512)
     """
 
-    source: str = BUILT_IN_CORPUS
-    """A text file, a folder, a glob, or 'python-docs': the language reference every CPython carries."""
+    source: str | dict[str, float] = BUILT_IN_CORPUS
+    """A file, folder, glob, 'datasets:NAME', 'python-docs' (CPython's own); or several, each with its weight."""
     tokenizer: str = "char"
     """'char' (with model.pretrained: its own), 'byte', 'bpe:<size>' trained on the training text, a tokenizer.json."""
     train_split: float = 0.9
     """Leading fraction of the text that is trained on; the rest is validation (1: no validation)."""
+    text_field: str = "text"
+    """Field of a row (of .jsonl, .parquet, datasets) that holds the text."""
+    prompt_field: str | None = None
+    """Field of what the text answers: each row is a sample, whose prompt is not trained on; null: there is none."""
+    end_of_text: str | None = None
+    """Token after each document, such as '<|endoftext|>'; null: an empty line between documents."""
+    mask_documents: bool = False
+    """Let no token attend to what comes before its document's beginning (needs end_of_text)."""
+    suffixes: list[str] = field(default_factory=lambda: [".txt", ".md"])
+    """Endings of the files that a folder means."""
+    max_bad_rows: int = 0
+    """Rows (and text files) that cannot be read and may be left out, counted and named; with more it is an error."""
     sequence_length: int = 256
     """Tokens the model sees at once; one sample."""
     num_workers: int = 0
@@ -166,59 +155,31 @@ class DataConfig(Section):
                 f"tokenizer is {self.tokenizer!r}; allowed: 'char', 'byte', 'bpe:<vocabulary size>', "
                 f"or the path of a tokenizer.json.{near}",
             )
-
-    def source_files(self) -> list[Path]:
-        """The files `source` names, sorted; empty for the built-in corpus.
-
-        A folder means every non-hidden file below it that ends in .txt or .md.
-
-        Raises:
-            ConfigError: if there are none.
-        """
-        if self.source == BUILT_IN_CORPUS:
-            return []
-        # os.path answers False where pathlib raises: an unknown ~user, a name too long, a null character.
-        text = expand_user(self.source)
-        path = Path(text)
-        if os.path.isfile(text):
-            return [path]
-        if os.path.isdir(text):
-            below = (found for found in path.rglob("*") if found.suffix in (".txt", ".md"))
-            files = [f for f in below if f.is_file() and not any(p.startswith(".") for p in f.relative_to(path).parts)]
-            wanted = "a folder with .txt or .md files below it"
-        else:
-            try:
-                files = [Path(found) for found in glob.glob(text, recursive=True) if os.path.isfile(found)]
-            except ValueError:  # a null character
-                files = []
-            wanted = f"a text file, a folder, a glob, or {BUILT_IN_CORPUS!r}"
-        if not files:
-            near = did_you_mean(self.source, [BUILT_IN_CORPUS])
-            raise ConfigError(f"source is {self.source!r}, where there is no text; allowed: {wanted}.{near}")
-        return sorted(files)
-
-    def file_problems(self) -> list[str]:
-        """What is wrong with the files this section names: missing, empty, or certainly too short."""
-        problems = []
-        if self.tokenizer.endswith(".json") and not os.path.isfile(expand_user(self.tokenizer)):
-            problems.append(f"tokenizer is {self.tokenizer!r}, which is not a file; give the path of a tokenizer.json.")
-        if self.cache_dir is not None and _is_no_folder(self.cache_dir):
-            problems.append(f"cache_dir is {self.cache_dir!r}, which is no folder; give another.")
-        try:
-            files = self.source_files()
-        except ConfigError as error:
-            return problems + error.problems
-        size, needed = sum(file.stat().st_size for file in files), self.sequence_length + 1
-        if files and size == 0:
-            problems.append(f"source is {self.source!r}, which is empty; give a file with text in it.")
-        # Our own tokenizers make at most a token of a byte, so this finds the hopeless cases before anything is
-        # read; the exact count, of each part of the split, is checked after encoding.
-        elif files and not self.tokenizer.endswith(".json") and size + 2 * len(files) < needed:
-            problems.append(
-                f"source is {self.source!r}, which has {size} bytes; allowed: at least sequence_length + 1 = "
-                f"{needed} tokens in each part of the split. Give more text or a smaller data.sequence_length."
+        for source, weight in self.sources().items():
+            if not 0 < weight < math.inf:
+                yield ("source",), f"source has {source!r} with weight {weight}; allowed: greater than 0."
+        if not self.sources():
+            yield ("source",), "source is {}; allowed: at least one source with its weight."
+        if self.end_of_text == "":
+            yield ("end_of_text",), "end_of_text is ''; allowed: the text of a token, or null."
+        if self.mask_documents and self.end_of_text is None:
+            yield (
+                ("mask_documents", "end_of_text"),
+                "mask_documents is true and end_of_text is null; allowed: with an end_of_text, which shows where "
+                "documents begin. Set data.end_of_text, such as '<|endoftext|>'.",
             )
-        return problems
+        if self.prompt_field is not None and self.end_of_text is None:
+            yield (
+                ("prompt_field", "end_of_text"),
+                f"prompt_field is {self.prompt_field!r} and end_of_text is null; allowed: with an end_of_text, or the "
+                "model never learns where an answer ends. Set data.end_of_text, such as '<|endoftext|>'.",
+            )
+        if self.prompt_field == self.text_field:
+            yield ("prompt_field", "text_field"), f"prompt_field and text_field are both {self.text_field!r}."
+
+    def sources(self) -> dict[str, float]:
+        """Each source with its weight."""
+        return self.source if isinstance(self.source, dict) else {self.source: 1.0}
 
 
 @dataclass(frozen=True, repr=False)
@@ -471,14 +432,14 @@ class Config(Section):
 
     def file_problems(self) -> list[str]:
         """What is wrong with the files and folders of this run, found without creating any."""
-        problems = [f"data.{problem}" for problem in self.data.file_problems()]
-        if _is_no_folder(self.output_dir):
+        problems = [f"data.{problem}" for problem in data_problems(self.data)]
+        if is_no_folder(self.output_dir):
             problems.append(f"output_dir is {self.output_dir!r}, which is no folder; give another.")
         resume = self.training.resume
         if resume not in ("auto", "never") and not os.path.isfile(os.path.join(expand_user(resume), "manifest.json")):
             problems.append(f"training.resume is {resume!r}, which is no checkpoint; give the folder of one.")
         checkpoints = self.training.checkpoint_dir
-        if checkpoints is not None and _is_no_folder(checkpoints):
+        if checkpoints is not None and is_no_folder(checkpoints):
             problems.append(f"training.checkpoint_dir is {checkpoints!r}, which is no folder; give another.")
         return problems
 

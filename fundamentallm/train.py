@@ -72,7 +72,7 @@ def make_trainer(config: Config) -> Trainer:
     # Imported here, so that --help and config errors need not wait for torch.
     import torch
 
-    from fundamentallm.data.corpus import load_corpus
+    from fundamentallm.data.corpus import describe, load_corpus
     from fundamentallm.data.loaders import create_dataloaders
     from fundamentallm.models.transformer import Transformer
     from fundamentallm.training.accelerator import create_accelerator
@@ -89,9 +89,15 @@ def make_trainer(config: Config) -> Trainer:
     config = replace(config, model=_with_vocabulary(config.model, corpus.tokenizer))
     train_loader, val_loader = create_dataloaders(corpus, corpus.tokenizer, config)
     torch.manual_seed(config.training.seed)
+    document_start = corpus.end_of_text if config.data.mask_documents else None
     if model is None:
         with torch.device("meta") if accelerator.is_fsdp2 else nullcontext():  # it may be larger than a device
-            model = Transformer(config.model)
+            model = Transformer(config.model, document_start)
+    elif document_start is not None:
+        raise ConfigError(
+            "data.mask_documents is true and model.pretrained is a model that is trained through transformers; "
+            "set it to false."
+        )
     trainer = Trainer(model, config, train_loader, val_loader, accelerator=accelerator)
     if pretrained is not None:
         trainer.files = pretrained.files(config.data.sequence_length)
@@ -105,8 +111,10 @@ def make_trainer(config: Config) -> Trainer:
                 begin_from_checkpoint(trainer, corpus.tokenizer)
     for callback in callbacks:
         trainer.callbacks.add(callback)
-    sizes = f"{len(corpus.train):,} training and {len(corpus.validation):,} validation tokens"
-    trainer.say(f"{config.data.source}: {sizes}, vocabulary {corpus.tokenizer.get_vocab_size():,}")
+    for line in describe(corpus):
+        trainer.say(line)
+    if cut := sum(getattr(loader.dataset, "num_cut", 0) for loader in (train_loader, val_loader) if loader):
+        trainer.say(f"{cut:,} pairs are longer than data.sequence_length; what is beyond it is not trained on")
     return trainer
 
 

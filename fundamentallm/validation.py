@@ -58,7 +58,7 @@ RANGES: dict[str, Interval] = {
         ("max_minutes", "hang_minutes", "skip_spikes_above", "learning_rate_scale", "peak_tflops"), POSITIVE
     ),
     **dict.fromkeys(("weight_decay", "early_stopping_min_delta", "warmup_steps"), NON_NEGATIVE),
-    **dict.fromkeys(("num_workers", "sample_tokens"), NON_NEGATIVE),
+    **dict.fromkeys(("num_workers", "sample_tokens", "max_bad_rows"), NON_NEGATIVE),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "momentum", "muon_momentum", "dropout"), BELOW_ONE),
     "min_lr_ratio": FRACTION,
     "ema_decay": Interval(low=0, high=1, open_low=True, open_high=True),
@@ -102,7 +102,10 @@ def fits(value: Any, hint: Any) -> bool:
     if origin in _UNIONS:
         return any(fits(value, option) for option in typing.get_args(hint))
     if origin is dict:
-        return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+        of_value = typing.get_args(hint)[1]
+        return isinstance(value, dict) and all(
+            isinstance(key, str) and (of_value is Any or fits(item, of_value)) for key, item in value.items()
+        )
     if origin is list:
         return isinstance(value, list) and all(fits(item, typing.get_args(hint)[0]) for item in value)
     if hint in (int, float) and isinstance(value, bool):

@@ -163,7 +163,7 @@ def show_samples(options: argparse.Namespace) -> int:
         say(", ".join(map(str, found.indices)))
         return 0
     say(f"{count:,} samples, by their index and their first and last token in the training text:\n")
-    rows = [(f"{index:,}", f"{first:,}-{last:,}", text) for index, first, last, text in texts(dataset, found.indices)]
+    rows = [(f"{index:,}", where, text) for index, where, text in texts(dataset, found.indices)]
     if options.full:
         for index, place, text in rows:
             say(f"---- sample {index}, tokens {place} ----\n{text}")

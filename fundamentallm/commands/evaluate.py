@@ -148,8 +148,9 @@ def _of_run(opened: Opened, options: argparse.Namespace) -> Text:
 
     from fundamentallm.config import Config
     from fundamentallm.data.corpus import load_corpus
-    from fundamentallm.data.datasets import fingerprint
+    from fundamentallm.data.datasets import TokenDataset, fingerprint
     from fundamentallm.data.loaders import create_dataloaders
+    from fundamentallm.models.transformer import Transformer
     from fundamentallm.training.manifest import MANIFEST
     from fundamentallm.training.stored import load_parts
     from fundamentallm.validation import from_dict
@@ -171,14 +172,22 @@ def _of_run(opened: Opened, options: argparse.Namespace) -> Text:
     if loader is None:
         raise ConfigError(f"{opened.folder} is of a run without a validation text; {way_out}")
     dataset: Any = loader.dataset
+    name = ", ".join(config.data.sources())
+    if config.data.mask_documents and isinstance(opened.model, Transformer):
+        opened.model.document_start = corpus.end_of_text
     stretches = saved.get("progress_state_dict", {}).get("stretches") or [{}]
     if stretches[-1].get("content", [None, None])[1] not in (None, fingerprint(dataset)):
-        raise ConfigError(f"{config.data.source} is another text than {opened.folder} was validated on; {way_out}")
+        raise ConfigError(f"{name} is another text than {opened.folder} was validated on; {way_out}")
     if options.context is not None or options.stride is not None:
         context = options.context or config.data.sequence_length
-        return _of_texts(opened, options, config.data.source, [dataset.tokens], dataset.num_bytes, context)
+        if not isinstance(dataset, TokenDataset):
+            raise ConfigError(
+                f"--context or --stride is given, and {opened.folder} was validated on pairs or on several sources, "
+                "whose samples are what they are; leave both out."
+            )
+        return _of_texts(opened, options, name, [dataset.tokens], dataset.num_bytes, context)
     batches = DataLoader(dataset, batch_size=options.batch_size, collate_fn=loader.collate_fn)
-    return Text(f"{config.data.source} (validation)", iter(batches), len(dataset), dataset.num_bytes)
+    return Text(f"{name} (validation)", iter(batches), len(dataset), dataset.num_bytes)
 
 
 def _of_files(opened: Opened, options: argparse.Namespace) -> Text:
@@ -186,12 +195,14 @@ def _of_files(opened: Opened, options: argparse.Namespace) -> Text:
     import numpy as np
 
     from fundamentallm.config import DataConfig
-    from fundamentallm.data.corpus import encode_pieces, read_pieces
+    from fundamentallm.data.encoding import encode_pieces
+    from fundamentallm.data.sources import read_pieces
     from fundamentallm.data.tokenizers import num_bytes
+    from fundamentallm.files import source_files
 
     paths, texts, size = [], [], 0
     for source in options.source:
-        if not (found := DataConfig(source=source).source_files()):
+        if not (found := source_files(DataConfig(), source)):
             raise ConfigError(f"--source is {source!r}; allowed: text files, folders and globs.")
         paths += found
     for path in paths:

@@ -1,64 +1,105 @@
-"""Text files to memory-mapped tokens: read in pieces, split by position, encoded once, kept in a cache."""
+"""Sources to memory-mapped tokens: split by position, encoded once, kept in a cache."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import mmap
 import os
-import shutil
-import sys
 import tempfile
-import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from importlib.util import find_spec
-from itertools import islice
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
-from fundamentallm.config import BUILT_IN_CORPUS, DataConfig
-from fundamentallm.data.tokenizers import create_tokenizer, lacking_characters, num_bytes, read_tokenizer
+from fundamentallm.config import DataConfig
+from fundamentallm.data.encoding import PARTS, SETTINGS, prepare_source, split_pieces, token_dtype
+from fundamentallm.data.sources import is_tokens, looks, read_source, token_blocks
+from fundamentallm.data.tokenizers import create_tokenizer, read_tokenizer
 from fundamentallm.errors import ConfigError, writing
+from fundamentallm.files import expand_user, is_prepared
 
-CACHE_FORMAT = 1
-PIECE = 65_536
-"""Characters read, and given to the tokenizer, at once (up to the end of their line)."""
-PIECES_AT_ONCE = max(16, 2 * (os.cpu_count() or 1))
-"""Pieces that the tokenizer's threads share; bounds memory, at about 150 bytes a token."""
-BETWEEN_FILES = "\n\n"
+CACHE_FORMAT = 2
 READ_WHOLE = 2**30
 """Bytes of training tokens above which samples are read one by one: in their random order the system's reading ahead
 would fetch some hundred times as much. Smaller corpora it soon holds whole that way."""
-SETTLED = 2_000_000_000
-"""Nanoseconds since its last change after which a further one surely shows in a file's times."""
+
+
+class Tokens(NamedTuple):
+    """The training or validation part of a source."""
+
+    ids: NDArray[np.integer]
+    rows: NDArray[np.int64] | None
+    """(pairs, 2), of pairs: the token that each one's answer begins at, and the one after its end."""
+    num_bytes: int | None
+    """UTF-8 bytes of the text of all targets; None: not known."""
+
+
+class Source(NamedTuple):
+    """A tokenized source, split by position."""
+
+    name: str
+    weight: float
+    train: Tokens
+    validation: Tokens
+    bad_rows: int
+    """Rows that were left out."""
+    tokenizer: Tokenizer
+    folder: Path
+    """Where its files are."""
 
 
 class Corpus(NamedTuple):
-    """A tokenized text, split by position."""
+    """Tokenized sources."""
 
     tokenizer: Tokenizer
-    train: NDArray[np.integer]
-    validation: NDArray[np.integer]
-    validation_bytes: int
-    """UTF-8 bytes of the validation text after its first token: of all that is a target."""
+    sources: list[Source]
+    end_of_text: int | None
+    """The token after each document."""
+
+    @property
+    def train(self) -> NDArray[np.integer]:
+        """Training tokens of the only source."""
+        (source,) = self.sources
+        return source.train.ids
+
+    @property
+    def validation(self) -> NDArray[np.integer]:
+        """Validation tokens of the only source."""
+        (source,) = self.sources
+        return source.validation.ids
+
+    @property
+    def validation_bytes(self) -> int | None:
+        """UTF-8 bytes of the validation targets of the only source."""
+        (source,) = self.sources
+        return source.validation.num_bytes
+
+
+class Facts(NamedTuple):
+    """What a source holds."""
+
+    sha256: str
+    size: int
+    """Characters; of pairs and of tokens, their number."""
+    alphabet: str
+    """Its characters, where they are asked for."""
+    bad: list[str]
+    """Its rows that cannot be read."""
 
 
 def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
-    """The text of `config.source` as tokens, from the cache where it has been encoded before.
+    """The sources of `config` as tokens, from the cache where they have been encoded before.
 
     Files that are what they were by size, times and inode are not read again; others are known by their content.
 
     Raises:
-        ConfigError: if the text cannot be read, or has characters that the tokenizer's vocabulary lacks.
+        ConfigError: if a source cannot be read, or has characters that the tokenizer's vocabulary lacks.
 
     Examples:
         >>> from pathlib import Path
@@ -68,58 +109,47 @@ def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
         >>> corpus.tokenizer.decode(corpus.train[:18].tolist()), len(corpus.validation)
         ('to be or not to be', 190)
     """
-    cache = Path(os.path.expanduser(config.cache_dir)) if config.cache_dir else _user_cache()
-    looks = _looks(config)
-    note = cache / "known" / looks if looks else None
-    if note is not None:
-        with contextlib.suppress(OSError):
-            if corpus := _cached(cache / note.read_text()):
-                return corpus
-    digest, characters = hashlib.sha256(), 0
-    for piece in _read(config):
-        digest.update(piece.encode())
-        characters += len(piece)
-    if characters == 0:
-        raise ConfigError(f"source is {config.source!r}, which is empty; give a file with text in it.")
-    given_file = config.tokenizer.endswith(".json")
-    tokenizer_key = read_tokenizer(config.tokenizer).to_str() if given_file else config.tokenizer
-    key = _hash(CACHE_FORMAT, tokenizers.__version__, tokenizer_key, config.train_split, digest.hexdigest())
-    corpus = _cached(cache / key)
-    with writing(cache / key):
-        if corpus is None:
-            _encode(config, characters, cache / key, show_progress)
-            corpus = _open(cache / key)
-        if note is not None and looks == _looks(config):  # else they were changed while they were read
-            note.parent.mkdir(exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=note.parent, delete=False) as file:
-                file.write(key)
-            os.replace(file.name, note)
-    return corpus
+    cache = Path(expand_user(config.cache_dir)) if config.cache_dir else _user_cache()
+    weights = config.sources()
+    facts = {source: _known_facts(config, source, cache) for source in weights if not is_prepared(source)}
+    keys = _keys(config, facts)
+    found = {
+        source: _open(Path(expand_user(source)), source, weight, config)
+        if source not in facts
+        else _cached(cache / keys[source], source, weight)
+        for source, weight in weights.items()
+    }
+    if lacking := [source for source, there in found.items() if there is None]:
+        with writing(cache):
+            tokenizer = _tokenizer(config, facts, [cache / key for key in keys.values()])
+            for source in lacking:
+                folder, weight, size = cache / keys[source], weights[source], facts[source].size
+                is_ready = lambda: _cached(folder, source, weight) is not None  # noqa: B023, E731  # called at once
+                prepare_source(
+                    config, source, size, facts[source].bad, tokenizer, folder, is_ready, show_progress
+                )  # fmt: skip
+                found[source] = _open(folder, source, weight)
+    sources = [source for source in found.values() if source is not None]
+    texts = {source.name: (source.folder / "tokenizer.json").read_text(encoding="utf-8") for source in sources}
+    if len(set(texts.values())) > 1:
+        raise ConfigError("source has several that were prepared with different tokenizers; prepare them together.")
+    tokenizer = sources[0].tokenizer
+    end = None if config.end_of_text is None else tokenizer.token_to_id(config.end_of_text)
+    return Corpus(tokenizer, sources, end)
 
 
-def _looks(config: DataConfig) -> str | None:
-    """All that shows from outside whether text and tokenizer are what they were; None where it might not show.
-
-    A file that is changed twice within a tick of the file system's clock looks the same (git calls it racy).
-    """
-    files = config.source_files() or [Path(str(find_spec("pydoc_data.topics").origin))]  # type: ignore[union-attr]
-    if config.tokenizer.endswith(".json"):
-        files.append(Path(os.path.expanduser(config.tokenizer)))
-    facts = []
-    for file in files:
-        try:
-            found = file.stat()
-        except OSError:  # reading it says why
-            return None
-        if time.time_ns() - found.st_ctime_ns < SETTLED:
-            return None
-        facts.append((str(file.absolute()), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino))
-    return _hash(CACHE_FORMAT, tokenizers.__version__, config.tokenizer, config.train_split, facts)
-
-
-def _hash(*parts: object) -> str:
-    """32 hexadecimal digits for what JSON can hold."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+def describe(corpus: Corpus) -> list[str]:
+    """A line for each source, and what was left out of it."""
+    lines, total = [], sum(source.weight for source in corpus.sources)
+    for source in corpus.sources:
+        sizes = f"{len(source.train.ids):,} training and {len(source.validation.ids):,} validation tokens"
+        if source.train.rows is not None and source.validation.rows is not None:
+            sizes += f", {len(source.train.rows):,} and {len(source.validation.rows):,} pairs"
+        weight = f", weight {source.weight / total:.3g}" if len(corpus.sources) > 1 else ""
+        lines.append(f"{source.name}: {sizes}{weight}, vocabulary {corpus.tokenizer.get_vocab_size():,}")
+        if source.bad_rows:
+            lines.append(f"{source.name}: {source.bad_rows:,} bad rows left out: {source.folder / 'bad_rows.txt'}")
+    return lines
 
 
 def vocabulary_size(config: DataConfig) -> int:
@@ -130,155 +160,155 @@ def vocabulary_size(config: DataConfig) -> int:
     Raises:
         ConfigError: if what has to be read cannot be.
     """
+    for source in filter(is_prepared, config.sources()):
+        return read_tokenizer(Path(expand_user(source)) / "tokenizer.json").get_vocab_size()
     kind, _, size = config.tokenizer.partition(":")
     if kind == "bpe":
         return int(size)
-    return create_tokenizer(config.tokenizer, lambda: _read(config), lambda: ()).get_vocab_size()
+    alphabets = (_facts(config, source).alphabet for source in config.sources())
+    return create_tokenizer(config.tokenizer, lambda: alphabets, lambda: (), config.end_of_text).get_vocab_size()
 
 
-def read_pieces(file: TextIO) -> Iterator[str]:
-    """The text of `file` in pieces that end with a line."""
-    while piece := file.read(PIECE):
-        yield piece + file.readline()
+# ---- what the sources hold ----------------------------------------------------------------------------------
 
 
-def split_pieces(pieces: Iterable[str], train_characters: int) -> Iterator[tuple[str, str]]:
-    """Each piece cut into (training part, validation part) where the text passes `train_characters`."""
-    position = 0
-    for piece in pieces:
-        cut = max(0, min(len(piece), train_characters - position))
-        position += len(piece)
-        yield piece[:cut], piece[cut:]
+def _known_facts(config: DataConfig, source: str, cache: Path) -> Facts:
+    """The facts, from a note in the cache where the source looks as it did when they were found."""
+    before, note = looks(config, source), None
+    if before is not None:
+        settings = config.text_field, config.prompt_field, config.end_of_text, config.max_bad_rows
+        # A .bin's type, and so its number of tokens, is the tokenizer's.
+        width = token_dtype(read_tokenizer(config.tokenizer)).name if is_tokens(config, source) else None
+        note = cache / "known" / _hash(CACHE_FORMAT, before, settings, config.tokenizer == "char", width)
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return Facts(*json.loads(note.read_text(encoding="utf-8")))
+    facts = _facts(config, source)
+    if note is not None and before == looks(config, source):  # else it was changed while it was read
+        with writing(note):
+            note.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=note.parent, delete=False) as file:
+                json.dump(facts, file)
+            os.replace(file.name, note)
+    return facts
 
 
-def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[tuple[str, NDArray[np.integer]]]:
-    """Each piece with its token ids, in the smallest unsigned integers that hold the vocabulary.
-
-    Raises:
-        ConfigError: if the vocabulary lacks some of the characters.
-    """
-    dtype = token_dtype(tokenizer)
-    tokenizer = Tokenizer.from_str(tokenizer.to_str())  # a copy that is set to return every token of a text
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    remaining, known = iter(pieces), np.zeros(sys.maxunicode + 1, dtype=bool)
-    encode = functools.partial(tokenizer.encode_batch_fast, add_special_tokens=False)
-    # The library's threads encode a batch while this one, which alone can make Python objects, takes in the last.
-    with ThreadPoolExecutor(1) as executor:
-        last: list[str] = []
-        encoded: Future[Any] | None = None
-        while True:
-            batch = list(islice(remaining, PIECES_AT_ONCE))
-            for piece in batch:
-                _check_characters(tokenizer, piece, known)
-            waiting, encoded = encoded, executor.submit(encode, batch) if batch else None
-            for piece, encoding in zip(last, waiting.result() if waiting else (), strict=True):
-                yield piece, np.array(encoding.ids, dtype=dtype)
-            if encoded is None:
-                return
-            last = batch
+def _facts(config: DataConfig, source: str) -> Facts:
+    """What a source holds, all of it read."""
+    if is_tokens(config, source):
+        return _facts_of_tokens(config, source)
+    digest, size, bad = hashlib.sha256(), 0, list[str]()
+    characters = np.zeros(0x110000, dtype=bool)
+    for piece in read_source(config, source, bad):
+        digest.update(piece.text.encode())
+        if config.end_of_text is not None and (piece.ends or piece.is_prompt):
+            digest.update(b"\xff" if piece.ends else b"\xfe")  # which no text holds
+        size += len(piece.text) if config.prompt_field is None else piece.ends
+        if config.tokenizer == "char":
+            characters[np.frombuffer(piece.text.encode("utf-32-le"), np.uint32)] = True
+    if size == 0:
+        raise ConfigError(f"source is {source!r}, which is empty; give one with text in it.")
+    return Facts(digest.hexdigest(), size, "".join(map(chr, np.flatnonzero(characters))), bad)
 
 
-def _check_characters(tokenizer: Tokenizer, piece: str, known: NDArray[np.bool_]) -> None:
-    """Refuse characters that the vocabulary lacks; `known`, by code point, are those it is known to have."""
-    codes = np.frombuffer(piece.encode("utf-32-le"), np.uint32)
-    new = codes[~known[codes]]
-    if len(new) == 0:
-        return
-    have = set(map(chr, np.unique(codes[known[codes]])))
-    if lacking := lacking_characters(tokenizer, piece, have):
-        raise ConfigError(
-            f"the text has {', '.join(map(repr, lacking[:10]))}{', ...' if len(lacking) > 10 else ''}, "
-            "which the tokenizer's vocabulary lacks; give another data.tokenizer."
-        )
-    known[[ord(character) for character in have]] = True
+def _facts_of_tokens(config: DataConfig, source: str) -> Facts:
+    digest, size, dtype = hashlib.sha256(), 0, token_dtype(read_tokenizer(config.tokenizer))
+    for _, block in token_blocks(config, source, dtype):
+        digest.update(np.ascontiguousarray(block, np.int64).data)
+        size += len(block)
+    return Facts(digest.hexdigest(), size, "", [])
 
 
-def token_dtype(tokenizer: Tokenizer) -> np.dtype[np.unsignedinteger]:
-    """The smallest type that holds the vocabulary's ids."""
-    return np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32)
+def _keys(config: DataConfig, facts: dict[str, Facts]) -> dict[str, str]:
+    """The names under which the cache has the sources."""
+    tokenizer: Any = config.tokenizer
+    if config.tokenizer.endswith(".json"):
+        tokenizer = read_tokenizer(config.tokenizer).to_str()
+    elif config.tokenizer != "byte":  # it is made of all the text
+        tokenizer = [config.tokenizer, *(found.sha256 for found in facts.values())]
+    made = CACHE_FORMAT, tokenizers.__version__, tokenizer, config.train_split, config.end_of_text
+    of_pairs = config.prompt_field is not None
+    return {source: _hash(*made, of_pairs, found.sha256) for source, found in facts.items()}
 
 
-def _read(config: DataConfig) -> Iterator[str]:
-    """The text in pieces that end with a line, line ends as they are in the file."""
-    if config.source == BUILT_IN_CORPUS:
-        from pydoc_data.topics import topics
+def _tokenizer(config: DataConfig, facts: dict[str, Facts], folders: list[Path]) -> Tokenizer:
+    """The tokenizer; one that was trained for the same text before is not trained again."""
+    if config.tokenizer.startswith("bpe:"):
+        for folder in folders:
+            for path in (folder, folder.with_name(f".staging-{folder.name}")):
+                with contextlib.suppress(ConfigError):
+                    return read_tokenizer(path / "tokenizer.json")
 
-        yield from (text + BETWEEN_FILES for text in topics.values())
-        return
-    for number, path in enumerate(config.source_files()):
-        if number:
-            yield BETWEEN_FILES
-        try:
-            with path.open(encoding="utf-8", newline="") as file:
-                yield from read_pieces(file)
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"source has {str(path)!r}, which is not UTF-8 text: {error}.") from error
-        except OSError as error:
-            raise ConfigError(f"source has {str(path)!r}, which cannot be read: {error}.") from error
+    def training_text() -> Iterator[str]:
+        for source, found in facts.items():
+            size = int(found.size * config.train_split)
+            pieces = split_pieces(read_source(config, source, []), size, by_rows=config.prompt_field is not None)
+            yield from (piece.text for part, piece in pieces if part == 0)
+
+    alphabets = [found.alphabet for found in facts.values()]
+    return create_tokenizer(config.tokenizer, lambda: alphabets, training_text, config.end_of_text)
+
+
+def _hash(*parts: object) -> str:
+    """32 hexadecimal digits for what JSON can hold."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 def _user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fundamentallm"
 
 
-def _encode(config: DataConfig, characters: int, folder: Path, show_progress: bool) -> None:
-    """Write tokenizer, tokens and their counts to `folder`, whole or not at all."""
-    train_characters = int(characters * config.train_split)
-    tokenizer = create_tokenizer(
-        config.tokenizer,
-        text=lambda: _read(config),
-        training_text=lambda: (train for train, _ in split_pieces(_read(config), train_characters)),
-    )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder.parent))
-    try:
-        # Not by its own `save`, whose errors are no OSErrors.
-        (staging / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-        files, counts, validation_bytes = ("train.bin", "validation.bin"), [0, 0], 0
-        with tqdm(total=characters, desc="tokenizing", unit="char", unit_scale=True, disable=not show_progress) as bar:
-            for part, name in enumerate(files):
-                with (staging / name).open("wb") as file:
-                    pieces = (split[part] for split in split_pieces(_read(config), train_characters) if split[part])
-                    for piece, ids in encode_pieces(tokenizer, pieces):
-                        if part == 1:
-                            first = ids[:1] if counts[1] == 0 else ids[:0]
-                            validation_bytes += len(piece.encode()) - num_bytes(tokenizer, first)
-                        counts[part] += len(ids)
-                        ids.tofile(file)
-                        bar.update(len(piece))
-        meta = {"dtype": token_dtype(tokenizer).name, "tokens": counts, "validation_bytes": validation_bytes}
-        (staging / "meta.json").write_text(json.dumps(meta))
-        try:
-            staging.rename(folder)
-        except OSError:
-            if _cached(folder):  # another process, on another machine perhaps, was faster, and reads it by now
-                shutil.rmtree(staging)
-            else:  # a damaged entry of ours
-                shutil.rmtree(folder)
-                staging.rename(folder)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+# ---- opening ------------------------------------------------------------------------------------------------
 
 
-def _cached(folder: Path) -> Corpus | None:
+def _cached(folder: Path, name: str, weight: float) -> Source | None:
     """The cache entry at `folder`; None where there is none, or it is damaged."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, ConfigError):
-        return _open(folder)
+        return _open(folder, name, weight)
     return None
 
 
-def _open(folder: Path) -> Corpus:
-    """The cache entry at `folder`. Raises FileNotFoundError if it is not there or not whole."""
+def _open(folder: Path, name: str, weight: float, config: DataConfig | None = None) -> Source:
+    """The prepared source in `folder`.
+
+    Raises:
+        FileNotFoundError: if it is not there or not whole.
+        ConfigError: if it was prepared with other settings than `config` has (None: they are known to be the same).
+    """
     meta = json.loads((folder / "meta.json").read_text())
-    dtype = np.dtype(meta["dtype"])
-    arrays = []
-    for name, count in zip(("train.bin", "validation.bin"), meta["tokens"], strict=True):
-        if (folder / name).stat().st_size != count * dtype.itemsize:
-            raise FileNotFoundError(folder / name)
-        # An empty file cannot be mapped.
-        arrays.append(np.memmap(folder / name, dtype=dtype, mode="r") if count else np.empty(0, dtype))
-    if arrays[0].nbytes > READ_WHOLE and hasattr(mmap, "MADV_RANDOM"):
-        arrays[0].base.madvise(mmap.MADV_RANDOM)  # type: ignore[union-attr]
-    return Corpus(read_tokenizer(folder / "tokenizer.json"), arrays[0], arrays[1], meta["validation_bytes"])
+    if config is not None:
+        _check_settings(folder, meta["settings"], config)
+    dtype, parts = np.dtype(meta["dtype"]), []
+    for index, part in enumerate(PARTS):
+        ids = _mapped(folder / f"{part}.bin", dtype, meta["tokens"][index])
+        rows = None
+        if meta["rows"] is not None:
+            rows = _mapped(folder / f"{part}.rows.bin", np.dtype(np.int64), 2 * meta["rows"][index]).reshape(-1, 2)
+        parts.append(Tokens(ids, rows, meta["validation_bytes"] if part == "validation" else None))
+    train = parts[0].ids
+    if train.nbytes > READ_WHOLE and hasattr(mmap, "MADV_RANDOM"):
+        train.base.madvise(mmap.MADV_RANDOM)  # type: ignore[union-attr]
+    tokenizer = read_tokenizer(folder / "tokenizer.json")
+    return Source(name, weight, parts[0], parts[1], meta["bad_rows"], tokenizer, folder)
+
+
+def _mapped(path: Path, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
+    if path.stat().st_size != count * dtype.itemsize:
+        raise FileNotFoundError(path)
+    # An empty file cannot be mapped.
+    return np.memmap(path, dtype=dtype, mode="r") if count else np.empty(0, dtype)
+
+
+def _check_settings(folder: Path, made_with: dict[str, Any], config: DataConfig) -> None:
+    """Refuse settings that a prepared source was not made with."""
+    different = {name: made_with[name] for name in SETTINGS if made_with[name] != getattr(config, name)}
+    if config.tokenizer.endswith(".json") and "tokenizer" in different:
+        mine, its = (read_tokenizer(path).to_str() for path in (config.tokenizer, folder / "tokenizer.json"))
+        if mine == its:
+            del different["tokenizer"]
+    if different:
+        raise ConfigError(
+            [
+                f"{name} is {getattr(config, name)!r}, and {folder} was prepared with {value!r}; set it to that."
+                for name, value in different.items()
+            ]
+        )

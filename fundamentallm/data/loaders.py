@@ -16,8 +16,10 @@ from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, default_collate
 
 from fundamentallm.config import IGNORE_INDEX, Config
-from fundamentallm.data.corpus import Corpus, encode_pieces, read_pieces
-from fundamentallm.data.datasets import Batch, TokenDataset
+from fundamentallm.data.corpus import Corpus, Source, Tokens
+from fundamentallm.data.datasets import Batch, MixedDataset, PairDataset, TokenDataset, TokenSamples
+from fundamentallm.data.encoding import encode_pieces
+from fundamentallm.data.sources import read_pieces
 from fundamentallm.data.tokenizers import num_bytes
 from fundamentallm.errors import ConfigError
 
@@ -402,21 +404,51 @@ def create_dataloaders(
         >>> train_loader.dataset, val_loader.dataset
         (TokenDataset(90 samples of 19 tokens), TokenDataset(10 samples of 19 tokens))
     """
-    parts: Parts
+    length, has_validation = config.data.sequence_length, config.data.train_split < 1
+    train: TokenSamples
+    validation: TokenSamples | None
     if isinstance(text_or_tokens, Corpus):
-        tokenizer, parts = tokenizer or text_or_tokens.tokenizer, text_or_tokens[1:]
-    elif isinstance(text_or_tokens, str):
-        parts = _encode_text(text_or_tokens, tokenizer, config.data.train_split)
+        corpus = text_or_tokens._replace(tokenizer=tokenizer or text_or_tokens.tokenizer)
+        train, validation = corpus_samples(corpus, length, has_validation)
     else:
-        parts = _split_tokens(text_or_tokens, tokenizer, config.data.train_split)
-    train, validation, validation_bytes = parts
-    length = config.data.sequence_length
+        if isinstance(text_or_tokens, str):
+            parts = _encode_text(text_or_tokens, tokenizer, config.data.train_split)
+        else:
+            parts = _split_tokens(text_or_tokens, tokenizer, config.data.train_split)
+        train = TokenDataset(parts[0], length, tokenizer)
+        validation = TokenDataset(parts[1], length, tokenizer, parts[2]) if has_validation else None
     options: dict[str, Any] = {"num_workers": config.data.num_workers, "collate_fn": as_is}
     options["batch_size"] = config.resolved().training.batch_size
-    train_loader = DataLoader(TokenDataset(train, length, tokenizer), shuffle=True, **options)
-    if config.data.train_split == 1:
-        return train_loader, None
-    return train_loader, DataLoader(TokenDataset(validation, length, tokenizer, validation_bytes), **options)
+    train_loader = DataLoader(train, shuffle=True, **options)
+    return train_loader, None if validation is None else DataLoader(validation, **options)
+
+
+def corpus_samples(
+    corpus: Corpus, sequence_length: int, has_validation: bool = True
+) -> tuple[TokenSamples, TokenSamples | None]:
+    """Training samples, of several sources as their weights say, and validation samples, each once.
+
+    Raises:
+        ConfigError: if a part of a source is too short for one sample.
+    """
+
+    def samples(source: Source, tokens: Tokens) -> TokenSamples:
+        about = sequence_length, corpus.tokenizer, tokens.num_bytes, corpus.end_of_text
+        try:
+            if tokens.rows is not None:
+                return PairDataset(tokens.ids, tokens.rows, *about)
+            return TokenDataset(tokens.ids, *about)
+        except ConfigError as error:
+            if len(corpus.sources) == 1:
+                raise
+            raise ConfigError([f"{source.name}: {problem}" for problem in error.problems]) from error
+
+    train = {source.name: samples(source, source.train) for source in corpus.sources}
+    validation = {source.name: samples(source, source.validation) for source in corpus.sources if has_validation}
+    if len(train) == 1:
+        return next(iter(train.values())), next(iter(validation.values()), None)
+    mixed = MixedDataset(train, [source.weight for source in corpus.sources])
+    return mixed, MixedDataset(validation) if validation else None
 
 
 Parts = tuple[NDArray[np.integer], NDArray[np.integer], int | None]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from fundamentallm.errors import ConfigError
 
@@ -21,7 +21,10 @@ UNKNOWN = "<unk>"
 
 
 def create_tokenizer(
-    spec: str, text: Callable[[], Iterable[str]], training_text: Callable[[], Iterable[str]]
+    spec: str,
+    text: Callable[[], Iterable[str]],
+    training_text: Callable[[], Iterable[str]],
+    end_of_text: str | None = None,
 ) -> Tokenizer:
     """The tokenizer that `spec` names (see `DataConfig.tokenizer`).
 
@@ -29,9 +32,10 @@ def create_tokenizer(
         spec: 'char', 'byte', 'bpe:<vocabulary size>', or the path of a tokenizer.json.
         text: gives all the text, in pieces; 'char' takes its set of characters.
         training_text: gives the part that is trained on; 'bpe' learns its merges from that part only.
+        end_of_text: a token that stands for the end of a document, and for no text; null: there is none.
 
     Raises:
-        ConfigError: if a tokenizer.json cannot be read.
+        ConfigError: if a tokenizer.json cannot be read, or has no such token.
 
     Examples:
         >>> from fundamentallm import create_tokenizer
@@ -41,6 +45,8 @@ def create_tokenizer(
         >>> tokenizer.decode(ids), len(ids), tokenizer.get_vocab_size()  # its characters, and <unk>
         ('not to be', 9, 8)
     """
+    if end_of_text is not None:
+        return _with_end(spec, text, training_text, end_of_text)
     if spec == "char":
         characters = sorted(set().union(*text()))
         vocabulary = {character: index for index, character in enumerate([*characters, UNKNOWN])}
@@ -59,6 +65,21 @@ def create_tokenizer(
             tokenizer.train_from_iterator(training_text(), trainer)
         return tokenizer
     return read_tokenizer(spec)
+
+
+def _with_end(
+    spec: str, text: Callable[[], Iterable[str]], training_text: Callable[[], Iterable[str]], end_of_text: str
+) -> Tokenizer:
+    """As `create_tokenizer`, with the token added to the vocabularies made here (of whose size it is a part)."""
+    kind, _, size = spec.partition(":")
+    tokenizer = create_tokenizer(f"bpe:{int(size) - 1}" if kind == "bpe" else spec, text, training_text)
+    if tokenizer.token_to_id(end_of_text) is None:
+        if spec.endswith(".json"):
+            raise ConfigError(f"end_of_text is {end_of_text!r}, which {spec!r} does not have; give a token it has.")
+        tokenizer.add_special_tokens([AddedToken(end_of_text, special=True, normalized=False)])
+    elif not spec.endswith(".json"):  # as a character, or a merge, of the text
+        raise ConfigError(f"end_of_text is {end_of_text!r}, which stands for text too; give it another name.")
+    return tokenizer
 
 
 def read_tokenizer(path: str | Path) -> Tokenizer:
@@ -107,8 +128,15 @@ def lacking_characters(tokenizer: Tokenizer, text: str, known: set[str]) -> list
     return sorted(lacking)
 
 
-def num_bytes(tokenizer: Tokenizer, tokens: NDArray[np.integer]) -> int:
-    """UTF-8 bytes of the text of `tokens`, also where it begins or ends within a character."""
+def num_bytes(tokenizer: Tokenizer, tokens: NDArray[np.integer], end_of_text: int | None = None) -> int:
+    """UTF-8 bytes of the text of `tokens`, also where it begins or ends within a character.
+
+    `end_of_text`, if it is among them, is no text.
+    """
+    if end_of_text is not None:
+        tokens = tokens[tokens != end_of_text]
+    if len(tokens) == 0:
+        return 0
     if isinstance(tokenizer.decoder, decoders.ByteLevel):  # each character of such a token stands for a byte
         sizes = [len(tokenizer.id_to_token(index) or "") for index in range(tokenizer.get_vocab_size())]
         return int(np.array(sizes)[tokens].sum())

@@ -11,8 +11,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fundamentallm.config import ModelConfig, expand_user
+from fundamentallm.config import ModelConfig
 from fundamentallm.errors import ConfigError
+from fundamentallm.files import expand_user
 
 if TYPE_CHECKING:
     from torch import nn

@@ -61,6 +61,18 @@ class LayerCache:
         return self.keys[:, :, :used], self.values[:, :, :used]
 
 
+def document_mask(input_ids: Tensor, document_start: int, dtype: torch.dtype) -> Tensor:
+    """What to add to attention scores (B, 1, T, T), so that each position of `input_ids` (B, T) attends to those before
+    it in its document only.
+
+    Known from the tokens, so that batches need not carry it. Rotary positions need no reset: only their differences
+    count. In the scores' precision, since attention would turn booleans into that, and keep it, in every block.
+    """
+    document = (input_ids == document_start).cumsum(1)
+    allowed = (document[:, :, None] == document[:, None, :]).tril()[:, None]
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, float("-inf"))
+
+
 class Attention(nn.Module):
     """Causal self-attention in which several query heads may share a key and value head."""
 
@@ -79,8 +91,12 @@ class Attention(nn.Module):
             self.k_norm = nn.RMSNorm(self.head_size, eps=config.norm_epsilon)
         self.qk_norm = config.qk_norm
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """Mix x (B, T, D) over its positions, and those in the cache; (B, T, D)."""
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """Mix x (B, T, D) over its positions, all before each or as `mask` (B, 1, T, T) says, and over those in the
+        cache; (B, T, D).
+        """
         b, t, _ = x.shape
         q = self.q_proj(x).view(b, t, self.num_heads, self.head_size)
         k = self.k_proj(x).view(b, t, self.num_kv_heads, self.head_size)
@@ -96,9 +112,9 @@ class Attention(nn.Module):
             q,
             k,
             v,
-            attn_mask=None if cache is None else cache.mask,
+            mask if cache is None else cache.mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=cache is None,
+            is_causal=mask is None and cache is None,
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
         return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))  # type: ignore[no-any-return]
@@ -130,9 +146,11 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None
+    ) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, cache))
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))  # type: ignore[no-any-return]
 
 
@@ -152,6 +170,8 @@ class Transformer(nn.Module):
 
     Args:
         config: its shape; `vocab_size` must be set.
+        document_start: a token before which nothing is attended to, by it or by what comes after it: the end-of-text
+            token, which thus begins the next document and tells nothing of the last; None: all is attended to.
 
     Raises:
         ConfigError: if `vocab_size` is not set.
@@ -168,8 +188,9 @@ class Transformer(nn.Module):
     _no_split_modules = ("Block",)
     base_model_prefix = "model"
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, document_start: int | None = None) -> None:
         super().__init__()
+        self.document_start = document_start
         if config.vocab_size is None:
             raise ConfigError("vocab_size is not set; give ModelConfig the tokenizer's get_vocab_size().")
         self.config = config = config.resolved()
@@ -215,9 +236,14 @@ class Transformer(nn.Module):
         """
         x = self.dropout(self.model["embed_tokens"](input_ids))
         config = self.config
+        mask = None
         if cache is None:
             positions = torch.arange(input_ids.shape[1], device=x.device)
-        else:
+            if self.document_start is not None:
+                kind = x.device.type
+                narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+                mask = document_mask(input_ids, self.document_start, narrow)
+        else:  # text that is written is one document
             assert positions is not None
             used = torch.arange(int(positions.max()) + 1, device=x.device)
             for layer in cache:
@@ -226,9 +252,9 @@ class Transformer(nn.Module):
         cos, sin = rotary_table(positions, config.d_model // config.num_heads, config.rope_theta)
         for index, block in enumerate(self.model["layers"].children()):
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, cos, sin, use_reentrant=False)
+                x = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
             else:
-                x = block(x, cos, sin, None if cache is None else cache[index])
+                x = block(x, cos, sin, mask, None if cache is None else cache[index])
         return self.lm_head(self.model["norm"](x), of_hidden)  # type: ignore[no-any-return]
 
     def new_cache(self, slots: int) -> list[LayerCache]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fundamentallm.config import IGNORE_INDEX
-from fundamentallm.data.datasets import TokenDataset
+from fundamentallm.data.datasets import TokenSamples
 from fundamentallm.data.loaders import StepSampler, device_batches
 from fundamentallm.errors import ConfigError
 from fundamentallm.training.metrics import Metric, RunningMean
@@ -72,7 +72,7 @@ def evaluate(
         raise ConfigError("val_loader has no target that counts; give it some.")
     loss = total / count
     metrics = {"val_loss": loss, "val_perplexity": math.exp(loss) if loss < 700 else math.inf}
-    if isinstance(loader.dataset, TokenDataset) and loader.dataset.num_bytes:
+    if isinstance(loader.dataset, TokenSamples) and loader.dataset.num_bytes:
         metrics["val_bits_per_byte"] = total / math.log(2) / loader.dataset.num_bytes
     return metrics | {name: s / n if n else math.nan for name, (s, n) in zip(further, others, strict=True)}
 

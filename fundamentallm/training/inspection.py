@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from torch.utils.hooks import RemovableHandle
 
 from fundamentallm.config import Config
-from fundamentallm.data.datasets import TokenDataset
+from fundamentallm.data.datasets import TokenSamples
 from fundamentallm.data.tokenizers import encode_prompt
 from fundamentallm.errors import ConfigError, writing
 from fundamentallm.models.generation import generate
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from fundamentallm.training.trainer import Trainer
 
 TRACES = "traces"
-PROMPT_TOKENS = 32
-"""Of the training text, where no prompt is given."""
 
 
 def continuation(
@@ -43,19 +41,16 @@ def continuation(
         ConfigError: if the training data is no text, or the prompt has characters that the tokenizer does not know.
     """
     dataset = trainer.train_loader.dataset
-    if not isinstance(dataset, TokenDataset) or dataset.tokenizer is None:
+    if not isinstance(dataset, TokenSamples) or dataset.tokenizer is None:
         raise ConfigError(
             "the train_loader's dataset has no tokenizer, so no text can be generated; use a TokenDataset."
         )
     if not (trainer.is_main_process or trainer.is_sharded):  # all have to compute a sharded model
         return None
-    context = len(dataset[0][0])
-    if prompt is None:
-        ids = dataset.tokens[: min(PROMPT_TOKENS, context)].tolist()
-    else:
-        ids = encode_prompt(dataset.tokenizer, prompt)
+    ids = dataset.opening().tolist() if prompt is None else encode_prompt(dataset.tokenizer, prompt)
+    stop = () if dataset.end_of_text is None else (dataset.end_of_text,)
     with trainer.averaged_weights():
-        drawn = list(generate(trainer.model, ids, num_tokens, context, temperature))
+        drawn = list(generate(trainer.model, ids, num_tokens, dataset.sequence_length, temperature, stop=stop))
     return dataset.tokenizer.decode(ids) if prompt is None else prompt, dataset.tokenizer.decode(drawn)
 
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer
 from torch import nn
 
-from fundamentallm.config import Config, DataConfig, ModelConfig, expand_user
+from fundamentallm.config import Config, DataConfig, ModelConfig
 from fundamentallm.data.tokenizers import create_tokenizer, read_tokenizer
 from fundamentallm.errors import CheckpointError, ConfigError
+from fundamentallm.files import expand_user
 from fundamentallm.models.pretrained import TOKENIZER, Pretrained, find_pretrained, transformers_model
 from fundamentallm.training.manifest import TENSORS, read_manifest
 from fundamentallm.training.resume import like_of

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from fundamentallm.config import END_OF_TEXT, expand_user, flat_settings
-from fundamentallm.data.datasets import TokenDataset
+from fundamentallm.config import END_OF_TEXT, flat_settings
+from fundamentallm.data.datasets import TokenSamples
 from fundamentallm.errors import CheckpointError, ConfigError
+from fundamentallm.files import expand_user
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.training.average import exchange
 from fundamentallm.training.environment import versions
@@ -65,14 +66,16 @@ def run_state(trainer: Trainer) -> dict[str, Any]:
 def model_files(trainer: Trainer) -> dict[str, str]:
     """What transformers needs beside the weights, as far as it is known."""
     files, dataset, end_of_text = {}, trainer.train_loader.dataset, None
-    if isinstance(dataset, TokenDataset) and dataset.tokenizer is not None:
-        end_of_text = dataset.tokenizer.token_to_id(END_OF_TEXT)
-        files["tokenizer.json"] = dataset.tokenizer.to_str()
+    ours = dataset if isinstance(dataset, TokenSamples) else None
+    if ours is not None and ours.tokenizer is not None:
+        end_of_text = ours.tokenizer.token_to_id(END_OF_TEXT) if ours.end_of_text is None else ours.end_of_text
+        files["tokenizer.json"] = ours.tokenizer.to_str()
         # Without this, AutoTokenizer takes the class that the model's type suggests, which splits words its own way.
         tokenizer_class = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         files["tokenizer_config.json"] = json.dumps(tokenizer_class, indent=2)
     if isinstance(trainer.model, Transformer):
-        files["config.json"] = json.dumps(trainer.model.transformers_config(len(dataset[0][0]), end_of_text), indent=2)
+        length = len(dataset[0][0]) if ours is None else ours.sequence_length
+        files["config.json"] = json.dumps(trainer.model.transformers_config(length, end_of_text), indent=2)
     elif to_json := getattr(getattr(trainer.model, "config", None), "to_json_string", None):
         about = {"architectures": [type(trainer.model).__name__], "dtype": "float32"}
         files["config.json"] = json.dumps(json.loads(to_json(use_diff=False)) | about, indent=2)

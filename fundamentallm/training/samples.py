@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from fundamentallm.config import DataConfig
 from fundamentallm.data.corpus import load_corpus
-from fundamentallm.data.datasets import TokenDataset
-from fundamentallm.data.loaders import StepSampler
+from fundamentallm.data.datasets import TokenSamples
+from fundamentallm.data.loaders import StepSampler, corpus_samples
 from fundamentallm.data.tokenizers import read_tokenizer
 from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.training.manifest import STATE, read_manifest, verify
@@ -80,7 +80,7 @@ def why_no_text(checkpoint: Path, samples: StepSamples) -> str | None:
     return None
 
 
-def text_of_step(checkpoint: Path, samples: StepSamples, source: str | None = None) -> TokenDataset:
+def text_of_step(checkpoint: Path, samples: StepSamples, source: str | None = None) -> TokenSamples:
     """The dataset that the samples are from, with the tokenizer of the checkpoint.
 
     Args:
@@ -100,11 +100,9 @@ def text_of_step(checkpoint: Path, samples: StepSamples, source: str | None = No
         if data.tokenizer.endswith(".json"):  # a file of the user's, which may be gone
             data = dataclasses.replace(data, tokenizer=str(checkpoint / TOKENIZER))
         # The ids are compared, so it takes the tokenizer that the run had to give them back their text.
-        dataset = TokenDataset(
-            load_corpus(data, show_progress=sys.stderr.isatty()).train,
-            data.sequence_length,
-            read_tokenizer(checkpoint / TOKENIZER),
-        )
+        corpus = load_corpus(data, show_progress=sys.stderr.isatty())
+        corpus = corpus._replace(tokenizer=read_tokenizer(checkpoint / TOKENIZER))
+        dataset, _ = corpus_samples(corpus, data.sequence_length, has_validation=False)
     except ConfigError as error:
         way_out = "If the text has moved, name it with --source; to do without it, --indices_only."
         raise ConfigError([f"data.{problem} {way_out}" for problem in error.problems]) from error
@@ -117,13 +115,12 @@ def text_of_step(checkpoint: Path, samples: StepSamples, source: str | None = No
     return dataset
 
 
-def texts(dataset: TokenDataset, indices: Sequence[int]) -> Iterator[tuple[int, int, int, str]]:
-    """(index, first token, last token, text) of each sample's inputs; its targets are one token further."""
+def texts(dataset: TokenSamples, indices: Sequence[int]) -> Iterator[tuple[int, str, str]]:
+    """(index, first and last token, text) of each sample's inputs; its targets are one token further."""
     assert dataset.tokenizer is not None
-    for index, start in zip(indices, dataset.starts(indices).tolist(), strict=True):
-        inputs, _ = dataset[index]
-        text = dataset.tokenizer.decode(inputs.tolist(), skip_special_tokens=False)
-        yield index, start, start + len(inputs) - 1, text
+    for index in indices:
+        where, inputs = dataset.locate(index)
+        yield index, where, dataset.tokenizer.decode(inputs.tolist(), skip_special_tokens=False)
 
 
 def _checked(sampler: StepSampler) -> StepSampler:

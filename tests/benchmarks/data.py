@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 
 from fundamentallm import Callback, DataConfig, Trainer, load_corpus
 from fundamentallm.command_line import parse_config
-from fundamentallm.data import corpus
-from fundamentallm.data.corpus import Corpus
+from fundamentallm.data import corpus, sources
 from fundamentallm.data.datasets import TokenDataset
+from fundamentallm.data.encoding import encode_pieces
 from fundamentallm.data.loaders import as_is, device_batches, step_sampler
 from fundamentallm.data.tokenizers import create_tokenizer
 from fundamentallm.train import make_trainer
@@ -86,16 +86,16 @@ def forget(tokens: NDArray[np.integer]) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def prepared(folder: Path, num_bytes: int) -> Corpus:
-    """A corpus of so many bytes, opened as `load_corpus` does: all zeros, and a sparse file."""
+def prepared(folder: Path, num_bytes: int) -> NDArray[np.integer]:
+    """Training tokens of so many bytes, opened as `load_corpus` does: all zeros, and a sparse file."""
     folder.mkdir()
     create_tokenizer("byte", list, list).save(str(folder / "tokenizer.json"))
     for name, size in (("train.bin", num_bytes), ("validation.bin", 0)):
         with (folder / name).open("wb") as file:
             file.truncate(size)
-    meta = {"dtype": "uint16", "tokens": [num_bytes // 2, 0], "validation_bytes": 0}
-    (folder / "meta.json").write_text(json.dumps(meta))
-    return corpus._open(folder)
+    meta = {"dtype": "uint16", "tokens": [num_bytes // 2, 0], "rows": None, "validation_bytes": 0, "bad_rows": 0}
+    (folder / "meta.json").write_text(json.dumps(meta | {"settings": {"tokenizer": "byte"}}))
+    return corpus._open(folder, "zeros", 1.0).train.ids
 
 
 def start(folder: Path, is_first: bool) -> float:
@@ -103,7 +103,7 @@ def start(folder: Path, is_first: bool) -> float:
     source = folder / "text.txt"
     if not source.exists():
         source.write_text(prose(10**9) * 90)
-        time.sleep(corpus.SETTLED / 1e9)
+        time.sleep(sources.SETTLED / 1e9)
     cache = tempfile.mkdtemp(dir=folder) if is_first else str(folder / "cache")
     config = DataConfig(str(source), cache_dir=cache)
     if not is_first:
@@ -118,9 +118,9 @@ def encoding(tokenizer: str, on_all_cores: bool) -> float:
     text = prose(10**9)
     os.environ["TOKENIZERS_PARALLELISM"] = str(on_all_cores).lower()
     made = create_tokenizer(tokenizer, lambda: [text], lambda: [text])
-    pieces = [text[at : at + corpus.PIECE] for at in range(0, len(text), corpus.PIECE)] * 9
+    pieces = [text[at : at + sources.PIECE] for at in range(0, len(text), sources.PIECE)] * 9
     begun = time.perf_counter()
-    for _ in corpus.encode_pieces(made, pieces):
+    for _ in encode_pieces(made, pieces):
         pass
     return time.perf_counter() - begun
 
@@ -132,7 +132,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        small, large = (prepared(folder / str(size), size).train for size in (SMALL, LARGE))
+        small, large = (prepared(folder / str(size), size) for size in (SMALL, LARGE))
         rows: dict[str, tuple[Callable[[], float], Callable[[], float]]] = {
             "the model's step / the loader's batch": (lambda: model_step(folder), lambda: batch(small, 0.5)),
             "the model's step / the loader's batch of 10 GB, first time": (

@@ -32,7 +32,7 @@ from fundamentallm.training.optimizers import create_optimizer
 from fundamentallm.training.schedulers import SCHEDULES
 
 ROOT = Path(fundamentallm.__file__).parent
-LEAVES = ("errors", "registry", "validation", "config", "command_line")
+LEAVES = ("errors", "registry", "validation", "files", "config", "command_line")
 PARTS = tuple(
     f"training.{name}"
     for name in (
@@ -254,6 +254,7 @@ def _loaded_after(statement: str, folder: Path) -> set[str]:
         "fundamentallm.commands.estimate",
         "fundamentallm.commands.find_lr",
         "fundamentallm.commands.report",
+        "fundamentallm.commands.prepare",
     ],
 )
 def test_what_the_command_line_needs_loads_no_torch(module: str, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from fundamentallm.config import (
 )
 from fundamentallm.data.corpus import load_corpus
 from fundamentallm.errors import CheckpointError, ConfigError, report
+from fundamentallm.files import data_problems, source_files
 from fundamentallm.registry import resolve
 from fundamentallm.validation import RANGES, Interval, fits, from_dict, range_problems
 
@@ -67,7 +68,7 @@ MISTAKES = [
     ("model.rope_theta", 0, "greater than 0"),
     ("data.train_split", 0, "greater than 0 and at most 1"),
     ("data.train_split", 1.1, "greater than 0 and at most 1"),
-    ("data.source", None, "text"),
+    ("data.source", None, "text or a mapping"),
     ("data.tokenizer", "wordpiece", "'char', 'byte', 'bpe:<vocabulary size>', or the path of a tokenizer.json"),
     ("data.tokenizer", "bpe:256", "'bpe:<vocabulary size>' with a size above 256"),
     ("data.tokenizer", "bpe:", "'bpe:<vocabulary size>' with a size above 256"),
@@ -335,8 +336,8 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("missing.txt", "where there is no text; allowed: a text file, a folder, a glob, or 'python-docs'"),
-        ("missing/*.txt", "where there is no text; allowed: a text file, a folder, a glob, or 'python-docs'"),
+        ("missing.txt", "where there is no text; allowed: a file, a folder, a glob, datasets:NAME, or 'python-docs'"),
+        ("missing/*.txt", "where there is no text; allowed: a file, a folder, a glob, datasets:NAME, or 'python-docs'"),
         ("python-doc", "Did you mean 'python-docs'?"),
         ("no_text", "where there is no text; allowed: a folder with .txt or .md files below it"),
         ("hidden", "where there is no text; allowed: a folder with .txt or .md files below it"),
@@ -350,7 +351,7 @@ def test_a_source_without_enough_text_is_one_problem(
     folder: Path, source: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
-    (problem,) = DataConfig(source=source, sequence_length=8).file_problems()
+    (problem,) = list(data_problems(DataConfig(source=source, sequence_length=8)))
     assert problem.startswith(f"source is {source!r}, ")
     assert said in problem
 
@@ -358,13 +359,13 @@ def test_a_source_without_enough_text_is_one_problem(
 @pytest.mark.parametrize("source", ["enough.txt", "*.txt", "**/e*.txt", "python-docs"])
 def test_a_source_with_enough_text_has_no_problem(folder: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    assert DataConfig(source=source, sequence_length=8).file_problems() == []
+    assert list(data_problems(DataConfig(source=source, sequence_length=8))) == []
 
 
 def test_the_files_of_a_folder_are_its_visible_texts_sorted(folder: Path) -> None:
     write(folder / "sub" / "b.md", "x")
     write(folder / "sub" / "a.txt", "x")
-    found = DataConfig(source=str(folder)).source_files()
+    found = source_files(DataConfig(), str(folder))
     assert [path.relative_to(folder).as_posix() for path in found] == [
         "empty.txt",
         "enough.txt",
@@ -376,12 +377,12 @@ def test_the_files_of_a_folder_are_its_visible_texts_sorted(folder: Path) -> Non
 
 def test_a_folder_below_a_hidden_one_is_read(tmp_path: Path) -> None:
     path = write(tmp_path / ".cache" / "texts" / "a.txt", "x")
-    assert DataConfig(source=str(path.parent)).source_files() == [path]
+    assert source_files(DataConfig(), str(path.parent)) == [path]
 
 
 def test_tokenizer_and_source_problems_come_together(tmp_path: Path) -> None:
     config = DataConfig(source=str(tmp_path / "a.txt"), tokenizer=str(tmp_path / "tokenizer.json"))
-    assert [problem.partition(" is ")[0] for problem in config.file_problems()] == ["tokenizer", "source"]
+    assert [problem.partition(" is ")[0] for problem in data_problems(config)] == ["tokenizer", "source"]
 
 
 @pytest.mark.parametrize(
@@ -400,7 +401,7 @@ def test_a_text_that_is_long_enough_once_encoded_is_not_refused(
     config = DataConfig(source=str(tmp_path), train_split=train_split, tokenizer=tokenizer)
     corpus = load_corpus(config, show_progress=False)
     shorter_part = min(len(part) for part in (corpus.train, corpus.validation) if len(part))
-    assert dataclasses.replace(config, sequence_length=shorter_part - 1).file_problems() == []
+    assert data_problems(dataclasses.replace(config, sequence_length=shorter_part - 1)) == []
 
 
 # ---- names, and errors as a command line shows them

@@ -13,8 +13,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from fundamentallm.config import DataConfig
-from fundamentallm.data import corpus
-from fundamentallm.data.corpus import Corpus, load_corpus, read_pieces, split_pieces
+from fundamentallm.data import corpus, encoding, sources
+from fundamentallm.data.corpus import Corpus, load_corpus
+from fundamentallm.data.encoding import split_pieces
+from fundamentallm.data.sources import Piece, read_pieces
 from fundamentallm.errors import ConfigError
 
 UNICODE = "Grüße,\r\n\tहिन्दी 漢字 🙂\r old Mac\n\n  don't e\u0301\n" * 20
@@ -76,8 +78,8 @@ def test_train_is_exactly_the_leading_characters_and_validation_the_rest(
 
 @pytest.mark.parametrize("piece", [1, 2, 7, 100])
 def test_where_pieces_end_changes_nothing(load: Load, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "PIECE", piece)
-    monkeypatch.setattr(corpus, "PIECES_AT_ONCE", 2)
+    monkeypatch.setattr(sources, "PIECE", piece)
+    monkeypatch.setattr(encoding, "PIECES_AT_ONCE", 2)
     cut = int(len(UNICODE) * 0.7)
     made = load(UNICODE, train_split=0.7)
     assert decode(made) == (UNICODE[:cut], UNICODE[cut:])
@@ -96,8 +98,9 @@ def test_pieces_are_the_text_and_end_with_its_lines(tmp_path: Path, text: str) -
 
 @pytest.mark.parametrize("cut", range(9))
 def test_splitting_pieces_splits_the_text(cut: int) -> None:
-    train, validation = zip(*split_pieces(["abc", "", "d", "efg"], cut), strict=True)
-    assert ("".join(train), "".join(validation)) == ("abcdefg"[:cut], "abcdefg"[cut:])
+    pieces = list(split_pieces(map(Piece, ["abc", "", "d", "efg"]), cut))
+    parts = ["".join(piece.text for of, piece in pieces if of == part) for part in (0, 1)]
+    assert parts == ["abcdefg"[:cut], "abcdefg"[cut:]]
 
 
 def test_line_ends_stay_as_they_are(load: Load) -> None:
@@ -323,9 +326,9 @@ def test_a_cache_entry_that_another_process_reads_is_left_alone(
     files = {path: path.stat().st_ino for path in entry.iterdir()}
     real, asked = corpus._cached, []
 
-    def not_yet(folder: Path) -> Any:
+    def not_yet(folder: Path, *about: Any) -> Any:
         asked.append(folder)
-        return real(folder) if len(asked) > 1 else None
+        return real(folder, *about) if len(asked) > 1 else None
 
     monkeypatch.setattr(corpus, "_cached", not_yet)
     second = load_corpus(config)
@@ -338,7 +341,7 @@ def test_a_cache_entry_that_another_process_reads_is_left_alone(
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that was written just now counts as one that will not change unseen."""
-    monkeypatch.setattr(corpus, "SETTLED", 0)
+    monkeypatch.setattr(sources, "SETTLED", 0)
 
 
 def refuse(*_: object) -> Any:
@@ -350,7 +353,7 @@ def test_a_text_that_looks_as_it_did_is_not_read_again(
     load: Load, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = decode(load(UNICODE))
-    monkeypatch.setattr(corpus, "_read", refuse)
+    monkeypatch.setattr(corpus, "read_source", refuse)
     assert decode(load(source)) == before
 
 
@@ -381,8 +384,8 @@ def test_a_text_that_was_changed_just_now_is_read_again(
     load: Load, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load(UNICODE)
-    read, real = [], corpus._read
-    monkeypatch.setattr(corpus, "_read", lambda config: read.append(1) or real(config))
+    read, real = [], corpus.read_source
+    monkeypatch.setattr(corpus, "read_source", lambda *arguments: read.append(1) or real(*arguments))
     load(source)
     assert read
 
@@ -391,5 +394,5 @@ def test_a_text_that_was_changed_just_now_is_read_again(
 def test_the_built_in_corpus_is_not_read_again_either(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = DataConfig(cache_dir=str(cache))
     made = load_corpus(config, show_progress=False)
-    monkeypatch.setattr(corpus, "_read", refuse)
+    monkeypatch.setattr(corpus, "read_source", refuse)
     assert np.array_equal(load_corpus(config, show_progress=False).train, made.train)

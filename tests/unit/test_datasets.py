@@ -12,8 +12,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from fundamentallm.config import IGNORE_INDEX
-from fundamentallm.data.datasets import TokenDataset
+from fundamentallm.data.datasets import MixedDataset, PairDataset, TokenDataset
 from fundamentallm.data.loaders import as_is
+from fundamentallm.data.tokenizers import create_tokenizer
 from fundamentallm.errors import ConfigError
 
 
@@ -105,3 +106,109 @@ def test_a_loader_gives_the_batches_as_they_are() -> None:
     batches = list(DataLoader(dataset, batch_size=2, collate_fn=as_is))
     assert [len(inputs) for inputs, _ in batches] == [2, 2, 1]
     assert torch.equal(torch.cat([targets for _, targets in batches]), dataset.__getitems__(range(5))[1])
+
+
+# ---- pairs --------------------------------------------------------------------------------------------------
+
+END = 999
+PAIRS = [([1, 2, 3], [4, 5]), ([6], [7]), ([8] * 70, [9, 10]), ([11], list(range(12, 112))), ([], [112])]
+
+
+def pairs(length: int, num_bytes: int | None = None) -> PairDataset:
+    rows, tokens = [], list[int]()
+    for prompt, answer in PAIRS:
+        rows.append((len(tokens) + len(prompt), len(tokens) + len(prompt) + len(answer) + 1))
+        tokens += [*prompt, *answer, END]
+    return PairDataset(np.array(tokens, np.uint16), np.array(rows), length, None, num_bytes, END)
+
+
+@pytest.mark.parametrize("indices", [[0], [1, 0], [0, 1, 2, 3, 4], [4, 3]])
+def test_of_a_pair_the_answer_and_its_end_are_targets_and_nothing_else(indices: list[int]) -> None:
+    inputs, targets = pairs(200).__getitems__(indices)
+    for x, y, index in zip(inputs, targets, indices, strict=True):
+        prompt, answer = PAIRS[index]
+        whole = [*prompt, *answer, END]
+        expected = [IGNORE_INDEX] * max(len(prompt) - 1, 0) + whole[max(len(prompt), 1) :]
+        assert x[: len(whole) - 1].tolist() == whole[:-1]
+        assert y.tolist() == expected + [IGNORE_INDEX] * (len(y) - len(expected))
+
+
+def test_a_batch_of_pairs_is_as_wide_as_its_longest_needs_in_multiples() -> None:
+    widths = [pairs(200).__getitems__(indices)[0].shape[1] for indices in ([0], [0, 2], [0, 1, 3], [4])]
+    assert widths == [64, 128, 128, 64]
+    assert pairs(100).__getitems__([3])[0].shape[1] == 100
+
+
+def test_what_is_longer_than_a_sample_is_cut_off_and_counted() -> None:
+    dataset = pairs(50)
+    assert dataset.num_cut == 2
+    _, targets = dataset.__getitems__([2, 3])
+    assert (targets[0] == IGNORE_INDEX).all()
+    assert targets[1].tolist() == list(range(12, 62))
+    with pytest.raises(ConfigError, match="sequence_length = 1"):
+        PairDataset(np.arange(9), np.array([[4, 9]]), 1)
+
+
+def test_bytes_of_answers_that_are_cut_off_do_not_count() -> None:
+    tokenizer = create_tokenizer("byte", list, list, "<end>")
+    ids = tokenizer.encode("qqaaaa").ids
+    tokens = np.array([*ids, tokenizer.token_to_id("<end>")] * 2)
+    rows, end = np.array([[2, 7], [9, 14]]), tokenizer.token_to_id("<end>")
+    sizes = [PairDataset(tokens, rows, length, tokenizer, 8, end).num_bytes for length in (6, 5, 3)]
+    assert sizes == [8, 8, 4]
+
+
+def test_a_pairs_fingerprint_tells_where_answers_begin() -> None:
+    tokens = np.arange(8)
+    prints = {PairDataset(tokens, np.array(rows), 8).fingerprint() for rows in ([[2, 8]], [[3, 8]], [[2, 4], [5, 8]])}
+    assert len(prints) == 3
+
+
+# ---- several sources ----------------------------------------------------------------------------------------
+
+
+def mixed(weights: list[float] | None = None) -> tuple[MixedDataset, dict[str, TokenDataset]]:
+    parts = {"a": TokenDataset(np.arange(0, 81), 8), "b": TokenDataset(np.arange(1000, 1241), 8)}  # 10, 30 samples
+    return MixedDataset(parts, weights), parts
+
+
+@pytest.mark.parametrize(
+    ("weights", "counts"),
+    [(None, (10, 30)), ([1, 3], (10, 30)), ([1, 1], (30, 30)), ([1, 9], (10, 90)), ([7, 1], (210, 30))],
+)
+def test_sources_come_as_often_as_their_weights_say_and_every_sample_at_least_once(
+    weights: list[float] | None, counts: tuple[int, int]
+) -> None:
+    dataset, parts = mixed(weights)
+    assert len(dataset) == sum(counts)
+    inputs, _ = dataset.__getitems__(range(len(dataset)))
+    firsts = inputs[:, 0].tolist()
+    for part, count, offset in zip(parts.values(), counts, (0, 1000), strict=True):
+        times = [firsts.count(offset + 8 * index) for index in range(len(part))]
+        assert sum(times) == count
+        assert max(times) - min(times) <= 1
+
+
+def test_samples_of_a_mixture_are_those_of_its_parts() -> None:
+    dataset, parts = mixed([1, 9])
+    inputs, targets = dataset.__getitems__([3, 99, 12, 0])
+    ones = [parts["a"][3], parts["b"][29], parts["b"][0], parts["a"][0]]
+    assert torch.equal(inputs, torch.stack([x for x, _ in ones]))
+    assert torch.equal(targets, torch.stack([y for _, y in ones]))
+    assert dataset.locate(99)[0] == "b 232-239"
+
+
+def test_pairs_of_a_mixture_are_as_wide_as_the_widest() -> None:
+    dataset = MixedDataset({"a": pairs(200), "b": pairs(200)})
+    inputs, targets = dataset.__getitems__([0, len(PAIRS) + 3])
+    wide = pairs(200)[3]
+    assert torch.equal(inputs[1], wide[0])
+    assert torch.equal(targets[1], wide[1])
+    assert targets[0].tolist()[:5] == [IGNORE_INDEX] * 2 + [4, 5, END]
+    assert (targets[0, 5:] == IGNORE_INDEX).all()
+
+
+def test_a_mixtures_fingerprint_tells_weights_and_parts() -> None:
+    prints = [mixed(weights)[0].fingerprint() for weights in (None, [1, 3], [1, 1], [2, 2])]
+    assert prints[0] == prints[1]
+    assert prints[2] == prints[3] != prints[0]

@@ -35,8 +35,10 @@ HEAVY = {"vocab_size": 100, "d_model": 256, "num_heads": 4, "num_layers": 3}
 GROUPED = {"num_kv_heads": 2, "qk_norm": False, "tie_embeddings": True}
 
 
-def config_of(model: dict[str, Any], sequence_length: int = 64, **training: Any) -> Config:
-    data = DataConfig(sequence_length=sequence_length)
+def config_of(
+    model: dict[str, Any], sequence_length: int = 64, mask_documents: bool = False, **training: Any
+) -> Config:
+    data = DataConfig(sequence_length=sequence_length, mask_documents=mask_documents, end_of_text="<end>")
     return Config(model=ModelConfig(**model), data=data, training=TrainingConfig(**training)).resolved()
 
 
@@ -58,7 +60,8 @@ class Measured:
     """The optimizer step of a config, as the Trainer would take it."""
 
     def __init__(self, config: Config, accelerator: Accelerator | None = None) -> None:
-        training, self.model, self.loss = config.training, Transformer(config.model), create_loss(config.training.loss)
+        training, self.loss = config.training, create_loss(config.training.loss)
+        self.model = Transformer(config.model, document_start=0 if config.data.mask_documents else None)
         accelerator = accelerator or create_accelerator(training.mixed_precision)
         self.whole = whole = prepare_model(accelerator, self.model, self.loss, 0, training.activation_checkpointing)
         optimizer = make_optimizer(training, self.model)
@@ -101,6 +104,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "chunks": (BROAD, {"batch_size": 32, "loss": "focal"}),
     "chunks, bf16": (BROAD, {"batch_size": 32, "mixed_precision": "bf16"}),
     "chunks, z_loss, micro-batches": (BROAD, {"batch_size": 64, "micro_batch_size": 32, "loss": "z_loss"}),
+    "masked documents": (DEEP, {"batch_size": 2, "sequence_length": 256, "mask_documents": True}),
+    "masked documents, bf16": (
+        DEEP,
+        {"batch_size": 2, "sequence_length": 256, "mask_documents": True, "mixed_precision": "bf16"},
+    ),
     "bf16": (DEEP, {"batch_size": 4, "mixed_precision": "bf16"}),
     "bf16, broad": (BROAD, {"batch_size": 8, "mixed_precision": "bf16"}),
 }
@@ -125,7 +133,9 @@ def test_memory_where_blocks_are_recomputed(case: str, tmp_path: Path) -> None:
     assert estimated.peak == pytest.approx(measured.peak(tmp_path), rel=0.02)
 
 
-@pytest.mark.parametrize("case", ["deep", "broad", "grouped, tied, micro-batches", "dropout", "bf16"])
+@pytest.mark.parametrize(
+    "case", ["deep", "broad", "grouped, tied, micro-batches", "dropout", "masked documents", "bf16"]
+)
 def test_activations_are_what_autograd_keeps(case: str) -> None:
     model, settings = CASES[case]
     config = config_of(model, **settings)

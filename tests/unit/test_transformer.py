@@ -190,3 +190,30 @@ def test_with_a_cache_logits_are_those_of_the_whole_texts(config: ModelConfig) -
 def test_a_model_without_a_vocabulary_size_is_refused() -> None:
     with pytest.raises(ConfigError, match="vocab_size"):
         Transformer(ModelConfig())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_documents_in_one_sequence_are_as_if_each_were_alone(checkpointing: bool) -> None:
+    """Losses and gradients too; the end-of-text token begins a document and is the last target of the one before."""
+    end, config = 36, SHAPES[0]
+    documents = [some_ids(1, size).clamp(max=35)[0] for size in (7, 1, 20, 4)]
+    packed = torch.cat([torch.cat([document, torch.tensor([end])]) for document in documents])
+    targets = packed.roll(-1)
+    model = make(config).train()
+    model.document_start, model.gradient_checkpointing = end, checkpointing
+    ((logits,), (without,)) = (model(packed[None]), make(config)(packed[None]))
+    loss = nn.functional.cross_entropy(logits[:-1], targets[:-1], reduction="sum")
+    loss.backward()
+    alone, total = make(config).train(), torch.zeros(())
+    begins = 0
+    for document, start in zip(documents, [[], [end], [end], [end]], strict=True):
+        ids = torch.cat([torch.tensor(start, dtype=torch.int64), document])
+        expected = alone(ids[None])[0]
+        torch.testing.assert_close(logits[begins : begins + len(ids)], expected, atol=1e-5, rtol=1e-5)
+        total = total + nn.functional.cross_entropy(expected, targets[begins : begins + len(ids)], reduction="sum")
+        begins += len(ids)
+    total.backward()
+    torch.testing.assert_close(loss, total, rtol=1e-5, atol=1e-5)
+    for (name, got), wanted in zip(model.named_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-3, atol=1e-4, msg=name)
+    assert (logits - without).abs().max() > 0.1  # which sees them all

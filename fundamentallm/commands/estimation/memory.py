@@ -71,7 +71,8 @@ def memory(config: Config, layout: Layout, on_cpu: bool = False) -> Memory:
     # Of the blocks that are not being computed, activation checkpointing keeps the input only.
     other_block = n * precision.stream * model.d_model if config.training.activation_checkpointing else block
     angles = config.data.sequence_length * (model.d_model // model.num_heads) * WIDE
-    top = n * _kept_on_top(model, precision, on_cpu) + NARROW * p.table * precision.casts + angles
+    mask = compute * n * config.data.sequence_length if config.data.mask_documents else 0
+    top = n * _kept_on_top(model, precision, on_cpu) + NARROW * p.table * precision.casts + angles + mask
     activations = (p.blocks - 1) * other_block + block + top
     is_whole = bool(config.training.compile) and shards == 1  # which has the logits whole (`CrossEntropy.of_hidden`)
     is_chunked = (model.vocab_size or 0) >= LARGE_VOCABULARY and n > CHUNK and not is_whole

@@ -1,0 +1,128 @@
+"""The files that settings name, and what is wrong with them: told at once, since nothing here needs torch."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fundamentallm.errors import ConfigError
+from fundamentallm.registry import did_you_mean
+
+if TYPE_CHECKING:
+    from fundamentallm.config import DataConfig
+
+BUILT_IN_CORPUS = "python-docs"
+DATASETS = "datasets:"
+"""How a source begins that the library of that name opens."""
+PREPARED = ("meta.json", "tokenizer.json", "train.bin", "validation.bin")
+"""Files of a prepared source."""
+ROWS, TOKENS = (".jsonl", ".parquet"), (".bin", ".npy")
+"""Endings of files that hold rows with fields, and of those that hold tokens; all others are text."""
+
+
+def expand_user(path: str) -> str:
+    """A path with its `~` or `~user` written out, where that can be done (os.path.expanduser raises over a null)."""
+    try:
+        return os.path.expanduser(path)
+    except ValueError:
+        return path
+
+
+def is_no_folder(path: str) -> bool:
+    """Whether something that is no folder is at the path, or a part of it, or no folder can have it for a name."""
+    if os.path.isdir(path):
+        return False
+    try:
+        os.lstat(path)
+    except OSError:  # none is there yet
+        pass
+    except ValueError:  # a null character, or what no file system can encode
+        return True
+    return os.path.exists(path) or (bool(parent := os.path.dirname(path.rstrip("/"))) and is_no_folder(parent))
+
+
+def is_prepared(source: str) -> bool:
+    """Whether a source is a folder that `fundamentallm prepare` made."""
+    return all(os.path.isfile(os.path.join(expand_user(source), name)) for name in PREPARED)
+
+
+def source_files(data: DataConfig, source: str) -> list[Path]:
+    """The files that one of the sources names, sorted; empty for what is no files.
+
+    A folder means every non-hidden file below it that has one of `data.suffixes`.
+
+    Raises:
+        ConfigError: if there are none.
+    """
+    if source == BUILT_IN_CORPUS or source.startswith(DATASETS):
+        return []
+    # os.path answers False where pathlib raises: an unknown ~user, a name too long, a null character.
+    text = expand_user(source)
+    path = Path(text)
+    if os.path.isfile(text):
+        return [path]
+    if is_prepared(source):
+        return []
+    if os.path.isdir(text):
+        below = (found for found in path.rglob("*") if found.name.endswith(tuple(data.suffixes)))
+        files = [f for f in below if f.is_file() and not any(p.startswith(".") for p in f.relative_to(path).parts)]
+        wanted = f"a folder with {' or '.join(data.suffixes)} files below it (data.suffixes)"
+    else:
+        try:
+            files = [Path(found) for found in glob.glob(text, recursive=True) if os.path.isfile(found)]
+        except ValueError:  # a null character
+            files = []
+        wanted = f"a file, a folder, a glob, {DATASETS}NAME, or {BUILT_IN_CORPUS!r}"
+    if not files:
+        near = did_you_mean(source, [BUILT_IN_CORPUS])
+        raise ConfigError(f"source is {source!r}, where there is no text; allowed: {wanted}.{near}")
+    return sorted(files)
+
+
+def data_problems(data: DataConfig) -> list[str]:
+    """What is wrong with the files of the data: missing, empty, or certainly too short."""
+    problems = []
+    if data.tokenizer.endswith(".json") and not os.path.isfile(expand_user(data.tokenizer)):
+        problems.append(f"tokenizer is {data.tokenizer!r}, which is not a file; give the path of a tokenizer.json.")
+    if data.cache_dir is not None and is_no_folder(data.cache_dir):
+        problems.append(f"cache_dir is {data.cache_dir!r}, which is no folder; give another.")
+    for source in data.sources():
+        try:
+            problems += _problems_of_files(data, source, source_files(data, source))
+        except ConfigError as error:
+            problems += error.problems
+    return problems
+
+
+def _problems_of_files(data: DataConfig, source: str, files: list[Path]) -> Iterator[str]:
+    kinds = {"rows" if f.suffix in ROWS else "tokens" if f.suffix in TOKENS else "text" for f in files}
+    size, needed = sum(file.stat().st_size for file in files), data.sequence_length + 1
+    if len(kinds) > 1:
+        yield (
+            f"source is {source!r}, which has files of {' and of '.join(sorted(kinds))}; allowed: of one kind. "
+            "Name them as several sources."
+        )
+    elif files and size == 0:
+        yield f"source is {source!r}, which is empty; give a file with text in it."
+    elif "text" in kinds and data.prompt_field is not None:
+        yield (
+            f"source is {source!r}, which has no rows, and prompt_field is {data.prompt_field!r}; allowed: "
+            f"{', '.join(ROWS)} or {DATASETS}NAME. Set data.prompt_field to null, or give another source."
+        )
+    elif "tokens" in kinds and not data.tokenizer.endswith(".json"):
+        yield (
+            f"source is {source!r}, which holds tokens, and tokenizer is {data.tokenizer!r}; allowed: the "
+            "tokenizer.json that they were made with."
+        )
+    elif "tokens" in kinds and data.prompt_field is not None:
+        yield f"source is {source!r}, which holds tokens; allowed: with a data.prompt_field, sources of rows."
+    # Our own tokenizers make at most a token of a byte, so this finds the hopeless cases before anything is
+    # read; the exact count, of each part of the split, is checked after encoding.
+    elif kinds == {"text"} and not data.tokenizer.endswith(".json") and size + 2 * len(files) < needed:
+        yield (
+            f"source is {source!r}, which has {size} bytes; allowed: at least sequence_length + 1 = "
+            f"{needed} tokens in each part of the split. Give more text or a smaller data.sequence_length."
+        )

@@ -1,0 +1,95 @@
+"""Runs on rows, pairs and several sources: what is trained on, that it does not depend on how, and going on."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fundamentallm import Config, create_dataloaders, load_corpus
+from fundamentallm.config import DataConfig, ModelConfig, TrainingConfig
+from fundamentallm.train import make_trainer, run
+from tests.integration.runs import StopAt, assert_same_weights, lines, on_processes, prose, timeless, weights
+
+END = "<|endoftext|>"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, chance = tmp_path_factory.mktemp("data"), random.Random(0)
+    documents = [text for text in prose(60_000).split("\n\n") if text.strip()]
+    for name, part in (("a", documents[:90]), ("b", documents[90:])):
+        rows = [json.dumps({"text": text}) for text in part]
+        (folder / f"{name}.jsonl").write_text("\n".join(rows))
+    sums = [(chance.randrange(9), chance.randrange(9)) for _ in range(300)]
+    pairs = [json.dumps({"q": f"{a}+{b} is " + "?" * chance.randrange(70), "text": f"{a + b}"}) for a, b in sums]
+    (folder / "pairs.jsonl").write_text("\n".join(pairs))
+    return folder
+
+
+def config_of(folder: Path, output: Path | str, source: Any, data: dict[str, Any], **training: Any) -> Config:
+    defaults = {"batch_size": 8, "max_steps": 12, "learning_rate": 1e-2, "log_every_n_steps": 1}
+    data = {"end_of_text": END, "sequence_length": 96, "cache_dir": str(folder / "cache")} | data
+    return Config(
+        str(output), ModelConfig(d_model=16, num_heads=2, num_layers=2), DataConfig(source, **data),
+        TrainingConfig(**{**defaults, **training}), sample_tokens=20,
+    )  # fmt: skip
+
+
+def on_pairs(world: int, folder: Path, output: Path, micro_batch_size: int | None) -> None:
+    source = str(folder / "pairs.jsonl")
+    trainer = run(config_of(folder, output, source, {"prompt_field": "q"}, micro_batch_size=micro_batch_size))
+    assert trainer.accelerator.num_processes == world
+
+
+def test_pairs_are_trained_on_alike_in_any_layout(folder: Path, tmp_path: Path) -> None:
+    """Samples of a process are as wide as it needs: that, and micro-batches, change nothing but rounding."""
+    layouts = {"one": (1, None), "micro": (1, 3), "two": (2, 2)}
+    for name, (processes, micro) in layouts.items():
+        on_processes(processes, on_pairs, folder, tmp_path / name, micro)
+    reference, *others = [timeless(lines(tmp_path / name)) for name in layouts]
+    answers = [json.loads(row)["text"] for row in (folder / "pairs.jsonl").read_text().splitlines()]
+    per_answer = sum(len(text) + 1 for text in answers) / len(answers)
+    assert abs(reference[11]["tokens"] - 12 * 8 * per_answer) < 30  # and not those of the prompts
+    for other in others:
+        assert [line.get("tokens") for line in other] == [line.get("tokens") for line in reference]
+        for one, two in zip(reference, other, strict=True):
+            for key in one.keys() & {"train_loss", "val_loss", "grad_norm", "val_bits_per_byte"}:
+                assert two[key] == pytest.approx(one[key], rel=1e-5)
+    validation = reference[-1]
+    held_out = answers[int(len(answers) * 0.9) :]
+    targets, num_bytes = sum(len(text) + 1 for text in held_out), sum(map(len, held_out))
+    bits = validation["val_loss"] / math.log(2) * targets / num_bytes
+    assert validation["val_bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+
+
+def test_a_mixture_with_masked_documents_goes_on_to_the_bit(folder: Path, tmp_path: Path) -> None:
+    source = {str(folder / "a.jsonl"): 0.7, str(folder / "b.jsonl"): 0.3}
+    settings = {"mask_documents": True, "tokenizer": "bpe:300"}
+    whole = run(config_of(folder, tmp_path / "whole", source, settings))
+    part = config_of(folder, tmp_path / "part", source, settings)
+    first = make_trainer(part)
+    first.callbacks.add(StopAt(5))
+    first.train()
+    rest = run(part)
+    assert rest.global_step == 12
+    assert_same_weights(weights(rest), weights(whole))
+    assert timeless(lines(tmp_path / "part")) == timeless(lines(tmp_path / "whole"))
+    shape = json.loads((tmp_path / "whole/checkpoints/step_00000012/config.json").read_text())
+    assert shape["eos_token_id"] == whole.model.document_start == whole.train_loader.dataset.end_of_text
+
+
+def test_another_weight_is_other_data(folder: Path, tmp_path: Path) -> None:
+    prints = []
+    for weight in (1.0, 1.0, 2.0):
+        source = {str(folder / "a.jsonl"): weight, str(folder / "b.jsonl"): 1.0}
+        config = config_of(folder, tmp_path, source, {})
+        loader, validation = create_dataloaders(load_corpus(config.data, False), None, config)
+        prints.append((loader.dataset.fingerprint(), validation.dataset.fingerprint()))
+    assert prints[0] == prints[1]
+    assert prints[0][0] != prints[2][0]
+    assert prints[0][1] == prints[2][1]  # which goes through each source once
