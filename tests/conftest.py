@@ -28,7 +28,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 ELSEWHERE = {
-    *("test_crashes", "test_doctor", "test_layouts", "test_machines", "test_preemption", "test_processes"),
+    *("test_crashes", "test_layouts", "test_machines", "test_preemption", "test_processes"),
     *("test_sharding", "test_watchdog", "test_hostile_input", "test_estimated_memory"),
 }
 """Modules whose tests work in processes that coverage does not see, or repeat what others cover many times over: it

@@ -26,7 +26,7 @@ CHOSEN = {
     "callback_options": {"curves": {"theme": "dark"}},
     "trackers": ["wandb"],
     "tracker_options": {"project": "mine", "wandb": {"tags": ["small"]}},
-    "data.source": "text.txt",
+    "data.source": "rows.jsonl",
     "data.tokenizer": "byte",
     "data.cache_dir": "elsewhere",
     "training.optimizer": "a:c",
@@ -88,7 +88,7 @@ def another_value(name: str) -> Any:
 
 
 def test_every_setting_can_be_given_in_yaml_and_in_both_forms_of_an_option(write: Write) -> None:
-    write("x" * 9999, "text.txt")
+    write('{"elsewhere": "x"}\n' * 999, "rows.jsonl")
     values = {name: another_value(name) for name in SETTINGS}
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
     sections: dict[str, Any] = {}
