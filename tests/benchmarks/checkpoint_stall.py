@@ -24,10 +24,11 @@ import torch
 
 from fundamentallm import Callback, Config, DataConfig, ModelConfig, Trainer, TrainingConfig, Transformer
 from fundamentallm.data.loaders import create_dataloaders
+from fundamentallm.data.tokenizers import create_tokenizer
 from fundamentallm.training import checkpoint
 from fundamentallm.training.resume import model_files, run_state
 from fundamentallm.training.snapshot import Snapshot, take_snapshot
-from tests.benchmarks.overhead import TEXT, TOKENIZER
+from tests.integration.runs import prose
 
 QUIET = 10
 """Steps between two saves, at least, in which nothing is saved."""
@@ -95,7 +96,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    shape = ModelConfig(TOKENIZER.get_vocab_size(), d_model=options.width, num_layers=8)
+    text = prose(400_000)
+    tokenizer = create_tokenizer("char", lambda: [text], lambda: [text])
+    shape = ModelConfig(tokenizer.get_vocab_size(), d_model=options.width, num_layers=8)
     saves = Saves(options.rounds)
 
     def copying(state: Any, name: str, is_best: bool, files: Any, copy: bool, *others: Any) -> Snapshot:
@@ -112,7 +115,7 @@ def main() -> None:
             save_every_n_epochs=None, eval_every_n_epochs=None,
         )  # fmt: skip
         config = Config(folder, shape, DataConfig(sequence_length=64), training)
-        loader, _ = create_dataloaders(TEXT, TOKENIZER, config)
+        loader, _ = create_dataloaders(text, tokenizer, config)
         model = Transformer(shape)
         with redirect_stdout(nowhere), redirect_stderr(nowhere):
             Trainer(model, config, loader, None, [saves]).train()

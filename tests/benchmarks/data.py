@@ -10,6 +10,7 @@ The corpus of 10 GB is a sparse file, whose pages the system makes when they are
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import mmap
 import os
@@ -33,13 +34,14 @@ from fundamentallm.data.encoding import encode_pieces
 from fundamentallm.data.loaders import as_is, device_batches, step_sampler
 from fundamentallm.data.tokenizers import create_tokenizer
 from fundamentallm.train import make_trainer
-from tests.benchmarks.overhead import EVERY, Clock
 from tests.conftest import reset_accelerate
 from tests.integration.runs import prose
 
 QUICK_START = ["--config", "examples/quickstart.yaml"]
 LENGTH, BATCH, STEPS = 128, 16, 2000
 """Tokens of a sequence and sequences of a batch as in the quick start; batches to time."""
+EVERY = 10
+"""Steps between two looks at the clock."""
 SMALL, LARGE = 10 * 2**20, 10 * 2**30
 """Bytes of the corpora."""
 
@@ -49,9 +51,10 @@ def model_step(folder: Path) -> float:
 
     class Marks(Callback):
         def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-            clock.mark()
+            marks.append(time.perf_counter())
 
-    clock, output = Clock(), tempfile.mkdtemp(dir=folder)
+    marks: list[float] = []
+    output = tempfile.mkdtemp(dir=folder)
     settings = {"output_dir": output, "training.max_steps": "50", "training.log_every_n_steps": str(EVERY)}
     config = parse_config([*QUICK_START, *(word for name, value in settings.items() for word in (f"--{name}", value))])
     trainer = make_trainer(replace(config, training=replace(config.training, eval_every_n_steps=None)))
@@ -59,7 +62,7 @@ def model_step(folder: Path) -> float:
     trainer.callbacks.add(Marks())
     trainer.train()
     reset_accelerate()
-    return statistics.median(clock.times())
+    return statistics.median((after - before) / EVERY for before, after in itertools.pairwise(marks))
 
 
 def batch(tokens: NDArray[np.integer], at: float, again: bool = True) -> float:
