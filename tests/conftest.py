@@ -29,7 +29,14 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 ELSEWHERE = {
     *("test_crashes", "test_layouts", "test_machines", "test_preemption", "test_processes"),
-    *("test_sharding", "test_watchdog", "test_hostile_input", "test_estimated_memory"),
+    *(
+        "test_sharding",
+        "test_watchdog",
+        "test_hostile_input",
+        "test_estimated_memory",
+        "test_compile",
+        "test_gpu_checks",
+    ),
 }
 """Modules whose tests work in processes that coverage does not see, or repeat what others cover many times over: it
 would take a third more time."""
@@ -37,7 +44,7 @@ would take a third more time."""
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.stem in ELSEWHERE:
+        if item.path.stem in ELSEWHERE or item.get_closest_marker("slow"):
             item.add_marker("no_cover")
 
 
