@@ -104,6 +104,8 @@ def prepare_source(
                     note = _copy(config, source, train_size, tokenizer, staging, bar)
                 else:
                     note = _encode(config, source, train_size, tokenizer, staging, bar)
+            if note.done != size:
+                raise ConfigError(f"source is {source!r}, which was changed while it was read; start again.")
             if bad:
                 (staging / "bad_rows.txt").write_text("".join(f"{row}\n" for row in bad), encoding="utf-8")
             meta = {

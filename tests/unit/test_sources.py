@@ -335,3 +335,18 @@ def test_a_tokenizer_is_shared_by_all_sources_and_each_is_encoded_once(tmp_path:
     inodes = [(source.folder / "train.bin").stat().st_ino for source in corpus.sources]
     again = load(tmp_path, {one: 5.0, two: 3.0}, tokenizer="char")
     assert [(source.folder / "train.bin").stat().st_ino for source in again.sources] == inodes
+
+
+def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = as_jsonl(tmp_path)
+    real = encoding.read_source
+
+    def shorter(*arguments: Any) -> Any:
+        write_rows(Path(source), [{"text": text} for text in DOCUMENTS[:-1]])
+        return real(*arguments)
+
+    monkeypatch.setattr(encoding, "read_source", shorter)
+    with pytest.raises(ConfigError, match="changed while it was read"):
+        load(tmp_path, source)
+    monkeypatch.undo()
+    assert decode(load(tmp_path, source)) == "".join(text + END for text in DOCUMENTS[:-1])
