@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 
 from fundamentallm.config import IGNORE_INDEX
 from fundamentallm.data.datasets import TokenSamples
-from fundamentallm.data.loaders import StepSampler, device_batches
+from fundamentallm.data.loaders import device_batches
+from fundamentallm.data.order import StepSampler
 from fundamentallm.errors import ConfigError
 from fundamentallm.training.metrics import Metric, RunningMean
 

@@ -1,10 +1,10 @@
-"""Optimizers by name, decay on matrices only, and their state by parameter name."""
+"""Optimizers by name, with decay on matrices only."""
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.optim.adamw import adamw
 
 from fundamentallm.config import OPTIMIZER_NAMES, TrainingConfig
-from fundamentallm.errors import CheckpointError, ConfigError
+from fundamentallm.errors import ConfigError
 from fundamentallm.registry import resolve
 from fundamentallm.validation import range_problems
 
@@ -60,29 +60,50 @@ def _orthogonalize_all(matrices: Tensor) -> Tensor:
     return whole.redistribute(mesh, by_rows)
 
 
-class AdamW(torch.optim.AdamW):
+class _ByGroup(Optimizer):
+    """Steps group by group, on what torch's fused kernels get from GradScaler: `grad_scale`, by which a gradient is
+    divided, and `found_inf`, a scalar that is 1 where the step is none.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step; `found_inf` and `grad_scale` are attributes, as GradScaler sets them."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        for group in self.param_groups:
+            if parameters := [p for p in group["params"] if p.grad is not None]:
+                self._step_group(group, parameters, grad_scale, found_inf)
+        return loss
+
+    def _step_group(
+        self, group: dict[str, Any], parameters: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        """The step of the parameters of a group that have gradients."""
+        raise NotImplementedError
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's."""
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            if group["fused"]:  # torch's other kernels count in each tensor
+                _share_counts(group, self.state)
+
+
+class AdamW(_ByGroup, torch.optim.AdamW):
     """torch's AdamW, going straight to its fused kernel.
 
     Over 25 small tensors the kernel took 23 of the 120 microseconds of torch's own step, and of 161 where it may have
     to skip: each parameter counts its steps in a tensor of its own there. Here those that step together share one.
     """
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step; `found_inf` and `grad_scale` as torch's fused optimizers take them."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            _fused_adamw(group, self.state, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        return loss
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's."""
-        super().load_state_dict(state_dict)
-        for group in self.param_groups:
-            _share_counts(group, self.state)
+    def _step_group(
+        self, group: dict[str, Any], parameters: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        _fused_adamw(group, parameters, self.state, grad_scale, found_inf)
 
 
 def _share_counts(group: dict[str, Any], state: dict[Tensor, Any]) -> None:
@@ -93,12 +114,13 @@ def _share_counts(group: dict[str, Any], state: dict[Tensor, Any]) -> None:
 
 
 def _fused_adamw(
-    group: dict[str, Any], state: dict[Tensor, Any], grad_scale: Tensor | None, found_inf: Tensor | None
+    group: dict[str, Any],
+    parameters: list[Tensor],
+    state: dict[Tensor, Any],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
 ) -> None:
     """AdamW's step of one group by torch's fused kernel."""
-    parameters = [p for p in group["params"] if p.grad is not None]
-    if not parameters:
-        return
     states = [state[p] for p in parameters]
     if not all(states):
         begun = torch.zeros((), device=parameters[0].device)
@@ -113,7 +135,7 @@ def _fused_adamw(
         entry["step"] = counts[id(entry["step"])]
     torch._fused_adamw_(
         parameters,
-        [p.grad for p in parameters],
+        [p.grad for p in parameters if p.grad is not None],
         [entry["exp_avg"] for entry in states],
         [entry["exp_avg_sq"] for entry in states],
         [],
@@ -137,7 +159,7 @@ def _update_alike(pairs: list[tuple[Tensor, Tensor]], size: Tensor | float, kept
         p.mul_(kept).add_(update)
 
 
-class Muon(Optimizer):
+class Muon(_ByGroup):
     """Muon for the groups with `muon: True`, AdamW for the others: one optimizer, one state, one schedule.
 
     The update of a matrix is its Nesterov momentum, orthogonalised, times 0.2 sqrt(max(rows, columns)): the
@@ -159,29 +181,15 @@ class Muon(Optimizer):
         self._step_supports_amp_scaling = True
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "momentum": momentum, "fused": fused})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step; `found_inf` = 1 (a scalar tensor attribute, as GradScaler sets it) makes it no step."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if group["muon"]:
-                self._muon(group, parameters, grad_scale, found_inf)
-            else:
-                self._adamw(group, parameters, grad_scale, found_inf)
-        return loss
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's."""
-        super().load_state_dict(state_dict)
-        for group in self.param_groups:
-            if group["fused"]:  # torch's other kernels count in each tensor
-                _share_counts(group, self.state)
+    def _step_group(
+        self, group: dict[str, Any], parameters: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        if group["muon"]:
+            self._muon(group, parameters, grad_scale, found_inf)
+        elif group["fused"]:
+            _fused_adamw(group, parameters, self.state, grad_scale, found_inf)
+        else:
+            self._adamw(group, parameters, grad_scale, found_inf)
 
     def _muon(
         self, group: dict[str, Any], parameters: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None
@@ -193,7 +201,7 @@ class Muon(Optimizer):
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(p)
             buffer = state["momentum_buffer"]
-            assert p.grad is not None  # chosen so by step()
+            assert p.grad is not None  # chosen so by `step`
             gradient = p.grad if grad_scale is None else p.grad / grad_scale
             if found_inf is None:
                 buffer.lerp_(gradient, 1 - beta)
@@ -209,10 +217,7 @@ class Muon(Optimizer):
     def _adamw(
         self, group: dict[str, Any], parameters: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
-        if group["fused"]:
-            _fused_adamw(group, self.state, grad_scale, found_inf)
-            return
-        if not parameters or (found_inf is not None and found_inf.item()):
+        if found_inf is not None and found_inf.item():
             return
         gradients = [p.grad for p in parameters if p.grad is not None]
         if grad_scale is not None:
@@ -351,84 +356,3 @@ def create_optimizer(
         return made_by(groups, lr=learning_rate, **options)  # type: ignore[no-any-return]
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optimizer {optimizer_type} cannot be made with {options!r}: {error}.") from error
-
-
-class NamedOptimizerState:
-    """An optimizer's state by parameter name: {"type": class, "state": {parameter: {name: tensor or number}}}.
-
-    "entries" counts what all parameters hold by each name, since torch would begin afresh, in silence, what an
-    incomplete state lacks. By name, so that it fits any wrapping and any grouping of the same model; without the
-    groups' hyper-parameters, which come from the config. (`torch.distributed.checkpoint.state_dict` would take a
-    hidden optimizer step to create missing state.)
-    """
-
-    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
-        self.model, self.optimizer = model, optimizer
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state, by name."""
-        trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        named = ((name, p) for name, p in self.model.named_parameters() if id(p) in trained)
-        # Empty where a parameter has had no gradient yet: what is missing when loading has been lost.
-        by_name = {name: dict(self.optimizer.state.get(p, {})) for name, p in named}
-        return {"type": type(self.optimizer).__name__, "entries": _count_entries(by_name), "state": by_name}
-
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned.
-
-        Raises:
-            CheckpointError: if type, names or shapes are not those of this model and optimizer, or some is lost.
-        """
-        if saved["type"] != type(self.optimizer).__name__:
-            raise CheckpointError(
-                f"The checkpoint has the state of {saved['type']} and this run has {type(self.optimizer).__name__}; "
-                "resume with the same training.optimizer."
-            )
-        named = dict(self.model.named_parameters())
-        index_of = {id(p): i for i, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"])}
-        trained = {name for name, parameter in named.items() if id(parameter) in index_of}
-        problems = [f"{name} is not trained here" for name in sorted(set(saved["state"]) - trained)]
-        problems += [f"there is none for {name}" for name in sorted(trained - set(saved["state"]))]
-        problems += [
-            f"{key} of {name} has {_shape(value)}, the parameter {tuple(named[name].shape)}"
-            for name, state in saved["state"].items()
-            for key, value in state.items()
-            if name in trained and not _fits(key, value, named[name])
-        ]
-        counts = _count_entries(saved["state"])
-        if len({type(state["step"]) for state in saved["state"].values() if "step" in state}) > 1:
-            problems.append("step is a tensor of some parameters and a number of others")  # torch looks at one of them
-        problems += [
-            f"there are {counts.get(key, 0)} of {count} {key}"
-            for key, count in saved["entries"].items()
-            if counts.get(key, 0) != count
-        ]
-        if problems:
-            more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-            raise CheckpointError(f"The optimizer's state does not fit the model: {'; '.join(problems[:5])}{more}.")
-        state = {index_of[id(named[name])]: state for name, state in saved["state"].items() if state}
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
-
-
-def _count_entries(by_name: dict[str, dict[str, Any]]) -> dict[str, int]:
-    return dict(Counter(key for state in by_name.values() for key in state))
-
-
-def _shape(value: Any) -> str:
-    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"the value {value!r}"
-
-
-LIKE_PARAMETERS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
-"""What torch's fused kernels, and ours, read as many elements of as the parameter has, without looking."""
-
-
-def _fits(key: str, value: Any, parameter: Tensor) -> bool:
-    """Whether a state tensor has the parameter's shape, or is a factor of it (Adafactor's rows and columns)."""
-    if key in LIKE_PARAMETERS:
-        return isinstance(value, Tensor) and value.shape == parameter.shape
-    if key == "step":
-        return value.numel() == 1 if isinstance(value, Tensor) else type(value) in (int, float)
-    if not isinstance(value, Tensor):
-        return True
-    sizes = zip(reversed(value.shape), reversed(parameter.shape), strict=False)
-    return value.ndim <= parameter.ndim and all(size in (1, whole) for size, whole in sizes)

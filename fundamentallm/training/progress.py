@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fundamentallm.data.loaders import Start, StepSampler
+from fundamentallm.data.order import Start, StepSampler
 from fundamentallm.training.metrics import RunningMean
 
 

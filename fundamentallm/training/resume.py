@@ -17,7 +17,7 @@ from fundamentallm.models.transformer import Transformer
 from fundamentallm.training.average import exchange
 from fundamentallm.training.environment import versions
 from fundamentallm.training.manifest import read_manifest
-from fundamentallm.training.optimizers import NamedOptimizerState
+from fundamentallm.training.optimizer_state import NamedOptimizerState
 from fundamentallm.training.run_folder import LOCK
 from fundamentallm.training.schedulers import StepSchedule
 from fundamentallm.training.serialization import MALFORMED, encode

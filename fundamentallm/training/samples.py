@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from fundamentallm.config import DataConfig
 from fundamentallm.data.corpus import load_corpus
 from fundamentallm.data.datasets import TokenSamples
-from fundamentallm.data.loaders import StepSampler, corpus_samples
+from fundamentallm.data.loaders import corpus_samples
+from fundamentallm.data.order import StepSampler
 from fundamentallm.data.tokenizers import read_tokenizer
 from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.training.manifest import STATE, read_manifest, verify

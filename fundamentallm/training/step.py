@@ -13,7 +13,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from fundamentallm.config import IGNORE_INDEX
-from fundamentallm.data.loaders import derive_seed
+from fundamentallm.data.order import derive_seed
 from fundamentallm.training.accelerator import seed_device
 from fundamentallm.training.guard import Guard
 from fundamentallm.training.tensor_files import is_sharded

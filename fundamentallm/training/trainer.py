@@ -35,7 +35,7 @@ from fundamentallm.training.evaluation import evaluate
 from fundamentallm.training.guard import Guard
 from fundamentallm.training.loss import create_loss
 from fundamentallm.training.metrics import Metric, MetricTracker, further_metrics, peak_memory_gb
-from fundamentallm.training.optimizers import NamedOptimizerState
+from fundamentallm.training.optimizer_state import NamedOptimizerState
 from fundamentallm.training.parameter_groups import freeze
 from fundamentallm.training.parts import (
     make_average,

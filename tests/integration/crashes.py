@@ -505,7 +505,7 @@ WINDOWS = {
     "a checkpoint has got its name": Instant("file", f"open {CHECKPOINTS}"),
     "a checkpoint is found": Instant("file", f"open {SAVED}/manifest.json"),
     "a checkpoint is verified": Instant("file", f"open {SAVED}/training.safetensors"),
-    "the optimizer is restored": Instant("call", "optimizers: NamedOptimizerState.load_state_dict ends"),
+    "the optimizer is restored": Instant("call", "optimizer_state: NamedOptimizerState.load_state_dict ends"),
     "metrics.jsonl is read again": Instant("file", f"open {METRICS}"),
     "metrics.jsonl is rewound": Instant("file", f"open for writing {METRICS}.new"),
     "the rewound metrics.jsonl gets its name": Instant("file", f"os.rename {METRICS}.new -> {METRICS}"),

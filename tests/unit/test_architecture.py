@@ -36,8 +36,8 @@ LEAVES = ("errors", "registry", "validation", "files", "config", "command_line")
 PARTS = tuple(
     f"training.{name}"
     for name in (
-        *("loss", "metrics", "optimizers", "parameter_groups", "schedulers", "early_stopping", "guard", "launch"),
-        "throughput",
+        *("loss", "metrics", "optimizers", "optimizer_state", "parameter_groups", "schedulers", "early_stopping"),
+        *("guard", "launch", "throughput"),
     )
 )
 SERVICES = tuple(

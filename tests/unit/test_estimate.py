@@ -32,7 +32,7 @@ from fundamentallm.commands.estimation.counts import (
 )
 from fundamentallm.commands.estimation.memory import memory
 from fundamentallm.data.corpus import load_corpus, vocabulary_size
-from fundamentallm.data.loaders import StepSampler
+from fundamentallm.data.order import StepSampler
 from fundamentallm.training.loss import ModelWithLoss, create_loss
 from fundamentallm.training.parts import make_optimizer
 from tests.integration.runs import make_config, make_trainer

@@ -18,18 +18,8 @@ from torch.utils.data import WeightedRandomSampler as Weighted
 from fundamentallm.config import IGNORE_INDEX, Config, DataConfig, TrainingConfig
 from fundamentallm.data.corpus import load_corpus
 from fundamentallm.data.datasets import TokenDataset
-from fundamentallm.data.loaders import (
-    POSITIONS_AT_ONCE,
-    Start,
-    StepSampler,
-    as_is,
-    create_dataloaders,
-    derive_seed,
-    device_batches,
-    permute,
-    step_loader,
-    step_sampler,
-)
+from fundamentallm.data.loaders import as_is, create_dataloaders, device_batches, step_loader, step_sampler
+from fundamentallm.data.order import POSITIONS_AT_ONCE, Start, StepSampler, derive_seed, permute
 from fundamentallm.data.tokenizers import create_tokenizer
 from fundamentallm.errors import ConfigError
 

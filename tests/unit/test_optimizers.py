@@ -13,7 +13,8 @@ from fundamentallm.config import ModelConfig
 from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.training.checkpoint import CheckpointManager
-from fundamentallm.training.optimizers import Muon, NamedOptimizerState, create_optimizer, orthogonalize
+from fundamentallm.training.optimizer_state import NamedOptimizerState
+from fundamentallm.training.optimizers import Muon, create_optimizer, orthogonalize
 from fundamentallm.training.schedulers import create_scheduler
 
 KINDS = ("adamw", "adam", "sgd", "muon")

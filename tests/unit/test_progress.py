@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fundamentallm.data.loaders import Start, StepSampler
+from fundamentallm.data.order import Start, StepSampler
 from fundamentallm.training.progress import Progress, sampler_of
 
 CPU = torch.device("cpu")

@@ -23,7 +23,7 @@ from fundamentallm.commands.diagnosis.case import (
 )
 from fundamentallm.commands.diagnosis.trial import forward_rows, without_dropout
 from fundamentallm.config import IGNORE_INDEX
-from fundamentallm.data.loaders import derive_seed
+from fundamentallm.data.order import derive_seed
 from fundamentallm.training.accelerator import seed_device
 
 
