@@ -146,47 +146,40 @@ def _of_run(opened: Opened, options: argparse.Namespace) -> Text:
     """The validation text of the run that made the checkpoint."""
     from torch.utils.data import DataLoader
 
-    from fundamentallm.config import Config
-    from fundamentallm.data.corpus import load_corpus
-    from fundamentallm.data.datasets import TokenDataset, fingerprint
-    from fundamentallm.data.loaders import create_dataloaders
+    from fundamentallm.data.datasets import TokenDataset
+    from fundamentallm.data.loaders import as_is, corpus_samples
     from fundamentallm.models.transformer import Transformer
     from fundamentallm.training.manifest import MANIFEST
+    from fundamentallm.training.samples import corpus_of_run
     from fundamentallm.training.stored import load_parts
-    from fundamentallm.validation import from_dict
 
     way_out = "name a text with --source."
     is_ours = (opened.folder / MANIFEST).exists()
     saved = load_parts(opened.folder, ("config", "progress_state_dict")) if is_ours else {}
     if not isinstance(saved.get("config"), dict) or not isinstance(saved["config"].get("data"), dict):
         raise ConfigError(f"{opened.folder} is of no run that names its text; {way_out}")
-    data = saved["config"]["data"] | {"cache_dir": None}  # the cache is that of whoever asks
-    if str(data.get("tokenizer")).endswith(".json"):  # a file of the user's, which may be gone
-        data["tokenizer"] = str(opened.folder / "tokenizer.json")
     try:
-        config = from_dict(Config, {"data": data})
-        corpus = load_corpus(config.data, show_progress=sys.stderr.isatty())
-        _, loader = create_dataloaders(corpus, opened.tokenizer, config)
+        data, corpus = corpus_of_run(opened.folder, saved["config"]["data"])
+        _, dataset = corpus_samples(corpus, data.sequence_length, data.train_split < 1)
     except ConfigError as error:
         raise ConfigError([f"data.{problem} If the text has moved, {way_out}" for problem in error.problems]) from error
-    if loader is None:
+    if dataset is None:
         raise ConfigError(f"{opened.folder} is of a run without a validation text; {way_out}")
-    dataset: Any = loader.dataset
-    name = ", ".join(config.data.sources())
-    if config.data.mask_documents and isinstance(opened.model, Transformer):
+    name = ", ".join(data.sources())
+    if data.mask_documents and isinstance(opened.model, Transformer):
         opened.model.document_start = corpus.end_of_text
     stretches = saved.get("progress_state_dict", {}).get("stretches") or [{}]
-    if stretches[-1].get("content", [None, None])[1] not in (None, fingerprint(dataset)):
+    if stretches[-1].get("content", [None, None])[1] not in (None, dataset.fingerprint()):
         raise ConfigError(f"{name} is another text than {opened.folder} was validated on; {way_out}")
     if options.context is not None or options.stride is not None:
-        context = options.context or config.data.sequence_length
+        context = options.context or data.sequence_length
         if not isinstance(dataset, TokenDataset):
             raise ConfigError(
                 f"--context or --stride is given, and {opened.folder} was validated on pairs or on several sources, "
                 "whose samples are what they are; leave both out."
             )
         return _of_texts(opened, options, name, [dataset.tokens], dataset.num_bytes, context)
-    batches = DataLoader(dataset, batch_size=options.batch_size, collate_fn=loader.collate_fn)
+    batches = DataLoader(dataset, batch_size=options.batch_size, collate_fn=as_is)
     return Text(f"{name} (validation)", iter(batches), len(dataset), dataset.num_bytes)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fundamentallm.config import DataConfig
-from fundamentallm.data.corpus import load_corpus
+from fundamentallm.data.corpus import Corpus, load_corpus
 from fundamentallm.data.datasets import TokenSamples
 from fundamentallm.data.loaders import corpus_samples
 from fundamentallm.data.order import StepSampler
@@ -95,14 +95,7 @@ def text_of_step(checkpoint: Path, samples: StepSamples, source: str | None = No
     """
     verify(checkpoint, hashed=[STATE, TOKENIZER])
     try:
-        data = from_dict(DataConfig, samples.config["data"])
-        # The cache is that of whoever asks: the run's is of its own machine, and a stranger's anywhere.
-        data = dataclasses.replace(data, source=data.source if source is None else source, cache_dir=None)
-        if data.tokenizer.endswith(".json"):  # a file of the user's, which may be gone
-            data = dataclasses.replace(data, tokenizer=str(checkpoint / TOKENIZER))
-        # The ids are compared, so it takes the tokenizer that the run had to give them back their text.
-        corpus = load_corpus(data, show_progress=sys.stderr.isatty())
-        corpus = corpus._replace(tokenizer=read_tokenizer(checkpoint / TOKENIZER))
+        data, corpus = corpus_of_run(checkpoint, samples.config["data"], source)
         dataset, _ = corpus_samples(corpus, data.sequence_length, has_validation=False)
     except ConfigError as error:
         way_out = "If the text has moved, name it with --source; to do without it, --indices_only."
@@ -114,6 +107,27 @@ def text_of_step(checkpoint: Path, samples: StepSamples, source: str | None = No
             "or do without it by --indices_only."
         )
     return dataset
+
+
+def corpus_of_run(checkpoint: Path, settings: dict[str, Any], source: str | None = None) -> tuple[DataConfig, Corpus]:
+    """The sources that a run was trained on, opened again, with the tokenizer of its checkpoint.
+
+    Args:
+        checkpoint: its directory.
+        settings: the data's, as the checkpoint holds them.
+        source: where the text is now, as `data.source`; None: where it was.
+
+    Raises:
+        ConfigError: if the settings are none, or the text cannot be read.
+    """
+    data = from_dict(DataConfig, settings)
+    # The cache is that of whoever asks: the run's is of its own machine, and a stranger's anywhere.
+    data = dataclasses.replace(data, source=data.source if source is None else source, cache_dir=None)
+    if data.tokenizer.endswith(".json"):  # a file of the user's, which may be gone
+        data = dataclasses.replace(data, tokenizer=str(checkpoint / TOKENIZER))
+    corpus = load_corpus(data, show_progress=sys.stderr.isatty())
+    # Samples are compared by their ids, so it takes the tokenizer that the run had to give them back their text.
+    return data, corpus._replace(tokenizer=read_tokenizer(checkpoint / TOKENIZER))
 
 
 def texts(dataset: TokenSamples, indices: Sequence[int]) -> Iterator[tuple[int, str, str]]:
