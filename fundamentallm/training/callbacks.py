@@ -284,12 +284,7 @@ class LoggingCallback(Callback):
             f"{trainer.total_steps - trainer.global_step} steps of {trainer.batch_size} sequences"
         )
         if self.path:
-            step, validation_due = trainer.global_step, trainer.state["progress"].validation_due
-
-            def is_made_again(line: dict[str, Any]) -> bool:
-                return bool(line["step"] > step or (line["step"] == step and validation_due and "val_loss" in line))
-
-            keep_file(trainer, self.path, is_made_again)
+            keep_file(trainer, self.path, lambda line: "val_loss" in line)
 
     def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """A training line; where there is a progress bar, that shows the same."""
@@ -313,8 +308,16 @@ class LoggingCallback(Callback):
             append(self.path, metrics)
 
 
-def keep_file(trainer: Trainer, path: Path, is_made_again: Callable[[dict[str, Any]], bool]) -> None:
-    """Bring a file of lines back to the step that the run goes on from; where lines would be lost, it is kept aside."""
+def keep_file(trainer: Trainer, path: Path, is_of_validation: Callable[[dict[str, Any]], bool]) -> None:
+    """Bring a file of lines back to the step that the run goes on from; where lines would be lost, it is kept aside.
+
+    Made again, and dropped, are the lines of later steps, and where that step's validation is due, those it makes.
+    """
+    step, validation_due = trainer.global_step, trainer.state["progress"].validation_due
+
+    def is_made_again(line: dict[str, Any]) -> bool:
+        return bool(line["step"] > step or (line["step"] == step and validation_due and is_of_validation(line)))
+
     aside = rewind(path, is_made_again, keep_all=trainer.global_step == 0 or trainer.was_rewound)
     if aside is not None:
         trainer.say(f"{path} had lines that would be lost; it is kept as {aside}")

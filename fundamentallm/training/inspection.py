@@ -19,6 +19,7 @@ from fundamentallm.models.generation import generate
 from fundamentallm.training.callbacks import Callback, keep_file
 from fundamentallm.training.json_lines import append
 from fundamentallm.training.run_folder import SAMPLES
+from fundamentallm.training.tensor_files import total_norm
 
 if TYPE_CHECKING:
     from fundamentallm.training.trainer import Trainer
@@ -99,12 +100,8 @@ class SampleCallback(Callback):
             self.num_tokens = Config.sample_tokens
         for prompt in self.prompts:
             continuation(trainer, prompt, 0, self.temperature)  # finds out what is wrong with it
-        step, validation_due = trainer.global_step, trainer.state["progress"].validation_due
         if self.path is not None and trainer.is_main_process:
-            # Its lines are made at validations.
-            keep_file(
-                trainer, self.path, lambda line: bool(line["step"] > step or (line["step"] == step and validation_due))
-            )
+            keep_file(trainer, self.path, lambda _: True)  # all lines are made at validations
 
     def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """Write."""
@@ -273,14 +270,14 @@ class RatioCallback(Callback):
             return
         for block, parameters in self._blocks.items():
             if gradients := [parameter.grad for parameter in parameters if parameter.grad is not None]:
-                self._norms[f"grad_norm/{block}"] = _norm(gradients)
+                self._norms[f"grad_norm/{block}"] = total_norm(gradients)
                 self._before[block] = [parameter.detach().clone() for parameter in parameters]
 
     @torch.no_grad()
     def _compare(self) -> None:
         for block, before in self._before.items():
             moved = [parameter - old for parameter, old in zip(self._blocks[block], before, strict=True)]
-            self._norms[f"update_ratio/{block}"] = _norm(moved) / _norm(before)
+            self._norms[f"update_ratio/{block}"] = total_norm(moved) / total_norm(before)
         self._before = {}
 
     def measure(self, trainer: Trainer) -> dict[str, float]:
@@ -303,9 +300,3 @@ def block_of(name: str) -> str:
     """The block that a parameter belongs to: its name up to the first number, else its module's."""
     numbered = re.match(r"(.*?\.)??\d+(?=\.)", name)
     return numbered.group() if numbered else name.rpartition(".")[0] or name
-
-
-def _norm(tensors: list[Tensor]) -> Tensor:
-    """Of all of them together, a scalar; slices are added up over the processes that hold them."""
-    norm = torch.nn.utils.get_total_norm(tensors)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

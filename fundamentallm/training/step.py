@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
 from fundamentallm.config import IGNORE_INDEX
 from fundamentallm.data.order import derive_seed
 from fundamentallm.training.accelerator import seed_device
 from fundamentallm.training.guard import Guard
-from fundamentallm.training.tensor_files import is_sharded
+from fundamentallm.training.tensor_files import total_norm
 
 
 class StepResult(NamedTuple):
@@ -82,8 +82,7 @@ class OptimizerStep:
             losses.append(loss_sum.detach())
         loss = self._sum(reduce(add, losses))
         accelerator.unscale_gradients()
-        norm = get_total_norm([parameter.grad for parameter in self._trained if parameter.grad is not None])
-        norm = norm.full_tensor() if is_sharded(norm) else norm  # type: ignore[attr-defined]
+        norm = total_norm([parameter.grad for parameter in self._trained if parameter.grad is not None])
         self._update(norm, skip=self.guard.skips(step, loss / divisor, norm))
         for parameter in self._parameters:  # zero_grad() would walk through all modules first
             parameter.grad = None

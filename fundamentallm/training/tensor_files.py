@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from fundamentallm.training.manifest import TENSORS
 
@@ -39,6 +40,12 @@ def is_sharded(tensor: Tensor) -> bool:
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor: a part of it where it is sharded."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def total_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """Of all tensors together, a scalar; slices are added up over the processes that hold them."""
+    norm = get_total_norm(tensors)
+    return norm.full_tensor() if is_sharded(norm) else norm  # type: ignore[attr-defined]
 
 
 class Place(NamedTuple):

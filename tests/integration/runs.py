@@ -80,6 +80,21 @@ class StopAt(Callback):
             trainer.request_stop("half-way")
 
 
+class KilledError(Exception):
+    """What `KillAfter` raises."""
+
+
+class KillAfter(Callback):
+    """Ends a run as a crash would: a step's line and validation have been handed on, and nothing more is saved."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, trainer: Trainer) -> None:
+        if trainer.global_step == self.step:
+            raise KilledError
+
+
 def make_config(folder: Path | str, dropout: float = 0.0, **training: Any) -> Config:
     """A tiny model on a little prose, logged at every step."""
     defaults: dict[str, Any] = {"batch_size": 8, "learning_rate": 1e-2, "log_every_n_steps": 1, "max_steps": 12}

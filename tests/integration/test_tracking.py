@@ -17,24 +17,9 @@ from fundamentallm import Callback, Config, ConfigError, Trainer, create_acceler
 from fundamentallm.training import tracking
 from fundamentallm.training.stopping import Stop
 from tests.conftest import reset_accelerate
-from tests.integration.runs import StopAt, lines, make_config, make_trainer
+from tests.integration.runs import KillAfter, KilledError, StopAt, lines, make_config, make_trainer
 
 CLOCK = "tokens_per_second"
-
-
-class KilledError(Exception):
-    pass
-
-
-class KillAfter(Callback):
-    """Ends a run once a step's line and validation have been handed on, before anything is saved."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, trainer: Trainer) -> None:
-        if trainer.global_step == self.step:
-            raise KilledError
 
 
 def tracked_config(folder: Path, *trackers: str, **training: Any) -> Config:

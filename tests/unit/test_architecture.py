@@ -56,6 +56,7 @@ WITHIN_SERVICES = {
     ("training.inspection", "training.callbacks"),
     ("training.inspection", "training.json_lines"),
     ("training.inspection", "training.run_folder"),
+    ("training.inspection", "training.tensor_files"),
     ("training.checkpoint", "training.stored"),
     ("training.stored", "training.serialization"),
     ("training.stored", "training.snapshot"),

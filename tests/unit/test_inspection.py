@@ -12,6 +12,8 @@ import torch
 from fundamentallm import Callback, ConfigError, ProfilerCallback, RatioCallback, SampleCallback, Trainer
 from fundamentallm.training.inspection import block_of
 from tests.integration.runs import (
+    KillAfter,
+    KilledError,
     StopAt,
     assert_same_weights,
     lines,
@@ -22,21 +24,6 @@ from tests.integration.runs import (
     timeless,
     weights,
 )
-
-
-class Kill(Exception):
-    pass
-
-
-class KillAt(Callback):
-    """Ends a run in the midst of it, as a crash would."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, trainer: Trainer) -> None:
-        if trainer.global_step == self.step:
-            raise Kill
 
 
 def inspected(folder: Path, *callbacks: Callback, **training: Any) -> Trainer:
@@ -77,8 +64,8 @@ def test_after_a_crash_there_is_each_sample_once(tmp_path: Path) -> None:
         return SampleCallback(["The ", "A"], 8)
 
     inspected(tmp_path / "whole", callback()).train()
-    with pytest.raises(Kill):  # after the samples of step 6, which the checkpoint of step 4 does not know
-        inspected(tmp_path / "parts", callback(), KillAt(7)).train()
+    with pytest.raises(KilledError):  # after the samples of step 6, which the checkpoint of step 4 does not know
+        inspected(tmp_path / "parts", callback(), KillAfter(7)).train()
     assert [sample["step"] for sample in samples(tmp_path / "parts")] == [3, 3, 6, 6]
     inspected(tmp_path / "parts", callback()).train()
     assert samples(tmp_path / "parts") == samples(tmp_path / "whole")
