@@ -89,15 +89,10 @@ def make_trainer(config: Config) -> Trainer:
     config = replace(config, model=_with_vocabulary(config.model, corpus.tokenizer))
     train_loader, val_loader = create_dataloaders(corpus, corpus.tokenizer, config)
     torch.manual_seed(config.training.seed)
-    document_start = corpus.end_of_text if config.data.mask_documents else None
     if model is None:
+        document_start = corpus.end_of_text if config.data.mask_documents else None
         with torch.device("meta") if accelerator.is_fsdp2 else nullcontext():  # it may be larger than a device
             model = Transformer(config.model, document_start)
-    elif document_start is not None:
-        raise ConfigError(
-            "data.mask_documents is true and model.pretrained is a model that is trained through transformers; "
-            "set it to false."
-        )
     trainer = Trainer(model, config, train_loader, val_loader, accelerator=accelerator)
     if pretrained is not None:
         trainer.files = pretrained.files(config.data.sequence_length)

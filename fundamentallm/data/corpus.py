@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import mmap
@@ -124,10 +125,8 @@ def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
             tokenizer = _tokenizer(config, facts, [cache / key for key in keys.values()])
             for source in lacking:
                 folder, weight, size = cache / keys[source], weights[source], facts[source].size
-                is_ready = lambda: _cached(folder, source, weight) is not None  # noqa: B023, E731  # called at once
-                prepare_source(
-                    config, source, size, facts[source].bad, tokenizer, folder, is_ready, show_progress
-                )  # fmt: skip
+                is_ready = functools.partial(_is_whole, folder, source, weight)
+                prepare_source(config, source, size, facts[source].bad, tokenizer, folder, is_ready, show_progress)
                 found[source] = _open(folder, source, weight)
     sources = [source for source in found.values() if source is not None]
     texts = {source.name: (source.folder / "tokenizer.json").read_text(encoding="utf-8") for source in sources}
@@ -265,6 +264,10 @@ def _cached(folder: Path, name: str, weight: float) -> Source | None:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, ConfigError):
         return _open(folder, name, weight)
     return None
+
+
+def _is_whole(folder: Path, name: str, weight: float) -> bool:
+    return _cached(folder, name, weight) is not None
 
 
 def _open(folder: Path, name: str, weight: float, config: DataConfig | None = None) -> Source:

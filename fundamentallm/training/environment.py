@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
 import socket
@@ -16,6 +17,7 @@ GIT_SECONDS = 5.0
 """After which a slow file system goes without a commit."""
 
 
+@functools.cache  # each save asks, and the packages' files take 2 ms to read
 def versions() -> dict[str, str]:
     """Of Python and of the packages that make the numbers."""
     return {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}

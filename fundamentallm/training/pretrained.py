@@ -70,6 +70,11 @@ def completed(config: Config, pretrained: Pretrained) -> Config:
             f"model.dropout is {config.model.dropout} and {pretrained.folder} is a model of transformers; set the "
             "dropout in its config.json, under its own names."
         )
+    if pretrained.shape is None and config.data.mask_documents:
+        problems.append(
+            "data.mask_documents is true and model.pretrained is a model that is trained through transformers; "
+            "set it to false."
+        )
     if pretrained.shape is None and most is not None and length > most:
         problems.append(
             f"data.sequence_length is {length}; allowed: at most {most}, the context of {pretrained.folder}."
