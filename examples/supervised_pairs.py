@@ -4,8 +4,8 @@
     python examples/supervised_pairs.py --smoke   seconds, and too few to learn much
 
 Any dataset of (inputs, targets) will do. A target of -100 is one that is not trained on: here the question, and the
-filling. A step is divided by the number of its targets that count, however they are spread over the samples. (Pairs that
-are rows of text need no dataset of one's own: see `data.prompt_field`.)
+filling. A step is divided by the number of its targets that count, however they are spread over the samples.
+Pairs that are rows of text need no dataset of one's own: see `data.prompt_field`.
 """
 
 import random
