@@ -153,15 +153,17 @@ class TokenDataset(TokenSamples):
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """A whole batch in one gather."""
-        wanted = np.asarray(indices, dtype=np.int64) * self.sequence_length
-        starts = np.minimum(wanted, len(self._windows) - 1)
+        length = self.sequence_length
+        starts = np.array(indices, dtype=np.int64) * length
+        if has_last := len(self) - 1 in indices:
+            repeated = np.maximum(starts - (len(self._windows) - 1), 0)
+            starts -= repeated
         windows = self._windows[starts]
-        pair = np.empty((2, len(starts), self.sequence_length), np.int64)
+        pair = np.empty((2, len(starts), length), np.int64)
         pair[0], pair[1] = windows[:, :-1], windows[:, 1:]
-        repeated = wanted - starts
-        if repeated.any():
-            pair[1][np.arange(self.sequence_length) < repeated[:, None]] = IGNORE_INDEX
-        inputs, targets = torch.from_numpy(pair)
+        if has_last:
+            pair[1][np.arange(length) < repeated[:, None]] = IGNORE_INDEX
+        inputs, targets = torch.from_numpy(pair).unbind()
         return inputs, targets
 
 

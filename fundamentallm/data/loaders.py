@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+import itertools
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, default_collate
 
 from fundamentallm.config import IGNORE_INDEX, Config
@@ -21,6 +23,9 @@ from fundamentallm.data.order import StepSampler
 from fundamentallm.data.sources import read_pieces
 from fundamentallm.data.tokenizers import num_bytes
 from fundamentallm.errors import ConfigError
+
+TOKENS_AT_ONCE = 2**14
+"""Of small batches, so many tokens are gathered together: half a megabyte."""
 
 
 def step_sampler(
@@ -94,47 +99,73 @@ class _Shielded:
             self.begin(worker_id)
 
 
-def step_loader(
-    loader: DataLoader[Any], sampler: StepSampler, start: int, stop: int, pin_memory: bool
-) -> DataLoader[Any]:
-    """A DataLoader like `loader` that yields this process's shares of steps `start` to `stop`.
-
-    One loader for all epochs, so that worker processes outlive them and nothing restarts in between.
-    """
+def load(
+    loader: DataLoader[Any], batches: Iterable[list[int]], pin_memory: bool = False, seed: int = 0
+) -> Iterable[Any]:
+    """What `loader` makes of `batches` of indices: one pass for all epochs, so that its workers outlive them."""
+    dataset, fetch_all = loader.dataset, getattr(loader.dataset, "__getitems__", None)
+    put_together = collate if loader.collate_fn is default_collate else loader.collate_fn
+    pin_memory = pin_memory or loader.pin_memory
+    if loader.num_workers == 0 and not pin_memory:
+        # What torch's loader would do, without its machinery, which took half of a small batch's time.
+        if type(dataset) is TokenDataset and put_together in (as_is, collate):
+            return _gather_ahead(dataset, iter(batches))
+        return (put_together(fetch_all(batch) if fetch_all else [dataset[i] for i in batch]) for batch in batches)
     return DataLoader(
-        loader.dataset,
-        batch_sampler=(sampler.share(step) for step in range(start, stop)),
-        collate_fn=collate if loader.collate_fn is default_collate else loader.collate_fn,
+        dataset,
+        batch_sampler=batches,
+        collate_fn=put_together,
         num_workers=loader.num_workers,
-        pin_memory=loader.pin_memory or pin_memory,
+        pin_memory=pin_memory,
         timeout=loader.timeout,
         worker_init_fn=_Shielded(loader.worker_init_fn),
         multiprocessing_context=loader.multiprocessing_context,
         prefetch_factor=loader.prefetch_factor,
         # Its own generator, or iter() would draw from the global one.
-        generator=torch.Generator().manual_seed(sampler.seed or 0),
+        generator=torch.Generator().manual_seed(seed),
     )
+
+
+def _gather_ahead(dataset: TokenDataset, batches: Iterator[list[int]]) -> Iterator[Batch]:
+    """The batches, small ones several in one gather, most of whose time is the same for one as for many."""
+    for first in batches:
+        more = TOKENS_AT_ONCE // (len(first) * dataset.sequence_length) - 1
+        several = [first, *itertools.islice(batches, max(more, 0))]
+        sizes = list(map(len, several))
+        inputs, targets = dataset.__getitems__(list(itertools.chain.from_iterable(several)))
+        yield from zip(torch.split(inputs, sizes), torch.split(targets, sizes), strict=True)
+
+
+class StepBatch(NamedTuple):
+    """What a process computes in an optimizer step, on its device."""
+
+    inputs: Tensor
+    targets: Tensor
+    micro_batches: int
+    """How many parts to compute it in."""
+    rows: int
+    """Samples of its own; those after them fill up, and none of their targets counts."""
 
 
 def device_batches(
     loader: DataLoader[Any], sampler: StepSampler, start: int, stop: int, device: torch.device
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-    """For steps `start` to `stop`: this process's share on its device, and in how many micro-batches to compute it.
+) -> Iterator[StepBatch]:
+    """For steps `start` to `stop`, this process's share of the batch.
 
     Raises:
         ConfigError: if the loader does not give (inputs, targets).
     """
-    batches = step_loader(loader, sampler, start, stop, pin_memory=device.type == "cuda")
-    for step, batch in zip(range(start, stop), batches, strict=True):
+    shares, ahead = itertools.tee(map(sampler.share, range(start, stop)))  # workers are told of theirs in advance
+    batches = load(loader, (share.indices for share in ahead), device.type == "cuda", sampler.seed or 0)
+    for share, batch in zip(shares, batches, strict=True):
         pair = isinstance(batch, (tuple, list)) and len(batch) == 2
-        if not pair or not all(isinstance(tensor, torch.Tensor) for tensor in batch):
+        if not pair or not all(isinstance(tensor, Tensor) for tensor in batch):
             raise ConfigError(f"the loader gives {type(batch).__name__}; allowed: (inputs, targets), two tensors.")
         inputs, targets = (tensor.to(device, non_blocking=True) for tensor in batch)
-        rows = sampler.rows(step)
-        if rows < len(targets):  # the share was filled up
+        if share.rows < len(targets):  # the share was filled up
             targets = targets.clone()
-            targets[rows:] = IGNORE_INDEX
-        yield inputs, targets, sampler.micro_batches(step)
+            targets[share.rows :] = IGNORE_INDEX
+        yield StepBatch(inputs, targets, share.micro_batches, share.rows)
 
 
 def as_is(batch: Any) -> Any:
@@ -148,7 +179,7 @@ def collate(batch: Any) -> Any:
 
 
 def create_dataloaders(
-    text_or_tokens: str | Corpus | NDArray[np.integer] | torch.Tensor | Sequence[int],
+    text_or_tokens: str | Corpus | NDArray[np.integer] | Tensor | Sequence[int],
     tokenizer: Tokenizer | None,
     config: Config,
 ) -> tuple[DataLoader[Batch], DataLoader[Batch] | None]:

@@ -56,6 +56,17 @@ class Start(NamedTuple):
     samples: int = 0
 
 
+class Share(NamedTuple):
+    """What one process computes of a step's batch."""
+
+    indices: list[int]
+    """Of its samples, and of what they are filled up with."""
+    rows: int
+    """Samples of its own, which come first; 0 where there are fewer than processes."""
+    micro_batches: int
+    """How many parts it is computed in; the same on all processes."""
+
+
 class _Stretch(NamedTuple):
     """Batches of one size from a place on; to where the next stretch starts, if there is one."""
 
@@ -164,7 +175,10 @@ class StepSampler:
 
     def _stretch(self, step: int) -> _Stretch:
         """The one whose batches `step` has."""
-        return next((each for each in reversed(self._stretches) if each.start.step <= step), self._stretches[0])
+        for stretch in reversed(self._stretches):
+            if stretch.start.step <= step:
+                return stretch
+        return self._stretches[0]
 
     def place(self, step: int) -> tuple[int, int]:
         """(epoch, place in its order) at which the batch of `step` begins; place 0 is the beginning of an epoch."""
@@ -188,39 +202,29 @@ class StepSampler:
 
     def batch(self, step: int) -> list[int]:
         """Dataset indices of the whole batch of `step`, over all processes."""
-        epoch, start, stop = self._places(step)
-        return self._indices(epoch, start, stop)
+        return self._indices(*self._places(step))
 
-    def rows(self, step: int) -> int:
-        """Samples in this process's share of `step`'s batch; 0 where there are fewer samples than processes."""
-        _, start, stop = self._share(step)
-        return stop - start
-
-    def micro_batches(self, step: int) -> int:
-        """How many parts each process computes its share of `step`'s batch in; the same on all of them."""
-        _, start, stop = self._places(step)
-        largest_share = -(-(stop - start) // self.num_processes)
-        return -(-largest_share // self.micro_batch_size)
-
-    def share(self, step: int) -> list[int]:
-        """Dataset indices of this process's share, filled up to one for each micro-batch (with `is_even`, to all).
+    def share(self, step: int) -> Share:
+        """This process's share of the batch of `step`, filled up to one for each micro-batch (with `is_even`, to all).
 
         The filling is the batch's first sample, and whoever computes it masks its targets. Thus every process
         always has something to compute, and none leaves the others waiting.
         """
-        epoch, first, _ = self._places(step)
-        share = self._indices(*self._share(step))
-        lacking = self.micro_batches(step) * self._least - len(share)
-        return share + self._indices(epoch, first, first + 1) * lacking
+        epoch, start, stop = self._places(step)
+        size, index, count = stop - start, self.process_index, self.num_processes
+        first, end = start + size * index // count, start + size * (index + 1) // count
+        indices = self._indices(epoch, first, end)
+        micro_batches = -(-size // (count * self.micro_batch_size))
+        lacking = micro_batches * self._least - len(indices)
+        if lacking > 0:
+            indices += self._indices(epoch, start, start + 1) * lacking
+        return Share(indices, end - first, micro_batches)
 
     def _places(self, step: int) -> tuple[int, int, int]:
-        epoch, start = self.place(step)
-        return epoch, start, min(start + self._stretch(step).batch_size, self.num_samples)
-
-    def _share(self, step: int) -> tuple[int, int, int]:
-        epoch, start, stop = self._places(step)
-        parts = (start + (stop - start) * (self.process_index + i) // self.num_processes for i in (0, 1))
-        return epoch, *parts  # type: ignore[return-value]
+        """The epoch of the batch of `step`, and the places in its order at which it begins and ends."""
+        stretch = self._stretch(step)
+        epoch, start = stretch.place(step)
+        return epoch, start, min(start + stretch.batch_size, self.num_samples)
 
     def _indices(self, epoch: int, start: int, stop: int) -> list[int]:
         if self.seed is None:

@@ -51,8 +51,7 @@ def evaluate(
     means = {name: RunningMean(accelerator.device) for name in further}
     batches = device_batches(loader, samples, 0, samples.steps_per_epoch, accelerator.device)
     try:
-        for step, (inputs, targets, parts) in enumerate(batches):
-            rows = samples.rows(step)  # without those that only fill the share up
+        for inputs, targets, parts, rows in batches:
             for x, y in zip(inputs.tensor_split(parts), targets.tensor_split(parts), strict=True):
                 if further:
                     loss, logits = step_model(x, y, with_logits=True)

@@ -85,7 +85,7 @@ def smallest_number_of_parts(largest: int, fits: Callable[[int], bool]) -> int |
 def _largest_that_fits(trainer: Trainer, largest: int) -> int:
     first = trainer.global_step
     share = trainer.train_loader, trainer.samples, first, first + 1, trainer.accelerator.device
-    rows, targets, _ = next(device_batches(*share))
+    rows, targets, *_ = next(device_batches(*share))
 
     def fits(size: int) -> bool:
         # Every process has tried, and says how it went, before any tries the next: nobody waits within a step.

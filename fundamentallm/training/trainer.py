@@ -338,7 +338,7 @@ class Trainer:
         if progress.validation_due and self._close_step():
             return
         share = self.train_loader, self.samples, progress.step, self.total_steps, self.accelerator.device
-        for inputs, targets, parts in device_batches(*share):
+        for inputs, targets, parts, _ in device_batches(*share):
             if self._is_at_epoch or progress.step == self._start_step:
                 self.callbacks.on_epoch_begin(self)
             self.callbacks.on_step_begin(self)

@@ -165,7 +165,7 @@ class ModelAlone(Hook):
 
     def on_train_end(self, trainer: Trainer) -> None:
         device, model = trainer.accelerator.device, trainer._step_model
-        inputs, targets, parts = next(device_batches(trainer.train_loader, trainer.samples, 0, 1, device))
+        inputs, targets, parts, _ = next(device_batches(trainer.train_loader, trainer.samples, 0, 1, device))
         pairs = list(zip(inputs.tensor_split(parts), targets.tensor_split(parts), strict=True))
         for count in (2, self.times):  # the first round warms up
             started = now(device)

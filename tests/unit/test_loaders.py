@@ -16,9 +16,10 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 from torch.utils.data import WeightedRandomSampler as Weighted
 
 from fundamentallm.config import IGNORE_INDEX, Config, DataConfig, TrainingConfig
+from fundamentallm.data import loaders
 from fundamentallm.data.corpus import load_corpus
 from fundamentallm.data.datasets import TokenDataset
-from fundamentallm.data.loaders import as_is, create_dataloaders, device_batches, step_loader, step_sampler
+from fundamentallm.data.loaders import as_is, create_dataloaders, device_batches, load, step_sampler
 from fundamentallm.data.order import POSITIONS_AT_ONCE, Start, StepSampler, derive_seed, permute
 from fundamentallm.data.tokenizers import create_tokenizer
 from fundamentallm.errors import ConfigError
@@ -79,9 +80,9 @@ def test_the_shares_of_all_processes_make_the_batch(
     samplers = [StepSampler(samples, batch_size, seed, i, processes, micro) for i in range(processes)]
     for step in range(2 * samplers[0].steps_per_epoch):
         batch = samplers[0].batch(step)
-        rows = [sampler.rows(step) for sampler in samplers]
         shares = [sampler.share(step) for sampler in samplers]
-        assert [index for share, count in zip(shares, rows, strict=True) for index in share[:count]] == batch
+        assert [index for share in shares for index in share.indices[: share.rows]] == batch
+        rows = [share.rows for share in shares]
         assert max(rows) - min(rows) <= 1
 
 
@@ -93,13 +94,13 @@ def test_every_process_has_the_same_number_of_micro_batches_and_a_row_for_each(
 ) -> None:
     samplers = [StepSampler(samples, batch_size, 0, i, processes, micro) for i in range(processes)]
     for step in range(samplers[0].steps_per_epoch):
-        (count,) = {sampler.micro_batches(step) for sampler in samplers}
-        most = max(sampler.rows(step) for sampler in samplers)
+        shares = [sampler.share(step) for sampler in samplers]
+        (count,) = {share.micro_batches for share in shares}
+        most = max(share.rows for share in shares)
         assert (count - 1) * (micro or batch_size) < most <= count * (micro or batch_size)
-        for sampler in samplers:
-            share = sampler.share(step)
-            assert len(share) == max(sampler.rows(step), count)
-            assert set(share[sampler.rows(step) :]) <= {samplers[0].batch(step)[0]}
+        for share in shares:
+            assert len(share.indices) == max(share.rows, count)
+            assert set(share.indices[share.rows :]) <= {samplers[0].batch(step)[0]}
 
 
 @shapes
@@ -250,23 +251,27 @@ def test_a_step_sampler_runs_through_a_loader_as_the_loader_says(shuffle: bool, 
     assert ours.steps_per_epoch == len(loader)
     for step in range(2 * len(loader)):
         assert ours.share(step) == same.share(step)
-        assert ours.micro_batches(step) == same.micro_batches(step)
 
 
-def step_batches(num_workers: int, start: int = 0, **options: object) -> list[torch.Tensor]:
+def step_batches(num_workers: int, start: int = 0) -> list[torch.Tensor]:
     dataset = TokenDataset(np.arange(200), 7)
     loader = DataLoader(dataset, batch_size=4, shuffle=True, num_workers=num_workers, collate_fn=as_is)
     sampler = step_sampler("train_loader", loader, seed=1, process_index=0, num_processes=1)
-    return [torch.stack(batch) for batch in step_loader(loader, sampler, start, 20, pin_memory=False)]
+    batches = device_batches(loader, sampler, start, 20, torch.device("cpu"))
+    return [torch.stack((batch.inputs, batch.targets)) for batch in batches]
 
 
-def test_a_step_loader_yields_the_shares_of_its_steps_over_the_epochs_ends() -> None:
+@pytest.mark.parametrize("tokens_at_once", [2**14, 60, 1])
+def test_device_batches_are_the_shares_of_their_steps_over_the_epochs_ends(
+    tokens_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loaders, "TOKENS_AT_ONCE", tokens_at_once)
     dataset, sampler = TokenDataset(np.arange(200), 7), StepSampler(29, 4, 1)
     assert len(dataset) == 29
     batches = step_batches(0, start=5)
     assert len(batches) == 15
     for step, batch in enumerate(batches, start=5):
-        assert torch.equal(batch, torch.stack(dataset.__getitems__(sampler.share(step))))
+        assert torch.equal(batch, torch.stack(dataset.__getitems__(sampler.share(step).indices)))
 
 
 def test_worker_processes_change_no_batch() -> None:
@@ -285,7 +290,7 @@ def test_iterating_draws_nothing_from_the_global_generator(num_workers: int) -> 
 def test_a_plain_loader_over_windows_of_tokens_gives_them_as_ours_does() -> None:
     dataset, sampler = TokenDataset(np.arange(40), 4), StepSampler(10, 3, 0)
     batches = [
-        list(step_loader(DataLoader(dataset, batch_size=3, **options), sampler, 0, 4, False))
+        list(load(DataLoader(dataset, batch_size=3, **options), (sampler.share(step).indices for step in range(4))))
         for options in ({}, {"collate_fn": as_is})
     ]
     for plain, ours in zip(*batches, strict=True):
@@ -293,10 +298,14 @@ def test_a_plain_loader_over_windows_of_tokens_gives_them_as_ours_does() -> None
         torch.testing.assert_close(plain, ours)
 
 
-def test_a_step_loader_collates_as_the_users_loader_does() -> None:
-    loader = DataLoader(NUMBERS, batch_size=4, collate_fn=lambda items: [f"<{item}>" for item in items])
-    sampler = step_sampler("train_loader", loader, 0, 0, 1)
-    assert list(step_loader(loader, sampler, 1, 3, False)) == [["<4>", "<5>", "<6>", "<7>"], ["<8>", "<9>"]]
+def in_brackets(items: list[int]) -> list[str]:
+    return [f"<{item}>" for item in items]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_batches_are_collated_as_the_users_loader_does(num_workers: int) -> None:
+    loader = DataLoader(NUMBERS, batch_size=4, collate_fn=in_brackets, num_workers=num_workers)
+    assert list(load(loader, iter([[4, 5, 7], [8, 9]]))) == [["<4>", "<5>", "<7>"], ["<8>", "<9>"]]
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4, 5])
@@ -311,13 +320,13 @@ def test_device_batches_of_all_processes_have_each_sample_of_a_step_unmasked_onc
     batches = [list(device_batches(loader, sampler, 3, 12, device)) for sampler in samplers]
     for step, parts in enumerate(zip(*batches, strict=True), start=3):
         whole_inputs, whole_targets = dataset.__getitems__(samplers[0].batch(step))
-        kept = [(targets != IGNORE_INDEX).all(dim=1) for _, targets, _ in parts]
+        kept = [(batch.targets != IGNORE_INDEX).all(dim=1) for batch in parts]
         assert torch.equal(torch.cat([part[0][rows] for part, rows in zip(parts, kept, strict=True)]), whole_inputs)
         assert torch.equal(torch.cat([part[1][rows] for part, rows in zip(parts, kept, strict=True)]), whole_targets)
-        for inputs, targets, count in parts:
+        for inputs, targets, count, rows in parts:
             assert inputs.min() >= 0
-            assert ((targets != IGNORE_INDEX).sum(dim=1) % 7 == 0).all()
-            assert count == samplers[0].micro_batches(step) <= len(inputs)
+            assert (targets != IGNORE_INDEX).sum(dim=1).tolist() == [7] * rows + [0] * (len(inputs) - rows)
+            assert count == samplers[0].share(step).micro_batches <= len(inputs)
 
 
 @pytest.mark.parametrize("item", [1, (1, 2), torch.ones(3), (torch.ones(3),) * 3])
@@ -456,7 +465,7 @@ def test_even_micro_batches_have_one_size_and_the_same_samples(
     parts = -(-largest // (micro or largest))
     for step in range(2 * plain[0].steps_per_epoch):
         for one, other in zip(even, plain, strict=True):
-            share, rows = one.share(step), one.rows(step)
-            assert share[:rows] == other.share(step)[:rows]
-            assert len(share) == one.micro_batches(step) * -(-largest // parts)
-            assert one.micro_batches(step) <= parts
+            indices, rows, micro_batches = one.share(step)
+            assert indices[:rows] == other.share(step).indices[:rows]
+            assert len(indices) == micro_batches * -(-largest // parts)
+            assert micro_batches <= parts

@@ -142,11 +142,12 @@ def test_batches_follow_the_schedule_and_see_every_sample_of_every_epoch_once(
     made, order, seen, epochs = shares[0], StepSampler(samples, samples, 3), list[int](), [0]
     for step in range(25):
         epoch, place = made.place(step)
-        batch = [index for share in shares for index in share.share(step)[: share.rows(step)]]
+        parts = [share.share(step) for share in shares]
+        batch = [index for part in parts for index in part.indices[: part.rows]]
         assert batch == made.batch(step) == order.batch(epoch)[place : place + size_at(step, batch_size, schedule)]
         assert made.samples_before(step) == len(seen)
         assert len(batch) == size_at(step, batch_size, schedule) or (not drop_last and place + len(batch) == samples)
-        assert all(len(share.share(step)) >= share.micro_batches(step) == 1 for share in shares)
+        assert all(len(part.indices) >= part.micro_batches == 1 for part in parts)
         if epoch == len(epochs):
             epochs.append(step)
             assert made.steps_before_epoch(epoch) == step

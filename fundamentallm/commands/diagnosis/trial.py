@@ -141,7 +141,7 @@ def forward_rows(trainer: Trainer, count: int | None = None) -> tuple[Tensor, Te
     """
     steps = min(trainer.samples.steps_per_epoch, count or 1)
     batches = device_batches(trainer.train_loader, trainer.samples, 0, steps, trainer.accelerator.device)
-    inputs, targets, _ = next(batches)
+    inputs, targets, *_ = next(batches)
     while count and len(targets) < count and (batch := next(batches, None)) is not None:
         if batch[0].shape[1:] != inputs.shape[1:]:  # padded to another length
             break
