@@ -6,12 +6,15 @@ import inspect
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import profiler
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.adamw import adamw
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fundamentallm.config import OPTIMIZER_NAMES, TrainingConfig
 from fundamentallm.errors import ConfigError
@@ -64,6 +67,22 @@ class _ByGroup(Optimizer):
     """Steps group by group, on what torch's fused kernels get from GradScaler: `grad_scale`, by which a gradient is
     divided, and `found_inf`, a scalar that is 1 where the step is none.
     """
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """torch's wrapper around every optimizer's step, where somebody looks: a profiler, or a hook.
+
+        Half of a step of small tensors was the range that it opens for a profiler, whether there is one or not.
+        """
+        watched = Optimizer.profile_hook_step(func)
+
+        @wraps(func)
+        def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+            hooks = hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
+            return (watched if hooks or profiler._is_profiler_enabled else func)(self, *args, **kwargs)
+
+        return step
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -61,7 +61,7 @@ class OptimizerStep:
 
     def __call__(self, step: int, inputs: Tensor, targets: Tensor, parts: int) -> StepResult:
         """Train on this process's share of the batch of `step`, in `parts` micro-batches."""
-        accelerator, model = self.accelerator, self.model_with_loss
+        accelerator, model, scaler = self.accelerator, self.model_with_loss, self.accelerator.scaler
         # Derived, not carried: a resumed run draws the same dropout masks.
         seed_device(derive_seed(self.seed, step, self.process_index), accelerator.device)
 
@@ -78,7 +78,9 @@ class OptimizerStep:
             # Gradients of sharded weights are exchanged with each part: put off, they would be there unsharded.
             with nullcontext() if part == parts or accelerator.is_fsdp2 else accelerator.no_sync(model):
                 loss_sum = model(x, y)
-                accelerator.backward(loss_sum, gradient=scale)  # of loss_sum * scale, one node less
+                # Not by accelerator.backward, which divides by a number of accumulation steps that is 1 here: a node
+                # more, as multiplying by the scale would be.
+                (loss_sum if scaler is None else scaler.scale(loss_sum)).backward(scale)
             losses.append(loss_sum.detach())
         loss = self._sum(reduce(add, losses))
         accelerator.unscale_gradients()

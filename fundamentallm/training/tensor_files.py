@@ -44,6 +44,10 @@ def local(tensor: Tensor) -> Tensor:
 
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:
     """Of all tensors together, a scalar; slices are added up over the processes that hold them."""
+    tensors = list(tensors)
+    if {type(tensor) for tensor in tensors} == {Tensor} and len({(t.dtype, t.device) for t in tensors}) == 1:
+        # As torch's function does it, which takes twice as long for small tensors: it sorts them by type and device.
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))  # type: ignore[no-any-return]
     norm = get_total_norm(tensors)
     return norm.full_tensor() if is_sharded(norm) else norm  # type: ignore[attr-defined]
 

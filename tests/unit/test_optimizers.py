@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.profiler import ProfilerActivity, profile
 
 from fundamentallm.config import ModelConfig
 from fundamentallm.errors import CheckpointError, ConfigError
@@ -324,6 +326,28 @@ def test_muon_runs_a_closure_with_gradients_on() -> None:
 
     assert optimizer.step(closure) == pytest.approx(sum(value.square().sum().item() for value in before.values()))
     assert all(not torch.equal(value, before[name]) for name, value in weights(model).items())
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_hooks_and_profilers_see_a_step_as_they_see_those_of_torch(kind: str) -> None:
+    model = Tiny()
+    optimizer, seen = create_optimizer(model, kind, 0.01), []
+    registers = (
+        optimizer.register_step_pre_hook,
+        optimizer.register_step_post_hook,
+        register_optimizer_step_pre_hook,
+        register_optimizer_step_post_hook,
+    )
+    for number, register in enumerate(registers):
+        handle = register(lambda *_, number=number: seen.append(number))
+        step(model, optimizer, 1)
+        handle.remove()
+        step(model, optimizer, 2)  # which nobody looks at
+    assert seen == [0, 1, 2, 3]
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        step(model, optimizer, 4)
+    name = f"Optimizer.step#{type(optimizer).__name__}.step"
+    assert [event.count for event in profiled.key_averages() if event.key == name] == [1]
 
 
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

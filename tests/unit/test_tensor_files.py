@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from fundamentallm.training.tensor_files import (
     OFFSETS,
@@ -22,6 +23,7 @@ from fundamentallm.training.tensor_files import (
     TensorFiles,
     consolidate,
     file_name,
+    total_norm,
     write_tensors,
 )
 
@@ -47,6 +49,12 @@ def sliced(tensor: Tensor, bounds: list[int], dim: int) -> list[tuple[Tensor, Pl
 
 def opened(folder: Path, stack: ExitStack, **options: Any) -> TensorFiles:
     return TensorFiles(folder, sorted(path.name for path in folder.iterdir()), "model/", stack, **options)
+
+
+@pytest.mark.parametrize("dtypes", [[], [torch.float32], [torch.float32] * 3, [torch.float32, torch.bfloat16]])
+def test_the_norm_is_torchs(dtypes: list[torch.dtype]) -> None:
+    tensors = [torch.full((2, 3 + i), 1.5 + i, dtype=dtype) for i, dtype in enumerate(dtypes)]
+    assert torch.equal(total_norm(tensors), get_total_norm(tensors))
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2])
