@@ -24,8 +24,8 @@ from fundamentallm.data.sources import read_pieces
 from fundamentallm.data.tokenizers import num_bytes
 from fundamentallm.errors import ConfigError
 
-TOKENS_AT_ONCE = 2**14
-"""Of small batches, so many tokens are gathered together: half a megabyte."""
+TOKENS_AT_ONCE = 2**12
+"""Of small batches, so many tokens are gathered together: 64 kilobytes."""
 
 
 def step_sampler(

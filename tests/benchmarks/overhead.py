@@ -1,11 +1,12 @@
 """What a trainer costs beside the model: the time of an optimizer step of a tiny model, of ours and of other loops.
 
-    python -m tests.benchmarks.overhead [--turns 40]
+    python -m tests.benchmarks.overhead [--rounds 7] [--turns 20]
 
 Every side trains the same Transformer (two blocks of width 32) on the same text, on one thread of a CPU, with fused
 AdamW, a cosine schedule, clipping, a progress bar, and a log line every 10 steps. Each has a process of its own, and
-they take turns of 50 steps: whatever else the machine does hits all of them alike. A turn's time is the median of its
-stretches of 10 steps; a ratio is the median over the turns. Peers that are not installed are left out.
+they take turns of 50 steps: whatever else the machine does hits all of them alike. Two processes of one side differ by a
+few per cent for as long as they live, so that there are several rounds with new ones: a ratio is the median over the
+rounds, once of the lowest tenth of the turns and once of their median. Peers that are not installed are left out.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from tests.integration.runs import prose
 
 LENGTH, BATCH, EVERY, STRETCHES = 16, 4, 10, 5
 LEARNING_RATE = 1e-3
+REFERENCE = "torch by hand"
 FOR_EVER = 10**9
 """Steps: a side is ended when it has had its turns."""
 
@@ -69,8 +71,7 @@ class Clock:
     def mark(self) -> None:
         self.marks.append(time.process_time())
         if len(self.marks) > STRETCHES + 1:  # the first stretch warms the caches
-            times = [(after - before) / EVERY for before, after in zip(self.marks[1:], self.marks[2:], strict=False)]
-            self.turns.send(statistics.median(times))
+            self.turns.send((self.marks[-1] - self.marks[1]) / (EVERY * STRETCHES))
             self.turns.recv()
             self.marks = [time.process_time()]
 
@@ -260,7 +261,7 @@ def by_pytorch_accelerated(clock: Clock) -> None:
 
 
 SIDES: dict[str, Callable[[Clock], None]] = {
-    "torch by hand": by_hand,
+    REFERENCE: by_hand,
     "fundamentallm": ours,
     "accelerate": by_accelerate,
     "transformers": by_transformers,
@@ -292,13 +293,8 @@ def quietest(times: list[float]) -> float:
     return statistics.quantiles(times, n=10)[0]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=40, help="of each side [40]")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="[all]")
-    options = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    sides = [name for name in options.sides if name in list(SIDES)[:3] or find_spec(name.replace("-", "_"))]
+def one_round(sides: list[str], turns: int) -> dict[str, list[float]]:
+    """Seconds of a step, of each side in each turn, with new processes."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     pipes, processes = {}, []
     for name in sides:
@@ -306,7 +302,7 @@ def main() -> None:
         processes.append(get_context("spawn").Process(target=run_side, args=(name, theirs), daemon=True))
         processes[-1].start()
         theirs.close()  # so that the end of the process is the end of the pipe
-    for turn in range(options.turns + 1):  # the first one starts up
+    for turn in range(turns + 1):  # the first one starts up
         for name, pipe in pipes.items():
             pipe.send("your turn")
             seconds = pipe.recv()
@@ -314,18 +310,33 @@ def main() -> None:
                 times[name].append(seconds)
     for process in processes:
         process.kill()  # they would go on for ever
-    reference = times["torch by hand"]
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7, help="with new processes [7]")
+    parser.add_argument("--turns", type=int, default=20, help="of each side in a round [20]")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="[all]")
+    options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sides = [name for name in options.sides if name in list(SIDES)[:3] or find_spec(name.replace("-", "_"))]
+    if sides[0] != REFERENCE:
+        parser.error(f"the first side is {sides[0]!r}; allowed: {REFERENCE!r}, to which the others are compared.")
+    rounds = [one_round(sides, options.turns) for _ in range(options.rounds)]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", *sides[1:]))
     print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, {versions}\n")
-    print(
-        "| loop | microseconds a step | ratio | median of the turns' ratios | middle half |\n"
-        "| --- | --- | --- | --- | --- |"
-    )
-    for name, of_side in times.items():
-        ratios = [time / other for time, other in zip(of_side, reference, strict=True)]
-        low, median, high = statistics.quantiles(ratios, n=4)
-        quiet = quietest(of_side) / quietest(reference)
-        print(f"| {name} | {quietest(of_side) * 1e6:,.0f} | {quiet:.3f} | {median:.3f} | {low:.2f} to {high:.2f} |")
+    print("| loop | microseconds a step | ratio | of the medians | lowest and highest of the rounds |")
+    print("| --- | --- | --- | --- | --- |")
+    for name in sides:
+        quiet = [quietest(times[name]) / quietest(times[REFERENCE]) for times in rounds]
+        usual = [statistics.median(times[name]) / statistics.median(times[REFERENCE]) for times in rounds]
+        microseconds = statistics.median(quietest(times[name]) for times in rounds) * 1e6
+        print(
+            f"| {name} | {microseconds:,.0f} | {statistics.median(quiet):.3f} | {statistics.median(usual):.3f} "
+            f"| {min(quiet):.2f} to {max(quiet):.2f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
