@@ -69,7 +69,7 @@ class OptimizerStep:
         # micro-batches and processes. DistributedDataParallel averages, which num_processes undoes.
         count = self._sum((targets != IGNORE_INDEX).sum())
         divisor = count.clamp(min=1)
-        scale = self.num_processes / divisor
+        scale = divisor.reciprocal() * self.num_processes
         pairs = [(inputs, targets)]
         if parts > 1:
             pairs = list(zip(inputs.tensor_split(parts), targets.tensor_split(parts), strict=True))
