@@ -44,7 +44,8 @@ def _own_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     torch._dynamo.reset()
     limits = torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit
-    with torch._inductor.config.patch(compile_threads=1):
+    # Not for vectors: which of them the processor has is found out by compiling, a fifth of the time.
+    with torch._inductor.config.patch({"compile_threads": 1, "cpp.simdlen": 1}):
         yield
     torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = limits
     torch._dynamo.reset()
