@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,14 +63,10 @@ def main(arguments: Sequence[str], program: str) -> int:
         options.seed,
         () if options.ignore_end else opened.stop,
     )
-    try:
-        if len(prompts) == 1 and not options.json:
-            _stream(opened.tokenizer, prompts[0], (row[0] for row in drawn))
-        else:
-            _write_all(opened.tokenizer, prompts, drawn, options.json)
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if len(prompts) == 1 and not options.json:
+        _stream(opened.tokenizer, prompts[0], (row[0] for row in drawn))
+    else:
+        _write_all(opened.tokenizer, prompts, drawn, options.json)
     return 0
 
 

@@ -488,3 +488,24 @@ def test_a_verb_shows_its_own_help(
 def test_the_default_config_of_the_command_line_is_the_default_of_python(write: Write) -> None:
     assert parse_config([]) == Config().resolved()
     assert parse_config([]).data == DataConfig()
+
+
+def test_a_verb_whose_reader_has_seen_enough_ends_quietly() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "fundamentallm", "estimate", "--model.vocab_size", "9"]
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+def test_an_interrupted_verb_has_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fundamentallm.commands.estimate.main", interrupted)
+    monkeypatch.setattr(sys, "argv", ["fundamentallm", "estimate"])
+    assert verbs.main() == 130
+    assert capsys.readouterr().err == "\nstopped\n"
