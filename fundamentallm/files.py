@@ -87,7 +87,7 @@ def data_problems(data: DataConfig) -> list[str]:
     problems = []
     if data.tokenizer.endswith(".json") and not os.path.isfile(expand_user(data.tokenizer)):
         problems.append(f"tokenizer is {data.tokenizer!r}, which is not a file; give the path of a tokenizer.json.")
-    if data.cache_dir is not None and is_no_folder(data.cache_dir):
+    if data.cache_dir is not None and is_no_folder(expand_user(data.cache_dir)):
         problems.append(f"cache_dir is {data.cache_dir!r}, which is no folder; give another.")
     for source in data.sources():
         try:

@@ -79,7 +79,8 @@ def make_trainer(config: Config) -> Trainer:
     from fundamentallm.training.pretrained import begin_from_checkpoint, begin_from_pretrained, open_pretrained
     from fundamentallm.training.trainer import Trainer
 
-    training = config.resolved().training
+    config = config.resolved()
+    training = config.training
     launch = training.mixed_precision, training.smallest_batch_size(training.batch_size), training.compile
     accelerator = create_accelerator(*launch, config.trackers, config.output_dir)
     callbacks = _check_parts(config)
@@ -181,7 +182,7 @@ def _begins_afresh(config: Config) -> bool:
     """Whether no checkpoint of the run will be resumed."""
     from fundamentallm.training.checkpoint import CheckpointManager
 
-    folder = config.resolved().training.checkpoint_dir
+    folder = config.training.checkpoint_dir
     assert folder is not None  # a resolved config has one
     return config.training.resume in ("auto", "never") and CheckpointManager(folder).get_latest() is None
 

@@ -130,8 +130,8 @@ def test_options_override_yaml_which_overrides_defaults(write: Write) -> None:
     ],
 )
 def test_a_text_setting_takes_any_text_as_it_is(write: Write, text: str) -> None:
-    assert parse_config(["--output_dir", text]).output_dir == text
-    assert parse_config([f"--output_dir={text}"]).output_dir == text
+    assert parse_config(["--data.text_field", text]).data.text_field == text
+    assert parse_config([f"--data.text_field={text}"]).data.text_field == text
 
 
 @pytest.mark.parametrize(
@@ -329,7 +329,9 @@ TEXTS = [
 @pytest.mark.parametrize("text", TEXTS)
 def test_printed_text_reads_back_equal(write: Write, text: str) -> None:
     config = Config(
-        output_dir=text, callbacks=[f"a:{text}"] * 2, training=TrainingConfig(loss_options={"k" + text: text})
+        callbacks=[f"a:{text}"] * 2,
+        data=DataConfig(text_field=text),
+        training=TrainingConfig(loss_options={"k" + text: text}),
     )
     assert parse_config(["--config", write(to_yaml(config.resolved()))]) == config.resolved()
 
@@ -374,6 +376,8 @@ def test_help_says_every_option_with_its_text_and_default(
     assert options["training.learning_rate"].endswith("[0.0003]")
     assert options["model.dropout"].endswith("[0.0]")  # which equals false
     assert options["training.warmup_steps"].endswith("[0]")
+    assert options["data.suffixes"].endswith("[[.txt, .md]]")
+    assert options["callbacks"].endswith("[none]")
 
 
 # ---- exit codes, and what is left behind

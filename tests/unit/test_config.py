@@ -297,6 +297,20 @@ def test_resolving_keeps_what_is_set() -> None:
     assert config.resolved() == config
 
 
+def test_a_tilde_in_the_folders_of_a_run_is_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Config(output_dir="~/run").resolved().training.checkpoint_dir == str(tmp_path / "run" / "checkpoints")
+    training = TrainingConfig(checkpoint_dir="~/saved")
+    assert training.resolved().checkpoint_dir == str(tmp_path / "saved")
+    (tmp_path / "run").touch()
+    assert "which is no folder" in Config(output_dir="~/run").file_problems()[0]
+
+
+def test_an_output_dir_that_is_empty_is_not_the_working_directory() -> None:
+    with pytest.raises(ConfigError, match="output_dir is ''; allowed: the path of a folder"):
+        Config(output_dir="")
+
+
 def test_a_run_limited_by_steps_has_no_limit_of_epochs() -> None:
     assert TrainingConfig(max_steps=5).resolved().max_epochs is None
 
