@@ -208,9 +208,10 @@ class PairDataset(TokenSamples):
         cut = np.flatnonzero(stops < ends)
         self.num_cut = len(cut)
         self.num_bytes = num_bytes
-        if num_bytes is not None and tokenizer is not None:
-            lost = [tokens[max(stops[i], answers[i]) : ends[i]] for i in cut]
-            self.num_bytes = num_bytes - sum(count_bytes(tokenizer, ids, end_of_text) for ids in lost)
+        if num_bytes is not None and tokenizer is not None and len(cut):
+            lost = np.concatenate([tokens[max(stops[i], answers[i]) : ends[i]] for i in cut])
+            # At once, since each call looks at all of the vocabulary.
+            self.num_bytes = num_bytes - count_bytes(tokenizer, lost, end_of_text)
 
     def _places(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Where each pair begins, its answer begins, and it ends."""
@@ -266,6 +267,9 @@ class MixedDataset(TokenSamples):
 
     Attributes:
         num_cut: pairs of which something is cut off.
+
+    Raises:
+        ConfigError: if the weights make an epoch too long to count.
     """
 
     def __init__(self, datasets: Mapping[str, TokenSamples], weights: Sequence[float] | None = None) -> None:
@@ -279,7 +283,15 @@ class MixedDataset(TokenSamples):
         self.num_cut = sum(getattr(dataset, "num_cut", 0) for dataset in self.datasets)
         self.counts = self.sizes
         if weights is not None:
-            per_weight = max(size / weight for size, weight in zip(self.sizes, weights, strict=True))
+            per_weight, rare = max(
+                (len(dataset) / weight, name)
+                for dataset, weight, name in zip(self.datasets, weights, self.names, strict=True)
+            )
+            if per_weight * sum(weights) * int(self.sizes.max()) >= 2.0**62:  # `_which` multiplies them
+                raise ConfigError(
+                    f"source has {rare!r} with so small a weight that an epoch, in which each of its samples comes, "
+                    f"has {per_weight * sum(weights):.3g} samples; give it more, or leave it out."
+                )
             wanted = np.array([round(per_weight * weight) for weight in weights])
             self.counts = np.maximum(self.sizes, wanted)
         self._ends = self.counts.cumsum()
