@@ -97,7 +97,14 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def lacking_characters(tokenizer: Tokenizer, text: str, known: set[str]) -> list[str]:
+def unknown_token(tokenizer: Tokenizer) -> int | None:
+    """The token of what a vocabulary lacks, if there is one; from the JSON, which takes a large vocabulary 60 ms."""
+    model = json.loads(tokenizer.to_str())["model"]
+    index: int | None = model.get("unk_id")
+    return tokenizer.token_to_id(model["unk_token"]) if index is None and model.get("unk_token") else index
+
+
+def lacking_characters(tokenizer: Tokenizer, text: str, known: set[str], unknown: int | None) -> list[str]:
     """Characters of `text` that the vocabulary lacks: they become its unknown token, part of themselves, or nothing.
 
     White space that becomes nothing is not among them: some tokenizers mean it.
@@ -106,11 +113,8 @@ def lacking_characters(tokenizer: Tokenizer, text: str, known: set[str]) -> list
         tokenizer: the tokenizer.
         text: the text.
         known: characters that are known to be there; those found to be are added.
+        unknown: the `unknown_token`.
     """
-    model = json.loads(tokenizer.to_str())["model"]
-    unknown = model.get("unk_id")
-    if unknown is None and model.get("unk_token"):
-        unknown = tokenizer.token_to_id(model["unk_token"])
     lacking, known_in_words = [], set()
     for character in set(text) - known:
         ids = tokenizer.encode(character, add_special_tokens=False).ids
@@ -149,7 +153,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     Raises:
         ConfigError: if the vocabulary lacks some of its characters.
     """
-    if lacking := lacking_characters(tokenizer, prompt, set()):
+    if lacking := lacking_characters(tokenizer, prompt, set(), unknown_token(tokenizer)):
         raise ConfigError(f"the prompt has {lacking}, which the model's vocabulary lacks; leave them out.")
     ids: list[int] = tokenizer.encode(prompt, add_special_tokens=False).ids
     return ids
