@@ -338,7 +338,7 @@ def _check_characters(
         if lacking := lacking_characters(tokenizer, piece, have, unknown):
             raise ConfigError(
                 f"the text has {', '.join(map(repr, lacking[:10]))}{', ...' if len(lacking) > 10 else ''}, "
-                "which the tokenizer's vocabulary lacks; give another data.tokenizer."
+                "which the tokenizer's vocabulary lacks; leave them out, or give another tokenizer."
             )
         known[[ord(character) for character in have]] = True
 
