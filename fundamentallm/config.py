@@ -35,6 +35,11 @@ CALLBACK_NAMES = ("curves", "samples", "profiler", "ratios")
 TRACKER_NAMES = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
+def cache_option(model: object, use_cache: bool) -> dict[str, bool]:
+    """The keyword argument by which a model of transformers that writes text keeps keys and values, or does not."""
+    return {"use_cache": use_cache} if hasattr(model, "generation_config") else {}
+
+
 def unknown_metric(name: str, known: Collection[str]) -> str:
     """The problem with an `early_stopping_metric` that is none of the known ones."""
     return f"early_stopping_metric is {name!r}; allowed: {', '.join(known)}.{did_you_mean(name, known)}"

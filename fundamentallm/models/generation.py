@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fundamentallm.config import cache_option
 from fundamentallm.errors import ConfigError
 from fundamentallm.models.transformer import LayerCache, Transformer
 from fundamentallm.validation import AT_LEAST_ONE, NON_NEGATIVE, POSITIVE, RANGES, Interval
@@ -247,7 +248,7 @@ class Theirs:
 
     def __init__(self, model: nn.Module, context: int) -> None:
         self.model, self.context = model, context
-        self.options: dict[str, Any] = {"use_cache": True} if hasattr(model, "generation_config") else {}
+        self.options: dict[str, Any] = cache_option(model, True)
         self.seen: list[tuple[int, Any]] = []
         """Of each text: where its window began, and what the model has kept of it."""
 
