@@ -200,7 +200,9 @@ def _of_files(opened: Opened, options: argparse.Namespace) -> Text:
         except ConfigError:
             found = []
         if not found or any(path.suffix in (*ROWS, *TOKENS) for path in found):  # whose bytes are not the text
-            raise ConfigError(f"--source is {source!r}; allowed: text files, folders with .txt or .md files, and globs.")
+            raise ConfigError(
+                f"--source is {source!r}; allowed: text files, folders with .txt or .md files, and globs."
+            )
         paths += found
     for path in paths:
         try:

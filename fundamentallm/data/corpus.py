@@ -20,10 +20,10 @@ from tokenizers import Tokenizer
 
 from fundamentallm.config import DataConfig
 from fundamentallm.data.encoding import PARTS, SETTINGS, prepare_source, split_pieces, token_dtype
-from fundamentallm.data.sources import is_tokens, looks, read_source, token_blocks
+from fundamentallm.data.sources import looks, read_source, token_blocks
 from fundamentallm.data.tokenizers import create_tokenizer, read_tokenizer
 from fundamentallm.errors import ConfigError, writing
-from fundamentallm.files import expand_user, is_prepared
+from fundamentallm.files import expand_user, is_prepared, kind_of, problems_of_kind, source_files
 
 CACHE_FORMAT = 2
 READ_WHOLE = 2**30
@@ -177,7 +177,7 @@ def _known_facts(config: DataConfig, source: str, cache: Path) -> Facts:
     if before is not None:
         settings = config.text_field, config.prompt_field, config.end_of_text, config.max_bad_rows
         # A .bin's type, and so its number of tokens, is the tokenizer's.
-        width = token_dtype(read_tokenizer(config.tokenizer)).name if is_tokens(config, source) else None
+        width = token_dtype(read_tokenizer(config.tokenizer)).name if kind_of(config, source) == "tokens" else None
         note = cache / "known" / _hash(CACHE_FORMAT, before, settings, config.tokenizer == "char", width)
         with contextlib.suppress(OSError, ValueError, TypeError):
             return Facts(*json.loads(note.read_text(encoding="utf-8")))
@@ -193,7 +193,9 @@ def _known_facts(config: DataConfig, source: str, cache: Path) -> Facts:
 
 def _facts(config: DataConfig, source: str) -> Facts:
     """What a source holds, all of it read."""
-    if is_tokens(config, source):
+    if problems := problems_of_kind(config, source, source_files(config, source)):
+        raise ConfigError(problems)
+    if kind_of(config, source) == "tokens":
         return _facts_of_tokens(config, source)
     digest, size, bad = hashlib.sha256(), 0, list[str]()
     characters = np.zeros(0x110000, dtype=bool)

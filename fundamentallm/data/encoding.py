@@ -30,9 +30,10 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from fundamentallm.config import DataConfig
-from fundamentallm.data.sources import PIECE, Piece, Place, is_tokens, read_source, token_blocks
+from fundamentallm.data.sources import PIECE, Piece, Place, read_source, token_blocks
 from fundamentallm.data.tokenizers import lacking_characters, num_bytes, unknown_token
 from fundamentallm.errors import ConfigError
+from fundamentallm.files import kind_of
 
 PIECES_AT_ONCE = max(16, 2 * (os.cpu_count() or 1))
 """Pieces that the tokenizer's threads share; bounds memory, at about 150 bytes a token."""
@@ -100,7 +101,7 @@ def prepare_source(
                 unit_scale=True,
                 disable=not show_progress,
             ) as bar:
-                if is_tokens(config, source):
+                if kind_of(config, source) == "tokens":
                     note = _copy(config, source, train_size, tokenizer, staging, bar)
                 else:
                     note = _encode(config, source, train_size, tokenizer, staging, bar)
@@ -323,9 +324,7 @@ def _batch(pieces: Iterator[str]) -> list[str]:
     return batch
 
 
-def _check_characters(
-    tokenizer: Tokenizer, batch: list[str], known: NDArray[np.bool_], unknown: int | None
-) -> None:
+def _check_characters(tokenizer: Tokenizer, batch: list[str], known: NDArray[np.bool_], unknown: int | None) -> None:
     """Refuse characters that the vocabulary lacks; `known`, by code point, are those it is known to have."""
     codes = np.frombuffer("".join(batch).encode("utf-32-le"), np.uint32)
     if known[codes].all():

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fundamentallm.config import DataConfig
 from fundamentallm.errors import ConfigError
-from fundamentallm.files import BUILT_IN_CORPUS, DATASETS, ROWS, TOKENS, source_files
+from fundamentallm.files import BUILT_IN_CORPUS, DATASETS, kind_of, source_files
 
 PIECE = 65_536
 """Characters of a text file that are read, and given to the tokenizer, at once (up to the end of their line)."""
@@ -63,18 +63,6 @@ Row = dict[str, Any] | BadRow
 """Fields by name; or why there are none."""
 
 
-def is_tokens(config: DataConfig, source: str) -> bool:
-    """Whether a source holds tokens."""
-    files = source_files(config, source)
-    return bool(files) and files[0].suffix in TOKENS
-
-
-def is_rows(config: DataConfig, source: str) -> bool:
-    """Whether a source holds rows with fields."""
-    files = source_files(config, source)
-    return source.startswith(DATASETS) or (bool(files) and files[0].suffix in ROWS)
-
-
 def read_source(config: DataConfig, source: str, bad: list[str], start: Place = Place()) -> Iterator[Piece]:  # noqa: B008
     """The text of a source from a place on, in pieces; what cannot be read goes to `bad`.
 
@@ -84,7 +72,7 @@ def read_source(config: DataConfig, source: str, bad: list[str], start: Place = 
         ConfigError: if a file cannot be opened, or more than `config.max_bad_rows` rows are bad.
     """
     is_first = start == Place()
-    begins = start.offset == 0 or is_rows(config, source)  # rather than going on within a text
+    begins = start.offset == 0 or kind_of(config, source) == "rows"  # rather than going on within a text
     for piece in _pieces(config, source, start):
         if isinstance(piece, BadRow):
             bad.append(str(piece))

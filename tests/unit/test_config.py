@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import typing
 from pathlib import Path
@@ -374,6 +375,30 @@ def test_a_source_without_enough_text_is_one_problem(
 def test_a_source_with_enough_text_has_no_problem(folder: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     assert list(data_problems(DataConfig(source=source, sequence_length=8))) == []
+
+
+def test_hidden_folders_are_not_gone_into(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repository's or an environment's have more files than the text."""
+    write(folder / ".git" / "objects" / "a.txt", "x")
+    looked_at, real = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: looked_at.append(path) or real(path))
+    assert source_files(DataConfig(), str(folder))
+    assert looked_at
+    assert not [path for path in looked_at if ".git" in str(path)]
+
+
+def test_a_folder_below_that_cannot_be_read_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(folder / "shut" / "a.txt", "x")
+    real = os.scandir
+
+    def scandir(path: str) -> Any:
+        if path.endswith("shut"):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    (problem,) = data_problems(DataConfig(source=str(folder), sequence_length=8))
+    assert problem.endswith(f"in which {folder / 'shut'} cannot be read: Permission denied.")
 
 
 def test_the_files_of_a_folder_are_its_visible_texts_sorted(folder: Path) -> None:

@@ -326,6 +326,16 @@ def test_a_prepared_folder_is_a_source_anywhere_with_the_settings_it_was_made_wi
     assert {problem.split()[0] for problem in error.value.problems} == {"tokenizer", "train_split", "end_of_text"}
 
 
+def test_from_python_too_files_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
+    text = tmp_path / "b.txt"
+    text.write_text("text")
+    with pytest.raises(ConfigError, match="has no rows, and prompt_field is 'question'"):
+        load(tmp_path, str(text), prompt_field="question")
+    as_jsonl(tmp_path)
+    with pytest.raises(ConfigError, match="has files of rows and of text"):
+        load(tmp_path, str(tmp_path), suffixes=[".txt", ".jsonl"])
+
+
 def test_a_tokenizer_is_shared_by_all_sources_and_each_is_encoded_once(tmp_path: Path) -> None:
     one = write_rows(tmp_path / "one.jsonl", [{"text": "abc" * 40}])
     two = write_rows(tmp_path / "two.jsonl", [{"text": "xyz" * 40}])
