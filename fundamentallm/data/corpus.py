@@ -183,7 +183,7 @@ def _known_facts(config: DataConfig, source: str, cache: Path) -> Facts:
             return Facts(*json.loads(note.read_text(encoding="utf-8")))
     facts = _facts(config, source)
     if note is not None and before == looks(config, source):  # else it was changed while it was read
-        with writing(note):
+        with contextlib.suppress(OSError):  # a cache that can only be read has the tokens all the same
             note.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=note.parent, delete=False) as file:
                 json.dump(facts, file)
