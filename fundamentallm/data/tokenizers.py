@@ -154,6 +154,9 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
         ConfigError: if the vocabulary lacks some of its characters.
     """
     if lacking := lacking_characters(tokenizer, prompt, set(), unknown_token(tokenizer)):
-        raise ConfigError(f"the prompt has {lacking}, which the model's vocabulary lacks; leave them out.")
+        raise ConfigError(
+            f"the prompt {prompt[:40]!r} has {', '.join(map(repr, lacking))}, which the model's vocabulary lacks; give "
+            "another prompt."
+        )
     ids: list[int] = tokenizer.encode(prompt, add_special_tokens=False).ids
     return ids

@@ -93,7 +93,7 @@ def test_a_prompt_gets_no_special_tokens() -> None:
 def test_a_prompt_with_unknown_characters_is_refused_and_they_alone_are_named() -> None:
     with pytest.raises(ConfigError) as caught:
         encode_prompt(make("char", "cab"), "abéc漢ab")
-    assert "['é', '漢']" in str(caught.value)
+    assert "the prompt 'abéc漢ab' has 'é', '漢', which" in str(caught.value)
 
 
 def without_unknown_token(characters: str) -> Tokenizer:
