@@ -66,20 +66,22 @@ class Corpus(NamedTuple):
     @property
     def train(self) -> NDArray[np.integer]:
         """Training tokens of the only source."""
-        (source,) = self.sources
-        return source.train.ids
+        return self._only().train.ids
 
     @property
     def validation(self) -> NDArray[np.integer]:
         """Validation tokens of the only source."""
-        (source,) = self.sources
-        return source.validation.ids
+        return self._only().validation.ids
 
     @property
     def validation_bytes(self) -> int | None:
         """UTF-8 bytes of the validation targets of the only source."""
-        (source,) = self.sources
-        return source.validation.num_bytes
+        return self._only().validation.num_bytes
+
+    def _only(self) -> Source:
+        if len(self.sources) != 1:
+            raise ConfigError(f"the corpus has {len(self.sources)} sources; look at each of its `sources`.")
+        return self.sources[0]
 
 
 class Facts(NamedTuple):

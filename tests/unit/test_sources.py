@@ -350,6 +350,8 @@ def test_a_tokenizer_is_shared_by_all_sources_and_each_is_encoded_once(tmp_path:
     corpus = load(tmp_path, {one: 1.0, two: 3.0}, tokenizer="char")
     assert corpus.tokenizer.get_vocab_size() == 6 + 2
     assert [source.weight for source in corpus.sources] == [1.0, 3.0]
+    with pytest.raises(ConfigError, match="the corpus has 2 sources"):
+        _ = corpus.train
     inodes = [(source.folder / "train.bin").stat().st_ino for source in corpus.sources]
     again = load(tmp_path, {one: 5.0, two: 3.0}, tokenizer="char")
     assert [(source.folder / "train.bin").stat().st_ino for source in again.sources] == inodes
