@@ -94,11 +94,13 @@ def kind_of(data: DataConfig, source: str) -> str:
     """What a source holds: 'rows', 'tokens' or 'text'. The first file tells, since all are of one kind."""
     if source.startswith(DATASETS):
         return "rows"
-    return next(map(_kind, _files(data, source)), "text")
+    return next(map(kind_of_file, _files(data, source)), "text")
 
 
-def _kind(file: Path) -> str:
-    return "rows" if file.suffix in ROWS else "tokens" if file.suffix in TOKENS else "text"
+def kind_of_file(file: Path) -> str:
+    """What a file holds, by its ending: 'rows', 'tokens' or 'text'."""
+    suffix = file.suffix.lower()
+    return "rows" if suffix in ROWS else "tokens" if suffix in TOKENS else "text"
 
 
 def data_problems(data: DataConfig) -> list[str]:
@@ -119,7 +121,7 @@ def data_problems(data: DataConfig) -> list[str]:
 
 def problems_of_kind(data: DataConfig, source: str, files: list[Path]) -> list[str]:
     """What the files of a source hold that does not go together, or not with the settings."""
-    kinds, given = set(map(_kind, files)), f"source is {source!r}"
+    kinds, given = set(map(kind_of_file, files)), f"source is {source!r}"
     if len(kinds) > 1:
         return [
             f"{given}, which has files of {' and of '.join(sorted(kinds))}; allowed: of one kind. Name them as several "
@@ -146,7 +148,7 @@ def _problems_of_size(data: DataConfig, source: str, files: list[Path]) -> list[
         return [f"source is {source!r}, which is empty; give a file with text in it."]
     # Our own tokenizers make at most a token of a byte, so this finds the hopeless cases before anything is
     # read; the exact count, of each part of the split, is checked after encoding.
-    is_text = set(map(_kind, files)) == {"text"} and not data.tokenizer.endswith(".json")
+    is_text = set(map(kind_of_file, files)) == {"text"} and not data.tokenizer.endswith(".json")
     if is_text and size + 2 * len(files) < needed:
         return [
             f"source is {source!r}, which has {size} bytes; allowed: at least sequence_length + 1 = {needed} tokens in "

@@ -191,7 +191,7 @@ def _of_files(opened: Opened, options: argparse.Namespace) -> Text:
     from fundamentallm.data.encoding import encode_pieces
     from fundamentallm.data.sources import read_pieces
     from fundamentallm.data.tokenizers import num_bytes
-    from fundamentallm.files import ROWS, TOKENS, source_files
+    from fundamentallm.files import kind_of_file, source_files
 
     paths, texts, size = [], [], 0
     for source in options.source:
@@ -199,7 +199,7 @@ def _of_files(opened: Opened, options: argparse.Namespace) -> Text:
             found = source_files(DataConfig(), source)
         except ConfigError:
             found = []
-        if not found or any(path.suffix in (*ROWS, *TOKENS) for path in found):  # whose bytes are not the text
+        if not found or any(kind_of_file(path) != "text" for path in found):  # whose bytes are not the text
             raise ConfigError(
                 f"--source is {source!r}; allowed: text files, folders with .txt or .md files, and globs."
             )

@@ -107,9 +107,9 @@ def _pieces(config: DataConfig, source: str, start: Place) -> Iterator[Piece | B
                 continue
             offset = start.offset if number == start.file else 0
             try:
-                if path.suffix == ".jsonl":
+                if path.suffix.lower() == ".jsonl":
                     yield from _documents(config, number, _json_rows(path, offset), str(path))
-                elif path.suffix == ".parquet":
+                elif path.suffix.lower() == ".parquet":
                     yield from _documents(config, number, _table_rows(config, path, offset), str(path))
                 else:
                     yield from _text_pieces(config, number, path, offset)
@@ -160,7 +160,7 @@ def token_blocks(
     """
     for path in source_files(config, source):
         try:
-            if path.suffix == ".npy":
+            if path.suffix.lower() == ".npy":
                 tokens = np.load(path, mmap_mode="r")
             else:
                 if rest := path.stat().st_size % dtype.itemsize:

@@ -92,7 +92,19 @@ def as_saved_splits(folder: Path) -> str:
     return f"datasets:{folder / 'splits'},split=train"
 
 
-KINDS: list[Callable[[Path], str]] = [as_jsonl, as_parquet, as_texts, as_dataset, as_saved_dataset, as_saved_splits]
+def as_capitals(folder: Path) -> str:
+    return str(Path(as_jsonl(folder)).rename(folder / "A.JSONL"))
+
+
+KINDS: list[Callable[[Path], str]] = [
+    as_jsonl,
+    as_capitals,
+    as_parquet,
+    as_texts,
+    as_dataset,
+    as_saved_dataset,
+    as_saved_splits,
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
