@@ -103,6 +103,7 @@ def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
 
     Raises:
         ConfigError: if a source cannot be read, or has characters that the tokenizer's vocabulary lacks.
+        FundamentaLLMError: if the cache cannot be written.
 
     Examples:
         >>> from pathlib import Path
