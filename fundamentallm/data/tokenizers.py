@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from fundamentallm.config import DataConfig
 from fundamentallm.errors import ConfigError
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
@@ -35,7 +36,7 @@ def create_tokenizer(
         end_of_text: a token that stands for the end of a document, and for no text; null: there is none.
 
     Raises:
-        ConfigError: if a tokenizer.json cannot be read, or has no such token.
+        ConfigError: if `spec` is none of these, or a tokenizer.json cannot be read, or has no such token.
 
     Examples:
         >>> from fundamentallm import create_tokenizer
@@ -45,8 +46,13 @@ def create_tokenizer(
         >>> tokenizer.decode(ids), len(ids), tokenizer.get_vocab_size()  # its characters, and <unk>
         ('not to be', 9, 8)
     """
+    DataConfig(tokenizer=spec)  # which refuses what is none
     if end_of_text is not None:
         return _with_end(spec, text, training_text, end_of_text)
+    return _made(spec, text, training_text)
+
+
+def _made(spec: str, text: Callable[[], Iterable[str]], training_text: Callable[[], Iterable[str]]) -> Tokenizer:
     if spec == "char":
         characters = sorted(set().union(*text()))
         vocabulary = {character: index for index, character in enumerate([*characters, UNKNOWN])}
@@ -72,7 +78,7 @@ def _with_end(
 ) -> Tokenizer:
     """As `create_tokenizer`, with the token added to the vocabularies made here (of whose size it is a part)."""
     kind, _, size = spec.partition(":")
-    tokenizer = create_tokenizer(f"bpe:{int(size) - 1}" if kind == "bpe" else spec, text, training_text)
+    tokenizer = _made(f"bpe:{int(size) - 1}" if kind == "bpe" else spec, text, training_text)
     if tokenizer.token_to_id(end_of_text) is None:
         if spec.endswith(".json"):
             raise ConfigError(f"end_of_text is {end_of_text!r}, which {spec!r} does not have; give a token it has.")

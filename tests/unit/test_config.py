@@ -89,8 +89,8 @@ MISTAKES = [
     ("training.lr_scheduler", "step", "constant, cosine, cosine_with_restarts, linear, wsd, or 'module:name'"),
     ("training.loss", "mse", "cross_entropy, focal, label_smoothing, z_loss, or 'module:name'"),
     ("training.resume", "no/such/folder", "auto, never, or a checkpoint's folder"),
-    ("model", [1], "a mapping"),
-    ("data", None, "a mapping"),
+    ("model", [1], "a mapping; in Python, a ModelConfig"),
+    ("data", None, "a mapping; in Python, a DataConfig"),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from fundamentallm.commands import generate as command
 from fundamentallm.commands.opening import find_checkpoint
 from fundamentallm.config import ModelConfig
 from fundamentallm.data.tokenizers import create_tokenizer
-from fundamentallm.errors import CheckpointNotFoundError, ConfigError
+from fundamentallm.errors import CheckpointNotFoundError, ConfigError, FundamentaLLMError
 from fundamentallm.models.generation import Sampling, generate, generate_batch
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.training.checkpoint import CheckpointManager
@@ -422,7 +423,7 @@ def test_a_folder_without_a_checkpoint_is_an_error_that_names_it(
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--prompt", "to é漢be"], "['é', '漢']"),
+        (["--prompt", "to é漢be"], "'é', '漢'"),
         (["--prompt", ""], "prompt is empty"),
         (["--temperature", "-1"], "temperature is -1.0"),
         (["--temperature", "nan"], "temperature is nan"),
@@ -462,3 +463,11 @@ def test_a_damaged_checkpoint_is_an_error_that_names_the_file(
     (path / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
     assert fails(monkeypatch, path) == 1
     assert "model.safetensors is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_whose_weights_are_not_finite_writes_nothing(temperature: float) -> None:
+    model = make(vocab_size=6)
+    torch.nn.init.constant_(model.lm_head.weight, math.nan)
+    with pytest.raises(FundamentaLLMError, match="its weights are not finite"):
+        list(generate(model, [1], 3, 8, temperature))

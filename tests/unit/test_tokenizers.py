@@ -155,3 +155,9 @@ def test_a_tokenizer_file_set_to_truncate_and_pad_still_returns_every_token(tmp_
     saved.enable_padding(length=1000)
     saved.save(str(tmp_path / "tokenizer.json"))
     assert len(read_tokenizer(tmp_path / "tokenizer.json").encode(SAMPLE).ids) == len(SAMPLE)
+
+
+@pytest.mark.parametrize("spec", ["words", "bpe:x", "bpe:10", "bpe"])
+def test_what_is_no_tokenizer_is_refused_from_python_too(spec: str) -> None:
+    with pytest.raises(ConfigError, match=f"tokenizer is '{spec}'; allowed: "):
+        create_tokenizer(spec, lambda: ["abc"], lambda: ["abc"])
