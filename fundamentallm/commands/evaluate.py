@@ -162,7 +162,7 @@ def _of_run(opened: Opened, options: argparse.Namespace) -> Text:
         data, corpus = corpus_of_run(opened.folder, saved["config"]["data"])
         _, dataset = corpus_samples(corpus, data.sequence_length, data.train_split < 1)
     except ConfigError as error:
-        raise ConfigError([f"data.{problem} If the text has moved, {way_out}" for problem in error.problems]) from error
+        raise ConfigError([f"{problem} If the text has moved, {way_out}" for problem in error.problems]) from error
     if dataset is None:
         raise ConfigError(f"{opened.folder} is of a run without a validation text; {way_out}")
     name = ", ".join(data.sources())
