@@ -109,8 +109,11 @@ def make_trainer(config: Config) -> Trainer:
         trainer.callbacks.add(callback)
     for line in describe(corpus):
         trainer.say(line)
-    if cut := sum(getattr(loader.dataset, "num_cut", 0) for loader in (train_loader, val_loader) if loader):
-        trainer.say(f"{cut:,} pairs are longer than data.sequence_length; what is beyond it is not trained on")
+    datasets = [loader.dataset for loader in (train_loader, val_loader) if loader is not None]
+    cut, lost = (sum(getattr(dataset, name, 0) for dataset in datasets) for name in ("num_cut", "num_lost"))
+    if cut:
+        nothing = f"; of {lost:,} nothing is left, whose prompts fill it" if lost else ""
+        trainer.say(f"{cut:,} pairs are longer than data.sequence_length; what is beyond it is not trained on{nothing}")
     return trainer
 
 

@@ -181,6 +181,7 @@ class PairDataset(TokenSamples):
 
     Attributes:
         num_cut: pairs of which something is cut off.
+        num_lost: those of them that have no target left.
 
     Raises:
         ConfigError: if there are none, or none has an answer left.
@@ -201,7 +202,8 @@ class PairDataset(TokenSamples):
         self.tokenizer, self.end_of_text = tokenizer, end_of_text
         starts, answers, ends = self._places(np.arange(len(rows)))
         stops = np.minimum(ends, starts + sequence_length + 1)
-        if (stops <= answers).all():
+        self.num_lost = int((stops <= answers).sum())
+        if self.num_lost == len(rows):
             raise ConfigError(
                 f"no prompt leaves room for an answer in data.sequence_length = {sequence_length}; raise it."
             )
@@ -267,6 +269,7 @@ class MixedDataset(TokenSamples):
 
     Attributes:
         num_cut: pairs of which something is cut off.
+        num_lost: those of them that have no target left.
 
     Raises:
         ConfigError: if the weights make an epoch too long to count.
@@ -281,6 +284,7 @@ class MixedDataset(TokenSamples):
         self.num_bytes = sum(size or 0 for size in sizes) if None not in sizes else None
         self.sizes = np.array([len(dataset) for dataset in self.datasets])
         self.num_cut = sum(getattr(dataset, "num_cut", 0) for dataset in self.datasets)
+        self.num_lost = sum(getattr(dataset, "num_lost", 0) for dataset in self.datasets)
         self.counts = self.sizes
         if weights is not None:
             per_weight, rare = max(

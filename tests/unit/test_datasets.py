@@ -142,7 +142,7 @@ def test_a_batch_of_pairs_is_as_wide_as_its_longest_needs_in_multiples() -> None
 
 def test_what_is_longer_than_a_sample_is_cut_off_and_counted() -> None:
     dataset = pairs(50)
-    assert dataset.num_cut == 2
+    assert (dataset.num_cut, dataset.num_lost) == (2, 1)
     _, targets = dataset.__getitems__([2, 3])
     assert (targets[0] == IGNORE_INDEX).all()
     assert targets[1].tolist() == list(range(12, 62))
