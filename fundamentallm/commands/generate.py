@@ -74,7 +74,7 @@ def _prompts(options: argparse.Namespace) -> list[str]:
     prompts = list(options.prompt or [])
     if options.prompts is not None:
         try:
-            lines = options.prompts.read_text(encoding="utf-8").splitlines()
+            lines = options.prompts.read_text(encoding="utf-8").split("\n")  # not at a U+2028, as splitlines does
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--prompts is {str(options.prompts)!r}, which cannot be read: {error}.") from error
         prompts += [line for line in lines if line]

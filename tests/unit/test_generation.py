@@ -327,6 +327,13 @@ def test_the_command_writes_several_texts_at_once(
     assert [line["tokens"] for line in lines] == [20, 20, 20]
 
 
+def test_a_prompt_ends_with_its_line_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = save(tmp_path, create_tokenizer("byte", list, list), seed=1)
+    (tmp_path / "prompts").write_text("to\u2028be\r\nor\n", encoding="utf-8")
+    assert run(path, "--prompts", str(tmp_path / "prompts"), "--max_new_tokens", "1", "--json") == 0
+    assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.split("\n")[:-1]] == ["to\u2028be", "or"]
+
+
 def test_the_command_stops_where_the_model_ends_the_text(
     tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
