@@ -157,8 +157,10 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Token ids of a prompt.
 
     Raises:
-        ConfigError: if the vocabulary lacks some of its characters.
+        ConfigError: if it is no text, or the vocabulary lacks some of its characters.
     """
+    if any("\ud800" <= character <= "\udfff" for character in prompt):  # as a command line's bytes become
+        raise ConfigError(f"the prompt {prompt[:40]!r} is no UTF-8 text; give another prompt.")
     if lacking := lacking_characters(tokenizer, prompt, set(), unknown_token(tokenizer)):
         raise ConfigError(
             f"the prompt {prompt[:40]!r} has {', '.join(map(repr, lacking))}, which the model's vocabulary lacks; give "

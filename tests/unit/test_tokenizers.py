@@ -94,6 +94,8 @@ def test_a_prompt_with_unknown_characters_is_refused_and_they_alone_are_named() 
     with pytest.raises(ConfigError) as caught:
         encode_prompt(make("char", "cab"), "abéc漢ab")
     assert "the prompt 'abéc漢ab' has 'é', '漢', which" in str(caught.value)
+    with pytest.raises(ConfigError, match="is no UTF-8 text"):
+        encode_prompt(make("char", "cab"), b"ab\xff".decode(errors="surrogateescape"))
 
 
 def without_unknown_token(characters: str) -> Tokenizer:
