@@ -32,6 +32,8 @@ if smoke:
     text = "\n\n".join(topics.values())[:30_000]
     name = tiny_model("runs/tiny_llama", text)
 else:
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
     name, file = sys.argv[1:]
     text = Path(file).read_text(encoding="utf-8")
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
-from fundamentallm.errors import FundamentaLLMError, report
+from fundamentallm.errors import FundamentaLLMError, exit_code, report
 from fundamentallm.registry import did_you_mean
 
 VERBS = {
@@ -30,6 +31,23 @@ VERBS = {
 def main() -> int:
     """Run the verb that the command line names; returns the exit code."""
     verb, *arguments = sys.argv[1:] or ["--help"]
+    try:
+        code = _run(verb, arguments)
+        sys.stdout.flush()
+    except FundamentaLLMError as error:
+        return report(error)
+    except BrokenPipeError:  # whoever reads, such as `head`, has seen enough; nothing is left to flush at the exit
+        if verb == "train":  # which had more to do than to write
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt as interrupt:
+        print("\nstopped", file=sys.stderr)
+        return exit_code(interrupt)
+    return code
+
+
+def _run(verb: str, arguments: list[str]) -> int:
     if verb in ("-h", "--help"):
         print("usage: fundamentallm VERB [--help] ...\n")
         print("\n".join(f"  {name:<12} {text}" for name, (_, text) in VERBS.items()))
@@ -37,10 +55,7 @@ def main() -> int:
     if verb not in VERBS:
         print(f"verb is {verb!r}; allowed: {', '.join(VERBS)}.{did_you_mean(verb, VERBS)}", file=sys.stderr)
         return 2
-    try:
-        return importlib.import_module(VERBS[verb][0]).main(arguments, f"fundamentallm {verb}")  # type: ignore[no-any-return]
-    except FundamentaLLMError as error:
-        return report(error)
+    return importlib.import_module(VERBS[verb][0]).main(arguments, f"fundamentallm {verb}")  # type: ignore[no-any-return]
 
 
 if __name__ == "__main__":

@@ -92,8 +92,9 @@ def _help(program: str) -> str:
 
 def default_text(entry: dataclasses.Field[Any]) -> str:
     """A setting's default, as YAML has it; none, where it is an empty list or mapping."""
-    if entry.default is dataclasses.MISSING:
-        return "none"
+    if entry.default_factory is not dataclasses.MISSING:
+        made = entry.default_factory()
+        return f"[{', '.join(made)}]" if made else "none"
     is_word = entry.default is None or isinstance(entry.default, bool)  # a table would take 0 for False
     return json.dumps(entry.default) if is_word else str(entry.default)
 

@@ -35,6 +35,11 @@ CALLBACK_NAMES = ("curves", "samples", "profiler", "ratios")
 TRACKER_NAMES = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
+def cache_option(model: object, use_cache: bool) -> dict[str, bool]:
+    """The keyword argument by which a model of transformers that writes text keeps keys and values, or does not."""
+    return {"use_cache": use_cache} if hasattr(model, "generation_config") else {}
+
+
 def unknown_metric(name: str, known: Collection[str]) -> str:
     """The problem with an `early_stopping_metric` that is none of the known ones."""
     return f"early_stopping_metric is {name!r}; allowed: {', '.join(known)}.{did_you_mean(name, known)}"
@@ -368,8 +373,12 @@ class TrainingConfig(Section):
         return None if first is None else min([first, *(size for _, size in self.batch_size_schedule)])
 
     def resolved(self) -> TrainingConfig:
-        """The same settings with the length of the run filled in."""
-        return dataclasses.replace(self, max_epochs=1) if self.max_epochs is self.max_steps is None else self
+        """The same settings with the length of the run filled in, and the user's home where a `~` stands for it."""
+        return dataclasses.replace(
+            self,
+            max_epochs=1 if self.max_epochs is self.max_steps is None else self.max_epochs,
+            checkpoint_dir=None if self.checkpoint_dir is None else expand_user(self.checkpoint_dir),
+        )
 
 
 DATA_FACTS = ("data.num_samples", "data.shuffle", "data.drop_last", "data.content")
@@ -413,6 +422,8 @@ class Config(Section):
     """Tokens of each text generated: shown after training, and by the callback samples; 0: none after training."""
 
     def _relations(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        if not self.output_dir:  # as of a shell's variable that is not set
+            yield ("output_dir",), "output_dir is ''; allowed: the path of a folder ('.' is this one)."
         for name in self.callbacks:
             if problem := unknown_name("callbacks", name, CALLBACK_NAMES):
                 yield ("callbacks",), problem
@@ -433,26 +444,27 @@ class Config(Section):
     def file_problems(self) -> list[str]:
         """What is wrong with the files and folders of this run, found without creating any."""
         problems = [f"data.{problem}" for problem in data_problems(self.data)]
-        if is_no_folder(self.output_dir):
+        if is_no_folder(expand_user(self.output_dir)):
             problems.append(f"output_dir is {self.output_dir!r}, which is no folder; give another.")
         resume = self.training.resume
         if resume not in ("auto", "never") and not os.path.isfile(os.path.join(expand_user(resume), "manifest.json")):
             problems.append(f"training.resume is {resume!r}, which is no checkpoint; give the folder of one.")
         checkpoints = self.training.checkpoint_dir
-        if checkpoints is not None and is_no_folder(checkpoints):
+        if checkpoints is not None and is_no_folder(expand_user(checkpoints)):
             problems.append(f"training.checkpoint_dir is {checkpoints!r}, which is no folder; give another.")
         return problems
 
     def resolved(self) -> Config:
         """The same run with every default that depends on another setting filled in."""
-        training = self.training.resolved()
+        training, output_dir = self.training.resolved(), expand_user(self.output_dir)
         return dataclasses.replace(
             self,
+            output_dir=output_dir,
             model=self.model.resolved(),
             training=dataclasses.replace(
                 training,
                 batch_size=training.batch_size or 32,
-                checkpoint_dir=training.checkpoint_dir or os.path.join(self.output_dir, "checkpoints"),
+                checkpoint_dir=training.checkpoint_dir or os.path.join(output_dir, "checkpoints"),
             ),
         )
 

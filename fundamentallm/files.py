@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 from collections.abc import Iterator
@@ -57,29 +58,49 @@ def source_files(data: DataConfig, source: str) -> list[Path]:
     Raises:
         ConfigError: if there are none.
     """
-    if source == BUILT_IN_CORPUS or source.startswith(DATASETS):
-        return []
-    # os.path answers False where pathlib raises: an unknown ~user, a name too long, a null character.
-    text = expand_user(source)
-    path = Path(text)
-    if os.path.isfile(text):
-        return [path]
-    if is_prepared(source):
-        return []
-    if os.path.isdir(text):
-        below = (found for found in path.rglob("*") if found.name.endswith(tuple(data.suffixes)))
-        files = [f for f in below if f.is_file() and not any(p.startswith(".") for p in f.relative_to(path).parts)]
-        wanted = f"a folder with {' or '.join(data.suffixes)} files below it (data.suffixes)"
-    else:
-        try:
-            files = [Path(found) for found in glob.glob(text, recursive=True) if os.path.isfile(found)]
-        except ValueError:  # a null character
-            files = []
+    files = sorted(_files(data, source))
+    if not files and source != BUILT_IN_CORPUS and not source.startswith(DATASETS) and not is_prepared(source):
         wanted = f"a file, a folder, a glob, {DATASETS}NAME, or {BUILT_IN_CORPUS!r}"
-    if not files:
+        if os.path.isdir(expand_user(source)):
+            wanted = f"a folder with {' or '.join(data.suffixes)} files below it (data.suffixes)"
         near = did_you_mean(source, [BUILT_IN_CORPUS])
         raise ConfigError(f"source is {source!r}, where there is no text; allowed: {wanted}.{near}")
-    return sorted(files)
+    return files
+
+
+def _files(data: DataConfig, source: str) -> Iterator[Path]:
+    """Them as they are found; ConfigError where a folder cannot be read."""
+
+    def refuse(error: OSError) -> None:  # which else would be passed over, text and all
+        raise ConfigError(f"source is {source!r}, in which {error.filename} cannot be read: {error.strerror}.")
+
+    # os.path answers False where pathlib raises: an unknown ~user, a name too long, a null character.
+    path = expand_user(source)
+    if source == BUILT_IN_CORPUS or source.startswith(DATASETS) or is_prepared(source):
+        return
+    if os.path.isfile(path):
+        yield Path(path)
+    elif os.path.isdir(path):
+        for where, folders, names in os.walk(path, onerror=refuse):
+            folders[:] = [name for name in folders if not name.startswith(".")]  # nor gone into
+            wanted = (name for name in names if name.endswith(tuple(data.suffixes)) and not name.startswith("."))
+            yield from (Path(file) for name in wanted if os.path.isfile(file := os.path.join(where, name)))
+    else:
+        with contextlib.suppress(ValueError):  # a null character
+            yield from (Path(found) for found in glob.iglob(path, recursive=True) if os.path.isfile(found))
+
+
+def kind_of(data: DataConfig, source: str) -> str:
+    """What a source holds: 'rows', 'tokens' or 'text'. The first file tells, since all are of one kind."""
+    if source.startswith(DATASETS):
+        return "rows"
+    return next(map(kind_of_file, _files(data, source)), "text")
+
+
+def kind_of_file(file: Path) -> str:
+    """What a file holds, by its ending: 'rows', 'tokens' or 'text'."""
+    suffix = file.suffix.lower()
+    return "rows" if suffix in ROWS else "tokens" if suffix in TOKENS else "text"
 
 
 def data_problems(data: DataConfig) -> list[str]:
@@ -87,42 +108,50 @@ def data_problems(data: DataConfig) -> list[str]:
     problems = []
     if data.tokenizer.endswith(".json") and not os.path.isfile(expand_user(data.tokenizer)):
         problems.append(f"tokenizer is {data.tokenizer!r}, which is not a file; give the path of a tokenizer.json.")
-    if data.cache_dir is not None and is_no_folder(data.cache_dir):
+    if data.cache_dir is not None and is_no_folder(expand_user(data.cache_dir)):
         problems.append(f"cache_dir is {data.cache_dir!r}, which is no folder; give another.")
     for source in data.sources():
         try:
-            problems += _problems_of_files(data, source, source_files(data, source))
+            files = source_files(data, source)
+            problems += problems_of_kind(data, source, files) or _problems_of_size(data, source, files)
         except ConfigError as error:
             problems += error.problems
     return problems
 
 
-def _problems_of_files(data: DataConfig, source: str, files: list[Path]) -> Iterator[str]:
-    kinds = {"rows" if f.suffix in ROWS else "tokens" if f.suffix in TOKENS else "text" for f in files}
-    size, needed = sum(file.stat().st_size for file in files), data.sequence_length + 1
+def problems_of_kind(data: DataConfig, source: str, files: list[Path]) -> list[str]:
+    """What the files of a source hold that does not go together, or not with the settings."""
+    kinds, given = set(map(kind_of_file, files)), f"source is {source!r}"
     if len(kinds) > 1:
-        yield (
-            f"source is {source!r}, which has files of {' and of '.join(sorted(kinds))}; allowed: of one kind. "
-            "Name them as several sources."
-        )
-    elif files and size == 0:
-        yield f"source is {source!r}, which is empty; give a file with text in it."
-    elif "text" in kinds and data.prompt_field is not None:
-        yield (
-            f"source is {source!r}, which has no rows, and prompt_field is {data.prompt_field!r}; allowed: "
-            f"{', '.join(ROWS)} or {DATASETS}NAME. Set data.prompt_field to null, or give another source."
-        )
-    elif "tokens" in kinds and not data.tokenizer.endswith(".json"):
-        yield (
-            f"source is {source!r}, which holds tokens, and tokenizer is {data.tokenizer!r}; allowed: the "
-            "tokenizer.json that they were made with."
-        )
-    elif "tokens" in kinds and data.prompt_field is not None:
-        yield f"source is {source!r}, which holds tokens; allowed: with a data.prompt_field, sources of rows."
+        return [
+            f"{given}, which has files of {' and of '.join(sorted(kinds))}; allowed: of one kind. Name them as several "
+            "sources."
+        ]
+    if "text" in kinds and data.prompt_field is not None:
+        return [
+            f"{given}, which has no rows, and prompt_field is {data.prompt_field!r}; allowed: {', '.join(ROWS)} or "
+            f"{DATASETS}NAME. Set data.prompt_field to null, or give another source."
+        ]
+    if "tokens" in kinds and not data.tokenizer.endswith(".json"):
+        return [
+            f"{given}, which holds tokens, and tokenizer is {data.tokenizer!r}; allowed: the tokenizer.json that they "
+            "were made with."
+        ]
+    if "tokens" in kinds and data.prompt_field is not None:
+        return [f"{given}, which holds tokens; allowed: with a data.prompt_field, sources of rows."]
+    return []
+
+
+def _problems_of_size(data: DataConfig, source: str, files: list[Path]) -> list[str]:
+    size, needed = sum(file.stat().st_size for file in files), data.sequence_length + 1
+    if files and size == 0:
+        return [f"source is {source!r}, which is empty; give a file with text in it."]
     # Our own tokenizers make at most a token of a byte, so this finds the hopeless cases before anything is
     # read; the exact count, of each part of the split, is checked after encoding.
-    elif kinds == {"text"} and not data.tokenizer.endswith(".json") and size + 2 * len(files) < needed:
-        yield (
-            f"source is {source!r}, which has {size} bytes; allowed: at least sequence_length + 1 = "
-            f"{needed} tokens in each part of the split. Give more text or a smaller data.sequence_length."
-        )
+    is_text = set(map(kind_of_file, files)) == {"text"} and not data.tokenizer.endswith(".json")
+    if is_text and size + 2 * len(files) < needed:
+        return [
+            f"source is {source!r}, which has {size} bytes; allowed: at least sequence_length + 1 = {needed} tokens in "
+            "each part of the split. Give more text or a smaller data.sequence_length."
+        ]
+    return []

@@ -79,7 +79,8 @@ def make_trainer(config: Config) -> Trainer:
     from fundamentallm.training.pretrained import begin_from_checkpoint, begin_from_pretrained, open_pretrained
     from fundamentallm.training.trainer import Trainer
 
-    training = config.resolved().training
+    config = config.resolved()
+    training = config.training
     launch = training.mixed_precision, training.smallest_batch_size(training.batch_size), training.compile
     accelerator = create_accelerator(*launch, config.trackers, config.output_dir)
     callbacks = _check_parts(config)
@@ -108,8 +109,11 @@ def make_trainer(config: Config) -> Trainer:
         trainer.callbacks.add(callback)
     for line in describe(corpus):
         trainer.say(line)
-    if cut := sum(getattr(loader.dataset, "num_cut", 0) for loader in (train_loader, val_loader) if loader):
-        trainer.say(f"{cut:,} pairs are longer than data.sequence_length; what is beyond it is not trained on")
+    datasets = [loader.dataset for loader in (train_loader, val_loader) if loader is not None]
+    cut, lost = (sum(getattr(dataset, name, 0) for dataset in datasets) for name in ("num_cut", "num_lost"))
+    if cut:
+        nothing = f"; of {lost:,} nothing is left, whose prompts fill it" if lost else ""
+        trainer.say(f"{cut:,} pairs are longer than data.sequence_length; what is beyond it is not trained on{nothing}")
     return trainer
 
 
@@ -181,7 +185,7 @@ def _begins_afresh(config: Config) -> bool:
     """Whether no checkpoint of the run will be resumed."""
     from fundamentallm.training.checkpoint import CheckpointManager
 
-    folder = config.resolved().training.checkpoint_dir
+    folder = config.training.checkpoint_dir
     assert folder is not None  # a resolved config has one
     return config.training.resume in ("auto", "never") and CheckpointManager(folder).get_latest() is None
 

@@ -90,6 +90,8 @@ def allowed_values(hint: Any) -> str:
         return " or ".join(map(allowed_values, options))
     if origin is list:
         return "a list of " + {str: "text", list: "lists"}.get(typing.get_origin(options[0]) or options[0], "mappings")
+    if dataclasses.is_dataclass(hint):
+        return f"a mapping; in Python, a {getattr(hint, '__name__', hint)}"
     words = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     return words.get(hint, "a mapping")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,10 +48,8 @@ def main(arguments: Sequence[str], program: str) -> int:
     options = parser.parse_args(arguments)
     try:
         code: int = options.command(options)
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads, such as `head`, has seen enough; nothing is left to flush at the exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:  # an OSError, and none of the folder's
+        raise
     except ConfigError as error:  # which may quote what a stranger wrote, as any error here may
         raise ConfigError([printable(problem) for problem in error.problems]) from error
     except FundamentaLLMError as error:

@@ -162,7 +162,7 @@ def _of_run(opened: Opened, options: argparse.Namespace) -> Text:
         data, corpus = corpus_of_run(opened.folder, saved["config"]["data"])
         _, dataset = corpus_samples(corpus, data.sequence_length, data.train_split < 1)
     except ConfigError as error:
-        raise ConfigError([f"data.{problem} If the text has moved, {way_out}" for problem in error.problems]) from error
+        raise ConfigError([f"{problem} If the text has moved, {way_out}" for problem in error.problems]) from error
     if dataset is None:
         raise ConfigError(f"{opened.folder} is of a run without a validation text; {way_out}")
     name = ", ".join(data.sources())
@@ -191,17 +191,25 @@ def _of_files(opened: Opened, options: argparse.Namespace) -> Text:
     from fundamentallm.data.encoding import encode_pieces
     from fundamentallm.data.sources import read_pieces
     from fundamentallm.data.tokenizers import num_bytes
-    from fundamentallm.files import source_files
+    from fundamentallm.files import kind_of_file, source_files
 
     paths, texts, size = [], [], 0
     for source in options.source:
-        if not (found := source_files(DataConfig(), source)):
-            raise ConfigError(f"--source is {source!r}; allowed: text files, folders and globs.")
+        try:
+            found = source_files(DataConfig(), source)
+        except ConfigError:
+            found = []
+        if not found or any(kind_of_file(path) != "text" for path in found):  # whose bytes are not the text
+            raise ConfigError(
+                f"--source is {source!r}; allowed: text files, folders with .txt or .md files, and globs."
+            )
         paths += found
     for path in paths:
         try:
             with path.open(encoding="utf-8", newline="") as file:
                 pieces = list(encode_pieces(opened.tokenizer, read_pieces(file)))
+        except ConfigError as error:
+            raise ConfigError(f"--source has {str(path)!r}: {error}") from error
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--source has {str(path)!r}, which cannot be read as UTF-8 text: {error}.") from error
         ids = np.concatenate([np.empty(0, np.uint16), *(ids for _, ids in pieces)])

@@ -88,9 +88,9 @@ def main(arguments: Sequence[str], program: str) -> int:
 
     with tempfile.TemporaryDirectory(prefix="fundamentallm-find_lr-") as folder:
         points, is_main = _range_test(config, options, Path(folder))
-    found = suggestion(points)
     if not math.isfinite(points[0].loss):
         raise TrainingError(f"the loss of the first step, at a learning rate of {options.lowest:g}, is not finite.")
+    found = suggestion(points)
     if is_main:
         _show(points, found)
         if plot is not None:
@@ -155,13 +155,16 @@ def _range_test(config: Config, options: argparse.Namespace, folder: Path) -> tu
         ema_decay=None,
         # A loss that explodes is what is looked for.
         skip_spikes_above=None,
+        max_minutes=None,
         max_bad_steps=options.steps,
     )
     trainer = make_trainer(options.trainer, trial)
     trainer.val_loader = trainer.checkpoint_manager = None  # neither validates nor saves
     run: Until = run_until(trainer, lambda run: has_diverged(run.losses))
-    is_main = trainer.is_main_process
+    is_main, was_interrupted = trainer.is_main_process, trainer.was_interrupted
     trainer.leave_group()
+    if was_interrupted:  # what was seen of the range would suggest something, and wrongly
+        raise KeyboardInterrupt
     losses = [line["train_loss"] for line in run.lines]
     rates = [line["learning_rate"] for line in run.lines]
     return [Point(*values) for values in zip(rates, losses, smooth(losses), strict=True)], is_main

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,14 +63,10 @@ def main(arguments: Sequence[str], program: str) -> int:
         options.seed,
         () if options.ignore_end else opened.stop,
     )
-    try:
-        if len(prompts) == 1 and not options.json:
-            _stream(opened.tokenizer, prompts[0], (row[0] for row in drawn))
-        else:
-            _write_all(opened.tokenizer, prompts, drawn, options.json)
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if len(prompts) == 1 and not options.json:
+        _stream(opened.tokenizer, prompts[0], (row[0] for row in drawn))
+    else:
+        _write_all(opened.tokenizer, prompts, drawn, options.json)
     return 0
 
 
@@ -80,7 +74,7 @@ def _prompts(options: argparse.Namespace) -> list[str]:
     prompts = list(options.prompt or [])
     if options.prompts is not None:
         try:
-            lines = options.prompts.read_text(encoding="utf-8").splitlines()
+            lines = options.prompts.read_text(encoding="utf-8").split("\n")  # not at a U+2028, as splitlines does
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--prompts is {str(options.prompts)!r}, which cannot be read: {error}.") from error
         prompts += [line for line in lines if line]

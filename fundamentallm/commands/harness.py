@@ -83,7 +83,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             for index, (row, text) in enumerate(zip(rows, texts, strict=True)):
                 ids, count = torch.tensor(text), min(len(requests[row][2]), len(text) - 1)
                 inputs[index, : len(text) - 1] = ids[:-1]
-                targets[index, len(text) - 1 - count : len(text) - 1] = ids[-count:]
+                targets[index, len(text) - 1 - count : len(text) - 1] = ids[len(ids) - count :]
             scores = score(self.opened.model, inputs.to(device), targets.to(device))
             is_other = ~scores.is_first.cpu() & (targets != IGNORE_INDEX)
             sums, greedy = (-scores.losses.sum(-1)).tolist(), (~is_other.any(-1)).tolist()

@@ -26,11 +26,16 @@ def main(arguments: Sequence[str], program: str) -> int:
         allow_abbrev=False,
     )
     _, rest = parser.parse_known_args(arguments)
-    config = parse_config(rest, program).data
+    config = parse_config(rest, program)
+    if config.model.pretrained is not None:  # whose tokenizer is the run's
+        from fundamentallm.models.pretrained import find_pretrained
+        from fundamentallm.training.pretrained import completed
+
+        config = completed(config, find_pretrained(config.model.pretrained))
     from fundamentallm.data.corpus import describe, load_corpus  # which takes half a second to import
 
     try:
-        corpus = load_corpus(config)
+        corpus = load_corpus(config.data)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on", file=sys.stderr)
         return INTERRUPTED

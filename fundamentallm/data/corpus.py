@@ -20,10 +20,10 @@ from tokenizers import Tokenizer
 
 from fundamentallm.config import DataConfig
 from fundamentallm.data.encoding import PARTS, SETTINGS, prepare_source, split_pieces, token_dtype
-from fundamentallm.data.sources import is_tokens, looks, read_source, token_blocks
+from fundamentallm.data.sources import looks, read_source, token_blocks
 from fundamentallm.data.tokenizers import create_tokenizer, read_tokenizer
 from fundamentallm.errors import ConfigError, writing
-from fundamentallm.files import expand_user, is_prepared
+from fundamentallm.files import expand_user, is_prepared, kind_of, problems_of_kind, source_files
 
 CACHE_FORMAT = 2
 READ_WHOLE = 2**30
@@ -66,20 +66,22 @@ class Corpus(NamedTuple):
     @property
     def train(self) -> NDArray[np.integer]:
         """Training tokens of the only source."""
-        (source,) = self.sources
-        return source.train.ids
+        return self._only().train.ids
 
     @property
     def validation(self) -> NDArray[np.integer]:
         """Validation tokens of the only source."""
-        (source,) = self.sources
-        return source.validation.ids
+        return self._only().validation.ids
 
     @property
     def validation_bytes(self) -> int | None:
         """UTF-8 bytes of the validation targets of the only source."""
-        (source,) = self.sources
-        return source.validation.num_bytes
+        return self._only().validation.num_bytes
+
+    def _only(self) -> Source:
+        if len(self.sources) != 1:
+            raise ConfigError(f"the corpus has {len(self.sources)} sources; look at each of its `sources`.")
+        return self.sources[0]
 
 
 class Facts(NamedTuple):
@@ -101,6 +103,7 @@ def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
 
     Raises:
         ConfigError: if a source cannot be read, or has characters that the tokenizer's vocabulary lacks.
+        FundamentaLLMError: if the cache cannot be written.
 
     Examples:
         >>> from pathlib import Path
@@ -177,13 +180,13 @@ def _known_facts(config: DataConfig, source: str, cache: Path) -> Facts:
     if before is not None:
         settings = config.text_field, config.prompt_field, config.end_of_text, config.max_bad_rows
         # A .bin's type, and so its number of tokens, is the tokenizer's.
-        width = token_dtype(read_tokenizer(config.tokenizer)).name if is_tokens(config, source) else None
+        width = token_dtype(read_tokenizer(config.tokenizer)).name if kind_of(config, source) == "tokens" else None
         note = cache / "known" / _hash(CACHE_FORMAT, before, settings, config.tokenizer == "char", width)
         with contextlib.suppress(OSError, ValueError, TypeError):
             return Facts(*json.loads(note.read_text(encoding="utf-8")))
     facts = _facts(config, source)
     if note is not None and before == looks(config, source):  # else it was changed while it was read
-        with writing(note):
+        with contextlib.suppress(OSError):  # a cache that can only be read has the tokens all the same
             note.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=note.parent, delete=False) as file:
                 json.dump(facts, file)
@@ -193,7 +196,9 @@ def _known_facts(config: DataConfig, source: str, cache: Path) -> Facts:
 
 def _facts(config: DataConfig, source: str) -> Facts:
     """What a source holds, all of it read."""
-    if is_tokens(config, source):
+    if problems := problems_of_kind(config, source, source_files(config, source)):
+        raise ConfigError(problems)
+    if kind_of(config, source) == "tokens":
         return _facts_of_tokens(config, source)
     digest, size, bad = hashlib.sha256(), 0, list[str]()
     characters = np.zeros(0x110000, dtype=bool)

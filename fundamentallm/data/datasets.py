@@ -183,6 +183,7 @@ class PairDataset(TokenSamples):
 
     Attributes:
         num_cut: pairs of which something is cut off.
+        num_lost: those of them that have no target left.
 
     Raises:
         ConfigError: if there are none, or none has an answer left.
@@ -203,16 +204,18 @@ class PairDataset(TokenSamples):
         self.tokenizer, self.end_of_text = tokenizer, end_of_text
         starts, answers, ends = self._places(np.arange(len(rows)))
         stops = np.minimum(ends, starts + sequence_length + 1)
-        if (stops <= answers).all():
+        self.num_lost = int((stops <= answers).sum())
+        if self.num_lost == len(rows):
             raise ConfigError(
                 f"no prompt leaves room for an answer in data.sequence_length = {sequence_length}; raise it."
             )
         cut = np.flatnonzero(stops < ends)
         self.num_cut = len(cut)
         self.num_bytes = num_bytes
-        if num_bytes is not None and tokenizer is not None:
-            lost = [tokens[max(stops[i], answers[i]) : ends[i]] for i in cut]
-            self.num_bytes = num_bytes - sum(count_bytes(tokenizer, ids, end_of_text) for ids in lost)
+        if num_bytes is not None and tokenizer is not None and len(cut):
+            lost = np.concatenate([tokens[max(stops[i], answers[i]) : ends[i]] for i in cut])
+            # At once, since each call looks at all of the vocabulary.
+            self.num_bytes = num_bytes - count_bytes(tokenizer, lost, end_of_text)
 
     def _places(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Where each pair begins, its answer begins, and it ends."""
@@ -268,6 +271,10 @@ class MixedDataset(TokenSamples):
 
     Attributes:
         num_cut: pairs of which something is cut off.
+        num_lost: those of them that have no target left.
+
+    Raises:
+        ConfigError: if the weights make an epoch too long to count.
     """
 
     def __init__(self, datasets: Mapping[str, TokenSamples], weights: Sequence[float] | None = None) -> None:
@@ -279,9 +286,18 @@ class MixedDataset(TokenSamples):
         self.num_bytes = sum(size or 0 for size in sizes) if None not in sizes else None
         self.sizes = np.array([len(dataset) for dataset in self.datasets])
         self.num_cut = sum(getattr(dataset, "num_cut", 0) for dataset in self.datasets)
+        self.num_lost = sum(getattr(dataset, "num_lost", 0) for dataset in self.datasets)
         self.counts = self.sizes
         if weights is not None:
-            per_weight = max(size / weight for size, weight in zip(self.sizes, weights, strict=True))
+            per_weight, rare = max(
+                (len(dataset) / weight, name)
+                for dataset, weight, name in zip(self.datasets, weights, self.names, strict=True)
+            )
+            if per_weight * sum(weights) * int(self.sizes.max()) >= 2.0**62:  # `_which` multiplies them
+                raise ConfigError(
+                    f"source has {rare!r} with so small a weight that an epoch, in which each of its samples comes, "
+                    f"has {per_weight * sum(weights):.3g} samples; give it more, or leave it out."
+                )
             wanted = np.array([round(per_weight * weight) for weight in weights])
             self.counts = np.maximum(self.sizes, wanted)
         self._ends = self.counts.cumsum()

@@ -30,9 +30,10 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from fundamentallm.config import DataConfig
-from fundamentallm.data.sources import PIECE, Piece, Place, is_tokens, read_source, token_blocks
-from fundamentallm.data.tokenizers import lacking_characters, num_bytes
+from fundamentallm.data.sources import PIECE, Piece, Place, read_source, token_blocks
+from fundamentallm.data.tokenizers import lacking_characters, num_bytes, unknown_token
 from fundamentallm.errors import ConfigError
+from fundamentallm.files import kind_of
 
 PIECES_AT_ONCE = max(16, 2 * (os.cpu_count() or 1))
 """Pieces that the tokenizer's threads share; bounds memory, at about 150 bytes a token."""
@@ -100,7 +101,7 @@ def prepare_source(
                 unit_scale=True,
                 disable=not show_progress,
             ) as bar:
-                if is_tokens(config, source):
+                if kind_of(config, source) == "tokens":
                     note = _copy(config, source, train_size, tokenizer, staging, bar)
                 else:
                     note = _encode(config, source, train_size, tokenizer, staging, bar)
@@ -296,6 +297,7 @@ def encode_pieces(
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = plain
+    unknown = unknown_token(tokenizer)
     remaining, known = iter(pieces), np.zeros(sys.maxunicode + 1, dtype=bool)
     encode = functools.partial(tokenizer.encode_batch_fast, add_special_tokens=False)
     # The library's threads encode a batch while this one, which alone can make Python objects, takes in the last.
@@ -304,7 +306,7 @@ def encode_pieces(
         encoded: Future[Any] | None = None
         while True:
             batch = _batch(remaining)
-            _check_characters(tokenizer, batch, known)
+            _check_characters(tokenizer, batch, known, unknown)
             waiting, encoded = encoded, executor.submit(encode, batch) if batch else None
             for piece, encoding in zip(last, waiting.result() if waiting else (), strict=True):
                 yield piece, np.array(encoding.ids, dtype=dtype)
@@ -322,7 +324,7 @@ def _batch(pieces: Iterator[str]) -> list[str]:
     return batch
 
 
-def _check_characters(tokenizer: Tokenizer, batch: list[str], known: NDArray[np.bool_]) -> None:
+def _check_characters(tokenizer: Tokenizer, batch: list[str], known: NDArray[np.bool_], unknown: int | None) -> None:
     """Refuse characters that the vocabulary lacks; `known`, by code point, are those it is known to have."""
     codes = np.frombuffer("".join(batch).encode("utf-32-le"), np.uint32)
     if known[codes].all():
@@ -332,10 +334,10 @@ def _check_characters(tokenizer: Tokenizer, batch: list[str], known: NDArray[np.
         if known[codes].all():
             continue
         have = set(map(chr, np.unique(codes[known[codes]])))
-        if lacking := lacking_characters(tokenizer, piece, have):
+        if lacking := lacking_characters(tokenizer, piece, have, unknown):
             raise ConfigError(
                 f"the text has {', '.join(map(repr, lacking[:10]))}{', ...' if len(lacking) > 10 else ''}, "
-                "which the tokenizer's vocabulary lacks; give another data.tokenizer."
+                "which the tokenizer's vocabulary lacks; leave them out, or give another tokenizer."
             )
         known[[ord(character) for character in have]] = True
 

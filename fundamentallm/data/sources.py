@@ -16,13 +16,15 @@ from numpy.typing import NDArray
 
 from fundamentallm.config import DataConfig
 from fundamentallm.errors import ConfigError
-from fundamentallm.files import BUILT_IN_CORPUS, DATASETS, ROWS, TOKENS, source_files
+from fundamentallm.files import BUILT_IN_CORPUS, DATASETS, kind_of, source_files
 
 PIECE = 65_536
 """Characters of a text file that are read, and given to the tokenizer, at once (up to the end of their line)."""
 BETWEEN = "\n\n"
 """What stands between documents where no token does."""
 ROWS_AT_ONCE, TOKENS_AT_ONCE = 1024, 2**22
+FEW_TOKENS = 128
+"""In which every second one is 0 in no text, but where integers of twice the width are read."""
 DATASETS_OPTIONS = ("name", "split", "data_files", "data_dir", "revision")
 NAMED = 5
 """Bad rows that an error names."""
@@ -63,18 +65,6 @@ Row = dict[str, Any] | BadRow
 """Fields by name; or why there are none."""
 
 
-def is_tokens(config: DataConfig, source: str) -> bool:
-    """Whether a source holds tokens."""
-    files = source_files(config, source)
-    return bool(files) and files[0].suffix in TOKENS
-
-
-def is_rows(config: DataConfig, source: str) -> bool:
-    """Whether a source holds rows with fields."""
-    files = source_files(config, source)
-    return source.startswith(DATASETS) or (bool(files) and files[0].suffix in ROWS)
-
-
 def read_source(config: DataConfig, source: str, bad: list[str], start: Place = Place()) -> Iterator[Piece]:  # noqa: B008
     """The text of a source from a place on, in pieces; what cannot be read goes to `bad`.
 
@@ -84,7 +74,7 @@ def read_source(config: DataConfig, source: str, bad: list[str], start: Place = 
         ConfigError: if a file cannot be opened, or more than `config.max_bad_rows` rows are bad.
     """
     is_first = start == Place()
-    begins = start.offset == 0 or is_rows(config, source)  # rather than going on within a text
+    begins = start.offset == 0 or kind_of(config, source) == "rows"  # rather than going on within a text
     for piece in _pieces(config, source, start):
         if isinstance(piece, BadRow):
             bad.append(str(piece))
@@ -117,9 +107,9 @@ def _pieces(config: DataConfig, source: str, start: Place) -> Iterator[Piece | B
                 continue
             offset = start.offset if number == start.file else 0
             try:
-                if path.suffix == ".jsonl":
+                if path.suffix.lower() == ".jsonl":
                     yield from _documents(config, number, _json_rows(path, offset), str(path))
-                elif path.suffix == ".parquet":
+                elif path.suffix.lower() == ".parquet":
                     yield from _documents(config, number, _table_rows(config, path, offset), str(path))
                 else:
                     yield from _text_pieces(config, number, path, offset)
@@ -170,12 +160,15 @@ def token_blocks(
     """
     for path in source_files(config, source):
         try:
-            if path.suffix == ".npy":
+            if path.suffix.lower() == ".npy":
                 tokens = np.load(path, mmap_mode="r")
             else:
                 if rest := path.stat().st_size % dtype.itemsize:
                     raise ValueError(f"its size leaves {rest} bytes after tokens of type {dtype}")
                 tokens = np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
+                first = tokens[:FEW_TOKENS]
+                if len(first) == FEW_TOKENS and first[::2].any() and not first[1::2].any():
+                    raise ValueError(f"every second token of type {dtype} is 0; save wider integers as .npy")
         except (OSError, ValueError) as error:
             raise ConfigError(f"source has {str(path)!r}, which cannot be read as tokens: {error}.") from error
         if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from fundamentallm.config import DataConfig
 from fundamentallm.errors import ConfigError
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
@@ -35,7 +36,7 @@ def create_tokenizer(
         end_of_text: a token that stands for the end of a document, and for no text; null: there is none.
 
     Raises:
-        ConfigError: if a tokenizer.json cannot be read, or has no such token.
+        ConfigError: if `spec` is none of these, or a tokenizer.json cannot be read, or has no such token.
 
     Examples:
         >>> from fundamentallm import create_tokenizer
@@ -45,8 +46,13 @@ def create_tokenizer(
         >>> tokenizer.decode(ids), len(ids), tokenizer.get_vocab_size()  # its characters, and <unk>
         ('not to be', 9, 8)
     """
+    DataConfig(tokenizer=spec)  # which refuses what is none
     if end_of_text is not None:
         return _with_end(spec, text, training_text, end_of_text)
+    return _made(spec, text, training_text)
+
+
+def _made(spec: str, text: Callable[[], Iterable[str]], training_text: Callable[[], Iterable[str]]) -> Tokenizer:
     if spec == "char":
         characters = sorted(set().union(*text()))
         vocabulary = {character: index for index, character in enumerate([*characters, UNKNOWN])}
@@ -72,7 +78,7 @@ def _with_end(
 ) -> Tokenizer:
     """As `create_tokenizer`, with the token added to the vocabularies made here (of whose size it is a part)."""
     kind, _, size = spec.partition(":")
-    tokenizer = create_tokenizer(f"bpe:{int(size) - 1}" if kind == "bpe" else spec, text, training_text)
+    tokenizer = _made(f"bpe:{int(size) - 1}" if kind == "bpe" else spec, text, training_text)
     if tokenizer.token_to_id(end_of_text) is None:
         if spec.endswith(".json"):
             raise ConfigError(f"end_of_text is {end_of_text!r}, which {spec!r} does not have; give a token it has.")
@@ -97,7 +103,14 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def lacking_characters(tokenizer: Tokenizer, text: str, known: set[str]) -> list[str]:
+def unknown_token(tokenizer: Tokenizer) -> int | None:
+    """The token of what a vocabulary lacks, if there is one; from the JSON, which takes a large vocabulary 60 ms."""
+    model = json.loads(tokenizer.to_str())["model"]
+    index: int | None = model.get("unk_id")
+    return tokenizer.token_to_id(model["unk_token"]) if index is None and model.get("unk_token") else index
+
+
+def lacking_characters(tokenizer: Tokenizer, text: str, known: set[str], unknown: int | None) -> list[str]:
     """Characters of `text` that the vocabulary lacks: they become its unknown token, part of themselves, or nothing.
 
     White space that becomes nothing is not among them: some tokenizers mean it.
@@ -106,11 +119,8 @@ def lacking_characters(tokenizer: Tokenizer, text: str, known: set[str]) -> list
         tokenizer: the tokenizer.
         text: the text.
         known: characters that are known to be there; those found to be are added.
+        unknown: the `unknown_token`.
     """
-    model = json.loads(tokenizer.to_str())["model"]
-    unknown = model.get("unk_id")
-    if unknown is None and model.get("unk_token"):
-        unknown = tokenizer.token_to_id(model["unk_token"])
     lacking, known_in_words = [], set()
     for character in set(text) - known:
         ids = tokenizer.encode(character, add_special_tokens=False).ids
@@ -147,9 +157,14 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Token ids of a prompt.
 
     Raises:
-        ConfigError: if the vocabulary lacks some of its characters.
+        ConfigError: if it is no text, or the vocabulary lacks some of its characters.
     """
-    if lacking := lacking_characters(tokenizer, prompt, set()):
-        raise ConfigError(f"the prompt has {lacking}, which the model's vocabulary lacks; leave them out.")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):  # as a command line's bytes become
+        raise ConfigError(f"the prompt {prompt[:40]!r} is no UTF-8 text; give another prompt.")
+    if lacking := lacking_characters(tokenizer, prompt, set(), unknown_token(tokenizer)):
+        raise ConfigError(
+            f"the prompt {prompt[:40]!r} has {', '.join(map(repr, lacking))}, which the model's vocabulary lacks; give "
+            "another prompt."
+        )
     ids: list[int] = tokenizer.encode(prompt, add_special_tokens=False).ids
     return ids

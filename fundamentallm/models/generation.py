@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fundamentallm.errors import ConfigError
+from fundamentallm.config import cache_option
+from fundamentallm.errors import ConfigError, FundamentaLLMError
 from fundamentallm.models.transformer import LayerCache, Transformer
 from fundamentallm.validation import AT_LEAST_ONE, NON_NEGATIVE, POSITIVE, RANGES, Interval
 
@@ -42,18 +43,26 @@ class Sampling(NamedTuple):
             penalised = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
             logits = torch.where(seen, penalised, logits)
         if self.temperature == 0:
-            return logits.argmax(-1)
+            return _numbers(logits).argmax(-1)
         logits = logits / self.temperature
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             likeliest = logits.topk(self.top_k)
             logits = torch.full_like(logits, -torch.inf).scatter(-1, likeliest.indices, likeliest.values)
-        probabilities = logits.softmax(-1)
+        probabilities = _numbers(logits.softmax(-1))
         if self.top_p is not None and self.top_p < 1:
             ordered, order = probabilities.sort(-1, descending=True)
             is_beyond = ordered.cumsum(-1) - ordered >= self.top_p  # without it, they have as much already
             probabilities = probabilities.masked_fill(is_beyond.scatter(-1, order, is_beyond), 0.0)
         rows = zip(probabilities, generators, strict=True)
         return torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
+
+
+def _numbers(values: Tensor) -> Tensor:
+    if values.isnan().any():
+        raise FundamentaLLMError(
+            "the model gives no probabilities, but NaN: its weights are not finite, or the temperature is too small."
+        )
+    return values
 
 
 UNCHANGED = Sampling()
@@ -92,6 +101,7 @@ def generate(
 
     Raises:
         ConfigError: if a value is outside its range, before anything is drawn.
+        FundamentaLLMError: if the model's logits are not numbers.
 
     Examples:
         >>> import torch
@@ -247,7 +257,7 @@ class Theirs:
 
     def __init__(self, model: nn.Module, context: int) -> None:
         self.model, self.context = model, context
-        self.options: dict[str, Any] = {"use_cache": True} if hasattr(model, "generation_config") else {}
+        self.options: dict[str, Any] = cache_option(model, True)
         self.seen: list[tuple[int, Any]] = []
         """Of each text: where its window began, and what the model has kept of it."""
 

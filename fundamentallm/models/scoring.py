@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fundamentallm.config import CHUNK, IGNORE_INDEX
+from fundamentallm.config import CHUNK, IGNORE_INDEX, cache_option
 from fundamentallm.models.transformer import Transformer
 
 FEWEST_BLOCKS = 8
@@ -50,8 +50,7 @@ def score(model: nn.Module, inputs: Tensor, targets: Tensor) -> Scores:
     if isinstance(model, Transformer):
         model(inputs, of_hidden)
     else:
-        options = {"use_cache": False} if hasattr(model, "generation_config") else {}
-        output = model(inputs, **options)
+        output = model(inputs, **cache_option(model, False))
         for rows, wanted in zip(output if isinstance(output, Tensor) else output.logits, targets, strict=True):
             add(rows, wanted)
     losses, is_first = (torch.cat(tensors).view(targets.shape) for tensors in zip(*parts, strict=True))

@@ -10,7 +10,6 @@ cross entropy, so that validation losses compare between runs and perplexity mea
 from __future__ import annotations
 
 import inspect
-import sys
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fundamentallm.config import CHUNK, IGNORE_INDEX, LARGE_VOCABULARY, LOSS_NAMES
+from fundamentallm.config import CHUNK, IGNORE_INDEX, LARGE_VOCABULARY, LOSS_NAMES, cache_option
 from fundamentallm.errors import ConfigError
 from fundamentallm.registry import resolve
 from fundamentallm.validation import FRACTION, NON_NEGATIVE, Interval
@@ -122,9 +121,7 @@ class ModelWithLoss(nn.Module):
     def __init__(self, model: nn.Module, loss_fn: Any) -> None:
         super().__init__()
         self.model, self.loss_fn = model, loss_fn
-        transformers = sys.modules.get("transformers")  # imported already if the model is one of theirs
-        is_theirs = transformers is not None and isinstance(model, transformers.PreTrainedModel)
-        self._options = {"use_cache": False} if is_theirs else {}
+        self._options = cache_option(model, False)
         # A loss and a model that both can: the logits of a large vocabulary then never are there all at once.
         self._by_hidden = hasattr(loss_fn, "of_hidden") and "of_hidden" in inspect.signature(model.forward).parameters
 

@@ -122,6 +122,22 @@ def test_a_wrong_argument_is_named(run: Path, arguments: list[str], named: str) 
     assert named in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("rows.jsonl", "the text of a row", "rows.jsonl'; allowed: text files"),  # else the loss would be of its JSON
+        ("tokens.bin", "aaaa", "tokens.bin'; allowed: text files"),
+        ("foreign.txt", "größe", "foreign.txt': the text has 'ß'"),
+    ],
+)
+def test_what_is_no_text_of_the_model_is_refused(
+    run: Path, tmp_path: Path, name: str, content: str, named: str
+) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigError, match=named):
+        command.main(["--checkpoint", str(run), "--source", str(tmp_path / name)], "evaluate")
+
+
 def test_without_lm_eval_its_tasks_name_the_extra(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "fundamentallm.commands.harness", raising=False)

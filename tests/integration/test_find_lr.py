@@ -5,15 +5,17 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor
+from torch import Tensor, nn
 
 from fundamentallm.command_line import to_yaml
 from fundamentallm.commands.find_lr import Point, has_diverged, main, smooth, suggestion
-from fundamentallm.errors import ConfigError
+from fundamentallm.errors import ConfigError, TrainingError
+from fundamentallm.training.loss import CrossEntropy
 from tests.conftest import reset_accelerate
 from tests.integration.runs import StopAt, assert_same_weights, make_config, make_trainer, on_processes, prose, weights
 
@@ -139,3 +141,25 @@ def test_a_curve_without_a_suggestion_is_exit_code_1(config: Path, capsys: pytes
     assert find(config, "--lowest=100", "--highest=1000", "--json=out.json") == 1
     assert len(json.loads(Path("out.json").read_text())["points"]) < 30  # it ends where the loss explodes
     assert "no suggestion: the loss did not fall" in capsys.readouterr().out
+
+
+class NotFinite(nn.Module):
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return logits.sum() * math.nan
+
+
+class Interrupts(CrossEntropy):
+    def objective(self, logits: Tensor, targets: Tensor) -> Tensor:
+        signal.raise_signal(signal.SIGINT)
+        return super().objective(logits, targets)
+
+
+def test_a_loss_that_is_not_finite_from_the_beginning_is_named(config: Path) -> None:
+    with pytest.raises(TrainingError, match="the loss of the first step"):
+        find(config, f"--training.loss={__name__}:NotFinite")
+
+
+def test_a_part_of_the_range_suggests_nothing(config: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        find(config, f"--training.loss={__name__}:Interrupts")
+    assert not Path("find_lr.png").exists()

@@ -24,6 +24,8 @@ from transformers import (
 from fundamentallm import Config, DataConfig, ModelConfig, Trainer, TrainingConfig, create_tokenizer
 from fundamentallm.commands.checkpoints import main as checkpoints
 from fundamentallm.commands.generate import main as generate
+from fundamentallm.commands.prepare import main as prepare
+from fundamentallm.data.corpus import load_corpus
 from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.models.pretrained import find_pretrained
 from fundamentallm.train import make_trainer
@@ -233,3 +235,17 @@ def test_a_folder_without_a_tokenizer_needs_one_to_be_named(folders: dict[str, P
         completed(made, find_pretrained(str(tmp_path / "llama")))
     data = dataclasses.replace(made.data, tokenizer=str(tokenizer))
     assert completed(dataclasses.replace(made, data=data), find_pretrained(str(tmp_path / "llama"))).data == data
+
+
+def test_prepare_tokenizes_as_the_folder_does(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = config(folders, "gpt2", tmp_path / "run")
+    words = [f"--model.pretrained={folders['gpt2']}", "--data.sequence_length=16"]
+    assert prepare([*words, f"--data.source={folders['text']}", f"--data.cache_dir={made.data.cache_dir}"], "") == 0
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("tokenized again")
+
+    monkeypatch.setattr("fundamentallm.data.corpus.prepare_source", refuse)
+    load_corpus(completed(made, find_pretrained(str(folders["gpt2"]))).data, show_progress=False)

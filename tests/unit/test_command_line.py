@@ -130,8 +130,8 @@ def test_options_override_yaml_which_overrides_defaults(write: Write) -> None:
     ],
 )
 def test_a_text_setting_takes_any_text_as_it_is(write: Write, text: str) -> None:
-    assert parse_config(["--output_dir", text]).output_dir == text
-    assert parse_config([f"--output_dir={text}"]).output_dir == text
+    assert parse_config(["--data.text_field", text]).data.text_field == text
+    assert parse_config([f"--data.text_field={text}"]).data.text_field == text
 
 
 @pytest.mark.parametrize(
@@ -329,7 +329,9 @@ TEXTS = [
 @pytest.mark.parametrize("text", TEXTS)
 def test_printed_text_reads_back_equal(write: Write, text: str) -> None:
     config = Config(
-        output_dir=text, callbacks=[f"a:{text}"] * 2, training=TrainingConfig(loss_options={"k" + text: text})
+        callbacks=[f"a:{text}"] * 2,
+        data=DataConfig(text_field=text),
+        training=TrainingConfig(loss_options={"k" + text: text}),
     )
     assert parse_config(["--config", write(to_yaml(config.resolved()))]) == config.resolved()
 
@@ -374,6 +376,8 @@ def test_help_says_every_option_with_its_text_and_default(
     assert options["training.learning_rate"].endswith("[0.0003]")
     assert options["model.dropout"].endswith("[0.0]")  # which equals false
     assert options["training.warmup_steps"].endswith("[0]")
+    assert options["data.suffixes"].endswith("[[.txt, .md]]")
+    assert options["callbacks"].endswith("[none]")
 
 
 # ---- exit codes, and what is left behind
@@ -488,3 +492,24 @@ def test_a_verb_shows_its_own_help(
 def test_the_default_config_of_the_command_line_is_the_default_of_python(write: Write) -> None:
     assert parse_config([]) == Config().resolved()
     assert parse_config([]).data == DataConfig()
+
+
+def test_a_verb_whose_reader_has_seen_enough_ends_quietly() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "fundamentallm", "estimate", "--model.vocab_size", "9"]
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+def test_an_interrupted_verb_has_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fundamentallm.commands.estimate.main", interrupted)
+    monkeypatch.setattr(sys, "argv", ["fundamentallm", "estimate"])
+    assert verbs.main() == 130
+    assert capsys.readouterr().err == "\nstopped\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import typing
 from pathlib import Path
@@ -88,8 +89,8 @@ MISTAKES = [
     ("training.lr_scheduler", "step", "constant, cosine, cosine_with_restarts, linear, wsd, or 'module:name'"),
     ("training.loss", "mse", "cross_entropy, focal, label_smoothing, z_loss, or 'module:name'"),
     ("training.resume", "no/such/folder", "auto, never, or a checkpoint's folder"),
-    ("model", [1], "a mapping"),
-    ("data", None, "a mapping"),
+    ("model", [1], "a mapping; in Python, a ModelConfig"),
+    ("data", None, "a mapping; in Python, a DataConfig"),
 ]
 
 
@@ -297,6 +298,20 @@ def test_resolving_keeps_what_is_set() -> None:
     assert config.resolved() == config
 
 
+def test_a_tilde_in_the_folders_of_a_run_is_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Config(output_dir="~/run").resolved().training.checkpoint_dir == str(tmp_path / "run" / "checkpoints")
+    training = TrainingConfig(checkpoint_dir="~/saved")
+    assert training.resolved().checkpoint_dir == str(tmp_path / "saved")
+    (tmp_path / "run").touch()
+    assert "which is no folder" in Config(output_dir="~/run").file_problems()[0]
+
+
+def test_an_output_dir_that_is_empty_is_not_the_working_directory() -> None:
+    with pytest.raises(ConfigError, match="output_dir is ''; allowed: the path of a folder"):
+        Config(output_dir="")
+
+
 def test_a_run_limited_by_steps_has_no_limit_of_epochs() -> None:
     assert TrainingConfig(max_steps=5).resolved().max_epochs is None
 
@@ -360,6 +375,30 @@ def test_a_source_without_enough_text_is_one_problem(
 def test_a_source_with_enough_text_has_no_problem(folder: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     assert list(data_problems(DataConfig(source=source, sequence_length=8))) == []
+
+
+def test_hidden_folders_are_not_gone_into(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repository's or an environment's have more files than the text."""
+    write(folder / ".git" / "objects" / "a.txt", "x")
+    looked_at, real = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: looked_at.append(path) or real(path))
+    assert source_files(DataConfig(), str(folder))
+    assert looked_at
+    assert not [path for path in looked_at if ".git" in str(path)]
+
+
+def test_a_folder_below_that_cannot_be_read_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(folder / "shut" / "a.txt", "x")
+    real = os.scandir
+
+    def scandir(path: str) -> Any:
+        if path.endswith("shut"):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    (problem,) = data_problems(DataConfig(source=str(folder), sequence_length=8))
+    assert problem.endswith(f"in which {folder / 'shut'} cannot be read: Permission denied.")
 
 
 def test_the_files_of_a_folder_are_its_visible_texts_sorted(folder: Path) -> None:

@@ -396,3 +396,13 @@ def test_the_built_in_corpus_is_not_read_again_either(cache: Path, monkeypatch: 
     made = load_corpus(config, show_progress=False)
     monkeypatch.setattr(corpus, "read_source", refuse)
     assert np.array_equal(load_corpus(config, show_progress=False).train, made.train)
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_cache_that_takes_no_notes_has_its_tokens_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("to be or not to be " * 20)
+    config, known = DataConfig(str(tmp_path / "a.txt"), cache_dir=str(tmp_path)), tmp_path / "known"
+    made = load_corpus(config, show_progress=False)
+    known.rename(tmp_path / "moved")
+    known.touch()  # where no folder can be made
+    assert load_corpus(config, show_progress=False).sources[0].folder == made.sources[0].folder

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from fundamentallm.config import IGNORE_INDEX
+from fundamentallm.data import datasets
 from fundamentallm.data.datasets import MixedDataset, PairDataset, TokenDataset
 from fundamentallm.data.loaders import as_is
 from fundamentallm.data.tokenizers import create_tokenizer
@@ -141,7 +142,7 @@ def test_a_batch_of_pairs_is_as_wide_as_its_longest_needs_in_multiples() -> None
 
 def test_what_is_longer_than_a_sample_is_cut_off_and_counted() -> None:
     dataset = pairs(50)
-    assert dataset.num_cut == 2
+    assert (dataset.num_cut, dataset.num_lost) == (2, 1)
     _, targets = dataset.__getitems__([2, 3])
     assert (targets[0] == IGNORE_INDEX).all()
     assert targets[1].tolist() == list(range(12, 62))
@@ -149,13 +150,17 @@ def test_what_is_longer_than_a_sample_is_cut_off_and_counted() -> None:
         PairDataset(np.arange(9), np.array([[4, 9]]), 1)
 
 
-def test_bytes_of_answers_that_are_cut_off_do_not_count() -> None:
+def test_bytes_of_answers_that_are_cut_off_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = create_tokenizer("byte", list, list, "<end>")
     ids = tokenizer.encode("qqaaaa").ids
     tokens = np.array([*ids, tokenizer.token_to_id("<end>")] * 2)
     rows, end = np.array([[2, 7], [9, 14]]), tokenizer.token_to_id("<end>")
+    calls: list[int] = []
+    real = datasets.count_bytes
+    monkeypatch.setattr(datasets, "count_bytes", lambda *about: calls.append(1) or real(*about))
     sizes = [PairDataset(tokens, rows, length, tokenizer, 8, end).num_bytes for length in (6, 5, 3)]
     assert sizes == [8, 8, 4]
+    assert len(calls) <= len(sizes)  # rather than for each pair: each looks at all of the vocabulary
 
 
 def test_a_pairs_fingerprint_tells_where_answers_begin() -> None:
@@ -187,6 +192,15 @@ def test_sources_come_as_often_as_their_weights_say_and_every_sample_at_least_on
         times = [firsts.count(offset + 8 * index) for index in range(len(part))]
         assert sum(times) == count
         assert max(times) - min(times) <= 1
+
+
+@pytest.mark.parametrize("weight", [1e-310, 1e-30, 1e-17])
+def test_a_weight_that_makes_an_epoch_without_end_is_refused(weight: float) -> None:
+    with pytest.raises(ConfigError, match="source has 'b' with so small a weight"):
+        mixed([1, weight])
+    dataset, _ = mixed([1, 1e-15])
+    assert dataset.locate(len(dataset) - 1)[0] == "b 232-239"
+    assert dataset.locate(len(dataset) - 31)[0] == "a 72-79"
 
 
 def test_samples_of_a_mixture_are_those_of_its_parts() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from fundamentallm.commands import generate as command
 from fundamentallm.commands.opening import find_checkpoint
 from fundamentallm.config import ModelConfig
 from fundamentallm.data.tokenizers import create_tokenizer
-from fundamentallm.errors import CheckpointNotFoundError, ConfigError
+from fundamentallm.errors import CheckpointNotFoundError, ConfigError, FundamentaLLMError
 from fundamentallm.models.generation import Sampling, generate, generate_batch
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.training.checkpoint import CheckpointManager
@@ -326,6 +327,13 @@ def test_the_command_writes_several_texts_at_once(
     assert [line["tokens"] for line in lines] == [20, 20, 20]
 
 
+def test_a_prompt_ends_with_its_line_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = save(tmp_path, create_tokenizer("byte", list, list), seed=1)
+    (tmp_path / "prompts").write_text("to\u2028be\r\nor\n", encoding="utf-8")
+    assert run(path, "--prompts", str(tmp_path / "prompts"), "--max_new_tokens", "1", "--json") == 0
+    assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.split("\n")[:-1]] == ["to\u2028be", "or"]
+
+
 def test_the_command_stops_where_the_model_ends_the_text(
     tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -422,7 +430,7 @@ def test_a_folder_without_a_checkpoint_is_an_error_that_names_it(
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--prompt", "to é漢be"], "['é', '漢']"),
+        (["--prompt", "to é漢be"], "'é', '漢'"),
         (["--prompt", ""], "prompt is empty"),
         (["--temperature", "-1"], "temperature is -1.0"),
         (["--temperature", "nan"], "temperature is nan"),
@@ -462,3 +470,11 @@ def test_a_damaged_checkpoint_is_an_error_that_names_the_file(
     (path / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
     assert fails(monkeypatch, path) == 1
     assert "model.safetensors is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_whose_weights_are_not_finite_writes_nothing(temperature: float) -> None:
+    model = make(vocab_size=6)
+    torch.nn.init.constant_(model.lm_head.weight, math.nan)
+    with pytest.raises(FundamentaLLMError, match="its weights are not finite"):
+        list(generate(model, [1], 3, 8, temperature))

@@ -92,7 +92,19 @@ def as_saved_splits(folder: Path) -> str:
     return f"datasets:{folder / 'splits'},split=train"
 
 
-KINDS: list[Callable[[Path], str]] = [as_jsonl, as_parquet, as_texts, as_dataset, as_saved_dataset, as_saved_splits]
+def as_capitals(folder: Path) -> str:
+    return str(Path(as_jsonl(folder)).rename(folder / "A.JSONL"))
+
+
+KINDS: list[Callable[[Path], str]] = [
+    as_jsonl,
+    as_capitals,
+    as_parquet,
+    as_texts,
+    as_dataset,
+    as_saved_dataset,
+    as_saved_splits,
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -231,6 +243,14 @@ def test_what_are_no_tokens_of_the_vocabulary_is_refused(tmp_path: Path, array: 
         load(tmp_path, str(tmp_path / "x.npy"), tokenizer=tokenizer)
 
 
+@pytest.mark.parametrize("wider", [np.uint32, np.int64])
+def test_integers_of_another_width_are_not_read_as_tokens(tmp_path: Path, wider: Any) -> None:
+    tokenizer = str(load(tmp_path, as_jsonl(tmp_path)).sources[0].folder / "tokenizer.json")
+    np.arange(1, 200).astype(wider).tofile(tmp_path / "x.bin")
+    with pytest.raises(ConfigError, match="every second token of type uint16 is 0"):
+        load(tmp_path, str(tmp_path / "x.bin"), tokenizer=tokenizer)
+
+
 def test_contradictions_of_source_and_settings_are_found_before_anything_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text" * 99)
     np.save(tmp_path / "a.npy", np.arange(9))
@@ -326,12 +346,24 @@ def test_a_prepared_folder_is_a_source_anywhere_with_the_settings_it_was_made_wi
     assert {problem.split()[0] for problem in error.value.problems} == {"tokenizer", "train_split", "end_of_text"}
 
 
+def test_from_python_too_files_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
+    text = tmp_path / "b.txt"
+    text.write_text("text")
+    with pytest.raises(ConfigError, match="has no rows, and prompt_field is 'question'"):
+        load(tmp_path, str(text), prompt_field="question")
+    as_jsonl(tmp_path)
+    with pytest.raises(ConfigError, match="has files of rows and of text"):
+        load(tmp_path, str(tmp_path), suffixes=[".txt", ".jsonl"])
+
+
 def test_a_tokenizer_is_shared_by_all_sources_and_each_is_encoded_once(tmp_path: Path) -> None:
     one = write_rows(tmp_path / "one.jsonl", [{"text": "abc" * 40}])
     two = write_rows(tmp_path / "two.jsonl", [{"text": "xyz" * 40}])
     corpus = load(tmp_path, {one: 1.0, two: 3.0}, tokenizer="char")
     assert corpus.tokenizer.get_vocab_size() == 6 + 2
     assert [source.weight for source in corpus.sources] == [1.0, 3.0]
+    with pytest.raises(ConfigError, match="the corpus has 2 sources"):
+        _ = corpus.train
     inodes = [(source.folder / "train.bin").stat().st_ino for source in corpus.sources]
     again = load(tmp_path, {one: 5.0, two: 3.0}, tokenizer="char")
     assert [(source.folder / "train.bin").stat().st_ino for source in again.sources] == inodes

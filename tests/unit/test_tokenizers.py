@@ -93,7 +93,9 @@ def test_a_prompt_gets_no_special_tokens() -> None:
 def test_a_prompt_with_unknown_characters_is_refused_and_they_alone_are_named() -> None:
     with pytest.raises(ConfigError) as caught:
         encode_prompt(make("char", "cab"), "abéc漢ab")
-    assert "['é', '漢']" in str(caught.value)
+    assert "the prompt 'abéc漢ab' has 'é', '漢', which" in str(caught.value)
+    with pytest.raises(ConfigError, match="is no UTF-8 text"):
+        encode_prompt(make("char", "cab"), b"ab\xff".decode(errors="surrogateescape"))
 
 
 def without_unknown_token(characters: str) -> Tokenizer:
@@ -155,3 +157,9 @@ def test_a_tokenizer_file_set_to_truncate_and_pad_still_returns_every_token(tmp_
     saved.enable_padding(length=1000)
     saved.save(str(tmp_path / "tokenizer.json"))
     assert len(read_tokenizer(tmp_path / "tokenizer.json").encode(SAMPLE).ids) == len(SAMPLE)
+
+
+@pytest.mark.parametrize("spec", ["words", "bpe:x", "bpe:10", "bpe"])
+def test_what_is_no_tokenizer_is_refused_from_python_too(spec: str) -> None:
+    with pytest.raises(ConfigError, match=f"tokenizer is '{spec}'; allowed: "):
+        create_tokenizer(spec, lambda: ["abc"], lambda: ["abc"])
