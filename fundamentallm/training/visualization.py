@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fundamentallm.config import Config
-from fundamentallm.errors import ConfigError, writing
+from fundamentallm.errors import ConfigError
 from fundamentallm.training.callbacks import Callback
 from fundamentallm.training.run_folder import restarts
 
@@ -96,10 +96,12 @@ class VisualizationCallback(Callback):
             return
         figure = draw(history, self._restarts, trainer.total_steps, THEMES[self.theme], self._title(trainer))
         temporary = self.path.with_name("." + self.path.name)  # a viewer never sees half a picture
-        with writing(self.path):
+        try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(temporary, dpi=130, format="png")
             os.replace(temporary, self.path)
+        except OSError as error:  # no reason to end a run: a picture is made of numbers that are kept elsewhere
+            trainer.say(f"{self.path} cannot be drawn: {error}; the training goes on")
         self._drawn_at = time.monotonic()
 
     @staticmethod
