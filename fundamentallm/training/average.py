@@ -109,6 +109,11 @@ class WeightAverage:
             weight.copy_(averaged)
             averaged.copy_(held)
 
+    def refit(self, saved: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Any]:
+        """A saved state for what is trained now: an average of what was not begins with its (saved) weights."""
+        names = [name for names in self._parameters.values() for name in names]
+        return {**saved, "weights": {name: saved["weights"].get(name, weights[name]) for name in names}}
+
     def state_dict(self) -> dict[str, Any]:
         """The number of updates, and the averages by their parameters' names."""
         averages = self._average or {p: p.detach().clone() for p in self._parameters}

@@ -175,9 +175,9 @@ def like_of(trainer: Trainer) -> Like | None:
     if not trainer.is_sharded:
         return None
     tensors: dict[str, Tensor] = {}
-    encode({MODEL_KEY: trainer.model.state_dict()}, (), tensors)
-    if trainer.average is not None:
-        encode({AVERAGE_KEY: trainer.average.state_dict()}, (), tensors)
+    weights = trainer.model.state_dict()
+    # Averages, which this run may have given up, are sliced as the weights are: the checkpoint has the two exchanged.
+    encode({MODEL_KEY: weights, AVERAGE_KEY: {"weights": weights}}, (), tensors)
     parameters: dict[str, Tensor] = {}
     encode({OPTIMIZER_KEY: {"state": dict(trainer.model.named_parameters())}}, (), parameters)
 
@@ -220,6 +220,8 @@ def restore(trainer: Trainer, saved: dict[str, Any], where: Path) -> None:
             ]
         )
     afresh = _parts_afresh(trainer, saved, set(changed), where)
+    if "training.parameter_groups" in changed:
+        _refit(trainer, saved, afresh, where)
     for part, holder in trainer.state.items():
         if part in afresh:
             continue
@@ -282,6 +284,22 @@ def _parts_afresh(trainer: Trainer, saved: dict[str, Any], changed: set[str], wh
     for part in besides:
         trainer.say(f"{part.removesuffix('_state_dict')} is in the checkpoint and not in this run")
     return afresh
+
+
+def _refit(trainer: Trainer, saved: dict[str, Any], afresh: set[str], where: Path) -> None:
+    """Bring a saved state to the parameters that are trained from here on, some of which may have been frozen.
+
+    Raises:
+        CheckpointError: if the state is none of a run's.
+    """
+    optimizer, average = trainer.state["optimizer"], trainer.average
+    try:
+        if "optimizer" not in afresh:
+            saved[OPTIMIZER_KEY] = optimizer.refit(saved[OPTIMIZER_KEY])
+        if average is not None and "average" not in afresh:
+            saved[AVERAGE_KEY] = average.refit(saved[AVERAGE_KEY], saved[MODEL_KEY])
+    except MALFORMED as error:
+        raise CheckpointError(f"{where} holds no run ({type(error).__name__}: {error}).") from error
 
 
 def _inventory(trainer: Trainer, saved: dict[str, Any], afresh: set[str], where: Path) -> str:

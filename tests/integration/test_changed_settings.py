@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -306,3 +307,24 @@ def test_a_scheduled_batch_too_small_or_too_large_is_refused(tmp_path: Path, mon
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ConfigError, match=r"batch_size is 3 and num_processes .* is 4"):
         Trainer(Bigram(), TrainingConfig(max_steps=3, batch_size_schedule=[[1, 3]]), DataLoader(Counting(), 8))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd", "muon"])
+def test_what_is_frozen_may_change(tmp_path: Path, optimizer: str) -> None:
+    """Frozen for two steps, trained for two, and frozen again: beside what is trained all the time, and averaged."""
+    embeddings, frozen = "model.embed_tokens.weight", [{"pattern": "*.embed_tokens.*", "frozen": True}]
+    seen: list[dict[str, torch.Tensor]] = []
+    for stop_at, groups in ((2, frozen), (4, []), (6, frozen)):
+        changes = {"parameter_groups": groups, "resume_changes": ["training.parameter_groups"]}
+        config = make_config(tmp_path, optimizer=optimizer, ema_decay=0.5, **changes)
+        trainer = make_trainer(config, callbacks=[StopAt(stop_at)])
+        seen = seen or [weights(trainer)]
+        trainer.train()
+        seen.append(weights(trainer))
+        assert trainer.average is not None
+        assert (trainer.global_step, embeddings in trainer.average.state_dict()["weights"]) == (stop_at, not groups)
+    moved = {
+        name: [not torch.equal(one[name], other[name]) for one, other in itertools.pairwise(seen)] for name in seen[0]
+    }
+    assert moved[embeddings] == [False, True, False]
+    assert moved["lm_head.weight"] == [True, True, True]
