@@ -108,6 +108,11 @@ def test_validation_is_of_the_average(tmp_path: Path) -> None:
     before, averaged = weights(trainer), averages(trainer)
     loss = trainer.validate()["val_loss"]
     assert loss == trainer.metrics.get_latest("val_loss")
+    with trainer.averaged_weights():
+        assert trainer.validate()["val_loss"] == loss
+        assert_same_weights(weights(trainer), averaged)
+        with pytest.raises(CheckpointError, match=r"leave averaged_weights\(\) before saving"):
+            trainer.save_checkpoint("inside")
     assert_same_weights(weights(trainer), before)
     plain = make_trainer(of("unused", ema_decay=None))
     plain.model.load_state_dict(averaged)
