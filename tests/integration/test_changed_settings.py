@@ -261,6 +261,13 @@ def test_a_foreign_line_in_the_log_is_kept_aside(tmp_path: Path, foreign: str) -
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "finished"
 
 
+def test_fewer_epochs_than_were_made_are_a_run_that_is_finished(tmp_path: Path, capsys: Any) -> None:
+    part(tmp_path, 8, stop_at=14)  # in the third epoch
+    again = part(tmp_path, 3, max_epochs=1, resume_changes=["training.max_epochs", "training.batch_size"])
+    assert (again.global_step, again.total_steps) == (14, 14)
+    assert "this run is finished, at step 14 of 14" in capsys.readouterr().out
+
+
 SCHEDULED = {"batch_size_schedule": [[3, 16], [7, 5]], "log_every_n_steps": 1}
 
 

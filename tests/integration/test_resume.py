@@ -194,6 +194,18 @@ def test_a_finished_run_says_so_and_changes_nothing(tmp_path: Path, capsys: pyte
     assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
 
 
+def test_a_run_whose_patience_is_out_says_what_would_make_it_go_on(tmp_path: Path, capsys: Any) -> None:
+    patience = {"early_stopping_patience": 1, "early_stopping_min_delta": 9.0, "eval_every_n_steps": 2}
+    for _ in range(2):
+        trainer = make_trainer(make_config(tmp_path, **patience))
+        trainer.train()
+        assert trainer.global_step == 4
+    assert "at step 4 of 12; choose another output_dir, or raise training.early_stopping" in capsys.readouterr().out
+    more = make_trainer(make_config(tmp_path, **{**patience, "early_stopping_patience": 2}))
+    more.train()
+    assert more.global_step == 6
+
+
 @pytest.mark.parametrize("state", ["running", "failed"])
 def test_a_run_that_was_killed_after_its_last_save_is_told_finished(tmp_path: Path, state: str) -> None:
     make_trainer(make_config(tmp_path)).train()
