@@ -47,6 +47,7 @@ from fundamentallm.training.parts import (
 )
 from fundamentallm.training.progress import Progress
 from fundamentallm.training.resume import like_of, model_files, restore, run_state
+from fundamentallm.training.schedulers import CallersSchedule
 from fundamentallm.training.session import session
 from fundamentallm.training.sharding import follow, prepare_model
 from fundamentallm.training.step import OptimizerStep
@@ -185,7 +186,7 @@ class Trainer:
             "progress": self._progress,
             "model": self.model,  # first, which makes sharded parameters of those that a validation has left gathered
             "optimizer": NamedOptimizerState(self.model, self.optimizer),
-            "scheduler": self.scheduler,
+            "scheduler": self.scheduler if self._own_schedule else CallersSchedule(self.scheduler),
             "guard": self._guard,
             "metrics": self.metrics,
             "callbacks": self.callbacks,

@@ -348,12 +348,15 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         make_trainer(allowed).train()
 
 
-def test_a_users_loader_scheduler_and_module_resume_to_the_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["ExponentialLR", "OneCycleLR"])  # which moves the betas too
+def test_a_users_loader_scheduler_and_module_resume_to_the_bit(tmp_path: Path, kind: str) -> None:
+    options = {"ExponentialLR": {"gamma": 0.9}, "OneCycleLR": {"max_lr": 1e-2, "total_steps": 19}}[kind]
+
     def trainer(folder: str, stop_at: int | None = None) -> Trainer:
         torch.manual_seed(0)
         model = Bigram()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.9)
+        scheduler = getattr(torch.optim.lr_scheduler, kind)(optimizer, **options)
         config = TrainingConfig(max_epochs=3, checkpoint_dir=str(tmp_path / folder))
         loader = DataLoader(PartlyIgnored(), batch_size=8, shuffle=True)
         callbacks: list[Callback] = [StopAtStepEnd(stop_at)] if stop_at else []
