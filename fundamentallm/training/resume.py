@@ -206,7 +206,9 @@ def restore(trainer: Trainer, saved: dict[str, Any], where: Path) -> None:
     except MALFORMED as error:
         raise CheckpointError(f"{where} holds no run ({type(error).__name__}: {error}).") from error
     allowed = trainer.config.resume_changes
-    refused = [name for name in changed if name not in FREE and not {name, name.partition(".")[0]} & set(allowed)]
+    # A tokenizer's file may move with the folder it is in; where it is another, the samples are.
+    free = FREE if "data.content" in changed else FREE | {"data.tokenizer"}
+    refused = [name for name in changed if name not in free and not {name, name.partition(".")[0]} & set(allowed)]
     if refused:
         way_out = (
             "which changes the course of the run; set it back, or allow it by training.resume_changes: "
