@@ -233,6 +233,8 @@ def restore(trainer: Trainer, saved: dict[str, Any], where: Path) -> None:
             raise CheckpointError(f"{where}: its {part} does not fit this run: {error}") from error
         if part == "progress":
             trainer.set_horizon()  # with another batch size, an epoch has another number of steps
+    if trainer.micro_batch is not None:
+        trainer.micro_batch.settings_changed(changed)
     trainer.mark_saved()
     for group, lr in zip(trainer.optimizer.param_groups, trainer.scheduler.get_last_lr(), strict=True):
         group["lr"] = lr
