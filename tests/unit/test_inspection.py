@@ -81,6 +81,20 @@ def test_a_prompt_that_the_tokenizer_cannot_read_is_told_before_the_first_step(t
     assert trainer.global_step == 0
 
 
+@pytest.mark.parametrize(
+    ("make", "options", "problem"),
+    [
+        (SampleCallback, {"prompts": "Once"}, "prompts is 'Once'; allowed: a list of text or null"),
+        (SampleCallback, {"num_tokens": "ten"}, "num_tokens is 'ten'; allowed: an integer or null"),
+        (ProfilerCallback, {"num_steps": 0}, "num_steps is 0; allowed: an integer, at least 1"),
+        (ProfilerCallback, {"first_step": "ten"}, "first_step is 'ten'; allowed: an integer, at least 1"),
+    ],
+)
+def test_options_of_another_kind_are_refused(make: Any, options: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        make(**options)
+
+
 # ---- traces ------------------------------------------------------------------------------------------------
 
 
@@ -95,8 +109,6 @@ def test_the_chosen_steps_are_traced_and_those_left_when_a_stopped_run_goes_on(t
         events = json.loads(path.read_text())["traceEvents"]
         assert sum(str(event.get("name")).startswith("Optimizer.step") for event in events) == steps
         assert "aten::mm" in path.with_suffix(".txt").read_text()
-    with pytest.raises(ConfigError, match="num_steps is 0; allowed: at least 1"):
-        ProfilerCallback(num_steps=0)
 
 
 # ---- ratios ------------------------------------------------------------------------------------------------
