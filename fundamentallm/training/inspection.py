@@ -278,9 +278,11 @@ class RatioCallback(Callback):
         self._norms, self._before = {}, {}
         if step != trainer.total_steps and step % trainer.config.log_every_n_steps:
             return
+        clips_by = getattr(trainer.optimizer, "grad_scale", None)  # a fused kernel does it; others get them clipped
         for block, parameters in self._blocks.items():
             if gradients := [parameter.grad for parameter in parameters if parameter.grad is not None]:
-                self._norms[f"grad_norm/{block}"] = total_norm(gradients)
+                norm = total_norm(gradients)
+                self._norms[f"grad_norm/{block}"] = norm if clips_by is None else norm / clips_by
                 self._before[block] = [parameter.detach().clone() for parameter in parameters]
 
     @torch.no_grad()

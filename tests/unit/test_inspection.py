@@ -125,10 +125,8 @@ def _look_into(count: int, folder: Path) -> None:
 
 
 def test_ratios_are_those_of_the_weights_before_and_after(tmp_path: Path) -> None:
-    rate = 0.05
-    trainer = inspected(
-        tmp_path, RatioCallback(), max_steps=1, optimizer="sgd", momentum=0.0, weight_decay=0.0, learning_rate=rate
-    )
+    plain = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "gradient_clip_norm": 0.1}
+    trainer = inspected(tmp_path, RatioCallback(), max_steps=1, learning_rate=0.05, **plain)
     before = {name: tensor.detach().clone() for name, tensor in trainer.model.named_parameters()}
     trainer.train()
     line = lines(tmp_path)[0]
@@ -140,7 +138,7 @@ def test_ratios_are_those_of_the_weights_before_and_after(tmp_path: Path) -> Non
         old = torch.cat([before[name].flatten() for name in names]).norm()
         moved = torch.cat([(after[name] - before[name]).flatten() for name in names]).norm()
         assert line[f"update_ratio/{block}"] == pytest.approx(float(moved / old), rel=1e-4)
-        # Plain gradient descent moves weights by the gradient times the learning rate.
+        # Plain gradient descent moves weights by the gradient, clipped, times the learning rate.
         assert line[f"grad_norm/{block}"] == pytest.approx(
             float(moved) / trainer.metrics.metrics["learning_rate"][0], rel=1e-3
         )
