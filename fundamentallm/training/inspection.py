@@ -102,6 +102,8 @@ class SampleCallback(Callback):
 
     def on_train_begin(self, trainer: Trainer) -> None:
         """Bring the file back to the step the run goes on from."""
+        if trainer.val_loader is None:
+            raise ConfigError("samples are written after validations, and there is no val_loader; leave them out.")
         config = trainer.run_config
         if isinstance(config, Config):
             self.path = self.path or Path(config.output_dir) / SAMPLES

@@ -74,9 +74,12 @@ def test_after_a_crash_there_is_each_sample_once(tmp_path: Path) -> None:
     ]
 
 
-def test_a_prompt_that_the_tokenizer_cannot_read_is_told_before_the_first_step(tmp_path: Path) -> None:
+def test_samples_that_cannot_be_made_are_told_before_the_first_step(tmp_path: Path) -> None:
     trainer = inspected(tmp_path, SampleCallback(["\N{SNOWMAN}"]))
     with pytest.raises(ConfigError, match="\N{SNOWMAN}"):
+        trainer.train()
+    trainer.val_loader = None
+    with pytest.raises(ConfigError, match="there is no val_loader"):
         trainer.train()
     assert trainer.global_step == 0
 
