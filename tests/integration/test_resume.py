@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -379,6 +380,24 @@ def test_load_checkpoint_then_train_goes_on_from_there(tmp_path: Path) -> None:
     assert (second.global_step, second.current_epoch) == (8, 0)
     second.train()
     assert_same_weights(weights(second), weights(first))
+
+
+def test_a_run_goes_on_though_the_checkpoint_that_it_began_from_is_gone(tmp_path: Path) -> None:
+    make_trainer(make_config(tmp_path / "old")).train()
+    origin = tmp_path / "old" / "checkpoints" / "step_00000012"
+    options = {"resume": str(origin), "max_steps": 16, "resume_changes": ["training.max_steps"]}
+    make_trainer(make_config(tmp_path / "new", **options), callbacks=[StopAtStepEnd(14)]).train()
+    shutil.rmtree(origin)
+    again, other = (make_config(tmp_path / name, **options) for name in ("new", "other"))
+    assert again.file_problems() == []
+    trainer = make_trainer(again)
+    trainer.train()
+    assert trainer.global_step == 16
+    assert other.file_problems() == [
+        f"training.resume is {str(origin)!r}, which is no checkpoint; give the folder of one."
+    ]
+    with pytest.raises(CheckpointError, match="there is no checkpoint directory here"):
+        make_trainer(other).train()
 
 
 def test_train_again_after_a_stop_goes_on_in_memory(tmp_path: Path) -> None:
