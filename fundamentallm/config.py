@@ -6,6 +6,7 @@ This module imports no torch, so that `--help` and a config error answer at once
 from __future__ import annotations
 
 import dataclasses
+import glob
 import itertools
 import math
 import os
@@ -352,7 +353,9 @@ class TrainingConfig(Section):
             if name not in changeable:
                 near = did_you_mean(name, changeable)
                 yield ("resume_changes",), f"resume_changes has {name!r}; allowed: settings, such as data.source.{near}"
-        if self.resume not in ("auto", "never") and not os.path.isdir(expand_user(self.resume)):
+        # A path may be gone where the run has gone on from it: whether it is needed, the start finds out.
+        is_path = os.path.basename(self.resume) != self.resume
+        if self.resume not in ("auto", "never") and not is_path and not os.path.isdir(expand_user(self.resume)):
             near = did_you_mean(self.resume, ("auto", "never"))
             yield ("resume",), f"resume is {self.resume!r}; allowed: auto, never, or a checkpoint's folder.{near}"
 
@@ -446,10 +449,11 @@ class Config(Section):
         problems = [f"data.{problem}" for problem in data_problems(self.data)]
         if is_no_folder(expand_user(self.output_dir)):
             problems.append(f"output_dir is {self.output_dir!r}, which is no folder; give another.")
-        resume = self.training.resume
+        resume, checkpoints = self.training.resume, self.training.checkpoint_dir
         if resume not in ("auto", "never") and not os.path.isfile(os.path.join(expand_user(resume), "manifest.json")):
-            problems.append(f"training.resume is {resume!r}, which is no checkpoint; give the folder of one.")
-        checkpoints = self.training.checkpoint_dir
+            own = glob.escape(expand_user(checkpoints or os.path.join(self.output_dir, "checkpoints")))
+            if not glob.glob(os.path.join(own, "*", "manifest.json")):  # of which the run would go on from the newest
+                problems.append(f"training.resume is {resume!r}, which is no checkpoint; give the folder of one.")
         if checkpoints is not None and is_no_folder(expand_user(checkpoints)):
             problems.append(f"training.checkpoint_dir is {checkpoints!r}, which is no folder; give another.")
         return problems

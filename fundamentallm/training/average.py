@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fundamentallm.errors import ConfigError
+from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.training.snapshot import AVERAGE_KEY, MODEL_KEY
 from fundamentallm.training.tensor_files import is_sharded, local
 
@@ -52,6 +52,7 @@ class WeightAverage:
         for name, parameter in named:
             self._parameters.setdefault(parameter, []).append(name)
         self._average: dict[nn.Parameter, Tensor] = {}  # empty before the first step, until which weights may be loaded
+        self._is_applied = False
         self._updates = torch.zeros((), dtype=torch.int64, device=named[0][1].device)
         optimizer.register_step_pre_hook(lambda *_: self._begin())
         optimizer.register_step_post_hook(self._update)
@@ -90,12 +91,20 @@ class WeightAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Meanwhile, the model has the averaged weights (before the first step there are none but its own)."""
+        """Meanwhile, the model has the averaged weights (before the first step there are none but its own).
+
+        Within it, another one changes nothing.
+        """
+        if self._is_applied:
+            yield
+            return
         self._swap()
+        self._is_applied = True
         try:
             yield
         finally:
             self._swap()
+            self._is_applied = False
 
     @torch.no_grad()
     def _swap(self) -> None:
@@ -109,8 +118,19 @@ class WeightAverage:
             weight.copy_(averaged)
             averaged.copy_(held)
 
+    def refit(self, saved: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Any]:
+        """A saved state for what is trained now: an average of what was not begins with its (saved) weights."""
+        names = [name for names in self._parameters.values() for name in names]
+        return {**saved, "weights": {name: saved["weights"].get(name, weights[name]) for name in names}}
+
     def state_dict(self) -> dict[str, Any]:
-        """The number of updates, and the averages by their parameters' names."""
+        """The number of updates, and the averages by their parameters' names.
+
+        Raises:
+            CheckpointError: where they are applied, so that each has the other's place.
+        """
+        if self._is_applied:
+            raise CheckpointError("the model has its averaged weights; leave averaged_weights() before saving.")
         averages = self._average or {p: p.detach().clone() for p in self._parameters}
         by_name = {name: averages[p] for p, names in self._parameters.items() for name in names}
         return {"updates": self._updates, "weights": by_name}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from fundamentallm.config import IGNORE_INDEX
+from fundamentallm.config import IGNORE_INDEX, METRIC_NAMES
 from fundamentallm.data.datasets import TokenSamples
 from fundamentallm.data.loaders import device_batches
 from fundamentallm.data.order import StepSampler
@@ -72,9 +72,20 @@ def evaluate(
         raise ConfigError("val_loader has no target that counts; give it some.")
     loss = total / count
     metrics = {"val_loss": loss, "val_perplexity": math.exp(loss) if loss < 700 else math.inf}
-    if isinstance(loader.dataset, TokenSamples) and loader.dataset.num_bytes:
-        metrics["val_bits_per_byte"] = total / math.log(2) / loader.dataset.num_bytes
+    if num_bytes := _num_bytes(loader):
+        metrics["val_bits_per_byte"] = total / math.log(2) / num_bytes
     return metrics | {name: s / n if n else math.nan for name, (s, n) in zip(further, others, strict=True)}
+
+
+def metric_names(loader: DataLoader[Any] | None, further: Collection[str] = ()) -> list[str]:
+    """What `evaluate` gives of a loader: bits per byte of text only. (Without a loader nothing is, and all may be.)"""
+    left_out = "val_bits_per_byte" if loader is not None and not _num_bytes(loader) else None
+    return [name for name in (*METRIC_NAMES, *further) if name != left_out]
+
+
+def _num_bytes(loader: DataLoader[Any]) -> int | None:
+    """UTF-8 bytes of the targets; None where they are no text, or it is not known."""
+    return loader.dataset.num_bytes if isinstance(loader.dataset, TokenSamples) else None
 
 
 def _sum_and_count(name: str, metric: Metric, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from fundamentallm.training.callbacks import Callback, keep_file
 from fundamentallm.training.json_lines import append
 from fundamentallm.training.run_folder import SAMPLES
 from fundamentallm.training.tensor_files import total_norm
+from fundamentallm.validation import allowed_values, fits
 
 if TYPE_CHECKING:
     from fundamentallm.training.trainer import Trainer
@@ -64,6 +65,9 @@ class SampleCallback(Callback):
         temperature: divides the logits; 0 takes the most probable token.
         path: of the file; None: samples.jsonl in the `output_dir` of a whole `Config`.
 
+    Raises:
+        ConfigError: listing what is of another type.
+
     Examples:
         >>> import torch
         >>> from fundamentallm import Config, DataConfig, ModelConfig, SampleCallback, Trainer
@@ -86,12 +90,20 @@ class SampleCallback(Callback):
         temperature: float = 0.7,
         path: Path | str | None = None,
     ) -> None:
+        wanted = {"prompts": (prompts, list[str] | None), "num_tokens": (num_tokens, int | None)}
+        # Of a text, each character would be a prompt. (What else is wrong, generating nothing finds out.)
+        if wrong := {name: pair for name, pair in wanted.items() if not fits(*pair)}:
+            raise ConfigError(
+                [f"{name} is {value!r}; allowed: {allowed_values(t)}." for name, (value, t) in wrong.items()]
+            )
         self.prompts: list[str | None] = [*prompts] if prompts else [None]
         self.num_tokens, self.temperature = num_tokens, temperature
         self.path = Path(path) if path else None
 
     def on_train_begin(self, trainer: Trainer) -> None:
         """Bring the file back to the step the run goes on from."""
+        if trainer.val_loader is None:
+            raise ConfigError("samples are written after validations, and there is no val_loader; leave them out.")
         config = trainer.run_config
         if isinstance(config, Config):
             self.path = self.path or Path(config.output_dir) / SAMPLES
@@ -99,7 +111,7 @@ class SampleCallback(Callback):
         if self.num_tokens is None:
             self.num_tokens = Config.sample_tokens
         for prompt in self.prompts:
-            continuation(trainer, prompt, 0, self.temperature)  # finds out what is wrong with it
+            continuation(trainer, prompt, min(self.num_tokens, 0), self.temperature)  # finds out what is wrong
         if self.path is not None and trainer.is_main_process:
             keep_file(trainer, self.path, lambda _: True)  # all lines are made at validations
 
@@ -156,8 +168,8 @@ class ProfilerCallback(Callback):
         folder: Path | str | None = None,
     ) -> None:
         steps = {"first_step": first_step, "num_steps": num_steps}
-        if wrong := [f"{name} is {n!r}; allowed: at least 1." for name, n in steps.items() if n is not None and n < 1]:
-            raise ConfigError(wrong)
+        if wrong := {name: n for name, n in steps.items() if n is not None and not (fits(n, int) and n >= 1)}:
+            raise ConfigError([f"{name} is {n!r}; allowed: an integer, at least 1." for name, n in wrong.items()])
         self.first_step, self.num_steps = first_step, num_steps
         self.all_processes, self.with_stack = all_processes, with_stack
         self.folder = Path(folder) if folder else None
@@ -268,9 +280,11 @@ class RatioCallback(Callback):
         self._norms, self._before = {}, {}
         if step != trainer.total_steps and step % trainer.config.log_every_n_steps:
             return
+        clips_by = getattr(trainer.optimizer, "grad_scale", None)  # a fused kernel does it; others get them clipped
         for block, parameters in self._blocks.items():
             if gradients := [parameter.grad for parameter in parameters if parameter.grad is not None]:
-                self._norms[f"grad_norm/{block}"] = total_norm(gradients)
+                norm = total_norm(gradients)
+                self._norms[f"grad_norm/{block}"] = norm if clips_by is None else norm / clips_by
                 self._before[block] = [parameter.detach().clone() for parameter in parameters]
 
     @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,17 @@ if TYPE_CHECKING:
     from fundamentallm.training.trainer import Trainer
 
 
+MEMORY = {
+    *("training.batch_size", "training.batch_size_schedule", "training.mixed_precision", "training.compile"),
+    *("training.activation_checkpointing", "training.optimizer", "training.parameter_groups", "training.ema_decay"),
+    *("training.loss", "training.validation_metrics", "data.sequence_length"),
+}
+"""Settings that say what memory a size takes, or which size is the largest."""
+
+
 class MicroBatch:
-    """The size that was found, and where: the same place goes on with it, so that a resumed run is the same to the bit.
+    """The size that was found, and where: the same place goes on with it, so that a resumed run is the same to the bit,
+    unless settings have changed that say what memory it takes.
 
     Attributes:
         size: sequences; None: not found yet.
@@ -44,6 +53,11 @@ class MicroBatch:
         if size is not None and (type(size) is not int or size < 1):
             raise ValueError(f"the size is {size!r}; allowed: a whole number, at least 1.")
         self.size = size if state["place"] == self.place else None
+
+    def settings_changed(self, names: Collection[str]) -> None:
+        """Forget the size, if it may not fit with these settings."""
+        if not MEMORY.isdisjoint(names):
+            self.size = None
 
     def settle(self, trainer: Trainer) -> None:
         """Find the size, unless it is known, and let training and validation compute with it. For all processes alike.

@@ -31,6 +31,14 @@ class NamedOptimizerState:
         by_name = {name: dict(self.optimizer.state.get(p, {})) for name, p in named}
         return {"type": type(self.optimizer).__name__, "entries": _count_entries(by_name), "state": by_name}
 
+    def refit(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """A saved state for what is trained now: without parameters that are no more, afresh for those that were not.
+
+        For a run that is to train others from here on; else something missing is something lost.
+        """
+        by_name = {name: saved["state"].get(name, fresh) for name, fresh in self.state_dict()["state"].items()}
+        return {**saved, "entries": _count_entries(by_name), "state": by_name}
+
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Restore what `state_dict` returned.
 

@@ -175,9 +175,9 @@ def like_of(trainer: Trainer) -> Like | None:
     if not trainer.is_sharded:
         return None
     tensors: dict[str, Tensor] = {}
-    encode({MODEL_KEY: trainer.model.state_dict()}, (), tensors)
-    if trainer.average is not None:
-        encode({AVERAGE_KEY: trainer.average.state_dict()}, (), tensors)
+    weights = trainer.model.state_dict()
+    # Averages, which this run may have given up, are sliced as the weights are: the checkpoint has the two exchanged.
+    encode({MODEL_KEY: weights, AVERAGE_KEY: {"weights": weights}}, (), tensors)
     parameters: dict[str, Tensor] = {}
     encode({OPTIMIZER_KEY: {"state": dict(trainer.model.named_parameters())}}, (), parameters)
 
@@ -206,7 +206,9 @@ def restore(trainer: Trainer, saved: dict[str, Any], where: Path) -> None:
     except MALFORMED as error:
         raise CheckpointError(f"{where} holds no run ({type(error).__name__}: {error}).") from error
     allowed = trainer.config.resume_changes
-    refused = [name for name in changed if name not in FREE and not {name, name.partition(".")[0]} & set(allowed)]
+    # A tokenizer's file may move with the folder it is in; where it is another, the samples are.
+    free = FREE if "data.content" in changed else FREE | {"data.tokenizer"}
+    refused = [name for name in changed if name not in free and not {name, name.partition(".")[0]} & set(allowed)]
     if refused:
         way_out = (
             "which changes the course of the run; set it back, or allow it by training.resume_changes: "
@@ -220,6 +222,8 @@ def restore(trainer: Trainer, saved: dict[str, Any], where: Path) -> None:
             ]
         )
     afresh = _parts_afresh(trainer, saved, set(changed), where)
+    if "training.parameter_groups" in changed:
+        _refit(trainer, saved, afresh, where)
     for part, holder in trainer.state.items():
         if part in afresh:
             continue
@@ -229,6 +233,8 @@ def restore(trainer: Trainer, saved: dict[str, Any], where: Path) -> None:
             raise CheckpointError(f"{where}: its {part} does not fit this run: {error}") from error
         if part == "progress":
             trainer.set_horizon()  # with another batch size, an epoch has another number of steps
+    if trainer.micro_batch is not None:
+        trainer.micro_batch.settings_changed(changed)
     trainer.mark_saved()
     for group, lr in zip(trainer.optimizer.param_groups, trainer.scheduler.get_last_lr(), strict=True):
         group["lr"] = lr
@@ -282,6 +288,22 @@ def _parts_afresh(trainer: Trainer, saved: dict[str, Any], changed: set[str], wh
     for part in besides:
         trainer.say(f"{part.removesuffix('_state_dict')} is in the checkpoint and not in this run")
     return afresh
+
+
+def _refit(trainer: Trainer, saved: dict[str, Any], afresh: set[str], where: Path) -> None:
+    """Bring a saved state to the parameters that are trained from here on, some of which may have been frozen.
+
+    Raises:
+        CheckpointError: if the state is none of a run's.
+    """
+    optimizer, average = trainer.state["optimizer"], trainer.average
+    try:
+        if "optimizer" not in afresh:
+            saved[OPTIMIZER_KEY] = optimizer.refit(saved[OPTIMIZER_KEY])
+        if average is not None and "average" not in afresh:
+            saved[AVERAGE_KEY] = average.refit(saved[AVERAGE_KEY], saved[MODEL_KEY])
+    except MALFORMED as error:
+        raise CheckpointError(f"{where} holds no run ({type(error).__name__}: {error}).") from error
 
 
 def _inventory(trainer: Trainer, saved: dict[str, Any], afresh: set[str], where: Path) -> str:

@@ -79,6 +79,31 @@ class StepSchedule(LambdaLR):
             group["lr"] = lr
 
 
+class CallersSchedule:
+    """The state of a schedule of the caller's, with the momenta that it may have moved (as OneCycleLR and CyclicLR do).
+
+    An optimizer's state leaves its settings out, since they come from the config; torch's schedules set momenta again
+    with their next step only, which is one too late for a run that goes on.
+    """
+
+    MOVED = ("momentum", "betas")
+
+    def __init__(self, scheduler: LRScheduler) -> None:
+        self.scheduler = scheduler
+
+    def state_dict(self) -> dict[str, Any]:
+        """The schedule's own state, and each group's momenta."""
+        groups = self.scheduler.optimizer.param_groups
+        momenta = [{name: group[name] for name in self.MOVED if name in group} for group in groups]
+        return {"schedule": self.scheduler.state_dict(), "momenta": momenta}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore them. Raises ValueError if the optimizer has other groups."""
+        self.scheduler.load_state_dict(state["schedule"])
+        for group, momenta in zip(self.scheduler.optimizer.param_groups, state["momenta"], strict=True):
+            group.update({name: momenta[name] for name in self.MOVED if name in momenta})
+
+
 def create_scheduler(
     optimizer: torch.optim.Optimizer,
     scheduler_type: str,

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,9 @@ class TrackerCallback(Callback):
             try:
                 accelerator.init_trackers(project, init_kwargs=arguments)
             except Exception as error:  # whatever a tracker raises, over a login, an address or an option
+                while accelerator.trackers:  # some have begun, and some cannot even end
+                    with suppress(Exception):
+                        accelerator.trackers.pop().finish()
                 raise FundamentaLLMError(
                     f"trackers {', '.join(tracker_names(accelerator))} cannot be started: {error}; mend that, or take "
                     "it out of trackers."

@@ -19,11 +19,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from fundamentallm.config import METRIC_NAMES, Config, TrainingConfig, unknown_metric
+from fundamentallm.config import Config, TrainingConfig, unknown_metric
 from fundamentallm.data.datasets import fingerprint
 from fundamentallm.data.loaders import device_batches, step_sampler
 from fundamentallm.errors import ConfigError, TrainingError
@@ -31,7 +31,7 @@ from fundamentallm.training.accelerator import check_accelerator, create_acceler
 from fundamentallm.training.callbacks import Callback, CallbackList, default_callbacks
 from fundamentallm.training.checkpoint import CheckpointManager
 from fundamentallm.training.compilation import compile_seconds, is_compiled
-from fundamentallm.training.evaluation import evaluate
+from fundamentallm.training.evaluation import evaluate, metric_names
 from fundamentallm.training.guard import Guard
 from fundamentallm.training.loss import create_loss
 from fundamentallm.training.metrics import Metric, MetricTracker, further_metrics, peak_memory_gb
@@ -47,6 +47,7 @@ from fundamentallm.training.parts import (
 )
 from fundamentallm.training.progress import Progress
 from fundamentallm.training.resume import like_of, model_files, restore, run_state
+from fundamentallm.training.schedulers import CallersSchedule
 from fundamentallm.training.session import session
 from fundamentallm.training.sharding import follow, prepare_model
 from fundamentallm.training.step import OptimizerStep
@@ -114,6 +115,9 @@ class Trainer:
         validation_metrics: Mapping[str, Metric] | None = None,
         accelerator: Accelerator | None = None,
     ) -> None:
+        if isinstance(config, Config) and config.training.batch_size is None:
+            size = getattr(train_loader, "batch_size", None)
+            config = replace(config, training=replace(config.training, batch_size=size))
         config = config.resolved()
         training = config.training if isinstance(config, Config) else config
         smallest = training.smallest_batch_size(getattr(train_loader, "batch_size", None))
@@ -182,7 +186,7 @@ class Trainer:
             "progress": self._progress,
             "model": self.model,  # first, which makes sharded parameters of those that a validation has left gathered
             "optimizer": NamedOptimizerState(self.model, self.optimizer),
-            "scheduler": self.scheduler,
+            "scheduler": self.scheduler if self._own_schedule else CallersSchedule(self.scheduler),
             "guard": self._guard,
             "metrics": self.metrics,
             "callbacks": self.callbacks,
@@ -216,9 +220,14 @@ class Trainer:
             )
         if scheduler is not None and scheduler.optimizer is not optimizer:
             problems.append("the scheduler was made for another optimizer; pass its optimizer too.")
+        if isinstance(scheduler, ReduceLROnPlateau):
+            problems.append(
+                "the scheduler is a ReduceLROnPlateau, which wants to be told a metric; allowed: schedules that follow "
+                "from the step."
+            )
         if optimizer is not None and training.parameter_groups:
             problems.append("parameter_groups is set and an optimizer is given; give it the groups, or set it to [].")
-        metrics = (*METRIC_NAMES, *self.validation_metrics)
+        metrics = metric_names(self.val_loader, self.validation_metrics)
         if training.early_stopping_metric not in metrics:
             problems.append(unknown_metric(training.early_stopping_metric, metrics))
         if training.early_stopping_patience and self.val_loader is None:
@@ -234,9 +243,13 @@ class Trainer:
             raise ConfigError(problems)
 
     def _total_steps(self) -> int:
-        training = self.config
-        by_epochs = math.inf if training.max_epochs is None else self.samples.steps_before_epoch(training.max_epochs)
-        return int(min(by_epochs, training.max_steps or math.inf))
+        training, start = self.config, self.samples.start
+        ends = [math.inf if training.max_steps is None else training.max_steps]
+        if training.max_epochs is not None:
+            # Where as many passes were made before the batches begin, the run ends there.
+            is_ahead = training.max_epochs > start.epoch
+            ends.append(self.samples.steps_before_epoch(training.max_epochs) if is_ahead else start.step)
+        return int(min(ends))
 
     def set_horizon(self) -> None:
         """Fit the run's length, and its schedule, to where its batches begin (see `StepSampler.start`)."""
@@ -318,9 +331,14 @@ class Trainer:
             if self.is_finished:
                 if self.checkpoint_manager is not None and self._saved_at != self.global_step:
                     self.save_checkpoint()  # which failed when the run ended
+                longer = (
+                    "training.max_steps or max_epochs and name it in training.resume_changes"
+                    if self.early_stopping is None or not self.early_stopping.should_stop
+                    else "training.early_stopping_patience, which has run out"
+                )
                 self.say(
                     f"this run is finished, at step {self.global_step} of {self.total_steps}; choose another "
-                    "output_dir, or raise training.max_steps or max_epochs and name it in training.resume_changes."
+                    f"output_dir, or raise {longer}."
                 )
             else:
                 try:
@@ -482,8 +500,6 @@ class Trainer:
         self.metrics.update({"val_step": self.global_step, **metrics})
         if self.early_stopping is not None:
             name = self.early_stopping.metric
-            if name not in metrics:  # as bits per byte, of data that is no text
-                raise ConfigError(unknown_metric(name, metrics.keys()))
             if self.early_stopping.step(metrics[name]):
                 best, patience = self.early_stopping.best_value, self.early_stopping.patience
                 self.request_stop(f"early stopping: {name} has not improved on {best:.4g} in {patience} validations")

@@ -5,8 +5,8 @@
 Every side trains the same Transformer (two blocks of width 32) on the same text, on one thread of a CPU, with fused
 AdamW, a cosine schedule, clipping, a progress bar, and a log line every 10 steps. Each has a process of its own, and
 they take turns of 50 steps: whatever else the machine does hits all of them alike. Two processes of one side differ by
-several per cent for as long as they live, so that there are rounds with new ones: a ratio is the median over the rounds,
-once of the lowest tenth of the turns and once of their median. Peers that are not installed are left out.
+several per cent for as long as they live, so that there are rounds with new ones: a ratio is the median over the
+rounds, once of the lowest tenth of the turns and once of their median. Peers that are not installed are left out.
 """
 
 from __future__ import annotations

@@ -108,6 +108,11 @@ def test_validation_is_of_the_average(tmp_path: Path) -> None:
     before, averaged = weights(trainer), averages(trainer)
     loss = trainer.validate()["val_loss"]
     assert loss == trainer.metrics.get_latest("val_loss")
+    with trainer.averaged_weights():
+        assert trainer.validate()["val_loss"] == loss
+        assert_same_weights(weights(trainer), averaged)
+        with pytest.raises(CheckpointError, match=r"leave averaged_weights\(\) before saving"):
+            trainer.save_checkpoint("inside")
     assert_same_weights(weights(trainer), before)
     plain = make_trainer(of("unused", ema_decay=None))
     plain.model.load_state_dict(averaged)
@@ -168,7 +173,7 @@ GROUPS = [{"pattern": "*.embed_tokens.*", "frozen": True}, {"pattern": "*.mlp.*"
 
 def _sharded(count: int, folder: Path) -> None:
     def start(name: str, stop_at: int | None = None, **training: Any) -> Trainer:
-        config = make_config(folder / name, parameter_groups=GROUPS, **{**RUN, **training})
+        config = make_config(folder / name, **{"parameter_groups": GROUPS, **RUN, **training})
         trainer = make_trainer(config, accelerator=sharded_accelerator(), callbacks=[StopAt(stop_at or 99)])
         trainer.train()
         return trainer
@@ -180,6 +185,9 @@ def _sharded(count: int, folder: Path) -> None:
     parts = start("parts")
     assert_same_weights(gathered(averages(parts)), gathered(averages(run)))
     assert parts.metrics.get_history()["val_loss"] == run.metrics.get_history()["val_loss"]
+    others = {"parameter_groups": [], "max_steps": 10, "resume_changes": ["training"]}
+    longer, given_up = start("parts", **others), start("parts", **others, ema_decay=None)
+    assert_same_weights(gathered(weights(given_up)), gathered(weights(longer)))
 
 
 def test_sharded_it_is_the_same_also_with_groups_of_parameters(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -260,6 +261,13 @@ def test_a_foreign_line_in_the_log_is_kept_aside(tmp_path: Path, foreign: str) -
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "finished"
 
 
+def test_fewer_epochs_than_were_made_are_a_run_that_is_finished(tmp_path: Path, capsys: Any) -> None:
+    part(tmp_path, 8, stop_at=14)  # in the third epoch
+    again = part(tmp_path, 3, max_epochs=1, resume_changes=["training.max_epochs", "training.batch_size"])
+    assert (again.global_step, again.total_steps) == (14, 14)
+    assert "this run is finished, at step 14 of 14" in capsys.readouterr().out
+
+
 SCHEDULED = {"batch_size_schedule": [[3, 16], [7, 5]], "log_every_n_steps": 1}
 
 
@@ -306,3 +314,24 @@ def test_a_scheduled_batch_too_small_or_too_large_is_refused(tmp_path: Path, mon
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ConfigError, match=r"batch_size is 3 and num_processes .* is 4"):
         Trainer(Bigram(), TrainingConfig(max_steps=3, batch_size_schedule=[[1, 3]]), DataLoader(Counting(), 8))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd", "muon"])
+def test_what_is_frozen_may_change(tmp_path: Path, optimizer: str) -> None:
+    """Frozen for two steps, trained for two, and frozen again: beside what is trained all the time, and averaged."""
+    embeddings, frozen = "model.embed_tokens.weight", [{"pattern": "*.embed_tokens.*", "frozen": True}]
+    seen: list[dict[str, torch.Tensor]] = []
+    for stop_at, groups in ((2, frozen), (4, []), (6, frozen)):
+        changes = {"parameter_groups": groups, "resume_changes": ["training.parameter_groups"]}
+        config = make_config(tmp_path, optimizer=optimizer, ema_decay=0.5, **changes)
+        trainer = make_trainer(config, callbacks=[StopAt(stop_at)])
+        seen = seen or [weights(trainer)]
+        trainer.train()
+        seen.append(weights(trainer))
+        assert trainer.average is not None
+        assert (trainer.global_step, embeddings in trainer.average.state_dict()["weights"]) == (stop_at, not groups)
+    moved = {
+        name: [not torch.equal(one[name], other[name]) for one, other in itertools.pairwise(seen)] for name in seen[0]
+    }
+    assert moved[embeddings] == [False, True, False]
+    assert moved["lm_head.weight"] == [True, True, True]

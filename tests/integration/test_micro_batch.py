@@ -61,11 +61,11 @@ class Memory(nn.Module):
         return self.head(self.norm(self.dropout(self.embedding(ids)).mT).mT)
 
 
-def made(folder: Path, room: int = 6, room_to_validate: int = 99, **arguments: Any) -> Trainer:
+def made(folder: Path, room: int = 6, room_to_validate: int = 99, rows: int = 16, **arguments: Any) -> Trainer:
     training = {"max_steps": 5, "checkpoint_dir": str(folder / "checkpoints"), "log_every_n_steps": 1}
     torch.manual_seed(0)
     model = Memory(room, room_to_validate)
-    loaders = [torch.utils.data.DataLoader(PartlyIgnored(size), batch_size=16, shuffle=True) for size in (44, 9)]
+    loaders = [torch.utils.data.DataLoader(PartlyIgnored(size), batch_size=rows, shuffle=True) for size in (44, 9)]
     arguments.setdefault("callbacks", [LoggingCallback(folder / "metrics.jsonl")])
     options = {key: arguments.pop(key) for key in ("callbacks", "accelerator", "own") if key in arguments}
     if "own" in options:
@@ -163,6 +163,14 @@ def test_elsewhere_it_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
     made(tmp_path, callbacks=[StopAt(2)]).train()
     monkeypatch.setattr("platform.machine", lambda: "another")
     again = made(tmp_path, room=3)
+    again.train()
+    assert (again.global_step, again.samples.micro_batch_size) == (5, 2)
+
+
+def test_for_another_batch_it_is_found_again(tmp_path: Path) -> None:
+    """Three sequences fit at once, and no longer where there are gradients from three before."""
+    made(tmp_path, room=3, rows=3, callbacks=[StopAt(2)]).train()
+    again = made(tmp_path, room=3, resume_changes=["training.batch_size"])
     again.train()
     assert (again.global_step, again.samples.micro_batch_size) == (5, 2)
 

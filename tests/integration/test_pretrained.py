@@ -130,11 +130,12 @@ def test_a_run_begins_from_the_model_and_its_checkpoint_opens_as_it_is(run: Run,
 
 
 def test_a_stopped_run_goes_on_to_the_bit(run: Run, folders: dict[str, Path], tmp_path: Path) -> None:
-    """With GPT-2's own dropout, too."""
+    """With GPT-2's own dropout, too; and though the model's folder has moved."""
     half = start(config(folders, run.kind, tmp_path / "half"))
     half.callbacks.add(StopAt(3))
     half.train()
-    again = start(config(folders, run.kind, tmp_path / "half"))
+    moved = folders | {run.kind: shutil.copytree(folders[run.kind], tmp_path / "moved")}
+    again = start(config(moved, run.kind, tmp_path / "half"))
     again.train()
     assert again.global_step == 6
     assert_same_weights(weights(again), run.weights)

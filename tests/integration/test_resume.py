@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,18 @@ def test_a_finished_run_says_so_and_changes_nothing(tmp_path: Path, capsys: pyte
     assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
 
 
+def test_a_run_whose_patience_is_out_says_what_would_make_it_go_on(tmp_path: Path, capsys: Any) -> None:
+    patience = {"early_stopping_patience": 1, "early_stopping_min_delta": 9.0, "eval_every_n_steps": 2}
+    for _ in range(2):
+        trainer = make_trainer(make_config(tmp_path, **patience))
+        trainer.train()
+        assert trainer.global_step == 4
+    assert "at step 4 of 12; choose another output_dir, or raise training.early_stopping" in capsys.readouterr().out
+    more = make_trainer(make_config(tmp_path, **{**patience, "early_stopping_patience": 2}))
+    more.train()
+    assert more.global_step == 6
+
+
 @pytest.mark.parametrize("state", ["running", "failed"])
 def test_a_run_that_was_killed_after_its_last_save_is_told_finished(tmp_path: Path, state: str) -> None:
     make_trainer(make_config(tmp_path)).train()
@@ -336,12 +349,15 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         make_trainer(allowed).train()
 
 
-def test_a_users_loader_scheduler_and_module_resume_to_the_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["ExponentialLR", "OneCycleLR"])  # which moves the betas too
+def test_a_users_loader_scheduler_and_module_resume_to_the_bit(tmp_path: Path, kind: str) -> None:
+    options = {"ExponentialLR": {"gamma": 0.9}, "OneCycleLR": {"max_lr": 1e-2, "total_steps": 19}}[kind]
+
     def trainer(folder: str, stop_at: int | None = None) -> Trainer:
         torch.manual_seed(0)
         model = Bigram()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.9)
+        scheduler = getattr(torch.optim.lr_scheduler, kind)(optimizer, **options)
         config = TrainingConfig(max_epochs=3, checkpoint_dir=str(tmp_path / folder))
         loader = DataLoader(PartlyIgnored(), batch_size=8, shuffle=True)
         callbacks: list[Callback] = [StopAtStepEnd(stop_at)] if stop_at else []
@@ -364,6 +380,24 @@ def test_load_checkpoint_then_train_goes_on_from_there(tmp_path: Path) -> None:
     assert (second.global_step, second.current_epoch) == (8, 0)
     second.train()
     assert_same_weights(weights(second), weights(first))
+
+
+def test_a_run_goes_on_though_the_checkpoint_that_it_began_from_is_gone(tmp_path: Path) -> None:
+    make_trainer(make_config(tmp_path / "old")).train()
+    origin = tmp_path / "old" / "checkpoints" / "step_00000012"
+    options = {"resume": str(origin), "max_steps": 16, "resume_changes": ["training.max_steps"]}
+    make_trainer(make_config(tmp_path / "new", **options), callbacks=[StopAtStepEnd(14)]).train()
+    shutil.rmtree(origin)
+    again, other = (make_config(tmp_path / name, **options) for name in ("new", "other"))
+    assert again.file_problems() == []
+    trainer = make_trainer(again)
+    trainer.train()
+    assert trainer.global_step == 16
+    assert other.file_problems() == [
+        f"training.resume is {str(origin)!r}, which is no checkpoint; give the folder of one."
+    ]
+    with pytest.raises(CheckpointError, match="there is no checkpoint directory here"):
+        make_trainer(other).train()
 
 
 def test_train_again_after_a_stop_goes_on_in_memory(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
 from fundamentallm import Callback, Config, ConfigError, Trainer, create_accelerator
+from fundamentallm.errors import FundamentaLLMError
 from fundamentallm.training import tracking
 from fundamentallm.training.stopping import Stop
 from tests.conftest import reset_accelerate
@@ -194,6 +195,13 @@ def test_a_server_that_is_away_costs_a_line_and_not_the_run(tmp_path: Path, capl
 
 
 # ---- mistakes ----------------------------------------------------------------------------------------------
+
+
+def test_a_tracker_that_does_not_start_is_the_one_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = dataclasses.replace(tracked_config(tmp_path, "tensorboard"), tracker_options={"tensorboard": {"wrong": 3}})
+    with pytest.raises(FundamentaLLMError, match=r"trackers tensorboard cannot be started: .*'wrong'"):
+        run(config)
+    assert "failed as the training was aborted" not in caplog.text
 
 
 def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -317,6 +317,28 @@ def test_early_stopping_without_validation_data_is_refused() -> None:
         Trainer(Bigram(), TrainingConfig(early_stopping_patience=2), loader, callbacks=[])
 
 
+def test_bits_per_byte_of_what_is_no_text_are_refused_before_the_first_step() -> None:
+    loader, config = (
+        DataLoader(PartlyIgnored(), batch_size=8),
+        TrainingConfig(early_stopping_metric="val_bits_per_byte"),
+    )
+    with pytest.raises(ConfigError, match=r"'val_bits_per_byte'; allowed: val_loss, val_perplexity\."):
+        Trainer(Bigram(), config, loader, loader)
+
+
+def test_a_schedule_that_follows_a_metric_is_refused() -> None:
+    model, loader = Bigram(), DataLoader(PartlyIgnored(), batch_size=8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    with pytest.raises(ConfigError, match="ReduceLROnPlateau, which wants to be told a metric"):
+        Trainer(model, TrainingConfig(), loader, optimizer=optimizer, scheduler=plateau)
+
+
+def test_a_whole_config_without_a_batch_size_has_the_loaders(tmp_path: Path) -> None:
+    trainer = Trainer(Bigram(), make_config(tmp_path, batch_size=None), DataLoader(PartlyIgnored(), batch_size=7))
+    assert (trainer.batch_size, trainer.config.batch_size) == (7, 7)
+
+
 def test_samples_that_are_no_pairs_are_refused() -> None:
     loader = DataLoader(torch.arange(10), batch_size=5)
     with pytest.raises(ConfigError, match="inputs, targets"):

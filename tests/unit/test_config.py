@@ -88,7 +88,7 @@ MISTAKES = [
     ("training.optimizer", "rmsprop", "adam, adamw, muon, sgd, or 'module:name'"),
     ("training.lr_scheduler", "step", "constant, cosine, cosine_with_restarts, linear, wsd, or 'module:name'"),
     ("training.loss", "mse", "cross_entropy, focal, label_smoothing, z_loss, or 'module:name'"),
-    ("training.resume", "no/such/folder", "auto, never, or a checkpoint's folder"),
+    ("training.resume", "no_such_folder", "auto, never, or a checkpoint's folder"),
     ("model", [1], "a mapping; in Python, a ModelConfig"),
     ("data", None, "a mapping; in Python, a DataConfig"),
 ]

@@ -74,11 +74,28 @@ def test_after_a_crash_there_is_each_sample_once(tmp_path: Path) -> None:
     ]
 
 
-def test_a_prompt_that_the_tokenizer_cannot_read_is_told_before_the_first_step(tmp_path: Path) -> None:
+def test_samples_that_cannot_be_made_are_told_before_the_first_step(tmp_path: Path) -> None:
     trainer = inspected(tmp_path, SampleCallback(["\N{SNOWMAN}"]))
     with pytest.raises(ConfigError, match="\N{SNOWMAN}"):
         trainer.train()
+    trainer.val_loader = None
+    with pytest.raises(ConfigError, match="there is no val_loader"):
+        trainer.train()
     assert trainer.global_step == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "problem"),
+    [
+        (SampleCallback, {"prompts": "Once"}, "prompts is 'Once'; allowed: a list of text or null"),
+        (SampleCallback, {"num_tokens": "ten"}, "num_tokens is 'ten'; allowed: an integer or null"),
+        (ProfilerCallback, {"num_steps": 0}, "num_steps is 0; allowed: an integer, at least 1"),
+        (ProfilerCallback, {"first_step": "ten"}, "first_step is 'ten'; allowed: an integer, at least 1"),
+    ],
+)
+def test_options_of_another_kind_are_refused(make: Any, options: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        make(**options)
 
 
 # ---- traces ------------------------------------------------------------------------------------------------
@@ -95,8 +112,6 @@ def test_the_chosen_steps_are_traced_and_those_left_when_a_stopped_run_goes_on(t
         events = json.loads(path.read_text())["traceEvents"]
         assert sum(str(event.get("name")).startswith("Optimizer.step") for event in events) == steps
         assert "aten::mm" in path.with_suffix(".txt").read_text()
-    with pytest.raises(ConfigError, match="num_steps is 0; allowed: at least 1"):
-        ProfilerCallback(num_steps=0)
 
 
 # ---- ratios ------------------------------------------------------------------------------------------------
@@ -113,10 +128,8 @@ def _look_into(count: int, folder: Path) -> None:
 
 
 def test_ratios_are_those_of_the_weights_before_and_after(tmp_path: Path) -> None:
-    rate = 0.05
-    trainer = inspected(
-        tmp_path, RatioCallback(), max_steps=1, optimizer="sgd", momentum=0.0, weight_decay=0.0, learning_rate=rate
-    )
+    plain = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "gradient_clip_norm": 0.1}
+    trainer = inspected(tmp_path, RatioCallback(), max_steps=1, learning_rate=0.05, **plain)
     before = {name: tensor.detach().clone() for name, tensor in trainer.model.named_parameters()}
     trainer.train()
     line = lines(tmp_path)[0]
@@ -128,7 +141,7 @@ def test_ratios_are_those_of_the_weights_before_and_after(tmp_path: Path) -> Non
         old = torch.cat([before[name].flatten() for name in names]).norm()
         moved = torch.cat([(after[name] - before[name]).flatten() for name in names]).norm()
         assert line[f"update_ratio/{block}"] == pytest.approx(float(moved / old), rel=1e-4)
-        # Plain gradient descent moves weights by the gradient times the learning rate.
+        # Plain gradient descent moves weights by the gradient, clipped, times the learning rate.
         assert line[f"grad_norm/{block}"] == pytest.approx(
             float(moved) / trainer.metrics.metrics["learning_rate"][0], rel=1e-3
         )
