@@ -49,6 +49,23 @@ def to_yaml(config: Config | dict[str, Any]) -> str:
     return stream.getvalue()
 
 
+def _annotated(config: Config) -> str:
+    """The config as YAML; beside what follows from other settings, what that is.
+
+    Not that itself: in a file it would stand against the other settings that a later command line gives, and another
+    `output_dir` would go on with this one's checkpoints.
+    """
+    resolved, section, lines = dataclasses.asdict(config.resolved()), "", []
+    for line in to_yaml(config).splitlines():
+        if not line.startswith(" "):
+            section = line.partition(":")[0]
+        name, _, value = line.removeprefix("  ").partition(": ")
+        settings_of = resolved.get(section)
+        follows = settings_of.get(name) if isinstance(settings_of, dict) and value == "null" else None
+        lines.append(line if follows is None else f"{line}  # here {follows!r}")
+    return "\n".join(lines) + "\n"
+
+
 def settings(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any], str]]:
     """(dotted name, type, dataclass field, docstring) of every setting below `section`."""
     hints = typing.get_type_hints(section)
@@ -80,7 +97,7 @@ def _help(program: str) -> str:
         "then the command line.",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
-    parser.add_argument("--print_config", action="store_true", help="print the resolved settings and exit")
+    parser.add_argument("--print_config", action="store_true", help="print all settings and exit")
     for section, group in itertools.groupby(settings(Config), lambda setting: setting[0].rpartition(".")[0]):
         described = parser.add_argument_group(section or "run")
         for name, hint, entry, text in group:
@@ -213,7 +230,7 @@ def parse_config(arguments: Sequence[str], program: str = "fundamentallm.train",
     if problems:
         raise ConfigError(problems)
     if show:
-        print(to_yaml(config.resolved()), end="")
+        print(_annotated(config), end="")
         raise SystemExit(0)
     return config.resolved()
 

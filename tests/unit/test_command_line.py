@@ -344,10 +344,11 @@ def test_printed_numbers_read_back_equal(write: Write, number: float) -> None:
     assert type(read.training.learning_rate) is type(number)
 
 
-def test_print_config_prints_the_resolved_config_and_makes_nothing(
+def test_print_config_prints_a_config_that_means_the_same_and_makes_nothing(
     write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--model.d_model=64", "--training.mixed_precision=no", "--training.gradient_clip_norm=null"]
+    arguments.append("--tracker_options={project: 'a\\n\\n  checkpoint_dir: null'}")
     with pytest.raises(SystemExit) as caught:
         train.main([*arguments, "--print_config"])
     assert caught.value.code == 0
@@ -355,6 +356,10 @@ def test_print_config_prints_the_resolved_config_and_makes_nothing(
     printed = capsys.readouterr().out
     assert parse_config(["--config", write(printed)]) == parse_config(arguments)
     assert "mixed_precision: no\n" in printed
+    assert "  checkpoint_dir: null  # here 'runs/default/checkpoints'\n" in printed
+    assert "  max_epochs: null  # here 1\n" in printed
+    elsewhere = parse_config(["--config", write(printed), "--output_dir=other", "--training.max_steps=5"]).training
+    assert (elsewhere.checkpoint_dir, elsewhere.max_epochs) == ("other/checkpoints", None)
 
 
 def test_print_config_prints_no_wrong_config(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
