@@ -117,11 +117,12 @@ class StepSampler:
         num_processes: how many share a batch.
         micro_batch_size: most samples of a share to compute at once; None: all.
         drop_last: leave out an epoch's short last batch.
-        is_even: fill all micro-batches up to as many samples, of which no target counts.
+        is_even: fill the micro-batches of one batch size up to as many samples, of which no target counts.
         schedule: later batch sizes: pairs of the number of steps done and the size from there on, in order.
 
     Attributes:
         start: where the batches begin; a run whose batch size was changed goes on from where it was.
+        micro_batch_size: most samples of a share to compute at once.
     """
 
     def __init__(
@@ -140,10 +141,9 @@ class StepSampler:
         self.schedule = [list(pair) for pair in schedule]
         self.sizes = [batch_size, *(size for _, size in self.schedule)]
         self.process_index, self.num_processes, self._is_even = process_index, num_processes, is_even
-        self.compute_at_once(micro_batch_size or max(self.sizes))
+        self.micro_batch_size = micro_batch_size or max(self.sizes)
         first = _Stretch(Start(), batch_size, num_samples, drop_last)
         self.steps_per_epoch = first.steps_over(num_samples)
-        self.samples_per_epoch = min(self.steps_per_epoch * batch_size, num_samples)
         self.start = Start()
         self._block: tuple[tuple[int, int], NDArray[np.int64]] | None = None
 
@@ -151,13 +151,6 @@ class StepSampler:
     def largest_share(self) -> int:
         """Most samples that a process has in a step."""
         return -(-min(max(self.sizes), self.num_samples) // self.num_processes)
-
-    def compute_at_once(self, micro_batch_size: int) -> None:
-        """Cut shares into micro-batches of at most so many samples."""
-        self.micro_batch_size, self._least = micro_batch_size, 1  # samples in a micro-batch, at most and at least
-        if self._is_even:
-            largest = self.largest_share
-            self._least = self.micro_batch_size = -(-largest // -(-largest // micro_batch_size))
 
     @property
     def start(self) -> Start:
@@ -196,9 +189,14 @@ class StepSampler:
         return self._stretch(step).samples_before(step)
 
     def epochs_before(self, step: int) -> float:
-        """Passes over the data done before `step`, in samples."""
+        """Passes over the data done before `step`, in samples (with `drop_last`, an epoch ends before its last one)."""
         epoch, place = self.place(step)
-        return (epoch * self.samples_per_epoch + place) / self.samples_per_epoch
+        return epoch + place / self.num_samples
+
+    def sizes_from(self, step: int) -> str:
+        """The batch size of `step`, and the last one if it is another, for people to read."""
+        now, last = self._stretch(step).batch_size, self._stretches[-1].batch_size
+        return f"{now}" if now == last else f"{now} to {last}"
 
     def batch(self, step: int) -> list[int]:
         """Dataset indices of the whole batch of `step`, over all processes."""
@@ -214,8 +212,12 @@ class StepSampler:
         size, index, count = stop - start, self.process_index, self.num_processes
         first, end = start + size * index // count, start + size * (index + 1) // count
         indices = self._indices(epoch, first, end)
-        micro_batches = -(-size // (count * self.micro_batch_size))
-        lacking = micro_batches * self._least - len(indices)
+        at_most, at_least = self.micro_batch_size, 1
+        if self._is_even:
+            largest = -(-min(self._stretch(step).batch_size, self.num_samples) // count)
+            at_most = at_least = -(-largest // -(-largest // at_most))
+        micro_batches = -(-size // (count * at_most))
+        lacking = micro_batches * at_least - len(indices)
         if lacking > 0:
             indices += self._indices(epoch, start, start + 1) * lacking
         return Share(indices, end - first, micro_batches)

@@ -279,9 +279,10 @@ class LoggingCallback(Callback):
             return
         parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
         device, processes = trainer.accelerator.device.type, trainer.accelerator.num_processes
+        sizes = trainer.samples.sizes_from(trainer.global_step)
         tqdm.write(
             f"{_short(parameters)} parameters, {processes} process{'es' * (processes > 1)} on {device}, "
-            f"{trainer.total_steps - trainer.global_step} steps of {trainer.batch_size} sequences"
+            f"{trainer.total_steps - trainer.global_step} steps of {sizes} sequences"
         )
         if self.path:
             keep_file(trainer, self.path, lambda line: "val_loss" in line)

@@ -72,7 +72,7 @@ class MicroBatch:
             trainer.say(f"micro_batch_size is auto: {self.size} of {largest} sequences at once fit")
         for sampler in (samples, val_samples):
             if sampler is not None:
-                sampler.compute_at_once(self.size)
+                sampler.micro_batch_size = self.size
 
 
 def smallest_number_of_parts(largest: int, fits: Callable[[int], bool]) -> int | None:

@@ -22,7 +22,7 @@ def summary(trainer: Trainer) -> str:
     lines = {
         "model": f"{type(trainer.model).__name__}, {parameters:,} parameters, precision {training.mixed_precision}",
         "device": f"{trainer.accelerator.device}, {processes} process{'es' * (processes > 1)}",
-        "data": f"{trainer.samples.num_samples:,} samples, {trainer.batch_size} in a step"
+        "data": f"{trainer.samples.num_samples:,} samples, {trainer.samples.sizes_from(trainer.global_step)} in a step"
         + ("" if validation is None else f"; validation {validation.num_samples:,}"),
         "optimizer": f"{type(trainer.optimizer).__name__}, {schedule}, {rate}",
         "latest": ", ".join(f"{name} {value:.4g}" for name, value in latest.items() if value is not None) or "nothing",

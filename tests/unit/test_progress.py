@@ -146,6 +146,9 @@ def test_batches_follow_the_schedule_and_see_every_sample_of_every_epoch_once(
         batch = [index for part in parts for index in part.indices[: part.rows]]
         assert batch == made.batch(step) == order.batch(epoch)[place : place + size_at(step, batch_size, schedule)]
         assert made.samples_before(step) == len(seen)
+        assert made.epochs_before(step) == epoch + place / samples < made.epochs_before(step + 1)
+        sizes = sorted({size_at(step, batch_size, schedule), size_at(99, batch_size, schedule)})
+        assert sorted(map(int, made.sizes_from(step).split(" to "))) == sizes
         assert len(batch) == size_at(step, batch_size, schedule) or (not drop_last and place + len(batch) == samples)
         assert all(len(part.indices) >= part.micro_batches == 1 for part in parts)
         if epoch == len(epochs):
@@ -154,6 +157,20 @@ def test_batches_follow_the_schedule_and_see_every_sample_of_every_epoch_once(
         seen += batch
     if not drop_last:
         assert seen == [index for epoch in range(len(epochs)) for index in order.batch(epoch)][: len(seen)]
+
+
+@given(st.integers(1, 30), st.integers(1, 9), schedules, st.integers(1, 3), st.none() | st.integers(1, 9))
+def test_even_micro_batches_are_filled_up_for_their_own_batch_size_only(
+    samples: int, batch_size: int, schedule: list[list[int]], processes: int, micro_batch_size: int | None
+) -> None:
+    made = StepSampler(samples, batch_size, 3, 0, processes, micro_batch_size, is_even=True, schedule=schedule)
+    for step in range(25):
+        share, size = made.share(step), min(size_at(step, batch_size, schedule), samples)
+        rows = len(share.indices) // share.micro_batches
+        assert len(share.indices) == rows * share.micro_batches
+        assert rows <= (micro_batch_size or size)
+        alone = StepSampler(samples, size, 3, 0, processes, micro_batch_size, is_even=True).share(0)
+        assert rows == len(alone.indices) // alone.micro_batches
 
 
 @given(st.integers(1, 30), st.integers(1, 9), schedules, schedules, st.integers(0, 12), st.booleans())
