@@ -40,6 +40,9 @@ class OptimizerStep:
         guard: says which steps must not be taken.
         max_norm: largest gradient norm; None: no clipping.
         seed: of the run.
+
+    Attributes:
+        is_updating: whether a step has begun to change weights and state, which whoever counts the step takes back.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class OptimizerStep:
         accelerator.prepare_optimizer(optimizer)  # which tells accelerate what to unscale before it clips
         self._trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._parameters = list(model_with_loss.parameters())  # of which the optimizer may have a part only
+        self.is_updating = False
 
     def __call__(self, step: int, inputs: Tensor, targets: Tensor, parts: int) -> StepResult:
         """Train on this process's share of the batch of `step`, in `parts` micro-batches."""
@@ -85,6 +89,7 @@ class OptimizerStep:
         loss = self._sum(reduce(add, losses))
         accelerator.unscale_gradients()
         norm = total_norm([parameter.grad for parameter in self._trained if parameter.grad is not None])
+        self.is_updating = True
         self._update(norm, skip=self.guard.skips(step, loss / divisor, norm))
         for parameter in self._parameters:  # zero_grad() would walk through all modules first
             parameter.grad = None

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from fundamentallm.config import Config, TrainingConfig, unknown_metric
 from fundamentallm.data.datasets import fingerprint
 from fundamentallm.data.loaders import device_batches, step_sampler
-from fundamentallm.errors import ConfigError, TrainingError
+from fundamentallm.errors import CheckpointError, ConfigError, TrainingError
 from fundamentallm.training.accelerator import check_accelerator, create_accelerator, kept_groups
 from fundamentallm.training.callbacks import Callback, CallbackList, default_callbacks
 from fundamentallm.training.checkpoint import CheckpointManager
@@ -322,10 +322,12 @@ class Trainer:
         Raises:
             ConfigError: if `resume` is 'never' and the checkpoint folder is in use, or settings that change the
                 course of the run are not those of the checkpoint.
-            CheckpointError: if there are checkpoints but none can be restored, or one cannot be written.
+            CheckpointError: if there are checkpoints but none can be restored, one cannot be written, or an exception
+                has ended the last step within the optimizer's update.
             RunInProgressError: if another process trains in the same folders.
             TrainingError: after `max_bad_steps` steps in a row whose loss or gradient was not finite.
         """
+        self._check_whole()
         with session(self, is_first=not self._started):
             self._started = True
             if self.is_finished:
@@ -366,6 +368,7 @@ class Trainer:
             progress.step += 1
             progress.tokens += count
             progress.loss.add(loss, count)
+            self._step.is_updating = False
             if self.callbacks.wants_step_loss:  # for which the host waits
                 self.callbacks.on_step_end(self, (loss / count).item())
             if self._end_of_step(norm, learning_rate):
@@ -492,6 +495,7 @@ class Trainer:
         """Validate; False if a signal or the clock broke it off, to be done first when the run goes on."""
         # The clock does not break off the same validation twice, or no start would ever get beyond it.
         gravest = Stop.SIGNAL if self._progress.validation_due else Stop.OUT_OF_TIME
+        self._progress.validation_due = True  # also where an exception ends it
         metrics = self._evaluate(is_interrupted=lambda: self.stop_switch.poll() >= gravest)
         self._tell_compiled()
         self._progress.validation_due = metrics is None
@@ -535,14 +539,24 @@ class Trainer:
         manager, name = self.checkpoint_manager, name or self._name
         if manager is None:
             raise ConfigError("there is no checkpoint_dir; set training.checkpoint_dir.")
+        self._check_whole()
         self._on_savers(lambda: manager.save(run_state(self), name, is_best, model_files(self)))
         if name == self._name:
             self._saved_at = self.global_step
         return manager.checkpoint_dir / name
 
+    def _check_whole(self) -> None:
+        """Raise CheckpointError if an exception came within an update: the next step would be that one once more."""
+        if self._step.is_updating:
+            raise CheckpointError(
+                f"an exception ended step {self.global_step + 1} as the optimizer changed the weights; load a "
+                "checkpoint, or make a new Trainer, which goes on from the newest one."
+            )
+
     def mark_saved(self) -> None:
         """Note that the present state is on the disk; but for a validation that is due, after which it is another."""
         self._saved_at = -1 if self._progress.validation_due else self.global_step
+        self._step.is_updating = False
 
     @property
     def _name(self) -> str:

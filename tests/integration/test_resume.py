@@ -131,6 +131,46 @@ def test_a_crash_between_checkpoints_repeats_and_loses_no_line(tmp_path: Path) -
     assert timeless(lines(tmp_path / "parts")) == timeless(lines(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("where", ["forward", "update", "schedule", "validation"])
+def test_after_an_exception_no_step_is_made_twice_and_none_is_left_out(tmp_path: Path, where: str) -> None:
+    """An exception in a notebook, whose trainer is still there and is told to go on."""
+    config = make_config(tmp_path / "parts", dropout=0.2, save_every_n_steps=4, eval_every_n_steps=3)
+    whole = make_trainer(dataclasses.replace(config, output_dir=str(tmp_path / "whole")))
+    whole.train()
+
+    trainer = make_trainer(config)
+    calls = iter(range(1, 100))
+
+    def fail_once(*_: Any) -> None:
+        is_now = trainer.global_step == (6 if where == "validation" else 5)
+        if is_now and (where != "validation" or not trainer.model.training) and next(calls) == 1:
+            raise KeyboardInterrupt
+
+    if where in ("forward", "validation"):
+        trainer.model.register_forward_pre_hook(fail_once)
+    elif where == "update":
+        trainer.optimizer.register_step_post_hook(fail_once)
+    else:
+        step = trainer.scheduler.step
+        trainer.scheduler.step = lambda: (fail_once(), step())  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    if where in ("update", "schedule"):
+        for go_on in (trainer.train, trainer.save_checkpoint):
+            with pytest.raises(CheckpointError, match="ended step 6 as the optimizer changed the weights"):
+                go_on()
+        assert trainer.checkpoint_manager is not None
+        newest = trainer.checkpoint_manager.get_latest()
+        assert newest is not None
+        trainer.load_checkpoint(newest)
+        assert trainer.global_step == 4
+    trainer.train()
+    assert_same_weights(weights(trainer), weights(whole))
+    assert trainer.history.keys() == whole.history.keys()
+    for name in ("step", "train_loss", "val_loss"):
+        torch.testing.assert_close(trainer.history[name], whole.history[name], rtol=0, atol=0, equal_nan=True)
+
+
 def test_a_crash_after_a_validation_that_was_broken_off_before_repeats_no_line(tmp_path: Path) -> None:
     """The checkpoint of the stop is the newest still when its validation has been made and written."""
 
