@@ -5,8 +5,8 @@ This module imports no torch, so that `--help` and a config error answer at once
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import glob
 import itertools
 import math
 import os
@@ -444,16 +444,25 @@ class Config(Section):
                     wanted = "text" if name == "project" else "a mapping of keyword arguments"
                     yield (setting,), f"{setting}.{name} is {value!r}; allowed: {wanted}."
 
+    def _has_checkpoints(self) -> bool:
+        """Whether the run has some of its own, from the newest of which it goes on."""
+        folder = expand_user(self.training.checkpoint_dir or os.path.join(self.output_dir, "checkpoints"))
+        with contextlib.suppress(OSError, ValueError):  # no such folder, a null character
+            return any(os.path.isfile(os.path.join(folder, name, "manifest.json")) for name in os.listdir(folder))
+        return False
+
     def file_problems(self) -> list[str]:
         """What is wrong with the files and folders of this run, found without creating any."""
         problems = [f"data.{problem}" for problem in data_problems(self.data)]
         if is_no_folder(expand_user(self.output_dir)):
             problems.append(f"output_dir is {self.output_dir!r}, which is no folder; give another.")
-        resume, checkpoints = self.training.resume, self.training.checkpoint_dir
-        if resume not in ("auto", "never") and not os.path.isfile(os.path.join(expand_user(resume), "manifest.json")):
-            own = glob.escape(expand_user(checkpoints or os.path.join(self.output_dir, "checkpoints")))
-            if not glob.glob(os.path.join(own, "*", "manifest.json")):  # of which the run would go on from the newest
-                problems.append(f"training.resume is {resume!r}, which is no checkpoint; give the folder of one.")
+        checkpoints = self.training.checkpoint_dir
+        begins_from = {"model.init_from": self.model.init_from, "training.resume": self.training.resume}
+        for name, path in begins_from.items():
+            if path is None or path in ("auto", "never") or self._has_checkpoints():
+                continue
+            if not os.path.isfile(os.path.join(expand_user(path), "manifest.json")):
+                problems.append(f"{name} is {path!r}, which is no checkpoint; give the folder of one.")
         if checkpoints is not None and is_no_folder(expand_user(checkpoints)):
             problems.append(f"training.checkpoint_dir is {checkpoints!r}, which is no folder; give another.")
         return problems

@@ -89,6 +89,8 @@ def another_value(name: str) -> Any:
 
 def test_every_setting_can_be_given_in_yaml_and_in_both_forms_of_an_option(write: Write) -> None:
     write('{"elsewhere": "x"}\n' * 999, "rows.jsonl")
+    Path("elsewhere").mkdir()  # among others, model.init_from
+    write("{}", "elsewhere/manifest.json")
     values = {name: another_value(name) for name in SETTINGS}
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
     sections: dict[str, Any] = {}
@@ -301,6 +303,7 @@ def test_a_negative_number_reaches_its_setting(write: Write, text: str) -> None:
         ),
         ("--training.loss=os:getcwd", "loss is 'os:getcwd', which makes a str"),
         ("--training.resume=.", "training.resume is '.', which is no checkpoint"),
+        ("--model.init_from=runs/a", "model.init_from is 'runs/a', which is no checkpoint"),
     ],
 )
 def test_a_name_of_the_wrong_kind_is_a_config_error(

@@ -307,6 +307,24 @@ def test_a_tilde_in_the_folders_of_a_run_is_the_home(tmp_path: Path, monkeypatch
     assert "which is no folder" in Config(output_dir="~/run").file_problems()[0]
 
 
+def test_a_checkpoint_to_begin_from_is_looked_for_unless_the_run_has_its_own(tmp_path: Path) -> None:
+    old, own = tmp_path / "old" / "checkpoints" / "step_00000001", tmp_path / "run" / "checkpoints" / "step_00000001"
+    for folder in (old, own):
+        folder.mkdir(parents=True)
+    (old / "manifest.json").touch()
+
+    def problems(path: Path) -> list[str]:
+        return Config(output_dir=str(tmp_path / "run"), model=ModelConfig(init_from=str(path))).file_problems()
+
+    assert problems(old) == []
+    run_folder = tmp_path / "old"
+    assert problems(run_folder) == [
+        f"model.init_from is {str(run_folder)!r}, which is no checkpoint; give the folder of one."
+    ]
+    (own / "manifest.json").touch()
+    assert problems(run_folder) == []
+
+
 def test_an_output_dir_that_is_empty_is_not_the_working_directory() -> None:
     with pytest.raises(ConfigError, match="output_dir is ''; allowed: the path of a folder"):
         Config(output_dir="")
