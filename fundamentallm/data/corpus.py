@@ -17,6 +17,7 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
+from tqdm import tqdm
 
 from fundamentallm.config import DataConfig
 from fundamentallm.data.encoding import PARTS, SETTINGS, prepare_source, split_pieces, token_dtype
@@ -115,7 +116,9 @@ def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
     """
     cache = Path(expand_user(config.cache_dir)) if config.cache_dir else _user_cache()
     weights = config.sources()
-    facts = {source: _known_facts(config, source, cache) for source in weights if not is_prepared(source)}
+    facts = {
+        source: _known_facts(config, source, cache, show_progress) for source in weights if not is_prepared(source)
+    }
     keys = _keys(config, facts)
     found = {
         source: _open(Path(expand_user(source)), source, weight, config)
@@ -125,7 +128,7 @@ def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
     }
     if lacking := [source for source, there in found.items() if there is None]:
         with writing(cache):
-            tokenizer = _tokenizer(config, facts, [cache / key for key in keys.values()])
+            tokenizer = _tokenizer(config, facts, [cache / key for key in keys.values()], show_progress)
             for source in lacking:
                 folder, weight, size = cache / keys[source], weights[source], facts[source].size
                 is_ready = functools.partial(_is_whole, folder, source, weight)
@@ -174,7 +177,7 @@ def vocabulary_size(config: DataConfig) -> int:
 # ---- what the sources hold ----------------------------------------------------------------------------------
 
 
-def _known_facts(config: DataConfig, source: str, cache: Path) -> Facts:
+def _known_facts(config: DataConfig, source: str, cache: Path, show_progress: bool) -> Facts:
     """The facts, from a note in the cache where the source looks as it did when they were found."""
     before, note = looks(config, source), None
     if before is not None:
@@ -184,7 +187,7 @@ def _known_facts(config: DataConfig, source: str, cache: Path) -> Facts:
         note = cache / "known" / _hash(CACHE_FORMAT, before, settings, config.tokenizer == "char", width)
         with contextlib.suppress(OSError, ValueError, TypeError):
             return Facts(*json.loads(note.read_text(encoding="utf-8")))
-    facts = _facts(config, source)
+    facts = _facts(config, source, show_progress)
     if note is not None and before == looks(config, source):  # else it was changed while it was read
         with contextlib.suppress(OSError):  # a cache that can only be read has the tokens all the same
             note.parent.mkdir(parents=True, exist_ok=True)
@@ -194,7 +197,12 @@ def _known_facts(config: DataConfig, source: str, cache: Path) -> Facts:
     return facts
 
 
-def _facts(config: DataConfig, source: str) -> Facts:
+def _bar(what: str, is_shown: bool) -> tqdm[Any]:
+    """For what a small text does not take a second of."""
+    return tqdm(desc=what, unit="", unit_scale=True, delay=1, disable=not is_shown)
+
+
+def _facts(config: DataConfig, source: str, show_progress: bool = False) -> Facts:
     """What a source holds, all of it read."""
     if problems := problems_of_kind(config, source, source_files(config, source)):
         raise ConfigError(problems)
@@ -202,13 +210,15 @@ def _facts(config: DataConfig, source: str) -> Facts:
         return _facts_of_tokens(config, source)
     digest, size, bad = hashlib.sha256(), 0, list[str]()
     characters = np.zeros(0x110000, dtype=bool)
-    for piece in read_source(config, source, bad):
-        digest.update(piece.text.encode())
-        if config.end_of_text is not None and (piece.ends or piece.is_prompt):
-            digest.update(b"\xff" if piece.ends else b"\xfe")  # which no text holds
-        size += len(piece.text) if config.prompt_field is None else piece.ends
-        if config.tokenizer == "char":
-            characters[np.frombuffer(piece.text.encode("utf-32-le"), np.uint32)] = True
+    with _bar(f"reading {os.path.basename(source)}", show_progress) as bar:
+        for piece in read_source(config, source, bad):
+            digest.update(piece.text.encode())
+            if config.end_of_text is not None and (piece.ends or piece.is_prompt):
+                digest.update(b"\xff" if piece.ends else b"\xfe")  # which no text holds
+            size += len(piece.text) if config.prompt_field is None else piece.ends
+            if config.tokenizer == "char":
+                characters[np.frombuffer(piece.text.encode("utf-32-le"), np.uint32)] = True
+            bar.update(len(piece.text))
     if size == 0:
         raise ConfigError(f"source is {source!r}, which is empty; give one with text in it.")
     return Facts(digest.hexdigest(), size, "".join(map(chr, np.flatnonzero(characters))), bad)
@@ -234,7 +244,7 @@ def _keys(config: DataConfig, facts: dict[str, Facts]) -> dict[str, str]:
     return {source: _hash(*made, of_pairs, found.sha256) for source, found in facts.items()}
 
 
-def _tokenizer(config: DataConfig, facts: dict[str, Facts], folders: list[Path]) -> Tokenizer:
+def _tokenizer(config: DataConfig, facts: dict[str, Facts], folders: list[Path], show_progress: bool) -> Tokenizer:
     """The tokenizer; one that was trained for the same text before is not trained again."""
     if config.tokenizer.startswith("bpe:"):
         for folder in folders:
@@ -246,7 +256,11 @@ def _tokenizer(config: DataConfig, facts: dict[str, Facts], folders: list[Path])
         for source, found in facts.items():
             size = int(found.size * config.train_split)
             pieces = split_pieces(read_source(config, source, []), size, by_rows=config.prompt_field is not None)
-            yield from (piece.text for part, piece in pieces if part == 0)
+            with _bar(f"learning {config.tokenizer} from {os.path.basename(source)}", show_progress) as bar:
+                for part, piece in pieces:
+                    if part == 0:
+                        bar.update(len(piece.text))
+                        yield piece.text
 
     alphabets = [found.alphabet for found in facts.values()]
     return create_tokenizer(config.tokenizer, lambda: alphabets, training_text, config.end_of_text)

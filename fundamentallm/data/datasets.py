@@ -81,7 +81,7 @@ class TokenDataset(TokenSamples):
         end_of_text: the token after each document; None where there is none.
 
     Raises:
-        ConfigError: if there are too few tokens for one sample.
+        ConfigError: if there are too few tokens for one sample, or a sample has none.
 
     Examples:
         >>> import numpy as np
@@ -104,6 +104,8 @@ class TokenDataset(TokenSamples):
         num_bytes: int | None = None,
         end_of_text: int | None = None,
     ) -> None:
+        if sequence_length < 1:
+            raise ConfigError(f"sequence_length is {sequence_length}; allowed: at least 1.")
         if len(tokens) < sequence_length + 1:
             raise ConfigError(
                 f"a part of the text has {len(tokens)} tokens; allowed: at least sequence_length + 1 = "

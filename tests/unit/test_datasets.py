@@ -81,6 +81,8 @@ def test_too_few_tokens_are_refused_with_both_counts() -> None:
     assert len(TokenDataset(np.arange(8), 7)) == 1
     with pytest.raises(ConfigError, match=r"has 7 tokens.*= 8\."):
         TokenDataset(np.arange(7), 7)
+    with pytest.raises(ConfigError, match="sequence_length is 0; allowed: at least 1"):
+        TokenDataset(np.arange(7), 0)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.int32, np.int64])
