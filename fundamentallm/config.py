@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fundamentallm.errors import ConfigError
-from fundamentallm.files import BUILT_IN_CORPUS, data_problems, expand_user, is_no_folder
+from fundamentallm.files import BUILT_IN_CORPUS, data_problems, expand_user, is_checkpoint, is_no_folder
 from fundamentallm.registry import did_you_mean, unknown_name
 from fundamentallm.validation import Section, from_dict, range_problems
 
@@ -444,11 +444,14 @@ class Config(Section):
                     wanted = "text" if name == "project" else "a mapping of keyword arguments"
                     yield (setting,), f"{setting}.{name} is {value!r}; allowed: {wanted}."
 
+    def _checkpoint_dir(self) -> str:
+        return expand_user(self.training.checkpoint_dir or os.path.join(self.output_dir, "checkpoints"))
+
     def _has_checkpoints(self) -> bool:
         """Whether the run has some of its own, from the newest of which it goes on."""
-        folder = expand_user(self.training.checkpoint_dir or os.path.join(self.output_dir, "checkpoints"))
+        folder = self._checkpoint_dir()
         with contextlib.suppress(OSError, ValueError):  # no such folder, a null character
-            return any(os.path.isfile(os.path.join(folder, name, "manifest.json")) for name in os.listdir(folder))
+            return any(is_checkpoint(os.path.join(folder, name)) for name in os.listdir(folder))
         return False
 
     def file_problems(self) -> list[str]:
@@ -459,9 +462,9 @@ class Config(Section):
         checkpoints = self.training.checkpoint_dir
         begins_from = {"model.init_from": self.model.init_from, "training.resume": self.training.resume}
         for name, path in begins_from.items():
-            if path is None or path in ("auto", "never") or self._has_checkpoints():
+            if path is None or path in ("auto", "never"):
                 continue
-            if not os.path.isfile(os.path.join(expand_user(path), "manifest.json")):
+            if not is_checkpoint(path) and not self._has_checkpoints():
                 problems.append(f"{name} is {path!r}, which is no checkpoint; give the folder of one.")
         if checkpoints is not None and is_no_folder(expand_user(checkpoints)):
             problems.append(f"training.checkpoint_dir is {checkpoints!r}, which is no folder; give another.")
@@ -469,15 +472,13 @@ class Config(Section):
 
     def resolved(self) -> Config:
         """The same run with every default that depends on another setting filled in."""
-        training, output_dir = self.training.resolved(), expand_user(self.output_dir)
+        training = self.training.resolved()
         return dataclasses.replace(
             self,
-            output_dir=output_dir,
+            output_dir=expand_user(self.output_dir),
             model=self.model.resolved(),
             training=dataclasses.replace(
-                training,
-                batch_size=training.batch_size or 32,
-                checkpoint_dir=training.checkpoint_dir or os.path.join(output_dir, "checkpoints"),
+                training, batch_size=training.batch_size or 32, checkpoint_dir=self._checkpoint_dir()
             ),
         )
 

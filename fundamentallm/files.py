@@ -50,6 +50,16 @@ def is_prepared(source: str) -> bool:
     return all(os.path.isfile(os.path.join(expand_user(source), name)) for name in PREPARED)
 
 
+def is_checkpoint(folder: str) -> bool:
+    """Whether a folder is a checkpoint (of which `CheckpointManager` finds out whether it is whole)."""
+    return os.path.isfile(os.path.join(expand_user(folder), "manifest.json"))
+
+
+def _has_files(source: str) -> bool:
+    """Whether a source is to be looked for among the files: not what is built in, of datasets, or prepared."""
+    return source != BUILT_IN_CORPUS and not source.startswith(DATASETS) and not is_prepared(source)
+
+
 def source_files(data: DataConfig, source: str) -> list[Path]:
     """The files that one of the sources names, sorted; empty for what is no files.
 
@@ -59,7 +69,7 @@ def source_files(data: DataConfig, source: str) -> list[Path]:
         ConfigError: if there are none.
     """
     files = sorted(_files(data, source))
-    if not files and source != BUILT_IN_CORPUS and not source.startswith(DATASETS) and not is_prepared(source):
+    if not files and _has_files(source):
         wanted = f"a file, a folder, a glob, {DATASETS}NAME, or {BUILT_IN_CORPUS!r}"
         if os.path.isdir(expand_user(source)):
             wanted = f"a folder with {' or '.join(data.suffixes)} files below it (data.suffixes)"
@@ -76,7 +86,7 @@ def _files(data: DataConfig, source: str) -> Iterator[Path]:
 
     # os.path answers False where pathlib raises: an unknown ~user, a name too long, a null character.
     path = expand_user(source)
-    if source == BUILT_IN_CORPUS or source.startswith(DATASETS) or is_prepared(source):
+    if not _has_files(source):
         return
     if os.path.isfile(path):
         yield Path(path)

@@ -155,15 +155,12 @@ class TokenDataset(TokenSamples):
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """A whole batch in one gather."""
-        length = self.sequence_length
-        starts = np.array(indices, dtype=np.int64) * length
-        if has_last := len(self) - 1 in indices:
-            repeated = np.maximum(starts - (len(self._windows) - 1), 0)
-            starts -= repeated
+        length, starts = self.sequence_length, self.starts(indices)
         windows = self._windows[starts]
         pair = np.empty((2, len(starts), length), np.int64)
         pair[0], pair[1] = windows[:, :-1], windows[:, 1:]
-        if has_last:
+        if len(self) - 1 in indices:  # which may have been moved back, and so repeats others
+            repeated = np.asarray(indices, dtype=np.int64) * length - starts
             pair[1][np.arange(length) < repeated[:, None]] = IGNORE_INDEX
         inputs, targets = torch.from_numpy(pair).unbind()
         return inputs, targets

@@ -24,7 +24,7 @@ from fundamentallm.data.sources import read_pieces
 from fundamentallm.data.tokenizers import num_bytes
 from fundamentallm.errors import ConfigError
 
-TOKENS_AT_ONCE = 2**12
+GATHERED_AT_ONCE = 2**12
 """Of small batches, so many tokens are gathered together: 64 kilobytes."""
 
 
@@ -129,7 +129,7 @@ def load(
 def _gather_ahead(dataset: TokenDataset, batches: Iterator[list[int]]) -> Iterator[Batch]:
     """The batches, small ones several in one gather, most of whose time is the same for one as for many."""
     for first in batches:
-        more = TOKENS_AT_ONCE // (len(first) * dataset.sequence_length) - 1
+        more = GATHERED_AT_ONCE // (len(first) * dataset.sequence_length) - 1
         several = [first, *itertools.islice(batches, max(more, 0))]
         sizes = list(map(len, several))
         inputs, targets = dataset.__getitems__(list(itertools.chain.from_iterable(several)))

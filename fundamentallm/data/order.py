@@ -150,7 +150,10 @@ class StepSampler:
     @property
     def largest_share(self) -> int:
         """Most samples that a process has in a step."""
-        return -(-min(max(self.sizes), self.num_samples) // self.num_processes)
+        return self._largest_share(max(self.sizes))
+
+    def _largest_share(self, batch_size: int) -> int:
+        return -(-min(batch_size, self.num_samples) // self.num_processes)
 
     @property
     def start(self) -> Start:
@@ -214,7 +217,7 @@ class StepSampler:
         indices = self._indices(epoch, first, end)
         at_most, at_least = self.micro_batch_size, 1
         if self._is_even:
-            largest = -(-min(self._stretch(step).batch_size, self.num_samples) // count)
+            largest = self._largest_share(self._stretch(step).batch_size)
             at_most = at_least = -(-largest // -(-largest // at_most))
         micro_batches = -(-size // (count * at_most))
         lacking = micro_batches * at_least - len(indices)

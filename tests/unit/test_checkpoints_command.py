@@ -57,7 +57,7 @@ def record(trainer: Trainer, indices: list[list[int]], seen: list[list[str]], mo
             seen.append([dataset.tokenizer.decode(row, skip_special_tokens=False) for row in inputs[0].tolist()])
 
     monkeypatch.setattr(TokenDataset, "__getitems__", asked)
-    monkeypatch.setattr(loaders, "TOKENS_AT_ONCE", 1)  # each batch is asked for by itself
+    monkeypatch.setattr(loaders, "GATHERED_AT_ONCE", 1)  # each batch is asked for by itself
     # Saving looks at one sample by itself, which is no part of a batch.
     monkeypatch.setattr(TokenDataset, "__getitem__", lambda self, index: tuple(t[0] for t in get(self, [index])))
     trainer.model.register_forward_pre_hook(sees)

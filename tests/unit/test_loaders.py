@@ -265,7 +265,7 @@ def step_batches(num_workers: int, start: int = 0) -> list[torch.Tensor]:
 def test_device_batches_are_the_shares_of_their_steps_over_the_epochs_ends(
     tokens_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loaders, "TOKENS_AT_ONCE", tokens_at_once)
+    monkeypatch.setattr(loaders, "GATHERED_AT_ONCE", tokens_at_once)
     dataset, sampler = TokenDataset(np.arange(200), 7), StepSampler(29, 4, 1)
     assert len(dataset) == 29
     batches = step_batches(0, start=5)
