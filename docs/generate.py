@@ -6,9 +6,9 @@ import itertools
 from typing import Any
 
 import fundamentallm
-from fundamentallm.command_line import default_text, settings
-from fundamentallm.config import Config
-from fundamentallm.validation import RANGES, allowed_values
+from fundamentallm.config.command_line import default_text, settings
+from fundamentallm.config.schema import Config
+from fundamentallm.config.validation import RANGES, allowed_values
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

@@ -6,61 +6,62 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fundamentallm.config import Config as Config
-    from fundamentallm.config import DataConfig as DataConfig
-    from fundamentallm.config import ModelConfig as ModelConfig
-    from fundamentallm.config import TrainingConfig as TrainingConfig
+    from fundamentallm.checkpoint.manager import CheckpointManager as CheckpointManager
+    from fundamentallm.config.schema import Config as Config
+    from fundamentallm.config.schema import DataConfig as DataConfig
+    from fundamentallm.config.schema import ModelConfig as ModelConfig
+    from fundamentallm.config.schema import TrainingConfig as TrainingConfig
     from fundamentallm.data.corpus import load_corpus as load_corpus
     from fundamentallm.data.datasets import TokenDataset as TokenDataset
     from fundamentallm.data.loaders import create_dataloaders as create_dataloaders
     from fundamentallm.data.tokenizers import create_tokenizer as create_tokenizer
+    from fundamentallm.distributed.accelerator import create_accelerator as create_accelerator
     from fundamentallm.errors import CheckpointError as CheckpointError
     from fundamentallm.errors import ConfigError as ConfigError
     from fundamentallm.errors import FundamentaLLMError as FundamentaLLMError
     from fundamentallm.errors import RunInProgressError as RunInProgressError
     from fundamentallm.errors import TrainingError as TrainingError
-    from fundamentallm.models.generation import generate as generate
+    from fundamentallm.inference.generation import generate as generate
     from fundamentallm.models.transformer import Transformer as Transformer
-    from fundamentallm.training.accelerator import create_accelerator as create_accelerator
-    from fundamentallm.training.callbacks import Callback as Callback
-    from fundamentallm.training.callbacks import CallbackList as CallbackList
-    from fundamentallm.training.callbacks import LoggingCallback as LoggingCallback
-    from fundamentallm.training.callbacks import ProgressCallback as ProgressCallback
-    from fundamentallm.training.callbacks import SaveBestCallback as SaveBestCallback
-    from fundamentallm.training.checkpoint import CheckpointManager as CheckpointManager
+    from fundamentallm.training.callbacks.base import Callback as Callback
+    from fundamentallm.training.callbacks.base import CallbackList as CallbackList
+    from fundamentallm.training.callbacks.console import LoggingCallback as LoggingCallback
+    from fundamentallm.training.callbacks.console import ProgressCallback as ProgressCallback
+    from fundamentallm.training.callbacks.curves import VisualizationCallback as VisualizationCallback
+    from fundamentallm.training.callbacks.profiler import ProfilerCallback as ProfilerCallback
+    from fundamentallm.training.callbacks.samples import SampleCallback as SampleCallback
+    from fundamentallm.training.callbacks.save_best import SaveBestCallback as SaveBestCallback
+    from fundamentallm.training.callbacks.update_ratios import RatioCallback as RatioCallback
     from fundamentallm.training.early_stopping import EarlyStopping as EarlyStopping
-    from fundamentallm.training.inspection import ProfilerCallback as ProfilerCallback
-    from fundamentallm.training.inspection import RatioCallback as RatioCallback
-    from fundamentallm.training.inspection import SampleCallback as SampleCallback
     from fundamentallm.training.loss import create_loss as create_loss
     from fundamentallm.training.metrics import MetricTracker as MetricTracker
     from fundamentallm.training.optimizers import create_optimizer as create_optimizer
     from fundamentallm.training.schedulers import create_scheduler as create_scheduler
     from fundamentallm.training.trainer import Trainer as Trainer
-    from fundamentallm.training.visualization import VisualizationCallback as VisualizationCallback
 
 _MODULES = {
+    "checkpoint.manager": ("CheckpointManager",),
     "config": ("Config", "DataConfig", "ModelConfig", "TrainingConfig"),
     "data.corpus": ("load_corpus",),
     "data.datasets": ("TokenDataset",),
     "data.loaders": ("create_dataloaders",),
     "data.tokenizers": ("create_tokenizer",),
+    "distributed.accelerator": ("create_accelerator",),
     "errors": ("CheckpointError", "ConfigError", "FundamentaLLMError", "RunInProgressError", "TrainingError"),
-    "models.generation": ("generate",),
+    "inference.generation": ("generate",),
     "models.transformer": ("Transformer",),
-    "training.accelerator": ("create_accelerator",),
     "training.callbacks": (
-        "Callback", "CallbackList", "LoggingCallback", "ProgressCallback", "SaveBestCallback",
+        "Callback", "CallbackList", "LoggingCallback", "ProgressCallback", "SaveBestCallback", "VisualizationCallback",
     ),
-    "training.checkpoint": ("CheckpointManager",),
+    "training.callbacks.profiler": ("ProfilerCallback",),
+    "training.callbacks.samples": ("SampleCallback",),
+    "training.callbacks.update_ratios": ("RatioCallback",),
     "training.early_stopping": ("EarlyStopping",),
-    "training.inspection": ("ProfilerCallback", "RatioCallback", "SampleCallback"),
     "training.loss": ("create_loss",),
     "training.metrics": ("MetricTracker",),
     "training.optimizers": ("create_optimizer",),
     "training.schedulers": ("create_scheduler",),
     "training.trainer": ("Trainer",),
-    "training.visualization": ("VisualizationCallback",),
 }  # fmt: skip
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = sorted(_HOME)

@@ -6,8 +6,8 @@ import importlib
 import os
 import sys
 
+from fundamentallm.config.registry import did_you_mean
 from fundamentallm.errors import FundamentaLLMError, exit_code, report
-from fundamentallm.registry import did_you_mean
 
 VERBS = {
     "train": ("fundamentallm.train", "train a language model from a config"),
@@ -20,11 +20,14 @@ VERBS = {
     "checkpoints": ("fundamentallm.commands.checkpoints", "list, verify and show checkpoints; what a step trained on"),
     "report": ("fundamentallm.commands.report", "compare runs on one page: curves, settings, samples, environment"),
     "estimate": (
-        "fundamentallm.commands.estimate",
+        "fundamentallm.commands.estimate.main",
         "work out memory, operations and bytes sent, for any size, at once",
     ),
     "find_lr": ("fundamentallm.commands.find_lr", "find a learning rate by short training at a growing one"),
-    "doctor": ("fundamentallm.commands.doctor", "prove on your config, data and machine that one config is one run"),
+    "doctor": (
+        "fundamentallm.commands.doctor.main",
+        "prove on your config, data and machine that one config is one run",
+    ),
 }
 
 

@@ -15,16 +15,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fundamentallm.command_line import parse_config
-from fundamentallm.config import METRIC_NAMES, Config, ModelConfig, unknown_metric
+from fundamentallm.config.command_line import parse_config
+from fundamentallm.config.schema import METRIC_NAMES, Config, ModelConfig, unknown_metric
 from fundamentallm.errors import START_AGAIN, ConfigError, FundamentaLLMError, exit_code, report
-from fundamentallm.registry import resolve
+from fundamentallm.training.callbacks.from_config import _callbacks
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from tokenizers import Tokenizer
 
-    from fundamentallm.training.callbacks import Callback
+    from fundamentallm.training.callbacks.base import Callback
     from fundamentallm.training.trainer import Trainer
 
 T = TypeVar("T")
@@ -74,9 +74,9 @@ def make_trainer(config: Config) -> Trainer:
 
     from fundamentallm.data.corpus import describe, load_corpus
     from fundamentallm.data.loaders import create_dataloaders
+    from fundamentallm.distributed.accelerator import create_accelerator
     from fundamentallm.models.transformer import Transformer
-    from fundamentallm.training.accelerator import create_accelerator
-    from fundamentallm.training.pretrained import begin_from_checkpoint, begin_from_pretrained, open_pretrained
+    from fundamentallm.run.initial_weights import begin_from_checkpoint, begin_from_pretrained, open_pretrained
     from fundamentallm.training.trainer import Trainer
 
     config = config.resolved()
@@ -183,48 +183,11 @@ def _with_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
 
 def _begins_afresh(config: Config) -> bool:
     """Whether no checkpoint of the run will be resumed."""
-    from fundamentallm.training.checkpoint import CheckpointManager
+    from fundamentallm.checkpoint.manager import CheckpointManager
 
     folder = config.training.checkpoint_dir
     assert folder is not None  # a resolved config has one
     return config.training.resume in ("auto", "never") and CheckpointManager(folder).get_latest() is None
-
-
-def _callbacks(config: Config) -> list[Callback]:
-    """Those beyond the Trainer's own: the curves, and what the config names."""
-    from fundamentallm.training.callbacks import Callback
-    from fundamentallm.training.inspection import ProfilerCallback, RatioCallback, SampleCallback
-    from fundamentallm.training.visualization import VisualizationCallback
-
-    known: dict[str, type[Callback]] = {
-        "curves": VisualizationCallback,
-        "samples": SampleCallback,
-        "profiler": ProfilerCallback,
-        "ratios": RatioCallback,
-    }
-    problems: list[str] = []
-    callbacks: list[Callback] = []
-    curves = {"path": Path(config.output_dir) / "curves.png", **config.callback_options.get("curves", {})}
-    options = config.callback_options | {"curves": curves}
-    for name in [*(["curves"] if "curves" not in config.callbacks else []), *config.callbacks]:
-        try:
-            kind = resolve("callbacks", name, known)
-            if not (isinstance(kind, type) and issubclass(kind, Callback)):
-                problems.append(f"callbacks has {name!r}, a {type(kind).__name__}; allowed: subclasses of Callback.")
-                continue
-            try:
-                callbacks.append(kind(**options.get(name, {})))
-            except TypeError as error:
-                given = config.callback_options.get(name, {})
-                problems.append(f"callback_options.{name} is {given!r}, which does not fit: {error}.")
-        except ConfigError as error:
-            if name == "curves" and name not in config.callbacks and not config.callback_options.get(name):
-                print(f"no curves.png: {error}", file=sys.stderr)  # nobody asked for them
-            else:
-                problems += error.problems
-    if problems:
-        raise ConfigError(problems)
-    return callbacks
 
 
 def _show_end(trainer: Trainer, config: Config) -> None:
@@ -235,7 +198,7 @@ def _show_end(trainer: Trainer, config: Config) -> None:
         + f"metrics, curves and checkpoints are in {config.output_dir}"
     )
     if config.sample_tokens:
-        from fundamentallm.training.inspection import continuation
+        from fundamentallm.training.callbacks.samples import continuation
 
         if written := continuation(trainer, None, config.sample_tokens):
             trainer.say(f"---- sample: {written[0]!r} continued ----\n{written[1]}")

@@ -64,10 +64,10 @@ def main(arguments: Sequence[str], program: str) -> int:
 
 def list_all(options: argparse.Namespace) -> int:
     """`checkpoints list`: from manifests, sizes and the recorded history alone."""
-    from fundamentallm.commands.contents import num_bytes, saved_at, series
-    from fundamentallm.training.checkpoint import HIDDEN, CheckpointManager, checkpoints_folder
-    from fundamentallm.training.manifest import read_manifest
-    from fundamentallm.training.stored import is_ours, load_parts
+    from fundamentallm.checkpoint.manager import HIDDEN, CheckpointManager, checkpoints_folder
+    from fundamentallm.checkpoint.manifest import read_manifest
+    from fundamentallm.checkpoint.reading import is_ours, load_parts
+    from fundamentallm.commands.checkpoint_contents import num_bytes, saved_at, series
 
     if is_ours(_existing(options.folder).resolve()):
         raise CheckpointError(f"{options.folder} is a checkpoint; give the folder it is in, or use show or verify.")
@@ -107,10 +107,10 @@ def list_all(options: argparse.Namespace) -> int:
 
 def verify_all(options: argparse.Namespace) -> int:
     """`checkpoints verify`: a line each."""
-    from fundamentallm.commands.contents import num_bytes
-    from fundamentallm.training.checkpoint import checkpoints_folder
-    from fundamentallm.training.manifest import MANIFEST, verify
-    from fundamentallm.training.stored import is_ours
+    from fundamentallm.checkpoint.manager import checkpoints_folder
+    from fundamentallm.checkpoint.manifest import MANIFEST, verify
+    from fundamentallm.checkpoint.reading import is_ours
+    from fundamentallm.commands.checkpoint_contents import num_bytes
 
     folder, paths = _existing(options.folder), []
     if is_ours(folder.resolve()):
@@ -137,7 +137,7 @@ def verify_all(options: argparse.Namespace) -> int:
 
 def show_one(options: argparse.Namespace) -> int:
     """`checkpoints show`."""
-    from fundamentallm.commands.contents import show
+    from fundamentallm.commands.checkpoint_contents import show
 
     show(_checkpoint(options.folder), options.verify)
     return 0
@@ -145,7 +145,7 @@ def show_one(options: argparse.Namespace) -> int:
 
 def show_samples(options: argparse.Namespace) -> int:
     """`checkpoints samples`."""
-    from fundamentallm.training.samples import samples_of_step, text_of_step, texts, why_no_text
+    from fundamentallm.run.step_samples import samples_of_step, text_of_step, texts, why_no_text
 
     path = _checkpoint(options.folder)
     found = samples_of_step(path, options.step)
@@ -174,7 +174,7 @@ def consolidate_one(options: argparse.Namespace) -> int:
     """`checkpoints consolidate`: weights, config and tokenizer; a tensor in memory at a time."""
     import shutil
 
-    from fundamentallm.training.stored import export_weights
+    from fundamentallm.checkpoint.reading import export_weights
 
     source, output = _checkpoint(options.folder), options.output
     if os.path.lexists(output):
@@ -214,8 +214,8 @@ def _nothing_in(folder: Path) -> CheckpointNotFoundError:
 
 def _checkpoint(folder: Path) -> Path:
     """The checkpoint at `folder`, or the newest in it."""
-    from fundamentallm.training.checkpoint import CheckpointManager, checkpoints_folder
-    from fundamentallm.training.stored import is_ours
+    from fundamentallm.checkpoint.manager import CheckpointManager, checkpoints_folder
+    from fundamentallm.checkpoint.reading import is_ours
 
     if is_ours(_existing(folder).resolve()):
         return folder
@@ -232,9 +232,9 @@ def _entries(folder: Path) -> list[Path]:
 
 def _why_none(path: Path) -> str | None:
     """Why a folder among checkpoints is not even a damaged one; None: it is one."""
-    from fundamentallm.training.checkpoint import HIDDEN
-    from fundamentallm.training.manifest import NAME
-    from fundamentallm.training.stored import is_ours
+    from fundamentallm.checkpoint.manager import HIDDEN
+    from fundamentallm.checkpoint.manifest import NAME
+    from fundamentallm.checkpoint.reading import is_ours
 
     if match := HIDDEN.fullmatch(path.name):
         purpose, name = match.groups()

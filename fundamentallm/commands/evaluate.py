@@ -10,15 +10,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fundamentallm.commands.opening import CHECKPOINT_HELP, open_model
 from fundamentallm.commands.output import say, say_table
+from fundamentallm.config.validation import AT_LEAST_ONE, Interval
 from fundamentallm.errors import ConfigError
-from fundamentallm.validation import AT_LEAST_ONE, Interval
+from fundamentallm.inference.loading import CHECKPOINT_HELP, open_model
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fundamentallm.commands.opening import Opened
+    from fundamentallm.inference.loading import Opened
 
 CONFIDENCE = Interval(low=0, high=1, open_low=True, open_high=True)
 
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str], program: str) -> int:
     options = parser.parse_args(arguments)
     _check(options)
     if options.tasks is not None:
-        from fundamentallm.commands.harness import run_tasks
+        from fundamentallm.inference.lm_eval_model import run_tasks
 
         opened = open_model(options.checkpoint)
         results = run_tasks(opened, options.tasks, options.include_path, options.limit, options.batch_size)
@@ -104,8 +104,8 @@ def _evaluate(opened: Opened, options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from tqdm import tqdm
 
-    from fundamentallm.config import IGNORE_INDEX
-    from fundamentallm.models.scoring import interval, score
+    from fundamentallm.config.schema import IGNORE_INDEX
+    from fundamentallm.inference.scoring import interval, score
 
     text = _of_files(opened, options) if options.source else _of_run(opened, options)
     device = next(opened.model.parameters()).device
@@ -146,12 +146,12 @@ def _of_run(opened: Opened, options: argparse.Namespace) -> Text:
     """The validation text of the run that made the checkpoint."""
     from torch.utils.data import DataLoader
 
+    from fundamentallm.checkpoint.manifest import MANIFEST
+    from fundamentallm.checkpoint.reading import load_parts
     from fundamentallm.data.datasets import TokenDataset
     from fundamentallm.data.loaders import as_is, corpus_samples
     from fundamentallm.models.transformer import Transformer
-    from fundamentallm.training.manifest import MANIFEST
-    from fundamentallm.training.samples import corpus_of_run
-    from fundamentallm.training.stored import load_parts
+    from fundamentallm.run.step_samples import corpus_of_run
 
     way_out = "name a text with --source."
     is_ours = (opened.folder / MANIFEST).exists()
@@ -187,11 +187,11 @@ def _of_files(opened: Opened, options: argparse.Namespace) -> Text:
     """Text files, each by itself."""
     import numpy as np
 
-    from fundamentallm.config import DataConfig
+    from fundamentallm.config.files import kind_of_file, source_files
+    from fundamentallm.config.schema import DataConfig
     from fundamentallm.data.encoding import encode_pieces
     from fundamentallm.data.sources import read_pieces
     from fundamentallm.data.tokenizers import num_bytes
-    from fundamentallm.files import kind_of_file, source_files
 
     paths, texts, size = [], [], 0
     for source in options.source:
@@ -224,7 +224,7 @@ def _of_texts(
     opened: Opened, options: argparse.Namespace, name: str, texts: Sequence[Any], num_bytes: int | None, context: int
 ) -> Text:
     """Token ids of texts, in windows."""
-    from fundamentallm.models.scoring import windows
+    from fundamentallm.inference.scoring import windows
 
     stride, problems = options.stride or context, []
     if opened.context is not None and context > opened.context:
@@ -238,7 +238,7 @@ def _of_texts(
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         import torch
 
-        from fundamentallm.config import IGNORE_INDEX
+        from fundamentallm.config.schema import IGNORE_INDEX
 
         for first in range(0, len(found), options.batch_size):
             some = found[first : first + options.batch_size]

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fundamentallm.commands.output import say, say_table
 from fundamentallm.commands.trainer_option import add_trainer_option, parse_with_trainer
-from fundamentallm.config import Config
+from fundamentallm.config.schema import Config
+from fundamentallm.config.validation import POSITIVE
 from fundamentallm.errors import ConfigError, TrainingError, writing
-from fundamentallm.validation import POSITIVE
 
 if TYPE_CHECKING:
-    from fundamentallm.commands.diagnosis.trial import Until
+    from fundamentallm.commands.trial import Until
 
 SMOOTHING = 0.9
 """Of a step's loss in the smoothed one, the part that comes from the steps before."""
@@ -139,7 +139,7 @@ def suggestion(points: Sequence[Point]) -> Suggestion | None:
 def _range_test(config: Config, options: argparse.Namespace, folder: Path) -> tuple[list[Point], bool]:
     """The points, and whether this process is the one to show them."""
     # Imported here, so that --help and wrong settings need not wait for torch.
-    from fundamentallm.commands.diagnosis.trial import make_trainer, run_until, trial_config
+    from fundamentallm.commands.trial import make_trainer, run_until, trial_config
 
     trial = trial_config(
         config,
@@ -186,7 +186,7 @@ def _show(points: Sequence[Point], found: Suggestion | None) -> None:
 
 def _checked_plot(given: str | None) -> Path | None:
     """Where to draw, if anywhere."""
-    from fundamentallm.training.visualization import check_matplotlib
+    from fundamentallm.training.callbacks.curves import check_matplotlib
 
     try:
         check_matplotlib()

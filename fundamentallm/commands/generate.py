@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fundamentallm.commands.opening import CHECKPOINT_HELP, open_model
 from fundamentallm.errors import ConfigError
+from fundamentallm.inference.loading import CHECKPOINT_HELP, open_model
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str], program: str) -> int:
 
     # Imported here, so that --help need not wait for torch.
     from fundamentallm.data.tokenizers import encode_prompt
-    from fundamentallm.models.generation import Sampling, generate_batch
+    from fundamentallm.inference.generation import Sampling, generate_batch
 
     opened = open_model(options.checkpoint)
     ids = [encode_prompt(opened.tokenizer, prompt) for prompt in prompts]

@@ -6,8 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fundamentallm.command_line import parse_config
 from fundamentallm.commands.output import say, size_text
+from fundamentallm.config.command_line import parse_config
 from fundamentallm.errors import INTERRUPTED
 
 
@@ -28,8 +28,8 @@ def main(arguments: Sequence[str], program: str) -> int:
     _, rest = parser.parse_known_args(arguments)
     config = parse_config(rest, program)
     if config.model.pretrained is not None:  # whose tokenizer is the run's
-        from fundamentallm.models.pretrained import find_pretrained
-        from fundamentallm.training.pretrained import completed
+        from fundamentallm.models.transformers_format import find_pretrained
+        from fundamentallm.run.initial_weights import completed
 
         config = completed(config, find_pretrained(config.model.pretrained))
     from fundamentallm.data.corpus import describe, load_corpus  # which takes half a second to import

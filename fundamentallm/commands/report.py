@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fundamentallm.commands.output import say
-from fundamentallm.config import flat_settings
+from fundamentallm.config.schema import flat_settings
 from fundamentallm.errors import CheckpointError, FundamentaLLMError, writing
 
 MARK = '<meta name="generator" content="fundamentallm report">'
@@ -57,8 +57,8 @@ def read_run(folder: Path, name: str) -> dict[str, Any]:
         FundamentaLLMError: if the folder has no metrics.jsonl, or it cannot be read.
     """
     # Imported here, with the package of the modules that import torch, so that --help need not wait.
-    from fundamentallm.training.json_lines import numbers, read
-    from fundamentallm.training.run_folder import SAMPLES, read_starts, restarts
+    from fundamentallm.run.folder import SAMPLES, read_starts, restarts
+    from fundamentallm.run.json_lines import numbers, read
 
     log = folder / "metrics.jsonl"
     try:
@@ -136,8 +136,8 @@ def left_out(lines: list[dict[str, float]]) -> list[tuple[int, str]]:
 
 def _config_of_checkpoint(folder: Path) -> dict[str, Any] | None:
     """The settings that the newest checkpoint holds, for runs that have not written down their starts."""
-    from fundamentallm.training.checkpoint import CheckpointManager, checkpoints_folder
-    from fundamentallm.training.stored import load_parts
+    from fundamentallm.checkpoint.manager import CheckpointManager, checkpoints_folder
+    from fundamentallm.checkpoint.reading import load_parts
 
     try:
         newest = CheckpointManager(checkpoints_folder(folder)).get_latest()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from fundamentallm.command_line import parse_config
-from fundamentallm.config import Config
+from fundamentallm.config.command_line import parse_config
+from fundamentallm.config.registry import resolve
+from fundamentallm.config.schema import Config
 from fundamentallm.errors import ConfigError
-from fundamentallm.registry import resolve
 
 DEFAULT_TRAINER = "fundamentallm.train:make_trainer"
 

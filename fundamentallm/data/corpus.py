@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from fundamentallm.config import DataConfig
+from fundamentallm.config.files import is_prepared, kind_of, problems_of_kind, source_files
+from fundamentallm.config.schema import DataConfig
+from fundamentallm.config.validation import expand_user
 from fundamentallm.data.encoding import PARTS, SETTINGS, prepare_source, split_pieces, token_dtype
 from fundamentallm.data.sources import looks, read_source, token_blocks
 from fundamentallm.data.tokenizers import create_tokenizer, read_tokenizer
 from fundamentallm.errors import ConfigError, writing
-from fundamentallm.files import expand_user, is_prepared, kind_of, problems_of_kind, source_files
 
 CACHE_FORMAT = 2
 READ_WHOLE = 2**30

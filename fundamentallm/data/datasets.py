@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fundamentallm.config import IGNORE_INDEX
+from fundamentallm.config.schema import IGNORE_INDEX
 from fundamentallm.data.tokenizers import num_bytes as count_bytes
 from fundamentallm.errors import ConfigError
 

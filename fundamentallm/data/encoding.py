@@ -29,11 +29,11 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from fundamentallm.config import DataConfig
+from fundamentallm.config.files import kind_of
+from fundamentallm.config.schema import DataConfig
 from fundamentallm.data.sources import PIECE, Piece, Place, read_source, token_blocks
 from fundamentallm.data.tokenizers import lacking_characters, num_bytes, unknown_token
 from fundamentallm.errors import ConfigError
-from fundamentallm.files import kind_of
 
 PIECES_AT_ONCE = max(16, 2 * (os.cpu_count() or 1))
 """Pieces that the tokenizer's threads share; bounds memory, at about 150 bytes a token."""

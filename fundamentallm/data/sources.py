@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from fundamentallm.config import DataConfig
+from fundamentallm.config.files import DATASETS, kind_of, source_files
+from fundamentallm.config.schema import BUILT_IN_CORPUS, DataConfig
 from fundamentallm.errors import ConfigError
-from fundamentallm.files import BUILT_IN_CORPUS, DATASETS, kind_of, source_files
 
 PIECE = 65_536
 """Characters of a text file that are read, and given to the tokenizer, at once (up to the end of their line)."""

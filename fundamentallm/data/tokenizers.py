@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from fundamentallm.config import DataConfig
+from fundamentallm.config.schema import DataConfig
 from fundamentallm.errors import ConfigError
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fundamentallm.config import ModelConfig
+from fundamentallm.config.schema import ModelConfig
 from fundamentallm.errors import ConfigError
 
 INITIAL_STD = 0.02
@@ -299,3 +299,8 @@ class Transformer(nn.Module):
             "eos_token_id": end_of_text,
             "dtype": "float32",
         }
+
+
+def cache_option(model: object, use_cache: bool) -> dict[str, bool]:
+    """The keyword argument by which a model of transformers that writes text keeps keys and values, or does not."""
+    return {"use_cache": use_cache} if hasattr(model, "generation_config") else {}

@@ -6,9 +6,9 @@ import logging
 import math
 from typing import Any
 
-from fundamentallm.config import TrainingConfig
+from fundamentallm.config.schema import TrainingConfig
+from fundamentallm.config.validation import range_problems
 from fundamentallm.errors import ConfigError
-from fundamentallm.validation import range_problems
 
 logger = logging.getLogger(__name__)
 
@@ -108,3 +108,15 @@ class EarlyStopping:
             logger.warning("early stopping starts afresh: it watched %s (%s) before.", state["metric"], state["mode"])
             return
         self._best, self.counter, self.is_best = best, counter, bool(state["is_best"])
+
+
+def make_early_stopping(config: TrainingConfig) -> EarlyStopping | None:
+    """Early stopping as `config` says; None where it has no patience set."""
+    if config.early_stopping_patience is None:
+        return None
+    return EarlyStopping(
+        config.early_stopping_patience,
+        config.early_stopping_metric,
+        config.early_stopping_mode,
+        config.early_stopping_min_delta,
+    )

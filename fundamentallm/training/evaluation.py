@@ -11,10 +11,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from fundamentallm.config import IGNORE_INDEX, METRIC_NAMES
+from fundamentallm.config.schema import IGNORE_INDEX, METRIC_NAMES
 from fundamentallm.data.datasets import TokenSamples
 from fundamentallm.data.loaders import device_batches
-from fundamentallm.data.order import StepSampler
+from fundamentallm.data.sampler import StepSampler
 from fundamentallm.errors import ConfigError
 from fundamentallm.training.metrics import Metric, RunningMean
 

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fundamentallm.config import CHUNK, IGNORE_INDEX, LARGE_VOCABULARY, LOSS_NAMES, cache_option
+from fundamentallm.config.registry import resolve
+from fundamentallm.config.schema import CHUNK, IGNORE_INDEX, LARGE_VOCABULARY, LOSS_NAMES
+from fundamentallm.config.validation import FRACTION, NON_NEGATIVE, Interval
 from fundamentallm.errors import ConfigError
-from fundamentallm.registry import resolve
-from fundamentallm.validation import FRACTION, NON_NEGATIVE, Interval
 
 
 class CrossEntropy(nn.Module):
@@ -110,29 +110,6 @@ class ZLoss(CrossEntropy):
         log_z_squared = logits.logsumexp(-1).square()
         # Not by boolean indexing, which makes the host wait for the number of targets.
         return _nll(logits, targets) + self.weight * log_z_squared.where(targets != IGNORE_INDEX, 0.0).sum()
-
-
-class ModelWithLoss(nn.Module):
-    """Model and loss in one forward pass, so that the Accelerator wraps both.
-
-    The logits stay inside: accelerate neither casts nor copies them, and DistributedDataParallel sees a scalar.
-    """
-
-    def __init__(self, model: nn.Module, loss_fn: Any) -> None:
-        super().__init__()
-        self.model, self.loss_fn = model, loss_fn
-        self._options = cache_option(model, False)
-        # A loss and a model that both can: the logits of a large vocabulary then never are there all at once.
-        self._by_hidden = hasattr(loss_fn, "of_hidden") and "of_hidden" in inspect.signature(model.forward).parameters
-
-    def forward(self, inputs: Tensor, targets: Tensor, with_logits: bool = False) -> Any:
-        """The loss, summed over targets; `with_logits`, (loss, all logits), which nothing needs in training."""
-        if self._by_hidden and not with_logits:
-            return self.model(inputs, of_hidden=lambda hidden, weight: self.loss_fn.of_hidden(hidden, weight, targets))
-        output = self.model(inputs, **self._options)
-        logits = output if isinstance(output, Tensor) else output.logits
-        loss = self.loss_fn(logits, targets)
-        return (loss, logits) if with_logits else loss
 
 
 def _nll(logits: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fundamentallm.config import METRIC_NAMES
+from fundamentallm.config.registry import resolve
+from fundamentallm.config.schema import METRIC_NAMES
 from fundamentallm.errors import ConfigError
-from fundamentallm.registry import resolve
 
 MEASURED = frozenset({"tokens_per_second", "mfu", "memory_gb"})
 """Numbers of a log line that the clock and the machine decide: two runs that are the same differ in nothing else."""

@@ -9,14 +9,18 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 
+from fundamentallm.config.schema import TrainingConfig
 from fundamentallm.data.loaders import device_batches
 from fundamentallm.errors import ConfigError
 from fundamentallm.training.guard import Guard
 from fundamentallm.training.step import OptimizerStep
 
+if TYPE_CHECKING:
+    from fundamentallm.training.trainer import Trainer
 if TYPE_CHECKING:
     from fundamentallm.training.trainer import Trainer
 
@@ -194,3 +198,20 @@ def _leaving_no_trace(trainer: Trainer) -> Iterator[None]:
                 module.training = mode
             for parameter in [parameter for parameter in optimizer.state if parameter not in had_state]:
                 del optimizer.state[parameter]
+
+
+def make_micro_batch(config: TrainingConfig, accelerator: Accelerator) -> MicroBatch | None:
+    """What finds the micro-batches' size; None where `config` says it.
+
+    Raises:
+        ConfigError: where it could not be found.
+    """
+    if config.micro_batch_size != "auto":
+        return None
+    if accelerator.is_fsdp2:
+        raise ConfigError(
+            "training.micro_batch_size is auto and the model is sharded (FSDP2), where a process that runs out of "
+            "memory would leave the others waiting for its slices; set a number. (`fundamentallm estimate` foretells "
+            "what fits.)"
+        )
+    return MicroBatch(accelerator.device, accelerator.num_processes)

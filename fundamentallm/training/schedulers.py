@@ -10,15 +10,22 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from fundamentallm.config import SCHEDULE_NAMES, TrainingConfig
+from fundamentallm.config.registry import resolve
+from fundamentallm.config.schema import SCHEDULE_NAMES, TrainingConfig
+from fundamentallm.config.validation import Interval, range_problems
 from fundamentallm.errors import ConfigError
-from fundamentallm.registry import resolve
-from fundamentallm.validation import Interval, range_problems
+
+if TYPE_CHECKING:
+    from fundamentallm.config.schema import TrainingConfig
+    from fundamentallm.training.trainer import Trainer
+if TYPE_CHECKING:
+    from fundamentallm.training.trainer import Trainer
 
 # A decay maps progress, 0 on the peak's step to 1 on the run's last step, to the part of the way from
 # `min_lr_ratio` up to the peak: 1 at 0 and 0 at 1.
@@ -168,3 +175,28 @@ def create_scheduler(
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]  # torch keeps the one of an earlier schedule
     return StepSchedule(optimizer, factor)
+
+
+def _curve(trainer: Trainer) -> str:
+    """The learning rate from here to the end, at a few steps."""
+    last, first = trainer.total_steps - 1, trainer.global_step
+    if not isinstance(trainer.scheduler, StepSchedule) or first > last:
+        return "the learning rate follows another curve from here"
+    base, factor = trainer.scheduler.base_lrs[0], trainer.scheduler.lr_lambdas[0]
+    steps = sorted({first + (last - first) * part // 6 for part in range(7)})
+    before = trainer.metrics.get_latest("learning_rate")
+    was = f" (it was {before:.3g})" if before is not None else ""
+    return f"learning rate from here{was}: " + ", ".join(f"step {s + 1} {base * factor(s):.3g}" for s in steps)
+
+
+def make_schedule(config: TrainingConfig, optimizer: Optimizer, total_steps: int) -> LRScheduler:
+    """The schedule of `config` over a run of `total_steps` optimizer steps, at its beginning."""
+    return create_scheduler(
+        optimizer,
+        config.lr_scheduler,
+        1,
+        total_steps,
+        config.warmup_steps,
+        min_lr_ratio=config.min_lr_ratio,
+        **config.lr_scheduler_options,
+    )

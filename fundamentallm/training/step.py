@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
-from fundamentallm.config import IGNORE_INDEX
-from fundamentallm.data.order import derive_seed
-from fundamentallm.training.accelerator import seed_device
+from fundamentallm.config.schema import IGNORE_INDEX
+from fundamentallm.data.sampler import derive_seed
+from fundamentallm.distributed.dtensor import seed_device, total_norm
 from fundamentallm.training.guard import Guard
-from fundamentallm.training.tensor_files import total_norm
 
 
 class StepResult(NamedTuple):

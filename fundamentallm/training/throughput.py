@@ -9,8 +9,14 @@ import math
 import time
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
+from fundamentallm.distributed.dtensor import device_name
+
 if TYPE_CHECKING:
     from torch import nn
+if TYPE_CHECKING:
+    from fundamentallm.training.trainer import Trainer
 
 PEAK_TFLOPS = {
     "B200": 2250.0,
@@ -119,3 +125,13 @@ class Throughput:
     def seconds_left(self, steps: int) -> float:
         """For so many steps, at the pace of this start, validations and checkpoints included; NaN: not known yet."""
         return self._seconds_per_step * steps
+
+
+def make_throughput(trainer: Trainer) -> Throughput:
+    """The clock of a run on its devices; their peak is the config's, or known by their name."""
+    accelerator, device = trainer.accelerator, trainer.accelerator.device
+    peak = trainer.config.peak_tflops or known_peak(device_name(device), accelerator.mixed_precision)
+    if peak is None:
+        return Throughput()
+    length = len(trainer.train_loader.dataset[0][0])
+    return Throughput(peak * accelerator.num_processes, model_flops_per_token(trainer.model, length))

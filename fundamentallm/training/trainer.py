@@ -23,40 +23,37 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from fundamentallm.config import Config, TrainingConfig, unknown_metric
+from fundamentallm.checkpoint.manager import CheckpointManager
+from fundamentallm.checkpoint.optimizer_state import NamedOptimizerState
+from fundamentallm.checkpoint.reading import load_checkpoint
+from fundamentallm.config.schema import Config, TrainingConfig, unknown_metric
 from fundamentallm.data.datasets import fingerprint
 from fundamentallm.data.loaders import device_batches, step_sampler
+from fundamentallm.distributed.accelerator import check_accelerator, create_accelerator, kept_groups
+from fundamentallm.distributed.compilation import compile_seconds, is_compiled
+from fundamentallm.distributed.host_group import Team
+from fundamentallm.distributed.prepare import follow, prepare_model
 from fundamentallm.errors import CheckpointError, ConfigError, TrainingError
-from fundamentallm.training.accelerator import check_accelerator, create_accelerator, kept_groups
-from fundamentallm.training.callbacks import Callback, CallbackList, default_callbacks
-from fundamentallm.training.checkpoint import CheckpointManager
-from fundamentallm.training.compilation import compile_seconds, is_compiled
+from fundamentallm.models.transformers_format import model_files
+from fundamentallm.run.progress import Progress
+from fundamentallm.run.resume import restore
+from fundamentallm.run.session import session
+from fundamentallm.run.state import like_of, run_state
+from fundamentallm.run.stopping import Stop, StopSwitch
+from fundamentallm.training.callbacks.base import Callback, CallbackList
+from fundamentallm.training.callbacks.from_config import default_callbacks
+from fundamentallm.training.callbacks.trackers import TrackerCallback, tracker_names
+from fundamentallm.training.early_stopping import make_early_stopping
+from fundamentallm.training.ema import make_average
 from fundamentallm.training.evaluation import evaluate, metric_names
 from fundamentallm.training.guard import Guard
 from fundamentallm.training.loss import create_loss
 from fundamentallm.training.metrics import Metric, MetricTracker, further_metrics, peak_memory_gb
-from fundamentallm.training.optimizer_state import NamedOptimizerState
-from fundamentallm.training.parameter_groups import freeze
-from fundamentallm.training.parts import (
-    make_average,
-    make_early_stopping,
-    make_micro_batch,
-    make_optimizer,
-    make_schedule,
-    make_throughput,
-)
-from fundamentallm.training.progress import Progress
-from fundamentallm.training.resume import like_of, model_files, restore, run_state
-from fundamentallm.training.schedulers import CallersSchedule
-from fundamentallm.training.session import session
-from fundamentallm.training.sharding import follow, prepare_model
+from fundamentallm.training.micro_batch import make_micro_batch
+from fundamentallm.training.optimizers import freeze, make_optimizer
+from fundamentallm.training.schedulers import CallersSchedule, StepSchedule, make_schedule
 from fundamentallm.training.step import OptimizerStep
-from fundamentallm.training.stopping import Stop, StopSwitch
-from fundamentallm.training.stored import load_checkpoint
-from fundamentallm.training.summary import summary
-from fundamentallm.training.team import Team
-from fundamentallm.training.throughput import Throughput
-from fundamentallm.training.tracking import TrackerCallback, tracker_names
+from fundamentallm.training.throughput import Throughput, make_throughput
 
 
 class Trainer:
@@ -627,3 +624,25 @@ class Trainer:
         """Print a line, beside the progress bar and on the main process only."""
         if self.is_main_process:
             tqdm.write(text)
+
+
+def summary(trainer: Trainer) -> str:
+    """Where the run is, what it trains, on what and how; the host does not wait for the device."""
+    training, validation = trainer.config, trainer.val_samples
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    processes = trainer.accelerator.num_processes
+    latest = {name: trainer.metrics.get_latest(name) for name in ("train_loss", "val_loss")}
+    rate = f"learning rate {float(trainer.scheduler.get_last_lr()[0]):.3g}"
+    is_own = isinstance(trainer.scheduler, StepSchedule)
+    schedule = training.lr_scheduler if is_own else type(trainer.scheduler).__name__
+    lines = {
+        "model": f"{type(trainer.model).__name__}, {parameters:,} parameters, precision {training.mixed_precision}",
+        "device": f"{trainer.accelerator.device}, {processes} process{'es' * (processes > 1)}",
+        "data": f"{trainer.samples.num_samples:,} samples, {trainer.samples.sizes_from(trainer.global_step)} in a step"
+        + ("" if validation is None else f"; validation {validation.num_samples:,}"),
+        "optimizer": f"{type(trainer.optimizer).__name__}, {schedule}, {rate}",
+        "latest": ", ".join(f"{name} {value:.4g}" for name, value in latest.items() if value is not None) or "nothing",
+        "saved in": training.checkpoint_dir or "nothing is saved",
+    }
+    head = f"Trainer at step {trainer.global_step:,} of {trainer.total_steps:,}, epoch {trainer.epochs_done:.3g}"
+    return "\n".join([head, *(f"  {name:9}  {text}" for name, text in lines.items())])

@@ -24,12 +24,13 @@ from typing import Any
 import torch
 
 from fundamentallm import Callback, Config, DataConfig, ModelConfig, Trainer, TrainingConfig, Transformer
+from fundamentallm.checkpoint import manager as checkpoint
+from fundamentallm.checkpoint.manager import CheckpointManager
+from fundamentallm.checkpoint.snapshot import Snapshot, take_snapshot
 from fundamentallm.data.loaders import create_dataloaders
 from fundamentallm.data.tokenizers import create_tokenizer
-from fundamentallm.training import checkpoint
-from fundamentallm.training.checkpoint import CheckpointManager
-from fundamentallm.training.resume import model_files, run_state
-from fundamentallm.training.snapshot import Snapshot, take_snapshot
+from fundamentallm.models.transformers_format import model_files
+from fundamentallm.run.state import run_state
 from tests.integration.runs import prose
 
 QUIET = 5

@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 
 from fundamentallm import Callback, DataConfig, Trainer, load_corpus
-from fundamentallm.command_line import parse_config
+from fundamentallm.config.command_line import parse_config
 from fundamentallm.data import corpus, sources
 from fundamentallm.data.datasets import TokenDataset
 from fundamentallm.data.encoding import encode_pieces

@@ -26,10 +26,10 @@ from typing import Any
 
 import torch
 
-from fundamentallm.commands.estimation.counts import count_parameters, layout_of, step_flops, tokens_per_step
-from fundamentallm.commands.estimation.memory import memory
+from fundamentallm.commands.estimate.counts import count_parameters, layout_of, step_flops, tokens_per_step
+from fundamentallm.commands.estimate.memory import memory
 from fundamentallm.commands.output import say, say_table
-from fundamentallm.config import Config
+from fundamentallm.config.schema import Config
 from tests.gpu.__main__ import machine
 from tests.gpu.runs import Runs, lines, seen
 

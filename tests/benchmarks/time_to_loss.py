@@ -34,8 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fundamentallm import Callback, Config, DataConfig, Trainer, TrainingConfig, Transformer
-from fundamentallm.command_line import parse_config
-from fundamentallm.config import BUILT_IN_CORPUS, IGNORE_INDEX
+from fundamentallm.config.command_line import parse_config
+from fundamentallm.config.schema import BUILT_IN_CORPUS, IGNORE_INDEX
 from fundamentallm.data.corpus import Corpus, load_corpus
 from fundamentallm.data.loaders import create_dataloaders
 from fundamentallm.training.optimizers import create_optimizer

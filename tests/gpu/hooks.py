@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fundamentallm import Callback, Trainer
 from fundamentallm.data.loaders import device_batches
-from fundamentallm.training.compilation import compile_seconds
+from fundamentallm.distributed.compilation import compile_seconds
 
 STOP_AT = "GPU_CHECK_STOP_AT"
 """Environment variable: the step after which `Preempted` has the run end."""

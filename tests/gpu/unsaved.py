@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from fundamentallm.command_line import parse_config
+from fundamentallm.config.command_line import parse_config
 from fundamentallm.train import make_trainer
 
 if __name__ == "__main__":

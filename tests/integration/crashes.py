@@ -40,10 +40,10 @@ import torch._dynamo  # with the next two, what a start imports only as it goes
 import fundamentallm.train
 import fundamentallm.training.trainer
 from fundamentallm import CheckpointManager
+from fundamentallm.checkpoint.manifest import verify
+from fundamentallm.checkpoint.reading import load_checkpoint
 from fundamentallm.errors import START_AGAIN
-from fundamentallm.training.manifest import verify
 from fundamentallm.training.metrics import MEASURED
-from fundamentallm.training.stored import load_checkpoint
 from tests.integration.runs import lines, prose, timeless
 
 PACKAGE = str(Path(fundamentallm.__file__).parent)

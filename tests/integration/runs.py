@@ -26,7 +26,7 @@ from fundamentallm import (
     create_dataloaders,
     create_tokenizer,
 )
-from fundamentallm.config import IGNORE_INDEX
+from fundamentallm.config.schema import IGNORE_INDEX
 from fundamentallm.training.metrics import MEASURED
 from tests.conftest import reset_accelerate
 

@@ -12,11 +12,11 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from fundamentallm import Callback, Config, ConfigError, Trainer
+from fundamentallm.checkpoint.manager import CheckpointManager
+from fundamentallm.checkpoint.reading import load_checkpoint
+from fundamentallm.checkpoint.snapshot import MODEL_KEY
 from fundamentallm.commands import checkpoints
 from fundamentallm.errors import CheckpointError
-from fundamentallm.training.checkpoint import CheckpointManager
-from fundamentallm.training.snapshot import MODEL_KEY
-from fundamentallm.training.stored import load_checkpoint
 from tests.integration.runs import (
     StopAt,
     assert_same_weights,

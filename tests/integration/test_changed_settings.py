@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 
 from fundamentallm import CheckpointError, ConfigError, Trainer, TrainingConfig
 from fundamentallm.commands import checkpoints
-from fundamentallm.config import Config, DataConfig, ModelConfig
+from fundamentallm.config.schema import Config, DataConfig, ModelConfig
+from fundamentallm.run.resume import FREE, HORIZON
 from fundamentallm.train import make_trainer as make_from_config
-from fundamentallm.training.resume import FREE, HORIZON
 from tests.conftest import reset_accelerate
 from tests.integration.runs import (
     Counting,

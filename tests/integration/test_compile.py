@@ -15,11 +15,11 @@ from accelerate import Accelerator
 from torch._dynamo.utils import counters
 
 from fundamentallm import LoggingCallback, ModelConfig, Trainer, Transformer, create_loss
+from fundamentallm.distributed.compilation import compile_in_place
+from fundamentallm.distributed.prepare import prepare_model
 from fundamentallm.errors import ConfigError
-from fundamentallm.models.generation import generate
-from fundamentallm.training.compilation import compile_in_place
-from fundamentallm.training.loss import ModelWithLoss
-from fundamentallm.training.sharding import prepare_model
+from fundamentallm.inference.generation import generate
+from fundamentallm.models.with_loss import ModelWithLoss
 from tests.conftest import reset_accelerate
 from tests.integration.runs import (
     StopAt,

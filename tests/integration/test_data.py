@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fundamentallm import Config, create_dataloaders, load_corpus
-from fundamentallm.config import DataConfig, ModelConfig, TrainingConfig
+from fundamentallm.config.schema import DataConfig, ModelConfig, TrainingConfig
 from fundamentallm.train import make_trainer, run
 from tests.integration.runs import StopAt, assert_same_weights, lines, on_processes, prose, timeless, weights
 

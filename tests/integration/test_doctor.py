@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from fundamentallm import Config, ConfigError, ModelConfig, TrainingConfig
-from fundamentallm.commands import doctor
-from fundamentallm.commands.diagnosis import checklist
-from fundamentallm.commands.diagnosis.case import Case, Finding
-from fundamentallm.commands.diagnosis.rehearsal import forecast
+from fundamentallm.commands.doctor.case import Case, Finding
+from fundamentallm.commands.doctor.forecast import forecast
+from fundamentallm.commands.doctor.main import checklist
+from fundamentallm.commands.doctor.main import main as doctor
 from tests.integration.runs import prose
 
 ROOT = Path(__file__).parents[2]

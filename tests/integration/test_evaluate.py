@@ -15,10 +15,10 @@ import torch.nn.functional as F
 
 from fundamentallm import Config, DataConfig, ModelConfig, TrainingConfig
 from fundamentallm.commands import evaluate as command
-from fundamentallm.commands.opening import open_model
-from fundamentallm.config import CHUNK, IGNORE_INDEX
+from fundamentallm.config.schema import CHUNK, IGNORE_INDEX
 from fundamentallm.errors import ConfigError
-from fundamentallm.models.scoring import interval, score, student_quantile, windows
+from fundamentallm.inference.loading import open_model
+from fundamentallm.inference.scoring import interval, score, student_quantile, windows
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.train import make_trainer
 from tests.conftest import reset_accelerate
@@ -140,7 +140,7 @@ def test_what_is_no_text_of_the_model_is_refused(
 
 def test_without_lm_eval_its_tasks_name_the_extra(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.delitem(sys.modules, "fundamentallm.commands.harness", raising=False)
+    monkeypatch.delitem(sys.modules, "fundamentallm.inference.lm_eval_model", raising=False)
     with pytest.raises(ConfigError, match=r"fundamentallm\[eval\]"):
         command.main(["--checkpoint", str(run), "--tasks", "arc_easy"], "evaluate")
 

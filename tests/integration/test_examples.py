@@ -17,8 +17,8 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
 from fundamentallm import train
-from fundamentallm.command_line import parse_config
-from fundamentallm.training.launch import launch_problems
+from fundamentallm.config.command_line import parse_config
+from fundamentallm.distributed.launch_checks import launch_problems
 from tests.integration.runs import prose
 
 ROOT = Path(__file__).parents[2]

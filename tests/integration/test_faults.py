@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import load_file
 
 from fundamentallm import Callback, CheckpointError, CheckpointManager, Trainer, train
+from fundamentallm.checkpoint import manager as checkpoint_module
 from fundamentallm.errors import RunInProgressError
-from fundamentallm.training import checkpoint as checkpoint_module
 from tests.conftest import reset_accelerate
 from tests.integration.runs import assert_same_weights, lines, make_config, make_trainer, timeless, weights
 from tests.unit.checkpoint_files import rewrite

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from fundamentallm.command_line import to_yaml
 from fundamentallm.commands.find_lr import Point, has_diverged, main, smooth, suggestion
+from fundamentallm.config.command_line import to_yaml
 from fundamentallm.errors import ConfigError, TrainingError
 from fundamentallm.training.loss import CrossEntropy
 from tests.conftest import reset_accelerate

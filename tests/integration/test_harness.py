@@ -11,14 +11,14 @@ import torch
 
 pytest.importorskip("lm_eval", reason="needs the extra 'eval'")
 
+from fundamentallm.checkpoint.manager import CheckpointManager
+from fundamentallm.checkpoint.snapshot import MODEL_KEY
 from fundamentallm.commands import evaluate as command
-from fundamentallm.commands.harness import HarnessModel
-from fundamentallm.config import ModelConfig
+from fundamentallm.config.schema import ModelConfig
 from fundamentallm.data.tokenizers import create_tokenizer
 from fundamentallm.errors import ConfigError
+from fundamentallm.inference.lm_eval_model import HarnessModel
 from fundamentallm.models.transformer import Transformer
-from fundamentallm.training.checkpoint import CheckpointManager
-from fundamentallm.training.snapshot import MODEL_KEY
 from tests.integration.runs import prose
 
 COMMON = {

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from fundamentallm import ConfigError, create_accelerator, train
 from fundamentallm.commands import generate
-from fundamentallm.training.accelerator import check_accelerator
+from fundamentallm.distributed.accelerator import check_accelerator
 from fundamentallm.training.metrics import MEASURED
 from tests.integration.runs import lines, on_processes
 

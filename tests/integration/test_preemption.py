@@ -17,8 +17,8 @@ import torch
 
 from fundamentallm import Callback, LoggingCallback, SaveBestCallback, Trainer
 from fundamentallm.errors import START_AGAIN
+from fundamentallm.run.stopping import SIGNALS
 from fundamentallm.training import evaluation
-from fundamentallm.training.stopping import SIGNALS
 from tests.integration.runs import (
     assert_same_weights,
     lines,

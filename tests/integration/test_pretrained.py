@@ -26,11 +26,11 @@ from fundamentallm.commands.checkpoints import main as checkpoints
 from fundamentallm.commands.generate import main as generate
 from fundamentallm.commands.prepare import main as prepare
 from fundamentallm.data.corpus import load_corpus
+from fundamentallm.distributed import accelerator as accelerators
 from fundamentallm.errors import CheckpointError, ConfigError
-from fundamentallm.models.pretrained import find_pretrained
+from fundamentallm.models.transformers_format import find_pretrained
+from fundamentallm.run.initial_weights import completed
 from fundamentallm.train import make_trainer
-from fundamentallm.training import accelerator as accelerators
-from fundamentallm.training.pretrained import completed
 from tests.conftest import reset_accelerate
 from tests.integration.runs import (
     StopAt,

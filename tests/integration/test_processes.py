@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 
 import fundamentallm.train
 from fundamentallm import Callback, LoggingCallback, SaveBestCallback, Trainer, TrainingConfig
+from fundamentallm.checkpoint.reading import load_checkpoint
 from fundamentallm.training.metrics import MEASURED
-from fundamentallm.training.stored import load_checkpoint
 from tests.integration.runs import PartlyIgnored, lines, on_processes, prose
 from tests.integration.test_training_loop import Bigram
 

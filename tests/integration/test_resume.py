@@ -23,7 +23,8 @@ from fundamentallm import (
     Trainer,
     TrainingConfig,
 )
-from fundamentallm.training.stopping import Stop
+from fundamentallm.config.files import file_problems
+from fundamentallm.run.stopping import Stop
 from tests.integration.runs import (
     PartlyIgnored,
     assert_same_weights,
@@ -430,11 +431,11 @@ def test_a_run_goes_on_though_the_checkpoint_that_it_began_from_is_gone(tmp_path
     make_trainer(make_config(tmp_path / "new", **options), callbacks=[StopAtStepEnd(14)]).train()
     shutil.rmtree(origin)
     again, other = (make_config(tmp_path / name, **options) for name in ("new", "other"))
-    assert again.file_problems() == []
+    assert file_problems(again) == []
     trainer = make_trainer(again)
     trainer.train()
     assert trainer.global_step == 16
-    assert other.file_problems() == [
+    assert file_problems(other) == [
         f"training.resume is {str(origin)!r}, which is no checkpoint; give the folder of one."
     ]
     with pytest.raises(CheckpointError, match="there is no checkpoint directory here"):

@@ -25,9 +25,9 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.multiprocessing import ProcessExitedException
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
-import fundamentallm.training.accelerator as accelerators
-import fundamentallm.training.checkpoint as checkpoint_module
-import fundamentallm.training.stored as stored
+import fundamentallm.checkpoint.manager as checkpoint_module
+import fundamentallm.checkpoint.reading as stored
+import fundamentallm.distributed.accelerator as accelerators
 from fundamentallm import (
     Callback,
     Config,
@@ -39,16 +39,16 @@ from fundamentallm import (
     Transformer,
     train,
 )
+from fundamentallm.checkpoint.manager import CheckpointManager
+from fundamentallm.checkpoint.manifest import read_manifest
+from fundamentallm.checkpoint.reading import load_checkpoint
+from fundamentallm.checkpoint.snapshot import MODEL_KEY, OPTIMIZER_KEY
 from fundamentallm.commands import checkpoints, generate
+from fundamentallm.distributed.host_group import Team
+from fundamentallm.distributed.prepare import prepare_model
 from fundamentallm.errors import CheckpointError, ConfigError, FundamentaLLMError
-from fundamentallm.training.checkpoint import CheckpointManager
-from fundamentallm.training.manifest import read_manifest
+from fundamentallm.run.folder import LOCK
 from fundamentallm.training.optimizers import create_optimizer
-from fundamentallm.training.run_folder import LOCK
-from fundamentallm.training.sharding import prepare_model
-from fundamentallm.training.snapshot import MODEL_KEY, OPTIMIZER_KEY
-from fundamentallm.training.stored import load_checkpoint
-from fundamentallm.training.team import Team
 from tests.integration.runs import (
     StopAt,
     assert_same_weights,

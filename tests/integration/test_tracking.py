@@ -15,8 +15,8 @@ from accelerate.tracking import GeneralTracker
 
 from fundamentallm import Callback, Config, ConfigError, Trainer, create_accelerator
 from fundamentallm.errors import FundamentaLLMError
-from fundamentallm.training import tracking
-from fundamentallm.training.stopping import Stop
+from fundamentallm.run.stopping import Stop
+from fundamentallm.training.callbacks.base import trackers as tracking
 from tests.conftest import reset_accelerate
 from tests.integration.runs import KillAfter, KilledError, StopAt, lines, make_config, make_trainer
 

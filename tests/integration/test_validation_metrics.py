@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fundamentallm import ConfigError, ModelConfig, Trainer, TrainingConfig, Transformer
-from fundamentallm.config import IGNORE_INDEX, LARGE_VOCABULARY
+from fundamentallm.checkpoint.manager import CheckpointManager
+from fundamentallm.config.schema import IGNORE_INDEX, LARGE_VOCABULARY
 from fundamentallm.data.loaders import step_sampler
-from fundamentallm.training.checkpoint import CheckpointManager
 from tests.integration.runs import PartlyIgnored, make_config, make_trainer, on_processes, sharded_accelerator
 
 HERE = "tests.integration.test_validation_metrics"

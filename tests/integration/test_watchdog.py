@@ -12,8 +12,8 @@ import pytest
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from fundamentallm import Callback, Trainer
+from fundamentallm.distributed.watchdog import Beat, Hangs
 from fundamentallm.errors import ProcessLostError
-from fundamentallm.training.watchdog import Beat, Hangs
 from tests.integration.runs import lines, make_config, make_trainer, on_processes
 
 STEP = 5

@@ -14,8 +14,8 @@ import pytest
 from torch import nn
 
 import fundamentallm
-from fundamentallm.command_line import settings
-from fundamentallm.config import (
+from fundamentallm.config.command_line import settings
+from fundamentallm.config.schema import (
     CALLBACK_NAMES,
     LOSS_NAMES,
     OPTIMIZER_NAMES,
@@ -246,10 +246,10 @@ def _loaded_after(statement: str, folder: Path) -> set[str]:
     "module",
     [
         "fundamentallm",
-        "fundamentallm.command_line",
+        "fundamentallm.config.command_line",
         "fundamentallm.train",
-        "fundamentallm.commands.doctor",
-        "fundamentallm.commands.estimate",
+        "fundamentallm.commands.doctor.main",
+        "fundamentallm.commands.estimate.main",
         "fundamentallm.commands.find_lr",
         "fundamentallm.commands.report",
         "fundamentallm.commands.prepare",

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fundamentallm.commands.estimation.counts import layout_of
-from fundamentallm.commands.estimation.memory import memory
+from fundamentallm.commands.estimate.counts import layout_of
+from fundamentallm.commands.estimate.memory import memory
 from tests.benchmarks.gpu import ROWS, config_of, measured
 from tests.benchmarks.growth import Point, exponent, table
 from tests.gpu.runs import Runs

@@ -29,7 +29,7 @@ from fundamentallm import (
     VisualizationCallback,
     create_dataloaders,
 )
-from fundamentallm.training.visualization import THEMES, draw, smoothed
+from fundamentallm.training.callbacks.curves import THEMES, draw, smoothed
 from tests.integration import runs
 
 HOOKS = (

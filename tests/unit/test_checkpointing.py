@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fundamentallm.checkpoint.manager import CheckpointManager
 from fundamentallm.errors import CheckpointError, CheckpointNotFoundError, ConfigError
-from fundamentallm.training.checkpoint import CheckpointManager
 
 FILES = ("model.safetensors", "training.safetensors", "state.json", "config.json", "manifest.json")
 DTYPES = (

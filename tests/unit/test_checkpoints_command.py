@@ -20,11 +20,11 @@ from torch.utils.data import DataLoader
 
 from fundamentallm import CheckpointManager, Config, DataConfig, ModelConfig, Trainer, TrainingConfig
 from fundamentallm.__main__ import main
+from fundamentallm.checkpoint.manifest import MANIFEST, describe, read_manifest, write_manifest
 from fundamentallm.commands.output import shortened
 from fundamentallm.data import loaders
 from fundamentallm.data.datasets import TokenDataset
 from fundamentallm.train import make_trainer
-from fundamentallm.training.manifest import MANIFEST, describe, read_manifest, write_manifest
 from tests.conftest import reset_accelerate
 from tests.integration.runs import PartlyIgnored, lines, prose
 from tests.integration.test_training_loop import Bigram

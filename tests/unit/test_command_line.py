@@ -14,8 +14,8 @@ import pytest
 
 from fundamentallm import __main__ as verbs
 from fundamentallm import train
-from fundamentallm.command_line import parse_config, settings, to_yaml
-from fundamentallm.config import Config, DataConfig, TrainingConfig
+from fundamentallm.config.command_line import parse_config, settings, to_yaml
+from fundamentallm.config.schema import Config, DataConfig, TrainingConfig
 from fundamentallm.errors import ConfigError
 
 SETTINGS = {name: (hint, field) for name, hint, field, _ in settings(Config)}
@@ -224,7 +224,7 @@ def test_a_yaml_directive_acts_on_its_own_file_only(write: Write) -> None:
     write("%YAML 1.1\n---\nmodel: {}", "old.yaml")
     write("training: {mixed_precision: no}")
     code = (
-        "from fundamentallm.command_line import parse_config as p; "
+        "from fundamentallm.config.command_line import parse_config as p; "
         "p(['--config', 'old.yaml']); print(p(['--config', 'config.yaml']).training.mixed_precision)"
     )
     # In a process of its own: should it fail, it would change what the other tests read.
@@ -517,7 +517,7 @@ def test_an_interrupted_verb_has_no_traceback(
     def interrupted(*_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fundamentallm.commands.estimate.main", interrupted)
+    monkeypatch.setattr("fundamentallm.commands.estimate.main.main", interrupted)
     monkeypatch.setattr(sys, "argv", ["fundamentallm", "estimate"])
     assert verbs.main() == 130
     assert capsys.readouterr().err == "\nstopped\n"

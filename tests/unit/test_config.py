@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
-from fundamentallm.command_line import settings
-from fundamentallm.config import (
+from fundamentallm.config.command_line import settings
+from fundamentallm.config.files import data_problems, file_problems, source_files
+from fundamentallm.config.registry import resolve
+from fundamentallm.config.schema import (
     LOSS_NAMES,
     OPTIMIZER_NAMES,
     SCHEDULE_NAMES,
@@ -21,11 +23,9 @@ from fundamentallm.config import (
     ModelConfig,
     TrainingConfig,
 )
+from fundamentallm.config.validation import RANGES, Interval, fits, from_dict, range_problems
 from fundamentallm.data.corpus import load_corpus
 from fundamentallm.errors import CheckpointError, ConfigError, report
-from fundamentallm.files import data_problems, source_files
-from fundamentallm.registry import resolve
-from fundamentallm.validation import RANGES, Interval, fits, from_dict, range_problems
 
 SETTINGS = [name for name, _, _, _ in settings(Config)]
 NUMBERS = [name for name, hint, _, _ in settings(Config) if fits(1, hint)]
@@ -304,7 +304,7 @@ def test_a_tilde_in_the_folders_of_a_run_is_the_home(tmp_path: Path, monkeypatch
     training = TrainingConfig(checkpoint_dir="~/saved")
     assert training.resolved().checkpoint_dir == str(tmp_path / "saved")
     (tmp_path / "run").touch()
-    assert "which is no folder" in Config(output_dir="~/run").file_problems()[0]
+    assert "which is no folder" in file_problems(Config(output_dir="~/run"))[0]
 
 
 def test_a_checkpoint_to_begin_from_is_looked_for_unless_the_run_has_its_own(tmp_path: Path) -> None:
@@ -314,7 +314,7 @@ def test_a_checkpoint_to_begin_from_is_looked_for_unless_the_run_has_its_own(tmp
     (old / "manifest.json").touch()
 
     def problems(path: Path) -> list[str]:
-        return Config(output_dir=str(tmp_path / "run"), model=ModelConfig(init_from=str(path))).file_problems()
+        return file_problems(Config(output_dir=str(tmp_path / "run"), model=ModelConfig(init_from=str(path))))
 
     assert problems(old) == []
     run_folder = tmp_path / "old"

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from fundamentallm.config import DataConfig
+from fundamentallm.config.schema import DataConfig
 from fundamentallm.data import corpus, encoding, sources
 from fundamentallm.data.corpus import Corpus, load_corpus
 from fundamentallm.data.encoding import split_pieces

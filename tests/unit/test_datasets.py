@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from fundamentallm.config import IGNORE_INDEX
+from fundamentallm.config.schema import IGNORE_INDEX
 from fundamentallm.data import datasets
 from fundamentallm.data.datasets import MixedDataset, PairDataset, TokenDataset
 from fundamentallm.data.loaders import as_is

@@ -15,8 +15,8 @@ from torch import Tensor
 
 import fundamentallm
 from fundamentallm import CheckpointManager
-from fundamentallm.command_line import parse_config, settings
-from fundamentallm.config import Config
+from fundamentallm.config.command_line import parse_config, settings
+from fundamentallm.config.schema import Config
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

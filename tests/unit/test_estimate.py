@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fundamentallm import Config, DataConfig, ModelConfig, TrainingConfig, Transformer
 from fundamentallm.__main__ import main
-from fundamentallm.commands.estimation.counts import (
+from fundamentallm.commands.estimate.counts import (
     LAYOUTS,
     checkpoint_bytes,
     count_parameters,
@@ -30,11 +30,12 @@ from fundamentallm.commands.estimation.counts import (
     tokens_of_run,
     tokens_per_step,
 )
-from fundamentallm.commands.estimation.memory import memory
+from fundamentallm.commands.estimate.memory import memory
 from fundamentallm.data.corpus import load_corpus, vocabulary_size
-from fundamentallm.data.order import StepSampler
-from fundamentallm.training.loss import ModelWithLoss, create_loss
-from fundamentallm.training.parts import make_optimizer
+from fundamentallm.data.sampler import StepSampler
+from fundamentallm.models.with_loss import ModelWithLoss
+from fundamentallm.training.loss import create_loss
+from fundamentallm.training.optimizers import make_optimizer
 from tests.integration.runs import make_config, make_trainer
 
 ROOT = Path(__file__).parents[2]

@@ -17,16 +17,17 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.profiler import ProfilerActivity, profile
 
 from fundamentallm import Config, DataConfig, ModelConfig, TrainingConfig, Transformer
-from fundamentallm.commands.estimation.counts import layout_of, micro_batches, sent_bytes
-from fundamentallm.commands.estimation.memory import memory
-from fundamentallm.config import LOSS_NAMES
-from fundamentallm.training.accelerator import create_accelerator
+from fundamentallm.commands.estimate.counts import layout_of, micro_batches, sent_bytes
+from fundamentallm.commands.estimate.memory import memory
+from fundamentallm.config.schema import LOSS_NAMES
+from fundamentallm.distributed.accelerator import create_accelerator
+from fundamentallm.distributed.dtensor import local
+from fundamentallm.distributed.prepare import prepare_model
+from fundamentallm.models.with_loss import ModelWithLoss
 from fundamentallm.training.guard import Guard
-from fundamentallm.training.loss import ModelWithLoss, create_loss
-from fundamentallm.training.parts import make_optimizer
-from fundamentallm.training.sharding import prepare_model
+from fundamentallm.training.loss import create_loss
+from fundamentallm.training.optimizers import make_optimizer
 from fundamentallm.training.step import OptimizerStep
-from fundamentallm.training.tensor_files import local
 from tests.integration.runs import on_processes, sharded_accelerator
 
 DEEP = {"vocab_size": 100, "d_model": 64, "num_heads": 4, "num_layers": 4}

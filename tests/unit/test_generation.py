@@ -13,15 +13,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from fundamentallm.__main__ import main
+from fundamentallm.checkpoint.manager import CheckpointManager
+from fundamentallm.checkpoint.snapshot import MODEL_KEY
 from fundamentallm.commands import generate as command
-from fundamentallm.commands.opening import find_checkpoint
-from fundamentallm.config import ModelConfig
+from fundamentallm.config.schema import ModelConfig
 from fundamentallm.data.tokenizers import create_tokenizer
 from fundamentallm.errors import CheckpointNotFoundError, ConfigError, FundamentaLLMError
-from fundamentallm.models.generation import Sampling, generate, generate_batch
+from fundamentallm.inference.generation import Sampling, generate, generate_batch
+from fundamentallm.inference.loading import find_checkpoint
 from fundamentallm.models.transformer import Transformer
-from fundamentallm.training.checkpoint import CheckpointManager
-from fundamentallm.training.snapshot import MODEL_KEY
 
 CONTEXT = 8
 PROMPT = [3, 1, 4, 1, 5]

@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch.distributed as dist
 
+from fundamentallm.distributed import rendezvous as group
+from fundamentallm.distributed.rendezvous import agree_on_start
 from fundamentallm.errors import FundamentaLLMError
-from fundamentallm.training import group
-from fundamentallm.training.group import agree_on_start
 
 WORLD = 3
 

@@ -27,12 +27,12 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from fundamentallm import LoggingCallback, SaveBestCallback
-from fundamentallm.command_line import parse_config
-from fundamentallm.command_line import settings as all_settings
-from fundamentallm.config import Config
+from fundamentallm.checkpoint.manager import CheckpointManager
+from fundamentallm.config.command_line import parse_config
+from fundamentallm.config.command_line import settings as all_settings
+from fundamentallm.config.schema import Config
+from fundamentallm.config.validation import from_dict
 from fundamentallm.errors import CheckpointError, ConfigError, FundamentaLLMError
-from fundamentallm.training.checkpoint import CheckpointManager
-from fundamentallm.validation import from_dict
 from tests.conftest import reset_accelerate
 from tests.integration.runs import make_config, make_trainer
 from tests.unit.checkpoint_files import make_true, write_manifest

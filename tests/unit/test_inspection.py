@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fundamentallm import Callback, ConfigError, ProfilerCallback, RatioCallback, SampleCallback, Trainer
-from fundamentallm.training.inspection import block_of
+from fundamentallm.training.callbacks.update_ratios import block_of
 from tests.integration.runs import (
     KillAfter,
     KilledError,

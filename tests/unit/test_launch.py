@@ -8,8 +8,8 @@ import pytest
 from accelerate import Accelerator
 
 from fundamentallm import ConfigError, create_accelerator
-from fundamentallm.training.accelerator import check_accelerator
-from fundamentallm.training.launch import launch_problems
+from fundamentallm.distributed.accelerator import check_accelerator
+from fundamentallm.distributed.launch_checks import launch_problems
 from tests.integration.runs import make_config, make_trainer, on_processes, sharded_accelerator
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}

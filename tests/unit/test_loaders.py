@@ -15,12 +15,12 @@ from tokenizers import Tokenizer
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 from torch.utils.data import WeightedRandomSampler as Weighted
 
-from fundamentallm.config import IGNORE_INDEX, Config, DataConfig, TrainingConfig
+from fundamentallm.config.schema import IGNORE_INDEX, Config, DataConfig, TrainingConfig
 from fundamentallm.data import loaders
 from fundamentallm.data.corpus import load_corpus
 from fundamentallm.data.datasets import TokenDataset
 from fundamentallm.data.loaders import as_is, create_dataloaders, device_batches, load, step_sampler
-from fundamentallm.data.order import POSITIONS_AT_ONCE, Start, StepSampler, derive_seed, permute
+from fundamentallm.data.sampler import POSITIONS_AT_ONCE, Start, StepSampler, derive_seed, permute
 from fundamentallm.data.tokenizers import create_tokenizer
 from fundamentallm.errors import ConfigError
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fundamentallm.config import CHUNK, IGNORE_INDEX, ModelConfig
+from fundamentallm.config.schema import CHUNK, IGNORE_INDEX, ModelConfig
 from fundamentallm.errors import ConfigError
 from fundamentallm.models.transformer import Transformer
-from fundamentallm.training.loss import LOSSES, ModelWithLoss, create_loss
+from fundamentallm.models.with_loss import ModelWithLoss
+from fundamentallm.training.loss import LOSSES, create_loss
 
 
 def cross_entropy(logits: Tensor, target: int) -> Tensor:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from fundamentallm.checkpoint.manifest import describe, read_manifest, verify, write_manifest
 from fundamentallm.errors import CheckpointError, CheckpointNotFoundError
-from fundamentallm.training.manifest import describe, read_manifest, verify, write_manifest
 from tests.unit import checkpoint_files
 
 ABOUT = {"sequence": 3, "is_best": False, "is_finite": True, "step": 7}

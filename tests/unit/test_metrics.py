@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fundamentallm.training.checkpoint import CheckpointManager
+from fundamentallm.checkpoint.manager import CheckpointManager
 from fundamentallm.training.metrics import MetricTracker, RunningMean
 
 

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.profiler import ProfilerActivity, profile
 
-from fundamentallm.config import ModelConfig
+from fundamentallm.checkpoint.manager import CheckpointManager
+from fundamentallm.checkpoint.optimizer_state import NamedOptimizerState
+from fundamentallm.config.schema import ModelConfig
 from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.models.transformer import Transformer
-from fundamentallm.training.checkpoint import CheckpointManager
-from fundamentallm.training.optimizer_state import NamedOptimizerState
-from fundamentallm.training.optimizers import Muon, create_optimizer, orthogonalize
+from fundamentallm.training.muon import Muon, orthogonalize
+from fundamentallm.training.optimizers import create_optimizer
 from fundamentallm.training.schedulers import create_scheduler
 
 KINDS = ("adamw", "adam", "sgd", "muon")

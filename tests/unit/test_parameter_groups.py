@@ -10,11 +10,10 @@ import torch
 from torch import nn
 
 from fundamentallm import ConfigError, ModelConfig, Trainer, Transformer
-from fundamentallm.config import OPTIMIZER_NAMES
-from fundamentallm.training.checkpoint import CheckpointManager
-from fundamentallm.training.optimizers import create_optimizer
-from fundamentallm.training.parameter_groups import freeze, split_groups
-from fundamentallm.training.stored import load_checkpoint
+from fundamentallm.checkpoint.manager import CheckpointManager
+from fundamentallm.checkpoint.reading import load_checkpoint
+from fundamentallm.config.schema import OPTIMIZER_NAMES
+from fundamentallm.training.optimizers import create_optimizer, freeze, split_groups
 from tests.integration.runs import StopAt, assert_same_weights, make_config, make_trainer, on_processes, weights
 
 ENTRIES: list[dict[str, Any]] = [

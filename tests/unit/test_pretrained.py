@@ -11,11 +11,11 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from fundamentallm.config import ModelConfig
+from fundamentallm.checkpoint.reading import load_weights
+from fundamentallm.config.schema import ModelConfig
 from fundamentallm.errors import CheckpointError, ConfigError
-from fundamentallm.models.pretrained import find_pretrained, shape_of, transformers_model
 from fundamentallm.models.transformer import Transformer
-from fundamentallm.training.stored import load_weights
+from fundamentallm.models.transformers_format import find_pretrained, shape_of, transformers_model
 from tests.unit.test_transformer import SHAPES
 
 SIZES = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
@@ -223,7 +223,7 @@ def test_the_cache_of_hugging_face_is_looked_into(tmp_path: Path, monkeypatch: p
 
 
 def test_estimate_takes_the_shape_of_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from fundamentallm.commands.estimate import main
+    from fundamentallm.commands.estimate.main import main
 
     model = llama(tmp_path)
     assert main(["--model.pretrained", str(tmp_path), "--devices", "1"], "estimate") == 0

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fundamentallm.data.order import Start, StepSampler
-from fundamentallm.training.progress import Progress, sampler_of
+from fundamentallm.data.sampler import Start, StepSampler
+from fundamentallm.run.progress import Progress, sampler_of
 
 CPU = torch.device("cpu")
 

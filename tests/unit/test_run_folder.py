@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from fundamentallm.errors import FundamentaLLMError, RunInProgressError
-from fundamentallm.training.run_folder import locked, read_starts, read_state, restarts, write_start, write_status
+from fundamentallm.run.folder import locked, read_starts, read_state, restarts, write_start, write_status
 
 HOLD = """
 import sys
 from pathlib import Path
-from fundamentallm.training.run_folder import locked
+from fundamentallm.run.folder import locked
 with locked([Path(sys.argv[1])]):
     print("locked", flush=True)
     sys.stdin.read()

@@ -20,11 +20,11 @@ import pyarrow.parquet
 import pytest
 
 from fundamentallm.commands import prepare
-from fundamentallm.config import DataConfig
+from fundamentallm.config.files import data_problems
+from fundamentallm.config.schema import DataConfig
 from fundamentallm.data import encoding, sources
 from fundamentallm.data.corpus import Corpus, load_corpus
 from fundamentallm.errors import ConfigError
-from fundamentallm.files import data_problems
 
 END = "<|endoftext|>"
 DOCUMENTS = [

@@ -12,8 +12,8 @@ import pytest
 import torch.distributed as dist
 
 from fundamentallm import create_accelerator
-from fundamentallm.training import stopping
-from fundamentallm.training.stopping import SIGNALS, Stop, StopSwitch
+from fundamentallm.run import stopping
+from fundamentallm.run.stopping import SIGNALS, Stop, StopSwitch
 from tests.integration.runs import on_processes
 
 

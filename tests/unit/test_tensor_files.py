@@ -16,16 +16,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from fundamentallm.training.tensor_files import (
+from fundamentallm.checkpoint.tensor_files import (
     OFFSETS,
     PLACES,
     Place,
     TensorFiles,
     consolidate,
     file_name,
-    total_norm,
     write_tensors,
 )
+from fundamentallm.distributed.dtensor import total_norm
 
 WHOLE = torch.arange(7 * 5 * 3).view(7, 5, 3).float()
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fundamentallm import Config, DataConfig, ModelConfig, TrainingConfig, Transformer
-from fundamentallm.commands.estimation.counts import step_flops, tokens_per_step
+from fundamentallm.commands.estimate.counts import step_flops, tokens_per_step
 from fundamentallm.training.throughput import Throughput, known_peak, model_flops_per_token
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from fundamentallm.config import ModelConfig
+from fundamentallm.checkpoint.manager import CheckpointManager
+from fundamentallm.checkpoint.snapshot import MODEL_KEY
+from fundamentallm.config.schema import ModelConfig
 from fundamentallm.errors import ConfigError
 from fundamentallm.models.transformer import INITIAL_STD, Attention, Block, Transformer
-from fundamentallm.training.checkpoint import CheckpointManager
-from fundamentallm.training.snapshot import MODEL_KEY
 
 SHAPES = [
     ModelConfig(37, d_model=32, num_heads=4, num_layers=2, qk_norm=qk_norm, tie_embeddings=tied, **shape)

@@ -1,1 +1,0 @@
-"""The checks behind `fundamentallm doctor`, and the short runs they look at."""

@@ -1,0 +1,6 @@
+"""What a user may write in a config. Nothing here imports torch, so `--help` and config errors answer at once."""
+
+from fundamentallm.config.schema import Config as Config
+from fundamentallm.config.schema import DataConfig as DataConfig
+from fundamentallm.config.schema import ModelConfig as ModelConfig
+from fundamentallm.config.schema import TrainingConfig as TrainingConfig

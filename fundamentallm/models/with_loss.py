@@ -1,0 +1,33 @@
+"""Model and loss in one module, so that logits never leave the forward pass."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+
+from fundamentallm.models.transformer import cache_option
+
+
+class ModelWithLoss(nn.Module):
+    """Model and loss in one forward pass, so that the Accelerator wraps both.
+
+    The logits stay inside: accelerate neither casts nor copies them, and DistributedDataParallel sees a scalar.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: Any) -> None:
+        super().__init__()
+        self.model, self.loss_fn = model, loss_fn
+        self._options = cache_option(model, False)
+        # A loss and a model that both can: the logits of a large vocabulary then never are there all at once.
+        self._by_hidden = hasattr(loss_fn, "of_hidden") and "of_hidden" in inspect.signature(model.forward).parameters
+
+    def forward(self, inputs: Tensor, targets: Tensor, with_logits: bool = False) -> Any:
+        """The loss, summed over targets; `with_logits`, (loss, all logits), which nothing needs in training."""
+        if self._by_hidden and not with_logits:
+            return self.model(inputs, of_hidden=lambda hidden, weight: self.loss_fn.of_hidden(hidden, weight, targets))
+        output = self.model(inputs, **self._options)
+        logits = output if isinstance(output, Tensor) else output.logits
+        loss = self.loss_fn(logits, targets)
+        return (loss, logits) if with_logits else loss

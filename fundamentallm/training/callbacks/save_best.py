@@ -1,0 +1,69 @@
+"""Keeps the checkpoint with the best validation metric."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from fundamentallm.config.schema import TrainingConfig
+from fundamentallm.errors import ConfigError
+from fundamentallm.training.callbacks.base import Callback
+from fundamentallm.training.early_stopping import improves, saved_best
+
+if TYPE_CHECKING:
+    from fundamentallm.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+class SaveBestCallback(Callback):
+    """Saves a checkpoint, marked as the best, whenever a validation metric improves.
+
+    Args:
+        metric: name of the validation metric.
+        mode: 'min' where smaller is better, 'max' where larger is.
+
+    Raises:
+        ConfigError: if mode is neither.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from fundamentallm import SaveBestCallback, Trainer, TrainingConfig
+        >>> numbers = torch.arange(300).reshape(30, 10) % 3
+        >>> loader = DataLoader(TensorDataset(numbers, (numbers + 1) % 3), batch_size=4)
+        >>> config = TrainingConfig(max_steps=8, eval_every_n_steps=4, checkpoint_dir="checkpoints", learning_rate=0.1)
+        >>> trainer = Trainer(nn.Embedding(3, 3), config, loader, loader, callbacks=[SaveBestCallback()])
+        >>> history = trainer.train()
+        >>> trainer.checkpoint_manager.get_best().name
+        'step_00000008'
+    """
+
+    def __init__(
+        self, metric: str = TrainingConfig.early_stopping_metric, mode: str = TrainingConfig.early_stopping_mode
+    ) -> None:
+        if mode not in ("min", "max"):
+            raise ConfigError(f"mode is {mode!r}; allowed: min, max.")
+        self.metric, self.mode = metric, mode
+        self.best_value: float | None = None
+
+    def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        """Ask for a checkpoint if the metric improved."""
+        if self.metric not in metrics:
+            raise ConfigError(f"the metric is {self.metric!r}; allowed: {', '.join(metrics)}.")
+        if improves(metrics[self.metric], self.best_value, self.mode):
+            self.best_value = metrics[self.metric]
+            trainer.request_save(is_best=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best value so far, and of what."""
+        return {"metric": self.metric, "mode": self.mode, "best_value": self.best_value}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved best value."""
+        best = saved_best(state["best_value"])
+        if (state["metric"], state["mode"]) == (self.metric, self.mode):
+            self.best_value = best
+        else:
+            logger.warning("the best starts afresh: it was of %s (%s) before.", state["metric"], state["mode"])
