@@ -7,6 +7,7 @@ import itertools
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 
 class FundamentaLLMError(Exception):
@@ -22,8 +23,48 @@ class FundamentaLLMError(Exception):
     """
 
 
+class Problem(str):
+    """One mistake in a config: a sentence for people, with its facts as attributes for programs.
+
+    Args:
+        setting: dotted name, such as training.learning_rate; "" if no setting is to blame.
+        value: the value given.
+        allowed: the allowed values, in words.
+        advice: what to do, as a sentence.
+        reason: why the value does not fit, as a clause: "which has 12 bytes".
+
+    Examples:
+        >>> from fundamentallm.errors import Problem
+        >>> problem = Problem("batch_size", 0, allowed="at least 1").within("training")
+        >>> print(problem)
+        training.batch_size is 0; allowed: at least 1.
+        >>> problem.setting, problem.value
+        ('training.batch_size', 0)
+    """
+
+    __slots__ = ("advice", "allowed", "reason", "setting", "value")
+    setting: str
+    value: Any
+    allowed: str
+    advice: str
+    reason: str
+
+    def __new__(cls, setting: str, value: Any = None, allowed: str = "", advice: str = "", reason: str = "") -> Problem:
+        """Put the sentence together."""
+        fact = (
+            f"{setting} is {value!r}" + (f", {reason}" if reason else "") + (f"; allowed: {allowed}" if allowed else "")
+        )
+        self = super().__new__(cls, " ".join(text for text in (f"{fact}." if setting else "", advice) if text))
+        self.setting, self.value, self.allowed, self.advice, self.reason = setting, value, allowed, advice, reason
+        return self
+
+    def within(self, section: str) -> Problem:
+        """Returns the same problem of a setting in `section`."""
+        return Problem(f"{section}.{self.setting}", self.value, self.allowed, self.advice, self.reason)
+
+
 class ConfigError(FundamentaLLMError, ValueError):
-    """One or more settings are wrong; `problems` lists them all, one sentence each.
+    """One or more settings are wrong. `problems` lists them all; each is a `Problem` or a sentence.
 
     Examples:
         >>> from fundamentallm import ConfigError, TrainingConfig

@@ -73,9 +73,12 @@ def make_trainer(name: str, config: Config) -> Trainer:
             f"--trainer is {name!r}, which made a {type(trainer).__name__}; allowed: a function from a Config to a "
             "fundamentallm.Trainer."
         )
-    pairs = [(setting, getattr(trainer.config, setting), getattr(config.training, setting)) for setting in OWN_SETTINGS]
-    if isinstance(trainer.run_config, Config):
-        pairs.append(("output_dir", trainer.run_config.output_dir, config.output_dir))
+    pairs = [
+        (setting, getattr(trainer.config.training, setting), getattr(config.training, setting))
+        for setting in OWN_SETTINGS
+    ]
+    if trainer.output_dir is not None:
+        pairs.append(("output_dir", trainer.config.output_dir, config.output_dir))
     if wrong := [f"{setting} {made!r} for {given!r}" for setting, made, given in pairs if made != given]:
         raise ConfigError(
             f"--trainer is {name!r}, whose Trainer has {', '.join(wrong)}; hand the config it is given on to the "
@@ -118,9 +121,12 @@ class KillOnce(Callback):
 
     def on_step_end(self, trainer: Trainer, loss: float) -> None:
         """Kill, the first time that the step is reached."""
-        if trainer.global_step < self.step or self.marker.exists() or trainer.config.checkpoint_dir is None:
+        if trainer.global_step < self.step or self.marker.exists() or trainer.config.training.checkpoint_dir is None:
             return
-        manager, deadline = CheckpointManager(trainer.config.checkpoint_dir), time.monotonic() + CHECKPOINT_SECONDS
+        manager, deadline = (
+            CheckpointManager(trainer.config.training.checkpoint_dir),
+            time.monotonic() + CHECKPOINT_SECONDS,
+        )
         while manager.get_latest() is None and time.monotonic() < deadline:
             time.sleep(0.01)  # it may be written beside the training
         self.marker.touch()

@@ -126,8 +126,7 @@ def begin_from_checkpoint(trainer: Trainer, tokenizer: Tokenizer) -> None:
         CheckpointError: if it is damaged, or of a model of another shape.
         ConfigError: if its tokens mean something else.
     """
-    assert isinstance(trainer.run_config, Config)
-    checkpoint = Path(expand_user(trainer.run_config.model.init_from or ""))
+    checkpoint = Path(expand_user(trainer.config.model.init_from or ""))
     trainer.team.from_first(lambda: check_checkpoint(checkpoint))
     theirs = checkpoint / TOKENIZER
     if theirs.exists() and json.loads(theirs.read_text(encoding="utf-8")) != json.loads(tokenizer.to_str()):

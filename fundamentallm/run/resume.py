@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,11 +14,10 @@ from fundamentallm.config.schema import flat_settings
 from fundamentallm.config.validation import expand_user
 from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.run.folder import LOCK
-from fundamentallm.run.state import exchange, like_of
+from fundamentallm.run.state import exchange, like_of, stored_config
 from fundamentallm.training.schedulers import _curve
 
 if TYPE_CHECKING:
-    from fundamentallm.config.schema import Config, TrainingConfig
     from fundamentallm.training.trainer import Trainer
 
 FREE = {
@@ -99,7 +97,7 @@ def _choose(trainer: Trainer) -> Choice:
             checkpoints would go as new ones come.
         CheckpointError: if there are checkpoints but none is intact.
     """
-    manager, wanted = trainer.checkpoint_manager, trainer.config.resume
+    manager, wanted = trainer.checkpoint_manager, trainer.config.training.resume
     if wanted == "never":
         folder = manager.checkpoint_dir if manager is not None else None
         if folder is not None and folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
@@ -145,11 +143,11 @@ def restore(trainer: Trainer, saved: dict[str, Any], where: Path) -> None:
         ConfigError: naming each setting that changes the course of the run and is not in `resume_changes`.
     """
     try:
-        changed = changes(saved, trainer.run_config, trainer.state["progress"].stretches[-1])
+        changed = changes(saved, stored_config(trainer), trainer.state["progress"].stretches[-1])
         exchange(saved)
     except MALFORMED as error:
         raise CheckpointError(f"{where} holds no run ({type(error).__name__}: {error}).") from error
-    allowed = trainer.config.resume_changes
+    allowed = trainer.config.training.resume_changes
     # A tokenizer's file may move with the folder it is in; where it is another, the samples are.
     free = FREE if "data.content" in changed else FREE | {"data.tokenizer"}
     refused = [name for name in changed if name not in free and not {name, name.partition(".")[0]} & set(allowed)]
@@ -189,9 +187,9 @@ def restore(trainer: Trainer, saved: dict[str, Any], where: Path) -> None:
         trainer.say(_curve(trainer))
 
 
-def changes(saved: dict[str, Any], config: Config | TrainingConfig, stretch: dict[str, Any]) -> dict[str, Any]:
+def changes(saved: dict[str, Any], config: dict[str, Any], stretch: dict[str, Any]) -> dict[str, Any]:
     """{dotted name: (value in the checkpoint, value now)} of the settings, and facts of the data, that differ."""
-    before, now = flat_settings(saved["config"]), flat_settings(dataclasses.asdict(config))
+    before, now = flat_settings(saved["config"]), flat_settings(config)
     before |= _facts(saved["progress_state_dict"]["stretches"][-1])
     now |= _facts(stretch)
     return {name: (before[name], now[name]) for name in sorted(before.keys() & now.keys()) if before[name] != now[name]}

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from fundamentallm.checkpoint.snapshot import OPTIMIZER_KEY
 from fundamentallm.checkpoint.state_json import encode
-from fundamentallm.config.schema import Config
 from fundamentallm.distributed.dtensor import device_name, local
 from fundamentallm.distributed.watchdog import Place, Watchdog
 from fundamentallm.errors import START_AGAIN, CheckpointError, ConfigError, FundamentaLLMError, TrainingError, exit_code
@@ -47,7 +46,7 @@ def session(trainer: Trainer, is_first: bool) -> Iterator[None]:
         ConfigError: if the run cannot go on with this config.
     """
     with ExitStack() as stack:
-        watchdog = stack.enter_context(Watchdog(lambda: _place(trainer), trainer.config.hang_minutes))
+        watchdog = stack.enter_context(Watchdog(lambda: _place(trainer), trainer.config.training.hang_minutes))
         trainer.team.from_first(lambda: _open_folders(trainer, stack))
         try:
             resumed_from = None
@@ -87,11 +86,11 @@ def _place(trainer: Trainer) -> Place:
 
 def _open_folders(trainer: Trainer, stack: ExitStack) -> None:
     manager, folders = trainer.checkpoint_manager, []
-    if isinstance(trainer.run_config, Config):
-        folders.append(Path(trainer.run_config.output_dir))
+    if trainer.output_dir is not None:
+        folders.append(trainer.output_dir)
     if manager is not None:
         folders.append(manager.checkpoint_dir)
-    elif trainer.config.checkpoint_dir is None:
+    elif trainer.config.training.checkpoint_dir is None:
         logger.warning("training.checkpoint_dir is not set: nothing will be saved.")
     try:
         stack.enter_context(locked(folders))
@@ -122,7 +121,7 @@ def _check_saving(trainer: Trainer) -> None:
     """Find out before the first step whether the state can be saved, and whether there is room for it."""
     manager = trainer.checkpoint_manager
     if manager is not None:
-        config, left = trainer.config, trainer.total_steps - trainer.global_step
+        config, left = trainer.config.training, trainer.total_steps - trainer.global_step
         by_steps = left // (config.save_every_n_steps or left + 1)
         by_epochs = left // ((config.save_every_n_epochs or left + 1) * trainer.steps_per_epoch)
         by_validations = left // min(config.eval_every_n_steps or left + 1, trainer.steps_per_epoch)  # the best
@@ -154,18 +153,17 @@ def _bytes(tensors: dict[str, Tensor]) -> int:
 
 
 def _state(trainer: Trainer) -> str | None:
-    config = trainer.run_config
-    return read_state(Path(config.output_dir)) if isinstance(config, Config) else None
+    return read_state(trainer.output_dir) if trainer.output_dir is not None else None
 
 
 def _record_start(trainer: Trainer, resumed_from: Path | None) -> None:
     """Write down where, when and with what the run goes on."""
-    config, accelerator = trainer.run_config, trainer.accelerator
-    if not (trainer.is_main_process and isinstance(config, Config)):
+    config, accelerator = trainer.config, trainer.accelerator
+    if not trainer.is_main_process or trainer.output_dir is None:
         return
     device, processes = device_name(accelerator.device), accelerator.num_processes
     write_start(
-        Path(config.output_dir),
+        trainer.output_dir,
         step=trainer.global_step,
         time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         resumed_from=None if resumed_from is None else str(resumed_from),
@@ -175,6 +173,6 @@ def _record_start(trainer: Trainer, resumed_from: Path | None) -> None:
 
 
 def _tell(trainer: Trainer, **status: object) -> None:
-    if trainer.is_main_process and isinstance(trainer.run_config, Config):
+    if trainer.is_main_process and trainer.output_dir is not None:
         about = {"step": trainer.global_step, "total_steps": trainer.total_steps, "pid": os.getpid()}
-        write_status(Path(trainer.run_config.output_dir), **status, **about, host=socket.gethostname())
+        write_status(trainer.output_dir, **status, **about, host=socket.gethostname())

@@ -29,7 +29,13 @@ def run_state(trainer: Trainer) -> dict[str, Any]:
     """The state of every part by name, and what it was made with."""
     state = {f"{part}_state_dict": holder.state_dict() for part, holder in trainer.state.items()}
     exchange(state)
-    return {**state, "config": dataclasses.asdict(trainer.run_config), "versions": versions()}
+    return {**state, "config": stored_config(trainer), "versions": versions()}
+
+
+def stored_config(trainer: Trainer) -> dict[str, Any]:
+    """The settings that a checkpoint stores: those of the training only if the caller gave no whole `Config`."""
+    config = dataclasses.asdict(trainer.config)
+    return config["training"] if trainer.output_dir is None else config
 
 
 def like_of(trainer: Trainer) -> Like | None:

@@ -113,7 +113,7 @@ def _largest_that_fits(trainer: Trainer, largest: int) -> int:
 
     # Else every size tried would be compiled for; uncompiled, it needs more memory rather than less.
     with (
-        torch.compiler.set_stance("force_eager") if trainer.config.compile else nullcontext(),
+        torch.compiler.set_stance("force_eager") if trainer.config.training.compile else nullcontext(),
         _leaving_no_trace(trainer),
     ):
         parts = smallest_number_of_parts(largest, fits)

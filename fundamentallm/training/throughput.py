@@ -130,7 +130,7 @@ class Throughput:
 def make_throughput(trainer: Trainer) -> Throughput:
     """The clock of a run on its devices; their peak is the config's, or known by their name."""
     accelerator, device = trainer.accelerator, trainer.accelerator.device
-    peak = trainer.config.peak_tflops or known_peak(device_name(device), accelerator.mixed_precision)
+    peak = trainer.config.training.peak_tflops or known_peak(device_name(device), accelerator.mixed_precision)
     if peak is None:
         return Throughput()
     length = len(trainer.train_loader.dataset[0][0])

@@ -115,21 +115,22 @@ class Trainer:
         if isinstance(config, Config) and config.training.batch_size is None:
             size = getattr(train_loader, "batch_size", None)
             config = replace(config, training=replace(config.training, batch_size=size))
-        config = config.resolved()
-        training = config.training if isinstance(config, Config) else config
+        self.output_dir = Path(config.output_dir) if isinstance(config, Config) else None
+        config = config.resolved() if isinstance(config, Config) else Config(training=config.resolved())
+        training = config.training
         smallest = training.smallest_batch_size(getattr(train_loader, "batch_size", None))
         launch = training.mixed_precision, smallest, training.compile
         if accelerator is not None:
             check_accelerator(accelerator, *launch)
-        tracked = (config.trackers, config.output_dir) if isinstance(config, Config) else ([], None)
-        self.accelerator = accelerator or create_accelerator(*launch, *tracked)
+        folder = None if self.output_dir is None else str(self.output_dir)
+        self.accelerator = accelerator or create_accelerator(*launch, config.trackers, folder)
         # What the launcher said about it is a part of the run as if the config had.
-        self.config = training = replace(
+        training = replace(
             training,
             mixed_precision=self.accelerator.mixed_precision,
             compile=is_compiled(self.accelerator, training.compile),
         )
-        self.run_config = replace(config, training=training) if isinstance(config, Config) else training
+        self.config = replace(config, training=training)
         self.micro_batch = make_micro_batch(training, self.accelerator)
         at_once = None if training.micro_batch_size == "auto" else training.micro_batch_size
         place = self.accelerator.process_index, self.accelerator.num_processes, at_once
@@ -173,7 +174,7 @@ class Trainer:
             together = Team() if self.is_sharded else None  # another one: it speaks from a thread of its own
             self.checkpoint_manager = CheckpointManager(training.checkpoint_dir, training.keep_last_n, together)
         self.callbacks = CallbackList(
-            default_callbacks(self.run_config, val_loader is not None) if callbacks is None else callbacks
+            default_callbacks(self.config, self.output_dir, val_loader is not None) if callbacks is None else callbacks
         )
         if self.accelerator.log_with:
             self.callbacks.add(TrackerCallback())
@@ -209,7 +210,7 @@ class Trainer:
 
     def _check(self, optimizer: Optimizer | None, scheduler: LRScheduler | None) -> None:
         """Refuse arguments and settings that contradict each other."""
-        problems, training = [], self.config
+        problems, training = [], self.config.training
         if training.batch_size not in (None, self.batch_size):
             problems.append(
                 f"training.batch_size is {training.batch_size} and the train_loader's batch_size is {self.batch_size}; "
@@ -229,7 +230,7 @@ class Trainer:
             problems.append(unknown_metric(training.early_stopping_metric, metrics))
         if training.early_stopping_patience and self.val_loader is None:
             problems.append("early_stopping_patience is set and there is no val_loader; give one, or set it to null.")
-        wanted = self.run_config.trackers if isinstance(self.run_config, Config) else []
+        wanted = self.config.trackers
         given = tracker_names(self.accelerator)
         if not set(wanted) <= set(given):
             problems.append(
@@ -240,7 +241,7 @@ class Trainer:
             raise ConfigError(problems)
 
     def _total_steps(self) -> int:
-        training, start = self.config, self.samples.start
+        training, start = self.config.training, self.samples.start
         ends = [math.inf if training.max_steps is None else training.max_steps]
         if training.max_epochs is not None:
             # Where as many passes were made before the batches begin, the run ends there.
@@ -254,7 +255,9 @@ class Trainer:
         if self._own_schedule and total_steps != self.total_steps:
             for group in self.optimizer.param_groups:
                 group["lr"] = group["initial_lr"]
-            self.scheduler = self.state["scheduler"] = make_schedule(self.config, self.optimizer, self.total_steps)
+            self.scheduler = self.state["scheduler"] = make_schedule(
+                self.config.training, self.optimizer, self.total_steps
+            )
 
     # ---- where the run is --------------------------------------------------------------------------------
 
@@ -373,13 +376,13 @@ class Trainer:
 
     def _end_of_step(self, norm: Tensor, learning_rate: float) -> bool:
         """Whatever is due after a step: log line, validation, checkpoint. True if the run stops here."""
-        logged = self.global_step == self.total_steps or self.global_step % self.config.log_every_n_steps == 0
+        logged = self.global_step == self.total_steps or self.global_step % self.config.training.log_every_n_steps == 0
         if logged:
             self._log(norm, learning_rate)
         return self._close_step(logged)
 
     def _close_step(self, logged: bool = True) -> bool:
-        config, progress = self.config, self._progress
+        config, progress = self.config.training, self._progress
         started = time.perf_counter()
         validates = self.val_loader is not None and (
             progress.validation_due
@@ -433,7 +436,7 @@ class Trainer:
             "grad_norm": norm.item(),
             "tokens_per_second": speed.pop("tokens_per_second"),
             "bad_steps": bad,
-            **({"skipped_spikes": spikes} if self.config.skip_spikes_above is not None else {}),
+            **({"skipped_spikes": spikes} if self.config.training.skip_spikes_above is not None else {}),
         }
         self.metrics.update(line)
         # What the machine or an observer says is no part of the state: a checkpoint is the same with it and without.
@@ -450,9 +453,9 @@ class Trainer:
 
     def _end_if_diverged(self, bad_in_a_row: int) -> None:
         """Raise TrainingError if the guard has stopped the run; such a state is never saved."""
-        if bad_in_a_row >= self.config.max_bad_steps:
+        if bad_in_a_row >= (most := self.config.training.max_bad_steps):
             raise TrainingError(
-                f"the loss or the gradient was not finite in {self.config.max_bad_steps} optimizer steps in a row; "
+                f"the loss or the gradient was not finite in {most} optimizer steps in a row; "
                 "none of them changed the weights. Lower training.learning_rate, check the data, and look at the loss "
                 "and the gradient norm before."
             )
@@ -628,7 +631,7 @@ class Trainer:
 
 def summary(trainer: Trainer) -> str:
     """Where the run is, what it trains, on what and how; the host does not wait for the device."""
-    training, validation = trainer.config, trainer.val_samples
+    training, validation = trainer.config.training, trainer.val_samples
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     processes = trainer.accelerator.num_processes
     latest = {name: trainer.metrics.get_latest(name) for name in ("train_loss", "val_loss")}

@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ class Hook(Callback):
         self.seen: dict[str, Any] = {}
 
     def on_train_end(self, trainer: Trainer) -> None:
-        folder = Path(trainer.run_config.output_dir)  # type: ignore[union-attr]
+        folder = trainer.output_dir
         (folder / f"{type(self).__name__}.json").write_text(json.dumps(self.seen))
 
 
@@ -61,7 +60,7 @@ class Facts(Hook):
             "device": trainer.accelerator.device.type,
             "sharded": trainer.is_sharded,
             "mixed_precision": trainer.accelerator.mixed_precision,
-            "compiled": trainer.config.compile,
+            "compiled": trainer.config.training.compile,
             "compile_seconds": compile_seconds(),
             "micro_batch_size": trainer.samples.micro_batch_size,
             "peak_bytes": torch.cuda.max_memory_allocated() if self.cuda else None,
@@ -92,7 +91,9 @@ class NoWaiting(Hook):
         # From the first forward pass of such a step to that of the next one: the loader and all hooks are between.
         def before_forward(model: nn.Module, _: Any) -> None:
             step = trainer.global_step + 1
-            ordinary = model.training and step != trainer.total_steps and step % trainer.config.log_every_n_steps != 0
+            ordinary = (
+                model.training and step != trainer.total_steps and step % trainer.config.training.log_every_n_steps != 0
+            )
             steps.update({step} if ordinary else ())
             if trainer.accelerator.device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("error" if ordinary else "default")

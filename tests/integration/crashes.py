@@ -511,9 +511,9 @@ WINDOWS = {
     "the rewound metrics.jsonl gets its name": Instant("file", f"os.rename {METRICS}.new -> {METRICS}"),
     "a forward pass": Instant("call", "transformer: Attention.forward", 2),
     "a validation": Instant("call", "loss: CrossEntropy.forward ends", 5),
-    "the best value is taken": Instant("call", "callbacks: SaveBestCallback.on_validation_end ends"),
+    "the best value is taken": Instant("call", "save_best: SaveBestCallback.on_validation_end ends"),
     "patience is counted": Instant("call", "early_stopping: EarlyStopping.step ends"),
-    "an epoch ends": Instant("call", "callbacks: CallbackList.on_epoch_end"),
+    "an epoch ends": Instant("call", "base: CallbackList.on_epoch_end"),
     "a snapshot is taken": Instant("call", "snapshot: take_snapshot", 2),
     "a staged checkpoint is read back": Instant("call", "snapshot: read_back ends", 2),
     "retention begins": Instant("file", f"os.mkdir {DELETING}"),
@@ -541,7 +541,7 @@ WINDOWS_OF_REPLACING = {
     "nothing is left of putting it back": Instant("file", f"shutil.rmtree {REPLACED}"),
     "the other has its name, the first goes": Instant("file", f"shutil.rmtree {REPLACED}", 2),
     "the first goes at the next start": Instant("file", f"shutil.rmtree {REPLACED}"),
-    "the end is saved": Instant("call", "callbacks: CallbackList.on_train_end"),
+    "the end is saved": Instant("call", "base: CallbackList.on_train_end"),
 }
 
 WINDOWS_OF_TWO = {
@@ -554,7 +554,7 @@ WINDOWS_OF_TWO = {
     "an old checkpoint is half deleted": Instant("file", f"os.remove {DELETING}/step_N/model.safetensors", rank=0),
     "the rest of an old checkpoint is removed": Instant("file", f"shutil.rmtree {DELETING}", rank=0),
     "python -m has validated": Instant("line", "val_loss", rank=0),
-    "the end is saved": Instant("call", "callbacks: CallbackList.on_train_end", rank=0),
+    "the end is saved": Instant("call", "base: CallbackList.on_train_end", rank=0),
 }
 
 

@@ -81,7 +81,7 @@ def test_it_averages_the_weights_after_each_step_that_was_taken(kind: str, tmp_p
     trainer = make_trainer(of(tmp_path), callbacks=[watch])
     if kind == "lion":
         data, optimizer = (trainer.train_loader, trainer.val_loader), Lion(trainer.model.parameters())
-        trainer = Trainer(trainer.model, trainer.run_config, *data, callbacks=[watch], optimizer=optimizer)
+        trainer = Trainer(trainer.model, trainer.config, *data, callbacks=[watch], optimizer=optimizer)
     trainer.train()
     assert_same_weights(watch.weights[BAD_STEP], watch.weights[BAD_STEP - 1])
     taken = [w for step, w in enumerate(watch.weights) if step not in (0, BAD_STEP)]

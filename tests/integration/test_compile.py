@@ -64,7 +64,7 @@ def run(_: int, folder: str, backend: str, is_sharded: bool, training: dict[str,
         make_config(folder, dropout, **training), CHARACTERS, accelerator=accelerator_for(backend, is_sharded)
     )
     trainer.train()
-    assert trainer.config.compile is (backend != "no")
+    assert trainer.config.training.compile is (backend != "no")
     assert type(trainer.accelerator.unwrap_model(trainer._step_model)) is ModelWithLoss  # by nobody else
     if backend != "no":
         # One for the steps and one for validation: not for other sizes, not for each of the blocks.

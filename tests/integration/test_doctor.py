@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from fundamentallm import Config, ConfigError, ModelConfig, TrainingConfig
+from fundamentallm.commands.doctor import checklist
 from fundamentallm.commands.doctor.case import Case, Finding
 from fundamentallm.commands.doctor.forecast import forecast
-from fundamentallm.commands.doctor.main import checklist
 from fundamentallm.commands.doctor.main import main as doctor
 from tests.integration.runs import prose
 
@@ -130,7 +130,7 @@ def test_rows_that_influence_each_other_change_the_curve(tmp_path: Path, check: 
 
 def test_a_trial_writes_into_its_own_folder_only(tmp_path: Path) -> None:
     case = a_case(tmp_path, "sound")
-    config = case.make().run_config
+    config = case.make().config
     assert isinstance(config, Config)
     assert config.training.checkpoint_dir is not None
     for folder in (config.output_dir, config.training.checkpoint_dir):

@@ -109,8 +109,8 @@ def test_a_run_that_was_under_way_goes_on_as_if_it_had_not_been_used(config: Pat
 
 def test_it_neither_validates_nor_saves(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a large model, both would take longer than the steps, and the second one room on the disk."""
-    for where in ("trainer.evaluate", "checkpoint.CheckpointManager.save_in_background"):
-        monkeypatch.setattr(f"fundamentallm.training.{where}", lambda *_, **__: pytest.fail("it does"))
+    for where in ("training.trainer.evaluate", "checkpoint.manager.CheckpointManager.save_in_background"):
+        monkeypatch.setattr(f"fundamentallm.{where}", lambda *_, **__: pytest.fail("it does"))
     assert find(config) == 0
 
 

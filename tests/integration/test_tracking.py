@@ -14,9 +14,9 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
 from fundamentallm import Callback, Config, ConfigError, Trainer, create_accelerator
+from fundamentallm.distributed import launch_checks
 from fundamentallm.errors import FundamentaLLMError
 from fundamentallm.run.stopping import Stop
-from fundamentallm.training.callbacks.base import trackers as tracking
 from tests.conftest import reset_accelerate
 from tests.integration.runs import KillAfter, KilledError, StopAt, lines, make_config, make_trainer
 
@@ -205,7 +205,7 @@ def test_a_tracker_that_does_not_start_is_the_one_error(tmp_path: Path, caplog: 
 
 
 def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr(launch_checks, "get_available_trackers", lambda: ["tensorboard"])
     with pytest.raises(ConfigError, match="trackers has 'trackio', which is not installed; run: pip install trackio"):
         create_accelerator(trackers=["tensorboard", "trackio"], output_dir="runs/never")
     assert not Path("runs/never").exists()

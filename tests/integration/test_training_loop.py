@@ -336,7 +336,7 @@ def test_a_schedule_that_follows_a_metric_is_refused() -> None:
 
 def test_a_whole_config_without_a_batch_size_has_the_loaders(tmp_path: Path) -> None:
     trainer = Trainer(Bigram(), make_config(tmp_path, batch_size=None), DataLoader(PartlyIgnored(), batch_size=7))
-    assert (trainer.batch_size, trainer.config.batch_size) == (7, 7)
+    assert (trainer.batch_size, trainer.config.training.batch_size) == (7, 7)
 
 
 def test_samples_that_are_no_pairs_are_refused() -> None:

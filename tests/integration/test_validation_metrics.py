@@ -101,7 +101,7 @@ def test_one_of_them_decides_about_the_best_and_about_stopping(tmp_path: Path) -
     history = trainer.metrics.get_history()["val_accuracy"]
     stopped = next((i for i in range(1, len(history)) if history[i] <= max(history[:i])), len(history) - 1)
     assert len(history) == stopped + 1 < 12
-    best = CheckpointManager(trainer.config.checkpoint_dir or "").get_best()
+    best = CheckpointManager(trainer.config.training.checkpoint_dir or "").get_best()
     assert best is not None
     assert best.name == f"step_{history.index(max(history)) + 1:08d}"
 

@@ -53,7 +53,7 @@ def test_nobody_notices_being_looked_into(tmp_path: Path, plain: Trainer) -> Non
     looked_into.train()
     assert_same_weights(weights(looked_into), weights(plain))
     ours = [{key: value for key, value in line.items() if "/" not in key} for line in lines(tmp_path)]
-    assert timeless(ours) == timeless(lines(plain.run_config.output_dir))  # type: ignore[union-attr]
+    assert timeless(ours) == timeless(lines(plain.output_dir))
 
 
 # ---- samples -----------------------------------------------------------------------------------------------

@@ -42,4 +42,4 @@ def test_a_trainer_shows_where_it_is_and_what_it_does(tmp_path: Path) -> None:
     assert "Muon, cosine, learning rate 0.001" in shown
     train_loss, val_loss = (trainer.history[name][-1] for name in ("train_loss", "val_loss"))
     assert f"train_loss {train_loss:.4g}, val_loss {val_loss:.4g}" in shown
-    assert repr(CheckpointManager(trainer.config.checkpoint_dir)).endswith("keep_last_n=3): step_00000012")
+    assert repr(CheckpointManager(trainer.config.training.checkpoint_dir)).endswith("keep_last_n=3): step_00000012")

@@ -98,7 +98,7 @@ def check_model(case: Case) -> Finding:
     for _ in range(3):
         trainer.model.load_state_dict(weights)
         trainer.model.zero_grad()
-        seed_device(derive_seed(trainer.config.seed, 0, 0), inputs.device)
+        seed_device(derive_seed(trainer.config.training.seed, 0, 0), inputs.device)
         loss = trainer._step_model(inputs, targets) / (targets != IGNORE_INDEX).sum().clamp(min=1)
         trainer.accelerator.backward(loss)
         losses.append(loss.item())

@@ -10,7 +10,6 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fundamentallm.config.schema import Config
 from fundamentallm.errors import ConfigError
 from fundamentallm.run.folder import restarts
 from fundamentallm.training.callbacks.base import Callback
@@ -74,8 +73,8 @@ class VisualizationCallback(Callback):
 
     def on_train_begin(self, trainer: Trainer) -> None:
         """Look up where the run was started again."""
-        if isinstance(trainer.run_config, Config):
-            self._restarts = restarts(Path(trainer.run_config.output_dir))
+        if trainer.output_dir is not None:
+            self._restarts = restarts(trainer.output_dir)
 
     def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """Draw, if the last drawing is old enough."""
@@ -106,8 +105,7 @@ class VisualizationCallback(Callback):
 
     @staticmethod
     def _title(trainer: Trainer) -> str:
-        config = trainer.run_config
-        name = f"{Path(config.output_dir).name}: " if isinstance(config, Config) else ""
+        name = "" if trainer.output_dir is None else f"{trainer.output_dir.name}: "
         # Text between dollars would be read as a formula.
         return f"{name}step {trainer.global_step:,} of {trainer.total_steps:,}".replace("$", r"\$")
 

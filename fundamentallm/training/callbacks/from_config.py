@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fundamentallm.config.registry import resolve
-from fundamentallm.config.schema import Config, TrainingConfig
+from fundamentallm.config.schema import Config
 from fundamentallm.errors import ConfigError
 from fundamentallm.training.callbacks.base import Callback
 from fundamentallm.training.callbacks.console import LoggingCallback, ProgressCallback
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from fundamentallm.training.callbacks.base import Callback
 
 
-def default_callbacks(config: Config | TrainingConfig, has_validation: bool) -> list[Callback]:
-    """A progress bar, log lines (in the output_dir of a whole `Config`), and keeping the best checkpoint."""
-    training = config.training if isinstance(config, Config) else config
-    path = Path(config.output_dir) / "metrics.jsonl" if isinstance(config, Config) else None
+def default_callbacks(config: Config, output_dir: Path | None, has_validation: bool) -> list[Callback]:
+    """A progress bar, log lines (in the output_dir, if there is one), and keeping the best checkpoint."""
+    training = config.training
+    path = None if output_dir is None else output_dir / "metrics.jsonl"
     callbacks: list[Callback] = [ProgressCallback(), LoggingCallback(path)]
     if has_validation and training.checkpoint_dir is not None:
         callbacks.append(SaveBestCallback(training.early_stopping_metric, training.early_stopping_mode))

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from fundamentallm.config.schema import Config
 from fundamentallm.config.validation import fits
 from fundamentallm.errors import ConfigError, writing
 from fundamentallm.training.callbacks.base import Callback
@@ -74,8 +73,8 @@ class ProfilerCallback(Callback):
         first = self.first_step or trainer.global_step + 10
         self._last = first + self.num_steps - 1
         self._first = max(first, trainer.global_step + 2)
-        if isinstance(trainer.run_config, Config):
-            self.folder = self.folder or Path(trainer.run_config.output_dir) / TRACES
+        if trainer.output_dir is not None:
+            self.folder = self.folder or trainer.output_dir / TRACES
 
     def on_step_begin(self, trainer: Trainer) -> None:
         """Start, go on with, or end the trace."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fundamentallm.config.schema import Config
 from fundamentallm.config.validation import allowed_values, fits
 from fundamentallm.data.datasets import TokenSamples
 from fundamentallm.data.tokenizers import encode_prompt
@@ -95,12 +94,10 @@ class SampleCallback(Callback):
         """Bring the file back to the step the run goes on from."""
         if trainer.val_loader is None:
             raise ConfigError("samples are written after validations, and there is no val_loader; leave them out.")
-        config = trainer.run_config
-        if isinstance(config, Config):
-            self.path = self.path or Path(config.output_dir) / SAMPLES
-            self.num_tokens = config.sample_tokens if self.num_tokens is None else self.num_tokens
+        if trainer.output_dir is not None:
+            self.path = self.path or trainer.output_dir / SAMPLES
         if self.num_tokens is None:
-            self.num_tokens = Config.sample_tokens
+            self.num_tokens = trainer.config.sample_tokens
         for prompt in self.prompts:
             continuation(trainer, prompt, min(self.num_tokens, 0), self.temperature)  # finds out what is wrong
         if self.path is not None and trainer.is_main_process:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
-from fundamentallm.config.schema import Config, flat_settings
+from fundamentallm.config.schema import flat_settings
 from fundamentallm.errors import FundamentaLLMError, writing
 from fundamentallm.training.callbacks.base import Callback
 
@@ -52,9 +52,8 @@ class TrackerCallback(Callback):
         """Start the trackers, or go on with their runs."""
         if not trainer.is_main_process:
             return
-        accelerator, config = trainer.accelerator, trainer.run_config
-        folder = Path(config.output_dir) if isinstance(config, Config) else None
-        options = dict(config.tracker_options) if isinstance(config, Config) else {}
+        accelerator, folder = trainer.accelerator, trainer.output_dir
+        options = dict(trainer.config.tracker_options)
         self._path = folder and folder / RECORD
         is_another = trainer.global_step == 0 or trainer.was_rewound
         self._runs = {} if is_another or self._path is None else _read(self._path)
@@ -79,7 +78,7 @@ class TrackerCallback(Callback):
                     "it out of trackers."
                 ) from error
         for tracker in accelerator.trackers:
-            self._begin(tracker, dataclasses.asdict(config))
+            self._begin(tracker, dataclasses.asdict(trainer.config))
         self._write()
         if trainer.state["progress"].validation_due and trainer.metrics.get_latest("step") == trainer.global_step:
             history = trainer.metrics.get_history()

@@ -61,7 +61,7 @@ class RatioCallback(Callback):
     def _look(self, trainer: Trainer) -> None:
         step = trainer.global_step + 1
         self._norms, self._before = {}, {}
-        if step != trainer.total_steps and step % trainer.config.log_every_n_steps:
+        if step != trainer.total_steps and step % trainer.config.training.log_every_n_steps:
             return
         clips_by = getattr(trainer.optimizer, "grad_scale", None)  # a fused kernel does it; others get them clipped
         for block, parameters in self._blocks.items():
