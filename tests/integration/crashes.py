@@ -358,8 +358,8 @@ WINDOWS_OF_TWO = {
     "rank 1 restores": Instant(f"read {SAVED}/manifest.json", rank=1),
     "metrics.jsonl is rewound": Instant(f"rename {METRICS}.new -> {METRICS}", rank=0),
     "rank 1 validates": Instant(VALIDATION_FORWARD, rank=1),
-    "an old checkpoint is half deleted": Instant(f"remove {DELETING}/step_N/model.safetensors", rank=0),
-    "the rest of an old checkpoint is removed": Instant(f"rmtree {DELETING}", rank=0),
+    "rank 0 has half deleted an old checkpoint": Instant(f"remove {DELETING}/step_N/model.safetensors", rank=0),
+    "rank 0 removes the rest of an old checkpoint": Instant(f"rmtree {DELETING}", rank=0),
     "the end is saved": Instant(ENDED, rank=0),
 }
 FEW = {
