@@ -99,12 +99,12 @@ def make_trainer(config: Config) -> Trainer:
         trainer.files = pretrained.files(config.data.sequence_length)
         trainer.say(f"{config.model.pretrained}: {pretrained}")
     begins_from = config.model.init_from is not None or (pretrained is not None and pretrained.shape is not None)
-    if begins_from and trainer.team.from_first(lambda: _begins_afresh(config)):
-        with trainer.team.together():
+    if begins_from and trainer.group.from_first(lambda: _begins_afresh(config)):
+        with trainer.group.together():
             if pretrained is not None:
-                begin_from_pretrained(trainer, pretrained)
+                begin_from_pretrained(trainer.state, pretrained)
             else:
-                begin_from_checkpoint(trainer, corpus.tokenizer)
+                begin_from_checkpoint(trainer.state, trainer.group, config.model.init_from or "", corpus.tokenizer)
     for callback in callbacks:
         trainer.callbacks.add(callback)
     for line in describe(corpus):

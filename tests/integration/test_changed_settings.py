@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from fundamentallm import CheckpointError, ConfigError, Trainer, TrainingConfig
 from fundamentallm.commands import checkpoints
 from fundamentallm.config.schema import Config, DataConfig, ModelConfig
-from fundamentallm.run.resume import FREE, HORIZON
+from fundamentallm.config.schema import AFFECTS_SCHEDULE, FREE_ON_RESUME
 from fundamentallm.train import make_trainer as make_from_config
 from tests.conftest import reset_accelerate
 from tests.integration.runs import (
@@ -45,9 +45,9 @@ def test_every_free_and_every_bending_setting_is_one() -> None:
     sections = {"model": ModelConfig, "data": DataConfig, "training": TrainingConfig}
     names = {f"{section}.{entry.name}" for section, kind in sections.items() for entry in dataclasses.fields(kind)}
     names |= {entry.name for entry in dataclasses.fields(Config)}
-    assert FREE - names == set()
-    assert HORIZON - names == {"data.num_samples"}
-    assert FREE.isdisjoint(HORIZON)
+    assert FREE_ON_RESUME - names == set()
+    assert AFFECTS_SCHEDULE - names == {"data.num_samples"}
+    assert FREE_ON_RESUME.isdisjoint(AFFECTS_SCHEDULE)
 
 
 @pytest.mark.parametrize("other", [3, 5, 16, 44])
@@ -74,7 +74,7 @@ def test_a_run_of_changed_batch_size_resumes_like_any_other(tmp_path: Path) -> N
     assert_same_weights(weights(parts), weights(whole))
     assert parts.total_steps == whole.total_steps
     assert parts.scheduler.get_last_lr() == whole.scheduler.get_last_lr()
-    stretches = parts.state["progress"].stretches
+    stretches = parts.state.progress.segments
     assert [(stretch["batch_size"], stretch["start"]) for stretch in stretches] == [
         (8, [0, 0, 0, 0]),
         (5, [8, 1, 16, 60]),

@@ -191,7 +191,7 @@ def test_a_crash_after_a_validation_that_was_broken_off_before_repeats_no_line(t
         trainer.callbacks.add(callback)
         with contextlib.suppress(RuntimeError):
             trainer.train()
-        assert (trainer.global_step, trainer.state["progress"].validation_due) == (
+        assert (trainer.global_step, trainer.validation_due) == (
             3,
             isinstance(callback, StopInValidation),
         )
