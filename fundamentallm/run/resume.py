@@ -103,7 +103,7 @@ def resume(
     """
     choice = group.from_first(lambda: choose_checkpoint(wanted, manager))
     for reason in choice.skipped:
-        say(f"skipping damaged checkpoint: {reason}")
+        say(f"skipping checkpoint {reason}")
     if choice.path is not None:
         with group.together():
             check_same_everywhere(choice)

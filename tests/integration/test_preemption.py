@@ -78,7 +78,7 @@ def test_a_signal_ends_the_run_after_its_step_saved(
     first = run(tmp_path / "parts", SignalAt(5, getattr(signal, name)))
     assert signal.getsignal(getattr(signal, name)) is before
     assert (first.global_step, first.was_interrupted) == (5, True)
-    assert f"stopped at step 5 of 14: {name} received; start it again to go on" in capsys.readouterr().out
+    assert f"stopped at step 5 of 14: {name} received; saved in" in capsys.readouterr().out
     status = json.loads((tmp_path / "parts" / "status.json").read_text())
     assert (status["state"], status["exit_code"], status["step"]) == ("interrupted", START_AGAIN, 5)
     second = run(tmp_path / "parts")
