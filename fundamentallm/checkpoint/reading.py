@@ -88,13 +88,13 @@ def export_weights(path: Path, folder: Path, raw: bool = False) -> None:
     with contextlib.ExitStack() as stack:
         with _explained(path):
             tensors = TensorFiles(path, manifest["files"], WEIGHTS, stack)
-        stored_as = {name.removeprefix(WEIGHTS): name for name in tensors.shapes if name.startswith(WEIGHTS)}
+        names = {name.removeprefix(WEIGHTS): name for name in tensors.shapes if name.startswith(WEIGHTS)}
         if raw:
             trained = {name.removeprefix(RAW_WEIGHTS): name for name in tensors.shapes if name.startswith(RAW_WEIGHTS)}
             if not trained:
                 raise CheckpointError(f"{path} has no averaged weights; its weights are those trained.")
-            stored_as |= trained
-        consolidate(tensors, stored_as, folder / "model.safetensors")
+            names |= trained
+        consolidate(tensors, names, folder / "model.safetensors")
     for name in manifest["files"]:
         if name != STATE and not TENSORS.fullmatch(name):
             shutil.copyfile(path / name, folder / name)

@@ -201,18 +201,18 @@ def _is_complete(shape: tuple[int, ...], shards: list[_Shard]) -> bool:
 
 
 def consolidate(source: TensorFiles, names: Mapping[str, str], path: Path) -> None:
-    """Write one file with full tensors; `names` is {name in the source: name in the file}.
+    """Write one file with full tensors; `names` is {name in the file: name in the source}.
 
     Only one tensor is in memory at a time. The safetensors library can only write tensors that are all in memory.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, stored_as in names.items():
+    for key, name in names.items():
         begin, end = end, end + source.num_bytes(name)
-        header[stored_as] = {"dtype": source.dtype(name), "shape": source.shapes[name], "data_offsets": [begin, end]}
+        header[key] = {"dtype": source.dtype(name), "shape": source.shapes[name], "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
+        for name in names.values():
             file.write(source[name].reshape(-1).view(torch.uint8).numpy().data)

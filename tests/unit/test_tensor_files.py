@@ -124,7 +124,7 @@ def test_consolidate_writes_one_file_for_transformers(tmp_path: Path) -> None:
         write(tmp_path, rank, {"w": w, "narrow": n, **rest}, num_ranks=2)
     with ExitStack() as stack:
         files = opened(tmp_path, stack)
-        consolidate(files, {f"model/{name}": name for name in tensors}, tmp_path / "out.safetensors")
+        consolidate(files, {name: f"model/{name}" for name in tensors}, tmp_path / "out.safetensors")
     loaded = load_file(tmp_path / "out.safetensors")
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
