@@ -26,7 +26,7 @@ from fundamentallm.errors import ConfigError, Problem
 
 def settings(section: type[Any], prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any], str]]:
     """Yields (dotted name, type, dataclass field, help text) of every setting of `section`, subsections last."""
-    hints, texts = typing.get_type_hints(section), _docstrings(section)  # type: ignore[arg-type]  # mypy misses that a class is hashable
+    hints, texts = typing.get_type_hints(section), _docstrings(section)  # type: ignore[arg-type]
     for entry in sorted(dataclasses.fields(section), key=lambda entry: dataclasses.is_dataclass(hints[entry.name])):
         name, hint = prefix + entry.name, hints[entry.name]
         if dataclasses.is_dataclass(hint):

@@ -114,14 +114,16 @@ def _type_problems(values: dict[str, Any], hints: dict[str, Any]) -> list[Proble
     ]
 
 
-_hints = functools.cache(typing.get_type_hints)  # evaluating annotations takes most of the time of making a section
+@functools.cache  # evaluating annotations takes most of the time of making a section
+def _hints(section: Any) -> dict[str, Any]:
+    return typing.get_type_hints(section)
 
 
 class Section:
     """Base of a dataclass of settings. Making one checks types, then ranges, then relations between settings."""
 
     def __post_init__(self) -> None:
-        hints = _hints(type(self))
+        hints = _hints(type(self))  # type: ignore[arg-type]  # mypy misses that a class is hashable
         values = {name: getattr(self, name) for name in hints}
         problems = _type_problems(values, hints)
         if not problems:
@@ -159,7 +161,7 @@ def from_dict(section: type[SectionT], values: dict[str, Any]) -> SectionT:
     Raises:
         ConfigError: naming each unknown key and each wrong value by its dotted path.
     """
-    hints = _hints(section)
+    hints = _hints(section)  # type: ignore[arg-type]
     arguments: dict[str, Any] = {}
     problems: list[Problem] = []
     for name, value in values.items():

@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 from yaml.composer import ComposerError
 
+from fundamentallm.config.schema import Config
+
 _TAG = "tag:yaml.org,2002:"
-
-
 SCALARS = {
     "null": (r"~|null|Null|NULL|", "~nN"),
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -91,7 +91,7 @@ def from_yaml(text: str) -> Any:
         raise ValueError(f"a value does not fit its tag ({error})") from error
 
 
-def to_yaml(settings: Any) -> str:
-    """Returns a config, or plain data, as YAML that reads back equal."""
-    settings = dataclasses.asdict(settings) if dataclasses.is_dataclass(settings) else settings
-    return yaml.dump(settings, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
+def to_yaml(config: Config | dict[str, Any]) -> str:
+    """Returns a config, or a plain dict of settings, as YAML that reads back equal."""
+    plain = dataclasses.asdict(config) if isinstance(config, Config) else config
+    return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
