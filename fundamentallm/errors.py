@@ -39,12 +39,8 @@ class Problem(str):
         data.source: file 'a.txt' not found.
     """
 
-    setting: str
-    value: Any
-    allowed: str
-    advice: str
-    reason: str
-    text: str
+    setting = allowed = advice = reason = text = ""
+    value: Any = None
 
     def __new__(
         cls, setting: str, value: Any = None, allowed: str = "", advice: str = "", reason: str = "", text: str = ""

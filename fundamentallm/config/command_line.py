@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import contextlib
 import dataclasses
 import functools
 import inspect
@@ -19,7 +18,7 @@ from typing import Any, Literal
 from fundamentallm.config.files import file_problems
 from fundamentallm.config.registry import did_you_mean
 from fundamentallm.config.schema import Config
-from fundamentallm.config.validation import Section, SectionT, expand_user, fits, from_dict
+from fundamentallm.config.validation import Section, expand_user, fits, from_dict
 from fundamentallm.config.yaml_format import from_yaml, to_yaml
 from fundamentallm.errors import ConfigError, Problem
 
@@ -134,7 +133,8 @@ def _read_file(path: str) -> dict[str, Any]:
         if not isinstance(values, (dict, type(None))):
             raise ValueError(f"it holds {values!r:.40} instead of a mapping of settings")
     except (OSError, ValueError) as error:
-        raise ConfigError(Problem("--config", path, reason=f"which cannot be read: {error}")) from error
+        reason = f"which cannot be read: {error.strerror if isinstance(error, OSError) else error}"
+        raise ConfigError(Problem("--config", path, reason=reason)) from error
     return values or {}
 
 
@@ -165,7 +165,7 @@ def parse_config(arguments: Sequence[str], program: str = "fundamentallm.train",
         config = from_dict(Config, values)
     except ConfigError as error:
         problems += error.problems
-        config = _valid_part(Config, values)
+        config = _without(values, error.problems)
     problems += file_problems(config) if check_files else []
     if problems:
         raise ConfigError(problems)
@@ -175,18 +175,19 @@ def parse_config(arguments: Sequence[str], program: str = "fundamentallm.train",
     return config.resolved()
 
 
-def _valid_part(section: type[SectionT], values: Any) -> SectionT:
-    """Returns a section without its wrong settings, so that the files it names are checked in the same report."""
-    valid: dict[str, Any] = {}
-    hints = typing.get_type_hints(section)
-    for name, value in values.items() if isinstance(values, dict) else ():
-        if dataclasses.is_dataclass(hints.get(name)):
-            valid[name] = _valid_part(hints[name], value)
-            continue
-        with contextlib.suppress(ConfigError):
-            from_dict(section, {**valid, name: value})
-            valid[name] = value
-    return section(**valid)
+def _without(values: dict[str, Any], problems: list[Problem]) -> Config:
+    """Returns the config without its wrong settings, so that the files it names are checked in the same report."""
+    wrong = {problem.setting for problem in problems}
+    right: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            value = {key: item for key, item in value.items() if f"{name}.{key}" not in wrong}
+        if name not in wrong:
+            right[name] = value
+    try:
+        return from_dict(Config, right)
+    except ConfigError:  # the default of a wrong setting does not fit the others
+        return Config()
 
 
 def _annotated(config: Config) -> str:

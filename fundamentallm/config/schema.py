@@ -77,7 +77,7 @@ class ModelConfig(Section):
     init_from: str | None = field(default=None, metadata=FREE)
     """Checkpoint whose weights initialise a new run; null: random weights."""
     pretrained: str | None = field(default=None, metadata=FREE)
-    """Fine-tune this model: a folder or cached name in transformers format. Overrides the model shape."""
+    """Fine-tune this model: a folder or cached name in transformers format; overrides the shape; null: a new model."""
     qk_norm: bool = True
     """RMS-normalise queries and keys for each head (true exports to transformers as Qwen3, false as Llama)."""
     zero_init_residual: bool = field(default=False, metadata=FREE)
@@ -208,7 +208,7 @@ class TrainingConfig(Section):
     optimizer_options: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments of a 'module:name' optimizer."""
     parameter_groups: list[dict[str, Any]] = field(default_factory=list)
-    """Options by {pattern, learning_rate_scale, weight_decay, frozen}; the first matching pattern wins."""
+    """List of {pattern, learning_rate_scale, weight_decay, frozen}; the first pattern that matches a name wins."""
     learning_rate: float = field(default=3e-4, metadata=SCHEDULE)
     """Peak learning rate, per optimizer step."""
     adam_learning_rate: float | None = None
@@ -359,11 +359,8 @@ class Config(Section):
     output_dir: str = field(default="runs/default", metadata=FREE)
     """Folder for everything the run writes: metrics.jsonl, starts.jsonl, curves.png, checkpoints."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """The model."""
     data: DataConfig = field(default_factory=DataConfig)
-    """The data."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    """The training."""
     callbacks: list[str] = field(default_factory=list, metadata=FREE)
     """samples, profiler, ratios, curves (always on), or 'module:name' of Callback classes."""
     callback_options: dict[str, Any] = field(default_factory=dict, metadata=FREE)
