@@ -402,14 +402,11 @@ def test_train_in_a_used_folder_that_must_not_resume_is_refused(write: Write, tm
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def start(*command: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(train.__file__).parents[1])}
-    return subprocess.run([sys.executable, "-m", *command], env=environment, capture_output=True, text=True)
-
-
 def test_train_as_a_module_reports_all_mistakes_without_a_traceback(write: Write, tmp_path: Path) -> None:
     config = write(EVERYTHING_WRONG)
-    done = start("fundamentallm.train", "--config", config, "--training.sed=1", "--sample_tokens", "many")
+    command = [sys.executable, "-m", "fundamentallm.train", "--config", config, "--training.sed=1"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(train.__file__).parents[1])}
+    done = subprocess.run([*command, "--sample_tokens=many"], env=environment, capture_output=True, text=True)
     title, *lines = done.stderr.splitlines()
     assert (done.returncode, done.stdout, title) == (2, "", f"{len(WRONG_SETTINGS)} settings are wrong:")
     assert len(lines) == len(WRONG_SETTINGS)
@@ -424,12 +421,20 @@ def test_train_as_a_module_reports_all_mistakes_without_a_traceback(write: Write
         (["generate", "--checkpoint", "missing"], 1, ["missing"]),
     ],
 )
-def test_a_command_reports_its_mistakes(write: Write, arguments: list[str], code: int, facts: list[str]) -> None:
-    done = start("fundamentallm", *arguments)
-    assert (done.returncode, done.stdout) == (code, "")
-    assert done.stderr.startswith("error: ")
-    assert [fact for fact in facts if fact not in done.stderr] == []
-    assert "Traceback" not in done.stderr
+def test_a_command_reports_its_mistakes(
+    write: Write,
+    arguments: list[str],
+    code: int,
+    facts: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["fundamentallm", *arguments])
+    assert commands.main() == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert [fact for fact in facts if fact not in err] == []
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
@@ -456,7 +461,7 @@ def test_a_command_shows_its_own_help(
 def test_a_command_whose_reader_closes_the_pipe_ends_quietly() -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "fundamentallm", "estimate", "--model.vocab_size", "9"]
+    command = [sys.executable, "-m", "fundamentallm", "--help"]
     ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
     os.close(writer)
     assert (ended.returncode, ended.stderr) == (0, b"")
