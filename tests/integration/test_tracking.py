@@ -216,29 +216,3 @@ def test_an_accelerator_without_the_config_s_trackers_is_refused(tmp_path: Path)
         ConfigError, match=r"trackers is \['tensorboard'\] and the Accelerator was made with log_with=\[\]"
     ):
         make_trainer(tracked_config(tmp_path, "tensorboard"), accelerator=create_accelerator())
-
-
-@pytest.mark.parametrize(
-    ("settings", "problem"),
-    [
-        (
-            {"trackers": ["wand"]},
-            "trackers has 'wand'; allowed: tensorboard, wandb, mlflow, trackio. Did you mean 'wandb'",
-        ),
-        ({"tracker_options": {"wandb": {}}}, "tracker_options has 'wandb'; allowed: project"),
-        ({"tracker_options": {"project": 3}}, "tracker_options.project is 3; allowed: text"),
-        (
-            {"callbacks": ["sample"]},
-            "callbacks is 'sample'; allowed: curves, profiler, ratios, samples, or 'module:name'",
-        ),
-        ({"callback_options": {"samples": {}}}, "callback_options has 'samples'; allowed: curves"),
-        (
-            {"callbacks": ["samples"], "callback_options": {"samples": 3}},
-            "callback_options.samples is 3; allowed: a mapping",
-        ),
-    ],
-)
-def test_mistakes_in_the_settings_are_told(settings: dict[str, Any], problem: str) -> None:
-    with pytest.raises(ConfigError) as raised:
-        Config(**settings)
-    assert problem in str(raised.value)

@@ -199,6 +199,7 @@ def test_to_yaml_writes_text_and_numbers_that_read_back_equal(write: Write) -> N
     read = parse_config(["--config", write(to_yaml(config))])
     assert read == config
     assert list(map(type, read.training.loss_options["x"])) == list(map(type, numbers))
+    assert list(from_yaml(to_yaml({"b": 1, "a": 2}))) == ["b", "a"]
 
 
 # ---- options

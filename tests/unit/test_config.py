@@ -238,16 +238,18 @@ def test_parameter_group_with_a_mistake_is_named_with_its_index(entry: dict[str,
         ("callbacks", ["curve"], "curve", "curves"),
         ("callback_options", {"curve": {}}, "curve", "curves"),
         ("tracker_options", {"projct": "mine"}, "projct", "project"),
+        ("tracker_options", {"wandb": {}}, "wandb", None),  # a known one that is not in use
     ],
 )
-def test_an_unknown_entry_names_the_nearest(setting: str, value: Any, name: str, near: str) -> None:
+def test_an_unknown_entry_names_the_nearest(setting: str, value: Any, name: str, near: str | None) -> None:
     found = problem(setting, value)
-    assert (found.setting, found.value, found.advice) == (setting, name, f"Did you mean {near!r}?")
+    assert (found.setting, found.value, found.advice) == (setting, name, f"Did you mean {near!r}?" if near else "")
 
 
-def test_options_of_a_callback_must_be_a_mapping() -> None:
-    found = problem("callback_options", {"curves": 3})
-    assert (found.setting, found.value) == ("callback_options.curves", 3)
+@pytest.mark.parametrize(("setting", "name"), [("callback_options", "curves"), ("tracker_options", "project")])
+def test_options_of_a_wrong_type_are_named(setting: str, name: str) -> None:
+    found = problem(setting, {name: 3})
+    assert (found.setting, found.value) == (f"{setting}.{name}", 3)
 
 
 def test_a_section_cannot_be_changed() -> None:
