@@ -35,8 +35,6 @@ class Problem(str):
         >>> from fundamentallm.errors import Problem
         >>> print(Problem("batch_size", 0, allowed="at least 1").within("training"))
         training.batch_size is 0; allowed: at least 1.
-        >>> print(Problem("data.source", "a.txt", text="file 'a.txt' not found"))
-        data.source: file 'a.txt' not found.
     """
 
     setting = allowed = advice = reason = text = ""

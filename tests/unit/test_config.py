@@ -350,7 +350,15 @@ def write(path: Path, text: str = "") -> Path:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, with some texts and folders without."""
     monkeypatch.chdir(tmp_path)
-    for name in ("b.txt", "a.txt", "sub/b.md", "sub/a.txt", ".git/objects/x.txt", "only_images/image.png"):
+    for name in (
+        "b.txt",
+        "a.txt",
+        "sub/b.md",
+        "sub/a.txt",
+        "sub/.x.txt",
+        ".git/objects/x.txt",
+        "only_images/image.png",
+    ):
         write(tmp_path / name, "some words")
     write(tmp_path / "only_hidden" / ".git" / "notes.txt", "some words")
     return tmp_path
