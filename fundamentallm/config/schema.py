@@ -297,9 +297,7 @@ class TrainingConfig(Section):
         if self.early_stopping_metric not in METRIC_NAMES and not self.early_stopping_metric.startswith("val_"):
             yield unknown_metric(self.early_stopping_metric, METRIC_NAMES)
         if self.optimizer_options and self.optimizer in OPTIMIZER_NAMES:
-            yield self._conflict(
-                "optimizer_options", "optimizer", "for 'module:name' only; set adam_beta1 etc. directly"
-            )
+            yield self._conflict("optimizer_options", "optimizer", "for 'module:name' only; set adam_beta1 directly")
         if self.adam_learning_rate is not None and self.optimizer in ("adamw", "adam", "sgd"):
             yield self._conflict("adam_learning_rate", "optimizer", "null, except for muon; set learning_rate instead")
         if self.max_steps is not None and 0 < self.max_steps <= self.warmup_steps:
@@ -310,12 +308,11 @@ class TrainingConfig(Section):
             except ConfigError as error:
                 yield from (problem.within(f"parameter_groups[{index}]") for problem in error.problems)
         yield from self._schedule_problems()
+        known_changes = [*ON_RESUME, *DATA_FACTS]
         for name in self.resume_changes:
-            if name not in ON_RESUME and name not in DATA_FACTS:
+            if name not in known_changes:
                 text = f"unknown setting {name!r}"
-                yield not_one_of(
-                    "resume_changes", name, [*ON_RESUME, *DATA_FACTS], "settings, such as data.source", text
-                )
+                yield not_one_of("resume_changes", name, known_changes, "settings, such as data.source", text)
         # A path may be gone by now if the run has checkpoints of its own, so only the start can check it.
         is_path = os.path.basename(self.resume) != self.resume or os.path.isdir(expand_user(self.resume))
         if self.resume not in ("auto", "never") and not is_path:
@@ -327,9 +324,7 @@ class TrainingConfig(Section):
             for pair in self.batch_size_schedule
         )
         if not are_pairs or any(one[0] >= other[0] for one, other in itertools.pairwise(self.batch_size_schedule)):
-            allowed = (
-                "pairs of [optimizer steps done, batch size from there on], each at least 1, with increasing steps"
-            )
+            allowed = "pairs of [optimizer steps done, batch size from there on], at least 1, with increasing steps"
             yield Problem("batch_size_schedule", self.batch_size_schedule, allowed)
 
     def smallest_batch_size(self, first: int | None) -> int | None:
