@@ -31,7 +31,6 @@ SCHEDULE_NAMES = ("constant", "linear", "cosine", "cosine_with_restarts", "wsd")
 METRIC_NAMES = ("val_loss", "val_perplexity", "val_bits_per_byte")
 LOSS_NAMES = ("cross_entropy", "label_smoothing", "focal", "z_loss")
 CALLBACK_NAMES = ("curves", "samples", "profiler", "ratios")
-TRACKER_NAMES = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
 
 # Metadata of fields: may the setting differ from the checkpoint's on resume? Unmarked ones only if named in
 # training.resume_changes.
@@ -361,7 +360,7 @@ class Config(Section):
     callback_options: dict[str, Any] = field(default_factory=dict, metadata=FREE)
     """Keyword arguments of callbacks by name, such as {samples: {prompts: [Once]}, curves: {theme: dark}}."""
     trackers: list[str] = field(default_factory=list, metadata=FREE)
-    """Experiment trackers: tensorboard, wandb, mlflow, trackio, comet_ml, aim, clearml, dvclive, swanlab."""
+    """Experiment trackers, by accelerate's names: tensorboard, wandb, mlflow, trackio and others."""
     tracker_options: dict[str, Any] = field(default_factory=dict, metadata=FREE)
     """Project name, and keyword arguments of trackers by name: {project: mine, wandb: {tags: [small]}}."""
     sample_tokens: int = field(default=200, metadata=FREE)
@@ -373,9 +372,6 @@ class Config(Section):
         for name in self.callbacks:
             if problem := unknown_name("callbacks", name, CALLBACK_NAMES):
                 yield problem
-        for name in self.trackers:
-            if name not in TRACKER_NAMES:
-                yield not_one_of("trackers", name, TRACKER_NAMES, text=f"unknown tracker {name!r}")
         named = {"callback_options": ["curves", *self.callbacks], "tracker_options": ["project", *self.trackers]}
         for setting, names in named.items():
             for name, value in getattr(self, setting).items():

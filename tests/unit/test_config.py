@@ -234,7 +234,6 @@ def test_parameter_group_with_a_mistake_is_named_with_its_index(entry: dict[str,
     ("setting", "value", "name", "near"),
     [
         ("training.resume_changes", ["data", "training.max_step"], "training.max_step", "training.max_steps"),
-        ("trackers", ["wanbd"], "wanbd", "wandb"),
         ("callbacks", ["curve"], "curve", "curves"),
         ("callback_options", {"curve": {}}, "curve", "curves"),
         ("tracker_options", {"projct": "mine"}, "projct", "project"),
