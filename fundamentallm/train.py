@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fundamentallm.config.command_line import parse_config
 from fundamentallm.config.schema import METRIC_NAMES, Config, ModelConfig, unknown_metric
 from fundamentallm.errors import START_AGAIN, ConfigError, FundamentaLLMError, exit_code, report
-from fundamentallm.training.callbacks.from_config import _callbacks
+from fundamentallm.training.callbacks.from_config import make_callbacks
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -160,7 +160,7 @@ def _check_parts(config: Config) -> list[Callback]:
         lambda: create_optimizer(dummy, training.optimizer, training.learning_rate, **training.optimizer_options),
         lambda: schedule(training.lr_scheduler, training.lr_scheduler_options),
         lambda: create_loss(training.loss, **training.loss_options),
-        lambda: callbacks.extend(_callbacks(config)),
+        lambda: callbacks.extend(make_callbacks(config)),
         lambda: check_metric(further_metrics(training.validation_metrics)),
     ]
     callbacks: list[Callback] = []

@@ -277,6 +277,11 @@ class Trainer:
         return self.samples.epochs_before(self.global_step)
 
     @property
+    def validation_due(self) -> bool:
+        """Whether the validation of `global_step` was interrupted and has to be repeated."""
+        return self._progress.validation_due
+
+    @property
     def is_main_process(self) -> bool:
         """Whether this process is the one that prints, draws and writes."""
         return bool(self.accelerator.is_main_process)
