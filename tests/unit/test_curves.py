@@ -84,7 +84,7 @@ def test_curves_that_cannot_be_written_do_not_end_the_run(tmp_path: Path) -> Non
 def test_curves_show_the_restarts_of_the_run(tmp_path: Path) -> None:
     for step in (0, 15, 25):
         write_start(tmp_path, step=step)
-    stub, curves = run(tmp_path), VisualizationCallback(tmp_path / "curves.png")
+    stub, curves = run(tmp_path), VisualizationCallback()
     curves.on_train_begin(stub)
     curves.on_train_end(stub)
     with_restarts = (tmp_path / "curves.png").read_bytes()

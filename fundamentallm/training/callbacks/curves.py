@@ -38,7 +38,7 @@ class VisualizationCallback(Callback):
     """Draws losses, learning rate, gradient norm and throughput, and marks skipped steps and restarts.
 
     Args:
-        path: of the PNG, which the main process updates during training.
+        path: of the PNG, which the main process updates during training; None: curves.png in the `output_dir`.
         refresh_seconds: minimum time between two updates at log lines; each validation updates it as well.
         theme: light or dark.
 
@@ -50,11 +50,12 @@ class VisualizationCallback(Callback):
         >>> callbacks = [VisualizationCallback("curves.png", theme="dark")]  # for a Trainer
     """
 
-    def __init__(self, path: Path | str = "curves.png", refresh_seconds: float = 30.0, theme: str = "light") -> None:
+    def __init__(self, path: Path | str | None = None, refresh_seconds: float = 30.0, theme: str = "light") -> None:
         check_matplotlib()
         if theme not in THEMES:
             raise ConfigError([Problem("theme", theme, allowed=", ".join(THEMES))])
-        self.path, self.refresh_seconds, self.theme = Path(path), refresh_seconds, theme
+        self.path = None if path is None else Path(path)
+        self.refresh_seconds, self.theme = refresh_seconds, theme
         self._drawn_at = time.monotonic()
         self._restarts: list[int] = []
 
@@ -83,13 +84,14 @@ class VisualizationCallback(Callback):
         name = "" if trainer.output_dir is None else f"{trainer.output_dir.name}: "
         title = f"{name}step {trainer.global_step:,} of {trainer.total_steps:,}"
         figure = draw(history, self._restarts, trainer.total_steps, THEMES[self.theme], title)
-        temporary = self.path.with_name("." + self.path.name)  # so that a viewer never sees half a picture
+        path = self.path or (trainer.output_dir or Path()) / "curves.png"
+        temporary = path.with_name("." + path.name)  # so that a viewer never sees half a picture
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(temporary, dpi=130, format="png")
-            os.replace(temporary, self.path)
+            os.replace(temporary, path)
         except OSError as error:  # does not end the run, because the numbers are stored elsewhere
-            trainer.say(f"{self.path} cannot be drawn: {error}; training continues")
+            trainer.say(f"{path} cannot be drawn: {error}; training continues")
         self._drawn_at = time.monotonic()
 
 

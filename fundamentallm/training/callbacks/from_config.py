@@ -46,12 +46,11 @@ def make_callbacks(config: Config) -> list[Callback]:
     problems: list[str] = []
     names = config.callbacks if "curves" in config.callbacks else ["curves", *config.callbacks]
     for name in names:
-        given = config.callback_options.get(name, {})
-        options = {"path": Path(config.output_dir) / "curves.png", **given} if name == "curves" else given
+        options = config.callback_options.get(name, {})
         try:
             callbacks.append(_make_callback(resolve("callbacks", name, known), name, options))
         except ConfigError as error:
-            if name not in config.callbacks and not given:  # curves that nobody asked for
+            if name not in config.callbacks and not options:  # curves that nobody asked for
                 print(f"no curves.png: {error}", file=sys.stderr)
             else:
                 problems += error.problems
