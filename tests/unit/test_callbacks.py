@@ -351,7 +351,7 @@ def test_make_callbacks_makes_the_named_ones_and_curves() -> None:
 
 def test_make_callbacks_lists_every_problem() -> None:
     options = {
-        "profiler": {"num_steps": 0},
+        "profiler": {"first_step": "ten", "num_steps": 0},
         "samples": {"prompts": "Once", "num_tokens": "ten"},
         "curves": {"color": 1},
     }
@@ -361,6 +361,7 @@ def test_make_callbacks_lists_every_problem() -> None:
     problems = [problem for problem in error.value.problems if isinstance(problem, Problem)]
     assert [(problem.setting, problem.value) for problem in problems] == [
         ("callback_options.curves", {"color": 1}),
+        ("callback_options.profiler.first_step", "ten"),
         ("callback_options.profiler.num_steps", 0),
         ("callback_options.samples.prompts", "Once"),
         ("callback_options.samples.num_tokens", "ten"),
