@@ -105,7 +105,6 @@ class TrackerCallback(Callback):
             return
         temporary = self._path.with_name(f"{RECORD}.new")
         with writing(self._path):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_text(json.dumps(self._runs, indent=1) + "\n", encoding="utf-8")
             os.replace(temporary, self._path)
 
