@@ -245,10 +245,10 @@ def test_tracker_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatc
 
 
 def test_accelerator_without_the_trackers_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"trackers is \['tensorboard'\] and the Accelerator was made with log_with=\[\]"
-    ):
+    with pytest.raises(ConfigError) as error:
         make_trainer(tracked_config(tmp_path, "tensorboard"), accelerator=create_accelerator())
+    (problem,) = error.value.problems
+    assert (problem.setting, problem.value) == ("trackers", ["tensorboard"])
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from torch import nn
@@ -86,6 +87,7 @@ class Stub:
 
 def make_stub(folder: Path | None, *trackers: GeneralTracker) -> Stub:
     """A stub with a small model over the characters of `TEXT`."""
+    torch.manual_seed(0)
     size = TOKENIZER.get_vocab_size()
     model = nn.Sequential(nn.Embedding(size, 8), nn.Linear(8, size))
     return Stub(folder, Accelerator(cpu=True, log_with=[*trackers] or None), model)
