@@ -62,16 +62,13 @@ class TrackerCallback(Callback):
         accelerator, options = trainer.accelerator, dict(trainer.config.tracker_options)
         project, names = options.pop("project", PROJECT), tracker_names(trainer.accelerator)
         # Only for a new run: MLflow refuses settings that changed, and TensorBoard would list each launch as a run.
-        settings = None
-        if not runs:
-            flat = flat_settings(dataclasses.asdict(trainer.config))
-            settings = {
-                name: value if isinstance(value, (str, int, float)) else json.dumps(value)
-                for name, value in flat.items()
-            }
+        settings = {} if runs else flat_settings(dataclasses.asdict(trainer.config))
+        settings |= {
+            name: json.dumps(value) for name, value in settings.items() if not isinstance(value, (str, int, float))
+        }
         try:
             arguments = {name: _arguments(name, trainer, runs.get(name)) | options.get(name, {}) for name in names}
-            accelerator.init_trackers(project, settings, arguments)
+            accelerator.init_trackers(project, settings or None, arguments)
         except Exception as error:  # trackers raise errors of any class
             while accelerator.trackers:
                 with suppress(Exception):  # a tracker that did not start may fail to finish
