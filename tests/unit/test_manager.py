@@ -186,8 +186,9 @@ def test_save_refuses_a_further_file_with_a_reserved_name(tmp_path: Path, name: 
 
 @pytest.mark.parametrize("keep", [0, math.nan])
 def test_manager_refuses_to_keep_fewer_than_one(tmp_path: Path, keep: int) -> None:
-    with pytest.raises(ConfigError, match="keep_last_n"):
+    with pytest.raises(ConfigError) as error:
         CheckpointManager(tmp_path, keep)
+    assert error.value.problems[0].setting == "keep_last_n"
 
 
 # ---- complete or absent ----------------------------------------------------------------------------------------
