@@ -99,8 +99,8 @@ def make_trainer(config: Config) -> Trainer:
         trainer.files = pretrained.files(config.data.sequence_length)
         trainer.say(f"{config.model.pretrained}: {pretrained}")
     begins_from = config.model.init_from is not None or (pretrained is not None and pretrained.shape is not None)
-    if begins_from and trainer.team.from_first(lambda: _begins_afresh(config)):
-        with trainer.team.together():
+    if begins_from and trainer.host_group.from_main(lambda: _begins_afresh(config)):
+        with trainer.host_group.barrier_with_errors():
             if pretrained is not None:
                 begin_from_pretrained(trainer, pretrained)
             else:

@@ -32,7 +32,6 @@ SCHEDULE_NAMES = ("constant", "linear", "cosine", "cosine_with_restarts", "wsd")
 METRIC_NAMES = ("val_loss", "val_perplexity", "val_bits_per_byte")
 LOSS_NAMES = ("cross_entropy", "label_smoothing", "focal", "z_loss")
 CALLBACK_NAMES = ("curves", "samples", "profiler", "ratios")
-TRACKER_NAMES = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
 def unknown_metric(name: str, known: Collection[str]) -> str:
@@ -412,7 +411,7 @@ class Config(Section):
     callback_options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of callbacks by name, such as {samples: {prompts: [Once]}, curves: {theme: dark}}."""
     trackers: list[str] = field(default_factory=list)
-    """Trackers that get every log line too: tensorboard, wandb, mlflow, trackio."""
+    """Trackers that get every log line too, by accelerate's names: tensorboard, wandb, mlflow, trackio and others."""
     tracker_options: dict[str, Any] = field(default_factory=dict)
     """Name of the project, and keyword arguments of trackers by name: {project: mine, wandb: {tags: [small]}}."""
     sample_tokens: int = 200
@@ -424,10 +423,6 @@ class Config(Section):
         for name in self.callbacks:
             if problem := unknown_name("callbacks", name, CALLBACK_NAMES):
                 yield ("callbacks",), problem
-        for name in self.trackers:
-            if name not in TRACKER_NAMES:
-                near = did_you_mean(name, TRACKER_NAMES)
-                yield ("trackers",), f"trackers has {name!r}; allowed: {', '.join(TRACKER_NAMES)}.{near}"
         named = {"callback_options": ["curves", *self.callbacks], "tracker_options": ["project", *self.trackers]}
         for setting, names in named.items():
             for name, value in getattr(self, setting).items():

@@ -15,7 +15,7 @@ from fundamentallm.checkpoint.reading import check_checkpoint, load_weights
 from fundamentallm.config.schema import Config, DataConfig, ModelConfig
 from fundamentallm.config.validation import expand_user
 from fundamentallm.data.tokenizers import create_tokenizer, read_tokenizer
-from fundamentallm.distributed.host_group import Team
+from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.models.transformers_format import TOKENIZER, Pretrained, find_pretrained, transformers_model
 from fundamentallm.run.state import like_of
@@ -37,7 +37,7 @@ def open_pretrained(config: Config) -> tuple[Config, Pretrained | None, nn.Modul
     """
     if config.model.pretrained is None:
         return config, None, None
-    with Team().together():
+    with HostGroup().barrier_with_errors():
         pretrained = find_pretrained(config.model.pretrained)
         config = completed(config, pretrained)
         return config, pretrained, None if pretrained.shape is not None else transformers_model(pretrained)
@@ -127,7 +127,7 @@ def begin_from_checkpoint(trainer: Trainer, tokenizer: Tokenizer) -> None:
         ConfigError: if its tokens mean something else.
     """
     checkpoint = Path(expand_user(trainer.config.model.init_from or ""))
-    trainer.team.from_first(lambda: check_checkpoint(checkpoint))
+    trainer.host_group.from_main(lambda: check_checkpoint(checkpoint))
     theirs = checkpoint / TOKENIZER
     if theirs.exists() and json.loads(theirs.read_text(encoding="utf-8")) != json.loads(tokenizer.to_str()):
         raise ConfigError(

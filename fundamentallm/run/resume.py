@@ -70,12 +70,12 @@ def resume(trainer: Trainer) -> Path | None:
         CheckpointError: if there are checkpoints but none can be restored.
         FundamentaLLMError: on the other processes, if one of them failed.
     """
-    choice = trainer.team.from_first(lambda: _choose(trainer))
+    choice = trainer.host_group.from_main(lambda: _choose(trainer))
     for reason in choice.passed_over:
         trainer.say(f"passed over {reason}")
     if choice.path is None:
         return None
-    with trainer.team.together():
+    with trainer.host_group.barrier_with_errors():
         if read_manifest(choice.path)["sha256"] != choice.sha256:
             raise CheckpointError(
                 f"{choice.path} is another checkpoint here than on the first machine; training.checkpoint_dir has to "

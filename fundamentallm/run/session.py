@@ -46,13 +46,14 @@ def session(trainer: Trainer, is_first: bool) -> Iterator[None]:
         ConfigError: if the run cannot go on with this config.
     """
     with ExitStack() as stack:
-        watchdog = stack.enter_context(Watchdog(lambda: _place(trainer), trainer.config.training.hang_minutes))
-        trainer.team.from_first(lambda: _open_folders(trainer, stack))
+        minutes = trainer.config.training.hang_minutes
+        watchdog = stack.enter_context(Watchdog(lambda: _place(trainer), minutes, trainer.host_group))
+        trainer.host_group.from_main(lambda: _open_folders(trainer, stack))
         try:
             resumed_from = None
             if is_first:
                 resumed_from = resume(trainer)
-                trainer.team.from_first(lambda: _delete_old(trainer, resumed_from))
+                trainer.host_group.from_main(lambda: _delete_old(trainer, resumed_from))
             if not trainer.is_finished:
                 _check_saving(trainer)
                 if trainer.micro_batch is not None:
@@ -60,7 +61,7 @@ def session(trainer: Trainer, is_first: bool) -> Iterator[None]:
                 _tell(trainer, state="running")
                 _record_start(trainer, resumed_from)
             trainer.stop_switch.begin()
-            stack.enter_context(trainer.stop_switch.listening())
+            stack.enter_context(trainer.stop_switch.handling_signals())
             yield
         except BaseException as raised:
             error = watchdog.explain(raised)
@@ -81,7 +82,7 @@ def session(trainer: Trainer, is_first: bool) -> Iterator[None]:
 
 
 def _place(trainer: Trainer) -> Place:
-    return Place(trainer.global_step, trainer.stop_switch.polled_at)
+    return Place(trainer.global_step, trainer.stop_switch.polls, trainer.phase)
 
 
 def _open_folders(trainer: Trainer, stack: ExitStack) -> None:
@@ -127,9 +128,9 @@ def _check_saving(trainer: Trainer) -> None:
         by_validations = left // min(config.eval_every_n_steps or left + 1, trainer.steps_per_epoch)  # the best
         # On all processes: asked for its state, a sharded model lets go of what it has gathered, for a validation, say;
         # where some do and others do not, the next forward pass waits for ever.
-        with trainer.team.together():
+        with trainer.host_group.barrier_with_errors():
             num_bytes = expected_bytes(trainer)
-        trainer.team.from_first(
+        trainer.host_group.from_main(
             lambda: manager.check_space_of_run(num_bytes, by_steps + by_epochs + by_validations + 2)
         )
 

@@ -31,8 +31,9 @@ from fundamentallm.data.datasets import fingerprint
 from fundamentallm.data.loaders import device_batches, step_sampler
 from fundamentallm.distributed.accelerator import check_accelerator, create_accelerator, kept_groups
 from fundamentallm.distributed.compilation import compile_seconds, is_compiled
-from fundamentallm.distributed.host_group import Team
+from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.distributed.prepare import follow, prepare_model
+from fundamentallm.distributed.watchdog import Phase
 from fundamentallm.errors import CheckpointError, ConfigError, TrainingError
 from fundamentallm.models.transformers_format import model_files
 from fundamentallm.run.progress import Progress
@@ -166,12 +167,12 @@ class Trainer:
             training.seed,
         )
 
-        self.team = Team()
+        self.host_group = HostGroup()
         self.metrics = MetricTracker()
         self.early_stopping = make_early_stopping(training)
         self.checkpoint_manager: CheckpointManager | None = None
         if training.checkpoint_dir is not None:
-            together = Team() if self.is_sharded else None  # another one: it speaks from a thread of its own
+            together = HostGroup() if self.is_sharded else None  # another one: it speaks from a thread of its own
             self.checkpoint_manager = CheckpointManager(training.checkpoint_dir, training.keep_last_n, together)
         self.callbacks = CallbackList(
             default_callbacks(self.config, self.output_dir, val_loader is not None) if callbacks is None else callbacks
@@ -199,6 +200,7 @@ class Trainer:
         self.files: dict[str, str] = {}
         """Further text files of each checkpoint, by name; in place of those that are made for it."""
         self.stop_switch = StopSwitch(training.max_minutes)
+        self.phase = Phase.STARTING
         self._started = False
         self._start_step = 0
         self._save_requested: bool | None = None  # and whether as the best
@@ -358,7 +360,9 @@ class Trainer:
         if progress.validation_due and self._close_step():
             return
         share = self.train_loader, self.samples, progress.step, self.total_steps, self.accelerator.device
+        self.phase = Phase.LOADING
         for inputs, targets, parts, _ in device_batches(*share):
+            self.phase = Phase.COMPUTING
             if self._is_at_epoch or progress.step == self._start_step:
                 self.callbacks.on_epoch_begin(self)
             self.callbacks.on_step_begin(self)
@@ -373,6 +377,7 @@ class Trainer:
                 self.callbacks.on_step_end(self, (loss / count).item())
             if self._end_of_step(norm, learning_rate):
                 return
+            self.phase = Phase.LOADING
 
     def _end_of_step(self, norm: Tensor, learning_rate: float) -> bool:
         """Whatever is due after a step: log line, validation, checkpoint. True if the run stops here."""
@@ -389,12 +394,14 @@ class Trainer:
             or self.global_step == self.total_steps
             or self._due(config.eval_every_n_steps, config.eval_every_n_epochs)
         )
+        self.phase = Phase.VALIDATING if validates else self.phase
         if validates and not self._validate_in_training():
             return True
         progress.validation_due = False  # also where there is nothing to validate on any more
         if self._is_at_epoch:
             self.callbacks.on_epoch_end(self)
         if self._save_requested is not None or self._due(config.save_every_n_steps, config.save_every_n_epochs):
+            self.phase = Phase.SAVING
             self._end_if_diverged(int(self._guard.counts[0]))  # before it is saved
             self._save_if_possible()
         self._throughput.pause(time.perf_counter() - started)
@@ -577,7 +584,7 @@ class Trainer:
         if self.is_sharded:
             action()
         else:
-            self.team.from_first(action)
+            self.host_group.from_main(action)
 
     def load_checkpoint(self, path: Path | str) -> None:
         """Restore the whole state from a checkpoint; `train()` goes on from there.

@@ -10,11 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 
-from fundamentallm import ConfigError, create_accelerator, train
+from fundamentallm import train
 from fundamentallm.commands import generate
-from fundamentallm.distributed.accelerator import check_accelerator
 from fundamentallm.training.metrics import MEASURED
 from tests.integration.runs import lines, on_processes
 
@@ -102,22 +100,3 @@ def test_two_processes_report_a_mistake_once(tmp_path: Path) -> None:
     assert said.count("1 setting is wrong") == 1
     assert "46513 tokens" in said.replace(",", "")
     assert not (tmp_path / "run").exists()
-
-
-def test_processes_that_form_no_group_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    accelerator = Accelerator(cpu=True)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="2 processes were launched and the Accelerator has 1"):
-        check_accelerator(accelerator)
-
-
-def test_accelerates_own_accumulation_is_refused() -> None:
-    with pytest.raises(ConfigError, match="micro_batch_size"):
-        check_accelerator(Accelerator(cpu=True, gradient_accumulation_steps=2))
-
-
-def test_two_precisions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    with pytest.raises(ConfigError, match="'no' and mixed_precision in the accelerate config is 'bf16'"):
-        create_accelerator("no")
-    assert create_accelerator(None).mixed_precision == "bf16"

@@ -172,7 +172,7 @@ def asked_by_one(processes: int, folder: str, hook: str, rank: int) -> None:
 def test_a_stop_that_one_process_asks_for_is_one_of_all_at_the_same_step(tmp_path: Path, hook: str, rank: int) -> None:
     on_processes(3, asked_by_one, str(tmp_path), hook, rank)
     ended = [json.loads((tmp_path / f"{index}.json").read_text()) for index in range(3)]
-    reasons = ["one is enough" if index == rank else "another process asked for it" for index in range(3)]
+    reasons = ["one is enough" if index == rank else "another process requested it" for index in range(3)]
     assert ended == [[6, reason] for reason in reasons]
     assert [path.name for path in (tmp_path / "checkpoints").glob("step_*")] == ["step_00000006"]
 

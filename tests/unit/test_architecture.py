@@ -20,7 +20,6 @@ from fundamentallm.config.schema import (
     LOSS_NAMES,
     OPTIMIZER_NAMES,
     SCHEDULE_NAMES,
-    TRACKER_NAMES,
     Config,
     DataConfig,
     ModelConfig,
@@ -205,7 +204,6 @@ def test_every_setting_has_a_help_text(setting: str, text: str) -> None:
         ("training.optimizer", OPTIMIZER_NAMES),
         ("training.lr_scheduler", SCHEDULE_NAMES),
         ("training.loss", LOSS_NAMES),
-        ("trackers", TRACKER_NAMES),
         ("callbacks", CALLBACK_NAMES),
     ],
 )
