@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,19 +15,8 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 
+from fundamentallm.distributed import launch_checks as checks
 from fundamentallm.distributed.compilation import compile_problems
-from fundamentallm.distributed.launch_checks import (
-    ENGINES,
-    PARALLEL,
-    engine_problem,
-    idle_processes,
-    ignored_options,
-    launch_problems,
-    option_problems,
-    parallel_problems,
-    precision_problems,
-    tracker_problems,
-)
 from fundamentallm.distributed.rendezvous import join_group
 from fundamentallm.errors import ConfigError, FundamentaLLMError, Problem
 
@@ -68,9 +56,9 @@ def create_accelerator(
     """
     # Without cpu=True on a machine without an accelerator, two launched processes would be two independent runs.
     cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
-    problems = launch_problems(os.environ, not cpu, mixed_precision) + tracker_problems(trackers or [])
+    problems = checks.launch_problems(os.environ, not cpu, mixed_precision) + checks.tracker_problems(trackers or [])
     if is_torch_xla_available():
-        problems.append(engine_problem("XLA"))
+        problems.append(checks.engine_problem("XLA"))
     if problems:
         raise ConfigError(problems)
     join_group(cpu)
@@ -103,36 +91,29 @@ def check_accelerator(
     """
     if dist.is_initialized():
         kept_groups.append(dist.group.WORLD)
-    launched, kind, precision = (
-        int(os.environ.get("WORLD_SIZE", "1")),
-        accelerator.distributed_type,
-        accelerator.mixed_precision,
-    )
-    problems: list[Any] = option_problems(accelerator)
-    if accelerator.num_processes != launched:
-        advice = (
-            "Create it before anything else of accelerate, with cpu=True if there is no GPU, or use create_accelerator."
-        )
-        problems.append(
-            Problem("Accelerator.num_processes", accelerator.num_processes, f"{launched}, as launched", advice)
-        )
-    if kind.value in ENGINES:
-        problems.append(engine_problem(kind.value))
+    kind, precision = accelerator.distributed_type.value, accelerator.mixed_precision
+    count, launched = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
+    problems = checks.option_problems(accelerator)
+    if count != launched:
+        advice = "Create it before anything else of accelerate, with cpu=True on a machine without GPUs."
+        problems.append(Problem("Accelerator.num_processes", count, f"{launched}, as launched", advice))
+    if kind in checks.ENGINES:
+        problems.append(checks.engine_problem(kind))
     # accelerate silently ignores FSDP on a CPU, and in a process that no launcher started.
     if parse_flag_from_env("ACCELERATE_USE_FSDP") and not accelerator.is_fsdp2:
         advice = "FSDP was requested: set fsdp_version to 2, and use accelerate launch or torchrun on GPUs."
-        problems.append(Problem("Accelerator.distributed_type", kind.value, "FSDP (version 2)", advice))
+        problems.append(Problem("Accelerator.distributed_type", kind, "FSDP (version 2)", advice))
     if accelerator.parallelism_config is not None:
-        sizes = {name: getattr(accelerator.parallelism_config, f"{name}_size") for name in PARALLEL}
-        problems += parallel_problems(sizes)
-    problems += precision_problems("Accelerator.mixed_precision", precision, mixed_precision)
+        sizes = {name: getattr(accelerator.parallelism_config, f"{name}_size") for name in checks.PARALLEL}
+        problems += checks.parallel_problems(sizes)
+    problems += checks.precision_problems("Accelerator.mixed_precision", precision, mixed_precision)
     if precision == "fp16" and accelerator.device.type == "cpu":
         advice = "On a CPU, accelerate computes fp16 as fp32."
         problems.append(Problem("training.mixed_precision", "fp16", "no, bf16", advice))
-    problems += compile_problems(accelerator, compiles) + idle_processes(batch_size, accelerator.num_processes)
+    problems += compile_problems(accelerator, compiles) + checks.idle_processes(batch_size, count)
     if problems:
         raise ConfigError(problems)
-    for line in ignored_options(accelerator) if accelerator.is_main_process else ():
+    for line in checks.ignored_options(accelerator) if accelerator.is_main_process else ():
         logger.warning("%s", line)
     accelerator.register_save_state_pre_hook(_refuse_states)
     accelerator.register_load_state_pre_hook(_refuse_states)

@@ -19,10 +19,8 @@ from fundamentallm.errors import Problem
 PRECISIONS = ("no", "bf16", "fp16")
 OFF = ("", "0", "n", "no", "f", "false", "off")
 ENGINES = {
-    "DEEPSPEED": "DeepSpeed steps the optimizer inside backward, without a run's clipping, guard and schedule. Use "
-    "accelerate_configs/fsdp2.yaml, with training.gradient_clip_norm and training.micro_batch_size.",
-    "MEGATRON_LM": "Megatron-LM brings its own model, optimizer and loop. Use accelerate_configs/fsdp2.yaml, with "
-    "training.gradient_clip_norm and training.micro_batch_size.",
+    "DEEPSPEED": "DeepSpeed steps the optimizer inside backward, out of reach of a run's clipping, guard and schedule.",
+    "MEGATRON_LM": "Megatron-LM brings its own model, optimizer and loop.",
     "XLA": "TPUs are not supported, and accelerate takes a machine with torch_xla for one: uninstall it.",
 }
 PARALLEL = {
@@ -31,7 +29,7 @@ PARALLEL = {
     "sp": "sequence parallelism needs DeepSpeed",
 }
 SIZES = ("dp_replicate", "dp_shard", *PARALLEL)
-REFUSED = {
+REFUSED: dict[str, tuple[object, str]] = {
     "gradient_accumulation_steps": (1, "Set training.micro_batch_size: accumulation follows from it."),
     "device_placement": (True, "The Trainer moves the model and its batches to the device."),
     "step_scheduler_with_optimizer": (True, "The Trainer steps the schedule after every optimizer step."),
@@ -40,7 +38,7 @@ REFUSED = {
 }
 """Arguments of a caller's Accelerator whose only allowed value is their default: with others, the caller would expect
 another run. The order of samples of `split_batches=True` and `even_batches=False` is what a Trainer does anyway."""
-IGNORED = {
+IGNORED: dict[str, tuple[object, str]] = {
     "dataloader_config.dispatch_batches": (None, "each process loads its own samples"),
     "dataloader_config.use_seedable_sampler": (False, "the order of samples follows from training.seed"),
     "dataloader_config.use_stateful_dataloader": (False, "a resumed run continues with the next sample without it"),
@@ -66,19 +64,16 @@ def launch_problems(
     launched = environment.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched != "no":  # which `accelerate launch` sets by default
         problems += precision_problems("accelerate_config.mixed_precision", launched, mixed_precision)
-    if _is_set(environment, "ACCELERATE_DOWNCAST_BF16"):
-        advice = "It is for TPUs; set training.mixed_precision."
-        problems.append(Problem("accelerate_config.downcast_bf16", True, "no", advice))
-    clipping = environment.get("ACCELERATE_GRADIENT_CLIPPING", "none")
-    if clipping not in ("none", "auto"):
-        advice = "Set training.gradient_clip_norm."
-        problems.append(Problem("accelerate_config.gradient_clipping", clipping, "none", advice))
+    for name, setting in (("downcast_bf16", "mixed_precision"), ("gradient_clipping", "gradient_clip_norm")):
+        value = environment.get(f"ACCELERATE_{name.upper()}", "no")
+        if value.lower() not in (*OFF, "none", "auto"):
+            problems.append(Problem(f"accelerate_config.{name}", value, "unset", f"Set training.{setting} instead."))
     return problems
 
 
 def engine_problem(name: str) -> Problem:
     """Returns the problem with a distributed_type that is not supported."""
-    allowed = "data parallelism (multi_gpu.yaml), FSDP2 (fsdp2.yaml), HSDP (hsdp.yaml in accelerate_configs)"
+    allowed = "MULTI_GPU (accelerate_configs/multi_gpu.yaml), FSDP (fsdp2.yaml or hsdp.yaml)"
     return Problem("accelerate_config.distributed_type", name, allowed, ENGINES[name])
 
 
@@ -123,18 +118,14 @@ def _sharding_problems(environment: Mapping[str, str], has_device: bool) -> list
         return problems
     sizes = {name: int(environment.get(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", "1")) for name in SIZES}
     problems += parallel_problems(sizes)
-    world, replicas, shard_size = int(environment.get("WORLD_SIZE", "1")), sizes["dp_replicate"], sizes["dp_shard"]
-    setting, value = (
-        "accelerate_config.parallelism_config",
-        {"dp_replicate_size": replicas, "dp_shard_size": shard_size},
-    )
-    if replicas * shard_size > 1 and not shards:
-        advice = "It needs distributed_type FSDP with fsdp_version 2, as in accelerate_configs/hsdp.yaml."
-        problems.append(Problem(setting, value, "none in plain data parallelism", advice))
-    elif replicas * shard_size != world or shard_size == 1:
+    world, replicas, shards_each = int(environment.get("WORLD_SIZE", "1")), sizes["dp_replicate"], sizes["dp_shard"]
+    allowed = ""
+    if replicas * shards_each > 1 and not shards:
+        allowed = "with distributed_type FSDP and fsdp_version 2 only, as in accelerate_configs/hsdp.yaml"
+    elif replicas * shards_each != world or shards_each == 1:
         allowed = f"sizes whose product is num_processes, {world}, with a dp_shard_size above 1"
-        problems.append(Problem(setting, value, allowed))
-    return problems
+    value = {"dp_replicate_size": replicas, "dp_shard_size": shards_each}
+    return problems + [Problem("accelerate_config.parallelism_config", value, allowed)] * bool(allowed)
 
 
 def _is_set(environment: Mapping[str, str], name: str) -> bool:
@@ -155,21 +146,23 @@ def tracker_problems(names: list[str]) -> list[Problem]:
 
 def option_problems(accelerator: Accelerator) -> list[Problem]:
     """Returns the options of a caller's Accelerator that ask for another run than a Trainer's."""
-    values = {name: attrgetter(name)(accelerator) for name in REFUSED}
     return [
-        Problem(f"Accelerator.{name}", values[name], f"{default}", advice)
-        for name, (default, advice) in REFUSED.items()
-        if values[name] != default
+        Problem(f"Accelerator.{name}", value, f"{REFUSED[name][0]}", REFUSED[name][1])
+        for name, value in _changed(accelerator, REFUSED).items()
     ]
 
 
 def ignored_options(accelerator: Accelerator) -> list[str]:
     """Returns a sentence for each option of a caller's Accelerator that does nothing in a Trainer."""
-    values = {name: attrgetter(name)(accelerator) for name in IGNORED}
-    ignored = [f"{name}={values[name]!r}: {why}" for name, (default, why) in IGNORED.items() if values[name] != default]
+    ignored = [f"{name}={value!r} ({IGNORED[name][1]})" for name, value in _changed(accelerator, IGNORED).items()]
     accumulation = {key: value for key, value in accelerator.gradient_state.plugin_kwargs.items() if key != "num_steps"}
     if accumulation:
-        ignored.append(f"gradient_accumulation_plugin with {accumulation}: set training.micro_batch_size")
+        ignored.append(f"gradient_accumulation_plugin with {accumulation} (set training.micro_batch_size)")
     if count := len(accelerator._custom_objects):  # accelerate has no public list of them
-        ignored.append(f"register_for_checkpointing, {count} objects: save them as the state_dict() of a Callback")
-    return [f"the Trainer ignores an option of the Accelerator, {text}." for text in ignored]
+        ignored.append(f"register_for_checkpointing, {count} objects (save them in the state_dict() of a Callback)")
+    return [f"the Trainer ignores an option of the Accelerator: {text}." for text in ignored]
+
+
+def _changed(accelerator: Accelerator, options: Mapping[str, tuple[object, str]]) -> dict[str, object]:
+    values = {name: attrgetter(name)(accelerator) for name in options}
+    return {name: value for name, value in values.items() if value != options[name][0]}

@@ -137,10 +137,13 @@ class Watchdog:
     def _watch(self) -> None:
         store, shown = self._store, 0
         with suppress(RuntimeError):  # of a store that is lost together with process 0
-            while not (self._leaving.wait(BEAT_SECONDS) or store.check(["lost"])):
+            while not store.check(["lost"]):
+                is_leaving = self._leaving.wait(BEAT_SECONDS)
                 self._beat()
                 if self.rank == 0:
                     self._judge(self._read())
+                if is_leaving and not isinstance(self._error, RuntimeError):
+                    break
                 if store.check(["hang"]):
                     hangs, ranks = json.loads(store.get("hang"))
                     if self.rank in ranks and hangs > shown:
@@ -148,8 +151,7 @@ class Watchdog:
                         print(text, file=sys.stderr, flush=True)
                         faulthandler.dump_traceback(file=2)
                     shown = hangs
-            if self._leaving.is_set():
-                self._send_end()
+                time.sleep(BEAT_SECONDS / 10)
             if store.check(["lost"]):
                 self._lost = [(rank, what) for rank, what in json.loads(store.get("lost"))]
             store.set(f"left_{self.rank}", "")
@@ -157,52 +159,46 @@ class Watchdog:
                 others = [f"left_{rank}" for rank in range(self.size) if rank not in dict(self._lost)]
                 store.wait(others, timedelta(seconds=LOST_SECONDS))
 
-    def _send_end(self) -> None:
-        error = self._error
-        end = FINISHED if error is None else f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-        self._beat(end, isinstance(error, RuntimeError))  # as collectives raise
-        if self.rank == 0 and not self._store.check(["lost"]):
-            self._store.set("lost", json.dumps([] if error is None else self._find_lost()))
-        elif isinstance(error, RuntimeError):
-            self._store.wait(["lost"], timedelta(seconds=2 * LOST_SECONDS))
-
     def _judge(self, beats: list[Beat]) -> None:
-        """Publishes which processes are lost if one has failed, or a hang if there is no progress on any."""
-        if any(beat.end not in ("", FINISHED) for beat in beats):
-            self._store.set("lost", json.dumps(self._find_lost()))
+        """Publishes the lost processes if one has failed or process 0 leaves; otherwise a hang, if there is one."""
+        has_failed = any(beat.end not in ("", FINISHED) for beat in beats)
+        if has_failed or beats[0].end:
+            self._store.set("lost", json.dumps(self._find_lost() if has_failed else []))
         now, places = time.monotonic(), [beat.place for beat in beats]
         if places != self._places:
             self._places, self._since = places, now
         if now - self._since < self._hang_seconds:
             return
-        behind = ", ".join(
+        behind, minutes = furthest_behind(places), f"{(now - self._since) / 60:.2g} minutes"
+        self._since, self._hangs = math.inf, self._hangs + 1  # report it once
+        named = ", ".join(
             f"process {rank} of {self.size} (on {self._hosts[rank]}) at step {places[rank].step}, "
             f"{Phase(places[rank].phase).name.lower()}"
-            for rank in furthest_behind(places)
+            for rank in behind
         )
-        minutes = f"{(now - self._since) / 60:.2g} minutes"
-        self._since, self._hangs = math.inf, self._hangs + 1  # until there is progress again
-        text = f"no process has made progress for {minutes}. Furthest behind: {behind}. Stacks follow."
+        text = f"no process has made progress for {minutes}. Furthest behind: {named}. Stacks follow."
         print(text, file=sys.stderr, flush=True)
-        self._store.set("hang", json.dumps([self._hangs, furthest_behind(places)]))
+        self._store.set("hang", json.dumps([self._hangs, behind]))
 
     def _find_lost(self) -> list[tuple[int, str]]:
         """Returns (rank, what happened) of the processes that ended the run: silent ones, otherwise failed ones."""
-        first, deadline = self._read(), time.monotonic() + LOST_SECONDS
-        silent = list(range(1, self.size))
+        first = beats = self._read()
+        silent, deadline = list(range(1, self.size)), time.monotonic() + LOST_SECONDS
         while silent and time.monotonic() < deadline:
             time.sleep(BEAT_SECONDS / 4)
             beats = self._read()
             silent = [rank for rank in silent if not beats[rank].end and beats[rank] == first[rank]]
-        if silent:
-            return [(rank, GONE) for rank in silent]
-        failed = {rank: beat for rank, beat in enumerate(self._read()) if beat.end not in ("", FINISHED)}
-        causes = {rank: beat for rank, beat in failed.items() if not beat.may_follow} or failed
-        return [(rank, f"ended by {beat.end}") for rank, beat in causes.items()]
+        failed = [(rank, beat) for rank, beat in enumerate(beats) if beat.end not in ("", FINISHED)]
+        causes = [(rank, beat) for rank, beat in failed if not beat.may_follow] or failed
+        return [(rank, GONE) for rank in silent] or [(rank, f"ended by {beat.end}") for rank, beat in causes]
 
-    def _beat(self, end: str = "", may_follow: bool = False) -> None:
-        self._number += 1
-        self._store.set(f"{self.rank}", json.dumps(Beat(self._number, self._place(), end, may_follow)))
+    def _beat(self) -> None:
+        self._number, error, end = self._number + 1, self._error, ""
+        if self._leaving.is_set():
+            end = FINISHED if error is None else f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+        # Collectives raise RuntimeErrors.
+        beat = Beat(self._number, self._place(), end, may_follow=isinstance(error, RuntimeError))
+        self._store.set(f"{self.rank}", json.dumps(beat))
 
     def _read(self) -> list[Beat]:
         beats = map(json.loads, self._store.multi_get([f"{rank}" for rank in range(self.size)]))

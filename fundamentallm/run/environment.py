@@ -24,13 +24,7 @@ def versions() -> dict[str, str]:
 
 
 def environment(device: str, processes: int, precision: str) -> dict[str, Any]:
-    """Returns what may explain why two launches differ: versions, machine, devices, command and commit.
-
-    Args:
-        device: name of the device, such as NVIDIA H100.
-        processes: number of processes, one per device.
-        precision: mixed precision of the forward and backward pass.
-    """
+    """Returns what may explain why two launches differ: versions, machine, devices, command and commit."""
     return {
         **versions(),
         "platform": platform.platform(),

@@ -66,11 +66,7 @@ def locked(folders: Iterable[Path]) -> Iterator[None]:
 
 
 def write_status(folder: Path, **status: Any) -> None:
-    """Writes `status.json`, for schedulers: a launcher's own exit code is only 0 or 1.
-
-    Raises:
-        FundamentaLLMError: if it cannot be written.
-    """
+    """Writes `status.json`, for schedulers: a launcher's own exit code is only 0 or 1."""
     temporary = folder / f"{STATUS}.new"
     with writing(folder / STATUS):
         temporary.write_text(json.dumps(status, indent=1) + "\n", encoding="utf-8")
@@ -85,10 +81,7 @@ def read_state(folder: Path) -> str | None:
 
 
 def write_start(folder: Path, **start: Any) -> None:
-    """Appends a launch of the run to `starts.jsonl`.
-
-    It has a file of its own, since metrics.jsonl has the same lines with and without restarts.
-    """
+    """Appends a launch to `starts.jsonl`, not to metrics.jsonl, which is the same with and without restarts."""
     rewind(folder / STARTS, lambda _: False, keep_all=False)  # drops a line that a kill left incomplete
     append(folder / STARTS, start)
 

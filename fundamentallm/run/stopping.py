@@ -27,11 +27,9 @@ class Stop(IntEnum):
 
     NO = 0
     REQUESTED = 1
-    """A callback or early stopping asked for it."""
     OUT_OF_TIME = 2
     SIGNAL = 3
     FAILED = 4
-    """A checkpoint could not be written."""
 
 
 REASONS = {
@@ -43,9 +41,7 @@ REASONS = {
 
 
 class StopSwitch:
-    """Collects requests to stop on this process, and agrees on them with the other processes.
-
-    Processes agree over gloo, on the host, so that no device has to wait.
+    """Collects requests to stop, and agrees on them with the other processes over gloo, so that no device has to wait.
 
     Args:
         max_minutes: time limit, counted from `begin`; None: no limit.
@@ -101,7 +97,7 @@ class StopSwitch:
     def settle(self) -> Stop:
         """Polls and waits for the answer, so that a request takes effect at once on all processes."""
         self.poll()
-        return self._agree(self._finish_pending()) if self._several else self.agreed
+        return self._agree(self._finish_pending())
 
     def _finish_pending(self) -> Stop:
         if self._pending is None:
@@ -140,10 +136,9 @@ class StopSwitch:
                 interrupted_at = interrupted_at or time.monotonic()
             self.request(Stop.SIGNAL, f"{signal.Signals(number).name} received")
 
-        numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+        numbers = [getattr(signal, name) for name in SIGNALS]
         # An ignored signal stays ignored: a shell ignores Ctrl-C for its background jobs.
-        handled = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
-        previous = {number: signal.signal(number, handle) for number in handled}
+        previous = {n: signal.signal(n, handle) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
         try:
             yield
         finally:

@@ -51,7 +51,7 @@ def settings(error: pytest.ExceptionInfo[ConfigError]) -> list[tuple[str, Any]]:
             *("parallelism_config", {"dp_replicate_size": 8, "dp_shard_size": 1}),
         ),
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "mixed_precision", "fp8"),
-        ({"ACCELERATE_DOWNCAST_BF16": "true"}, "downcast_bf16", True),
+        ({"ACCELERATE_DOWNCAST_BF16": "true"}, "downcast_bf16", "true"),
         ({"ACCELERATE_GRADIENT_CLIPPING": "0.5"}, "gradient_clipping", "0.5"),
     ],
 )
