@@ -62,7 +62,7 @@ class CheckpointManager:
         keep_last_n: how many checkpoints to keep, besides the best and the last whose weights are finite. Older
             ones are deleted after each save, whatever their name; what is not a whole checkpoint of ours is never
             touched.
-        host_group: the processes that save a sharded state together, each calling every method that saves; None: this
+        group: the processes that save a sharded state together, each calling every method that saves; None: this
             process saves alone.
 
     Attributes:
@@ -89,12 +89,12 @@ class CheckpointManager:
         self,
         checkpoint_dir: Path | str,
         keep_last_n: int = TrainingConfig.keep_last_n,
-        host_group: HostGroup | None = None,
+        group: HostGroup | None = None,
     ) -> None:
         if problems := range_problems(keep_last_n=keep_last_n):
             raise ConfigError(problems)
         self.checkpoint_dir, self.keep_last_n = Path(checkpoint_dir), keep_last_n
-        self.host_group = host_group or HostGroup(alone=True)
+        self.group = group or HostGroup(alone=True)
         self.seconds = 0.0
         self.origin: Path | None = None
         self._writer: threading.Thread | None = None
@@ -208,8 +208,8 @@ class CheckpointManager:
     def _snapshot(
         self, checkpoint: Mapping[str, Any], name: str, is_best: bool, files: Mapping[str, str] | None, copy: bool
     ) -> Snapshot:
-        part = None if self.host_group.size == 1 else (self.host_group.rank, self.host_group.size)
-        with self.host_group.barrier_with_errors():
+        part = None if self.group.size == 1 else (self.group.rank, self.group.size)
+        with self.group.barrier_with_errors():
             snapshot = take_snapshot(checkpoint, name, is_best, files or {}, copy, part, self._buffers)
         if copy:
             self._buffers = snapshot.copies
@@ -217,25 +217,25 @@ class CheckpointManager:
 
     def _write(self, snapshot: Snapshot) -> None:
         """Stage, sync, read back, publish; then delete what is old."""
-        started, host_group = time.monotonic(), self.host_group
-        staging = self.checkpoint_dir / host_group.all_gather(f".staging-{snapshot.name}-{uuid.uuid4().hex[:12]}")[0]
+        started, group = time.monotonic(), self.group
+        staging = self.checkpoint_dir / group.all_gather(f".staging-{snapshot.name}-{uuid.uuid4().hex[:12]}")[0]
         try:
             try:
-                with host_group.barrier_with_errors():
-                    if host_group.rank == 0:
+                with group.barrier_with_errors():
+                    if group.rank == 0:
                         self.check_space(snapshot.num_bytes)
                         self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
                         # tempfile.mkdtemp would close the folder to everyone else, and with it the checkpoint.
                         staging.mkdir()
-                with host_group.barrier_with_errors():
+                with group.barrier_with_errors():
                     part = self._write_tensors(snapshot, staging), snapshot.is_finite
-                parts = host_group.all_gather(part)
-                with host_group.barrier_with_errors():
-                    if host_group.rank == 0:
+                parts = group.all_gather(part)
+                with group.barrier_with_errors():
+                    if group.rank == 0:
                         files = {name: entry for entries, _ in parts for name, entry in entries.items()}
                         self._complete(snapshot, staging, files, all(is_finite for _, is_finite in parts))
             except BaseException:
-                if host_group.rank == 0:
+                if group.rank == 0:
                     shutil.rmtree(staging, ignore_errors=True)
                 raise
         except CheckpointError:
@@ -244,7 +244,7 @@ class CheckpointManager:
             raise CheckpointError(
                 f"cannot write checkpoint {snapshot.name!r} in {self.checkpoint_dir}: {error}."
             ) from error
-        if host_group.rank == 0:
+        if group.rank == 0:
             self.rotate()
         self.seconds = time.monotonic() - started
 

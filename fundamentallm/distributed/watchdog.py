@@ -42,8 +42,8 @@ class Phase(IntEnum):
     STARTING = 0
     LOADING = 1
     COMPUTING = 2
-    VALIDATING = 3
-    SAVING = 4
+    FINISHING = 3
+    """Validating, saving, agreeing on whether to stop."""
 
 
 class Place(NamedTuple):

@@ -18,10 +18,10 @@ from fundamentallm.data.tokenizers import create_tokenizer, read_tokenizer
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.models.transformers_format import TOKENIZER, Pretrained, find_pretrained, transformers_model
-from fundamentallm.run.state import like_of
+from fundamentallm.run.state import RunState
 
 if TYPE_CHECKING:
-    from fundamentallm.training.trainer import Trainer
+    pass
 
 BESIDE = ("init_from", "pretrained", "dropout")
 """Settings of the model that are not its shape."""
@@ -110,24 +110,24 @@ def _tokenizer(spec: str, theirs: Path) -> str:
     return spec
 
 
-def begin_from_pretrained(trainer: Trainer, pretrained: Pretrained) -> None:
+def begin_from_pretrained(state: RunState, pretrained: Pretrained) -> None:
     """Give our `Transformer` the folder's weights.
 
     Raises:
         CheckpointError: if they are damaged, or not those that its config.json describes.
     """
-    load_weights(pretrained.folder, pretrained.weights, trainer.model, like_of(trainer))
+    load_weights(pretrained.folder, pretrained.weights, state.model, state.like())
 
 
-def begin_from_checkpoint(trainer: Trainer, tokenizer: Tokenizer) -> None:
+def begin_from_checkpoint(state: RunState, group: HostGroup, init_from: str, tokenizer: Tokenizer) -> None:
     """Begin from the weights of the checkpoint `model.init_from`.
 
     Raises:
         CheckpointError: if it is damaged, or of a model of another shape.
         ConfigError: if its tokens mean something else.
     """
-    checkpoint = Path(expand_user(trainer.config.model.init_from or ""))
-    trainer.host_group.from_main(lambda: check_checkpoint(checkpoint))
+    checkpoint = Path(expand_user(init_from))
+    group.from_main(lambda: check_checkpoint(checkpoint))
     theirs = checkpoint / TOKENIZER
     if theirs.exists() and json.loads(theirs.read_text(encoding="utf-8")) != json.loads(tokenizer.to_str()):
         raise ConfigError(
@@ -138,6 +138,6 @@ def begin_from_checkpoint(trainer: Trainer, tokenizer: Tokenizer) -> None:
         name for name in read_manifest(checkpoint)["files"] if TENSORS.fullmatch(name) and name.startswith("model")
     ]
     try:
-        load_weights(checkpoint, files, trainer.model, like_of(trainer))
+        load_weights(checkpoint, files, state.model, state.like())
     except CheckpointError as error:
         raise CheckpointError(f"model.init_from: {error}") from error

@@ -102,7 +102,7 @@ def test_a_failed_process_is_named_with_its_error(tmp_path: Path, fault: str, ra
 @pytest.mark.parametrize(
     ("places", "ranks"),
     [
-        ([(3, Phase.LOADING), (2, Phase.SAVING), (3, Phase.LOADING)], [1]),
+        ([(3, Phase.LOADING), (2, Phase.FINISHING), (3, Phase.LOADING)], [1]),
         ([(3, Phase.LOADING), (3, Phase.COMPUTING), (3, Phase.LOADING)], [0, 2]),
         ([(3, Phase.COMPUTING)] * 3, [0, 1, 2]),
     ],
