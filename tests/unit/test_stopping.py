@@ -39,6 +39,15 @@ def test_handling_signals_restores_handlers_after_an_error() -> None:
     assert [signal.getsignal(getattr(signal, name)) for name in SIGNALS] == before
 
 
+def test_handling_signals_leaves_ignored_signals_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopSwitch().handling_signals():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_handling_signals_second_interrupt_raises_at_once(capfd: pytest.CaptureFixture[str]) -> None:
     switch = StopSwitch()
     with switch.handling_signals():
