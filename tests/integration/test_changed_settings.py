@@ -224,7 +224,7 @@ def test_init_from_refuses_other_tokens_other_shapes_and_damage(tmp_path: Path) 
     new = dataclasses.replace(
         old, output_dir=str(tmp_path / "new"), model=dataclasses.replace(old.model, init_from=str(checkpoint))
     )
-    with pytest.raises(ConfigError, match=r"set data\.tokenizer to '.*tokenizer\.json'"):
+    with pytest.raises(ConfigError, match=r"data\.tokenizer to '.*tokenizer\.json'"):
         make_from_config(dataclasses.replace(new, data=dataclasses.replace(new.data, tokenizer="byte")))
     with pytest.raises(CheckpointError, match="do not fit the model"):
         make_from_config(dataclasses.replace(new, model=dataclasses.replace(new.model, d_ff=8)))
