@@ -93,7 +93,7 @@ def check_accelerator(
         kept_groups.append(dist.group.WORLD)
     kind, precision = accelerator.distributed_type.value, accelerator.mixed_precision
     count, launched = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
-    problems = checks.option_problems(accelerator)
+    problems: list[str] = [*checks.option_problems(accelerator)]
     if count != launched:
         advice = "Create it before anything else of accelerate, with cpu=True on a machine without GPUs."
         problems.append(Problem("Accelerator.num_processes", count, f"{launched}, as launched", advice))

@@ -34,10 +34,10 @@ def join_group(cpu: bool) -> None:
         return
     rank, address = int(os.environ["RANK"]), (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     store = dist.TCPStore(*address, is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]
-    store = dist.PrefixStore(agree_on_prefix(store, rank, world), store)  # type: ignore[attr-defined]
+    own = dist.PrefixStore(agree_on_prefix(store, rank, world), store)  # type: ignore[attr-defined]
     device = None if cpu else torch.accelerator.current_accelerator()
     backend = "gloo" if device is None else dist.get_default_backend_for_device(device)  # as accelerate chooses it
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=world)
 
 
 def agree_on_prefix(store: Any, rank: int, world: int) -> str:
