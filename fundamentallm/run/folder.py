@@ -82,7 +82,7 @@ def read_state(folder: Path) -> str | None:
 
 def write_start(folder: Path, **start: Any) -> None:
     """Appends a launch to `starts.jsonl`, not to metrics.jsonl, which is the same with and without restarts."""
-    rewind(folder / STARTS, lambda _: False, keep_all=False)  # drops a line that a kill left incomplete
+    rewind(folder / STARTS)  # drops a line that a kill left incomplete
     append(folder / STARTS, start)
 
 
