@@ -110,7 +110,8 @@ def check_accelerator(
     if precision == "fp16" and accelerator.device.type == "cpu":
         advice = "On a CPU, accelerate computes fp16 as fp32."
         problems.append(Problem("training.mixed_precision", "fp16", "no, bf16", advice))
-    problems += compile_problems(accelerator, compiles) + checks.idle_processes(batch_size, count)
+    problems += compile_problems(accelerator, compiles)
+    problems += checks.idle_processes(batch_size, count)
     if problems:
         raise ConfigError(problems)
     for line in checks.ignored_options(accelerator) if accelerator.is_main_process else ():
