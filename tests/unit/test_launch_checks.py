@@ -170,14 +170,6 @@ def test_check_accelerator_accepts_options_that_a_trainer_follows(caplog: pytest
     assert caplog.records == []
 
 
-def test_check_accelerator_reports_registered_objects(caplog: pytest.LogCaptureFixture) -> None:
-    accelerator = Accelerator(cpu=True)
-    accelerator.register_for_checkpointing(torch.nn.Linear(1, 1))
-    check_accelerator(accelerator)
-    (record,) = caplog.records
-    assert "register_for_checkpointing, 1 objects" in record.getMessage()
-
-
 def test_save_state_and_load_state_are_refused(tmp_path: Path) -> None:
     trainer = make_trainer(make_config(tmp_path / "run"))
     with pytest.raises(FundamentaLLMError, match=r"trainer\.save_checkpoint"):
