@@ -33,7 +33,7 @@ from fundamentallm.checkpoint.snapshot import Snapshot, take_snapshot
 from fundamentallm.checkpoint.tensor_files import write_tensors
 from fundamentallm.config.schema import TrainingConfig
 from fundamentallm.config.validation import range_problems
-from fundamentallm.distributed.host_group import Team
+from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import CheckpointError, ConfigError, FundamentaLLMError
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class CheckpointManager:
         checkpoint_dir: the directory; created by the first save.
         keep_last_n: number of newest checkpoints to keep. Older ones are deleted after each save, except the best, the
             last with finite weights, and any folder that contains other files.
-        team: the processes that save a sharded state together. Each of them calls every method that saves. None: this
+        group: the processes that save a sharded state together. Each of them calls every method that saves. None: this
             process saves alone.
 
     Attributes:
@@ -73,12 +73,15 @@ class CheckpointManager:
     """
 
     def __init__(
-        self, checkpoint_dir: Path | str, keep_last_n: int = TrainingConfig.keep_last_n, team: Team | None = None
+        self,
+        checkpoint_dir: Path | str,
+        keep_last_n: int = TrainingConfig.keep_last_n,
+        group: HostGroup | None = None,
     ) -> None:
         if problems := range_problems(keep_last_n=keep_last_n):
             raise ConfigError(problems)
         self.checkpoint_dir, self.keep_last_n = Path(checkpoint_dir), keep_last_n
-        self.team = team or Team(alone=True)
+        self.group = group or HostGroup(alone=True)
         self.seconds = 0.0
         self.origin: Path | None = None
         self._writer: threading.Thread | None = None
@@ -178,8 +181,8 @@ class CheckpointManager:
     def _snapshot(
         self, checkpoint: Mapping[str, Any], name: str, is_best: bool, files: Mapping[str, str] | None
     ) -> Snapshot:
-        with self.team.together():
-            rank, size = self.team.rank, self.team.size
+        with self.group.barrier_with_errors():
+            rank, size = self.group.rank, self.group.size
             return take_snapshot(checkpoint, name, is_best, files or {}, rank, size, self._buffers)
 
     def _try_to_write(self, snapshot: Snapshot) -> None:
@@ -190,17 +193,17 @@ class CheckpointManager:
 
     def _write(self, snapshot: Snapshot) -> None:
         """Stage, sync and publish a checkpoint; then delete old ones. Runs on all processes that save together."""
-        started, team, staging = time.monotonic(), self.team, None
+        started, group, staging = time.monotonic(), self.group, None
         try:
-            staging = team.from_first(lambda: self._hidden_folder(f"staging-{snapshot.name}"))
-            with team.together():
+            staging = group.from_main(lambda: self._hidden_folder(f"staging-{snapshot.name}"))
+            with group.barrier_with_errors():
                 mine = self._write_tensors(snapshot, staging), snapshot.is_finite
-            written = team.exchange(mine)
+            written = group.all_gather(mine)
             files = {name: entry for entries, _ in written for name, entry in entries.items()}
             is_finite = all(finite for _, finite in written)
-            team.from_first(lambda: self._complete(snapshot, staging, files, is_finite))
+            group.from_main(lambda: self._complete(snapshot, staging, files, is_finite))
         except BaseException as error:
-            if team.rank == 0 and staging is not None:
+            if group.rank == 0 and staging is not None:
                 shutil.rmtree(staging, ignore_errors=True)
             expected = (OSError, SafetensorError, FundamentaLLMError)  # the last is of another process
             if isinstance(error, CheckpointError) or not isinstance(error, expected):
@@ -209,7 +212,7 @@ class CheckpointManager:
                 f"cannot write checkpoint {snapshot.name!r} in {self.checkpoint_dir}: {error}. Free some space, or "
                 "choose another training.checkpoint_dir."
             ) from error
-        if team.rank == 0:
+        if group.rank == 0:
             self.rotate()
         self.seconds = time.monotonic() - started
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fundamentallm.checkpoint.manager import CheckpointManager
 from fundamentallm.checkpoint.snapshot import take_snapshot
-from fundamentallm.distributed.host_group import Team
+from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import CheckpointError, CheckpointNotFoundError, ConfigError
 from tests.unit.checkpoint_files import DAMAGES, change_manifest, empty, flip_first_bit, make_true, pairs
 
@@ -254,23 +254,23 @@ def test_save_does_not_replace_what_is_not_a_checkpoint(tmp_path: Path, is_folde
 # ---- saving in the background ------------------------------------------------------------------------------------
 
 
-class Gate(Team):
+class Gate(HostGroup):
     """Holds back the thread that writes until it is opened."""
 
     def __init__(self) -> None:
         super().__init__(alone=True)
         self.opened, self.entered = threading.Event(), threading.Event()
 
-    def from_first(self, action: Callable[[], Any]) -> Any:
+    def from_main(self, action: Callable[[], Any]) -> Any:
         self.entered.set()
         assert self.opened.wait(60)
-        return super().from_first(action)
+        return super().from_main(action)
 
 
 def test_save_in_background_is_not_changed_by_later_training(tmp_path: Path) -> None:
     """Changes in place, through a view, through a tied name, and in nested containers."""
     gate = Gate()
-    manager = CheckpointManager(tmp_path, team=gate)
+    manager = CheckpointManager(tmp_path, group=gate)
     weight, moments = torch.ones(4, 3), [torch.arange(6.0)]
     texts, files = {"a": [1, 2]}, {"config.json": "{}"}
     changing = {

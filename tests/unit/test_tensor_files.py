@@ -27,7 +27,7 @@ from fundamentallm.checkpoint.tensor_files import (
     file_name,
     write_tensors,
 )
-from fundamentallm.distributed.host_group import Team
+from fundamentallm.distributed.host_group import HostGroup
 
 FULL = torch.arange(7 * 5 * 3).view(7, 5, 3).float()
 
@@ -142,7 +142,7 @@ def save_and_load_uneven_shards(folder: str) -> None:
     placements = {"rows": ShardAlong(0), "columns": ShardAlong(1), "one": ShardAlong(0), "copied": Replicate()}
     full = {name: torch.arange(10.0).view(2, 5) if name != "one" else torch.ones(1) for name in placements}
     tensors = {name: distribute_tensor(full[name], mesh, [placement]) for name, placement in placements.items()}
-    path = CheckpointManager(folder, team=Team()).save({"w": tensors})
+    path = CheckpointManager(folder, group=HostGroup()).save({"w": tensors})
     saved = load_checkpoint(path)["w"]
     assert all(torch.equal(saved[name], full[name]) for name in full)
     sharded: dict[str, DTensor] = load_checkpoint(path, lambda name, shape: tensors[name.removeprefix("w/")])["w"]
