@@ -16,7 +16,7 @@ VERBS = {
         "tokenize the data of a config once, on all cores; goes on where it was stopped",
     ),
     "generate": ("fundamentallm.commands.generate", "write text with a trained model"),
-    "evaluate": ("fundamentallm.commands.evaluate", "measure a trained model on text, or by tasks of lm-eval"),
+    "evaluate": ("fundamentallm.commands.evaluate", "measure a trained model on text"),
     "checkpoints": ("fundamentallm.commands.checkpoints", "list, verify and show checkpoints; what a step trained on"),
     "report": ("fundamentallm.commands.report", "compare runs on one page: curves, settings, samples, environment"),
     "estimate": (

@@ -102,7 +102,7 @@ def _tokenizer(spec: str, theirs: Path) -> str:
     if spec == DataConfig.tokenizer:
         return str(theirs)
     known = spec == "byte" or spec.endswith(".json")
-    if not known or create_tokenizer(spec, tuple, tuple).to_str() != read_tokenizer(theirs).to_str():
+    if not known or create_tokenizer(spec).to_str() != read_tokenizer(theirs).to_str():
         raise ConfigError(
             f"data.tokenizer is {spec!r} and {theirs.parent} was trained with another, so that its weights would mean "
             "other tokens; leave it out: the tokenizer is the folder's."

@@ -99,7 +99,7 @@ def text_of_step(checkpoint: Path, samples: StepSamples, source: str | None = No
         dataset, _ = corpus_samples(corpus, data.sequence_length, has_validation=False)
     except ConfigError as error:
         way_out = "If the text has moved, name it with --source; to do without it, --indices_only."
-        raise ConfigError([f"data.{problem} {way_out}" for problem in error.problems]) from error
+        raise ConfigError([f"{problem} {way_out}" for problem in error.problems]) from error
     if dataset.fingerprint() != samples.content:
         raise ConfigError(
             f"data.source is {data.source!r}, whose text is not what this step was trained on: it has changed since, "

@@ -540,7 +540,11 @@ class Trainer:
         if manager is None:
             raise ConfigError("there is no checkpoint_dir; set training.checkpoint_dir.")
         self._check_whole()
-        self._on_savers(lambda: manager.save(run_state(self), name, is_best, model_files(self)))
+        self._on_savers(
+            lambda: manager.save(
+                run_state(self), name, is_best, model_files(self.model, self.train_loader.dataset, self.files)
+            )
+        )
         if name == self._name:
             self._saved_at = self.global_step
         return manager.checkpoint_dir / name
@@ -568,7 +572,9 @@ class Trainer:
         if manager is not None and (self._saved_at != self.global_step or is_best):
             # A sharded state is saved by all, and the one before has failed on all of them or on none.
             if self.is_sharded or (self.is_main_process and not manager.has_failed):
-                manager.save_in_background(run_state(self), self._name, is_best, model_files(self))
+                manager.save_in_background(
+                    run_state(self), self._name, is_best, model_files(self.model, self.train_loader.dataset, self.files)
+                )
             self._saved_at = self.global_step
         self._save_requested = None
 

@@ -77,7 +77,7 @@ class Saves(Callback):
             if manager._writer is None or not manager._writer.is_alive():
                 self.waits.append(waited() - self.begun)
                 self.is_saving, state, name = False, run_state(trainer), f"at_once_{trainer.global_step}"
-                self.saves.append(seconds(lambda: manager.save(state, name, False, model_files(trainer))))
+                self.saves.append(seconds(lambda: manager.save(state, name, False, model_files(trainer.model, trainer.train_loader.dataset, trainer.files))))
         elif len(self.saves) == self.rounds:
             trainer.request_stop("measured")
         else:
@@ -114,7 +114,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     text = prose(400_000)
-    tokenizer = create_tokenizer("char", lambda: [text], lambda: [text])
+    tokenizer = create_tokenizer("char", text)
     shape = ModelConfig(tokenizer.get_vocab_size(), d_model=options.width, num_layers=8)
     saves = Saves(options.rounds + 1)
     saves.watch(CheckpointManager)

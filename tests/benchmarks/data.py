@@ -92,7 +92,7 @@ def forget(tokens: NDArray[np.integer]) -> None:
 def prepared(folder: Path, num_bytes: int) -> NDArray[np.integer]:
     """Training tokens of so many bytes, opened as `load_corpus` does: all zeros, and a sparse file."""
     folder.mkdir()
-    create_tokenizer("byte", list, list).save(str(folder / "tokenizer.json"))
+    create_tokenizer("byte").save(str(folder / "tokenizer.json"))
     for name, size in (("train.bin", num_bytes), ("validation.bin", 0)):
         with (folder / name).open("wb") as file:
             file.truncate(size)
@@ -120,7 +120,7 @@ def encoding(tokenizer: str, on_all_cores: bool) -> float:
     """Seconds to encode 4 MB."""
     text = prose(10**9)
     os.environ["TOKENIZERS_PARALLELISM"] = str(on_all_cores).lower()
-    made = create_tokenizer(tokenizer, lambda: [text], lambda: [text])
+    made = create_tokenizer(tokenizer, text)
     pieces = [text[at : at + sources.PIECE] for at in range(0, len(text), sources.PIECE)] * 9
     begun = time.perf_counter()
     for _ in encode_pieces(made, pieces):

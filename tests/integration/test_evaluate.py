@@ -17,7 +17,7 @@ from fundamentallm import Config, DataConfig, ModelConfig, TrainingConfig
 from fundamentallm.commands import evaluate as command
 from fundamentallm.config.schema import CHUNK, IGNORE_INDEX
 from fundamentallm.errors import ConfigError
-from fundamentallm.inference.loading import open_model
+from fundamentallm.inference.loading import load_model
 from fundamentallm.inference.scoring import interval, score, student_quantile, windows
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.train import make_trainer
@@ -67,7 +67,7 @@ def test_a_runs_validation_text_gives_its_validation_loss(
 
 def token_losses(run: Path, text: str, context: int, stride: int) -> list[float]:
     """Of each token but the first, each by itself."""
-    opened = open_model(run)
+    opened = load_model(run)
     ids, losses = opened.tokenizer.encode(text).ids, []
     for place in range(1, len(ids)):
         block = max(-(-(place - context) // stride), 0)

@@ -60,7 +60,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A model of each kind, in bfloat16, with a tokenizer that has a few tokens less than the model has rows."""
     base, text = tmp_path_factory.mktemp("pretrained"), prose()
     (base / "text.txt").write_text(text)
-    tokenizer = create_tokenizer("bpe:300", lambda: [text], lambda: [text])
+    tokenizer = create_tokenizer("bpe:300", text)
     for kind in KINDS:
         make(kind, 308).bfloat16().save_pretrained(base / kind)
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=77).save_pretrained(base / kind)
@@ -208,7 +208,7 @@ def test_what_contradicts_the_folder_is_refused_all_at_once(
 ) -> None:
     made = config(folders, kind, tmp_path)
     text = prose(200)
-    (folders["gpt2"].parent / "other.json").write_text(create_tokenizer("char", lambda: [text], lambda: []).to_str())
+    (folders["gpt2"].parent / "other.json").write_text(create_tokenizer("char", text).to_str())
     if str(data.get("tokenizer")).endswith(".json"):
         data = {"tokenizer": str(folders["gpt2"].parent / data["tokenizer"])}
     made = dataclasses.replace(

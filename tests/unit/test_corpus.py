@@ -324,13 +324,13 @@ def test_a_cache_entry_that_another_process_reads_is_left_alone(
     first = load_corpus(config)
     entry = next((tmp_path / "cache").iterdir())
     files = {path: path.stat().st_ino for path in entry.iterdir()}
-    real, asked = corpus._cached, []
+    real, asked = corpus._open_cached, []
 
     def not_yet(folder: Path, *about: Any) -> Any:
         asked.append(folder)
         return real(folder, *about) if len(asked) > 1 else None
 
-    monkeypatch.setattr(corpus, "_cached", not_yet)
+    monkeypatch.setattr(corpus, "_open_cached", not_yet)
     second = load_corpus(config)
     assert len(asked) == 2
     assert {path: path.stat().st_ino for path in entry.iterdir()} == files

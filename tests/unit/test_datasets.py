@@ -153,7 +153,7 @@ def test_what_is_longer_than_a_sample_is_cut_off_and_counted() -> None:
 
 
 def test_bytes_of_answers_that_are_cut_off_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = create_tokenizer("byte", list, list, "<end>")
+    tokenizer = create_tokenizer("byte", end_of_text="<end>")
     ids = tokenizer.encode("qqaaaa").ids
     tokens = np.array([*ids, tokenizer.token_to_id("<end>")] * 2)
     rows, end = np.array([[2, 7], [9, 14]]), tokenizer.token_to_id("<end>")

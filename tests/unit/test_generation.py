@@ -268,7 +268,7 @@ TEXT = "to be, or not to be: that is the question\n"
 
 @pytest.fixture(params=["char", "byte"])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
-    return create_tokenizer(request.param, lambda: [TEXT], lambda: [TEXT])
+    return create_tokenizer(request.param, TEXT)
 
 
 def save(
@@ -328,7 +328,7 @@ def test_the_command_writes_several_texts_at_once(
 
 
 def test_a_prompt_ends_with_its_line_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = save(tmp_path, create_tokenizer("byte", list, list), seed=1)
+    path = save(tmp_path, create_tokenizer("byte"), seed=1)
     (tmp_path / "prompts").write_text("to\u2028be\r\nor\n", encoding="utf-8")
     assert run(path, "--prompts", str(tmp_path / "prompts"), "--max_new_tokens", "1", "--json") == 0
     assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.split("\n")[:-1]] == ["to\u2028be", "or"]
@@ -359,7 +359,7 @@ def with_spaces_in_its_words(text: str) -> Tokenizer:
 def test_pieces_are_the_whole_text_whatever_the_tokens(spec: str) -> None:
     text = "to be 漢é🙂 or\n\n not 🙂🙂\N{REPLACEMENT CHARACTER} to be " * 3
     made = spec == "spaces in words"
-    tokenizer = with_spaces_in_its_words(text) if made else create_tokenizer(spec, lambda: [text], lambda: [text])
+    tokenizer = with_spaces_in_its_words(text) if made else create_tokenizer(spec, text)
     for ids in (tokenizer.encode(text).ids, tokenizer.encode(text).ids[3:-2]):
         found = list(command.pieces(tokenizer, iter(ids)))
         assert "".join(found) == tokenizer.decode(ids)
@@ -367,7 +367,7 @@ def test_pieces_are_the_whole_text_whatever_the_tokens(spec: str) -> None:
 
 
 def test_a_character_of_several_tokens_is_printed_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    byte = create_tokenizer("byte", lambda: [], lambda: [])
+    byte = create_tokenizer("byte")
     model = make(0, 256)
     cycle = byte.encode("漢é🙂").ids
     with torch.no_grad():  # each byte of the cycle makes the next one the most probable
@@ -442,7 +442,7 @@ def test_a_folder_without_a_checkpoint_is_an_error_that_names_it(
 def test_a_wrong_argument_is_an_error_that_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list, named: str
 ) -> None:
-    save(tmp_path, create_tokenizer("char", lambda: [TEXT], lambda: []), seed=1)
+    save(tmp_path, create_tokenizer("char", TEXT), seed=1)
     assert fails(monkeypatch, tmp_path, *arguments) == 2
     assert named in capsys.readouterr().err
 
@@ -457,7 +457,7 @@ def test_a_wrong_argument_is_found_before_anything_is_printed(
 def test_weights_that_do_not_fit_the_config_are_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = save(tmp_path, create_tokenizer("char", lambda: [TEXT], lambda: []), seed=1, num_hidden_layers=3)
+    path = save(tmp_path, create_tokenizer("char", TEXT), seed=1, num_hidden_layers=3)
     assert fails(monkeypatch, path) == 1
     assert str(path) in capsys.readouterr().err
 

@@ -80,7 +80,7 @@ def test_the_shares_of_all_processes_make_the_batch(
     samplers = [StepSampler(samples, batch_size, seed, i, processes, micro) for i in range(processes)]
     for step in range(2 * samplers[0].steps_per_epoch):
         batch = samplers[0].batch(step)
-        shares = [sampler.share(step) for sampler in samplers]
+        shares = [sampler.rank_batch(step) for sampler in samplers]
         assert [index for share in shares for index in share.indices[: share.rows]] == batch
         rows = [share.rows for share in shares]
         assert max(rows) - min(rows) <= 1
@@ -94,7 +94,7 @@ def test_every_process_has_the_same_number_of_micro_batches_and_a_row_for_each(
 ) -> None:
     samplers = [StepSampler(samples, batch_size, 0, i, processes, micro) for i in range(processes)]
     for step in range(samplers[0].steps_per_epoch):
-        shares = [sampler.share(step) for sampler in samplers]
+        shares = [sampler.rank_batch(step) for sampler in samplers]
         (count,) = {share.micro_batches for share in shares}
         most = max(share.rows for share in shares)
         assert (count - 1) * (micro or batch_size) < most <= count * (micro or batch_size)
@@ -250,7 +250,7 @@ def test_a_step_sampler_runs_through_a_loader_as_the_loader_says(shuffle: bool, 
     same = StepSampler(10, 4, 5 if shuffle else None, 1, 2, 1, drop_last)
     assert ours.steps_per_epoch == len(loader)
     for step in range(2 * len(loader)):
-        assert ours.share(step) == same.share(step)
+        assert ours.rank_batch(step) == same.rank_batch(step)
 
 
 def step_batches(num_workers: int, start: int = 0) -> list[torch.Tensor]:
@@ -271,7 +271,7 @@ def test_device_batches_are_the_shares_of_their_steps_over_the_epochs_ends(
     batches = step_batches(0, start=5)
     assert len(batches) == 15
     for step, batch in enumerate(batches, start=5):
-        assert torch.equal(batch, torch.stack(dataset.__getitems__(sampler.share(step).indices)))
+        assert torch.equal(batch, torch.stack(dataset.__getitems__(sampler.rank_batch(step).indices)))
 
 
 def test_worker_processes_change_no_batch() -> None:
@@ -290,7 +290,7 @@ def test_iterating_draws_nothing_from_the_global_generator(num_workers: int) -> 
 def test_a_plain_loader_over_windows_of_tokens_gives_them_as_ours_does() -> None:
     dataset, sampler = TokenDataset(np.arange(40), 4), StepSampler(10, 3, 0)
     batches = [
-        list(load(DataLoader(dataset, batch_size=3, **options), (sampler.share(step).indices for step in range(4))))
+        list(load(DataLoader(dataset, batch_size=3, **options), (sampler.rank_batch(step).indices for step in range(4))))
         for options in ({}, {"collate_fn": as_is})
     ]
     for plain, ours in zip(*batches, strict=True):
@@ -326,7 +326,7 @@ def test_device_batches_of_all_processes_have_each_sample_of_a_step_unmasked_onc
         for inputs, targets, count, rows in parts:
             assert inputs.min() >= 0
             assert (targets != IGNORE_INDEX).sum(dim=1).tolist() == [7] * rows + [0] * (len(inputs) - rows)
-            assert count == samplers[0].share(step).micro_batches <= len(inputs)
+            assert count == samplers[0].rank_batch(step).micro_batches <= len(inputs)
 
 
 @pytest.mark.parametrize("item", [1, (1, 2), torch.ones(3), (torch.ones(3),) * 3])
@@ -342,7 +342,7 @@ def make_config(**data: object) -> Config:
 
 @pytest.fixture
 def tokenizer(text: str) -> Tokenizer:
-    return create_tokenizer("char", lambda: [text], lambda: [])
+    return create_tokenizer("char", text)
 
 
 def tokens_of(text: str, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
@@ -382,7 +382,7 @@ def test_loaders_of_a_corpus_carry_its_tokenizer(text: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("piece", ["a", "é", "漢a"])
 def test_bytes_of_the_targets_are_all_bytes_but_the_first(piece: str, as_tokens: bool) -> None:
     validation = piece * 40
-    tokenizer = create_tokenizer("byte", lambda: [], lambda: [])
+    tokenizer = create_tokenizer("byte")
     train = "x" * (len(validation.encode()) if as_tokens else len(validation))
     data = tokenizer.encode(train + validation).ids if as_tokens else train + validation
     _, val_loader = create_dataloaders(data, tokenizer, make_config(train_split=0.5))
@@ -399,7 +399,7 @@ def test_bytes_of_tokens_without_a_tokenizer_are_unknown() -> None:
 
 def test_carriage_returns_of_a_text_are_kept() -> None:
     text = "a\r\nb\rc\n" * 30
-    tokenizer = create_tokenizer("byte", lambda: [], lambda: [])
+    tokenizer = create_tokenizer("byte")
     train_loader, _ = create_dataloaders(text, tokenizer, make_config(train_split=1.0))
     assert tokenizer.decode(train_loader.dataset.tokens.tolist()) == text
 
@@ -459,13 +459,13 @@ def test_a_part_too_short_for_one_sample_is_refused(count: int, train_split: flo
 def test_even_micro_batches_have_one_size_and_the_same_samples(
     size: int, batch: int, micro: int | None, processes: int
 ) -> None:
-    even = [StepSampler(size, batch, 3, i, processes, micro, is_even=True) for i in range(processes)]
+    even = [StepSampler(size, batch, 3, i, processes, micro, pad=True) for i in range(processes)]
     plain = [StepSampler(size, batch, 3, i, processes, micro) for i in range(processes)]
     largest = -(-min(size, batch) // processes)
     parts = -(-largest // (micro or largest))
     for step in range(2 * plain[0].steps_per_epoch):
         for one, other in zip(even, plain, strict=True):
-            indices, rows, micro_batches = one.share(step)
-            assert indices[:rows] == other.share(step).indices[:rows]
+            indices, rows, micro_batches = one.rank_batch(step)
+            assert indices[:rows] == other.rank_batch(step).indices[:rows]
             assert len(indices) == micro_batches * -(-largest // parts)
             assert micro_batches <= parts

@@ -295,7 +295,7 @@ def test_an_encoding_that_was_broken_off_goes_on_to_the_same_tokens(
         source = kind(tmp_path)
     expected = load(tmp_path / "whole", source, **settings)
 
-    written, real = [], encoding._write_note
+    written, real = [], encoding._save_progress
 
     def dies(note: Any, files: Any, staging: Path) -> None:
         real(note, files, staging)
@@ -304,8 +304,8 @@ def test_an_encoding_that_was_broken_off_goes_on_to_the_same_tokens(
             file.write(b"\0\0\0")
         raise Killed
 
-    monkeypatch.setattr(encoding, "NOTED_EVERY", 60)
-    monkeypatch.setattr(encoding, "_write_note", dies)
+    monkeypatch.setattr(encoding, "SAVE_EVERY", 60)
+    monkeypatch.setattr(encoding, "_save_progress", dies)
     while True:
         try:
             corpus = load(tmp_path, source, **settings)

@@ -13,8 +13,7 @@ from fundamentallm.errors import ConfigError
 SAMPLE = "Grüße,\r\n\tहिन्दी 漢字 🙂 don't e\u0301\n\n  two  spaces and a <unk>\n"
 
 
-def make(spec: str, text: str, training_text: str | None = None) -> Tokenizer:
-    return create_tokenizer(spec, lambda: [text], lambda: [text if training_text is None else training_text])
+make = create_tokenizer
 
 
 @pytest.fixture(params=["char", "byte", "bpe:300", "file"])
@@ -46,7 +45,7 @@ def test_char_has_one_token_for_each_character_of_all_the_text() -> None:
 
 
 def test_char_vocabulary_does_not_depend_on_how_the_text_comes_in_pieces() -> None:
-    pieces = create_tokenizer("char", lambda: SAMPLE.splitlines(keepends=True), lambda: [])
+    pieces = create_tokenizer("char", iter(SAMPLE.splitlines(keepends=True)))
     assert pieces.to_str() == make("char", SAMPLE).to_str()
 
 
@@ -162,4 +161,4 @@ def test_a_tokenizer_file_set_to_truncate_and_pad_still_returns_every_token(tmp_
 @pytest.mark.parametrize("spec", ["words", "bpe:x", "bpe:10", "bpe"])
 def test_what_is_no_tokenizer_is_refused_from_python_too(spec: str) -> None:
     with pytest.raises(ConfigError, match=f"tokenizer is '{spec}'; allowed: "):
-        create_tokenizer(spec, lambda: ["abc"], lambda: ["abc"])
+        create_tokenizer(spec, "abc")
