@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import mmap
@@ -106,11 +105,8 @@ def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
     cache = Path(expand_user(config.cache_dir)) if config.cache_dir else _user_cache()
     weights = config.sources()
     resolved = [resolve_source(config, name) for name in weights]
-    facts = {
-        source.name: _cached_facts(config, source, cache, show_progress)
-        for source in resolved
-        if source.kind != "prepared"
-    }
+    raw = [source for source in resolved if source.kind != "prepared"]
+    facts = {source.name: _cached_facts(config, source, cache, show_progress) for source in raw}
     folders = {name: cache / key for name, key in _keys(config, facts).items()}
     opened: dict[str, Source] = {}
     missing = []
@@ -124,11 +120,10 @@ def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
             missing.append(source)
     if missing:
         with writing(cache):
-            tokenizer = _make_tokenizer(config, resolved, facts, list(folders.values()), show_progress)
+            tokenizer = _make_tokenizer(config, raw, facts, list(folders.values()), show_progress)
             for source in missing:
                 folder, name = folders[source.name], source.name
-                is_ready = functools.partial(_is_ready, folder)
-                prepare_source(config, source, facts[name], tokenizer, folder, is_ready, show_progress)
+                prepare_source(config, source, facts[name], tokenizer, folder, _is_ready, show_progress)
                 opened[name] = _open(folder, name, weights[name])
     sources = [opened[name] for name in weights]
     if len({(source.folder / "tokenizer.json").read_text(encoding="utf-8") for source in sources}) > 1:
@@ -245,8 +240,6 @@ def _make_tokenizer(
 
     def training_text() -> Iterator[str]:
         for source in sources:
-            if source.kind == "prepared":
-                continue
             size = int(facts[source.name].size * config.train_split)
             pieces = split_pieces(read_source(config, source, []), size, by_rows=config.prompt_field is not None)
             description = f"learning {config.tokenizer} from {os.path.basename(source.name)}"
@@ -315,16 +308,11 @@ def _map_file(path: Path, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
 
 def _check_settings(folder: Path, name: str, made_with: dict[str, Any], config: DataConfig) -> None:
     """Refuse settings that differ from those a source was prepared with."""
-    different = {setting: made_with[setting] for setting in SETTINGS if made_with[setting] != getattr(config, setting)}
+    different = {key: made_with[key] for key in SETTINGS if made_with[key] != getattr(config, key)}
     if config.tokenizer.endswith(".json") and "tokenizer" in different:
         given, prepared = (read_tokenizer(path).to_str() for path in (config.tokenizer, folder / "tokenizer.json"))
         if given == prepared:
             del different["tokenizer"]
     if different:
-        allowed = f", with which the source {name} was prepared"
-        raise ConfigError(
-            [
-                Problem(f"data.{setting}", getattr(config, setting), f"{value!r}{allowed}")
-                for setting, value in different.items()
-            ]
-        )
+        allowed = {setting: f"{value!r}, as in the source {name}" for setting, value in different.items()}
+        raise ConfigError([Problem(f"data.{key}", getattr(config, key), text) for key, text in allowed.items()])

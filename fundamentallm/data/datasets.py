@@ -112,10 +112,8 @@ class TokenDataset(_SegmentDataset):
 
     Args:
         tokens: 1-D integers, memory-mapped or not; read only where a sample lies.
-        sequence_length: inputs of a sample.
-        tokenizer: the tokenizer of the tokens; stored with checkpoints.
-        num_bytes: UTF-8 bytes of the text of all targets, for bits per byte; None if unknown.
-        end_of_text: the token after each document; None if there is none.
+
+    The other arguments are the attributes of `TokenSamples`.
 
     Raises:
         ConfigError: if there are too few tokens for one sample, or `sequence_length` is below 1.
@@ -180,10 +178,8 @@ class PairDataset(_SegmentDataset):
     Args:
         tokens: the tokens of all pairs, one after the other.
         rows: (pairs, 2): the index of each answer's first token, and of the one after its end.
-        sequence_length: maximum number of inputs of a sample.
-        tokenizer: the tokenizer of the tokens.
-        num_bytes: UTF-8 bytes of all answers; None if unknown.
-        end_of_text: the last token of each pair.
+
+    The other arguments are the attributes of `TokenSamples`.
 
     Attributes:
         num_cut: number of pairs that are cut off.
@@ -217,7 +213,7 @@ class PairDataset(_SegmentDataset):
         self.num_bytes = num_bytes
         if num_bytes is not None and tokenizer is not None and len(cut):
             lost = np.concatenate([tokens[max(stops[i], answers[i]) : ends[i]] for i in cut])
-            # One call, since each goes through the whole vocabulary.
+            # One call for all, since each call goes through the whole vocabulary.
             self.num_bytes = num_bytes - count_bytes(tokenizer, lost, end_of_text)
 
     def __len__(self) -> int:
@@ -270,13 +266,13 @@ class MixedDataset(TokenSamples):
         self.num_lost = sum(getattr(dataset, "num_lost", 0) for dataset in self.datasets)
         self.sizes = self.counts = np.array([len(dataset) for dataset in self.datasets])
         if weights is not None:
-            per_weight = self.sizes / np.asarray(weights, dtype=np.float64)
-            rarest = int(per_weight.argmax())
-            length = float(per_weight[rarest]) * sum(weights)
+            ratios = [len(dataset) / weight for dataset, weight in zip(self.datasets, weights, strict=True)]
+            per_weight, rarest = max(zip(ratios, self.names, strict=True))
+            length = per_weight * sum(weights)
             if length * int(self.sizes.max()) >= 2.0**62:  # the product in `_find` would overflow
                 reason = f"whose weight makes an epoch, in which each of its samples occurs, {length:.3g} samples long"
-                raise ConfigError(Problem("data.source", self.names[rarest], "a larger weight", "", reason))
-            wanted = [round(float(per_weight[rarest]) * weight) for weight in weights]
+                raise ConfigError(Problem("data.source", rarest, "a larger weight", "", reason))
+            wanted = [round(per_weight * weight) for weight in weights]
             self.counts = np.maximum(self.sizes, wanted)
         self._ends = self.counts.cumsum()
 

@@ -15,7 +15,6 @@ import functools
 import json
 import os
 import shutil
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -76,19 +75,12 @@ def prepare_source(
     facts: Facts,
     tokenizer: Tokenizer,
     folder: Path,
-    is_ready: Callable[[], bool],
+    is_ready: Callable[[Path], bool],
     show_progress: bool,
 ) -> None:
     """Write a source's tokens to `folder`, completely or not at all. Continues an earlier attempt.
 
-    Args:
-        config: how to read and split the source.
-        source: the source.
-        facts: its content.
-        tokenizer: encodes it.
-        folder: the folder to make.
-        is_ready: returns whether the folder exists and is complete.
-        show_progress: whether to show a progress bar.
+    `is_ready` returns whether a folder exists and is complete.
 
     Raises:
         ConfigError: if the vocabulary lacks some of the characters or tokens.
@@ -96,18 +88,12 @@ def prepare_source(
     """
     staging = folder.with_name(f".staging-{folder.name}")
     with _locked(staging):
-        if is_ready():  # another process made it
+        if is_ready(folder):  # another process made it
             shutil.rmtree(staging)
             return
-        bar = tqdm(
-            total=facts.size,
-            desc=f"tokenizing {os.path.basename(source.name)}",
-            unit="",
-            unit_scale=True,
-            disable=not show_progress,
-        )
+        title = f"tokenizing {os.path.basename(source.name)}"
         try:
-            with bar:
+            with tqdm(total=facts.size, desc=title, unit="", unit_scale=True, disable=not show_progress) as bar:
                 _write_files(config, source, facts, tokenizer, staging, bar)
         except ConfigError:  # the same error would come again
             shutil.rmtree(staging, ignore_errors=True)
@@ -115,7 +101,7 @@ def prepare_source(
         try:
             staging.rename(folder)
         except OSError:
-            if is_ready():
+            if is_ready(folder):
                 shutil.rmtree(staging)
             else:  # the folder is damaged
                 shutil.rmtree(folder)
@@ -308,7 +294,7 @@ def encode_pieces(
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = plain
     unknown = unknown_token(tokenizer)
-    remaining, known = iter(pieces), np.zeros(sys.maxunicode + 1, dtype=bool)
+    remaining, known = iter(pieces), set[str]()
     encode = functools.partial(tokenizer.encode_batch_fast, add_special_tokens=False)
     # The library's threads encode a batch while this thread converts the previous one to arrays.
     with ThreadPoolExecutor(1) as executor:
@@ -334,22 +320,13 @@ def _next_batch(pieces: Iterator[str]) -> list[str]:
     return batch
 
 
-def _check_characters(tokenizer: Tokenizer, batch: list[str], known: NDArray[np.bool_], unknown: int | None) -> None:
-    """Refuse characters that the vocabulary lacks. `known` marks, by code point, those that it is known to have."""
-    if known[np.frombuffer("".join(batch).encode("utf-32-le"), np.uint32)].all():
-        return
+def _check_characters(tokenizer: Tokenizer, batch: list[str], known: set[str], unknown: int | None) -> None:
+    """Refuse characters that the vocabulary lacks, and add the others to `known`."""
     for piece in batch:
-        codes = np.frombuffer(piece.encode("utf-32-le"), np.uint32)
-        if known[codes].all():
-            continue
-        characters = set(map(chr, np.unique(codes[known[codes]])))
-        if lacking := lacking_characters(tokenizer, piece, characters, unknown):
+        if lacking := lacking_characters(tokenizer, piece, known, unknown):
             shown = ", ".join(map(repr, lacking[:10])) + (", ..." if len(lacking) > 10 else "")
-            advice = (
-                f"The text has {shown}, which the tokenizer's vocabulary lacks: leave them out, or set data.tokenizer."
-            )
+            advice = f"The text has {shown}, which the vocabulary lacks: remove them, or change data.tokenizer."
             raise ConfigError(Problem("", lacking, advice=advice))
-        known[[ord(character) for character in characters]] = True
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype[np.unsignedinteger]:

@@ -80,29 +80,24 @@ class _Segment(NamedTuple):
     def steps_over(self, samples: int) -> int:
         return samples // self.batch_size if self.drop_last else -(-samples // self.batch_size)
 
-    @property
-    def first_steps(self) -> int:
-        """Steps from the start to the end of its epoch."""
-        return self.steps_over(self.num_samples - self.start.place)
-
-    def place(self, step: int) -> tuple[int, int]:
-        since = step - self.start.step
-        if since < self.first_steps:
-            return self.start.epoch, self.start.place + since * self.batch_size
-        epochs, step_in_epoch = divmod(since - self.first_steps, self.steps_over(self.num_samples))
-        return self.start.epoch + 1 + epochs, step_in_epoch * self.batch_size
+    def used(self, samples: int) -> int:
+        return samples - samples % self.batch_size if self.drop_last else samples
 
     def steps_before_epoch(self, epoch: int) -> int:
-        epochs = epoch - self.start.epoch - 1
-        return self.start.step + self.first_steps + epochs * self.steps_over(self.num_samples)
+        first_steps = self.steps_over(self.num_samples - self.start.place)
+        return self.start.step + first_steps + (epoch - self.start.epoch - 1) * self.steps_over(self.num_samples)
 
-    def samples_before(self, step: int) -> int:
-        epoch, index = self.place(step)
-        if epoch == self.start.epoch:
-            return self.start.samples + index - self.start.place
-        first = min(self.first_steps * self.batch_size, self.num_samples - self.start.place)
-        per_epoch = min(self.steps_over(self.num_samples) * self.batch_size, self.num_samples)
-        return self.start.samples + first + (epoch - self.start.epoch - 1) * per_epoch + index
+    def at(self, step: int) -> Start:
+        """Returns where the batches from `step` on start."""
+        start, rest = self.start, self.num_samples - self.start.place
+        since = step - start.step
+        if since < self.steps_over(rest):
+            taken = since * self.batch_size
+            return Start(step, start.epoch, start.place + taken, start.samples + taken)
+        epochs, steps = divmod(since - self.steps_over(rest), self.steps_over(self.num_samples))
+        index = steps * self.batch_size
+        samples = start.samples + self.used(rest) + epochs * self.used(self.num_samples) + index
+        return Start(step, start.epoch + 1 + epochs, index, samples)
 
 
 class StepSampler:
@@ -113,7 +108,7 @@ class StepSampler:
 
     Args:
         num_samples: size of the dataset.
-        batch_size: samples per step over all processes.
+        batch_size: samples a step over all processes.
         seed: seed of the order; None for the dataset's own order.
         process_index: rank of this process.
         num_processes: number of processes.
@@ -121,10 +116,6 @@ class StepSampler:
         drop_last: skip an epoch's short last batch.
         pad: pad micro-batches to one size (padding is masked), so that a compiled model sees one shape.
         schedule: later batch sizes, as pairs of the number of steps done and the size from then on, in order.
-
-    Attributes:
-        start: where the batches begin. A run whose batch size was changed continues from its last sample.
-        micro_batch_size: maximum number of a process's samples to compute at once.
     """
 
     def __init__(
@@ -158,7 +149,7 @@ class StepSampler:
 
     @property
     def start(self) -> Start:
-        """The start of the batches."""
+        """Where the batches start. A run whose batch size was changed continues from its last sample."""
         return self._segments[0].start
 
     @start.setter
@@ -167,8 +158,7 @@ class StepSampler:
         self._segments = [_Segment(start, size, self.num_samples, self.drop_last)]
         for step, size in self.schedule:
             if step > start.step:  # the order of samples continues, in batches of another size
-                next_start = Start(step, *self.place(step), self.samples_before(step))
-                self._segments.append(_Segment(next_start, size, self.num_samples, self.drop_last))
+                self._segments.append(_Segment(self._at(step), size, self.num_samples, self.drop_last))
 
     def _segment(self, step: int) -> _Segment:
         """Returns the segment that contains `step`."""
@@ -177,9 +167,13 @@ class StepSampler:
                 return segment
         return self._segments[0]
 
+    def _at(self, step: int) -> Start:
+        return self._segment(step).at(step)
+
     def place(self, step: int) -> tuple[int, int]:
         """Returns (epoch, index in its order) of the first sample of `step`. Index 0 is the start of an epoch."""
-        return self._segment(step).place(step)
+        start = self._at(step)
+        return start.epoch, start.place
 
     def steps_before_epoch(self, epoch: int) -> int:
         """Returns the number of steps before the first one of `epoch`, which is later than the epoch of `start`."""
@@ -190,7 +184,7 @@ class StepSampler:
 
     def samples_before(self, step: int) -> int:
         """Returns the samples consumed before `step`, over all processes and epochs."""
-        return self._segment(step).samples_before(step)
+        return self._at(step).samples
 
     def epochs_before(self, step: int) -> float:
         """Returns the passes over the data before `step`. With `drop_last`, an epoch ends before its last sample."""
@@ -228,9 +222,8 @@ class StepSampler:
 
     def _range(self, step: int) -> tuple[int, int, int]:
         """Returns the epoch of `step` and the range of its batch in the epoch's order."""
-        segment = self._segment(step)
-        epoch, start = segment.place(step)
-        return epoch, start, min(start + segment.batch_size, self.num_samples)
+        epoch, start = self.place(step)
+        return epoch, start, min(start + self._segment(step).batch_size, self.num_samples)
 
     def _indices(self, epoch: int, start: int, stop: int) -> list[int]:
         if self.seed is None:

@@ -241,8 +241,10 @@ def model_files(model: nn.Module, dataset: Any, further: dict[str, str]) -> dict
         end_of_text = ours.tokenizer.token_to_id(END_OF_TEXT) if ours.end_of_text is None else ours.end_of_text
         files[TOKENIZER] = ours.tokenizer.to_str()
         # Without this, AutoTokenizer chooses a class by the model's type, which splits words in its own way.
-        tokenizer_class = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        files["tokenizer_config.json"] = json.dumps(tokenizer_class, indent=2)
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        if end_of_text is not None:
+            settings["eos_token"] = ours.tokenizer.id_to_token(end_of_text)
+        files["tokenizer_config.json"] = json.dumps(settings, indent=2)
     if isinstance(model, Transformer):
         length = len(dataset[0][0]) if ours is None else ours.sequence_length
         files[CONFIG] = json.dumps(model.transformers_config(length, end_of_text), indent=2)
