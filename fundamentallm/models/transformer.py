@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fundamentallm.config.schema import ModelConfig
-from fundamentallm.errors import ConfigError
+from fundamentallm.errors import ConfigError, Problem
 
 INITIAL_STD = 0.02
 """Standard deviation of initial weights (GPT-2)."""
@@ -192,7 +192,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.document_start = document_start
         if config.vocab_size is None:
-            raise ConfigError("vocab_size is not set; give ModelConfig the tokenizer's get_vocab_size().")
+            raise ConfigError(Problem("model.vocab_size", None, "the tokenizer's get_vocab_size()"))
         self.config = config = config.resolved()
         self.gradient_checkpointing = False
         self.dropout = nn.Dropout(config.dropout)

@@ -77,7 +77,8 @@ class Saves(Callback):
             if manager._writer is None or not manager._writer.is_alive():
                 self.waits.append(waited() - self.begun)
                 self.is_saving, state, name = False, run_state(trainer), f"at_once_{trainer.global_step}"
-                self.saves.append(seconds(lambda: manager.save(state, name, False, model_files(trainer.model, trainer.train_loader.dataset, trainer.files))))
+                files = model_files(trainer.model, trainer.train_loader.dataset, trainer.files)
+                self.saves.append(seconds(lambda: manager.save(state, name, False, files)))
         elif len(self.saves) == self.rounds:
             trainer.request_stop("measured")
         else:
