@@ -463,3 +463,30 @@ def flat_settings(config: dict[str, Any]) -> dict[str, Any]:
     for section in sections:
         flat |= {f"{section}.{name}": value for name, value in nested.get(section, {}).items()}
     return flat
+
+
+FREE_ON_RESUME = {
+    *("model.init_from", "model.pretrained", "model.zero_init_residual"),
+    *("output_dir", "callbacks", "callback_options", "trackers", "tracker_options", "sample_tokens"),
+    *("data.source", "data.num_workers", "data.cache_dir", "training.peak_tflops"),
+    *("training.micro_batch_size", "training.activation_checkpointing", "training.compile"),
+    *("training.checkpoint_dir", "training.keep_last_n", "training.max_bad_steps"),
+    *("training.save_every_n_epochs", "training.save_every_n_steps", "training.log_every_n_steps"),
+    *("training.eval_every_n_epochs", "training.eval_every_n_steps", "training.max_minutes"),
+    *("training.early_stopping_patience", "training.early_stopping_metric", "training.early_stopping_mode"),
+    *(
+        "training.validation_metrics",
+        "training.early_stopping_min_delta",
+        "training.hang_minutes",
+        "training.resume",
+        "training.resume_changes",
+    ),
+}
+"""Settings that change no weight, and may differ on resume (a text may move: its content counts)."""
+
+AFFECTS_SCHEDULE = {
+    *("training.max_steps", "training.max_epochs", "training.learning_rate", "training.lr_scheduler"),
+    *("training.lr_scheduler_options", "training.warmup_steps", "training.min_lr_ratio"),
+    *("training.batch_size", "training.batch_size_schedule", "data.num_samples"),
+}
+"""Settings, and facts of the data, that change the learning-rate curve."""

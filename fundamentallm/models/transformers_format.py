@@ -227,13 +227,10 @@ def transformers_model(pretrained: Pretrained) -> nn.Module:
     return model
 
 
-def model_files(model: nn.Module, dataset: Any, further: dict[str, str]) -> dict[str, str]:
+def model_files(model: nn.Module, dataset: Any) -> dict[str, str]:
     """Returns the text files, by name, that transformers needs beside the weights, as far as they are known.
 
-    Args:
-        model: the model.
-        dataset: the training data, which may have a tokenizer and an end-of-text token.
-        further: files that are added, or replace those of the same name.
+    A dataset that is a `TokenSamples` knows the tokenizer and the end-of-text token.
     """
     files: dict[str, str] = {}
     ours, end_of_text = dataset if isinstance(dataset, TokenSamples) else None, None
@@ -251,4 +248,4 @@ def model_files(model: nn.Module, dataset: Any, further: dict[str, str]) -> dict
     elif to_json := getattr(getattr(model, "config", None), "to_json_string", None):
         about = {"architectures": [type(model).__name__], "dtype": "float32"}
         files[CONFIG] = json.dumps(json.loads(to_json(use_diff=False)) | about, indent=2)
-    return files | further
+    return files

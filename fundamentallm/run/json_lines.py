@@ -98,7 +98,7 @@ def keep_file(trainer: Trainer, path: Path, is_of_validation: Callable[[dict[str
 
     Made again, and dropped, are the lines of later steps, and where that step's validation is due, those it makes.
     """
-    step, validation_due = trainer.global_step, trainer.state["progress"].validation_due
+    step, validation_due = trainer.global_step, trainer.validation_due
 
     def is_made_again(line: dict[str, Any]) -> bool:
         return bool(line["step"] > step or (line["step"] == step and validation_due and is_of_validation(line)))

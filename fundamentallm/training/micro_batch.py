@@ -107,9 +107,9 @@ def _largest_that_fits(trainer: Trainer, largest: int) -> int:
 
     def fits(size: int) -> bool:
         # Every process has tried, and says how it went, before any tries the next: nobody waits within a step.
-        with trainer.team.together():
+        with trainer.group.together():
             fits_here = _fits_here(trainer, rows, targets, size, in_several=size < largest)
-        return all(trainer.team.exchange(fits_here))
+        return all(trainer.group.exchange(fits_here))
 
     # Else every size tried would be compiled for; uncompiled, it needs more memory rather than less.
     with (
@@ -173,7 +173,7 @@ def _step_of_this_process(trainer: Trainer) -> OptimizerStep:
 
     Thus a process that runs out of memory leaves no other waiting.
     """
-    step = copy.copy(trainer._step)
+    step = copy.copy(trainer.optimizer_step)
     step.guard, step.num_processes = Guard(trainer.accelerator.device, max_bad_steps=0), 1
     step.model_with_loss = trainer.accelerator.unwrap_model(step.model_with_loss)
     return step
@@ -184,11 +184,11 @@ def _leaving_no_trace(trainer: Trainer) -> Iterator[None]:
     """Afterwards random numbers, buffers, optimizer and mode are as before; no weight ever changes."""
     device, optimizer = trainer.accelerator.device, trainer.optimizer
     buffers = [(buffer, buffer.clone()) for buffer in trainer.model.buffers()]
-    modes = {module: module.training for module in trainer._step_model.modules()}
+    modes = {module: module.training for module in trainer.model_with_loss.modules()}
     had_state = {parameter for parameter, state in optimizer.state.items() if state}
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-        trainer._step_model.train()
+        trainer.model_with_loss.train()
         try:
             yield
         finally:

@@ -23,9 +23,8 @@ from fundamentallm.errors import ConfigError
 
 if TYPE_CHECKING:
     from fundamentallm.config.schema import TrainingConfig
-    from fundamentallm.training.trainer import Trainer
 if TYPE_CHECKING:
-    from fundamentallm.training.trainer import Trainer
+    pass
 
 # A decay maps progress, 0 on the peak's step to 1 on the run's last step, to the part of the way from
 # `min_lr_ratio` up to the peak: 1 at 0 and 0 at 1.
@@ -177,15 +176,14 @@ def create_scheduler(
     return StepSchedule(optimizer, factor)
 
 
-def _curve(trainer: Trainer) -> str:
-    """The learning rate from here to the end, at a few steps."""
-    last, first = trainer.total_steps - 1, trainer.global_step
-    if not isinstance(trainer.scheduler, StepSchedule) or first > last:
-        return "the learning rate follows another curve from here"
-    base, factor = trainer.scheduler.base_lrs[0], trainer.scheduler.lr_lambdas[0]
-    steps = sorted({first + (last - first) * part // 6 for part in range(7)})
-    before = trainer.metrics.get_latest("learning_rate")
-    was = f" (it was {before:.3g})" if before is not None else ""
+def describe_curve(scheduler: LRScheduler, step: int, total_steps: int, previous: float | None) -> str:
+    """Returns the learning rate from `step` to the end, at seven steps; `previous` is the last one logged."""
+    last = total_steps - 1
+    if not isinstance(scheduler, StepSchedule) or step > last:
+        return "the learning-rate curve changes from here"
+    base, factor = scheduler.base_lrs[0], scheduler.lr_lambdas[0]
+    steps = sorted({step + (last - step) * part // 6 for part in range(7)})
+    was = f" (it was {previous:.3g})" if previous is not None else ""
     return f"learning rate from here{was}: " + ", ".join(f"step {s + 1} {base * factor(s):.3g}" for s in steps)
 
 

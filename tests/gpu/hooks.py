@@ -165,7 +165,7 @@ class ModelAlone(Hook):
     times = 10
 
     def on_train_end(self, trainer: Trainer) -> None:
-        device, model = trainer.accelerator.device, trainer._step_model
+        device, model = trainer.accelerator.device, trainer.model_with_loss
         inputs, targets, parts, _ = next(device_batches(trainer.train_loader, trainer.samples, 0, 1, device))
         pairs = list(zip(inputs.tensor_split(parts), targets.tensor_split(parts), strict=True))
         for count in (2, self.times):  # the first round warms up

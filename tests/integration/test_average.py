@@ -120,7 +120,7 @@ def test_validation_is_of_the_average(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_opens_as_the_average_and_gives_the_weights_as_trained_too(whole: Trainer, tmp_path: Path) -> None:
-    newest = CheckpointManager(whole.config.checkpoint_dir or "").get_latest()
+    newest = CheckpointManager(whole.config.training.checkpoint_dir or "").get_latest()
     assert_same_weights(dict(AutoModelForCausalLM.from_pretrained(newest).state_dict()), averages(whole))
     for words, expected in (([], averages(whole)), (["--raw"], weights(whole))):
         out = tmp_path / f"out{len(words)}"

@@ -65,7 +65,7 @@ def run(_: int, folder: str, backend: str, is_sharded: bool, training: dict[str,
     )
     trainer.train()
     assert trainer.config.training.compile is (backend != "no")
-    assert type(trainer.accelerator.unwrap_model(trainer._step_model)) is ModelWithLoss  # by nobody else
+    assert type(trainer.accelerator.unwrap_model(trainer.model_with_loss)) is ModelWithLoss  # by nobody else
     if backend != "no":
         # One for the steps and one for validation: not for other sizes, not for each of the blocks.
         assert counters["stats"]["unique_graphs"] == 2

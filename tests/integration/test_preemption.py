@@ -78,7 +78,7 @@ def test_a_signal_ends_the_run_after_its_step_saved(
     first = run(tmp_path / "parts", SignalAt(5, getattr(signal, name)))
     assert signal.getsignal(getattr(signal, name)) is before
     assert (first.global_step, first.was_interrupted) == (5, True)
-    assert f"stopped at step 5 of 14: {name} received; start it again to go on" in capsys.readouterr().out
+    assert f"stopped at step 5 of 14: {name} received; saved in" in capsys.readouterr().out
     status = json.loads((tmp_path / "parts" / "status.json").read_text())
     assert (status["state"], status["exit_code"], status["step"]) == ("interrupted", START_AGAIN, 5)
     second = run(tmp_path / "parts")
@@ -121,7 +121,7 @@ def test_max_minutes_ends_a_start_and_not_the_run(tmp_path: Path) -> None:
     reached = (0, False)
     while reached != (14, False):  # each start makes at least a step, or a validation
         trainer = run(tmp_path / "parts", max_minutes=1e-9)
-        before, reached = reached, (trainer.global_step, trainer.state["progress"].validation_due)
+        before, reached = reached, (trainer.global_step, trainer.validation_due)
         assert reached == ((before[0], False) if before[1] else (before[0] + 1, (before[0] + 1) in (3, 6, 9, 12, 14)))
         assert trainer.was_interrupted is not trainer.is_finished
     assert_same_weights(weights(trainer), weights(whole))
@@ -138,7 +138,7 @@ def signalled_on_one_process(processes: int, folder: str, rank: int, in_validati
     assert trainer.was_interrupted
     # A step or a batch later, since the others hear of it while they compute.
     assert trainer.global_step == (6 if in_validation else 5)
-    assert trainer.state["progress"].validation_due is in_validation
+    assert trainer.validation_due is in_validation
     (Path(folder) / f"seen_by_{trainer.accelerator.process_index}").write_text(trainer.stop_switch.reason)
 
 
@@ -164,8 +164,8 @@ def test_an_interrupted_evaluation_leaves_the_model_training(tmp_path: Path) -> 
     trainer = make_trainer(make_config(tmp_path))
     assert trainer.val_loader is not None
     assert trainer.val_samples is not None
-    trainer._step_model.train()
-    arguments = trainer._step_model, trainer.val_loader, trainer.val_samples, trainer.accelerator
+    trainer.model_with_loss.train()
+    arguments = trainer.model_with_loss, trainer.val_loader, trainer.val_samples, trainer.accelerator
     assert evaluation.evaluate(*arguments, is_interrupted=lambda: True) is None
     assert trainer.model.training
 

@@ -82,7 +82,7 @@ def test_a_validation_that_comes_again_brings_the_line_of_its_step_along(tmp_pat
             if trainer.global_step == 6:
                 trainer.stop_switch.request(Stop.SIGNAL, "a signal")
 
-    assert run(config, BreakOff()).state["progress"].validation_due
+    assert run(config, BreakOff()).validation_due
     run(config)
     shown = scalars(tmp_path / "tensorboard" / "fundamentallm")
     assert [step for step, _ in shown["train_loss"]] == list(range(1, 13))

@@ -61,7 +61,7 @@ class TrackerCallback(Callback):
         if self._owns:
             project = options.pop("project", PROJECT)
             # A validation that was broken off comes again, and the line of its step with it.
-            due = trainer.state["progress"].validation_due
+            due = trainer.validation_due
             ours: dict[str, dict[str, Any]] = {"tensorboard": {"purge_step": trainer.global_step + (not due)}}
             if folder is not None:
                 ours |= self._placed(folder, tracker_names(accelerator))
@@ -80,7 +80,7 @@ class TrackerCallback(Callback):
         for tracker in accelerator.trackers:
             self._begin(tracker, dataclasses.asdict(trainer.config))
         self._write()
-        if trainer.state["progress"].validation_due and trainer.metrics.get_latest("step") == trainer.global_step:
+        if trainer.validation_due and trainer.metrics.get_latest("step") == trainer.global_step:
             history = trainer.metrics.get_history()
             line = {name: values[-1] for name, values in history.items() if not name.startswith("val_")}
             self._log(trainer, line, "step")
