@@ -117,7 +117,7 @@ def _text_of_run(loaded: LoadedModel, options: argparse.Namespace) -> Text:
     from fundamentallm.checkpoint.manifest import MANIFEST
     from fundamentallm.checkpoint.reading import load_parts
     from fundamentallm.data.datasets import TokenDataset
-    from fundamentallm.data.loaders import as_is, corpus_samples
+    from fundamentallm.data.loaders import collate, corpus_samples
     from fundamentallm.models.transformer import Transformer
     from fundamentallm.run.step_samples import corpus_of_run
 
@@ -148,7 +148,7 @@ def _text_of_run(loaded: LoadedModel, options: argparse.Namespace) -> Text:
             raise ConfigError(Problem(given, options.context or options.stride, "", "Omit it.", reason))
         context = options.context or data.sequence_length
         return _windowed(loaded, options, name, [dataset.tokens], dataset.num_bytes, context)
-    batches = DataLoader(dataset, batch_size=options.batch_size, collate_fn=as_is)
+    batches = DataLoader(dataset, batch_size=options.batch_size, collate_fn=collate)
     return Text(f"{name} (validation)", iter(batches), len(dataset), dataset.num_bytes)
 
 

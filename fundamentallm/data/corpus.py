@@ -28,8 +28,8 @@ from fundamentallm.errors import ConfigError, Problem, writing
 
 CACHE_FORMAT = 2
 RANDOM_ACCESS_ABOVE = 2**30
-"""Bytes of training tokens above which the system's read-ahead is switched off. With it, samples in random order would
-read some hundred times their size. A smaller corpus is soon in memory as a whole, and read-ahead speeds that up."""
+"""Bytes of training tokens above which read-ahead is switched off: with it, samples in random order would read some
+hundred times their size. A smaller corpus is soon in memory as a whole."""
 
 
 class Tokens(NamedTuple):
@@ -49,11 +49,9 @@ class Source(NamedTuple):
     weight: float
     train: Tokens
     validation: Tokens
-    bad_rows: int
-    """Number of rows that were skipped."""
+    bad_rows: int  # number of rows that were skipped
     tokenizer: Tokenizer
     folder: Path
-    """The folder of its files."""
 
 
 class Corpus(NamedTuple):
@@ -108,24 +106,20 @@ def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
     raw = [source for source in resolved if source.kind != "prepared"]
     facts = {source.name: _cached_facts(config, source, cache, show_progress) for source in raw}
     folders = {name: cache / key for name, key in _keys(config, facts).items()}
-    opened: dict[str, Source] = {}
-    missing = []
-    for source in resolved:
-        name = source.name
-        if source.kind == "prepared":
-            opened[name] = _open(source.files[0], name, weights[name], config)
-        elif (found := _open_cached(folders[name], name, weights[name])) is not None:
-            opened[name] = found
-        else:
-            missing.append(source)
-    if missing:
+    opened = {
+        source.name: _open(source.files[0], source.name, weights[source.name], config)
+        if source.kind == "prepared"
+        else _open_cached(folders[source.name], source.name, weights[source.name])
+        for source in resolved
+    }
+    if missing := [source for source in raw if opened[source.name] is None]:
         with writing(cache):
             tokenizer = _make_tokenizer(config, raw, facts, list(folders.values()), show_progress)
             for source in missing:
                 folder, name = folders[source.name], source.name
                 prepare_source(config, source, facts[name], tokenizer, folder, _is_ready, show_progress)
                 opened[name] = _open(folder, name, weights[name])
-    sources = [opened[name] for name in weights]
+    sources = [source for source in opened.values() if source is not None]
     if len({(source.folder / "tokenizer.json").read_text(encoding="utf-8") for source in sources}) > 1:
         reason = "which were prepared with different tokenizers"
         raise ConfigError(Problem("data.source", list(weights), "", "Prepare them together.", reason))

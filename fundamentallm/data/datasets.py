@@ -28,7 +28,7 @@ WIDTHS = 64
 
 
 class TokenSamples(Dataset[Batch]):
-    """Base of datasets of tokens, which make whole batches at once.
+    """Base of datasets of tokens, which make whole batches at once. Samples are segments of one array of tokens.
 
     Attributes:
         sequence_length: maximum number of inputs of a sample.
@@ -37,6 +37,7 @@ class TokenSamples(Dataset[Batch]):
         end_of_text: the token after each document; None if there is none.
     """
 
+    tokens: NDArray[np.integer]
     sequence_length: int
     tokenizer: Tokenizer | None
     num_bytes: int | None
@@ -44,37 +45,6 @@ class TokenSamples(Dataset[Batch]):
 
     def __len__(self) -> int:
         raise NotImplementedError
-
-    def __getitem__(self, index: int) -> Batch:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        inputs, targets = self.__getitems__([index % len(self)])
-        return inputs[0], targets[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """Returns a whole batch. torch's loader calls this instead of looping over samples."""
-        raise NotImplementedError
-
-    def fingerprint(self) -> str:
-        """Returns 32 hexadecimal digits that are equal for equal samples.
-
-        Up to 16.7 million tokens, it covers all of them; otherwise as many in blocks spread evenly, and their number.
-        """
-        raise NotImplementedError
-
-    def locate(self, index: int) -> tuple[str, NDArray[np.integer]]:
-        """Returns the position of a sample's inputs, for people to read, and their tokens."""
-        raise NotImplementedError
-
-    def opening(self) -> NDArray[np.integer]:
-        """Returns a few tokens that a model can continue."""
-        raise NotImplementedError
-
-
-class _SegmentDataset(TokenSamples):
-    """Base of datasets whose samples are segments of one array of tokens."""
-
-    tokens: NDArray[np.integer]
 
     def _segments(self, indices: Indices) -> tuple[Indices, Indices, Indices]:
         """Returns each sample's first token, its first target, and the token after its last target."""
@@ -84,8 +54,14 @@ class _SegmentDataset(TokenSamples):
         """Returns the number of inputs of a batch whose longest sample has `longest` of them."""
         return self.sequence_length
 
+    def __getitem__(self, index: int) -> Batch:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        inputs, targets = self.__getitems__([index % len(self)])
+        return inputs[0], targets[0]
+
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """Returns a whole batch, by one gather. Shorter samples are padded on the right, with masked targets."""
+        """Returns a whole batch by one gather; torch's loader calls this. Shorter samples are padded on the right."""
         starts, firsts, stops = self._segments(np.asarray(indices, dtype=np.int64))
         width = self._width(int((stops - starts).max()) - 1)
         positions = starts[:, None] + np.arange(width + 1)
@@ -99,13 +75,24 @@ class _SegmentDataset(TokenSamples):
         return inputs, targets
 
     def locate(self, index: int) -> tuple[str, NDArray[np.integer]]:
-        """Returns the indices of the first and last token of a sample's inputs, and the tokens."""
+        """Returns the indices of the first and last token of a sample's inputs, for people to read, and the tokens."""
         starts, _, stops = self._segments(np.array([index]))
         start, stop = int(starts[0]), int(min(stops[0], starts[0] + self.sequence_length))
         return f"{start:,}-{stop - 1:,}", self.tokens[start:stop]
 
+    def fingerprint(self) -> str:
+        """Returns 32 hexadecimal digits that are equal for equal samples.
 
-class TokenDataset(_SegmentDataset):
+        Up to 16.7 million tokens, it covers all of them; otherwise as many in blocks spread evenly, and their number.
+        """
+        raise NotImplementedError
+
+    def opening(self) -> NDArray[np.integer]:
+        """Returns a few tokens that a model can continue."""
+        raise NotImplementedError
+
+
+class TokenDataset(TokenSamples):
     """Consecutive windows over a token array, in which every token but the first is a target exactly once.
 
     The last window is moved back to end at the last token. The targets that it repeats are masked with `IGNORE_INDEX`.
@@ -169,7 +156,7 @@ class TokenDataset(_SegmentDataset):
         return self.tokens[: min(32, self.sequence_length)]
 
 
-class PairDataset(_SegmentDataset):
+class PairDataset(TokenSamples):
     """Prompts with their answers, each pair a sample. Targets are the answer and the end-of-text token after it.
 
     A batch is as wide as its longest sample, rounded up to a multiple of `WIDTHS`. A pair is cut off after

@@ -26,7 +26,6 @@ from fundamentallm.errors import ConfigError, Problem
 
 GATHERED_AT_ONCE = 2**12
 """Tokens that small batches are gathered together up to: 64 kilobytes."""
-TRAIN_LOADER = "train_loader"
 
 
 def step_sampler(
@@ -54,7 +53,7 @@ def step_sampler(
     if problem := _loader_problem(loader):
         raise ConfigError(Problem("", loader, advice=f"{name} {problem}"))
     num_samples, batch_size = len(loader.dataset), loader.batch_size or 0  # type: ignore[arg-type]
-    if name == TRAIN_LOADER:
+    if name == "train_loader":
         sizes = [("training.batch_size", batch_size), *(("training.batch_size_schedule", size) for _, size in schedule)]
         reason = f"more than the {num_samples} samples of the training data"
         if problems := [
@@ -122,7 +121,7 @@ def load(
     pin_memory = pin_memory or loader.pin_memory
     if loader.num_workers == 0 and not pin_memory:
         # The same as torch's loader does, without its overhead, which took half of a small batch's time.
-        if type(dataset) is TokenDataset and collate_fn in (as_is, collate):
+        if type(dataset) is TokenDataset and collate_fn is collate:
             return _gather_ahead(dataset, iter(batches))
         return (collate_fn(fetch_all(batch) if fetch_all else [dataset[i] for i in batch]) for batch in batches)
     return DataLoader(
@@ -183,13 +182,8 @@ def device_batches(
         yield StepBatch(inputs, targets, rank_batch.micro_batches, rank_batch.rows)
 
 
-def as_is(batch: Any) -> Any:
-    """Collate for a dataset whose `__getitems__` makes whole batches."""
-    return batch
-
-
 def collate(batch: Any) -> Any:
-    """Collate a list of samples as torch does, and leave a tuple as it is: `TokenDataset` makes whole batches."""
+    """Collate a list of samples as torch does, and leave a tuple as it is: `TokenSamples` makes whole batches."""
     return batch if isinstance(batch, tuple) else default_collate(batch)
 
 
@@ -225,12 +219,14 @@ def create_dataloaders(
         corpus = text_or_tokens._replace(tokenizer=tokenizer or text_or_tokens.tokenizer)
         train, validation = corpus_samples(corpus, length, train_split < 1)
     else:
-        split = _encode_text if isinstance(text_or_tokens, str) else _split_tokens
-        train_ids, val_ids, val_bytes = split(text_or_tokens, tokenizer, train_split)
+        if isinstance(text_or_tokens, str):
+            train_ids, val_ids, val_bytes = _encode_text(text_or_tokens, tokenizer, train_split)
+        else:
+            train_ids, val_ids, val_bytes = _split_tokens(text_or_tokens, tokenizer, train_split)
         train = TokenDataset(train_ids, length, tokenizer)
         validation = TokenDataset(val_ids, length, tokenizer, val_bytes) if train_split < 1 else None
-    options: dict[str, Any] = {"num_workers": config.data.num_workers, "collate_fn": as_is}
-    options["batch_size"] = config.resolved().training.batch_size
+    batch_size = config.resolved().training.batch_size
+    options: dict[str, Any] = {"batch_size": batch_size, "num_workers": config.data.num_workers, "collate_fn": collate}
     train_loader = DataLoader(train, shuffle=True, **options)
     return train_loader, None if validation is None else DataLoader(validation, **options)
 

@@ -57,10 +57,6 @@ def _refuse_nan(values: Tensor) -> Tensor:
     return values
 
 
-UNCHANGED = Sampling()
-"""Samples from the model's own distribution."""
-
-
 def generate(
     model: nn.Module,
     token_ids: list[int],
@@ -112,7 +108,7 @@ def generate_batch(
     prompts: Sequence[list[int]],
     max_new_tokens: int,
     context: int | None,
-    sampling: Sampling = UNCHANGED,
+    sampling: Sampling = Sampling(),  # noqa: B008  # immutable
     seed: int = 0,
     stop: Collection[int] = (),
 ) -> Iterator[dict[int, int]]:

@@ -31,7 +31,7 @@ from fundamentallm.config.command_line import parse_config
 from fundamentallm.data import corpus, sources
 from fundamentallm.data.datasets import TokenDataset
 from fundamentallm.data.encoding import encode_pieces
-from fundamentallm.data.loaders import as_is, device_batches, step_sampler
+from fundamentallm.data.loaders import collate, device_batches, step_sampler
 from fundamentallm.data.tokenizers import create_tokenizer
 from fundamentallm.train import make_trainer
 from tests.conftest import reset_accelerate
@@ -72,7 +72,7 @@ def batch(tokens: NDArray[np.integer], at: float, again: bool = True) -> float:
     """
     if not again:
         forget(tokens)
-    loader = torch.utils.data.DataLoader(TokenDataset(tokens, LENGTH), BATCH, shuffle=True, collate_fn=as_is)
+    loader = torch.utils.data.DataLoader(TokenDataset(tokens, LENGTH), BATCH, shuffle=True, collate_fn=collate)
     sampler = step_sampler("loader", loader, 0, 0, 1)
     first = int(at * (sampler.steps_per_epoch - STEPS))
     for _ in range(1 + again):

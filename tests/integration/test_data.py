@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from fundamentallm import Config, create_dataloaders, load_corpus
 from fundamentallm.config.schema import DataConfig, ModelConfig, TrainingConfig
@@ -79,7 +80,9 @@ def test_mixture_with_masked_documents_resumes_bit_exactly(folder: Path, tmp_pat
     assert rest.global_step == 12
     assert_same_weights(weights(rest), weights(whole))
     assert timeless(lines(tmp_path / "part")) == timeless(lines(tmp_path / "whole"))
-    shape = json.loads((tmp_path / "whole/checkpoints/step_00000012/config.json").read_text())
+    checkpoint = tmp_path / "whole/checkpoints/step_00000012"
+    assert AutoTokenizer.from_pretrained(checkpoint).eos_token == END
+    shape = json.loads((checkpoint / "config.json").read_text())
     assert shape["eos_token_id"] == whole.model.document_start == whole.train_loader.dataset.end_of_text
 
 

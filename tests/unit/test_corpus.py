@@ -378,6 +378,13 @@ def test_recently_changed_text_is_read_again(load: Load, source: Path, monkeypat
     assert read
 
 
+def test_load_corpus_looks_up_the_files_of_a_source_once(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_up, real = [], sources.source_files
+    monkeypatch.setattr(sources, "source_files", lambda *about: looked_up.append(about) or real(*about))
+    load(UNICODE, tokenizer="bpe:300")
+    assert len(looked_up) == 1
+
+
 @pytest.mark.usefixtures("settled")
 def test_built_in_corpus_is_not_read_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = DataConfig(cache_dir=str(cache))

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from fundamentallm.config.schema import IGNORE_INDEX
 from fundamentallm.data import datasets
 from fundamentallm.data.datasets import MixedDataset, PairDataset, TokenDataset
-from fundamentallm.data.loaders import as_is
+from fundamentallm.data.loaders import collate
 from fundamentallm.data.tokenizers import create_tokenizer
 from fundamentallm.errors import ConfigError, Problem
 
@@ -115,7 +115,7 @@ def test_writing_into_a_batch_leaves_the_tokens_alone() -> None:
 
 def test_dataloader_gives_whole_batches() -> None:
     dataset = TokenDataset(np.arange(40), 9)
-    batches = list(DataLoader(dataset, batch_size=2, collate_fn=as_is))
+    batches = list(DataLoader(dataset, batch_size=2, collate_fn=collate))
     assert [len(inputs) for inputs, _ in batches] == [2, 2, 1]
     assert torch.equal(torch.cat([targets for _, targets in batches]), dataset.__getitems__(range(5))[1])
 

@@ -17,7 +17,7 @@ from fundamentallm.config.schema import IGNORE_INDEX, Config, DataConfig, Traini
 from fundamentallm.data import loaders
 from fundamentallm.data.corpus import load_corpus
 from fundamentallm.data.datasets import TokenDataset
-from fundamentallm.data.loaders import as_is, create_dataloaders, device_batches, load, step_sampler
+from fundamentallm.data.loaders import collate, create_dataloaders, device_batches, load, step_sampler
 from fundamentallm.data.sampler import StepSampler
 from fundamentallm.data.tokenizers import create_tokenizer
 from fundamentallm.errors import ConfigError, Problem
@@ -91,7 +91,7 @@ def test_step_sampler_follows_the_loaders_settings(shuffle: bool, drop_last: boo
 
 def step_batches(num_workers: int, start: int = 0) -> list[torch.Tensor]:
     dataset = TokenDataset(np.arange(200), 7)
-    loader = DataLoader(dataset, batch_size=4, shuffle=True, num_workers=num_workers, collate_fn=as_is)
+    loader = DataLoader(dataset, batch_size=4, shuffle=True, num_workers=num_workers, collate_fn=collate)
     sampler = step_sampler("train_loader", loader, seed=1, process_index=0, num_processes=1)
     batches = device_batches(loader, sampler, start, 20, torch.device("cpu"))
     return [torch.stack((batch.inputs, batch.targets)) for batch in batches]
@@ -127,7 +127,7 @@ def test_load_takes_torchs_default_collate_for_token_datasets() -> None:
         list(
             load(DataLoader(dataset, batch_size=3, **options), (sampler.rank_batch(step).indices for step in range(4)))
         )
-        for options in ({}, {"collate_fn": as_is})
+        for options in ({}, {"collate_fn": collate})
     ]
     for plain, ours in zip(*batches, strict=True):
         assert plain[0].shape == (len(plain[1]), 4)
@@ -148,7 +148,7 @@ def test_load_collates_as_the_users_loader(num_workers: int) -> None:
 @pytest.mark.parametrize("micro", [None, 1, 2])
 def test_device_batches_of_all_processes_cover_a_step_once(processes: int, micro: int | None) -> None:
     dataset = TokenDataset(np.arange(29 * 7 + 1), 7)
-    loader = DataLoader(dataset, batch_size=4, collate_fn=as_is)
+    loader = DataLoader(dataset, batch_size=4, collate_fn=collate)
     samplers = [StepSampler(len(dataset), 4, 0, index, processes, micro) for index in range(processes)]
     device = torch.device("cpu")
     batches = [list(device_batches(loader, sampler, 3, 12, device)) for sampler in samplers]
