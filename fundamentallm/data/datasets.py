@@ -99,8 +99,10 @@ class TokenDataset(TokenSamples):
 
     Args:
         tokens: 1-D integers, memory-mapped or not; read only where a sample lies.
-
-    The other arguments are the attributes of `TokenSamples`.
+        sequence_length: inputs of a sample.
+        tokenizer: the tokenizer of the tokens; stored with checkpoints.
+        num_bytes: UTF-8 bytes of the text of all targets, for bits per byte; None if unknown.
+        end_of_text: the token after each document; None if there is none.
 
     Raises:
         ConfigError: if there are too few tokens for one sample, or `sequence_length` is below 1.
