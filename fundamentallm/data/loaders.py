@@ -257,9 +257,7 @@ def corpus_samples(
     return mixed, MixedDataset(validation) if validation else None
 
 
-def _of_source(problem: str, name: str) -> str:
-    if not isinstance(problem, Problem):
-        return problem
+def _of_source(problem: Problem, name: str) -> Problem:
     reason = ", ".join(text for text in (problem.reason, f"in the source {name}") if text)
     return Problem(problem.setting, problem.value, problem.allowed, problem.advice, reason)
 

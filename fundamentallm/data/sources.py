@@ -95,12 +95,8 @@ def resolve_source(config: DataConfig, name: str) -> SourceFiles:
         if problems := problems_of_kind(config, name, files):
             raise ConfigError(problems)
     except ConfigError as error:
-        raise ConfigError([_in_data(problem) for problem in error.problems]) from error
+        raise ConfigError([problem.within("data") for problem in error.problems]) from error
     return SourceFiles(name, kind_of_file(files[0]), files)
-
-
-def _in_data(problem: str) -> str:
-    return problem.within("data") if isinstance(problem, Problem) else f"data.{problem}"
 
 
 def read_source(

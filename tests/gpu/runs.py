@@ -14,9 +14,9 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from fundamentallm.config.command_line import to_yaml
 from fundamentallm.config.schema import Config
 from fundamentallm.config.validation import from_dict
+from fundamentallm.config.yaml_format import to_yaml
 
 ROOT = Path(__file__).parents[2]
 

@@ -249,29 +249,3 @@ def test_accelerator_without_the_trackers_is_refused(tmp_path: Path) -> None:
         make_trainer(tracked_config(tmp_path, "tensorboard"), accelerator=create_accelerator())
     (problem,) = error.value.problems
     assert (problem.setting, problem.value) == ("trackers", ["tensorboard"])
-
-
-@pytest.mark.parametrize(
-    ("settings", "problem"),
-    [
-        (
-            {"trackers": ["wand"]},
-            "trackers has 'wand'; allowed: tensorboard, wandb, mlflow, trackio. Did you mean 'wandb'",
-        ),
-        ({"tracker_options": {"wandb": {}}}, "tracker_options has 'wandb'; allowed: project"),
-        ({"tracker_options": {"project": 3}}, "tracker_options.project is 3; allowed: text"),
-        (
-            {"callbacks": ["sample"]},
-            "callbacks is 'sample'; allowed: curves, profiler, ratios, samples, or 'module:name'",
-        ),
-        ({"callback_options": {"samples": {}}}, "callback_options has 'samples'; allowed: curves"),
-        (
-            {"callbacks": ["samples"], "callback_options": {"samples": 3}},
-            "callback_options.samples is 3; allowed: a mapping",
-        ),
-    ],
-)
-def test_settings_of_trackers_and_callbacks_are_checked(settings: dict[str, Any], problem: str) -> None:
-    with pytest.raises(ConfigError) as raised:
-        Config(**settings)
-    assert problem in str(raised.value)
