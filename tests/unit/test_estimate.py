@@ -88,7 +88,7 @@ def test_parameters_of_a_large_model() -> None:
 def test_micro_batches_are_those_of_the_run(batch: int, devices: int, micro: int | None) -> None:
     samplers = [StepSampler(1000, batch, 0, process, devices, micro) for process in range(devices)]
     rows, parts, largest = micro_batches(config_of(SHAPE, batch_size=batch, micro_batch_size=micro), devices)
-    shares = [sampler.share(0) for sampler in samplers]
+    shares = [sampler.rank_batch(0) for sampler in samplers]
     assert rows == max(len(share.indices) for share in shares)
     assert parts == shares[0].micro_batches
     assert largest == len(torch.arange(rows).tensor_split(parts)[0])

@@ -63,7 +63,7 @@ Lines = list[dict[str, Any]]
 def check_micro_batches(case: Case) -> Finding:
     """Micro-batches of another size change neither losses nor weights."""
     trainer = case.make(dropout=False)
-    largest = min(trainer.samples.micro_batch_size, trainer.samples.share(0).rows)
+    largest = min(trainer.samples.micro_batch_size, trainer.samples.rank_batch(0).rows)
     smaller = max(1, largest // 3)
     if smaller == largest:
         return Finding("skipped", "a micro-batch of one sequence cannot be split")

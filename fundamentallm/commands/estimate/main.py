@@ -100,7 +100,7 @@ def _parse(arguments: Sequence[str], options: argparse.Namespace, program: str) 
         size = vocabulary_size(config.data)
     except ConfigError as error:
         raise ConfigError(
-            [f"data.{problem} Or set model.vocab_size, and no text is needed." for problem in error.problems]
+            [f"{problem} Or set model.vocab_size, and no text is needed." for problem in error.problems]
         ) from error
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
