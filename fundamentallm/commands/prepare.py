@@ -6,8 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fundamentallm.commands.output import say, size_text
+from fundamentallm.commands.output import say
 from fundamentallm.config.command_line import parse_config
+from fundamentallm.config.units import size_text
 from fundamentallm.errors import INTERRUPTED
 
 
