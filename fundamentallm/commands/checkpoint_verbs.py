@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import shutil
 import textwrap
 import time
-from collections import Counter
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
 
 from fundamentallm.checkpoint.manager import HIDDEN, CheckpointManager, checkpoints_folder
 from fundamentallm.checkpoint.manifest import MANIFEST, NAME, read_manifest, verify
 from fundamentallm.checkpoint.reading import export_weights, is_ours, load_parts
-from fundamentallm.checkpoint.snapshot import MODEL_KEY
-from fundamentallm.checkpoint.state_json import MALFORMED
-from fundamentallm.checkpoint.tensor_files import TensorFiles
 from fundamentallm.commands.output import WIDTH, printable, say, say_table, shortened
 from fundamentallm.config.units import size_text
 from fundamentallm.config.yaml_format import to_yaml
 from fundamentallm.errors import CheckpointError, CheckpointNotFoundError, ConfigError, Problem
 from fundamentallm.run.step_samples import samples_of_step, text_of_step, texts, why_no_text
-
-MOST_MODULES = 16
-"""Modules whose parameters are listed."""
 
 
 def list_command(options: argparse.Namespace) -> int:
@@ -49,13 +38,11 @@ def list_command(options: argparse.Namespace) -> int:
             continue
         marks = ["best"] * (path == best) + ["newest"] * (path == newest)
         marks += ["weights not finite"] * (not manifest["is_finite"])
-        history = {}
+        step, loss = manifest["step"], None
         try:
-            history = _series(load_parts(path, ["metrics_state_dict"]).get("metrics_state_dict"))
+            loss = _val_loss(path, step)
         except CheckpointError as error:
             marks.append(_reason(error, path))
-        losses = dict(zip(history.get("val_step", ()), history.get("val_loss", ()), strict=False))
-        step, loss = manifest["step"], losses.get(manifest["step"])
         row = path.name, "-" if step is None else f"{step:,}", "-" if loss is None else f"{loss:.4f}"
         rows.append((manifest["sequence"], (*row, size_text(_num_bytes(manifest)), _saved_at(path), ", ".join(marks))))
     if not rows and not any(is_ours(folder / name) or HIDDEN.fullmatch(name) for name, _ in others):
@@ -64,7 +51,7 @@ def list_command(options: argparse.Namespace) -> int:
         table = [row for _, row in sorted(rows, key=lambda item: item[0])]
         say_table([("checkpoint", "step", "val_loss", "size", "saved", ""), *table], "<>>>><")
     if others:
-        say("\nnot complete checkpoints:" if rows else "not complete checkpoints:")
+        say("\nnot complete checkpoints:")
         say_table([(f"  {name}", reason) for name, reason in others], "<<")
     return 0
 
@@ -94,8 +81,28 @@ def verify_command(options: argparse.Namespace) -> int:
 
 
 def show_command(options: argparse.Namespace) -> int:
-    """`checkpoints show`."""
-    _show(_checkpoint(options.folder), options.verify)
+    """`checkpoints show`: print what a checkpoint holds, with --verify only after comparing every byte."""
+    path = _checkpoint(options.folder)
+    manifest = verify(path) if options.verify else read_manifest(path)
+    step, loss = manifest["step"], _val_loss(path, manifest["step"])
+    parts = load_parts(path, ("config", "versions"))
+    config, versions = parts.get("config"), parts.get("versions")
+    config_lines = _yaml(config, path).splitlines() if config else []
+
+    say(f"{path}: {size_text(_num_bytes(manifest))}, saved {_saved_at(path)}")
+    best = "saved as the best" if manifest["is_best"] else "not saved as the best"
+    finite = "finite" if manifest["is_finite"] else "not finite"
+    say(f"number {manifest['sequence']} in its folder, {best}, weights {finite}")
+    if step is not None:
+        say(f"step {step:,}" + ("" if loss is None else f", val_loss {loss:.4f}"))
+    if isinstance(versions, dict):
+        say(textwrap.fill(f"made with {', '.join(f'{name} {version}' for name, version in versions.items())}", WIDTH))
+    say(f"\nfiles ({'SHA-256 verified' if options.verify else 'sizes verified; --verify compares every byte'})")
+    say_table([(f"  {name}", size_text(entry["size"])) for name, entry in manifest["files"].items()], "<>")
+    if isinstance(config, dict) and config:
+        say("\nconfig" if "training" in config else "\nconfig (a TrainingConfig, of a run from Python)")
+        for line in config_lines:
+            say(f"  {line}")
     return 0
 
 
@@ -114,13 +121,14 @@ def samples_command(options: argparse.Namespace) -> int:
         say(", ".join(map(str, found.indices)))
         return 0
     say(f"{count:,} samples, by their index and their first and last token in the training text:\n")
-    rows = [(f"{index:,}", tokens, text) for index, tokens, text in texts(dataset, found.indices)]
-    if options.full:
-        for index, tokens, text in rows:
+    rows = []
+    for index, tokens, text in texts(dataset, found.indices):
+        if options.full:
             say(f"---- sample {index}, tokens {tokens} ----\n{text}")
-        return 0
-    width = WIDTH - sum(max(map(len, column)) + 2 for column in list(zip(*rows, strict=True))[:2])
-    say_table([(index, tokens, shortened(text, max(width, 20))) for index, tokens, text in rows], ">><")
+        else:
+            rows.append((f"{index:,}", tokens, shortened(text, WIDTH // 2)))
+    if rows:
+        say_table(rows, ">><")
     return 0
 
 
@@ -144,93 +152,14 @@ def consolidate_command(options: argparse.Namespace) -> int:
     return 0
 
 
-def _show(path: Path, verified: bool) -> None:
-    """Print what the checkpoint at `path` holds, with `verified` only after comparing every byte.
-
-    Raises:
-        CheckpointError: if damage is found.
-    """
-    manifest = verify(path) if verified else read_manifest(path)
-    parts = load_parts(path, ("progress_state_dict", "metrics_state_dict", "config", "versions"))
-    weights = _stored_weights(path, manifest)
-    config, versions = _mapping(parts.get("config")), _mapping(parts.get("versions"))
-    config_yaml = _yaml(config, path)
-
-    say(f"{path}: {size_text(_num_bytes(manifest))}, saved {_saved_at(path)}")
-    best = "saved as the best" if manifest["is_best"] else "not saved as the best"
-    finite = "finite" if manifest["is_finite"] else "not finite"
-    say(f"number {manifest['sequence']} in its folder, {best}, weights {finite}")
-    if versions:
-        made_with = ", ".join(f"{name}\xa0{version}" for name, version in versions.items())  # kept on one line
-        say(textwrap.fill(f"made with {made_with}", WIDTH, subsequent_indent="  ").replace("\xa0", " "))
-    _show_progress(manifest["step"], parts)
-    _show_weights(weights)
-    say(f"\nfiles ({'SHA-256 verified' if verified else 'sizes verified; --verify compares every byte'})")
-    say_table([(f"  {name}", size_text(entry["size"])) for name, entry in manifest["files"].items()], "<>")
-    if config:
-        say("\nconfig" if "training" in config else "\nconfig (a TrainingConfig, of a run from Python)")
-        for line in config_yaml.splitlines():
-            say(f"  {line}")
-
-
-def _show_progress(step: int | None, parts: dict[str, Any]) -> None:
-    """Print the counters, and the latest value of each metric."""
-    progress, metrics = _mapping(parts.get("progress_state_dict")), _series(parts.get("metrics_state_dict"))
-    rows: list[tuple[str, Any]] = [] if step is None else [("step", step)]
-    for name in sorted(progress.keys() & {"samples", "tokens"}):
-        value: Any = progress[name]
-        rows.append((name, value.item() if hasattr(value, "item") and value.numel() == 1 else value))
-    rows += [(name, values[-1]) for name, values in metrics.items() if name not in ("step", "samples", "tokens")]
-    losses = zip(metrics.get("val_loss", ()), metrics.get("val_step", ()), strict=False)
-    best = min((pair for pair in losses if not math.isnan(pair[0])), default=None)
-    if rows:
-        say("\nprogress, and the latest value of each metric")
-        say_table([(f"  {name}", _number(value)) for name, value in rows], "<>")
-    if best is not None:
-        say(f"  best val_loss {best[0]:.4f}, at step {best[1]:,}")
-
-
-def _show_weights(weights: dict[str, tuple[str, int]]) -> None:
-    """Print the number of parameters, in all and of the largest modules."""
-    by_module: Counter[str] = Counter()
-    for name, (_, elements) in weights.items():
-        modules = name.split(".")[:-1]  # model.layers.3.mlp.up_proj.weight is counted in model.layers
-        module = ".".join(modules[:1] + [part for part in modules[1:2] if not part.isdecimal()])
-        by_module[module or name] += elements
-    dtypes = ", ".join(sorted({dtype for dtype, _ in weights.values()}))
-    say(f"\nweights: {by_module.total():,} parameters (and buffers) in {len(weights):,} tensors, {dtypes}")
-    say_table([(f"  {name}", f"{elements:,}") for name, elements in by_module.most_common(MOST_MODULES)], "<>")
-    if len(by_module) > MOST_MODULES:
-        say(f"  and {len(by_module) - MOST_MODULES:,} smaller modules")
-
-
-def _series(metrics: Any) -> dict[str, list[float]]:
-    """Returns the history of each metric, without anything that is not a list of numbers."""
-    found = {}
-    for name, values in _mapping(metrics).items():
-        numbers = values.tolist() if hasattr(values, "tolist") else None
-        if isinstance(numbers, list) and numbers and all(isinstance(number, (int, float)) for number in numbers):
-            found[name] = numbers
-    return found
-
-
-def _stored_weights(path: Path, manifest: dict[str, Any]) -> dict[str, tuple[str, int]]:
-    """Returns {name: (dtype, elements)} of the weights, from the headers of their files.
-
-    Raises:
-        CheckpointError: if a header is damaged.
-    """
-    prefix = f"{MODEL_KEY}/"
+def _val_loss(path: Path, step: int | None) -> float | None:
+    """Returns the validation loss of a step, or None if the checkpoint has none. Raises CheckpointError if damaged."""
+    metrics = load_parts(path, ["metrics_state_dict"]).get("metrics_state_dict")
     try:
-        with ExitStack() as stack:
-            files = TensorFiles(path, manifest["files"], prefix, stack)
-            shapes = {name: shape for name, shape in files.shapes.items() if name.startswith(prefix)}
-            return {
-                name.removeprefix(prefix): (files.dtype(name).lower(), math.prod(shape))
-                for name, shape in shapes.items()
-            }
-    except (OSError, SafetensorError, *MALFORMED) as error:
-        raise CheckpointError(f"{path}: its tensors cannot be opened: {error}.") from error
+        steps, losses = metrics["val_step"].tolist(), metrics["val_loss"].tolist()  # type: ignore[index]
+        return float(losses[steps.index(step)])
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # a stranger's may hold anything
+        return None
 
 
 def _num_bytes(manifest: dict[str, Any]) -> int:
@@ -241,16 +170,6 @@ def _num_bytes(manifest: dict[str, Any]) -> int:
 def _saved_at(path: Path) -> str:
     """Returns the local time at which the checkpoint was written or copied."""
     return time.strftime("%Y-%m-%d %H:%M", time.localtime((path / MANIFEST).stat().st_mtime))
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _number(value: Any) -> str:
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:,.5g}" if isinstance(value, float) else shortened(str(value), 40)
 
 
 def _yaml(config: dict[str, Any], path: Path) -> str:
@@ -291,8 +210,7 @@ def _why_not_checkpoint(path: Path) -> str | None:
     """Returns why a folder is not even a damaged checkpoint, or None if it is a checkpoint."""
     if match := HIDDEN.fullmatch(path.name):
         purpose, name = match.groups()
-        what = {"staging": "being saved", "replaced": "being replaced", "deleting": "being deleted"}[purpose]
-        return f"{name}, {what}, or left by a run that ended"
+        return f"{name}, {purpose}: a save in progress, or left by a run that ended"
     if path.is_symlink():
         return "a link, which is not followed"
     if not is_ours(path):

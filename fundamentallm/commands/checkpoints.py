@@ -1,4 +1,4 @@
-"""Inspect checkpoints: list them, verify them, show their content, and show what a step was trained on."""
+"""List, verify, show and export checkpoints; show the samples of a step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fundamentallm.commands.output import printable
-from fundamentallm.errors import CheckpointError, ConfigError, FundamentaLLMError, Problem
+from fundamentallm.errors import CheckpointError, ConfigError, FundamentaLLMError
 
 
 def main(arguments: Sequence[str], program: str) -> int:
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str], program: str) -> int:
         raise
     # Errors may quote an untrusted checkpoint.
     except ConfigError as error:
-        raise ConfigError([_printable_problem(problem) for problem in error.problems]) from error
+        raise ConfigError([printable(problem) for problem in error.problems]) from error
     except FundamentaLLMError as error:
         raise type(error)(printable(str(error))) from error
     except OSError as error:
@@ -63,10 +63,3 @@ def _parser(program: str) -> argparse.ArgumentParser:
     merge.add_argument("output", metavar="OUT", type=Path, help="a new folder, for from_pretrained")
     merge.add_argument("--raw", action="store_true", help="export the trained weights, not their moving average")
     return parser
-
-
-def _printable_problem(problem: str) -> str:
-    if not isinstance(problem, Problem):
-        return printable(problem)
-    texts = (printable(text) for text in (problem.allowed, problem.advice, problem.reason))
-    return Problem(printable(problem.setting), problem.value, *texts)

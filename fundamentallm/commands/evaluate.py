@@ -8,22 +8,33 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from fundamentallm.checkpoint.manifest import MANIFEST
+from fundamentallm.checkpoint.reading import load_parts
+from fundamentallm.commands.options import option_problems
 from fundamentallm.commands.output import say, say_table
+from fundamentallm.config.files import kind_of_file, source_files
+from fundamentallm.config.schema import IGNORE_INDEX, DataConfig
 from fundamentallm.config.validation import AT_LEAST_ONE, Interval
+from fundamentallm.data.datasets import TokenDataset
+from fundamentallm.data.encoding import encode_pieces
+from fundamentallm.data.loaders import collate, corpus_samples
+from fundamentallm.data.sources import read_pieces
+from fundamentallm.data.tokenizers import num_bytes
 from fundamentallm.errors import ConfigError, Problem
-from fundamentallm.inference.loading import CHECKPOINT_HELP, load_model
+from fundamentallm.inference.loading import CHECKPOINT_HELP, LoadedModel, load_model
+from fundamentallm.inference.scoring import Window, interval, score, windows
+from fundamentallm.models.transformer import Transformer
+from fundamentallm.run.step_samples import corpus_of_run
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from fundamentallm.inference.loading import LoadedModel
-
-RANGES = {
-    **dict.fromkeys(("context", "stride", "batch_size"), AT_LEAST_ONE),
-    "confidence": Interval(low=0, high=1, open_low=True, open_high=True),
-}
 OTHER_TEXT = "Give a text with --source."
 
 
@@ -56,11 +67,9 @@ def main(arguments: Sequence[str], program: str) -> int:
     add("--confidence", type=float, default=0.95, metavar="P", help="probability of the intervals [0.95]")
     add("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
-    if problems := [
-        Problem(f"--{name}", value, str(allowed))
-        for name, allowed in RANGES.items()
-        if (value := getattr(options, name)) is not None and value not in allowed
-    ]:
+    probability = Interval(low=0, high=1, open_low=True, open_high=True)
+    counts = dict.fromkeys(("context", "stride", "batch_size"), AT_LEAST_ONE)
+    if problems := option_problems(options, **counts, confidence=probability):
         raise ConfigError(problems)
     loaded = load_model(options.checkpoint)
     text = _text_of_files(loaded, options) if options.source else _text_of_run(loaded, options)
@@ -73,12 +82,6 @@ def main(arguments: Sequence[str], program: str) -> int:
 
 
 def _evaluate(loaded: LoadedModel, text: Text, confidence: float) -> dict[str, Any]:
-    import torch
-    from tqdm import tqdm
-
-    from fundamentallm.config.schema import IGNORE_INDEX
-    from fundamentallm.inference.scoring import interval, score
-
     device = next(loaded.model.parameters()).device
     losses: list[float] = []
     counts: list[int] = []
@@ -112,14 +115,6 @@ def _evaluate(loaded: LoadedModel, text: Text, confidence: float) -> dict[str, A
 
 def _text_of_run(loaded: LoadedModel, options: argparse.Namespace) -> Text:
     """Returns the validation text of the run that made the checkpoint."""
-    from torch.utils.data import DataLoader
-
-    from fundamentallm.checkpoint.manifest import MANIFEST
-    from fundamentallm.checkpoint.reading import load_parts
-    from fundamentallm.data.datasets import TokenDataset
-    from fundamentallm.data.loaders import collate, corpus_samples
-    from fundamentallm.models.transformer import Transformer
-    from fundamentallm.run.step_samples import corpus_of_run
 
     def refusal(reason: str) -> ConfigError:
         return ConfigError(Problem("--checkpoint", str(loaded.folder), "", OTHER_TEXT, reason))
@@ -154,14 +149,6 @@ def _text_of_run(loaded: LoadedModel, options: argparse.Namespace) -> Text:
 
 def _text_of_files(loaded: LoadedModel, options: argparse.Namespace) -> Text:
     """Returns text files, each a text by itself."""
-    import numpy as np
-
-    from fundamentallm.config.files import kind_of_file, source_files
-    from fundamentallm.config.schema import DataConfig
-    from fundamentallm.data.encoding import encode_pieces
-    from fundamentallm.data.sources import read_pieces
-    from fundamentallm.data.tokenizers import num_bytes
-
     paths, texts, size = [], [], 0
     for source in options.source:
         try:
@@ -189,13 +176,11 @@ def _windowed(
     loaded: LoadedModel,
     options: argparse.Namespace,
     name: str,
-    texts: Sequence[Any],
+    texts: Sequence[NDArray[np.integer]],
     num_bytes: int | None,
     context: int,
 ) -> Text:
     """Split texts, given as token ids, into windows."""
-    from fundamentallm.inference.scoring import windows
-
     stride, problems = options.stride or context, []
     if loaded.context is not None and context > loaded.context:
         allowed = f"at most {loaded.context}, which the model was trained with"
@@ -205,25 +190,20 @@ def _windowed(
     if problems:
         raise ConfigError(problems)
     found = [(ids, window) for ids in texts for window in windows(len(ids), context, stride)]
+    batches = (_padded(found[first : first + options.batch_size]) for first in range(0, len(found), options.batch_size))
+    return Text(name, batches, len(found), num_bytes)
 
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        import torch
 
-        from fundamentallm.config.schema import IGNORE_INDEX
-
-        for first in range(0, len(found), options.batch_size):
-            some = found[first : first + options.batch_size]
-            longest = max(window.end - window.start for _, window in some)
-            # Padding follows the tokens, so a causal model does not see it.
-            inputs = torch.zeros(len(some), longest, dtype=torch.int64)
-            targets = torch.full_like(inputs, IGNORE_INDEX)
-            for row, (ids, window) in enumerate(some):
-                tokens = torch.from_numpy(ids[window.start : window.end + 1].astype("int64"))
-                inputs[row, : len(tokens) - 1] = tokens[:-1]
-                targets[row, window.counted : len(tokens) - 1] = tokens[1 + window.counted :]
-            yield inputs, targets
-
-    return Text(name, batches(), len(found), num_bytes)
+def _padded(found: Sequence[tuple[NDArray[np.integer], Window]]) -> tuple[Tensor, Tensor]:
+    """Returns inputs and targets of windows over token ids, padded at the end, which a causal model does not see."""
+    longest = max(window.end - window.start for _, window in found)
+    inputs = torch.zeros(len(found), longest, dtype=torch.int64)
+    targets = torch.full_like(inputs, IGNORE_INDEX)
+    for row, (ids, window) in enumerate(found):
+        tokens = torch.from_numpy(ids[window.start : window.end + 1].astype("int64"))
+        inputs[row, : len(tokens) - 1] = tokens[:-1]
+        targets[row, window.counted : len(tokens) - 1] = tokens[1 + window.counted :]
+    return inputs, targets
 
 
 def _show(result: dict[str, Any]) -> None:

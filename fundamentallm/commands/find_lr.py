@@ -8,18 +8,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import sys
 import tempfile
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from fundamentallm.commands.options import add_trainer_option, parse_settings, trainer_problems
+from fundamentallm.atomic import write_text
+from fundamentallm.commands.options import add_trainer_option, option_problems, parse_settings, trainer_problems
 from fundamentallm.commands.output import say, say_table
 from fundamentallm.config.schema import Config
 from fundamentallm.config.validation import POSITIVE, Interval
-from fundamentallm.errors import ConfigError, Problem, TrainingError, writing
+from fundamentallm.errors import Problem, TrainingError, writing
 
 SMOOTHING = 0.9
 """Weight of the earlier steps in the smoothed loss."""
@@ -36,15 +36,6 @@ class Point(NamedTuple):
     loss: float
     """Nats per target, of the batch of this step."""
     smoothed: float
-
-
-class Suggestion(NamedTuple):
-    """Learning rates read off the curve."""
-
-    steepest: float
-    """Where the smoothed loss falls fastest per decade: the suggestion."""
-    minimum: float
-    """Where the smoothed loss is smallest; a tenth of it is another common rule."""
 
 
 def main(arguments: Sequence[str], program: str) -> int:
@@ -69,14 +60,14 @@ def main(arguments: Sequence[str], program: str) -> int:
     parser.add_argument("--json", metavar="FILE", help="write all points and the suggestion to this file")
     options, rest = parser.parse_known_args(arguments)
     problems = trainer_problems(options.trainer)
-    if options.steps < FEWEST_STEPS:
-        problems.append(Problem("--steps", options.steps, allowed=str(Interval(low=FEWEST_STEPS))))
-    if options.highest not in POSITIVE:
-        problems.append(Problem("--highest", options.highest, allowed=str(POSITIVE)))
+    problems += option_problems(options, steps=Interval(low=FEWEST_STEPS), highest=POSITIVE)
     if options.lowest not in POSITIVE or not options.lowest < options.highest:
         problems.append(Problem("--lowest", options.lowest, allowed="greater than 0 and less than --highest"))
     config = parse_settings(rest, program, problems)
-    plot = _plot_path(options.plot)
+    if options.plot is not None:
+        from fundamentallm.training.callbacks.curves import check_matplotlib
+
+        check_matplotlib()
 
     with tempfile.TemporaryDirectory(prefix="fundamentallm-find_lr-") as folder:
         points, is_main = _range_test(config, options, Path(folder))
@@ -85,9 +76,12 @@ def main(arguments: Sequence[str], program: str) -> int:
     found = suggestion(points)
     if is_main:
         _show(points, found)
-        if plot is not None:
+        if find_spec("matplotlib") is not None:
+            plot = Path(options.plot or "find_lr.png")
             _draw(points, found, plot)
             say(f"curve: {plot}")
+        else:
+            say("no plot: matplotlib is not installed")
         if options.json is not None:
             _write_json(points, found, Path(options.json))
     return 0 if found is not None else 1
@@ -113,8 +107,11 @@ def has_diverged(losses: Sequence[float]) -> bool:
     return not math.isfinite(losses[-1]) or smoothed[-1] > DIVERGED * min(smoothed)
 
 
-def suggestion(points: Sequence[Point]) -> Suggestion | None:
-    """Returns what the curve suggests, or None if the loss does not fall before its minimum."""
+def suggestion(points: Sequence[Point]) -> float | None:
+    """Returns the learning rate where the smoothed loss falls fastest per decade, or None if it does not fall.
+
+    Only rates below that of the smallest smoothed loss count.
+    """
     points = [point for point in points if math.isfinite(point.smoothed)]
     lowest = min(range(len(points)), key=lambda i: points[i].smoothed)
 
@@ -123,9 +120,7 @@ def suggestion(points: Sequence[Point]) -> Suggestion | None:
         return (points[i + 1].smoothed - points[i - 1].smoothed) / decades
 
     falling = [i for i in range(1, lowest) if slope(i) < 0]
-    if not falling:
-        return None
-    return Suggestion(points[min(falling, key=slope)].learning_rate, points[lowest].learning_rate)
+    return points[min(falling, key=slope)].learning_rate if falling else None
 
 
 def _range_test(config: Config, options: argparse.Namespace, folder: Path) -> tuple[list[Point], bool]:
@@ -151,7 +146,7 @@ def _range_test(config: Config, options: argparse.Namespace, folder: Path) -> tu
     return [Point(*values) for values in zip(rates, losses, smooth(losses), strict=True)], is_main
 
 
-def _show(points: Sequence[Point], found: Suggestion | None) -> None:
+def _show(points: Sequence[Point], found: float | None) -> None:
     """Print some of the points, and the suggestion."""
     every = max(1, len(points) // ROWS)
     shown = [point for i, point in enumerate(points) if i % every == 0 or i == len(points) - 1]
@@ -159,55 +154,32 @@ def _show(points: Sequence[Point], found: Suggestion | None) -> None:
     say_table([("learning rate", "loss", "smoothed"), *rows], ">>>")
     if found is None:
         say("\nno suggestion: the loss did not fall. Try another range, or more steps.")
-        return
-    say(
-        f"\nsuggestion: training.learning_rate {found.steepest:.1e}, where the loss falls fastest\n"
-        f"(loss minimum at {found.minimum:.1e}; the min/10 rule gives {found.minimum / 10:.1e})"
-    )
+    else:
+        say(f"\nsuggestion: training.learning_rate {found:.1e}, where the loss falls fastest")
 
 
-def _plot_path(given: str | None) -> Path | None:
-    """Returns where to plot, or None if matplotlib is missing and no plot was asked for."""
-    from fundamentallm.training.callbacks.curves import check_matplotlib
-
-    try:
-        check_matplotlib()
-    except ConfigError as error:
-        if given is not None:
-            raise
-        if os.environ.get("RANK", "0") == "0":
-            print(f"no plot: {error}", file=sys.stderr)
-        return None
-    return Path(given or "find_lr.png")
-
-
-def _draw(points: Sequence[Point], found: Suggestion | None, path: Path) -> None:
+def _draw(points: Sequence[Point], found: float | None, path: Path) -> None:
     """Plot the loss over the learning rate."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
+    axes = Figure(figsize=(8, 4.5), layout="constrained").subplots()
     rates = [point.learning_rate for point in points]
-    axes.plot(rates, [point.loss for point in points], color="#33658a", alpha=0.3, linewidth=0.8, label="loss")
-    axes.plot(rates, [point.smoothed for point in points], color="#33658a", linewidth=1.4, label="smoothed")
+    axes.plot(rates, [point.loss for point in points], alpha=0.3, label="loss")
+    axes.plot(rates, [point.smoothed for point in points], color="C0", label="smoothed")
     lowest, first = min(point.loss for point in points if math.isfinite(point.loss)), points[0].loss
     room = max(first - lowest, 1e-3)
     axes.set_ylim(lowest - 0.1 * room, first + 0.5 * room)  # the diverged end would flatten the rest
     if found is not None:
-        for rate, style, label in ((found.steepest, "-", "steepest"), (found.minimum / 10, ":", "minimum / 10")):
-            axes.axvline(rate, color="#d1495b", linewidth=1, linestyle=style, label=f"{label}: {rate:.1e}")
+        axes.axvline(found, color="C3", label=f"steepest: {found:.1e}")
     axes.set(xscale="log", xlabel="learning rate", ylabel="loss (nats per token)")
-    axes.legend(frameon=False)
-    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.legend()
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=130, format="png")
+        axes.figure.savefig(path, dpi=130, format="png")
 
 
-def _write_json(points: Sequence[Point], found: Suggestion | None, path: Path) -> None:
+def _write_json(points: Sequence[Point], found: float | None, path: Path) -> None:
     """Write the suggestion and all points; numbers that are not finite become null."""
     steps = [{k: v if math.isfinite(v) else None for k, v in point._asdict().items()} for point in points]
-    rates: dict[str, Any] = {"suggestion": found and found.steepest, "minimum": found and found.minimum}
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(rates | {"points": steps}, indent=1) + "\n", encoding="utf-8")
+        write_text(path, json.dumps({"suggestion": found, "points": steps}, indent=1) + "\n")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from fundamentallm.config.command_line import parse_config
 from fundamentallm.config.registry import resolve
 from fundamentallm.config.schema import Config
+from fundamentallm.config.validation import Interval
 from fundamentallm.errors import ConfigError, Problem
 
 DEFAULT_TRAINER = "fundamentallm.train:make_trainer"
@@ -22,7 +23,7 @@ def add_trainer_option(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def trainer_problems(name: str) -> list[str]:
+def trainer_problems(name: str) -> list[Problem]:
     """Returns what is wrong with the value of `--trainer`."""
     try:
         found = resolve("--trainer", name, {})
@@ -34,25 +35,27 @@ def trainer_problems(name: str) -> list[str]:
     return [Problem("--trainer", name, allowed="a function from a Config to a Trainer", reason=reason)]
 
 
-def parse_settings(
-    arguments: Sequence[str], program: str, problems: Sequence[str] = (), check_files: bool = True
-) -> Config:
-    """Returns the config of a command line.
+def option_problems(options: argparse.Namespace, **ranges: Interval) -> list[Problem]:
+    """Returns a problem for each option, by name, that is given and outside its range."""
+    return [
+        Problem(f"--{name}", value, str(allowed))
+        for name, allowed in ranges.items()
+        if (value := getattr(options, name)) is not None and value not in allowed
+    ]
 
-    Args:
-        arguments: the command line without the command's own options.
-        program: name of the command in `--help`.
-        problems: mistakes in the command's own options.
-        check_files: also report missing data files.
+
+def parse_settings(
+    arguments: Sequence[str], program: str, problems: Sequence[Problem], check_files: bool = True
+) -> Config:
+    """Returns the config of a command line from which the command's own options were removed.
 
     Raises:
-        ConfigError: with every mistake in the settings, then `problems`.
+        ConfigError: with every mistake in the settings, then `problems`, the mistakes in the command's own options.
     """
-    config, found = Config(), []
     try:
         config = parse_config(arguments, program, check_files)
     except ConfigError as error:
-        found = error.problems
-    if found or problems:
-        raise ConfigError([*found, *problems])
+        raise ConfigError([*error.problems, *problems]) from error
+    if problems:
+        raise ConfigError(problems)
     return config

@@ -1,19 +1,19 @@
-"""Compare runs on one HTML page: curves, settings that differ, samples, environment. The page needs no server."""
+"""Compare runs on one HTML page: curves, settings that differ, samples, environment. It needs no server."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
-import os
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fundamentallm.commands.output import say
+from fundamentallm.atomic import write_text
+from fundamentallm.commands.output import plural, say
 from fundamentallm.config.schema import flat_settings
-from fundamentallm.errors import CheckpointError, FundamentaLLMError, writing
+from fundamentallm.errors import FundamentaLLMError, writing
 
 MARK = '<meta name="generator" content="fundamentallm report">'
 """Identifies a report, which may be overwritten."""
@@ -32,30 +32,19 @@ def main(arguments: Sequence[str], program: str) -> int:
     parser.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE", help="[report.html]")
     options = parser.parse_args(arguments)
     paths = list(dict.fromkeys(options.runs))
-    page = make_page([read_run(path, name) for path, name in zip(paths, names_of(paths), strict=True)])
-    write_page(page, options.output)
-    say(f"{options.output}: {len(paths)} run{'s' * (len(paths) > 1)}")
+    write_page(make_page([read_run(path) for path in paths]), options.output)
+    say(f"{options.output}: {plural(len(paths), 'run')}")
     return 0
 
 
-def names_of(paths: list[Path]) -> list[str]:
-    """Returns the last parts of the paths, as many as make the names distinct."""
-    parts = [path.absolute().parts for path in paths]
-    for count in range(1, max(map(len, parts)) + 1):
-        names = [os.path.join(*some[-count:]) for some in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [str(path) for path in paths]
-
-
-def read_run(folder: Path, name: str) -> dict[str, Any]:
-    """Returns what the page shows of a run; parts that an old run lacks are None or empty.
+def read_run(folder: Path) -> dict[str, Any]:
+    """Returns what the page shows of a run; parts that the run lacks are None or empty.
 
     Raises:
         FundamentaLLMError: if the folder has no metrics.jsonl, or it cannot be read.
     """
     # Imported here, so that --help need not wait for torch.
-    from fundamentallm.run.folder import SAMPLES, read_starts, restarts
+    from fundamentallm.run.folder import SAMPLES, STATUS, read_starts, restarts
     from fundamentallm.run.json_lines import numbers, read
 
     log = folder / "metrics.jsonl"
@@ -69,22 +58,20 @@ def read_run(folder: Path, name: str) -> dict[str, Any]:
             if all(isinstance(line.get(key), str) for key in ("prompt", "text"))
         ]
         starts, restarted = read_starts(folder), restarts(folder)
-    except OSError as error:
+        status = json.loads((folder / STATUS).read_text(encoding="utf-8")) if (folder / STATUS).exists() else {}
+    except (OSError, ValueError) as error:
         raise FundamentaLLMError(f"{folder} cannot be read: {error}.") from error
-    status, start = _json(folder / "status.json"), starts[-1] if starts else {}
-    config, environment, total_steps = start.get("config"), start.get("environment"), status.get("total_steps")
-    config = config if isinstance(config, dict) else _config_of_checkpoint(folder)
+    start = starts[-1] if starts else {}
     return {
-        "name": name,
-        "path": str(folder),
+        "name": str(folder),
         "state": status.get("state"),
-        "total_steps": total_steps if isinstance(total_steps, int) else None,
+        "total_steps": status.get("total_steps"),
         "curves": curves(lines),
         "restarts": restarted,
         "skipped": skipped(lines),
         "samples": samples,
-        "config": flat_settings(config) if config else None,
-        "environment": environment if isinstance(environment, dict) else None,
+        "config": flat_settings(start["config"]) if "config" in start else None,
+        "environment": start.get("environment"),
     }
 
 
@@ -100,11 +87,11 @@ def curves(lines: list[dict[str, float]]) -> dict[str, tuple[list[int], list[flo
     return {name: ([step for step, _ in points], [value for _, value in points]) for name, points in kept.items()}
 
 
-def thinned(points: list[tuple[int, float | None]], most: int = MOST_POINTS) -> list[tuple[int, float | None]]:
-    """Returns about `most` points: of each interval the first, last, smallest and largest point, and the first gap."""
-    if len(points) <= most:
+def thinned(points: list[tuple[int, float | None]]) -> list[tuple[int, float | None]]:
+    """Returns about MOST_POINTS: of each interval the first, last, smallest and largest point, and the first gap."""
+    if len(points) <= MOST_POINTS:
         return points
-    size, kept = -(-4 * len(points) // most), []
+    size, kept = -(-4 * len(points) // MOST_POINTS), []
     for begin in range(0, len(points), size):
         interval = range(begin, min(begin + size, len(points)))
         ordered = sorted((i for i in interval if points[i][1] is not None), key=lambda i: points[i][1] or 0.0)
@@ -123,27 +110,6 @@ def skipped(lines: list[dict[str, float]]) -> list[tuple[int, str]]:
                 marks.append((int(line["step"]), reason))
             before = line.get(name, before)
     return marks
-
-
-def _config_of_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """Returns the config in the newest checkpoint, for runs without starts.jsonl."""
-    from fundamentallm.checkpoint.manager import CheckpointManager, checkpoints_folder
-    from fundamentallm.checkpoint.reading import load_parts
-
-    try:
-        newest = CheckpointManager(checkpoints_folder(folder)).get_latest()
-        config = load_parts(newest, ["config"]).get("config") if newest is not None else None
-    except (CheckpointError, OSError):
-        return None
-    return config if isinstance(config, dict) else None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def make_page(runs: list[dict[str, Any]]) -> str:
@@ -165,7 +131,4 @@ def write_page(page: str, path: Path) -> None:
     with writing(path):
         if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace")[:2000]:
             raise FundamentaLLMError(f"{path} exists and is not a report; choose another --output.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}")
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, page)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import nn
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
@@ -27,7 +25,6 @@ from fundamentallm.training.trainer import Trainer
 
 DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 VALIDATION_ROWS = 48
-LOG = "metrics.jsonl"
 
 
 def trial_config(config: Config, folder: Path, **training: Any) -> Config:
@@ -47,7 +44,7 @@ def trial_config(config: Config, folder: Path, **training: Any) -> Config:
     )
 
 
-def make_trainer(name: str, config: Config, dropout: bool = True) -> Trainer:
+def make_trainer(name: str, config: Config) -> Trainer:
     """Returns the Trainer that the function `name` (`--trainer`) makes of a trial's config.
 
     Raises:
@@ -66,12 +63,10 @@ def make_trainer(name: str, config: Config, dropout: bool = True) -> Trainer:
         advice = "Pass the config that the function is given on to the Trainer, so that trials stay in their folder."
         reason = f"whose Trainer ignores {', '.join(ignored)}"
         raise ConfigError([Problem("--trainer", name, allowed, advice, reason)])
-    if not dropout:
-        _disable_dropout(trainer.model)
     return trainer
 
 
-def _disable_dropout(model: nn.Module) -> None:
+def disable_dropout(model: nn.Module) -> None:
     """Set the probability of torch's dropout modules, and every float attribute with dropout in its name, to 0."""
     for module in model.modules():
         if isinstance(module, DROPOUT):
@@ -88,9 +83,7 @@ def limit_validation(trainer: Trainer, batch_size: int | None = None) -> int:
         return 0
     size = loader.batch_size or 1
     rows = min(len(loader.dataset), 2 * size + 1, VALIDATION_ROWS)  # type: ignore[arg-type]
-    trainer.val_samples = StepSampler(
-        rows, batch_size or size, None, samples.process_index, samples.num_processes, samples.micro_batch_size
-    )
+    trainer.val_samples = StepSampler(rows, batch_size or size, None, micro_batch_size=samples.micro_batch_size)
     return rows
 
 
@@ -138,65 +131,40 @@ def run_until(trainer: Trainer, is_enough: Callable[[Record], bool]) -> Record:
     return record
 
 
-def run_logged(trainer: Trainer, last_step: int, kill_at: int | None = None) -> Record:
-    """Train to `last_step`, with a log beside the checkpoints' folder; kill this process at the step `kill_at`."""
-    log = Path(trainer.config.training.checkpoint_dir or "").with_name(LOG)
+def run_to(trainer: Trainer, last_step: int, kill_at: int | None = None) -> Record:
+    """Train to `last_step` with the run's own callbacks, whose state a resumed run restores, and return the record."""
     record = Record(lambda record: record.first_step + len(record.losses) >= last_step, kill_at)
-    # The run's own callbacks stay, since a resumed run must restore their state. These three have none.
-    replaced = (ProgressCallback, VisualizationCallback, LoggingCallback)
-    own = [callback for callback in trainer.callbacks.callbacks if not isinstance(callback, replaced)]
-    trainer.callbacks.callbacks = [*own, LoggingCallback(log), record]
+    writers = (ProgressCallback, VisualizationCallback, LoggingCallback)  # they have no state
+    own = [callback for callback in trainer.callbacks.callbacks if not isinstance(callback, writers)]
+    trainer.callbacks.callbacks = [*own, record]
     trainer.train()
     return record
 
 
-class Trial(NamedTuple):
-    """A trial run for other processes."""
+def run_killed(name: str, config: Config, kill_at: int, timeout: float) -> str:
+    """Run a trial in a new process that kills itself at the step `kill_at`.
 
-    trainer: str
-    """'module:name' of the function that makes the Trainer."""
-    config: Config
-    last_step: int
-    kill_at: int | None = None
-    dropout: bool = True
-    on_cpu: bool = False
-    """Use no other device, and as many threads in one process as in each of two, so that the same kernels run."""
-
-
-def run_processes(count: int, trial: Trial, timeout: float) -> str:
-    """Run a trial in `count` new processes; returns how one of them failed, or "" if none did within the timeout."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = spawn(_run_process, (count, port, trial), count, join=False)  # type: ignore[no-untyped-call]
-    deadline = time.monotonic() + timeout
+    Returns:
+        How it ended instead, or "" if it was killed.
+    """
+    context = spawn(_run_in_child, (name, config, kill_at), join=False)  # type: ignore[no-untyped-call]
     try:
-        while not context.join(timeout=1.0, grace_period=1.0):
-            if time.monotonic() > deadline:
-                return f"it had not ended after {timeout:.0f} s"
-    except (ProcessRaisedException, ProcessExitedException) as error:
+        if not context.join(timeout):
+            return f"it had not ended after {timeout:.0f} s"
+    except ProcessExitedException as error:
+        return "" if error.signal_name == "SIGKILL" else str(error)
+    except ProcessRaisedException as error:
         return str(error).strip().rpartition("\n")[2]  # of a traceback, the error
     finally:
         for process in context.processes:
             process.kill()
-    return ""
+    return f"it ended before step {kill_at}"
 
 
-def _run_process(rank: int, count: int, port: int, trial: Trial) -> None:
-    """Run a trial in this process, which was started for it."""
+def _run_in_child(_: int, name: str, config: Config, kill_at: int) -> None:
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, 1)
     os.dup2(silent, 2)
-    if trial.on_cpu:
-        for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
-            del os.environ[name]
-        os.environ["ACCELERATE_USE_CPU"] = "true"
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
-    if count > 1:  # as torchrun sets them
-        launch = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in launch.items()}}
-    trainer = make_trainer(trial.trainer, trial.config, trial.dropout)
+    trainer = make_trainer(name, config)
     limit_validation(trainer)
-    run_logged(trainer, trial.last_step, trial.kill_at)
-    trainer.leave_group()
+    run_to(trainer, kill_at, kill_at)

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from fundamentallm.commands.estimate.counts import count_parameters, layout_of, step_flops, tokens_per_step
+from fundamentallm.commands.estimate.counts import count_parameters, step_flops, tokens_per_step
 from fundamentallm.commands.estimate.memory import memory
 from fundamentallm.commands.output import say, say_table
 from fundamentallm.config.schema import Config
@@ -58,7 +58,7 @@ def config_of(runs: Runs, name: str, memory_bytes: int) -> Config:
     size = batch
     while True:
         config = runs.config(folder, model, **training, sequence_length=length, batch_size=batch, micro_batch_size=size)
-        if size == 1 or memory(config, layout_of("ddp", 1)).peak < 0.85 * memory_bytes:
+        if size == 1 or memory(config).peak < 0.85 * memory_bytes:
             return config
         size //= 2
 

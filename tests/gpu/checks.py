@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fundamentallm.commands.estimate.counts import layout_of, step_flops, tokens_per_step
+from fundamentallm.commands.estimate.counts import step_flops, tokens_per_step
 from fundamentallm.commands.estimate.memory import memory
 from fundamentallm.config.schema import Config
 from fundamentallm.config.units import size_text
@@ -124,7 +124,7 @@ def memory_estimated(runs: Runs) -> str:
             given = {"micro_batch_size": None, **options, "mixed_precision": precision, "max_steps": 10}
             config = runs.config(f"memory-{name}-{precision}", **given)
             measured = seen(runs.run(config), "Facts")["peak_bytes"]
-            off = memory(config, layout_of("ddp", 1)).peak / measured - 1
+            off = memory(config).peak / measured - 1
             right &= abs(off) < 0.15
             found.append(f"{name} {precision} {size_text(measured)} ({off:+.1%})")
     text = "measured (and estimated): " + ", ".join(found)

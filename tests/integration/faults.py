@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable
 from typing import Any
@@ -103,39 +102,17 @@ def batch_statistics(config: Config) -> Trainer:
     return _trainer(config, _BatchStatistics)
 
 
+def infinite_loss(config: Config) -> Trainer:
+    return _trainer(config, loss_fn=lambda logits, targets: logits.sum() * torch.inf)
+
+
 def mean_loss(config: Config) -> Trainer:
     return _trainer(config, loss_fn=lambda logits, targets: F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
-
-
-def loss_over_ignored(config: Config) -> Trainer:
-    def loss(logits: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") + 0.1 * logits.square().sum()
-
-    return _trainer(config, loss_fn=loss)
-
-
-class _Spare(Small):
-    def __init__(self) -> None:
-        super().__init__()
-        self.spare = nn.Linear(2, 2)
-
-
-def unused_parameter(config: Config) -> Trainer:
-    return _trainer(config, _Spare)
 
 
 def unseeded_weights(config: Config) -> Trainer:
     model = Small()
     return _trainer(config, lambda: model)
-
-
-class _Detached(Small):
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.head(self.embedding(inputs).detach())  # type: ignore[no-any-return]
-
-
-def detached(config: Config) -> Trainer:
-    return _trainer(config, _Detached)
 
 
 class _Forgetful(Small):
@@ -153,26 +130,6 @@ class _Forgetful(Small):
 
 def forgetful_model(config: Config) -> Trainer:
     return _trainer(config, _Forgetful)
-
-
-class _ByRank(Small):
-    def disturb(self, logits: Tensor) -> Tensor:
-        return logits * (1 + int(os.environ.get("RANK", "0")))
-
-
-def model_by_rank(config: Config) -> Trainer:
-    return _trainer(config, _ByRank)
-
-
-class _BrokenOnRank1(Small):
-    def disturb(self, logits: Tensor) -> Tensor:
-        if os.environ.get("RANK") == "1":
-            raise ZeroDivisionError("planted")
-        return logits
-
-
-def broken_on_rank_1(config: Config) -> Trainer:
-    return _trainer(config, _BrokenOnRank1)
 
 
 class _Broken(Small):

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 
 from fundamentallm import Config, DataConfig, ModelConfig, Trainer, TrainingConfig, Transformer
-from fundamentallm.commands.estimate.counts import layout_of, sent_bytes
+from fundamentallm.commands.estimate.counts import key_features, sent_bytes
 from fundamentallm.commands.estimate.memory import memory
 from tests.integration.runs import on_processes, sharded_accelerator
 
@@ -51,6 +51,14 @@ def measured_peak(config: Config, folder: Path, accelerator: Accelerator | None 
     return peak + weights
 
 
+def cpu_extra(config: Config, devices: int = 1) -> int:
+    """Bytes that torch's CPU kernels keep and its GPU kernels do not: the quotients of the norms, in float32."""
+    model, rows = config.model, (config.training.micro_batch_size or config.training.batch_size or 0) // devices
+    of_block = 2 * model.d_model + (model.d_model + key_features(model)) * model.qk_norm
+    blocks = 1 if config.training.activation_checkpointing else model.num_layers
+    return 4 * rows * config.data.sequence_length * (blocks * of_block + model.d_model)
+
+
 @pytest.mark.parametrize(
     ("model", "settings"),
     [
@@ -59,20 +67,17 @@ def measured_peak(config: Config, folder: Path, accelerator: Accelerator | None 
         (SMALL, {"batch_size": 4, "mixed_precision": "bf16"}),
         (SMALL, {"batch_size": 16, "activation_checkpointing": True}),
         (SMALL | {"num_kv_heads": 2, "qk_norm": False}, {"batch_size": 4}),
-        (BROAD, {"batch_size": 8}),
         (BROAD, {"batch_size": 32}),  # in chunks of the vocabulary
         (HEAVY, {"batch_size": 1, "sequence_length": 32}),
-        (HEAVY, {"batch_size": 1, "sequence_length": 32, "optimizer": "sgd"}),
     ],
-    ids=["default", "micro-batches", "bf16", "recomputed", "grouped", "broad", "chunks", "heavy", "sgd"],
+    ids=["default", "micro-batches", "bf16", "recomputed", "grouped", "chunks", "heavy"],
 )
 def test_memory_is_close_to_what_torch_allocates(
     model: dict[str, Any], settings: dict[str, Any], tmp_path: Path
 ) -> None:
     config = config_of(model, **settings)
-    estimate = memory(config, layout_of("ddp", 1), on_cpu=True).peak
-    got = measured_peak(config, tmp_path)
-    assert estimate == pytest.approx(got, rel=0.05)
+    estimate = memory(config).peak + cpu_extra(config)
+    assert estimate == pytest.approx(measured_peak(config, tmp_path), rel=0.05)
 
 
 @contextlib.contextmanager
@@ -99,14 +104,13 @@ def counted() -> Iterator[list[int]]:
 def _measure_fsdp2(_: int, folder: Path) -> None:
     # Few tokens, so that what is gathered is a third of the peak.
     config = config_of(SMALL | {"d_model": 128}, batch_size=4, micro_batch_size=1)
-    layout = layout_of("fsdp2", 2)
     with counted() as sent:
         accelerator = sharded_accelerator()
         folder /= str(accelerator.process_index)
         folder.mkdir()
         peak = measured_peak(config, folder, accelerator)
-    assert sum(sent) == 2 * sent_bytes(config, layout)
-    assert memory(config, layout, on_cpu=True).peak == pytest.approx(peak, rel=0.25)
+    assert sum(sent) == 2 * sent_bytes(config, 2, "fsdp2")
+    assert memory(config, 2, "fsdp2").peak == pytest.approx(peak, rel=0.25)
 
 
 def test_memory_and_sent_bytes_under_fsdp2(tmp_path: Path) -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from statistics import median
 from typing import NamedTuple
-
-from torch import Tensor, nn
 
 from fundamentallm.checkpoint.manager import CheckpointManager
 from fundamentallm.commands.output import plural
@@ -25,11 +22,6 @@ WARMUP_STEPS = 2
 class Measured(NamedTuple):
     """What a trial run of a few steps measured."""
 
-    device: str
-    parameters: int
-    without_gradient: list[str]
-    """Trainable parameters whose gradient was missing or zero at every step."""
-    steps: int
     total_steps: int
     """Of the whole run."""
     step_seconds: float
@@ -40,25 +32,15 @@ class Measured(NamedTuple):
 
 def measure(trainer: Trainer, training: TrainingConfig) -> Measured:
     """Run a few steps and part of a validation; `training` has the intervals of the whole run."""
-    without_gradient = _watch_gradients(trainer.model)
     run = run_until(trainer, lambda run: len(run.losses) >= (MIN_STEPS if run.seconds > SECONDS else MAX_STEPS))
     durations = [after - before for before, after in zip(run.times, run.times[1:], strict=False)]
     step_seconds = median(durations[WARMUP_STEPS:] or durations)
-    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    return Measured(
-        device=trainer.accelerator.device.type,
-        parameters=parameters,
-        without_gradient=list(without_gradient),
-        steps=len(run.losses),
-        total_steps=trainer.total_steps,
-        step_seconds=step_seconds,
-        micro_batch_size=trainer.samples.micro_batch_size,
-        forecast=[("parameters", f"{parameters:,}"), *_forecast(trainer, training, step_seconds, run.lines[-1])],
-    )
+    forecast = list(_forecast(trainer, training, step_seconds, run.lines[-1]))
+    return Measured(trainer.total_steps, step_seconds, trainer.samples.micro_batch_size, forecast)
 
 
 def _forecast(
-    trainer: Trainer, training: TrainingConfig, step_seconds: float, line: Mapping[str, float]
+    trainer: Trainer, training: TrainingConfig, step_seconds: float, line: dict[str, float]
 ) -> Iterator[tuple[str, str]]:
     """Yields (title, text) of each line; `line` is the last log line."""
     steps, device, seconds, best = trainer.total_steps, trainer.accelerator.device.type, 0.0, ""
@@ -71,25 +53,13 @@ def _forecast(
         validations = 1 + sum((steps - 1) // interval for interval in intervals if interval)  # the last step's too
         seconds, best = validations * once, ", the best"
         text += f", {plural(validations, 'validation')} of {duration_text(once)}"
+    yield "parameters", f"{sum(parameter.numel() for parameter in trainer.model.parameters()):,}"
     yield "speed", f"{line['tokens'] / line['step'] / step_seconds:,.0f} tokens per second on {device}, 1 process"
     yield "whole run", f"{duration_text(seconds + steps * step_seconds)}: {text}"
     yield "peak memory", f"{size_text(line.get('memory_gb', 0.0) * 1e9)} on {device}"
     checkpoint = CheckpointManager(trainer.config.training.checkpoint_dir or "").get_latest()
-    size, kept = sum(file.stat().st_size for file in checkpoint.iterdir()) if checkpoint else 0, training.keep_last_n
+    size = sum(file.stat().st_size for file in checkpoint.iterdir()) if checkpoint else 0
+    kept = training.keep_last_n
     total = kept + bool(best) + 1
     yield "checkpoint", size_text(size)
     yield "disk", f"{size_text(total * size)} for up to {total} checkpoints (last {kept}{best}, the one being written)"
-
-
-def _watch_gradients(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns the trainable parameters by name; each is removed once it gets a gradient that is not all zero."""
-    waiting = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-    def check(name: str, parameter: Tensor) -> None:
-        if name in waiting and parameter.grad is not None and parameter.grad.any():
-            del waiting[name]
-
-    for name, parameter in waiting.items():
-        hook = functools.partial(check, name)
-        parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-    return waiting

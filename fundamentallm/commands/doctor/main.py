@@ -1,4 +1,4 @@
-"""Check by short trial runs, in about a minute, that one config is one run with your model, data and machine."""
+"""Check by short trial runs, in about a minute, that runs are reproducible with your config, data and machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import io
 import os
-import shutil
 import tempfile
 import textwrap
 import time
@@ -54,7 +53,7 @@ def main(arguments: Sequence[str], program: str) -> int:
     # Imported here, so that --help and wrong settings need not wait for torch.
     from fundamentallm.commands.doctor.checks import CHECKS, Case
 
-    findings: dict[str, Finding] = {}
+    counts: Counter[str] = Counter()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="fundamentallm-doctor-") as folder:
         case = Case(config, options.trainer, Path(folder))
@@ -62,14 +61,14 @@ def main(arguments: Sequence[str], program: str) -> int:
         print(f"trial runs in temporary folders; {config.output_dir} is not touched\n")
         for number, (name, check) in enumerate(CHECKS.items(), start=1):
             print(f"{number:>2}  {name:<{NAME_WIDTH}}", end="", flush=True)
-            findings[name] = finding = examine(check, case)
+            finding = examine(check, case)
             print(f"{finding.status:<9}", end="")
             _print_text(finding.figure, TEXT_AT)
             if finding.status == "fail":
-                failed = [earlier for earlier in findings if findings[earlier].status == "fail"]
-                first = "" if failed == [name] else f"Fix {failed[0]} first: it may be the cause. "
+                first = "Fix the failures above first: they may be the cause. " if counts["fail"] else ""
                 print(" " * TEXT_AT, end="")
                 _print_text(f"-> {first}{check.advice}", TEXT_AT)
+            counts[finding.status] += 1
         print("\nestimate for the whole run, from a few steps")
         try:
             for title, text in case.measured.forecast:
@@ -77,7 +76,6 @@ def main(arguments: Sequence[str], program: str) -> int:
                 _print_text(text, 4 + NAME_WIDTH)
         except Exception as error:  # the checks have shown it in full
             print(f"    unknown, since no step could be run ({type(error).__name__})")
-    counts = Counter(finding.status for finding in findings.values())
     shown = ", ".join(f"{counts[status]} {word}" for status, word in WORDS.items() if counts[status])
     print(f"\n{shown}, in {time.perf_counter() - started:.0f} s")
     return 1 if counts["fail"] else 0
@@ -102,5 +100,4 @@ def examine(check: Check, case: Case) -> Finding:
 
 def _print_text(text: str, indent: int) -> None:
     """Print text at `indent`, to which the current line is filled already, on as many lines as it takes."""
-    width = max(indent + 40, min(120, shutil.get_terminal_size((120, 24)).columns))
-    print(textwrap.fill(text, width, initial_indent=" " * indent, subsequent_indent=" " * indent).lstrip(), flush=True)
+    print(textwrap.fill(text, 120, initial_indent=" " * indent, subsequent_indent=" " * indent).lstrip(), flush=True)

@@ -11,22 +11,8 @@ from fundamentallm.config.schema import Config, ModelConfig
 
 WIDE, NARROW = 4, 2
 """Bytes of a float32, in which weights, gradients and optimizer state are kept; and of a bfloat16 or float16."""
-LAYOUTS = ("ddp", "fsdp2", "hsdp")
-DEVICES_PER_MACHINE = 8
-"""Assumed for hsdp, which shards within a machine and replicates across machines."""
-
-
-class Layout(NamedTuple):
-    """`replicas` copies of the model, each sharded over `shards` devices."""
-
-    replicas: int
-    shards: int
-
-
-def layout_of(name: str, devices: int) -> Layout:
-    """Returns the layout of ddp (one shard), fsdp2 (one replica) or hsdp on a number of devices."""
-    shards = {"ddp": 1, "fsdp2": devices, "hsdp": min(devices, DEVICES_PER_MACHINE)}[name]
-    return Layout(devices // shards, shards)
+LAYOUTS = ("ddp", "fsdp2")
+"""A replica on each device, or one replica sharded over all devices."""
 
 
 class Parameters(NamedTuple):
@@ -118,22 +104,21 @@ def checkpoint_bytes(config: Config) -> int:
     return WIDE * count_parameters(config.model).total + optimizer_bytes(config)
 
 
-def sent_bytes(config: Config, layout: Layout) -> int:
+def sent_bytes(config: Config, devices: int, layout: str) -> int:
     """Returns the bytes that each device sends in an optimizer step, by ring algorithms, which send the least.
 
     A ring over N devices sends (N - 1) / N of what it gathers or scatters, and an all-reduce does both (Patarasuk and
     Yuan, J. Parallel Distrib. Comput. 69, 2009). DDP all-reduces float32 gradients once. FSDP2, for each micro-batch,
     gathers the weights twice (output projection and last norm once), in the precision of the computation, and scatters
-    float32 gradients; hsdp then all-reduces each shard across replicas.
+    float32 gradients.
     """
     p = count_parameters(config.model)
     gradients = WIDE * p.total
-    all_reduced = 2 * gradients * (layout.replicas - 1) // layout.replicas
-    if layout.shards == 1:
-        return all_reduced
-    _, count, _ = micro_batches(config, layout.replicas * layout.shards)
+    if layout == "ddp":
+        return 2 * gradients * (devices - 1) // devices
+    _, count, _ = micro_batches(config, devices)
     gathered = compute_size(config) * (2 * p.total - p.table - config.model.d_model)
-    return count * ((gathered + gradients) * (layout.shards - 1) + all_reduced) // layout.shards
+    return count * (gathered + gradients) * (devices - 1) // devices
 
 
 def compute_size(config: Config) -> int:

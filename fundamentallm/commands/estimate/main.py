@@ -1,4 +1,4 @@
-"""Estimate what a run takes, for any model size: parameters, memory, FLOPs, bytes sent and checkpoint size."""
+"""Estimate memory, FLOPs, time and bytes sent of a run, for any model size."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from fundamentallm.commands.estimate import counts
 from fundamentallm.commands.estimate.memory import memory
-from fundamentallm.commands.options import parse_settings
+from fundamentallm.commands.options import option_problems, parse_settings
 from fundamentallm.commands.output import say, say_table
 from fundamentallm.config.schema import OPTIMIZER_NAMES, Config
 from fundamentallm.config.units import duration_text, size_text
@@ -18,8 +18,8 @@ from fundamentallm.errors import ConfigError, Problem
 DEVICES = (1, 8, 64, 512, 4096)
 """Rows of the table without --devices."""
 COLUMNS = ("weights", "gradients", "optimizer", "activations", "logits", "gathered", "peak")
-TYPICAL_MFU, TYPICAL_TFLOPS = 0.4, 400.0
-"""Used without --tflops: this fraction of the GPU's peak, or this number if there is no GPU whose peak is known."""
+TYPICAL_TFLOPS = 400.0
+"""40 % of the peak of an H100 in bfloat16."""
 
 
 def main(arguments: Sequence[str], program: str) -> int:
@@ -36,24 +36,12 @@ def main(arguments: Sequence[str], program: str) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--devices", type=int, metavar="N", help="number of devices; default: a table up to thousands")
-    parser.add_argument(
-        "--layout", choices=counts.LAYOUTS,
-        help="ddp: a replica on each device; fsdp2: one sharded over all; hsdp: one sharded over the "
-        f"{counts.DEVICES_PER_MACHINE} devices of each machine; default: all three",
-    )  # fmt: skip
-    parser.add_argument("--kernels", choices=("gpu", "cpu"), default="gpu", help="torch's kernels to assume [gpu]")
-    parser.add_argument(
-        "--tflops", type=float, metavar="X",
-        help=f"10^12 operations per second of one device [{TYPICAL_MFU:.0%}% of this GPU's peak, if it is known; "
-        f"otherwise {TYPICAL_TFLOPS:g}]",
-    )  # fmt: skip
+    layouts = "ddp: a replica on each device; fsdp2: one sharded over all; default: both"
+    parser.add_argument("--layout", choices=counts.LAYOUTS, help=layouts)
+    rate = f"10^12 operations per second of one device [{TYPICAL_TFLOPS:g}]"
+    parser.add_argument("--tflops", type=float, default=TYPICAL_TFLOPS, metavar="X", help=rate)
     options, rest = parser.parse_known_args(arguments)
-    problems, devices, per_machine = [], options.devices, counts.DEVICES_PER_MACHINE
-    for name, value, allowed in (("--devices", devices, AT_LEAST_ONE), ("--tflops", options.tflops, POSITIVE)):
-        if value is not None and value not in allowed:
-            problems.append(Problem(name, value, allowed=str(allowed)))
-    if options.layout == "hsdp" and devices and devices % min(devices, per_machine):
-        problems.append(Problem("--devices", devices, allowed=f"with --layout hsdp, a multiple of {per_machine}"))
+    problems = option_problems(options, devices=AT_LEAST_ONE, tflops=POSITIVE)
     config = _with_vocabulary(parse_settings(rest, program, problems, check_files=False))
     say_table(_run_rows(config), "<<")
     _show_devices(config, options)
@@ -76,8 +64,8 @@ def _with_vocabulary(config: Config) -> Config:
     try:
         size = vocabulary_size(config.data)
     except ConfigError as error:
-        advice = "Or set model.vocab_size: no text is needed then."
-        raise ConfigError([f"{problem} {advice}" for problem in error.problems]) from error
+        advice = Problem("", advice="Or set model.vocab_size: no text is needed then.")
+        raise ConfigError([*error.problems, advice]) from error
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
@@ -106,12 +94,11 @@ def _run_rows(config: Config) -> Iterator[tuple[str, str]]:
 
 def _show_devices(config: Config, options: argparse.Namespace) -> None:
     """Print memory and time of each device, by number of devices and layout."""
-    tflops, batch_size = options.tflops or _typical_tflops(config), config.training.batch_size or 0
+    tflops, batch_size = options.tflops, config.training.batch_size or 0
     sizes: list[tuple[str, ...]] = [("devices", "layout", *COLUMNS)]
     times: list[tuple[str, ...]] = [("devices", "layout", "sequences", "micro-batches", "sent", "step", "run")]
-    for devices, name in _layouts(options, batch_size):
-        layout = counts.layout_of(name, devices)
-        sizes.append((f"{devices:,}", name, *map(size_text, memory(config, layout, options.kernels == "cpu"))))
+    for devices, layout in _layouts(options, batch_size):
+        sizes.append((f"{devices:,}", layout, *map(size_text, memory(config, devices, layout))))
         rows, micro, _ = counts.micro_batches(config, devices)
         # Activation checkpointing repeats the forward pass, a third of the FLOPs of a step.
         flops = counts.step_flops(config) * (4 / 3 if config.training.activation_checkpointing else 1)
@@ -119,8 +106,8 @@ def _show_devices(config: Config, options: argparse.Namespace) -> None:
         run = "-"
         if steps is not None:
             run = duration_text(seconds * counts.tokens_of_run(config, steps) / counts.tokens_per_step(config))
-        sent = size_text(counts.sent_bytes(config, layout))
-        times.append((f"{devices:,}", name, f"{rows:,}", f"{micro:,}", sent, duration_text(seconds), run))
+        sent = size_text(counts.sent_bytes(config, devices, layout))
+        times.append((f"{devices:,}", layout, f"{rows:,}", f"{micro:,}", sent, duration_text(seconds), run))
     say("\nmemory of each device")
     say_table(sizes, "><" + ">" * len(COLUMNS))
     say(f"\neach device in one optimizer step, and time to compute at {tflops:g} TFLOP/s")
@@ -131,18 +118,11 @@ def _show_devices(config: Config, options: argparse.Namespace) -> None:
 
 
 def _layouts(options: argparse.Namespace, batch_size: int) -> Iterator[tuple[int, str]]:
-    """Yields (devices, layout) of each row: those asked for, otherwise all that differ and leave no device idle."""
+    """Yields (devices, layout) of each row: those asked for, otherwise all that leave no device idle."""
     for devices in [n for n in DEVICES if n <= batch_size] if options.devices is None else [options.devices]:
-        machines, rest = divmod(devices, counts.DEVICES_PER_MACHINE)
-        differ = ["ddp", *["fsdp2"] * (devices > 1), *["hsdp"] * (machines > 1 and rest == 0)]
-        yield from ((devices, name) for name in ([options.layout] if options.layout else differ))
-
-
-def _typical_tflops(config: Config) -> float:
-    import torch
-
-    from fundamentallm.training.throughput import known_peak
-
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    peak = known_peak(name, config.training.mixed_precision or "no")
-    return TYPICAL_TFLOPS if peak is None else TYPICAL_MFU * peak
+        if options.layout:
+            yield devices, options.layout
+            continue
+        yield devices, "ddp"
+        if devices > 1:
+            yield devices, "fsdp2"

@@ -11,7 +11,6 @@ from typing import NamedTuple
 from fundamentallm.commands.estimate.counts import (
     NARROW,
     WIDE,
-    Layout,
     compute_size,
     count_parameters,
     key_features,
@@ -36,19 +35,23 @@ class Memory(NamedTuple):
     peak: int
 
 
-def memory(config: Config, layout: Layout, on_cpu: bool = False) -> Memory:
-    """Estimate the memory of the busiest device of a layout; `on_cpu` for the kernels that torch has on a CPU."""
-    model, p, shards = config.model, count_parameters(config.model), layout.shards
-    _, count, rows = micro_batches(config, layout.replicas * shards)
+def memory(config: Config, devices: int = 1, layout: str = "ddp") -> Memory:
+    """Estimate the memory of the busiest device, with torch's GPU kernels.
+
+    torch's CPU kernels also keep the quotient of each norm, in float32.
+    """
+    model, p = config.model, count_parameters(config.model)
+    shards = devices if layout == "fsdp2" else 1
+    _, count, rows = micro_batches(config, devices)
     tokens, size = rows * config.data.sequence_length, compute_size(config)
     is_autocast = size == NARROW and shards == 1  # FSDP2 casts weights and the residual stream instead
     stream = WIDE if is_autocast else size
 
     casts = NARROW * is_autocast  # autocast keeps a copy of every matrix
-    block = tokens * _kept_per_token(config, size, stream, is_autocast, on_cpu) + casts * p.matrices
+    block = tokens * _kept_per_token(config, size, stream, is_autocast) + casts * p.matrices
     recomputed = tokens * stream * model.d_model  # activation checkpointing keeps the input of a block
     others = recomputed if config.training.activation_checkpointing else block
-    top = tokens * model.d_model * (_norm(stream, on_cpu) + size) + casts * p.table
+    top = tokens * model.d_model * (stream + size) + casts * p.table
     activations = (model.num_layers - 1) * others + block + top
 
     weights, gradients, optimizer = (-(-n // shards) for n in (WIDE * p.total, WIDE * p.total, optimizer_bytes(config)))
@@ -60,24 +63,19 @@ def memory(config: Config, layout: Layout, on_cpu: bool = False) -> Memory:
     # The block being computed and the next one, and float32 gradients to be scattered.
     gathered = (3 * size + WIDE) * p.block + size * p.table if shards > 1 else 0
     # Gradients of earlier micro-batches, and the buckets of DDP, exist before the backward pass begins.
-    held = gradients if count > 1 or shards == 1 < layout.replicas else 0
+    held = gradients if count > 1 or shards == 1 < devices else 0
     loss, end = held + activations + logits + early, gradients + held * (count > 1) * p.table // p.total
     peak = weights + optimizer + gathered + max(loss, end)
     return Memory(weights, gradients, optimizer, activations, logits, gathered, peak)
 
 
-def _kept_per_token(config: Config, size: int, stream: int, is_autocast: bool, on_cpu: bool) -> int:
+def _kept_per_token(config: Config, size: int, stream: int, is_autocast: bool) -> int:
     """Returns the bytes that a block keeps of each token."""
     model = config.model
     d, keys = model.d_model, key_features(model)
-    norms = _norm(stream, on_cpu) * (2 * d + (d + keys) * model.qk_norm)
+    norms = stream * (2 * d + (d + keys) * model.qk_norm)  # the input of each
     # Autocast makes a copy of the input of each of q, k, v, gate and up.
     inputs = size * d * (5 if is_autocast else 2)
     attention = size * (2 * d + 2 * keys) + size * d  # q, k, v, the output, and its copy in the order of the tokens
     feed_forward = size * 4 * (model.d_ff or 0)  # gate, silu(gate), up, and their product
     return norms + inputs + attention + feed_forward
-
-
-def _norm(stream: int, on_cpu: bool) -> int:
-    """Returns the bytes per feature that a norm keeps: its input, and on a CPU, in float32, also the quotient."""
-    return 2 * WIDE if on_cpu else stream
