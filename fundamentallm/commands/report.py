@@ -70,7 +70,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         "restarts": restarted,
         "skipped": skipped(lines),
         "samples": samples,
-        "config": flat_settings(start["config"]) if "config" in start else None,
+        "config": flat_settings(start["config"]) if start.get("config") else None,
         "environment": start.get("environment"),
     }
 

@@ -16,7 +16,7 @@ import pytest
 
 from fundamentallm import FundamentaLLMError, SampleCallback
 from fundamentallm.__main__ import VERBS
-from fundamentallm.commands.report import main, names_of, read_run, thinned
+from fundamentallm.commands.report import main, thinned
 from tests.integration.runs import StopAt, make_config, make_trainer
 
 CHROMIUM = next(
@@ -104,7 +104,8 @@ def test_report_shows_curves_samples_and_config_of_a_run(page: Path, run: Path) 
     losses = [line["train_loss"] for line in logged if "train_loss" in line]
     assert real["curves"]["train_loss"] == [list(range(1, 13)), losses]
     assert real["curves"]["val_loss"][0] == [5, 10, 12]
-    assert (real["name"], real["state"], real["total_steps"], real["restarts"]) == ("real", "finished", 12, [7])
+    assert (real["name"], real["state"]) == (str(run), "finished")
+    assert (real["total_steps"], real["restarts"]) == (12, [7])
     assert [sample["step"] for sample in real["samples"]] == [5, 10, 12]
     assert (real["config"]["model.d_model"], real["config"]["training.max_steps"]) == (16, 12)
     assert real["environment"]["processes"] == 1
@@ -119,12 +120,6 @@ def test_report_old_run_is_shown_without_missing_parts(page: Path) -> None:
     ]
     assert old["skipped"] == [[6, "loss or gradient not finite"], [12, "loss or gradient not finite"]]
     assert (old["config"], old["environment"], old["restarts"]) == (None, None, [])
-
-
-def test_report_config_falls_back_to_the_checkpoint(run: Path, tmp_path: Path) -> None:
-    shutil.copytree(run, tmp_path / "copy")
-    (tmp_path / "copy" / "starts.jsonl").unlink()
-    assert read_run(tmp_path / "copy", "copy")["config"] == read_run(run, "run")["config"]
 
 
 def test_report_text_of_a_run_never_becomes_markup(page: Path) -> None:
@@ -152,11 +147,6 @@ def test_thinned_keeps_spikes_and_gaps() -> None:
     assert {points[0], points[1234], points[5678], points[7777], points[-1]} <= set(kept)
     assert kept == sorted(kept, key=lambda point: point[0])
     assert thinned(points[:50]) == points[:50]
-
-
-def test_names_of_equal_names_include_parent_folders() -> None:
-    assert names_of([Path("/a/x/run"), Path("/a/y/run"), Path("/b")]) == ["x/run", "y/run", "/b"]
-    assert names_of([Path("runs/one")]) == ["one"]
 
 
 def test_report_refuses_other_folders_and_files(run: Path, tmp_path: Path) -> None:
