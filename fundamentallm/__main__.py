@@ -14,11 +14,20 @@ VERBS = {
     "prepare": ("fundamentallm.commands.prepare", "tokenize a config's data ahead of training; can be resumed"),
     "generate": ("fundamentallm.commands.generate", "generate text with a trained model"),
     "evaluate": ("fundamentallm.commands.evaluate", "measure the loss of a trained model on a text"),
-    "checkpoints": ("fundamentallm.commands.checkpoints", "list, verify, inspect and export checkpoints"),
-    "report": ("fundamentallm.commands.report", "compare runs on one page: curves, settings, samples, environment"),
-    "estimate": ("fundamentallm.commands.estimate.main", "predict memory, compute and communication of a config"),
-    "find_lr": ("fundamentallm.commands.find_lr", "suggest a learning rate by an LR range test"),
-    "doctor": ("fundamentallm.commands.doctor.main", "check reproducibility of a config by short trial runs"),
+    "checkpoints": (
+        "fundamentallm.commands.checkpoints",
+        "list, verify, show and export checkpoints; show the samples of a step",
+    ),
+    "report": ("fundamentallm.commands.report", "compare runs on one HTML page"),
+    "estimate": (
+        "fundamentallm.commands.estimate.main",
+        "estimate memory, FLOPs, time and bytes sent, for any model size",
+    ),
+    "find_lr": ("fundamentallm.commands.find_lr", "suggest a learning rate by a range test"),
+    "doctor": (
+        "fundamentallm.commands.doctor.main",
+        "check that runs are reproducible with your config, data and machine",
+    ),
 }
 
 

@@ -32,6 +32,7 @@ from fundamentallm.checkpoint.reading import check_checkpoint, is_ours, load_che
 from fundamentallm.checkpoint.snapshot import Snapshot, take_snapshot
 from fundamentallm.checkpoint.tensor_files import write_tensors
 from fundamentallm.config.schema import TrainingConfig
+from fundamentallm.config.units import size_text
 from fundamentallm.config.validation import range_problems
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import CheckpointError, ConfigError, FundamentaLLMError
@@ -173,8 +174,8 @@ class CheckpointManager:
         free = shutil.disk_usage(folder).free
         if free < num_bytes * copies:
             raise CheckpointError(
-                f"{copies} checkpoint{'s' * (copies > 1)} of {num_bytes / 1e6:,.1f} MB need{'s' * (copies == 1)} "
-                f"{num_bytes * copies / 1e6:,.1f} MB in {self.checkpoint_dir}, and {free / 1e6:,.1f} MB are free; "
+                f"{copies} checkpoint{'s' * (copies > 1)} of {size_text(num_bytes)} need{'s' * (copies == 1)} "
+                f"{size_text(num_bytes * copies)} in {self.checkpoint_dir}, and {size_text(free)} are free; "
                 "free some, lower training.keep_last_n, or choose another training.checkpoint_dir."
             )
 

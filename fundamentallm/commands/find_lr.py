@@ -162,7 +162,8 @@ def _draw(points: Sequence[Point], found: float | None, path: Path) -> None:
     """Plot the loss over the learning rate."""
     from matplotlib.figure import Figure
 
-    axes = Figure(figsize=(8, 4.5), layout="constrained").subplots()
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     rates = [point.learning_rate for point in points]
     axes.plot(rates, [point.loss for point in points], alpha=0.3, label="loss")
     axes.plot(rates, [point.smoothed for point in points], color="C0", label="smoothed")
@@ -175,7 +176,7 @@ def _draw(points: Sequence[Point], found: float | None, path: Path) -> None:
     axes.legend()
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        axes.figure.savefig(path, dpi=130, format="png")
+        figure.savefig(path, dpi=130, format="png")
 
 
 def _write_json(points: Sequence[Point], found: float | None, path: Path) -> None:

@@ -97,11 +97,11 @@ def check_model(case: Case) -> Finding:
         begins.append(_weights(trainer))
         logs.append(trial.run_until(trainer, lambda run: len(run.losses) >= STEPS).lines)
         ends.append(_weights(trainer))
-    if names := _differing(*begins):
+    if names := _differing(begins[0], begins[1]):
         return Finding("fail", f"made twice, the model has other initial weights in {names}")
     if not math.isfinite(logs[0][0]["train_loss"]):
         return Finding("fail", f"the loss of the first batch is {logs[0][0]['train_loss']}")
-    if problem := _compare(*logs)[1] or _differing(*ends, before="the weights differ in "):
+    if problem := _compare(logs[0], logs[1])[1] or _differing(ends[0], ends[1], "the weights differ in "):
         return Finding("fail", f"the same run made twice: {problem}")
     if len(losses := _losses_by_seed(trainer, training=False)) > 1:
         return Finding("fail", f"in evaluation mode, one batch has the losses {' and '.join(map(str, losses))}")
@@ -121,7 +121,7 @@ def check_micro_batches(case: Case) -> Finding:
         if len(_losses_by_seed(trainer, training=True)) > 1:
             return Finding("skipped", "the model draws random numbers besides dropout: runs agree only on average")
         logs.append(trial.run_until(trainer, lambda run: len(run.losses) >= STEPS).lines)
-    error, problem = _compare(*logs, _tolerance(trainer, 1e-5))
+    error, problem = _compare(logs[0], logs[1], _tolerance(trainer, 1e-5))
     if problem:
         return Finding("fail", f"micro-batches of {largest} and {smaller}: {problem}")
     return Finding("pass", f"of {largest} and {smaller}: losses of {plural(len(logs[0]), 'step')} {_within(error)}")
@@ -164,7 +164,8 @@ def check_resume(case: Case) -> Finding:
         weights.append(_weights(trainer))
     resumed_from = records[1].first_step
     later = [line for line in records[0].lines if line["step"] > resumed_from]
-    problem = _compare(later, records[1].lines)[1] or _differing(*weights, before="the weights differ in ")
+    problem = _compare(later, records[1].lines)[1]
+    problem = problem or _differing(weights[0], weights[1], "the weights differ in ")
     if resumed_from == 0:
         problem = "it started from scratch, not from a checkpoint"
     if problem:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 from tqdm.notebook import tqdm_notebook
 
+from fundamentallm.config.units import duration_text
 from fundamentallm.run.json_lines import append
 from fundamentallm.training.callbacks.base import Callback, RunView, rewind_lines
 
@@ -108,8 +108,8 @@ class LoggingCallback(Callback):
 
     def on_log(self, trainer: RunView, metrics: dict[str, float]) -> None:
         """Write a training line. It is not printed if there is a progress bar, which shows the same."""
-        time_left = timedelta(seconds=round(trainer.seconds_left)) if math.isfinite(trainer.seconds_left) else None
-        self._write(trainer, metrics, "" if time_left is None else f"  left {time_left}", is_printed=not shows_bar())
+        suffix = f"  left {duration_text(trainer.seconds_left)}" if math.isfinite(trainer.seconds_left) else ""
+        self._write(trainer, metrics, suffix, is_printed=not shows_bar())
 
     def on_validation_end(self, trainer: RunView, metrics: dict[str, float]) -> None:
         """Write a validation line."""
