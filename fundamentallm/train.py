@@ -152,7 +152,7 @@ def _check_names(config: Config) -> list[Callback]:
     """
     from torch import nn
 
-    from fundamentallm.training.callbacks.from_config import _callbacks
+    from fundamentallm.training.callbacks.from_config import make_callbacks
     from fundamentallm.training.loss import create_loss
     from fundamentallm.training.metrics import further_metrics
     from fundamentallm.training.optimizers import create_optimizer
@@ -173,7 +173,7 @@ def _check_names(config: Config) -> list[Callback]:
         lambda: create_optimizer(dummy, training.optimizer, training.learning_rate, **training.optimizer_options),
         lambda: schedule(training.lr_scheduler, training.lr_scheduler_options),
         lambda: create_loss(training.loss, **training.loss_options),
-        lambda: callbacks.extend(_callbacks(config)),
+        lambda: callbacks.extend(make_callbacks(config)),
         lambda: check_metric(further_metrics(training.validation_metrics)),
     ]
     for make in makers:

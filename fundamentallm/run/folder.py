@@ -82,7 +82,7 @@ def read_state(folder: Path) -> str | None:
 
 def write_start(folder: Path, **start: Any) -> None:
     """Add a line to `starts.jsonl`, beside metrics.jsonl, which is the same with restarts and without."""
-    rewind(folder / STARTS, lambda _: False, keep_all=False)  # a line that a kill has torn goes
+    rewind(folder / STARTS)  # drops a line that a kill has torn
     append(folder / STARTS, start)
 
 

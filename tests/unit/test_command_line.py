@@ -295,7 +295,7 @@ def test_a_negative_number_reaches_its_setting(write: Write, text: str) -> None:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--callbacks=[json:dumps]", "callbacks has 'json:dumps', a function; allowed: subclasses of Callback"),
+        ("--callbacks=[json:dumps]", "callbacks is 'json:dumps', a function; allowed: subclasses of Callback"),
         ("--callbacks=[curve]", "callbacks is 'curve'; allowed: curves, profiler, ratios, samples, or 'module:name'"),
         (
             "--callback_options={curves: {colour: red}}",
