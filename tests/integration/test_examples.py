@@ -69,7 +69,9 @@ def test_custom_optimizer_trains_with_its_names_in_a_config(
 ) -> None:
     shutil.copy(ROOT / "examples/custom_optimizer.py", tmp_path)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.txt").write_text(prose(20_000))
     settings = {
+        "data.source": "my.txt",
         "training.optimizer": "custom_optimizer:Lion",
         "training.optimizer_options": "{beta2: 0.95}",
         "training.lr_scheduler": "custom_optimizer:inverse_square_root",
@@ -97,11 +99,11 @@ def test_quickstart_is_a_short_run_on_the_built_in_text() -> None:
 
 def test_shakespeare_lowers_the_loss_on_another_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "my.txt"
-    text.write_text(prose(40_000))
+    text.write_text(prose(20_000))
     config = parse_config(["--config", str(ROOT / "examples/shakespeare.yaml")])
     assert config.training.max_steps <= 1000
     arguments = ["--config", str(ROOT / "examples/shakespeare.yaml"), "--data.source", str(text)]
-    arguments += ["--output_dir", str(tmp_path / "run"), "--training.max_steps", "30", "--sample_tokens", "0"]
+    arguments += ["--output_dir", str(tmp_path / "run"), "--training.max_steps", "15", "--sample_tokens", "0"]
     assert train.main(arguments) == 0
     (best,) = re.findall(r"best val_loss ([0-9.]+)", capsys.readouterr().out)
     assert float(best) < 2.9  # a model that knows only the character frequencies has 3.3
