@@ -118,9 +118,9 @@ def _load_initial_weights(trainer: Trainer, pretrained: Pretrained | None, token
 
     config = trainer.config
     is_given = config.model.init_from is not None or (pretrained is not None and pretrained.shape is not None)
-    if not is_given or not trainer.group.from_first(lambda: _starts_new(config)):
+    if not is_given or not trainer.group.from_main(lambda: _starts_new(config)):
         return
-    with trainer.group.together():
+    with trainer.group.barrier_with_errors():
         if pretrained is not None:
             begin_from_pretrained(trainer.state, pretrained)
         else:

@@ -15,7 +15,7 @@ from fundamentallm.checkpoint.reading import check_checkpoint, load_weights
 from fundamentallm.config.schema import Config, DataConfig, ModelConfig
 from fundamentallm.config.validation import expand_user
 from fundamentallm.data.tokenizers import create_tokenizer, read_tokenizer
-from fundamentallm.distributed.host_group import Team
+from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import CheckpointError, ConfigError, Problem
 from fundamentallm.models.transformers_format import TOKENIZER, Pretrained, find_pretrained, transformers_model
 from fundamentallm.run.state import RunState
@@ -40,7 +40,7 @@ def open_pretrained(config: Config) -> tuple[Config, Pretrained | None, nn.Modul
     """
     if config.model.pretrained is None:
         return config, None, None
-    with Team().together():
+    with HostGroup().barrier_with_errors():
         pretrained = find_pretrained(config.model.pretrained)
         config = completed(config, pretrained)
         return config, pretrained, None if pretrained.shape is not None else transformers_model(pretrained)
@@ -116,7 +116,7 @@ def begin_from_pretrained(state: RunState, pretrained: Pretrained) -> None:
     load_weights(pretrained.folder, pretrained.weights, state.model, state.like())
 
 
-def begin_from_checkpoint(state: RunState, group: Team, init_from: str, tokenizer: Tokenizer) -> None:
+def begin_from_checkpoint(state: RunState, group: HostGroup, init_from: str, tokenizer: Tokenizer) -> None:
     """Loads the weights of the checkpoint `init_from`.
 
     Raises:
@@ -124,7 +124,7 @@ def begin_from_checkpoint(state: RunState, group: Team, init_from: str, tokenize
         ConfigError: if it was trained with another tokenizer.
     """
     checkpoint = Path(expand_user(init_from))
-    group.from_first(lambda: check_checkpoint(checkpoint))
+    group.from_main(lambda: check_checkpoint(checkpoint))
     theirs = checkpoint / TOKENIZER
     if theirs.exists() and json.loads(theirs.read_text(encoding="utf-8")) != json.loads(tokenizer.to_str()):
         reason = "which was trained with another tokenizer than data.tokenizer"

@@ -11,7 +11,7 @@ from fundamentallm.checkpoint.manifest import read_manifest
 from fundamentallm.checkpoint.reading import check_checkpoint, load_checkpoint, load_parts
 from fundamentallm.checkpoint.tensor_files import Like
 from fundamentallm.config.validation import expand_user
-from fundamentallm.distributed.host_group import Team
+from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import CheckpointError, ConfigError, Problem
 from fundamentallm.run.folder import LOCK
 
@@ -81,7 +81,7 @@ def choose_checkpoint(wanted: str, manager: CheckpointManager | None) -> Choice:
 def resume(
     wanted: str,
     manager: CheckpointManager | None,
-    group: Team,
+    group: HostGroup,
     like: Callable[[], Like | None],
     restore: Callable[[dict[str, Any], Path], None],
     say: Callable[[str], None],
@@ -101,15 +101,15 @@ def resume(
         ConfigError: if the folder may not be used, or settings that change the run differ.
         FundamentaLLMError: on the other processes, if one of them failed.
     """
-    choice = group.from_first(lambda: choose_checkpoint(wanted, manager))
+    choice = group.from_main(lambda: choose_checkpoint(wanted, manager))
     for reason in choice.skipped:
         say(f"skipping checkpoint {reason}")
     if choice.path is not None:
-        with group.together():
+        with group.barrier_with_errors():
             check_same_everywhere(choice)
             restore(load_checkpoint(choice.path, like(), is_verified=True), choice.path)
         if manager is not None and choice.path == manager.get_latest():
-            group.from_first(manager.rotate)  # a process that was killed after its save may not have
+            group.from_main(manager.rotate)  # a process that was killed after its save may not have
     return choice
 
 

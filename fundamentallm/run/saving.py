@@ -12,7 +12,7 @@ from fundamentallm.checkpoint.snapshot import OPTIMIZER_KEY
 from fundamentallm.checkpoint.state_json import encode
 from fundamentallm.config.schema import TrainingConfig
 from fundamentallm.distributed.dtensor import local
-from fundamentallm.distributed.host_group import Team
+from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import ConfigError
 from fundamentallm.run.state import RunState
 
@@ -33,7 +33,7 @@ class Saver:
     """
 
     def __init__(
-        self, manager: CheckpointManager | None, state: RunState, group: Team, files: Callable[[], dict[str, str]]
+        self, manager: CheckpointManager | None, state: RunState, group: HostGroup, files: Callable[[], dict[str, str]]
     ) -> None:
         self.manager, self.state, self.group, self.files = manager, state, group, files
         self.requested = False
@@ -43,7 +43,7 @@ class Saver:
     @property
     def is_sharded(self) -> bool:
         """Whether each process writes a part of every checkpoint."""
-        return self.manager is not None and self.manager.team.size > 1
+        return self.manager is not None and self.manager.group.size > 1
 
     @property
     def is_current(self) -> bool:
@@ -113,16 +113,16 @@ class Saver:
             return
         # On all processes: reading its state makes a sharded model drop what a validation left gathered. If only
         # some processes did so, the next forward pass would wait forever.
-        with self.group.together():
+        with self.group.barrier_with_errors():
             num_bytes = expected_bytes(self.state)
-        self.group.from_first(lambda: manager.check_space_of_run(num_bytes, saves_left))
+        self.group.from_main(lambda: manager.check_space_of_run(num_bytes, saves_left))
 
     def _on_savers(self, action: Callable[[], object]) -> None:
         """Runs `action` on every process that saves; errors are raised on all processes."""
         if self.is_sharded:
             action()
         else:
-            self.group.from_first(action)
+            self.group.from_main(action)
 
     @property
     def _name(self) -> str:

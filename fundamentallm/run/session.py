@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from fundamentallm.checkpoint.manager import CheckpointManager
 from fundamentallm.config.schema import Config
-from fundamentallm.distributed.host_group import Team
-from fundamentallm.distributed.watchdog import Place, Watchdog
+from fundamentallm.distributed.host_group import HostGroup
+from fundamentallm.distributed.watchdog import Watchdog
 from fundamentallm.errors import START_AGAIN, CheckpointError, ConfigError, FundamentaLLMError, TrainingError, exit_code
 from fundamentallm.run.folder import locked, read_state, write_start, write_status
 from fundamentallm.run.stopping import StopSwitch
@@ -90,9 +90,9 @@ class Record:
 def session(
     record: Record,
     manager: CheckpointManager | None,
-    group: Team,
+    group: HostGroup,
     stop_switch: StopSwitch,
-    hang_minutes: float | None,
+    watchdog: Watchdog,
     say: Callable[[str], None],
 ) -> Iterator[ExitStack]:
     """One launch of a run: locks its folders, watches the other processes, and records the outcome in status.json.
@@ -106,10 +106,8 @@ def session(
         CheckpointError: if a folder cannot be used.
     """
     with ExitStack() as stack:
-        watchdog = stack.enter_context(
-            Watchdog(lambda: Place(record.position().step, stop_switch.polled_at), hang_minutes)
-        )
-        group.from_first(lambda: stack.enter_context(_folders(record.folder, manager, say)))
+        stack.enter_context(watchdog)
+        group.from_main(lambda: stack.enter_context(_folders(record.folder, manager, say)))
         try:
             yield stack
         except BaseException as raised:

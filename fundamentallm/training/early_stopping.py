@@ -8,7 +8,7 @@ from typing import Any
 
 from fundamentallm.config.schema import TrainingConfig
 from fundamentallm.config.validation import range_problems
-from fundamentallm.errors import ConfigError
+from fundamentallm.errors import ConfigError, Problem
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class EarlyStopping:
     ) -> None:
         problems = range_problems(early_stopping_patience=patience, early_stopping_min_delta=min_delta)
         if mode not in ("min", "max"):
-            problems.append(f"early_stopping_mode is {mode!r}; allowed: min, max.")
+            problems.append(Problem("early_stopping_mode", mode, "min, max"))
         if problems:
             raise ConfigError(problems)
         self.patience, self.metric, self.mode, self.min_delta = patience, metric, mode, min_delta

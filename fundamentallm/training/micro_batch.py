@@ -107,9 +107,9 @@ def _largest_that_fits(trainer: Trainer, largest: int) -> int:
 
     def fits(size: int) -> bool:
         # Every process has tried, and says how it went, before any tries the next: nobody waits within a step.
-        with trainer.group.together():
+        with trainer.group.barrier_with_errors():
             fits_here = _fits_here(trainer, rows, targets, size, in_several=size < largest)
-        return all(trainer.group.exchange(fits_here))
+        return all(trainer.group.all_gather(fits_here))
 
     # Else every size tried would be compiled for; uncompiled, it needs more memory rather than less.
     with (

@@ -32,8 +32,9 @@ from fundamentallm.data.loaders import device_batches
 from fundamentallm.distributed.accelerator import kept_groups
 from fundamentallm.distributed.compilation import compile_seconds
 from fundamentallm.distributed.dtensor import device_name
-from fundamentallm.distributed.host_group import Team
+from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.distributed.prepare import follow, prepare_model
+from fundamentallm.distributed.watchdog import Phase, Place, Watchdog
 from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.models.transformers_format import model_files
 from fundamentallm.run.environment import environment
@@ -165,9 +166,10 @@ class Trainer(RunPosition):
         self.files: dict[str, str] = {}
         """Further text files of each checkpoint, by name. They replace those that are made for it."""
         self.state = RunState(self._parts(), asdict(self.config if self.output_dir else training))
-        self.group = Team()
+        self.group = HostGroup()
         self.saver = Saver(self._make_manager(), self.state, self.group, self._files_of_checkpoint)
         self.stop_switch = StopSwitch(training.max_minutes)
+        self.phase = Phase.STARTING
         self.was_rewound = False
         """True if this run returned to an earlier checkpoint, so that what came after it is replaced."""
         self._record = Record(self.output_dir, self._position, self.is_main_process)
@@ -198,7 +200,9 @@ class Trainer(RunPosition):
         if training.checkpoint_dir is None:
             return None
         # A group of its own for the processes that save together: it is used from another thread.
-        return CheckpointManager(training.checkpoint_dir, training.keep_last_n, Team() if self.is_sharded else None)
+        return CheckpointManager(
+            training.checkpoint_dir, training.keep_last_n, HostGroup() if self.is_sharded else None
+        )
 
     def _files_of_checkpoint(self) -> dict[str, str]:
         return model_files(self.model, self.train_loader.dataset) | self.files
@@ -220,9 +224,10 @@ class Trainer(RunPosition):
         """
         self._check_whole()
         hang_minutes = self.config.training.hang_minutes
-        with session(
-            self._record, self.checkpoint_manager, self.group, self.stop_switch, hang_minutes, self.say
-        ) as launch:
+        watchdog = Watchdog(
+            lambda: Place(self.global_step, self.stop_switch.polls, self.phase), hang_minutes, self.group
+        )
+        with session(self._record, self.checkpoint_manager, self.group, self.stop_switch, watchdog, self.say) as launch:
             resumed_from = None if self._started else self._resume()
             self._started = True
             self.stop_switch.begin()
@@ -236,7 +241,7 @@ class Trainer(RunPosition):
             accelerator, device = self.accelerator, device_name(self.accelerator.device)
             about = environment(device, accelerator.num_processes, accelerator.mixed_precision)
             self._record.launch(resumed_from, self.config, about)
-            launch.enter_context(self.stop_switch.listening())
+            launch.enter_context(self.stop_switch.handling_signals())
             try:
                 self._begin()
                 self._train()
@@ -252,7 +257,9 @@ class Trainer(RunPosition):
         if progress.validation_due and self._finish_step():
             return
         device, log_every = self.accelerator.device, self.config.training.log_every_n_steps
+        self.phase = Phase.LOADING
         for batch in device_batches(self.train_loader, self.samples, progress.step, self.total_steps, device):
+            self.phase = Phase.COMPUTING
             if self._is_at_epoch or progress.step == self._first_step:
                 callbacks.on_epoch_begin(self)
             callbacks.on_step_begin(self)
@@ -268,6 +275,7 @@ class Trainer(RunPosition):
                 self._log(result.norm, learning_rate)
             if self._finish_step(is_logged):
                 return
+            self.phase = Phase.LOADING
 
     def _finish_step(self, is_logged: bool = True) -> bool:
         """Validates and saves, if due. Returns True if all processes have agreed to stop."""
@@ -276,6 +284,7 @@ class Trainer(RunPosition):
         is_last = progress.step == self.total_steps
         is_due = is_last or self._is_due(training.eval_every_n_steps, training.eval_every_n_epochs)
         validates = self.val_loader is not None and (progress.validation_due or is_due)
+        self.phase = Phase.FINISHING
         if validates and not self._validate_in_training():
             return True
         progress.validation_due = False  # it may have been due in a checkpoint, and this run has no val_loader

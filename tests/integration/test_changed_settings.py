@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from fundamentallm import CheckpointError, ConfigError, Trainer, TrainingConfig
 from fundamentallm.commands import checkpoints
-from fundamentallm.config.schema import AFFECTS_SCHEDULE, FREE_ON_RESUME, Config, DataConfig, ModelConfig
+from fundamentallm.config.schema import Config, DataConfig, ModelConfig
 from fundamentallm.train import make_trainer as make_from_config
 from tests.conftest import reset_accelerate
 from tests.integration.runs import (
@@ -38,15 +38,6 @@ def part(folder: Path, batch_size: int, stop_at: int | None = None, size: int = 
     trainer = Trainer(Bigram(), config, loader, callbacks=[StopAt(stop_at)] if stop_at else [])
     trainer.train()
     return trainer
-
-
-def test_every_free_and_every_bending_setting_is_one() -> None:
-    sections = {"model": ModelConfig, "data": DataConfig, "training": TrainingConfig}
-    names = {f"{section}.{entry.name}" for section, kind in sections.items() for entry in dataclasses.fields(kind)}
-    names |= {entry.name for entry in dataclasses.fields(Config)}
-    assert FREE_ON_RESUME - names == set()
-    assert AFFECTS_SCHEDULE - names == {"data.num_samples"}
-    assert FREE_ON_RESUME.isdisjoint(AFFECTS_SCHEDULE)
 
 
 @pytest.mark.parametrize("other", [3, 5, 16, 44])

@@ -44,7 +44,7 @@ from fundamentallm.checkpoint.manifest import read_manifest
 from fundamentallm.checkpoint.reading import load_checkpoint
 from fundamentallm.checkpoint.snapshot import MODEL_KEY, OPTIMIZER_KEY
 from fundamentallm.commands import checkpoints, generate
-from fundamentallm.distributed.host_group import Team
+from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.distributed.prepare import prepare_model
 from fundamentallm.errors import CheckpointError, ConfigError, FundamentaLLMError
 from fundamentallm.run.folder import LOCK
@@ -399,10 +399,10 @@ def test_a_group_of_one_saves_whole_tensors_and_goes_on(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def save_with_a_team(processes: int, folder: str) -> None:
+def save_with_a_host_group(processes: int, folder: str) -> None:
     accelerator = Accelerator(cpu=True)
     mesh, mine = torch.distributed.init_device_mesh("cpu", (processes,)), accelerator.process_index
-    manager = CheckpointManager(folder, team=Team())
+    manager = CheckpointManager(folder, group=HostGroup())
 
     def state(here: Tensor, placement: Any) -> dict[str, Any]:
         return {MODEL_KEY: {"w": DTensor.from_local(here, mesh, [placement])}}
@@ -424,7 +424,7 @@ def save_with_a_team(processes: int, folder: str) -> None:
 
 
 def test_what_processes_save_together_is_theirs_together(tmp_path: Path) -> None:
-    on_processes(2, save_with_a_team, str(tmp_path))
+    on_processes(2, save_with_a_host_group, str(tmp_path))
 
 
 def in_two_parts(processes: int, folder: str, optimizer: str) -> None:
