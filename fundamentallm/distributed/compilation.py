@@ -2,7 +2,7 @@
 
 Modules are compiled in place, so that parameters keep their names, and for each shape by itself (`dynamic=False`):
 which kernels a batch meets then depends on its shape alone and not on what came before, and a resumed run computes to
-the bit what the uninterrupted one does. `StepSampler(is_even=True)` sees to it that there is one shape, and another in
+the bit what the uninterrupted one does. `StepSampler(pad=True)` sees to it that there is one shape, and another in
 validation.
 """
 

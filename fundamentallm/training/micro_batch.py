@@ -70,7 +70,7 @@ class MicroBatch:
             ConfigError: if not even one sequence fits.
         """
         samples, val_samples = trainer.samples, trainer.val_samples
-        largest = samples.largest_share
+        largest = samples.largest_rank_batch
         if self.size is None:
             self.size = _largest_that_fits(trainer, largest)
             trainer.say(f"micro_batch_size is auto: {self.size} of {largest} sequences at once fit")

@@ -65,7 +65,7 @@ class Clock:
     def __init__(self, turns: Connection) -> None:
         self.turns, self.marks = turns, [0.0]
         self.text = prose(400_000)
-        self.tokenizer = create_tokenizer("char", lambda: [self.text], lambda: [self.text])
+        self.tokenizer = create_tokenizer("char", self.text)
         self.shape = ModelConfig(self.tokenizer.get_vocab_size(), d_model=32, num_heads=2, num_layers=2)
 
     def mark(self) -> None:
