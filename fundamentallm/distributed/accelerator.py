@@ -13,6 +13,7 @@ from accelerate.utils import (
     is_torch_xla_available,
     parse_flag_from_env,
 )
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from fundamentallm.distributed.compilation import compile_problems
 from fundamentallm.distributed.launch_checks import (
@@ -126,6 +127,11 @@ def check_accelerator(
     problems += idle_processes(batch_size, accelerator.num_processes)
     if problems:
         raise ConfigError(problems)
+    if accelerator.is_fsdp2:
+        # accelerate's default policy reduces gradients in the precision of the forward pass.
+        computed_in = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+        policy = MixedPrecisionPolicy(param_dtype=computed_in, reduce_dtype=torch.float32)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
 
 
 def _kind_problems(accelerator: Accelerator) -> list[str]:

@@ -15,7 +15,7 @@ from fundamentallm.config.validation import expand_user
 from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.run.folder import LOCK
 from fundamentallm.run.state import exchange, like_of, stored_config
-from fundamentallm.training.schedulers import _curve
+from fundamentallm.training.schedulers import describe_curve
 
 if TYPE_CHECKING:
     from fundamentallm.training.trainer import Trainer
@@ -184,7 +184,8 @@ def restore(trainer: Trainer, saved: dict[str, Any], where: Path) -> None:
     for name, (before, now) in changed.items():
         trainer.say(f"changed since: {name} {_short(before)} -> {_short(now)}")
     if changed.keys() & HORIZON:
-        trainer.say(_curve(trainer))
+        rate = trainer.metrics.get_latest("learning_rate")
+        trainer.say(describe_curve(trainer.scheduler, trainer.global_step, trainer.total_steps, rate))
 
 
 def changes(saved: dict[str, Any], config: dict[str, Any], stretch: dict[str, Any]) -> dict[str, Any]:

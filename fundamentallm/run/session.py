@@ -55,8 +55,7 @@ def session(trainer: Trainer, is_first: bool) -> Iterator[None]:
                 trainer.team.from_first(lambda: _delete_old(trainer, resumed_from))
             if not trainer.is_finished:
                 _check_saving(trainer)
-                if trainer.micro_batch is not None:
-                    trainer.micro_batch.settle(trainer)
+                trainer.find_micro_batch_size()
                 _tell(trainer, state="running")
                 _record_start(trainer, resumed_from)
             trainer.stop_switch.begin()

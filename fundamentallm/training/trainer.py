@@ -30,9 +30,9 @@ from fundamentallm.config.schema import Config, TrainingConfig, unknown_metric
 from fundamentallm.data.datasets import fingerprint
 from fundamentallm.data.loaders import device_batches, step_sampler
 from fundamentallm.distributed.accelerator import check_accelerator, create_accelerator, kept_groups
-from fundamentallm.distributed.compilation import compile_seconds, is_compiled
+from fundamentallm.distributed.compilation import is_compiled
 from fundamentallm.distributed.host_group import Team
-from fundamentallm.distributed.prepare import follow, prepare_model
+from fundamentallm.distributed.prepare import place_model, prepare_model
 from fundamentallm.errors import CheckpointError, ConfigError, TrainingError
 from fundamentallm.models.transformers_format import model_files
 from fundamentallm.run.progress import Progress
@@ -146,13 +146,9 @@ class Trainer:
 
         freeze(model, training.parameter_groups)
         self.model, loss_fn = model, loss_fn or create_loss(training.loss, **training.loss_options)
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._step_model = prepare_model(
-            self.accelerator, model, loss_fn, training.seed, training.activation_checkpointing, bool(training.compile)
-        )
-        if optimizer is not None and self.is_sharded:
-            follow(optimizer, names, model)
+        place_model(self.accelerator, model, training.seed, training.activation_checkpointing)
         self.optimizer = optimizer or make_optimizer(training, model)
+        self._step_model = prepare_model(self.accelerator, model, loss_fn, self.optimizer, bool(training.compile))
         self.average = make_average(training, model, self.optimizer)
         self._own_schedule = scheduler is None
         self.scheduler = scheduler or make_schedule(training, self.optimizer, self.total_steps)
@@ -206,7 +202,7 @@ class Trainer:
         self.was_rewound = False
         """Whether this run went back to an earlier checkpoint, so that what came after it is another course."""
         self._throughput = Throughput()
-        self._compile_mark = 0.0  # how much of the compiler's time has been told
+        self._has_compiled: set[str] = set()  # what was reported as compiled: training, validation
 
     def _check(self, optimizer: Optimizer | None, scheduler: LRScheduler | None) -> None:
         """Refuse arguments and settings that contradict each other."""
@@ -363,7 +359,9 @@ class Trainer:
                 self.callbacks.on_epoch_begin(self)
             self.callbacks.on_step_begin(self)
             learning_rate = float(self.scheduler.get_last_lr()[0])
+            started = time.perf_counter()
             loss, count, norm = self._step(progress.step, inputs, targets, parts)
+            self._report_compilation("step", time.perf_counter() - started)
             self.scheduler.step()
             progress.step += 1
             progress.tokens += count
@@ -423,7 +421,6 @@ class Trainer:
         tokens, bad_in_a_row, bad, spikes = torch.stack((self._progress.tokens, *self._guard.counts)).tolist()
         total, count = self._progress.loss.totals.tolist()
         self._progress.loss.reset()
-        self._throughput.pause(self._tell_compiled())  # once, whatever the length of the run
         speed = self._throughput.log(self.global_step, tokens)
         memory = peak_memory_gb(self.accelerator.device)
         line = {
@@ -444,12 +441,11 @@ class Trainer:
         self.callbacks.on_log(self, line)
         self._end_if_diverged(bad_in_a_row)
 
-    def _tell_compiled(self) -> float:
-        """Seconds that the model has been compiled for since this was last called."""
-        told, self._compile_mark = self._compile_mark, compile_seconds()
-        if self._compile_mark > told:
-            self.say(f"compiled in {self._compile_mark - told:.1f} s")
-        return self._compile_mark - told
+    def _report_compilation(self, what: str, seconds: float) -> None:
+        """Print how long the first step and the first validation took, if they were compiled."""
+        if self.config.training.compile and what not in self._has_compiled:
+            self._has_compiled.add(what)
+            self.say(f"the first {what} took {seconds:.1f} s, with compilation")
 
     def _end_if_diverged(self, bad_in_a_row: int) -> None:
         """Raise TrainingError if the guard has stopped the run; such a state is never saved."""
@@ -496,8 +492,9 @@ class Trainer:
         # The clock does not break off the same validation twice, or no start would ever get beyond it.
         gravest = Stop.SIGNAL if self._progress.validation_due else Stop.OUT_OF_TIME
         self._progress.validation_due = True  # also where an exception ends it
+        started = time.perf_counter()
         metrics = self._evaluate(is_interrupted=lambda: self.stop_switch.poll() >= gravest)
-        self._tell_compiled()
+        self._report_compilation("validation", time.perf_counter() - started)
         self._progress.validation_due = metrics is None
         if metrics is None:
             return False
@@ -509,6 +506,19 @@ class Trainer:
                 self.request_stop(f"early stopping: {name} has not improved on {best:.4g} in {patience} validations")
         self.callbacks.on_validation_end(self, metrics)
         return True
+
+    def find_micro_batch_size(self) -> None:
+        """Find the micro-batch size, if it is auto and not known yet, for training and validation."""
+        if self.micro_batch is None:
+            return
+        if self.micro_batch.size is None:
+            first, device, largest = self.global_step, self.accelerator.device, self.samples.largest_share
+            inputs, targets, *_ = next(device_batches(self.train_loader, self.samples, first, first + 1, device))
+            size = self.micro_batch.find(self._step, inputs, targets, largest, self.team, self.validation_metrics)
+            self.say(f"micro_batch_size is auto: {size} of {largest} sequences at once fit")
+        for sampler in (self.samples, self.val_samples):
+            if sampler is not None:
+                sampler.micro_batch_size = self.micro_batch.size
 
     # ---- requests ----------------------------------------------------------------------------------------
 
@@ -596,9 +606,9 @@ class Trainer:
         self._step_model.train()
         self.model.zero_grad()  # what a caller, or a step that raised, may have left
         self.callbacks.on_train_begin(self)
-        self._throughput = make_throughput(self)
+        length = len(self.train_loader.dataset[0][0])
+        self._throughput = make_throughput(self.config.training, self.accelerator, self.model, length)
         self._throughput.begin(self.global_step, int(self._progress.tokens))
-        self._compile_mark = compile_seconds()
 
     def _finish(self) -> None:
         """Save the end, whatever the reason, and wait until it is saved."""

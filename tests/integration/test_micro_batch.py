@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fundamentallm import ConfigError, LoggingCallback, Trainer, TrainingConfig, create_accelerator
-from fundamentallm.training.micro_batch import smallest_number_of_parts
+from fundamentallm.training.micro_batch import fewest_micro_batches
 from tests.integration.runs import (
     PartlyIgnored,
     StopAt,
@@ -81,7 +81,7 @@ def test_the_search_finds_the_fewest_parts_and_asks_little(largest: int, room: i
         asked.append(size)
         return size <= room
 
-    parts = smallest_number_of_parts(largest, fits)
+    parts = fewest_micro_batches(largest, fits)
     expected = next((n for n in range(1, largest + 1) if -(-largest // n) <= room), None)
     assert parts == expected
     assert len(asked) <= 2 * largest.bit_length() + 1
@@ -96,7 +96,7 @@ def test_training_with_gradients_there_and_validation_both_fit(
 ) -> None:
     trainer = made(tmp_path, room, room_to_validate)
     assert trainer.micro_batch is not None
-    trainer.micro_batch.settle(trainer)
+    trainer.find_micro_batch_size()
     assert trainer.samples.micro_batch_size == trainer.val_samples.micro_batch_size == size  # type: ignore[union-attr]
     assert trainer.model.trained == set(trainer.model.tried)
 
@@ -139,7 +139,7 @@ def test_finding_changes_neither_state_nor_random_numbers(tmp_path: Path) -> Non
     trainer.model.eval()
     before, state, modes = weights(trainer), torch.get_rng_state(), [m.training for m in trainer._step_model.modules()]
     assert trainer.micro_batch is not None
-    trainer.micro_batch.settle(trainer)
+    trainer.find_micro_batch_size()
     assert trainer.micro_batch.size == 4
     assert_same_weights(weights(trainer), before)
     assert torch.equal(torch.get_rng_state(), state)

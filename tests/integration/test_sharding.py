@@ -45,7 +45,7 @@ from fundamentallm.checkpoint.reading import load_checkpoint
 from fundamentallm.checkpoint.snapshot import MODEL_KEY, OPTIMIZER_KEY
 from fundamentallm.commands import checkpoints, generate
 from fundamentallm.distributed.host_group import Team
-from fundamentallm.distributed.prepare import prepare_model
+from fundamentallm.distributed.prepare import place_model, prepare_model
 from fundamentallm.errors import CheckpointError, ConfigError, FundamentaLLMError
 from fundamentallm.run.folder import LOCK
 from fundamentallm.training.optimizers import create_optimizer
@@ -138,7 +138,8 @@ def begin_on_meta(processes: int, folder: str, tied: bool) -> None:
     assert accelerator.num_processes == processes
     with torch.device("meta"):
         model = Transformer(shape)
-    prepare_model(accelerator, model, nn.Identity(), seed=3)
+    place_model(accelerator, model, seed=3)
+    prepare_model(accelerator, model, nn.Identity(), create_optimizer(model, "adamw", 0.1))
     assert not any(parameter.is_meta for parameter in model.parameters())
     assert_same_weights({name: whole(tensor) for name, tensor in model.state_dict().items()}, expected)
 
@@ -153,24 +154,24 @@ def refused(_: int) -> None:
     with torch.device("meta"):
         model = nn.Linear(2, 2)
     with pytest.raises(ConfigError, match=r"a Linear, has parameters on the meta device.*initial_weights\(\)"):
-        prepare_model(accelerator, model, nn.Identity(), 0)
+        place_model(accelerator, model, 0)
     with torch.device("meta"):
         with_buffer = Transformer(ModelConfig(20, d_model=8, num_heads=2, num_layers=1))
         with_buffer.register_buffer("mask", torch.ones(3))
     with pytest.raises(ConfigError, match="and no buffer there"):
-        prepare_model(accelerator, with_buffer, nn.Identity(), 0)
+        place_model(accelerator, with_buffer, 0)
     with torch.device("meta"):
         with_scale = Transformer(ModelConfig(20, d_model=8, num_heads=2, num_layers=1))
         values = list(with_scale.initial_weights())
         with_scale.scale = nn.Parameter(torch.ones(3))
     with_scale.initial_weights = lambda: iter(values)
     with pytest.raises(ConfigError, match=r"initial_weights\(\) of the model yields nothing for scale, and has to"):
-        prepare_model(accelerator, with_scale, nn.Identity(), 0)
+        place_model(accelerator, with_scale, 0)
     with pytest.raises(ConfigError, match=r"activation_checkpointing is true and the model, a Linear, has no method"):
-        prepare_model(accelerator, nn.Linear(2, 2), nn.Identity(), 0, activation_checkpointing=True)
+        place_model(accelerator, nn.Linear(2, 2), 0, activation_checkpointing=True)
     accelerator.state.fsdp_plugin.activation_checkpointing = True
     with pytest.raises(ConfigError, match="activation_checkpointing is False and fsdp_activation_checkpointing"):
-        prepare_model(accelerator, nn.Linear(2, 2), nn.Identity(), 0, activation_checkpointing=False)
+        place_model(accelerator, nn.Linear(2, 2), 0, activation_checkpointing=False)
 
 
 def test_what_cannot_be_sharded_is_refused() -> None:
@@ -186,7 +187,7 @@ def begin_with_other_draws(processes: int, folder: str) -> None:
         torch.manual_seed(seed)
         models.append(Transformer(shape))
         models[-1].register_buffer("drawn", torch.rand(3))
-    prepare_model(accelerator, models[1], nn.Identity(), seed=0)
+    prepare_model(accelerator, models[1], nn.Identity(), create_optimizer(models[1], "adamw", 0.1))
     assert_same_weights({name: whole(t) for name, t in models[1].state_dict().items()}, models[0].state_dict())
 
 
