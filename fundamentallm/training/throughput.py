@@ -122,13 +122,11 @@ class Throughput:
         return self._seconds_per_step * steps
 
 
-def make_throughput(
-    config: TrainingConfig, accelerator: Accelerator, model: nn.Module, sequence_length: int
-) -> Throughput:
-    """Returns the clock of a run. The peak comes from `config`, or from the name of the device."""
+def make_throughput(config: TrainingConfig, accelerator: Accelerator, model: nn.Module, dataset: Any) -> Throughput:
+    """Returns the clock of a run over (inputs, targets). The peak comes from `config`, or from the device's name."""
     from fundamentallm.distributed.dtensor import device_name
 
     peak = config.peak_tflops or known_peak(device_name(accelerator.device), accelerator.mixed_precision)
     if peak is None:
         return Throughput()
-    return Throughput(peak * accelerator.num_processes, model_flops_per_token(model, sequence_length))
+    return Throughput(peak * accelerator.num_processes, model_flops_per_token(model, len(dataset[0][0])))

@@ -606,8 +606,9 @@ class Trainer:
         self._step_model.train()
         self.model.zero_grad()  # what a caller, or a step that raised, may have left
         self.callbacks.on_train_begin(self)
-        length = len(self.train_loader.dataset[0][0])
-        self._throughput = make_throughput(self.config.training, self.accelerator, self.model, length)
+        self._throughput = make_throughput(
+            self.config.training, self.accelerator, self.model, self.train_loader.dataset
+        )
         self._throughput.begin(self.global_step, int(self._progress.tokens))
 
     def _finish(self) -> None:

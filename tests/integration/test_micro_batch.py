@@ -102,8 +102,9 @@ def test_training_with_gradients_there_and_validation_both_fit(
 
 
 def test_nothing_fits_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="not even one sequence fits"):
+    with pytest.raises(ConfigError) as caught:
         made(tmp_path, room=0).train()
+    assert caught.value.problems[0].setting == "training.micro_batch_size"
 
 
 def test_another_error_is_not_taken_for_a_lack_of_memory(tmp_path: Path) -> None:
@@ -199,8 +200,9 @@ def test_all_processes_agree_and_none_waits_for_one_that_ran_out(tmp_path: Path)
 
 
 def _refused(count: int, folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"micro_batch_size is auto and the model is sharded \(FSDP2\)"):
+    with pytest.raises(ConfigError) as caught:
         make_trainer(make_config(folder, micro_batch_size="auto"), accelerator=sharded_accelerator())
+    assert caught.value.problems[0].setting == "training.micro_batch_size"
 
 
 def test_sharded_it_is_refused(tmp_path: Path) -> None:

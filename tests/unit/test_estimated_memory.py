@@ -20,9 +20,9 @@ from fundamentallm import Config, DataConfig, ModelConfig, TrainingConfig, Trans
 from fundamentallm.commands.estimate.counts import layout_of, micro_batches, sent_bytes
 from fundamentallm.commands.estimate.memory import memory
 from fundamentallm.config.schema import LOSS_NAMES
-from fundamentallm.distributed.accelerator import create_accelerator
+from fundamentallm.distributed.accelerator import check_accelerator, create_accelerator
 from fundamentallm.distributed.dtensor import local
-from fundamentallm.distributed.prepare import prepare_model
+from fundamentallm.distributed.prepare import place_model, prepare_model
 from fundamentallm.models.with_loss import ModelWithLoss
 from fundamentallm.training.guard import Guard
 from fundamentallm.training.loss import create_loss
@@ -64,8 +64,10 @@ class Measured:
         training, self.loss = config.training, create_loss(config.training.loss)
         self.model = Transformer(config.model, document_start=0 if config.data.mask_documents else None)
         accelerator = accelerator or create_accelerator(training.mixed_precision)
-        self.whole = whole = prepare_model(accelerator, self.model, self.loss, 0, training.activation_checkpointing)
+        check_accelerator(accelerator)
+        place_model(accelerator, self.model, 0, training.activation_checkpointing)
         optimizer = make_optimizer(training, self.model)
+        self.whole = whole = prepare_model(accelerator, self.model, self.loss, optimizer)
         step = OptimizerStep(accelerator, whole, optimizer, Guard(accelerator.device, 10), max_norm=1.0, seed=0)
         rows, parts, _ = micro_batches(config, accelerator.num_processes)
         size = (rows, config.data.sequence_length)

@@ -156,10 +156,12 @@ def test_an_unknown_name_is_answered_with_the_nearest() -> None:
         create_optimizer(Tiny(), "adamww", 0.1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_named_optimizer_refuses_unknown_options(kind: str) -> None:
-    with pytest.raises(ConfigError, match=rf"{kind} has no \['amsgrad'\]; allowed: adam_learning_rate, adam_beta1"):
-        create_optimizer(Tiny(), kind, 0.1, amsgrad=True)
+def test_a_named_optimizer_refuses_unknown_options() -> None:
+    with pytest.raises(ConfigError) as caught:
+        create_optimizer(Tiny(), "adamw", 0.1, amsgrad=True)
+    (problem,) = caught.value.problems
+    assert (problem.setting, problem.value) == ("optimizer_options", {"amsgrad": True})
+    assert "adam_beta1" in problem.allowed
 
 
 def test_module_and_name_make_any_optimizer_with_its_options() -> None:
