@@ -127,7 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ours, product = row["flops_per_second"] / 1e12, row["product_flops_per_second"] / 1e12
         say(
             f"| {name} | {row['micro_batch_size']} | {row['first_step_seconds']:.0f} s "
-            f"| {row['tokens_per_second']:,.0f} | {ours:,.3g} | {product:,.3g} | {row['utilisation']:.1%} | {row['outside_the_model']:.1%} |"
+            f"| {row['tokens_per_second']:,.0f} | {ours:,.3g} | {product:,.3g} | {row['utilisation']:.1%} "
+            f"| {row['outside_the_model']:.1%} |"
         )
     say(f"\nThe target is {TARGET:.0%}. Written to {options.output}.")
     return int(len(right) < len(found))
