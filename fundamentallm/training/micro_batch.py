@@ -67,17 +67,16 @@ class MicroBatch:
         processes: Team,
         metrics: Mapping[str, Metric],
     ) -> int:
-        """Returns the largest size that fits on every process, after trying each on this one.
+        """Returns the largest size that fits on every process.
 
-        A try changes neither weights, optimizer, buffers nor random numbers, and exchanges nothing between processes,
-        so that a process that runs out of memory leaves no other one waiting.
+        A try exchanges nothing, so that a process that runs out of memory leaves no other one waiting.
 
         Args:
             step: the run's step, whose model and optimizer are tried.
-            inputs: some rows of the training data, which are repeated.
+            inputs: some rows of the training data, repeated to each size.
             targets: their targets.
             largest: sequences that a process has in a step.
-            processes: agree on the outcome of each try.
+            processes: the processes that agree on each try.
             metrics: validation metrics, which need the logits.
 
         Raises:
