@@ -1,4 +1,4 @@
-"""What a user can get wrong, as exceptions that say what was got, what is allowed and what to do."""
+"""Errors of the package, and how a command line reports them: what was given, what is allowed, what to do."""
 
 from __future__ import annotations
 
@@ -11,15 +11,12 @@ from typing import Any
 
 
 class FundamentaLLMError(Exception):
-    """Base of every error this package raises on purpose.
+    """Base class of every error that this package raises on purpose.
 
     Examples:
-        >>> from fundamentallm import CheckpointManager, FundamentaLLMError
-        >>> try:
-        ...     CheckpointManager("checkpoints").load("checkpoints/step_00000100")
-        ... except FundamentaLLMError as error:
-        ...     print(error)
-        checkpoints/step_00000100: there is no checkpoint directory here.
+        >>> from fundamentallm import ConfigError, FundamentaLLMError
+        >>> issubclass(ConfigError, FundamentaLLMError)
+        True
     """
 
 
@@ -32,52 +29,49 @@ class Problem(str):
         allowed: the allowed values, in words.
         advice: what to do, as a sentence.
         reason: why the value does not fit, as a clause: "which has 12 bytes".
+        text: what is wrong, instead of "is <value>, <reason>": "file 'a.txt' not found".
 
     Examples:
         >>> from fundamentallm.errors import Problem
-        >>> problem = Problem("batch_size", 0, allowed="at least 1").within("training")
-        >>> print(problem)
+        >>> print(Problem("batch_size", 0, allowed="at least 1").within("training"))
         training.batch_size is 0; allowed: at least 1.
-        >>> problem.setting, problem.value
-        ('training.batch_size', 0)
     """
 
-    __slots__ = ("advice", "allowed", "reason", "setting", "value")
-    setting: str
-    value: Any
-    allowed: str
-    advice: str
-    reason: str
+    setting = allowed = advice = reason = text = ""
+    value: Any = None
 
-    def __new__(cls, setting: str, value: Any = None, allowed: str = "", advice: str = "", reason: str = "") -> Problem:
+    def __new__(
+        cls, setting: str, value: Any = None, allowed: str = "", advice: str = "", reason: str = "", text: str = ""
+    ) -> Problem:
         """Put the sentence together."""
-        fact = (
-            f"{setting} is {value!r}" + (f", {reason}" if reason else "") + (f"; allowed: {allowed}" if allowed else "")
-        )
-        self = super().__new__(cls, " ".join(text for text in (f"{fact}." if setting else "", advice) if text))
-        self.setting, self.value, self.allowed, self.advice, self.reason = setting, value, allowed, advice, reason
+        fact = text
+        if setting:
+            fact = f"{setting}: {text}" if text else f"{setting} is {value!r}" + (f", {reason}" if reason else "")
+        fact += f"; allowed: {allowed}" if allowed else ""
+        self = super().__new__(cls, " ".join(part for part in (f"{fact}." if fact else "", advice) if part))
+        self.setting, self.value, self.allowed = setting, value, allowed
+        self.advice, self.reason, self.text = advice, reason, text
         return self
 
     def within(self, section: str) -> Problem:
         """Returns the same problem of a setting in `section`."""
-        return Problem(f"{section}.{self.setting}", self.value, self.allowed, self.advice, self.reason)
+        name = f"{section}.{self.setting}" if self.setting else ""
+        return Problem(name, self.value, self.allowed, self.advice, self.reason, self.text)
 
 
 class ConfigError(FundamentaLLMError, ValueError):
-    """One or more settings are wrong. `problems` lists them all; each is a `Problem` or a sentence.
+    """One or more settings are wrong. `problems` lists them all; a plain sentence becomes a `Problem` without setting.
 
     Examples:
-        >>> from fundamentallm import ConfigError, TrainingConfig
-        >>> try:
-        ...     TrainingConfig(optimizer="adamv", learning_rate=-1.0)
-        ... except ConfigError as error:
-        ...     print(str(error))
-        learning_rate is -1.0; allowed: greater than 0.
-        optimizer is 'adamv'; allowed: ..., or 'module:name'. Did you mean 'adam'?
+        >>> from fundamentallm import TrainingConfig
+        >>> TrainingConfig(optimizer="adamv")
+        Traceback (most recent call last):
+        fundamentallm.errors.ConfigError: optimizer is 'adamv'; allowed: ... Did you mean 'adam'?
     """
 
     def __init__(self, problems: str | Sequence[str]) -> None:
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        listed = [problems] if isinstance(problems, str) else problems
+        self.problems = [one if isinstance(one, Problem) else Problem("", advice=one) for one in listed]
         super().__init__("\n".join(self.problems))
 
 
@@ -97,25 +91,17 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
 
 
 class TrainingError(FundamentaLLMError):
-    """Training cannot go on: the loss or the gradient stopped being finite.
+    """Training cannot continue: the loss or the gradient stopped being finite.
 
     Examples:
-        >>> import torch
-        >>> from torch import nn
-        >>> from torch.utils.data import DataLoader, TensorDataset
-        >>> from fundamentallm import Trainer, TrainingConfig
-        >>> numbers = torch.arange(300).reshape(30, 10) % 2
-        >>> loader = DataLoader(TensorDataset(numbers, (numbers + 1) % 2), batch_size=2)
-        >>> config = TrainingConfig(max_epochs=5, max_bad_steps=3)
-        >>> trainer = Trainer(nn.Embedding(2, 2), config, loader, callbacks=[], loss_fn=lambda x, _: x.sum() / 0)
-        >>> trainer.train()
-        Traceback (most recent call last):
-        fundamentallm.errors.TrainingError: the loss or the gradient was not finite in 3 optimizer steps in a row; ...
+        >>> from fundamentallm.errors import TrainingError, exit_code
+        >>> exit_code(TrainingError("the loss was not finite in 10 optimizer steps in a row"))
+        3
     """
 
 
 class ProcessLostError(FundamentaLLMError):
-    """Processes of the run are gone, and the others cannot go on without them; `ranks` says which."""
+    """Processes of the run have died, and the others cannot continue without them; `ranks` lists the dead ones."""
 
     def __init__(self, message: str, ranks: Sequence[int]) -> None:
         super().__init__(message)
@@ -123,34 +109,30 @@ class ProcessLostError(FundamentaLLMError):
 
 
 class RunInProgressError(FundamentaLLMError):
-    """Another process runs in the same folder.
+    """Another process is running in the same folder.
 
     Examples:
-        >>> from fundamentallm import FundamentaLLMError, RunInProgressError
-        >>> issubclass(RunInProgressError, FundamentaLLMError)
-        True
+        >>> from fundamentallm.errors import RunInProgressError, exit_code
+        >>> exit_code(RunInProgressError("runs/one is in use by process 17"))
+        1
     """
 
 
 @contextlib.contextmanager
 def writing(path: object) -> Iterator[None]:
-    """Meanwhile, what the file system refuses is an error that names the file (a full disk's own names none).
-
-    Raises:
-        FundamentaLLMError: with the file system's words.
-    """
+    """Turn an OSError in the block into a FundamentaLLMError that names the file; a full disk's own names none."""
     try:
         yield
     except OSError as error:
         raise FundamentaLLMError(f"{path} cannot be written: {error}.") from error
 
 
+# Exit codes besides 0. 75 is EX_TEMPFAIL of sysexits.h, "try again later". 130 is a shell's code for Ctrl-C.
 FAILED, WRONG_CONFIG, DIVERGED, START_AGAIN, INTERRUPTED = 1, 2, 3, 75, 130
-"""Exit codes besides 0. 75 is EX_TEMPFAIL of sysexits.h, "try again later"; 130 what a shell says of a Ctrl-C."""
 
 
 def exit_code(error: BaseException) -> int:
-    """The exit code of a process that an error ends."""
+    """Returns the exit code of a process that ends with `error`."""
     if isinstance(error, ConfigError):
         return WRONG_CONFIG
     if isinstance(error, TrainingError):
@@ -159,17 +141,15 @@ def exit_code(error: BaseException) -> int:
 
 
 def report(error: FundamentaLLMError) -> int:
-    """Print an error as a command line shows it and return its exit code.
+    """Print an error to stderr and return its exit code.
 
-    Launched processes find the same mistakes; only the first prints them, or the first that is left.
+    All launched processes find the same mistakes, so only the lowest living rank prints.
     """
     text = f"error: {error}"
-    if isinstance(error, ConfigError):
-        count = len(error.problems)
-        title = "1 setting is wrong:" if count == 1 else f"{count} settings are wrong:"
-        text = "\n".join([title, *(f"  - {problem}" for problem in error.problems)])
+    if isinstance(error, ConfigError) and len(error.problems) > 1:
+        text = f"{len(error.problems)} settings are wrong:" + "".join(f"\n  - {one}" for one in error.problems)
     lost = error.ranks if isinstance(error, ProcessLostError) else []
-    first = next(rank for rank in itertools.count() if rank not in lost)
-    if os.environ.get("RANK", "0") == str(first):
+    printing = next(rank for rank in itertools.count() if rank not in lost)
+    if os.environ.get("RANK", "0") == str(printing):
         print(text, file=sys.stderr)
     return exit_code(error)

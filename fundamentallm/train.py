@@ -1,8 +1,8 @@
 """Train a language model from a config: `accelerate launch -m fundamentallm.train --config cfg.yaml`.
 
-The composition root: it makes the parts and hands them to the Trainer. Exit codes: 0 done (or stopped by a
-callback), 1 failed, 2 the config is wrong, 3 the loss or gradient stopped being finite, 75 stopped by a signal or
-by `training.max_minutes` (start it again: the same command goes on), 130 a second Ctrl-C.
+The composition root: makes everything that a config describes and hands it to the Trainer. Exit codes: 0 finished (or
+stopped by a callback), 1 failed, 2 the config is wrong, 3 the loss or gradient was no longer finite, 75 stopped by a
+signal or by `training.max_minutes` (the same command resumes the run), 130 a second Ctrl-C.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fundamentallm.config.command_line import parse_config
 from fundamentallm.config.schema import METRIC_NAMES, Config, ModelConfig, unknown_metric
-from fundamentallm.errors import START_AGAIN, ConfigError, FundamentaLLMError, exit_code, report
-from fundamentallm.training.callbacks.from_config import _callbacks
+from fundamentallm.errors import START_AGAIN, ConfigError, FundamentaLLMError, Problem, exit_code, report
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from tokenizers import Tokenizer
 
+    from fundamentallm.models.transformers_format import Pretrained
     from fundamentallm.training.callbacks.base import Callback
     from fundamentallm.training.trainer import Trainer
 
@@ -31,59 +31,58 @@ T = TypeVar("T")
 
 
 def main(arguments: Sequence[str] | None = None, program: str = "python -m fundamentallm.train") -> int:
-    """Run the command line; returns the exit code."""
+    """Runs the command line and returns the exit code."""
     try:
         trainer = run(parse_config(sys.argv[1:] if arguments is None else arguments, program))
     except FundamentaLLMError as error:
         return report(error)
     except KeyboardInterrupt as interrupt:
-        print("\nstopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\nstopped without saving; run the same command to resume from the last checkpoint", file=sys.stderr)
         return exit_code(interrupt)
-    # A launcher that restarts what fails would begin again at once; to it, the run has ended.
+    # A launcher that restarts failed processes must not restart a run that was told to stop.
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     return START_AGAIN if trainer.was_interrupted and not restarts else 0
 
 
 def run(config: Config) -> Trainer:
-    """Train as `config` says; returns the trainer, its run ended.
+    """Trains as `config` says and returns the trainer.
 
     Raises:
-        FundamentaLLMError: as the parts do.
+        FundamentaLLMError: for any mistake or failure that the package knows.
     """
     if config.training.resume == "never" and (Path(config.output_dir) / "metrics.jsonl").exists():
-        raise ConfigError(
-            f"training.resume is 'never' and {config.output_dir} holds a run already; choose another output_dir, "
-            "or resume: auto to go on with it."
-        )
+        advice = "Choose another output_dir, or set resume: auto to resume that run."
+        reason = f"and {config.output_dir} already holds a run"
+        raise ConfigError(Problem("training.resume", "never", advice=advice, reason=reason))
     trainer = make_trainer(config)
     trainer.train()
     if trainer.is_finished:
-        _show_end(trainer, config)
+        _report_end(trainer, config)
     trainer.leave_group()
     return trainer
 
 
 def make_trainer(config: Config) -> Trainer:
-    """The parts that `config` describes, put together.
+    """Returns a Trainer with everything that `config` describes.
 
     Raises:
-        FundamentaLLMError: as the parts do.
+        FundamentaLLMError: for any mistake or failure that the package knows.
     """
-    # Imported here, so that --help and config errors need not wait for torch.
+    # Imported here, so that --help and config errors do not wait for torch.
     import torch
 
     from fundamentallm.data.corpus import describe, load_corpus
     from fundamentallm.data.loaders import create_dataloaders
     from fundamentallm.distributed.accelerator import create_accelerator
     from fundamentallm.models.transformer import Transformer
-    from fundamentallm.run.initial_weights import begin_from_checkpoint, begin_from_pretrained, open_pretrained
+    from fundamentallm.run.initial_weights import open_pretrained
     from fundamentallm.training.trainer import Trainer
 
     config = config.resolved()
     training = config.training
     launch = training.mixed_precision, training.smallest_batch_size(training.batch_size), training.compile
     accelerator = create_accelerator(*launch, config.trackers, config.output_dir)
-    callbacks = _check_parts(config)
+    callbacks = _check_names(config)
     config, pretrained, model = open_pretrained(config)
     is_main = accelerator.is_main_process
     corpus = _local_main_process_first(accelerator, lambda: load_corpus(config.data, show_progress=is_main))
@@ -92,36 +91,47 @@ def make_trainer(config: Config) -> Trainer:
     torch.manual_seed(config.training.seed)
     if model is None:
         document_start = corpus.end_of_text if config.data.mask_documents else None
-        with torch.device("meta") if accelerator.is_fsdp2 else nullcontext():  # it may be larger than a device
+        # Under FSDP2 a model may be larger than a device, so it gets its memory when it is sharded.
+        with torch.device("meta") if accelerator.is_fsdp2 else nullcontext():
             model = Transformer(config.model, document_start)
     trainer = Trainer(model, config, train_loader, val_loader, accelerator=accelerator)
     if pretrained is not None:
         trainer.files = pretrained.files(config.data.sequence_length)
         trainer.say(f"{config.model.pretrained}: {pretrained}")
-    begins_from = config.model.init_from is not None or (pretrained is not None and pretrained.shape is not None)
-    if begins_from and trainer.team.from_first(lambda: _begins_afresh(config)):
-        with trainer.team.together():
-            if pretrained is not None:
-                begin_from_pretrained(trainer, pretrained)
-            else:
-                begin_from_checkpoint(trainer, corpus.tokenizer)
+    _load_initial_weights(trainer, pretrained, corpus.tokenizer)
     for callback in callbacks:
         trainer.callbacks.add(callback)
     for line in describe(corpus):
         trainer.say(line)
     datasets = [loader.dataset for loader in (train_loader, val_loader) if loader is not None]
-    cut, lost = (sum(getattr(dataset, name, 0) for dataset in datasets) for name in ("num_cut", "num_lost"))
+    cut, dropped = (sum(getattr(dataset, name, 0) for dataset in datasets) for name in ("num_cut", "num_lost"))
     if cut:
-        nothing = f"; of {lost:,} nothing is left, whose prompts fill it" if lost else ""
-        trainer.say(f"{cut:,} pairs are longer than data.sequence_length; what is beyond it is not trained on{nothing}")
+        trainer.say(f"{cut:,} pairs are longer than data.sequence_length and were cut")
+    if dropped:
+        trainer.say(f"{dropped:,} pairs were dropped: their prompts fill data.sequence_length")
     return trainer
 
 
-def _local_main_process_first(accelerator: Accelerator, build: Callable[[], T]) -> T:
-    """`build()` on one process of each machine, then on the others, which find the cache filled.
+def _load_initial_weights(trainer: Trainer, pretrained: Pretrained | None, tokenizer: Tokenizer) -> None:
+    """Loads the weights that a new run starts from, if the config names any and no checkpoint will be resumed."""
+    from fundamentallm.run.initial_weights import begin_from_checkpoint, begin_from_pretrained
 
-    Unlike `accelerator.local_main_process_first`, the others go on after an error too, and run into the same
-    one, rather than wait for a process that is gone.
+    config = trainer.config
+    is_given = config.model.init_from is not None or (pretrained is not None and pretrained.shape is not None)
+    if not is_given or not trainer.group.from_main(lambda: _starts_new(config)):
+        return
+    with trainer.group.barrier_with_errors():
+        if pretrained is not None:
+            begin_from_pretrained(trainer.state, pretrained)
+        else:
+            begin_from_checkpoint(trainer.state, trainer.group, config.model.init_from or "", tokenizer)
+
+
+def _local_main_process_first(accelerator: Accelerator, build: Callable[[], T]) -> T:
+    """Runs `build` on one process of each machine, then on the others, which find the cache filled.
+
+    `accelerator.local_main_process_first` leaves the others waiting if the first one raises. Here they run into the
+    same error.
     """
     if not accelerator.is_local_main_process:
         accelerator.wait_for_everyone()
@@ -132,15 +142,17 @@ def _local_main_process_first(accelerator: Accelerator, build: Callable[[], T]) 
         accelerator.wait_for_everyone()
 
 
-def _check_parts(config: Config) -> list[Callback]:
-    """Make every part once over a dummy parameter, so that wrong names and options are found, all of them, before
-    anything is read or written. Returns the callbacks.
+def _check_names(config: Config) -> list[Callback]:
+    """Makes everything that the config names once, over a dummy parameter, and returns the callbacks.
+
+    All wrong names and options are found together, before anything is read or written.
 
     Raises:
         ConfigError: listing what is wrong.
     """
     from torch import nn
 
+    from fundamentallm.training.callbacks.from_config import make_callbacks
     from fundamentallm.training.loss import create_loss
     from fundamentallm.training.metrics import further_metrics
     from fundamentallm.training.optimizers import create_optimizer
@@ -156,15 +168,15 @@ def _check_parts(config: Config) -> list[Callback]:
         if training.early_stopping_metric not in (known := (*METRIC_NAMES, *further)):
             raise ConfigError(unknown_metric(training.early_stopping_metric, known))
 
-    parts: list[Callable[[], object]] = [
+    callbacks: list[Callback] = []
+    makers: list[Callable[[], object]] = [
         lambda: create_optimizer(dummy, training.optimizer, training.learning_rate, **training.optimizer_options),
         lambda: schedule(training.lr_scheduler, training.lr_scheduler_options),
         lambda: create_loss(training.loss, **training.loss_options),
-        lambda: callbacks.extend(_callbacks(config)),
+        lambda: callbacks.extend(make_callbacks(config)),
         lambda: check_metric(further_metrics(training.validation_metrics)),
     ]
-    callbacks: list[Callback] = []
-    for make in parts:
+    for make in makers:
         try:
             make()
         except ConfigError as error:
@@ -177,12 +189,12 @@ def _check_parts(config: Config) -> list[Callback]:
 def _with_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     size = tokenizer.get_vocab_size()
     if model.vocab_size is not None and model.vocab_size < size:
-        raise ConfigError(f"model.vocab_size is {model.vocab_size}; allowed: at least the tokenizer's {size}.")
+        raise ConfigError(Problem("model.vocab_size", model.vocab_size, allowed=f"at least the tokenizer's {size}"))
     return replace(model, vocab_size=model.vocab_size or size)
 
 
-def _begins_afresh(config: Config) -> bool:
-    """Whether no checkpoint of the run will be resumed."""
+def _starts_new(config: Config) -> bool:
+    """Whether the run has no checkpoint to resume from."""
     from fundamentallm.checkpoint.manager import CheckpointManager
 
     folder = config.training.checkpoint_dir
@@ -190,8 +202,8 @@ def _begins_afresh(config: Config) -> bool:
     return config.training.resume in ("auto", "never") and CheckpointManager(folder).get_latest() is None
 
 
-def _show_end(trainer: Trainer, config: Config) -> None:
-    """Where everything is, the best validation loss, and what the model writes."""
+def _report_end(trainer: Trainer, config: Config) -> None:
+    """Prints the best validation loss, where everything is, and a sample of the model's text."""
     best = trainer.metrics.get_best("val_loss")
     trainer.say(
         (f"best val_loss {best:.4f}; " if best is not None else "")

@@ -45,7 +45,7 @@ from fundamentallm.checkpoint.snapshot import Snapshot, read_back, take_snapshot
 from fundamentallm.checkpoint.tensor_files import write_tensors
 from fundamentallm.config.schema import TrainingConfig
 from fundamentallm.config.validation import range_problems
-from fundamentallm.distributed.host_group import Team
+from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import CheckpointError, ConfigError, FundamentaLLMError
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class CheckpointManager:
         keep_last_n: how many checkpoints to keep, besides the best and the last whose weights are finite. Older
             ones are deleted after each save, whatever their name; what is not a whole checkpoint of ours is never
             touched.
-        team: the processes that save a sharded state together, each calling every method that saves; None: this
+        group: the processes that save a sharded state together, each calling every method that saves; None: this
             process saves alone.
 
     Attributes:
@@ -86,12 +86,15 @@ class CheckpointManager:
     """
 
     def __init__(
-        self, checkpoint_dir: Path | str, keep_last_n: int = TrainingConfig.keep_last_n, team: Team | None = None
+        self,
+        checkpoint_dir: Path | str,
+        keep_last_n: int = TrainingConfig.keep_last_n,
+        group: HostGroup | None = None,
     ) -> None:
         if problems := range_problems(keep_last_n=keep_last_n):
             raise ConfigError(problems)
         self.checkpoint_dir, self.keep_last_n = Path(checkpoint_dir), keep_last_n
-        self.team = team or Team(alone=True)
+        self.group = group or HostGroup(alone=True)
         self.seconds = 0.0
         self.origin: Path | None = None
         self._writer: threading.Thread | None = None
@@ -205,8 +208,8 @@ class CheckpointManager:
     def _snapshot(
         self, checkpoint: Mapping[str, Any], name: str, is_best: bool, files: Mapping[str, str] | None, copy: bool
     ) -> Snapshot:
-        part = None if self.team.size == 1 else (self.team.rank, self.team.size)
-        with self.team.together():
+        part = None if self.group.size == 1 else (self.group.rank, self.group.size)
+        with self.group.barrier_with_errors():
             snapshot = take_snapshot(checkpoint, name, is_best, files or {}, copy, part, self._buffers)
         if copy:
             self._buffers = snapshot.copies
@@ -214,25 +217,25 @@ class CheckpointManager:
 
     def _write(self, snapshot: Snapshot) -> None:
         """Stage, sync, read back, publish; then delete what is old."""
-        started, team = time.monotonic(), self.team
-        staging = self.checkpoint_dir / team.exchange(f".staging-{snapshot.name}-{uuid.uuid4().hex[:12]}")[0]
+        started, group = time.monotonic(), self.group
+        staging = self.checkpoint_dir / group.all_gather(f".staging-{snapshot.name}-{uuid.uuid4().hex[:12]}")[0]
         try:
             try:
-                with team.together():
-                    if team.rank == 0:
+                with group.barrier_with_errors():
+                    if group.rank == 0:
                         self.check_space(snapshot.num_bytes)
                         self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
                         # tempfile.mkdtemp would close the folder to everyone else, and with it the checkpoint.
                         staging.mkdir()
-                with team.together():
+                with group.barrier_with_errors():
                     part = self._write_tensors(snapshot, staging), snapshot.is_finite
-                parts = team.exchange(part)
-                with team.together():
-                    if team.rank == 0:
+                parts = group.all_gather(part)
+                with group.barrier_with_errors():
+                    if group.rank == 0:
                         files = {name: entry for entries, _ in parts for name, entry in entries.items()}
                         self._complete(snapshot, staging, files, all(is_finite for _, is_finite in parts))
             except BaseException:
-                if team.rank == 0:
+                if group.rank == 0:
                     shutil.rmtree(staging, ignore_errors=True)
                 raise
         except CheckpointError:
@@ -241,7 +244,7 @@ class CheckpointManager:
             raise CheckpointError(
                 f"cannot write checkpoint {snapshot.name!r} in {self.checkpoint_dir}: {error}."
             ) from error
-        if team.rank == 0:
+        if group.rank == 0:
             self.rotate()
         self.seconds = time.monotonic() - started
 

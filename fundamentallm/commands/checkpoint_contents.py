@@ -18,7 +18,7 @@ from fundamentallm.checkpoint.snapshot import MODEL_KEY
 from fundamentallm.checkpoint.state_json import MALFORMED
 from fundamentallm.checkpoint.tensor_files import TensorFiles
 from fundamentallm.commands.output import WIDTH, say, say_table, shortened, size_text
-from fundamentallm.config.command_line import to_yaml
+from fundamentallm.config.yaml_format import to_yaml
 from fundamentallm.errors import CheckpointError
 
 MOST_ROWS = 16

@@ -159,7 +159,7 @@ def _range_test(config: Config, options: argparse.Namespace, folder: Path) -> tu
         max_bad_steps=options.steps,
     )
     trainer = make_trainer(options.trainer, trial)
-    trainer.val_loader = trainer.checkpoint_manager = None  # neither validates nor saves
+    trainer.val_loader = trainer.saver.manager = None  # neither validates nor saves
     run: Until = run_until(trainer, lambda run: has_diverged(run.losses))
     is_main, was_interrupted = trainer.is_main_process, trainer.was_interrupted
     trainer.leave_group()

@@ -29,7 +29,7 @@ from fundamentallm.config.schema import Config
 from fundamentallm.config.validation import from_dict
 from fundamentallm.data.loaders import device_batches, step_sampler
 from fundamentallm.errors import ConfigError, FundamentaLLMError, report
-from fundamentallm.training.callbacks.base import Callback
+from fundamentallm.training.callbacks.base import Callback, RunView
 from fundamentallm.training.callbacks.console import LoggingCallback, ProgressCallback
 from fundamentallm.training.callbacks.curves import VisualizationCallback
 from fundamentallm.training.trainer import Trainer
@@ -97,18 +97,18 @@ class Until(Callback):
         self.times: list[float] = []  # of the beginning and of each step's end
         self.lines: list[dict[str, float]] = []
 
-    def on_train_begin(self, trainer: Trainer) -> None:
+    def on_train_begin(self, trainer: RunView) -> None:
         """Start the clock."""
         self.started_at, self.times = trainer.global_step, [time.perf_counter()]
 
-    def on_step_end(self, trainer: Trainer, loss: float) -> None:
+    def on_step_end(self, trainer: RunView, loss: float) -> None:
         """Record the step; stop if it was enough."""
         self.losses.append(loss)
         self.times.append(time.perf_counter())
         if self.enough(self):
             trainer.request_stop("the trial has seen enough")
 
-    def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+    def on_log(self, trainer: RunView, metrics: dict[str, float]) -> None:
         """Record the line."""
         self.lines.append(dict(metrics))
 
@@ -119,7 +119,7 @@ class KillOnce(Callback):
     def __init__(self, step: int, marker: Path) -> None:
         self.step, self.marker = step, marker
 
-    def on_step_end(self, trainer: Trainer, loss: float) -> None:
+    def on_step_end(self, trainer: RunView, loss: float) -> None:
         """Kill, the first time that the step is reached."""
         if trainer.global_step < self.step or self.marker.exists() or trainer.config.training.checkpoint_dir is None:
             return

@@ -1,4 +1,4 @@
-"""What a user may write in a config. Nothing here imports torch, so `--help` and config errors answer at once."""
+"""What a user may write in a config. Imports no torch, so that `--help` and config errors answer at once."""
 
 from fundamentallm.config.schema import Config as Config
 from fundamentallm.config.schema import DataConfig as DataConfig

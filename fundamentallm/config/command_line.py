@@ -1,76 +1,32 @@
-"""A run's config from YAML and the command line: strict, every mistake reported at once."""
+"""A run's config from a YAML file and the command line: strict, with every mistake reported at once."""
 
 from __future__ import annotations
 
 import argparse
 import ast
-import contextlib
 import dataclasses
 import functools
 import inspect
-import io
 import itertools
 import json
-import os
+import textwrap
 import typing
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-from ruamel.yaml import YAML
+from typing import Any, Literal
 
 from fundamentallm.config.files import file_problems
 from fundamentallm.config.registry import did_you_mean
 from fundamentallm.config.schema import Config
-from fundamentallm.config.validation import Section, SectionT, allowed_values, expand_user, fits, from_dict
-from fundamentallm.errors import ConfigError
-
-MOST_VALUES = 10_000
-"""In one YAML document, with every alias written out. No config comes near, and a text of a few lines can mean more
-than memory holds."""
+from fundamentallm.config.validation import Section, expand_user, fits, from_dict
+from fundamentallm.config.yaml_format import from_yaml, to_yaml
+from fundamentallm.errors import ConfigError, Problem
 
 
-def _yaml() -> YAML:
-    """A reader and writer of YAML 1.2, new each time, since a file's %YAML directive would outlive the file.
-
-    `mixed_precision: no` is the text "no" and 1e-4 is a number (PyYAML reads False and a text), and a key given
-    twice is an error. `safe` constructs plain data only.
-    """
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    return yaml
-
-
-def to_yaml(config: Config | dict[str, Any]) -> str:
-    """The config, or a plain dict of settings as checkpoints hold them, as YAML that reads back equal."""
-    stream = io.StringIO()
-    _yaml().dump(config if isinstance(config, dict) else dataclasses.asdict(config), stream)
-    return stream.getvalue()
-
-
-def _annotated(config: Config) -> str:
-    """The config as YAML; beside what follows from other settings, what that is.
-
-    Not that itself: in a file it would stand against the other settings that a later command line gives, and another
-    `output_dir` would go on with this one's checkpoints.
-    """
-    resolved, section, lines = dataclasses.asdict(config.resolved()), "", []
-    for line in to_yaml(config).splitlines():
-        if not line.startswith(" "):
-            section = line.partition(":")[0]
-        name, _, value = line.removeprefix("  ").partition(": ")
-        settings_of = resolved.get(section)
-        follows = settings_of.get(name) if isinstance(settings_of, dict) and value == "null" else None
-        lines.append(line if follows is None else f"{line}  # here {follows!r}")
-    return "\n".join(lines) + "\n"
-
-
-def settings(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any], str]]:
-    """(dotted name, type, dataclass field, docstring) of every setting below `section`."""
-    hints = typing.get_type_hints(section)
-    texts = _docstrings(section)  # type: ignore[arg-type]  # mypy asks for the hash of its objects
-    for entry in dataclasses.fields(section):  # type: ignore[arg-type]
+def settings(section: type[Any], prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any], str]]:
+    """Yields (dotted name, type, dataclass field, help text) of every setting of `section`, subsections last."""
+    hints, texts = typing.get_type_hints(section), _docstrings(section)  # type: ignore[arg-type]
+    for entry in sorted(dataclasses.fields(section), key=lambda entry: dataclasses.is_dataclass(hints[entry.name])):
         name, hint = prefix + entry.name, hints[entry.name]
         if dataclasses.is_dataclass(hint):
             yield from settings(hint, name + ".")  # type: ignore[arg-type]
@@ -80,7 +36,7 @@ def settings(section: type[Section], prefix: str = "") -> Iterator[tuple[str, An
 
 @functools.cache  # parsing the source takes most of the time of reading a config
 def _docstrings(section: type[Section]) -> dict[str, str]:
-    """{field: the text below it in the source}, which no object keeps."""
+    """Returns {field: the docstring below it}, from the source: no object keeps it."""
     body = ast.parse(inspect.cleandoc(inspect.getsource(section))).body[0].body  # type: ignore[attr-defined]
     return {
         ast.unparse(entry.target): ast.literal_eval(text.value)
@@ -89,120 +45,104 @@ def _docstrings(section: type[Section]) -> dict[str, str]:
     }
 
 
+def default_text(entry: dataclasses.Field[Any]) -> str:
+    """Returns a setting's default, as YAML has it."""
+    default = entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
+    if isinstance(default, list):
+        return f"[{', '.join(default)}]"
+    return default if isinstance(default, str) else json.dumps(default)
+
+
+def _metavar(hint: Any) -> str:
+    """Returns the type of a setting, without null and special words."""
+    options = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return "|".join(options)
+    if typing.get_origin(hint) not in (list, dict) and options:
+        return _metavar(options[0])
+    words = {int: "INT", float: "FLOAT", bool: "BOOL", str: "TEXT", list: "LIST"}
+    return words.get(typing.get_origin(hint) or hint, "MAPPING")
+
+
 def _help(program: str) -> str:
     parser = argparse.ArgumentParser(
         prog=program,
         usage="%(prog)s [--config FILE] [--SECTION.SETTING VALUE ...] [--print_config] [--help]",
-        description="Train a GPT-style language model. Settings come from the defaults, then the YAML file, "
-        "then the command line.",
+        description="Train a GPT-style language model. The command line overrides the YAML file, which overrides the "
+        "defaults.",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
-    parser.add_argument("--print_config", action="store_true", help="print all settings and exit")
+    parser.add_argument("--print_config", action="store_true", help="print all settings as YAML and exit")
     for section, group in itertools.groupby(settings(Config), lambda setting: setting[0].rpartition(".")[0]):
         described = parser.add_argument_group(section or "run")
         for name, hint, entry, text in group:
-            default = "" if "default:" in text else f" [{default_text(entry)}]"
-            metavar = allowed_values(hint).removeprefix("one of ").split(" or null")[0]
-            described.add_argument(f"--{name}", metavar=f"<{metavar}>", help=(text + default).replace("%", "%%"))
+            default = "" if "default:" in text else f" (default: {default_text(entry)})"
+            described.add_argument(f"--{name}", metavar=_metavar(hint), help=(text + default).replace("%", "%%"))
     return parser.format_help()
 
 
-def default_text(entry: dataclasses.Field[Any]) -> str:
-    """A setting's default, as YAML has it; none, where it is an empty list or mapping."""
-    if entry.default_factory is not dataclasses.MISSING:
-        made = entry.default_factory()
-        return f"[{', '.join(made)}]" if made else "none"
-    is_word = entry.default is None or isinstance(entry.default, bool)  # a table would take 0 for False
-    return json.dumps(entry.default) if is_word else str(entry.default)
+def _split(arguments: Sequence[str], known: Collection[str]) -> tuple[dict[str, str], list[Problem]]:
+    """Returns ({name: text} of the options, problems with the other arguments).
 
-
-def _split(arguments: Sequence[str], known: Collection[str]) -> tuple[dict[str, str], list[str]]:
-    """({name: text} of the options, what is wrong with the others).
-
-    Not by argparse, which stops at the first mistake and takes `-1e-4` for an option.
+    argparse stops at the first mistake, and takes `-1e-4` for an option.
     """
     given: dict[str, str] = {}
     problems = []
     words = list(arguments)
     while words:
         word = words.pop(0)
-        name, equals, text = word.removeprefix("--").partition("=")
         if word in ("-h", "--help", "--print_config"):
             given[word.lstrip("-")] = ""
             continue
-        if not word.startswith("--"):
-            problems.append(f"{word}: unknown word; allowed: --SECTION.SETTING VALUE, --config FILE.")
+        option, equals, text = word.partition("=")
+        name = option.removeprefix("--")
+        if name == option:
+            is_file = word.endswith((".yaml", ".yml"))
+            advice = f"Did you mean --config {word}?" if is_file else "Give settings as --SECTION.SETTING VALUE."
+            problems.append(Problem("", word, advice=advice, text=f"unexpected argument {word!r}"))
             continue
         has_value = bool(equals) or (bool(words) and not words[0].startswith("--"))
         if not equals and has_value:
             text = words.pop(0)
         if name not in known:
-            near = did_you_mean(f"--{name}", [f"--{option}" for option in known])
-            problems.append(f"--{name}: unknown option.{near}")
+            near = did_you_mean(option, [f"--{setting}" for setting in known])
+            problems.append(Problem(option, text, advice=near, text="unknown option"))
         elif not has_value:
-            problems.append(f"--{name}: has no value; give one.")
+            problems.append(Problem(option, text="value missing"))
         else:
             given[name] = text
     return given, problems
 
 
-def _load(text: str) -> Any:
-    """What a YAML text says.
-
-    Raises:
-        ValueError: if it is no YAML, or its values could not be shown.
-    """
-    try:
-        value = _yaml().load(text)
-    # Besides its own errors, ruamel raises what its constructors run into: KeyError for `!!bool x`,
-    # AttributeError for `!!timestamp x`, RecursionError for nesting without end.
-    except Exception as error:
-        raise ValueError(str(error) or type(error).__name__) from error
-    rest, count = [value], 0
-    while rest:
-        item, count = rest.pop(), count + 1
-        if count > MOST_VALUES:
-            raise ValueError(f"its aliases stand for themselves, or for more than {MOST_VALUES:,} values")
-        if isinstance(item, int) and item.bit_length() > 10_000:  # 0xfff... has no limit, and cannot be printed
-            raise ValueError(f"it has a number of {item.bit_length():,} bits")
-        if isinstance(item, dict):
-            rest += [*item.keys(), *item.values()]
-        elif isinstance(item, (list, tuple, set)):
-            rest += item
-    return value
-
-
 def _command_line_value(text: str, hint: Any) -> Any:
-    """A setting's text as YAML reads it, or the text itself where the setting is text (`--output_dir 7`)."""
+    """Returns a setting's text as YAML reads it, or unchanged if only text fits (`--output_dir 7`)."""
     try:
-        value = _load(text)
+        value = from_yaml(text)
     except ValueError:
         return text
     return text if fits(text, hint) and not fits(value, hint) else value
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
-    file = expand_user(path)
-    if path and not os.path.lexists(file):
-        raise ConfigError(f"--config is {path!r}, which does not exist; give a YAML file.")
+def _read_file(path: str) -> dict[str, Any]:
+    """Returns the settings of the file that --config names."""
+    file = Path(expand_user(path))
     try:
-        if not os.path.isfile(file):  # a pipe may never answer, and gives the first of several processes all it has
-            raise ValueError("it is no file")
-        values = _load(Path(file).read_text(encoding="utf-8"))
+        if file.exists() and not file.is_file():  # a pipe: of several processes, the first one would empty it
+            raise ValueError("it is not a regular file")
+        values = from_yaml(file.read_text(encoding="utf-8"))
+        if not isinstance(values, (dict, type(None))):
+            raise ValueError(f"it holds {values!r:.40} instead of a mapping of settings")
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--config is {path!r}, which cannot be read as YAML: {error}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"--config is {path!r}, which holds {type(values).__name__}; allowed: a mapping of settings.")
-    return values
+        reason = f"which cannot be read: {error.strerror if isinstance(error, OSError) else error}"
+        raise ConfigError(Problem("--config", path, reason=reason)) from error
+    return values or {}
 
 
 def parse_config(arguments: Sequence[str], program: str = "fundamentallm.train", check_files: bool = True) -> Config:
-    """The resolved config of a command line. `--help` and `--print_config` print and raise SystemExit(0).
+    """Returns the resolved config of a command line. `--help` and `--print_config` print and raise SystemExit(0).
 
     Raises:
-        ConfigError: listing everything that is wrong; with `check_files`, missing or too short data files included.
+        ConfigError: listing everything that is wrong; with `check_files`, missing data files too.
     """
     known = {name: hint for name, hint, _, _ in settings(Config)}
     given, problems = _split(arguments, [*known, "config", "print_config", "help"])
@@ -213,19 +153,19 @@ def parse_config(arguments: Sequence[str], program: str = "fundamentallm.train",
     values: dict[str, Any] = {}
     if "config" in given:
         try:
-            values = _read_yaml(given.pop("config"))
+            values = _read_file(given.pop("config"))
         except ConfigError as error:
             problems += error.problems
     for name, text in given.items():
         section, _, key = name.rpartition(".")
         target = values.setdefault(section, {}) if section else values
-        if isinstance(target, dict):  # else the section is wrong, which from_dict says
+        if isinstance(target, dict):  # otherwise from_dict reports the section
             target[key] = _command_line_value(text, known[name])
     try:
         config = from_dict(Config, values)
     except ConfigError as error:
         problems += error.problems
-        config = _as_far_as_valid(Config, values)
+        config = _without(values, error.problems)
     problems += file_problems(config) if check_files else []
     if problems:
         raise ConfigError(problems)
@@ -235,15 +175,35 @@ def parse_config(arguments: Sequence[str], program: str = "fundamentallm.train",
     return config.resolved()
 
 
-def _as_far_as_valid(section: type[SectionT], values: Any) -> SectionT:
-    """A section without its wrong settings, so that the files it names are checked in the same report."""
+def _without(values: dict[str, Any], problems: list[Problem]) -> Config:
+    """Returns the config without its wrong settings, so that the files it names are checked in the same report."""
+    wrong = {problem.setting for problem in problems}
     right: dict[str, Any] = {}
-    for name, value in values.items() if isinstance(values, dict) else ():
-        hint = typing.get_type_hints(section).get(name)
-        if dataclasses.is_dataclass(hint):
-            right[name] = _as_far_as_valid(hint, value)  # type: ignore[type-var, arg-type]
-            continue
-        with contextlib.suppress(ConfigError):
-            from_dict(section, {**right, name: value})
+    for name, value in values.items():
+        if isinstance(value, dict):
+            value = {key: item for key, item in value.items() if f"{name}.{key}" not in wrong}
+        if name not in wrong:
             right[name] = value
-    return section(**right)
+    try:
+        return from_dict(Config, right)
+    except ConfigError:  # the default of a wrong setting does not fit the others
+        return Config()
+
+
+def _annotated(config: Config) -> str:
+    """Returns the config as YAML, with derived values as comments.
+
+    As settings, they would contradict other options given with the printed file: another `output_dir` would still use
+    this one's checkpoints.
+    """
+    resolved, text = dataclasses.asdict(config.resolved()), ""
+    for section, values in dataclasses.asdict(config).items():
+        if not isinstance(getattr(config, section), Section):
+            text += to_yaml({section: values})
+            continue
+        text += f"{section}:\n"
+        for name, value in values.items():
+            derived = resolved[section][name] if value is None else None
+            comment = "" if derived is None else f"  # defaults to {derived!r}"
+            text += textwrap.indent(to_yaml({name: value}).rstrip("\n") + comment + "\n", "  ")
+    return text

@@ -1,4 +1,4 @@
-"""Names in a config become objects: a plain dict of ours, or `module:name` for code outside."""
+"""Names in a config become objects: an entry of a plain dict, or `module:name` for code outside the package."""
 
 from __future__ import annotations
 
@@ -9,44 +9,46 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fundamentallm.errors import ConfigError
+from fundamentallm.errors import ConfigError, Problem
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """' Did you mean ...?' for the nearest known name, or nothing where none is near."""
+    """Returns "Did you mean ...?" with the nearest known name, or "" if none is near."""
     near = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    return f"Did you mean {near[0]!r}?" if near else ""
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> str | None:
-    """The problem with `name`, or None where it is known or has the form `module:name`."""
+def not_one_of(setting: str, value: str, known: Iterable[str], allowed: str = "", text: str = "") -> Problem:
+    """Returns the problem with a value that is not one of the known, and names the nearest."""
+    known = list(known)
+    return Problem(setting, value, allowed or ", ".join(known), did_you_mean(value, known), text=text)
+
+
+def unknown_name(setting: str, name: str, known: Iterable[str]) -> Problem | None:
+    """Returns the problem with `name`, or None if it is known or has the form `module:name`."""
     known = sorted(known)
     if name in known or ":" in name:
         return None
-    choices = ", or ".join([*([", ".join(known)] if known else []), "'module:name'"])
-    return f"{kind} is {name!r}; allowed: {choices}.{did_you_mean(name, known)}"
+    return not_one_of(setting, name, known, ", ".join([*known, "or 'module:name'"]) if known else "'module:name'")
 
 
-def resolve(kind: str, name: str, known: Mapping[str, Any]) -> Any:
-    """The entry of `known` called `name`, or the object that `module:name` imports.
+def resolve(setting: str, name: str, known: Mapping[str, Any]) -> Any:
+    """Returns the entry of `known` called `name`, or the object that `module:name` imports.
 
     Raises:
         ConfigError: if the name is not known, or the module or its attribute cannot be imported.
     """
-    problem = unknown_name(kind, name, known)
-    if problem:
+    if problem := unknown_name(setting, name, known):
         raise ConfigError(problem)
     if name in known:
         return known[name]
     module_name, _, attribute = name.partition(":")
-    # `accelerate launch -m` and console scripts do not put the working directory on the path, where a
-    # user's own module usually lies.
+    # A user's module usually lies in the working directory, which `accelerate launch -m` and console scripts leave
+    # out of the path.
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:
         return getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{kind} is {name!r}, which cannot be imported: {error}. "
-            "Give 'module:name' of something importable from the working directory."
-        ) from error
+        advice = "Give 'module:name' of something that can be imported from the working directory."
+        raise ConfigError(Problem(setting, name, "", advice, f"which cannot be imported ({error})")) from error

@@ -1,6 +1,6 @@
 """Every setting of a run, as frozen dataclasses. Field docstrings are the help texts.
 
-This module imports no torch, so that `--help` and a config error answer at once.
+Nothing here imports torch, so that `--help` and a config error answer at once.
 """
 
 from __future__ import annotations
@@ -13,31 +13,34 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fundamentallm.config.registry import did_you_mean, unknown_name
+from fundamentallm.config.registry import not_one_of, unknown_name
 from fundamentallm.config.validation import Section, expand_user, from_dict, range_problems
-from fundamentallm.errors import ConfigError
+from fundamentallm.errors import ConfigError, Problem
 
 LARGE_VOCABULARY, CHUNK = 1024, 512
-"""Tokens in a vocabulary from which on logits are made for so many positions at a time only."""
+"""Vocabulary size, in tokens, from which logits are computed in chunks, and positions per chunk."""
 BUILT_IN_CORPUS = "python-docs"
 IGNORE_INDEX = -100
-"""Target that is not trained on: torch's and transformers' convention."""
-
+"""Target that the loss ignores: the convention of torch and transformers."""
 END_OF_TEXT = "<|endoftext|>"
-"""Token that ends a text, where a vocabulary has it (GPT-2's)."""
+"""Token that ends a text in vocabularies that have it (GPT-2's)."""
 
-# The tables behind these names live in the modules that import torch (a test holds the two together).
+# The modules with the tables behind these names import torch. A test keeps the two in step.
 OPTIMIZER_NAMES = ("adamw", "adam", "sgd", "muon")
 SCHEDULE_NAMES = ("constant", "linear", "cosine", "cosine_with_restarts", "wsd")
 METRIC_NAMES = ("val_loss", "val_perplexity", "val_bits_per_byte")
 LOSS_NAMES = ("cross_entropy", "label_smoothing", "focal", "z_loss")
 CALLBACK_NAMES = ("curves", "samples", "profiler", "ratios")
-TRACKER_NAMES = ("tensorboard", "wandb", "mlflow", "trackio")
+
+# Metadata of fields: may the setting differ from the checkpoint's on resume? Unmarked ones only if named in
+# training.resume_changes.
+FREE = {"on_resume": "free"}  # changes no weight, so it may
+SCHEDULE = {"on_resume": "schedule"}  # if named, and changes the learning-rate curve
 
 
-def unknown_metric(name: str, known: Collection[str]) -> str:
-    """The problem with an `early_stopping_metric` that is none of the known ones."""
-    return f"early_stopping_metric is {name!r}; allowed: {', '.join(known)}.{did_you_mean(name, known)}"
+def unknown_metric(name: str, known: Collection[str]) -> Problem:
+    """Returns the problem with an `early_stopping_metric` that is not known."""
+    return not_one_of("early_stopping_metric", name, known)
 
 
 @dataclass(frozen=True, repr=False)
@@ -63,38 +66,31 @@ class ModelConfig(Section):
     d_ff: int | None = None
     """Hidden width of the SwiGLU, in features; default: 8/3 of d_model, rounded up to a multiple of 8."""
     dropout: float = 0.0
-    """Probability of dropping an embedding feature, an attention weight or a block's output feature."""
+    """Dropout probability, for embeddings, attention weights and block outputs."""
     tie_embeddings: bool = False
     """Use the embedding table as the output projection too."""
     rope_theta: float = 10000.0
     """Base of the rotary wavelengths, in tokens (RoFormer, arXiv:2104.09864)."""
     norm_epsilon: float = 1e-6
-    """Added to the mean square of the features that an RMSNorm divides by the root of."""
-    init_from: str | None = None
-    """A checkpoint whose weights a new run begins with (nothing else of it); null: random weights."""
-    pretrained: str | None = None
-    """A folder, or cached name, of transformers' format: what a new run goes on training; the shape is then its own."""
+    """RMSNorm epsilon."""
+    init_from: str | None = field(default=None, metadata=FREE)
+    """Checkpoint whose weights initialise a new run; null: random weights."""
+    pretrained: str | None = field(default=None, metadata=FREE)
+    """Fine-tune this model: a folder or cached name in transformers format; overrides the shape; null: a new model."""
     qk_norm: bool = True
-    """RMS-normalise queries and keys for each head (opens in transformers as Qwen3; without, as Llama)."""
-    zero_init_residual: bool = False
-    """Begin with zeros where blocks write to the residual stream, so that each is the identity at first."""
+    """RMS-normalise queries and keys for each head (true exports to transformers as Qwen3, false as Llama)."""
+    zero_init_residual: bool = field(default=False, metadata=FREE)
+    """Initialise each block's output projections with zeros, so that every block starts as the identity."""
 
-    def _relations(self) -> Iterator[tuple[tuple[str, ...], str]]:
+    def _relations(self) -> Iterator[Problem]:
         if self.d_model % max(2 * self.num_heads, 1):
-            yield (
-                ("d_model", "num_heads"),
-                f"d_model is {self.d_model} and num_heads is {self.num_heads}; allowed: a d_model that "
-                f"2 x num_heads = {2 * self.num_heads} divides, since rotary positions turn pairs of features.",
-            )
+            allowed = f"a multiple of 2 x num_heads = {2 * self.num_heads}, since rotary embeddings rotate pairs"
+            yield self._conflict("d_model", "num_heads", allowed)
         if self.num_kv_heads and self.num_heads % self.num_kv_heads:
-            yield (
-                ("num_heads", "num_kv_heads"),
-                f"num_kv_heads is {self.num_kv_heads} and num_heads is {self.num_heads}; "
-                "allowed: a num_kv_heads that divides num_heads.",
-            )
+            yield self._conflict("num_kv_heads", "num_heads", "a divisor of num_heads")
 
     def resolved(self) -> ModelConfig:
-        """The same shape with every derived default filled in; with `pretrained`, they are not known yet."""
+        """Returns the shape with derived defaults filled in; with `pretrained`, they are not known yet."""
         if self.pretrained is not None:
             return self
         return dataclasses.replace(
@@ -114,278 +110,233 @@ class DataConfig(Section):
         DataConfig(source='my_text', tokenizer='bpe:4096', sequence_length=512)
     """
 
-    source: str | dict[str, float] = BUILT_IN_CORPUS
-    """A file, folder, glob, 'datasets:NAME', 'python-docs' (CPython's own); or several, each with its weight."""
+    source: str | dict[str, float] = field(default=BUILT_IN_CORPUS, metadata=FREE)
+    """File, folder, glob, 'datasets:NAME' or 'python-docs' (bundled with CPython); or a mapping of these to weights."""
     tokenizer: str = "char"
-    """'char' (with model.pretrained: its own), 'byte', 'bpe:<size>' trained on the training text, a tokenizer.json."""
+    """'char' (model.pretrained: its own), 'byte', 'bpe:<size>' trained on the training text, or a tokenizer.json."""
     train_split: float = 0.9
-    """Leading fraction of the text that is trained on; the rest is validation (1: no validation)."""
+    """Leading fraction of the text used for training; the rest is for validation (1: no validation)."""
     text_field: str = "text"
-    """Field of a row (of .jsonl, .parquet, datasets) that holds the text."""
+    """Field of a row (.jsonl, .parquet, datasets) with the text."""
     prompt_field: str | None = None
-    """Field of what the text answers: each row is a sample, whose prompt is not trained on; null: there is none."""
+    """Field with the prompt; loss is computed on text_field only (SFT), one row per sample; null: no prompts."""
     end_of_text: str | None = None
     """Token after each document, such as '<|endoftext|>'; null: an empty line between documents."""
     mask_documents: bool = False
-    """Let no token attend to what comes before its document's beginning (needs end_of_text)."""
+    """Restrict attention to the token's own document (needs end_of_text)."""
     suffixes: list[str] = field(default_factory=lambda: [".txt", ".md"])
-    """Endings of the files that a folder means."""
+    """Suffixes of the files to read from a folder."""
     max_bad_rows: int = 0
-    """Rows (and text files) that cannot be read and may be left out, counted and named; with more it is an error."""
+    """Maximum number of unreadable rows or text files to skip before failing."""
     sequence_length: int = 256
-    """Tokens the model sees at once; one sample."""
-    num_workers: int = 0
-    """Processes that prepare batches ahead; 0: the training process itself, fastest for memory-mapped text."""
-    cache_dir: str | None = None
+    """Context length: tokens per sample."""
+    num_workers: int = field(default=0, metadata=FREE)
+    """Worker processes of the data loader; 0: load in the training process, fastest for memory-mapped text."""
+    cache_dir: str | None = field(default=None, metadata=FREE)
     """Folder for tokenized text, keyed by content and tokenizer; default: the user's cache folder."""
 
-    def _relations(self) -> Iterator[tuple[tuple[str, ...], str]]:
+    def _relations(self) -> Iterator[Problem]:
         kind, _, size = self.tokenizer.partition(":")
-        if kind == "bpe":
-            # 256 bytes and at least one merge.
-            if not (size.isascii() and size.isdecimal() and len(size) < 10 and int(size) > 256):
-                yield (
-                    ("tokenizer",),
-                    f"tokenizer is {self.tokenizer!r}; allowed: 'bpe:<vocabulary size>' with a size above 256.",
-                )
-        elif self.tokenizer not in ("char", "byte") and not self.tokenizer.endswith(".json"):
-            near = did_you_mean(self.tokenizer, ("char", "byte"))
-            yield (
-                ("tokenizer",),
-                f"tokenizer is {self.tokenizer!r}; allowed: 'char', 'byte', 'bpe:<vocabulary size>', "
-                f"or the path of a tokenizer.json.{near}",
-            )
+        if kind == "bpe" and not (size.isdecimal() and int(size) > 256):  # 256 bytes and at least one merge
+            yield Problem("tokenizer", self.tokenizer, "'bpe:<vocabulary size>' with a size above 256")
+        elif kind != "bpe" and kind not in ("char", "byte") and not self.tokenizer.endswith(".json"):
+            allowed = "'char', 'byte', 'bpe:<vocabulary size>', or the path of a tokenizer.json"
+            yield not_one_of("tokenizer", self.tokenizer, ("char", "byte"), allowed)
         for source, weight in self.sources().items():
             if not 0 < weight < math.inf:
-                yield ("source",), f"source has {source!r} with weight {weight}; allowed: greater than 0."
+                yield Problem("source", self.source, "greater than 0", text=f"{source!r} has the weight {weight}")
         if not self.sources():
-            yield ("source",), "source is {}; allowed: at least one source with its weight."
+            yield Problem("source", {}, "at least one source with its weight")
         if self.end_of_text == "":
-            yield ("end_of_text",), "end_of_text is ''; allowed: the text of a token, or null."
-        if self.mask_documents and self.end_of_text is None:
-            yield (
-                ("mask_documents", "end_of_text"),
-                "mask_documents is true and end_of_text is null; allowed: with an end_of_text, which shows where "
-                "documents begin. Set data.end_of_text, such as '<|endoftext|>'.",
-            )
-        if self.prompt_field is not None and self.end_of_text is None:
-            yield (
-                ("prompt_field", "end_of_text"),
-                f"prompt_field is {self.prompt_field!r} and end_of_text is null; allowed: with an end_of_text, or the "
-                "model never learns where an answer ends. Set data.end_of_text, such as '<|endoftext|>'.",
-            )
+            yield Problem("end_of_text", "", "the text of a token, or null")
+        for name in ("mask_documents", "prompt_field"):
+            if getattr(self, name) and self.end_of_text is None:
+                allowed = f"with an end_of_text such as {END_OF_TEXT!r}, which marks where documents end"
+                yield self._conflict(name, "end_of_text", allowed)
         if self.prompt_field == self.text_field:
-            yield ("prompt_field", "text_field"), f"prompt_field and text_field are both {self.text_field!r}."
+            yield self._conflict("prompt_field", "text_field", "another field")
 
     def sources(self) -> dict[str, float]:
-        """Each source with its weight."""
+        """Returns each source with its weight."""
         return self.source if isinstance(self.source, dict) else {self.source: 1.0}
 
 
 @dataclass(frozen=True, repr=False)
 class ParameterGroup(Section):
-    """What is different for some parameters; an entry of `training.parameter_groups`."""
+    """Options of some parameters; an entry of `training.parameter_groups`."""
 
     pattern: str = ""
-    """Which: a glob over the parameters' names, such as '*.embed_tokens.*'."""
+    """Glob over parameter names, such as '*.embed_tokens.*'."""
     learning_rate_scale: float = 1.0
     """Factor of the learning rate, at every step."""
     weight_decay: float | None = None
-    """Decay of all of them, vectors too; null: as without the group."""
+    """Weight decay for the group (including vectors); null: unchanged."""
     frozen: bool = False
-    """Whether they are not trained."""
+    """Do not train these parameters."""
 
-    def _relations(self) -> Iterator[tuple[tuple[str, ...], str]]:
+    def _relations(self) -> Iterator[Problem]:
         if not self.pattern:
-            yield ("pattern",), "pattern is ''; allowed: a glob over the parameters' names, such as 'model.layers.0.*'."
+            yield Problem("pattern", "", "a glob over the parameters' names, such as 'model.layers.0.*'")
         if self.frozen and (self.learning_rate_scale != 1 or self.weight_decay is not None):
-            yield ("frozen",), "frozen is True; allowed: no learning_rate_scale and no weight_decay beside it."
+            yield Problem("frozen", True, "frozen without learning_rate_scale and weight_decay")
 
 
 @dataclass(frozen=True, repr=False)
 class TrainingConfig(Section):
-    """How the model is trained. Every interval counts optimizer steps, or epochs where it says so.
+    """How the model is trained. Intervals count optimizer steps, or epochs if their name says so.
 
     Examples:
         >>> from fundamentallm import TrainingConfig
         >>> TrainingConfig(max_steps=100, warmup_steps=200)
         Traceback (most recent call last):
-        fundamentallm.errors.ConfigError: warmup_steps is 200 and max_steps is 100; allowed: a warm-up shorter than ...
+        fundamentallm.errors.ConfigError: warmup_steps is 200, and max_steps is 100; allowed: a warm-up shorter than ...
     """
 
-    batch_size: int | None = None
-    """Sequences per optimizer step, over all devices; default: the train loader's, 32 on the command line."""
-    batch_size_schedule: list[list[int]] = field(default_factory=list)
+    batch_size: int | None = field(default=None, metadata=SCHEDULE)
+    """Global batch size: sequences per optimizer step, over all devices; default: 32, in Python the loader's."""
+    batch_size_schedule: list[list[int]] = field(default_factory=list, metadata=SCHEDULE)
     """Later batch sizes: [[1000, 64], [5000, 128]] is 64 sequences after 1000 optimizer steps, and 128 after 5000."""
-    micro_batch_size: int | Literal["auto"] | None = None
-    """Most sequences a process computes at once; changes no result; auto: what fits, tried out; default: all it has."""
-    max_epochs: int | None = None
-    """Passes over the training data; default: 1 where max_steps is not set either."""
-    max_steps: int | None = None
-    """Optimizer steps; with max_epochs too, whichever ends first."""
+    micro_batch_size: int | Literal["auto"] | None = field(default=None, metadata=FREE)
+    """Per-device micro-batch size, in sequences; affects no result; auto: the largest that fits; default: no limit."""
+    max_epochs: int | None = field(default=None, metadata=SCHEDULE)
+    """Passes over the training data; default: 1 without max_steps, otherwise no limit."""
+    max_steps: int | None = field(default=None, metadata=SCHEDULE)
+    """Optimizer steps; the run ends at max_steps or max_epochs, whichever comes first; null: no limit."""
     optimizer: str = "adamw"
     """adamw, adam, sgd, muon (hidden matrices; AdamW for the rest), or 'module:name' of an Optimizer class."""
     optimizer_options: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments of a 'module:name' optimizer."""
     parameter_groups: list[dict[str, Any]] = field(default_factory=list)
-    """Of parameters by name: a list of {pattern, learning_rate_scale, weight_decay, frozen}; the first that matches."""
-    learning_rate: float = 3e-4
+    """List of {pattern, learning_rate_scale, weight_decay, frozen}; the first pattern that matches a name wins."""
+    learning_rate: float = field(default=3e-4, metadata=SCHEDULE)
     """Peak learning rate, per optimizer step."""
     adam_learning_rate: float | None = None
-    """Peak learning rate of what muon leaves to AdamW, per optimizer step; null: learning_rate."""
+    """Peak learning rate of the AdamW parameters if the optimizer is muon; null: learning_rate."""
     weight_decay: float = 0.1
-    """Decay of matrices (vectors have none), per optimizer step and unit of learning rate."""
+    """Weight decay of matrices, per optimizer step and unit of learning rate; biases and norms have no decay."""
     adam_beta1: float = 0.9
     """Decay of Adam's first moment, per optimizer step."""
     adam_beta2: float = 0.999
     """Decay of Adam's second moment, per optimizer step."""
     adam_epsilon: float = 1e-8
-    """Added to the root of Adam's second moment."""
+    """Adam epsilon, added to the root of the second moment."""
     momentum: float = 0.9
     """Momentum of sgd, per optimizer step."""
     muon_momentum: float = 0.95
-    """Momentum of muon, per optimizer step; runs of some hundred steps want less than the published 0.95."""
-    lr_scheduler: str = "cosine"
+    """Momentum of muon, per optimizer step; lower it for runs of a few hundred steps."""
+    lr_scheduler: str = field(default="cosine", metadata=SCHEDULE)
     """constant, linear, cosine, cosine_with_restarts, wsd (warm-up, stable, decay), or 'module:name'."""
-    lr_scheduler_options: dict[str, Any] = field(default_factory=dict)
+    lr_scheduler_options: dict[str, Any] = field(default_factory=dict, metadata=SCHEDULE)
     """Options of the schedule: cycles (cosine_with_restarts, 2), decay_fraction (wsd, 0.2)."""
-    warmup_steps: int = 0
+    warmup_steps: int = field(default=0, metadata=SCHEDULE)
     """Optimizer steps of linear warm-up, the last of them at the peak."""
-    min_lr_ratio: float = 0.1
+    min_lr_ratio: float = field(default=0.1, metadata=SCHEDULE)
     """Learning rate of the last optimizer step, as a fraction of the peak."""
     loss: str = "cross_entropy"
     """cross_entropy, label_smoothing, focal, z_loss, or 'module:name'; validation is cross entropy for all four."""
     loss_options: dict[str, Any] = field(default_factory=dict)
     """Options of the loss: smoothing (label_smoothing, 0.1), gamma (focal, 2.0), weight (z_loss, 1e-4)."""
     gradient_clip_norm: float | None = 1.0
-    """Largest global gradient norm; null: no clipping."""
+    """Maximum global gradient norm; null: no clipping."""
     ema_decay: float | None = None
-    """Decay, per step, of a moving average of the weights, validated and exported in their place; null: none."""
+    """Decay, per step, of an average of the weights that is validated and exported in their place; null: no average."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    """Arithmetic of the forward and backward pass; default: what the accelerate config says, else no."""
-    activation_checkpointing: bool | None = None
-    """Recompute each block in the backward pass: memory for time; default: what the accelerate config says, else no."""
-    compile: bool | None = None
-    """Compile the model first (torch.compile), for faster steps; default: what the accelerate config says, else no."""
-    max_bad_steps: int = 10
-    """Optimizer steps in a row with a loss or gradient that is not finite before the run ends with an error."""
+    """Precision of the forward and backward pass; default: the accelerate config's, otherwise no."""
+    activation_checkpointing: bool | None = field(default=None, metadata=FREE)
+    """Recompute blocks in the backward pass to save memory; default: the accelerate config's, otherwise false."""
+    compile: bool | None = field(default=None, metadata=FREE)
+    """Compile the model with torch.compile; default: the accelerate config's, otherwise false."""
+    max_bad_steps: int = field(default=10, metadata=FREE)
+    """Consecutive steps with a non-finite loss or gradient before the run aborts; each is skipped."""
     skip_spikes_above: float | None = None
-    """Robust z-score, against the last 128 steps, of a loss or gradient norm that makes a step left out; null: none."""
-    validation_metrics: list[str] = field(default_factory=list)
-    """Further metrics: 'module:name' of functions of (logits, targets) to (sum, count); logged as val_<name>."""
-    early_stopping_patience: int | None = None
+    """Skip a step whose loss or gradient norm exceeds this robust z-score (over the last 128 steps); null: never."""
+    validation_metrics: list[str] = field(default_factory=list, metadata=FREE)
+    """Further metrics, logged as val_<name>: 'module:name' of functions of (logits, targets) to (sum, count)."""
+    early_stopping_patience: int | None = field(default=None, metadata=FREE)
     """Validations without improvement before training stops; null: never."""
-    early_stopping_metric: str = "val_loss"
-    """Validation metric that decides about stopping and about the best checkpoint."""
-    early_stopping_mode: Literal["min", "max"] = "min"
-    """Whether a smaller or a larger early_stopping_metric is better."""
-    early_stopping_min_delta: float = 0.0
+    early_stopping_metric: str = field(default="val_loss", metadata=FREE)
+    """Validation metric for early stopping and for the best checkpoint."""
+    early_stopping_mode: Literal["min", "max"] = field(default="min", metadata=FREE)
+    """Direction of improvement of early_stopping_metric."""
+    early_stopping_min_delta: float = field(default=0.0, metadata=FREE)
     """Smallest change of the metric that counts as an improvement, in the metric's unit."""
-    eval_every_n_epochs: int | None = 1
+    eval_every_n_epochs: int | None = field(default=1, metadata=FREE)
     """Epochs between validations; null: none by epoch. The last step is always validated."""
-    eval_every_n_steps: int | None = None
+    eval_every_n_steps: int | None = field(default=None, metadata=FREE)
     """Optimizer steps between validations; null: none by step."""
-    checkpoint_dir: str | None = None
+    checkpoint_dir: str | None = field(default=None, metadata=FREE)
     """Folder of checkpoints; default: <output_dir>/checkpoints on the command line, none in Python."""
-    save_every_n_epochs: int | None = 1
+    save_every_n_epochs: int | None = field(default=1, metadata=FREE)
     """Epochs between checkpoints; null: none by epoch. The end of the run is always saved."""
-    save_every_n_steps: int | None = None
+    save_every_n_steps: int | None = field(default=None, metadata=FREE)
     """Optimizer steps between checkpoints; null: none by step."""
-    keep_last_n: int = 3
-    """Checkpoints kept, besides the best."""
-    log_every_n_steps: int = 10
-    """Optimizer steps between log lines; the host waits for the device at no other step."""
-    peak_tflops: float | None = None
-    """10^12 operations a second of one device at its best, for the MFU; default: known NVIDIA GPUs' in 16 bits."""
-    resume: str = "auto"
-    """auto: from the newest checkpoint that verifies, else afresh; never: afresh, in an unused folder; or a path."""
-    resume_changes: list[str] = field(default_factory=list)
-    """Settings that may differ from the checkpoint's although they change the course of the run; or sections."""
-    max_minutes: float | None = None
-    """Minutes of training after which a start of the run ends, saved, with exit code 75; null: no limit."""
-    hang_minutes: float | None = 5.0
-    """Minutes without progress after which a process that holds up the others is named, with its stack; null: never."""
+    keep_last_n: int = field(default=3, metadata=FREE)
+    """Newest checkpoints to keep, besides the best."""
+    log_every_n_steps: int = field(default=10, metadata=FREE)
+    """Optimizer steps between log lines (the only steps that sync with the GPU)."""
+    peak_tflops: float | None = field(default=None, metadata=FREE)
+    """Peak throughput of one device in TFLOP/s, for the MFU; default: the 16-bit peak of known NVIDIA GPUs."""
+    resume: str = field(default="auto", metadata=FREE)
+    """auto: from the newest valid checkpoint, if any; never: from scratch, in an unused folder; or a checkpoint."""
+    resume_changes: list[str] = field(default_factory=list, metadata=FREE)
+    """Settings, or whole sections, allowed to differ from the checkpoint's on resume."""
+    max_minutes: float | None = field(default=None, metadata=FREE)
+    """Save and exit (code 75) after this many minutes; null: no limit."""
+    hang_minutes: float | None = field(default=5.0, metadata=FREE)
+    """Minutes before a stuck process is reported, with a stack trace; null: never."""
     seed: int = 0
-    """Seed of initial weights, order of samples, and dropout."""
+    """Seed of initial weights, data order and dropout."""
 
-    def _relations(self) -> Iterator[tuple[tuple[str, ...], str]]:
+    def _relations(self) -> Iterator[Problem]:
         tables = {"optimizer": OPTIMIZER_NAMES, "lr_scheduler": SCHEDULE_NAMES, "loss": LOSS_NAMES}
         for name, known in tables.items():
             if problem := unknown_name(name, getattr(self, name), known):
-                yield (name,), problem
-        # Whether there is such a further metric is known to the Trainer, which may be given some.
+                yield problem
+        # Only the Trainer knows whether a further validation metric of this name exists.
         if self.early_stopping_metric not in METRIC_NAMES and not self.early_stopping_metric.startswith("val_"):
-            yield ("early_stopping_metric",), unknown_metric(self.early_stopping_metric, METRIC_NAMES)
+            yield unknown_metric(self.early_stopping_metric, METRIC_NAMES)
         if self.optimizer_options and self.optimizer in OPTIMIZER_NAMES:
-            yield (
-                ("optimizer_options",),
-                f"optimizer_options is {self.optimizer_options!r} and optimizer is {self.optimizer!r}; "
-                "allowed: options for a 'module:name' optimizer only. Set adam_beta1 and the like directly.",
-            )
-        # An adamw that took no notice of it would be a surprise; what a 'module:name' makes of settings is its own.
+            yield self._conflict("optimizer_options", "optimizer", "for 'module:name' only; set adam_beta1 directly")
         if self.adam_learning_rate is not None and self.optimizer in ("adamw", "adam", "sgd"):
-            yield (
-                ("adam_learning_rate",),
-                f"adam_learning_rate is {self.adam_learning_rate!r} and optimizer is {self.optimizer!r}; "
-                "allowed: null, but for muon. Set training.learning_rate instead.",
-            )
-        if self.max_steps is not None and self.warmup_steps >= self.max_steps:
-            yield (
-                ("warmup_steps", "max_steps"),
-                f"warmup_steps is {self.warmup_steps} and max_steps is {self.max_steps}; "
-                "allowed: a warm-up shorter than the run. Set training.warmup_steps lower.",
-            )
+            yield self._conflict("adam_learning_rate", "optimizer", "null, except for muon; set learning_rate instead")
+        if self.max_steps is not None and 0 < self.max_steps <= self.warmup_steps:
+            yield self._conflict("warmup_steps", "max_steps", "a warm-up shorter than the run")
         for index, entry in enumerate(self.parameter_groups):
             try:
                 from_dict(ParameterGroup, entry)
             except ConfigError as error:
-                yield from ((("parameter_groups",), f"parameter_groups[{index}].{text}") for text in error.problems)
-        if problem := self._schedule_problem():
-            yield ("batch_size_schedule",), problem
-        changeable = _names_of_changes()
+                yield from (problem.within(f"parameter_groups[{index}]") for problem in error.problems)
+        yield from self._schedule_problems()
+        known_changes = [*ON_RESUME, *DATA_FACTS]
         for name in self.resume_changes:
-            if name not in changeable:
-                near = did_you_mean(name, changeable)
-                yield ("resume_changes",), f"resume_changes has {name!r}; allowed: settings, such as data.source.{near}"
-        # A path may be gone where the run has gone on from it: whether it is needed, the start finds out.
-        is_path = os.path.basename(self.resume) != self.resume
-        if self.resume not in ("auto", "never") and not is_path and not os.path.isdir(expand_user(self.resume)):
-            near = did_you_mean(self.resume, ("auto", "never"))
-            yield ("resume",), f"resume is {self.resume!r}; allowed: auto, never, or a checkpoint's folder.{near}"
+            if name not in known_changes:
+                text = f"unknown setting {name!r}"
+                yield not_one_of("resume_changes", name, known_changes, "settings, such as data.source", text)
+        # A path may be gone by now if the run has checkpoints of its own, so only the start can check it.
+        is_path = os.path.basename(self.resume) != self.resume or os.path.isdir(expand_user(self.resume))
+        if self.resume not in ("auto", "never") and not is_path:
+            yield not_one_of("resume", self.resume, ("auto", "never"), "auto, never, or a checkpoint's folder")
 
-    def _schedule_problem(self) -> str | None:
-        pairs = all(
+    def _schedule_problems(self) -> Iterator[Problem]:
+        are_pairs = all(
             len(pair) == 2 and not range_problems(max_steps=pair[0], batch_size=pair[1])
             for pair in self.batch_size_schedule
         )
-        if pairs and all(one[0] < other[0] for one, other in itertools.pairwise(self.batch_size_schedule)):
-            return None
-        return (
-            f"batch_size_schedule is {self.batch_size_schedule!r}; allowed: pairs of [optimizer steps done, sequences "
-            "per step from there on], each at least 1, the steps increasing. (The first steps' is batch_size.)"
-        )
+        if not are_pairs or any(one[0] >= other[0] for one, other in itertools.pairwise(self.batch_size_schedule)):
+            allowed = "pairs of [optimizer steps done, batch size from there on], at least 1, with increasing steps"
+            yield Problem("batch_size_schedule", self.batch_size_schedule, allowed)
 
     def smallest_batch_size(self, first: int | None) -> int | None:
-        """The smallest batch of the run, the first steps' being `first` (None: not known)."""
+        """Returns the smallest batch size of the run, which starts with `first` (None: not known)."""
         return None if first is None else min([first, *(size for _, size in self.batch_size_schedule)])
 
     def resolved(self) -> TrainingConfig:
-        """The same settings with the length of the run filled in, and the user's home where a `~` stands for it."""
+        """Returns the settings with the length of the run filled in, and `~` expanded."""
         return dataclasses.replace(
             self,
             max_epochs=1 if self.max_epochs is self.max_steps is None else self.max_epochs,
             checkpoint_dir=None if self.checkpoint_dir is None else expand_user(self.checkpoint_dir),
         )
-
-
-DATA_FACTS = ("data.num_samples", "data.shuffle", "data.drop_last", "data.content")
-"""What else of the data a run depends on, and a checkpoint knows; named like settings in `resume_changes`."""
-
-
-def _names_of_changes() -> set[str]:
-    sections: dict[str, type[Section]] = {"model": ModelConfig, "data": DataConfig, "training": TrainingConfig}
-    dotted = {f"{section}.{entry.name}" for section, kind in sections.items() for entry in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    return {*sections, *dotted, *DATA_FACTS}
 
 
 @dataclass(frozen=True, repr=False)
@@ -399,51 +350,43 @@ class Config(Section):
         'runs/one/checkpoints'
     """
 
-    output_dir: str = "runs/default"
-    """Folder of everything the run writes: metrics.jsonl, starts.jsonl, curves.png, checkpoints."""
+    output_dir: str = field(default="runs/default", metadata=FREE)
+    """Folder for everything the run writes: metrics.jsonl, starts.jsonl, curves.png, checkpoints."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """The model."""
     data: DataConfig = field(default_factory=DataConfig)
-    """The data."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    """The training."""
-    callbacks: list[str] = field(default_factory=list)
-    """samples, profiler, ratios, curves (always there), or 'module:name' of Callback classes."""
-    callback_options: dict[str, Any] = field(default_factory=dict)
+    callbacks: list[str] = field(default_factory=list, metadata=FREE)
+    """samples, profiler, ratios, curves (always on), or 'module:name' of Callback classes."""
+    callback_options: dict[str, Any] = field(default_factory=dict, metadata=FREE)
     """Keyword arguments of callbacks by name, such as {samples: {prompts: [Once]}, curves: {theme: dark}}."""
-    trackers: list[str] = field(default_factory=list)
-    """Trackers that get every log line too: tensorboard, wandb, mlflow, trackio."""
-    tracker_options: dict[str, Any] = field(default_factory=dict)
-    """Name of the project, and keyword arguments of trackers by name: {project: mine, wandb: {tags: [small]}}."""
-    sample_tokens: int = 200
-    """Tokens of each text generated: shown after training, and by the callback samples; 0: none after training."""
+    trackers: list[str] = field(default_factory=list, metadata=FREE)
+    """Experiment trackers, by accelerate's names: tensorboard, wandb, mlflow, trackio and others."""
+    tracker_options: dict[str, Any] = field(default_factory=dict, metadata=FREE)
+    """Project name, and keyword arguments of trackers by name: {project: mine, wandb: {tags: [small]}}."""
+    sample_tokens: int = field(default=200, metadata=FREE)
+    """Tokens of each generated sample, after training and by the callback samples; 0: no sample after training."""
 
-    def _relations(self) -> Iterator[tuple[tuple[str, ...], str]]:
-        if not self.output_dir:  # as of a shell's variable that is not set
-            yield ("output_dir",), "output_dir is ''; allowed: the path of a folder ('.' is this one)."
+    def _relations(self) -> Iterator[Problem]:
+        if not self.output_dir:  # a shell variable that is not set
+            yield Problem("output_dir", "", "the path of a folder ('.' is this one)")
         for name in self.callbacks:
             if problem := unknown_name("callbacks", name, CALLBACK_NAMES):
-                yield ("callbacks",), problem
-        for name in self.trackers:
-            if name not in TRACKER_NAMES:
-                near = did_you_mean(name, TRACKER_NAMES)
-                yield ("trackers",), f"trackers has {name!r}; allowed: {', '.join(TRACKER_NAMES)}.{near}"
+                yield problem
         named = {"callback_options": ["curves", *self.callbacks], "tracker_options": ["project", *self.trackers]}
         for setting, names in named.items():
             for name, value in getattr(self, setting).items():
                 if name not in names:
-                    near = did_you_mean(name, names)
-                    yield (setting,), f"{setting} has {name!r}; allowed: {', '.join(names)}.{near}"
-                elif not (isinstance(value, str) if name == "project" else isinstance(value, dict)):
-                    wanted = "text" if name == "project" else "a mapping of keyword arguments"
-                    yield (setting,), f"{setting}.{name} is {value!r}; allowed: {wanted}."
+                    yield not_one_of(setting, name, names, text=f"{name!r} is not in use")
+                elif not isinstance(value, str if name == "project" else dict):
+                    allowed = "text" if name == "project" else "a mapping of keyword arguments"
+                    yield Problem(f"{setting}.{name}", value, allowed)
 
     def folder_of_checkpoints(self) -> str:
-        """Where the checkpoints of this run are."""
+        """Returns the folder of this run's checkpoints."""
         return expand_user(self.training.checkpoint_dir or os.path.join(self.output_dir, "checkpoints"))
 
     def resolved(self) -> Config:
-        """The same run with every default that depends on another setting filled in."""
+        """Returns the run with every default that depends on another setting filled in."""
         training = self.training.resolved()
         return dataclasses.replace(
             self,
@@ -455,8 +398,24 @@ class Config(Section):
         )
 
 
+SECTIONS: dict[str, type[Any]] = {"": Config, "model": ModelConfig, "data": DataConfig, "training": TrainingConfig}
+
+DATA_FACTS = ("data.num_samples", "data.shuffle", "data.drop_last", "data.content")
+"""Facts of the data that checkpoints record; `resume_changes` may name them like settings."""
+
+ON_RESUME = {
+    f"{section}.{entry.name}".lstrip("."): entry.metadata.get("on_resume")
+    for section, kind in SECTIONS.items()
+    for entry in dataclasses.fields(kind)
+}
+FREE_ON_RESUME = frozenset(name for name, kind in ON_RESUME.items() if kind == "free")
+"""Settings that change no weight, and may differ on resume. (The text may move: its content counts.)"""
+AFFECTS_SCHEDULE = frozenset(name for name, kind in ON_RESUME.items() if kind == "schedule") | {"data.num_samples"}
+"""Settings, and facts of the data, that change the learning-rate curve."""
+
+
 def flat_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """{dotted name: value} of a config as a plain dict; settings without sections are those of the training."""
+    """Returns {dotted name: value} of a config as a plain dict; settings without sections belong to the training."""
     sections = ("model", "data", "training")
     nested = config if "training" in config else {"training": config}
     flat = {name: value for name, value in nested.items() if name not in sections}

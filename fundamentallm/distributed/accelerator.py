@@ -1,12 +1,13 @@
-"""Making and checking the `Accelerator`: every way in which a launch would silently not be one run is an error."""
+"""Creates the Accelerator of a process, and refuses one with which a launch would silently not be one run."""
 
 from __future__ import annotations
 
+import logging
 import os
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     ProjectConfiguration,
@@ -15,26 +16,17 @@ from accelerate.utils import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from fundamentallm.distributed import launch_checks as checks
 from fundamentallm.distributed.compilation import compile_problems
-from fundamentallm.distributed.launch_checks import (
-    DEEPSPEED,
-    MEGATRON,
-    PARALLEL,
-    SUPPORTED,
-    XLA,
-    idle_processes,
-    launch_problems,
-    parallel_problems,
-    tracker_problems,
-)
 from fundamentallm.distributed.rendezvous import join_group
-from fundamentallm.errors import ConfigError
+from fundamentallm.errors import ConfigError, FundamentaLLMError, Problem
+
+logger = logging.getLogger(__name__)
 
 kept_groups: list[object] = []
-"""Process groups, kept until `Trainer.leave_group`, or as long as the interpreter. DistributedDataParallel would else
-be the last to hold one, and torch 2.13 then destroys it with the interpreter locked: it waits for gloo's threads, and
-one of them, still letting go of a tensor of ours, for the interpreter. (Seen in one of some ten runs on a busy machine,
-at their very end.)"""
+"""Keeps process groups alive until `Trainer.leave_group`. Otherwise DDP is their last owner, and torch 2.13 destroys
+them while holding the GIL, which can deadlock with a gloo thread that is freeing a tensor (seen at exit in about 1 of
+10 runs on a busy machine)."""
 
 
 def create_accelerator(
@@ -44,18 +36,18 @@ def create_accelerator(
     trackers: list[str] | None = None,
     output_dir: str | None = None,
 ) -> Accelerator:
-    """The Accelerator of this process; the first thing a program makes, before anything asks for its rank.
+    """Creates the Accelerator of this process. Call it before anything else that uses accelerate or asks for the rank.
 
     Args:
-        mixed_precision: what the config says; None: nothing.
+        mixed_precision: `training.mixed_precision`; None: not set.
         batch_size: sequences per optimizer step, over all processes; None: not known yet.
         compiles: `training.compile`; None: not set.
-        trackers: that get the log lines too, by accelerate's names (`log_with`).
-        output_dir: whose folder tensorboard writes to.
+        trackers: accelerate's names of the trackers that get the log lines (`log_with`).
+        output_dir: folder for the files of trackers.
 
     Raises:
-        ConfigError: listing trackers that are not installed, and whatever the launcher was asked for that contradicts
-            our settings, is not supported, or would not be had (see `launch_problems` and `check_accelerator`).
+        ConfigError: listing what the launcher was asked for that contradicts the config, is not supported or would be
+            ignored, and trackers that are unknown or not installed.
 
     Examples:
         >>> from fundamentallm import create_accelerator
@@ -65,14 +57,13 @@ def create_accelerator(
     """
     # Without cpu=True on a machine without an accelerator, two launched processes would be two independent runs.
     cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
-    problems = launch_problems(os.environ, not cpu, mixed_precision, batch_size)
+    problems = checks.launch_problems(os.environ, not cpu, mixed_precision) + checks.tracker_problems(trackers or [])
     if is_torch_xla_available():
-        problems.append(f"torch_xla is installed, which accelerate takes for a TPU; uninstall it: {XLA}")
-    problems += tracker_problems(trackers or [])
+        problems.append(checks.engine_problem("XLA"))
     if problems:
         raise ConfigError(problems)
     join_group(cpu)
-    # Gradients lie in the buffers that are exchanged, rather than once more beside them.
+    # Gradients lie in the buffers that are exchanged, instead of beside them.
     data_parallel = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(
         cpu=cpu,
@@ -91,40 +82,37 @@ def check_accelerator(
     batch_size: int | None = None,
     compiles: bool | None = None,
 ) -> None:
-    """Refuse an Accelerator with which a run would silently not be what its config says.
+    """Refuses an Accelerator with which a run would silently not be what its config says.
 
-    Args:
-        accelerator: made already.
-        mixed_precision: what the config says; None: nothing.
-        batch_size: sequences per optimizer step, over all processes; None: not known yet.
-        compiles: `training.compile`; None: not set.
+    Warns of options that do nothing in a Trainer, and makes `accelerator.save_state` and `load_state` raise.
+    The other arguments are those of `create_accelerator`.
 
     Raises:
         ConfigError: listing what to change.
     """
     if dist.is_initialized():
         kept_groups.append(dist.group.WORLD)
-    launched, problems = int(os.environ.get("WORLD_SIZE", "1")), []
-    if accelerator.num_processes != launched:
-        problems.append(
-            f"{launched} processes were launched and the Accelerator has {accelerator.num_processes}; make it before "
-            "anything else of accelerate, with cpu=True where there is no GPU (create_accelerator does both)."
-        )
-    problems += _kind_problems(accelerator)
-    if accelerator.gradient_accumulation_steps != 1:
-        problems.append(
-            f"the Accelerator's gradient_accumulation_steps is {accelerator.gradient_accumulation_steps}; allowed: 1. "
-            "Set training.micro_batch_size instead: accumulation follows from it."
-        )
-    if mixed_precision not in (None, accelerator.mixed_precision):
-        problems.append(
-            f"training.mixed_precision is {mixed_precision!r} and the Accelerator's is "
-            f"{accelerator.mixed_precision!r}; set one of them, or both alike."
-        )
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        problems.append("mixed_precision is 'fp16', which accelerate computes as fp32 on a CPU; use no or bf16.")
+    kind, precision = accelerator.distributed_type.value, accelerator.mixed_precision
+    count, launched = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
+    problems: list[str] = [*checks.option_problems(accelerator)]
+    if count != launched:
+        advice = "Create it before anything else of accelerate, with cpu=True on a machine without GPUs."
+        problems.append(Problem("Accelerator.num_processes", count, f"{launched}, as launched", advice))
+    if kind in checks.ENGINES:
+        problems.append(checks.engine_problem(kind))
+    # accelerate silently ignores FSDP on a CPU, and in a process that no launcher started.
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and not accelerator.is_fsdp2:
+        advice = "FSDP was requested: set fsdp_version to 2, and use accelerate launch or torchrun on GPUs."
+        problems.append(Problem("Accelerator.distributed_type", kind, "FSDP (version 2)", advice))
+    if accelerator.parallelism_config is not None:
+        sizes = {name: getattr(accelerator.parallelism_config, f"{name}_size") for name in checks.PARALLEL}
+        problems += checks.parallel_problems(sizes)
+    problems += checks.precision_problems("Accelerator.mixed_precision", precision, mixed_precision)
+    if precision == "fp16" and accelerator.device.type == "cpu":
+        advice = "On a CPU, accelerate computes fp16 as fp32."
+        problems.append(Problem("training.mixed_precision", "fp16", "no, bf16", advice))
     problems += compile_problems(accelerator, compiles)
-    problems += idle_processes(batch_size, accelerator.num_processes)
+    problems += checks.idle_processes(batch_size, count)
     if problems:
         raise ConfigError(problems)
     if accelerator.is_fsdp2:
@@ -132,19 +120,14 @@ def check_accelerator(
         computed_in = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
         policy = MixedPrecisionPolicy(param_dtype=computed_in, reduce_dtype=torch.float32)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+    for line in checks.ignored_options(accelerator) if accelerator.is_main_process else ():
+        logger.warning("%s", line)
+    accelerator.register_save_state_pre_hook(_refuse_states)
+    accelerator.register_load_state_pre_hook(_refuse_states)
 
 
-def _kind_problems(accelerator: Accelerator) -> list[str]:
-    """What is wrong with how an Accelerator would use its processes."""
-    kind, parallel = accelerator.distributed_type, accelerator.parallelism_config
-    why = {DistributedType.DEEPSPEED: DEEPSPEED, DistributedType.MEGATRON_LM: MEGATRON, DistributedType.XLA: XLA}
-    problems = [f"the Accelerator's distributed_type is {kind.value}; {SUPPORTED}: {why[kind]}"] if kind in why else []
-    # accelerate itself forgets it on a CPU, and on a process that no launcher started.
-    if parse_flag_from_env("ACCELERATE_USE_FSDP") and not accelerator.is_fsdp2:
-        problems.append(
-            f"FSDP was asked for and the Accelerator's distributed_type is {kind.value}; set fsdp_version to 2, and "
-            "start the run by accelerate launch or torchrun, on a machine with accelerators."
-        )
-    if parallel is not None:
-        problems += parallel_problems({name: getattr(parallel, f"{name}_size") for name in PARALLEL})
-    return problems
+def _refuse_states(*_: object) -> None:
+    raise FundamentaLLMError(
+        "accelerator.save_state and load_state do not know the state of a run, and use pickle. Use "
+        "trainer.save_checkpoint and trainer.load_checkpoint."
+    )

@@ -1,4 +1,4 @@
-"""Processes that do one thing together, and fail together."""
+"""A group of processes that exchange values and errors on the host."""
 
 from __future__ import annotations
 
@@ -13,55 +13,59 @@ from fundamentallm.errors import FundamentaLLMError
 T = TypeVar("T")
 
 
-class Team:
-    """The processes of a run, as far as files are concerned; they speak over gloo, so that no device waits.
+class HostGroup:
+    """All processes of the run, connected by a gloo group of their own, so that no device has to wait.
+
+    Each thread needs its own HostGroup, since collectives of two threads in one group would mix.
 
     Args:
-        alone: whether this process is a team of its own, whatever there is besides.
+        alone: use this process only, even if it belongs to a process group.
     """
 
     def __init__(self, alone: bool = False) -> None:
         alone = alone or not dist.is_initialized() or dist.get_world_size() == 1
-        # A group of its own, since a thread may use it while the training uses another.
         self._group = None if alone else dist.new_group(backend="gloo")
         self.rank, self.size = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
 
-    def exchange(self, value: T) -> list[T]:
-        """Everybody's value, in the order of ranks."""
+    def all_gather(self, value: T) -> list[T]:
+        """Returns the values of all processes, ordered by rank."""
         if self.size == 1:
             return [value]
         values: list[T | None] = [None] * self.size
-        # torch pickles what processes of one run tell each other; nothing of it ever gets to the disk.
+        # torch.distributed pickles objects that the processes of one run exchange. They trust each other, and nothing
+        # of this reaches a file.
         dist.all_gather_object(values, value, self._group)
         return values  # type: ignore[return-value]
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """What is done inside is done when all have done it; where one fails, all do.
+    def barrier_with_errors(self) -> Iterator[None]:
+        """Barrier with error propagation.
+
+        Returns once every process has left the block, and raises on all of them if one raised.
 
         Raises:
-            FundamentaLLMError: on the others, with what the first one to fail had to say.
+            FundamentaLLMError: on the processes that did not raise, with the message of the first one that did.
         """
         failure = None
         try:
             yield
         except BaseException as error:
             failure = error
-        said = self.exchange(None if failure is None else f"{failure}")
+        messages = self.all_gather(None if failure is None else f"{failure}")
         if failure is not None:
             raise failure
-        for rank, text in enumerate(said):
-            if text is not None:
-                raise FundamentaLLMError(f"process {rank} of {self.size} failed: {text}")
+        for rank, message in enumerate(messages):
+            if message is not None:
+                raise FundamentaLLMError(f"process {rank} of {self.size} failed: {message}")
 
-    def from_first(self, action: Callable[[], T]) -> T:
-        """`action()` as the first process does it, on all of them.
+    def from_main(self, action: Callable[[], T]) -> T:
+        """Runs `action` on the main process and returns its result on all processes.
 
         Raises:
-            FundamentaLLMError: as `together` does.
+            FundamentaLLMError: as `barrier_with_errors` does.
         """
         result: T | None = None
-        with self.together():
+        with self.barrier_with_errors():
             if self.rank == 0:
                 result = action()
-        return self.exchange(result)[0]  # type: ignore[return-value]
+        return self.all_gather(result)[0]  # type: ignore[return-value]

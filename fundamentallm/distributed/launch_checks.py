@@ -1,150 +1,168 @@
-"""What a launcher asks for by its environment variables, where a run here would be something else.
+"""Checks of what a launcher, or a caller's Accelerator, asks for and a run would silently not do.
 
-accelerate's launcher turns its YAML and its flags into these variables, and `Accelerator()` reads them. They are looked
-at before it does, since it would fail over a missing package, or leave out in silence what was asked for.
+accelerate's launcher turns its YAML and flags (`accelerate_config` in the problems) into environment variables. They
+are checked before `Accelerator()` reads them, since it fails over missing packages and ignores FSDP on a CPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import attrgetter
 
+from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 
-SUPPORTED = (
-    "allowed: data-parallel processes (accelerate_configs/multi_gpu.yaml), FSDP2 (fsdp2.yaml), copies of it (hsdp.yaml)"
-)
+from fundamentallm.config.registry import did_you_mean
+from fundamentallm.errors import Problem
+
 PRECISIONS = ("no", "bf16", "fp16")
-
-DEEPSPEED = (
-    "its engine takes the optimizer step within backward, where no clipping, no guard and no schedule of a run reaches "
-    "it. What ZeRO shards, accelerate_configs/fsdp2.yaml does, with training.gradient_clip_norm and "
-    "training.micro_batch_size for its gradient_clipping and gradient_accumulation_steps."
-)
-MEGATRON = (
-    "it brings a model, an optimizer and a loop of its own; its gradient clipping and its number of micro-batches are "
-    "training.gradient_clip_norm and training.micro_batch_size here."
-)
-XLA = "on it, accelerate exchanges gradients within its own wrapper of the optimizer, which a step here does not use."
-PARALLEL = {
-    "tp": "tensor parallelism of accelerate wants a model that is made for it, layer by layer, and ours is not",
-    "cp": "context parallelism cuts sequences up, and the model computes rotary positions and the loss over whole ones",
-    "sp": "sequence parallelism is DeepSpeed's",
+OFF = ("", "0", "n", "no", "f", "false", "off")
+ENGINES = {
+    "DEEPSPEED": "DeepSpeed steps the optimizer inside backward, out of reach of a run's clipping, guard and schedule.",
+    "MEGATRON_LM": "Megatron-LM brings its own model, optimizer and loop.",
+    "XLA": "TPUs are not supported, and accelerate takes a machine with torch_xla for one: uninstall it.",
 }
-"""Why not, by accelerate's short names."""
+PARALLEL = {
+    "tp": "tensor parallelism needs a model that is made for it, layer by layer",
+    "cp": "context parallelism splits sequences, but positions and losses are computed over whole ones",
+    "sp": "sequence parallelism needs DeepSpeed",
+}
 SIZES = ("dp_replicate", "dp_shard", *PARALLEL)
+REFUSED: dict[str, tuple[object, str]] = {
+    "gradient_accumulation_steps": (1, "Set training.micro_batch_size: accumulation follows from it."),
+    "device_placement": (True, "The Trainer moves the model and its batches to the device."),
+    "step_scheduler_with_optimizer": (True, "The Trainer steps the schedule after every optimizer step."),
+    "dataloader_config.data_seed": (None, "The order of samples follows from training.seed."),
+    "project_configuration.automatic_checkpoint_naming": (False, "Set training.keep_last_n."),
+}
+"""Arguments of a caller's Accelerator whose only allowed value is their default: with others, the caller would expect
+another run. The order of samples of `split_batches=True` and `even_batches=False` is what a Trainer does anyway."""
+IGNORED: dict[str, tuple[object, str]] = {
+    "dataloader_config.dispatch_batches": (None, "each process loads its own samples"),
+    "dataloader_config.use_seedable_sampler": (False, "the order of samples follows from training.seed"),
+    "dataloader_config.use_stateful_dataloader": (False, "a resumed run continues with the next sample without it"),
+    "rng_types": (["generator"], "random states follow from training.seed, the step and the rank"),
+    "project_configuration.total_limit": (None, "set training.keep_last_n"),
+    "project_configuration.save_on_each_node": (False, "the processes write one checkpoint together"),
+}
+"""Arguments of a caller's Accelerator that do nothing here and change no result."""
 
 
 def launch_problems(
-    environment: Mapping[str, str], has_device: bool, mixed_precision: str | None = None, batch_size: int | None = None
-) -> list[str]:
-    """What contradicts our settings, or is not supported; each names both places and what to do.
+    environment: Mapping[str, str], has_device: bool, mixed_precision: str | None = None
+) -> list[Problem]:
+    """Returns what the launcher asks for that contradicts the config or is not supported.
 
     Args:
-        environment: of the process.
+        environment: environment variables of the process.
         has_device: whether it will compute on an accelerator.
         mixed_precision: `training.mixed_precision`; None: not set.
-        batch_size: sequences per optimizer step, over all processes; None: not known.
     """
-    problems = _engine_problems(environment) + _sharding_problems(environment, has_device)
+    problems = [engine_problem(name) for name in ENGINES if _is_set(environment, f"ACCELERATE_USE_{name}")]
+    problems += _sharding_problems(environment, has_device)
     launched = environment.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launched not in PRECISIONS:
-        problems.append(
-            f"mixed_precision in the accelerate config is {launched!r}; allowed: {', '.join(PRECISIONS)}, there or in "
-            "training.mixed_precision."
-        )
-    # `accelerate launch` says "no" where nobody said anything, so only another precision can contradict ours.
-    elif mixed_precision is not None and launched not in ("no", mixed_precision):
-        problems.append(
-            f"training.mixed_precision is {mixed_precision!r} and mixed_precision in the accelerate config is "
-            f"{launched!r}; set one of them, or both alike."
-        )
-    if _is_set(environment, "ACCELERATE_DOWNCAST_BF16"):
-        problems.append(
-            "downcast_bf16 is set in the accelerate config, which is for TPUs; leave it out, and set "
-            "training.mixed_precision."
-        )
-    steps = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if steps not in ("1", "auto"):
-        problems.append(
-            f"gradient_accumulation_steps of accelerate (ACCELERATE_GRADIENT_ACCUMULATION_STEPS) is {steps}; allowed: "
-            "1. Set training.micro_batch_size instead: accumulation follows from it and training.batch_size."
-        )
-    clipping = environment.get("ACCELERATE_GRADIENT_CLIPPING", "none")
-    if clipping not in ("none", "auto"):
-        problems.append(
-            f"gradient_clipping in the accelerate config is {clipping}; leave it out, and set "
-            "training.gradient_clip_norm, the one that acts."
-        )
-    return problems + idle_processes(batch_size, int(environment.get("WORLD_SIZE", "1")))
+    if launched != "no":  # which `accelerate launch` sets by default
+        problems += precision_problems("accelerate_config.mixed_precision", launched, mixed_precision)
+    for name, setting in (("downcast_bf16", "mixed_precision"), ("gradient_clipping", "gradient_clip_norm")):
+        value = environment.get(f"ACCELERATE_{name.upper()}", "no")
+        if value.lower() not in (*OFF, "none", "auto"):
+            problems.append(Problem(f"accelerate_config.{name}", value, "unset", f"Set training.{setting} instead."))
+    return problems
 
 
-def idle_processes(batch_size: int | None, num_processes: int) -> list[str]:
-    """The problem of a batch with fewer sequences than there are processes, if it is one."""
+def engine_problem(name: str) -> Problem:
+    """Returns the problem with a distributed_type that is not supported."""
+    allowed = "MULTI_GPU (accelerate_configs/multi_gpu.yaml), FSDP (fsdp2.yaml or hsdp.yaml)"
+    return Problem("accelerate_config.distributed_type", name, allowed, ENGINES[name])
+
+
+def precision_problems(setting: str, value: str, wanted: str | None) -> list[Problem]:
+    """Returns the problem with a mixed precision that is not supported, or is not the config's (`wanted`), if any."""
+    if value not in PRECISIONS:
+        return [Problem(setting, value, ", ".join(PRECISIONS))]
+    if wanted not in (None, value):
+        advice = "Set one of them, or both to the same value."
+        return [Problem("training.mixed_precision", wanted, value, advice, f"but {setting} is {value!r}")]
+    return []
+
+
+def idle_processes(batch_size: int | None, num_processes: int) -> list[Problem]:
+    """Returns the problem of a batch with fewer sequences than there are processes, if it is one."""
     if batch_size is None or batch_size >= num_processes:
         return []
+    idle = f"so that {num_processes - batch_size} of {num_processes} processes would have no sequence in any step"
+    advice = "It counts the sequences of all processes; increase it, or launch fewer processes (num_processes)."
+    return [Problem("training.batch_size", batch_size, f"at least {num_processes}", advice, idle)]
+
+
+def parallel_problems(sizes: Mapping[str, int]) -> list[Problem]:
+    """Returns a problem for each way of parallelism that is not data-parallel."""
+    advice = "Use dp_shard_size (FSDP2) for a model that is too large for a device."
     return [
-        f"training.batch_size is {batch_size} and num_processes in the accelerate config is {num_processes}, so that "
-        f"{num_processes - batch_size} of them would have nothing to do in any step; allowed: a batch_size of at least "
-        f"{num_processes} (it counts sequences over all processes), or fewer processes."
-    ]
-
-
-def _engine_problems(environment: Mapping[str, str]) -> list[str]:
-    problems = []
-    for variable, kind, why in (
-        ("ACCELERATE_USE_DEEPSPEED", "DEEPSPEED", DEEPSPEED),
-        ("ACCELERATE_USE_MEGATRON_LM", "MEGATRON_LM", MEGATRON),
-    ):
-        if _is_set(environment, variable):
-            problems.append(f"distributed_type in the accelerate config is {kind}; {SUPPORTED}: {why}")
-    return problems
-
-
-def _sharding_problems(environment: Mapping[str, str], has_device: bool) -> list[str]:
-    problems, shards = [], _is_set(environment, "ACCELERATE_USE_FSDP")
-    version = environment.get("FSDP_VERSION", "1")
-    if shards and version != "2":
-        problems.append(f"fsdp_version in the accelerate config is {version}; allowed: 2. Set it in fsdp_config.")
-    if shards and not has_device:
-        problems.append(
-            "distributed_type in the accelerate config is FSDP and this is to run on a CPU, where accelerate leaves it "
-            "out in silence; use accelerate_configs/cpu_2_processes.yaml, or a machine with accelerators."
-        )
-    if not _is_set(environment, "ACCELERATE_USE_PARALLELISM_CONFIG"):
-        return problems
-    sizes = {name: int(environment.get(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", "1")) for name in SIZES}
-    problems += parallel_problems(sizes)
-    copies, parts = sizes["dp_replicate"], sizes["dp_shard"]
-    world = int(environment.get("WORLD_SIZE", "1"))
-    if copies * parts > 1 and not shards:
-        problems.append(
-            "parallelism_config in the accelerate config needs distributed_type: FSDP with fsdp_version: 2, as in "
-            "accelerate_configs/hsdp.yaml; plain data parallelism (multi_gpu.yaml) needs no parallelism_config."
-        )
-    elif copies * parts != world or parts == 1:
-        problems.append(
-            f"parallelism_config in the accelerate config has {copies} copies (dp_replicate_size) of {parts} parts "
-            f"(dp_shard_size), and num_processes is {world}; allowed: two sizes that make {world} multiplied, the "
-            "second of them above 1."
-        )
-    return problems
-
-
-def parallel_problems(sizes: Mapping[str, int]) -> list[str]:
-    """One for each dimension in which processes would be used otherwise than data-parallel."""
-    return [
-        f"parallelism_config_{name}_size in the accelerate config is {sizes[name]}; allowed: 1, since {why}. Use "
-        "dp_shard_size (FSDP2) for a model too large for a device."
-        for name, why in PARALLEL.items()
+        Problem(f"accelerate_config.parallelism_config_{name}_size", sizes[name], "1", advice, f"but {reason}")
+        for name, reason in PARALLEL.items()
         if sizes[name] > 1
     ]
 
 
+def _sharding_problems(environment: Mapping[str, str], has_device: bool) -> list[Problem]:
+    problems, shards = [], _is_set(environment, "ACCELERATE_USE_FSDP")
+    version = environment.get("FSDP_VERSION", "1")
+    if shards and version != "2":
+        problems.append(Problem("accelerate_config.fsdp_version", version, "2", "Set it in fsdp_config."))
+    if shards and not has_device:
+        advice = "On a CPU, accelerate silently ignores it. Use accelerate_configs/cpu_2_processes.yaml."
+        problems.append(Problem("accelerate_config.distributed_type", "FSDP", "MULTI_GPU without a GPU", advice))
+    if not _is_set(environment, "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        return problems
+    sizes = {name: int(environment.get(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", "1")) for name in SIZES}
+    problems += parallel_problems(sizes)
+    world, replicas, shards_each = int(environment.get("WORLD_SIZE", "1")), sizes["dp_replicate"], sizes["dp_shard"]
+    allowed = ""
+    if replicas * shards_each > 1 and not shards:
+        allowed = "with distributed_type FSDP and fsdp_version 2 only, as in accelerate_configs/hsdp.yaml"
+    elif replicas * shards_each != world or shards_each == 1:
+        allowed = f"sizes whose product is num_processes, {world}, with a dp_shard_size above 1"
+    value = {"dp_replicate_size": replicas, "dp_shard_size": shards_each}
+    return problems + [Problem("accelerate_config.parallelism_config", value, allowed)] * bool(allowed)
+
+
 def _is_set(environment: Mapping[str, str], name: str) -> bool:
-    return environment.get(name, "false").lower() not in ("", "0", "n", "no", "f", "false", "off")
+    return environment.get(name, "false").lower() not in OFF
 
 
-def tracker_problems(names: list[str]) -> list[str]:
-    """Which of the trackers are not installed. (accelerate would leave them out, with a warning at most.)"""
-    missing = [name for name in names if name not in map(str, get_available_trackers())]
-    return [f"trackers has {name!r}, which is not installed; run: pip install {name}" for name in missing]
+def tracker_problems(names: list[str]) -> list[Problem]:
+    """Returns the trackers that accelerate does not know or would leave out, at most with a warning."""
+    known = sorted(kind.value for kind in LoggerType if kind != LoggerType.ALL)
+    installed, problems = set(map(str, get_available_trackers())), []
+    for name in names:
+        if name not in known:
+            problems.append(Problem("trackers", name, ", ".join(known), did_you_mean(name, known).strip()))
+        elif name not in installed:
+            problems.append(Problem("trackers", name, "", f"Run: pip install {name}", "which is not installed"))
+    return problems
+
+
+def option_problems(accelerator: Accelerator) -> list[Problem]:
+    """Returns the options of a caller's Accelerator that ask for another run than a Trainer's."""
+    return [
+        Problem(f"Accelerator.{name}", value, f"{REFUSED[name][0]}", REFUSED[name][1])
+        for name, value in _changed(accelerator, REFUSED).items()
+    ]
+
+
+def ignored_options(accelerator: Accelerator) -> list[str]:
+    """Returns a sentence for each option of a caller's Accelerator that does nothing in a Trainer."""
+    ignored = [f"{name}={value!r} ({IGNORED[name][1]})" for name, value in _changed(accelerator, IGNORED).items()]
+    accumulation = {key: value for key, value in accelerator.gradient_state.plugin_kwargs.items() if key != "num_steps"}
+    if accumulation:
+        ignored.append(f"gradient_accumulation_plugin with {accumulation} (set training.micro_batch_size)")
+    if count := len(accelerator._custom_objects):  # accelerate has no public list of them
+        ignored.append(f"register_for_checkpointing, {count} objects (save them in the state_dict() of a Callback)")
+    return [f"the Trainer ignores an option of the Accelerator: {text}." for text in ignored]
+
+
+def _changed(accelerator: Accelerator, options: Mapping[str, tuple[object, str]]) -> dict[str, object]:
+    values = {name: attrgetter(name)(accelerator) for name in options}
+    return {name: value for name, value in values.items() if value != options[name][0]}

@@ -19,7 +19,6 @@ from torch.optim import SGD, Optimizer
 
 from fundamentallm.distributed.compilation import compile_in_place
 from fundamentallm.errors import ConfigError, Problem
-from fundamentallm.models.with_loss import ModelWithLoss
 
 
 def place_model(
@@ -60,14 +59,13 @@ def place_model(
 
 
 def prepare_model(
-    accelerator: Accelerator, model: nn.Module, loss_fn: Any, optimizer: Optimizer, compiles: bool = False
-) -> ModelWithLoss | nn.Module:
-    """Returns model and loss as one module, distributed as the processes were launched.
+    accelerator: Accelerator, model_with_loss: nn.Module, optimizer: Optimizer, compiles: bool = False
+) -> nn.Module:
+    """Returns model and loss distributed as the processes were launched.
 
     Args:
         accelerator: wraps or shards the model, and is given the optimizer.
-        model: as `place_model` left it.
-        loss_fn: maps (logits, targets) to the loss summed over targets.
+        model_with_loss: model and loss in one module, whose attribute `model` is as `place_model` left it.
         optimizer: trains the model's parameters. Under FSDP2 its groups hold the sharded parameters afterwards.
         compiles: whether to compile the model. Under FSDP2 each block is compiled by itself, since its weights are
             gathered for its forward pass only.
@@ -77,7 +75,6 @@ def prepare_model(
     """
     dynamo = accelerator.state.dynamo_plugin
     if not accelerator.is_fsdp2:
-        model_with_loss = ModelWithLoss(model, loss_fn)
         if compiles:
             compile_in_place(accelerator, [model_with_loss])
         with _changed(dynamo, backend=DynamoBackend.NO):  # or accelerate would compile it too, in a wrapper
@@ -85,6 +82,7 @@ def prepare_model(
     fsdp = accelerator.state.fsdp_plugin
     if isinstance(fsdp.cpu_offload, CPUOffloadPolicy):
         raise ConfigError("fsdp_offload_params is true in the accelerate config; allowed: false.")
+    model: nn.Module = model_with_loss.model  # type: ignore[assignment]
     _check_optimizer(model, optimizer)
     if compiles:
         compile_in_place(accelerator, _blocks(model))
@@ -96,7 +94,7 @@ def prepare_model(
     with off, _changed(dynamo, backend=DynamoBackend.NO):
         accelerator.prepare(model, optimizer)
     # The model itself is the FSDP2 root, so that generating text can call it without the loss.
-    return ModelWithLoss(model, loss_fn)
+    return model_with_loss
 
 
 @contextmanager

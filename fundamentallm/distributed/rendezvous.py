@@ -1,4 +1,4 @@
-"""Forming one group of the processes that a launcher has started, also when it starts them again."""
+"""Forms the process group when a launcher restarts processes."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ import torch.distributed as dist
 from fundamentallm.errors import FundamentaLLMError
 
 JOIN_SECONDS = 600.0
-"""For all processes to have come; machines do not start at once."""
+"""Timeout for all processes to join: machines do not start at the same time."""
 
 
 def join_group(cpu: bool) -> None:
-    """Form the process group, where a launcher keeps one store for all the starts of its processes.
+    """Forms the process group if the launcher keeps one store across restarts; otherwise accelerate forms it.
 
-    It outlives them, and torch 2.13 would find there what processes that are dead have written, such as their
-    addresses. So each start is given keys of its own. (Not by TORCHELASTIC_RESTART_COUNT, which each machine counts for
-    itself.) Elsewhere accelerate will form it.
+    In that store torch 2.13 would find the addresses of dead processes, so each start gives its keys another prefix.
+    TORCHELASTIC_RESTART_COUNT cannot be that prefix, since each machine counts for itself.
 
     Args:
         cpu: whether to compute on the CPU.
 
     Raises:
-        FundamentaLLMError: if not all processes come.
+        FundamentaLLMError: if a process does not join in time.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -35,48 +34,39 @@ def join_group(cpu: bool) -> None:
         return
     rank, address = int(os.environ["RANK"]), (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     store = dist.TCPStore(*address, is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]
-    own = dist.PrefixStore(agree_on_start(store, rank, world), store)  # type: ignore[attr-defined]
-    dist.init_process_group(_backend(cpu), store=own, rank=rank, world_size=world)
-
-
-def _backend(cpu: bool) -> str:
-    """What accelerate would choose."""
+    own = dist.PrefixStore(agree_on_prefix(store, rank, world), store)  # type: ignore[attr-defined]
     device = None if cpu else torch.accelerator.current_accelerator()
-    return "gloo" if device is None else dist.get_default_backend_for_device(device)
+    backend = "gloo" if device is None else dist.get_default_backend_for_device(device)  # as accelerate chooses it
+    dist.init_process_group(backend, store=own, rank=rank, world_size=world)
 
 
-def agree_on_start(store: Any, rank: int, world: int) -> str:
-    """A name for this start of the processes, which all of them agree on, and none before them had.
+def agree_on_prefix(store: Any, rank: int, world: int) -> str:
+    """Returns a prefix that all processes of this start agree on, and that no earlier start had.
 
-    The first process invents it, and gives the word when all others have answered to it. A process that meets a name
-    to which one of its rank has answered before, meets an earlier start's, and looks again.
+    Process 0 invents a prefix and confirms it once all others have answered. A process whose rank has already answered
+    to a prefix knows that it belongs to an earlier start, and waits for another.
 
     Raises:
-        FundamentaLLMError: if not all processes come.
+        FundamentaLLMError: if a process does not join in time.
     """
+    deadline = time.monotonic() + JOIN_SECONDS
     if rank == 0:
-        name = uuid.uuid4().hex
-        store.set("start", name)
-        _await(store, [f"{name}/{other}" for other in range(1, world)])
-        store.set(f"{name}/go", "")
-        return name
-    first_to_answer: dict[str, bool] = {}
-    deadline = time.monotonic() + JOIN_SECONDS
+        prefix, missing = uuid.uuid4().hex, set(range(1, world))
+        store.set("start", prefix)
+        while missing and time.monotonic() < deadline:
+            time.sleep(0.05)
+            missing = {other for other in missing if not store.check([f"{prefix}/{other}"])}
+        if not missing:
+            store.set(f"{prefix}/confirmed", "")
+            return prefix
+        raise FundamentaLLMError(f"processes {sorted(missing)} of {world} did not start within {JOIN_SECONDS:g} s.")
+    is_first_answer: dict[str, bool] = {}
     while time.monotonic() < deadline:
+        time.sleep(0.05)
         if store.check(["start"]):
-            name = str(store.get("start"), "ascii")
-            if name not in first_to_answer:
-                first_to_answer[name] = store.add(f"{name}/{rank}", 1) == 1
-            if first_to_answer[name] and store.check([f"{name}/go"]):
-                return name
-        time.sleep(0.05)
-    raise FundamentaLLMError(f"process {rank} of {world} waited {JOIN_SECONDS:g} s for process 0 to form the group.")
-
-
-def _await(store: Any, keys: list[str]) -> None:
-    deadline = time.monotonic() + JOIN_SECONDS
-    while not store.check(keys):
-        if time.monotonic() > deadline:
-            missing = [key.rpartition("/")[2] for key in keys if not store.check([key])]
-            raise FundamentaLLMError(f"the group waited {JOIN_SECONDS:g} s for processes {', '.join(missing)} to join.")
-        time.sleep(0.05)
+            prefix = str(store.get("start"), "ascii")
+            if prefix not in is_first_answer:
+                is_first_answer[prefix] = store.add(f"{prefix}/{rank}", 1) == 1
+            if is_first_answer[prefix] and store.check([f"{prefix}/confirmed"]):
+                return prefix
+    raise FundamentaLLMError(f"process {rank} of {world} waited {JOIN_SECONDS:g} s for process 0 to start.")

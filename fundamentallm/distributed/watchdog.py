@@ -1,218 +1,205 @@
-"""Which process of several is gone, or holds up the others, and where.
+"""Names the process of a run that is lost, or that the other processes wait for.
 
-A thread in each process tells the others, through the store that formed their group, that it lives, at which step it is
-and how many collectives it has begun. One that has begun fewer than the others is the one they wait for. The training
-thread does nothing for it.
+On each process a thread sends a heartbeat, with its place in the training loop, to a TCPStore that process 0 serves.
+The thread of process 0 reads the heartbeats and publishes what it finds.
 """
 
 from __future__ import annotations
 
 import faulthandler
-import itertools
 import json
+import logging
+import math
+import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from enum import IntEnum
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import ProcessLostError
+
+logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 1.0
 LOST_SECONDS = 5.0
-"""Without a beat, after which a process is taken for gone; asked only when the group has failed already."""
+"""A process that sends no heartbeat for so long is lost. This is asked only after a process has failed."""
 STORE_SECONDS = 10.0
-"""For the store to answer."""
-GO_ON = "The others cannot go on without; the same command goes on from the last checkpoint."
+"""Timeout of a request to the store."""
+FINISHED, GONE = "finished", "is gone: killed, or its machine is lost"
 
-_sessions = itertools.count()  # the same in all processes, which begin the same sessions
+
+class Phase(IntEnum):
+    """What a process is doing, in the order of the training loop."""
+
+    STARTING = 0
+    LOADING = 1
+    COMPUTING = 2
+    FINISHING = 3
+    """Validating, saving, agreeing on whether to stop."""
 
 
 class Place(NamedTuple):
-    """Where the training thread of a process is."""
+    """Where a process is in the training loop."""
 
     step: int
-    """Optimizer steps done."""
-    moved: float
-    """Another number whenever it has moved on: by a step, or by a batch of a validation."""
+    """Finished optimizer steps."""
+    polls: int
+    """Finished steps and validation batches: the same on processes that are equally far."""
+    phase: int = Phase.STARTING
 
 
 class Beat(NamedTuple):
-    """What a process says of itself."""
+    """Heartbeat of a process; `end` is FINISHED or its error, which may follow from the loss of another process."""
 
     number: int
-    step: int
-    moved: float
-    collectives: int
-    host: str
+    place: Place
     end: str = ""
-    """The error that ended it, if one has."""
-    lost: Sequence[int] = ()
-    """The processes whose loss ended it, if it has ended so."""
+    may_follow: bool = False
+
+
+def furthest_behind(places: list[Place]) -> list[int]:
+    """Returns the ranks of the processes that the furthest one waits for; if none is behind, all ranks."""
+    furthest = max(place[1:] for place in places)
+    return [rank for rank, place in enumerate(places) if place[1:] < furthest] or list(range(len(places)))
 
 
 class Watchdog:
-    """Watches, from entering to leaving its context, over all processes of the default group.
+    """Watches the processes of a group from entering to leaving its context.
 
     Args:
-        place: where this process's training is; asked by another thread.
-        hang_minutes: without progress anywhere, after which those that are waited for are named; None: never.
+        place: returns the place of this process; called from another thread.
+        hang_minutes: time without progress on any process after which a hang is reported; None: never.
+        group: the processes.
     """
 
-    def __init__(self, place: Callable[[], Place], hang_minutes: float | None) -> None:
-        several = dist.is_initialized() and dist.get_world_size() > 1
-        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
-        self._place, self._number = place, 0
-        self._hangs = Hangs(self.size, None if hang_minutes is None else 60 * hang_minutes)
-        self._done = threading.Event()
+    def __init__(self, place: Callable[[], Place], hang_minutes: float | None, group: HostGroup) -> None:
+        self._place, self._group, self.rank, self.size = place, group, group.rank, group.size
+        self._hang_seconds = math.inf if hang_minutes is None else 60 * hang_minutes
+        self._places: list[Place] = []
+        self._since, self._hangs, self._number = math.inf, 0, 0
+        self._error: BaseException | None = None
+        self._leaving = threading.Event()
+        # A daemon, joined with a timeout: if the machine of process 0 is lost, a request may never return.
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        if self.size > 1:
-            # Through a connection of its own, since what waits on the group's keeps others from using it.
-            store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
-            store.set_timeout(timedelta(seconds=STORE_SECONDS))
-            self._store: Any = dist.PrefixStore(f"watchdog_{next(_sessions)}", store)  # type: ignore[attr-defined]
-            self._tell()
+        if self.size > 1 and self._connect():
+            self._beat()
             self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._done.set()
+        self._leaving.set()
         if self._thread.is_alive():
-            self._thread.join(STORE_SECONDS)  # not for ever: the store's machine may be gone without a word
-
-    # ---- who is gone -------------------------------------------------------------------------------------
+            self._thread.join(2 * LOST_SECONDS + STORE_SECONDS)
 
     def explain(self, error: BaseException) -> BaseException:
-        """The error itself; where it came of processes that are gone, one that names them, after a look at who lives
-        that takes some seconds. The last thing to ask: the others hear that this process ends.
-        """
-        if self.size == 1:
-            return error
-        # What torch raises where a collective fails; our own errors are no RuntimeErrors.
-        gone = self._look_around() if isinstance(error, RuntimeError) else {}
+        """Ends the watch. Returns a ProcessLostError if the loss of others caused the error, otherwise the error."""
+        self._error = error
         self.__exit__()
-        if not self._thread.is_alive():  # else the store does not answer, and would keep this thread too
-            with suppress(RuntimeError):
-                self._tell(end=_one_line(error), lost=sorted(gone))
-        if not gone:
+        if self.size == 1 or not isinstance(error, RuntimeError) or self.rank in dict(self._lost) or not self._lost:
             return error
-        what = "; ".join(f"process {rank} of {self.size} {text}" for rank, text in sorted(gone.items()))
-        return ProcessLostError(f"at step {self._place().step}, {what}. {GO_ON}", sorted(gone))
+        lost = "; ".join(f"process {rank} of {self.size} (on {self._hosts[rank]}) {what}" for rank, what in self._lost)
+        advice = "The run cannot continue without it; run the same command to resume from the last checkpoint."
+        return ProcessLostError(f"at step {self._place().step}, {lost}. {advice}", [rank for rank, _ in self._lost])
 
-    def _look_around(self) -> dict[int, str]:
-        """{rank: what is known of its end} of the other processes that live no more."""
-        found: list[dict[int, str]] = []
-        look = threading.Thread(target=lambda: found.append(self._gone()), daemon=True)
-        look.start()
-        look.join(LOST_SECONDS + STORE_SECONDS)
-        if found:
-            return found[0]
-        return {} if self.rank == 0 else {0: "does not answer, nor the store of the group, which its machine keeps"}
-
-    def _gone(self) -> dict[int, str]:
-        first: dict[int, Beat] = {}
-        living, gone = {self.rank}, dict[int, str]()
-        deadline = time.monotonic() + LOST_SECONDS
-        while len(living | gone.keys()) < self.size and time.monotonic() < deadline:
-            try:
-                beats = self._read()
-            except RuntimeError as error:
-                return {} if self.rank == 0 else {0: f"is gone, and its machine with the store: {_one_line(error)}"}
-            for rank, beat in beats.items():
-                if beat.lost:  # ended as this process is about to
-                    living.add(rank)
-                    gone |= dict.fromkeys(set(beat.lost) - gone.keys(), "is gone, as others have seen")
-                elif beat.end:
-                    gone[rank] = f"(on {beat.host}) ended by {beat.end}"
-                elif beat.number > first.setdefault(rank, beat).number:
-                    living.add(rank)
-            time.sleep(BEAT_SECONDS / 4)
-        for rank in set(range(self.size)) - living - gone.keys():
-            where = f" (on {first[rank].host})" if rank in first else ""
-            gone[rank] = f"{where} is gone: killed, or its machine is lost".lstrip()
-        return gone
+    def _connect(self) -> bool:
+        """Connects all processes to a store on a free port of process 0; returns whether each could."""
+        store: Any = None
+        options: dict[str, Any] = {"wait_for_workers": False, "timeout": timedelta(seconds=STORE_SECONDS)}
+        if self.rank == 0:
+            store = dist.TCPStore("localhost", 0, is_master=True, **options)  # type: ignore[attr-defined]
+        host = socket.gethostname()
+        # MASTER_ADDR, from the launcher, is how other machines reach process 0.
+        hosts = self._group.all_gather((host, os.environ.get("MASTER_ADDR", host), store and store.port))
+        self._hosts, (_, address, port) = [host for host, _, _ in hosts], hosts[0]
+        if self.rank != 0:
+            with suppress(RuntimeError):
+                store = dist.TCPStore(address, port, **options)  # type: ignore[attr-defined]
+        self._store = store
+        self._lost = [] if self.rank == 0 else [(0, GONE)]  # what is true if the store does not answer
+        if all(self._group.all_gather(store is not None)):
+            return True
+        self.size = 1
+        logger.warning("some processes cannot reach %s:%d; a lost process will not be named.", address, port)
+        return False
 
     # ---- the thread --------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        heard = 0
-        with suppress(RuntimeError):  # of the store, which is gone then, and the group with it
-            while not self._done.wait(BEAT_SECONDS):
-                self._tell()
-                if self.rank == 0 and (text := self._hangs.look(self._read())):
-                    print(text, file=sys.stderr, flush=True)
-                    self._store.set("hang", json.dumps([self._hangs.count, self._hangs.waited_for]))
-                if self._store.check(["hang"]):
-                    count, waited_for = json.loads(self._store.get("hang"))
-                    if count > heard and self.rank in waited_for:
+        store, shown = self._store, 0
+        with suppress(RuntimeError):  # of a store that is lost together with process 0
+            while not store.check(["lost"]):
+                is_leaving = self._leaving.wait(BEAT_SECONDS)
+                self._beat()
+                if self.rank == 0:
+                    self._judge(self._read())
+                if is_leaving and not isinstance(self._error, RuntimeError):
+                    break
+                if store.check(["hang"]):
+                    hangs, ranks = json.loads(store.get("hang"))
+                    if self.rank in ranks and hangs > shown:
                         text = f"process {self.rank} of {self.size} is at step {self._place().step}, here:"
                         print(text, file=sys.stderr, flush=True)
                         faulthandler.dump_traceback(file=2)
-                    heard = count
+                    shown = hangs
+                time.sleep(BEAT_SECONDS / 10)
+            if store.check(["lost"]):
+                self._lost = [(rank, what) for rank, what in json.loads(store.get("lost"))]
+            store.set(f"left_{self.rank}", "")
+            if self.rank == 0:  # leaves last, since it serves the store
+                others = [f"left_{rank}" for rank in range(self.size) if rank not in dict(self._lost)]
+                store.wait(others, timedelta(seconds=LOST_SECONDS))
 
-    def _tell(self, **more: Any) -> None:
-        self._number += 1
-        beat = Beat(self._number, *self._place(), _collectives(), socket.gethostname(), **more)
+    def _judge(self, beats: list[Beat]) -> None:
+        """Publishes the lost processes if one has failed or process 0 leaves; otherwise a hang, if there is one."""
+        has_failed = any(beat.end not in ("", FINISHED) for beat in beats)
+        if has_failed or beats[0].end:
+            self._store.set("lost", json.dumps(self._find_lost() if has_failed else []))
+        now, places = time.monotonic(), [beat.place for beat in beats]
+        if places != self._places:
+            self._places, self._since = places, now
+        if now - self._since < self._hang_seconds:
+            return
+        behind, minutes = furthest_behind(places), f"{(now - self._since) / 60:.2g} minutes"
+        self._since, self._hangs = math.inf, self._hangs + 1  # report it once
+        named = ", ".join(
+            f"process {rank} of {self.size} (on {self._hosts[rank]}) at step {places[rank].step}, "
+            f"{Phase(places[rank].phase).name.lower()}"
+            for rank in behind
+        )
+        text = f"no process has made progress for {minutes}. Furthest behind: {named}. Stacks follow."
+        print(text, file=sys.stderr, flush=True)
+        self._store.set("hang", json.dumps([self._hangs, behind]))
+
+    def _find_lost(self) -> list[tuple[int, str]]:
+        """Returns (rank, what happened) of the processes that ended the run: silent ones, otherwise failed ones."""
+        first = beats = self._read()
+        silent, deadline = list(range(1, self.size)), time.monotonic() + LOST_SECONDS
+        while silent and time.monotonic() < deadline:
+            time.sleep(BEAT_SECONDS / 4)
+            beats = self._read()
+            silent = [rank for rank in silent if not beats[rank].end and beats[rank] == first[rank]]
+        failed = [(rank, beat) for rank, beat in enumerate(beats) if beat.end not in ("", FINISHED)]
+        causes = [(rank, beat) for rank, beat in failed if not beat.may_follow] or failed
+        return [(rank, GONE) for rank in silent] or [(rank, f"ended by {beat.end}") for rank, beat in causes]
+
+    def _beat(self) -> None:
+        self._number, error, end = self._number + 1, self._error, ""
+        if self._leaving.is_set():
+            end = FINISHED if error is None else f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+        # Collectives raise RuntimeErrors.
+        beat = Beat(self._number, self._place(), end, may_follow=isinstance(error, RuntimeError))
         self._store.set(f"{self.rank}", json.dumps(beat))
 
-    def _read(self) -> dict[int, Beat]:
-        """Of all processes that have told something."""
-        ranks = [rank for rank in range(self.size) if self._store.check([f"{rank}"])]
-        values = self._store.multi_get([f"{rank}" for rank in ranks])
-        return {rank: Beat(*json.loads(value)) for rank, value in zip(ranks, values, strict=True)}
-
-
-class Hangs:
-    """Finds in the beats of all processes those that hold up the others, once for each time they do.
-
-    Args:
-        size: how many processes there are.
-        limit: seconds without progress of any; None: never.
-    """
-
-    def __init__(self, size: int, limit: float | None) -> None:
-        self._size, self._limit = size, limit
-        self._beats: dict[int, Beat] = {}
-        self._since = 0.0
-        self.count = 0
-        self.waited_for: list[int] = []
-
-    def look(self, beats: dict[int, Beat]) -> str:
-        """What to say now, if anything."""
-        now, before = time.monotonic(), self._beats
-        if [beat.moved for beat in beats.values()] != [beat.moved for beat in before.values()]:
-            self._beats, self._since, self.waited_for = beats, now, []
-        most = max(beat.collectives for beat in beats.values())
-        # Where all have begun as many, none waits for another: they compile, say, or take a large step.
-        behind = [rank for rank, beat in beats.items() if beat.collectives < most]
-        if not behind or self.waited_for or self._limit is None or now - self._since < self._limit:
-            return ""
-        self.count, self.waited_for = self.count + 1, behind
-        text = ""
-        for rank in behind:
-            silent = beats[rank].number == self._beats[rank].number
-            answer = "does not answer either: it is stopped, or holds the interpreter" if silent else "says where"
-            text += (
-                f"process {rank} of {self._size} (on {beats[rank].host}) has been at step {beats[rank].step} for "
-                f"{(now - self._since) / 60:.2g} minutes, and the others wait for it; it {answer}\n"
-            )
-        return text.rstrip()
-
-
-def _collectives() -> int:
-    """Collectives that this process has begun, in all its groups."""
-    groups: list[Any] = list(dist.distributed_c10d._world.pg_map)
-    with suppress(RuntimeError):  # a backend that does not count
-        return sum(group._get_sequence_number_for_group() for group in groups)
-    return 0
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+    def _read(self) -> list[Beat]:
+        beats = map(json.loads, self._store.multi_get([f"{rank}" for rank in range(self.size)]))
+        return [Beat(number, Place(*place), *end) for number, place, *end in beats]

@@ -20,7 +20,7 @@ from fundamentallm.models.transformer import Transformer
 if TYPE_CHECKING:
     from torch import nn
 if TYPE_CHECKING:
-    from fundamentallm.training.trainer import Trainer
+    pass
 
 CONFIG, TOKENIZER, GENERATION, INDEX = (
     "config.json",
@@ -243,9 +243,9 @@ def transformers_model(pretrained: Pretrained) -> nn.Module:
     return model
 
 
-def model_files(trainer: Trainer) -> dict[str, str]:
+def model_files(model: nn.Module, dataset: Any) -> dict[str, str]:
     """What transformers needs beside the weights, as far as it is known."""
-    files, dataset, end_of_text = {}, trainer.train_loader.dataset, None
+    files, end_of_text = {}, None
     ours = dataset if isinstance(dataset, TokenSamples) else None
     if ours is not None and ours.tokenizer is not None:
         end_of_text = ours.tokenizer.token_to_id(END_OF_TEXT) if ours.end_of_text is None else ours.end_of_text
@@ -253,10 +253,10 @@ def model_files(trainer: Trainer) -> dict[str, str]:
         # Without this, AutoTokenizer takes the class that the model's type suggests, which splits words its own way.
         tokenizer_class = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         files["tokenizer_config.json"] = json.dumps(tokenizer_class, indent=2)
-    if isinstance(trainer.model, Transformer):
+    if isinstance(model, Transformer):
         length = len(dataset[0][0]) if ours is None else ours.sequence_length
-        files["config.json"] = json.dumps(trainer.model.transformers_config(length, end_of_text), indent=2)
-    elif to_json := getattr(getattr(trainer.model, "config", None), "to_json_string", None):
-        about = {"architectures": [type(trainer.model).__name__], "dtype": "float32"}
+        files["config.json"] = json.dumps(model.transformers_config(length, end_of_text), indent=2)
+    elif to_json := getattr(getattr(model, "config", None), "to_json_string", None):
+        about = {"architectures": [type(model).__name__], "dtype": "float32"}
         files["config.json"] = json.dumps(json.loads(to_json(use_diff=False)) | about, indent=2)
-    return files | trainer.files
+    return files

@@ -1,4 +1,4 @@
-"""What a run was made with: program, packages, machine; written down at each of its starts."""
+"""Record of the program, packages and machine of a launch."""
 
 from __future__ import annotations
 
@@ -14,23 +14,17 @@ from typing import Any
 
 PACKAGES = ("fundamentallm", "torch", "accelerate", "safetensors", "tokenizers")
 GIT_SECONDS = 5.0
-"""After which a slow file system goes without a commit."""
+"""Timeout of a git command; on a file system that is slower, the commit is not recorded."""
 
 
-@functools.cache  # each save asks, and the packages' files take 2 ms to read
+@functools.cache  # asked at each save; reading the packages' metadata takes 2 ms
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that make the numbers."""
+    """Returns the versions of Python and of the packages that influence the results."""
     return {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
 
 
 def environment(device: str, processes: int, precision: str) -> dict[str, Any]:
-    """What a start of a run would have to be told apart by.
-
-    Args:
-        device: its name.
-        processes: in the group, one for each device.
-        precision: of the forward and backward pass.
-    """
+    """Returns what may explain why two launches differ: versions, machine, devices, command and commit."""
     return {
         **versions(),
         "platform": platform.platform(),
@@ -45,12 +39,12 @@ def environment(device: str, processes: int, precision: str) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of the working directory, with '+' where files differ from it; None where there is none."""
+    """Returns the commit of the working directory, with "+" if files differ from it; None if there is none."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         return _git("rev-parse", "HEAD") + "+" * bool(_git("status", "--porcelain", "--untracked-files=no"))
     return None
 
 
-def _git(*words: str) -> str:
-    done = subprocess.run(["git", *words], capture_output=True, text=True, check=True, timeout=GIT_SECONDS)
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, timeout=GIT_SECONDS)
     return done.stdout.strip()

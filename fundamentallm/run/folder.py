@@ -1,4 +1,4 @@
-"""What a run tells other processes through its folders: that it is going on, and how it ended."""
+"""Files that one launch of a run leaves for other processes: its lock, its status and the record of its launches."""
 
 from __future__ import annotations
 
@@ -19,54 +19,54 @@ from fundamentallm.run.json_lines import append, read, rewind
 logger = logging.getLogger(__name__)
 
 LOCK, STATUS, STARTS, SAMPLES = ".fundamentallm.lock", "status.json", "starts.jsonl", "samples.jsonl"
-_held_here: set[Path] = set()
-CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
-"""What file systems without locks answer, as Lustre does unless mounted for them."""
+LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+"""Errors of file systems without locks, such as Lustre mounted without `flock`."""
+_locked_here: set[Path] = set()
 
 
 @contextlib.contextmanager
 def locked(folders: Iterable[Path]) -> Iterator[None]:
-    """Meanwhile, no other process runs in these folders, which are created.
+    """Creates folders and locks them against other runs until exit.
 
-    By a POSIX record lock, which ends with its process however that ends, is not inherited by the workers of a
-    loader, and holds over NFS. The file stays, empty: removing it would let two processes each lock its own.
+    A POSIX record lock ends with its process however that ends, is not inherited by loader workers, and works over NFS.
+    The lock file stays: if it was removed, two processes could each lock a file of their own.
 
     Raises:
-        RunInProgressError: if another process does, with its id.
+        RunInProgressError: if another run uses a folder; it names the process.
         OSError: if a folder cannot be created or written to.
     """
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         for folder in dict.fromkeys(path.absolute() for path in folders):
             folder.mkdir(parents=True, exist_ok=True)
             real = folder.resolve()
-            if real in _held_here:  # a record lock does not hold within a process
-                raise RunInProgressError(f"{folder} is in use by another Trainer of this process; choose another.")
-            _held_here.add(real)
-            held.callback(_held_here.discard, real)
-            # Not through a link, which would have us write into somebody else's file.
+            if real in _locked_here:  # a record lock does not exclude its own process
+                raise RunInProgressError(f"{folder} is in use by another Trainer of this process; use another folder.")
+            _locked_here.add(real)
+            stack.callback(_locked_here.discard, real)
+            # O_NOFOLLOW, so that a link in a copied folder cannot make us overwrite another file.
             handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-            file = held.enter_context(os.fdopen(handle, "r+", encoding="utf-8", errors="replace"))
+            file = stack.enter_context(os.fdopen(handle, "r+", encoding="utf-8", errors="replace"))
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                if error.errno in CANNOT_LOCK:
-                    logger.warning("%s cannot be locked (%s); see to it that no other run uses it.", folder, error)
+                if error.errno in LOCKS_UNSUPPORTED:
+                    logger.warning("%s cannot be locked (%s); make sure that no other run uses it.", folder, error)
                     continue
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
                     raise
                 holder = file.read().strip() or "another process"
                 raise RunInProgressError(
-                    f"{folder} is in use by {holder}; wait for it to end, stop it, or choose another output_dir."
+                    f"{folder} is in use by {holder}. Wait until it ends, stop it, or choose another output_dir."
                 ) from None
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
-            held.callback(file.truncate, 0)
+            stack.callback(file.truncate, 0)
         yield
 
 
 def write_status(folder: Path, **status: Any) -> None:
-    """Say in `status.json` how a run is getting on: for schedulers, since a launcher's exit code is always 0 or 1."""
+    """Writes `status.json`, for schedulers: a launcher's own exit code is only 0 or 1."""
     temporary = folder / f"{STATUS}.new"
     with writing(folder / STATUS):
         temporary.write_text(json.dumps(status, indent=1) + "\n", encoding="utf-8")
@@ -74,22 +74,22 @@ def write_status(folder: Path, **status: Any) -> None:
 
 
 def read_state(folder: Path) -> str | None:
-    """How the run last said it was getting on."""
+    """Returns the `state` in `status.json`, or None if the file is missing or damaged."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         return str(json.loads((folder / STATUS).read_text(encoding="utf-8"))["state"])
     return None
 
 
 def write_start(folder: Path, **start: Any) -> None:
-    """Add a line to `starts.jsonl`, beside metrics.jsonl, which is the same with restarts and without."""
-    rewind(folder / STARTS, lambda _: False, keep_all=False)  # a line that a kill has torn goes
+    """Appends a launch to `starts.jsonl`, not to metrics.jsonl, which is the same with and without restarts."""
+    rewind(folder / STARTS)  # drops a line that a kill left incomplete
     append(folder / STARTS, start)
 
 
 def read_starts(folder: Path) -> list[dict[str, Any]]:
-    """The starts that have led to the log as it is, the first one first.
+    """Returns the launches that led to the present log, oldest first.
 
-    Steps after that of a later start were made again, and what had started there is no part of the run any more.
+    If the run went back to an earlier step, the launches after that step are left out.
     """
     starts: list[dict[str, Any]] = []
     for start in read(folder / STARTS):
@@ -98,5 +98,5 @@ def read_starts(folder: Path) -> list[dict[str, Any]]:
 
 
 def restarts(folder: Path) -> list[int]:
-    """Steps after which the run was started again."""
+    """Returns the steps from which the run was resumed, in ascending order."""
     return sorted({start["step"] for start in read_starts(folder) if start["step"] > 0})

@@ -1,4 +1,4 @@
-"""Weights that a new run begins with: of a checkpoint (`init_from`), or of a model in transformers' format."""
+"""Weights that a new run starts from: a checkpoint's (`init_from`), or those of a model in transformers' format."""
 
 from __future__ import annotations
 
@@ -15,21 +15,24 @@ from fundamentallm.checkpoint.reading import check_checkpoint, load_weights
 from fundamentallm.config.schema import Config, DataConfig, ModelConfig
 from fundamentallm.config.validation import expand_user
 from fundamentallm.data.tokenizers import create_tokenizer, read_tokenizer
-from fundamentallm.distributed.host_group import Team
-from fundamentallm.errors import CheckpointError, ConfigError
+from fundamentallm.distributed.host_group import HostGroup
+from fundamentallm.errors import CheckpointError, ConfigError, Problem
 from fundamentallm.models.transformers_format import TOKENIZER, Pretrained, find_pretrained, transformers_model
-from fundamentallm.run.state import like_of
+from fundamentallm.run.state import RunState
 
 if TYPE_CHECKING:
-    from fundamentallm.training.trainer import Trainer
+    pass
 
 BESIDE = ("init_from", "pretrained", "dropout")
-"""Settings of the model that are not its shape."""
+"""Settings of the model that do not belong to its shape."""
 
 
 def open_pretrained(config: Config) -> tuple[Config, Pretrained | None, nn.Module | None]:
-    """What `model.pretrained` says, where it is set, on all processes together: the config with what its folder says,
-    the folder, and the model that transformers makes of it, where it is none of ours.
+    """Opens the folder that `model.pretrained` names, on all processes together.
+
+    Returns:
+        The config completed from the folder, the folder, and the model if transformers makes it. Without
+        `model.pretrained`: the config as it is, and None twice.
 
     Raises:
         ConfigError: if it cannot be opened, or contradicts other settings.
@@ -37,48 +40,42 @@ def open_pretrained(config: Config) -> tuple[Config, Pretrained | None, nn.Modul
     """
     if config.model.pretrained is None:
         return config, None, None
-    with Team().together():
+    with HostGroup().barrier_with_errors():
         pretrained = find_pretrained(config.model.pretrained)
         config = completed(config, pretrained)
         return config, pretrained, None if pretrained.shape is not None else transformers_model(pretrained)
 
 
 def completed(config: Config, pretrained: Pretrained) -> Config:
-    """The run's config with what the folder says: the model's shape, and its tokenizer.
+    """Returns the run's config with the model's shape and tokenizer taken from the folder.
 
     Raises:
-        ConfigError: listing what contradicts it.
+        ConfigError: listing every setting that contradicts the folder.
     """
     theirs = pretrained.shape or dataclasses.replace(config.model, vocab_size=pretrained.vocab_size)
-    problems = []
+    problems: list[str] = []
     for entry in dataclasses.fields(ModelConfig):
         value, known = getattr(config.model, entry.name), pretrained.shape is not None or entry.name == "vocab_size"
         if entry.name in BESIDE or value == entry.default or (known and value == getattr(theirs, entry.name)):
             continue
         has = f"has {getattr(theirs, entry.name)}" if known else f"is a {pretrained.config.get('model_type')} model"
-        problems.append(
-            f"model.{entry.name} is {value!r} and {pretrained.folder} {has}; leave it out: the shape is the folder's."
-        )
+        advice = "Leave it out: the shape is the folder's."
+        problems.append(Problem(f"model.{entry.name}", value, advice=advice, reason=f"and {pretrained.folder} {has}"))
     if config.model.init_from is not None:
-        problems.append(
-            f"model.init_from is {config.model.init_from!r} and model.pretrained {config.model.pretrained!r}; allowed: "
-            "one of them. (A checkpoint of ours is a pretrained model too.)"
-        )
+        reason = f"and model.pretrained is {config.model.pretrained!r}"
+        advice = "Set one of them. (A checkpoint of ours is a pretrained model too.)"
+        problems.append(Problem("model.init_from", config.model.init_from, advice=advice, reason=reason))
     length, most = config.data.sequence_length, pretrained.context
-    if pretrained.shape is None and config.model.dropout:
-        problems.append(
-            f"model.dropout is {config.model.dropout} and {pretrained.folder} is a model of transformers; set the "
-            "dropout in its config.json, under its own names."
-        )
-    if pretrained.shape is None and config.data.mask_documents:
-        problems.append(
-            "data.mask_documents is true and model.pretrained is a model that is trained through transformers; "
-            "set it to false."
-        )
-    if pretrained.shape is None and most is not None and length > most:
-        problems.append(
-            f"data.sequence_length is {length}; allowed: at most {most}, the context of {pretrained.folder}."
-        )
+    if pretrained.shape is None:
+        reason = f"and {pretrained.folder} is trained through transformers"
+        if config.model.dropout:
+            advice = "Set the dropout in its config.json, under its own names."
+            problems.append(Problem("model.dropout", config.model.dropout, "0", advice, reason))
+        if config.data.mask_documents:
+            problems.append(Problem("data.mask_documents", True, "false", reason=reason))
+        if most is not None and length > most:
+            allowed = f"at most {most}, the context of {pretrained.folder}"
+            problems.append(Problem("data.sequence_length", length, allowed))
     spec = config.data.tokenizer
     try:
         spec = _tokenizer(spec, pretrained.folder / TOKENIZER)
@@ -91,53 +88,52 @@ def completed(config: Config, pretrained: Pretrained) -> Config:
 
 
 def _tokenizer(spec: str, theirs: Path) -> str:
-    """What `data.tokenizer` says beside a pretrained model: that model's own, or an error."""
+    """Returns the tokenizer to use with a pretrained model: the model's own, unless `spec` names an equal one."""
     if not theirs.is_file():
         if spec.endswith(".json"):
             return spec
-        raise ConfigError(
-            f"data.tokenizer is {spec!r} and {theirs.parent} has no {TOKENIZER}; give the tokenizer.json with which it "
-            "was trained (AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers makes one)."
+        reason = f"and {theirs.parent} has no {TOKENIZER}"
+        advice = (
+            "Give the tokenizer.json with which it was trained. "
+            "(AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers writes one.)"
         )
+        raise ConfigError(Problem("data.tokenizer", spec, advice=advice, reason=reason))
     if spec == DataConfig.tokenizer:
         return str(theirs)
     known = spec == "byte" or spec.endswith(".json")
     if not known or create_tokenizer(spec, tuple, tuple).to_str() != read_tokenizer(theirs).to_str():
-        raise ConfigError(
-            f"data.tokenizer is {spec!r} and {theirs.parent} was trained with another, so that its weights would mean "
-            "other tokens; leave it out: the tokenizer is the folder's."
-        )
+        reason = f"and {theirs.parent} was trained with another tokenizer"
+        raise ConfigError(Problem("data.tokenizer", spec, advice="Leave it out.", reason=reason))
     return spec
 
 
-def begin_from_pretrained(trainer: Trainer, pretrained: Pretrained) -> None:
-    """Give our `Transformer` the folder's weights.
+def begin_from_pretrained(state: RunState, pretrained: Pretrained) -> None:
+    """Loads the folder's weights into our `Transformer`.
 
     Raises:
-        CheckpointError: if they are damaged, or not those that its config.json describes.
+        CheckpointError: if they are damaged, or do not fit its config.json.
     """
-    load_weights(pretrained.folder, pretrained.weights, trainer.model, like_of(trainer))
+    load_weights(pretrained.folder, pretrained.weights, state.model, state.like())
 
 
-def begin_from_checkpoint(trainer: Trainer, tokenizer: Tokenizer) -> None:
-    """Begin from the weights of the checkpoint `model.init_from`.
+def begin_from_checkpoint(state: RunState, group: HostGroup, init_from: str, tokenizer: Tokenizer) -> None:
+    """Loads the weights of the checkpoint `init_from`.
 
     Raises:
-        CheckpointError: if it is damaged, or of a model of another shape.
-        ConfigError: if its tokens mean something else.
+        CheckpointError: if it is damaged, or its model has another shape.
+        ConfigError: if it was trained with another tokenizer.
     """
-    checkpoint = Path(expand_user(trainer.config.model.init_from or ""))
-    trainer.team.from_first(lambda: check_checkpoint(checkpoint))
+    checkpoint = Path(expand_user(init_from))
+    group.from_main(lambda: check_checkpoint(checkpoint))
     theirs = checkpoint / TOKENIZER
     if theirs.exists() and json.loads(theirs.read_text(encoding="utf-8")) != json.loads(tokenizer.to_str()):
-        raise ConfigError(
-            f"model.init_from is {str(checkpoint)!r}, whose tokenizer is another than data.tokenizer makes, so that "
-            f"its weights would mean other tokens; set data.tokenizer to {str(theirs)!r}."
-        )
+        reason = "which was trained with another tokenizer than data.tokenizer"
+        advice = f"Set data.tokenizer to {str(theirs)!r}."
+        raise ConfigError(Problem("model.init_from", str(checkpoint), advice=advice, reason=reason))
     files = [
         name for name in read_manifest(checkpoint)["files"] if TENSORS.fullmatch(name) and name.startswith("model")
     ]
     try:
-        load_weights(checkpoint, files, trainer.model, like_of(trainer))
+        load_weights(checkpoint, files, state.model, state.like())
     except CheckpointError as error:
         raise CheckpointError(f"model.init_from: {error}") from error

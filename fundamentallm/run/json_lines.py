@@ -1,4 +1,4 @@
-"""Files of JSON objects, one a line, that a run goes on writing after a crash: the last line may have been torn."""
+"""Reads and writes files of JSON objects, one per line, that survive a crash: the last line may be torn."""
 
 from __future__ import annotations
 
@@ -9,22 +9,19 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fundamentallm.errors import writing
 
-if TYPE_CHECKING:
-    from fundamentallm.training.trainer import Trainer
-
 TEXTS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-"""What stands for the numbers that JSON lacks."""
+"""Texts that stand for the numbers that JSON lacks."""
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
-    """Add a line.
+    """Append a line.
 
     Raises:
-        FundamentaLLMError: if it cannot be written.
+        FundamentaLLMError: if the file cannot be written.
     """
     text = json.dumps({key: _storable(value) for key, value in line.items()})
     with writing(path):
@@ -34,75 +31,77 @@ def append(path: Path, line: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The whole lines; what is torn, or no object with a step, is left out; none without a file."""
+    """Returns the valid lines: complete ones that are objects with a step. A missing file has no lines."""
     return [line for _, line in _lines(path) if line is not None]
 
 
 def numbers(line: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a line, also those that JSON lacks."""
+    """Returns the numbers of a line by name, including those that are stored as texts."""
     named = {name: TEXTS.get(value) if isinstance(value, str) else value for name, value in line.items()}
     return {
         name: value for name, value in named.items() if isinstance(value, (int, float)) and not isinstance(value, bool)
     }
 
 
-def rewind(path: Path, is_made_again: Callable[[dict[str, Any]], bool], keep_all: bool) -> Path | None:
-    """Drop the lines that a resumed run makes again. Where that would lose others, or with `keep_all` any, the file is
-    kept aside; returns its name then.
+def rewind(
+    path: Path,
+    step: int | None = None,
+    is_repeated: Callable[[dict[str, Any]], bool] = lambda line: False,
+    keep_copy: bool = False,
+) -> Path | None:
+    """Drop the lines that a resumed run writes again, and a last line that a kill has torn.
+
+    Args:
+        path: of the file; it may be missing.
+        step: step that the run resumes from: lines of later steps are dropped. None: all valid lines are kept.
+        is_repeated: whether a line of `step` itself is written again.
+        keep_copy: copy the file first if any line is dropped. Invalid lines other than the last one were written
+            by another program, so the file is copied before they are dropped in any case.
+
+    Returns:
+        The path of the copy, or None if none was needed.
 
     Raises:
-        FundamentaLLMError: if it cannot be written.
+        FundamentaLLMError: if the file cannot be written.
     """
     with writing(path):
-        if not path.exists():
-            return None
-        kept, lost = [], False
         lines = list(_lines(path))
-        for number, (text, line) in enumerate(lines, start=1):
-            if line is not None and not is_made_again(line):
-                kept.append(text)
-            elif keep_all or (line is None and number < len(lines)):  # a kill may have torn the last one only
-                lost = True
+        if not lines:
+            return None
+        kept = [text for text, line in lines if line is not None and not _is_after(line, step, is_repeated)]
+        is_damaged = any(line is None for _, line in lines[:-1])
+        copy = _free_name(path) if is_damaged or (keep_copy and len(kept) < len(lines)) else None
+        if copy is not None:
+            shutil.copy2(path, copy)
         temporary = path.with_name(path.name + ".new")
         temporary.write_text("".join(kept), encoding="utf-8")
-        aside = None
-        if lost:
-            taken = (path.with_name(f"{path.stem}.before-{number}{path.suffix}") for number in itertools.count(1))
-            aside = next(name for name in taken if not name.exists())
-            shutil.copy2(path, aside)
         os.replace(temporary, path)
-    return aside
+    return copy
+
+
+def _is_after(line: dict[str, Any], step: int | None, is_repeated: Callable[[dict[str, Any]], bool]) -> bool:
+    return step is not None and (line["step"] > step or (line["step"] == step and is_repeated(line)))
+
+
+def _free_name(path: Path) -> Path:
+    names = (path.with_name(f"{path.stem}.before-{number}{path.suffix}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
-    """Each line, and what it says: None where that is no object with a step, or its end is missing."""
+    """Yield each line as text and as an object, or None if it is torn or not an object with a step."""
     if not path.exists():
         return
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
             line = json.loads(text)
-            whole = text.endswith("\n") and isinstance(line["step"], int)
+            is_valid = text.endswith("\n") and isinstance(line["step"], int)
         except (ValueError, TypeError, KeyError, RecursionError):
-            whole = False
-        yield text, line if whole else None
+            is_valid = False
+        yield text, line if is_valid else None
 
 
 def _storable(value: Any) -> Any:
     if not isinstance(value, float) or math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-
-
-def keep_file(trainer: Trainer, path: Path, is_of_validation: Callable[[dict[str, Any]], bool]) -> None:
-    """Bring a file of lines back to the step that the run goes on from; where lines would be lost, it is kept aside.
-
-    Made again, and dropped, are the lines of later steps, and where that step's validation is due, those it makes.
-    """
-    step, validation_due = trainer.global_step, trainer.state["progress"].validation_due
-
-    def is_made_again(line: dict[str, Any]) -> bool:
-        return bool(line["step"] > step or (line["step"] == step and validation_due and is_of_validation(line)))
-
-    aside = rewind(path, is_made_again, keep_all=trainer.global_step == 0 or trainer.was_rewound)
-    if aside is not None:
-        trainer.say(f"{path} had lines that would be lost; it is kept as {aside}")

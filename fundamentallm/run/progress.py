@@ -1,117 +1,124 @@
-"""How far a run is."""
+"""How far a run is, and which data order each part of it was trained on."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fundamentallm.data.sampler import Start, StepSampler
-from fundamentallm.training.metrics import RunningMean
 
 
 class Progress:
-    """Where in the run a trainer is. The step says where in the data it is; the counts are kept on the device.
+    """The position of a run. Everything else about the data follows from the step; counts stay on the device.
 
     Attributes:
         step: optimizer steps done.
         tokens: targets trained on, a scalar.
-        loss: the mean since the last log line.
-        origin: the checkpoint, by path, that `resume` named and this run went on from; None: none.
-        validation_due: the last step's validation was broken off, and comes first when the run goes on.
-        stretches: each stretch of the run with the data and batches it was trained on, the present one last; what
-            names any step's samples afterwards.
+        loss: (loss summed over targets, targets) since the last log line.
+        origin: path of the checkpoint that `resume` named when the run began; None if it began without one.
+        validation_due: True while a validation is unfinished. It comes first when the run resumes.
+        segments: the data order of each part of the run, newest last. A segment begins when the batch size or the
+            data changes. Used to look up which samples a step saw.
     """
 
     def __init__(self, samples: StepSampler, content: list[str | None], device: torch.device) -> None:
-        """Begin a run over `samples`; `content` is what `fingerprint` says of each dataset."""
+        """Starts a run over `samples`; `content` is the fingerprint of each dataset, training first."""
         self.samples = samples
         self.step = 0
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
-        self.loss = RunningMean(device)
+        # A float32 sum stops growing by ones at 2^24; MPS has no float64.
+        self.loss = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+        self._loss_sum, self._loss_count = self.loss.unbind()  # views
         self.validation_due = False
         self.origin: str | None = None
-        self.stretches = [{**geometry(samples), "content": content, "start": list(samples.start)}]
+        self.segments = [{**data_order(samples), "content": content, "start": list(samples.start)}]
+
+    def count(self, loss: Tensor, num_targets: Tensor) -> None:
+        """Counts one optimizer step: its loss summed over targets, and its number of targets (scalars)."""
+        self.step += 1
+        self.tokens += num_targets
+        self._loss_sum += loss
+        self._loss_count += num_targets
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything."""
+        """Returns everything. The key "stretches" is that of checkpoint format 2."""
         return {
             "step": self.step,
             "samples": self.samples.samples_before(self.step),
             "tokens": self.tokens,
-            "loss": self.loss.state_dict(),
+            "loss": {"totals": self.loss},
             "validation_due": self.validation_due,
             "origin": self.origin,
-            "stretches": self.stretches,
+            "stretches": self.segments,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved place.
-
-        With another batch size, the batches go on at the next sample; with other data, at the next epoch.
+        """Resumes at a saved position: at the next sample if the batch size changed, at the next epoch if the data did.
 
         Raises:
-            ValueError: if the state is none of a run's.
+            ValueError: if the state is not that of a run.
         """
-        before, now = state["stretches"][-1], self.stretches[-1]
+        before, now = state["stretches"][-1], self.segments[-1]
         step = state["step"]
         if not isinstance(step, int) or step < 0:
             raise ValueError(f"the step is {step!r}; allowed: a whole number, at least 0.")
         saved = sampler_of(before)
-        if state["tokens"].shape != self.tokens.shape:
-            raise ValueError(f"the number of tokens has shape {state['tokens'].shape}.")
+        for name, mine, shape in (
+            ("tokens", self.tokens, state["tokens"].shape),
+            ("loss", self.loss, state["loss"]["totals"].shape),
+        ):
+            if shape != mine.shape:
+                raise ValueError(f"{name} has shape {tuple(shape)}; allowed: {tuple(mine.shape)}.")
         _check_start(saved, step)
         if state["samples"] != saved.samples_before(step):
             raise ValueError(f"step {step} comes after {saved.samples_before(step)} samples, not {state['samples']}.")
-        if _batches(before) == _batches(now):
-            self.samples.start, self.stretches = saved.start, list(state["stretches"])
+        if _without_start(before) == _without_start(now):
+            self.samples.start, self.segments = saved.start, list(state["stretches"])
         else:
-            epoch, place = saved.place(step)
-            if place and _order(before) != _order(now):
-                epoch, place = epoch + 1, 0
-            self.samples.start = Start(step, epoch, place, state["samples"])
-            self.stretches = [*state["stretches"], {**now, "start": list(self.samples.start)}]
+            epoch, index = saved.place(step)
+            if index and _sample_order(before) != _sample_order(now):
+                epoch, index = epoch + 1, 0
+            self.samples.start = Start(step, epoch, index, state["samples"])
+            self.segments = [*state["stretches"], {**now, "start": list(self.samples.start)}]
         self.step, self.validation_due = step, bool(state["validation_due"])
         self.origin = None if state["origin"] is None else str(state["origin"])
         self.tokens.copy_(state["tokens"])
-        self.loss.load_state_dict(state["loss"])
+        self.loss.copy_(state["loss"]["totals"])
 
 
-def geometry(samples: StepSampler) -> dict[str, Any]:
-    """What the order of samples and batches follows from."""
+def data_order(samples: StepSampler) -> dict[str, Any]:
+    """Returns what the order of samples and batches follows from."""
     return {name: getattr(samples, name) for name in ("num_samples", "batch_size", "seed", "drop_last", "schedule")}
 
 
-def _batches(stretch: dict[str, Any]) -> dict[str, Any]:
-    return {"schedule": []} | {name: value for name, value in stretch.items() if name != "start"}
+def sampler_of(segment: dict[str, Any]) -> StepSampler:
+    """Returns the batches of a segment, over all processes."""
+    sampler = StepSampler(
+        segment["num_samples"],
+        segment["batch_size"],
+        segment["seed"],
+        drop_last=segment["drop_last"],
+        schedule=segment.get("schedule", ()),  # missing in the earliest checkpoints
+    )
+    sampler.start = Start(*segment["start"])
+    return sampler
 
 
-def _order(stretch: dict[str, Any]) -> tuple[Any, ...]:
-    """What a place in an epoch has a meaning in: the order of the training samples."""
-    return stretch["num_samples"], stretch["seed"], stretch["drop_last"], stretch["content"][0]
+def _without_start(segment: dict[str, Any]) -> dict[str, Any]:
+    return {"schedule": []} | {name: value for name, value in segment.items() if name != "start"}
+
+
+def _sample_order(segment: dict[str, Any]) -> tuple[Any, ...]:
+    """Returns what an index within an epoch refers to: the order of the training samples."""
+    return segment["num_samples"], segment["seed"], segment["drop_last"], segment["content"][0]
 
 
 def _check_start(samples: StepSampler, step: int) -> None:
-    """Refuse a start that no run has: outside an epoch's order, places stand for no sample.
-
-    Raises:
-        ValueError: saying which.
-    """
+    """Raises ValueError for a start that no run can have: an index outside the epoch's order names no sample."""
     start = samples.start
     if any(type(number) is not int or number < 0 for number in start) or start.step > step:
         raise ValueError(f"step {step} cannot come after a start at {start}.")
     if start.place >= samples.num_samples:
-        raise ValueError(f"place {start.place} is outside an order of {samples.num_samples} samples.")
-
-
-def sampler_of(stretch: dict[str, Any]) -> StepSampler:
-    """The batches of a stretch, over all processes."""
-    made = StepSampler(
-        stretch["num_samples"],
-        stretch["batch_size"],
-        stretch["seed"],
-        drop_last=stretch["drop_last"],
-        schedule=stretch.get("schedule", ()),  # which earlier versions did not have
-    )
-    made.start = Start(*stretch["start"])
-    return made
+        raise ValueError(f"index {start.place} is outside an order of {samples.num_samples} samples.")

@@ -1,4 +1,4 @@
-"""One start of a run: its folders are locked, its checkpoints put in order and taken up, its end is told."""
+"""One launch of a run: its folders are locked, its leftovers cleaned up, its outcome recorded."""
 
 from __future__ import annotations
 
@@ -6,172 +6,146 @@ import dataclasses
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple
 
-from torch import Tensor
-
-from fundamentallm.checkpoint.snapshot import OPTIMIZER_KEY
-from fundamentallm.checkpoint.state_json import encode
-from fundamentallm.distributed.dtensor import device_name, local
-from fundamentallm.distributed.watchdog import Place, Watchdog
+from fundamentallm.checkpoint.manager import CheckpointManager
+from fundamentallm.config.schema import Config
+from fundamentallm.distributed.host_group import HostGroup
+from fundamentallm.distributed.watchdog import Watchdog
 from fundamentallm.errors import START_AGAIN, CheckpointError, ConfigError, FundamentaLLMError, TrainingError, exit_code
-from fundamentallm.run.environment import environment
 from fundamentallm.run.folder import locked, read_state, write_start, write_status
-from fundamentallm.run.resume import resume
-from fundamentallm.run.state import run_state
-
-if TYPE_CHECKING:
-    from fundamentallm.checkpoint.manager import CheckpointManager
-    from fundamentallm.training.trainer import Trainer
+from fundamentallm.run.stopping import StopSwitch
 
 logger = logging.getLogger(__name__)
 
 
-@contextmanager
-def session(trainer: Trainer, is_first: bool) -> Iterator[None]:
-    """Meanwhile, this run alone uses its folders, and signals ask it to stop.
+class Position(NamedTuple):
+    """How far a run is, as status.json records it."""
+
+    step: int
+    total_steps: int
+    is_finished: bool
+    was_interrupted: bool
+    """True if a signal or `max_minutes` ended this launch."""
+
+
+class Record:
+    """What a run writes about itself in its output folder, by its main process.
 
     Args:
-        trainer: about to train.
-        is_first: whether its state is still that of a new run, so that it has to be resumed.
+        folder: the output folder; None: nothing is written.
+        position: returns how far the run is.
+        is_writer: whether this process is the one that writes.
+    """
+
+    def __init__(self, folder: Path | None, position: Callable[[], Position], is_writer: bool) -> None:
+        self.folder, self.position, self.is_writer = folder, position, is_writer
+
+    @property
+    def state(self) -> str | None:
+        """The state that status.json holds, such as "running"; None if there is none."""
+        return None if self.folder is None else read_state(self.folder)
+
+    def status(self, state: str, **more: Any) -> None:
+        """Writes status.json."""
+        if self.is_writer and self.folder is not None:
+            now = self.position()
+            about = {"step": now.step, "total_steps": now.total_steps, "pid": os.getpid()}
+            write_status(self.folder, state=state, **more, **about, host=socket.gethostname())
+
+    def launch(self, resumed_from: Path | None, config: Config, environment: dict[str, Any]) -> None:
+        """Notes in status.json that the run is running, and in starts.jsonl when, where and with what."""
+        self.status("running")
+        if self.is_writer and self.folder is not None:
+            write_start(
+                self.folder,
+                step=self.position().step,
+                time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                resumed_from=None if resumed_from is None else str(resumed_from),
+                environment=environment,
+                config=dataclasses.asdict(config),
+            )
+
+    def failure(self, error: BaseException) -> None:
+        """Notes which error ended the launch."""
+        # A launch that was refused leaves the run as it was, unless a scheduler would relaunch it again and again.
+        if not isinstance(error, ConfigError) or self.state in ("running", "interrupted"):
+            state = "diverged" if isinstance(error, TrainingError) else "failed"
+            with suppress(FundamentaLLMError):  # on a full disk, the first error is the one to raise
+                self.status(state, exit_code=exit_code(error), reason=f"{type(error).__name__}: {error}")
+
+    def end(self, reason: str) -> None:
+        """Notes how the launch ended."""
+        now = self.position()
+        state = "finished" if now.is_finished else "interrupted" if now.was_interrupted else "stopped"
+        if state != "finished" or self.state != state:  # launching a finished run again changes nothing
+            self.status(state, exit_code=START_AGAIN if now.was_interrupted else 0, reason=reason)
+
+
+@contextmanager
+def session(
+    record: Record,
+    manager: CheckpointManager | None,
+    group: HostGroup,
+    stop_switch: StopSwitch,
+    watchdog: Watchdog,
+    say: Callable[[str], None],
+) -> Iterator[ExitStack]:
+    """One launch of a run: locks its folders, watches the other processes, and records the outcome in status.json.
+
+    On entry it also cleans up what a killed process left among the checkpoints. On an exception it waits for the
+    checkpoint that is being written. Yields the stack of what is undone once the outcome is recorded.
 
     Raises:
         RunInProgressError: if another process trains in the same folders.
-        ProcessLostError: if another process of the run is gone.
-        CheckpointError: if there is no room for the checkpoints, or none can be restored.
-        ConfigError: if the run cannot go on with this config.
+        ProcessLostError: if another process of the run died.
+        CheckpointError: if a folder cannot be used.
     """
     with ExitStack() as stack:
-        watchdog = stack.enter_context(Watchdog(lambda: _place(trainer), trainer.config.training.hang_minutes))
-        trainer.team.from_first(lambda: _open_folders(trainer, stack))
+        stack.enter_context(watchdog)
+        group.from_main(lambda: stack.enter_context(_folders(record.folder, manager, say)))
         try:
-            resumed_from = None
-            if is_first:
-                resumed_from = resume(trainer)
-                trainer.team.from_first(lambda: _delete_old(trainer, resumed_from))
-            if not trainer.is_finished:
-                _check_saving(trainer)
-                trainer.find_micro_batch_size()
-                _tell(trainer, state="running")
-                _record_start(trainer, resumed_from)
-            trainer.stop_switch.begin()
-            stack.enter_context(trainer.stop_switch.listening())
-            yield
+            yield stack
         except BaseException as raised:
             error = watchdog.explain(raised)
-            if trainer.checkpoint_manager is not None and not isinstance(error, KeyboardInterrupt):
-                _finish_saving(trainer, trainer.checkpoint_manager)
-            state = "diverged" if isinstance(error, TrainingError) else "failed"
-            # A start that is refused leaves the run as it was, unless that is to be started again and again.
-            if not isinstance(error, ConfigError) or _state(trainer) in ("running", "interrupted"):
-                with suppress(FundamentaLLMError):  # a full disk takes no status either, which is not what to raise
-                    _tell(trainer, state=state, exit_code=exit_code(error), reason=f"{type(error).__name__}: {error}")
+            if manager is not None and not isinstance(error, KeyboardInterrupt):
+                _finish_saving(manager, say)
+            record.failure(error)
             if error is not raised:
                 raise error from raised
             raise
-        state = "finished" if trainer.is_finished else "interrupted" if trainer.was_interrupted else "stopped"
-        code = START_AGAIN if trainer.was_interrupted else 0
-        if state != "finished" or _state(trainer) != state:  # a start that finds the run finished changes nothing
-            _tell(trainer, state=state, exit_code=code, reason=trainer.stop_switch.reason)
+        record.end(stop_switch.reason)
 
 
-def _place(trainer: Trainer) -> Place:
-    return Place(trainer.global_step, trainer.stop_switch.polled_at)
-
-
-def _open_folders(trainer: Trainer, stack: ExitStack) -> None:
-    manager, folders = trainer.checkpoint_manager, []
-    if trainer.output_dir is not None:
-        folders.append(trainer.output_dir)
+@contextmanager
+def _folders(output_dir: Path | None, manager: CheckpointManager | None, say: Callable[[str], None]) -> Iterator[None]:
+    """Locks the folders of a run and cleans up among its checkpoints; unlocks them on exit."""
+    folders = [] if output_dir is None else [output_dir]
     if manager is not None:
         folders.append(manager.checkpoint_dir)
-    elif trainer.config.training.checkpoint_dir is None:
+    else:
         logger.warning("training.checkpoint_dir is not set: nothing will be saved.")
-    try:
-        stack.enter_context(locked(folders))
-        if manager is not None:
-            manager.wait()  # for what an interrupted start in this process may have left under way
-        for what in manager.recover() if manager is not None else ():
-            trainer.say(what)
-    except OSError as error:
-        raise CheckpointError(f"a folder of this run cannot be used: {error}; choose another output_dir.") from error
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folders))
+            if manager is not None:
+                manager.wait()  # an interrupted train() in this process may have left a save running
+                for line in manager.recover():
+                    say(line)
+        except OSError as error:
+            raise CheckpointError(
+                f"A folder of this run cannot be used: {error}. Choose another output_dir."
+            ) from error
+        yield
 
 
-def _finish_saving(trainer: Trainer, manager: CheckpointManager) -> None:
-    """After an error, let the checkpoint in the making be completed; an error of its own is said, not raised."""
+def _finish_saving(manager: CheckpointManager, say: Callable[[str], None]) -> None:
+    """Lets the checkpoint that is being written be completed; prints an error of its own instead of raising it."""
     try:
         manager.wait()
     except Exception as error:  # also that of a group in which a process is missing
-        trainer.say(str(error))
-
-
-def _delete_old(trainer: Trainer, verified: Path | None) -> None:
-    """Delete what a process that was killed after a save did not; `verified` is the checkpoint resumed from."""
-    manager = trainer.checkpoint_manager
-    if manager is not None and verified is not None and verified == manager.get_latest():
-        manager.rotate()
-
-
-def _check_saving(trainer: Trainer) -> None:
-    """Find out before the first step whether the state can be saved, and whether there is room for it."""
-    manager = trainer.checkpoint_manager
-    if manager is not None:
-        config, left = trainer.config.training, trainer.total_steps - trainer.global_step
-        by_steps = left // (config.save_every_n_steps or left + 1)
-        by_epochs = left // ((config.save_every_n_epochs or left + 1) * trainer.steps_per_epoch)
-        by_validations = left // min(config.eval_every_n_steps or left + 1, trainer.steps_per_epoch)  # the best
-        # On all processes: asked for its state, a sharded model lets go of what it has gathered, for a validation, say;
-        # where some do and others do not, the next forward pass waits for ever.
-        with trainer.team.together():
-            num_bytes = expected_bytes(trainer)
-        trainer.team.from_first(
-            lambda: manager.check_space_of_run(num_bytes, by_steps + by_epochs + by_validations + 2)
-        )
-
-
-def expected_bytes(trainer: Trainer) -> int:
-    """Size of a checkpoint; before the first step, the optimizer is taken to hold two numbers a parameter, as Adam.
-
-    Raises:
-        CheckpointError: if the state has something in it that cannot be saved.
-    """
-    tensors: dict[str, Tensor] = {}
-    encode(run_state(trainer), (), tensors)
-    moments = {name: tensor for name, tensor in tensors.items() if name.startswith(OPTIMIZER_KEY)}
-    trained = sum(p.numel() * p.element_size() for group in trainer.optimizer.param_groups for p in group["params"])
-    return _bytes(tensors) if trainer.global_step else _bytes(tensors) - _bytes(moments) + 2 * trained
-
-
-def _bytes(tensors: dict[str, Tensor]) -> int:
-    """Of all of them, a tied one counted once."""
-    return sum({(local(t).data_ptr(), t.nbytes): t.nbytes for t in tensors.values()}.values())
-
-
-def _state(trainer: Trainer) -> str | None:
-    return read_state(trainer.output_dir) if trainer.output_dir is not None else None
-
-
-def _record_start(trainer: Trainer, resumed_from: Path | None) -> None:
-    """Write down where, when and with what the run goes on."""
-    config, accelerator = trainer.config, trainer.accelerator
-    if not trainer.is_main_process or trainer.output_dir is None:
-        return
-    device, processes = device_name(accelerator.device), accelerator.num_processes
-    write_start(
-        trainer.output_dir,
-        step=trainer.global_step,
-        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        resumed_from=None if resumed_from is None else str(resumed_from),
-        environment=environment(device, processes, accelerator.mixed_precision),
-        config=dataclasses.asdict(config),
-    )
-
-
-def _tell(trainer: Trainer, **status: object) -> None:
-    if trainer.is_main_process and trainer.output_dir is not None:
-        about = {"step": trainer.global_step, "total_steps": trainer.total_steps, "pid": os.getpid()}
-        write_status(trainer.output_dir, **status, **about, host=socket.gethostname())
+        say(str(error))

@@ -1,61 +1,247 @@
-"""The state of a run by name: what a checkpoint holds."""
+"""Everything that training changes, by name: what a checkpoint holds, and how a run takes it up again."""
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from fundamentallm.checkpoint.optimizer_state import NamedOptimizerState
 from fundamentallm.checkpoint.snapshot import AVERAGE_KEY, MODEL_KEY, OPTIMIZER_KEY
-from fundamentallm.checkpoint.state_json import encode
+from fundamentallm.checkpoint.state_json import MALFORMED, encode
 from fundamentallm.checkpoint.tensor_files import Like
+from fundamentallm.config.schema import flat_settings
 from fundamentallm.distributed.dtensor import is_sharded
+from fundamentallm.errors import CheckpointError, ConfigError, Problem
 from fundamentallm.run.environment import versions
+from fundamentallm.run.progress import Progress
 
-if TYPE_CHECKING:
-    from fundamentallm.training.trainer import Trainer
+SUFFIX = "_state_dict"
+OPTIONAL_PARTS = {
+    "average": "training.ema_decay",
+    "early_stopping": "training.early_stopping_patience",
+    "scaler": "training.mixed_precision",
+    "micro_batch": "training.micro_batch_size",
+}
+"""Parts that a run may lack, and the setting that decides it."""
+
+
+class Stateful(Protocol):
+    """What a part of the state has to offer."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns nested dicts, lists and tuples of tensors and JSON values."""
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any:
+        """Restores what `state_dict` returned. Raises any exception if it does not fit."""
+
+
+class Restored(NamedTuple):
+    """What loading a checkpoint did."""
+
+    messages: list[str]
+    """One line for the user for each thing worth knowing."""
+    changed: frozenset[str]
+    """Dotted names of the settings, and facts of the data, that differ from the checkpoint's."""
+
+
+class RunState:
+    """Every stateful part of a run by name, with the settings it was made with.
+
+    Args:
+        parts: objects with state_dict() and load_state_dict(), by name. "progress", "model", "optimizer" and
+            "scheduler" are always there. They are loaded in this order.
+        config: the settings to store, as a plain dict.
+    """
+
+    def __init__(self, parts: dict[str, Any], config: dict[str, Any]) -> None:
+        self.parts, self.config = parts, config
+
+    @property
+    def progress(self) -> Progress:
+        """How far the run is."""
+        return self.parts["progress"]  # type: ignore[no-any-return]
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, without any wrapper."""
+        return self.parts["model"]  # type: ignore[no-any-return]
+
+    @property
+    def optimizer(self) -> NamedOptimizerState:
+        """The optimizer's state by parameter name."""
+        return self.parts["optimizer"]  # type: ignore[no-any-return]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state of every part under NAME_state_dict, the config and the versions of the libraries."""
+        state = {f"{name}{SUFFIX}": part.state_dict() for name, part in self.parts.items()}
+        exchange(state)
+        return {**state, "config": self.config, "versions": versions()}
+
+    def load(self, saved: dict[str, Any], where: Path, may_change: Collection[str], free: Collection[str]) -> Restored:
+        """Gives every part its saved state.
+
+        Args:
+            saved: what `state_dict` returned, as read from a checkpoint.
+            where: the checkpoint, for messages.
+            may_change: settings or sections that the user allows to differ although they change the run.
+            free: settings that change no weight, and may always differ.
+
+        Raises:
+            CheckpointError: if a part is missing, unknown, or does not fit.
+            ConfigError: naming each setting that differs, changes the run, and is not in `may_change`.
+        """
+        try:
+            changed = self._changes(saved)
+            exchange(saved)
+        except MALFORMED as error:
+            raise CheckpointError(f"{where} does not hold a run ({type(error).__name__}: {error}).") from error
+        # A tokenizer's file may move with its folder. If the tokenizer is another one, the samples change too.
+        free = free if "data.content" in changed else {*free, "data.tokenizer"}
+        _refuse_changes(changed, may_change, free, where)
+        reset, messages = self._parts_to_reset(saved, changed.keys(), where)
+        if "training.parameter_groups" in changed:
+            self._refit(saved, reset, where)
+        for name, part in self.parts.items():
+            if name not in reset:
+                try:
+                    part.load_state_dict(saved[f"{name}{SUFFIX}"])
+                except Exception as error:  # a checkpoint from elsewhere may hold anything
+                    raise CheckpointError(f"{where}: its {name} does not fit this run: {error}") from error
+        inventory = self._inventory(saved, reset, where)
+        messages.append(f"resumed from {where} at step {self.progress.step}: {inventory}")
+        messages += [
+            f"setting changed since the checkpoint: {name} {_short(before)} -> {_short(now)}"
+            for name, (before, now) in changed.items()
+        ]
+        return Restored(messages, frozenset(changed))
+
+    def like(self) -> Like | None:
+        """Returns which shard of each stored tensor this process needs; None: all tensors in full.
+
+        The result maps a stored tensor's name and shape to the DTensor whose local shard should be read; None means
+        the full tensor.
+        """
+        weights = self.model.state_dict()
+        if not any(is_sharded(tensor) for tensor in weights.values()):
+            return None
+        tensors: dict[str, Tensor] = {}
+        # Averages, which this run may have given up, are sharded as the weights are: a checkpoint swaps the two.
+        encode({MODEL_KEY: weights, AVERAGE_KEY: {"weights": weights}}, (), tensors)
+        parameters: dict[str, Tensor] = {}
+        encode({OPTIMIZER_KEY: {"state": dict(self.model.named_parameters())}}, (), parameters)
+
+        def like(name: str, shape: tuple[int, ...]) -> Tensor | None:
+            # What an optimizer keeps of a parameter is sharded as the parameter is.
+            tensor = tensors.get(name, parameters.get(name.rpartition("/")[0]))
+            if tensor is None or not is_sharded(tensor) or len(shape) == 0:
+                return None
+            if tensor.shape != shape:
+                raise ValueError(f"{name} has shape {shape} and this run's tensor has {tuple(tensor.shape)}")
+            return tensor
+
+        return like
+
+    def _changes(self, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """{dotted name: (value in the checkpoint, value now)} of what differs."""
+        before = flat_settings(saved["config"]) | _data_facts(saved[f"progress{SUFFIX}"]["stretches"][-1])
+        now = flat_settings(self.config) | _data_facts(self.progress.segments[-1])
+        names = sorted(before.keys() & now.keys())
+        return {name: (before[name], now[name]) for name in names if before[name] != now[name]}
+
+    def _parts_to_reset(
+        self, saved: dict[str, Any], changed: Collection[str], where: Path
+    ) -> tuple[set[str], list[str]]:
+        """Returns the parts that a changed setting makes new, and a message for each.
+
+        Raises:
+            CheckpointError: if a part is missing or unknown and no setting explains it.
+        """
+        expected = {f"{name}{SUFFIX}" for name in self.parts} | {"config", "versions"}
+        explained = {f"{name}{SUFFIX}" for name, setting in OPTIONAL_PARTS.items() if setting in changed}
+        missing, unknown = expected - saved.keys(), saved.keys() - expected
+        if not missing | unknown <= explained:
+            raise CheckpointError(
+                f"{where} does not fit this run: missing {sorted(missing)}, not expected {sorted(unknown)}."
+            )
+        reset = {name.removesuffix(SUFFIX) for name in missing}
+        saved_type = saved[OPTIMIZER_KEY].get("type")
+        if "training.optimizer" in changed and saved_type != type(self.optimizer.optimizer).__name__:
+            reset.add("optimizer")
+        messages = [f"{name} starts new: the checkpoint has no state for it" for name in sorted(reset)]
+        messages += [
+            f"{name.removesuffix(SUFFIX)} is in the checkpoint, and this run has none" for name in sorted(unknown)
+        ]
+        return reset, messages
+
+    def _refit(self, saved: dict[str, Any], reset: set[str], where: Path) -> None:
+        """Fits a saved state to the parameters that are trained from here on, some of which may have been frozen.
+
+        Raises:
+            CheckpointError: if the saved state is malformed.
+        """
+        average = self.parts.get("average")
+        try:
+            if "optimizer" not in reset:
+                saved[OPTIMIZER_KEY] = self.optimizer.refit(saved[OPTIMIZER_KEY])
+            if average is not None and "average" not in reset:
+                saved[AVERAGE_KEY] = average.refit(saved[AVERAGE_KEY], saved[MODEL_KEY])
+        except MALFORMED as error:
+            raise CheckpointError(f"{where} does not hold a run ({type(error).__name__}: {error}).") from error
+
+    def _inventory(self, saved: dict[str, Any], reset: set[str], where: Path) -> str:
+        """Returns what was restored: counts of weights and of parameters with optimizer state, then the other parts.
+
+        Raises:
+            CheckpointError: if the optimizer took less than the checkpoint holds.
+        """
+        words = [f"weights {len(saved[MODEL_KEY])}/{len(self.model.state_dict())}"]
+        if "optimizer" not in reset:
+            held, given = self.optimizer.state_dict()["state"], saved[OPTIMIZER_KEY]["state"]
+            if lost := [name for name in given if given[name].keys() != held[name].keys()]:
+                raise CheckpointError(f"{where}: the optimizer did not take the state of {', '.join(lost[:5])}.")
+            words.append(f"optimizer {sum(map(bool, held.values()))}/{len(held)}")
+        return ", ".join([*words, *(name for name in self.parts if name not in ("model", "optimizer", *reset))])
 
 
 def exchange(state: dict[str, Any]) -> None:
-    """Exchange weights and averages of a run's state, where it has any: the averages are what a checkpoint opens as."""
+    """Swaps weights and averaged weights of a run's state, if it has any: a checkpoint opens as the averages."""
     if AVERAGE_KEY in state:
         model, averages = state[MODEL_KEY], state[AVERAGE_KEY]["weights"]
         state[AVERAGE_KEY]["weights"] = {name: model[name] for name in averages}
         state[MODEL_KEY] = {**model, **averages}
 
 
-def run_state(trainer: Trainer) -> dict[str, Any]:
-    """The state of every part by name, and what it was made with."""
-    state = {f"{part}_state_dict": holder.state_dict() for part, holder in trainer.state.items()}
-    exchange(state)
-    return {**state, "config": stored_config(trainer), "versions": versions()}
+def _data_facts(segment: dict[str, Any]) -> dict[str, Any]:
+    facts = {f"data.{name}": segment[name] for name in ("num_samples", "drop_last", "content")}
+    return facts | {"data.shuffle": segment["seed"] is not None, "training.batch_size": segment["batch_size"]}
 
 
-def stored_config(trainer: Trainer) -> dict[str, Any]:
-    """The settings that a checkpoint stores: those of the training only if the caller gave no whole `Config`."""
-    config = dataclasses.asdict(trainer.config)
-    return config["training"] if trainer.output_dir is None else config
+def _refuse_changes(
+    changed: dict[str, tuple[Any, Any]], may_change: Collection[str], free: Collection[str], where: Path
+) -> None:
+    """Raises ConfigError for each changed setting that neither is free nor was allowed by name or by section."""
+    refused = [name for name in changed if name not in free and not {name, name.partition(".")[0]} & {*may_change}]
+    if refused:
+        advice = (
+            f"Set it back, or allow the change by --training.resume_changes '[{', '.join(refused)}]'. "
+            "(model.init_from starts a new run from these weights.)"
+        )
+        raise ConfigError(
+            [
+                Problem(
+                    name,
+                    changed[name][1],
+                    allowed=_short(changed[name][0]),
+                    advice=advice,
+                    reason=f"and {where} was trained with another value",
+                )
+                for name in refused
+            ]
+        )
 
 
-def like_of(trainer: Trainer) -> Like | None:
-    """Which slices of a checkpoint's tensors this process needs; None: all of all of them."""
-    if not trainer.is_sharded:
-        return None
-    tensors: dict[str, Tensor] = {}
-    weights = trainer.model.state_dict()
-    # Averages, which this run may have given up, are sliced as the weights are: the checkpoint has the two exchanged.
-    encode({MODEL_KEY: weights, AVERAGE_KEY: {"weights": weights}}, (), tensors)
-    parameters: dict[str, Tensor] = {}
-    encode({OPTIMIZER_KEY: {"state": dict(trainer.model.named_parameters())}}, (), parameters)
-
-    def like(name: str, shape: tuple[int, ...]) -> Tensor | None:
-        # What an optimizer keeps of a parameter is sliced as the parameter is.
-        tensor = tensors.get(name, parameters.get(name.rpartition("/")[0]))
-        if tensor is None or not is_sharded(tensor) or len(shape) == 0:
-            return None
-        if tensor.shape != shape:
-            raise ValueError(f"{name} has shape {shape} and is to be sliced like a tensor of {tuple(tensor.shape)}")
-        return tensor
-
-    return like
+def _short(value: Any) -> str:
+    return text if len(text := repr(value)) <= 60 else f"{text[:57]}..."

@@ -1,4 +1,4 @@
-"""Which samples, and which text, an optimizer step trained on, told from a checkpoint after the fact."""
+"""Looks up in a checkpoint which samples, and which text, an optimizer step trained on."""
 
 from __future__ import annotations
 
@@ -17,121 +17,124 @@ from fundamentallm.data.datasets import TokenSamples
 from fundamentallm.data.loaders import corpus_samples
 from fundamentallm.data.sampler import StepSampler
 from fundamentallm.data.tokenizers import read_tokenizer
-from fundamentallm.errors import CheckpointError, ConfigError
+from fundamentallm.errors import CheckpointError, ConfigError, Problem
 from fundamentallm.run.progress import sampler_of
 
 TOKENIZER = "tokenizer.json"
 MOST = 2**48
-"""Above any count of samples or steps, and below what overflows."""
+"""Larger than any count of samples or steps, and small enough not to overflow."""
 MOST_IN_A_BATCH = 2**24
-"""A stranger's checkpoint may ask for more than fits in memory."""
+"""A checkpoint from elsewhere may ask for more than fits in memory."""
 
 
 class StepSamples(NamedTuple):
-    """What one optimizer step trained on."""
+    """The samples of one optimizer step."""
 
     indices: list[int]
-    """Of the dataset, in the order of the batch, over all processes."""
+    """Indices into the dataset, in the order of the batch, over all processes."""
     epoch: int
-    """The pass over the data, from 0."""
+    """Pass over the data, from 0."""
     samples_before: int
-    """Consumed by the run before this step."""
+    """Samples that the run consumed before this step."""
     steps_done: int
-    """By the run, at the checkpoint; a later step has not been trained there yet."""
+    """Steps that the run had done at the checkpoint. Later steps were not trained yet."""
     content: str | None
-    """Fingerprint of the dataset; None where it has none."""
+    """Fingerprint of the dataset; None if it has none."""
     config: dict[str, Any]
-    """The run's, as the checkpoint holds it."""
+    """The run's config, as the checkpoint holds it."""
 
 
 def samples_of_step(checkpoint: Path, step: int) -> StepSamples:
-    """The samples of a run's `step`-th optimizer step, counted from 1 as in metrics.jsonl.
+    """Returns the samples of a run's `step`-th optimizer step, counted from 1 as in metrics.jsonl.
 
-    Each stretch of a run has batches of its own, and all of them are in every later checkpoint. A step after the
-    checkpoint's is what the run comes to if it goes on as it was.
+    Every checkpoint holds all segments of its run, each with batches of its own. For a step after the checkpoint, the
+    answer is what the run will train on if its settings stay as they are.
 
     Raises:
-        CheckpointError: if the checkpoint is damaged, or of no run.
+        CheckpointError: if the checkpoint is damaged, or does not hold a run.
         ConfigError: if the run has no such step.
     """
     saved = load_parts(checkpoint, ("progress_state_dict", "config"))
     try:
         progress, config = saved["progress_state_dict"], saved["config"]
-        stretches = [(_checked(sampler_of(stretch)), stretch["content"][0]) for stretch in progress["stretches"]]
+        segments = [(_checked(sampler_of(segment)), segment["content"][0]) for segment in progress["stretches"]]
         done = _count(progress["step"])
-        last = max(done, _planned(config, stretches[-1][0]))
-        sampler, content = [found for found in stretches if found[0].start.step < max(step, 1)][-1]
+        last = max(done, _planned(config, segments[-1][0]))
+        sampler, content = [found for found in segments if found[0].start.step < max(step, 1)][-1]
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(
-            f"{checkpoint} holds no run whose samples are known ({type(error).__name__}: {error})."
+            f"{checkpoint} does not hold a run whose samples are known ({type(error).__name__}: {error})."
         ) from error
     if not 1 <= step <= last:
-        raise ConfigError(f"the step is {step}; allowed: 1 to {last}, the last step of this run.")
+        raise ConfigError(Problem("step", step, allowed=f"1 to {last}, the last step of this run"))
     epoch, before = sampler.place(step - 1)[0], sampler.samples_before(step - 1)
     content = None if content is None else str(content)
     return StepSamples(sampler.batch(step - 1), epoch, before, done, content, config)
 
 
 def why_no_text(checkpoint: Path, samples: StepSamples) -> str | None:
-    """Why the text of the samples cannot be told, or None where it can."""
+    """Returns why the text of the samples is not known, or None if it is."""
     if not isinstance(samples.config.get("data"), dict):
-        return "the run was made from Python with a TrainingConfig alone, which names no text"
+        return "the run was started from Python with a TrainingConfig, which names no text"
     if samples.content is None or TOKENIZER not in read_manifest(checkpoint)["files"]:
-        return "the run was made from Python with a dataset of its own, or without a tokenizer"
+        return "the run was started from Python with its own dataset, or without a tokenizer"
     return None
 
 
 def text_of_step(checkpoint: Path, samples: StepSamples, source: str | None = None) -> TokenSamples:
-    """The dataset that the samples are from, with the tokenizer of the checkpoint.
+    """Opens the dataset that the samples are from, with the tokenizer of the checkpoint.
 
     Args:
         checkpoint: its directory.
         samples: of one step, for which `why_no_text` is None.
-        source: where the text is now, as `data.source`; None: where it was.
+        source: present location of the text, as `data.source`; None: the run's.
 
     Raises:
         CheckpointError: if the checkpoint is damaged.
-        ConfigError: if the text cannot be read, or is another than the step was trained on.
+        ConfigError: if the text cannot be read, or is not the one that the step was trained on.
     """
     verify(checkpoint, hashed=[STATE, TOKENIZER])
     try:
         data, corpus = corpus_of_run(checkpoint, samples.config["data"], source)
         dataset, _ = corpus_samples(corpus, data.sequence_length, has_validation=False)
     except ConfigError as error:
-        way_out = "If the text has moved, name it with --source; to do without it, --indices_only."
-        raise ConfigError([f"data.{problem} {way_out}" for problem in error.problems]) from error
+        advice = "If the text has moved, name it with --source. To leave it out: --indices_only."
+        raise ConfigError([f"data.{problem} {advice}" for problem in error.problems]) from error
     if dataset.fingerprint() != samples.content:
         raise ConfigError(
-            f"data.source is {data.source!r}, whose text is not what this step was trained on: it has changed since, "
-            "or the run went over to it later, or was given another from Python. Name that text with --source, "
-            "or do without it by --indices_only."
+            Problem(
+                "data.source",
+                data.source,
+                reason="whose text is not what this step was trained on: it changed, or the run used another one then",
+                advice="Name that text with --source, or leave it out with --indices_only.",
+            )
         )
     return dataset
 
 
 def corpus_of_run(checkpoint: Path, settings: dict[str, Any], source: str | None = None) -> tuple[DataConfig, Corpus]:
-    """The sources that a run was trained on, opened again, with the tokenizer of its checkpoint.
+    """Opens the sources that a run was trained on, with the tokenizer of its checkpoint.
 
     Args:
         checkpoint: its directory.
-        settings: the data's, as the checkpoint holds them.
-        source: where the text is now, as `data.source`; None: where it was.
+        settings: section `data` of the config that the checkpoint holds.
+        source: present location of the text, as `data.source`; None: the run's.
 
     Raises:
-        ConfigError: if the settings are none, or the text cannot be read.
+        ConfigError: if the settings are malformed, or the text cannot be read.
     """
     data = from_dict(DataConfig, settings)
-    # The cache is that of whoever asks: the run's is of its own machine, and a stranger's anywhere.
+    # The run's cache folder may be on another machine, and that of a checkpoint from elsewhere could be anywhere.
     data = dataclasses.replace(data, source=data.source if source is None else source, cache_dir=None)
     if data.tokenizer.endswith(".json"):  # a file of the user's, which may be gone
         data = dataclasses.replace(data, tokenizer=str(checkpoint / TOKENIZER))
     corpus = load_corpus(data, show_progress=sys.stderr.isatty())
-    # Samples are compared by their ids, so it takes the tokenizer that the run had to give them back their text.
+    # Samples are compared by their ids, which only the run's own tokenizer decodes to their text.
     return data, corpus._replace(tokenizer=read_tokenizer(checkpoint / TOKENIZER))
 
 
 def texts(dataset: TokenSamples, indices: Sequence[int]) -> Iterator[tuple[int, str, str]]:
-    """(index, first and last token, text) of each sample's inputs; its targets are one token further."""
+    """Yields (index, first and last token, text) of each sample's inputs. Its targets are shifted by one token."""
     assert dataset.tokenizer is not None
     for index in indices:
         where, inputs = dataset.locate(index)
@@ -139,11 +142,11 @@ def texts(dataset: TokenSamples, indices: Sequence[int]) -> Iterator[tuple[int, 
 
 
 def _checked(sampler: StepSampler) -> StepSampler:
-    """A sampler from a stranger's checkpoint, whose numbers are a run's. Raises ValueError if they are not."""
+    """Returns the sampler if its numbers can be those of a run. Raises ValueError if not."""
     numbers = [_count(number) for number in (sampler.num_samples, *sampler.sizes, *sampler.start)]
     least = sampler.num_samples // max(sampler.sizes) if sampler.drop_last else sampler.num_samples
     if min(*numbers[: 1 + len(sampler.sizes)], least) < 1 or sampler.start.place > sampler.num_samples:
-        raise ValueError("a stretch without batches")
+        raise ValueError("a segment without batches")
     if min(sampler.num_samples, max(sampler.sizes)) > MOST_IN_A_BATCH:
         raise ValueError(f"a batch of more than {MOST_IN_A_BATCH:,} samples")
     if sampler.seed is not None:
@@ -155,12 +158,12 @@ def _checked(sampler: StepSampler) -> StepSampler:
 
 def _count(number: Any, limit: int = MOST) -> int:
     if type(number) is not int or not 0 <= number < limit:
-        raise ValueError(f"{str(number)[:40]!r} is no count")
+        raise ValueError(f"{str(number)[:40]!r} is not a count")
     return number
 
 
 def _planned(config: dict[str, Any], sampler: StepSampler) -> int:
-    """The last step that a run plans; 0 where its config does not say."""
+    """Returns the last step that a run plans, or 0 if its config does not say."""
     training = config.get("training", config)
     steps, epochs = training.get("max_steps"), training.get("max_epochs")
     by_epochs = None if epochs is None else sampler.steps_before_epoch(_count(epochs))

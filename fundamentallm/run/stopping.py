@@ -1,4 +1,4 @@
-"""Stopping before the end: signals, the clock and requests, agreed on by all processes at the same step."""
+"""Stopping a run early: signals, a time limit and requests, which take effect on all processes at the same step."""
 
 from __future__ import annotations
 
@@ -17,25 +17,23 @@ import torch
 import torch.distributed as dist
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
-"""Those that end a run at its next step, saved. (Schedulers send SIGUSR1, or SIGTERM, some time before SIGKILL.)"""
+"""Signals that stop a run after its current step. Schedulers send SIGTERM or SIGUSR1 some time before SIGKILL."""
 ECHO_SECONDS = 1.0
-"""Under a launcher, one Ctrl-C arrives twice: from the terminal, and passed on by the launcher."""
+"""A launcher forwards Ctrl-C to processes that got it from the terminal too. A SIGINT within this time is that copy."""
 
 
 class Stop(IntEnum):
-    """Why a run stops before its end; of several reasons the largest counts."""
+    """Reason to stop a run before its end. If there are several, the largest counts."""
 
     NO = 0
     REQUESTED = 1
-    """By a callback, or early stopping."""
     OUT_OF_TIME = 2
     SIGNAL = 3
     FAILED = 4
-    """A checkpoint could not be written."""
 
 
 REASONS = {
-    Stop.REQUESTED: "another process asked for it",
+    Stop.REQUESTED: "another process requested it",
     Stop.OUT_OF_TIME: "training.max_minutes is over",
     Stop.SIGNAL: "another process received a signal",
     Stop.FAILED: "a checkpoint could not be written",
@@ -43,100 +41,106 @@ REASONS = {
 
 
 class StopSwitch:
-    """Whether, and why, to stop: what this process wants, and what all of them have agreed on.
-
-    Processes agree on the host, over gloo: an accelerator never waits. The answer to a `poll` is that of the
-    poll before, exchanged while the step was computed, so that nobody waits for it either.
+    """Collects requests to stop, and agrees on them with the other processes over gloo, so that no device has to wait.
 
     Args:
-        max_minutes: from `begin` on; None: without limit.
+        max_minutes: time limit, counted from `begin`; None: no limit.
+
+    Attributes:
+        wanted: the largest reason that this process knows.
+        agreed: the reason that all processes have agreed on.
+        reason: `wanted` in words.
+        polls: number of polls so far, equal on all processes that have come equally far.
+        seconds_to_save: time that the last save needs, which `max_minutes` has to leave.
     """
 
     def __init__(self, max_minutes: float | None = None) -> None:
         self.wanted, self.agreed, self.reason = Stop.NO, Stop.NO, ""
-        self.seconds_to_save = 0.0  # kept free before the time is over
+        self.polls = 0
+        self.seconds_to_save = 0.0
         self._max_minutes = max_minutes
         self._deadline = math.inf
-        self.polled_at = time.monotonic()
-        """When the training last moved on: by a step, or by a batch of a validation."""
-        self._on_their_way: tuple[torch.Tensor, Any] | None = None
+        self._polled_at = time.monotonic()
+        self._pending: tuple[torch.Tensor, Any] | None = None  # the all-reduce that the last poll began
         self._several = dist.is_initialized() and dist.get_world_size() > 1
-        # The default group is used where it is gloo's already.
         self._group = dist.new_group(backend="gloo") if self._several and dist.get_backend() != "gloo" else None
 
     def request(self, stop: Stop, reason: str) -> None:
-        """Ask for a stop; of several reasons the gravest, and of those the first, is remembered."""
+        """Asks all processes to stop. The largest reason is kept, and of equal ones the first."""
         if stop > self.wanted:
             self.wanted, self.reason = stop, reason
 
     def begin(self) -> None:
-        """Start the clock, and forget every reason, also one on its way: a stopped run may begin again."""
-        self._collect()
-        self.polled_at = time.monotonic()
-        self._deadline = math.inf if self._max_minutes is None else self.polled_at + 60 * self._max_minutes
+        """Starts the clock and drops every earlier request, so that a stopped run can train again."""
+        self._finish_pending()
+        self._polled_at = time.monotonic()
+        self._deadline = math.inf if self._max_minutes is None else self._polled_at + 60 * self._max_minutes
         self.wanted, self.agreed, self.reason = Stop.NO, Stop.NO, ""
 
     def poll(self) -> Stop:
-        """Whether all processes stop here; what one of them wants now is the answer to the next poll of all.
+        """Returns the decision agreed at the previous poll and starts an asynchronous all-reduce for the next one.
 
-        On a single process, what it wants now.
+        A request therefore takes effect one step later. On a single process it takes effect at once.
         """
         now = time.monotonic()
-        since_last, self.polled_at = now - self.polled_at, now
+        since_last, self._polled_at = now - self._polled_at, now
+        self.polls += 1
         if now + since_last + self.seconds_to_save >= self._deadline:
             self.request(Stop.OUT_OF_TIME, REASONS[Stop.OUT_OF_TIME])
         if not self._several:
-            return self._conclude(self.wanted)
-        answer = self._collect()
+            return self._agree(self.wanted)
+        decision = self._finish_pending()
         wanted = torch.tensor(int(self.wanted))
-        self._on_their_way = wanted, dist.all_reduce(wanted, dist.ReduceOp.MAX, self._group, async_op=True)
-        return self._conclude(answer)
+        self._pending = wanted, dist.all_reduce(wanted, dist.ReduceOp.MAX, self._group, async_op=True)
+        return self._agree(decision)
 
     def settle(self) -> Stop:
-        """Like `poll`, and waits for what all processes want now: for where a request has just been made."""
+        """Polls and waits for the answer, so that a request takes effect at once on all processes."""
         self.poll()
-        return self._conclude(self._collect()) if self._several else self.agreed
+        return self._agree(self._finish_pending())
 
-    def _collect(self) -> Stop:
-        if self._on_their_way is None:
+    def _finish_pending(self) -> Stop:
+        if self._pending is None:
             return Stop.NO
-        value, work = self._on_their_way
+        value, work = self._pending
         work.wait()
-        self._on_their_way = None
+        self._pending = None
         return Stop(int(value))
 
-    def _conclude(self, stop: Stop) -> Stop:
+    def _agree(self, stop: Stop) -> Stop:
         self.agreed = max(self.agreed, stop)
-        if self.agreed > self.wanted:  # another process's
+        if self.agreed > self.wanted:
             self.wanted, self.reason = self.agreed, REASONS[self.agreed]
         return self.agreed
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Meanwhile, `SIGNALS` ask for a stop; a second Ctrl-C raises KeyboardInterrupt, there and then."""
-        if threading.current_thread() is not threading.main_thread():  # only it may set handlers
+    def handling_signals(self) -> Iterator[None]:
+        """Requests a stop when one of `SIGNALS` arrives; restores the previous handlers on exit.
+
+        A second Ctrl-C raises KeyboardInterrupt at once.
+        """
+        if threading.current_thread() is not threading.main_thread():  # Python sets handlers on the main thread only
             yield
             return
         interrupted_at: float | None = None
-        shortest = ECHO_SECONDS if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
+        echo_seconds = ECHO_SECONDS if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
         def handle(number: int, frame: FrameType | None) -> None:
             nonlocal interrupted_at
             if number == signal.SIGINT:
-                if interrupted_at is not None and time.monotonic() - interrupted_at >= shortest:
+                if interrupted_at is not None and time.monotonic() - interrupted_at >= echo_seconds:
                     raise KeyboardInterrupt
                 if interrupted_at is None and os.environ.get("RANK", "0") == "0":
-                    # Not by print, which the signal may have found in the middle of a line.
-                    os.write(2, b"\nstopping after this step; Ctrl-C again stops at once, without saving\n")
+                    # os.write, since the signal may interrupt a print.
+                    os.write(2, b"\nfinishing this step, then saving... (Ctrl-C again to quit without saving)\n")
                 interrupted_at = interrupted_at or time.monotonic()
             self.request(Stop.SIGNAL, f"{signal.Signals(number).name} received")
 
-        numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
-        # What somebody set to be ignored stays so: a shell does it for the Ctrl-C of its background jobs.
-        heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
-        before = {number: signal.signal(number, handle) for number in heard}
+        numbers = [getattr(signal, name) for name in SIGNALS]
+        # An ignored signal stays ignored: a shell ignores Ctrl-C for its background jobs.
+        previous = {n: signal.signal(n, handle) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in previous.items():
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fundamentallm.errors import TrainingError
+
 WINDOW = 128
 """Steps that a spike is measured against."""
 FEWEST = 32
@@ -60,6 +62,18 @@ class Guard:
         slot = step % WINDOW
         self._recent[:, slot] = values.where(values.isfinite(), self._recent[:, slot])
         return (above & known).any()
+
+    def raise_if_stopped(self, bad_in_a_row: int | None = None) -> None:
+        """Raises TrainingError if `max_bad_steps` steps in a row were bad. The host waits for the device.
+
+        Args:
+            bad_in_a_row: the count, if the caller has read it already.
+        """
+        if (int(self._in_a_row) if bad_in_a_row is None else bad_in_a_row) >= self.max_bad_steps:
+            raise TrainingError(
+                f"The loss or the gradient was not finite in {self.max_bad_steps} consecutive optimizer steps; none of "
+                "them changed the weights. Lower training.learning_rate, and check the data."
+            )
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the counts and the window."""

@@ -13,7 +13,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
 from fundamentallm.config.schema import TrainingConfig
-from fundamentallm.distributed.host_group import Team
+from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.training.metrics import Metric
 from fundamentallm.training.step import OptimizerStep
@@ -64,7 +64,7 @@ class MicroBatch:
         inputs: Tensor,
         targets: Tensor,
         largest: int,
-        processes: Team,
+        processes: HostGroup,
         metrics: Mapping[str, Metric],
     ) -> int:
         """Returns the largest size that fits on every process.
@@ -86,9 +86,9 @@ class MicroBatch:
 
         def fits(size: int) -> bool:
             rows = torch.arange(size, device=inputs.device) % len(inputs)
-            with processes.together():
+            with processes.barrier_with_errors():
                 fits_here = _fits(model, optimizer, inputs[rows], targets[rows], 1 + (size < largest), metrics)
-            return all(processes.exchange(fits_here))
+            return all(processes.all_gather(fits_here))
 
         # Uncompiled, which needs no less memory: otherwise each size tried would be compiled for.
         with torch.compiler.set_stance("force_eager"), _restored(model, inputs.device):

@@ -180,14 +180,14 @@ def _factor(
     return factor
 
 
-def describe_curve(scheduler: LRScheduler, step: int, total_steps: int, rate_before: float | None) -> str:
-    """Returns the learning rate at a few steps from `step` to the end of the run, as a line of text."""
+def describe_curve(scheduler: LRScheduler, step: int, total_steps: int, previous: float | None) -> str:
+    """Returns the learning rate from `step` to the end, at seven steps; `previous` is the last one logged."""
     last = total_steps - 1
     if not isinstance(scheduler, StepSchedule) or step > last:
-        return "the learning rate follows another curve from here"
+        return "the learning-rate curve changes from here"
     base, factor = scheduler.base_lrs[0], scheduler.lr_lambdas[0]
     steps = sorted({step + (last - step) * sixth // 6 for sixth in range(7)})
-    was = f" (it was {rate_before:.3g})" if rate_before is not None else ""
+    was = f" (it was {previous:.3g})" if previous is not None else ""
     return f"learning rate from here{was}: " + ", ".join(f"step {s + 1} {base * factor(s):.3g}" for s in steps)
 
 

@@ -1,8 +1,8 @@
-"""The trainer: one pass of its loop is one batch is one optimizer step (which `step.py` shows).
+"""The trainer: one pass of its loop is one batch is one optimizer step, which `step.py` shows.
 
-`Accelerator` owns the hardware: placement, precision, gradient exchange, clipping, process identity.
-Accumulation, schedule, data order and file format are plain code here, since accelerate's own weigh tokens by
-where they were computed, step the schedule once for each process, and pickle.
+`Accelerator` owns the hardware: placement, precision, gradient exchange, clipping, process identity. Accumulation,
+schedule, data order and file format are plain code here: accelerate weighs tokens by where they were computed, steps
+the schedule once for each process, and pickles.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,70 +19,83 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fundamentallm.checkpoint.manager import CheckpointManager
 from fundamentallm.checkpoint.optimizer_state import NamedOptimizerState
 from fundamentallm.checkpoint.reading import load_checkpoint
-from fundamentallm.config.schema import Config, TrainingConfig, unknown_metric
+from fundamentallm.config.schema import AFFECTS_SCHEDULE, FREE_ON_RESUME, Config, TrainingConfig
 from fundamentallm.data.datasets import fingerprint
-from fundamentallm.data.loaders import device_batches, step_sampler
-from fundamentallm.distributed.accelerator import check_accelerator, create_accelerator, kept_groups
-from fundamentallm.distributed.compilation import is_compiled
-from fundamentallm.distributed.host_group import Team
+from fundamentallm.data.loaders import device_batches
+from fundamentallm.distributed.accelerator import kept_groups
+from fundamentallm.distributed.dtensor import device_name
+from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.distributed.prepare import place_model, prepare_model
-from fundamentallm.errors import CheckpointError, ConfigError, TrainingError
+from fundamentallm.distributed.watchdog import Phase, Place, Watchdog
+from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.models.transformers_format import model_files
+from fundamentallm.models.with_loss import ModelWithLoss
+from fundamentallm.run.environment import environment
 from fundamentallm.run.progress import Progress
-from fundamentallm.run.resume import restore
-from fundamentallm.run.session import session
-from fundamentallm.run.state import like_of, run_state
+from fundamentallm.run.resume import resume
+from fundamentallm.run.saving import Saver, saves_left
+from fundamentallm.run.session import Record, session
+from fundamentallm.run.state import RunState
 from fundamentallm.run.stopping import Stop, StopSwitch
+from fundamentallm.training.arguments import (
+    argument_problems,
+    count_steps,
+    make_samplers,
+    use_accelerator,
+    whole_config,
+)
 from fundamentallm.training.callbacks.base import Callback, CallbackList
 from fundamentallm.training.callbacks.from_config import default_callbacks
-from fundamentallm.training.callbacks.trackers import TrackerCallback, tracker_names
+from fundamentallm.training.callbacks.trackers import TrackerCallback
 from fundamentallm.training.early_stopping import make_early_stopping
 from fundamentallm.training.ema import make_average
-from fundamentallm.training.evaluation import evaluate, metric_names
+from fundamentallm.training.evaluation import evaluate
 from fundamentallm.training.guard import Guard
 from fundamentallm.training.loss import create_loss
 from fundamentallm.training.metrics import Metric, MetricTracker, further_metrics, peak_memory_gb
 from fundamentallm.training.micro_batch import make_micro_batch
 from fundamentallm.training.optimizers import freeze, make_optimizer
-from fundamentallm.training.schedulers import CallersSchedule, StepSchedule, make_schedule
+from fundamentallm.training.position import RunPosition
+from fundamentallm.training.schedulers import CallersSchedule, describe_curve, make_schedule
 from fundamentallm.training.step import OptimizerStep
 from fundamentallm.training.throughput import Throughput, make_throughput
 
 
-class Trainer:
+class Trainer(RunPosition):
     """Trains a model.
 
     Args:
         model: maps inputs to logits (a tensor, or an output with `.logits`, as transformers' models give).
-        config: how to train. A whole `Config` is stored with the checkpoints, and its `output_dir` gets them.
-        train_loader: of `(inputs, targets)` over a map-style dataset; its batch size is the batch of one
-            optimizer step over all devices, and shuffle=True means the order that follows from the seed.
-        val_loader: likewise, for validation; its batch size changes no result.
-        callbacks: all callbacks; None for a progress bar, log lines (in `output_dir` with a whole `Config`), and
-            keeping the best checkpoint.
-        optimizer: instead of the config's; over this model's parameters.
-        scheduler: instead of the config's; over that optimizer, stepped after every optimizer step.
-        loss_fn: instead of the config's; maps (logits, targets) to the sum over targets.
-        validation_metrics: besides the config's: functions of (logits, targets) to (sum, count), by name; each is
-            logged as val_ and its name.
-        accelerator: instead of one made here.
+        config: how to train. A whole `Config` is stored in the checkpoints, and its `output_dir` gets everything
+            that the run writes. With a `TrainingConfig` only `checkpoint_dir` is written to.
+        train_loader: yields `(inputs, targets)` from a map-style dataset. Its batch size is that of one optimizer
+            step over all devices. shuffle=True means the order that follows from the seed.
+        val_loader: the same for validation. Its batch size changes no result.
+        callbacks: all callbacks; None: a progress bar, log lines (in `output_dir`, if there is one), and
+            a checkpoint of the best validation.
+        optimizer: replaces the config's; over this model's parameters.
+        scheduler: replaces the config's; over that optimizer, stepped after every optimizer step.
+        loss_fn: replaces the config's; maps (logits, targets) to the sum over targets.
+        validation_metrics: functions of (logits, targets) to (sum, count), by name, besides the config's. Each is
+            logged as val_NAME.
+        accelerator: replaces the one that the Trainer would make.
 
     Raises:
-        ConfigError: listing what does not fit together.
+        ConfigError: listing all arguments and settings that do not fit together.
 
     Examples:
         >>> import torch
         >>> from torch import nn
         >>> from torch.utils.data import DataLoader, TensorDataset
         >>> from fundamentallm import Trainer, TrainingConfig
-        >>> numbers = torch.arange(64).reshape(8, 8) % 10  # 0 to 9, again and again
+        >>> numbers = torch.arange(64).reshape(8, 8) % 10  # 0 to 9, repeatedly
         >>> loader = DataLoader(TensorDataset(numbers, (numbers + 1) % 10), batch_size=4, shuffle=True)
         >>> model = nn.Sequential(nn.Embedding(10, 16), nn.Linear(16, 10))
         >>> config = TrainingConfig(max_steps=40, learning_rate=0.1, log_every_n_steps=10)
@@ -112,356 +125,234 @@ class Trainer:
         validation_metrics: Mapping[str, Metric] | None = None,
         accelerator: Accelerator | None = None,
     ) -> None:
-        if isinstance(config, Config) and config.training.batch_size is None:
-            size = getattr(train_loader, "batch_size", None)
-            config = replace(config, training=replace(config.training, batch_size=size))
         self.output_dir = Path(config.output_dir) if isinstance(config, Config) else None
-        config = config.resolved() if isinstance(config, Config) else Config(training=config.resolved())
-        training = config.training
-        smallest = training.smallest_batch_size(getattr(train_loader, "batch_size", None))
-        launch = training.mixed_precision, smallest, training.compile
-        if accelerator is not None:
-            check_accelerator(accelerator, *launch)
-        folder = None if self.output_dir is None else str(self.output_dir)
-        self.accelerator = accelerator or create_accelerator(*launch, config.trackers, folder)
-        # What the launcher said about it is a part of the run as if the config had.
-        training = replace(
-            training,
-            mixed_precision=self.accelerator.mixed_precision,
-            compile=is_compiled(self.accelerator, training.compile),
-        )
-        self.config = replace(config, training=training)
-        self.micro_batch = make_micro_batch(training, self.accelerator)
-        at_once = None if training.micro_batch_size == "auto" else training.micro_batch_size
-        place = self.accelerator.process_index, self.accelerator.num_processes, at_once
+        batch_size = getattr(train_loader, "batch_size", None)
+        config = whole_config(config, batch_size)
+        self.accelerator, self.config = use_accelerator(accelerator, config, self.output_dir, batch_size)
+        accelerator, training = self.accelerator, self.config.training
         self.train_loader, self.val_loader = train_loader, val_loader
-        even = bool(training.compile)  # so that it is for one shape
-        sizes = training.batch_size_schedule
-        self.samples = step_sampler("train_loader", train_loader, training.seed, *place, even, sizes)
-        self.val_samples = step_sampler("val_loader", val_loader, 0, *place, even) if val_loader is not None else None
+        self.samples, self.val_samples = make_samplers(training, accelerator, train_loader, val_loader)
         self.batch_size, self.steps_per_epoch = self.samples.batch_size, self.samples.steps_per_epoch
-        self.total_steps = self._total_steps()
+        self.total_steps = count_steps(training, self.samples)
         self.validation_metrics = further_metrics(training.validation_metrics, validation_metrics)
-        self._check(optimizer, scheduler)
+        if problems := argument_problems(
+            self.config, accelerator, self.samples, val_loader, self.validation_metrics, optimizer, scheduler
+        ):
+            raise ConfigError(problems)
 
         freeze(model, training.parameter_groups)
         self.model, loss_fn = model, loss_fn or create_loss(training.loss, **training.loss_options)
-        place_model(self.accelerator, model, training.seed, training.activation_checkpointing)
+        place_model(accelerator, model, training.seed, training.activation_checkpointing)
         self.optimizer = optimizer or make_optimizer(training, model)
-        self._step_model = prepare_model(self.accelerator, model, loss_fn, self.optimizer, bool(training.compile))
+        with_loss = ModelWithLoss(model, loss_fn)
+        self.model_with_loss = prepare_model(accelerator, with_loss, self.optimizer, bool(training.compile))
         self.average = make_average(training, model, self.optimizer)
-        self._own_schedule = scheduler is None
+        self._has_own_schedule = scheduler is None
         self.scheduler = scheduler or make_schedule(training, self.optimizer, self.total_steps)
-        self._guard = Guard(self.accelerator.device, training.max_bad_steps, training.skip_spikes_above)
-        self._step = OptimizerStep(
-            self.accelerator,
-            self._step_model,
-            self.optimizer,
-            self._guard,
-            training.gradient_clip_norm,
-            training.seed,
+        self._guard = Guard(accelerator.device, training.max_bad_steps, training.skip_spikes_above)
+        self.optimizer_step = OptimizerStep(
+            accelerator, self.model_with_loss, self.optimizer, self._guard, training.gradient_clip_norm, training.seed
         )
 
-        self.team = Team()
-        self.metrics = MetricTracker()
-        self.early_stopping = make_early_stopping(training)
-        self.checkpoint_manager: CheckpointManager | None = None
-        if training.checkpoint_dir is not None:
-            together = Team() if self.is_sharded else None  # another one: it speaks from a thread of its own
-            self.checkpoint_manager = CheckpointManager(training.checkpoint_dir, training.keep_last_n, together)
-        self.callbacks = CallbackList(
-            default_callbacks(self.config, self.output_dir, val_loader is not None) if callbacks is None else callbacks
-        )
-        if self.accelerator.log_with:
+        self.metrics, self.early_stopping = MetricTracker(), make_early_stopping(training)
+        self.micro_batch = make_micro_batch(training, accelerator)
+        default = default_callbacks(self.config, self.output_dir, val_loader is not None)
+        self.callbacks = CallbackList(default if callbacks is None else callbacks)
+        if accelerator.log_with:
             self.callbacks.add(TrackerCallback())
-        content = [None if loader is None else fingerprint(loader.dataset) for loader in (train_loader, val_loader)]
-        self._progress = Progress(self.samples, content, self.accelerator.device)
-        self.state: dict[str, Any] = {  # all that changes because of training, by name
-            "progress": self._progress,
-            "model": self.model,  # first, which makes sharded parameters of those that a validation has left gathered
+        self.files: dict[str, str] = {}
+        """Further text files of each checkpoint, by name. They replace those that are made for it."""
+        self.state = RunState(self._parts(), asdict(self.config if self.output_dir else training))
+        self.group = HostGroup()
+        self.saver = Saver(self._make_manager(), self.state, self.group, self._files_of_checkpoint)
+        self.stop_switch = StopSwitch(training.max_minutes)
+        self.phase = Phase.STARTING
+        self.was_rewound = False
+        """True if this run returned to an earlier checkpoint, so that what came after it is replaced."""
+        self._record = Record(self.output_dir, self._position, self.is_main_process)
+        self._throughput = Throughput()
+        self._started, self._first_step = False, 0
+        self._compiled: set[str] = set()  # of "step" and "validation", those whose compilation was reported
+
+    def _parts(self) -> dict[str, Any]:
+        """Returns everything that changes because of training, by name."""
+        content = [None if each is None else fingerprint(each.dataset) for each in (self.train_loader, self.val_loader)]
+        parts = {
+            "progress": Progress(self.samples, content, self.accelerator.device),
+            "model": self.model,  # before the optimizer: reading it reshards what a validation has left gathered
             "optimizer": NamedOptimizerState(self.model, self.optimizer),
-            "scheduler": self.scheduler if self._own_schedule else CallersSchedule(self.scheduler),
+            "scheduler": self.scheduler if self._has_own_schedule else CallersSchedule(self.scheduler),
             "guard": self._guard,
             "metrics": self.metrics,
             "callbacks": self.callbacks,
-        }
-        there_or_not = {
             "average": self.average,
             "early_stopping": self.early_stopping,
             "scaler": self.accelerator.scaler,
             "micro_batch": self.micro_batch,
         }
-        self.state |= {name: part for name, part in there_or_not.items() if part is not None}
-        self.files: dict[str, str] = {}
-        """Further text files of each checkpoint, by name; in place of those that are made for it."""
-        self.stop_switch = StopSwitch(training.max_minutes)
-        self._started = False
-        self._start_step = 0
-        self._save_requested: bool | None = None  # and whether as the best
-        self._saved_at = -1
-        self.was_rewound = False
-        """Whether this run went back to an earlier checkpoint, so that what came after it is another course."""
-        self._throughput = Throughput()
-        self._has_compiled: set[str] = set()  # what was reported as compiled: training, validation
+        return {name: part for name, part in parts.items() if part is not None}
 
-    def _check(self, optimizer: Optimizer | None, scheduler: LRScheduler | None) -> None:
-        """Refuse arguments and settings that contradict each other."""
-        problems, training = [], self.config.training
-        if training.batch_size not in (None, self.batch_size):
-            problems.append(
-                f"training.batch_size is {training.batch_size} and the train_loader's batch_size is {self.batch_size}; "
-                "set one of them, or both alike."
-            )
-        if scheduler is not None and scheduler.optimizer is not optimizer:
-            problems.append("the scheduler was made for another optimizer; pass its optimizer too.")
-        if isinstance(scheduler, ReduceLROnPlateau):
-            problems.append(
-                "the scheduler is a ReduceLROnPlateau, which wants to be told a metric; allowed: schedules that follow "
-                "from the step."
-            )
-        if optimizer is not None and training.parameter_groups:
-            problems.append("parameter_groups is set and an optimizer is given; give it the groups, or set it to [].")
-        metrics = metric_names(self.val_loader, self.validation_metrics)
-        if training.early_stopping_metric not in metrics:
-            problems.append(unknown_metric(training.early_stopping_metric, metrics))
-        if training.early_stopping_patience and self.val_loader is None:
-            problems.append("early_stopping_patience is set and there is no val_loader; give one, or set it to null.")
-        wanted = self.config.trackers
-        given = tracker_names(self.accelerator)
-        if not set(wanted) <= set(given):
-            problems.append(
-                f"trackers is {wanted} and the Accelerator was made with log_with={given}; make it with all of them "
-                "(create_accelerator does), or set trackers to []."
-            )
-        if problems:
-            raise ConfigError(problems)
+    def _make_manager(self) -> CheckpointManager | None:
+        training = self.config.training
+        if training.checkpoint_dir is None:
+            return None
+        # A group of its own for the processes that save together: it is used from another thread.
+        return CheckpointManager(
+            training.checkpoint_dir, training.keep_last_n, HostGroup() if self.is_sharded else None
+        )
 
-    def _total_steps(self) -> int:
-        training, start = self.config.training, self.samples.start
-        ends = [math.inf if training.max_steps is None else training.max_steps]
-        if training.max_epochs is not None:
-            # Where as many passes were made before the batches begin, the run ends there.
-            is_ahead = training.max_epochs > start.epoch
-            ends.append(self.samples.steps_before_epoch(training.max_epochs) if is_ahead else start.step)
-        return int(min(ends))
-
-    def set_horizon(self) -> None:
-        """Fit the run's length, and its schedule, to where its batches begin (see `StepSampler.start`)."""
-        total_steps, self.total_steps = self.total_steps, self._total_steps()
-        if self._own_schedule and total_steps != self.total_steps:
-            for group in self.optimizer.param_groups:
-                group["lr"] = group["initial_lr"]
-            self.scheduler = self.state["scheduler"] = make_schedule(
-                self.config.training, self.optimizer, self.total_steps
-            )
-
-    # ---- where the run is --------------------------------------------------------------------------------
-
-    @property
-    def global_step(self) -> int:
-        """Optimizer steps done."""
-        return self._progress.step
-
-    @property
-    def current_epoch(self) -> int:
-        """Index of the epoch the next step belongs to, from 0."""
-        return self.samples.place(self.global_step)[0]
-
-    @property
-    def epochs_done(self) -> float:
-        """Passes over the training data done, in samples."""
-        return self.samples.epochs_before(self.global_step)
-
-    @property
-    def is_main_process(self) -> bool:
-        """Whether this process is the one that prints, draws and writes."""
-        return bool(self.accelerator.is_main_process)
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether each process holds slices of the weights only."""
-        return bool(self.accelerator.is_fsdp2)
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether the run has reached its last step, or patience ran out."""
-        out_of_patience = self.early_stopping is not None and self.early_stopping.should_stop
-        return (self.global_step >= self.total_steps and not self._progress.validation_due) or out_of_patience
-
-    @property
-    def seconds_left(self) -> float:
-        """To the last step, at the pace of this start; NaN before its second log line."""
-        return self._throughput.seconds_left(self.total_steps - self.global_step)
-
-    @property
-    def was_interrupted(self) -> bool:
-        """Whether a signal or `max_minutes` ended the last `train()`: the same command goes on where it was."""
-        return not self.is_finished and self.stop_switch.agreed in (Stop.SIGNAL, Stop.OUT_OF_TIME)
-
-    @property
-    def history(self) -> dict[str, list[float]]:
-        """The numbers of the run so far, as `pandas.DataFrame(trainer.history)` takes them: columns of one length, with
-        a row for each step that was logged or validated, and NaN where such a row has no value.
-        """
-        return self.metrics.by_step()
-
-    def __repr__(self) -> str:
-        return summary(self)
+    def _files_of_checkpoint(self) -> dict[str, str]:
+        return model_files(self.model, self.train_loader.dataset) | self.files
 
     # ---- the loop ----------------------------------------------------------------------------------------
 
     def train(self) -> dict[str, list[float]]:
-        """Train to the end of the run and return its history; goes on from a checkpoint as `config.resume` says.
+        """Trains to the end of the run and returns its history. Resumes from a checkpoint as `config.resume` says.
 
-        SIGTERM, SIGINT and SIGUSR1 stop it after the step, saved; a second Ctrl-C at once.
+        SIGTERM, SIGINT and SIGUSR1 stop the run after the present step, saved. A second Ctrl-C stops it at once.
 
         Raises:
-            ConfigError: if `resume` is 'never' and the checkpoint folder is in use, or settings that change the
-                course of the run are not those of the checkpoint.
-            CheckpointError: if there are checkpoints but none can be restored, one cannot be written, or an exception
-                has ended the last step within the optimizer's update.
+            ConfigError: if `resume` is 'never' and the checkpoint folder is in use, or if settings that change the
+                run differ from the checkpoint's.
+            CheckpointError: if there are checkpoints but none can be restored, if one cannot be written, or if an
+                exception ended the last step within the optimizer's update.
             RunInProgressError: if another process trains in the same folders.
-            TrainingError: after `max_bad_steps` steps in a row whose loss or gradient was not finite.
+            TrainingError: after `max_bad_steps` consecutive steps whose loss or gradient was not finite.
         """
         self._check_whole()
-        with session(self, is_first=not self._started):
+        hang_minutes = self.config.training.hang_minutes
+        watchdog = Watchdog(
+            lambda: Place(self.global_step, self.stop_switch.polls, self.phase), hang_minutes, self.group
+        )
+        with session(self._record, self.checkpoint_manager, self.group, self.stop_switch, watchdog, self.say) as launch:
+            resumed_from = None if self._started else self._resume()
             self._started = True
+            self.stop_switch.begin()
             if self.is_finished:
-                if self.checkpoint_manager is not None and self._saved_at != self.global_step:
-                    self.save_checkpoint()  # which failed when the run ended
-                longer = (
-                    "training.max_steps or max_epochs and name it in training.resume_changes"
-                    if self.early_stopping is None or not self.early_stopping.should_stop
-                    else "training.early_stopping_patience, which has run out"
-                )
-                self.say(
-                    f"this run is finished, at step {self.global_step} of {self.total_steps}; choose another "
-                    f"output_dir, or raise {longer}."
-                )
-            else:
-                try:
-                    self._begin()
-                    self._train()
-                    self._finish()
-                except BaseException:
-                    self.callbacks.on_train_abort(self)
-                    raise
+                self._end_finished_run()
+                return self.history
+            left = self.total_steps - self.global_step
+            self.saver.check_room(saves_left(self.config.training, left, self.steps_per_epoch))
+            self.find_micro_batch_size()
+            accelerator, device = self.accelerator, device_name(self.accelerator.device)
+            about = environment(device, accelerator.num_processes, accelerator.mixed_precision)
+            self._record.launch(resumed_from, self.config, about)
+            launch.enter_context(self.stop_switch.handling_signals())
+            try:
+                self._begin()
+                self._train()
+                self._finish()
+            except BaseException:
+                self.callbacks.on_train_abort(self)
+                raise
         return self.history
 
     def _train(self) -> None:
-        """The steps, up to the last one or to a stop."""
-        progress = self._progress
-        if progress.validation_due and self._close_step():
+        """Takes optimizer steps to the last one, or until all processes agree to stop."""
+        progress, callbacks, step = self._progress, self.callbacks, self.optimizer_step
+        if progress.validation_due and self._finish_step():
             return
-        share = self.train_loader, self.samples, progress.step, self.total_steps, self.accelerator.device
-        for inputs, targets, parts, _ in device_batches(*share):
-            if self._is_at_epoch or progress.step == self._start_step:
-                self.callbacks.on_epoch_begin(self)
-            self.callbacks.on_step_begin(self)
+        device, log_every = self.accelerator.device, self.config.training.log_every_n_steps
+        self.phase = Phase.LOADING
+        for batch in device_batches(self.train_loader, self.samples, progress.step, self.total_steps, device):
+            self.phase = Phase.COMPUTING
+            if self._is_at_epoch or progress.step == self._first_step:
+                callbacks.on_epoch_begin(self)
+            callbacks.on_step_begin(self)
             learning_rate = float(self.scheduler.get_last_lr()[0])
             started = time.perf_counter()
-            loss, count, norm = self._step(progress.step, inputs, targets, parts)
+            result = step(progress.step, batch.inputs, batch.targets, batch.micro_batches)
             self._report_compilation("step", time.perf_counter() - started)
             self.scheduler.step()
-            progress.step += 1
-            progress.tokens += count
-            progress.loss.add(loss, count)
-            self._step.is_updating = False
-            if self.callbacks.wants_step_loss:  # for which the host waits
-                self.callbacks.on_step_end(self, (loss / count).item())
-            if self._end_of_step(norm, learning_rate):
+            progress.count(result.loss, result.num_targets)
+            step.is_updating = False
+            if callbacks.wants_step_loss:  # the host waits for the device
+                callbacks.on_step_end(self, (result.loss / result.num_targets).item())
+            is_logged = progress.step % log_every == 0 or progress.step == self.total_steps
+            if is_logged:
+                self._log(result.norm, learning_rate)
+            if self._finish_step(is_logged):
                 return
+            self.phase = Phase.LOADING
 
-    def _end_of_step(self, norm: Tensor, learning_rate: float) -> bool:
-        """Whatever is due after a step: log line, validation, checkpoint. True if the run stops here."""
-        logged = self.global_step == self.total_steps or self.global_step % self.config.training.log_every_n_steps == 0
-        if logged:
-            self._log(norm, learning_rate)
-        return self._close_step(logged)
-
-    def _close_step(self, logged: bool = True) -> bool:
-        config, progress = self.config.training, self._progress
+    def _finish_step(self, is_logged: bool = True) -> bool:
+        """Validates and saves, if due. Returns True if all processes have agreed to stop."""
+        training, progress, manager = self.config.training, self._progress, self.checkpoint_manager
         started = time.perf_counter()
-        validates = self.val_loader is not None and (
-            progress.validation_due
-            or self.global_step == self.total_steps
-            or self._due(config.eval_every_n_steps, config.eval_every_n_epochs)
-        )
+        is_last = progress.step == self.total_steps
+        is_due = is_last or self._is_due(training.eval_every_n_steps, training.eval_every_n_epochs)
+        validates = self.val_loader is not None and (progress.validation_due or is_due)
+        self.phase = Phase.FINISHING
         if validates and not self._validate_in_training():
             return True
-        progress.validation_due = False  # also where there is nothing to validate on any more
+        progress.validation_due = False  # it may have been due in a checkpoint, and this run has no val_loader
         if self._is_at_epoch:
             self.callbacks.on_epoch_end(self)
-        if self._save_requested is not None or self._due(config.save_every_n_steps, config.save_every_n_epochs):
-            self._end_if_diverged(int(self._guard.counts[0]))  # before it is saved
-            self._save_if_possible()
+        if self.saver.requested or self._is_due(training.save_every_n_steps, training.save_every_n_epochs):
+            self._guard.raise_if_stopped()
+            self.saver.save_in_background()
         self._throughput.pause(time.perf_counter() - started)
-        if self.checkpoint_manager is not None:
-            self.stop_switch.seconds_to_save = self.checkpoint_manager.seconds
-            if self.checkpoint_manager.has_failed:
+        if manager is not None:
+            self.stop_switch.seconds_to_save = manager.seconds
+            if manager.has_failed:
                 self.stop_switch.request(Stop.FAILED, "a checkpoint could not be written")
-        # What hooks ask for at these steps takes effect at once, on every process; else at the next step.
-        return (
-            self.stop_switch.settle() if logged or validates or self._is_at_epoch else self.stop_switch.poll()
-        ) != Stop.NO
+        # A stop that hooks ask for at these steps takes effect at once on all processes, otherwise one step later.
+        if is_logged or validates or self._is_at_epoch:
+            return self.stop_switch.settle() != Stop.NO
+        return self.stop_switch.poll() != Stop.NO
 
-    @property
-    def _is_at_epoch(self) -> bool:
-        """Whether the next step begins an epoch."""
-        return self.samples.place(self.global_step)[1] == 0
-
-    def _due(self, every_n_steps: int | None, every_n_epochs: int | None) -> bool:
-        by_step = every_n_steps is not None and self.global_step % every_n_steps == 0
-        return by_step or (
-            every_n_epochs is not None and self._is_at_epoch and self.current_epoch % every_n_epochs == 0
-        )
-
-    def _log(self, norm: Tensor, learning_rate: float) -> None:
-        """One line of numbers over the steps since the last one. The host waits for the device here."""
-        tokens, bad_in_a_row, bad, spikes = torch.stack((self._progress.tokens, *self._guard.counts)).tolist()
-        total, count = self._progress.loss.totals.tolist()
-        self._progress.loss.reset()
-        speed = self._throughput.log(self.global_step, tokens)
+    def _log(self, grad_norm: Tensor, learning_rate: float) -> None:
+        """Logs the numbers of the steps since the last line. The host waits for the device here."""
+        progress, step = self._progress, self.global_step
+        tokens, bad_in_a_row, bad, spikes = torch.stack((progress.tokens, *self._guard.counts)).tolist()
+        total, count = progress.loss.tolist()
+        progress.loss.zero_()
+        speed = self._throughput.log(step, tokens)
         memory = peak_memory_gb(self.accelerator.device)
         line = {
-            "step": self.global_step,
+            "step": step,
             "epoch": self.epochs_done,
-            "samples": self.samples.samples_before(self.global_step),
+            "samples": self.samples.samples_before(step),
             "tokens": tokens,
             "train_loss": total / count if count else math.nan,
             "learning_rate": learning_rate,
-            "grad_norm": norm.item(),
+            "grad_norm": grad_norm.item(),
             "tokens_per_second": speed.pop("tokens_per_second"),
             "bad_steps": bad,
             **({"skipped_spikes": spikes} if self.config.training.skip_spikes_above is not None else {}),
         }
         self.metrics.update(line)
-        # What the machine or an observer says is no part of the state: a checkpoint is the same with it and without.
+        # What the machine or a callback measures is not part of the state: checkpoints do not depend on it.
         line |= speed | ({} if memory is None else {"memory_gb": memory}) | self.callbacks.measure(self)
         self.callbacks.on_log(self, line)
-        self._end_if_diverged(bad_in_a_row)
+        self._guard.raise_if_stopped(bad_in_a_row)
 
     def _report_compilation(self, what: str, seconds: float) -> None:
-        """Print how long the first step and the first validation took, if they were compiled."""
-        if self.config.training.compile and what not in self._has_compiled:
-            self._has_compiled.add(what)
+        """Prints how long the first step or validation took, if it was compiled."""
+        if self.config.training.compile and what not in self._compiled:
+            self._compiled.add(what)
             self.say(f"the first {what} took {seconds:.1f} s, with compilation")
 
-    def _end_if_diverged(self, bad_in_a_row: int) -> None:
-        """Raise TrainingError if the guard has stopped the run; such a state is never saved."""
-        if bad_in_a_row >= (most := self.config.training.max_bad_steps):
-            raise TrainingError(
-                f"the loss or the gradient was not finite in {most} optimizer steps in a row; "
-                "none of them changed the weights. Lower training.learning_rate, check the data, and look at the loss "
-                "and the gradient norm before."
-            )
+    def find_micro_batch_size(self) -> None:
+        """Finds the micro-batch size, if it is auto and not known yet, and uses it in training and validation."""
+        if self.micro_batch is None:
+            return
+        if self.micro_batch.size is None:
+            first, device, largest = self.global_step, self.accelerator.device, self.samples.largest_share
+            batch = next(device_batches(self.train_loader, self.samples, first, first + 1, device))
+            rows = batch.inputs, batch.targets
+            size = self.micro_batch.find(self.optimizer_step, *rows, largest, self.group, self.validation_metrics)
+            self.say(f"micro_batch_size is auto: {size} of {largest} sequences at once fit")
+        for sampler in (self.samples, self.val_samples):
+            if sampler is not None:
+                sampler.micro_batch_size = self.micro_batch.size
 
     # ---- validation --------------------------------------------------------------------------------------
 
     def validate(self) -> dict[str, float]:
-        """Loss over every target of the validation data, whatever its batch size and the number of processes.
+        """Returns the loss over every target of the validation data, whatever its batch size and the device count.
 
-        With `training.ema_decay`, of the averaged weights.
+        With `training.ema_decay`, the averaged weights are validated.
 
         Returns:
             `val_loss` (mean per target, in nats for our losses), `val_perplexity` (its exponential), for text
@@ -470,73 +361,56 @@ class Trainer:
         Raises:
             ConfigError: if there is no val_loader, or no target in it.
         """
-        if self.val_loader is None:
-            raise ConfigError("there is no val_loader; give the Trainer one.")
         metrics = self._evaluate(lambda: False)
         assert metrics is not None  # nothing interrupts it
         return metrics
 
     def _evaluate(self, is_interrupted: Callable[[], bool]) -> dict[str, float] | None:
-        assert self.val_loader is not None
-        assert self.val_samples is not None
+        if self.val_loader is None or self.val_samples is None:
+            raise ConfigError("There is no val_loader; give the Trainer one.")
         data = self.val_loader, self.val_samples, self.accelerator
         with self.averaged_weights():
-            return evaluate(self._step_model, *data, is_interrupted, self.validation_metrics)
+            return evaluate(self.model_with_loss, *data, is_interrupted, self.validation_metrics)
 
     def averaged_weights(self) -> AbstractContextManager[None]:
-        """Meanwhile, `model` has the averaged weights; its own, where `training.ema_decay` is not set."""
+        """Gives `model` the averaged weights on entry, and its own on exit. Without `ema_decay` it does nothing."""
         return self.average.applied() if self.average is not None else nullcontext()
 
     def _validate_in_training(self) -> bool:
-        """Validate; False if a signal or the clock broke it off, to be done first when the run goes on."""
-        # The clock does not break off the same validation twice, or no start would ever get beyond it.
-        gravest = Stop.SIGNAL if self._progress.validation_due else Stop.OUT_OF_TIME
-        self._progress.validation_due = True  # also where an exception ends it
+        """Validates. Returns False if a signal or the clock interrupted it; it then comes first on resume."""
+        # The clock does not interrupt the same validation twice: otherwise no launch would ever get past it.
+        interrupting = Stop.SIGNAL if self._progress.validation_due else Stop.OUT_OF_TIME
+        self._progress.validation_due = True  # also if an exception ends it
         started = time.perf_counter()
-        metrics = self._evaluate(is_interrupted=lambda: self.stop_switch.poll() >= gravest)
+        metrics = self._evaluate(is_interrupted=lambda: self.stop_switch.poll() >= interrupting)
         self._report_compilation("validation", time.perf_counter() - started)
-        self._progress.validation_due = metrics is None
         if metrics is None:
             return False
+        self._progress.validation_due = False
         self.metrics.update({"val_step": self.global_step, **metrics})
         if self.early_stopping is not None:
-            name = self.early_stopping.metric
+            name, patience = self.early_stopping.metric, self.early_stopping.patience
             if self.early_stopping.step(metrics[name]):
-                best, patience = self.early_stopping.best_value, self.early_stopping.patience
+                best = self.early_stopping.best_value
                 self.request_stop(f"early stopping: {name} has not improved on {best:.4g} in {patience} validations")
         self.callbacks.on_validation_end(self, metrics)
         return True
 
-    def find_micro_batch_size(self) -> None:
-        """Find the micro-batch size, if it is auto and not known yet, for training and validation."""
-        if self.micro_batch is None:
-            return
-        if self.micro_batch.size is None:
-            first, device, largest = self.global_step, self.accelerator.device, self.samples.largest_share
-            inputs, targets, *_ = next(device_batches(self.train_loader, self.samples, first, first + 1, device))
-            size = self.micro_batch.find(self._step, inputs, targets, largest, self.team, self.validation_metrics)
-            self.say(f"micro_batch_size is auto: {size} of {largest} sequences at once fit")
-        for sampler in (self.samples, self.val_samples):
-            if sampler is not None:
-                sampler.micro_batch_size = self.micro_batch.size
-
-    # ---- requests ----------------------------------------------------------------------------------------
+    # ---- requests and checkpoints ------------------------------------------------------------------------
 
     def request_stop(self, reason: str) -> None:
-        """Stop at the end of this step, saved, so that the same command goes on later.
+        """Stops the run at the end of this step, saved, so that the same command resumes it later.
 
-        On several processes, a request made in `on_step_end` by some of them takes effect one step later.
+        If only some of several processes ask in `on_step_end`, the stop takes effect one step later.
         """
         self.stop_switch.request(Stop.REQUESTED, reason)
 
     def request_save(self, is_best: bool = False) -> None:
-        """Save a checkpoint at the end of this step, when all hooks have run. For all processes alike."""
-        self._save_requested = bool(self._save_requested) or is_best
-
-    # ---- checkpoints -------------------------------------------------------------------------------------
+        """Saves a checkpoint at the end of this step, after all hooks. All processes have to ask alike."""
+        self.saver.request(is_best)
 
     def save_checkpoint(self, name: str | None = None, is_best: bool = False) -> Path:
-        """Save the whole state, on every process together; the checkpoint is there when this returns.
+        """Saves the whole state, on every process together. The checkpoint is complete when this returns.
 
         Args:
             name: of its directory; default: step_ and the step in eight digits.
@@ -546,117 +420,107 @@ class Trainer:
             ConfigError: if there is no checkpoint_dir.
             CheckpointError: if it cannot be written.
         """
-        manager, name = self.checkpoint_manager, name or self._name
-        if manager is None:
-            raise ConfigError("there is no checkpoint_dir; set training.checkpoint_dir.")
         self._check_whole()
-        self._on_savers(lambda: manager.save(run_state(self), name, is_best, model_files(self)))
-        if name == self._name:
-            self._saved_at = self.global_step
-        return manager.checkpoint_dir / name
-
-    def _check_whole(self) -> None:
-        """Raise CheckpointError if an exception came within an update: the next step would be that one once more."""
-        if self._step.is_updating:
-            raise CheckpointError(
-                f"an exception ended step {self.global_step + 1} as the optimizer changed the weights; load a "
-                "checkpoint, or make a new Trainer, which goes on from the newest one."
-            )
-
-    def mark_saved(self) -> None:
-        """Note that the present state is on the disk; but for a validation that is due, after which it is another."""
-        self._saved_at = -1 if self._progress.validation_due else self.global_step
-        self._step.is_updating = False
-
-    @property
-    def _name(self) -> str:
-        return f"step_{self.global_step:08d}"
-
-    def _save_if_possible(self) -> None:
-        """Save in the background; at the end of the run, `_finish` waits for it."""
-        manager, is_best = self.checkpoint_manager, bool(self._save_requested)
-        if manager is not None and (self._saved_at != self.global_step or is_best):
-            # A sharded state is saved by all, and the one before has failed on all of them or on none.
-            if self.is_sharded or (self.is_main_process and not manager.has_failed):
-                manager.save_in_background(run_state(self), self._name, is_best, model_files(self))
-            self._saved_at = self.global_step
-        self._save_requested = None
-
-    def _on_savers(self, action: Callable[[], object]) -> None:
-        """Have whoever saves do something: all processes where the state is sharded, else the main one."""
-        if self.is_sharded:
-            action()
-        else:
-            self.team.from_first(action)
+        return self.saver.save(name, is_best)
 
     def load_checkpoint(self, path: Path | str) -> None:
-        """Restore the whole state from a checkpoint; `train()` goes on from there.
+        """Restores the whole state from a checkpoint. `train()` then continues from there.
 
         Raises:
-            CheckpointError: if the checkpoint is damaged, or has not exactly the parts that this run has.
-            ConfigError: if its place in the data has no meaning in this run.
+            CheckpointError: if the checkpoint is damaged, or does not have exactly the parts that this run has.
+            ConfigError: if settings that change the run differ from the checkpoint's.
         """
-        restore(self, load_checkpoint(Path(path), like_of(self)), Path(path))
+        self._restore(load_checkpoint(Path(path), self.state.like()), Path(path))
         self._started = True
+
+    def _resume(self) -> Path | None:
+        """Restores what `training.resume` says. Returns the checkpoint, or None if the run begins."""
+        wanted, manager = self.config.training.resume, self.checkpoint_manager
+        choice = resume(wanted, manager, self.group, self.state.like, self._restore, self.say)
+        if choice.origin is not None:
+            self._progress.origin = str(choice.origin)
+        self.was_rewound = choice.is_rewound
+        return choice.path
+
+    def _restore(self, saved: dict[str, Any], where: Path) -> None:
+        restored = self.state.load(saved, where, self.config.training.resume_changes, FREE_ON_RESUME)
+        for line in restored.messages:
+            self.say(line)
+        self._fit_schedule()
+        if self.micro_batch is not None:
+            self.micro_batch.settings_changed(restored.changed)
+        self.saver.mark_saved()
+        self.optimizer_step.is_updating = False
+        if restored.changed & AFFECTS_SCHEDULE:
+            rate = self.metrics.get_latest("learning_rate")
+            self.say(describe_curve(self.scheduler, self.global_step, self.total_steps, rate))
+
+    def _fit_schedule(self) -> None:
+        """Fits the run's length and its schedule to where its batches begin: another batch size changes both."""
+        before, self.total_steps = self.total_steps, count_steps(self.config.training, self.samples)
+        if self._has_own_schedule and before != self.total_steps:
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["initial_lr"]
+            schedule = make_schedule(self.config.training, self.optimizer, self.total_steps)
+            schedule.load_state_dict(self.scheduler.state_dict())
+            self.scheduler = self.state.parts["scheduler"] = schedule
+        for group, lr in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = lr
+
+    def _check_whole(self) -> None:
+        """Raises CheckpointError if an exception ended the last step within the optimizer's update."""
+        if self.optimizer_step.is_updating:
+            raise CheckpointError(
+                f"An exception ended step {self.global_step + 1} while the optimizer changed the weights. Load a "
+                "checkpoint, or make a new Trainer, which resumes from the newest one."
+            )
 
     # ---- beginning and end -------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        self._start_step, self._save_requested = self.global_step, None
-        self._step_model.train()
+        self._first_step = self.global_step
+        self.saver.forget_requests()
+        self.model_with_loss.train()
         self.model.zero_grad()  # what a caller, or a step that raised, may have left
         self.callbacks.on_train_begin(self)
-        self._throughput = make_throughput(
-            self.config.training, self.accelerator, self.model, self.train_loader.dataset
-        )
+        training, data = self.config.training, self.train_loader.dataset
+        self._throughput = make_throughput(training, self.accelerator, self.model, data)
         self._throughput.begin(self.global_step, int(self._progress.tokens))
 
     def _finish(self) -> None:
-        """Save the end, whatever the reason, and wait until it is saved."""
-        manager = self.checkpoint_manager
-        if manager is not None:
-            self._end_if_diverged(int(self._guard.counts[0]))
-            self._save_if_possible()
-            saved, self._saved_at = self._saved_at, -1
-            self._on_savers(manager.wait)
-            self._saved_at = saved
+        """Saves the end, whatever the reason for it, and waits until it is on disk."""
+        if self.checkpoint_manager is not None:
+            self._guard.raise_if_stopped()
+            self.saver.finish()
         self.callbacks.on_train_end(self)
         if self.stop_switch.reason:
-            go_on = "; start it again to go on" if self.was_interrupted and manager is not None else ""
-            self.say(f"stopped at step {self.global_step} of {self.total_steps}: {self.stop_switch.reason}{go_on}")
+            advice = ""
+            if self.was_interrupted and self.checkpoint_manager is not None:
+                advice = f"; saved in {self.checkpoint_manager.get_latest()}. Run the same command to resume."
+            self.say(f"stopped at step {self.global_step} of {self.total_steps}: {self.stop_switch.reason}{advice}")
+
+    def _end_finished_run(self) -> None:
+        """Says that there is nothing to do, and saves the end if that failed before."""
+        if self.checkpoint_manager is not None and not self.saver.is_current:
+            self.save_checkpoint()
+        longer = "training.max_steps (or max_epochs), and name it in training.resume_changes"
+        if self.early_stopping is not None and self.early_stopping.should_stop:
+            longer = "training.early_stopping_patience, which ended it"
+        self.say(
+            f"This run is already finished, at step {self.global_step} of {self.total_steps}. To train longer, raise "
+            f"{longer}. To start over, choose another output_dir."
+        )
 
     def leave_group(self) -> None:
-        """Leave the group of processes, for good: nothing can be trained or validated afterwards."""
-        # DistributedDataParallel first, which must not be the last to hold the group (see `kept_groups`); and a group
-        # left to the end of the interpreter aborts it, if one of its threads is still at work then.
-        self._step.model_with_loss = self._step_model = self.accelerator.unwrap_model(self._step_model)
+        """Leaves the process group for good: nothing can be trained or validated afterwards."""
+        # DDP must not be the last owner of the group (see `kept_groups`), and a group that is left to the end of the
+        # interpreter aborts it if one of its threads is still at work then.
+        self.optimizer_step.model_with_loss = self.model_with_loss = self.accelerator.unwrap_model(self.model_with_loss)
         self.accelerator.free_memory()
         kept_groups.clear()
         self.accelerator.end_training()
 
     def say(self, text: str) -> None:
-        """Print a line, beside the progress bar and on the main process only."""
+        """Prints a line beside the progress bar, on the main process only."""
         if self.is_main_process:
             tqdm.write(text)
-
-
-def summary(trainer: Trainer) -> str:
-    """Where the run is, what it trains, on what and how; the host does not wait for the device."""
-    training, validation = trainer.config.training, trainer.val_samples
-    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    processes = trainer.accelerator.num_processes
-    latest = {name: trainer.metrics.get_latest(name) for name in ("train_loss", "val_loss")}
-    rate = f"learning rate {float(trainer.scheduler.get_last_lr()[0]):.3g}"
-    is_own = isinstance(trainer.scheduler, StepSchedule)
-    schedule = training.lr_scheduler if is_own else type(trainer.scheduler).__name__
-    lines = {
-        "model": f"{type(trainer.model).__name__}, {parameters:,} parameters, precision {training.mixed_precision}",
-        "device": f"{trainer.accelerator.device}, {processes} process{'es' * (processes > 1)}",
-        "data": f"{trainer.samples.num_samples:,} samples, {trainer.samples.sizes_from(trainer.global_step)} in a step"
-        + ("" if validation is None else f"; validation {validation.num_samples:,}"),
-        "optimizer": f"{type(trainer.optimizer).__name__}, {schedule}, {rate}",
-        "latest": ", ".join(f"{name} {value:.4g}" for name, value in latest.items() if value is not None) or "nothing",
-        "saved in": training.checkpoint_dir or "nothing is saved",
-    }
-    head = f"Trainer at step {trainer.global_step:,} of {trainer.total_steps:,}, epoch {trainer.epochs_done:.3g}"
-    return "\n".join([head, *(f"  {name:9}  {text}" for name, text in lines.items())])

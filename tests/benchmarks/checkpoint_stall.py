@@ -30,7 +30,6 @@ from fundamentallm.checkpoint.snapshot import Snapshot, take_snapshot
 from fundamentallm.data.loaders import create_dataloaders
 from fundamentallm.data.tokenizers import create_tokenizer
 from fundamentallm.models.transformers_format import model_files
-from fundamentallm.run.state import run_state
 from tests.integration.runs import prose
 
 QUIET = 5
@@ -76,7 +75,7 @@ class Saves(Callback):
         if self.is_saving:
             if manager._writer is None or not manager._writer.is_alive():
                 self.waits.append(waited() - self.begun)
-                self.is_saving, state, name = False, run_state(trainer), f"at_once_{trainer.global_step}"
+                self.is_saving, state, name = False, trainer.state.state_dict(), f"at_once_{trainer.global_step}"
                 self.saves.append(seconds(lambda: manager.save(state, name, False, model_files(trainer))))
         elif len(self.saves) == self.rounds:
             trainer.request_stop("measured")

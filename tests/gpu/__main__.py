@@ -1,4 +1,4 @@
-"""Check on one GPU what tests on a CPU cannot: `tests/gpu/run.sh`, or `python -m tests.gpu` where all is installed."""
+"""Checks on one GPU what tests on a CPU cannot: `tests/gpu/run.sh`, or `python -m tests.gpu` if all is installed."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ from tests.gpu.runs import Runs, Skipped
 
 
 def main() -> int:
-    """Run the checks; returns 1 if one failed."""
+    """Runs the checks; returns 1 if one failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.gpu", description=__doc__)
     names = ", ".join(f"{name}: {described(check)}" for name, check in CHECKS.items())
     parser.add_argument("checks", nargs="*", metavar="CHECK", help=f"all by default. {names}".replace("%", "%%"))
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries the checks out [cuda]")
     parser.add_argument(
-        "--output", type=Path, default=Path("gpu.json"), metavar="FILE", help="of the results [gpu.json]"
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu only shows that the checks work [cuda]"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("gpu.json"), metavar="FILE", help="for the results [gpu.json]"
     )
     options = parser.parse_args()
     if unknown := set(options.checks) - set(CHECKS):
@@ -57,13 +59,13 @@ def _finding(name: str, runs: Runs) -> Finding:
         status, text = "passed", CHECKS[name](runs)
     except Skipped as reason:
         status, text = "skipped", str(reason)
-    except Exception as error:  # a check that cannot be made has failed, and the others go on
+    except Exception as error:  # the other checks still run
         status, text = "FAILED", f"{type(error).__name__}: {error}"
     return Finding(name, status, text, time.perf_counter() - started)
 
 
 def machine(device: str) -> dict[str, str]:
-    """Hardware and versions."""
+    """Returns hardware and versions."""
     found = {"device": platform.processor() or platform.machine()}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)

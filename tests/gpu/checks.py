@@ -1,4 +1,4 @@
-"""What only a GPU can show. Each check makes real runs, fails by an assertion, and returns what it found in a line."""
+"""Checks that need a GPU. Each makes real runs, fails by an assertion, and returns its result in one line."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ FSDP2 = ROOT / "accelerate_configs/fsdp2.yaml"
 
 
 def precisions(runs: Runs) -> str:
-    """bf16 and fp16 learn what fp32 does."""
-    names = ("no", "bf16", "fp16") if runs.on_gpu else ("no", "bf16")  # which refuses fp16 on a CPU
+    """bf16 and fp16 reach the loss of fp32."""
+    names = ("no", "bf16", "fp16") if runs.on_gpu else ("no", "bf16")  # a CPU refuses fp16
     last = {}
     for name in names:
         folder = runs.run(runs.config(f"precision-{name}", mixed_precision=name))
@@ -32,18 +32,18 @@ def precisions(runs: Runs) -> str:
 
 
 def overflow(runs: Runs) -> str:
-    """A step whose gradient overflows changes no weight and no moment, and halves the scale of the loss."""
+    """A step whose gradient overflows changes no weight and no moment, and halves the loss scale."""
     precision = "fp16" if runs.on_gpu else "no"
     folder = runs.run(runs.config("overflow", mixed_precision=precision, hooks=["Overflow"]))
     assert seen(folder, "Overflow") == {"unchanged": True, "halved": True}, seen(folder, "Overflow")
     assert lines(folder)[-1]["bad_steps"] >= 1
-    return f"{precision}: nothing changed, the run went on to {losses(folder)[-1]:.4f}"
+    return f"{precision}: nothing changed; the run continued to {losses(folder)[-1]:.4f}"
 
 
 def sharded(runs: Runs) -> str:
-    """FSDP2 with one process, on NCCL, computes what the plain run does."""
+    """FSDP2 with one process, on NCCL, has the losses of a plain run."""
     if not runs.on_gpu:
-        raise Skipped("accelerate takes FSDP2 on a CPU for plain data parallelism")
+        raise Skipped("accelerate ignores FSDP2 on a CPU")
     plain = runs.run(runs.config("precision-no", mixed_precision="no"))
     launch = ["--config_file", str(FSDP2), "--num_processes", "1", "--mixed_precision", "no"]
     folder = runs.run(runs.config("fsdp2", mixed_precision="no"), launch)
@@ -54,7 +54,7 @@ def sharded(runs: Runs) -> str:
 
 
 def compiled(runs: Runs) -> str:
-    """Compiled, the run learns the same, faster."""
+    """A compiled run reaches the same loss, faster."""
     plain = runs.run(runs.config("precision-bf16", mixed_precision="bf16"))
     folder = runs.run(runs.config("compiled", mixed_precision="bf16", compile=True))
     facts = seen(folder, "Facts")
@@ -79,10 +79,10 @@ def waiting(runs: Runs) -> str:
 
 
 def resuming(runs: Runs) -> str:
-    """Stopped by SIGTERM and started again, the run ends with the same weights and moments, to the bit."""
+    """A run that is stopped by SIGTERM and resumed ends with the same weights and moments, to the bit."""
     deterministic = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     options: dict[str, Any] = {"hooks": ["Deterministic", "Preempted"], "mixed_precision": "bf16"}
-    for kind in ("", "-compiled") if runs.on_gpu else ("",):  # tests/integration/test_compile.py has it on a CPU
+    for kind in ("", "-compiled") if runs.on_gpu else ("",):  # tests/integration/test_compile.py checks it on a CPU
         options["compile"] = bool(kind)
         whole = runs.run(runs.config(f"whole{kind}", **options), environment=deterministic)
         broken = runs.config(f"broken{kind}", **options)
@@ -92,7 +92,7 @@ def resuming(runs: Runs) -> str:
         assert one.keys() == other.keys()
         differing = [name for name, tensor in one.items() if not torch.equal(tensor, other[name])]
         assert not differing, f"{len(differing)} of {len(one)} tensors differ{kind}: {differing[:3]}"
-    # Without torch's deterministic algorithms, two equal runs may differ: worth knowing, and no fault of resuming.
+    # Without torch's deterministic algorithms, two equal runs may differ, which is not an error of resuming.
     free = [state(runs.run(runs.config(f"free-{i}", mixed_precision="bf16"))) for i in range(2)]
     same = all(torch.equal(tensor, free[1][name]) for name, tensor in free[0].items())
     return f"{len(one)} tensors equal; two runs without deterministic algorithms are {'equal' if same else 'NOT equal'}"
@@ -115,9 +115,9 @@ SHAPES["recomputed"] = SHAPES["deep"] | {"activation_checkpointing": True}
 
 
 def memory_estimated(runs: Runs) -> str:
-    """Peak memory is what `fundamentallm estimate` says, within 15 %."""
+    """Peak memory is within 15 % of what `fundamentallm estimate` predicts."""
     if not runs.on_gpu:
-        raise Skipped("torch counts no peak of a CPU's memory; tests/unit/test_estimated_memory.py has it")
+        raise Skipped("torch does not measure the peak memory of a CPU; tests/unit/test_estimated_memory.py checks it")
     found, right = [], True
     for name, options in SHAPES.items():
         for precision in ("no", "bf16"):
@@ -133,7 +133,7 @@ def memory_estimated(runs: Runs) -> str:
 
 
 def _large(runs: Runs, name: str, **training: Any) -> Config:
-    """GPT-2's size, 124 million parameters and more, as it would be trained."""
+    """Returns a config of GPT-2's size, at least 124 million parameters."""
     if not runs.on_gpu:
         return runs.config(name, **training)
     model = {"vocab_size": 50_304, "d_model": 768, "num_heads": 12, "num_layers": 12}
@@ -141,29 +141,29 @@ def _large(runs: Runs, name: str, **training: Any) -> Config:
 
 
 def fitting(runs: Runs) -> str:
-    """Where memory is short, micro_batch_size: auto finds what fits; the run is the one that is given the number."""
-    precision = "fp16" if runs.on_gpu else "bf16"  # whose scale of the loss has to stay what it was
+    """With little memory, micro_batch_size: auto finds a size that fits; the losses are those of that size."""
+    precision = "fp16" if runs.on_gpu else "bf16"  # whose loss scale must not change
     settings = {"mixed_precision": precision, "max_steps": 10, "log_every_n_steps": 1, "hooks": ["LittleMemory"]}
     found = runs.run(_large(runs, "fitting", micro_batch_size="auto", **settings))
     size = seen(found, "Facts")["micro_batch_size"]
     assert not runs.on_gpu or 1 <= size < 64, f"{size} of 64 sequences"
-    told = runs.run(_large(runs, "fitting-told", micro_batch_size=size, **settings))
-    assert losses(found) == losses(told)
+    given = runs.run(_large(runs, "fitting-given", micro_batch_size=size, **settings))
+    assert losses(found) == losses(given)
     return f"{size} sequences at once, the same losses to the bit"
 
 
 def saving(runs: Runs) -> str:
-    """How long the training waits for a checkpoint, and how long a thread then writes it."""
+    """Measures how long training waits for a checkpoint, and how long a thread then writes it."""
     config = _large(runs, "saving", mixed_precision="bf16", save_every_n_steps=10)
     facts = seen(runs.run(config), "Facts")
     assert len(facts["seconds_waited"]) == 4, facts
     waited = ", ".join(f"{seconds:.2g}" for seconds in facts["seconds_waited"])
-    # The second and third wait for the one before, if that is not written yet.
+    # The second and third may have to wait until the previous one is written.
     return f"waits {waited} s; the last was written in {facts['seconds_written']:.2g} s"
 
 
 def speed(runs: Runs) -> str:
-    """Tokens per second, and the share of what a large matrix product reaches on the same device."""
+    """Measures tokens per second, and FLOP/s relative to a large matrix product on the same device."""
     config = _large(runs, "speed", mixed_precision="bf16", hooks=["MatrixProduct"])
     folder = runs.run(config)
     rate, product = lines(folder)[-2]["tokens_per_second"], seen(folder, "MatrixProduct")["flops_per_second"]
@@ -180,13 +180,13 @@ CHECKS: dict[str, Callable[[Runs], str]] = {
 
 
 def described(check: Callable[[Runs], str]) -> str:
-    """What a check shows."""
+    """Returns the first line of the docstring of a check."""
     return (check.__doc__ or "").split("\n")[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """The outcome of a check: passed, FAILED or skipped."""
+    """Outcome of a check: passed, FAILED or skipped."""
 
     name: str
     status: str

@@ -1,7 +1,6 @@
-"""Callbacks that look into a run, or disturb it, and write what they saw into its output_dir as JSON.
+"""Callbacks that observe or disturb a run, and write what they have measured into its output_dir as JSON.
 
-Named in configs as tests.gpu.hooks:Name. On a CPU they do what makes sense there, so that they can be tried without a
-GPU.
+Configs name them as tests.gpu.hooks:Name. They also work on a CPU, so that they can be tried without a GPU.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from fundamentallm import Callback, Trainer
 from fundamentallm.data.loaders import device_batches
 
 STOP_AT = "GPU_CHECK_STOP_AT"
-"""Environment variable: the step after which `Preempted` has the run end."""
+"""Environment variable: the step after which `Preempted` ends the run."""
 
 
 class Hook(Callback):
-    """A callback with something to tell, under its own name."""
+    """A callback that writes `seen` to a file with its own name."""
 
     def __init__(self) -> None:
         self.seen: dict[str, Any] = {}
@@ -34,7 +33,7 @@ class Hook(Callback):
 
 
 class Facts(Hook):
-    """Where and how the run was computed, its peak memory, and how long it waited for its checkpoints."""
+    """Records device, precision and peak memory of the run, and how long it waited for its checkpoints."""
 
     def on_train_begin(self, trainer: Trainer) -> None:
         self.waited: list[float] = []
@@ -48,7 +47,7 @@ class Facts(Hook):
 
             def timed(*arguments: Any, **options: Any) -> Any:
                 if self.cuda:
-                    torch.cuda.synchronize()  # the steps before are not the checkpoint's
+                    torch.cuda.synchronize()  # so that earlier steps do not count
                 started = time.perf_counter()
                 result = save(*arguments, **options)
                 self.waited.append(time.perf_counter() - started)
@@ -79,7 +78,7 @@ class Facts(Hook):
 
 
 class LittleMemory(Hook):
-    """Leaves the run some of a GPU's memory only, from before it begins."""
+    """Limits the memory of the GPU before the run begins."""
 
     GIGABYTES = 12
 
@@ -91,12 +90,12 @@ class LittleMemory(Hook):
 
 
 class NoWaiting(Hook):
-    """Makes it an error that the host waits for the device in a step that is not logged."""
+    """Makes the run fail if the host waits for the device in a step that is not logged."""
 
     def on_train_begin(self, trainer: Trainer) -> None:
         self.trainer, steps = trainer, set[int]()
 
-        # From the first forward pass of such a step to that of the next one: the loader and all hooks are between.
+        # From the first forward pass of such a step to that of the next one, which includes the loader and all hooks.
         def before_forward(model: nn.Module, _: Any) -> None:
             step = trainer.global_step + 1
             ordinary = (
@@ -111,7 +110,7 @@ class NoWaiting(Hook):
 
 
 class Overflow(Hook):
-    """Has the gradient of one step overflow, and compares weights and moments before and after."""
+    """Makes the gradient of one step overflow, and compares weights and moments before and after."""
 
     step = 5
 
@@ -129,7 +128,7 @@ class Overflow(Hook):
                 self.before = state()
                 if scaler is not None:
                     self.scale = scaler.get_scale()
-                    scaler.update(new_scale=2.0**60)  # the loss stays finite, in float32; gradients in float16 do not
+                    scaler.update(new_scale=2.0**60)  # the loss is float32 and stays finite; float16 gradients do not
             elif step == self.step + 1 and not self.seen:
                 assert self.before is not None
                 same = all(torch.equal(old, new) for old, new in zip(self.before, state(), strict=True))
@@ -146,14 +145,14 @@ class Overflow(Hook):
 
 
 class Deterministic(Callback):
-    """Only kernels that add in a fixed order (flash attention's backward pass, for one, has another too)."""
+    """Uses only kernels that add in a fixed order; by default, the backward pass of flash attention does not."""
 
     def on_train_begin(self, trainer: Trainer) -> None:
         torch.use_deterministic_algorithms(True)
 
 
 class Preempted(Callback):
-    """Ends the run by SIGTERM after a step, as a cluster does."""
+    """Ends the run by SIGTERM after a step, as a scheduler does."""
 
     def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         if os.environ.get(STOP_AT) == str(trainer.global_step):
@@ -161,19 +160,19 @@ class Preempted(Callback):
 
 
 def now(device: torch.device) -> float:
-    """The time at which the device has done all it was given."""
+    """Returns the time at which the device has finished its queue."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 class ModelAlone(Hook):
-    """How long the forward and backward passes of a step take without all else."""
+    """Measures the forward and backward passes of a step alone."""
 
     times = 10
 
     def on_train_end(self, trainer: Trainer) -> None:
-        device, model = trainer.accelerator.device, trainer._step_model
+        device, model = trainer.accelerator.device, trainer.model_with_loss
         inputs, targets, parts, _ = next(device_batches(trainer.train_loader, trainer.samples, 0, 1, device))
         pairs = list(zip(inputs.tensor_split(parts), targets.tensor_split(parts), strict=True))
         for count in (2, self.times):  # the first round warms up
@@ -187,7 +186,7 @@ class ModelAlone(Hook):
 
 
 class MatrixProduct(Hook):
-    """How fast the device multiplies two large matrices in bfloat16."""
+    """Measures how fast the device multiplies two large matrices in bfloat16."""
 
     def on_train_end(self, trainer: Trainer) -> None:
         device = trainer.accelerator.device

@@ -1,4 +1,4 @@
-"""Real runs by real command lines, each once, however many checks look at it."""
+"""Real runs by real command lines; checks that need the same run share it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from fundamentallm.config.command_line import to_yaml
 from fundamentallm.config.schema import Config
 from fundamentallm.config.validation import from_dict
+from fundamentallm.config.yaml_format import to_yaml
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,19 +24,19 @@ SMALL = {
     "cuda": ({"d_model": 256, "num_heads": 4, "num_layers": 4}, 256, {"batch_size": 32, "micro_batch_size": 16}),
     "cpu": ({"d_model": 16, "num_heads": 2, "num_layers": 2}, 16, {"batch_size": 4, "micro_batch_size": 2}),
 }
-"""Model, sequence length and batch of a run on each kind of device."""
+"""Model, sequence length and batch of a run, by kind of device."""
 
 
 class Skipped(Exception):
-    """A check has no meaning here; says why."""
+    """Raised by a check that has no meaning on this device, with the reason."""
 
 
 class Runs:
     """Runs in a folder.
 
     Args:
-        folder: of all of them.
-        device: cuda or cpu, where everything is small and shows only that the checks themselves work.
+        folder: holds all runs.
+        device: cuda or cpu; on a CPU everything is small, and shows only that the checks themselves work.
     """
 
     def __init__(self, folder: Path, device: str) -> None:
@@ -45,11 +45,11 @@ class Runs:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the numbers mean something."""
+        """True if the numbers have a meaning."""
         return self.device == "cuda"
 
     def config(self, name: str, model: Mapping[str, Any] | None = None, **training: Any) -> Config:
-        """Of a run on the built-in text; without `model`, of the small one. `sequence_length` counts as training."""
+        """Returns a config, with a small model by default; `training` may have the sequence_length too."""
         shape, length, batch = SMALL[self.device]
         training = (
             batch | {"log_every_n_steps": 10, "max_steps": 40, "warmup_steps": 5, "learning_rate": 1e-3} | training
@@ -74,7 +74,7 @@ class Runs:
         code: int = 0,
         module: str = "fundamentallm.train",
     ) -> Path:
-        """The output_dir of a run that has ended with exit code `code`; through `accelerate launch` with options."""
+        """Trains, by `accelerate launch` if `launch` has options, expects exit code `code`, returns the output_dir."""
         folder = Path(config.output_dir)
         key = f"{folder} {environment}"
         if key in self._made:
@@ -83,34 +83,34 @@ class Runs:
         settings.write_text(to_yaml(config))
         launcher = ["accelerate.commands.launch", *launch, "-m"] if launch else []
         command = [sys.executable, "-m", *launcher, module, "--config", str(settings)]
-        place = {"PYTHONPATH": str(ROOT)} | ({} if self.on_gpu else {"ACCELERATE_USE_CPU": "true"})
+        variables = {"PYTHONPATH": str(ROOT)} | ({} if self.on_gpu else {"ACCELERATE_USE_CPU": "true"})
         done = subprocess.run(
-            command, cwd=ROOT, env={**os.environ, **place, **(environment or {})}, capture_output=True, text=True
+            command, cwd=ROOT, env={**os.environ, **variables, **(environment or {})}, capture_output=True, text=True
         )
         if done.returncode != code:
-            said = re.split(r"[\r\n]+", done.stderr.strip())[-3:]  # lines, or states of a progress bar
-            raise AssertionError(f"{' '.join(command)} answered {done.returncode}: {' | '.join(said)}")
+            printed = re.split(r"[\r\n]+", done.stderr.strip())[-3:]  # lines, or states of a progress bar
+            raise AssertionError(f"{' '.join(command)} exited with {done.returncode}: {' | '.join(printed)}")
         self._made[key] = folder
         return folder
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    """The training lines of a run's log."""
+    """Returns the training lines of the log of a run."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def losses(folder: Path) -> list[float]:
-    """Training losses of a run, by log line."""
+    """Returns the training losses of a run, by log line."""
     return [line["train_loss"] for line in lines(folder)]
 
 
 def seen(folder: Path, hook: str) -> dict[str, Any]:
-    """What a hook has written."""
+    """Returns what a hook has written."""
     return json.loads((folder / f"{hook}.json").read_text())  # type: ignore[no-any-return]
 
 
 def state(folder: Path) -> dict[str, Tensor]:
-    """Weights and optimizer state of a run's last checkpoint; its log has the time in it."""
+    """Returns weights and optimizer state of the last checkpoint of a run."""
     last = max((folder / "checkpoints").glob("step_*"))
     found = {}
     for path in sorted(last.glob("*.safetensors")):

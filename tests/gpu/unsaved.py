@@ -1,4 +1,4 @@
-"""Train as the command line says and save nothing: a large model's checkpoint takes longer than what is measured."""
+"""Trains without saving: the checkpoint of a large model takes longer than what is measured."""
 
 from __future__ import annotations
 

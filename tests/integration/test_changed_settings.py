@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 from fundamentallm import CheckpointError, ConfigError, Trainer, TrainingConfig
 from fundamentallm.commands import checkpoints
 from fundamentallm.config.schema import Config, DataConfig, ModelConfig
-from fundamentallm.run.resume import FREE, HORIZON
 from fundamentallm.train import make_trainer as make_from_config
 from tests.conftest import reset_accelerate
 from tests.integration.runs import (
@@ -39,15 +38,6 @@ def part(folder: Path, batch_size: int, stop_at: int | None = None, size: int = 
     trainer = Trainer(Bigram(), config, loader, callbacks=[StopAt(stop_at)] if stop_at else [])
     trainer.train()
     return trainer
-
-
-def test_every_free_and_every_bending_setting_is_one() -> None:
-    sections = {"model": ModelConfig, "data": DataConfig, "training": TrainingConfig}
-    names = {f"{section}.{entry.name}" for section, kind in sections.items() for entry in dataclasses.fields(kind)}
-    names |= {entry.name for entry in dataclasses.fields(Config)}
-    assert FREE - names == set()
-    assert HORIZON - names == {"data.num_samples"}
-    assert FREE.isdisjoint(HORIZON)
 
 
 @pytest.mark.parametrize("other", [3, 5, 16, 44])
@@ -74,7 +64,7 @@ def test_a_run_of_changed_batch_size_resumes_like_any_other(tmp_path: Path) -> N
     assert_same_weights(weights(parts), weights(whole))
     assert parts.total_steps == whole.total_steps
     assert parts.scheduler.get_last_lr() == whole.scheduler.get_last_lr()
-    stretches = parts.state["progress"].stretches
+    stretches = parts.state.progress.segments
     assert [(stretch["batch_size"], stretch["start"]) for stretch in stretches] == [
         (8, [0, 0, 0, 0]),
         (5, [8, 1, 16, 60]),
@@ -91,8 +81,10 @@ def test_the_schedule_bends_to_the_new_number_of_steps(tmp_path: Path) -> None:
 
 def test_other_data_is_refused_and_if_allowed_begins_with_its_next_epoch(tmp_path: Path) -> None:
     part(tmp_path, 8, stop_at=8)
-    with pytest.raises(ConfigError, match=r"data\.num_samples is 50 and .* was trained with 44"):
+    with pytest.raises(ConfigError) as error:
         part(tmp_path, 8, size=50)
+    facts = {problem.setting: (problem.value, problem.allowed) for problem in error.value.problems}
+    assert facts["data.num_samples"] == (50, "44")
     second = part(tmp_path, 8, size=50, resume_changes=["data"])
     assert sorted(second.train_loader.dataset.asked) == list(range(50))
     assert second.global_step == 8 + 7
@@ -130,16 +122,16 @@ def test_what_changes_no_weight_is_listed_and_let_through(tmp_path: Path, capsys
     )
     trainer.train()
     said = capsys.readouterr().out
-    assert "changed since: model.zero_init_residual False -> True" in said
-    assert "changed since: training.log_every_n_steps 1 -> 3" in said
-    assert "changed since: training.micro_batch_size None -> 3" in said
-    assert "early_stopping starts afresh" in said
+    assert "model.zero_init_residual False -> True" in said
+    assert "training.log_every_n_steps 1 -> 3" in said
+    assert "training.micro_batch_size None -> 3" in said
+    assert "early_stopping starts new" in said
     assert trainer.is_finished
     without = make_trainer(
         make_config(tmp_path, log_every_n_steps=3, resume=str(tmp_path / "checkpoints/step_00000012"))
     )
     without.train()
-    assert "early_stopping is in the checkpoint and not in this run" in capsys.readouterr().out
+    assert "early_stopping is in the checkpoint" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -155,8 +147,11 @@ def test_what_changes_the_course_of_the_run_is_refused_until_named(tmp_path: Pat
     before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
     (name,) = change
     reset_accelerate()  # it keeps one precision for a whole process
-    with pytest.raises(ConfigError, match=rf"training\.{name} is .*training\.resume_changes: \[training\.{name}\]"):
+    with pytest.raises(ConfigError) as error:
         make_trainer(make_config(tmp_path, **change)).train()
+    (problem,) = error.value.problems
+    assert problem.setting == f"training.{name}"
+    assert f"training.resume_changes '[training.{name}]'" in problem.advice
     assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
     trainer = make_trainer(make_config(tmp_path, **change, resume_changes=[f"training.{name}"]))
     trainer.train()
@@ -169,7 +164,7 @@ def test_another_optimizer_starts_afresh_and_says_so(tmp_path: Path, capsys: pyt
     trainer = make_trainer(make_config(tmp_path, optimizer="sgd", resume_changes=allowed))
     trainer.train()
     said = capsys.readouterr().out
-    assert "optimizer starts afresh" in said
+    assert "optimizer starts new" in said
     assert "optimizer" not in said.partition(" at step 6: ")[2].partition("\n")[0]
 
 
@@ -220,7 +215,7 @@ def test_init_from_refuses_other_tokens_other_shapes_and_damage(tmp_path: Path) 
     new = dataclasses.replace(
         old, output_dir=str(tmp_path / "new"), model=dataclasses.replace(old.model, init_from=str(checkpoint))
     )
-    with pytest.raises(ConfigError, match=r"set data\.tokenizer to '.*tokenizer\.json'"):
+    with pytest.raises(ConfigError, match=r"data\.tokenizer to '.*tokenizer\.json'"):
         make_from_config(dataclasses.replace(new, data=dataclasses.replace(new.data, tokenizer="byte")))
     with pytest.raises(CheckpointError, match="do not fit the model"):
         make_from_config(dataclasses.replace(new, model=dataclasses.replace(new.model, d_ff=8)))
@@ -265,7 +260,7 @@ def test_fewer_epochs_than_were_made_are_a_run_that_is_finished(tmp_path: Path, 
     part(tmp_path, 8, stop_at=14)  # in the third epoch
     again = part(tmp_path, 3, max_epochs=1, resume_changes=["training.max_epochs", "training.batch_size"])
     assert (again.global_step, again.total_steps) == (14, 14)
-    assert "this run is finished, at step 14 of 14" in capsys.readouterr().out
+    assert "finished, at step 14 of 14" in capsys.readouterr().out
 
 
 SCHEDULED = {"batch_size_schedule": [[3, 16], [7, 5]], "log_every_n_steps": 1}
@@ -299,8 +294,9 @@ def timeless_history(trainer: Trainer) -> dict[str, list[float]]:
 
 def test_another_schedule_is_a_change_of_the_run(tmp_path: Path) -> None:
     part(tmp_path, 8, stop_at=4, max_epochs=2, **SCHEDULED)
-    with pytest.raises(ConfigError, match=r"training\.batch_size_schedule is \[\] and"):
+    with pytest.raises(ConfigError) as error:
         part(tmp_path, 8, max_epochs=2)
+    assert [problem.setting for problem in error.value.problems] == ["training.batch_size_schedule"]
     again = part(tmp_path, 8, max_epochs=2, resume_changes=["training.batch_size_schedule"])
     assert again.metrics.get_history()["samples"][-1] == 88
     assert again.global_step == again.total_steps == 4 + 1 + 6

@@ -64,7 +64,7 @@ def run(_: int, folder: str, backend: str, is_sharded: bool, training: dict[str,
     )
     trainer.train()
     assert trainer.config.training.compile is (backend != "no")
-    assert type(trainer.accelerator.unwrap_model(trainer._step_model)) is ModelWithLoss  # by nobody else
+    assert type(trainer.accelerator.unwrap_model(trainer.model_with_loss)) is ModelWithLoss  # by nobody else
     if backend != "no":
         # One for the steps and one for validation: not for other sizes, not for each of the blocks.
         assert counters["stats"]["unique_graphs"] == 2
@@ -193,9 +193,8 @@ def test_what_a_machine_lacks_is_named_before_anything_is_written(
 def without_blocks(_: int) -> None:
     model = torch.nn.Linear(2, 2)
     with pytest.raises(ConfigError, match="_no_split_modules"):
-        prepare_model(
-            accelerator_for("eager", True), model, torch.nn.Identity(), create_optimizer(model, "adamw", 0.1), True
-        )
+        with_loss = ModelWithLoss(model, torch.nn.Identity())
+        prepare_model(accelerator_for("eager", True), with_loss, create_optimizer(model, "adamw", 0.1), True)
 
 
 def test_a_sharded_model_has_to_say_what_its_blocks_are() -> None:

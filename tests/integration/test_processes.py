@@ -1,4 +1,4 @@
-"""What is the same on any number of processes besides the losses (see `test_layouts`), and what only one does."""
+"""Gradients, decisions and checkpoints are the same on any number of processes, and only one process writes."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from fundamentallm.training.metrics import MEASURED
 from tests.integration.runs import PartlyIgnored, lines, on_processes, prose
 from tests.integration.test_training_loop import Bigram
 
-GROUPS = (2, 3, 4)
+GROUPS = (2, 4)
 # 44 samples in batches of 6 or 7 make an epoch whose last batch has 2: fewer than the larger groups have processes.
 ROWS = {None: 6, 1: 7}
-"""Micro-batch size and batch size."""
+"""Batch size for each micro-batch size."""
 
 
 def bigram_trainer(folder: Path, micro_batch_size: int | None, *callbacks: Callback, **training: Any) -> Trainer:
@@ -41,32 +41,32 @@ def bigram_trainer(folder: Path, micro_batch_size: int | None, *callbacks: Callb
 # ---- gradients -------------------------------------------------------------------------------------------------
 
 
-def note_gradients(processes: int, folder: str, micro_batch_size: int | None) -> None:
-    noted: dict[str, Tensor] = {}
+def record_gradients(processes: int, folder: str, micro_batch_size: int | None) -> None:
+    recorded: dict[str, Tensor] = {}
     trainer = bigram_trainer(Path(folder), micro_batch_size, gradient_clip_norm=None)
     assert trainer.accelerator.num_processes == processes
 
-    def note(*_: object) -> None:
+    def record(*_: object) -> None:
         named = trainer.model.named_parameters()
-        noted.update({f"{trainer.global_step}/{name}": p.grad.clone() for name, p in named if p.grad is not None})
+        recorded.update({f"{trainer.global_step}/{name}": p.grad.clone() for name, p in named if p.grad is not None})
 
-    trainer.optimizer.register_step_pre_hook(note)
+    trainer.optimizer.register_step_pre_hook(record)
     trainer.train()
-    save_file(noted, Path(folder) / f"gradients_{trainer.accelerator.process_index}.safetensors")
+    save_file(recorded, Path(folder) / f"gradients_{trainer.accelerator.process_index}.safetensors")
 
 
 @pytest.mark.parametrize("micro_batch_size", ROWS)
-def test_every_gradient_is_that_of_one_process(tmp_path: Path, micro_batch_size: int | None) -> None:
+def test_gradients_equal_those_of_one_process(tmp_path: Path, micro_batch_size: int | None) -> None:
     for processes in (1, *GROUPS):
         (tmp_path / str(processes)).mkdir()
-        on_processes(processes, note_gradients, str(tmp_path / str(processes)), micro_batch_size)
+        on_processes(processes, record_gradients, str(tmp_path / str(processes)), micro_batch_size)
     expected = load_file(tmp_path / "1" / "gradients_0.safetensors")
     assert len(expected) >= 14 * len(list(Bigram().parameters()))
     for processes in GROUPS:
         first, *others = (
             load_file(tmp_path / str(processes) / f"gradients_{index}.safetensors") for index in range(processes)
         )
-        for other in others:  # to the bit, or the processes' weights would drift apart
+        for other in others:  # to the bit, otherwise the weights of the processes would drift apart
             assert [name for name in first if not torch.equal(first[name], other[name])] == []
         assert first.keys() == expected.keys()
         far = {name: distance(first[name], expected[name]) for name in expected}
@@ -74,11 +74,11 @@ def test_every_gradient_is_that_of_one_process(tmp_path: Path, micro_batch_size:
 
 
 def distance(one: Tensor, other: Tensor) -> float:
-    """Relative to the second one's norm."""
+    """Returns the norm of the difference, relative to the norm of the second tensor."""
     return ((one - other).norm() / other.norm().clamp(min=1e-12)).item()
 
 
-def note_exchanges(processes: int, folder: str, micro_batch_size: int | None) -> None:
+def record_exchanges(processes: int, folder: str, micro_batch_size: int | None) -> None:
     trainer = bigram_trainer(Path(folder), micro_batch_size, max_steps=5)
     assert trainer.accelerator.num_processes == processes
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
@@ -88,14 +88,14 @@ def note_exchanges(processes: int, folder: str, micro_batch_size: int | None) ->
     (Path(folder) / f"{micro_batch_size}_{trainer.accelerator.process_index}.json").write_text(json.dumps(exchanged))
 
 
-def test_gradients_are_exchanged_once_a_step_however_many_micro_batches(tmp_path: Path) -> None:
+def test_gradients_are_exchanged_once_per_step(tmp_path: Path) -> None:
     for micro_batch_size in ROWS:
-        on_processes(2, note_exchanges, str(tmp_path), micro_batch_size)
+        on_processes(2, record_exchanges, str(tmp_path), micro_batch_size)
     one, *others = (json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json")))
     assert others == [one] * 3
     parameters = sum(parameter.numel() for parameter in Bigram().parameters())
     assert one[json.dumps([parameters])] == 5
-    assert one.keys() == {"[]", "[2]", json.dumps([parameters])}  # besides, counts and losses, and a validation's sums
+    assert one.keys() == {"[]", "[2]", json.dumps([parameters])}  # the others: counts, losses and sums of a validation
 
 
 # ---- decisions and checkpoints ---------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def until_patience_runs_out(processes: int, folder: str, micro_batch_size: int |
     (Path(folder) / f"ended_at_{trainer.accelerator.process_index}").write_text(str(trainer.global_step))
 
 
-def test_early_stopping_and_checkpoints_are_those_of_one_process(tmp_path: Path) -> None:
+def test_early_stopping_and_checkpoints_equal_those_of_one_process(tmp_path: Path) -> None:
     for processes in (1, *GROUPS):
         on_processes(processes, until_patience_runs_out, str(tmp_path / str(processes)), 1)
     ended_at = (tmp_path / "1" / "ended_at_0").read_text()
@@ -129,12 +129,12 @@ def test_early_stopping_and_checkpoints_are_those_of_one_process(tmp_path: Path)
 
 
 def unlike(one: object, other: object, path: str = "") -> list[str]:
-    """Paths at which two checkpoints differ by more than rounding, but for what depends on clock and folder."""
+    """Returns the paths at which two checkpoints differ by more than rounding, apart from times and folders."""
     if isinstance(one, dict) and isinstance(other, dict):
         keys = (one.keys() | other.keys()) - MEASURED - {"checkpoint_dir"}
         return [found for key in sorted(keys) for found in unlike(one.get(key), other.get(key), f"{path}/{key}")]
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        finite = [tensor.double().nan_to_num(0.0, 0.0, 0.0) for tensor in (one, other)]  # the guard's are not all
+        finite = [tensor.double().nan_to_num(0.0, 0.0, 0.0) for tensor in (one, other)]  # the guard has infinite ones
         alike = torch.equal(one.isfinite(), other.isfinite()) and distance(*finite) < 1e-5
     elif isinstance(one, float) and isinstance(other, float):
         alike = one == pytest.approx(other, rel=1e-5)
@@ -143,36 +143,35 @@ def unlike(one: object, other: object, path: str = "") -> list[str]:
     return [] if alike else [path]
 
 
-class AskOnOne(Callback):
-    """Asks for a stop in one hook, on one process only."""
+class StopOnOne(Callback):
+    """Requests a stop in one hook, on one process only."""
 
     def __init__(self, hook: str, rank: int) -> None:
         self.rank = rank
-        setattr(self, hook, self._ask)
+        setattr(self, hook, self._request)
 
-    def _ask(self, trainer: Trainer, value: object) -> None:
+    def _request(self, trainer: Trainer, value: object) -> None:
         if trainer.global_step == 6 and trainer.accelerator.process_index == self.rank:
             trainer.request_stop("one is enough")
 
     def on_step_end(self, trainer: Trainer, loss: float) -> None:
-        """Overridden, since the trainer asks the class whether anybody wants to know the loss of each step."""
+        """Overridden, since the trainer calls the hook only if a class defines it."""
 
 
-def asked_by_one(processes: int, folder: str, hook: str, rank: int) -> None:
+def stop_by_one(processes: int, folder: str, hook: str, rank: int) -> None:
     settings = {"eval_every_n_steps": 3, "log_every_n_steps": 2, "checkpoint_dir": f"{folder}/checkpoints"}
-    trainer = bigram_trainer(Path(folder), None, AskOnOne(hook, rank), **settings)
+    trainer = bigram_trainer(Path(folder), None, StopOnOne(hook, rank), **settings)
     assert trainer.accelerator.num_processes == processes
     trainer.train()
     mine = trainer.accelerator.process_index
     (Path(folder) / f"{mine}.json").write_text(json.dumps([trainer.global_step, trainer.stop_switch.reason]))
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-@pytest.mark.parametrize("hook", ["on_step_end", "on_log", "on_validation_end"])
-def test_a_stop_that_one_process_asks_for_is_one_of_all_at_the_same_step(tmp_path: Path, hook: str, rank: int) -> None:
-    on_processes(3, asked_by_one, str(tmp_path), hook, rank)
+@pytest.mark.parametrize(("hook", "rank"), [("on_step_end", 2), ("on_log", 0), ("on_validation_end", 2)])
+def test_stop_requested_by_one_process_stops_all(tmp_path: Path, hook: str, rank: int) -> None:
+    on_processes(3, stop_by_one, str(tmp_path), hook, rank)
     ended = [json.loads((tmp_path / f"{index}.json").read_text()) for index in range(3)]
-    reasons = ["one is enough" if index == rank else "another process asked for it" for index in range(3)]
+    reasons = ["one is enough" if index == rank else "another process requested it" for index in range(3)]
     assert ended == [[6, reason] for reason in reasons]
     assert [path.name for path in (tmp_path / "checkpoints").glob("step_*")] == ["step_00000006"]
 
@@ -193,7 +192,7 @@ def almost_nothing(processes: int, folder: str) -> None:
     (Path(folder) / f"validated_{trainer.accelerator.process_index}.json").write_text(json.dumps(written))
 
 
-def test_there_may_be_more_processes_than_samples_left(tmp_path: Path) -> None:
+def test_more_processes_than_samples_train_the_same(tmp_path: Path) -> None:
     for processes in (1, 4):
         (tmp_path / str(processes)).mkdir()
         on_processes(processes, almost_nothing, str(tmp_path / str(processes)))
@@ -207,7 +206,7 @@ def test_there_may_be_more_processes_than_samples_left(tmp_path: Path) -> None:
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
-# ---- one of them speaks ----------------------------------------------------------------------------------------
+# ---- output ----------------------------------------------------------------------------------------
 
 LOUD = """
 output_dir: run
@@ -218,37 +217,37 @@ sample_tokens: 10
 """
 
 
-def with_all_there_is(processes: int, folder: str) -> None:
-    """A run with a bar, log lines, curves, checkpoints and samples; what each process prints and writes is noted."""
+def run_with_all_outputs(processes: int, folder: str) -> None:
+    """Trains with bar, log, curves, checkpoints and samples; records what each process prints and writes."""
     os.chdir(folder)
     rank = torch.distributed.get_rank()
     assert torch.distributed.get_world_size() == processes
     written: list[str] = []
 
-    def note(event: str, arguments: tuple[Any, ...]) -> None:
+    def record(event: str, arguments: tuple[Any, ...]) -> None:
         opened_to_write = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         if opened_to_write or event in ("os.mkdir", "os.rename", "os.remove"):
             written.append(str(arguments[0]))
 
     with Path(f"out_{rank}").open("w") as out, Path(f"err_{rank}").open("w") as err:
-        os.dup2(out.fileno(), 1)  # what is not written by way of Python, too
+        os.dup2(out.fileno(), 1)  # output that bypasses Python
         os.dup2(err.fileno(), 2)
-        sys.addaudithook(note)
+        sys.addaudithook(record)
         with redirect_stdout(out), redirect_stderr(err):
             assert fundamentallm.train.main(["--config", "config.yaml"]) == 0
-    # In the run's folder: the text is encoded by whichever process comes first, and torch has a folder of its own.
-    noted = [path for path in written if Path("run") in (Path(path), *Path(path).parents)]
-    Path(f"written_{rank}.json").write_text(json.dumps(noted))
+    # Only in the output folder: any process may encode the text, and torch has a folder of its own.
+    recorded = [path for path in written if Path("run") in (Path(path), *Path(path).parents)]
+    Path(f"written_{rank}.json").write_text(json.dumps(recorded))
 
 
-def test_only_the_main_process_prints_draws_and_writes(tmp_path: Path) -> None:
+def test_only_the_main_process_prints_and_writes(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(LOUD)
     (tmp_path / "text.txt").write_text(prose())
-    on_processes(3, with_all_there_is, str(tmp_path))
+    on_processes(3, run_with_all_outputs, str(tmp_path))
     written = [json.loads((tmp_path / f"written_{rank}.json").read_text()) for rank in range(3)]
     assert {"metrics.jsonl", "manifest.json", "status.json.new"} <= {Path(path).name for path in written[0]}
-    said = (tmp_path / "out_0").read_text()
-    assert said.count("3 processes on cpu") == 1
-    assert said.count("---- sample") == 1
+    printed = (tmp_path / "out_0").read_text()
+    assert printed.count("3 processes on cpu") == 1
+    assert printed.count("---- sample") == 1
     assert [(tmp_path / f"{name}_{rank}").read_text() for name in ("out", "err") for rank in (1, 2)] == [""] * 4
     assert written[1:] == [[], []]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,7 @@ def test_after_an_exception_no_step_is_made_twice_and_none_is_left_out(tmp_path:
         trainer.train()
     if where in ("update", "schedule"):
         for go_on in (trainer.train, trainer.save_checkpoint):
-            with pytest.raises(CheckpointError, match="ended step 6 as the optimizer changed the weights"):
+            with pytest.raises(CheckpointError, match="step 6 "):
                 go_on()
         assert trainer.checkpoint_manager is not None
         trainer.checkpoint_manager.wait()  # which an interrupt does not
@@ -191,7 +192,7 @@ def test_a_crash_after_a_validation_that_was_broken_off_before_repeats_no_line(t
         trainer.callbacks.add(callback)
         with contextlib.suppress(RuntimeError):
             trainer.train()
-        assert (trainer.global_step, trainer.state["progress"].validation_due) == (
+        assert (trainer.global_step, trainer.validation_due) == (
             3,
             isinstance(callback, StopInValidation),
         )
@@ -233,7 +234,7 @@ def test_a_finished_run_says_so_and_changes_nothing(tmp_path: Path, capsys: pyte
     capsys.readouterr()
     again = make_trainer(config)
     assert repr(again.train()) == repr(history)
-    assert "this run is finished, at step 12 of 12" in capsys.readouterr().out
+    assert "finished, at step 12 of 12" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
 
 
@@ -243,7 +244,7 @@ def test_a_run_whose_patience_is_out_says_what_would_make_it_go_on(tmp_path: Pat
         trainer = make_trainer(make_config(tmp_path, **patience))
         trainer.train()
         assert trainer.global_step == 4
-    assert "at step 4 of 12; choose another output_dir, or raise training.early_stopping" in capsys.readouterr().out
+    assert re.search("finished, at step 4 of 12.* training.early_stopping_patience", capsys.readouterr().out)
     more = make_trainer(make_config(tmp_path, **{**patience, "early_stopping_patience": 2}))
     more.train()
     assert more.global_step == 6
@@ -321,8 +322,9 @@ def test_the_learning_rate_of_a_resumed_run_is_the_configs(tmp_path: Path) -> No
 def test_never_refuses_a_folder_in_use_and_leaves_it_as_it_is(tmp_path: Path) -> None:
     make_trainer(make_config(tmp_path)).train()
     before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
-    with pytest.raises(ConfigError, match="holds a run already"):
+    with pytest.raises(ConfigError) as error:
         make_trainer(make_config(tmp_path, resume="never")).train()
+    assert (error.value.problems[0].setting, error.value.problems[0].value) == ("training.resume", "never")
     assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
 
 
@@ -359,35 +361,31 @@ def test_only_damaged_checkpoints_stop_the_run_rather_than_start_it_afresh(tmp_p
     config = make_config(tmp_path, max_steps=4)
     make_trainer(config).train()
     (tmp_path / "checkpoints" / "step_00000004" / "state.json").unlink()
-    with pytest.raises(CheckpointError, match="none of the checkpoints"):
+    with pytest.raises(CheckpointError, match=r"state\.json"):
         make_trainer(config).train()
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"batch_size": 9}, r"training.batch_size is 9 and .* was trained with 8"),
-        ({"optimizer": "sgd"}, r"training.optimizer is 'sgd' and .* was trained with 'adamw'"),
-        (
-            {"learning_rate": 0.5},
-            r"allow it by training.resume_changes: \[training.learning_rate, training.max_steps\]",
-        ),
-    ],
+    ("name", "value", "before"), [("batch_size", 9, 8), ("optimizer", "sgd", "adamw"), ("learning_rate", 0.5, 0.01)]
 )
-def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_resume_with_changed_settings_lists_them_all(tmp_path: Path, name: str, value: Any, before: Any) -> None:
     make_trainer(make_config(tmp_path, max_steps=4)).train()
-    with pytest.raises((CheckpointError, ConfigError), match=message):
-        make_trainer(make_config(tmp_path, **{"max_steps": 8, **change})).train()
+    with pytest.raises(ConfigError) as error:
+        make_trainer(make_config(tmp_path, **{"max_steps": 8, name: value})).train()
+    found = {problem.setting: (problem.value, problem.allowed) for problem in error.value.problems}
+    assert found == {"training.max_steps": (8, "4"), f"training.{name}": (value, repr(before))}
+    assert all(setting in error.value.problems[0].advice for setting in found)
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:
     config = make_config(tmp_path, max_steps=4)
     make_trainer(config).train()
     wider = dataclasses.replace(config, model=dataclasses.replace(config.model, d_ff=99))
-    with pytest.raises(ConfigError, match=r"model\.d_ff is 99"):
+    with pytest.raises(ConfigError) as error:
         make_trainer(wider).train()
+    assert [(problem.setting, problem.value) for problem in error.value.problems] == [("model.d_ff", 99)]
     allowed = dataclasses.replace(wider, training=dataclasses.replace(wider.training, resume_changes=["model"]))
-    with pytest.raises(CheckpointError, match="its model does not fit"):
+    with pytest.raises(CheckpointError, match="model"):
         make_trainer(allowed).train()
 
 
@@ -435,9 +433,7 @@ def test_a_run_goes_on_though_the_checkpoint_that_it_began_from_is_gone(tmp_path
     trainer = make_trainer(again)
     trainer.train()
     assert trainer.global_step == 16
-    assert file_problems(other) == [
-        f"training.resume is {str(origin)!r}, which is no checkpoint; give the folder of one."
-    ]
+    assert [(problem.setting, problem.value) for problem in file_problems(other)] == [("training.resume", str(origin))]
     with pytest.raises(CheckpointError, match="there is no checkpoint directory here"):
         make_trainer(other).train()
 

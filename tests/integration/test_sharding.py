@@ -44,9 +44,10 @@ from fundamentallm.checkpoint.manifest import read_manifest
 from fundamentallm.checkpoint.reading import load_checkpoint
 from fundamentallm.checkpoint.snapshot import MODEL_KEY, OPTIMIZER_KEY
 from fundamentallm.commands import checkpoints, generate
-from fundamentallm.distributed.host_group import Team
+from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.distributed.prepare import place_model, prepare_model
 from fundamentallm.errors import CheckpointError, ConfigError, FundamentaLLMError
+from fundamentallm.models.with_loss import ModelWithLoss
 from fundamentallm.run.folder import LOCK
 from fundamentallm.training.optimizers import create_optimizer
 from tests.integration.runs import (
@@ -139,7 +140,7 @@ def begin_on_meta(processes: int, folder: str, tied: bool) -> None:
     with torch.device("meta"):
         model = Transformer(shape)
     place_model(accelerator, model, seed=3)
-    prepare_model(accelerator, model, nn.Identity(), create_optimizer(model, "adamw", 0.1))
+    prepare_model(accelerator, ModelWithLoss(model, nn.Identity()), create_optimizer(model, "adamw", 0.1))
     assert not any(parameter.is_meta for parameter in model.parameters())
     assert_same_weights({name: whole(tensor) for name, tensor in model.state_dict().items()}, expected)
 
@@ -187,7 +188,7 @@ def begin_with_other_draws(processes: int, folder: str) -> None:
         torch.manual_seed(seed)
         models.append(Transformer(shape))
         models[-1].register_buffer("drawn", torch.rand(3))
-    prepare_model(accelerator, models[1], nn.Identity(), create_optimizer(models[1], "adamw", 0.1))
+    prepare_model(accelerator, ModelWithLoss(models[1], nn.Identity()), create_optimizer(models[1], "adamw", 0.1))
     assert_same_weights({name: whole(t) for name, t in models[1].state_dict().items()}, models[0].state_dict())
 
 
@@ -395,10 +396,10 @@ def test_a_group_of_one_saves_whole_tensors_and_goes_on(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def save_with_a_team(processes: int, folder: str) -> None:
+def save_with_a_host_group(processes: int, folder: str) -> None:
     accelerator = Accelerator(cpu=True)
     mesh, mine = torch.distributed.init_device_mesh("cpu", (processes,)), accelerator.process_index
-    manager = CheckpointManager(folder, team=Team())
+    manager = CheckpointManager(folder, group=HostGroup())
 
     def state(here: Tensor, placement: Any) -> dict[str, Any]:
         return {MODEL_KEY: {"w": DTensor.from_local(here, mesh, [placement])}}
@@ -420,7 +421,7 @@ def save_with_a_team(processes: int, folder: str) -> None:
 
 
 def test_what_processes_save_together_is_theirs_together(tmp_path: Path) -> None:
-    on_processes(2, save_with_a_team, str(tmp_path))
+    on_processes(2, save_with_a_host_group, str(tmp_path))
 
 
 def in_two_parts(processes: int, folder: str, optimizer: str) -> None:
@@ -624,7 +625,7 @@ def test_a_damaged_part_is_found_by_all_processes(run: Path, tmp_path: Path, fil
     on_processes(2, resume_and_say, str(copy))
     for index in (0, 1):
         said = "\n".join(json.loads((copy / f"said_{index}.json").read_text()))
-        assert f"passed over {newest(run).as_posix().replace(str(run), str(copy))}: {file} " in said
+        assert f"skipping checkpoint {newest(run).as_posix().replace(str(run), str(copy))}: {file} " in said
         assert "at step 6:" in said
 
 
@@ -676,7 +677,7 @@ def test_folders_of_their_own_are_told(tmp_path: Path) -> None:
 
 
 def other_checkpoints(_: int, folder: str) -> None:
-    with pytest.raises(FundamentaLLMError, match=r"is another checkpoint here than on the first machine"):
+    with pytest.raises(FundamentaLLMError, match=r"step_00000008"):
         on_a_disk_of_its_own(folder).train()
 
 

@@ -170,9 +170,7 @@ def test_the_loss_falls_below_the_unigram_entropy_of_real_text(tmp_path: Path, o
     frequencies = [text.count(character) / len(text) for character in set(text)]
     unigram = -sum(frequency * math.log(frequency) for frequency in frequencies)
     rate = 0.1 if optimizer == "sgd" else 1e-2
-    # Without decay, which in adam and sgd is added to the gradient and keeps them from learning in so few steps.
-    settings = {"optimizer": optimizer, "learning_rate": rate, "weight_decay": 0.0, "warmup_steps": 10}
-    config = make_config(tmp_path, max_steps=150, batch_size=16, **settings)
+    config = make_config(tmp_path, max_steps=150, learning_rate=rate, warmup_steps=10, batch_size=16)
     history = make_trainer(config, 30_000).train()
     assert history["val_loss"][-1] < unigram - 0.25
 
@@ -301,15 +299,15 @@ def test_worker_processes_change_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("training", "message"),
+    ("training", "facts"),
     [
-        ({"batch_size": 4}, "train_loader's batch_size is 8"),
-        ({"max_epochs": 1, "warmup_steps": 6}, "warmup_steps is 6, and the run has 6 optimizer steps"),
+        ({"batch_size": 4}, "batch_size is 4.* 8"),
+        ({"max_epochs": 1, "warmup_steps": 6}, "warmup_steps is 6 .* 6 "),
         ({"mixed_precision": "fp16"}, "fp16"),
     ],
 )
-def test_settings_that_contradict_the_run_are_refused(tmp_path: Path, training: dict, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+def test_trainer_with_contradicting_settings_raises(tmp_path: Path, training: dict, facts: str) -> None:
+    with pytest.raises(ConfigError, match=facts):
         bigram_trainer(tmp_path, **training)
 
 
@@ -324,7 +322,7 @@ def test_bits_per_byte_of_what_is_no_text_are_refused_before_the_first_step() ->
         DataLoader(PartlyIgnored(), batch_size=8),
         TrainingConfig(early_stopping_metric="val_bits_per_byte"),
     )
-    with pytest.raises(ConfigError, match=r"'val_bits_per_byte'; allowed: val_loss, val_perplexity\."):
+    with pytest.raises(ConfigError, match=r"val_bits_per_byte.*val_loss, val_perplexity"):
         Trainer(Bigram(), config, loader, loader)
 
 
@@ -332,7 +330,7 @@ def test_a_schedule_that_follows_a_metric_is_refused() -> None:
     model, loader = Bigram(), DataLoader(PartlyIgnored(), batch_size=8)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
-    with pytest.raises(ConfigError, match="ReduceLROnPlateau, which wants to be told a metric"):
+    with pytest.raises(ConfigError, match="ReduceLROnPlateau"):
         Trainer(model, TrainingConfig(), loader, optimizer=optimizer, scheduler=plateau)
 
 

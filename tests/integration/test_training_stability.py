@@ -48,7 +48,7 @@ class Snapshots(Callback):
         self.taken: list[dict[str, Tensor]] = []
 
     def on_step_end(self, trainer: Trainer, loss: float) -> None:
-        moments = trainer.state["optimizer"].state_dict()["state"]
+        moments = trainer.state.parts["optimizer"].state_dict()["state"]
         flat = {f"{name}/{key}": value.clone() for name, state in moments.items() for key, value in state.items()}
         self.taken.append({**flat, **{name: p.detach().clone() for name, p in trainer.model.named_parameters()}})
 

@@ -1,4 +1,4 @@
-"""Who is gone, and who holds up the others, is said by name."""
+"""Lost and hanging processes are named, with the reason."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ import pytest
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from fundamentallm import Callback, Trainer
-from fundamentallm.distributed.watchdog import Beat, Hangs
+from fundamentallm.distributed.watchdog import Phase, Place, furthest_behind
 from fundamentallm.errors import ProcessLostError
 from tests.integration.runs import lines, make_config, make_trainer, on_processes
 
 STEP = 5
 
 
-class InStep(Callback):
-    """Something happens to one process in the middle of a step."""
+class Fault(Callback):
+    """Makes one process hang, die or fail in the middle of step 5."""
 
-    def __init__(self, what: str, rank: int) -> None:
-        self.what, self.rank = what, rank
+    def __init__(self, fault: str, rank: int) -> None:
+        self.fault, self.rank = fault, rank
 
     def on_step_end(self, trainer: Trainer, loss: float) -> None:
         if trainer.global_step == STEP and trainer.accelerator.process_index == self.rank:
-            getattr(self, self.what)()
+            getattr(self, self.fault)()
 
     def hang_here(self) -> None:
-        """Until its stack has been shown. (This process ends with the test, and what is replaced in it.)"""
+        """Waits until the watchdog has printed this stack. The replaced function ends with this forked process."""
         shown, dump = threading.Event(), faulthandler.dump_traceback
 
-        def dump_and_go_on(file: int) -> None:
+        def dump_and_resume(file: int) -> None:
             dump(file)
             shown.set()
 
-        faulthandler.dump_traceback = dump_and_go_on
+        faulthandler.dump_traceback = dump_and_resume
         assert shown.wait(100)
 
     def be_killed(self) -> None:
@@ -46,73 +46,66 @@ class InStep(Callback):
     def fail(self) -> None:
         raise ValueError("of its own")
 
+    def fail_in_torch(self) -> None:
+        raise RuntimeError("out of memory")
 
-def train(processes: int, folder: str, what: str, rank: int) -> None:
-    """Train, and let the process that loses another one write down what it is told."""
+
+def train_with_fault(processes: int, folder: str, fault: str, rank: int) -> None:
+    """Trains, and records the ProcessLostError that a process raises."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by which the launcher ends the others once one has failed
     trainer = make_trainer(make_config(folder, hang_minutes=0.02))
-    trainer.callbacks.add(InStep(what, rank))
+    trainer.callbacks.add(Fault(fault, rank))
     assert trainer.accelerator.num_processes == processes
     try:
         trainer.train()
     except ProcessLostError as error:
-        (Path(folder) / f"told_{trainer.accelerator.process_index}").write_text(f"{error.ranks} {error}")
+        (Path(folder) / f"error_{trainer.accelerator.process_index}").write_text(f"{error.ranks} {error}")
         raise
     trainer.leave_group()
 
 
-@pytest.mark.slow
-def test_a_process_that_hangs_is_named_and_shows_where(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    rank = 1
-    on_processes(2, train, str(tmp_path), "hang_here", rank)
-    said = capfd.readouterr().err
-    assert said.count("and the others wait for it; it says where") == 1
-    assert f"process {rank} of 2 (on {os.uname().nodename}) has been at step {STEP} for 0.0" in said
-    where = said.split(f"process {rank} of 2 is at step {STEP}, here:")[1]
-    assert "in hang_here" in where
-    assert f"process {1 - rank} of 2" not in said
-    assert lines(tmp_path)[-1]["step"] == 12  # it was only slow, and the run went on
+def errors_after(folder: Path, fault: str, rank: int, processes: int) -> dict[str, str]:
+    with pytest.raises((ProcessExitedException, ProcessRaisedException)):
+        on_processes(processes, train_with_fault, str(folder), fault, rank)
+    return {path.name: path.read_text() for path in folder.glob("error_*")}
 
 
 @pytest.mark.slow
-def test_a_killed_process_is_named_by_those_that_lose_it(tmp_path: Path) -> None:
-    with pytest.raises((ProcessExitedException, ProcessRaisedException)):
-        on_processes(3, train, str(tmp_path), "be_killed", 0)
-    told = {path.name: path.read_text() for path in tmp_path.glob("told_*")}
-    assert told  # the launcher ends the others once one of them has failed
-    for text in told.values():
-        assert text.startswith(f"[0] at step {STEP}, process 0 of 3 (on {os.uname().nodename}) is gone: killed")
+def test_a_hanging_process_is_named_with_its_stack(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    on_processes(2, train_with_fault, str(tmp_path), "hang_here", 1)
+    printed = capfd.readouterr().err
+    named = f"Furthest behind: process 1 of 2 (on {os.uname().nodename}) at step {STEP}, computing. Stacks follow."
+    assert printed.count(named) == 1, printed
+    assert "in hang_here" in printed.split(named)[1]
+    assert lines(tmp_path)[-1]["step"] == 12
 
 
-def test_a_process_that_fails_is_named_with_its_error(tmp_path: Path) -> None:
-    with pytest.raises((ProcessExitedException, ProcessRaisedException)):
-        on_processes(2, train, str(tmp_path), "fail", 0)
-    told = (tmp_path / "told_1").read_text()
-    assert f"at step {STEP}, process 0 of 2 (on {os.uname().nodename}) ended by ValueError: of its own" in told
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_killed_process_is_named_by_the_others(tmp_path: Path, rank: int) -> None:
+    errors = errors_after(tmp_path, "be_killed", rank, processes=3)
+    assert errors.keys() == {f"error_{other}" for other in range(3) if other != rank}
+    for text in errors.values():
+        assert text.startswith(f"[{rank}] at step {STEP}, process {rank} of 3 (on {os.uname().nodename}) is gone")
 
 
-def beats(*values: tuple[int, float, int]) -> dict[int, Beat]:
-    return {rank: Beat(number, 7, moved, begun, "here") for rank, (number, moved, begun) in enumerate(values)}
+@pytest.mark.parametrize(
+    ("fault", "rank", "cause"),
+    [("fail", 0, "ValueError: of its own"), ("fail_in_torch", 1, "RuntimeError: out of memory")],
+)
+def test_a_failed_process_is_named_with_its_error(tmp_path: Path, fault: str, rank: int, cause: str) -> None:
+    errors = errors_after(tmp_path, fault, rank, processes=2)
+    assert errors.keys() == {f"error_{1 - rank}"}
+    assert f"process {rank} of 2 (on {os.uname().nodename}) ended by {cause}" in errors[f"error_{1 - rank}"]
 
 
-def test_only_a_process_behind_the_others_is_accused_and_once() -> None:
-    hangs = Hangs(3, limit=0.0)
-    assert hangs.look(beats((1, 0.5, 10), (1, 0.6, 10), (1, 0.7, 10))) == ""  # all compile
-    said = hangs.look(beats((2, 0.5, 12), (2, 0.6, 11), (2, 0.7, 12)))
-    assert (said.count("process"), hangs.waited_for) == (1, [1])
-    assert said.startswith("process 1 of 3 (on here) has been at step 7")
-    assert hangs.look(beats((3, 0.5, 12), (3, 0.6, 11), (3, 0.7, 12))) == ""
-    assert hangs.look(beats((4, 0.5, 14), (4, 0.9, 13), (4, 0.7, 13))).count("process") == 2  # one has moved since
-    assert hangs.count == 2
-
-
-def test_a_process_that_does_not_even_beat_is_said_not_to_answer() -> None:
-    hangs = Hangs(2, limit=0.0)
-    assert hangs.look(beats((1, 0.5, 10), (1, 0.6, 10))) == ""
-    assert "it does not answer either" in hangs.look(beats((2, 0.5, 12), (1, 0.6, 10)))
-
-
-@pytest.mark.parametrize("limit", [None, 1e6])
-def test_nothing_is_said_before_the_limit(limit: float | None) -> None:
-    hangs = Hangs(2, limit)
-    for number in range(3):
-        assert hangs.look(beats((number, 0.5, 12), (number, 0.6, 10))) == ""
+@pytest.mark.parametrize(
+    ("places", "ranks"),
+    [
+        ([(3, Phase.LOADING), (2, Phase.FINISHING), (3, Phase.LOADING)], [1]),
+        ([(3, Phase.LOADING), (3, Phase.COMPUTING), (3, Phase.LOADING)], [0, 2]),
+        ([(3, Phase.COMPUTING)] * 3, [0, 1, 2]),
+    ],
+)
+def test_furthest_behind_compares_polls_then_phases(places: list[tuple[int, Phase]], ranks: list[int]) -> None:
+    assert furthest_behind([Place(7, polls, phase) for polls, phase in places]) == ranks

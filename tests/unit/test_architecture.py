@@ -1,4 +1,4 @@
-"""What holds of the source as a whole: layers, no dead setting, no pickle, names in step with their tables."""
+"""What holds for the source as a whole: one order of rooms, budgets, no dead setting, no pickle."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from fundamentallm.config.schema import (
     LOSS_NAMES,
     OPTIMIZER_NAMES,
     SCHEDULE_NAMES,
-    TRACKER_NAMES,
     Config,
     DataConfig,
     ModelConfig,
@@ -32,90 +31,58 @@ from fundamentallm.training.optimizers import create_optimizer
 from fundamentallm.training.schedulers import SCHEDULES
 
 ROOT = Path(fundamentallm.__file__).parent
-LEAVES = ("errors", "registry", "validation", "files", "config", "command_line")
-PARTS = tuple(
-    f"training.{name}"
-    for name in (
-        *("loss", "metrics", "optimizers", "optimizer_state", "parameter_groups", "schedulers", "early_stopping"),
-        *("guard", "launch", "throughput"),
-    )
+ROOMS = (
+    "__main__",
+    "train",
+    "commands",
+    "training",
+    "inference",
+    "run",
+    "checkpoint",
+    "models",
+    "data",
+    "distributed",
+    "config",
+    "errors",
 )
-SERVICES = tuple(
-    f"training.{name}"
-    for name in (
-        *("serialization", "manifest", "snapshot", "checkpoint", "callbacks", "visualization", "progress"),
-        *("stopping", "run_folder", "tensor_files", "stored", "team", "group", "watchdog"),
-        *("json_lines", "environment", "inspection"),
-    )
-)
-WITHIN_SERVICES = {
-    ("training.callbacks", "training.json_lines"),
-    ("training.run_folder", "training.json_lines"),
-    ("training.visualization", "training.callbacks"),
-    ("training.visualization", "training.run_folder"),
-    ("training.inspection", "training.callbacks"),
-    ("training.inspection", "training.json_lines"),
-    ("training.inspection", "training.run_folder"),
-    ("training.inspection", "training.tensor_files"),
-    ("training.checkpoint", "training.stored"),
-    ("training.stored", "training.serialization"),
-    ("training.stored", "training.snapshot"),
-    ("training.stored", "training.manifest"),
-    ("training.stored", "training.tensor_files"),
-    ("training.checkpoint", "training.snapshot"),
-    ("training.snapshot", "training.serialization"),
-    ("training.snapshot", "training.manifest"),
-    ("training.checkpoint", "training.manifest"),
-    ("training.checkpoint", "training.tensor_files"),
-    ("training.checkpoint", "training.team"),
-    ("training.snapshot", "training.tensor_files"),
-    ("training.tensor_files", "training.manifest"),
-}
+"""Imports go down this list only, also those that only a type checker sees."""
+WITHOUT_TORCH = ("config", "errors")
+"""Rooms that import nothing but the standard library and YAML, so that --help and config errors answer at once."""
+IMPORTERS_OF_ACCELERATE = ("train", "commands", "training", "distributed")
+MAX_PACKAGE, MAX_FILE, MAX_FUNCTION = 12_000, 450, 60
+"""Lines, docstrings included."""
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 
 def _module_name(path: Path) -> str:
-    """Below the package: 'training.loss'; 'training' for its __init__; '' for the package's own."""
+    """Returns the name below the package: 'training.loss', 'training' for its __init__, '' for the package's own."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__").removesuffix(".")
 
 
-TREES = {_module_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in sorted(ROOT.rglob("*.py"))}
+TEXTS = {_module_name(path): path.read_text(encoding="utf-8") for path in sorted(ROOT.rglob("*.py"))}
+TREES = {name: ast.parse(text) for name, text in TEXTS.items()}
 
 
-def _level(module: str) -> int:
-    package = module.partition(".")[0]
-    if module in LEAVES:
-        return 0
-    if package in ("models", "data") or module in PARTS:
-        return 1
-    if package == "training":
-        return 2 if module in SERVICES else 3
-    return 4
+def _room(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def _is_type_checking(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
 
 
-def _walk_run_time(node: ast.AST) -> Iterator[ast.AST]:
-    yield node
-    for child in ast.iter_child_nodes(node):
-        if not _is_type_checking(child):
-            yield from _walk_run_time(child)
-
-
 def _imports(tree: ast.AST) -> Iterator[str]:
-    """Every module imported at run time, inside functions too; 'a.b' for `from a import b`."""
-    for node in _walk_run_time(tree):
+    """Yields every imported module, inside functions and under TYPE_CHECKING too; 'a.b' for `from a import b`."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "relative imports hide the layer"
+            assert node.level == 0, "relative imports hide the room"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def _own_imports(module: str) -> set[str]:
-    """Modules of the package that `module` imports; '' for the package itself."""
+    """Returns the modules of the package that `module` imports; '' stands for the package itself."""
     found = set()
     for name in _imports(TREES[module]):
         top, _, below = name.partition(".")
@@ -123,49 +90,46 @@ def _own_imports(module: str) -> set[str]:
             below = below.rpartition(".")[0]
         if top == "fundamentallm":
             found.add(below)
-    return found
+    return found - {module}
 
 
-def _may_import(importer: str, imported: str) -> bool:
-    level = _level(importer)
-    if imported == "":
-        return False
-    if level == 1:
-        together = importer.partition(".")[0] in ("models", "data")
-        return _level(imported) == 0 or (together and imported.split(".")[0] == importer.split(".")[0])
-    if level == 2:
-        return _level(imported) < 2 or (importer, imported) in WITHIN_SERVICES
-    return _level(imported) <= level
+def test_rooms_are_the_folders_of_the_package() -> None:
+    assert {_room(module) for module in TREES} - {"", "utils"} == set(ROOMS)
 
 
-@pytest.mark.parametrize("level", range(5))
-def test_each_level_has_modules(level: int) -> None:
-    assert [module for module in TREES if module and _level(module) == level]
+@pytest.mark.parametrize("module", [name for name in TREES if _room(name) in ROOMS])
+def test_imports_go_down_the_list_of_rooms(module: str) -> None:
+    allowed = ROOMS[ROOMS.index(_room(module)) :]
+    assert [imported for imported in _own_imports(module) if _room(imported) not in allowed] == []
 
 
-@pytest.mark.parametrize("named", [*LEAVES, *PARTS, *SERVICES])
-def test_a_module_named_by_the_layers_exists(named: str) -> None:
-    assert named in TREES
+def test_modules_form_no_circle() -> None:
+    # A package's __init__ collects what its modules define, and is imported with each of them.
+    packages = {module for module in TREES if any(other.startswith(f"{module}.") for other in TREES)}
+    graphlib.TopologicalSorter({module: _own_imports(module) - packages for module in TREES}).prepare()
+
+
+@pytest.mark.parametrize("module", [name for name in TREES if _room(name) in WITHOUT_TORCH])
+def test_config_imports_only_the_standard_library_and_yaml(module: str) -> None:
+    outside = {name.partition(".")[0] for name in _imports(TREES[module])}
+    assert outside - sys.stdlib_module_names - {"fundamentallm", "yaml"} == set()
+
+
+@pytest.mark.parametrize("module", [name for name in TREES if _room(name) not in IMPORTERS_OF_ACCELERATE])
+def test_lower_rooms_do_not_import_accelerate(module: str) -> None:
+    assert "accelerate" not in {name.partition(".")[0] for name in _imports(TREES[module])}
+
+
+def test_package_stays_within_its_budget() -> None:
+    assert sum(text.count("\n") for text in TEXTS.values()) <= MAX_PACKAGE
 
 
 @pytest.mark.parametrize("module", TREES)
-def test_imports_go_one_way(module: str) -> None:
-    assert [imported for imported in _own_imports(module) if not _may_import(module, imported)] == []
-
-
-def test_no_modules_import_each_other() -> None:
-    graphlib.TopologicalSorter({module: _own_imports(module) for module in TREES}).prepare()
-
-
-@pytest.mark.parametrize("module", LEAVES)
-def test_level_0_imports_only_the_standard_library_and_yaml(module: str) -> None:
-    outside = {name.partition(".")[0] for name in _imports(TREES[module])}
-    assert outside - sys.stdlib_module_names - {"fundamentallm", "ruamel"} == set()
-
-
-@pytest.mark.parametrize("module", [module for module in TREES if _level(module) < 3])
-def test_only_the_upper_levels_import_accelerate(module: str) -> None:
-    assert "accelerate" not in {name.partition(".")[0] for name in _imports(TREES[module])}
+def test_file_and_functions_stay_within_budget(module: str) -> None:
+    assert TEXTS[module].count("\n") <= MAX_FILE
+    functions = [node for node in ast.walk(TREES[module]) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    lengths = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions}
+    assert {name: length for name, length in lengths.items() if length > MAX_FUNCTION} == {}
 
 
 @pytest.mark.parametrize("module", TREES)
@@ -185,7 +149,7 @@ def test_every_setting_is_read_outside_the_config() -> None:
     read = {
         node.attr
         for module, tree in TREES.items()
-        if module != "config"
+        if module != "config.schema"
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
         # `TrainingConfig.momentum` is the default and `self.dropout` a part's own, not the run's value.
@@ -205,7 +169,6 @@ def test_every_setting_has_a_help_text(setting: str, text: str) -> None:
         ("training.optimizer", OPTIMIZER_NAMES),
         ("training.lr_scheduler", SCHEDULE_NAMES),
         ("training.loss", LOSS_NAMES),
-        ("trackers", TRACKER_NAMES),
         ("callbacks", CALLBACK_NAMES),
     ],
 )

@@ -163,7 +163,7 @@ def test_a_step_that_the_run_has_not_is_refused(
 ) -> None:
     code, out, err = command("samples", made.folder / "checkpoints" / checkpoint, "--step", step)
     assert (code, out) == (2, "")
-    assert f"the step is {step}; allowed: 1 to {last}" in err
+    assert f"step is {step}; allowed: 1 to {last}" in err
 
 
 def test_a_text_is_one_line_of_the_table_unless_full(made: Run, command: Command) -> None:
@@ -232,7 +232,7 @@ def test_a_run_on_a_dataset_of_ones_own_has_indices_and_no_text(tmp_path: Path, 
             return super().__getitem__(index)
 
     for config, reason in (
-        (TrainingConfig(max_steps=12, checkpoint_dir=str(tmp_path / "a")), "made from Python with a TrainingConfig"),
+        (TrainingConfig(max_steps=12, checkpoint_dir=str(tmp_path / "a")), "started from Python with a TrainingConfig"),
         (Config(str(tmp_path / "b"), training=TrainingConfig(batch_size=8, max_steps=12)), "with a dataset of its own"),
     ):
         asked.clear()

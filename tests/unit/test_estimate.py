@@ -254,7 +254,8 @@ def test_the_text_is_needed_only_for_its_characters(estimate: Command) -> None:
     missing = ("--data.source", "elsewhere.txt")
     code, _, err = estimate(*missing)
     assert code == 2
-    assert "data.source is 'elsewhere.txt', where there is no text" in err
+    assert "data.source" in err
+    assert "'elsewhere.txt'" in err
     assert "Or set model.vocab_size" in err
     assert estimate(*missing, "--model.vocab_size", "9")[0] == 0
     assert estimate(*missing, "--data.tokenizer", "bpe:5000")[0] == 0

@@ -67,7 +67,7 @@ class Measured:
         check_accelerator(accelerator)
         place_model(accelerator, self.model, 0, training.activation_checkpointing)
         optimizer = make_optimizer(training, self.model)
-        self.whole = whole = prepare_model(accelerator, self.model, self.loss, optimizer)
+        self.whole = whole = prepare_model(accelerator, ModelWithLoss(self.model, self.loss), optimizer)
         step = OptimizerStep(accelerator, whole, optimizer, Guard(accelerator.device, 10), max_norm=1.0, seed=0)
         rows, parts, _ = micro_batches(config, accelerator.num_processes)
         size = (rows, config.data.sequence_length)

@@ -1,4 +1,4 @@
-"""The checks for a GPU work, as far as a CPU can tell."""
+"""The checks for a GPU run, as far as a CPU can show it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_checks_run_on_a_cpu_and_are_reported(tmp_path: Path) -> None:
+def test_run_on_a_cpu_reports_the_checks(tmp_path: Path) -> None:
     command = [ROOT / "tests/gpu/run.sh", "--device", "cpu", "--output", tmp_path / "gpu.json", "overflow", "sharded"]
     environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -30,7 +30,7 @@ def test_checks_run_on_a_cpu_and_are_reported(tmp_path: Path) -> None:
     assert all(f"\n{name} " in done.stdout for name in found)
 
 
-def test_a_check_that_fails_is_told_and_the_others_go_on(
+def test_main_reports_a_failed_check_and_runs_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(runs: Runs) -> str:
@@ -44,13 +44,13 @@ def test_a_check_that_fails_is_told_and_the_others_go_on(
     monkeypatch.setattr("tests.gpu.__main__.CHECKS", {"fails": fails, "passes": passes})
     monkeypatch.setattr("sys.argv", ["gpu", "--device", "cpu", "--output", str(tmp_path / "gpu.json")])
     assert main() == 1
-    told = [
+    reported = [
         (finding["status"], finding["text"]) for finding in json.loads((tmp_path / "gpu.json").read_text())["checks"]
     ]
-    assert told == [("FAILED", "AssertionError: a loss of 7"), ("passed", "on cpu")]
+    assert reported == [("FAILED", "AssertionError: a loss of 7"), ("passed", "on cpu")]
     assert "FAILED: AssertionError: a loss of 7" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_every_check_says_what_it_shows(name: str) -> None:
+def test_checks_have_a_description(name: str) -> None:
     assert described(CHECKS[name]).endswith(".")

@@ -42,7 +42,7 @@ def test_a_saved_place_comes_back_whole() -> None:
     before.validation_due = True
     again = restored(before.state_dict(), progress())
     assert repr(again.state_dict()) == repr(before.state_dict())
-    assert (again.step, again.samples.start, len(again.stretches)) == (5, Start(), 1)
+    assert (again.step, again.samples.start, len(again.segments)) == (5, Start(), 1)
 
 
 def test_all_but_the_counts_is_json() -> None:
@@ -77,8 +77,8 @@ def test_every_stretch_stays_known_and_names_its_batches() -> None:
     runs = [at(3, progress(batch_size=4))]
     for step, batch_size in ((5, 3), (9, 2)):
         runs.append(at(step, restored(runs[-1].state_dict(), progress(batch_size=batch_size))))
-    assert [stretch["start"][0] for stretch in runs[-1].stretches] == [0, 3, 5]
-    for run, stretch in zip(runs, runs[-1].stretches, strict=True):
+    assert [stretch["start"][0] for stretch in runs[-1].segments] == [0, 3, 5]
+    for run, stretch in zip(runs, runs[-1].segments, strict=True):
         first = stretch["start"][0]
         assert [sampler_of(stretch).batch(first + i) for i in range(9)] == [
             run.samples.batch(first + i) for i in range(9)
@@ -104,7 +104,7 @@ def broken(**changes: Any) -> dict[str, Any]:
 
 
 def with_start(*start: Any) -> dict[str, Any]:
-    stretch = progress().stretches[0]
+    stretch = progress().segments[0]
     return broken(stretches=[{**stretch, "start": list(start)}])
 
 
@@ -188,6 +188,6 @@ def test_a_saved_place_within_a_schedule_goes_on_also_in_another(
             again.samples.batch(later)
             == StepSampler(samples, samples, 3).batch(epoch)[place : place + size_at(later, batch_size, schedule)]
         )
-        assert sampler_of(again.stretches[-1]).batch(later) == again.samples.batch(later)
+        assert sampler_of(again.segments[-1]).batch(later) == again.samples.batch(later)
     assert again.samples.samples_before(step) == before.samples.samples_before(step)
-    assert len(again.stretches) == 1 + (one != schedule)
+    assert len(again.segments) == 1 + (one != schedule)

@@ -1,4 +1,4 @@
-"""Signals and clocks only ask; all processes stop at the same poll."""
+"""Signals and the time limit request a stop; all processes stop at the same poll."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tests.integration.runs import on_processes
 
 
 @pytest.mark.parametrize("name", SIGNALS)
-def test_a_signal_only_asks_and_handlers_are_put_back(name: str) -> None:
+def test_handling_signals_requests_a_stop_and_restores_handlers(name: str) -> None:
     number, switch = getattr(signal, name), StopSwitch()
     mine = [signal.signal(getattr(signal, other), signal.default_int_handler) for other in SIGNALS]
     try:
-        with switch.listening():
+        with switch.handling_signals():
             os.kill(os.getpid(), number)
             assert (switch.wanted, switch.agreed, switch.reason) == (Stop.SIGNAL, Stop.NO, f"{name} received")
             assert switch.poll() == switch.agreed == Stop.SIGNAL
@@ -32,53 +32,62 @@ def test_a_signal_only_asks_and_handlers_are_put_back(name: str) -> None:
             signal.signal(getattr(signal, other), handler)
 
 
-def test_handlers_are_put_back_after_an_error_too() -> None:
+def test_handling_signals_restores_handlers_after_an_error() -> None:
     before = [signal.getsignal(getattr(signal, name)) for name in SIGNALS]
-    with pytest.raises(RuntimeError), StopSwitch().listening():
+    with pytest.raises(RuntimeError), StopSwitch().handling_signals():
         raise RuntimeError
     assert [signal.getsignal(getattr(signal, name)) for name in SIGNALS] == before
 
 
-def test_a_second_interrupt_raises_there_and_then(capfd: pytest.CaptureFixture[str]) -> None:
+def test_handling_signals_leaves_ignored_signals_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopSwitch().handling_signals():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_handling_signals_second_interrupt_raises_at_once(capfd: pytest.CaptureFixture[str]) -> None:
     switch = StopSwitch()
-    with switch.listening():
+    with switch.handling_signals():
         os.kill(os.getpid(), signal.SIGINT)
         assert switch.wanted == Stop.SIGNAL
-        assert "Ctrl-C again stops at once" in capfd.readouterr().err
+        assert "Ctrl-C again to quit without saving" in capfd.readouterr().err
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_second_signal_of_a_scheduler_raises_nothing() -> None:
+def test_handling_signals_repeated_sigterm_raises_nothing() -> None:
     switch = StopSwitch()
-    with switch.listening():
+    with switch.handling_signals():
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGTERM)
     assert switch.poll() == Stop.SIGNAL
 
 
-def test_the_echo_of_an_interrupt_by_a_launcher_is_not_a_second_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_handling_signals_interrupt_forwarded_by_launcher_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setattr(stopping, "ECHO_SECONDS", 1e9)
-    with StopSwitch().listening():
+    with StopSwitch().handling_signals():
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_off_the_main_thread_no_handler_is_set() -> None:
+def test_handling_signals_off_the_main_thread_sets_no_handler() -> None:
     found: list[object] = []
 
-    def listen() -> None:
-        with StopSwitch().listening():
+    def record_handler() -> None:
+        with StopSwitch().handling_signals():
             found.append(signal.getsignal(signal.SIGTERM))
 
-    thread = threading.Thread(target=listen)
+    thread = threading.Thread(target=record_handler)
     thread.start()
     thread.join()
     assert found == [signal.getsignal(signal.SIGTERM)]
 
 
-def test_the_gravest_reason_counts_and_of_those_the_first() -> None:
+def test_request_keeps_the_largest_reason_and_the_first_of_equals() -> None:
     switch = StopSwitch()
     requests = [(Stop.OUT_OF_TIME, "a"), (Stop.REQUESTED, "b"), (Stop.SIGNAL, "c"), (Stop.SIGNAL, "d")]
     for stop, reason in requests:
@@ -89,23 +98,23 @@ def test_the_gravest_reason_counts_and_of_those_the_first() -> None:
 
 
 class Clock:
-    """A clock that a test sets."""
+    """A clock that a test moves."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
         monkeypatch.setattr(stopping.time, "monotonic", lambda: self.now)
 
     def polls(self, switch: StopSwitch, seconds: float) -> int:
-        """How many polls, that far apart, a switch lets pass."""
+        """Returns how many polls, so many seconds apart, come before the stop."""
         for count in range(10_000):
             self.now += seconds
             if switch.poll():
                 return count
-        pytest.fail("it never stops")
+        pytest.fail("no stop")
 
 
 @pytest.mark.parametrize(("to_save", "expected"), [(0.0, 58), (7.0, 51)])
-def test_max_minutes_leaves_time_for_a_step_and_for_saving(
+def test_poll_max_minutes_leaves_time_for_a_step_and_a_save(
     monkeypatch: pytest.MonkeyPatch, to_save: float, expected: int
 ) -> None:
     clock = Clock(monkeypatch)
@@ -118,19 +127,19 @@ def test_max_minutes_leaves_time_for_a_step_and_for_saving(
 
 # ---- several processes -----------------------------------------------------------------------------------------
 
-ASKED_AT, POLLS = 5, 10
+SIGNAL_AT, POLLS = 5, 10
 
 
 def poll_until_stopped(processes: int, folder: str, by_signal: list[int], settle_at: int | None) -> None:
-    """Each process counts its polls until the agreed stop; those in `by_signal` get a signal before the fifth."""
+    """Counts polls until the agreed stop; the processes in `by_signal` get a signal before poll 5."""
     create_accelerator()
     rank = dist.get_rank()
     assert dist.get_world_size() == processes
     switch = StopSwitch()
     stopped_at = None
-    with switch.listening():
+    with switch.handling_signals():
         for poll in range(POLLS):
-            if poll == ASKED_AT and rank in by_signal:
+            if poll == SIGNAL_AT and rank in by_signal:
                 os.kill(os.getpid(), signal.SIGUSR1)
             if (switch.settle() if poll == settle_at else switch.poll()) != Stop.NO:
                 stopped_at = poll
@@ -143,10 +152,10 @@ def poll_until_stopped(processes: int, folder: str, by_signal: list[int], settle
     ("by_signal", "settle_at", "stopped_at"),
     [([0], None, 6), ([1], None, 6), ([0, 1], None, 6), ([1], 5, 5), ([1], 3, 6), ([], 5, None)],
 )
-def test_processes_stop_at_the_same_poll_whichever_is_signalled(
+def test_poll_processes_stop_together_whichever_is_signalled(
     tmp_path: Path, by_signal: list[int], settle_at: int | None, stopped_at: int | None
 ) -> None:
-    """At the poll after the signal; at once where all wait for the answer."""
+    """They stop at the poll after the signal, or at once if they settle."""
     on_processes(2, poll_until_stopped, str(tmp_path), by_signal, settle_at)
     for rank in range(2):
         ended = json.loads((tmp_path / f"{rank}.json").read_text())
@@ -164,11 +173,11 @@ def fail_on_one(processes: int, folder: str) -> None:
     assert switch.poll() == Stop.NO
     assert switch.poll() == Stop.FAILED
     assert switch.reason == "a checkpoint could not be written"
-    switch.request(Stop.SIGNAL, "too late to be the reason")
+    switch.request(Stop.SIGNAL, "later")
     assert switch.poll() == Stop.FAILED
     Path(folder, str(dist.get_rank())).touch()
 
 
-def test_a_save_that_fails_on_one_process_stops_all(tmp_path: Path) -> None:
+def test_poll_failed_save_on_one_process_stops_all(tmp_path: Path) -> None:
     on_processes(2, fail_on_one, str(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]

@@ -1,4 +1,4 @@
-"""What objects show of themselves, as the value of a notebook's cell."""
+"""The repr of configs, trainers and checkpoint managers, which a notebook shows."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ configs = st.builds(
 
 
 @given(configs)
-def test_a_config_shows_code_that_makes_an_equal_one(config: Config) -> None:
+def test_config_repr_is_code_that_makes_an_equal_config(config: Config) -> None:
     assert eval(repr(config), {name: getattr(fundamentallm, name) for name in fundamentallm.__all__}) == config
 
 
-def test_a_config_shows_what_is_not_the_default_only() -> None:
+def test_config_repr_leaves_defaults_out() -> None:
     assert repr(Config(training=TrainingConfig(max_steps=3))) == "Config(training=TrainingConfig(max_steps=3))"
 
 
-def test_a_trainer_shows_where_it_is_and_what_it_does(tmp_path: Path) -> None:
+def test_trainer_repr_shows_progress_and_settings(tmp_path: Path) -> None:
     trainer = make_trainer(make_config(tmp_path, optimizer="muon"))
     shown = repr(trainer)
     assert shown.startswith("Trainer at step 0 of 12, epoch 0\n")

@@ -60,12 +60,12 @@ class Case:
 
 def draws_random_numbers(trainer: Trainer, inputs: Tensor, targets: Tensor) -> bool:
     """Whether the loss in training mode depends on the seed."""
-    trainer._step_model.train()
+    trainer.model_with_loss.train()
     losses = []
     for seed in range(3):
         seed_device(seed, inputs.device)
         with torch.no_grad():
-            losses.append(trainer._step_model(inputs, targets).item())
+            losses.append(trainer.model_with_loss(inputs, targets).item())
     return len(set(losses)) > 1
 
 

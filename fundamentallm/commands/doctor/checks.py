@@ -93,13 +93,13 @@ def check_model(case: Case) -> Finding:
             "Call torch.manual_seed(config.training.seed) just before the model is made.",
         )
     inputs, targets = forward_rows(trainer)
-    trainer._step_model.train()
+    trainer.model_with_loss.train()
     losses, gradients = [], []
     for _ in range(3):
         trainer.model.load_state_dict(weights)
         trainer.model.zero_grad()
         seed_device(derive_seed(trainer.config.training.seed, 0, 0), inputs.device)
-        loss = trainer._step_model(inputs, targets) / (targets != IGNORE_INDEX).sum().clamp(min=1)
+        loss = trainer.model_with_loss(inputs, targets) / (targets != IGNORE_INDEX).sum().clamp(min=1)
         trainer.accelerator.backward(loss)
         losses.append(loss.item())
         gradients.append({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None})
@@ -121,12 +121,12 @@ def check_model(case: Case) -> Finding:
             f"An operation's backward pass is not deterministic on {inputs.device.type}. "
             "torch.use_deterministic_algorithms(True) names it, or replaces it.",
         )
-    trainer._step_model.eval()
+    trainer.model_with_loss.eval()
     evaluated = []
     for seed in range(3):
         torch.manual_seed(seed)
         with torch.no_grad():
-            evaluated.append(trainer._step_model(inputs, targets).item())
+            evaluated.append(trainer.model_with_loss(inputs, targets).item())
     if len(set(evaluated)) > 1:
         return Finding(
             "fail",
@@ -151,9 +151,9 @@ def check_loss(case: Case) -> Finding:
     with without_dropout(trainer.model), torch.no_grad():
         stochastic = draws_random_numbers(trainer, inputs, targets)
         for mode in ("evaluation",) if stochastic else ("evaluation", "training"):
-            trainer._step_model.train(mode == "training")
+            trainer.model_with_loss.train(mode == "training")
             whole, a, b = (
-                trainer._step_model(inputs[s], targets[s]).double().cpu()
+                trainer.model_with_loss(inputs[s], targets[s]).double().cpu()
                 for s in (slice(None), slice(cut), slice(cut, None))
             )
             parts = torch.stack((a, b))
@@ -177,7 +177,7 @@ def check_loss(case: Case) -> Finding:
                 "Rows must not influence each other: no batch normalisation and no statistics over the batch in the "
                 "model (LayerNorm and RMSNorm are fine), and no division in the loss.",
             )
-        nothing = trainer._step_model(inputs, torch.full_like(targets, IGNORE_INDEX)).item()
+        nothing = trainer.model_with_loss(inputs, torch.full_like(targets, IGNORE_INDEX)).item()
     if nothing != 0:
         return Finding(
             "fail",

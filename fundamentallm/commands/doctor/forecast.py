@@ -64,7 +64,7 @@ def rehearse(trainer: Trainer) -> Rehearsal:
         validation_seconds=_validation_seconds(trainer),
         peak_bytes=_peak_bytes(device),
         checkpoint_bytes=sum(
-            tensor.nbytes for part in trainer.state.values() for tensor in _tensors(part.state_dict())
+            tensor.nbytes for part in trainer.state.parts.values() for tensor in _tensors(part.state_dict())
         ),
         has_validation=trainer.val_loader is not None,
     )

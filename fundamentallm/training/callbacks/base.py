@@ -1,21 +1,82 @@
-"""Callbacks observe the training; they never change its numbers. `CallbackList` calls them in order."""
+"""Callbacks observe a run without changing its numbers. `RunView` is what they see, `CallbackList` calls them."""
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fundamentallm.run.json_lines import rewind
 
 if TYPE_CHECKING:
-    from fundamentallm.training.trainer import Trainer
+    from accelerate import Accelerator
+    from torch import nn
+    from torch.optim import Optimizer
+    from torch.utils.data import DataLoader
+
+    from fundamentallm.config.schema import Config
+    from fundamentallm.data.sampler import StepSampler
+    from fundamentallm.training.metrics import MetricTracker
 
 logger = logging.getLogger(__name__)
 
 
-class Callback:
-    """Base class; every hook does nothing. Hooks run on every process, and their exceptions propagate.
+class RunView(Protocol):
+    """What a callback may read of a run and ask of it. The `Trainer` has all of it, and so may a stub in a test."""
 
-    A hook may call `trainer.request_stop(reason)` and `trainer.request_save()`, both of which take effect at
-    the end of the optimizer step, after all hooks.
+    model: nn.Module  # not wrapped; its parameters are sharded under FSDP2
+    optimizer: Optimizer
+    accelerator: Accelerator
+    config: Config  # resolved
+    output_dir: Path | None  # None: the run has no folder
+    train_loader: DataLoader[Any]
+    val_loader: DataLoader[Any] | None
+    samples: StepSampler  # which samples each step sees
+    metrics: MetricTracker  # the history so far
+    total_steps: int
+    was_rewound: bool  # resumed from a checkpoint older than the newest one
+
+    @property
+    def global_step(self) -> int:
+        """Number of optimizer steps done."""
+
+    @property
+    def epochs_done(self) -> float:
+        """Passes over the training data done."""
+
+    @property
+    def seconds_left(self) -> float:
+        """Estimated seconds to the last step; NaN until there is an estimate."""
+
+    @property
+    def validation_due(self) -> bool:
+        """Whether the validation of `global_step` was interrupted and has to be repeated."""
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this process prints and writes files."""
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar, on the main process only."""
+
+    def request_stop(self, reason: str) -> None:
+        """Save and stop at the end of this step."""
+
+    def request_save(self, is_best: bool = False) -> None:
+        """Save a checkpoint at the end of this step. Every process must call it."""
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """Give the model the averaged weights on entry and its own on exit. Does nothing without an average."""
+
+
+class Callback:
+    """Base class whose hooks do nothing. Hooks run on every process, and their exceptions end the training.
+
+    A hook may call `trainer.request_stop(reason)` and `trainer.request_save()`. Both take effect at the end of the
+    optimizer step, after all hooks. The `trainer` of a hook is the Trainer; see `RunView` for what a callback may use.
 
     Examples:
         >>> import torch
@@ -34,42 +95,42 @@ class Callback:
         stopped at step ... of 1000: it is good enough
     """
 
-    def on_train_begin(self, trainer: Trainer) -> None:
-        """Once, before the first step of this start; the state is restored already."""
+    def on_train_begin(self, trainer: RunView) -> None:
+        """Called once per launch, after the state was restored and before the first step."""
 
-    def on_train_end(self, trainer: Trainer) -> None:
-        """Once, after the last step and the final checkpoint."""
+    def on_train_end(self, trainer: RunView) -> None:
+        """Called once per launch, after the last step and the final checkpoint."""
 
-    def on_train_abort(self, trainer: Trainer) -> None:
-        """Instead of `on_train_end`, where an exception ends the training; other processes may be gone already."""
+    def on_train_abort(self, trainer: RunView) -> None:
+        """Called instead of `on_train_end` if an exception ends the training. Other processes may have died."""
 
-    def on_epoch_begin(self, trainer: Trainer) -> None:
-        """Before an epoch's first step, and again where a run resumes within an epoch."""
+    def on_epoch_begin(self, trainer: RunView) -> None:
+        """Called before an epoch's first step, and when a run resumes within an epoch."""
 
-    def on_epoch_end(self, trainer: Trainer) -> None:
-        """After an epoch's last step and its validation, before its checkpoint."""
+    def on_epoch_end(self, trainer: RunView) -> None:
+        """Called after an epoch's last step and its validation, before its checkpoint."""
 
-    def on_step_begin(self, trainer: Trainer) -> None:
-        """Before each optimizer step; the next one's number is `trainer.global_step + 1`."""
+    def on_step_begin(self, trainer: RunView) -> None:
+        """Called before each optimizer step, whose number is `trainer.global_step + 1`."""
 
-    def on_step_end(self, trainer: Trainer, loss: float) -> None:
-        """After each optimizer step, with its mean loss over all targets of all processes.
+    def on_step_end(self, trainer: RunView, loss: float) -> None:
+        """Called after each optimizer step with its mean loss over all targets of all processes.
 
-        The loss is read from the device only where some callback overrides this hook.
+        If any callback overrides this hook, the host waits for the device at every step.
         """
 
-    def measure(self, trainer: Trainer) -> dict[str, float]:
-        """Further numbers of a log line, by name, asked for before `on_log`; the host may wait for the device."""
+    def measure(self, trainer: RunView) -> dict[str, float]:
+        """Returns additional numbers for a log line. Called before `on_log`, when the host waits for the device."""
         return {}
 
-    def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """After every `log_every_n_steps`-th step and the last one, with a line of metrics.jsonl."""
+    def on_log(self, trainer: RunView, metrics: dict[str, float]) -> None:
+        """Called after every `log_every_n_steps`-th step and the last one, with a line of metrics.jsonl."""
 
-    def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """After each validation during training, with `val_loss` and its companions."""
+    def on_validation_end(self, trainer: RunView, metrics: dict[str, float]) -> None:
+        """Called after each validation during training, with `val_loss` and the other validation metrics."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a restart must know; tensors and JSON. Empty: nothing."""
+        """Returns the state that a checkpoint keeps, as tensors and JSON values; {} if there is none."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -77,7 +138,7 @@ class Callback:
 
 
 class CallbackList:
-    """Callbacks in the order in which they are called; a hook may add and remove some, from the next hook on.
+    """Callbacks in the order in which they are called. A hook may add and remove some; the next hook sees the change.
 
     Examples:
         >>> from fundamentallm import CallbackList, LoggingCallback, ProgressCallback
@@ -95,44 +156,55 @@ class CallbackList:
         self.callbacks.append(callback)
 
     def remove(self, callback: Callback) -> None:
-        """Take a callback out. Raises ValueError if it is not in the list."""
+        """Remove a callback. Raises ValueError if it is not in the list."""
         self.callbacks.remove(callback)
 
-    def on_train_begin(self, trainer: Trainer) -> None:
-        """See `Callback`."""
+    def _call(self, hook: str, *arguments: Any) -> None:
         for callback in tuple(self.callbacks):
-            callback.on_train_begin(trainer)
+            getattr(callback, hook)(*arguments)
 
-    def on_train_end(self, trainer: Trainer) -> None:
+    def on_train_begin(self, trainer: RunView) -> None:
         """See `Callback`."""
-        for callback in tuple(self.callbacks):
-            callback.on_train_end(trainer)
+        self._call("on_train_begin", trainer)
 
-    def on_train_abort(self, trainer: Trainer) -> None:
-        """See `Callback`; what fails here must not hide why the training has ended."""
+    def on_train_end(self, trainer: RunView) -> None:
+        """See `Callback`."""
+        self._call("on_train_end", trainer)
+
+    def on_train_abort(self, trainer: RunView) -> None:
+        """See `Callback`. Exceptions become warnings, because they would hide the one that ended the training."""
         for callback in tuple(self.callbacks):
             try:
                 callback.on_train_abort(trainer)
             except Exception as error:
-                logger.warning("%s failed as the training was aborted: %s", type(callback).__name__, error)
+                logger.warning("%s failed while the training was aborted: %s", type(callback).__name__, error)
 
-    def on_epoch_begin(self, trainer: Trainer) -> None:
+    def on_epoch_begin(self, trainer: RunView) -> None:
         """See `Callback`."""
-        for callback in tuple(self.callbacks):
-            callback.on_epoch_begin(trainer)
+        self._call("on_epoch_begin", trainer)
 
-    def on_epoch_end(self, trainer: Trainer) -> None:
+    def on_epoch_end(self, trainer: RunView) -> None:
         """See `Callback`."""
-        for callback in tuple(self.callbacks):
-            callback.on_epoch_end(trainer)
+        self._call("on_epoch_end", trainer)
 
-    def on_step_begin(self, trainer: Trainer) -> None:
+    def on_step_begin(self, trainer: RunView) -> None:
         """See `Callback`."""
-        for callback in tuple(self.callbacks):
-            callback.on_step_begin(trainer)
+        self._call("on_step_begin", trainer)
 
-    def measure(self, trainer: Trainer) -> dict[str, float]:
-        """What all of them measure."""
+    def on_step_end(self, trainer: RunView, loss: float) -> None:
+        """See `Callback`."""
+        self._call("on_step_end", trainer, loss)
+
+    def on_log(self, trainer: RunView, metrics: dict[str, float]) -> None:
+        """See `Callback`."""
+        self._call("on_log", trainer, metrics)
+
+    def on_validation_end(self, trainer: RunView, metrics: dict[str, float]) -> None:
+        """See `Callback`."""
+        self._call("on_validation_end", trainer, metrics)
+
+    def measure(self, trainer: RunView) -> dict[str, float]:
+        """Returns the numbers of all callbacks."""
         measured: dict[str, float] = {}
         for callback in tuple(self.callbacks):
             measured |= callback.measure(trainer)
@@ -143,41 +215,41 @@ class CallbackList:
         """Whether any callback overrides `on_step_end`."""
         return any(type(callback).on_step_end is not Callback.on_step_end for callback in self.callbacks)
 
-    def on_step_end(self, trainer: Trainer, loss: float) -> None:
-        """See `Callback`."""
-        for callback in tuple(self.callbacks):
-            callback.on_step_end(trainer, loss)
-
-    def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """See `Callback`."""
-        for callback in tuple(self.callbacks):
-            callback.on_log(trainer, metrics)
-
-    def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """See `Callback`."""
-        for callback in tuple(self.callbacks):
-            callback.on_validation_end(trainer, metrics)
-
-    def _named(self) -> dict[str, Callback]:
-        """By class name, numbered where a class is there twice."""
+    def _by_name(self) -> dict[str, Callback]:
+        """Returns the callbacks by class name; the second one of a class is numbered _2, and so on."""
+        counts: Counter[str] = Counter()
         named: dict[str, Callback] = {}
         for callback in self.callbacks:
-            name = kind = type(callback).__name__
-            while name in named:
-                name = f"{kind}_{int(name.removeprefix(kind + '_')) + 1 if name != kind else 2}"
-            named[name] = callback
+            name = type(callback).__name__
+            counts[name] += 1
+            named[name if counts[name] == 1 else f"{name}_{counts[name]}"] = callback
         return named
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of each callback that has any."""
-        return {name: state for name, callback in self._named().items() if (state := callback.state_dict())}
+        """Returns the state of each callback that has any, by name."""
+        return {name: state for name, callback in self._by_name().items() if (state := callback.state_dict())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore each callback that is in the saved state; one that is on one side only is named in a warning."""
-        named = self._named()
+        """Restore the callbacks that are in the saved state, and warn of each one that is missing on either side."""
+        named = self._by_name()
         for name in named.keys() & state.keys():
             named[name].load_state_dict(state[name])
         for name in sorted(name for name in named.keys() - state.keys() if named[name].state_dict()):
-            logger.warning("the callback %s starts afresh: it is not in the checkpoint.", name)
+            logger.warning("callback %s is not in the checkpoint and starts without a saved state.", name)
         for name in sorted(state.keys() - named.keys()):
-            logger.warning("the callback %s is in the checkpoint and not in this run.", name)
+            logger.warning("callback %s is in the checkpoint but not in this run; its state is ignored.", name)
+
+
+def rewind_lines(trainer: RunView, path: Path, is_validation: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop the lines of a file that the resumed run writes again.
+
+    If the run starts from scratch or from an older checkpoint, they belong to another run, so a copy is kept.
+    """
+    copy = rewind(
+        path,
+        trainer.global_step,
+        is_repeated=lambda line: trainer.validation_due and is_validation(line),
+        keep_copy=trainer.global_step == 0 or trainer.was_rewound,
+    )
+    if copy is not None:
+        trainer.say(f"{path} has lines that this run drops; a copy of it is {copy}")

@@ -1,4 +1,4 @@
-"""What a run shows: the progress bar and the log lines."""
+"""The console output of a run: a progress bar and log lines."""
 
 from __future__ import annotations
 
@@ -6,42 +6,35 @@ import math
 import sys
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm.auto import tqdm
 from tqdm.notebook import tqdm_notebook
 
-from fundamentallm.run.json_lines import append, keep_file
-from fundamentallm.training.callbacks.base import Callback
-
-if TYPE_CHECKING:
-    from fundamentallm.training.trainer import Trainer
+from fundamentallm.run.json_lines import append
+from fundamentallm.training.callbacks.base import Callback, RunView, rewind_lines
 
 
 def shows_bar() -> bool:
-    """Whether somebody sees a bar move: on a terminal, or in a notebook that has ipywidgets. In a file it is noise."""
+    """Whether a progress bar can move: on a terminal, or in a notebook that has ipywidgets."""
     return sys.stderr.isatty() or issubclass(tqdm, tqdm_notebook)
 
 
 class ProgressCallback(Callback):
-    """A tqdm bar over the optimizer steps, on a terminal or in a notebook, on the main process: loss, learning rate,
-    tokens per second, the part of the devices' peak used (where it is known), memory, time left.
+    """Shows a progress bar over the optimizer steps on the main process, if the output is a terminal or a notebook.
+
+    The bar shows loss, learning rate, tokens per second, MFU (if the device's peak is known), memory and time left.
 
     Examples:
-        >>> import torch
-        >>> from torch import nn
-        >>> from torch.utils.data import DataLoader, TensorDataset
-        >>> from fundamentallm import ProgressCallback, Trainer, TrainingConfig
-        >>> numbers = torch.arange(300).reshape(30, 10) % 3
-        >>> loader = DataLoader(TensorDataset(numbers, (numbers + 1) % 3), batch_size=4)
-        >>> history = Trainer(nn.Embedding(3, 3), TrainingConfig(), loader, callbacks=[ProgressCallback()]).train()
+        >>> from fundamentallm import ProgressCallback
+        >>> callbacks = [ProgressCallback()]  # for a Trainer
     """
 
     def __init__(self) -> None:
         self._bar: tqdm[Any] | None = None
 
-    def on_train_begin(self, trainer: Trainer) -> None:
-        """Open the bar at the step the run goes on from."""
+    def on_train_begin(self, trainer: RunView) -> None:
+        """Open the bar at the step that the run resumes from."""
         self._bar = tqdm(
             total=trainer.total_steps,
             initial=trainer.global_step,
@@ -51,30 +44,34 @@ class ProgressCallback(Callback):
             disable=not (trainer.is_main_process and shows_bar()),
         )
 
-    def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+    def on_log(self, trainer: RunView, metrics: dict[str, float]) -> None:
         """Move the bar."""
-        if self._bar is not None:
-            self._bar.set_postfix_str(
-                f"loss {metrics['train_loss']:.4f}, lr {metrics['learning_rate']:.2e}, "
-                f"{_short(metrics['tokens_per_second'])} tok/s"
-                + (f", {metrics['mfu']:.1%} MFU" if "mfu" in metrics else "")
-                + (f", {metrics['memory_gb']:.3g} GB" if "memory_gb" in metrics else ""),
-                refresh=False,
-            )
-            self._bar.update(trainer.global_step - self._bar.n)
+        if self._bar is None:
+            return
+        shown = [
+            f"loss {metrics['train_loss']:.4f}",
+            f"lr {metrics['learning_rate']:.2e}",
+            f"{_short(metrics['tokens_per_second'])} tok/s",
+        ]
+        if "mfu" in metrics:
+            shown.append(f"{metrics['mfu']:.1%} MFU")
+        if "memory_gb" in metrics:
+            shown.append(f"{metrics['memory_gb']:.3g} GB")
+        self._bar.set_postfix_str(", ".join(shown), refresh=False)
+        self._bar.update(trainer.global_step - self._bar.n)
 
-    def on_train_end(self, trainer: Trainer) -> None:
-        """Close the bar where the run ended."""
+    def on_train_end(self, trainer: RunView) -> None:
+        """Close the bar at the last step done."""
         if self._bar is not None:
             self._bar.update(trainer.global_step - self._bar.n)
             self._bar.close()
 
 
 class LoggingCallback(Callback):
-    """Log lines on the console and, with a path, as JSON lines in full precision; on the main process.
+    """Prints log lines on the main process and, with a path, appends them to a file of JSON lines in full precision.
 
-    A resumed run goes on in the same file: lines after the step it resumes from are dropped, since those
-    steps are made again. Numbers that JSON lacks are the texts "NaN", "Infinity" and "-Infinity".
+    A resumed run continues the file: lines after the step it resumes from are dropped, because those steps are
+    repeated. Numbers that JSON lacks are stored as the texts "NaN", "Infinity" and "-Infinity".
 
     Examples:
         >>> import json
@@ -95,54 +92,48 @@ class LoggingCallback(Callback):
     def __init__(self, path: Path | str | None = None) -> None:
         self.path = Path(path) if path else None
 
-    def on_train_begin(self, trainer: Trainer) -> None:
-        """Say what is about to run; bring the file back to the step the run goes on from."""
+    def on_train_begin(self, trainer: RunView) -> None:
+        """Print what is about to run, and rewind the file to the step that the run resumes from."""
         if not trainer.is_main_process:
             return
         parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
         device, processes = trainer.accelerator.device.type, trainer.accelerator.num_processes
-        sizes = trainer.samples.sizes_from(trainer.global_step)
-        tqdm.write(
+        trainer.say(
             f"{_short(parameters)} parameters, {processes} process{'es' * (processes > 1)} on {device}, "
-            f"{trainer.total_steps - trainer.global_step} steps of {sizes} sequences"
+            f"{trainer.total_steps - trainer.global_step} steps of "
+            f"{trainer.samples.sizes_from(trainer.global_step)} sequences"
         )
         if self.path:
-            keep_file(trainer, self.path, lambda line: "val_loss" in line)
+            rewind_lines(trainer, self.path, is_validation=lambda line: "val_loss" in line)
 
-    def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """A training line; where there is a progress bar, that shows the same."""
-        left = f"  left {_time(trainer.seconds_left)}" if math.isfinite(trainer.seconds_left) else ""
-        self._write(trainer, metrics, console=not shows_bar(), more=left)
+    def on_log(self, trainer: RunView, metrics: dict[str, float]) -> None:
+        """Write a training line. It is not printed if there is a progress bar, which shows the same."""
+        time_left = timedelta(seconds=round(trainer.seconds_left)) if math.isfinite(trainer.seconds_left) else None
+        self._write(trainer, metrics, "" if time_left is None else f"  left {time_left}", is_printed=not shows_bar())
 
-    def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """A validation line."""
-        self._write(trainer, {"step": trainer.global_step, "epoch": trainer.epochs_done, **metrics}, console=True)
+    def on_validation_end(self, trainer: RunView, metrics: dict[str, float]) -> None:
+        """Write a validation line."""
+        self._write(trainer, {"step": trainer.global_step, "epoch": trainer.epochs_done, **metrics})
 
-    def _write(self, trainer: Trainer, metrics: dict[str, float], console: bool, more: str = "") -> None:
+    def _write(self, trainer: RunView, line: dict[str, float], suffix: str = "", is_printed: bool = True) -> None:
         if not trainer.is_main_process:
             return
-        if console:
-            left_out = ("step", "samples", "tokens")
-            # Nor what is measured of each block of the model, which would fill the screen.
-            shown = {key: value for key, value in metrics.items() if key not in left_out and "/" not in key}
-            numbers = "  ".join(f"{key} {_shown(value)}" for key, value in shown.items())
-            tqdm.write(f"step {metrics['step']}  {numbers}{more}")
+        if is_printed:
+            # Names with a slash are measured for each block of the model and would fill the screen.
+            names = [name for name in line if name not in ("step", "samples", "tokens") and "/" not in name]
+            numbers = "  ".join(f"{name} {_rounded(line[name])}" for name in names)
+            trainer.say(f"step {line['step']}  {numbers}{suffix}")
         if self.path:
-            append(self.path, metrics)
+            append(self.path, line)
 
 
-def _shown(value: float) -> str:
+def _rounded(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _short(number: float) -> str:
-    """1234567 as 1.23M."""
+    """Returns 1.23M for 1234567."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g}{letter}"
     return f"{number:.3g}"
-
-
-def _time(seconds: float) -> str:
-    """4000 as 1:06:40."""
-    return str(timedelta(seconds=round(seconds)))

@@ -1,24 +1,22 @@
-"""Makes the callbacks that a config names."""
+"""Makes callbacks from a config."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from fundamentallm.config.registry import resolve
 from fundamentallm.config.schema import Config
-from fundamentallm.errors import ConfigError
+from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.training.callbacks.base import Callback
 from fundamentallm.training.callbacks.console import LoggingCallback, ProgressCallback
+from fundamentallm.training.callbacks.curves import VisualizationCallback
 from fundamentallm.training.callbacks.save_best import SaveBestCallback
-
-if TYPE_CHECKING:
-    from fundamentallm.training.callbacks.base import Callback
 
 
 def default_callbacks(config: Config, output_dir: Path | None, has_validation: bool) -> list[Callback]:
-    """A progress bar, log lines (in the output_dir, if there is one), and keeping the best checkpoint."""
+    """Returns a progress bar, log lines (also in `output_dir`), and one that keeps the best checkpoint."""
     training = config.training
     path = None if output_dir is None else output_dir / "metrics.jsonl"
     callbacks: list[Callback] = [ProgressCallback(), LoggingCallback(path)]
@@ -27,10 +25,13 @@ def default_callbacks(config: Config, output_dir: Path | None, has_validation: b
     return callbacks
 
 
-def _callbacks(config: Config) -> list[Callback]:
-    """Those beyond the Trainer's own: the curves, and what the config names."""
-    from fundamentallm.training.callbacks.base import Callback
-    from fundamentallm.training.callbacks.curves import VisualizationCallback
+def make_callbacks(config: Config) -> list[Callback]:
+    """Make the callbacks that `config` names, and the curves, which need not be named.
+
+    Raises:
+        ConfigError: listing names that cannot be resolved and options that are wrong.
+    """
+    # Imported here, so that importing this module does not import torch.
     from fundamentallm.training.callbacks.profiler import ProfilerCallback
     from fundamentallm.training.callbacks.samples import SampleCallback
     from fundamentallm.training.callbacks.update_ratios import RatioCallback
@@ -41,26 +42,31 @@ def _callbacks(config: Config) -> list[Callback]:
         "profiler": ProfilerCallback,
         "ratios": RatioCallback,
     }
-    problems: list[str] = []
     callbacks: list[Callback] = []
-    curves = {"path": Path(config.output_dir) / "curves.png", **config.callback_options.get("curves", {})}
-    options = config.callback_options | {"curves": curves}
-    for name in [*(["curves"] if "curves" not in config.callbacks else []), *config.callbacks]:
+    problems: list[str] = []
+    names = config.callbacks if "curves" in config.callbacks else ["curves", *config.callbacks]
+    for name in names:
+        options = config.callback_options.get(name, {})
         try:
-            kind = resolve("callbacks", name, known)
-            if not (isinstance(kind, type) and issubclass(kind, Callback)):
-                problems.append(f"callbacks has {name!r}, a {type(kind).__name__}; allowed: subclasses of Callback.")
-                continue
-            try:
-                callbacks.append(kind(**options.get(name, {})))
-            except TypeError as error:
-                given = config.callback_options.get(name, {})
-                problems.append(f"callback_options.{name} is {given!r}, which does not fit: {error}.")
+            callbacks.append(_make_callback(resolve("callbacks", name, known), name, options))
         except ConfigError as error:
-            if name == "curves" and name not in config.callbacks and not config.callback_options.get(name):
-                print(f"no curves.png: {error}", file=sys.stderr)  # nobody asked for them
+            if name not in config.callbacks and not options:  # curves that nobody asked for
+                print(f"no curves.png: {error}", file=sys.stderr)
             else:
                 problems += error.problems
     if problems:
         raise ConfigError(problems)
     return callbacks
+
+
+def _make_callback(kind: Any, name: str, options: dict[str, Any]) -> Callback:
+    if not (isinstance(kind, type) and issubclass(kind, Callback)):
+        raise ConfigError([Problem("callbacks", name, "subclasses of Callback", reason=f"a {type(kind).__name__}")])
+    setting = f"callback_options.{name}"
+    try:
+        return kind(**options)
+    except TypeError as error:
+        raise ConfigError([Problem(setting, options, reason=f"which does not fit: {error}")]) from error
+    except ConfigError as error:
+        problems = [p.within(setting) if isinstance(p, Problem) and p.setting else p for p in error.problems]
+        raise ConfigError(problems) from error

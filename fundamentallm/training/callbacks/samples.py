@@ -1,43 +1,42 @@
-"""Callbacks that look into a training: what the model writes, where the time goes, how far weights move."""
+"""Generates text during training."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fundamentallm.config.validation import allowed_values, fits
 from fundamentallm.data.datasets import TokenSamples
 from fundamentallm.data.tokenizers import encode_prompt
-from fundamentallm.errors import ConfigError
+from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.inference.generation import generate
 from fundamentallm.run.folder import SAMPLES
-from fundamentallm.run.json_lines import append, keep_file
-from fundamentallm.training.callbacks.base import Callback
-
-if TYPE_CHECKING:
-    from fundamentallm.training.trainer import Trainer
+from fundamentallm.run.json_lines import append
+from fundamentallm.training.callbacks.base import Callback, RunView, rewind_lines
 
 
 def continuation(
-    trainer: Trainer, prompt: str | None, num_tokens: int, temperature: float = 0.7
+    trainer: RunView, prompt: str | None, num_tokens: int, temperature: float = 0.7
 ) -> tuple[str, str] | None:
-    """(prompt, what the model goes on with), on the main process, the same each time for the same weights; else None.
+    """Continue a prompt with the run's model. The same weights always give the same text.
 
     Args:
-        trainer: whose model writes.
-        prompt: None: the beginning of the training text.
-        num_tokens: to draw.
+        trainer: the run.
+        prompt: text to continue; None: the beginning of the training text.
+        num_tokens: number of tokens to draw.
         temperature: see `generate`.
 
+    Returns:
+        The prompt and its continuation; on other than the main process perhaps None.
+
     Raises:
-        ConfigError: if the training data is no text, or the prompt has characters that the tokenizer does not know.
+        ConfigError: if the training data is not text, or the tokenizer does not know a character of the prompt.
     """
     dataset = trainer.train_loader.dataset
     if not isinstance(dataset, TokenSamples) or dataset.tokenizer is None:
         raise ConfigError(
             "the train_loader's dataset has no tokenizer, so no text can be generated; use a TokenDataset."
         )
-    if not (trainer.is_main_process or trainer.is_sharded):  # all have to compute a sharded model
+    if not (trainer.is_main_process or trainer.accelerator.is_fsdp2):  # every process has to compute a sharded model
         return None
     ids = dataset.opening().tolist() if prompt is None else encode_prompt(dataset.tokenizer, prompt)
     stop = () if dataset.end_of_text is None else (dataset.end_of_text,)
@@ -47,16 +46,15 @@ def continuation(
 
 
 class SampleCallback(Callback):
-    """Has the model write after each validation; in samples.jsonl, and on the console.
+    """Generates text after each validation, prints it, and stores it in samples.jsonl in the `output_dir`.
 
     Args:
-        prompts: texts to go on from; None: the beginning of the training text.
-        num_tokens: to draw for each; None: the config's `sample_tokens`.
+        prompts: texts to continue; None: the beginning of the training text.
+        num_tokens: number of tokens to draw for each; None: the config's `sample_tokens`.
         temperature: divides the logits; 0 takes the most probable token.
-        path: of the file; None: samples.jsonl in the `output_dir` of a whole `Config`.
 
     Raises:
-        ConfigError: listing what is of another type.
+        ConfigError: listing values of a wrong type.
 
     Examples:
         >>> import torch
@@ -74,41 +72,35 @@ class SampleCallback(Callback):
     """
 
     def __init__(
-        self,
-        prompts: list[str] | None = None,
-        num_tokens: int | None = None,
-        temperature: float = 0.7,
-        path: Path | str | None = None,
+        self, prompts: list[str] | None = None, num_tokens: int | None = None, temperature: float = 0.7
     ) -> None:
-        wanted = {"prompts": (prompts, list[str] | None), "num_tokens": (num_tokens, int | None)}
-        # Of a text, each character would be a prompt. (What else is wrong, generating nothing finds out.)
-        if wrong := {name: pair for name, pair in wanted.items() if not fits(*pair)}:
-            raise ConfigError(
-                [f"{name} is {value!r}; allowed: {allowed_values(t)}." for name, (value, t) in wrong.items()]
-            )
+        # `generate` checks the values at the start of training. It would take a text for a list of characters.
+        types = {"prompts": (prompts, list[str] | None), "num_tokens": (num_tokens, int | None)}
+        if wrong := {name: pair for name, pair in types.items() if not fits(*pair)}:
+            raise ConfigError([Problem(name, value, allowed_values(hint)) for name, (value, hint) in wrong.items()])
         self.prompts: list[str | None] = [*prompts] if prompts else [None]
         self.num_tokens, self.temperature = num_tokens, temperature
-        self.path = Path(path) if path else None
+        self._path: Path | None = None
 
-    def on_train_begin(self, trainer: Trainer) -> None:
-        """Bring the file back to the step the run goes on from."""
+    def on_train_begin(self, trainer: RunView) -> None:
+        """Check prompts and options, and rewind the file to the step that the run resumes from."""
         if trainer.val_loader is None:
-            raise ConfigError("samples are written after validations, and there is no val_loader; leave them out.")
-        if trainer.output_dir is not None:
-            self.path = self.path or trainer.output_dir / SAMPLES
+            advice = "Samples follow validations, and there is no val_loader; give one, or leave samples out."
+            raise ConfigError([Problem("callbacks", trainer.config.callbacks, advice=advice)])
+        self._path = None if trainer.output_dir is None else trainer.output_dir / SAMPLES
         if self.num_tokens is None:
             self.num_tokens = trainer.config.sample_tokens
         for prompt in self.prompts:
-            continuation(trainer, prompt, min(self.num_tokens, 0), self.temperature)  # finds out what is wrong
-        if self.path is not None and trainer.is_main_process:
-            keep_file(trainer, self.path, lambda _: True)  # all lines are made at validations
+            continuation(trainer, prompt, min(self.num_tokens, 0), self.temperature)
+        if self._path is not None and trainer.is_main_process:
+            rewind_lines(trainer, self._path, is_validation=lambda line: True)
 
-    def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """Write."""
+    def on_validation_end(self, trainer: RunView, metrics: dict[str, float]) -> None:
+        """Generate, print and store a text for each prompt."""
         for prompt in self.prompts:
             written = continuation(trainer, prompt, self.num_tokens or 0, self.temperature)
             if written is None or not trainer.is_main_process:
                 continue
             trainer.say(f"---- step {trainer.global_step}: {written[0]!r} continued ----\n{written[1]}")
-            if self.path is not None:
-                append(self.path, {"step": trainer.global_step, "prompt": written[0], "text": written[1]})
+            if self._path is not None:
+                append(self._path, {"step": trainer.global_step, "prompt": written[0], "text": written[1]})

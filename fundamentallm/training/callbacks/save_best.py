@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fundamentallm.config.schema import TrainingConfig
-from fundamentallm.errors import ConfigError
-from fundamentallm.training.callbacks.base import Callback
+from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.training.callbacks.base import Callback, RunView
 from fundamentallm.training.early_stopping import improves, saved_best
-
-if TYPE_CHECKING:
-    from fundamentallm.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +18,7 @@ class SaveBestCallback(Callback):
 
     Args:
         metric: name of the validation metric.
-        mode: 'min' where smaller is better, 'max' where larger is.
+        mode: 'min' if smaller is better, 'max' if larger is better.
 
     Raises:
         ConfigError: if mode is neither.
@@ -44,26 +41,29 @@ class SaveBestCallback(Callback):
         self, metric: str = TrainingConfig.early_stopping_metric, mode: str = TrainingConfig.early_stopping_mode
     ) -> None:
         if mode not in ("min", "max"):
-            raise ConfigError(f"mode is {mode!r}; allowed: min, max.")
+            raise ConfigError([Problem("mode", mode, allowed="min, max")])
         self.metric, self.mode = metric, mode
         self.best_value: float | None = None
 
-    def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """Ask for a checkpoint if the metric improved."""
+    def on_validation_end(self, trainer: RunView, metrics: dict[str, float]) -> None:
+        """Request a checkpoint if the metric improved."""
         if self.metric not in metrics:
-            raise ConfigError(f"the metric is {self.metric!r}; allowed: {', '.join(metrics)}.")
+            raise ConfigError([Problem("metric", self.metric, allowed=", ".join(metrics))])
         if improves(metrics[self.metric], self.best_value, self.mode):
             self.best_value = metrics[self.metric]
             trainer.request_save(is_best=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """The best value so far, and of what."""
+        """Returns the best value so far and the metric it belongs to."""
         return {"metric": self.metric, "mode": self.mode, "best_value": self.best_value}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved best value."""
+        """Restore the best value, unless it belongs to another metric."""
         best = saved_best(state["best_value"])
         if (state["metric"], state["mode"]) == (self.metric, self.mode):
             self.best_value = best
         else:
-            logger.warning("the best starts afresh: it was of %s (%s) before.", state["metric"], state["mode"])
+            logger.warning(
+                "best metric reset: the saved best value is of %s (%s), this run uses %s (%s).",
+                *(state["metric"], state["mode"], self.metric, self.mode),
+            )

@@ -1,4 +1,4 @@
-"""A folder belongs to one process at a time, and says how its run is getting on."""
+"""A folder is used by one run at a time, and records the status and the launches of that run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ with locked([Path(sys.argv[1])]):
 
 
 @contextlib.contextmanager
-def held_by_another(folder: Path) -> Iterator[subprocess.Popen[str]]:
+def locked_by_another(folder: Path) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -40,7 +40,7 @@ def held_by_another(folder: Path) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-def test_a_locked_folder_is_made_and_names_its_process_until_it_ends(tmp_path: Path) -> None:
+def test_locked_creates_folders_and_names_its_process_until_exit(tmp_path: Path) -> None:
     folders = [tmp_path / "a" / "b", tmp_path / "c"]
     with locked(folders):
         for folder in folders:
@@ -50,8 +50,13 @@ def test_a_locked_folder_is_made_and_names_its_process_until_it_ends(tmp_path: P
         pass
 
 
-def test_another_process_is_refused_with_the_id_of_the_first(tmp_path: Path) -> None:
-    with held_by_another(tmp_path / "taken") as process:
+def test_locked_refuses_a_second_trainer_of_this_process(tmp_path: Path) -> None:
+    with locked([tmp_path]), pytest.raises(RunInProgressError, match="another Trainer"), locked([tmp_path / "."]):
+        pass
+
+
+def test_locked_refuses_another_process_and_names_the_first(tmp_path: Path) -> None:
+    with locked_by_another(tmp_path / "taken") as process:
         refused = pytest.raises(RunInProgressError, match=rf"taken is in use by process {process.pid} on .*output_dir")
         with refused, locked([tmp_path / "free", tmp_path / "taken"]):
             pass
@@ -60,30 +65,30 @@ def test_another_process_is_refused_with_the_id_of_the_first(tmp_path: Path) -> 
             pass
 
 
-def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
-    with held_by_another(tmp_path) as process:
+def test_locked_takes_over_the_lock_of_a_killed_process(tmp_path: Path) -> None:
+    with locked_by_another(tmp_path) as process:
         process.kill()
         process.wait()
         with locked([tmp_path]):
             assert str(os.getpid()) in (tmp_path / ".fundamentallm.lock").read_text()
 
 
-def test_a_lock_file_of_any_content_is_taken_over(tmp_path: Path) -> None:
-    (tmp_path / ".fundamentallm.lock").write_bytes(b"\xff\0 something long that stood here")
+def test_locked_replaces_any_content_of_the_lock_file(tmp_path: Path) -> None:
+    (tmp_path / ".fundamentallm.lock").write_bytes(b"\xff\0 some earlier content")
     with locked([tmp_path]):
         assert (tmp_path / ".fundamentallm.lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
 
 
-def test_a_lock_that_is_a_link_is_refused_and_its_target_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "mine").write_text("mine")
+def test_locked_refuses_a_link_and_leaves_its_target_alone(tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("kept")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".fundamentallm.lock").symlink_to(tmp_path / "mine")
+    (tmp_path / "run" / ".fundamentallm.lock").symlink_to(tmp_path / "kept")
     with pytest.raises(OSError, match="symbolic links"), locked([tmp_path / "run"]):
         pass
-    assert (tmp_path / "mine").read_text() == "mine"
+    assert (tmp_path / "kept").read_text() == "kept"
 
 
-def test_a_status_replaces_the_one_before_and_is_read_back(tmp_path: Path) -> None:
+def test_write_status_replaces_the_previous_one(tmp_path: Path) -> None:
     assert read_state(tmp_path) is None
     for state in ("running", "finished"):
         write_status(tmp_path, state=state, step=3)
@@ -93,20 +98,20 @@ def test_a_status_replaces_the_one_before_and_is_read_back(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff", b"[" * 10**5])
-def test_a_status_that_is_none_says_nothing(tmp_path: Path, content: bytes) -> None:
+def test_read_state_of_a_damaged_file_is_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "status.json").write_bytes(content)
     assert read_state(tmp_path) is None
 
 
-def test_a_status_that_cannot_be_written_is_an_error_with_its_name(tmp_path: Path) -> None:
-    (tmp_path / "run").write_text("mine")
+def test_write_status_error_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("kept")
     with pytest.raises(FundamentaLLMError, match=r"run/status\.json cannot be written: .*Not a directory"):
         write_status(tmp_path / "run", state="running")
 
 
-def test_starts_that_led_elsewhere_are_no_part_of_the_run(tmp_path: Path) -> None:
+def test_read_starts_leaves_out_launches_that_were_rewound(tmp_path: Path) -> None:
     assert restarts(tmp_path) == []
-    for number, step in enumerate((0, 40, 40, 20, 30)):  # the newest two checkpoints could not be read any more
+    for number, step in enumerate((0, 40, 40, 20, 30)):  # at 20, the checkpoint of step 40 was damaged
         write_start(tmp_path, step=step, number=number)
     with (tmp_path / "starts.jsonl").open("a") as file:
         file.write('{"step": 35, "num')

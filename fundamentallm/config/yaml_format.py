@@ -1,0 +1,97 @@
+"""YAML of configs: PyYAML's safe loader with the scalars of YAML 1.2, and a repeated key as an error."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import yaml
+from yaml.composer import ComposerError
+
+from fundamentallm.config.schema import Config
+
+_TAG = "tag:yaml.org,2002:"
+SCALARS = {
+    "null": (r"~|null|Null|NULL|", "~nN"),
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?[0-9]+|0x[0-9a-fA-F]+|0o[0-7]+", "-+0123456789"),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+    "merge": (r"<<", "<"),
+}
+"""{type: (pattern, first characters)} of unquoted scalars; everything else is text.
+
+PyYAML follows YAML 1.1, in which `no` is False, 1e-4 is text, 12:30 is 750 and 010 is 8. Here they are text, a number,
+text and 10.
+"""
+
+
+class _Loader(yaml.SafeLoader):
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Refuse repeated keys, and apply merge keys: own keys win over merged ones, earlier merges over later ones.
+
+        PyYAML merges later, but its order depends on the version: 6.0.4 lets later merges win.
+        """
+        node = super().compose_mapping_node(anchor)
+        own: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+        merged: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise ComposerError(None, None, "a key has to be text", key.start_mark)
+            if key.value in own:
+                first = own[key.value][0].start_mark.line + 1
+                raise ComposerError(None, None, f"{key.value!r} is given twice, first in line {first}", key.start_mark)
+            if key.tag != _TAG + "merge":
+                own[key.value] = key, value
+                continue
+            for source in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                if not isinstance(source, yaml.MappingNode):
+                    raise ComposerError(None, None, "<< takes a mapping, or a list of mappings", key.start_mark)
+                for pair in source.value:
+                    merged.setdefault(pair[0].value, pair)
+        node.value = list({**merged, **own}.values())
+        return node
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        text = self.construct_scalar(node)
+        return int(text, 0 if text[1:2] in ("x", "o") else 10)
+
+
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+_Loader.yaml_implicit_resolvers, _Loader.yaml_constructors = {}, {None: yaml.SafeLoader.construct_undefined}
+for _name, (_pattern, _first) in SCALARS.items():
+    _Loader.add_implicit_resolver(_TAG + _name, re.compile(f"^(?:{_pattern})$"), [*_first, ""])
+for _name in ("null", "bool", "float", "str", "seq", "map"):
+    _Loader.add_constructor(_TAG + _name, yaml.SafeLoader.yaml_constructors[_TAG + _name])
+_Loader.add_constructor(_TAG + "int", _Loader.construct_yaml_int)
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers  # so that it quotes what would not read as text
+
+
+def from_yaml(text: str) -> Any:
+    """Returns what a YAML text says, as plain data.
+
+    Raises:
+        ValueError: if it is not YAML, with the line and what is wrong.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f"line {mark.line + 1}: " if mark else ""
+        raise ValueError(line + ", ".join(part for part in (error.context, error.problem) if part)) from error
+    except yaml.YAMLError as error:  # a character that YAML does not allow
+        raise ValueError(" ".join(str(error).split())) from error
+    except LookupError as error:  # what PyYAML raises for `!!bool x`
+        raise ValueError(f"a value does not fit its tag ({error})") from error
+
+
+def to_yaml(config: Config | dict[str, Any]) -> str:
+    """Returns a config, or a plain dict of settings, as YAML that reads back equal."""
+    plain = dataclasses.asdict(config) if isinstance(config, Config) else config
+    return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)

@@ -1,0 +1,159 @@
+"""When and how a run saves its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from fundamentallm.checkpoint.manager import CheckpointManager
+from fundamentallm.checkpoint.snapshot import OPTIMIZER_KEY
+from fundamentallm.checkpoint.state_json import encode
+from fundamentallm.config.schema import TrainingConfig
+from fundamentallm.distributed.dtensor import local
+from fundamentallm.distributed.host_group import HostGroup
+from fundamentallm.errors import ConfigError
+from fundamentallm.run.state import RunState
+
+
+class Saver:
+    """Saves the state of a run: on request, when due, and at its end.
+
+    A sharded state is saved by all processes together, each writing its shards. Otherwise the main process saves alone.
+
+    Args:
+        manager: writes the checkpoints; None: nothing is saved.
+        state: what to save.
+        group: the processes of the run.
+        files: returns further text files of a checkpoint, by name.
+
+    Attributes:
+        requested: whether a checkpoint was asked for at the end of this step.
+    """
+
+    def __init__(
+        self, manager: CheckpointManager | None, state: RunState, group: HostGroup, files: Callable[[], dict[str, str]]
+    ) -> None:
+        self.manager, self.state, self.group, self.files = manager, state, group, files
+        self.requested = False
+        self._is_best = False
+        self._saved_step = -1
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process writes a part of every checkpoint."""
+        return self.manager is not None and self.manager.group.size > 1
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the present state is on disk already."""
+        return self._saved_step == self.state.progress.step
+
+    def request(self, is_best: bool = False) -> None:
+        """Asks for a checkpoint at the end of this step. All processes have to ask alike."""
+        self.requested, self._is_best = True, self._is_best or is_best
+
+    def forget_requests(self) -> None:
+        """Drops what was requested but not saved."""
+        self.requested = self._is_best = False
+
+    def mark_saved(self) -> None:
+        """Notes that the present state is on disk, unless a validation is still due, which changes it."""
+        progress = self.state.progress
+        self._saved_step = -1 if progress.validation_due else progress.step
+
+    def save(self, name: str | None = None, is_best: bool = False) -> Path:
+        """Saves now, on every process together; the checkpoint is complete when this returns.
+
+        Raises:
+            ConfigError: if there is no checkpoint_dir.
+            CheckpointError: if it cannot be written.
+        """
+        manager, default = self.manager, self._name
+        if manager is None:
+            raise ConfigError("There is no checkpoint_dir; set training.checkpoint_dir.")
+        name = name or default
+        self._on_savers(lambda: manager.save(self.state.state_dict(), name, is_best, self.files()))
+        if name == default:
+            self._saved_step = self.state.progress.step
+        return manager.checkpoint_dir / name
+
+    def save_in_background(self) -> None:
+        """Saves the present state in the background, unless it is saved already and is not the best."""
+        manager = self.manager
+        if manager is not None and (not self.is_current or self._is_best):
+            # If a sharded save failed, it failed on all processes, so all of them raise here together.
+            if self.is_sharded or (self.group.rank == 0 and not manager.has_failed):
+                manager.save_in_background(self.state.state_dict(), self._name, self._is_best, self.files())
+            self._saved_step = self.state.progress.step
+        self.forget_requests()
+
+    def finish(self) -> None:
+        """Saves the present state and waits until it is on disk.
+
+        Raises:
+            CheckpointError: if it cannot be written.
+        """
+        if self.manager is None:
+            return
+        self.save_in_background()
+        saved, self._saved_step = self._saved_step, -1  # not saved if waiting raises
+        self._on_savers(self.manager.wait)
+        self._saved_step = saved
+
+    def check_room(self, saves_left: int) -> None:
+        """Finds out before the first step whether the state can be saved, and whether the disk has room for it.
+
+        Raises:
+            CheckpointError: if not.
+        """
+        manager = self.manager
+        if manager is None:
+            return
+        # On all processes: reading its state makes a sharded model drop what a validation left gathered. If only
+        # some processes did so, the next forward pass would wait forever.
+        with self.group.barrier_with_errors():
+            num_bytes = expected_bytes(self.state)
+        self.group.from_main(lambda: manager.check_space_of_run(num_bytes, saves_left))
+
+    def _on_savers(self, action: Callable[[], object]) -> None:
+        """Runs `action` on every process that saves; errors are raised on all processes."""
+        if self.is_sharded:
+            action()
+        else:
+            self.group.from_main(action)
+
+    @property
+    def _name(self) -> str:
+        return f"step_{self.state.progress.step:08d}"
+
+
+def saves_left(config: TrainingConfig, steps_left: int, steps_per_epoch: int) -> int:
+    """Returns at most how many checkpoints a run is still going to write."""
+    never = steps_left + 1
+    by_steps = steps_left // (config.save_every_n_steps or never)
+    by_epochs = steps_left // ((config.save_every_n_epochs or never) * steps_per_epoch)
+    by_validations = steps_left // min(config.eval_every_n_steps or never, steps_per_epoch)  # the best
+    return by_steps + by_epochs + by_validations + 2
+
+
+def expected_bytes(state: RunState) -> int:
+    """Size of a checkpoint. Before the first step the optimizer is taken to hold two numbers a parameter, as Adam does.
+
+    Raises:
+        CheckpointError: if the state holds something that cannot be saved.
+    """
+    tensors: dict[str, Tensor] = {}
+    encode(state.state_dict(), (), tensors)
+    if state.progress.step:
+        return _bytes(tensors)
+    moments = {name: tensor for name, tensor in tensors.items() if name.startswith(OPTIMIZER_KEY)}
+    groups = state.optimizer.optimizer.param_groups
+    trained = sum(p.numel() * p.element_size() for group in groups for p in group["params"])
+    return _bytes(tensors) - _bytes(moments) + 2 * int(trained)
+
+
+def _bytes(tensors: dict[str, Tensor]) -> int:
+    """Sum of all sizes, a tied tensor counted once."""
+    return sum({(local(t).data_ptr(), t.nbytes): t.nbytes for t in tensors.values()}.values())

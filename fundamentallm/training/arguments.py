@@ -1,0 +1,115 @@
+"""What a Trainer is given: completed, checked, and described."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.utils.data import DataLoader
+
+from fundamentallm.config.schema import Config, TrainingConfig, unknown_metric
+from fundamentallm.data.loaders import step_sampler
+from fundamentallm.data.sampler import StepSampler
+from fundamentallm.distributed.accelerator import check_accelerator, create_accelerator
+from fundamentallm.distributed.compilation import is_compiled
+from fundamentallm.errors import Problem
+from fundamentallm.training.callbacks.trackers import tracker_names
+from fundamentallm.training.evaluation import metric_names
+
+
+def whole_config(config: Config | TrainingConfig, batch_size: int | None) -> Config:
+    """Returns a whole config, resolved, with the loader's batch size if it has none of its own."""
+    if isinstance(config, TrainingConfig):
+        return Config(training=config.resolved())
+    if config.training.batch_size is None:
+        config = replace(config, training=replace(config.training, batch_size=batch_size))
+    return config.resolved()
+
+
+def use_accelerator(
+    accelerator: Accelerator | None, config: Config, output_dir: Path | None, batch_size: int | None
+) -> tuple[Accelerator, Config]:
+    """Makes or checks the Accelerator. What its launcher decided becomes part of the config.
+
+    Raises:
+        ConfigError: if the two contradict each other, or the launch is not one run.
+    """
+    training = config.training
+    launch = training.mixed_precision, training.smallest_batch_size(batch_size), training.compile
+    if accelerator is not None:
+        check_accelerator(accelerator, *launch)
+    else:
+        folder = None if output_dir is None else str(output_dir)
+        accelerator = create_accelerator(*launch, config.trackers, folder)
+    compiled = is_compiled(accelerator, training.compile)
+    training = replace(training, mixed_precision=accelerator.mixed_precision, compile=compiled)
+    return accelerator, replace(config, training=training)
+
+
+def make_samplers(
+    config: TrainingConfig, accelerator: Accelerator, train_loader: DataLoader[Any], val_loader: DataLoader[Any] | None
+) -> tuple[StepSampler, StepSampler | None]:
+    """Returns which samples this process computes in each step, and in validation.
+
+    Raises:
+        ConfigError: if the order of a loader cannot be resumed.
+    """
+    at_once = None if config.micro_batch_size == "auto" else config.micro_batch_size
+    # With compile, micro-batches are padded to one size, so that a compiled model sees one shape.
+    process = accelerator.process_index, accelerator.num_processes, at_once, bool(config.compile)
+    samples = step_sampler("train_loader", train_loader, config.seed, *process, config.batch_size_schedule)
+    return samples, None if val_loader is None else step_sampler("val_loader", val_loader, 0, *process)
+
+
+def count_steps(config: TrainingConfig, samples: StepSampler) -> int:
+    """Returns the step at which the run ends: max_steps or the end of max_epochs, whichever comes first."""
+    ends = [math.inf if config.max_steps is None else config.max_steps]
+    if config.max_epochs is not None:
+        # If the passes were made before these batches begin, the run ends at their beginning.
+        is_ahead = config.max_epochs > samples.start.epoch
+        ends.append(samples.steps_before_epoch(config.max_epochs) if is_ahead else samples.start.step)
+    return int(min(ends))
+
+
+def argument_problems(
+    config: Config,
+    accelerator: Accelerator,
+    samples: StepSampler,
+    val_loader: DataLoader[Any] | None,
+    validation_metrics: Collection[str],
+    optimizer: Optimizer | None,
+    scheduler: LRScheduler | None,
+) -> list[str]:
+    """Returns every contradiction between a Trainer's arguments and its config."""
+    problems: list[str] = []
+    training = config.training
+    if training.batch_size not in (None, samples.batch_size):
+        advice = "Set one of them, or both to the same value."
+        allowed = f"{samples.batch_size}, the train_loader's batch_size"
+        problems.append(Problem("training.batch_size", training.batch_size, allowed, advice))
+    if scheduler is not None and scheduler.optimizer is not optimizer:
+        problems.append("The scheduler was made for another optimizer; pass its optimizer too.")
+    if isinstance(scheduler, ReduceLROnPlateau):
+        allowed = "schedules that follow from the step; ReduceLROnPlateau needs a metric"
+        problems.append(Problem("scheduler", type(scheduler).__name__, allowed))
+    if optimizer is not None and training.parameter_groups:
+        advice = "An optimizer is given: give it the groups, or set parameter_groups to []."
+        problems.append(Problem("training.parameter_groups", training.parameter_groups, advice=advice))
+    metrics = metric_names(val_loader, validation_metrics)
+    if training.early_stopping_metric not in metrics:
+        problems.append(unknown_metric(training.early_stopping_metric, metrics))
+    if training.early_stopping_patience and val_loader is None:
+        advice = "There is no val_loader: give one, or set early_stopping_patience to null."
+        value = training.early_stopping_patience
+        problems.append(Problem("training.early_stopping_patience", value, allowed="null", advice=advice))
+    given = tracker_names(accelerator)
+    if not set(config.trackers) <= set(given):
+        advice = "Make the Accelerator with all of them (create_accelerator does), or set trackers to []."
+        problems.append(Problem("trackers", config.trackers, f"the Accelerator's log_with, {given}", advice))
+    return problems

@@ -1,0 +1,139 @@
+"""Where a run is: what a Trainer says about itself."""
+
+from __future__ import annotations
+
+from accelerate import Accelerator
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from fundamentallm.checkpoint.manager import CheckpointManager
+from fundamentallm.config.schema import Config
+from fundamentallm.data.sampler import StepSampler
+from fundamentallm.run.progress import Progress
+from fundamentallm.run.saving import Saver
+from fundamentallm.run.session import Position
+from fundamentallm.run.state import RunState
+from fundamentallm.run.stopping import Stop, StopSwitch
+from fundamentallm.training.early_stopping import EarlyStopping
+from fundamentallm.training.metrics import MetricTracker
+from fundamentallm.training.schedulers import StepSchedule
+from fundamentallm.training.throughput import Throughput
+
+
+class RunPosition:
+    """The read-only side of the Trainer: its step, epoch and end, all of which follow from its state."""
+
+    config: Config
+    accelerator: Accelerator
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    samples: StepSampler
+    val_samples: StepSampler | None
+    metrics: MetricTracker
+    early_stopping: EarlyStopping | None
+    state: RunState
+    saver: Saver
+    stop_switch: StopSwitch
+    total_steps: int
+    _throughput: Throughput
+
+    @property
+    def _progress(self) -> Progress:
+        return self.state.progress
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps done."""
+        return self._progress.step
+
+    @property
+    def current_epoch(self) -> int:
+        """Index of the epoch that the next step belongs to, from 0."""
+        return self.samples.place(self.global_step)[0]
+
+    @property
+    def epochs_done(self) -> float:
+        """Passes over the training data done, in samples."""
+        return self.samples.epochs_before(self.global_step)
+
+    @property
+    def validation_due(self) -> bool:
+        """Whether the last step's validation was interrupted, and comes first when the run resumes."""
+        return self._progress.validation_due
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this process is the one that prints, draws and writes."""
+        return bool(self.accelerator.is_main_process)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds only a shard of the weights."""
+        return bool(self.accelerator.is_fsdp2)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has reached its last step, or early stopping has ended it."""
+        out_of_patience = self.early_stopping is not None and self.early_stopping.should_stop
+        return (self.global_step >= self.total_steps and not self.validation_due) or out_of_patience
+
+    @property
+    def was_interrupted(self) -> bool:
+        """Whether a signal or `max_minutes` ended the last `train()`. The same command resumes the run."""
+        return not self.is_finished and self.stop_switch.agreed in (Stop.SIGNAL, Stop.OUT_OF_TIME)
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds to the last step at the present pace; NaN before this launch's second log line."""
+        return self._throughput.seconds_left(self.total_steps - self.global_step)
+
+    @property
+    def checkpoint_manager(self) -> CheckpointManager | None:
+        """The run's checkpoints; None if nothing is saved."""
+        return self.saver.manager
+
+    @property
+    def history(self) -> dict[str, list[float]]:
+        """The numbers of the run so far, as `pandas.DataFrame(trainer.history)` takes them.
+
+        All columns have the same length, with a row for each step that was logged or validated. A value that a row
+        lacks is NaN.
+        """
+        return self.metrics.by_step()
+
+    @property
+    def _is_at_epoch(self) -> bool:
+        """Whether the next step begins an epoch."""
+        return self.samples.place(self.global_step)[1] == 0
+
+    def _is_due(self, every_n_steps: int | None, every_n_epochs: int | None) -> bool:
+        if every_n_steps is not None and self.global_step % every_n_steps == 0:
+            return True
+        return every_n_epochs is not None and self._is_at_epoch and self.current_epoch % every_n_epochs == 0
+
+    def _position(self) -> Position:
+        return Position(self.global_step, self.total_steps, self.is_finished, self.was_interrupted)
+
+    def __repr__(self) -> str:
+        """Returns where the run is, and what it trains, on what and how. The host does not wait for the device."""
+        training, validation = self.config.training, self.val_samples
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        processes = self.accelerator.num_processes
+        latest = {name: self.metrics.get_latest(name) for name in ("train_loss", "val_loss")}
+        rate = f"learning rate {float(self.scheduler.get_last_lr()[0]):.3g}"
+        is_own = isinstance(self.scheduler, StepSchedule)
+        schedule = training.lr_scheduler if is_own else type(self.scheduler).__name__
+        lines = {
+            "model": f"{type(self.model).__name__}, {parameters:,} parameters, precision {training.mixed_precision}",
+            "device": f"{self.accelerator.device}, {processes} process{'es' * (processes > 1)}",
+            "data": f"{self.samples.num_samples:,} samples, {self.samples.sizes_from(self.global_step)} in a step"
+            + ("" if validation is None else f"; validation {validation.num_samples:,}"),
+            "optimizer": f"{type(self.optimizer).__name__}, {schedule}, {rate}",
+            "latest": ", ".join(f"{name} {value:.4g}" for name, value in latest.items() if value is not None)
+            or "nothing",
+            "saved in": training.checkpoint_dir or "nothing is saved",
+        }
+        head = f"Trainer at step {self.global_step:,} of {self.total_steps:,}, epoch {self.epochs_done:.3g}"
+        return "\n".join([head, *(f"  {name:9}  {text}" for name, text in lines.items())])

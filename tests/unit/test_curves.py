@@ -1,0 +1,135 @@
+"""The picture of a run."""
+
+from __future__ import annotations
+
+import io
+import math
+import sys
+from pathlib import Path
+
+import matplotlib
+import matplotlib.image
+import numpy as np
+import pytest
+
+from fundamentallm import ConfigError, VisualizationCallback
+from fundamentallm.run.folder import write_start
+from fundamentallm.training.callbacks.curves import THEMES, draw, smoothed
+from tests.unit.stub_run import Stub, line, make_stub
+
+SMALL = ("learning_rate", "grad_norm", "tokens_per_second")
+LIGHT = THEMES["light"]
+
+
+def run(folder: Path, steps: int = 3) -> Stub:
+    """A run that has logged three lines."""
+    stub = make_stub(folder)
+    for stub.global_step in range(1, steps + 1):
+        stub.metrics.update(line(stub.global_step))
+    return stub
+
+
+def history(losses: list[float]) -> dict[str, list[float]]:
+    return {"step": [10.0 * (i + 1) for i in range(len(losses))], **dict.fromkeys(("train_loss", *SMALL), losses)}
+
+
+def pixels(path: Path, color: str) -> int:
+    picture = matplotlib.image.imread(path)[..., :3]
+    wanted = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)])
+    return int((abs(picture - wanted / 255).max(axis=-1) < 0.01).sum())
+
+
+def test_curves_are_drawn_in_the_colors_of_the_theme(tmp_path: Path) -> None:
+    stub = run(tmp_path)
+    stub.metrics.update({"val_step": 1, "val_loss": 3.0})
+    stub.metrics.update({"val_step": 3, "val_loss": 2.5})
+    before = dict(matplotlib.rcParams)
+    VisualizationCallback(tmp_path / "new" / "curves.png", theme="dark").on_train_end(stub)
+    assert dict(matplotlib.rcParams) == before
+    path = tmp_path / "new" / "curves.png"
+    assert matplotlib.image.imread(path).shape[:2] == (910, 1300)
+    dark = THEMES["dark"]
+    assert pixels(path, dark["paper"]) > 500_000
+    assert pixels(path, dark["training"]) > 500
+    assert pixels(path, dark["validation"]) > 100
+    assert [file.name for file in path.parent.iterdir()] == ["curves.png"]
+
+
+def test_curves_are_updated_at_log_lines_after_refresh_seconds(tmp_path: Path) -> None:
+    path, stub = tmp_path / "curves.png", run(tmp_path)
+    VisualizationCallback(path, refresh_seconds=1e9).on_log(stub, {})
+    assert not path.exists()
+    curves = VisualizationCallback(path, refresh_seconds=0.0)
+    curves.on_log(stub, {})
+    first = path.read_bytes()
+    stub.metrics.update(line(4))
+    curves.on_log(stub, {})
+    assert path.read_bytes() != first
+
+
+def test_curves_are_drawn_after_a_validation_but_not_without_lines(tmp_path: Path) -> None:
+    path = tmp_path / "curves.png"
+    VisualizationCallback(path).on_validation_end(run(tmp_path, steps=0), {})
+    assert not path.exists()
+    VisualizationCallback(path).on_validation_end(run(tmp_path), {})
+    assert path.exists()
+
+
+def test_curves_that_cannot_be_written_do_not_end_the_run(tmp_path: Path) -> None:
+    stub = run(tmp_path)
+    VisualizationCallback(tmp_path).on_train_end(stub)
+    assert str(tmp_path) in stub.said[0]
+
+
+def test_curves_show_the_restarts_of_the_run(tmp_path: Path) -> None:
+    for step in (0, 15, 25):
+        write_start(tmp_path, step=step)
+    stub, curves = run(tmp_path), VisualizationCallback()
+    curves.on_train_begin(stub)
+    curves.on_train_end(stub)
+    with_restarts = (tmp_path / "curves.png").read_bytes()
+    VisualizationCallback(tmp_path / "curves.png").on_train_end(stub)
+    assert (tmp_path / "curves.png").read_bytes() != with_restarts
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("losses", [[math.nan] * 3, [math.inf] * 100, [2.0] * 100])
+def test_draw_takes_losses_without_a_range(losses: list[float]) -> None:
+    draw(history(losses), [], 10, LIGHT, "$x^$").savefig(io.BytesIO())
+
+
+def test_draw_marks_restarts_and_skipped_steps() -> None:
+    counts = {"bad_steps": [0.0, 2.0, 2.0, 3.0], "skipped_spikes": [0.0, 0.0, 1.0, 1.0]}
+    axis = draw(history([4.0, 3.0, 2.0, 1.0]) | counts, [15, 25], 100, LIGHT, "run").axes[0]
+    drawn = {text: list(drawn.get_xdata()) for drawn in axis.lines if (text := drawn.get_label())[0] != "_"}
+    assert drawn["not finite (3)"] == [20, 40]
+    assert drawn["skipped spikes (1)"] == [30]
+    assert drawn["restarted (2)"] == [15, 15]
+    assert [25, 25] in [list(drawn.get_xdata()) for drawn in axis.lines]
+    assert axis.get_xlim() == (0, 100)
+
+
+def test_draw_leaves_the_high_start_of_a_long_run_out() -> None:
+    axis = draw(history([90.0, 50.0] + [2.0 - i / 100 for i in range(98)]), [], 1000, LIGHT, "run").axes[0]
+    assert axis.get_ylim()[1] < 3
+
+
+def test_smoothed_keeps_the_ends_and_skips_gaps() -> None:
+    values = [float(n) for n in range(200)]
+    assert smoothed(values) == pytest.approx(values)
+    values[100] = math.nan
+    assert smoothed(values)[99:102] == pytest.approx([98.5, 100, 101.5], abs=1.5)
+    assert math.isnan(smoothed([math.nan])[0])
+
+
+def test_visualization_of_an_unknown_theme_is_refused() -> None:
+    with pytest.raises(ConfigError) as error:
+        VisualizationCallback(theme="sepia")
+    (problem,) = error.value.problems
+    assert (problem.setting, problem.value, problem.allowed) == ("theme", "sepia", "light, dark")
+
+
+def test_visualization_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ConfigError, match=r"pip install 'fundamentallm\[plots\]'"):
+        VisualizationCallback()

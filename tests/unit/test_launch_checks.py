@@ -1,0 +1,233 @@
+"""Launches and Accelerators with which a run would silently be another one are refused before the first step."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration
+
+from fundamentallm import ConfigError, FundamentaLLMError, create_accelerator
+from fundamentallm.distributed import launch_checks
+from fundamentallm.distributed.accelerator import check_accelerator
+from fundamentallm.distributed.launch_checks import launch_problems, tracker_problems
+from tests.integration.runs import make_config, make_trainer, on_processes, sharded_accelerator
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+PARALLEL = {**FSDP, "ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
+SIZE = "PARALLELISM_CONFIG_{}_SIZE"
+
+
+def settings(error: pytest.ExceptionInfo[ConfigError]) -> list[tuple[str, Any]]:
+    return [(problem.setting, problem.value) for problem in error.value.problems]  # type: ignore[attr-defined]
+
+
+# ---- what the launcher asks for --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("environment", "setting", "value"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "distributed_type", "DEEPSPEED"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "distributed_type", "MEGATRON_LM"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version", "1"),
+        (PARALLEL | {SIZE.format("TP"): "4"}, "parallelism_config_tp_size", 4),
+        (PARALLEL | {SIZE.format("CP"): "4"}, "parallelism_config_cp_size", 4),
+        (PARALLEL | {SIZE.format("SP"): "4"}, "parallelism_config_sp_size", 4),
+        (
+            PARALLEL | {SIZE.format("DP_REPLICATE"): "2", SIZE.format("DP_SHARD"): "2"},
+            *("parallelism_config", {"dp_replicate_size": 2, "dp_shard_size": 2}),
+        ),
+        (
+            PARALLEL | {SIZE.format("DP_REPLICATE"): "8"},
+            *("parallelism_config", {"dp_replicate_size": 8, "dp_shard_size": 1}),
+        ),
+        (
+            {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", SIZE.format("DP_REPLICATE"): "8"},
+            *("parallelism_config", {"dp_replicate_size": 8, "dp_shard_size": 1}),
+        ),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "mixed_precision", "fp8"),
+        ({"ACCELERATE_DOWNCAST_BF16": "true"}, "downcast_bf16", "true"),
+        ({"ACCELERATE_GRADIENT_CLIPPING": "0.5"}, "gradient_clipping", "0.5"),
+    ],
+)
+def test_launch_problems_unsupported_setting_is_named(environment: dict[str, str], setting: str, value: object) -> None:
+    problem, *_ = launch_problems({"WORLD_SIZE": "8", **environment}, True, "no")
+    assert (problem.setting, problem.value) == (f"accelerate_config.{setting}", value)
+    assert problem.allowed
+
+
+def test_launch_problems_two_precisions_names_both() -> None:
+    (problem,) = launch_problems({"ACCELERATE_MIXED_PRECISION": "bf16"}, True, "no")
+    assert (problem.setting, problem.value, problem.allowed) == ("training.mixed_precision", "no", "bf16")
+    assert "accelerate_config.mixed_precision" in problem.reason
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"ACCELERATE_MIXED_PRECISION": "no"},
+        {"ACCELERATE_MIXED_PRECISION": "fp16"},
+        {"ACCELERATE_USE_DEEPSPEED": "false", "ACCELERATE_USE_FSDP": "False"},
+        FSDP,
+        PARALLEL | {SIZE.format("DP_REPLICATE"): "2", SIZE.format("DP_SHARD"): "4"},
+        PARALLEL | {SIZE.format("DP_SHARD"): "8"},
+    ],
+)
+def test_launch_problems_supported_launch_has_none(environment: dict[str, str]) -> None:
+    assert launch_problems({"WORLD_SIZE": "8", **environment}, True, "fp16") == []
+
+
+def test_create_accelerator_lists_all_problems_before_accelerate_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerator() itself would fail since DeepSpeed is not installed, and silently ignore FSDP on a CPU."""
+    wrong = {**FSDP, "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_GRADIENT_CLIPPING": "1.0", "WORLD_SIZE": "3"}
+    for name, value in wrong.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(ConfigError) as error:
+        create_accelerator("no", trackers=["wandbb"])
+    assert settings(error) == [
+        ("accelerate_config.distributed_type", "DEEPSPEED"),
+        ("accelerate_config.distributed_type", "FSDP"),
+        ("accelerate_config.gradient_clipping", "1.0"),
+        ("trackers", "wandbb"),
+    ]
+
+
+def test_create_accelerator_takes_the_launchers_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert create_accelerator().mixed_precision == "bf16"
+
+
+def test_create_accelerator_refuses_the_launchers_accumulation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(ConfigError) as error:
+        create_accelerator()
+    assert settings(error) == [("Accelerator.gradient_accumulation_steps", 4)]
+
+
+def test_tracker_problems_names_unknown_and_missing_trackers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch_checks, "get_available_trackers", lambda: ["tensorboard", "clearml"])
+    unknown, missing = tracker_problems(["tensorboard", "wandbb", "clearml", "trackio"])
+    assert (unknown.value, unknown.advice) == ("wandbb", "Did you mean 'wandb'?")
+    assert {"swanlab", "comet_ml", "mlflow"} < set(unknown.allowed.split(", "))
+    assert (missing.value, missing.advice) == ("trackio", "Run: pip install trackio")
+
+
+# ---- what a caller's Accelerator asks for ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "setting", "value"),
+    [
+        ({"step_scheduler_with_optimizer": False}, "step_scheduler_with_optimizer", False),
+        ({"device_placement": False}, "device_placement", False),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps", 2),
+        ({"gradient_accumulation_plugin": GradientAccumulationPlugin(3)}, "gradient_accumulation_steps", 3),
+        ({"dataloader_config": DataLoaderConfiguration(data_seed=5)}, "dataloader_config.data_seed", 5),
+        (
+            {"project_config": ProjectConfiguration(".", automatic_checkpoint_naming=True)},
+            *("project_configuration.automatic_checkpoint_naming", True),
+        ),
+    ],
+)
+def test_check_accelerator_refuses_options_of_another_run(options: dict[str, Any], setting: str, value: object) -> None:
+    with pytest.raises(ConfigError) as error:
+        check_accelerator(Accelerator(cpu=True, **options))
+    assert settings(error) == [(f"Accelerator.{setting}", value)]
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"dataloader_config": DataLoaderConfiguration(dispatch_batches=True)}, "dispatch_batches=True"),
+        ({"dataloader_config": DataLoaderConfiguration(use_seedable_sampler=True)}, "use_seedable_sampler=True"),
+        ({"rng_types": ["torch", "generator"]}, "rng_types=['torch', 'generator']"),
+        ({"project_config": ProjectConfiguration(".", total_limit=2)}, "total_limit=2"),
+        ({"project_config": ProjectConfiguration(".", save_on_each_node=True)}, "save_on_each_node=True"),
+        (
+            {"gradient_accumulation_plugin": GradientAccumulationPlugin(1, sync_with_dataloader=False)},
+            "sync_with_dataloader",
+        ),
+    ],
+)
+def test_check_accelerator_reports_ignored_options(
+    options: dict[str, Any], name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    check_accelerator(Accelerator(cpu=True, **options))
+    (record,) = caplog.records
+    assert name in record.getMessage()
+
+
+def test_check_accelerator_accepts_options_that_a_trainer_follows(caplog: pytest.LogCaptureFixture) -> None:
+    loading = DataLoaderConfiguration(split_batches=True, even_batches=False, non_blocking=True)
+    check_accelerator(Accelerator(cpu=True, dataloader_config=loading))
+    assert caplog.records == []
+
+
+def test_check_accelerator_reports_registered_objects(caplog: pytest.LogCaptureFixture) -> None:
+    accelerator = Accelerator(cpu=True)
+    accelerator.register_for_checkpointing(torch.nn.Linear(1, 1))
+    check_accelerator(accelerator)
+    (record,) = caplog.records
+    assert "register_for_checkpointing, 1 objects" in record.getMessage()
+
+
+def test_save_state_and_load_state_are_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(make_config(tmp_path / "run"))
+    with pytest.raises(FundamentaLLMError, match=r"trainer\.save_checkpoint"):
+        trainer.accelerator.save_state(str(tmp_path / "state"))
+    assert list((tmp_path / "state").iterdir()) == []
+    with pytest.raises(FundamentaLLMError, match=r"trainer\.load_checkpoint"):
+        trainer.accelerator.load_state(str(tmp_path / "state"))
+
+
+def test_check_accelerator_refuses_processes_without_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError) as error:
+        check_accelerator(accelerator)
+    assert settings(error) == [("Accelerator.num_processes", 1)]
+
+
+def test_check_accelerator_refuses_two_precisions() -> None:
+    with pytest.raises(ConfigError) as error:
+        check_accelerator(Accelerator(cpu=True, mixed_precision="bf16"), "no")
+    assert settings(error) == [("training.mixed_precision", "no")]
+
+
+def test_check_accelerator_refuses_fp16_on_a_cpu() -> None:
+    with pytest.raises(ConfigError) as error:
+        check_accelerator(Accelerator(cpu=True, mixed_precision="fp16"))
+    assert settings(error) == [("training.mixed_precision", "fp16")]
+
+
+def test_check_accelerator_refuses_fsdp_that_accelerate_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in FSDP.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as error:
+        check_accelerator(Accelerator(cpu=True))
+    assert settings(error) == [("Accelerator.distributed_type", "NO")]
+
+
+def test_check_accelerator_accepts_fsdp2(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = sharded_accelerator()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    check_accelerator(accelerator)
+
+
+def make_two_trainers(processes: int, folder: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        make_trainer(make_config(folder, batch_size=1))
+    assert settings(error) == [("training.batch_size", 1)]
+    trainer = make_trainer(make_config(folder, batch_size=2))
+    assert trainer.accelerator.num_processes == processes == int(os.environ["WORLD_SIZE"])
+
+
+def test_check_accelerator_refuses_a_batch_smaller_than_the_processes(tmp_path: Path) -> None:
+    on_processes(2, make_two_trainers, str(tmp_path))
