@@ -94,7 +94,7 @@ def _create(model: nn.Module, optimizer_type: str, numbers: dict[str, Any], opti
 
 def _check(model: nn.Module, kind: str, numbers: dict[str, Any], options: dict[str, Any]) -> None:
     """Raise ConfigError if a number is outside its range, an option is not known, or nothing is trainable."""
-    problems = range_problems(**numbers)
+    problems: list[str] = [*range_problems(**numbers)]
     if options and kind in OPTIMIZER_NAMES:
         known = ", ".join(name for name in inspect.signature(create_optimizer).parameters if name in numbers)
         reason = f"and {kind} has no {', '.join(sorted(options))}"

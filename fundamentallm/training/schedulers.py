@@ -145,7 +145,7 @@ def create_scheduler(
     """
     decay = resolve("lr_scheduler", scheduler_type, SCHEDULES)
     total_steps = max_epochs * steps_per_epoch
-    problems = range_problems(warmup_steps=warmup_steps, min_lr_ratio=min_lr_ratio)
+    problems: list[str] = [*range_problems(warmup_steps=warmup_steps, min_lr_ratio=min_lr_ratio)]
     if total_steps < 1:
         problems.append(f"max_epochs x steps_per_epoch is {total_steps}; allowed: at least 1.")
     elif warmup_steps >= total_steps:

@@ -337,7 +337,8 @@ class Trainer(RunPosition):
         """Finds the micro-batch size, if it is auto and not known yet, and uses it in training and validation."""
         if self.micro_batch is None:
             return
-        if self.micro_batch.size is None:
+        size = self.micro_batch.size
+        if size is None:
             first, device, largest = self.global_step, self.accelerator.device, self.samples.largest_share
             batch = next(device_batches(self.train_loader, self.samples, first, first + 1, device))
             rows = batch.inputs, batch.targets
@@ -345,7 +346,7 @@ class Trainer(RunPosition):
             self.say(f"micro_batch_size is auto: {size} of {largest} sequences at once fit")
         for sampler in (self.samples, self.val_samples):
             if sampler is not None:
-                sampler.micro_batch_size = self.micro_batch.size
+                sampler.micro_batch_size = size
 
     # ---- validation --------------------------------------------------------------------------------------
 

@@ -192,9 +192,9 @@ def test_what_a_machine_lacks_is_named_before_anything_is_written(
 
 def without_blocks(_: int) -> None:
     model = torch.nn.Linear(2, 2)
+    with_loss, optimizer = ModelWithLoss(model, torch.nn.Identity()), create_optimizer(model, "adamw", 0.1)
     with pytest.raises(ConfigError, match="_no_split_modules"):
-        with_loss = ModelWithLoss(model, torch.nn.Identity())
-        prepare_model(accelerator_for("eager", True), with_loss, create_optimizer(model, "adamw", 0.1), True)
+        prepare_model(accelerator_for("eager", True), with_loss, optimizer, compiles=True)
 
 
 def test_a_sharded_model_has_to_say_what_its_blocks_are() -> None:

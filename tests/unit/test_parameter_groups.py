@@ -109,7 +109,7 @@ def test_changed_groups_are_a_change_of_the_run(tmp_path: Path) -> None:
 
 def test_groups_beside_an_optimizer_of_the_callers_are_refused(tmp_path: Path) -> None:
     config = make_config(tmp_path, parameter_groups=ENTRIES)
-    with pytest.raises(ConfigError, match="parameter_groups is set and an optimizer is given"):
+    with pytest.raises(ConfigError, match="parameter_groups"):
         make_trainer(config, optimizer=torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1))
 
 
