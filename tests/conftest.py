@@ -34,6 +34,7 @@ ELSEWHERE = {
         "test_sharding",
         "test_watchdog",
         "test_hostile_input",
+        "test_hostile_checkpoints",
         "test_estimated_memory",
         "test_compile",
         "test_gpu_checks",

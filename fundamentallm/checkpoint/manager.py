@@ -1,22 +1,18 @@
-"""Checkpoints: safetensors and JSON in a directory that is whole or not there.
+"""Save, find, load and delete checkpoints. A checkpoint is a directory that is complete or absent.
 
     step_00001000/
       model.safetensors      the entry `model_state_dict`, under transformers' parameter names
-      training.safetensors   every other tensor, keyed by its path in the state (`tensor_files.py` shows how both
-                             look where the tensors are sharded)
-      state.json             everything that is no tensor, and where each tensor belongs
-      config.json ...        further text files the caller gives (transformers' config, tokenizer.json)
-      manifest.json          written last: size and SHA-256 of every file, place in the sequence, best or not
+      training.safetensors   every other tensor by its path in the state (`tensor_files` has sharded tensors)
+      state.json             everything that is not a tensor, and where each tensor belongs
+      config.json ...        further text files from the caller (transformers' config, tokenizer.json)
+      manifest.json          written last: size and SHA-256 of every file
 
-A checkpoint is staged in a hidden sibling directory, synced, and renamed. What exists, which is newest and
-which is best are read from the disk, never from memory. No pickle: opening a stranger's checkpoint runs none
-of their code.
+A checkpoint is staged in a hidden sibling directory, synced, and renamed. Which checkpoints exist, and which of them is
+newest or best, is read from the disk. There is no pickle: loading a stranger's checkpoint runs no code of theirs.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import re
 import shutil
@@ -30,18 +26,10 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fundamentallm.checkpoint.manifest import (
-    MANIFEST,
-    NAME,
-    STATE,
-    describe,
-    read_manifest,
-    sync,
-    verify,
-    write_manifest,
-)
+from fundamentallm.atomic import sync
+from fundamentallm.checkpoint.manifest import MANIFEST, NAME, describe, read_manifest, verify, write_manifest
 from fundamentallm.checkpoint.reading import check_checkpoint, is_ours, load_checkpoint
-from fundamentallm.checkpoint.snapshot import Snapshot, read_back, take_snapshot
+from fundamentallm.checkpoint.snapshot import Snapshot, take_snapshot
 from fundamentallm.checkpoint.tensor_files import write_tensors
 from fundamentallm.config.schema import TrainingConfig
 from fundamentallm.config.validation import range_problems
@@ -51,23 +39,22 @@ from fundamentallm.errors import CheckpointError, ConfigError, FundamentaLLMErro
 logger = logging.getLogger(__name__)
 
 HIDDEN = re.compile(r"\.(staging|replaced|deleting)-(.+)-[0-9a-f]{12}")
-"""Folders in which checkpoints come and go; one that outlives its process is put in order by `recover`."""
+"""Names of the folders that a save uses for a moment. A killed process leaves them; `recover` cleans them up."""
 
 
 class CheckpointManager:
-    """Saves, finds, loads and rotates the checkpoints of one directory.
+    """Saves, finds, loads and deletes the checkpoints of one directory.
 
     Args:
         checkpoint_dir: the directory; created by the first save.
-        keep_last_n: how many checkpoints to keep, besides the best and the last whose weights are finite. Older
-            ones are deleted after each save, whatever their name; what is not a whole checkpoint of ours is never
-            touched.
-        group: the processes that save a sharded state together, each calling every method that saves; None: this
+        keep_last_n: number of newest checkpoints to keep. Older ones are deleted after each save, except the best, the
+            last with finite weights, and any folder that contains other files.
+        group: the processes that save a sharded state together. Each of them calls every method that saves. None: this
             process saves alone.
 
     Attributes:
-        seconds: that the last save took to write.
-        origin: a checkpoint here that is kept too, since a restart needs it; None: none.
+        seconds: time that the last save took to write.
+        origin: a checkpoint that is never deleted, because a restart needs it; None: there is none.
 
     Raises:
         ConfigError: if keep_last_n is below 1.
@@ -76,13 +63,13 @@ class CheckpointManager:
         >>> import torch
         >>> from fundamentallm import CheckpointManager
         >>> manager = CheckpointManager("checkpoints", keep_last_n=2)
-        >>> state = {"model_state_dict": {"weight": torch.ones(2)}, "note": "what JSON holds"}
+        >>> state = {"model_state_dict": {"weight": torch.ones(2)}, "note": "anything that JSON can hold"}
         >>> for step in (1, 2, 3):
         ...     _ = manager.save(state, f"step_{step}", is_best=step == 1)
         >>> manager  # the best is kept too
         CheckpointManager('checkpoints', keep_last_n=2): step_1 (best), step_2, step_3
         >>> manager.load(manager.get_latest())["note"]
-        'what JSON holds'
+        'anything that JSON can hold'
     """
 
     def __init__(
@@ -102,8 +89,8 @@ class CheckpointManager:
         self._buffers: Mapping[str, Tensor] = {}
 
     def __repr__(self) -> str:
-        best, found = self.get_best(), [path for path, _ in self._found()]
-        names = ", ".join(path.name + " (best)" * (path == best) for path in found) or "none yet"
+        best = self.get_best()
+        names = ", ".join(path.name + " (best)" * (path == best) for path, _ in self._found()) or "none yet"
         return f"{type(self).__name__}({str(self.checkpoint_dir)!r}, keep_last_n={self.keep_last_n}): {names}"
 
     # ---- saving ------------------------------------------------------------------------------------------
@@ -115,48 +102,44 @@ class CheckpointManager:
         is_best: bool = False,
         files: Mapping[str, str] | None = None,
     ) -> Path:
-        """Write a checkpoint and delete those that are neither recent nor best.
+        """Write a checkpoint, then delete old ones.
 
         Args:
-            checkpoint: nested dicts, lists and tuples of tensors, numbers, text and None; the flat
-                dict of tensors under 'model_state_dict' goes into model.safetensors.
-            name: its directory; one that is there already is replaced.
-            is_best: whether it is the best so far, by whatever measure the caller has.
+            checkpoint: nested dicts, lists and tuples of tensors, numbers, text and None. The flat dict of tensors
+                under 'model_state_dict' is stored in model.safetensors.
+            name: of its directory; an existing checkpoint of this name is replaced.
+            is_best: whether it is the best so far.
             files: further text files, by name.
 
         Returns:
             The checkpoint's directory.
 
         Raises:
-            CheckpointError: if the name would leave the directory, a value is neither tensor nor JSON
-                (naming its path), the disk has no room, or the files cannot be written; nothing is changed then.
+            CheckpointError: if the name would leave the directory, a value is neither a tensor nor JSON (with its
+                path), or the files cannot be written. Existing checkpoints are unchanged then.
         """
         self.wait()
-        self._write(self._snapshot(checkpoint, name, is_best, files, copy=False))
+        self._write(self._snapshot(checkpoint, name, is_best, files))
         return self.checkpoint_dir / name
 
     def save_in_background(
-        self,
-        checkpoint: Mapping[str, Any],
-        name: str,
-        is_best: bool = False,
-        files: Mapping[str, str] | None = None,
+        self, checkpoint: Mapping[str, Any], name: str, is_best: bool = False, files: Mapping[str, str] | None = None
     ) -> None:
-        """Like `save`, but returns once everything is copied to memory, which is kept for the next time; a thread does
-        the rest, one at a time.
+        """Copy the state to memory, and write it as `save` does in a thread. Waits for the previous save first.
 
         Raises:
-            CheckpointError: as `save` does, or because the save before could not be written.
+            CheckpointError: as `save` does, or because the previous save failed.
         """
         self.wait()
-        snapshot = self._snapshot(checkpoint, name, is_best, files, copy=True)
-        # A daemon: whoever wants the process to end at once is not kept waiting, and loses no older checkpoint.
+        snapshot = self._snapshot(checkpoint, name, is_best, files)
+        self._buffers = snapshot.copies
+        # A daemon does not keep a process alive that is to end at once. What it leaves unfinished costs no checkpoint.
         self._writer = threading.Thread(target=self._try_to_write, args=(snapshot,), name="checkpoint", daemon=True)
         self._writer.start()
 
     @property
     def has_failed(self) -> bool:
-        """Whether the last save in the background has failed; `wait` raises why."""
+        """True if the last save in the background failed; `wait` raises its error."""
         return self._error is not None
 
     def wait(self) -> None:
@@ -172,12 +155,18 @@ class CheckpointManager:
         if error is not None:
             raise error
 
-    def check_space(self, num_bytes: int, copies: int = 1) -> None:
-        """Refuse to begin what the disk has no room for.
+    def check_space_of_run(self, num_bytes: int, num_saves: int) -> None:
+        """Check that the disk has room for all checkpoints that a run keeps at the same time.
+
+        Args:
+            num_bytes: size of a checkpoint.
+            num_saves: how often the run still saves, at most.
 
         Raises:
-            CheckpointError: with the numbers.
+            CheckpointError: if it does not, with both numbers.
         """
+        at_once = self.keep_last_n + 2  # with the best, and a new one that is written before an old one is deleted
+        copies = min(max(at_once - len(self._found()), 1), max(num_saves, 1))
         folder = self.checkpoint_dir.absolute()
         while not folder.exists():
             folder = folder.parent
@@ -189,123 +178,99 @@ class CheckpointManager:
                 "free some, lower training.keep_last_n, or choose another training.checkpoint_dir."
             )
 
-    def check_space_of_run(self, num_bytes: int, num_saves: int) -> None:
-        """`check_space` for all checkpoints of `num_bytes` that are to be there at once, and are not yet; at most
-        `num_saves` are still to come.
-
-        Raises:
-            CheckpointError: with the numbers.
-        """
-        at_once = self.keep_last_n + 2  # with the best, and a new one before an old one goes
-        self.check_space(num_bytes, min(max(at_once - len(self._found()), 1), max(num_saves, 1)))
+    def _snapshot(
+        self, checkpoint: Mapping[str, Any], name: str, is_best: bool, files: Mapping[str, str] | None
+    ) -> Snapshot:
+        with self.group.barrier_with_errors():
+            rank, size = self.group.rank, self.group.size
+            return take_snapshot(checkpoint, name, is_best, files or {}, rank, size, self._buffers)
 
     def _try_to_write(self, snapshot: Snapshot) -> None:
         try:
             self._write(snapshot)
-        except BaseException as error:  # kept for the thread that trains
+        except BaseException as error:  # raised again by `wait` in the training thread
             self._error = error
 
-    def _snapshot(
-        self, checkpoint: Mapping[str, Any], name: str, is_best: bool, files: Mapping[str, str] | None, copy: bool
-    ) -> Snapshot:
-        part = None if self.group.size == 1 else (self.group.rank, self.group.size)
-        with self.group.barrier_with_errors():
-            snapshot = take_snapshot(checkpoint, name, is_best, files or {}, copy, part, self._buffers)
-        if copy:
-            self._buffers = snapshot.copies
-        return snapshot
-
     def _write(self, snapshot: Snapshot) -> None:
-        """Stage, sync, read back, publish; then delete what is old."""
-        started, group = time.monotonic(), self.group
-        staging = self.checkpoint_dir / group.all_gather(f".staging-{snapshot.name}-{uuid.uuid4().hex[:12]}")[0]
+        """Stage, sync and publish a checkpoint; then delete old ones. Runs on all processes that save together."""
+        started, group, staging = time.monotonic(), self.group, None
         try:
-            try:
-                with group.barrier_with_errors():
-                    if group.rank == 0:
-                        self.check_space(snapshot.num_bytes)
-                        self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
-                        # tempfile.mkdtemp would close the folder to everyone else, and with it the checkpoint.
-                        staging.mkdir()
-                with group.barrier_with_errors():
-                    part = self._write_tensors(snapshot, staging), snapshot.is_finite
-                parts = group.all_gather(part)
-                with group.barrier_with_errors():
-                    if group.rank == 0:
-                        files = {name: entry for entries, _ in parts for name, entry in entries.items()}
-                        self._complete(snapshot, staging, files, all(is_finite for _, is_finite in parts))
-            except BaseException:
-                if group.rank == 0:
-                    shutil.rmtree(staging, ignore_errors=True)
+            staging = group.from_main(lambda: self._hidden_folder(f"staging-{snapshot.name}"))
+            with group.barrier_with_errors():
+                mine = self._write_tensors(snapshot, staging), snapshot.is_finite
+            written = group.all_gather(mine)
+            files = {name: entry for entries, _ in written for name, entry in entries.items()}
+            is_finite = all(finite for _, finite in written)
+            group.from_main(lambda: self._complete(snapshot, staging, files, is_finite))
+        except BaseException as error:
+            if group.rank == 0 and staging is not None:
+                shutil.rmtree(staging, ignore_errors=True)
+            expected = (OSError, SafetensorError, FundamentaLLMError)  # the last is of another process
+            if isinstance(error, CheckpointError) or not isinstance(error, expected):
                 raise
-        except CheckpointError:
-            raise
-        except (OSError, SafetensorError, FundamentaLLMError) as error:  # the last is another process's
             raise CheckpointError(
-                f"cannot write checkpoint {snapshot.name!r} in {self.checkpoint_dir}: {error}."
+                f"cannot write checkpoint {snapshot.name!r} in {self.checkpoint_dir}: {error}. Free some space, or "
+                "choose another training.checkpoint_dir."
             ) from error
         if group.rank == 0:
             self.rotate()
         self.seconds = time.monotonic() - started
 
     def _write_tensors(self, snapshot: Snapshot, staging: Path) -> dict[str, Any]:
-        """Write, and read back, this process's tensors; what the manifest says of their files."""
+        """Write this process's tensor files; returns their manifest entries."""
         if not staging.is_dir():
             raise CheckpointError(
                 f"{self.checkpoint_dir} is not the same folder on all machines; choose a training.checkpoint_dir (or "
-                "output_dir) that all of them see, since each process writes what it holds of the weights."
+                "output_dir) that all machines share, because each process writes its own shards."
             )
         for file, tensors in snapshot.tensors.items():
-            write_tensors(staging / file, tensors, snapshot.places)
-        entries = describe(staging, snapshot.tensors)
-        read_back(staging, snapshot.tensors, {})
-        return entries
+            write_tensors(staging / file, tensors, snapshot.regions)
+        return describe(staging, snapshot.tensors)
 
     def _complete(self, snapshot: Snapshot, staging: Path, files: dict[str, Any], is_finite: bool) -> None:
-        """Add all that is no tensor, the manifest last, and publish."""
-        texts = {**snapshot.files, STATE: json.dumps(snapshot.state, indent=1, allow_nan=False)}
-        for name, text in texts.items():
+        """Add the text files and then the manifest, and publish the checkpoint."""
+        for name, text in snapshot.texts.items():
             (staging / name).write_text(text, encoding="utf-8")
-        files = files | describe(staging, texts)
-        read_back(staging, {}, texts)
+        files = files | describe(staging, snapshot.texts)
         sequence = max((manifest["sequence"] for _, manifest in self._found()), default=0) + 1
         write_manifest(staging, files, sequence=sequence, is_finite=is_finite, **snapshot.about)
-        self._publish(staging, snapshot.name)
+        self._publish(staging, self.checkpoint_dir / snapshot.name)
 
-    def _publish(self, staging: Path, name: str) -> None:
-        """Give the staged checkpoint its name. An intact one that has the name steps aside first, and goes last."""
-        path = self.checkpoint_dir / name
+    def _publish(self, staging: Path, path: Path) -> None:
+        """Rename a staged checkpoint to its name. An existing checkpoint is moved aside first, and deleted last."""
         aside = None
         if path.exists() or path.is_symlink():
             if not is_ours(path):
-                raise CheckpointError(f"{path} is in the way, and is no checkpoint to replace; move it away.")
+                raise CheckpointError(f"{path} is in the way, and is not a checkpoint to replace; move it away.")
             try:
                 verify(path)
-                aside = self._hidden_folder(f"replaced-{name}") / name
-                path.rename(aside)
-            except CheckpointError:  # somebody may want to see what is left of it, so it is never deleted
-                path.rename(self.checkpoint_dir / f"{name}~damaged-{uuid.uuid4().hex[:6]}")
+                aside = self._hidden_folder(f"replaced-{path.name}")
+                path.rename(aside / path.name)
+            except CheckpointError:  # the user may want to save something of a damaged one, so it is kept
+                path.rename(path.with_name(f"{path.name}~damaged-{uuid.uuid4().hex[:6]}"))
         try:
             staging.rename(path)
         except BaseException:
             if aside is not None:
-                aside.rename(path)
-                aside.parent.rmdir()
+                (aside / path.name).rename(path)
+                aside.rmdir()
             raise
         sync(self.checkpoint_dir)
         if aside is not None:
-            shutil.rmtree(aside.parent)
+            shutil.rmtree(aside)
 
     def _hidden_folder(self, purpose: str) -> Path:
         path = self.checkpoint_dir / f".{purpose}-{uuid.uuid4().hex[:12]}"
-        path.mkdir()
+        path.mkdir(parents=True)  # tempfile.mkdtemp would make it, and so the checkpoint, unreadable for other users
         return path
 
+    # ---- deleting and recovering ---------------------------------------------------------------------------
+
     def rotate(self) -> None:
-        """Delete what is neither among the last nor the best; for when the newest is known to be whole."""
+        """Delete old checkpoints. Call it only if the newest one is known to be intact."""
         try:
             self._delete_old()
-        except (OSError, CheckpointError) as error:  # the new one is there all the same; the next start goes on here
+        except (OSError, CheckpointError) as error:  # the new checkpoint is there all the same
             logger.warning("an old checkpoint in %s cannot be deleted: %s", self.checkpoint_dir, error)
 
     def _delete_old(self) -> None:
@@ -316,19 +281,19 @@ class CheckpointManager:
             if path in keep:
                 continue
             if others := sorted({entry.name for entry in path.iterdir()} - {*manifest["files"], MANIFEST}):
-                logger.warning("%s is kept: it holds files that are not ours, such as %s", path, others[0])
+                logger.warning("%s is kept: it holds files that are not the checkpoint's: %s", path, others[0])
             else:
-                # Renamed first, so that a kill in between leaves no half of a checkpoint under its name.
-                doomed = self._hidden_folder(f"deleting-{path.name}")
-                shutil.rmtree(path.rename(doomed / path.name))
-                doomed.rmdir()
+                # Renamed first, so that a kill while it is deleted leaves no incomplete checkpoint under its name.
+                hidden = self._hidden_folder(f"deleting-{path.name}")
+                shutil.rmtree(path.rename(hidden / path.name))
+                hidden.rmdir()
 
     def recover(self) -> list[str]:
-        """Put in order what a process left that ended while it saved; says what it did.
+        """Clean up after processes that were killed while they saved; returns a message for each folder.
 
-        Only for whoever knows that no process is saving here.
+        Call it only if no process is saving here.
         """
-        done = []
+        messages = []
         for folder in self._entries():
             match = HIDDEN.fullmatch(folder.name)
             if match is None or folder.is_symlink() or not folder.is_dir():
@@ -337,22 +302,15 @@ class CheckpointManager:
             path, kept = self.checkpoint_dir / name, folder / name
             if purpose == "replaced" and kept.is_dir() and not path.exists():
                 kept.rename(path)
-                folder.rmdir()
-                done.append(f"put {name} back, which was being replaced when its process ended")
-            else:
-                shutil.rmtree(folder)
-                was = "an unfinished checkpoint" if purpose == "staging" else "the rest of an old checkpoint"
-                done.append(f"removed {was}, {folder.name}, of a process that ended")
-        return done
+                messages.append(f"restored {name}, which a killed process was replacing")
+            shutil.rmtree(folder)
+            messages.append(f"removed {folder.name}, left by a killed process")
+        return messages
 
     # ---- finding and loading -----------------------------------------------------------------------------
 
     def _entries(self) -> list[Path]:
-        """What is in the directory, by name; nothing where there is none.
-
-        Raises:
-            CheckpointError: if it cannot be read, which is not the same.
-        """
+        """Returns the paths in the directory, sorted; none if it does not exist."""
         try:
             return sorted(self.checkpoint_dir.iterdir())
         except (FileNotFoundError, NotADirectoryError):
@@ -360,61 +318,58 @@ class CheckpointManager:
         except OSError as error:
             raise CheckpointError(f"{self.checkpoint_dir} cannot be read: {error}.") from error
 
-    def _found(self) -> list[tuple[Path, dict[str, Any]]]:
-        """Complete checkpoints and their manifests, oldest first."""
+    def _found(self, skipped: list[str] | None = None) -> list[tuple[Path, dict[str, Any]]]:
+        """Returns checkpoints and their manifests, oldest first; adds to `skipped` why some have no good manifest."""
         found = []
         for path in self._entries():
-            if NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-                with contextlib.suppress(CheckpointError):
+            if NAME.fullmatch(path.name) and is_ours(path):
+                try:
                     found.append((path, read_manifest(path)))
+                except CheckpointError as error:
+                    if skipped is not None:
+                        skipped.append(str(error))
         return sorted(found, key=lambda item: item[1]["sequence"])
 
     def get_latest(self) -> Path | None:
-        """The checkpoint saved last, or None."""
+        """Returns the checkpoint that was saved last, or None."""
         found = self._found()
         return found[-1][0] if found else None
 
     def get_best(self) -> Path | None:
-        """The last checkpoint that was saved as the best, or None."""
+        """Returns the last checkpoint that was saved as the best, or None."""
         return next((path for path, manifest in reversed(self._found()) if manifest["is_best"]), None)
 
     def newest_intact(self) -> tuple[Path | None, list[str]]:
-        """(the newest intact checkpoint or None, why others were passed over), every byte of it verified.
+        """Returns (the newest checkpoint whose every byte verifies or None, why others were skipped).
 
-        One whose weights are not finite comes after all others.
+        A checkpoint whose weights are not finite is taken only if no other is intact.
         """
-        passed_over = []
-        for path in self._entries():
-            if NAME.fullmatch(path.name) and is_ours(path):
-                try:
-                    read_manifest(path)
-                except CheckpointError as error:
-                    passed_over.append(str(error))
-        newest_first = self._found()[::-1]
+        skipped: list[str] = []
+        newest_first = self._found(skipped)[::-1]
         finite = [path for path, manifest in newest_first if manifest["is_finite"]]
         others = [path for path, manifest in newest_first if not manifest["is_finite"]]
         if finite:
-            passed_over += [f"{path}: its weights are not finite." for path in others]
+            skipped += [f"{path}: its weights are not finite." for path in others]
         for path in finite + others:
             try:
                 check_checkpoint(path)
             except CheckpointError as error:
-                passed_over.append(str(error))
+                skipped.append(str(error))
             else:
-                return path, passed_over
-        return None, passed_over
+                return path, skipped
+        return None, skipped
 
     def load(self, path: Path | str) -> dict[str, Any]:
-        """What was saved at `path`, tensors on the CPU, every byte verified.
+        """Load what was saved at `path`, after every byte of it is verified. Tensors are on the CPU.
 
         Raises:
             CheckpointNotFoundError: if there is no directory at the path.
-            CheckpointError: if the checkpoint is incomplete or damaged, naming the file.
+            CheckpointError: if the checkpoint is incomplete or damaged, with the name of the file.
         """
         return load_checkpoint(Path(path))
 
 
 def checkpoints_folder(path: Path) -> Path:
-    """The folder of checkpoints that `path` means: itself, or the one in a run's output_dir."""
+    """Returns the folder of checkpoints below a run's output_dir; if there is none, `path` itself."""
     below = path / "checkpoints"
     return below if below.is_dir() and CheckpointManager(path).get_latest() is None else path

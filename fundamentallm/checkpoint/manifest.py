@@ -1,4 +1,4 @@
-"""What makes a directory a checkpoint: the manifest of its files, written last, and the check against it."""
+"""The manifest of a checkpoint: a list of its files with size and SHA-256, and the check of the files against it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from fundamentallm.atomic import sync
 from fundamentallm.errors import CheckpointError, CheckpointNotFoundError
 
 FORMAT_VERSION = 2
 STATE, MANIFEST = "state.json", "manifest.json"
 TENSORS = re.compile(r"(model|training)(-\d{5}-of-\d{5})?\.safetensors")
-"""Files of tensors: whole ones, or what one of several processes held."""
+"""Names of tensor files: those with full tensors, and those with the shards of one process."""
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
-"""Names of checkpoints and of their files: nothing hidden, nothing that leaves the directory."""
+"""Allowed names of checkpoints and of their files: not hidden, and without a path to another folder."""
 _FIELDS: dict[str, Any] = {
     "sequence": int,
     "is_best": bool,
@@ -26,15 +27,6 @@ _FIELDS: dict[str, Any] = {
     "step": (int, type(None)),
     "files": dict,
 }
-
-
-def sync(path: Path) -> None:
-    """Wait until `path` (a file, or a directory's list of names) is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _sha256(path: Path) -> str:
@@ -46,20 +38,20 @@ def _sha256(path: Path) -> str:
 
 
 def _own_sha256(manifest: dict[str, Any]) -> str:
-    """SHA-256 of a manifest without its own."""
+    """Returns the SHA-256 of a manifest without its field `sha256`."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def describe(folder: Path, names: Collection[str]) -> dict[str, dict[str, Any]]:
-    """What a manifest says of files: {name: {"size": in bytes, "sha256": of the content}}; they are synced first."""
+    """Sync files to the disk and return their manifest entries: {name: {"size": in bytes, "sha256": in hex}}."""
     for name in names:
         sync(folder / name)
     return {name: {"size": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in sorted(names)}
 
 
 def write_manifest(folder: Path, files: Mapping[str, dict[str, Any]], **about: Any) -> None:
-    """Make `folder` a checkpoint: of `files`, as `describe` does, with what else is to be known about it; synced."""
+    """Write and sync a manifest with the entries of `files` (see `describe`) and the fields `about`."""
     manifest = {"format_version": FORMAT_VERSION, **about, "files": dict(sorted(files.items()))}
     manifest["sha256"] = _own_sha256(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -68,26 +60,26 @@ def write_manifest(folder: Path, files: Mapping[str, dict[str, Any]], **about: A
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """A checkpoint's manifest, its form checked.
+    """Read a checkpoint's manifest and check its own SHA-256 and its form.
 
     Raises:
         CheckpointNotFoundError: if there is no directory at the path.
-        CheckpointError: if it is no whole checkpoint, or one of another version.
+        CheckpointError: if the manifest is missing or damaged, or its format has another version.
     """
     path = checkpoint / MANIFEST
     if not checkpoint.is_dir():
         raise CheckpointNotFoundError(f"{checkpoint}: there is no checkpoint directory here.")
     if not os.path.lexists(path):
         raise CheckpointError(f"{checkpoint}: incomplete, it has no {MANIFEST}.")
-    if path.is_symlink() or not path.is_file():  # a pipe would never answer
-        raise CheckpointError(f"{checkpoint}: {MANIFEST} is damaged, it is no file.")
+    if path.is_symlink() or not path.is_file():  # reading a pipe would block forever
+        raise CheckpointError(f"{checkpoint}: {MANIFEST} is damaged, it is not a file.")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["format_version"]
-        good = type(version) is int and (version != FORMAT_VERSION or _has_form(manifest))
+        is_good = type(version) is int and (version != FORMAT_VERSION or _has_form(manifest))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{checkpoint}: {MANIFEST} is damaged ({type(error).__name__}: {error}).") from error
-    if not good:
+    if not is_good:
         raise CheckpointError(f"{checkpoint}: {MANIFEST} is damaged.")
     if version != FORMAT_VERSION:
         raise CheckpointError(
@@ -98,7 +90,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def _has_form(manifest: dict[str, Any]) -> bool:
-    """Whether it is intact, and names nothing outside its own directory."""
+    """Returns True if the manifest matches its own SHA-256, has all fields, and names files in its own folder only."""
     return (
         manifest["sha256"] == _own_sha256(manifest)
         and all(isinstance(manifest[field], kind) for field, kind in _FIELDS.items())
@@ -118,17 +110,17 @@ def _has_form(manifest: dict[str, Any]) -> bool:
 
 
 def verify(checkpoint: Path, hashed: Collection[str] | None = None) -> dict[str, Any]:
-    """The manifest, once every file it lists has been found to have its size and SHA-256.
+    """Check the files of a checkpoint against its manifest, which is returned.
 
     Args:
         checkpoint: its directory.
-        hashed: files whose SHA-256 is looked at; None: all. Sizes are cheap, and always are.
+        hashed: names of the files whose SHA-256 is checked; None: all. Sizes are always checked.
 
     Raises:
-        CheckpointError: naming the first file that has not.
+        CheckpointError: if a file is missing or differs, with its name.
     """
     manifest = read_manifest(checkpoint)
-    with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter free
+    with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
         checks = [
             pool.submit(_check_file, checkpoint, name, entry, hashed is None or name in hashed)
             for name, entry in manifest["files"].items()
@@ -140,7 +132,7 @@ def verify(checkpoint: Path, hashed: Collection[str] | None = None) -> dict[str,
 
 def _check_file(checkpoint: Path, name: str, entry: dict[str, Any], is_hashed: bool) -> None:
     path = checkpoint / name
-    if os.path.islink(path) or not os.path.isfile(path):  # unlike pathlib's, these take names of any length
+    if os.path.islink(path) or not os.path.isfile(path):  # unlike pathlib's, these accept names of any length
         raise CheckpointError(f"{checkpoint}: {name} is missing.")
     try:
         size = path.stat().st_size

@@ -1,4 +1,4 @@
-"""An optimizer's state by parameter name, whatever class it is of."""
+"""The state of any optimizer by parameter name."""
 
 from __future__ import annotations
 
@@ -10,31 +10,32 @@ from torch.optim import Optimizer
 
 from fundamentallm.errors import CheckpointError
 
+SAME_SHAPE = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+"""State of which fused kernels read as many elements as the parameter has, without a check."""
+
 
 class NamedOptimizerState:
-    """An optimizer's state by parameter name: {"type": class, "state": {parameter: {name: tensor or number}}}.
+    """An optimizer's state as {"type": class, "state": {parameter: {key: tensor or number}}, "entries": {key: count}}.
 
-    "entries" counts what all parameters hold by each name, since torch would begin afresh, in silence, what an
-    incomplete state lacks. By name, so that it fits any wrapping and any grouping of the same model; without the
-    groups' hyper-parameters, which come from the config. (`torch.distributed.checkpoint.state_dict` would take a
-    hidden optimizer step to create missing state.)
+    Names make it independent of wrappers and of the grouping of parameters. Hyperparameters are not in it, since they
+    come from the config. "entries" counts how many parameters have each key: torch silently reinitializes missing
+    state. (`torch.distributed.checkpoint.state_dict` would run a hidden optimizer step to create missing state.)
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         self.model, self.optimizer = model, optimizer
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, by name."""
+        """Returns the state by name. A parameter that had no gradient yet has an empty state."""
         trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         named = ((name, p) for name, p in self.model.named_parameters() if id(p) in trained)
-        # Empty where a parameter has had no gradient yet: what is missing when loading has been lost.
         by_name = {name: dict(self.optimizer.state.get(p, {})) for name, p in named}
         return {"type": type(self.optimizer).__name__, "entries": _count_entries(by_name), "state": by_name}
 
     def refit(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """A saved state for what is trained now: without parameters that are no more, afresh for those that were not.
+        """Returns a saved state with the parameters trained now: drops others, and gives new ones no state.
 
-        For a run that is to train others from here on; else something missing is something lost.
+        Only for a run that changes which parameters are trained. Otherwise missing state is an error.
         """
         by_name = {name: saved["state"].get(name, fresh) for name, fresh in self.state_dict()["state"].items()}
         return {**saved, "entries": _count_entries(by_name), "state": by_name}
@@ -43,7 +44,7 @@ class NamedOptimizerState:
         """Restore what `state_dict` returned.
 
         Raises:
-            CheckpointError: if type, names or shapes are not those of this model and optimizer, or some is lost.
+            CheckpointError: if type, names or shapes are not those of this model and optimizer, or some are missing.
         """
         if saved["type"] != type(self.optimizer).__name__:
             raise CheckpointError(
@@ -52,24 +53,8 @@ class NamedOptimizerState:
             )
         named = dict(self.model.named_parameters())
         index_of = {id(p): i for i, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"])}
-        trained = {name for name, parameter in named.items() if id(parameter) in index_of}
-        problems = [f"{name} is not trained here" for name in sorted(set(saved["state"]) - trained)]
-        problems += [f"there is none for {name}" for name in sorted(trained - set(saved["state"]))]
-        problems += [
-            f"{key} of {name} has {_shape(value)}, the parameter {tuple(named[name].shape)}"
-            for name, state in saved["state"].items()
-            for key, value in state.items()
-            if name in trained and not _fits(key, value, named[name])
-        ]
-        counts = _count_entries(saved["state"])
-        if len({type(state["step"]) for state in saved["state"].values() if "step" in state}) > 1:
-            problems.append("step is a tensor of some parameters and a number of others")  # torch looks at one of them
-        problems += [
-            f"there are {counts.get(key, 0)} of {count} {key}"
-            for key, count in saved["entries"].items()
-            if counts.get(key, 0) != count
-        ]
-        if problems:
+        trained = {name: parameter for name, parameter in named.items() if id(parameter) in index_of}
+        if problems := _problems(saved, trained):
             more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
             raise CheckpointError(f"The optimizer's state does not fit the model: {'; '.join(problems[:5])}{more}.")
         # Scalars that parameters shared when they were saved are one tensor now, and each parameter would count it up.
@@ -84,6 +69,26 @@ class NamedOptimizerState:
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
 
+def _problems(saved: dict[str, Any], trained: dict[str, nn.Parameter]) -> list[str]:
+    by_name, counts = saved["state"], _count_entries(saved["state"])
+    problems = [f"{name} is not trained here" for name in sorted(by_name.keys() - trained.keys())]
+    problems += [f"{name} is missing" for name in sorted(trained.keys() - by_name.keys())]
+    problems += [
+        f"{key} of {name} has {_shape(value)}, the parameter {tuple(trained[name].shape)}"
+        for name, state in by_name.items()
+        for key, value in state.items()
+        if name in trained and not _fits(key, value, trained[name])
+    ]
+    if len({type(state["step"]) for state in by_name.values() if "step" in state}) > 1:
+        problems.append("step is a tensor for some parameters and a number for others")  # torch checks only the first
+    problems += [
+        f"there are {counts.get(key, 0)} of {count} {key}"
+        for key, count in saved["entries"].items()
+        if counts.get(key, 0) != count
+    ]
+    return problems
+
+
 def _count_entries(by_name: dict[str, dict[str, Any]]) -> dict[str, int]:
     return dict(Counter(key for state in by_name.values() for key in state))
 
@@ -92,17 +97,13 @@ def _shape(value: Any) -> str:
     return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"the value {value!r}"
 
 
-LIKE_PARAMETERS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
-"""What torch's fused kernels, and ours, read as many elements of as the parameter has, without looking."""
-
-
 def _fits(key: str, value: Any, parameter: Tensor) -> bool:
-    """Whether a state tensor has the parameter's shape, or is a factor of it (Adafactor's rows and columns)."""
-    if key in LIKE_PARAMETERS:
+    """Returns True if a value can belong to a parameter. Adafactor keeps one row and one column of its shape."""
+    if key in SAME_SHAPE:
         return isinstance(value, Tensor) and value.shape == parameter.shape
     if key == "step":
         return value.numel() == 1 if isinstance(value, Tensor) else type(value) in (int, float)
     if not isinstance(value, Tensor):
         return True
     sizes = zip(reversed(value.shape), reversed(parameter.shape), strict=False)
-    return value.ndim <= parameter.ndim and all(size in (1, whole) for size, whole in sizes)
+    return value.ndim <= parameter.ndim and all(size in (1, full) for size, full in sizes)

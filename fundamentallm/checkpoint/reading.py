@@ -1,4 +1,4 @@
-"""A checkpoint on the disk: known for one, verified, and read, whole or in parts."""
+"""Verify checkpoints and read them, in full or in part."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from fundamentallm.checkpoint.manifest import MANIFEST, STATE, TENSORS, read_manifest, sync, verify
-from fundamentallm.checkpoint.snapshot import AVERAGE_KEY, MODEL_KEY
+from fundamentallm.atomic import sync
+from fundamentallm.checkpoint.manifest import MANIFEST, STATE, TENSORS, read_manifest, verify
+from fundamentallm.checkpoint.snapshot import AVERAGE_KEY, WEIGHTS
 from fundamentallm.checkpoint.state_json import MALFORMED, decode
 from fundamentallm.checkpoint.tensor_files import Like, TensorFiles, consolidate
 from fundamentallm.distributed.dtensor import local
 from fundamentallm.errors import CheckpointError
 
-RAW = f"{AVERAGE_KEY}/weights/"
-"""Before the names of weights that the checkpoint holds beside their average."""
+RAW_WEIGHTS = f"{AVERAGE_KEY}/weights/"
+"""Prefix of the weights as trained, in a checkpoint whose model weights are their average."""
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a path is a checkpoint, or what is left of one."""
+    """Returns True if a folder is a checkpoint, even an incomplete one."""
     if not path.is_dir() or path.is_symlink():
         return False
     has_texts = any(os.path.lexists(path / file) for file in (STATE, MANIFEST))
@@ -34,65 +35,66 @@ def is_ours(path: Path) -> bool:
 
 
 def load_checkpoint(path: Path, like: Like | None = None, is_verified: bool = False) -> dict[str, Any]:
-    """What was saved at `path`, tensors on the CPU; a checkpoint is complete in itself, wherever it lies.
+    """Load a checkpoint, wherever it is; tensors are on the CPU.
 
     Args:
         path: its directory.
-        like: says of which tensors a part is wanted; None: all are read whole.
-        is_verified: whether every byte of it has been verified already.
+        like: selects tensors of which only this process's shard is read; None: read all in full.
+        is_verified: skip the check of SHA-256s, because the caller has done it.
 
     Raises:
         CheckpointNotFoundError: if there is no directory at the path.
-        CheckpointError: if the checkpoint is incomplete or damaged, naming the file.
+        CheckpointError: if the checkpoint is incomplete or damaged, with the name of the file.
     """
     manifest = read_manifest(path) if is_verified else verify(path)
     with _opened(path, manifest, like) as (state, tensors):
         return dict(decode(state, tensors))
 
 
-def load_parts(path: Path, parts: Collection[str], like: Like | None = None) -> dict[str, Any]:
-    """Some entries of what was saved, those that are there; no other tensor is read. `like`: see `load_checkpoint`.
+def load_parts(path: Path, parts: Collection[str]) -> dict[str, Any]:
+    """Load some entries of a checkpoint, those that it has. No other tensor is read.
 
-    The sizes of all files, and every byte of state.json, are verified; tensors are not.
-
-    Raises:
-        CheckpointNotFoundError: if there is no directory at the path.
-        CheckpointError: if the checkpoint is incomplete or damaged, naming the file.
+    Raises as `load_checkpoint`; only sizes and the SHA-256 of state.json are checked.
     """
-    with _opened(path, verify(path, hashed=[STATE]), like) as (state, tensors):
+    with _opened(path, verify(path, hashed=[STATE])) as (state, tensors):
         return {part: decode(state[part], tensors) for part in parts if part in state}
 
 
-def export_weights(path: Path, folder: Path, raw: bool = False) -> None:
-    """Write a checkpoint's weights, whole and in one file, and its further text files into `folder`.
-
-    A tensor is in memory at a time, however large the model and however many processes saved it.
-
-    Args:
-        path: the checkpoint.
-        folder: an empty one.
-        raw: the weights as trained, of a run that averages them; else those that the checkpoint opens as.
+def check_checkpoint(path: Path) -> None:
+    """Verify every byte of a checkpoint, and that it has all tensors of its state, without loading them.
 
     Raises:
         CheckpointNotFoundError: if there is no directory at the path.
-        CheckpointError: if the checkpoint is incomplete or damaged, naming the file; or with `raw`, if nothing in it
-            is averaged.
+        CheckpointError: if the checkpoint is incomplete or damaged, with the name of the file.
+    """
+    with _opened(path, verify(path)) as (state, tensors):
+        decode(state, dict.fromkeys(tensors, torch.empty(0)))
+
+
+def export_weights(path: Path, folder: Path, raw: bool = False) -> None:
+    """Write a checkpoint's weights into one file, and copy its text files. Only one tensor is in memory at a time.
+
+    Args:
+        path: the checkpoint.
+        folder: an empty folder.
+        raw: if the run averages its weights, write them as trained instead of their average.
+
+    Raises:
+        CheckpointNotFoundError: if there is no directory at the path.
+        CheckpointError: if the checkpoint is incomplete or damaged, or `raw` is given and nothing is averaged.
         OSError: if the folder cannot be written to.
     """
     manifest = verify(path)
     with contextlib.ExitStack() as stack:
         with _explained(path):
-            tensors = TensorFiles(path, list(manifest["files"]), f"{MODEL_KEY}/", stack)
-        named = {
-            name.removeprefix(f"{MODEL_KEY}/"): name for name in tensors.shapes if name.startswith(f"{MODEL_KEY}/")
-        }
+            tensors = TensorFiles(path, manifest["files"], WEIGHTS, stack)
+        names = {name.removeprefix(WEIGHTS): name for name in tensors.shapes if name.startswith(WEIGHTS)}
         if raw:
-            # A state exchanges the two before it is saved (see `training.average`).
-            there = {name.removeprefix(RAW): name for name in tensors.shapes if name.startswith(RAW)}
-            if not there:
-                raise CheckpointError(f"{path} holds no averaged weights: what it opens as are those trained.")
-            named |= there
-        consolidate(tensors, {name: stored_as for stored_as, name in named.items()}, folder / "model.safetensors")
+            trained = {name.removeprefix(RAW_WEIGHTS): name for name in tensors.shapes if name.startswith(RAW_WEIGHTS)}
+            if not trained:
+                raise CheckpointError(f"{path} has no averaged weights; its weights are those trained.")
+            names |= trained
+        consolidate(tensors, names, folder / "model.safetensors")
     for name in manifest["files"]:
         if name != STATE and not TENSORS.fullmatch(name):
             shutil.copyfile(path / name, folder / name)
@@ -101,11 +103,11 @@ def export_weights(path: Path, folder: Path, raw: bool = False) -> None:
 
 
 def load_weights(path: Path, files: Collection[str], model: nn.Module, like: Like | None = None) -> None:
-    """Copy the weights in some of a folder's files into a model, one tensor after the other, in the model's precision.
+    """Copy weights from files into a model, one tensor at a time and in the model's precision.
 
     Args:
-        path: the folder: a checkpoint, or another in transformers' format.
-        files: names of those that hold weights.
+        path: a checkpoint, or another folder in transformers' format.
+        files: names of the files with weights.
         model: on its device, sharded or not.
         like: see `load_checkpoint`.
 
@@ -113,68 +115,46 @@ def load_weights(path: Path, files: Collection[str], model: nn.Module, like: Lik
         CheckpointError: if the files are damaged, or are not the weights of this model.
     """
     own = model.state_dict(keep_vars=True)
-    with contextlib.ExitStack() as stack, torch.no_grad():
-        try:
-            tensors = TensorFiles(path, files, f"{MODEL_KEY}/", stack, like=like)
-            given = {name.removeprefix(f"{MODEL_KEY}/"): shape for name, shape in tensors.shapes.items()}
-            there = {id(own[name]) for name in given.keys() & own.keys()}
-            problems = [
-                f"lacks {name}" for name in own if id(own[name]) not in there
-            ]  # one of several tied names will do
-            problems += [f"has {name}, which the model has not" for name in sorted(given.keys() - own.keys())]
-            problems += [
-                f"has {name} of shape {given[name]}, and the model of {tuple(own[name].shape)}"
-                for name in sorted(given.keys() & own.keys())
-                if given[name] != tuple(own[name].shape)
-            ]
-            filled: set[int] = set()
-            for name in () if problems else given:
-                tensor = tensors[f"{MODEL_KEY}/{name}"].to(own[name].device, own[name].dtype)
-                if id(own[name]) in filled and not torch.equal(local(own[name]), local(tensor)):
-                    problems.append(f"has another {name} than what the model ties it to")
-                own[name].copy_(tensor)
-                filled.add(id(own[name]))
-        except (OSError, SafetensorError, *MALFORMED) as error:
-            raise CheckpointError(f"{path}: its weights cannot be read ({type(error).__name__}: {error}).") from error
+    with _explained(path, "its weights cannot be read"), contextlib.ExitStack() as stack, torch.no_grad():
+        tensors = TensorFiles(path, files, WEIGHTS, stack, like=like)
+        given = {name.removeprefix(WEIGHTS): shape for name, shape in tensors.shapes.items()}
+        present = {id(own[name]) for name in given.keys() & own.keys()}  # one of several tied names is enough
+        problems = [f"lacks {name}" for name in own if id(own[name]) not in present]
+        problems += [f"has {name}, which is not in the model" for name in sorted(given.keys() - own.keys())]
+        problems += [
+            f"has {name} with shape {given[name]} instead of {tuple(own[name].shape)}"
+            for name in sorted(given.keys() & own.keys())
+            if given[name] != tuple(own[name].shape)
+        ]
+        filled: set[int] = set()
+        for name in () if problems else given:
+            tensor = tensors[f"{WEIGHTS}{name}"].to(own[name].device, own[name].dtype)
+            if id(own[name]) in filled and not torch.equal(local(own[name]), local(tensor)):
+                problems.append(f"has different values for {name} and the weight that the model ties it to")
+            own[name].copy_(tensor)
+            filled.add(id(own[name]))
     if problems:
         more = f" ({len(problems) - 3} more)" if len(problems) > 3 else ""
         raise CheckpointError(f"{path}: the weights do not fit the model: it {', it '.join(problems[:3])}{more}.")
-
-
-def check_checkpoint(path: Path) -> None:
-    """Verify every byte of a checkpoint, and that its state has all its tensors; none of them is kept in memory.
-
-    Raises:
-        CheckpointNotFoundError: if there is no directory at the path.
-        CheckpointError: if the checkpoint is incomplete or damaged, naming the file.
-    """
-    with _opened(path, verify(path)) as (state, tensors):
-        decode(state, dict.fromkeys(tensors, torch.empty(0)))
 
 
 @contextlib.contextmanager
 def _opened(
     path: Path, manifest: Mapping[str, Any], like: Like | None = None
 ) -> Iterator[tuple[dict[str, Any], TensorFiles]]:
-    """The state of a checkpoint, encoded, and its tensors by name."""
+    """Yields a checkpoint's encoded state and its tensors by name; closes the files on exit."""
     with _explained(path), contextlib.ExitStack() as stack:
         saved = json.loads((path / STATE).read_text(encoding="utf-8"))
-        tensors = TensorFiles(path, list(manifest["files"]), f"{MODEL_KEY}/", stack, saved["same_as"], like)
-        yield _mapping(saved["state"]), tensors
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise TypeError(f"the state is a {type(value).__name__}")
-    return value
+        tensors = TensorFiles(path, manifest["files"], WEIGHTS, stack, saved["same_as"], like)
+        if not isinstance(saved["state"], dict):
+            raise TypeError(f"the state is a {type(saved['state']).__name__}")
+        yield saved["state"], tensors
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """A stranger's checkpoint may hold anything; what does not fit is an error of the checkpoint."""
+def _explained(path: Path, what: str = f"{STATE} does not fit the tensors of the other files") -> Iterator[None]:
+    """Raises CheckpointError for whatever reading a malformed checkpoint raises."""
     try:
         yield
     except (OSError, SafetensorError, *MALFORMED) as error:
-        raise CheckpointError(
-            f"{path}: {STATE} does not fit the tensors of the other files ({type(error).__name__}: {error})."
-        ) from error
+        raise CheckpointError(f"{path}: {what} ({type(error).__name__}: {error}).") from error

@@ -1,12 +1,12 @@
-"""Tensors in safetensors files: whole ones, and of sharded ones what each process holds.
+"""Tensors in safetensors files. Each process writes its own shards of a sharded tensor into a file of its own.
 
-    model.safetensors                    whole tensors; opens in transformers as it is
-    model-00002-of-00004.safetensors     what the second of four processes held, under the tensors' own names
-    training.safetensors, training-00002-of-00004.safetensors      likewise, for all that is no weight
+    model.safetensors                    full tensors; opens in transformers as it is
+    model-00002-of-00004.safetensors     shards of rank 1 of 4, under the names of their tensors
+    training.safetensors, training-00002-of-00004.safetensors      the same for everything but weights
 
-Where a piece belongs stands in its file's metadata, in the form of torch.distributed.checkpoint's Hugging Face
-storage, which can therefore read the weights too. (It is not what writes them: it checks nothing, wants the
-optimizer's state made before it is loaded, and keeps no account of which files belong together.)
+The metadata of a file says where its shards lie, in the form of torch.distributed.checkpoint's Hugging Face storage,
+which can read the weights too. It is not used to write them, because it verifies nothing, needs the optimizer's state
+to exist before it is loaded, and does not record which files belong together.
 """
 
 from __future__ import annotations
@@ -27,66 +27,75 @@ from torch import Tensor
 from fundamentallm.checkpoint.manifest import TENSORS
 from fundamentallm.distributed.dtensor import is_sharded, local
 
-PLACES, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"  # torch's names
+SHARDING_INFO, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"  # torch's names
 Like = Callable[[str, tuple[int, ...]], "Tensor | None"]
-"""Of a stored tensor's name and shape: the sharded tensor whose part of it is wanted; None: the whole is."""
+"""Maps a stored tensor's name and shape to the DTensor whose local shard should be read; None means the full tensor."""
 
 
-class Place(NamedTuple):
-    """Where a piece belongs: the shape of the whole tensor, and the indices in it of the piece's first element."""
+class Region(NamedTuple):
+    """The part of a tensor that a shard covers: shape of the full tensor, index in it of the shard's first element."""
 
     shape: tuple[int, ...]
     offsets: tuple[int, ...]
 
 
-def place_of(tensor: Tensor) -> Place:
-    """Where what this process holds of `tensor` belongs."""
-    if not is_sharded(tensor):
-        return Place(tuple(tensor.shape), (0,) * tensor.ndim)
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+def region_of(tensor: Tensor) -> Region:
+    """Returns the region of this process's shard; a tensor that is not sharded starts at 0.
 
-    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
-    _, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
-    return Place(tuple(tensor.shape), tuple(offsets))
+    FSDP2 shards one dimension as `torch.chunk` does: all ranks but the last ones get ceil(size / ranks) elements.
+    """
+    offsets = [0] * tensor.ndim
+    if is_sharded(tensor):
+        mesh = tensor.device_mesh  # type: ignore[attr-defined]
+        for mesh_dim, placement in enumerate(tensor.placements):  # type: ignore[attr-defined]
+            if placement.is_shard():
+                size = tensor.shape[placement.dim]
+                chunk = math.ceil(size / mesh.size(mesh_dim))
+                offsets[placement.dim] = min(mesh.get_coordinate()[mesh_dim] * chunk, size)
+    return Region(tuple(tensor.shape), tuple(offsets))
 
 
 def is_first_holder(tensor: Tensor) -> bool:
-    """Whether no process before this one in its mesh holds the same piece of a sharded tensor."""
+    """Returns True if this process is the first of those that hold the same shard: HSDP replicates shards."""
     coordinate = tensor.device_mesh.get_coordinate()  # type: ignore[attr-defined]
-    return not any(
-        index and placement.is_replicate()
-        for index, placement in zip(coordinate, tensor.placements, strict=True)  # type: ignore[attr-defined]
-    )
+    placements = tensor.placements  # type: ignore[attr-defined]
+    return all(index == 0 for index, placement in zip(coordinate, placements, strict=True) if placement.is_replicate())
 
 
-def file_name(kind: str, part: tuple[int, int] | None) -> str:
-    """The file of whole tensors, or of the pieces of process `part[0]` of `part[1]`; kind: model or training."""
-    return f"{kind}.safetensors" if part is None else f"{kind}-{part[0] + 1:05d}-of-{part[1]:05d}.safetensors"
+def file_name(kind: str, rank: int, num_ranks: int) -> str:
+    """Returns the name of a rank's file; kind: model or training. A single process writes full tensors."""
+    return f"{kind}.safetensors" if num_ranks == 1 else f"{kind}-{rank + 1:05d}-of-{num_ranks:05d}.safetensors"
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], places: Mapping[str, Place] | None = None) -> None:
-    """Write one file; `places`: of pieces, each tensor's; None: all are whole."""
-    metadata = {"format": "pt"}  # transformers asks for it
-    if places is not None:
-        metadata[PLACES] = json.dumps(
-            {name: {OFFSETS: places[name].offsets, "shape": places[name].shape} for name in tensors}
-        )
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], regions: Mapping[str, Region] | None = None) -> None:
+    """Write one file; `regions` has the region of each tensor by name, or is None if all tensors are full."""
+    metadata = {"format": "pt"}  # required by transformers
+    if regions is not None:
+        info = {name: {OFFSETS: regions[name].offsets, "shape": regions[name].shape} for name in tensors}
+        metadata[SHARDING_INFO] = json.dumps(info)
     save_file(dict(tensors), path, metadata=metadata)
 
 
+class _Shard(NamedTuple):
+    offsets: tuple[int, ...]
+    size: tuple[int, ...]
+    file: Any
+    key: str
+
+
 class TensorFiles(Mapping[str, Tensor]):
-    """The tensors of a checkpoint by their path in its state; each is read when it is asked for.
+    """The tensors of a checkpoint by their path in its state. A tensor is read when it is looked up.
 
     Args:
         folder: of the checkpoint.
-        files: names of its files; those that hold no tensors are left alone.
-        prefix: put before the names of the weights.
+        files: names of its files; files without tensors are ignored.
+        prefix: put before the names of weights.
         stack: closes the files.
-        same_as: further names of tensors, each with the one it is stored under.
-        like: which tensors to read a part of only; None: none.
+        same_as: {further name of a tensor: name it is stored under}.
+        like: selects tensors of which only this process's shard is read; None: read all in full.
 
     Raises:
-        ValueError: if a file cannot be opened, or the pieces of a tensor are not all there.
+        ValueError: if a file cannot be opened, or shards of a tensor are missing or overlap.
     """
 
     def __init__(
@@ -98,120 +107,112 @@ class TensorFiles(Mapping[str, Tensor]):
         same_as: Mapping[str, str] | None = None,
         like: Like | None = None,
     ) -> None:
-        self._like, self._same_as = like, same_as or {}
-        self._pieces: dict[str, list[tuple[Any, str, tuple[int, ...], tuple[int, ...]]]] = {}
+        self._like = like
+        self._shards: dict[str, list[_Shard]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        """Of the full tensors, by name."""
         for file in files:
             if match := TENSORS.fullmatch(file):
-                handle = stack.enter_context(_opened(folder / file))
-                places = json.loads((handle.metadata() or {}).get(PLACES, "{}"))
-                for key in handle.keys():  # noqa: SIM118
-                    name = f"{prefix}{key}" if match[1] == "model" else key
-                    size = tuple(handle.get_slice(key).get_shape())
-                    shape = tuple(places[key]["shape"]) if key in places else size
-                    offsets = tuple(places[key][OFFSETS]) if key in places else (0,) * len(size)
-                    self._pieces.setdefault(name, []).append((handle, key, offsets, size))
-                    if self.shapes.setdefault(name, shape) != shape:
-                        raise ValueError(f"the pieces of {name} are not of one tensor")
-        for name, pieces in self._pieces.items():
-            pieces.sort(key=lambda piece: piece[2])
-            if not _is_whole(self.shapes[name], [(offsets, size) for _, _, offsets, size in pieces]):
-                raise ValueError(f"the pieces of {name} are not all there")
+                try:
+                    handle = stack.enter_context(safe_open(folder / file, "pt"))
+                except SafetensorError as error:
+                    raise ValueError(f"{file} is not a safetensors file: {error}") from error
+                self._add(handle, prefix if match[1] == "model" else "")
+        for name, shards in self._shards.items():
+            shards.sort(key=lambda shard: shard.offsets)
+            if not _is_complete(self.shapes[name], shards):
+                raise ValueError(f"shards of {name} are missing or overlap")
+        for name, stored_as in (same_as or {}).items():
+            self._shards[name], self.shapes[name] = self._shards[stored_as], self.shapes[stored_as]
+
+    def _add(self, file: Any, prefix: str) -> None:
+        info = json.loads((file.metadata() or {}).get(SHARDING_INFO, "{}"))
+        for key in file.keys():  # noqa: SIM118
+            size = tuple(file.get_slice(key).get_shape())
+            shape = tuple(info[key]["shape"]) if key in info else size
+            offsets = tuple(info[key][OFFSETS]) if key in info else (0,) * len(size)
+            name = f"{prefix}{key}"
+            self._shards.setdefault(name, []).append(_Shard(offsets, size, file, key))
+            if self.shapes.setdefault(name, shape) != shape:
+                raise ValueError(f"shards of {name} have different full shapes")
 
     def dtype(self, name: str) -> str:
-        """As safetensors calls it, such as F32."""
-        handle, key, _, _ = self._pieces[name][0]
-        return str(handle.get_slice(key).get_dtype())
+        """Returns the type as safetensors names it, such as F32."""
+        shard = self._shards[name][0]
+        return str(shard.file.get_slice(shard.key).get_dtype())
 
     def num_bytes(self, name: str) -> int:
-        """Of the whole tensor."""
-        bits = re.search(r"\d+", self.dtype(name))  # F32, BF16, F8_E4M3; a BOOL is a byte
+        """Returns the size of the full tensor."""
+        bits = re.search(r"\d+", self.dtype(name))  # F32, BF16, F8_E4M3; a BOOL takes a byte
         return math.prod(self.shapes[name]) * (int(bits[0]) if bits else 8) // 8
 
     def __getitem__(self, name: str) -> Tensor:
-        name = self._same_as.get(name, name)
         shape = self.shapes[name]
         like = None if self._like is None else self._like(name, shape)
-        return self._box(name, (0,) * len(shape), shape) if like is None else self._part(name, like)
+        return self.read(name, (0,) * len(shape), shape) if like is None else self._read_shard(name, like)
 
     def __iter__(self) -> Iterator[str]:
-        yield from self._pieces
-        yield from (name for name, stored_as in self._same_as.items() if stored_as in self._pieces)
+        return iter(self._shards)
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return len(self._shards)
 
-    def _part(self, name: str, like: Tensor) -> Tensor:
-        from torch.distributed.tensor import DTensor
+    def _read_shard(self, name: str, like: Tensor) -> Tensor:
+        from torch.distributed.tensor import DTensor  # takes half a second to import
 
         here, mesh, placements = local(like), like.device_mesh, like.placements  # type: ignore[attr-defined]
-        part = self._box(name, place_of(like).offsets, tuple(here.shape)).to(here.device)
-        return DTensor.from_local(part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+        shard = self.read(name, region_of(like).offsets, tuple(here.shape)).to(here.device)
+        return DTensor.from_local(shard, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 
-    def _box(self, name: str, offsets: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
-        """The elements of a tensor from `offsets` on."""
-        pieces = self._pieces[name]
-        handle, key, _, _ = pieces[0]
-        if len(pieces) == 1 and size == self.shapes[name]:
-            return handle.get_tensor(key)  # type: ignore[no-any-return]
-        box = torch.empty(size, dtype=handle.get_slice(key)[:0].dtype)
-        for handle, key, first, length in pieces:
-            starts = [max(o, f) for o, f in zip(offsets, first, strict=True)]
-            ends = [min(o + s, f + n) for o, s, f, n in zip(offsets, size, first, length, strict=True)]
+    def read(self, name: str, offsets: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
+        """Read the box of a tensor that starts at `offsets`, from all shards that overlap it."""
+        shards = self._shards[name]
+        first = shards[0]
+        if len(shards) == 1 and size == self.shapes[name]:
+            return first.file.get_tensor(first.key)  # type: ignore[no-any-return]
+        box = torch.empty(size, dtype=first.file.get_slice(first.key)[:0].dtype)
+        for shard in shards:
+            starts = [max(o, s) for o, s in zip(offsets, shard.offsets, strict=True)]
+            ends = [min(o + n, s + m) for o, n, s, m in zip(offsets, size, shard.offsets, shard.size, strict=True)]
             if all(start < end for start, end in zip(starts, ends, strict=True)):
-                there = tuple(slice(s - f, e - f) for s, e, f in zip(starts, ends, first, strict=True))
-                here = tuple(slice(s - o, e - o) for s, e, o in zip(starts, ends, offsets, strict=True))
-                box[here] = handle.get_slice(key)[there]
+                source = tuple(slice(a - s, b - s) for a, b, s in zip(starts, ends, shard.offsets, strict=True))
+                target = tuple(slice(a - o, b - o) for a, b, o in zip(starts, ends, offsets, strict=True))
+                box[target] = shard.file.get_slice(shard.key)[source]
         return box
 
 
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, "pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path.name} is no file of tensors: {error}") from error
-
-
-def _is_whole(shape: tuple[int, ...], pieces: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
-    """Whether (offsets, size) of pieces, in order, make up the whole: one piece, or slices along one dimension."""
-    if pieces == [((0,) * len(shape), shape)]:
+def _is_complete(shape: tuple[int, ...], shards: list[_Shard]) -> bool:
+    """Returns True if the sorted shards are the full tensor, or follow each other along one dimension of it."""
+    zeros = (0,) * len(shape)
+    if len(shards) == 1 and (shards[0].offsets, shards[0].size) == (zeros, shape):
         return True
-    if any(len(offsets) != len(shape) or len(size) != len(shape) for offsets, size in pieces):
+    if not shape or any(len(shard.size) != len(shape) for shard in shards):
         return False
-    along = next((dim for dim in range(len(shape)) if pieces[0][1][dim] != shape[dim]), 0)
+    dim = next((dim for dim, size in enumerate(shards[0].size) if size != shape[dim]), 0)
     end = 0
-    for offsets, size in pieces:
-        if not shape or size[along] < 1:
+    for shard in shards:
+        length = shard.size[dim]
+        if length < 1 or shard.offsets != (*zeros[:dim], end, *zeros[dim + 1 :]):
             return False
-        if offsets != (*(0,) * along, end, *(0,) * (len(shape) - along - 1)):
+        if shard.size != (*shape[:dim], length, *shape[dim + 1 :]):
             return False
-        if size != (*shape[:along], size[along], *shape[along + 1 :]):
-            return False
-        end += size[along]
-    return end == shape[along]
+        end += length
+    return end == shape[dim]
 
 
 def consolidate(source: TensorFiles, names: Mapping[str, str], path: Path) -> None:
-    """Write tensors into one file that opens in transformers, one of them in memory at a time.
+    """Write one file with full tensors; `names` is {name in the file: name in the source}.
 
-    Args:
-        source: of the tensors.
-        names: {name in the source: name in the file}.
-        path: of the file.
+    Only one tensor is in memory at a time. The safetensors library can only write tensors that are all in memory.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, stored_as in names.items():
+    for key, name in names.items():
         begin, end = end, end + source.num_bytes(name)
-        header[stored_as] = {
-            "dtype": source.dtype(name),
-            "shape": source.shapes[name],
-            "data_offsets": [begin, end],
-        }
+        header[key] = {"dtype": source.dtype(name), "shape": source.shapes[name], "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight
-    # safetensors' own writer wants all of them in memory. The format: the header's length, the header, the tensors.
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
+        for name in names.values():
             file.write(source[name].reshape(-1).view(torch.uint8).numpy().data)

@@ -158,8 +158,6 @@ def ignored_options(accelerator: Accelerator) -> list[str]:
     accumulation = {key: value for key, value in accelerator.gradient_state.plugin_kwargs.items() if key != "num_steps"}
     if accumulation:
         ignored.append(f"gradient_accumulation_plugin with {accumulation} (set training.micro_batch_size)")
-    if count := len(accelerator._custom_objects):  # accelerate has no public list of them
-        ignored.append(f"register_for_checkpointing, {count} objects (save them in the state_dict() of a Callback)")
     return [f"the Trainer ignores an option of the Accelerator: {text}." for text in ignored]
 
 

@@ -130,7 +130,7 @@ def test_a_checkpoint_opens_as_the_average_and_gives_the_weights_as_trained_too(
 
 def test_without_an_average_there_is_nothing_else_to_export(tmp_path: Path) -> None:
     make_trainer(make_config(tmp_path, max_steps=1)).train()
-    with pytest.raises(CheckpointError, match="holds no averaged weights"):
+    with pytest.raises(CheckpointError, match="no averaged weights"):
         checkpoints.main(["consolidate", str(tmp_path), str(tmp_path / "out"), "--raw"], "checkpoints")
     assert not (tmp_path / "out").exists()
 

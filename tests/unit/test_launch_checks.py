@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration
 
@@ -168,14 +167,6 @@ def test_check_accelerator_accepts_options_that_a_trainer_follows(caplog: pytest
     loading = DataLoaderConfiguration(split_batches=True, even_batches=False, non_blocking=True)
     check_accelerator(Accelerator(cpu=True, dataloader_config=loading))
     assert caplog.records == []
-
-
-def test_check_accelerator_reports_registered_objects(caplog: pytest.LogCaptureFixture) -> None:
-    accelerator = Accelerator(cpu=True)
-    accelerator.register_for_checkpointing(torch.nn.Linear(1, 1))
-    check_accelerator(accelerator)
-    (record,) = caplog.records
-    assert "register_for_checkpointing, 1 objects" in record.getMessage()
 
 
 def test_save_state_and_load_state_are_refused(tmp_path: Path) -> None:

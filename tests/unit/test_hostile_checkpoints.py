@@ -1,0 +1,261 @@
+"""Any checkpoint from a stranger or a broken disk loads, or is one of our errors: no other exception, no hang, no code
+that runs, no file outside that changes.
+
+`HYPOTHESIS_PROFILE=thorough` tries 250 times as many.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fundamentallm import LoggingCallback, SaveBestCallback
+from fundamentallm.checkpoint.manager import CheckpointManager
+from fundamentallm.errors import CheckpointError, FundamentaLLMError
+from tests.conftest import reset_accelerate
+from tests.integration.runs import make_config, make_trainer
+from tests.unit.checkpoint_files import make_true, pairs, write_manifest
+from tests.unit.test_hostile_input import numbers, scaled, time_limit
+
+FILES = ("model.safetensors", "training.safetensors", "state.json", "config.json", "tokenizer.json", "manifest.json")
+RUN: dict[str, Any] = {
+    "optimizer": "muon", "max_steps": 4, "save_every_n_steps": 2, "early_stopping_patience": 9, "eval_every_n_steps": 1,
+    "skip_spikes_above": 9.0,
+}  # fmt: skip
+
+
+def train(folder: Path) -> None:
+    reset_accelerate()
+    callbacks = [LoggingCallback(folder / "metrics.jsonl"), SaveBestCallback()]
+    make_trainer(make_config(folder, **RUN), characters=900, callbacks=callbacks).train()
+
+
+@functools.cache
+def real_run() -> Path:
+    """Returns the folder of a run after step 3 of 4, with the checkpoints of steps 2 and 3."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    train(folder)
+    shutil.rmtree(folder / "checkpoints" / "step_00000004")
+    assert sorted(path.name for path in (folder / "checkpoints").glob("step*")) == ["step_00000002", "step_00000003"]
+    return folder
+
+
+@contextlib.contextmanager
+def copy_of_run() -> Iterator[Path]:
+    """Yields a copy of the run beside a file that nothing may change."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(real_run(), Path(folder) / "run")
+        outside = Path(folder) / "outside"
+        outside.write_text("mine")
+        outside.chmod(0o644)
+        yield Path(folder) / "run"
+        assert outside.read_text() == "mine"
+        assert {path.name for path in Path(folder).iterdir()} == {"run", "outside"}
+
+
+def assert_opens_or_is_refused(run: Path) -> None:
+    """Every way to open the run's checkpoints works or raises one of our errors."""
+    checkpoints = run / "checkpoints"
+    manager = CheckpointManager(checkpoints)
+    with time_limit():
+        manager.get_best()
+        manager.get_latest()
+        manager.newest_intact()
+        for path in sorted(checkpoints.glob("step*")):
+            with contextlib.suppress(CheckpointError):
+                assert isinstance(manager.load(path), dict)
+        with contextlib.suppress(FundamentaLLMError):
+            train(run)
+
+
+def paths_in(document: Any) -> st.SearchStrategy[tuple[Any, ...]]:
+    """A path into a JSON document: each child of a level is as likely as the others."""
+    if not isinstance(document, (dict, list)) or not document:
+        return st.just(())
+    keys = sorted(document) if isinstance(document, dict) else range(len(document))
+    deeper = st.sampled_from(keys).flatmap(lambda key: paths_in(document[key]).map(lambda rest: (key, *rest)))
+    return deeper if len(document) > 1 else deeper | st.just(())
+
+
+TENSOR_NAMES = st.sampled_from(
+    ["model_state_dict/norm.weight", "progress_state_dict/tokens", "guard_state_dict/counts", "guard_state_dict/recent"]
+) | st.text(max_size=3)
+json_scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | numbers
+json_values = st.recursive(
+    json_scalars
+    | st.builds(lambda name: {"__tensor__": name}, TENSOR_NAMES)
+    | st.builds(lambda value: {"__float__": value}, json_scalars),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+        | st.builds(lambda value: {"__tuple__": value}, inner)
+    ),
+    max_leaves=6,
+)
+DELETED = object()
+checkpoint_names = st.sampled_from(["step_00000002", "step_00000003"])
+
+
+def put(document: Any, path: tuple[Any, ...], value: Any) -> Any:
+    """Returns the document with another value at a path, or without what was there."""
+    if not path:
+        return {} if value is DELETED else value
+    *parents, last = path
+    target = document
+    for key in parents:
+        target = target[key]
+    if value is DELETED:
+        del target[last]
+    else:
+        target[last] = value
+    return document
+
+
+@scaled(0.5)
+@given(st.data())
+def test_resume_of_any_state_works_or_is_refused(data: st.DataObject) -> None:
+    """The manifest is correct: the author knows the format."""
+    with copy_of_run() as run:
+        newest = run / "checkpoints" / "step_00000003"
+        document = json.loads((newest / "state.json").read_text())
+        for _ in range(data.draw(st.integers(1, 2))):
+            path = data.draw(paths_in(document))
+            document = put(document, path, data.draw(json_values | st.just(DELETED)))
+        (newest / "state.json").write_text(json.dumps(document))
+        make_true(newest)
+        assert_opens_or_is_refused(run)
+
+
+@scaled(0.3)
+@given(st.data())
+def test_resume_of_any_manifest_works_or_is_refused(data: st.DataObject) -> None:
+    with copy_of_run() as run:
+        folder = run / "checkpoints" / data.draw(checkpoint_names)
+        document = json.loads((folder / "manifest.json").read_text())
+        path = data.draw(paths_in(document))
+        names = st.sampled_from(["../outside", str(run.parent / "outside"), "a" * 300, "a\0", "manifest.json", "."])
+        if data.draw(st.booleans()):
+            document["files"][data.draw(names)] = {"size": 4, "sha256": hashlib.sha256(b"mine").hexdigest()}
+        else:
+            document = put(document, path, data.draw(json_values | st.just(DELETED)))
+        if data.draw(st.booleans()) and isinstance(document, dict):
+            write_manifest(folder, document)
+        else:
+            (folder / "manifest.json").write_text(json.dumps(document))
+        assert_opens_or_is_refused(run)
+
+
+@scaled(0.3)
+@given(st.data())
+def test_resume_of_any_bytes_works_or_is_refused(data: st.DataObject) -> None:
+    with copy_of_run() as run:
+        folder = run / "checkpoints" / data.draw(checkpoint_names)
+        file = folder / data.draw(st.sampled_from(FILES))
+        content = bytearray(file.read_bytes())
+        for _ in range(data.draw(st.integers(1, 3))):
+            # Most of the structure is in the first bytes: lengths, and the header of tensors.
+            start = data.draw(st.integers(0, 200) | st.integers(0, len(content)))
+            content[start : start + data.draw(st.integers(0, 20))] = data.draw(st.binary(max_size=20))
+        file.write_bytes(content)
+        if file.name != "manifest.json":
+            make_true(folder)
+        assert_opens_or_is_refused(run)
+
+
+sizes = st.integers(-2, 2**65) | st.sampled_from([0, 1, 2**31, 2**63, 2**64])
+headers = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(
+            ["F32", "F64", "I64", "U64", "BOOL", "BF16", "F8_E4M3", "F8_E8M0", "F4", "F6_E2M3", "C64", "x", "", None]
+        ),
+        "shape": st.lists(sizes, max_size=3) | json_values,
+        "data_offsets": st.tuples(sizes, sizes) | json_values,
+    }
+)
+
+
+@scaled(0.4)
+@given(st.data())
+def test_resume_of_any_tensor_header_works_or_is_refused(data: st.DataObject) -> None:
+    with copy_of_run() as run:
+        folder = run / "checkpoints" / data.draw(checkpoint_names)
+        file = folder / data.draw(st.sampled_from(FILES[:2]))
+        content = file.read_bytes()
+        end = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:end])
+        name = data.draw(st.sampled_from(sorted(header)))
+        header[name] = data.draw(headers | json_values)
+        if data.draw(st.booleans()):  # a header that fits the bytes behind it
+            header = {name: {"dtype": "F32", "shape": data.draw(st.lists(sizes, max_size=3)), "data_offsets": [0, 0]}}
+            content = content[:end]
+        text = json.dumps(header).encode()
+        length = data.draw(st.just(len(text)) | st.integers(0, 2**64 - 1))
+        file.write_bytes(length.to_bytes(8, "little") + text + content[end:])
+        make_true(folder)
+        assert_opens_or_is_refused(run)
+
+
+KINDS = (
+    *("pipe", "folder", "link to nothing", "link to itself", "link outside", "link to the moved one", "nothing"),
+    "device",
+)
+NAMES = (*FILES, "", "~", "../.fundamentallm.lock", ".staging-x-0123456789ab", ".replaced-x-0123456789ab")
+
+
+def replace(path: Path, kind: str, outside: Path) -> None:
+    """Replace a file or folder by something else."""
+    if path.is_dir() and not path.is_symlink():
+        path.rename(path.with_name(path.name + "-moved"))
+    else:
+        path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind != "nothing":
+        targets = {"link to nothing": "nothing", "link to itself": path.name, "link outside": outside}
+        path.symlink_to({**targets, "link to the moved one": f"{path.name}-moved", "device": "/dev/null"}[kind])
+
+
+# A link outside is tried for every name, because it could make a run write there.
+CASES = sorted({*pairs(KINDS, NAMES), *(("link outside", name) for name in NAMES)})
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_resume_with_anything_in_place_of_a_file_works_or_is_refused(kind: str, name: str) -> None:
+    with copy_of_run() as run:
+        checkpoints = run / "checkpoints"
+        path = checkpoints / "step_00000003" / name if name in FILES else checkpoints / (name or "step_00000003")
+        replace(path, kind, run.parent / "outside")
+        assert_opens_or_is_refused(run)
+
+
+@pytest.mark.parametrize(
+    ("text", "file"),
+    pairs(
+        ["[" * 100_000, '{"a":' * 100_000, "[" * 900 + "]" * 900, '{"state": null, "same_as": {}}'],
+        ["manifest.json", "state.json"],
+    ),
+)
+def test_load_of_deeply_nested_json_is_refused(file: str, text: str) -> None:
+    with copy_of_run() as run:
+        path = run / "checkpoints" / "step_00000003"
+        (path / file).write_text(text)
+        if file != "manifest.json":
+            make_true(path)
+        with time_limit(), pytest.raises(CheckpointError, match=file):
+            CheckpointManager(run).load(path)
