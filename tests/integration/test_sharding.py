@@ -130,24 +130,28 @@ def test_bf16_is_near_what_autocast_computes(tmp_path: Path) -> None:
 # ---- how it starts -------------------------------------------------------------------------------------------------
 
 
-def begin_on_meta(processes: int, folder: str, tied: bool) -> None:
+def begin_on_meta(processes: int, folder: str, tied: bool, loads_from_main: bool) -> None:
     config = make_config(folder)
     shape = replace(config.model, vocab_size=50, tie_embeddings=tied)
     torch.manual_seed(3)
     expected = Transformer(shape).state_dict()
     accelerator = sharded_accelerator()
+    accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = loads_from_main
     assert accelerator.num_processes == processes
     with torch.device("meta"):
         model = Transformer(shape)
     place_model(accelerator, model, seed=3)
     prepare_model(accelerator, ModelWithLoss(model, nn.Identity()), create_optimizer(model, "adamw", 0.1))
     assert not any(parameter.is_meta for parameter in model.parameters())
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) is tied
     assert_same_weights({name: whole(tensor) for name, tensor in model.state_dict().items()}, expected)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_model_without_memory_starts_with_the_weights_of_a_single_process(tmp_path: Path, tied: bool) -> None:
-    on_processes(3, begin_on_meta, str(tmp_path), tied)
+@pytest.mark.parametrize(("tied", "loads_from_main"), [(False, True), (False, False), (True, True)])
+def test_prepare_model_from_meta_starts_with_single_process_weights(
+    tmp_path: Path, tied: bool, loads_from_main: bool
+) -> None:
+    on_processes(3, begin_on_meta, str(tmp_path), tied, loads_from_main)
 
 
 def refused(_: int) -> None:
