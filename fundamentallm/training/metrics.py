@@ -39,20 +39,6 @@ class RunningMean:
         """(sum, count), to add up over processes."""
         return self._totals
 
-    def reset(self) -> None:
-        """Set sum and count to zero."""
-        self._totals.zero_()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Returns sum and count."""
-        return {"totals": self._totals}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore saved sums. Raises ValueError if they have another shape."""
-        if state["totals"].shape != self._totals.shape:
-            raise ValueError(f"the sums have shape {state['totals'].shape}.")
-        self._totals.copy_(state["totals"])
-
 
 CLOCKS = ("step", "val_step")
 """Metrics that hold the optimizer step of the metrics logged with them."""
