@@ -19,7 +19,7 @@ smoke = "--smoke" in sys.argv[1:]
 
 def tiny_model(folder: str, text: str) -> str:
     """Stands for a downloaded one: a folder with a model and its tokenizer."""
-    tokenizer = create_tokenizer("bpe:400", lambda: [text], lambda: [text])
+    tokenizer = create_tokenizer("bpe:400", text)
     shape = LlamaConfig(
         vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
     )

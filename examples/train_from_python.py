@@ -25,7 +25,7 @@ def main(output_dir: str = "runs/from_python") -> Trainer:
     from pydoc_data.topics import topics  # English prose that every CPython carries
 
     text = "\n\n".join(topics.values())[:100_000]
-    tokenizer = create_tokenizer("char", lambda: [text], lambda: [text])
+    tokenizer = create_tokenizer("char", text)
     config = Config(
         output_dir=output_dir,
         model=ModelConfig(vocab_size=tokenizer.get_vocab_size(), d_model=64, num_heads=4, num_layers=2),

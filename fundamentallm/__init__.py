@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fundamentallm.errors import RunInProgressError as RunInProgressError
     from fundamentallm.errors import TrainingError as TrainingError
     from fundamentallm.inference.generation import generate as generate
+    from fundamentallm.inference.loading import load_model as load_model
     from fundamentallm.models.transformer import Transformer as Transformer
     from fundamentallm.training.callbacks.base import Callback as Callback
     from fundamentallm.training.callbacks.base import CallbackList as CallbackList
@@ -49,6 +50,7 @@ _MODULES = {
     "distributed.accelerator": ("create_accelerator",),
     "errors": ("CheckpointError", "ConfigError", "FundamentaLLMError", "RunInProgressError", "TrainingError"),
     "inference.generation": ("generate",),
+    "inference.loading": ("load_model",),
     "models.transformer": ("Transformer",),
     "training.callbacks": (
         "Callback", "CallbackList", "LoggingCallback", "ProgressCallback", "SaveBestCallback", "VisualizationCallback",

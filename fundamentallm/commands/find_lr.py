@@ -1,6 +1,6 @@
-"""Find a learning rate by a range test: short real training, at a rate that grows with every step.
+"""Find a learning rate by a range test: short real training at a rate that grows with every step.
 
-(Smith, arXiv:1506.01186; smoothed and stopped as in Gugger's and fastai's.)
+The test is that of Smith (arXiv:1506.01186), smoothed and stopped as in fastai.
 """
 
 from __future__ import annotations
@@ -13,25 +13,20 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from fundamentallm.commands.options import add_trainer_option, parse_settings, trainer_problems
 from fundamentallm.commands.output import say, say_table
-from fundamentallm.commands.trainer_option import add_trainer_option, parse_with_trainer
 from fundamentallm.config.schema import Config
-from fundamentallm.config.validation import POSITIVE
-from fundamentallm.errors import ConfigError, TrainingError, writing
-
-if TYPE_CHECKING:
-    from fundamentallm.commands.trial import Until
+from fundamentallm.config.validation import POSITIVE, Interval
+from fundamentallm.errors import ConfigError, Problem, TrainingError, writing
 
 SMOOTHING = 0.9
-"""Of a step's loss in the smoothed one, the part that comes from the steps before."""
+"""Weight of the earlier steps in the smoothed loss."""
 DIVERGED = 4.0
-"""Times the smallest smoothed loss: beyond that the test ends."""
-FEWEST = 20
-"""Steps with which a curve tells anything."""
-ROWS = 20
-"""Of the table."""
+"""The test stops when the smoothed loss exceeds its minimum by this factor."""
+FEWEST_STEPS, ROWS = 20, 20
+"""Least steps of a test; about as many rows are printed."""
 
 
 class Point(NamedTuple):
@@ -39,52 +34,49 @@ class Point(NamedTuple):
 
     learning_rate: float
     loss: float
-    """Nats per target, of this step's batch."""
+    """Nats per target, of the batch of this step."""
     smoothed: float
 
 
 class Suggestion(NamedTuple):
-    """What the curve says."""
+    """Learning rates read off the curve."""
 
     steepest: float
-    """Where the smoothed loss falls fastest, by decade of the rate: the suggestion."""
+    """Where the smoothed loss falls fastest per decade: the suggestion."""
     minimum: float
-    """Where it is smallest; a tenth of it is the other rule in use."""
+    """Where the smoothed loss is smallest; a tenth of it is another common rule."""
 
 
 def main(arguments: Sequence[str], program: str) -> int:
-    """Run the command line; returns the exit code: 0 with a suggestion, 1 if the curve has none.
+    """Run the command line and return the exit code: 0 with a suggestion, 1 without.
 
     Raises:
-        FundamentaLLMError: if something is wrong with the settings or options, or as training does.
+        FundamentaLLMError: if a setting or an option is wrong, or training fails.
     """
     parser = argparse.ArgumentParser(
         prog=program,
         usage="%(prog)s --config FILE [--SECTION.SETTING VALUE ...] [--steps N] [--plot FILE] [--json FILE] ...",
-        description="Find a learning rate: the first steps of the run, at a rate that grows exponentially from "
-        "--lowest to --highest, until the loss explodes. Nothing is written into output_dir. Settings are those of "
-        "`fundamentallm train --help`; it may be launched on many devices as the run itself.",
+        description="Run a learning rate range test: the first steps of the run, at a rate that grows exponentially "
+        "from --lowest to --highest, until the loss diverges. Nothing is written to output_dir. The settings are those "
+        "of `fundamentallm train --help`. It can be launched on several devices, as the run itself.",
         allow_abbrev=False,
     )
     add_trainer_option(parser)
     parser.add_argument("--steps", type=int, default=100, metavar="N", help="optimizer steps [100]")
-    parser.add_argument("--lowest", type=float, default=1e-6, metavar="RATE", help="of the first step [1e-6]")
-    parser.add_argument("--highest", type=float, default=10.0, metavar="RATE", help="of the last step [10]")
-    parser.add_argument(
-        "--plot", metavar="FILE", help="draw the curve there; default: find_lr.png, if matplotlib is installed"
-    )
-    parser.add_argument("--json", metavar="FILE", help="write all points, and the suggestion, there")
+    parser.add_argument("--lowest", type=float, default=1e-6, metavar="RATE", help="rate of the first step [1e-6]")
+    parser.add_argument("--highest", type=float, default=10.0, metavar="RATE", help="rate of the last step [10]")
+    parser.add_argument("--plot", metavar="FILE", help="plot of the curve [find_lr.png, if matplotlib is installed]")
+    parser.add_argument("--json", metavar="FILE", help="write all points and the suggestion to this file")
     options, rest = parser.parse_known_args(arguments)
-    problems = []
-    if options.steps < FEWEST:
-        problems.append(f"--steps is {options.steps}; allowed: at least {FEWEST}.")
-    if options.lowest not in POSITIVE or options.highest not in POSITIVE or options.lowest >= options.highest:
-        problems.append(
-            f"--lowest is {options.lowest:g} and --highest is {options.highest:g}; allowed: positive numbers, the "
-            "second one larger."
-        )
-    config = parse_with_trainer(rest, options.trainer, program, problems)
-    plot = _checked_plot(options.plot)
+    problems = trainer_problems(options.trainer)
+    if options.steps < FEWEST_STEPS:
+        problems.append(Problem("--steps", options.steps, allowed=str(Interval(low=FEWEST_STEPS))))
+    if options.highest not in POSITIVE:
+        problems.append(Problem("--highest", options.highest, allowed=str(POSITIVE)))
+    if options.lowest not in POSITIVE or not options.lowest < options.highest:
+        problems.append(Problem("--lowest", options.lowest, allowed="greater than 0 and less than --highest"))
+    config = parse_settings(rest, program, problems)
+    plot = _plot_path(options.plot)
 
     with tempfile.TemporaryDirectory(prefix="fundamentallm-find_lr-") as folder:
         points, is_main = _range_test(config, options, Path(folder))
@@ -102,12 +94,12 @@ def main(arguments: Sequence[str], program: str) -> int:
 
 
 def exponential(progress: float, ratio: float) -> float:
-    """A schedule ('module:name') that grows from `ratio` of the peak at 0 to the peak at 1, by a factor each step."""
+    """Schedule ('module:name') that grows by a constant factor per step, from `ratio` of the peak to the peak."""
     return float(ratio ** (1 - progress))
 
 
 def smooth(losses: Sequence[float]) -> list[float]:
-    """The exponential moving average of losses, without the bias towards zero of its beginning."""
+    """Returns the exponential moving average of losses, with bias correction."""
     average, smoothed = 0.0, []
     for step, loss in enumerate(losses, start=1):
         average = SMOOTHING * average + (1 - SMOOTHING) * loss
@@ -116,13 +108,13 @@ def smooth(losses: Sequence[float]) -> list[float]:
 
 
 def has_diverged(losses: Sequence[float]) -> bool:
-    """Whether nothing more is to be learnt: the last loss is not finite, or far above the smallest."""
+    """Returns True if the last loss is not finite, or the smoothed loss is far above its minimum."""
     smoothed = smooth(losses)
     return not math.isfinite(losses[-1]) or smoothed[-1] > DIVERGED * min(smoothed)
 
 
 def suggestion(points: Sequence[Point]) -> Suggestion | None:
-    """What the curve says; None where the loss does not fall on its way to the smallest."""
+    """Returns what the curve suggests, or None if the loss does not fall before its minimum."""
     points = [point for point in points if math.isfinite(point.smoothed)]
     lowest = min(range(len(points)), key=lambda i: points[i].smoothed)
 
@@ -137,55 +129,45 @@ def suggestion(points: Sequence[Point]) -> Suggestion | None:
 
 
 def _range_test(config: Config, options: argparse.Namespace, folder: Path) -> tuple[list[Point], bool]:
-    """The points, and whether this process is the one to show them."""
+    """Returns the points, and whether this is the main process."""
     # Imported here, so that --help and wrong settings need not wait for torch.
     from fundamentallm.commands.trial import make_trainer, run_until, trial_config
 
     trial = trial_config(
-        config,
-        folder,
-        max_steps=options.steps,
-        max_epochs=None,
-        learning_rate=options.highest,
-        lr_scheduler=f"{__name__}:exponential",
-        lr_scheduler_options={"ratio": options.lowest / options.highest},
-        warmup_steps=0,
-        min_lr_ratio=0.0,
-        batch_size_schedule=[],
-        ema_decay=None,
-        # A loss that explodes is what is looked for.
-        skip_spikes_above=None,
-        max_minutes=None,
-        max_bad_steps=options.steps,
-    )
+        config, folder, max_steps=options.steps, max_epochs=None, learning_rate=options.highest,
+        lr_scheduler=f"{__name__}:exponential", lr_scheduler_options={"ratio": options.lowest / options.highest},
+        warmup_steps=0, min_lr_ratio=0.0, batch_size_schedule=[], ema_decay=None, max_minutes=None,
+        skip_spikes_above=None, max_bad_steps=options.steps,  # divergence is part of the test
+    )  # fmt: skip
     trainer = make_trainer(options.trainer, trial)
     trainer.val_loader = trainer.saver.manager = None  # neither validates nor saves
-    run: Until = run_until(trainer, lambda run: has_diverged(run.losses))
+    lines = run_until(trainer, lambda run: has_diverged(run.losses)).lines
     is_main, was_interrupted = trainer.is_main_process, trainer.was_interrupted
     trainer.leave_group()
-    if was_interrupted:  # what was seen of the range would suggest something, and wrongly
+    if was_interrupted:  # part of the range would give a wrong suggestion
         raise KeyboardInterrupt
-    losses = [line["train_loss"] for line in run.lines]
-    rates = [line["learning_rate"] for line in run.lines]
+    losses = [line["train_loss"] for line in lines]
+    rates = [line["learning_rate"] for line in lines]
     return [Point(*values) for values in zip(rates, losses, smooth(losses), strict=True)], is_main
 
 
 def _show(points: Sequence[Point], found: Suggestion | None) -> None:
+    """Print some of the points, and the suggestion."""
     every = max(1, len(points) // ROWS)
     shown = [point for i, point in enumerate(points) if i % every == 0 or i == len(points) - 1]
     rows = [(f"{p.learning_rate:.2e}", f"{p.loss:.4f}", f"{p.smoothed:.4f}") for p in shown]
     say_table([("learning rate", "loss", "smoothed"), *rows], ">>>")
     if found is None:
-        say("\nno suggestion: the loss did not fall; try another range, or more steps.")
+        say("\nno suggestion: the loss did not fall. Try another range, or more steps.")
         return
     say(
         f"\nsuggestion: training.learning_rate {found.steepest:.1e}, where the loss falls fastest\n"
-        f"(smallest at {found.minimum:.1e}; a tenth of that, the other rule in use, is {found.minimum / 10:.1e})"
+        f"(loss minimum at {found.minimum:.1e}; the min/10 rule gives {found.minimum / 10:.1e})"
     )
 
 
-def _checked_plot(given: str | None) -> Path | None:
-    """Where to draw, if anywhere."""
+def _plot_path(given: str | None) -> Path | None:
+    """Returns where to plot, or None if matplotlib is missing and no plot was asked for."""
     from fundamentallm.training.callbacks.curves import check_matplotlib
 
     try:
@@ -200,6 +182,7 @@ def _checked_plot(given: str | None) -> Path | None:
 
 
 def _draw(points: Sequence[Point], found: Suggestion | None, path: Path) -> None:
+    """Plot the loss over the learning rate."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -209,14 +192,12 @@ def _draw(points: Sequence[Point], found: Suggestion | None, path: Path) -> None
     axes.plot(rates, [point.smoothed for point in points], color="#33658a", linewidth=1.4, label="smoothed")
     lowest, first = min(point.loss for point in points if math.isfinite(point.loss)), points[0].loss
     room = max(first - lowest, 1e-3)
-    axes.set_ylim(lowest - 0.1 * room, first + 0.5 * room)  # what explodes would flatten all else
+    axes.set_ylim(lowest - 0.1 * room, first + 0.5 * room)  # the diverged end would flatten the rest
     if found is not None:
-        axes.axvline(found.steepest, color="#d1495b", linewidth=1, label=f"steepest: {found.steepest:.1e}")
-        axes.axvline(found.minimum / 10, color="#d1495b", linewidth=1, linestyle=":",
-                     label=f"a tenth of the smallest's: {found.minimum / 10:.1e}")  # fmt: skip
+        for rate, style, label in ((found.steepest, "-", "steepest"), (found.minimum / 10, ":", "minimum / 10")):
+            axes.axvline(rate, color="#d1495b", linewidth=1, linestyle=style, label=f"{label}: {rate:.1e}")
     axes.set(xscale="log", xlabel="learning rate", ylabel="loss (nats per token)")
     axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, linewidth=0.6)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -224,14 +205,9 @@ def _draw(points: Sequence[Point], found: Suggestion | None, path: Path) -> None
 
 
 def _write_json(points: Sequence[Point], found: Suggestion | None, path: Path) -> None:
-    content: dict[str, Any] = {
-        "suggestion": None if found is None else found.steepest,
-        "minimum": None if found is None else found.minimum,
-        "points": [
-            {name: value if math.isfinite(value) else None for name, value in point._asdict().items()}
-            for point in points
-        ],
-    }
+    """Write the suggestion and all points; numbers that are not finite become null."""
+    steps = [{k: v if math.isfinite(v) else None for k, v in point._asdict().items()} for point in points]
+    rates: dict[str, Any] = {"suggestion": found and found.steepest, "minimum": found and found.minimum}
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(rates | {"points": steps}, indent=1) + "\n", encoding="utf-8")

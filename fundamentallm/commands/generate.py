@@ -1,4 +1,4 @@
-"""Write text with a trained model."""
+"""Generate text with a trained model."""
 
 from __future__ import annotations
 
@@ -8,97 +8,81 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fundamentallm.errors import ConfigError
-from fundamentallm.inference.loading import CHECKPOINT_HELP, open_model
+from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.inference.loading import CHECKPOINT_HELP, load_model
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
 def main(arguments: Sequence[str], program: str) -> int:
-    """Run the command line; returns the exit code.
+    """Run the command line and return its exit code.
 
     Raises:
         FundamentaLLMError: if the checkpoint cannot be opened, or a value is outside its range.
     """
     parser = argparse.ArgumentParser(prog=program, description=__doc__, allow_abbrev=False)
-    parser.add_argument("--checkpoint", required=True, type=Path, metavar="DIR", help=CHECKPOINT_HELP)
-    parser.add_argument(
-        "--prompt", action="append", metavar="TEXT",
-        help="text to go on from [a new line]; given several times, all are continued at once",
-    )  # fmt: skip
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt in each line; further ones")
-    parser.add_argument("--max_new_tokens", type=int, default=200, metavar="N", help="most tokens to write [200]")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most probable token [0.8]")
-    parser.add_argument("--top_k", type=int, metavar="N", help="draw among the N most probable tokens only")
-    parser.add_argument(
-        "--top_p", type=float, metavar="P", help="draw among the fewest tokens that have the probability P together"
-    )
-    parser.add_argument(
-        "--repetition_penalty", type=float, default=1.0, metavar="R",
-        help="above 1: tokens that are there already become less probable [1]",
-    )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of the draws; a further prompt's is one more [0]")
-    parser.add_argument(
-        "--ignore_end", action="store_true", help="write on where the model ends the text (its end-of-text token)"
-    )
-    parser.add_argument(
-        "--json", action="store_true", help='write {"prompt": ..., "text": ..., "tokens": N} a line, at the end'
-    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, type=Path, metavar="DIR", help=CHECKPOINT_HELP)
+    add("--prompt", action="append", metavar="TEXT", help="text to continue [a new line]; may be repeated")
+    add("--prompts", type=Path, metavar="FILE", help="file with a prompt in each line, in addition to --prompt")
+    add("--max_new_tokens", type=int, default=200, metavar="N", help="maximum number of tokens to generate [200]")
+    add("--temperature", type=float, default=0.8, help="0: always the most probable token [0.8]")
+    add("--top_k", type=int, metavar="N", help="sample among the N most probable tokens only")
+    add("--top_p", type=float, metavar="P", help="sample among the fewest tokens with total probability P")
+    add("--repetition_penalty", type=float, default=1.0, metavar="R", help="above 1: fewer repeated tokens [1]")
+    add("--seed", type=int, default=0, help="seed of the first prompt; each further prompt adds 1 [0]")
+    add("--ignore_end", action="store_true", help="continue after the model's end-of-text token")
+    add("--json", action="store_true", help='print {"prompt": ..., "text": ..., "tokens": N} for each prompt')
     options = parser.parse_args(arguments)
     prompts = _prompts(options)
 
-    # Imported here, so that --help need not wait for torch.
+    # Imported late, so that --help need not wait for torch.
     from fundamentallm.data.tokenizers import encode_prompt
     from fundamentallm.inference.generation import Sampling, generate_batch
 
-    opened = open_model(options.checkpoint)
-    ids = [encode_prompt(opened.tokenizer, prompt) for prompt in prompts]
+    loaded = load_model(options.checkpoint)
     drawn = generate_batch(
-        opened.model,
-        ids,
+        loaded.model,
+        [encode_prompt(loaded.tokenizer, prompt) for prompt in prompts],
         options.max_new_tokens,
-        opened.context or max(map(len, ids)) + options.max_new_tokens,
+        loaded.context,
         Sampling(options.repetition_penalty, options.temperature, options.top_k, options.top_p),
         options.seed,
-        () if options.ignore_end else opened.stop,
+        () if options.ignore_end else loaded.stop,
     )
-    if len(prompts) == 1 and not options.json:
-        _stream(opened.tokenizer, prompts[0], (row[0] for row in drawn))
-    else:
-        _write_all(opened.tokenizer, prompts, drawn, options.json)
+    if len(prompts) > 1 or options.json:
+        _print_all(loaded.tokenizer, prompts, drawn, options.json)
+        return 0
+    print(prompts[0], end="", flush=True)
+    for piece in pieces(loaded.tokenizer, (row[0] for row in drawn)):
+        print(piece, end="", flush=True)
+    print()
     return 0
 
 
 def _prompts(options: argparse.Namespace) -> list[str]:
     prompts = list(options.prompt or [])
     if options.prompts is not None:
+        given = str(options.prompts)
         try:
-            lines = options.prompts.read_text(encoding="utf-8").split("\n")  # not at a U+2028, as splitlines does
+            lines = options.prompts.read_text(encoding="utf-8").split("\n")  # splitlines also splits at U+2028
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--prompts is {str(options.prompts)!r}, which cannot be read: {error}.") from error
+            raise ConfigError(Problem("--prompts", given, reason=f"which cannot be read: {error}")) from error
         prompts += [line for line in lines if line]
         if not prompts:
-            raise ConfigError(f"--prompts is {str(options.prompts)!r}, which is empty; give a prompt in each line.")
+            raise ConfigError(Problem("--prompts", given, "a prompt in each line", reason="which is empty"))
     return prompts or ["\n"]
 
 
-def _stream(tokenizer: Tokenizer, prompt: str, ids: Iterator[int]) -> None:
-    """Print the prompt, and what continues it as it comes."""
-    print(prompt, end="", flush=True)
-    for piece in pieces(tokenizer, ids):
-        print(piece, end="", flush=True)
-    print()
-
-
 def pieces(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
-    """The text of tokens, piece by piece; a character that is made of several tokens comes whole.
+    """Yield the text of tokens as they come, and a character that consists of several tokens as a whole.
 
-    A token's text depends on those before it, so the last few are decoded together, and new is what that text has more
-    than before; not all that there are, or long texts would cost the square of their length.
+    The text of a token depends on those before it. So the last few are decoded together, and what that adds to their
+    text is new. Decoding all tokens each time would cost the square of their number.
     """
     window: list[int] = []
-    done = ""  # the text of the window that is out already
+    done = ""  # the part of the window's text that was yielded
     for token in ids:
         window.append(token)
         text = tokenizer.decode(window)
@@ -109,13 +93,13 @@ def pieces(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
     yield tokenizer.decode(window)[len(done) :]
 
 
-def _write_all(tokenizer: Tokenizer, prompts: list[str], drawn: Iterator[dict[int, int]], as_json: bool) -> None:
-    """Print all texts when they are complete."""
-    written: list[list[int]] = [[] for _ in prompts]
+def _print_all(tokenizer: Tokenizer, prompts: list[str], drawn: Iterator[dict[int, int]], as_json: bool) -> None:
+    """Print all texts once they are complete."""
+    texts: list[list[int]] = [[] for _ in prompts]
     for row in drawn:
         for index, token in row.items():
-            written[index].append(token)
-    for index, (prompt, ids) in enumerate(zip(prompts, written, strict=True)):
+            texts[index].append(token)
+    for index, (prompt, ids) in enumerate(zip(prompts, texts, strict=True)):
         text = tokenizer.decode(ids)
         if as_json:
             print(json.dumps({"prompt": prompt, "text": text, "tokens": len(ids)}, ensure_ascii=False))

@@ -1,6 +1,4 @@
-"""Compare runs on one page: curves, settings that differ, samples over time, environment. One HTML file, which opens
-without a server and without the internet.
-"""
+"""Compare runs on one HTML page: curves, settings that differ, samples, environment. The page needs no server."""
 
 from __future__ import annotations
 
@@ -18,19 +16,19 @@ from fundamentallm.config.schema import flat_settings
 from fundamentallm.errors import CheckpointError, FundamentaLLMError, writing
 
 MARK = '<meta name="generator" content="fundamentallm report">'
-"""By which a page of ours is known, to be written over."""
+"""Identifies a report, which may be overwritten."""
 MOST_POINTS = 2000
-"""Of a curve; screens have no more."""
+"""Points of a curve. Screens have no more columns."""
 
 
 def main(arguments: Sequence[str], program: str) -> int:
-    """Run the command line; returns the exit code.
+    """Run the command line and return the exit code.
 
     Raises:
         FundamentaLLMError: if a folder holds no run, or the page cannot be written.
     """
     parser = argparse.ArgumentParser(prog=program, description=__doc__, allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's output_dir")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output_dir of a run")
     parser.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE", help="[report.html]")
     options = parser.parse_args(arguments)
     paths = list(dict.fromkeys(options.runs))
@@ -41,7 +39,7 @@ def main(arguments: Sequence[str], program: str) -> int:
 
 
 def names_of(paths: list[Path]) -> list[str]:
-    """The last parts of the paths, as many as it takes to tell them apart."""
+    """Returns the last parts of the paths, as many as make the names distinct."""
     parts = [path.absolute().parts for path in paths]
     for count in range(1, max(map(len, parts)) + 1):
         names = [os.path.join(*some[-count:]) for some in parts]
@@ -51,19 +49,19 @@ def names_of(paths: list[Path]) -> list[str]:
 
 
 def read_run(folder: Path, name: str) -> dict[str, Any]:
-    """What the page shows of a run, of any age, going on or ended.
+    """Returns what the page shows of a run; parts that an old run lacks are None or empty.
 
     Raises:
         FundamentaLLMError: if the folder has no metrics.jsonl, or it cannot be read.
     """
-    # Imported here, with the package of the modules that import torch, so that --help need not wait.
+    # Imported here, so that --help need not wait for torch.
     from fundamentallm.run.folder import SAMPLES, read_starts, restarts
     from fundamentallm.run.json_lines import numbers, read
 
     log = folder / "metrics.jsonl"
     try:
         if not log.is_file():
-            raise FundamentaLLMError(f"{folder} has no metrics.jsonl; give a run's output_dir.")
+            raise FundamentaLLMError(f"{folder} has no metrics.jsonl; give the output_dir of a run.")
         lines = [numbers(line) for line in read(log)]
         samples = [
             {key: line[key] for key in ("step", "prompt", "text")}
@@ -73,18 +71,17 @@ def read_run(folder: Path, name: str) -> dict[str, Any]:
         starts, restarted = read_starts(folder), restarts(folder)
     except OSError as error:
         raise FundamentaLLMError(f"{folder} cannot be read: {error}.") from error
-    status = _json(folder / "status.json")
-    start = starts[-1] if starts else {}
-    config = start.get("config") if isinstance(start.get("config"), dict) else _config_of_checkpoint(folder)
-    environment = start.get("environment")
+    status, start = _json(folder / "status.json"), starts[-1] if starts else {}
+    config, environment, total_steps = start.get("config"), start.get("environment"), status.get("total_steps")
+    config = config if isinstance(config, dict) else _config_of_checkpoint(folder)
     return {
         "name": name,
         "path": str(folder),
         "state": status.get("state"),
-        "total_steps": total if isinstance(total := status.get("total_steps"), int) else None,
+        "total_steps": total_steps if isinstance(total_steps, int) else None,
         "curves": curves(lines),
         "restarts": restarted,
-        "left_out": left_out(lines),
+        "skipped": skipped(lines),
         "samples": samples,
         "config": flat_settings(config) if config else None,
         "environment": environment if isinstance(environment, dict) else None,
@@ -92,50 +89,44 @@ def read_run(folder: Path, name: str) -> dict[str, Any]:
 
 
 def curves(lines: list[dict[str, float]]) -> dict[str, tuple[list[int], list[float | None]]]:
-    """{name: (steps, values)} of every number of the log, None where it is not finite."""
+    """Returns {name: (steps, values)} of every number in the log; values that are not finite are None."""
     found: dict[str, list[tuple[int, float | None]]] = {}
     for line in lines:
-        is_validation = "val_loss" in line
+        repeated = ("step", "epoch") if "val_loss" in line else ()  # which training lines have too
         for name, value in line.items():
-            if not is_validation or name not in ("step", "epoch"):  # which the training lines say too
+            if name not in repeated:
                 found.setdefault(name, []).append((int(line["step"]), value if math.isfinite(value) else None))
-    return {name: _columns(thinned(points)) for name, points in found.items()}
-
-
-def _columns(points: list[tuple[int, float | None]]) -> tuple[list[int], list[float | None]]:
-    return [step for step, _ in points], [value for _, value in points]
+    kept = {name: thinned(points) for name, points in found.items()}
+    return {name: ([step for step, _ in points], [value for _, value in points]) for name, points in kept.items()}
 
 
 def thinned(points: list[tuple[int, float | None]], most: int = MOST_POINTS) -> list[tuple[int, float | None]]:
-    """About `most` points at most: of each stretch the first, the smallest, the largest and the last, so that no spike
-    and no gap is lost.
-    """
+    """Returns about `most` points: of each interval the first, last, smallest and largest point, and the first gap."""
     if len(points) <= most:
         return points
     size, kept = -(-4 * len(points) // most), []
     for begin in range(0, len(points), size):
-        stretch = range(begin, min(begin + size, len(points)))
-        finite = [i for i in stretch if points[i][1] is not None]
-        ordered = sorted(finite, key=lambda i: points[i][1] or 0.0)
-        gap = [i for i in stretch if points[i][1] is None][:1]
-        kept += sorted({stretch[0], stretch[-1], *ordered[:1], *ordered[-1:], *gap})
+        interval = range(begin, min(begin + size, len(points)))
+        ordered = sorted((i for i in interval if points[i][1] is not None), key=lambda i: points[i][1] or 0.0)
+        gap = [i for i in interval if points[i][1] is None][:1]
+        kept += sorted({interval[0], interval[-1], *ordered[:1], *ordered[-1:], *gap})
     return [points[i] for i in kept]
 
 
-def left_out(lines: list[dict[str, float]]) -> list[tuple[int, str]]:
-    """(step, what) of each log line before which steps were left out."""
+def skipped(lines: list[dict[str, float]]) -> list[tuple[int, str]]:
+    """Returns (step, reason) of each log line before which steps were skipped."""
     marks: list[tuple[int, str]] = []
-    for name, what in (("bad_steps", "loss or gradient not finite"), ("skipped_spikes", "a spike left out")):
+    for name, reason in (("bad_steps", "loss or gradient not finite"), ("skipped_spikes", "a spike was skipped")):
         before = 0.0
         for line in lines:
             if line.get(name, before) > before:
-                marks.append((int(line["step"]), what))
+                marks.append((int(line["step"]), reason))
             before = line.get(name, before)
     return marks
 
 
 def _config_of_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The settings that the newest checkpoint holds, for runs that have not written down their starts."""
+    """Returns the config in the newest checkpoint, for runs without starts.jsonl."""
     from fundamentallm.checkpoint.manager import CheckpointManager, checkpoints_folder
     from fundamentallm.checkpoint.reading import load_parts
 
@@ -156,9 +147,9 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def make_page(runs: list[dict[str, Any]]) -> str:
-    """The HTML of runs as `read_run` gives them."""
+    """Returns the HTML of runs from `read_run`."""
     data = {"made": datetime.now().astimezone().isoformat(" ", "minutes"), "runs": runs}
-    # Within <script>, HTML ends at "</script" and changes its rules at "<!--": no "<" gets in, whatever runs say.
+    # In <script>, HTML gives a meaning to "</script" and "<!--", and runs may contain any text.
     text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     before, after = template.split("/*DATA*/")
@@ -166,14 +157,14 @@ def make_page(runs: list[dict[str, Any]]) -> str:
 
 
 def write_page(page: str, path: Path) -> None:
-    """Write it, over an older page of ours at most.
+    """Write the page, replacing an older report but no other file.
 
     Raises:
-        FundamentaLLMError: if there is something else, or it cannot be written.
+        FundamentaLLMError: if another file is in the way, or the page cannot be written.
     """
     with writing(path):
         if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace")[:2000]:
-            raise FundamentaLLMError(f"{path} is there and no report of ours; choose another --output.")
+            raise FundamentaLLMError(f"{path} exists and is not a report; choose another --output.")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}")
         temporary.write_text(page, encoding="utf-8")

@@ -1,9 +1,8 @@
-"""Sources to memory-mapped tokens: split by position, encoded once, kept in a cache."""
+"""Sources as memory-mapped tokens: split by position, encoded once, kept in a cache."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import mmap
@@ -19,18 +18,18 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from fundamentallm.config.files import is_prepared, kind_of, problems_of_kind, source_files
+from fundamentallm.config.files import is_prepared
 from fundamentallm.config.schema import DataConfig
 from fundamentallm.config.validation import expand_user
-from fundamentallm.data.encoding import PARTS, SETTINGS, prepare_source, split_pieces, token_dtype
-from fundamentallm.data.sources import looks, read_source, token_blocks
+from fundamentallm.data.encoding import PARTS, SETTINGS, Facts, prepare_source, split_pieces, token_dtype
+from fundamentallm.data.sources import SourceFiles, file_states, read_source, resolve_source, source_error, token_blocks
 from fundamentallm.data.tokenizers import create_tokenizer, read_tokenizer
-from fundamentallm.errors import ConfigError, writing
+from fundamentallm.errors import ConfigError, Problem, writing
 
 CACHE_FORMAT = 2
-READ_WHOLE = 2**30
-"""Bytes of training tokens above which samples are read one by one: in their random order the system's reading ahead
-would fetch some hundred times as much. Smaller corpora it soon holds whole that way."""
+RANDOM_ACCESS_ABOVE = 2**30
+"""Bytes of training tokens above which read-ahead is switched off: with it, samples in random order would read some
+hundred times their size. A smaller corpus is soon in memory as a whole."""
 
 
 class Tokens(NamedTuple):
@@ -38,9 +37,9 @@ class Tokens(NamedTuple):
 
     ids: NDArray[np.integer]
     rows: NDArray[np.int64] | None
-    """(pairs, 2), of pairs: the token that each one's answer begins at, and the one after its end."""
+    """For pairs, (pairs, 2): the index of each answer's first token, and of the one after its end."""
     num_bytes: int | None
-    """UTF-8 bytes of the text of all targets; None: not known."""
+    """UTF-8 bytes of the text of all targets, or None if unknown."""
 
 
 class Source(NamedTuple):
@@ -50,11 +49,9 @@ class Source(NamedTuple):
     weight: float
     train: Tokens
     validation: Tokens
-    bad_rows: int
-    """Rows that were left out."""
+    bad_rows: int  # number of rows that were skipped
     tokenizer: Tokenizer
     folder: Path
-    """Where its files are."""
 
 
 class Corpus(NamedTuple):
@@ -82,26 +79,14 @@ class Corpus(NamedTuple):
 
     def _only(self) -> Source:
         if len(self.sources) != 1:
-            raise ConfigError(f"the corpus has {len(self.sources)} sources; look at each of its `sources`.")
+            raise ConfigError(f"The corpus has {len(self.sources)} sources; use `sources` to get each of them.")
         return self.sources[0]
 
 
-class Facts(NamedTuple):
-    """What a source holds."""
-
-    sha256: str
-    size: int
-    """Characters; of pairs and of tokens, their number."""
-    alphabet: str
-    """Its characters, where they are asked for."""
-    bad: list[str]
-    """Its rows that cannot be read."""
-
-
 def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
-    """The sources of `config` as tokens, from the cache where they have been encoded before.
+    """Load the sources of `config` as tokens, from the cache if they were encoded before.
 
-    Files that are what they were by size, times and inode are not read again; others are known by their content.
+    Files whose size, times and inode are unchanged are not read again. Others are recognised by their content.
 
     Raises:
         ConfigError: if a source cannot be read, or has characters that the tokenizer's vocabulary lacks.
@@ -117,35 +102,34 @@ def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
     """
     cache = Path(expand_user(config.cache_dir)) if config.cache_dir else _user_cache()
     weights = config.sources()
-    facts = {
-        source: _known_facts(config, source, cache, show_progress) for source in weights if not is_prepared(source)
+    resolved = [resolve_source(config, name) for name in weights]
+    raw = [source for source in resolved if source.kind != "prepared"]
+    facts = {source.name: _cached_facts(config, source, cache, show_progress) for source in raw}
+    folders = {name: cache / key for name, key in _keys(config, facts).items()}
+    opened = {
+        source.name: _open(source.files[0], source.name, weights[source.name], config)
+        if source.kind == "prepared"
+        else _open_cached(folders[source.name], source.name, weights[source.name])
+        for source in resolved
     }
-    keys = _keys(config, facts)
-    found = {
-        source: _open(Path(expand_user(source)), source, weight, config)
-        if source not in facts
-        else _cached(cache / keys[source], source, weight)
-        for source, weight in weights.items()
-    }
-    if lacking := [source for source, there in found.items() if there is None]:
+    if missing := [source for source in raw if opened[source.name] is None]:
         with writing(cache):
-            tokenizer = _tokenizer(config, facts, [cache / key for key in keys.values()], show_progress)
-            for source in lacking:
-                folder, weight, size = cache / keys[source], weights[source], facts[source].size
-                is_ready = functools.partial(_is_whole, folder, source, weight)
-                prepare_source(config, source, size, facts[source].bad, tokenizer, folder, is_ready, show_progress)
-                found[source] = _open(folder, source, weight)
-    sources = [source for source in found.values() if source is not None]
-    texts = {source.name: (source.folder / "tokenizer.json").read_text(encoding="utf-8") for source in sources}
-    if len(set(texts.values())) > 1:
-        raise ConfigError("source has several that were prepared with different tokenizers; prepare them together.")
+            tokenizer = _make_tokenizer(config, raw, facts, list(folders.values()), show_progress)
+            for source in missing:
+                folder, name = folders[source.name], source.name
+                prepare_source(config, source, facts[name], tokenizer, folder, _is_ready, show_progress)
+                opened[name] = _open(folder, name, weights[name])
+    sources = [source for source in opened.values() if source is not None]
+    if len({(source.folder / "tokenizer.json").read_text(encoding="utf-8") for source in sources}) > 1:
+        reason = "which were prepared with different tokenizers"
+        raise ConfigError(Problem("data.source", list(weights), "", "Prepare them together.", reason))
     tokenizer = sources[0].tokenizer
     end = None if config.end_of_text is None else tokenizer.token_to_id(config.end_of_text)
     return Corpus(tokenizer, sources, end)
 
 
 def describe(corpus: Corpus) -> list[str]:
-    """A line for each source, and what was left out of it."""
+    """Returns a line for each source, and one for the rows that were skipped in it."""
     lines, total = [], sum(source.weight for source in corpus.sources)
     for source in corpus.sources:
         sizes = f"{len(source.train.ids):,} training and {len(source.validation.ids):,} validation tokens"
@@ -154,43 +138,43 @@ def describe(corpus: Corpus) -> list[str]:
         weight = f", weight {source.weight / total:.3g}" if len(corpus.sources) > 1 else ""
         lines.append(f"{source.name}: {sizes}{weight}, vocabulary {corpus.tokenizer.get_vocab_size():,}")
         if source.bad_rows:
-            lines.append(f"{source.name}: {source.bad_rows:,} bad rows left out: {source.folder / 'bad_rows.txt'}")
+            lines.append(f"{source.name}: {source.bad_rows:,} bad rows skipped: {source.folder / 'bad_rows.txt'}")
     return lines
 
 
 def vocabulary_size(config: DataConfig) -> int:
-    """Tokens that `load_corpus`'s tokenizer knows; of 'bpe:<size>' what is asked for, which a short text may not fill.
+    """Returns the vocabulary size of `load_corpus`'s tokenizer without encoding anything.
 
-    Without encoding anything: only 'char' reads the text, and a tokenizer.json is opened.
+    For 'bpe:<size>' it is the size asked for, which a short text may not fill. Only 'char' reads the text.
 
     Raises:
-        ConfigError: if what has to be read cannot be.
+        ConfigError: if the text or the tokenizer.json cannot be read.
     """
-    for source in filter(is_prepared, config.sources()):
-        return read_tokenizer(Path(expand_user(source)) / "tokenizer.json").get_vocab_size()
+    for name in filter(is_prepared, config.sources()):
+        return read_tokenizer(Path(expand_user(name)) / "tokenizer.json").get_vocab_size()
     kind, _, size = config.tokenizer.partition(":")
     if kind == "bpe":
         return int(size)
-    alphabets = (_facts(config, source).alphabet for source in config.sources())
-    return create_tokenizer(config.tokenizer, lambda: alphabets, lambda: (), config.end_of_text).get_vocab_size()
+    alphabets = (_read_facts(config, resolve_source(config, name)).alphabet for name in config.sources())
+    return create_tokenizer(config.tokenizer, alphabets, config.end_of_text).get_vocab_size()
 
 
-# ---- what the sources hold ----------------------------------------------------------------------------------
+# ---- content of the sources ---------------------------------------------------------------------------------
 
 
-def _known_facts(config: DataConfig, source: str, cache: Path, show_progress: bool) -> Facts:
-    """The facts, from a note in the cache where the source looks as it did when they were found."""
-    before, note = looks(config, source), None
-    if before is not None:
+def _cached_facts(config: DataConfig, source: SourceFiles, cache: Path, show_progress: bool) -> Facts:
+    """Returns the facts of a source, from the cache if its files are unchanged since they were found."""
+    states, note = file_states(source), None
+    if states is not None:
         settings = config.text_field, config.prompt_field, config.end_of_text, config.max_bad_rows
-        # A .bin's type, and so its number of tokens, is the tokenizer's.
-        width = token_dtype(read_tokenizer(config.tokenizer)).name if kind_of(config, source) == "tokens" else None
-        note = cache / "known" / _hash(CACHE_FORMAT, before, settings, config.tokenizer == "char", width)
+        # The type of the tokens in a .bin, and so their number, follows from the tokenizer.
+        width = token_dtype(read_tokenizer(config.tokenizer)).name if source.kind == "tokens" else None
+        note = cache / "known" / _hash(CACHE_FORMAT, states, settings, config.tokenizer == "char", width)
         with contextlib.suppress(OSError, ValueError, TypeError):
             return Facts(*json.loads(note.read_text(encoding="utf-8")))
-    facts = _facts(config, source, show_progress)
-    if note is not None and before == looks(config, source):  # else it was changed while it was read
-        with contextlib.suppress(OSError):  # a cache that can only be read has the tokens all the same
+    facts = _read_facts(config, source, show_progress)
+    if note is not None and states == file_states(source):  # otherwise it changed while it was read
+        with contextlib.suppress(OSError):  # a read-only cache still serves its tokens
             note.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=note.parent, delete=False) as file:
                 json.dump(facts, file)
@@ -198,77 +182,72 @@ def _known_facts(config: DataConfig, source: str, cache: Path, show_progress: bo
     return facts
 
 
-def _bar(what: str, is_shown: bool) -> tqdm[Any]:
-    """For what a small text does not take a second of."""
-    return tqdm(desc=what, unit="", unit_scale=True, delay=1, disable=not is_shown)
+def _progress_bar(description: str, is_shown: bool) -> tqdm[Any]:
+    """Make a progress bar that appears after a second, so not for a small text."""
+    return tqdm(desc=description, unit="", unit_scale=True, delay=1, disable=not is_shown)
 
 
-def _facts(config: DataConfig, source: str, show_progress: bool = False) -> Facts:
-    """What a source holds, all of it read."""
-    if problems := problems_of_kind(config, source, source_files(config, source)):
-        raise ConfigError(problems)
-    if kind_of(config, source) == "tokens":
-        return _facts_of_tokens(config, source)
+def _read_facts(config: DataConfig, source: SourceFiles, show_progress: bool = False) -> Facts:
+    """Read a source and return its facts."""
     digest, size, bad = hashlib.sha256(), 0, list[str]()
+    if source.kind == "tokens":
+        for _, block in token_blocks(source, token_dtype(read_tokenizer(config.tokenizer))):
+            digest.update(np.ascontiguousarray(block, np.int64).data)
+            size += len(block)
+        return Facts(digest.hexdigest(), size, "", [])
     characters = np.zeros(0x110000, dtype=bool)
-    with _bar(f"reading {os.path.basename(source)}", show_progress) as bar:
+    with _progress_bar(f"reading {os.path.basename(source.name)}", show_progress) as bar:
         for piece in read_source(config, source, bad):
             digest.update(piece.text.encode())
             if config.end_of_text is not None and (piece.ends or piece.is_prompt):
-                digest.update(b"\xff" if piece.ends else b"\xfe")  # which no text holds
+                digest.update(b"\xff" if piece.ends else b"\xfe")  # bytes that occur in no UTF-8 text
             size += len(piece.text) if config.prompt_field is None else piece.ends
             if config.tokenizer == "char":
                 characters[np.frombuffer(piece.text.encode("utf-32-le"), np.uint32)] = True
             bar.update(len(piece.text))
     if size == 0:
-        raise ConfigError(f"source is {source!r}, which is empty; give one with text in it.")
+        raise source_error(source.name, "which is empty", "a source with text in it")
     return Facts(digest.hexdigest(), size, "".join(map(chr, np.flatnonzero(characters))), bad)
 
 
-def _facts_of_tokens(config: DataConfig, source: str) -> Facts:
-    digest, size, dtype = hashlib.sha256(), 0, token_dtype(read_tokenizer(config.tokenizer))
-    for _, block in token_blocks(config, source, dtype):
-        digest.update(np.ascontiguousarray(block, np.int64).data)
-        size += len(block)
-    return Facts(digest.hexdigest(), size, "", [])
-
-
 def _keys(config: DataConfig, facts: dict[str, Facts]) -> dict[str, str]:
-    """The names under which the cache has the sources."""
+    """Returns the name of each source's folder in the cache."""
     tokenizer: Any = config.tokenizer
     if config.tokenizer.endswith(".json"):
         tokenizer = read_tokenizer(config.tokenizer).to_str()
-    elif config.tokenizer != "byte":  # it is made of all the text
+    elif config.tokenizer != "byte":  # the vocabulary depends on the text of all sources
         tokenizer = [config.tokenizer, *(found.sha256 for found in facts.values())]
-    made = CACHE_FORMAT, tokenizers.__version__, tokenizer, config.train_split, config.end_of_text
-    of_pairs = config.prompt_field is not None
-    return {source: _hash(*made, of_pairs, found.sha256) for source, found in facts.items()}
+    shared = CACHE_FORMAT, tokenizers.__version__, tokenizer, config.train_split, config.end_of_text
+    return {name: _hash(*shared, config.prompt_field is not None, found.sha256) for name, found in facts.items()}
 
 
-def _tokenizer(config: DataConfig, facts: dict[str, Facts], folders: list[Path], show_progress: bool) -> Tokenizer:
-    """The tokenizer; one that was trained for the same text before is not trained again."""
-    if config.tokenizer.startswith("bpe:"):
-        for folder in folders:
-            for path in (folder, folder.with_name(f".staging-{folder.name}")):
-                with contextlib.suppress(ConfigError):
-                    return read_tokenizer(path / "tokenizer.json")
+def _make_tokenizer(
+    config: DataConfig, sources: list[SourceFiles], facts: dict[str, Facts], folders: list[Path], show_progress: bool
+) -> Tokenizer:
+    """Make the tokenizer, or take one from the cache that was trained on the same text."""
+    if not config.tokenizer.startswith("bpe:"):
+        return create_tokenizer(config.tokenizer, (found.alphabet for found in facts.values()), config.end_of_text)
+    for folder in folders:
+        for path in (folder, folder.with_name(f".staging-{folder.name}")):
+            with contextlib.suppress(ConfigError):
+                return read_tokenizer(path / "tokenizer.json")
 
     def training_text() -> Iterator[str]:
-        for source, found in facts.items():
-            size = int(found.size * config.train_split)
+        for source in sources:
+            size = int(facts[source.name].size * config.train_split)
             pieces = split_pieces(read_source(config, source, []), size, by_rows=config.prompt_field is not None)
-            with _bar(f"learning {config.tokenizer} from {os.path.basename(source)}", show_progress) as bar:
+            description = f"learning {config.tokenizer} from {os.path.basename(source.name)}"
+            with _progress_bar(description, show_progress) as bar:
                 for part, piece in pieces:
                     if part == 0:
                         bar.update(len(piece.text))
                         yield piece.text
 
-    alphabets = [found.alphabet for found in facts.values()]
-    return create_tokenizer(config.tokenizer, lambda: alphabets, training_text, config.end_of_text)
+    return create_tokenizer(config.tokenizer, training_text(), config.end_of_text)
 
 
 def _hash(*parts: object) -> str:
-    """32 hexadecimal digits for what JSON can hold."""
+    """Returns 32 hexadecimal digits for values that JSON can hold."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
@@ -279,59 +258,55 @@ def _user_cache() -> Path:
 # ---- opening ------------------------------------------------------------------------------------------------
 
 
-def _cached(folder: Path, name: str, weight: float) -> Source | None:
-    """The cache entry at `folder`; None where there is none, or it is damaged."""
+def _open_cached(folder: Path, name: str, weight: float) -> Source | None:
+    """Open a folder of the cache. Returns None if it is missing or damaged."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, ConfigError):
         return _open(folder, name, weight)
     return None
 
 
-def _is_whole(folder: Path, name: str, weight: float) -> bool:
-    return _cached(folder, name, weight) is not None
+def _is_ready(folder: Path) -> bool:
+    return _open_cached(folder, "", 1.0) is not None
 
 
 def _open(folder: Path, name: str, weight: float, config: DataConfig | None = None) -> Source:
-    """The prepared source in `folder`.
+    """Open the prepared source in `folder`.
 
     Raises:
-        FileNotFoundError: if it is not there or not whole.
-        ConfigError: if it was prepared with other settings than `config` has (None: they are known to be the same).
+        FileNotFoundError: if it is missing or incomplete.
+        ConfigError: if it was prepared with other settings than those of `config`, which is None for our own cache.
     """
     meta = json.loads((folder / "meta.json").read_text())
     if config is not None:
-        _check_settings(folder, meta["settings"], config)
+        _check_settings(folder, name, meta["settings"], config)
     dtype, parts = np.dtype(meta["dtype"]), []
     for index, part in enumerate(PARTS):
-        ids = _mapped(folder / f"{part}.bin", dtype, meta["tokens"][index])
+        ids = _map_file(folder / f"{part}.bin", dtype, meta["tokens"][index])
         rows = None
         if meta["rows"] is not None:
-            rows = _mapped(folder / f"{part}.rows.bin", np.dtype(np.int64), 2 * meta["rows"][index]).reshape(-1, 2)
+            rows = _map_file(folder / f"{part}.rows.bin", np.dtype(np.int64), 2 * meta["rows"][index]).reshape(-1, 2)
         parts.append(Tokens(ids, rows, meta["validation_bytes"] if part == "validation" else None))
     train = parts[0].ids
-    if train.nbytes > READ_WHOLE and hasattr(mmap, "MADV_RANDOM"):
+    if train.nbytes > RANDOM_ACCESS_ABOVE and hasattr(mmap, "MADV_RANDOM"):
         train.base.madvise(mmap.MADV_RANDOM)  # type: ignore[union-attr]
     tokenizer = read_tokenizer(folder / "tokenizer.json")
     return Source(name, weight, parts[0], parts[1], meta["bad_rows"], tokenizer, folder)
 
 
-def _mapped(path: Path, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
+def _map_file(path: Path, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
     if path.stat().st_size != count * dtype.itemsize:
         raise FileNotFoundError(path)
     # An empty file cannot be mapped.
     return np.memmap(path, dtype=dtype, mode="r") if count else np.empty(0, dtype)
 
 
-def _check_settings(folder: Path, made_with: dict[str, Any], config: DataConfig) -> None:
-    """Refuse settings that a prepared source was not made with."""
-    different = {name: made_with[name] for name in SETTINGS if made_with[name] != getattr(config, name)}
+def _check_settings(folder: Path, name: str, made_with: dict[str, Any], config: DataConfig) -> None:
+    """Refuse settings that differ from those a source was prepared with."""
+    different = {key: made_with[key] for key in SETTINGS if made_with[key] != getattr(config, key)}
     if config.tokenizer.endswith(".json") and "tokenizer" in different:
-        mine, its = (read_tokenizer(path).to_str() for path in (config.tokenizer, folder / "tokenizer.json"))
-        if mine == its:
+        given, prepared = (read_tokenizer(path).to_str() for path in (config.tokenizer, folder / "tokenizer.json"))
+        if given == prepared:
             del different["tokenizer"]
     if different:
-        raise ConfigError(
-            [
-                f"{name} is {getattr(config, name)!r}, and {folder} was prepared with {value!r}; set it to that."
-                for name, value in different.items()
-            ]
-        )
+        allowed = {setting: f"{value!r}, as in the source {name}" for setting, value in different.items()}
+        raise ConfigError([Problem(f"data.{key}", getattr(config, key), text) for key, text in allowed.items()])

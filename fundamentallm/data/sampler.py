@@ -1,4 +1,4 @@
-"""Which samples an optimizer step trains on: a pure function of (seed, epoch, place), on any number of processes."""
+"""Samples of each optimizer step: a pure function of (seed, epoch, index), on any number of processes."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 POSITIONS_AT_ONCE = 4096
-"""Places of the order computed, and kept, at once."""
+"""Positions of the order that are computed, and kept, at once."""
 
 
 def derive_seed(*parts: int) -> int:
-    """A 63-bit seed from whole numbers: equal parts, equal seed; else unrelated ones."""
+    """Derive a 63-bit seed from integers. Different integers give unrelated seeds."""
     text = ":".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
 def permute(positions: NDArray[np.int64], size: int, seed: int) -> NDArray[np.int64]:
-    """Where a pseudo-random permutation of range(size) takes each position: O(1) memory, O(1) a position.
+    """Apply a pseudo-random permutation of range(size) to positions, in O(1) time and memory each.
 
-    A Feistel network over the next power of four, walked until it lands inside (cycle-walking; Black and
-    Rogaway, 2002). `torch.randperm` would need the whole epoch to know one batch of it.
+    A Feistel network over the next power of four, repeated until the result is below `size` (cycle walking; Black and
+    Rogaway, 2002). `torch.randperm` would need the whole epoch in memory to give one batch of it.
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
@@ -48,27 +48,29 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 class Start(NamedTuple):
-    """Where an order of batches begins: at an optimizer step, at a place within an epoch, after some samples."""
+    """The start of an order of batches."""
 
     step: int = 0
     epoch: int = 0
     place: int = 0
+    """Index in the epoch's order of samples."""
     samples: int = 0
+    """Samples consumed before it."""
 
 
-class Share(NamedTuple):
-    """What one process computes of a step's batch."""
+class RankBatch(NamedTuple):
+    """One process's part of a step's batch."""
 
     indices: list[int]
-    """Of its samples, and of what they are filled up with."""
+    """Indices of its samples, then of padding."""
     rows: int
-    """Samples of its own, which come first; 0 where there are fewer than processes."""
+    """Number of its own samples; 0 if the batch has fewer samples than there are processes."""
     micro_batches: int
-    """How many parts it is computed in; the same on all processes."""
+    """Number of micro-batches; the same on all processes."""
 
 
-class _Stretch(NamedTuple):
-    """Batches of one size from a place on; to where the next stretch starts, if there is one."""
+class _Segment(NamedTuple):
+    """Batches of one size, from a start up to the next segment's."""
 
     start: Start
     batch_size: int
@@ -78,51 +80,42 @@ class _Stretch(NamedTuple):
     def steps_over(self, samples: int) -> int:
         return samples // self.batch_size if self.drop_last else -(-samples // self.batch_size)
 
-    @property
-    def begun(self) -> int:
-        """Steps of the epoch that `start` lies in."""
-        return self.steps_over(self.num_samples - self.start.place)
-
-    def place(self, step: int) -> tuple[int, int]:
-        since = step - self.start.step
-        if since < self.begun:
-            return self.start.epoch, self.start.place + since * self.batch_size
-        epochs, step_in_epoch = divmod(since - self.begun, self.steps_over(self.num_samples))
-        return self.start.epoch + 1 + epochs, step_in_epoch * self.batch_size
+    def used(self, samples: int) -> int:
+        return samples - samples % self.batch_size if self.drop_last else samples
 
     def steps_before_epoch(self, epoch: int) -> int:
-        epochs = epoch - self.start.epoch - 1
-        return self.start.step + self.begun + epochs * self.steps_over(self.num_samples)
+        first_steps = self.steps_over(self.num_samples - self.start.place)
+        return self.start.step + first_steps + (epoch - self.start.epoch - 1) * self.steps_over(self.num_samples)
 
-    def samples_before(self, step: int) -> int:
-        epoch, place = self.place(step)
-        if epoch == self.start.epoch:
-            return self.start.samples + place - self.start.place
-        begun = min(self.begun * self.batch_size, self.num_samples - self.start.place)
-        whole = min(self.steps_over(self.num_samples) * self.batch_size, self.num_samples)
-        return self.start.samples + begun + (epoch - self.start.epoch - 1) * whole + place
+    def at(self, step: int) -> Start:
+        """Returns where the batches from `step` on start."""
+        start, rest = self.start, self.num_samples - self.start.place
+        since = step - start.step
+        if since < self.steps_over(rest):
+            taken = since * self.batch_size
+            return Start(step, start.epoch, start.place + taken, start.samples + taken)
+        epochs, steps = divmod(since - self.steps_over(rest), self.steps_over(self.num_samples))
+        index = steps * self.batch_size
+        samples = start.samples + self.used(rest) + epochs * self.used(self.num_samples) + index
+        return Start(step, start.epoch + 1 + epochs, index, samples)
 
 
 class StepSampler:
-    """Yields, for each optimizer step, the dataset indices of one process's share of its batch.
+    """Yields, for each optimizer step, the dataset indices of its batch and of one process's part of it.
 
-    A batch is the next places of the epoch's order; each process takes an equal, contiguous part of them (sizes
-    differ by one at most). The epoch's last batch may be short.
+    A batch is the next samples in the epoch's order. Each process gets an equal, contiguous part of it (sizes differ by
+    one at most). The last batch of an epoch may be short.
 
     Args:
         num_samples: size of the dataset.
-        batch_size: samples per step over all processes.
-        seed: of the order; None for the dataset's own order.
-        process_index: whose share.
-        num_processes: how many share a batch.
-        micro_batch_size: most samples of a share to compute at once; None: all.
-        drop_last: leave out an epoch's short last batch.
-        is_even: fill the micro-batches of one batch size up to as many samples, of which no target counts.
-        schedule: later batch sizes: pairs of the number of steps done and the size from there on, in order.
-
-    Attributes:
-        start: where the batches begin; a run whose batch size was changed goes on from where it was.
-        micro_batch_size: most samples of a share to compute at once.
+        batch_size: samples a step over all processes.
+        seed: seed of the order; None for the dataset's own order.
+        process_index: rank of this process.
+        num_processes: number of processes.
+        micro_batch_size: maximum number of a process's samples to compute at once; None: all.
+        drop_last: skip an epoch's short last batch.
+        pad: pad micro-batches to one size (padding is masked), so that a compiled model sees one shape.
+        schedule: later batch sizes, as pairs of the number of steps done and the size from then on, in order.
     """
 
     def __init__(
@@ -134,102 +127,103 @@ class StepSampler:
         num_processes: int = 1,
         micro_batch_size: int | None = None,
         drop_last: bool = False,
-        is_even: bool = False,
+        pad: bool = False,
         schedule: Sequence[Sequence[int]] = (),
     ) -> None:
         self.num_samples, self.batch_size, self.seed, self.drop_last = num_samples, batch_size, seed, drop_last
         self.schedule = [list(pair) for pair in schedule]
         self.sizes = [batch_size, *(size for _, size in self.schedule)]
-        self.process_index, self.num_processes, self._is_even = process_index, num_processes, is_even
+        self.process_index, self.num_processes, self.pad = process_index, num_processes, pad
         self.micro_batch_size = micro_batch_size or max(self.sizes)
-        first = _Stretch(Start(), batch_size, num_samples, drop_last)
-        self.steps_per_epoch = first.steps_over(num_samples)
+        self.steps_per_epoch = _Segment(Start(), batch_size, num_samples, drop_last).steps_over(num_samples)
         self.start = Start()
         self._block: tuple[tuple[int, int], NDArray[np.int64]] | None = None
 
     @property
-    def largest_share(self) -> int:
-        """Most samples that a process has in a step."""
-        return self._largest_share(max(self.sizes))
+    def largest_rank_batch(self) -> int:
+        """The maximum number of samples that a process has in a step."""
+        return self._largest_rank_batch(max(self.sizes))
 
-    def _largest_share(self, batch_size: int) -> int:
+    def _largest_rank_batch(self, batch_size: int) -> int:
         return -(-min(batch_size, self.num_samples) // self.num_processes)
 
     @property
     def start(self) -> Start:
-        """Where the batches begin."""
-        return self._stretches[0].start
+        """Where the batches start. A run whose batch size was changed continues from its last sample."""
+        return self._segments[0].start
 
     @start.setter
     def start(self, start: Start) -> None:
         size = [size for step, size in [(0, self.batch_size), *self.schedule] if step <= start.step][-1]
-        self._stretches = [_Stretch(start, size, self.num_samples, self.drop_last)]
+        self._segments = [_Segment(start, size, self.num_samples, self.drop_last)]
         for step, size in self.schedule:
-            if step > start.step:  # the same order of samples goes on, in batches of another size
-                begins = Start(step, *self.place(step), self.samples_before(step))
-                self._stretches.append(_Stretch(begins, size, self.num_samples, self.drop_last))
+            if step > start.step:  # the order of samples continues, in batches of another size
+                self._segments.append(_Segment(self._at(step), size, self.num_samples, self.drop_last))
 
-    def _stretch(self, step: int) -> _Stretch:
-        """The one whose batches `step` has."""
-        for stretch in reversed(self._stretches):
-            if stretch.start.step <= step:
-                return stretch
-        return self._stretches[0]
+    def _segment(self, step: int) -> _Segment:
+        """Returns the segment that contains `step`."""
+        for segment in reversed(self._segments):
+            if segment.start.step <= step:
+                return segment
+        return self._segments[0]
+
+    def _at(self, step: int) -> Start:
+        return self._segment(step).at(step)
 
     def place(self, step: int) -> tuple[int, int]:
-        """(epoch, place in its order) at which the batch of `step` begins; place 0 is the beginning of an epoch."""
-        return self._stretch(step).place(step)
+        """Returns (epoch, index in its order) of the first sample of `step`. Index 0 is the start of an epoch."""
+        start = self._at(step)
+        return start.epoch, start.place
 
     def steps_before_epoch(self, epoch: int) -> int:
-        """Optimizer steps before the first one of `epoch`, which comes after the one that `start` lies in."""
-        for stretch, after in itertools.pairwise(self._stretches):
-            if (step := stretch.steps_before_epoch(epoch)) <= after.start.step:
+        """Returns the number of steps before the first one of `epoch`, which is later than the epoch of `start`."""
+        for segment, following in itertools.pairwise(self._segments):
+            if (step := segment.steps_before_epoch(epoch)) <= following.start.step:
                 return step
-        return self._stretches[-1].steps_before_epoch(epoch)
+        return self._segments[-1].steps_before_epoch(epoch)
 
     def samples_before(self, step: int) -> int:
-        """Samples consumed, over all processes and epochs, before `step`."""
-        return self._stretch(step).samples_before(step)
+        """Returns the samples consumed before `step`, over all processes and epochs."""
+        return self._at(step).samples
 
     def epochs_before(self, step: int) -> float:
-        """Passes over the data done before `step`, in samples (with `drop_last`, an epoch ends before its last one)."""
-        epoch, place = self.place(step)
-        return epoch + place / self.num_samples
+        """Returns the passes over the data before `step`. With `drop_last`, an epoch ends before its last sample."""
+        epoch, index = self.place(step)
+        return epoch + index / self.num_samples
 
     def sizes_from(self, step: int) -> str:
-        """The batch size of `step`, and the last one if it is another, for people to read."""
-        now, last = self._stretch(step).batch_size, self._stretches[-1].batch_size
+        """Returns the batch size of `step`, and the last one if it differs, for people to read."""
+        now, last = self._segment(step).batch_size, self._segments[-1].batch_size
         return f"{now}" if now == last else f"{now} to {last}"
 
     def batch(self, step: int) -> list[int]:
-        """Dataset indices of the whole batch of `step`, over all processes."""
-        return self._indices(*self._places(step))
+        """Returns the dataset indices of the whole batch of `step`, over all processes."""
+        return self._indices(*self._range(step))
 
-    def share(self, step: int) -> Share:
-        """This process's share of the batch of `step`, filled up to one for each micro-batch (with `is_even`, to all).
+    def rank_batch(self, step: int) -> RankBatch:
+        """Returns this process's part of the batch of `step`, padded to one sample for each micro-batch.
 
-        The filling is the batch's first sample, and whoever computes it masks its targets. Thus every process
-        always has something to compute, and none leaves the others waiting.
+        With `pad`, all micro-batches are padded to one size. Padding repeats the batch's first sample, and its targets
+        must be masked. So every process has something to compute, and none leaves the others waiting.
         """
-        epoch, start, stop = self._places(step)
-        size, index, count = stop - start, self.process_index, self.num_processes
-        first, end = start + size * index // count, start + size * (index + 1) // count
+        epoch, start, stop = self._range(step)
+        size, rank, count = stop - start, self.process_index, self.num_processes
+        first, end = start + size * rank // count, start + size * (rank + 1) // count
         indices = self._indices(epoch, first, end)
         at_most, at_least = self.micro_batch_size, 1
-        if self._is_even:
-            largest = self._largest_share(self._stretch(step).batch_size)
+        if self.pad:
+            largest = self._largest_rank_batch(self._segment(step).batch_size)
             at_most = at_least = -(-largest // -(-largest // at_most))
         micro_batches = -(-size // (count * at_most))
-        lacking = micro_batches * at_least - len(indices)
-        if lacking > 0:
-            indices += self._indices(epoch, start, start + 1) * lacking
-        return Share(indices, end - first, micro_batches)
+        missing = micro_batches * at_least - len(indices)
+        if missing > 0:
+            indices += self._indices(epoch, start, start + 1) * missing
+        return RankBatch(indices, end - first, micro_batches)
 
-    def _places(self, step: int) -> tuple[int, int, int]:
-        """The epoch of the batch of `step`, and the places in its order at which it begins and ends."""
-        stretch = self._stretch(step)
-        epoch, start = stretch.place(step)
-        return epoch, start, min(start + stretch.batch_size, self.num_samples)
+    def _range(self, step: int) -> tuple[int, int, int]:
+        """Returns the epoch of `step` and the range of its batch in the epoch's order."""
+        epoch, start = self.place(step)
+        return epoch, start, min(start + self._segment(step).batch_size, self.num_samples)
 
     def _indices(self, epoch: int, start: int, stop: int) -> list[int]:
         if self.seed is None:
@@ -246,6 +240,6 @@ class StepSampler:
         if self._block is None or self._block[0] != (epoch, number):
             assert self.seed is not None
             first = number * POSITIONS_AT_ONCE
-            places = np.arange(first, min(first + POSITIONS_AT_ONCE, self.num_samples))
-            self._block = (epoch, number), permute(places, self.num_samples, derive_seed(self.seed, epoch))
+            positions = np.arange(first, min(first + POSITIONS_AT_ONCE, self.num_samples))
+            self._block = (epoch, number), permute(positions, self.num_samples, derive_seed(self.seed, epoch))
         return self._block[1]

@@ -14,118 +14,156 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from fundamentallm.config.files import DATASETS, kind_of, source_files
+from fundamentallm.config.files import DATASETS, is_prepared, kind_of_file, problems_of_kind, source_files
 from fundamentallm.config.schema import BUILT_IN_CORPUS, DataConfig
-from fundamentallm.errors import ConfigError
+from fundamentallm.config.validation import expand_user
+from fundamentallm.errors import ConfigError, Problem
 
 PIECE = 65_536
-"""Characters of a text file that are read, and given to the tokenizer, at once (up to the end of their line)."""
+"""Characters of a text file that are read and tokenized at once, up to the end of their line."""
 BETWEEN = "\n\n"
-"""What stands between documents where no token does."""
+"""Separates documents if no token does."""
 ROWS_AT_ONCE, TOKENS_AT_ONCE = 1024, 2**22
 FEW_TOKENS = 128
-"""In which every second one is 0 in no text, but where integers of twice the width are read."""
+"""Tokens checked for the wrong width: every second one is 0 if wider integers are read as narrow ones."""
 DATASETS_OPTIONS = ("name", "split", "data_files", "data_dir", "revision")
 NAMED = 5
-"""Bad rows that an error names."""
+"""Bad rows that an error lists."""
 SETTLED = 2_000_000_000
-"""Nanoseconds since its last change after which a further one surely shows in a file's times."""
+"""Nanoseconds after which another change of a file certainly shows in its times."""
 
 
-class Place(NamedTuple):
-    """Where reading can go on: in which file of a source, and how far into it (bytes, or rows of a table)."""
+class SourceFiles(NamedTuple):
+    """A `data.source`, resolved."""
+
+    name: str
+    kind: str
+    """'prepared', 'built-in', 'dataset', 'rows', 'tokens' or 'text'."""
+    files: list[Path]
+    """The files, sorted; the folder of a prepared source; empty for a dataset."""
+
+
+class Position(NamedTuple):
+    """Where reading a source can start: the index of a file, and the offset in it (bytes, or rows of a table)."""
 
     file: int = 0
     offset: int = 0
 
 
 class Piece(NamedTuple):
-    """A stretch of text that the tokenizer gets at once."""
+    """A segment of text that is tokenized at once."""
 
     text: str
     is_prompt: bool = False
-    """Of a pair, whose answer comes next."""
+    """Whether it is the prompt of a pair, whose answer comes next."""
     ends: bool = False
     """Whether a document, or a pair, ends with it."""
-    after: Place | None = None
-    """Where the next piece begins; None where reading cannot begin."""
+    after: Position | None = None
+    """Position of the next piece, or None if reading cannot start there."""
 
 
 class BadRow(NamedTuple):
-    """What cannot be read."""
+    """A row, or a text file, that cannot be read."""
 
     where: str
     why: str
 
-    def __str__(self) -> str:
-        return f"{self.where} {self.why}"
-
 
 Row = dict[str, Any] | BadRow
-"""Fields by name; or why there are none."""
+"""Fields by name, or why there are none."""
 
 
-def read_source(config: DataConfig, source: str, bad: list[str], start: Place = Place()) -> Iterator[Piece]:  # noqa: B008
-    """The text of a source from a place on, in pieces; what cannot be read goes to `bad`.
+def source_error(source: str, reason: str, allowed: str = "", advice: str = "") -> ConfigError:
+    """Make an error about one source."""
+    return ConfigError(Problem("data.source", source, allowed, advice, reason))
 
-    Where `config.end_of_text` is null, the documents are one text, with an empty line between them.
+
+def resolve_source(config: DataConfig, name: str) -> SourceFiles:
+    """Look up the files of one of the sources.
+
+    Raises:
+        ConfigError: if there are none, or they do not fit together or the settings.
+    """
+    if is_prepared(name):
+        return SourceFiles(name, "prepared", [Path(expand_user(name))])
+    if name == BUILT_IN_CORPUS:
+        return SourceFiles(name, "built-in", [Path(str(find_spec("pydoc_data.topics").origin))])  # type: ignore[union-attr]
+    if name.startswith(DATASETS):
+        return SourceFiles(name, "dataset", [])
+    try:
+        files = source_files(config, name)
+        if problems := problems_of_kind(config, name, files):
+            raise ConfigError(problems)
+    except ConfigError as error:
+        raise ConfigError([problem.within("data") for problem in error.problems]) from error
+    return SourceFiles(name, kind_of_file(files[0]), files)
+
+
+def read_source(
+    config: DataConfig,
+    source: SourceFiles,
+    bad: list[str],
+    start: Position = Position(),  # noqa: B008
+) -> Iterator[Piece]:
+    """Yield the text of a source from a position on, in pieces, and append what cannot be read to `bad`.
+
+    If `config.end_of_text` is null, the documents form one text, with an empty line between them.
 
     Raises:
         ConfigError: if a file cannot be opened, or more than `config.max_bad_rows` rows are bad.
     """
-    is_first = start == Place()
-    begins = start.offset == 0 or kind_of(config, source) == "rows"  # rather than going on within a text
+    is_first = start == Position()
+    is_at_document = start.offset == 0 or source.kind in ("rows", "dataset")
     for piece in _pieces(config, source, start):
         if isinstance(piece, BadRow):
-            bad.append(str(piece))
+            bad.append(f"{piece.where} {piece.why}")
             if len(bad) > config.max_bad_rows:
-                named = "; ".join(bad[-NAMED:])
-                raise ConfigError(
-                    f"source is {source!r}, which has rows that cannot be read ({len(bad)} so far): {named}. Allowed: "
-                    f"data.max_bad_rows = {config.max_bad_rows}; mend them, or have more of them left out."
-                )
+                reason = f"which has at least {len(bad)} unreadable rows: {'; '.join(bad[-NAMED:])}"
+                allowed = f"data.max_bad_rows = {config.max_bad_rows} of them"
+                raise source_error(source.name, reason, allowed, "Correct them, or raise data.max_bad_rows.")
             continue
-        if config.end_of_text is None and begins and not is_first:
+        if config.end_of_text is None and is_at_document and not is_first:
             yield Piece(BETWEEN)
-        is_first, begins = False, piece.ends
+        is_first, is_at_document = False, piece.ends
         yield piece
 
 
-def _pieces(config: DataConfig, source: str, start: Place) -> Iterator[Piece | BadRow]:
-    if source == BUILT_IN_CORPUS:
+def _pieces(config: DataConfig, source: SourceFiles, start: Position) -> Iterator[Piece | BadRow]:
+    if source.kind == "built-in":
         from pydoc_data.topics import topics
 
-        if config.end_of_text is None:  # its separators have always been part of it, the last one too
-            yield from (Piece(text + BETWEEN) for text in topics.values())
-        else:
-            yield from (Piece(text, ends=True) for text in topics.values())
-    elif source.startswith(DATASETS):
-        yield from _documents(config, 0, _dataset_rows(config, source, start.offset), source)
-    else:
-        for number, path in enumerate(source_files(config, source)):
-            if number < start.file:
-                continue
-            offset = start.offset if number == start.file else 0
-            try:
-                if path.suffix.lower() == ".jsonl":
-                    yield from _documents(config, number, _json_rows(path, offset), str(path))
-                elif path.suffix.lower() == ".parquet":
-                    yield from _documents(config, number, _table_rows(config, path, offset), str(path))
-                else:
-                    yield from _text_pieces(config, number, path, offset)
-            except OSError as error:
-                raise ConfigError(f"source has {str(path)!r}, which cannot be read: {error}.") from error
+        # Without a token, each topic keeps the separator after it, the last one too: its tokens must not change.
+        end, has_token = ("", True) if config.end_of_text is not None else (BETWEEN, False)
+        yield from (Piece(text + end, ends=has_token) for text in topics.values())
+        return
+    if source.kind == "dataset":
+        yield from _documents(config, 0, _dataset_rows(config, source.name, start.offset), source.name)
+        return
+    for number, path in enumerate(source.files[start.file :], start.file):
+        offset = start.offset if number == start.file else 0
+        try:
+            if path.suffix.lower() == ".jsonl":
+                yield from _documents(config, number, _json_rows(path, offset), str(path))
+            elif path.suffix.lower() == ".parquet":
+                yield from _documents(config, number, _table_rows(config, path, offset), str(path))
+            else:
+                yield from _text_pieces(config, number, path, offset)
+        except OSError as error:
+            raise source_error(source.name, f"whose file {path} cannot be read: {error}") from error
+        except UnicodeDecodeError as error:
+            reason, advice = f"whose file {path} is not UTF-8 text: {error}", "Or skip it: raise data.max_bad_rows."
+            raise source_error(source.name, reason, "UTF-8 text", advice) from error
 
 
 def read_pieces(file: TextIO) -> Iterator[str]:
-    """The text of `file` in pieces that end with a line."""
+    """Yield the text of `file` in pieces that end with a line."""
     while piece := file.read(PIECE):
         yield piece + file.readline()
 
 
 def _text_pieces(config: DataConfig, number: int, path: Path, offset: int) -> Iterator[Piece | BadRow]:
-    """A text file is one document, line ends as they are in it."""
-    if config.max_bad_rows and offset == 0:  # whether it is bad shows before any of it is taken
+    """Yield a text file as one document, with the line ends as they are."""
+    if config.max_bad_rows and offset == 0:  # a bad file is skipped as a whole, so check it before using any of it
         try:
             with path.open(encoding="utf-8", newline="") as file:
                 for _ in read_pieces(file):
@@ -136,46 +174,38 @@ def _text_pieces(config: DataConfig, number: int, path: Path, offset: int) -> It
     with path.open("rb") as raw, io.TextIOWrapper(raw, encoding="utf-8", newline="") as file:
         size = os.fstat(raw.fileno()).st_size
         if size == 0 and config.end_of_text is None:
-            yield Piece("", ends=True, after=Place(number + 1))  # it has its separator
+            yield Piece("", ends=True, after=Position(number + 1))  # an empty document has its separator too
         raw.seek(offset)
-        try:
-            for text in read_pieces(file):
-                offset += len(text.encode())
-                is_last = offset >= size
-                yield Piece(text, ends=is_last, after=Place(number + 1) if is_last else Place(number, offset))
-        except UnicodeDecodeError as error:
-            raise ConfigError(
-                f"source has {str(path)!r}, which is not UTF-8 text: {error}. Leave it out, or allow that by "
-                "data.max_bad_rows."
-            ) from error
+        for text in read_pieces(file):
+            offset += len(text.encode())
+            is_last = offset >= size
+            yield Piece(text, ends=is_last, after=Position(number + 1) if is_last else Position(number, offset))
 
 
 def token_blocks(
-    config: DataConfig, source: str, dtype: np.dtype[np.unsignedinteger]
+    source: SourceFiles, dtype: np.dtype[np.unsignedinteger]
 ) -> Iterator[tuple[Path, NDArray[np.integer]]]:
-    """The tokens of a source's files in blocks: those of a .npy as they are, those of a .bin of type `dtype`.
+    """Yield the tokens of a source's files in blocks. A .bin holds tokens of type `dtype`, a .npy says its own.
 
     Raises:
         ConfigError: if a file holds something else.
     """
-    for path in source_files(config, source):
+    for path in source.files:
         try:
             if path.suffix.lower() == ".npy":
                 tokens = np.load(path, mmap_mode="r")
             else:
                 if rest := path.stat().st_size % dtype.itemsize:
-                    raise ValueError(f"its size leaves {rest} bytes after tokens of type {dtype}")
+                    raise ValueError(f"{rest} bytes are left over after tokens of type {dtype}")
                 tokens = np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
                 first = tokens[:FEW_TOKENS]
                 if len(first) == FEW_TOKENS and first[::2].any() and not first[1::2].any():
                     raise ValueError(f"every second token of type {dtype} is 0; save wider integers as .npy")
+            if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+                raise ValueError(f"it is an array of shape {tokens.shape} and type {tokens.dtype}")
         except (OSError, ValueError) as error:
-            raise ConfigError(f"source has {str(path)!r}, which cannot be read as tokens: {error}.") from error
-        if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
-            raise ConfigError(
-                f"source has {str(path)!r}, an array of shape {tokens.shape} and type {tokens.dtype}; allowed: 1-D "
-                "integers."
-            )
+            reason = f"whose file {path} cannot be read as tokens: {error}"
+            raise source_error(source.name, reason, "1-D integers") from error
         for begin in range(0, len(tokens), TOKENS_AT_ONCE):
             yield path, np.asarray(tokens[begin : begin + TOKENS_AT_ONCE])
 
@@ -183,29 +213,29 @@ def token_blocks(
 def _documents(
     config: DataConfig, number: int, rows: Iterable[tuple[str, int, Row]], name: str
 ) -> Iterator[Piece | BadRow]:
-    """Rows as documents: (where, where the next one begins, the row)."""
+    """Turn rows, each with its name and the offset of the next one, into documents."""
     fields = [config.text_field] if config.prompt_field is None else [config.prompt_field, config.text_field]
     for where, offset, row in rows:
-        after = Place(number, offset)
+        after = Position(number, offset)
         where = f"{name}, {where}"
         if isinstance(row, BadRow):
-            yield BadRow(where, row.why)
+            yield row._replace(where=where)
         elif why := _why_bad(row, fields):
             yield BadRow(where, why)
         elif len(fields) == 2:
             yield Piece(row[fields[0]], is_prompt=True)
             yield Piece(row[fields[1]], ends=True, after=after)
-        elif row[fields[0]]:  # else there is no document
+        elif row[fields[0]]:  # an empty text is no document
             yield Piece(row[fields[0]], ends=True, after=after)
 
 
 def _why_bad(row: dict[str, Any], fields: list[str]) -> str | None:
     for name in fields:
         if name not in row:
-            return f"has no field {name!r}, but {', '.join(map(repr, row)) or 'none'}"
+            return f"has no field {name!r}, only {', '.join(map(repr, row)) or 'no fields at all'}"
         text = row[name]
         if not isinstance(text, str):
-            return f"has {str(text)[:40]!r} for {name!r}, which is no text"
+            return f"has {str(text)[:40]!r} for {name!r}, which is not text"
         if not text and len(fields) == 2:
             return f"has an empty {name!r}"
         try:
@@ -218,8 +248,7 @@ def _why_bad(row: dict[str, Any], fields: list[str]) -> str | None:
 def _json_rows(path: Path, offset: int) -> Iterator[tuple[str, int, Row]]:
     with path.open("rb") as file:
         file.seek(offset)
-        for number, line in enumerate(file, start=1):
-            where = f"line {number:,}"  # of what is read now; bad ones are told when all of it is
+        for number, line in enumerate(file, start=1):  # counted from `offset`: bad rows are reported by a whole read
             offset += len(line)
             if not line.strip():
                 continue
@@ -227,10 +256,10 @@ def _json_rows(path: Path, offset: int) -> Iterator[tuple[str, int, Row]]:
             try:
                 row = json.loads(line)
                 if not isinstance(row, dict):
-                    row = BadRow(where, f"is a {type(row).__name__}, no object")
-            except (ValueError, RecursionError) as error:  # also what is not UTF-8
-                row = BadRow(where, f"is no JSON: {error}")
-            yield where, offset, row
+                    row = BadRow("", f"is a {type(row).__name__}, not an object")
+            except (ValueError, RecursionError) as error:  # ValueError: also not UTF-8
+                row = BadRow("", f"is not JSON: {error}")
+            yield f"line {number:,}", offset, row
 
 
 def _table_rows(config: DataConfig, path: Path, first: int) -> Iterator[tuple[str, int, Row]]:
@@ -253,7 +282,7 @@ def _table_rows(config: DataConfig, path: Path, first: int) -> Iterator[tuple[st
                                 yield f"row {row - 1:,}", row, values
                 row = end
     except pyarrow.ArrowException as error:
-        raise ConfigError(f"source has {str(path)!r}, which cannot be read as Parquet: {error}.") from error
+        raise source_error(str(path), f"which cannot be read as Parquet: {error}") from error
 
 
 def _dataset_rows(config: DataConfig, source: str, first: int) -> Iterator[tuple[str, int, Row]]:
@@ -265,30 +294,26 @@ def _dataset_rows(config: DataConfig, source: str, first: int) -> Iterator[tuple
             yield f"row {first - 1:,}", first, dict(zip(batch, values, strict=True))
 
 
-def _columns(config: DataConfig, name: str, there: list[str]) -> list[str]:
-    wanted = {"text_field": config.text_field, "prompt_field": config.prompt_field}
-    if problems := [
-        f"{setting} is {column!r}, and {name} has the columns {', '.join(map(repr, there))}; give one of them."
-        for setting, column in wanted.items()
-        if column is not None and column not in there
-    ]:
+def _columns(config: DataConfig, name: str, existing: list[str]) -> list[str]:
+    wanted = {"data.text_field": config.text_field, "data.prompt_field": config.prompt_field}
+    allowed = f"a column of {name}: {', '.join(map(repr, existing))}"
+    given = {setting: column for setting, column in wanted.items() if column is not None}
+    if problems := [Problem(*entry, allowed) for entry in given.items() if entry[1] not in existing]:
         raise ConfigError(problems)
-    return [column for column in wanted.values() if column is not None]
+    return list(given.values())
 
 
 def open_dataset(source: str) -> Any:
-    """The dataset of 'datasets:NAME[,OPTION=VALUE...]': what `load_dataset` finds, or a folder of `save_to_disk`.
+    """Open the dataset of 'datasets:NAME[,OPTION=VALUE...]': a folder of `save_to_disk`, or what `load_dataset` finds.
 
     Raises:
-        ConfigError: if it cannot be opened, or the library is not there.
+        ConfigError: if it cannot be opened, or the library is not installed.
     """
     path, *words = source.removeprefix(DATASETS).split(",")
     options = dict(word.partition("=")[::2] for word in words)
     if unknown := [name for name in options if name not in DATASETS_OPTIONS]:
-        raise ConfigError(
-            f"source is {source!r}, with {', '.join(unknown)}; allowed: {DATASETS}NAME, and after commas "
-            f"{', '.join(name + '=...' for name in DATASETS_OPTIONS)}."
-        )
+        allowed = f"{DATASETS}NAME, with the options {', '.join(DATASETS_OPTIONS)}"
+        raise source_error(source, f"which has the options {', '.join(unknown)}", allowed)
     try:
         import datasets
     except ImportError as error:
@@ -299,30 +324,30 @@ def open_dataset(source: str) -> Any:
             found = datasets.load_from_disk(path)
             return found[split] if isinstance(found, dict) else found
         return datasets.load_dataset(path, split=split, **options)
-    except Exception as error:  # of any of the formats and file systems it knows
-        raise ConfigError(f"source is {source!r}, which datasets cannot open: {error}.") from error
+    except Exception as error:  # it reads many formats and file systems, each with errors of its own
+        raise source_error(source, f"which `datasets` cannot open: {error}") from error
 
 
 def _needs_extra(name: str, error: ImportError) -> ConfigError:
-    return ConfigError(f"source has {name!r}, for which {error.name} is needed: pip install 'fundamentallm[data]'.")
+    return source_error(name, f"which needs {error.name}", advice="Run: pip install 'fundamentallm[data]'.")
 
 
-def looks(config: DataConfig, source: str) -> list[Any] | None:
-    """All that shows from outside whether a source is what it was; None where it might not show.
+def file_states(source: SourceFiles) -> list[Any] | None:
+    """List path, size, times and inode of the source's files: equal lists mean an unchanged source.
 
-    A file that is changed twice within a tick of the file system's clock looks the same (git calls it racy).
+    Returns None if a change might not show: files that are missing, or changed less than `SETTLED` ago (a second change
+    within a tick of the file system's clock keeps the time; git calls such files racy).
     """
-    if source.startswith(DATASETS):
-        return [source, getattr(open_dataset(source), "_fingerprint", None)]
-    built_in = source == BUILT_IN_CORPUS
-    files = [Path(str(find_spec("pydoc_data.topics").origin))] if built_in else source_files(config, source)  # type: ignore[union-attr]
-    facts: list[Any] = []
+    files = source.files
+    if source.kind == "dataset":
+        files = [Path(entry["filename"]) for entry in open_dataset(source.name).cache_files]
+    states: list[Any] = [source.name] if source.kind == "dataset" else []
     for file in files:
         try:
             found = file.stat()
-        except OSError:  # reading it says why
+        except OSError:  # reading the file raises a better error
             return None
         if time.time_ns() - found.st_ctime_ns < SETTLED:
             return None
-        facts.append([str(file.absolute()), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino])
-    return facts
+        states.append([str(file.absolute()), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino])
+    return states if files else None

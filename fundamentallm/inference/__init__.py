@@ -1,1 +1,1 @@
-"""Using a trained model."""
+"""Use of a trained model."""

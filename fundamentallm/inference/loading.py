@@ -1,41 +1,63 @@
-"""Opening a trained model for use: a checkpoint of ours, sliced or whole, or a folder in transformers' format."""
+"""Opens a trained model for use: a checkpoint, sharded or not, or a folder in Hugging Face format."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from fundamentallm.errors import CheckpointError, CheckpointNotFoundError, ConfigError
+from fundamentallm.errors import CheckpointError, CheckpointNotFoundError, ConfigError, Problem
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import nn
 
 CHECKPOINT_HELP = (
-    "a checkpoint, a folder of checkpoints (the best, else the newest, is taken), a run's output_dir, or a folder in "
-    "transformers' format"
+    "a checkpoint, a run's output_dir or a folder of checkpoints (uses the best, otherwise the newest), or a model "
+    "folder in Hugging Face format"
 )
 
 
-class Opened(NamedTuple):
-    """A model, ready for use, on the device that there is."""
+class LoadedModel(NamedTuple):
+    """A model ready for use, with what its use needs."""
 
-    folder: Path
     model: nn.Module
+    """In evaluation mode, on the accelerator if there is one."""
     tokenizer: Tokenizer
     context: int | None
-    """Most tokens that it sees at once; None: no limit that it knows of."""
+    """Maximum number of tokens that the model sees at once, or None if it states no limit."""
     stop: frozenset[int]
     """Tokens that end a text."""
+    folder: Path
+    """The folder that it was read from."""
 
 
-def open_model(path: Path) -> Opened:
-    """The model at `path` (see `CHECKPOINT_HELP`), in evaluation mode.
+def load_model(checkpoint: str | Path) -> LoadedModel:
+    """Load a trained model and its tokenizer.
+
+    Args:
+        checkpoint: a checkpoint, a run's output folder or its folder of checkpoints (the best is used, otherwise the
+            newest), or a model folder in Hugging Face format.
 
     Raises:
-        CheckpointNotFoundError: if there is none, or one without what using it needs.
+        CheckpointNotFoundError: if there is none, or one without the files that its use needs.
         CheckpointError: if it is damaged.
         ConfigError: if it cannot be used.
+
+    Examples:
+        >>> from fundamentallm import TrainingConfig, Trainer, Transformer, create_dataloaders, create_tokenizer
+        >>> from fundamentallm import Config, DataConfig, ModelConfig, generate, load_model
+        >>> text = "to be or not to be " * 50
+        >>> tokenizer = create_tokenizer("char", text)
+        >>> model = Transformer(ModelConfig(tokenizer.get_vocab_size(), d_model=16, num_heads=2, num_layers=1))
+        >>> training = TrainingConfig(max_steps=1, batch_size=4, checkpoint_dir="checkpoints")
+        >>> config = Config(data=DataConfig(sequence_length=16), training=training)
+        >>> _ = Trainer(model, training, *create_dataloaders(text, tokenizer, config), callbacks=[]).train()
+        >>> loaded = load_model("checkpoints")
+        >>> prompt = loaded.tokenizer.encode("to be").ids
+        >>> ids = generate(loaded.model, prompt, max_new_tokens=5, context=loaded.context)
+        >>> len(loaded.tokenizer.decode(list(ids)))
+        5
     """
     import torch
 
@@ -45,45 +67,45 @@ def open_model(path: Path) -> Opened:
     from fundamentallm.models.transformer import Transformer
     from fundamentallm.models.transformers_format import find_pretrained, transformers_model
 
-    folder = find_checkpoint(path)
+    folder = find_checkpoint(Path(os.path.expanduser(checkpoint)))
     is_ours = (folder / MANIFEST).exists()
     if is_ours:
         verify(folder)
-    found = find_pretrained(str(folder), "--checkpoint")
+    found = find_pretrained(str(folder), "checkpoint")
     if found.shape is not None:
         model: nn.Module = Transformer(found.shape)
         load_weights(folder, found.weights, model)
     elif is_ours and len(found.weights) > 1:
         raise CheckpointError(
-            f"{folder} holds a {found.config.get('model_type')} model in slices; put it together first: "
+            f"{folder} holds a sharded {found.config.get('model_type')} model. Consolidate it first: "
             f"fundamentallm checkpoints consolidate {folder} OUT."
         )
     else:
         model = transformers_model(found)
     tokenizer = read_tokenizer(folder / "tokenizer.json")
-    if found.vocab_size is not None and tokenizer.get_vocab_size() > found.vocab_size:
-        raise ConfigError(
-            f"{folder}: its tokenizer has {tokenizer.get_vocab_size():,} tokens, and its model {found.vocab_size:,}."
-        )
+    tokens, most = tokenizer.get_vocab_size(), found.vocab_size
+    if most is not None and tokens > most:
+        reason = f"whose tokenizer has {tokens:,} tokens and whose model only {most:,}"
+        raise ConfigError(Problem("checkpoint", str(folder), reason=reason))
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    return Opened(folder, model.eval().to(device), tokenizer, found.context, found.stop)
+    return LoadedModel(model.eval().to(device), tokenizer, found.context, found.stop, folder)
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` means: itself, or the best (else the newest) below it; or a transformers folder.
+    """Returns `path` if it is a checkpoint or a model folder, otherwise the best or newest checkpoint below it.
 
     Raises:
-        CheckpointNotFoundError: if there is none, or one without what using it needs.
+        CheckpointNotFoundError: if there is none, or one without the files that its use needs.
     """
     from fundamentallm.checkpoint.manager import CheckpointManager, checkpoints_folder
     from fundamentallm.checkpoint.manifest import MANIFEST
 
     manager = CheckpointManager(checkpoints_folder(path))
-    is_one = (path / MANIFEST).exists() or (path / "config.json").exists()
-    folder = path if is_one else manager.get_best() or manager.get_latest()
+    is_model = (path / MANIFEST).exists() or (path / "config.json").exists()
+    folder = path if is_model else manager.get_best() or manager.get_latest()
     if folder is None:
         raise CheckpointNotFoundError(f"there is no checkpoint in {path}; give a checkpoint, or a run's output_dir.")
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).exists():
-            raise CheckpointNotFoundError(f"{folder} has no {name}, without which its model cannot be used on text.")
+            raise CheckpointNotFoundError(f"{folder} has no {name}, which the use of its model needs.")
     return folder

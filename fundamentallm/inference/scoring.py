@@ -1,4 +1,4 @@
-"""How probable a model finds a text: losses of single tokens, windows over long texts, and how sure their mean is."""
+"""Losses of single tokens, windows over long texts, and the confidence interval of the mean loss."""
 
 from __future__ import annotations
 
@@ -15,35 +15,25 @@ from torch import Tensor, nn
 from fundamentallm.config.schema import CHUNK, IGNORE_INDEX
 from fundamentallm.models.transformer import Transformer, cache_option
 
-FEWEST_BLOCKS = 8
-"""Of windows, from whose means the confidence interval of a text's mean is told."""
-
-
-class Scores(NamedTuple):
-    """Of single targets, each (B, T)."""
-
-    losses: Tensor
-    """Negative log-likelihood, in nats; 0 where a target does not count."""
-    is_first: Tensor
-    """Whether the target is the most probable token."""
+MIN_BLOCKS = 8
+"""Minimum number of blocks of windows for a confidence interval."""
 
 
 @torch.no_grad()
-def score(model: nn.Module, inputs: Tensor, targets: Tensor) -> Scores:
-    """What `model`, in evaluation mode, makes of `targets` (B, T) after `inputs` (B, T); of `IGNORE_INDEX`, nothing.
+def score(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Returns the negative log-likelihood, in nats, of each of `targets` (B, T) after `inputs` (B, T).
 
-    The logits of our `Transformer` are made for some positions at a time: those of a large vocabulary take much memory.
+    It is 0 for targets of `IGNORE_INDEX`. The model has to be in evaluation mode. The logits of our `Transformer` are
+    computed for some positions at a time, since those of a large vocabulary need much memory.
     """
-    parts: list[tuple[Tensor, Tensor]] = []
+    losses: list[Tensor] = []
 
     def add(logits: Tensor, wanted: Tensor) -> None:
-        losses = F.cross_entropy(logits.float(), wanted, reduction="none", ignore_index=IGNORE_INDEX)
-        parts.append((losses, logits.argmax(-1) == wanted))
+        losses.append(F.cross_entropy(logits.float(), wanted, reduction="none", ignore_index=IGNORE_INDEX))
 
     def of_hidden(hidden: Tensor, weight: Tensor) -> Tensor:
-        for rows, wanted in zip(
-            torch.split(hidden.flatten(0, 1), CHUNK), torch.split(targets.flatten(), CHUNK), strict=True
-        ):
+        chunks = torch.split(hidden.flatten(0, 1), CHUNK), torch.split(targets.flatten(), CHUNK)
+        for rows, wanted in zip(*chunks, strict=True):
             add(F.linear(rows, weight), wanted)
         return hidden
 
@@ -53,27 +43,26 @@ def score(model: nn.Module, inputs: Tensor, targets: Tensor) -> Scores:
         output = model(inputs, **cache_option(model, False))
         for rows, wanted in zip(output if isinstance(output, Tensor) else output.logits, targets, strict=True):
             add(rows, wanted)
-    losses, is_first = (torch.cat(tensors).view(targets.shape) for tensors in zip(*parts, strict=True))
-    return Scores(losses, is_first)
+    return torch.cat(losses).view(targets.shape)
 
 
 class Window(NamedTuple):
-    """Part of a text that the model sees at once: inputs [start, end), targets [start + 1, end + 1)."""
+    """A part of a text that the model sees at once: inputs [start, end), targets [start + 1, end + 1)."""
 
     start: int
     end: int
     counted: int
-    """How many of its first targets another window has counted."""
+    """Number of its first targets that the previous window has counted."""
 
 
 def windows(num_tokens: int, context: int, stride: int) -> Iterator[Window]:
-    """Windows over a text in which every token but the first is a target that counts exactly once.
+    """Yield windows over a text in which every token but the first is a target that counts exactly once.
 
     Args:
-        num_tokens: of the text.
-        context: most inputs of a window.
-        stride: targets that each window adds; with that of the context they follow each other as in validation, and
-            with less, each target but the first has at least context - stride tokens before it.
+        num_tokens: length of the text.
+        context: maximum number of inputs of a window.
+        stride: targets that each window adds. If it is the context, windows do not overlap, as in validation. If it is
+            less, each later target has at least context - stride tokens before it.
     """
     done = 0
     while done < num_tokens - 1:
@@ -84,21 +73,21 @@ def windows(num_tokens: int, context: int, stride: int) -> Iterator[Window]:
 
 
 def interval(losses: Sequence[float], counts: Sequence[int], confidence: float) -> tuple[float, float] | None:
-    """Confidence interval of the mean loss of a target, of a text like this one; None where it is too short for one.
+    """Returns the confidence interval of a text's mean loss, or None if the text is too short for one.
 
-    By batch means: windows of a text are not independent of their neighbours, so n of them make about sqrt(n) blocks of
-    as many neighbours each (Flegal and Jones, Annals of Statistics 38, 2010). The mean is the ratio of the blocks'
-    summed losses to their summed targets, its variance that of such a ratio (Cochran, Sampling Techniques, 1977,
-    chapter 6), and its distribution Student's.
+    Uses batch means: windows are not independent of their neighbours, so n of them are grouped into about sqrt(n)
+    blocks of neighbours (Flegal and Jones, Annals of Statistics 38, 2010). The mean is the ratio of the blocks' summed
+    losses to their summed targets, with the variance of such a ratio (Cochran, Sampling Techniques, 1977, chapter 6)
+    and Student's distribution.
 
     Args:
         losses: summed over the targets of each window, in the order of the text.
         counts: targets of each window.
-        confidence: probability that the interval holds the mean, such as 0.95.
+        confidence: probability that the interval contains the mean, such as 0.95.
     """
-    if len(losses) < FEWEST_BLOCKS:
+    if len(losses) < MIN_BLOCKS:
         return None
-    blocks = max(math.isqrt(len(losses)), FEWEST_BLOCKS)
+    blocks = max(math.isqrt(len(losses)), MIN_BLOCKS)
     totals, sizes = (
         np.array([part.sum() for part in np.array_split(np.asarray(values, dtype=np.float64), blocks)])
         for values in (losses, counts)
@@ -110,7 +99,10 @@ def interval(losses: Sequence[float], counts: Sequence[int], confidence: float) 
 
 
 def student_quantile(probability: float, degrees: int) -> float:
-    """Quantile of Student's t distribution (Abramowitz and Stegun, 26.7.5: four terms, to 0.1 % from 7 degrees on)."""
+    """Returns a quantile of Student's t distribution, within 0.1 % from 7 degrees of freedom up.
+
+    Uses four terms of an asymptotic series (Abramowitz and Stegun, 26.7.5).
+    """
     z = NormalDist().inv_cdf(probability)
     terms = (
         (z**3 + z) / 4,

@@ -1,1 +1,1 @@
-"""Language models and text generation."""
+"""Language models."""

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fundamentallm.config.schema import ModelConfig
-from fundamentallm.errors import ConfigError
+from fundamentallm.errors import ConfigError, Problem
 
 INITIAL_STD = 0.02
 """Standard deviation of initial weights (GPT-2)."""
 
 
 def rotary_table(positions: Tensor, features: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles of `positions` (...), each (..., features / 2), in float32.
+    """Returns cosines and sines of the rotary angles of `positions` (...), each (..., features / 2), in float32.
 
-    Position t turns pair i by the angle t * theta^(-2i / features) (RoFormer, arXiv:2104.09864).
+    Position t rotates pair i by the angle t * theta^(-2i / features) (RoFormer, arXiv:2104.09864).
     """
     frequencies = theta ** (-torch.arange(0, features, 2, device=positions.device, dtype=torch.float32) / features)
     angles = positions[..., None].float() * frequencies
@@ -33,25 +33,25 @@ def rotary_table(positions: Tensor, features: int, theta: float) -> tuple[Tensor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the feature pairs (i, i + F/2) of x (B, H, T, F) by their position's angles."""
+    """Rotate the feature pairs (i, i + F/2) of x (B, H, T, F) by their position's angles."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
 
 
 class LayerCache:
-    """Keys and values of one layer, those of position t in slot t: while text is written, each token is computed once.
+    """Keys and values of one layer, position t in slot t, so that generation computes each token once.
 
-    An object rather than a pair of tensors: FSDP2 casts those it is given, and what is written into a copy is lost.
+    An object rather than a pair of tensors: FSDP2 casts tensor arguments, and what is written into a copy is lost.
     """
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
         self.keys = self.values = torch.empty(0)
         self.positions = self.mask = torch.empty(0)
-        """Of the next tokens (B, T); and which slots each of them sees, (B, 1, T, used)."""
+        """Positions (B, T) of the next tokens, and the slots that each of them sees (B, 1, T, used)."""
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add those of the next tokens, (B, H, T, F); all there are, (B, H, used, F)."""
+        """Add keys and values (B, H, T, F) of the next tokens and return all of them (B, H, used, F)."""
         if not self.keys.numel():
             b, heads, _, features = keys.shape
             self.keys, self.values = (x.new_zeros(b, heads, self.slots, features) for x in (keys, values))
@@ -62,11 +62,11 @@ class LayerCache:
 
 
 def document_mask(input_ids: Tensor, document_start: int, dtype: torch.dtype) -> Tensor:
-    """What to add to attention scores (B, 1, T, T), so that each position of `input_ids` (B, T) attends to those before
-    it in its document only.
+    """Returns what to add to attention scores (B, 1, T, T), so that each position of `input_ids` (B, T) attends to its
+    own document only.
 
-    Known from the tokens, so that batches need not carry it. Rotary positions need no reset: only their differences
-    count. In the scores' precision, since attention would turn booleans into that, and keep it, in every block.
+    It follows from the tokens, so batches need not carry it. Rotary positions need no reset: only their differences
+    matter. It has the scores' precision, since attention would convert booleans to that, and keep it, in every block.
     """
     document = (input_ids == document_start).cumsum(1)
     allowed = (document[:, :, None] == document[:, None, :]).tril()[:, None]
@@ -74,7 +74,7 @@ def document_mask(input_ids: Tensor, document_start: int, dtype: torch.dtype) ->
 
 
 class Attention(nn.Module):
-    """Causal self-attention in which several query heads may share a key and value head."""
+    """Causal self-attention in which several query heads may use the same key and value head."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -94,15 +94,15 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None
     ) -> Tensor:
-        """Mix x (B, T, D) over its positions, all before each or as `mask` (B, 1, T, T) says, and over those in the
-        cache; (B, T, D).
+        """Attend from each position of x (B, T, D) to those before it, or those that `mask` (B, 1, T, T) allows, and to
+        those in the cache. Returns (B, T, D).
         """
         b, t, _ = x.shape
         q = self.q_proj(x).view(b, t, self.num_heads, self.head_size)
         k = self.k_proj(x).view(b, t, self.num_kv_heads, self.head_size)
         v = self.v_proj(x).view(b, t, self.num_kv_heads, self.head_size)
         if self.qk_norm:
-            # In the weights' precision: mixed with autocast's, torch leaves its fused kernel.
+            # In the weights' precision: torch's fused kernel does not take autocast's beside it.
             q, k = (norm(x.to(norm.weight.dtype)) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, H, T, F)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -131,12 +131,12 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) to (B, T, D), each position by itself."""
+        """Map each position of x (B, T, D) by itself."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each behind a norm and added to the residual stream."""
+    """Attention and feed-forward, each after a norm and added to the residual stream."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -149,18 +149,18 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None
     ) -> Tensor:
-        """(B, T, D) to (B, T, D)."""
+        """Map x (B, T, D) to (B, T, D)."""
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))  # type: ignore[no-any-return]
 
 
 class Head(nn.Linear):
-    """Output projection, without a bias: to logits, or straight to what is made of them."""
+    """Output projection without a bias."""
 
     def forward(self, x: Tensor, of_hidden: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
-        """Logits (B, T, V) of x (B, T, D); or `of_hidden` of x and the weights (V, D): a chunk at a time.
+        """Returns the logits (B, T, V) of x (B, T, D), or `of_hidden` of x and the weights (V, D).
 
-        Within this call, since only here FSDP2 has the weights whole.
+        `of_hidden` is called in here because FSDP2 gathers the weights for this call only.
         """
         return super().forward(x) if of_hidden is None else of_hidden(x, self.weight)
 
@@ -170,8 +170,8 @@ class Transformer(nn.Module):
 
     Args:
         config: its shape; `vocab_size` must be set.
-        document_start: a token before which nothing is attended to, by it or by what comes after it: the end-of-text
-            token, which thus begins the next document and tells nothing of the last; None: all is attended to.
+        document_start: the end-of-text token. It and the tokens after it do not attend to those before it, so it begins
+            the next document and shows nothing of the last one. None: documents are not masked.
 
     Raises:
         ConfigError: if `vocab_size` is not set.
@@ -184,7 +184,7 @@ class Transformer(nn.Module):
         torch.Size([1, 3, 10])
     """
 
-    # transformers' names for what is not to be split, and for where the norm before the head is to be found.
+    # transformers' names for modules that must not be split, and for the module with the norm before the head.
     _no_split_modules = ("Block",)
     base_model_prefix = "model"
 
@@ -192,7 +192,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.document_start = document_start
         if config.vocab_size is None:
-            raise ConfigError("vocab_size is not set; give ModelConfig the tokenizer's get_vocab_size().")
+            raise ConfigError(Problem("model.vocab_size", None, "the tokenizer's get_vocab_size()"))
         self.config = config = config.resolved()
         self.gradient_checkpointing = False
         self.dropout = nn.Dropout(config.dropout)
@@ -205,7 +205,7 @@ class Transformer(nn.Module):
             }
         )
         self.lm_head = Head(config.d_model, config.vocab_size or 0, bias=False)
-        if not embedding.weight.is_meta:  # else whoever gives the weights memory fills them
+        if not embedding.weight.is_meta:  # otherwise the caller allocates the weights and fills them
             with torch.no_grad():
                 for name, values in self.initial_weights():
                     self.get_parameter(name).copy_(values)
@@ -213,11 +213,11 @@ class Transformer(nn.Module):
             self.lm_head.weight = embedding.weight
 
     def initial_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and initial values of the weights, one after the other: normal, smaller (or zero) where they write to
-        the residual stream; drawn from the CPU's global generator, whatever the device.
+        """Yield names and initial values of the weights: normal, and smaller (or zero) for projections to the residual
+        stream. They are drawn from the CPU's global generator on any device.
         """
-        # 2 additions for each block: their variances add up to that of one (GPT-2). Zeros are drawn too, so that the
-        # other weights are the same with them and without.
+        # The variances of two additions a block add up to that of one (GPT-2). Weights that become zero are drawn too,
+        # so that the others do not depend on `zero_init_residual`.
         residual = 0.0 if self.config.zero_init_residual else 1 / math.sqrt(2 * self.config.num_layers)
         for name, parameter in self.named_parameters():
             scale = residual if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
@@ -231,8 +231,8 @@ class Transformer(nn.Module):
         cache: Sequence[LayerCache] | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, T, V) of the token after each of `input_ids` (B, T); or what `of_hidden` makes of the head's input
-        (B, T, D) and weights (V, D). With a `new_cache`, the tokens come at `positions` (B, T), after those in it.
+        """Returns logits (B, T, V) of the token after each of `input_ids` (B, T), or `of_hidden` of the head's input
+        (B, T, D) and weights (V, D). With a cache, the tokens are at `positions` (B, T), after those in the cache.
         """
         x = self.dropout(self.model["embed_tokens"](input_ids))
         config = self.config
@@ -243,12 +243,12 @@ class Transformer(nn.Module):
                 kind = x.device.type
                 narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
                 mask = document_mask(input_ids, self.document_start, narrow)
-        else:  # text that is written is one document
+        else:  # generated text is one document
             assert positions is not None
             used = torch.arange(int(positions.max()) + 1, device=x.device)
             for layer in cache:
                 layer.positions, layer.mask = positions, used <= positions[:, None, :, None]
-            positions = positions[:, None]  # alike for all heads
+            positions = positions[:, None]  # the same for all heads
         cos, sin = rotary_table(positions, config.d_model // config.num_heads, config.rope_theta)
         for index, block in enumerate(self.model["layers"].children()):
             if self.gradient_checkpointing and self.training:
@@ -258,23 +258,23 @@ class Transformer(nn.Module):
         return self.lm_head(self.model["norm"](x), of_hidden)  # type: ignore[no-any-return]
 
     def new_cache(self, slots: int) -> list[LayerCache]:
-        """Empty, for sequences of at most `slots` tokens."""
+        """Returns an empty cache for sequences of at most `slots` tokens."""
         return [LayerCache(slots) for _ in range(self.config.num_layers)]
 
     def gradient_checkpointing_enable(self) -> None:
-        """Keep only each block's input for the backward pass, and compute the rest again (arXiv:1604.06174)."""
+        """Keep only each block's input for the backward pass, and recompute the rest (arXiv:1604.06174)."""
         self.gradient_checkpointing = True
 
     def get_input_embeddings(self) -> nn.Module:
-        """The embedding table, under transformers' name for it."""
+        """Returns the embedding table, by transformers' name for it."""
         return self.model["embed_tokens"]
 
     def get_output_embeddings(self) -> nn.Module:
-        """The output projection, under transformers' name for it."""
+        """Returns the output projection, by transformers' name for it."""
         return self.lm_head
 
     def transformers_config(self, sequence_length: int, end_of_text: int | None = None) -> dict[str, Any]:
-        """The config.json with which transformers opens these weights; `end_of_text`: the token that ends a text."""
+        """Returns the config.json with which transformers opens these weights."""
         config = self.config
         return {
             "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
@@ -302,5 +302,5 @@ class Transformer(nn.Module):
 
 
 def cache_option(model: object, use_cache: bool) -> dict[str, bool]:
-    """The keyword argument by which a model of transformers that writes text keeps keys and values, or does not."""
+    """Returns the keyword argument that tells a transformers model whether to cache keys and values."""
     return {"use_cache": use_cache} if hasattr(model, "generation_config") else {}

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fundamentallm.atomic import write_text
 from fundamentallm.errors import RunInProgressError, writing
 from fundamentallm.run.json_lines import append, read, rewind
 
@@ -67,10 +68,8 @@ def locked(folders: Iterable[Path]) -> Iterator[None]:
 
 def write_status(folder: Path, **status: Any) -> None:
     """Writes `status.json`, for schedulers: a launcher's own exit code is only 0 or 1."""
-    temporary = folder / f"{STATUS}.new"
     with writing(folder / STATUS):
-        temporary.write_text(json.dumps(status, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, folder / STATUS)
+        write_text(folder / STATUS, json.dumps(status, indent=1) + "\n")
 
 
 def read_state(folder: Path) -> str | None:

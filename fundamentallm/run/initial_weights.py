@@ -101,7 +101,7 @@ def _tokenizer(spec: str, theirs: Path) -> str:
     if spec == DataConfig.tokenizer:
         return str(theirs)
     known = spec == "byte" or spec.endswith(".json")
-    if not known or create_tokenizer(spec, tuple, tuple).to_str() != read_tokenizer(theirs).to_str():
+    if not known or create_tokenizer(spec).to_str() != read_tokenizer(theirs).to_str():
         reason = f"and {theirs.parent} was trained with another tokenizer"
         raise ConfigError(Problem("data.tokenizer", spec, advice="Leave it out.", reason=reason))
     return spec

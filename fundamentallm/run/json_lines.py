@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fundamentallm.atomic import write_text
 from fundamentallm.errors import writing
 
 TEXTS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -73,9 +73,7 @@ def rewind(
         copy = _free_name(path) if is_damaged or (keep_copy and len(kept) < len(lines)) else None
         if copy is not None:
             shutil.copy2(path, copy)
-        temporary = path.with_name(path.name + ".new")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, "".join(kept))
     return copy
 
 

@@ -99,7 +99,7 @@ def text_of_step(checkpoint: Path, samples: StepSamples, source: str | None = No
         dataset, _ = corpus_samples(corpus, data.sequence_length, has_validation=False)
     except ConfigError as error:
         advice = "If the text has moved, name it with --source. To leave it out: --indices_only."
-        raise ConfigError([f"data.{problem} {advice}" for problem in error.problems]) from error
+        raise ConfigError([f"{problem} {advice}" for problem in error.problems]) from error
     if dataset.fingerprint() != samples.content:
         raise ConfigError(
             Problem(

@@ -339,7 +339,7 @@ class Trainer(RunPosition):
             return
         size = self.micro_batch.size
         if size is None:
-            first, device, largest = self.global_step, self.accelerator.device, self.samples.largest_share
+            first, device, largest = self.global_step, self.accelerator.device, self.samples.largest_rank_batch
             batch = next(device_batches(self.train_loader, self.samples, first, first + 1, device))
             rows = batch.inputs, batch.targets
             size = self.micro_batch.find(self.optimizer_step, *rows, largest, self.group, self.validation_metrics)

@@ -91,7 +91,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     text = prose(400_000)
-    tokenizer = create_tokenizer("char", lambda: [text], lambda: [text])
+    tokenizer = create_tokenizer("char", text)
     shape = ModelConfig(tokenizer.get_vocab_size(), d_model=options.width, num_layers=8)
     saves = Saves(options.rounds + 1)
     with tempfile.TemporaryDirectory() as folder, Path(os.devnull).open("w") as nowhere:

@@ -31,7 +31,7 @@ from fundamentallm.config.command_line import parse_config
 from fundamentallm.data import corpus, sources
 from fundamentallm.data.datasets import TokenDataset
 from fundamentallm.data.encoding import encode_pieces
-from fundamentallm.data.loaders import as_is, device_batches, step_sampler
+from fundamentallm.data.loaders import collate, device_batches, step_sampler
 from fundamentallm.data.tokenizers import create_tokenizer
 from fundamentallm.train import make_trainer
 from tests.conftest import reset_accelerate
@@ -72,7 +72,7 @@ def batch(tokens: NDArray[np.integer], at: float, again: bool = True) -> float:
     """
     if not again:
         forget(tokens)
-    loader = torch.utils.data.DataLoader(TokenDataset(tokens, LENGTH), BATCH, shuffle=True, collate_fn=as_is)
+    loader = torch.utils.data.DataLoader(TokenDataset(tokens, LENGTH), BATCH, shuffle=True, collate_fn=collate)
     sampler = step_sampler("loader", loader, 0, 0, 1)
     first = int(at * (sampler.steps_per_epoch - STEPS))
     for _ in range(1 + again):
@@ -92,7 +92,7 @@ def forget(tokens: NDArray[np.integer]) -> None:
 def prepared(folder: Path, num_bytes: int) -> NDArray[np.integer]:
     """Training tokens of so many bytes, opened as `load_corpus` does: all zeros, and a sparse file."""
     folder.mkdir()
-    create_tokenizer("byte", list, list).save(str(folder / "tokenizer.json"))
+    create_tokenizer("byte").save(str(folder / "tokenizer.json"))
     for name, size in (("train.bin", num_bytes), ("validation.bin", 0)):
         with (folder / name).open("wb") as file:
             file.truncate(size)
@@ -120,7 +120,7 @@ def encoding(tokenizer: str, on_all_cores: bool) -> float:
     """Seconds to encode 4 MB."""
     text = prose(10**9)
     os.environ["TOKENIZERS_PARALLELISM"] = str(on_all_cores).lower()
-    made = create_tokenizer(tokenizer, lambda: [text], lambda: [text])
+    made = create_tokenizer(tokenizer, text)
     pieces = [text[at : at + sources.PIECE] for at in range(0, len(text), sources.PIECE)] * 9
     begun = time.perf_counter()
     for _ in encode_pieces(made, pieces):

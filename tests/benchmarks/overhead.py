@@ -90,7 +90,7 @@ class Clock:
     def __init__(self, turns: Connection, size: Size) -> None:
         self.turns, self.size, self.marks = turns, size, [0.0]
         self.text = prose(400_000)
-        self.tokenizer = create_tokenizer("char", lambda: [self.text], lambda: [self.text])
+        self.tokenizer = create_tokenizer("char", self.text)
         self.shape = ModelConfig(self.tokenizer.get_vocab_size(), **size.model)
 
     def mark(self) -> None:

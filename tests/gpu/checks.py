@@ -10,8 +10,8 @@ import torch
 
 from fundamentallm.commands.estimate.counts import layout_of, step_flops, tokens_per_step
 from fundamentallm.commands.estimate.memory import memory
-from fundamentallm.commands.output import size_text
 from fundamentallm.config.schema import Config
+from fundamentallm.config.units import size_text
 from tests.gpu.hooks import STOP_AT
 from tests.gpu.runs import ROOT, Runs, Skipped, lines, losses, seen, state
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import random
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from fundamentallm import Config, Trainer
+from fundamentallm import Config, Trainer, TrainingConfig
 from fundamentallm.data.datasets import Batch
 from tests.integration.runs import SEQUENCE, PartlyIgnored
 
@@ -165,6 +164,17 @@ def model_by_rank(config: Config) -> Trainer:
     return _trainer(config, _ByRank)
 
 
+class _BrokenOnRank1(Small):
+    def disturb(self, logits: Tensor) -> Tensor:
+        if os.environ.get("RANK") == "1":
+            raise ZeroDivisionError("planted")
+        return logits
+
+
+def broken_on_rank_1(config: Config) -> Trainer:
+    return _trainer(config, _BrokenOnRank1)
+
+
 class _Broken(Small):
     def disturb(self, logits: Tensor) -> Tensor:
         raise ZeroDivisionError("planted")
@@ -174,12 +184,18 @@ def broken_model(config: Config) -> Trainer:
     return _trainer(config, _Broken)
 
 
+def two_faults(config: Config) -> Trainer:
+    generator = torch.Generator().manual_seed(1)
+    noisy = _Noisy(lambda: int(torch.randint(VOCABULARY, (), generator=generator)))
+    return _trainer(config, _BatchStatistics, data=noisy)
+
+
 def not_a_trainer(config: Config) -> dict[str, int]:
     return {"step": SEQUENCE}
 
 
 def elsewhere(config: Config) -> Trainer:
-    return _trainer(dataclasses.replace(config, output_dir="elsewhere"))
+    return _trainer(Config(output_dir="elsewhere", training=TrainingConfig(batch_size=config.training.batch_size)))
 
 
 not_callable = 7

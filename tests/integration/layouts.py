@@ -105,7 +105,7 @@ class Witness(Callback):
 
     def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         # What fills up a share that is too small comes last, and has no weight.
-        self.samples.append(self.data.asked[: trainer.samples.share(trainer.global_step - 1).rows])
+        self.samples.append(self.data.asked[: trainer.samples.rank_batch(trainer.global_step - 1).rows])
         self.data.asked.clear()
         if trainer.global_step == self.stop_at:
             trainer.request_stop("the next layout's turn")

@@ -109,7 +109,7 @@ def make_config(folder: Path | str, dropout: float = 0.0, **training: Any) -> Co
 def make_trainer(config: Config, characters: int = 6_000, tokenizer_spec: str = "char", **arguments: Any) -> Trainer:
     """A Trainer as `fundamentallm.train` makes it, with lines in metrics.jsonl and no bar."""
     text = prose(characters)
-    tokenizer = create_tokenizer(tokenizer_spec, lambda: [text], lambda: [text])
+    tokenizer = create_tokenizer(tokenizer_spec, text)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tokenizer.get_vocab_size()))
     train_loader, val_loader = create_dataloaders(text, tokenizer, config)
     torch.manual_seed(config.training.seed)

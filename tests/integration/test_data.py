@@ -1,4 +1,4 @@
-"""Runs on rows, pairs and several sources: what is trained on, that it does not depend on how, and going on."""
+"""Runs on rows, pairs and several sources: targets, independence of the layout, and resuming."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from fundamentallm import Config, create_dataloaders, load_corpus
 from fundamentallm.config.schema import DataConfig, ModelConfig, TrainingConfig
@@ -46,8 +47,8 @@ def on_pairs(world: int, folder: Path, output: Path, micro_batch_size: int | Non
     assert trainer.accelerator.num_processes == world
 
 
-def test_pairs_are_trained_on_alike_in_any_layout(folder: Path, tmp_path: Path) -> None:
-    """Samples of a process are as wide as it needs: that, and micro-batches, change nothing but rounding."""
+def test_pairs_train_the_same_in_any_layout(folder: Path, tmp_path: Path) -> None:
+    """The padding of each process and micro-batches change nothing but rounding."""
     layouts = {"one": (1, None), "micro": (1, 3), "two": (2, 2)}
     for name, (processes, micro) in layouts.items():
         on_processes(processes, on_pairs, folder, tmp_path / name, micro)
@@ -67,7 +68,7 @@ def test_pairs_are_trained_on_alike_in_any_layout(folder: Path, tmp_path: Path) 
     assert validation["val_bits_per_byte"] == pytest.approx(bits, rel=1e-6)
 
 
-def test_a_mixture_with_masked_documents_goes_on_to_the_bit(folder: Path, tmp_path: Path) -> None:
+def test_mixture_with_masked_documents_resumes_bit_exactly(folder: Path, tmp_path: Path) -> None:
     source = {str(folder / "a.jsonl"): 0.7, str(folder / "b.jsonl"): 0.3}
     settings = {"mask_documents": True, "tokenizer": "bpe:300"}
     whole = run(config_of(folder, tmp_path / "whole", source, settings))
@@ -79,11 +80,13 @@ def test_a_mixture_with_masked_documents_goes_on_to_the_bit(folder: Path, tmp_pa
     assert rest.global_step == 12
     assert_same_weights(weights(rest), weights(whole))
     assert timeless(lines(tmp_path / "part")) == timeless(lines(tmp_path / "whole"))
-    shape = json.loads((tmp_path / "whole/checkpoints/step_00000012/config.json").read_text())
+    checkpoint = tmp_path / "whole/checkpoints/step_00000012"
+    assert AutoTokenizer.from_pretrained(checkpoint).eos_token == END
+    shape = json.loads((checkpoint / "config.json").read_text())
     assert shape["eos_token_id"] == whole.model.document_start == whole.train_loader.dataset.end_of_text
 
 
-def test_another_weight_is_other_data(folder: Path, tmp_path: Path) -> None:
+def test_another_weight_is_other_training_data(folder: Path, tmp_path: Path) -> None:
     prints = []
     for weight in (1.0, 1.0, 2.0):
         source = {str(folder / "a.jsonl"): weight, str(folder / "b.jsonl"): 1.0}
@@ -92,4 +95,4 @@ def test_another_weight_is_other_data(folder: Path, tmp_path: Path) -> None:
         prints.append((loader.dataset.fingerprint(), validation.dataset.fingerprint()))
     assert prints[0] == prints[1]
     assert prints[0][0] != prints[2][0]
-    assert prints[0][1] == prints[2][1]  # which goes through each source once
+    assert prints[0][1] == prints[2][1]  # validation takes each sample once

@@ -1,4 +1,4 @@
-"""Training that goes on from a model in transformers' format, and the checkpoints it makes."""
+"""Training from a model in Hugging Face format, and the checkpoints of such a run."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A model of each kind, in bfloat16, with a tokenizer that has a few tokens less than the model has rows."""
     base, text = tmp_path_factory.mktemp("pretrained"), prose()
     (base / "text.txt").write_text(text)
-    tokenizer = create_tokenizer("bpe:300", lambda: [text], lambda: [text])
+    tokenizer = create_tokenizer("bpe:300", text)
     for kind in KINDS:
         make(kind, 308).bfloat16().save_pretrained(base / kind)
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=77).save_pretrained(base / kind)
@@ -115,7 +115,7 @@ def logits(model: torch.nn.Module) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits
 
 
-def test_a_run_begins_from_the_model_and_its_checkpoint_opens_as_it_is(run: Run, folders: dict[str, Path]) -> None:
+def test_run_starts_from_the_model_and_its_checkpoint_opens(run: Run, folders: dict[str, Path]) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(folders[run.kind], dtype=torch.float32)
     torch.testing.assert_close(run.before, logits(theirs), atol=1e-5, rtol=1e-5)
     assert run.losses[-1] < run.losses[0] - 0.01
@@ -129,8 +129,8 @@ def test_a_run_begins_from_the_model_and_its_checkpoint_opens_as_it_is(run: Run,
     assert again("the statement")["input_ids"] == theirs("the statement")["input_ids"]
 
 
-def test_a_stopped_run_goes_on_to_the_bit(run: Run, folders: dict[str, Path], tmp_path: Path) -> None:
-    """With GPT-2's own dropout, too; and though the model's folder has moved."""
+def test_stopped_run_resumes_bit_exactly(run: Run, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Also with GPT-2's own dropout, and although the model's folder has moved."""
     half = start(config(folders, run.kind, tmp_path / "half"))
     half.callbacks.add(StopAt(3))
     half.train()
@@ -141,13 +141,13 @@ def test_a_stopped_run_goes_on_to_the_bit(run: Run, folders: dict[str, Path], tm
     assert_same_weights(weights(again), run.weights)
 
 
-def test_a_checkpoint_is_a_pretrained_model_too(run: Run, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_checkpoint_is_a_pretrained_model(run: Run, folders: dict[str, Path], tmp_path: Path) -> None:
     trainer = start(config({**folders, "old": run.checkpoint}, "old", tmp_path / "new"))
     assert_same_weights(weights(trainer), run.weights)
     assert trainer.global_step == 0
 
 
-def test_the_commands_take_the_run_and_the_model_alike(
+def test_generate_takes_a_run_and_a_model_folder(
     run: Run, folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--prompt", "the", "--max_new_tokens", "9", "--temperature", "0", "--ignore_end"]
@@ -168,7 +168,7 @@ def train_sharded(processes: int, kind: str, folders: dict[str, Path], output: s
     trainer.leave_group()
 
 
-def test_a_sharded_run_is_the_same_and_its_weights_are_put_together(
+def test_sharded_run_is_the_same_and_can_be_consolidated(
     run: Run, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     on_processes(2, train_sharded, run.kind, folders, str(tmp_path / "run"))
@@ -203,12 +203,12 @@ def test_a_sharded_run_is_the_same_and_its_weights_are_put_together(
         ("llama", {}, {"tokenizer": "other.json"}, ["other.json"]),
     ],
 )
-def test_what_contradicts_the_folder_is_refused_all_at_once(
+def test_settings_that_contradict_the_folder_are_refused(
     folders: dict[str, Path], tmp_path: Path, kind: str, model: dict, data: dict, named: list[str]
 ) -> None:
     made = config(folders, kind, tmp_path)
     text = prose(200)
-    (folders["gpt2"].parent / "other.json").write_text(create_tokenizer("char", lambda: [text], lambda: []).to_str())
+    (folders["gpt2"].parent / "other.json").write_text(create_tokenizer("char", text).to_str())
     if str(data.get("tokenizer")).endswith(".json"):
         data = {"tokenizer": str(folders["gpt2"].parent / data["tokenizer"])}
     made = dataclasses.replace(
@@ -228,7 +228,7 @@ def test_what_contradicts_the_folder_is_refused_all_at_once(
         assert text in problem
 
 
-def test_a_folder_without_a_tokenizer_needs_one_to_be_named(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_folder_without_tokenizer_needs_data_tokenizer(folders: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(folders["llama"], tmp_path / "llama")
     tokenizer = (tmp_path / "llama" / "tokenizer.json").rename(tmp_path / "tokenizer.json")
     made = config({**folders, "llama": tmp_path / "llama"}, "llama", tmp_path / "run")
@@ -238,7 +238,7 @@ def test_a_folder_without_a_tokenizer_needs_one_to_be_named(folders: dict[str, P
     assert completed(dataclasses.replace(made, data=data), find_pretrained(str(tmp_path / "llama"))).data == data
 
 
-def test_prepare_tokenizes_as_the_folder_does(
+def test_prepare_uses_the_folders_tokenizer(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = config(folders, "gpt2", tmp_path / "run")

@@ -1,4 +1,4 @@
-"""`fundamentallm checkpoints`: what it says of a real run is what the run did, whatever it is given is no traceback."""
+"""`fundamentallm checkpoints` prints what a run did, and no traceback for damaged or hostile checkpoints."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def parsed(output: str) -> dict[str, tuple[str, str]]:
 # ---- samples ----------------------------------------------------------------------------------------------
 
 
-def test_the_run_has_what_makes_naming_its_samples_hard(made: Run) -> None:
+def test_samples_run_has_short_and_changed_batches(made: Run) -> None:
     sizes = [len(batch) for batch in made.indices]
     assert sizes == [32, 32, 32, 32, 32, 9, 32, 32, 20, 20, 20, 20, 20, 5, *[20] * 8, 9, *[20] * 7]
     for epoch in (made.indices[:6], made.indices[6:14], made.indices[14:23]):
@@ -132,9 +132,7 @@ def test_the_run_has_what_makes_naming_its_samples_hard(made: Run) -> None:
     assert made.indices[0] != sorted(made.indices[0])
 
 
-def test_samples_are_those_that_each_step_consumed_and_their_text_is_what_the_model_saw(
-    made: Run, command: Command
-) -> None:
+def test_samples_equal_what_each_step_saw(made: Run, command: Command) -> None:
     length = int(3_000 * 0.9)
     for step, (indices, seen) in enumerate(zip(made.indices, made.seen, strict=True), start=1):
         code, out, err = command("samples", made.folder, "--step", step, "--full")
@@ -145,10 +143,10 @@ def test_samples_are_those_that_each_step_consumed_and_their_text_is_what_the_mo
             (str(index), (place, text)) for index, place, text in zip(indices, places, seen, strict=True)
         ]
         before = sum(map(len, made.indices[: step - 1]))
-        assert f"step {step} is in epoch {before // 169} (from 0), after {before} samples of the run" in out
+        assert f"step {step} is in epoch {before // 169} (from 0), after {before} samples" in out
 
 
-def test_samples_of_the_steps_after_an_older_checkpoint_are_foretold(made: Run, command: Command) -> None:
+def test_samples_after_an_older_checkpoint_are_predicted(made: Run, command: Command) -> None:
     older = made.folder / "checkpoints" / "step_00000004"
     for step, is_told in ((4, False), (5, True), (8, True)):
         code, out, _ = command("samples", older, "--step", step, "--indices_only")
@@ -158,7 +156,7 @@ def test_samples_of_the_steps_after_an_older_checkpoint_are_foretold(made: Run, 
 
 
 @pytest.mark.parametrize(("checkpoint", "step", "last"), [("", 0, 30), ("", 31, 30), ("step_00000004", 9, 8)])
-def test_a_step_that_the_run_has_not_is_refused(
+def test_samples_step_outside_the_run_is_refused(
     made: Run, command: Command, checkpoint: str, step: int, last: int
 ) -> None:
     code, out, err = command("samples", made.folder / "checkpoints" / checkpoint, "--step", step)
@@ -166,7 +164,7 @@ def test_a_step_that_the_run_has_not_is_refused(
     assert f"step is {step}; allowed: 1 to {last}" in err
 
 
-def test_a_text_is_one_line_of_the_table_unless_full(made: Run, command: Command) -> None:
+def test_samples_text_is_one_line_unless_full(made: Run, command: Command) -> None:
     _, out, _ = command("samples", made.folder, "--step", 1)
     rows = out.splitlines()[3:]
     assert len(rows) == 32
@@ -185,28 +183,23 @@ def test_a_text_is_one_line_of_the_table_unless_full(made: Run, command: Command
         ("", ""),
     ],
 )
-def test_a_long_text_is_cut_to_the_line(text: str, line: str) -> None:
+def test_shortened_cuts_to_the_width(text: str, line: str) -> None:
     assert shortened(text, 20) == line
 
 
-def test_a_text_that_has_changed_is_refused(made: Run, copy: Path, command: Command, tmp_path: Path) -> None:
+def test_samples_changed_text_is_refused(made: Run, copy: Path, command: Command, tmp_path: Path) -> None:
     other = tmp_path / "other.txt"
     other.write_text(made.text.read_text()[:50] + "#" + made.text.read_text()[51:])
-    for source, problem in (
-        (other, "whose text is not what this step was trained on"),
-        ("gone.txt", "there is no text"),
-    ):
+    for source in (other, "gone.txt"):
         code, out, err = command("samples", copy, "--step", 1, "--source", source)
         assert (code, out) == (2, "")
         assert str(source) in err
-        assert problem in err
+        assert "data.source" in err
         assert "--source" in err
     assert command("samples", copy, "--step", 1, "--source", other, "--indices_only")[0] == 0
 
 
-def test_a_text_that_has_moved_is_taken_from_where_it_is(
-    made: Run, copy: Path, command: Command, tmp_path: Path
-) -> None:
+def test_samples_moved_text_is_read_from_source(made: Run, copy: Path, command: Command, tmp_path: Path) -> None:
     moved = tmp_path / "moved.txt"
     shutil.copy(made.text, moved)
     assert command("samples", copy, "--step", 9, "--source", moved) == command(
@@ -214,7 +207,7 @@ def test_a_text_that_has_moved_is_taken_from_where_it_is(
     )
 
 
-def test_the_text_is_told_in_the_characters_of_the_run(made: Run, command: Command, tmp_path: Path) -> None:
+def test_samples_text_uses_the_tokenizer_of_the_run(made: Run, command: Command, tmp_path: Path) -> None:
     """Another text may have the same token ids, since a char vocabulary numbers the characters that there are."""
     other = tmp_path / "other.txt"
     other.write_text("".join(chr(ord(character) + 0x4E00) for character in made.text.read_text()))
@@ -223,7 +216,7 @@ def test_the_text_is_told_in_the_characters_of_the_run(made: Run, command: Comma
     assert [text for _, text in parsed(out).values()] == made.seen[1]
 
 
-def test_a_run_on_a_dataset_of_ones_own_has_indices_and_no_text(tmp_path: Path, command: Command) -> None:
+def test_samples_own_dataset_has_indices_and_no_text(tmp_path: Path, command: Command) -> None:
     asked: list[int] = []
 
     class Recorded(PartlyIgnored):
@@ -233,7 +226,7 @@ def test_a_run_on_a_dataset_of_ones_own_has_indices_and_no_text(tmp_path: Path, 
 
     for config, reason in (
         (TrainingConfig(max_steps=12, checkpoint_dir=str(tmp_path / "a")), "started from Python with a TrainingConfig"),
-        (Config(str(tmp_path / "b"), training=TrainingConfig(batch_size=8, max_steps=12)), "with a dataset of its own"),
+        (Config(str(tmp_path / "b"), training=TrainingConfig(batch_size=8, max_steps=12)), "with its own dataset"),
     ):
         asked.clear()
         loader = DataLoader(Recorded(), batch_size=8, shuffle=True, drop_last=True)
@@ -247,14 +240,14 @@ def test_a_run_on_a_dataset_of_ones_own_has_indices_and_no_text(tmp_path: Path, 
             assert out.splitlines()[-1] == ", ".join(map(str, asked[8 * step - 8 : 8 * step]))
         code, out, _ = command("show", folder)
         assert code == 0
-        assert ("TrainingConfig alone" in out) == isinstance(config, TrainingConfig)
+        assert ("(a TrainingConfig, of a run" in out) == isinstance(config, TrainingConfig)
 
 
 # ---- list -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("below", ["", "checkpoints"])
-def test_list_has_a_line_for_each_checkpoint_oldest_first(made: Run, command: Command, below: str) -> None:
+def test_list_has_a_line_per_checkpoint_oldest_first(made: Run, command: Command, below: str) -> None:
     code, out, _ = command("list", made.folder / below)
     header, *rows = (line.split() for line in out.splitlines())
     assert code == 0
@@ -268,7 +261,7 @@ def test_list_has_a_line_for_each_checkpoint_oldest_first(made: Run, command: Co
     assert max(map(len, out.splitlines())) <= 100
 
 
-def test_list_goes_by_the_order_of_saving_and_knows_no_loss_of_another_step(tmp_path: Path, command: Command) -> None:
+def test_list_is_in_the_order_of_saving(tmp_path: Path, command: Command) -> None:
     metrics = {"val_step": torch.tensor([1, 3, 4]), "val_loss": torch.tensor([float("nan"), 1.5, 1.75])}
     for name, step in (("z", 2), ("a", 3)):
         progress = {"step": step}
@@ -281,7 +274,7 @@ def test_list_goes_by_the_order_of_saving_and_knows_no_loss_of_another_step(tmp_
     assert "best val_loss 1.5000, at step 3" in command("show", tmp_path)[1]
 
 
-def test_list_says_what_is_wrong_with_what_is_no_whole_checkpoint(copy: Path, command: Command) -> None:
+def test_list_says_why_a_folder_is_not_complete(copy: Path, command: Command) -> None:
     folder = copy / "checkpoints"
     (folder / "step_00000004" / MANIFEST).unlink()
     (folder / "step_00000008" / MANIFEST).write_text("{")
@@ -299,7 +292,7 @@ def test_list_says_what_is_wrong_with_what_is_no_whole_checkpoint(copy: Path, co
         ("step_00000012", "model.safetensors has 5 bytes instead of"),
         ("step_00000016~damaged-0a1b2c", "set aside as damaged"),
         (".staging-step_00000040-0123456789ab", "step_00000040, being saved"),
-        ("notes", "has none of a checkpoint's files"),
+        ("notes", "has none of the files of a checkpoint"),
         ("link", "a link"),
         ("nan", "newest, weights not finite"),
     ):
@@ -309,7 +302,7 @@ def test_list_says_what_is_wrong_with_what_is_no_whole_checkpoint(copy: Path, co
 # ---- verify -----------------------------------------------------------------------------------------------
 
 
-def test_verify_says_ok_for_each_intact_checkpoint(made: Run, command: Command) -> None:
+def test_verify_intact_checkpoints_are_ok(made: Run, command: Command) -> None:
     size = sum(entry["size"] for entry in read_manifest(newest(made.folder))["files"].values())
     code, out, _ = command("verify", newest(made.folder))
     assert (code, out) == (0, f"step_00000030  ok, 7 files, {size / 1000:.1f} kB\n")
@@ -331,7 +324,7 @@ def test_verify_finds_a_flipped_bit_in_any_file(copy: Path, command: Command, fi
     assert out.endswith("1 of 8 are damaged\n")
 
 
-def test_verify_finds_what_lost_its_manifest(copy: Path, command: Command) -> None:
+def test_verify_finds_a_missing_manifest(copy: Path, command: Command) -> None:
     (newest(copy) / MANIFEST).unlink()
     for folder in (newest(copy), copy):
         code, out, _ = command("verify", folder)
@@ -339,7 +332,7 @@ def test_verify_finds_what_lost_its_manifest(copy: Path, command: Command) -> No
         assert "step_00000030  incomplete, it has no manifest.json" in out
 
 
-def test_verify_counts_no_leftover_and_names_files_that_are_not_in_the_manifest(copy: Path, command: Command) -> None:
+def test_verify_ignores_leftovers_and_lists_extra_files(copy: Path, command: Command) -> None:
     (copy / "checkpoints" / ".staging-step_00000040-0123456789ab").mkdir()
     (newest(copy) / "notes\n.txt").write_text("")
     code, out, _ = command("verify", copy)
@@ -352,7 +345,7 @@ def test_verify_counts_no_leftover_and_names_files_that_are_not_in_the_manifest(
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_show_tells_what_is_in_a_checkpoint(made: Run, command: Command, named: bool) -> None:
+def test_show_prints_progress_weights_and_config(made: Run, command: Command, named: bool) -> None:
     code, out, _ = command("show", newest(made.folder) if named else made.folder)
     assert code == 0
     words = {tuple(line.split()) for line in out.splitlines()}
@@ -363,7 +356,7 @@ def test_show_tells_what_is_in_a_checkpoint(made: Run, command: Command, named: 
         f"step {last['step']}", f"samples {last['samples']}", f"tokens {last['tokens']:,}",
         f"train_loss {last['train_loss']:.5g}", f"best val_loss {min(losses):.4f}, at step {losses[min(losses)]}",
         f"model.embed_tokens {vocabulary * 16:,}", f"lm_head {vocabulary * 16:,}", "model.norm 16",
-        "optimizer 30 tensors", "model 14 tensors", "batch_size: 20", f"source: {made.text}",
+        "batch_size: 20", f"source: {made.text}",
     ):  # fmt: skip
         assert any(line[: len(expected.split())] == tuple(expected.split()) for line in words), expected
     assert f"torch {torch.__version__}" in out.replace("\n  ", " ")
@@ -376,7 +369,7 @@ def stored_weights(folder: Path) -> Iterator[torch.Tensor]:
     yield from state["model_state_dict"].values()
 
 
-def test_show_reads_no_weight_unless_it_verifies(copy: Path, command: Command) -> None:
+def test_show_reads_no_weights_without_verify(copy: Path, command: Command) -> None:
     assert "SHA-256 verified" in command("show", copy, "--verify")[1]
     flip(newest(copy) / "model.safetensors")
     code, out, _ = command("show", copy)
@@ -389,7 +382,7 @@ def test_show_reads_no_weight_unless_it_verifies(copy: Path, command: Command) -
 
 @pytest.mark.parametrize("verb", [["show"], ["samples", "--step", "1"]])
 @pytest.mark.parametrize("file", ["state.json", MANIFEST, "tokenizer.json"])
-def test_what_is_damaged_is_not_told(copy: Path, command: Command, verb: list[str], file: str) -> None:
+def test_show_and_samples_refuse_damaged_files(copy: Path, command: Command, verb: list[str], file: str) -> None:
     flip(newest(copy) / file)
     if verb == ["show"] and file == "tokenizer.json":
         verb = ["show", "--verify"]
@@ -404,7 +397,7 @@ VERBS: list[list[str]] = [["list"], ["verify"], ["show"], ["samples", "--step", 
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_a_wrong_path_is_an_error_that_names_it(tmp_path: Path, command: Command, verb: list[str]) -> None:
+def test_verbs_wrong_path_is_an_error_with_the_path(tmp_path: Path, command: Command, verb: list[str]) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
     for path, problem in (
@@ -460,9 +453,7 @@ def nested(depth: int) -> Any:
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_a_strangers_state_gives_an_answer_or_an_error_and_never_a_control_character(
-    copy: Path, command: Command, case: str
-) -> None:
+def test_verbs_hostile_state_prints_no_control_characters(copy: Path, command: Command, case: str) -> None:
     path, folder = newest(copy), copy / "checkpoints"
     for other in folder.iterdir():
         if other != path and other.is_dir():
@@ -484,7 +475,7 @@ def test_a_strangers_state_gives_an_answer_or_an_error_and_never_a_control_chara
 
 @pytest.mark.parametrize("file", ["model.safetensors", "training.safetensors"])
 @pytest.mark.parametrize("content", [b"", b"\xff" * 64, b"\x02\0\0\0\0\0\0\0{}", b"\x04\0\0\0\0\0\0\0\x1b[2J"])
-def test_a_strangers_tensors_are_an_answer_or_an_error(copy: Path, command: Command, file: str, content: bytes) -> None:
+def test_verbs_hostile_tensor_files_raise_no_traceback(copy: Path, command: Command, file: str, content: bytes) -> None:
     path = newest(copy)
     (path / file).write_bytes(content)
     (path / MANIFEST).unlink()
@@ -496,7 +487,7 @@ def test_a_strangers_tensors_are_an_answer_or_an_error(copy: Path, command: Comm
         assert "\x1b" not in out + err
 
 
-def test_a_file_that_never_answers_is_not_opened(copy: Path, command: Command) -> None:
+def test_verbs_do_not_open_pipes(copy: Path, command: Command) -> None:
     for file in ("model.safetensors", "state.json"):
         (newest(copy) / file).unlink()
         os.mkfifo(newest(copy) / file)
@@ -507,7 +498,7 @@ def test_a_file_that_never_answers_is_not_opened(copy: Path, command: Command) -
 
 
 @pytest.mark.parametrize("verb", [[], ["list"], ["verify"], ["show"], ["samples"]])
-def test_help_loads_no_torch(tmp_path: Path, verb: list[str]) -> None:
+def test_help_imports_no_torch(tmp_path: Path, verb: list[str]) -> None:
     code = (
         "import sys\nfrom fundamentallm.commands.checkpoints import main\n"
         f"try:\n    main({[*verb, '--help']}, 'fundamentallm checkpoints')\n"
@@ -522,7 +513,7 @@ def test_help_loads_no_torch(tmp_path: Path, verb: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_line_for_real(made: Run, copy: Path) -> None:
+def test_command_line_as_a_process(made: Run, copy: Path) -> None:
     def shell(text: str) -> subprocess.CompletedProcess[str]:
         environment = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"], "XDG_CACHE_HOME": str(copy)}
         program = f"{sys.executable} -m fundamentallm checkpoints"

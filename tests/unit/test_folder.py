@@ -105,7 +105,7 @@ def test_read_state_of_a_damaged_file_is_none(tmp_path: Path, content: bytes) ->
 
 def test_write_status_error_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("kept")
-    with pytest.raises(FundamentaLLMError, match=r"run/status\.json cannot be written: .*Not a directory"):
+    with pytest.raises(FundamentaLLMError, match=r"run/status\.json cannot be written"):
         write_status(tmp_path / "run", state="running")
 
 

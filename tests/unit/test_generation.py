@@ -1,4 +1,4 @@
-"""Generated text: seeded, drawn from the model's distribution; and the command that prints it."""
+"""Generated text: seeded and sampled from the model's distribution; loading models; the command."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fundamentallm.config.schema import ModelConfig
 from fundamentallm.data.tokenizers import create_tokenizer
 from fundamentallm.errors import CheckpointNotFoundError, ConfigError, FundamentaLLMError
 from fundamentallm.inference.generation import Sampling, generate, generate_batch
-from fundamentallm.inference.loading import find_checkpoint
+from fundamentallm.inference.loading import find_checkpoint, load_model
 from fundamentallm.models.transformer import Transformer
 
 CONTEXT = 8
@@ -65,13 +65,13 @@ def most_probable(model: Transformer, count: int, prompt: list[int] = PROMPT) ->
     return text
 
 
-def test_the_seed_decides_about_the_text(model: Transformer) -> None:
+def test_generate_depends_on_the_seed(model: Transformer) -> None:
     texts = [list(generate(model, PROMPT, 40, CONTEXT, seed=seed)) for seed in (0, 1, 2, 0, 1, 2)]
     assert texts[:3] == texts[3:]
     assert len({tuple(text) for text in texts}) == 3
 
 
-def test_the_global_generator_is_neither_read_nor_changed(model: Transformer) -> None:
+def test_generate_leaves_the_global_generator_alone(model: Transformer) -> None:
     texts = []
     for seed in (0, 1):
         torch.manual_seed(seed)
@@ -82,27 +82,23 @@ def test_the_global_generator_is_neither_read_nor_changed(model: Transformer) ->
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 40])
-def test_as_many_tokens_are_drawn_as_are_asked_for_also_past_the_context(model: Transformer, count: int) -> None:
+def test_generate_draws_the_tokens_asked_for(model: Transformer, count: int) -> None:
     assert len(list(generate(model, PROMPT * 3, count, CONTEXT))) == count
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_temperature_zero_takes_the_most_probable_token_within_and_past_the_context(
-    model: Transformer, seed: int
-) -> None:
+def test_temperature_zero_takes_the_most_probable_token(model: Transformer, seed: int) -> None:
     text = list(generate(model, PROMPT, 40, CONTEXT, temperature=0, seed=seed))
     assert text == most_probable(model, 40)
 
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 100.0])
-def test_a_top_k_of_one_takes_the_most_probable_token_at_any_temperature(
-    model: Transformer, temperature: float
-) -> None:
+def test_top_k_of_one_takes_the_most_probable_token(model: Transformer, temperature: float) -> None:
     assert list(generate(model, PROMPT, 40, CONTEXT, temperature, top_k=1)) == most_probable(model, 40)
 
 
 @pytest.mark.parametrize("top_k", [2, 5, 22])
-def test_top_k_draws_among_the_most_probable_and_all_of_them(model: Transformer, top_k: int) -> None:
+def test_top_k_draws_among_the_most_probable_tokens(model: Transformer, top_k: int) -> None:
     text = list(generate(model, PROMPT, 400, CONTEXT, temperature=100.0, top_k=top_k))
     pairs = zip(windows(PROMPT, text), text, strict=True)
     ranks = {last_logits(model, ids).argsort(descending=True).tolist().index(token) for ids, token in pairs}
@@ -110,18 +106,18 @@ def test_top_k_draws_among_the_most_probable_and_all_of_them(model: Transformer,
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
-def test_top_k_draws_no_more_tokens_where_all_are_equally_probable(model: Transformer, top_k: int) -> None:
+def test_top_k_of_equal_probabilities_draws_no_more_tokens(model: Transformer, top_k: int) -> None:
     torch.nn.init.zeros_(model.lm_head.weight)
     assert len(set(generate(model, PROMPT, 200, CONTEXT, top_k=top_k))) <= top_k
 
 
 @pytest.mark.parametrize("top_k", [23, 1000])
-def test_a_top_k_of_the_vocabulary_or_more_changes_nothing(model: Transformer, top_k: int) -> None:
+def test_top_k_of_the_vocabulary_changes_nothing(model: Transformer, top_k: int) -> None:
     assert list(generate(model, PROMPT, 40, CONTEXT, top_k=top_k)) == list(generate(model, PROMPT, 40, CONTEXT))
 
 
 @pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9])
-def test_top_p_draws_among_the_fewest_tokens_that_have_it_together(model: Transformer, top_p: float) -> None:
+def test_top_p_draws_among_the_fewest_tokens(model: Transformer, top_p: float) -> None:
     text = list(generate(model, PROMPT, 150, CONTEXT, temperature=2.0, top_p=top_p))
     seen = set()
     for ids, token in zip(windows(PROMPT, text), text, strict=True):
@@ -132,24 +128,24 @@ def test_top_p_draws_among_the_fewest_tokens_that_have_it_together(model: Transf
     assert True in seen  # the last of the fewest is drawn too
 
 
-def test_logits_are_penalised_for_tokens_of_the_prompt_and_of_the_text(model: Transformer) -> None:
+def test_repetition_penalty_covers_prompt_and_text(model: Transformer) -> None:
     text = list(generate(model, PROMPT, 40, CONTEXT, temperature=0, repetition_penalty=3.0))
-    for place, ids in enumerate(windows(PROMPT, text)):
+    for index, ids in enumerate(windows(PROMPT, text)):
         logits = last_logits(model, ids)
-        there = torch.tensor(PROMPT + text[:place]).unique()
-        logits[there] = torch.where(logits[there] > 0, logits[there] / 3.0, logits[there] * 3.0)
-        assert logits.argmax() == text[place]
+        past = torch.tensor(PROMPT + text[:index]).unique()
+        logits[past] = torch.where(logits[past] > 0, logits[past] / 3.0, logits[past] * 3.0)
+        assert logits.argmax() == text[index]
     assert text != most_probable(model, 40)
 
 
-def test_a_text_ends_at_a_token_to_stop_at(model: Transformer) -> None:
+def test_stop_ends_the_text(model: Transformer) -> None:
     text = list(generate(model, PROMPT, 40, CONTEXT, seed=1))
     end = text[17]
     assert list(generate(model, PROMPT, 40, CONTEXT, seed=1, stop={end})) == text[: text.index(end)]
 
 
 @pytest.mark.parametrize("stop", [(), (10,)])
-def test_texts_of_a_batch_are_those_of_each_alone(model: Transformer, stop: tuple[int, ...]) -> None:
+def test_generate_batch_equals_each_prompt_alone(model: Transformer, stop: tuple[int, ...]) -> None:
     """Of different lengths, up to more than the context, of which some end and others go on past the context."""
     prompts = [PROMPT, [7], PROMPT * 3, [9, 9]]
     sampling = Sampling(1.3, 0.9, 12, 0.95)
@@ -163,7 +159,7 @@ def test_texts_of_a_batch_are_those_of_each_alone(model: Transformer, stop: tupl
     assert len(set(map(len, alone))) == (4 if stop else 1)
 
 
-def test_each_token_is_computed_once_and_half_a_context_once_more_where_the_window_moves(model: Transformer) -> None:
+def test_generate_computes_each_token_once(model: Transformer) -> None:
     computed = []
     model.get_input_embeddings().register_forward_pre_hook(lambda _, ids: computed.append(ids[0].numel()))
     caches, new_cache = [], model.new_cache
@@ -178,9 +174,7 @@ def test_each_token_is_computed_once_and_half_a_context_once_more_where_the_wind
 
 @pytest.mark.parametrize("qk_norm", [True, False])
 @pytest.mark.parametrize("penalty", [1.0, 1.7])
-def test_greedy_text_is_that_of_transformers_on_the_same_checkpoint(
-    tmp_path: Path, qk_norm: bool, penalty: float
-) -> None:
+def test_greedy_text_equals_transformers_on_our_checkpoint(tmp_path: Path, qk_norm: bool, penalty: float) -> None:
     from transformers import AutoModelForCausalLM
 
     model = make(3, num_kv_heads=1, qk_norm=qk_norm)
@@ -194,7 +188,7 @@ def test_greedy_text_is_that_of_transformers_on_the_same_checkpoint(
 
 
 @pytest.mark.parametrize("is_cached", [True, False])
-def test_a_transformers_model_writes_what_its_own_generate_does(is_cached: bool) -> None:
+def test_generate_of_a_transformers_model_equals_its_own(is_cached: bool) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -212,7 +206,7 @@ def test_a_transformers_model_writes_what_its_own_generate_does(is_cached: bool)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 3.0])
-def test_tokens_are_as_frequent_as_the_model_and_the_temperature_say(temperature: float) -> None:
+def test_token_frequencies_follow_the_temperature(temperature: float) -> None:
     model = make(vocab_size=6)
     with torch.no_grad():  # equal embeddings: each draw is from the same distribution
         model.get_input_embeddings().weight.copy_(model.get_input_embeddings().weight[0].expand(6, -1).clone())
@@ -223,7 +217,7 @@ def test_tokens_are_as_frequent_as_the_model_and_the_temperature_say(temperature
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_models_mode_comes_back_also_when_the_reader_stops_early(training: bool) -> None:
+def test_generate_restores_the_models_mode(training: bool) -> None:
     model = make(dropout=0.5).train(training)
     list(generate(model, PROMPT, 3, CONTEXT))
     assert model.training is training
@@ -233,7 +227,7 @@ def test_the_models_mode_comes_back_also_when_the_reader_stops_early(training: b
     assert model.training is training
 
 
-def test_nothing_is_dropped_out_while_generating() -> None:
+def test_generate_switches_dropout_off() -> None:
     assert list(generate(make(dropout=0.5).train(), PROMPT, 40, CONTEXT)) == list(generate(make(), PROMPT, 40, CONTEXT))
 
 
@@ -250,17 +244,17 @@ def test_nothing_is_dropped_out_while_generating() -> None:
         ("seed", -1),
     ],
 )
-def test_a_value_outside_its_range_is_refused_by_name(model: Transformer, name: str, value: float) -> None:
+def test_generate_refuses_a_value_outside_its_range(model: Transformer, name: str, value: float) -> None:
     arguments = {"token_ids": PROMPT, "max_new_tokens": 3, "context": CONTEXT}
-    with pytest.raises(ConfigError, match=name):
-        list(generate(model, **arguments | {name: value}))
+    with pytest.raises(ConfigError) as error:
+        generate(model, **arguments | {name: value})
+    assert [problem.setting for problem in error.value.problems] == [name]
 
 
-def test_all_wrong_values_are_refused_at_once(model: Transformer) -> None:
-    with pytest.raises(ConfigError) as caught:
-        list(generate(model, [], 3, CONTEXT, temperature=-1, top_k=0))
-    assert len(caught.value.problems) == 3
-    assert "prompt is empty" in str(caught.value)
+def test_generate_lists_all_wrong_values(model: Transformer) -> None:
+    with pytest.raises(ConfigError) as error:
+        generate(model, [], 3, CONTEXT, temperature=-1, top_k=0)
+    assert {problem.setting for problem in error.value.problems} == {"prompt", "temperature", "top_k"}
 
 
 TEXT = "to be, or not to be: that is the question\n"
@@ -268,7 +262,7 @@ TEXT = "to be, or not to be: that is the question\n"
 
 @pytest.fixture(params=["char", "byte"])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
-    return create_tokenizer(request.param, lambda: [TEXT], lambda: [TEXT])
+    return create_tokenizer(request.param, TEXT)
 
 
 def save(
@@ -294,7 +288,7 @@ def run(path: Path, *arguments: str) -> int:
     return command.main(["--checkpoint", str(path), *arguments], "fundamentallm generate")
 
 
-def test_the_command_prints_the_prompt_and_the_models_text(
+def test_command_prints_prompt_and_text(
     tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = save(tmp_path, tokenizer, seed=1)
@@ -304,16 +298,12 @@ def test_the_command_prints_the_prompt_and_the_models_text(
     assert capsys.readouterr().out == expected_output(tokenizer, 1, "to be", 50, **options)
 
 
-def test_the_commands_defaults_are_those_of_its_help(
-    tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_defaults(tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(save(tmp_path, tokenizer, seed=1)) == 0
     assert capsys.readouterr().out == expected_output(tokenizer, 1, "\n", 200, temperature=0.8)
 
 
-def test_the_command_writes_several_texts_at_once(
-    tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_prints_several_texts(tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = save(tmp_path, tokenizer, seed=1)
     (tmp_path / "prompts").write_text("be\n\nthat is\n")
     flags = ["--prompt", "to", "--prompts", str(tmp_path / "prompts"), "--max_new_tokens", "20", "--top_p", "0.9"]
@@ -327,14 +317,14 @@ def test_the_command_writes_several_texts_at_once(
     assert [line["tokens"] for line in lines] == [20, 20, 20]
 
 
-def test_a_prompt_ends_with_its_line_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = save(tmp_path, create_tokenizer("byte", list, list), seed=1)
+def test_command_splits_prompts_at_line_ends_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = save(tmp_path, create_tokenizer("byte"), seed=1)
     (tmp_path / "prompts").write_text("to\u2028be\r\nor\n", encoding="utf-8")
     assert run(path, "--prompts", str(tmp_path / "prompts"), "--max_new_tokens", "1", "--json") == 0
     assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.split("\n")[:-1]] == ["to\u2028be", "or"]
 
 
-def test_the_command_stops_where_the_model_ends_the_text(
+def test_command_stops_at_the_end_of_text_token(
     tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = expected_output(tokenizer, 1, "to", 60, temperature=0.8)[2:-1]
@@ -356,26 +346,26 @@ def with_spaces_in_its_words(text: str) -> Tokenizer:
 
 
 @pytest.mark.parametrize("spec", ["char", "byte", "bpe:300", "spaces in words"])
-def test_pieces_are_the_whole_text_whatever_the_tokens(spec: str) -> None:
+def test_pieces_are_the_whole_text(spec: str) -> None:
     text = "to be 漢é🙂 or\n\n not 🙂🙂\N{REPLACEMENT CHARACTER} to be " * 3
     made = spec == "spaces in words"
-    tokenizer = with_spaces_in_its_words(text) if made else create_tokenizer(spec, lambda: [text], lambda: [text])
+    tokenizer = with_spaces_in_its_words(text) if made else create_tokenizer(spec, text)
     for ids in (tokenizer.encode(text).ids, tokenizer.encode(text).ids[3:-2]):
         found = list(command.pieces(tokenizer, iter(ids)))
         assert "".join(found) == tokenizer.decode(ids)
         assert len(found) > len(ids) / 3
 
 
-def test_a_character_of_several_tokens_is_printed_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    byte = create_tokenizer("byte", lambda: [], lambda: [])
+def test_command_prints_characters_of_several_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    byte = create_tokenizer("byte")
     model = make(0, 256)
     cycle = byte.encode("漢é🙂").ids
     with torch.no_grad():  # each byte of the cycle makes the next one the most probable
         for parameter in model.parameters():
             parameter.fill_(1.0 if parameter.ndim == 1 else 0.0)
-        for place, token in enumerate(cycle):
-            model.get_input_embeddings().weight[token, place] = 1.0
-            model.lm_head.weight[cycle[(place + 1) % len(cycle)], place] = 1.0
+        for index, token in enumerate(cycle):
+            model.get_input_embeddings().weight[token, index] = 1.0
+            model.lm_head.weight[cycle[(index + 1) % len(cycle)], index] = 1.0
     files = {"config.json": json.dumps(model.transformers_config(CONTEXT)), "tokenizer.json": byte.to_str()}
     path = CheckpointManager(tmp_path).save({MODEL_KEY: model.state_dict()}, files=files)
     assert run(path, "--prompt", "🙂", "--max_new_tokens", "18", "--temperature", "0") == 0
@@ -384,7 +374,7 @@ def test_a_character_of_several_tokens_is_printed_whole(tmp_path: Path, capsys: 
 
 @pytest.mark.parametrize(("best", "taken"), [(None, 3), (1, 1), (2, 2)])
 @pytest.mark.parametrize("below", ["", "checkpoints"])
-def test_the_best_checkpoint_of_a_folder_is_taken_else_the_newest(
+def test_find_checkpoint_takes_the_best_or_the_newest(
     tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str], below: str, best: int | None, taken: int
 ) -> None:
     for seed in (1, 2, 3):
@@ -395,17 +385,20 @@ def test_the_best_checkpoint_of_a_folder_is_taken_else_the_newest(
     assert capsys.readouterr().out == outputs[taken - 1]
 
 
-def test_a_checkpoint_named_itself_is_taken_even_if_another_is_best(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_find_checkpoint_takes_the_one_that_is_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
     named = save(tmp_path, tokenizer, seed=1)
     best = save(tmp_path, tokenizer, seed=2, is_best=True)
     assert find_checkpoint(named) == named
     assert find_checkpoint(tmp_path) == best
+    loaded = load_model(str(named))
+    assert (loaded.folder, loaded.context, loaded.model.training) == (named, CONTEXT, False)
+    assert loaded.tokenizer.to_str() == tokenizer.to_str()
+    for ours, saved in zip(loaded.model.parameters(), make(1, tokenizer.get_vocab_size()).parameters(), strict=True):
+        assert torch.equal(ours.cpu(), saved)
 
 
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.json"])
-def test_a_checkpoint_without_what_generating_needs_is_refused_by_name(
-    tokenizer: Tokenizer, tmp_path: Path, missing: str
-) -> None:
+def test_find_checkpoint_names_a_missing_file(tokenizer: Tokenizer, tmp_path: Path, missing: str) -> None:
     save(tmp_path, tokenizer, seed=1, without=missing)
     with pytest.raises(CheckpointNotFoundError, match=missing):
         find_checkpoint(tmp_path)
@@ -417,7 +410,7 @@ def fails(monkeypatch: pytest.MonkeyPatch, path: Path, *arguments: str) -> int:
 
 
 @pytest.mark.parametrize("name", ["", "nothing"])
-def test_a_folder_without_a_checkpoint_is_an_error_that_names_it(
+def test_command_names_a_folder_without_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     assert fails(monkeypatch, tmp_path / name) == 1
@@ -431,7 +424,7 @@ def test_a_folder_without_a_checkpoint_is_an_error_that_names_it(
     ("arguments", "named"),
     [
         (["--prompt", "to é漢be"], "'é', '漢'"),
-        (["--prompt", ""], "prompt is empty"),
+        (["--prompt", ""], "prompt is ''"),
         (["--temperature", "-1"], "temperature is -1.0"),
         (["--temperature", "nan"], "temperature is nan"),
         (["--top_k", "0"], "top_k is 0"),
@@ -439,30 +432,30 @@ def test_a_folder_without_a_checkpoint_is_an_error_that_names_it(
         (["--seed", str(2**64)], "seed is"),
     ],
 )
-def test_a_wrong_argument_is_an_error_that_names_it(
+def test_command_names_a_wrong_argument(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list, named: str
 ) -> None:
-    save(tmp_path, create_tokenizer("char", lambda: [TEXT], lambda: []), seed=1)
+    save(tmp_path, create_tokenizer("char", TEXT), seed=1)
     assert fails(monkeypatch, tmp_path, *arguments) == 2
     assert named in capsys.readouterr().err
 
 
-def test_a_wrong_argument_is_found_before_anything_is_printed(
+def test_command_prints_nothing_before_it_checked_all(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert fails(monkeypatch, save(tmp_path, tokenizer, seed=1), "--prompt", "to", "--top_k", "0") == 2
     assert capsys.readouterr().out == ""
 
 
-def test_weights_that_do_not_fit_the_config_are_an_error(
+def test_command_names_a_checkpoint_that_does_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = save(tmp_path, create_tokenizer("char", lambda: [TEXT], lambda: []), seed=1, num_hidden_layers=3)
+    path = save(tmp_path, create_tokenizer("char", TEXT), seed=1, num_hidden_layers=3)
     assert fails(monkeypatch, path) == 1
     assert str(path) in capsys.readouterr().err
 
 
-def test_a_damaged_checkpoint_is_an_error_that_names_the_file(
+def test_command_names_a_damaged_file(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = save(tmp_path, tokenizer, seed=1)
@@ -473,8 +466,8 @@ def test_a_damaged_checkpoint_is_an_error_that_names_the_file(
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_model_whose_weights_are_not_finite_writes_nothing(temperature: float) -> None:
+def test_generate_refuses_nan(temperature: float) -> None:
     model = make(vocab_size=6)
     torch.nn.init.constant_(model.lm_head.weight, math.nan)
-    with pytest.raises(FundamentaLLMError, match="its weights are not finite"):
+    with pytest.raises(FundamentaLLMError, match="NaN"):
         list(generate(model, [1], 3, 8, temperature))

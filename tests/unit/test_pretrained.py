@@ -1,4 +1,4 @@
-"""Folders in transformers' format: which shapes are ours, what is refused, what a checkpoint hands on."""
+"""Model folders in Hugging Face format: which shapes are ours and what is refused."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ def write(folder: Path, **changes: object) -> None:
 
 
 @pytest.mark.parametrize("config", SHAPES)
-def test_a_shape_survives_transformers_config(config: ModelConfig) -> None:
+def test_shape_of_inverts_transformers_config(config: ModelConfig) -> None:
     saved = json.loads(json.dumps(Transformer(config).transformers_config(16)))
     assert shape_of(saved) == config.resolved()
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", None])
-def test_another_architecture_is_named(model_type: str | None) -> None:
+def test_shape_of_names_another_architecture(model_type: str | None) -> None:
     saved = Transformer(SHAPES[0]).transformers_config(16) | {"model_type": model_type}
     with pytest.raises(ConfigError, match=str(model_type)):
         shape_of(saved)
 
 
-def test_a_shape_that_lacks_a_value_is_named() -> None:
+def test_shape_of_names_a_missing_value() -> None:
     saved = Transformer(SHAPES[0]).transformers_config(16)
     del saved["hidden_size"]
     with pytest.raises(ConfigError, match="hidden_size"):
@@ -69,7 +69,7 @@ def test_a_shape_that_lacks_a_value_is_named() -> None:
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_what_our_transformer_does_not_compute_is_left_to_transformers(tmp_path: Path, change: dict) -> None:
+def test_find_pretrained_names_what_we_do_not_compute(tmp_path: Path, change: dict) -> None:
     llama(tmp_path)
     assert find_pretrained(str(tmp_path)).shape is not None
     write(tmp_path, **change)
@@ -82,9 +82,7 @@ def test_what_our_transformer_does_not_compute_is_left_to_transformers(tmp_path:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_a_llama_in_several_files_becomes_a_transformer_in_float32(
-    tmp_path: Path, tied: bool, dtype: torch.dtype
-) -> None:
+def test_a_sharded_llama_becomes_a_transformer_in_float32(tmp_path: Path, tied: bool, dtype: torch.dtype) -> None:
     theirs = llama(tmp_path, dtype, tie_word_embeddings=tied).float().eval()
     found = find_pretrained(str(tmp_path))
     assert len(found.weights) > 2
@@ -100,7 +98,7 @@ def test_a_llama_in_several_files_becomes_a_transformer_in_float32(
 
 
 @torch.no_grad()
-def test_a_qwen3_as_transformers_writes_it_becomes_a_transformer(tmp_path: Path) -> None:
+def test_a_qwen3_of_transformers_becomes_a_transformer(tmp_path: Path) -> None:
     torch.manual_seed(0)
     theirs = Qwen3ForCausalLM(Qwen3Config(**SIZES, **HEADS, head_dim=8)).eval()
     theirs.save_pretrained(tmp_path)
@@ -113,7 +111,7 @@ def test_a_qwen3_as_transformers_writes_it_becomes_a_transformer(tmp_path: Path)
 
 
 @torch.no_grad()
-def test_another_model_is_opened_by_transformers_in_float32(tmp_path: Path) -> None:
+def test_transformers_model_opens_other_models_in_float32(tmp_path: Path) -> None:
     theirs = GPT2LMHeadModel(GPT2Config(vocab_size=37, n_positions=16, n_embd=16, n_layer=1, n_head=2)).bfloat16()
     theirs.save_pretrained(tmp_path)
     found = find_pretrained(str(tmp_path))
@@ -123,7 +121,7 @@ def test_another_model_is_opened_by_transformers_in_float32(tmp_path: Path) -> N
     torch.testing.assert_close(model.lm_head.weight, theirs.lm_head.weight.float())
 
 
-def test_weights_that_transformers_would_draw_at_random_are_refused(tmp_path: Path) -> None:
+def test_transformers_model_refuses_missing_weights(tmp_path: Path) -> None:
     GPT2LMHeadModel(GPT2Config(vocab_size=37, n_positions=16, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     del weights["transformer.h.0.attn.c_attn.weight"]
@@ -140,9 +138,7 @@ def test_weights_that_transformers_would_draw_at_random_are_refused(tmp_path: Pa
         ({"norm.weight": torch.zeros(8)}, r"of shape \(8,\)"),
     ],
 )
-def test_weights_that_do_not_fit_the_shape_are_named_and_change_nothing(
-    tmp_path: Path, change: dict, named: str
-) -> None:
+def test_load_weights_names_what_does_not_fit(tmp_path: Path, change: dict, named: str) -> None:
     llama(tmp_path, mlp_bias=False)
     weights = load_file(tmp_path / "model.safetensors")
     weights = {**weights, **{f"model.{name}": tensor for name, tensor in change.items()}}
@@ -157,7 +153,7 @@ def test_weights_that_do_not_fit_the_shape_are_named_and_change_nothing(
 
 
 @pytest.mark.parametrize("is_equal", [True, False])
-def test_tied_weights_that_are_there_twice_have_to_be_equal(tmp_path: Path, is_equal: bool) -> None:
+def test_load_weights_needs_equal_tied_weights(tmp_path: Path, is_equal: bool) -> None:
     llama(tmp_path, mlp_bias=False, tie_word_embeddings=True)
     weights = load_file(tmp_path / "model.safetensors")
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + (0.0 if is_equal else 1.0)
@@ -171,13 +167,15 @@ def test_tied_weights_that_are_there_twice_have_to_be_equal(tmp_path: Path, is_e
             load_weights(tmp_path, found.weights, Transformer(found.shape))
 
 
-def test_folders_that_cannot_be_opened_safely_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_find_pretrained_refuses_unsafe_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(named: str, name: str = str(tmp_path)) -> None:
-        with pytest.raises(ConfigError, match=named):
+        with pytest.raises(ConfigError, match=named) as error:
             find_pretrained(name)
+        if named != "holds a list":
+            assert (error.value.problems[0].setting, error.value.problems[0].value) == ("model.pretrained", name)
 
     refused("no config.json")
-    refused("is no folder", str(tmp_path / "nowhere"))
+    refused("is not a folder", str(tmp_path / "nowhere"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     refused("hf download somebody/something", "somebody/something")
     refused("Hugging Face cache", "no such name!")
@@ -190,14 +188,14 @@ def test_folders_that_cannot_be_opened_safely_are_refused(tmp_path: Path, monkey
     refused("lacks model-")
     for file in tmp_path.glob("model*"):
         file.unlink()
-    refused("no weights as safetensors: give")
+    refused("weights as safetensors")
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    refused(r"pytorch_model\.bin is pickled")
+    refused(r"pickled.*pytorch_model\.bin")
     write(tmp_path, quantization_config={"bits": 4})
     refused("quantized")
 
 
-def test_no_code_of_a_folder_is_run(tmp_path: Path) -> None:
+def test_transformers_model_runs_no_code_of_the_folder(tmp_path: Path) -> None:
     llama(tmp_path)
     (tmp_path / "modeling.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     write(tmp_path, model_type="mine", auto_map={"AutoConfig": "modeling.C", "AutoModelForCausalLM": "modeling.M"})
@@ -206,14 +204,14 @@ def test_no_code_of_a_folder_is_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_model_that_is_no_causal_language_model_is_refused(tmp_path: Path) -> None:
+def test_transformers_model_refuses_other_than_causal_models(tmp_path: Path) -> None:
     llama(tmp_path)
     write(tmp_path, model_type="bert", architectures=["BertForMaskedLM"])
     with pytest.raises(ConfigError, match="BertForMaskedLM"):
         transformers_model(find_pretrained(str(tmp_path)))
 
 
-def test_the_cache_of_hugging_face_is_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_find_pretrained_looks_into_the_local_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     repo, commit = tmp_path / "models--somebody--something", "a" * 40
     llama(repo / "snapshots" / commit)
     (repo / "refs").mkdir()

@@ -142,7 +142,7 @@ def test_batches_follow_the_schedule_and_see_every_sample_of_every_epoch_once(
     made, order, seen, epochs = shares[0], StepSampler(samples, samples, 3), list[int](), [0]
     for step in range(25):
         epoch, place = made.place(step)
-        parts = [share.share(step) for share in shares]
+        parts = [share.rank_batch(step) for share in shares]
         batch = [index for part in parts for index in part.indices[: part.rows]]
         assert batch == made.batch(step) == order.batch(epoch)[place : place + size_at(step, batch_size, schedule)]
         assert made.samples_before(step) == len(seen)
@@ -163,13 +163,13 @@ def test_batches_follow_the_schedule_and_see_every_sample_of_every_epoch_once(
 def test_even_micro_batches_are_filled_up_for_their_own_batch_size_only(
     samples: int, batch_size: int, schedule: list[list[int]], processes: int, micro_batch_size: int | None
 ) -> None:
-    made = StepSampler(samples, batch_size, 3, 0, processes, micro_batch_size, is_even=True, schedule=schedule)
+    made = StepSampler(samples, batch_size, 3, 0, processes, micro_batch_size, pad=True, schedule=schedule)
     for step in range(25):
-        share, size = made.share(step), min(size_at(step, batch_size, schedule), samples)
+        share, size = made.rank_batch(step), min(size_at(step, batch_size, schedule), samples)
         rows = len(share.indices) // share.micro_batches
         assert len(share.indices) == rows * share.micro_batches
         assert rows <= (micro_batch_size or size)
-        alone = StepSampler(samples, size, 3, 0, processes, micro_batch_size, is_even=True).share(0)
+        alone = StepSampler(samples, size, 3, 0, processes, micro_batch_size, pad=True).rank_batch(0)
         assert rows == len(alone.indices) // alone.micro_batches
 
 

@@ -1,4 +1,4 @@
-"""`fundamentallm report`: one page of runs of any age, which opens by itself, whatever they are called and say."""
+"""`fundamentallm report` makes one self-contained page of runs, also of old or hostile ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def report(*arguments: object) -> int:
 
 
 class Scripts(HTMLParser):
-    """The page as a browser cuts it up."""
+    """Tags and scripts of a page, as a browser parses them."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def write_log(folder: Path, *lines: dict[str, Any], end: str = "\n") -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real run: stopped once, with samples."""
+    """A real run with samples that was stopped and resumed."""
     folder = tmp_path_factory.mktemp("runs") / "real"
 
     def trainer() -> Any:
@@ -78,7 +78,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def old(run: Path) -> Path:
-    """A run of another age: without any record of starts or samples, NaNs, a cut last line, a name that attacks."""
+    """An old run without starts.jsonl, with NaN, a torn last line and a hostile name."""
     lines = [
         {"step": n, "epoch": n / 9, "tokens": 64 * n, "train_loss": 5 - n / 4, "bad_steps": n // 6}
         for n in range(1, 13)
@@ -98,7 +98,7 @@ def page(run: Path, old: Path) -> Path:
     return path
 
 
-def test_the_page_has_what_the_run_has_left(page: Path, run: Path) -> None:
+def test_report_shows_curves_samples_and_config_of_a_run(page: Path, run: Path) -> None:
     real = data_of(page)[0]
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [line["train_loss"] for line in logged if "train_loss" in line]
@@ -111,30 +111,30 @@ def test_the_page_has_what_the_run_has_left(page: Path, run: Path) -> None:
     assert {"python", "torch", "accelerate", "host", "command"} <= real["environment"].keys()
 
 
-def test_a_run_of_another_age_is_shown_as_far_as_it_goes(page: Path) -> None:
+def test_report_old_run_is_shown_without_missing_parts(page: Path) -> None:
     old = data_of(page)[1]
     assert old["curves"]["train_loss"] == [
         list(range(1, 13)),
         [4.75, 4.5, 4.25, 4.0, 3.75, None, None, 3.0, 2.75, 2.5, 2.25, 2.0],
     ]
-    assert old["left_out"] == [[6, "loss or gradient not finite"], [12, "loss or gradient not finite"]]
+    assert old["skipped"] == [[6, "loss or gradient not finite"], [12, "loss or gradient not finite"]]
     assert (old["config"], old["environment"], old["restarts"]) == (None, None, [])
 
 
-def test_settings_of_a_run_without_a_record_are_those_of_its_checkpoint(run: Path, tmp_path: Path) -> None:
+def test_report_config_falls_back_to_the_checkpoint(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "copy")
     (tmp_path / "copy" / "starts.jsonl").unlink()
     assert read_run(tmp_path / "copy", "copy")["config"] == read_run(run, "run")["config"]
 
 
-def test_nothing_that_a_run_says_becomes_markup(page: Path) -> None:
+def test_report_text_of_a_run_never_becomes_markup(page: Path) -> None:
     parsed = Scripts(page.read_text())
     assert len(parsed.scripts) == 2  # the data and our own
     assert "img" not in parsed.tags
     assert data_of(page)[1]["samples"][0]["text"] == HOSTILE
 
 
-def test_the_page_asks_for_nothing_from_anywhere(page: Path) -> None:
+def test_report_page_loads_nothing(page: Path) -> None:
     text = page.read_text()
     assert "default-src 'none'" in text
     assert (
@@ -144,7 +144,7 @@ def test_the_page_asks_for_nothing_from_anywhere(page: Path) -> None:
     assert "http://" not in Scripts(text).scripts[1].replace("http://www.w3.org/2000/svg", "")
 
 
-def test_thinning_loses_no_spike_and_no_gap() -> None:
+def test_thinned_keeps_spikes_and_gaps() -> None:
     points: list[tuple[int, float | None]] = [(n, float(n % 7)) for n in range(10_000)]
     points[1234], points[5678], points[7777] = (1234, 99.0), (5678, -99.0), (7777, None)
     kept = thinned(points)
@@ -154,17 +154,17 @@ def test_thinning_loses_no_spike_and_no_gap() -> None:
     assert thinned(points[:50]) == points[:50]
 
 
-def test_runs_of_one_name_are_told_apart() -> None:
+def test_names_of_equal_names_include_parent_folders() -> None:
     assert names_of([Path("/a/x/run"), Path("/a/y/run"), Path("/b")]) == ["x/run", "y/run", "/b"]
     assert names_of([Path("runs/one")]) == ["one"]
 
 
-def test_a_folder_without_a_run_and_a_file_of_somebody_else_are_refused(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(FundamentaLLMError, match=r"has no metrics.jsonl; give a run's output_dir"):
+def test_report_refuses_other_folders_and_files(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(FundamentaLLMError, match=r"metrics.jsonl"):
         report(tmp_path)
     mine = tmp_path / "mine.html"
     mine.write_text("<p>mine")
-    with pytest.raises(FundamentaLLMError, match="no report of ours; choose another --output"):
+    with pytest.raises(FundamentaLLMError, match="--output"):
         report(run, "--output", mine)
     assert mine.read_text() == "<p>mine"
     assert report(run, "--output", tmp_path / "r.html") == report(run, "--output", tmp_path / "r.html") == 0
@@ -186,10 +186,10 @@ addEventListener("load", () => setTimeout(() => {
   const labels = () => [...loss.svg.querySelectorAll("text")].map((text) => text.textContent);
   const curve = () => loss.svg.querySelector("g path").getAttribute("d");
   seen.linear = curve(); document.getElementById("log").click(); seen.log = curve();
-  const count = (what) => loss.svg.querySelectorAll(what).length, curves = "path:not(.left-out)";
+  const count = (what) => loss.svg.querySelectorAll(what).length, curves = "path:not(.skipped)";
   seen.paths = count(curves); document.querySelectorAll("#runs input")[1].click(); seen.fewer = count(curves);
   document.querySelectorAll("#runs input")[1].click();
-  seen.restarts = count(".restart"); seen.crosses = count(".left-out");
+  seen.restarts = count(".restart"); seen.crosses = count(".skipped");
   const axis = document.getElementById("axis");
   axis.value = "tokens"; axis.dispatchEvent(new Event("change")); seen.tokens = labels();
   seen.samples = document.getElementById("samples").innerText; seen.final = document.getElementById("final").innerText;
@@ -212,7 +212,7 @@ def browse(page: Path, folder: Path, *arguments: str) -> str:
 
 
 @needs_browser
-def test_curves_are_hovered_hidden_and_rescaled_in_a_browser(page: Path, run: Path, tmp_path: Path) -> None:
+def test_report_curves_in_a_browser(page: Path, run: Path, tmp_path: Path) -> None:
     looked_at = tmp_path / "looked_at.html"
     looked_at.write_text(page.read_text().replace("</body>", LOOK + "</body>"))
     dom = browse(looked_at, tmp_path, "--dump-dom")
@@ -238,7 +238,7 @@ def test_curves_are_hovered_hidden_and_rescaled_in_a_browser(page: Path, run: Pa
 
 @needs_browser
 @pytest.mark.parametrize(("scheme", "is_dark"), [(1, False), (0, True)])
-def test_the_page_is_light_or_dark_as_the_reader_likes(page: Path, tmp_path: Path, scheme: int, is_dark: bool) -> None:
+def test_report_color_scheme_follows_the_browser(page: Path, tmp_path: Path, scheme: int, is_dark: bool) -> None:
     shot = tmp_path / "shot.png"
     browse(page, tmp_path, f"--screenshot={shot}", f"--blink-settings=preferredColorScheme={scheme}")
     picture = matplotlib.image.imread(shot)[..., :3]

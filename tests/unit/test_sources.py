@@ -1,6 +1,4 @@
-"""Sources: every kind of file gives its documents, what cannot be read is counted and named, and an encoding that was
-broken off goes on to the same tokens.
-"""
+"""Sources: every kind gives its documents, bad rows are counted and named, an interrupted encoding continues."""
 
 from __future__ import annotations
 
@@ -20,11 +18,10 @@ import pyarrow.parquet
 import pytest
 
 from fundamentallm.commands import prepare
-from fundamentallm.config.files import data_problems
 from fundamentallm.config.schema import DataConfig
 from fundamentallm.data import encoding, sources
 from fundamentallm.data.corpus import Corpus, load_corpus
-from fundamentallm.errors import ConfigError
+from fundamentallm.errors import ConfigError, Problem
 
 END = "<|endoftext|>"
 DOCUMENTS = [
@@ -35,6 +32,14 @@ DOCUMENTS = [
     "ends with a new line\n",
     f"has {END} in it",
 ] * 5
+
+
+def problem_of(make: Callable[..., object], *arguments: Any, **settings: Any) -> Problem:
+    """Returns the only problem that the call reports."""
+    with pytest.raises(ConfigError) as error:
+        make(*arguments, **settings)
+    (problem,) = error.value.problems
+    return problem
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -108,7 +113,7 @@ KINDS: list[Callable[[Path], str]] = [
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_gives_its_documents_each_with_the_end_of_text_token(tmp_path: Path, kind: Any) -> None:
+def test_every_kind_of_source_gives_its_documents(tmp_path: Path, kind: Any) -> None:
     corpus = load(tmp_path, kind(tmp_path), suffixes=[".py"])
     assert decode(corpus) == "".join(text + END for text in DOCUMENTS)
     tokens, end = np.concatenate([corpus.train, corpus.validation]), corpus.end_of_text
@@ -118,13 +123,13 @@ def test_every_kind_gives_its_documents_each_with_the_end_of_text_token(tmp_path
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_an_end_of_text_token_documents_are_one_text(tmp_path: Path, kind: Any) -> None:
+def test_documents_without_end_of_text_are_one_text(tmp_path: Path, kind: Any) -> None:
     corpus = load(tmp_path, kind(tmp_path), suffixes=[".py"], end_of_text=None)
     assert decode(corpus) == "\n\n".join(DOCUMENTS)
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe:270"])
-def test_bits_per_byte_counts_the_bytes_of_the_text_alone(tmp_path: Path, tokenizer: str) -> None:
+def test_validation_bytes_exclude_end_of_text(tmp_path: Path, tokenizer: str) -> None:
     corpus = load(tmp_path, as_jsonl(tmp_path), tokenizer=tokenizer)
     targets = corpus.validation[1:]
     text = corpus.tokenizer.decode(targets[targets != corpus.end_of_text].tolist(), skip_special_tokens=False)
@@ -138,16 +143,16 @@ def test_bits_per_byte_counts_the_bytes_of_the_text_alone(tmp_path: Path, tokeni
 # ---- bad rows -----------------------------------------------------------------------------------------------
 
 BAD = {
-    "{oops": "is no JSON",
-    "[1]": "is a list, no object",
-    '{"text": 3}': "has '3' for 'text', which is no text",
-    '{"text": null}': "has 'None' for 'text', which is no text",
-    '{"tixt": "a"}': "has no field 'text', but 'tixt'",
-    '{"text": "\\ud800"}': "half a character",
+    "{oops": "is not JSON",
+    "[1]": "is a list",
+    '{"text": 3}': "has '3' for 'text'",
+    '{"text": null}': "has 'None' for 'text'",
+    '{"tixt": "a"}': "has no field 'text', only 'tixt'",
+    '{"text": "\\ud800"}': "has half a character",
 }
 
 
-def test_bad_rows_are_counted_and_named_and_the_rest_is_there(tmp_path: Path) -> None:
+def test_bad_rows_are_skipped_and_listed(tmp_path: Path) -> None:
     good = [{"text": text} for text in DOCUMENTS]
     path = write_rows(tmp_path / "a.jsonl", [*good[:9], *BAD, "", {"text": ""}, *good[9:]])
     corpus = load(tmp_path, path, max_bad_rows=len(BAD))
@@ -161,57 +166,52 @@ def test_bad_rows_are_counted_and_named_and_the_rest_is_there(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("row", BAD)
-def test_one_bad_row_more_than_allowed_is_an_error_that_names_it(tmp_path: Path, row: str) -> None:
+def test_a_bad_row_too_many_is_named(tmp_path: Path, row: str) -> None:
     path = write_rows(tmp_path / "a.jsonl", [{"text": "a" * 99}, row, {"text": "b"}])
-    with pytest.raises(ConfigError, match=r"line 2 .*data\.max_bad_rows = 0") as error:
-        load(tmp_path, path)
-    assert BAD[row] in str(error.value)
+    problem = problem_of(load, tmp_path, path)
+    assert (problem.setting, problem.value) == ("data.source", path)
+    assert f"line 2 {BAD[row]}" in problem.reason
+    assert "data.max_bad_rows = 0" in problem.allowed
     assert not list((tmp_path / "cache").glob("*")) or [p.name for p in (tmp_path / "cache").iterdir()] == ["known"]
 
 
-def test_a_file_that_is_no_text_is_left_out_where_that_is_allowed(tmp_path: Path) -> None:
+def test_a_bad_file_is_skipped_if_allowed(tmp_path: Path) -> None:
     source = as_texts(tmp_path)
     (tmp_path / "tree" / "00a.py").write_bytes(b"good\n" * 30_000 + b"\xff")
     corpus = load(tmp_path, source, suffixes=[".py"], max_bad_rows=1)
     assert decode(corpus) == "".join(text + END for text in DOCUMENTS)
     assert "00a.py is not UTF-8" in (corpus.sources[0].folder / "bad_rows.txt").read_text()
-    with pytest.raises(ConfigError, match=r"00a\.py.*not UTF-8"):
-        load(tmp_path, source, suffixes=[".py"])
+    assert "00a.py is not UTF-8" in problem_of(load, tmp_path, source, suffixes=[".py"]).reason
 
 
 @pytest.mark.parametrize("kind", [as_parquet, as_dataset])
-def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path: Path, kind: Any) -> None:
-    with pytest.raises(ConfigError, match=r"text_field is 'body'.*'n', 'text'"):
-        load(tmp_path, kind(tmp_path), text_field="body")
+def test_a_missing_column_is_named_with_the_others(tmp_path: Path, kind: Any) -> None:
+    problem = problem_of(load, tmp_path, kind(tmp_path), text_field="body")
+    assert (problem.setting, problem.value) == ("data.text_field", "body")
+    assert "'n', 'text'" in problem.allowed
 
 
-@pytest.mark.parametrize(
-    ("source", "says"),
-    [
-        ("datasets:/nowhere/at_all", "datasets cannot open"),
-        ("datasets:json,files=x", r"allowed: datasets:NAME.*data_files"),
-    ],
-)
-def test_what_datasets_cannot_open_is_named(tmp_path: Path, source: str, says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
-        load(tmp_path, source)
+@pytest.mark.parametrize(("source", "says"), [("datasets:/nowhere", "cannot open"), ("datasets:json,files=x", "files")])
+def test_a_dataset_that_cannot_be_opened_is_named(tmp_path: Path, source: str, says: str) -> None:
+    problem = problem_of(load, tmp_path, source)
+    assert problem.value == source
+    assert says in problem.reason
 
 
 @pytest.mark.parametrize(("kind", "module"), [(as_parquet, "pyarrow"), (as_saved_dataset, "datasets")])
-def test_a_library_that_is_not_there_is_an_error_that_names_the_extra(
+def test_a_missing_library_names_the_extra(
     tmp_path: Path, kind: Any, module: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = kind(tmp_path)
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ConfigError, match=r"fundamentallm\[data\]"):
-        load(tmp_path, source)
+    assert "fundamentallm[data]" in problem_of(load, tmp_path, source).advice
 
 
-# ---- tokens that are there already --------------------------------------------------------------------------
+# ---- files of tokens --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["x.bin", "x.npy"])
-def test_tokens_are_taken_as_they_are(tmp_path: Path, name: str) -> None:
+def test_token_files_are_copied(tmp_path: Path, name: str) -> None:
     made = load(tmp_path, as_jsonl(tmp_path), tokenizer="bpe:300")
     tokenizer = str(made.sources[0].folder / "tokenizer.json")
     tokens = np.concatenate([made.train, made.validation])
@@ -230,51 +230,51 @@ def test_tokens_are_taken_as_they_are(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("array", "says"),
     [
-        (np.arange(400), "tokens from 0 to 399; allowed: 0 to 256"),
+        (np.arange(400), "tokens from 0 to 399"),
         (-np.arange(9), "tokens from -8 to 0"),
-        (np.ones((3, 3), np.int64), r"shape \(3, 3\)"),
+        (np.ones((3, 3), np.int64), "shape (3, 3)"),
         (np.ones(9), "float64"),
     ],
 )
-def test_what_are_no_tokens_of_the_vocabulary_is_refused(tmp_path: Path, array: Any, says: str) -> None:
+def test_token_files_outside_the_vocabulary_are_refused(tmp_path: Path, array: Any, says: str) -> None:
     tokenizer = str(load(tmp_path, as_jsonl(tmp_path)).sources[0].folder / "tokenizer.json")
     np.save(tmp_path / "x.npy", array)
-    with pytest.raises(ConfigError, match=says):
-        load(tmp_path, str(tmp_path / "x.npy"), tokenizer=tokenizer)
+    problem = problem_of(load, tmp_path, str(tmp_path / "x.npy"), tokenizer=tokenizer)
+    assert problem.setting == "data.source"
+    assert says in problem.reason
 
 
 @pytest.mark.parametrize("wider", [np.uint32, np.int64])
-def test_integers_of_another_width_are_not_read_as_tokens(tmp_path: Path, wider: Any) -> None:
+def test_token_files_of_another_width_are_refused(tmp_path: Path, wider: Any) -> None:
     tokenizer = str(load(tmp_path, as_jsonl(tmp_path)).sources[0].folder / "tokenizer.json")
     np.arange(1, 200).astype(wider).tofile(tmp_path / "x.bin")
-    with pytest.raises(ConfigError, match="every second token of type uint16 is 0"):
-        load(tmp_path, str(tmp_path / "x.bin"), tokenizer=tokenizer)
+    assert "uint16" in problem_of(load, tmp_path, str(tmp_path / "x.bin"), tokenizer=tokenizer).reason
 
 
-def test_contradictions_of_source_and_settings_are_found_before_anything_is_read(tmp_path: Path) -> None:
+def test_source_kinds_have_to_fit_the_settings(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text" * 99)
     np.save(tmp_path / "a.npy", np.arange(9))
     text, tokens = str(tmp_path / "a.txt"), str(tmp_path / "a.npy")
-    pairs = {"prompt_field": "q", "end_of_text": END, "sequence_length": 8}
-    assert "prompt_field" in str(data_problems(DataConfig(text, **pairs)))
-    assert "tokenizer.json" in str(data_problems(DataConfig(tokens)))
-    assert "of one kind" in str(data_problems(DataConfig(str(tmp_path / "*"))))
+    settings: dict[str, dict[str, Any]] = {text: {"prompt_field": "q"}, tokens: {}, str(tmp_path / "*.*"): {}}
+    for source, further in settings.items():
+        problem = problem_of(load, tmp_path, source, **further)
+        assert (problem.setting, problem.value) == ("data.source", source)
     for wrong in ({"prompt_field": "q"}, {"mask_documents": True}, {"source": {"a.txt": 0.0}}, {"source": {}}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             DataConfig(**wrong)
 
 
-# ---- going on, and prepared folders -------------------------------------------------------------------------
+# ---- interrupted encodings and prepared folders ------------------------------------------------------------------
 
 
 class Killed(Exception):
-    """As a kill would."""
+    """Ends the encoding in the middle."""
 
 
 @pytest.mark.parametrize(
     "kind", [as_jsonl, as_parquet, as_saved_dataset, as_texts, "one text", "rows as one text", "pairs"]
 )
-def test_an_encoding_that_was_broken_off_goes_on_to_the_same_tokens(
+def test_an_interrupted_encoding_continues_to_the_same_tokens(
     tmp_path: Path, kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources, "PIECE", 16)
@@ -295,17 +295,17 @@ def test_an_encoding_that_was_broken_off_goes_on_to_the_same_tokens(
         source = kind(tmp_path)
     expected = load(tmp_path / "whole", source, **settings)
 
-    written, real = [], encoding._write_note
+    written, real = [], encoding._save_progress
 
     def dies(note: Any, files: Any, staging: Path) -> None:
         real(note, files, staging)
         written.append(note.done)
-        for file in files:  # what is not noted, and half of something
+        for file in files:  # later than the saved progress, and incomplete
             file.write(b"\0\0\0")
         raise Killed
 
-    monkeypatch.setattr(encoding, "NOTED_EVERY", 60)
-    monkeypatch.setattr(encoding, "_write_note", dies)
+    monkeypatch.setattr(encoding, "SAVE_EVERY", 60)
+    monkeypatch.setattr(encoding, "_save_progress", dies)
     while True:
         try:
             corpus = load(tmp_path, source, **settings)
@@ -313,12 +313,12 @@ def test_an_encoding_that_was_broken_off_goes_on_to_the_same_tokens(
         except Killed:
             assert len(written) < 100
     assert len(written) > 3
-    assert written == sorted(set(written))  # each start went on where the last one was
+    assert written == sorted(set(written))  # each attempt continued the last one
     for name in sorted(path.name for path in expected.sources[0].folder.iterdir()):
         assert (corpus.sources[0].folder / name).read_bytes() == (expected.sources[0].folder / name).read_bytes(), name
 
 
-def test_a_prepared_folder_is_a_source_anywhere_with_the_settings_it_was_made_with(
+def test_a_prepared_folder_can_be_moved(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -343,26 +343,17 @@ def test_a_prepared_folder_is_a_source_anywhere_with_the_settings_it_was_made_wi
     assert decode(moved) == decode(made)
     with pytest.raises(ConfigError) as error:
         load_corpus(DataConfig(source="moved", train_split=0.5))
-    assert {problem.split()[0] for problem in error.value.problems} == {"tokenizer", "train_split", "end_of_text"}
+    names = {"data.tokenizer", "data.train_split", "data.end_of_text"}
+    assert {problem.setting for problem in error.value.problems} == names
 
 
-def test_from_python_too_files_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
-    text = tmp_path / "b.txt"
-    text.write_text("text")
-    with pytest.raises(ConfigError, match="prompt_field"):
-        load(tmp_path, str(text), prompt_field="question")
-    as_jsonl(tmp_path)
-    with pytest.raises(ConfigError, match="rows and text"):
-        load(tmp_path, str(tmp_path), suffixes=[".txt", ".jsonl"])
-
-
-def test_a_tokenizer_is_shared_by_all_sources_and_each_is_encoded_once(tmp_path: Path) -> None:
+def test_several_sources_use_one_tokenizer(tmp_path: Path) -> None:
     one = write_rows(tmp_path / "one.jsonl", [{"text": "abc" * 40}])
     two = write_rows(tmp_path / "two.jsonl", [{"text": "xyz" * 40}])
     corpus = load(tmp_path, {one: 1.0, two: 3.0}, tokenizer="char")
     assert corpus.tokenizer.get_vocab_size() == 6 + 2
     assert [source.weight for source in corpus.sources] == [1.0, 3.0]
-    with pytest.raises(ConfigError, match="the corpus has 2 sources"):
+    with pytest.raises(ConfigError, match="2 sources"):
         _ = corpus.train
     inodes = [(source.folder / "train.bin").stat().st_ino for source in corpus.sources]
     again = load(tmp_path, {one: 5.0, two: 3.0}, tokenizer="char")
@@ -378,7 +369,6 @@ def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path: Path, monke
         return real(*arguments)
 
     monkeypatch.setattr(encoding, "read_source", shorter)
-    with pytest.raises(ConfigError, match="changed while it was read"):
-        load(tmp_path, source)
+    assert "changed" in problem_of(load, tmp_path, source).reason
     monkeypatch.undo()
     assert decode(load(tmp_path, source)) == "".join(text + END for text in DOCUMENTS[:-1])

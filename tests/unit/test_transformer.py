@@ -1,4 +1,4 @@
-"""The Transformer: transformers' arithmetic under transformers' names, causal, well initialised."""
+"""The Transformer: transformers' arithmetic and parameter names, causal, well initialised."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def some_ids(*shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("config", SHAPES)
 @torch.no_grad()
-def test_logits_are_those_of_transformers_opening_the_checkpoint(config: ModelConfig, tmp_path: Path) -> None:
+def test_logits_equal_transformers_on_the_checkpoint(config: ModelConfig, tmp_path: Path) -> None:
     model, ids = make(config), some_ids(2, 33)
     files = {"config.json": json.dumps(model.transformers_config(sequence_length=48))}
     folder = CheckpointManager(tmp_path).save({MODEL_KEY: model.state_dict()}, files=files)
@@ -56,26 +56,26 @@ def test_logits_are_those_of_transformers_opening_the_checkpoint(config: ModelCo
 
 @pytest.mark.parametrize("config", SHAPES[:3])
 @torch.no_grad()
-def test_a_token_changes_its_own_and_later_logits_but_no_earlier_ones(config: ModelConfig) -> None:
+def test_attention_is_causal(config: ModelConfig) -> None:
     model, ids = make(config), some_ids(1, 12)
     logits = model(ids)
-    for place in range(12):
+    for index in range(12):
         changed = ids.clone()
-        changed[0, place] = (changed[0, place] + 1) % 37
+        changed[0, index] = (changed[0, index] + 1) % 37
         difference = (model(changed) - logits).abs().amax(dim=(0, 2))
-        assert (difference[:place] < 1e-5).all()
-        assert (difference[place:] > 1e-3).all()
+        assert (difference[:index] < 1e-5).all()
+        assert (difference[index:] > 1e-3).all()
 
 
 @torch.no_grad()
-def test_sequences_of_a_batch_do_not_see_each_other() -> None:
+def test_sequences_of_a_batch_are_independent() -> None:
     model, ids = make(SHAPES[0]), some_ids(3, 9)
     alone = torch.cat([model(row[None]) for row in ids])
     torch.testing.assert_close(model(ids), alone, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("config", SHAPES)
-def test_parameters_are_as_many_as_the_shape_says(config: ModelConfig) -> None:
+def test_number_of_parameters_follows_from_the_shape(config: ModelConfig) -> None:
     c = config.resolved()
     head, kv_width = c.d_model // c.num_heads, c.d_model // c.num_heads * c.num_kv_heads
     attention = 2 * c.d_model * c.d_model + 2 * c.d_model * kv_width + (2 * head if c.qk_norm else 0)
@@ -92,7 +92,7 @@ def test_tied_embeddings_are_one_tensor() -> None:
 
 @pytest.mark.parametrize("num_layers", [1, 3])
 @pytest.mark.parametrize("tied", [True, False])
-def test_what_writes_to_the_residual_starts_smaller_by_the_root_of_its_additions(num_layers: int, tied: bool) -> None:
+def test_initial_weights_of_residual_projections_are_smaller(num_layers: int, tied: bool) -> None:
     torch.manual_seed(0)
     model = Transformer(ModelConfig(500, d_model=128, num_heads=2, num_layers=num_layers, tie_embeddings=tied))
     for name, parameter in model.named_parameters():
@@ -106,7 +106,7 @@ def test_what_writes_to_the_residual_starts_smaller_by_the_root_of_its_additions
 
 
 @torch.no_grad()
-def test_blocks_that_begin_with_zeros_are_the_identity_and_all_other_weights_as_without() -> None:
+def test_zero_init_residual_makes_blocks_the_identity() -> None:
     models = []
     for zero in (False, True):
         torch.manual_seed(0)
@@ -119,7 +119,7 @@ def test_blocks_that_begin_with_zeros_are_the_identity_and_all_other_weights_as_
     assert torch.equal(models[1].model["layers"][0](x, *rope(9)), x)
 
 
-def test_the_seed_decides_about_the_initial_weights() -> None:
+def test_initial_weights_depend_on_the_seed() -> None:
     def weights(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
         return nn.utils.parameters_to_vector(Transformer(SHAPES[0]).parameters())
@@ -139,26 +139,26 @@ def without_branches(module: nn.Module) -> nn.Module:
     return module
 
 
-@pytest.mark.parametrize("place", ["embedding", "attention", "attention output", "feed-forward output"])
+@pytest.mark.parametrize("part", ["embedding", "attention", "attention output", "feed-forward output"])
 @torch.no_grad()
-def test_dropout_acts_at_each_of_its_places_in_training_only(place: str) -> None:
+def test_dropout_acts_in_training_only(part: str) -> None:
     config = ModelConfig(37, d_model=16, num_heads=2, num_layers=1, dropout=0.5).resolved()
     torch.manual_seed(0)
     x = torch.randn(2, 20, 16)
-    if place == "embedding":
+    if part == "embedding":
         module, arguments = without_branches(Transformer(config)), (some_ids(2, 20),)
-    elif place == "attention":
+    elif part == "attention":
         module, arguments = Attention(config), (x, *rope(20))
     else:
         module, arguments = Block(config), (x, *rope(20))
         module.self_attn.dropout = 0.0
-        nn.init.zeros_((module.mlp.down_proj if place == "attention output" else module.self_attn.o_proj).weight)
+        nn.init.zeros_((module.mlp.down_proj if part == "attention output" else module.self_attn.o_proj).weight)
     assert torch.equal(module.eval()(*arguments), module(*arguments))
     assert not torch.equal(module.train()(*arguments), module(*arguments))
 
 
 @torch.no_grad()
-def test_without_dropout_training_mode_changes_nothing() -> None:
+def test_training_mode_without_dropout_changes_nothing() -> None:
     model, ids = make(SHAPES[0]), some_ids(2, 20)
     assert torch.equal(model.eval()(ids), model.train()(ids))
 
@@ -174,7 +174,7 @@ def test_gradient_reaches_every_parameter(config: ModelConfig) -> None:
 
 @pytest.mark.parametrize("config", SHAPES)
 @torch.no_grad()
-def test_with_a_cache_logits_are_those_of_the_whole_texts(config: ModelConfig) -> None:
+def test_logits_with_a_cache_equal_those_of_whole_texts(config: ModelConfig) -> None:
     """Of two texts of different lengths: five and three tokens at once, then one of each at a time."""
     model, ids = make(config), some_ids(2, 12)
     whole, cache = model(ids), model.new_cache(12)
@@ -182,18 +182,19 @@ def test_with_a_cache_logits_are_those_of_the_whole_texts(config: ModelConfig) -
     torch.testing.assert_close(some[0], whole[0, :5], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(some[1, :3], whole[1, :3], atol=1e-5, rtol=1e-5)
     for step in range(7):
-        places = torch.tensor([5 + step, 3 + step])
-        one = model(ids[torch.arange(2), places][:, None], cache=cache, positions=places[:, None])
-        torch.testing.assert_close(one[:, 0], whole[torch.arange(2), places], atol=1e-5, rtol=1e-5)
+        positions = torch.tensor([5 + step, 3 + step])
+        one = model(ids[torch.arange(2), positions][:, None], cache=cache, positions=positions[:, None])
+        torch.testing.assert_close(one[:, 0], whole[torch.arange(2), positions], atol=1e-5, rtol=1e-5)
 
 
-def test_a_model_without_a_vocabulary_size_is_refused() -> None:
-    with pytest.raises(ConfigError, match="vocab_size"):
+def test_transformer_needs_a_vocabulary_size() -> None:
+    with pytest.raises(ConfigError) as error:
         Transformer(ModelConfig())
+    assert (error.value.problems[0].setting, error.value.problems[0].value) == ("model.vocab_size", None)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_documents_in_one_sequence_are_as_if_each_were_alone(checkpointing: bool) -> None:
+def test_masked_documents_equal_each_alone(checkpointing: bool) -> None:
     """Losses and gradients too; the end-of-text token begins a document and is the last target of the one before."""
     end, config = 36, SHAPES[0]
     documents = [some_ids(1, size).clamp(max=35)[0] for size in (7, 1, 20, 4)]

@@ -1,97 +1,106 @@
-"""Examine a config, its model, its data and this machine: is one config one run here? In about a minute."""
+"""Check by short trial runs, in about a minute, that one config is one run with your model, data and machine."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import shutil
 import tempfile
 import textwrap
 import time
+import traceback
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fundamentallm.commands.trainer_option import add_trainer_option, parse_with_trainer
-from fundamentallm.config.schema import Config
+from fundamentallm.commands.options import add_trainer_option, parse_settings, trainer_problems
+from fundamentallm.errors import Problem
 
 if TYPE_CHECKING:
-    from fundamentallm.commands.doctor.case import Case, Finding
+    from fundamentallm.commands.doctor.checks import Case, Check, Finding
 
 NAME_WIDTH = 17
+TEXT_AT = 4 + NAME_WIDTH + 9
 WORDS = {"pass": "passed", "fail": "failed", "skipped": "skipped"}
 
 
 def main(arguments: Sequence[str], program: str) -> int:
-    """Run the command line; returns the exit code: 0 if nothing failed, 1 if something did.
+    """Run the command line and return the exit code: 0 if no check failed, 1 if one did.
 
     Raises:
-        ConfigError: listing what is wrong with the settings, or with --trainer.
+        ConfigError: with everything that is wrong with the settings or with --trainer.
     """
     parser = argparse.ArgumentParser(
         prog=program,
         usage="%(prog)s --config FILE [--SECTION.SETTING VALUE ...] [--trainer MODULE:NAME]",
-        description=f"{__doc__} Short real runs in temporary folders; nothing is written into output_dir. "
-        "Settings are those of `fundamentallm train --help`. Exit code 0: nothing failed, 1: something did, "
-        "2: a setting is wrong.",
+        description=f"{__doc__} Runs are made in temporary folders; nothing is written to output_dir. The settings "
+        "are those of `fundamentallm train --help`. Exit code 0: no check failed, 1: a check failed, 2: a setting "
+        "is wrong.",
         allow_abbrev=False,
     )
     add_trainer_option(parser)
     options, rest = parser.parse_known_args(arguments)
-    problems = []
+    problems = trainer_problems(options.trainer)
     if (launched := os.environ.get("WORLD_SIZE", "1")) != "1":
-        problems.append(f"doctor was launched as {launched} processes; start it once, it starts more by itself.")
-    config = parse_with_trainer(rest, options.trainer, program, problems)
+        advice = "Run doctor on one process: it starts the others that it needs."
+        problems.append(Problem("WORLD_SIZE", launched, allowed="1", advice=advice))
+    config = parse_settings(rest, program, problems)
 
-    with tempfile.TemporaryDirectory(prefix="fundamentallm-doctor-") as folder:
-        return _examine_all(config, options.trainer, Path(folder))
-
-
-def _examine_all(config: Config, trainer: str, folder: Path) -> int:
-    """Make every check, printing each line as it is known, then the forecast; returns the exit code."""
+    # A killed run cannot free its semaphores, which Python would report at exit, long after the checks.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     # Imported here, so that --help and wrong settings need not wait for torch.
-    from fundamentallm.commands.doctor.case import Case
-    from fundamentallm.commands.doctor.checklist import CHECKS, examine
+    from fundamentallm.commands.doctor.checks import CHECKS, Case
 
-    started = time.perf_counter()
-    case = Case(config, trainer, folder)
-    case.make()  # what is wrong with the config as a whole is found here, and reported as everywhere
-    print(f"short runs in temporary folders; {config.output_dir} stays as it is\n")
     findings: dict[str, Finding] = {}
-    for number, check in enumerate(CHECKS, start=1):
-        print(f"{number:>2}  {check.name:<{NAME_WIDTH}}", end="", flush=True)
-        findings[check.name] = finding = examine(check, case, findings)
-        _show(f"{finding.status:<9}", finding.figure)
-        if finding.advice:
-            print(_wrap(f"-> {finding.advice}"))
-    _show_forecast(case)
-    counts: Counter[str] = Counter(finding.status for finding in findings.values())
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="fundamentallm-doctor-") as folder:
+        case = Case(config, options.trainer, Path(folder))
+        case.make()  # a config that makes no Trainer is a ConfigError, as with every other command
+        print(f"trial runs in temporary folders; {config.output_dir} is not touched\n")
+        for number, (name, check) in enumerate(CHECKS.items(), start=1):
+            print(f"{number:>2}  {name:<{NAME_WIDTH}}", end="", flush=True)
+            findings[name] = finding = examine(check, case)
+            print(f"{finding.status:<9}", end="")
+            _print_text(finding.figure, TEXT_AT)
+            if finding.status == "fail":
+                failed = [earlier for earlier in findings if findings[earlier].status == "fail"]
+                first = "" if failed == [name] else f"Fix {failed[0]} first: it may be the cause. "
+                print(" " * TEXT_AT, end="")
+                _print_text(f"-> {first}{check.advice}", TEXT_AT)
+        print("\nestimate for the whole run, from a few steps")
+        try:
+            for title, text in case.measured.forecast:
+                print(f"    {title:<{NAME_WIDTH}}", end="")
+                _print_text(text, 4 + NAME_WIDTH)
+        except Exception as error:  # the checks have shown it in full
+            print(f"    unknown, since no step could be run ({type(error).__name__})")
+    counts = Counter(finding.status for finding in findings.values())
     shown = ", ".join(f"{counts[status]} {word}" for status, word in WORDS.items() if counts[status])
     print(f"\n{shown}, in {time.perf_counter() - started:.0f} s")
     return 1 if counts["fail"] else 0
 
 
-def _show_forecast(case: Case) -> None:
-    from fundamentallm.commands.doctor.forecast import forecast
+def examine(check: Check, case: Case) -> Finding:
+    """Make a check without its output. A check that raises has failed."""
+    from accelerate.utils import release_memory
 
-    print("\nthe whole run, as these few steps foretell it")
+    from fundamentallm.commands.doctor.checks import Finding
+
     try:
-        seen = case.rehearsal
-    except Exception as error:  # which the checks have told already
-        print(f"    unknown, since no step could be made ({type(error).__name__})")
-        return
-    for title, text in forecast(case.config, seen):
-        print(f"    {title:<{NAME_WIDTH}}", end="")
-        _show("", text)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            return check.make(case)
+    except Exception as error:
+        raised_at = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(raised_at.filename).name}, line {raised_at.lineno}"
+        return Finding("fail", f"{type(error).__name__}: {error} ({where})")
+    finally:
+        release_memory()  # of this check's trainers, before the next check and other processes need it
 
 
-def _show(status: str, text: str) -> None:
-    """The rest of a row: a status, and a text that may go over several lines."""
-    print(status + _wrap(text, len(status)).lstrip(), flush=True)
-
-
-def _wrap(text: str, indent_further: int = 9) -> str:
-    indent = 4 + NAME_WIDTH + indent_further
+def _print_text(text: str, indent: int) -> None:
+    """Print text at `indent`, to which the current line is filled already, on as many lines as it takes."""
     width = max(indent + 40, min(120, shutil.get_terminal_size((120, 24)).columns))
-    return textwrap.fill(text, width, initial_indent=" " * indent, subsequent_indent=" " * indent)
+    print(textwrap.fill(text, width, initial_indent=" " * indent, subsequent_indent=" " * indent).lstrip(), flush=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 import time
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
+from fundamentallm.atomic import replacing
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.run.folder import restarts
 from fundamentallm.training.callbacks.base import Callback, RunView
@@ -85,11 +85,9 @@ class VisualizationCallback(Callback):
         title = f"{name}step {trainer.global_step:,} of {trainer.total_steps:,}"
         figure = draw(history, self._restarts, trainer.total_steps, THEMES[self.theme], title)
         path = self.path or (trainer.output_dir or Path()) / "curves.png"
-        temporary = path.with_name("." + path.name)  # so that a viewer never sees half a picture
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(temporary, dpi=130, format="png")
-            os.replace(temporary, path)
+            with replacing(path) as new:  # so that a viewer never sees half a picture
+                figure.savefig(new, dpi=130, format="png")
         except OSError as error:  # does not end the run, because the numbers are stored elsewhere
             trainer.say(f"{path} cannot be drawn: {error}; training continues")
         self._drawn_at = time.monotonic()

@@ -61,7 +61,7 @@ class SampleCallback(Callback):
         >>> from fundamentallm import Config, DataConfig, ModelConfig, SampleCallback, Trainer
         >>> from fundamentallm import TrainingConfig, Transformer, create_dataloaders, create_tokenizer
         >>> text = "to be or not to be " * 100
-        >>> tokenizer = create_tokenizer("char", lambda: [text], lambda: [text])
+        >>> tokenizer = create_tokenizer("char", text)
         >>> model = ModelConfig(vocab_size=tokenizer.get_vocab_size(), d_model=16, num_heads=2, num_layers=1)
         >>> config = Config("runs/one", model, DataConfig(sequence_length=19), TrainingConfig(learning_rate=0.03))
         >>> loaders = create_dataloaders(text, tokenizer, config)

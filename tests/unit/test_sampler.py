@@ -1,0 +1,187 @@
+"""Samples of a step: a pure function of seed, epoch and index, the same on any number of processes."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fundamentallm.data.sampler import POSITIONS_AT_ONCE, Start, StepSampler, derive_seed, permute
+
+SHAPES = [(10, 10), (10, 3), (1, 4), (3, 8), (31, 6), (2 * POSITIONS_AT_ONCE + 7, 4000)]
+"""(samples, batch size): batches that fit, that leave samples over, that exceed the data, and that cross blocks."""
+
+shapes = pytest.mark.parametrize(("samples", "batch_size"), SHAPES)
+shuffles = pytest.mark.parametrize("seed", [None, 3])
+
+
+@pytest.mark.parametrize("size", [*range(1, 70), 2**12, 2**16 + 1, 99_991])
+def test_permute_is_a_bijection(size: int) -> None:
+    assert np.array_equal(np.sort(permute(np.arange(size), size, seed=size)), np.arange(size))
+
+
+def test_permute_of_a_huge_range_needs_little_memory() -> None:
+    size = 2**40 + 1
+    results = permute(np.arange(1000), size, seed=1)
+    assert len(set(results.tolist())) == 1000
+    assert results.min() >= 0
+    assert size // 2 < results.max() < size
+
+
+def test_permute_of_a_part_equals_part_of_the_whole() -> None:
+    whole = permute(np.arange(1000), 1000, seed=1)
+    for asked in (np.arange(1000)[::-1], np.array([999, 0, 5, 5]), np.arange(250, 750)):
+        assert np.array_equal(permute(asked, 1000, seed=1), whole[asked])
+
+
+def test_permute_orders_of_different_seeds_are_uncorrelated() -> None:
+    orders = [np.arange(5000), *(permute(np.arange(5000), 5000, seed) for seed in range(5))]
+    for one, other in itertools.combinations(orders, 2):
+        assert abs(np.corrcoef(one, other)[0, 1]) < 0.06
+        assert (one == other).sum() < 10
+
+
+def test_derive_seed_is_distinct_and_fits_torch() -> None:
+    parts = [(seed, epoch) for seed in range(30) for epoch in range(30)] + [(1,), (1, 1, 1), (11, 1, 1)]
+    seeds = {derive_seed(*part) for part in parts}
+    assert len(seeds) == len(parts)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@shapes
+@pytest.mark.parametrize("processes", [1, 2, 3, 5])
+@pytest.mark.parametrize("micro", [None, 1, 2])
+def test_rank_batches_make_up_the_batch(samples: int, batch_size: int, processes: int, micro: int | None) -> None:
+    samplers = [StepSampler(samples, batch_size, 0, i, processes, micro) for i in range(processes)]
+    for step in range(samplers[0].steps_per_epoch + 1):
+        batch = samplers[0].batch(step)
+        parts = [sampler.rank_batch(step) for sampler in samplers]
+        assert [index for part in parts for index in part.indices[: part.rows]] == batch
+        rows = [part.rows for part in parts]
+        assert max(rows) - min(rows) <= 1
+        (count,) = {part.micro_batches for part in parts}
+        assert (count - 1) * (micro or batch_size) < max(rows) <= count * (micro or batch_size)
+        for part in parts:  # at least one sample for each micro-batch
+            assert len(part.indices) == max(part.rows, count)
+            assert set(part.indices[part.rows :]) <= {batch[0]}
+
+
+@shapes
+@shuffles
+def test_an_epoch_covers_every_sample_exactly_once(samples: int, batch_size: int, seed: int | None) -> None:
+    sampler = StepSampler(samples, batch_size, seed)
+    for epoch in range(2):
+        first = epoch * sampler.steps_per_epoch
+        batches = [sampler.batch(first + step) for step in range(sampler.steps_per_epoch)]
+        assert sorted(itertools.chain(*batches)) == list(range(samples))
+        assert {len(batch) for batch in batches[:-1]} <= {batch_size}
+
+
+@pytest.mark.parametrize(("samples", "batch_size"), [(10, 3), (10, 5), (31, 6)])
+@shuffles
+def test_drop_last_skips_the_short_batch_only(samples: int, batch_size: int, seed: int | None) -> None:
+    whole, dropped = (StepSampler(samples, batch_size, seed, drop_last=drop) for drop in (False, True))
+    steps = samples // batch_size
+    assert dropped.steps_per_epoch == steps
+    for epoch, step in itertools.product(range(2), range(steps)):
+        assert dropped.batch(epoch * steps + step) == whole.batch(epoch * whole.steps_per_epoch + step)
+        assert len(dropped.batch(step)) == batch_size
+
+
+@shapes
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_samples_before_counts_the_earlier_batches(samples: int, batch_size: int, drop_last: bool) -> None:
+    if drop_last and samples < batch_size:
+        samples = batch_size
+    sampler, held = StepSampler(samples, batch_size, 0, drop_last=drop_last), 0
+    for step in range(3 * sampler.steps_per_epoch):
+        assert sampler.samples_before(step) == held
+        held += len(sampler.batch(step))
+
+
+@shapes
+def test_a_batch_does_not_depend_on_earlier_calls(samples: int, batch_size: int) -> None:
+    sampler = StepSampler(samples, batch_size, 7)
+    steps = range(3 * sampler.steps_per_epoch)
+    in_order = [sampler.batch(step) for step in steps]
+    assert [sampler.batch(step) for step in reversed(steps)] == in_order[::-1]
+
+
+@given(
+    samples=st.integers(1, 40), first=st.integers(1, 12), second=st.integers(1, 12), step=st.integers(0, 30),
+    drop_last=st.booleans(),
+)  # fmt: skip
+def test_start_within_an_epoch_continues_its_order(
+    samples: int, first: int, second: int, step: int, drop_last: bool
+) -> None:
+    """After a change of batch size within an epoch, its samples still occur once, and all counts agree."""
+    if drop_last:
+        samples = max(samples, first, second)
+    before = StepSampler(samples, first, 7, drop_last=drop_last)
+    after = StepSampler(samples, second, 7, drop_last=drop_last)
+    epoch, index = before.place(step)
+    after.start = Start(step, epoch, index, before.samples_before(step))
+
+    held = before.samples_before(step)
+    rest_of_epoch, last = [], step
+    while after.place(last)[0] == epoch:
+        assert after.place(last) == (epoch, index + len(rest_of_epoch))
+        assert after.samples_before(last) == held + len(rest_of_epoch)
+        rest_of_epoch += after.batch(last)
+        last += 1
+    order = StepSampler(samples, samples, 7).batch(epoch)
+    left_out = (samples - index) % second if drop_last else 0
+    assert rest_of_epoch == order[index : samples - left_out]
+
+    assert after.place(last) == (epoch + 1, 0)
+    assert after.steps_before_epoch(epoch + 1) == last
+    assert after.samples_before(last) == held + len(rest_of_epoch)
+    assert after.epochs_before(last) == epoch + 1
+    assert after.steps_before_epoch(epoch + 3) == last + 2 * after.steps_per_epoch
+    fresh = StepSampler(samples, second, 7, drop_last=drop_last)
+    for further in range(2 * after.steps_per_epoch):
+        assert after.batch(last + further) == fresh.batch(fresh.steps_before_epoch(epoch + 1) + further)
+        assert after.samples_before(last + further + 1) - after.samples_before(last + further) == len(
+            after.batch(last + further)
+        )
+
+
+@shapes
+def test_start_between_two_epochs_changes_no_batch(samples: int, batch_size: int) -> None:
+    whole, started = StepSampler(samples, batch_size, 7), StepSampler(samples, batch_size, 7)
+    steps = whole.steps_per_epoch
+    started.start = Start(2 * steps, 2, 0, whole.samples_before(2 * steps))
+    for step in range(2 * steps, 4 * steps):
+        assert started.batch(step) == whole.batch(step)
+        assert started.place(step) == whole.place(step)
+        assert started.samples_before(step) == whole.samples_before(step)
+    for epoch in (3, 4):
+        assert started.steps_before_epoch(epoch) == whole.steps_before_epoch(epoch) == epoch * steps
+
+
+def test_order_differs_between_epochs_and_seeds() -> None:
+    orders = [StepSampler(100, 100, seed).batch(epoch) for seed in (0, 1) for epoch in (0, 1, 2)]
+    assert len({tuple(order) for order in orders}) == len(orders)
+
+
+def test_order_without_a_seed_is_the_datasets() -> None:
+    sampler = StepSampler(10, 4, None)
+    assert [sampler.batch(step) for step in range(4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9], [0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize(("size", "batch", "micro"), [(44, 22, 4), (44, 9, 8), (7, 32, None), (10, 4, 3), (13, 5, 1)])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_pad_gives_micro_batches_of_one_size(size: int, batch: int, micro: int | None, processes: int) -> None:
+    padded = [StepSampler(size, batch, 3, i, processes, micro, pad=True) for i in range(processes)]
+    plain = [StepSampler(size, batch, 3, i, processes, micro) for i in range(processes)]
+    largest = -(-min(size, batch) // processes)
+    parts = -(-largest // (micro or largest))
+    for step in range(2 * plain[0].steps_per_epoch):
+        for one, other in zip(padded, plain, strict=True):
+            indices, rows, micro_batches = one.rank_batch(step)
+            assert indices[:rows] == other.rank_batch(step).indices[:rows]
+            assert len(indices) == micro_batches * -(-largest // parts)
+            assert micro_batches <= parts
