@@ -40,7 +40,7 @@ from fundamentallm.run.session import Record, session
 from fundamentallm.run.state import RunState
 from fundamentallm.run.stopping import Stop, StopSwitch
 from fundamentallm.training.arguments import (
-    argument_problems,
+    check_arguments,
     count_steps,
     make_samplers,
     use_accelerator,
@@ -130,10 +130,9 @@ class Trainer(TrainerView):
         self.batch_size, self.steps_per_epoch = self.samples.batch_size, self.samples.steps_per_epoch
         self.total_steps = count_steps(training, self.samples)
         self.validation_metrics = further_metrics(training.validation_metrics, validation_metrics)
-        if problems := argument_problems(
+        check_arguments(
             self.config, accelerator, self.samples, val_loader, self.validation_metrics, optimizer, scheduler
-        ):
-            raise ConfigError(problems)
+        )
 
         freeze(model, training.parameter_groups)
         self.model, loss_fn = model, loss_fn or create_loss(training.loss, **training.loss_options)
@@ -155,22 +154,20 @@ class Trainer(TrainerView):
         self.callbacks = CallbackList(default if callbacks is None else callbacks)
         if accelerator.log_with:
             self.callbacks.add(TrackerCallback())
-        self.files: dict[str, str] = {}
-        """Further text files of each checkpoint, by name. They replace those that are made for it."""
+        self.files: dict[str, str] = {}  # further text files of each checkpoint, which replace those made for it
         self.state = RunState(self._parts(), asdict(self.config if self.output_dir else training))
         self.group = HostGroup()
-        manager = open_manager(training, self.is_sharded)
-        self.saver = Saver(
-            manager, self.state, self.group, lambda: model_files(model, train_loader.dataset) | self.files
-        )
+        self.saver = Saver(open_manager(training, self.is_sharded), self.state, self.group, self._files_of_checkpoint)
         self.stop_switch = StopSwitch(training.max_minutes)
         self.phase = Phase.STARTING
-        self.was_rewound = False
-        """True if this run returned to an earlier checkpoint, so that what came after it is replaced."""
+        self.was_rewound = False  # True if the run returned to an earlier checkpoint and replaces what came after it
         self._record = Record(self.output_dir, self._position, self.is_main_process)
         self._throughput = Throughput()
         self._started, self._first_step = False, 0
         self._compiled: set[str] = set()  # of "step" and "validation", those whose compilation was reported
+
+    def _files_of_checkpoint(self) -> dict[str, str]:
+        return model_files(self.model, self.train_loader.dataset) | self.files
 
     def _parts(self) -> dict[str, Any]:
         """Returns everything that changes because of training, by name."""
