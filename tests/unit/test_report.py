@@ -11,7 +11,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import matplotlib.image
 import pytest
 
 from fundamentallm import FundamentaLLMError, SampleCallback
@@ -163,7 +162,6 @@ def test_report_refuses_other_folders_and_files(run: Path, tmp_path: Path) -> No
 
 # ---- in a browser ------------------------------------------------------------------------------------------
 
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine")
 LOOK = """
 <script>
 addEventListener("load", () => setTimeout(() => {
@@ -201,7 +199,7 @@ def browse(page: Path, folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
-@needs_browser
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine")
 def test_report_curves_in_a_browser(page: Path, run: Path, tmp_path: Path) -> None:
     looked_at = tmp_path / "looked_at.html"
     looked_at.write_text(page.read_text().replace("</body>", LOOK + "</body>"))
@@ -224,13 +222,3 @@ def test_report_curves_in_a_browser(page: Path, run: Path, tmp_path: Path) -> No
     assert "model.d_model" in seen["settings"]
     assert "owned" not in seen["title"]
     assert seen["images"] == 0
-
-
-@needs_browser
-@pytest.mark.parametrize(("scheme", "is_dark"), [(1, False), (0, True)])
-def test_report_color_scheme_follows_the_browser(page: Path, tmp_path: Path, scheme: int, is_dark: bool) -> None:
-    shot = tmp_path / "shot.png"
-    browse(page, tmp_path, f"--screenshot={shot}", f"--blink-settings=preferredColorScheme={scheme}")
-    picture = matplotlib.image.imread(shot)[..., :3]
-    assert bool(picture[5, 5].mean() < 0.2) is is_dark
-    assert picture.std() > 0.02
