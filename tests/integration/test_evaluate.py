@@ -23,7 +23,7 @@ from fundamentallm.inference.scoring import interval, score, student_quantile, w
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.train import make_trainer
 from tests.conftest import reset_accelerate
-from tests.integration.runs import lines, prose
+from tests.integration.runs import lines, prose, without_curves
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sample_tokens=0,
     )
     reset_accelerate()
-    make_trainer(config.resolved()).train()
+    without_curves(make_trainer(config.resolved())).train()
     return folder / "run"
 
 
