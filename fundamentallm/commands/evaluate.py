@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -196,14 +197,14 @@ def _windowed(
 
 def _padded(found: Sequence[tuple[NDArray[np.integer], Window]]) -> tuple[Tensor, Tensor]:
     """Returns inputs and targets of windows over token ids, padded at the end, which a causal model does not see."""
-    longest = max(window.end - window.start for _, window in found)
-    inputs = torch.zeros(len(found), longest, dtype=torch.int64)
-    targets = torch.full_like(inputs, IGNORE_INDEX)
-    for row, (ids, window) in enumerate(found):
+    inputs, targets = [], []
+    for ids, window in found:
         tokens = torch.from_numpy(ids[window.start : window.end + 1].astype("int64"))
-        inputs[row, : len(tokens) - 1] = tokens[:-1]
-        targets[row, window.counted : len(tokens) - 1] = tokens[1 + window.counted :]
-    return inputs, targets
+        inputs.append(tokens[:-1])
+        targets.append(tokens[1:].clone())
+        targets[-1][: window.counted] = IGNORE_INDEX
+    padded = pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX)
+    return pad_sequence(inputs, batch_first=True), padded
 
 
 def _show(result: dict[str, Any]) -> None:

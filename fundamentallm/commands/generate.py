@@ -6,13 +6,13 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from tokenizers import Tokenizer
+
+from fundamentallm.data.tokenizers import encode_prompt
 from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.inference.generation import Sampling, generate_batch
 from fundamentallm.inference.loading import CHECKPOINT_HELP, load_model
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 
 def main(arguments: Sequence[str], program: str) -> int:
@@ -36,11 +36,6 @@ def main(arguments: Sequence[str], program: str) -> int:
     add("--json", action="store_true", help='print {"prompt": ..., "text": ..., "tokens": N} for each prompt')
     options = parser.parse_args(arguments)
     prompts = _prompts(options)
-
-    # Imported late, so that --help need not wait for torch.
-    from fundamentallm.data.tokenizers import encode_prompt
-    from fundamentallm.inference.generation import Sampling, generate_batch
-
     loaded = load_model(options.checkpoint)
     drawn = generate_batch(
         loaded.model,

@@ -13,8 +13,8 @@ import pytest
 
 from fundamentallm import Config, ConfigError, TrainingConfig
 from fundamentallm.commands.doctor import checks
-from fundamentallm.commands.doctor.checks import CHECKS, Case, Finding
-from fundamentallm.commands.doctor.main import examine, main
+from fundamentallm.commands.doctor.checks import CHECKS, Case, Finding, examine
+from fundamentallm.commands.doctor.main import main
 from tests.integration.runs import prose
 
 ROOT = Path(__file__).parents[2]

@@ -175,14 +175,6 @@ def test_samples_changed_text_is_refused(made: Run, copy: Path, command: Command
     assert command("samples", copy, "--step", 1, "--source", other, "--indices_only")[0] == 0
 
 
-def test_samples_moved_text_is_read_from_source(made: Run, copy: Path, command: Command, tmp_path: Path) -> None:
-    moved = tmp_path / "moved.txt"
-    shutil.copy(made.text, moved)
-    assert command("samples", copy, "--step", 9, "--source", moved) == command(
-        "samples", copy, "--step", 9, "--source", made.text
-    )
-
-
 def test_samples_text_uses_the_tokenizer_of_the_run(made: Run, command: Command, tmp_path: Path) -> None:
     """Another text may have the same token ids, since a char vocabulary numbers the characters that there are."""
     other = tmp_path / "other.txt"

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import math
 import random
 import tempfile
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import release_memory
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -45,12 +49,9 @@ class Check(NamedTuple):
 
 
 class Case:
-    """The run that is checked.
+    """The run that is checked: its config, 'module:name' of the function that makes its Trainer, and an empty folder.
 
-    Args:
-        config: the user's config, resolved.
-        trainer: 'module:name' of a function from a Config to a Trainer.
-        folder: an empty folder; each trial run gets a folder of its own in it.
+    Each trial run gets a folder of its own in it.
     """
 
     def __init__(self, config: Config, trainer: str, folder: Path) -> None:
@@ -198,6 +199,19 @@ CHECKS = {
         "with persistent=False, a callback or schedule without state_dict(), a generator of your own.",
     ),
 }
+
+
+def examine(check: Check, case: Case) -> Finding:
+    """Make a check without its output. A check that raises has failed."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            return check.make(case)
+    except Exception as error:
+        raised_at = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(raised_at.filename).name}, line {raised_at.lineno}"
+        return Finding("fail", f"{type(error).__name__}: {error} ({where})")
+    finally:
+        release_memory()  # of this check's trainers, before the next check and other processes need it
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------

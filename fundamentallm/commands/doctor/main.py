@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import os
 import tempfile
 import textwrap
 import time
-import traceback
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fundamentallm.commands.options import add_trainer_option, parse_settings, trainer_problems
 from fundamentallm.errors import Problem
-
-if TYPE_CHECKING:
-    from fundamentallm.commands.doctor.checks import Case, Check, Finding
 
 NAME_WIDTH = 17
 TEXT_AT = 4 + NAME_WIDTH + 9
@@ -51,7 +44,7 @@ def main(arguments: Sequence[str], program: str) -> int:
     # A killed run cannot free its semaphores, which Python would report at exit, long after the checks.
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     # Imported here, so that --help and wrong settings need not wait for torch.
-    from fundamentallm.commands.doctor.checks import CHECKS, Case
+    from fundamentallm.commands.doctor.checks import CHECKS, Case, examine
 
     counts: Counter[str] = Counter()
     started = time.perf_counter()
@@ -79,23 +72,6 @@ def main(arguments: Sequence[str], program: str) -> int:
     shown = ", ".join(f"{counts[status]} {word}" for status, word in WORDS.items() if counts[status])
     print(f"\n{shown}, in {time.perf_counter() - started:.0f} s")
     return 1 if counts["fail"] else 0
-
-
-def examine(check: Check, case: Case) -> Finding:
-    """Make a check without its output. A check that raises has failed."""
-    from accelerate.utils import release_memory
-
-    from fundamentallm.commands.doctor.checks import Finding
-
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            return check.make(case)
-    except Exception as error:
-        raised_at = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(raised_at.filename).name}, line {raised_at.lineno}"
-        return Finding("fail", f"{type(error).__name__}: {error} ({where})")
-    finally:
-        release_memory()  # of this check's trainers, before the next check and other processes need it
 
 
 def _print_text(text: str, indent: int) -> None:

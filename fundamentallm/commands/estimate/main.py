@@ -120,9 +120,5 @@ def _show_devices(config: Config, options: argparse.Namespace) -> None:
 def _layouts(options: argparse.Namespace, batch_size: int) -> Iterator[tuple[int, str]]:
     """Yields (devices, layout) of each row: those asked for, otherwise all that leave no device idle."""
     for devices in [n for n in DEVICES if n <= batch_size] if options.devices is None else [options.devices]:
-        if options.layout:
-            yield devices, options.layout
-            continue
-        yield devices, "ddp"
-        if devices > 1:
-            yield devices, "fsdp2"
+        several = counts.LAYOUTS if devices > 1 else ("ddp",)
+        yield from ((devices, layout) for layout in ([options.layout] if options.layout else several))
