@@ -16,7 +16,7 @@ from fundamentallm.checkpoint.reading import export_weights, is_ours, load_parts
 from fundamentallm.commands.output import WIDTH, printable, say, say_table, shortened
 from fundamentallm.config.units import size_text
 from fundamentallm.config.yaml_format import to_yaml
-from fundamentallm.errors import CheckpointError, CheckpointNotFoundError, ConfigError, Problem, writing
+from fundamentallm.errors import CheckpointError, CheckpointNotFoundError, ConfigError, Problem
 from fundamentallm.run.step_samples import samples_of_step, text_of_step, texts, why_no_text
 
 
@@ -139,10 +139,11 @@ def consolidate_command(options: argparse.Namespace) -> int:
         raise ConfigError([Problem("OUT", str(output), allowed="a new folder", reason="which exists already")])
     staging = output.with_name(f".{output.name}-{os.getpid()}")
     try:
-        with writing(output):
-            staging.mkdir(parents=True)
-            export_weights(source, staging, options.raw)
-            staging.rename(output)
+        staging.mkdir(parents=True)
+        export_weights(source, staging, options.raw)
+        staging.rename(output)
+    except OSError as error:
+        raise CheckpointError(f"{output} cannot be written: {error}.") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     say(f"{source} -> {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
