@@ -1,4 +1,1 @@
-"""The verbs of `fundamentallm VERB` besides `train`, one file each with a `main(arguments, program) -> exit code`.
-
-What they share, and what one file would be too long for, lies in files without a `main`.
-"""
+"""The commands of `fundamentallm COMMAND` besides `train`, each with a `main(arguments, program) -> exit code`."""

@@ -33,16 +33,12 @@ def list_command(options: argparse.Namespace) -> int:
             continue
         try:
             manifest = read_manifest(path)
+            step, loss = manifest["step"], _val_loss(path, manifest["step"])
         except CheckpointError as error:
             others.append((path.name, _reason(error, path)))
             continue
         marks = ["best"] * (path == best) + ["newest"] * (path == newest)
         marks += ["weights not finite"] * (not manifest["is_finite"])
-        step, loss = manifest["step"], None
-        try:
-            loss = _val_loss(path, step)
-        except CheckpointError as error:
-            marks.append(_reason(error, path))
         row = path.name, "-" if step is None else f"{step:,}", "-" if loss is None else f"{loss:.4f}"
         rows.append((manifest["sequence"], (*row, size_text(_num_bytes(manifest)), _saved_at(path), ", ".join(marks))))
     if not rows and not any(is_ours(folder / name) or HIDDEN.fullmatch(name) for name, _ in others):
@@ -87,7 +83,7 @@ def show_command(options: argparse.Namespace) -> int:
     step, loss = manifest["step"], _val_loss(path, manifest["step"])
     parts = load_parts(path, ("config", "versions"))
     config, versions = parts.get("config"), parts.get("versions")
-    config_lines = _yaml(config, path).splitlines() if config else []
+    config_lines = _yaml(config, path).splitlines() if isinstance(config, dict) else []
 
     say(f"{path}: {size_text(_num_bytes(manifest))}, saved {_saved_at(path)}")
     best = "saved as the best" if manifest["is_best"] else "not saved as the best"
@@ -99,10 +95,9 @@ def show_command(options: argparse.Namespace) -> int:
         say(textwrap.fill(f"made with {', '.join(f'{name} {version}' for name, version in versions.items())}", WIDTH))
     say(f"\nfiles ({'SHA-256 verified' if options.verify else 'sizes verified; --verify compares every byte'})")
     say_table([(f"  {name}", size_text(entry["size"])) for name, entry in manifest["files"].items()], "<>")
-    if isinstance(config, dict) and config:
+    if config_lines:
         say("\nconfig" if "training" in config else "\nconfig (a TrainingConfig, of a run from Python)")
-        for line in config_lines:
-            say(f"  {line}")
+        say("\n".join(f"  {line}" for line in config_lines))
     return 0
 
 
