@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fundamentallm.atomic import write_text
-from fundamentallm.commands.options import add_trainer_option, option_problems, parse_settings, trainer_problems
+from fundamentallm.commands.options import (
+    add_trainer_option,
+    option_problems,
+    parse_settings,
+    settings_parser,
+    trainer_problems,
+)
 from fundamentallm.commands.output import say, say_table
 from fundamentallm.config.schema import Config
 from fundamentallm.config.validation import POSITIVE, Interval
@@ -44,13 +50,12 @@ def main(arguments: Sequence[str], program: str) -> int:
     Raises:
         FundamentaLLMError: if a setting or an option is wrong, or training fails.
     """
-    parser = argparse.ArgumentParser(
-        prog=program,
-        usage="%(prog)s --config FILE [--SECTION.SETTING VALUE ...] [--steps N] [--plot FILE] [--json FILE] ...",
-        description="Run a learning rate range test: the first steps of the run, at a rate that grows exponentially "
-        "from --lowest to --highest, until the loss diverges. Nothing is written to output_dir. The settings are those "
-        "of `fundamentallm train --help`. It can be launched on several devices, as the run itself.",
-        allow_abbrev=False,
+    parser = settings_parser(
+        program,
+        "[--steps N] [--plot FILE] [--json FILE] ...",
+        "Run a learning rate range test: the first steps of the run, at a rate that grows exponentially from --lowest "
+        "to --highest, until the loss diverges. Nothing is written to output_dir. It can be launched on several "
+        "devices, as the run itself.",
     )
     add_trainer_option(parser)
     parser.add_argument("--steps", type=int, default=100, metavar="N", help="optimizer steps [100]")

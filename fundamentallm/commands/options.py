@@ -14,6 +14,16 @@ from fundamentallm.errors import ConfigError, Problem
 DEFAULT_TRAINER = "fundamentallm.train:make_trainer"
 
 
+def settings_parser(program: str, own: str, description: str) -> argparse.ArgumentParser:
+    """Returns a parser of the command's own options (`own`, in its usage), to which `train`'s settings may be added."""
+    return argparse.ArgumentParser(
+        prog=program,
+        usage=f"%(prog)s --config FILE [--SECTION.SETTING VALUE ...] {own}",
+        description=f"{description} The settings are those of `fundamentallm train --help`.",
+        allow_abbrev=False,
+    )
+
+
 def add_trainer_option(parser: argparse.ArgumentParser) -> None:
     """Add `--trainer MODULE:NAME`."""
     parser.add_argument(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
+from fundamentallm.commands.options import settings_parser
 from fundamentallm.commands.output import say
 from fundamentallm.config.command_line import parse_config
 from fundamentallm.config.units import size_text
@@ -18,14 +18,9 @@ def main(arguments: Sequence[str], program: str) -> int:
     Raises:
         ConfigError: if the settings are wrong, or a source cannot be read.
     """
-    parser = argparse.ArgumentParser(
-        prog=program,
-        usage="%(prog)s [--config FILE] [--SECTION.SETTING VALUE ...]",
-        description=f"{__doc__} The settings are those of `fundamentallm train --help`; those of the data are used. "
-        "Runs find the tokens in data.cache_dir. The folders printed at the end can be moved to other machines and "
-        "given as data.source there.",
-        allow_abbrev=False,
-    )
+    runs = "Runs find the tokens in data.cache_dir."
+    moved = "The folders printed at the end can be moved to other machines and given as data.source there."
+    parser = settings_parser(program, "", f"{__doc__} {runs} {moved}")
     _, rest = parser.parse_known_args(arguments)
     config = parse_config(rest, program)
     if config.model.pretrained is not None:  # a run would use its tokenizer

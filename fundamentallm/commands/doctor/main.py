@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 import textwrap
@@ -11,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from fundamentallm.commands.options import add_trainer_option, parse_settings, trainer_problems
+from fundamentallm.commands.options import add_trainer_option, parse_settings, settings_parser, trainer_problems
 from fundamentallm.errors import Problem
 
 NAME_WIDTH = 17
@@ -25,14 +24,9 @@ def main(arguments: Sequence[str], program: str) -> int:
     Raises:
         ConfigError: with everything that is wrong with the settings or with --trainer.
     """
-    parser = argparse.ArgumentParser(
-        prog=program,
-        usage="%(prog)s --config FILE [--SECTION.SETTING VALUE ...] [--trainer MODULE:NAME]",
-        description=f"{__doc__} Runs are made in temporary folders; nothing is written to output_dir. The settings "
-        "are those of `fundamentallm train --help`. Exit code 0: no check failed, 1: a check failed, 2: a setting "
-        "is wrong.",
-        allow_abbrev=False,
-    )
+    about = f"{__doc__} Runs are made in temporary folders; nothing is written to output_dir."
+    codes = "Exit code 0: no check failed, 1: a check failed, 2: a setting is wrong."
+    parser = settings_parser(program, "[--trainer MODULE:NAME]", f"{about} {codes}")
     add_trainer_option(parser)
     options, rest = parser.parse_known_args(arguments)
     problems = trainer_problems(options.trainer)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from fundamentallm.commands.estimate import counts
 from fundamentallm.commands.estimate.memory import memory
-from fundamentallm.commands.options import option_problems, parse_settings
+from fundamentallm.commands.options import option_problems, parse_settings, settings_parser
 from fundamentallm.commands.output import say, say_table
 from fundamentallm.config.schema import OPTIMIZER_NAMES, Config
 from fundamentallm.config.units import duration_text, size_text
@@ -28,13 +28,8 @@ def main(arguments: Sequence[str], program: str) -> int:
     Raises:
         ConfigError: with everything that is wrong with the settings or the options.
     """
-    parser = argparse.ArgumentParser(
-        prog=program,
-        usage="%(prog)s --config FILE [--SECTION.SETTING VALUE ...] [--devices N] [--layout LAYOUT] [--tflops X]",
-        description=f"{__doc__} The settings are those of `fundamentallm train --help`. Nothing is allocated, and the "
-        "data is read only to count its characters (character-level models without model.vocab_size).",
-        allow_abbrev=False,
-    )
+    about = f"{__doc__} Nothing is allocated. The data is read only to count the characters of a character-level model."
+    parser = settings_parser(program, "[--devices N] [--layout LAYOUT] [--tflops X]", about)
     parser.add_argument("--devices", type=int, metavar="N", help="number of devices; default: a table up to thousands")
     layouts = "ddp: a replica on each device; fsdp2: one sharded over all; default: both"
     parser.add_argument("--layout", choices=counts.LAYOUTS, help=layouts)
