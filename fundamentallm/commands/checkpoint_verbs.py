@@ -83,7 +83,7 @@ def show_command(options: argparse.Namespace) -> int:
     step, loss = manifest["step"], _val_loss(path, manifest["step"])
     parts = load_parts(path, ("config", "versions"))
     config, versions = parts.get("config"), parts.get("versions")
-    config_lines = _yaml(config, path).splitlines() if isinstance(config, dict) else []
+    config_lines = _yaml(config, path).splitlines() if isinstance(config, dict) else []  # before anything is printed
 
     say(f"{path}: {size_text(_num_bytes(manifest))}, saved {_saved_at(path)}")
     best = "saved as the best" if manifest["is_best"] else "not saved as the best"
@@ -95,7 +95,7 @@ def show_command(options: argparse.Namespace) -> int:
         say(textwrap.fill(f"made with {', '.join(f'{name} {version}' for name, version in versions.items())}", WIDTH))
     say(f"\nfiles ({'SHA-256 verified' if options.verify else 'sizes verified; --verify compares every byte'})")
     say_table([(f"  {name}", size_text(entry["size"])) for name, entry in manifest["files"].items()], "<>")
-    if config_lines:
+    if isinstance(config, dict):
         say("\nconfig" if "training" in config else "\nconfig (a TrainingConfig, of a run from Python)")
         say("\n".join(f"  {line}" for line in config_lines))
     return 0
