@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 from torch import nn
@@ -19,9 +18,6 @@ from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import CheckpointError, ConfigError, Problem
 from fundamentallm.models.transformers_format import TOKENIZER, Pretrained, find_pretrained, transformers_model
 from fundamentallm.run.state import RunState
-
-if TYPE_CHECKING:
-    pass
 
 BESIDE = ("init_from", "pretrained", "dropout")
 """Settings of the model that do not belong to its shape."""

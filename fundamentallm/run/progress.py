@@ -60,18 +60,10 @@ class Progress:
         Raises:
             ValueError: if the state is not that of a run.
         """
-        before, now = state["stretches"][-1], self.segments[-1]
-        step = state["step"]
-        if not isinstance(step, int) or step < 0:
-            raise ValueError(f"the step is {step!r}; allowed: a whole number, at least 0.")
+        before, now, step = state["stretches"][-1], self.segments[-1], state["step"]
         saved = sampler_of(before)
-        for name, mine, shape in (
-            ("tokens", self.tokens, state["tokens"].shape),
-            ("loss", self.loss, state["loss"]["totals"].shape),
-        ):
-            if shape != mine.shape:
-                raise ValueError(f"{name} has shape {tuple(shape)}; allowed: {tuple(mine.shape)}.")
-        _check_start(saved, step)
+        if not isinstance(step, int) or step < saved.start.step:
+            raise ValueError(f"step {step!r} is before the start of its segment, {saved.start}.")
         if state["samples"] != saved.samples_before(step):
             raise ValueError(f"step {step} comes after {saved.samples_before(step)} samples, not {state['samples']}.")
         if _without_start(before) == _without_start(now):
@@ -94,7 +86,11 @@ def data_order(samples: StepSampler) -> dict[str, Any]:
 
 
 def sampler_of(segment: dict[str, Any]) -> StepSampler:
-    """Returns the batches of a segment, over all processes."""
+    """Returns the batches of a segment, over all processes.
+
+    Raises:
+        ValueError: if no run can start where the segment does.
+    """
     sampler = StepSampler(
         segment["num_samples"],
         segment["batch_size"],
@@ -102,7 +98,10 @@ def sampler_of(segment: dict[str, Any]) -> StepSampler:
         drop_last=segment["drop_last"],
         schedule=segment.get("schedule", ()),  # missing in the earliest checkpoints
     )
-    sampler.start = Start(*segment["start"])
+    sampler.start = start = Start(*segment["start"])
+    # An index outside the epoch's order names no sample, and the permutation would never end.
+    if any(type(number) is not int or number < 0 for number in start) or start.place >= sampler.num_samples:
+        raise ValueError(f"a segment of {sampler.num_samples} samples cannot start at {start}.")
     return sampler
 
 
@@ -113,12 +112,3 @@ def _without_start(segment: dict[str, Any]) -> dict[str, Any]:
 def _sample_order(segment: dict[str, Any]) -> tuple[Any, ...]:
     """Returns what an index within an epoch refers to: the order of the training samples."""
     return segment["num_samples"], segment["seed"], segment["drop_last"], segment["content"][0]
-
-
-def _check_start(samples: StepSampler, step: int) -> None:
-    """Raises ValueError for a start that no run can have: an index outside the epoch's order names no sample."""
-    start = samples.start
-    if any(type(number) is not int or number < 0 for number in start) or start.step > step:
-        raise ValueError(f"step {step} cannot come after a start at {start}.")
-    if start.place >= samples.num_samples:
-        raise ValueError(f"index {start.place} is outside an order of {samples.num_samples} samples.")

@@ -102,14 +102,15 @@ class RunState:
         free = free if "data.content" in changed else {*free, "data.tokenizer"}
         _refuse_changes(changed, may_change, free, where)
         reset, messages = self._parts_to_reset(saved, changed.keys(), where)
-        if "training.parameter_groups" in changed:
-            self._refit(saved, reset, where)
         for name, part in self.parts.items():
-            if name not in reset:
-                try:
-                    part.load_state_dict(saved[f"{name}{SUFFIX}"])
-                except Exception as error:  # a checkpoint from elsewhere may hold anything
-                    raise CheckpointError(f"{where}: its {name} does not fit this run: {error}") from error
+            if name in reset:
+                continue
+            try:
+                if "training.parameter_groups" in changed:
+                    self._refit(name, saved)
+                part.load_state_dict(saved[f"{name}{SUFFIX}"])
+            except Exception as error:  # a checkpoint from elsewhere may hold anything
+                raise CheckpointError(f"{where}: its {name} does not fit this run: {error}") from error
         inventory = self._inventory(saved, reset, where)
         messages.append(f"resumed from {where} at step {self.progress.step}: {inventory}")
         messages += [
@@ -176,20 +177,12 @@ class RunState:
         ]
         return reset, messages
 
-    def _refit(self, saved: dict[str, Any], reset: set[str], where: Path) -> None:
-        """Fits a saved state to the parameters that are trained from here on, some of which may have been frozen.
-
-        Raises:
-            CheckpointError: if the saved state is malformed.
-        """
-        average = self.parts.get("average")
-        try:
-            if "optimizer" not in reset:
-                saved[OPTIMIZER_KEY] = self.optimizer.refit(saved[OPTIMIZER_KEY])
-            if average is not None and "average" not in reset:
-                saved[AVERAGE_KEY] = average.refit(saved[AVERAGE_KEY], saved[MODEL_KEY])
-        except MALFORMED as error:
-            raise CheckpointError(f"{where} does not hold a run ({type(error).__name__}: {error}).") from error
+    def _refit(self, name: str, saved: dict[str, Any]) -> None:
+        """Fits the state of a part to the parameters that are trained from here on: some may have been frozen."""
+        if name == "optimizer":
+            saved[OPTIMIZER_KEY] = self.optimizer.refit(saved[OPTIMIZER_KEY])
+        elif name == "average":
+            saved[AVERAGE_KEY] = self.parts[name].refit(saved[AVERAGE_KEY], saved[MODEL_KEY])
 
     def _inventory(self, saved: dict[str, Any], reset: set[str], where: Path) -> str:
         """Returns what was restored: counts of weights and of parameters with optimizer state, then the other parts.
@@ -224,23 +217,17 @@ def _refuse_changes(
 ) -> None:
     """Raises ConfigError for each changed setting that neither is free nor was allowed by name or by section."""
     refused = [name for name in changed if name not in free and not {name, name.partition(".")[0]} & {*may_change}]
-    if refused:
-        advice = (
-            f"Set it back, or allow the change by --training.resume_changes '[{', '.join(refused)}]'. "
-            "(model.init_from starts a new run from these weights.)"
-        )
-        raise ConfigError(
-            [
-                Problem(
-                    name,
-                    changed[name][1],
-                    allowed=_short(changed[name][0]),
-                    advice=advice,
-                    reason=f"and {where} was trained with another value",
-                )
-                for name in refused
-            ]
-        )
+    advice = (
+        f"Set it back, or allow the change by --training.resume_changes '[{', '.join(refused)}]'. "
+        "(model.init_from starts a new run from these weights.)"
+    )
+    reason = f"and {where} was trained with another value"
+    problems = []
+    for name in refused:
+        before, now = changed[name]
+        problems.append(Problem(name, now, _short(before), advice, reason))
+    if problems:
+        raise ConfigError(problems)
 
 
 def _short(value: Any) -> str:

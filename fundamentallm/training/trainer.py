@@ -172,7 +172,7 @@ class Trainer(RunPosition):
         self.phase = Phase.STARTING
         self.was_rewound = False
         """True if this run returned to an earlier checkpoint, so that what came after it is replaced."""
-        self._record = Record(self.output_dir, self._position, self.is_main_process)
+        self._record = Record(self.output_dir if self.is_main_process else None, self._position)
         self._throughput = Throughput()
         self._started, self._first_step = False, 0
         self._compile_mark = 0.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -144,8 +143,6 @@ class CallbackList:
         >>> from fundamentallm import CallbackList, LoggingCallback, ProgressCallback
         >>> callbacks = CallbackList([LoggingCallback()])
         >>> callbacks.add(ProgressCallback())  # as trainer.callbacks.add does
-        >>> [type(callback).__name__ for callback in callbacks.callbacks]
-        ['LoggingCallback', 'ProgressCallback']
     """
 
     def __init__(self, callbacks: list[Callback] | None = None) -> None:
@@ -160,7 +157,7 @@ class CallbackList:
         self.callbacks.remove(callback)
 
     def _call(self, hook: str, *arguments: Any) -> None:
-        for callback in tuple(self.callbacks):
+        for callback in tuple(self.callbacks):  # a copy, because a hook may change the list
             getattr(callback, hook)(*arguments)
 
     def on_train_begin(self, trainer: RunView) -> None:
@@ -232,24 +229,26 @@ class CallbackList:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the callbacks that are in the saved state, and warn of each one that is missing on either side."""
         named = self._by_name()
-        for name in named.keys() & state.keys():
-            named[name].load_state_dict(state[name])
-        for name in sorted(name for name in named.keys() - state.keys() if named[name].state_dict()):
-            logger.warning("callback %s is not in the checkpoint and starts without a saved state.", name)
+        for name, callback in named.items():
+            if name in state:
+                callback.load_state_dict(state[name])
+            elif callback.state_dict():
+                logger.warning("callback %s is not in the checkpoint and starts without a saved state.", name)
         for name in sorted(state.keys() - named.keys()):
             logger.warning("callback %s is in the checkpoint but not in this run; its state is ignored.", name)
 
 
-def rewind_lines(trainer: RunView, path: Path, is_validation: Callable[[dict[str, Any]], bool]) -> None:
+def rewind_lines(trainer: RunView, path: Path) -> None:
     """Drop the lines of a file that the resumed run writes again.
 
     If the run starts from scratch or from an older checkpoint, they belong to another run, so a copy is kept.
     """
-    copy = rewind(
-        path,
-        trainer.global_step,
-        is_repeated=lambda line: trainer.validation_due and is_validation(line),
-        keep_copy=trainer.global_step == 0 or trainer.was_rewound,
-    )
+    step = trainer.global_step
+
+    def is_kept(line: dict[str, Any]) -> bool:
+        is_repeated = trainer.validation_due and "train_loss" not in line
+        return line["step"] < step or (line["step"] == step and not is_repeated)
+
+    copy = rewind(path, is_kept, keep_copy=step == 0 or trainer.was_rewound)
     if copy is not None:
         trainer.say(f"{path} has lines that this run drops; a copy of it is {copy}")

@@ -40,7 +40,7 @@ class ProfilerCallback(Callback):
     def __init__(
         self, first_step: int | None = None, num_steps: int = 3, all_processes: bool = False, with_stack: bool = False
     ) -> None:
-        steps = {"num_steps": num_steps} if first_step is None else {"first_step": first_step, "num_steps": num_steps}
+        steps = {"first_step": 1 if first_step is None else first_step, "num_steps": num_steps}
         wrong = {name: number for name, number in steps.items() if not fits(number, int) or number < 1}
         if wrong:
             raise ConfigError([Problem(name, number, "an integer, at least 1") for name, number in wrong.items()])
