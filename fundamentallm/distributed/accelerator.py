@@ -14,6 +14,7 @@ from accelerate.utils import (
     is_torch_xla_available,
     parse_flag_from_env,
 )
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from fundamentallm.distributed import launch_checks as checks
 from fundamentallm.distributed.compilation import compile_problems
@@ -114,6 +115,11 @@ def check_accelerator(
     problems += checks.idle_processes(batch_size, count)
     if problems:
         raise ConfigError(problems)
+    if accelerator.is_fsdp2:
+        # accelerate's default policy reduces gradients in the precision of the forward pass.
+        computed_in = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+        policy = MixedPrecisionPolicy(param_dtype=computed_in, reduce_dtype=torch.float32)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     for line in checks.ignored_options(accelerator) if accelerator.is_main_process else ():
         logger.warning("%s", line)
     accelerator.register_save_state_pre_hook(_refuse_states)

@@ -30,13 +30,13 @@ from fundamentallm.config.schema import AFFECTS_SCHEDULE, FREE_ON_RESUME, Config
 from fundamentallm.data.datasets import fingerprint
 from fundamentallm.data.loaders import device_batches
 from fundamentallm.distributed.accelerator import kept_groups
-from fundamentallm.distributed.compilation import compile_seconds
 from fundamentallm.distributed.dtensor import device_name
 from fundamentallm.distributed.host_group import HostGroup
-from fundamentallm.distributed.prepare import follow, prepare_model
+from fundamentallm.distributed.prepare import place_model, prepare_model
 from fundamentallm.distributed.watchdog import Phase, Place, Watchdog
 from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.models.transformers_format import model_files
+from fundamentallm.models.with_loss import ModelWithLoss
 from fundamentallm.run.environment import environment
 from fundamentallm.run.progress import Progress
 from fundamentallm.run.resume import resume
@@ -142,13 +142,10 @@ class Trainer(RunPosition):
 
         freeze(model, training.parameter_groups)
         self.model, loss_fn = model, loss_fn or create_loss(training.loss, **training.loss_options)
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self.model_with_loss = prepare_model(
-            accelerator, model, loss_fn, training.seed, training.activation_checkpointing, bool(training.compile)
-        )
-        if optimizer is not None and self.is_sharded:
-            follow(optimizer, names, model)
+        place_model(accelerator, model, training.seed, training.activation_checkpointing)
         self.optimizer = optimizer or make_optimizer(training, model)
+        with_loss = ModelWithLoss(model, loss_fn)
+        self.model_with_loss = prepare_model(accelerator, with_loss, self.optimizer, bool(training.compile))
         self.average = make_average(training, model, self.optimizer)
         self._has_own_schedule = scheduler is None
         self.scheduler = scheduler or make_schedule(training, self.optimizer, self.total_steps)
@@ -175,7 +172,7 @@ class Trainer(RunPosition):
         self._record = Record(self.output_dir if self.is_main_process else None, self._position)
         self._throughput = Throughput()
         self._started, self._first_step = False, 0
-        self._compile_mark = 0.0
+        self._compiled: set[str] = set()  # of "step" and "validation", those whose compilation was reported
 
     def _parts(self) -> dict[str, Any]:
         """Returns everything that changes because of training, by name."""
@@ -236,8 +233,7 @@ class Trainer(RunPosition):
                 return self.history
             left = self.total_steps - self.global_step
             self.saver.check_room(saves_left(self.config.training, left, self.steps_per_epoch))
-            if self.micro_batch is not None:
-                self.micro_batch.settle(self)
+            self.find_micro_batch_size()
             accelerator, device = self.accelerator, device_name(self.accelerator.device)
             about = environment(device, accelerator.num_processes, accelerator.mixed_precision)
             self._record.launch(resumed_from, self.config, about)
@@ -264,7 +260,9 @@ class Trainer(RunPosition):
                 callbacks.on_epoch_begin(self)
             callbacks.on_step_begin(self)
             learning_rate = float(self.scheduler.get_last_lr()[0])
+            started = time.perf_counter()
             result = step(progress.step, batch.inputs, batch.targets, batch.micro_batches)
+            self._report_compilation("step", time.perf_counter() - started)
             self.scheduler.step()
             progress.count(result.loss, result.num_targets)
             step.is_updating = False
@@ -309,7 +307,6 @@ class Trainer(RunPosition):
         tokens, bad_in_a_row, bad, spikes = torch.stack((progress.tokens, *self._guard.counts)).tolist()
         total, count = progress.loss.tolist()
         progress.loss.zero_()
-        self._throughput.pause(self._report_compilation())
         speed = self._throughput.log(step, tokens)
         memory = peak_memory_gb(self.accelerator.device)
         line = {
@@ -330,12 +327,26 @@ class Trainer(RunPosition):
         self.callbacks.on_log(self, line)
         self._guard.raise_if_stopped(bad_in_a_row)
 
-    def _report_compilation(self) -> float:
-        """Seconds that the model has been compiled for since the last call."""
-        before, self._compile_mark = self._compile_mark, compile_seconds()
-        if self._compile_mark > before:
-            self.say(f"compiled in {self._compile_mark - before:.1f} s")
-        return self._compile_mark - before
+    def _report_compilation(self, what: str, seconds: float) -> None:
+        """Prints how long the first step or validation took, if it was compiled."""
+        if self.config.training.compile and what not in self._compiled:
+            self._compiled.add(what)
+            self.say(f"the first {what} took {seconds:.1f} s, with compilation")
+
+    def find_micro_batch_size(self) -> None:
+        """Finds the micro-batch size, if it is auto and not known yet, and uses it in training and validation."""
+        if self.micro_batch is None:
+            return
+        size = self.micro_batch.size
+        if size is None:
+            first, device, largest = self.global_step, self.accelerator.device, self.samples.largest_rank_batch
+            batch = next(device_batches(self.train_loader, self.samples, first, first + 1, device))
+            rows = batch.inputs, batch.targets
+            size = self.micro_batch.find(self.optimizer_step, *rows, largest, self.group, self.validation_metrics)
+            self.say(f"micro_batch_size is auto: {size} of {largest} sequences at once fit")
+        for sampler in (self.samples, self.val_samples):
+            if sampler is not None:
+                sampler.micro_batch_size = size
 
     # ---- validation --------------------------------------------------------------------------------------
 
@@ -371,8 +382,9 @@ class Trainer(RunPosition):
         # The clock does not interrupt the same validation twice: otherwise no launch would ever get past it.
         interrupting = Stop.SIGNAL if self._progress.validation_due else Stop.OUT_OF_TIME
         self._progress.validation_due = True  # also if an exception ends it
+        started = time.perf_counter()
         metrics = self._evaluate(is_interrupted=lambda: self.stop_switch.poll() >= interrupting)
-        self._report_compilation()
+        self._report_compilation("validation", time.perf_counter() - started)
         if metrics is None:
             return False
         self._progress.validation_due = False
@@ -472,9 +484,9 @@ class Trainer(RunPosition):
         self.model_with_loss.train()
         self.model.zero_grad()  # what a caller, or a step that raised, may have left
         self.callbacks.on_train_begin(self)
-        self._throughput = make_throughput(self)
+        training, data = self.config.training, self.train_loader.dataset
+        self._throughput = make_throughput(training, self.accelerator, self.model, data)
         self._throughput.begin(self.global_step, int(self._progress.tokens))
-        self._compile_mark = compile_seconds()
 
     def _finish(self) -> None:
         """Saves the end, whatever the reason for it, and waits until it is on disk."""

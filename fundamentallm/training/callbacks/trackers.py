@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import uuid
 from pathlib import Path
 from typing import Any
@@ -112,18 +113,24 @@ def _start(trainer: RunView, runs: dict[str, dict[str, Any]]) -> None:
 
 
 def _arguments(name: str, trainer: RunView, run: dict[str, Any] | None) -> dict[str, Any]:
-    """Returns arguments for a tracker that name its run, or resume `run` if it is given."""
+    """Returns arguments for a tracker that name its run, or resume `run` if it is given.
+
+    Files that it would write elsewhere go to the output folder, unless its own variable says otherwise.
+    """
     folder, run_id = trainer.output_dir, None if run is None else run["id"]
     if name == "tensorboard":  # hides the events that another run in the same folder logged for later steps
         return {"purge_step": trainer.global_step + 1} if run is None else {}
     if folder is None:
         return {}
     if name == "mlflow":
+        os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{(folder / 'mlflow.db').absolute()}")
         return {"run_id": run_id, "run_name": folder.name}
     new_id = uuid.uuid4().hex[:8]
     if name == "wandb":
+        os.environ.setdefault("WANDB_DIR", str(folder))
         return {"id": run_id or new_id, "resume": "allow", "name": folder.name}
     if name == "trackio":  # has no ids: a run is resumed by its name
+        os.environ.setdefault("TRACKIO_DIR", str((folder / "trackio").absolute()))
         return {"name": run_id or f"{folder.name}-{new_id}", "resume": "allow"}
     return {}
 
