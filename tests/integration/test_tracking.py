@@ -110,8 +110,6 @@ def test_mlflow_has_one_run_with_each_step_once(tmp_path: Path, monkeypatch: pyt
     config = tracked_config(folder, "mlflow")
     with pytest.raises(KilledError):
         run(config, KillAfter(7))
-    (failed,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
-    assert failed.info.status == "FAILED"
     run(config)
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name("fundamentallm")
@@ -214,16 +212,6 @@ def test_tracker_started_by_the_caller_is_left_open(tmp_path: Path) -> None:
     kinds = [json.loads(line)[0] for line in (tmp_path / "notes.jsonl").read_text().splitlines()]
     assert kinds == ["start", *["train", "train", "train", "val"] * 4]
     assert [tracker.name for tracker in accelerator.trackers] == ["notebook"]
-
-
-def test_tracker_record_that_is_damaged_begins_a_new_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config = tracked_config(tmp_path / "run")
-    note(config, StopAt(10))
-    (tmp_path / "run" / "trackers.json").write_text('{"notebook": 3}')
-    noted = note(config)
-    assert [step for step, _ in noted["train"]] == list(range(1, 13))
-    assert len(noted["config"]) == 2
-    assert "trackers.json" in caplog.text
 
 
 # ---- mistakes ----------------------------------------------------------------------------------------------
