@@ -24,11 +24,10 @@ BESIDE = ("init_from", "pretrained", "dropout")
 
 
 def open_pretrained(config: Config) -> tuple[Config, Pretrained | None, nn.Module | None]:
-    """Opens the folder that `model.pretrained` names, on all processes together.
+    """Opens the folder that `model.pretrained` names, if any, on all processes together.
 
     Returns:
-        The config completed from the folder, the folder, and the model if transformers makes it. Without
-        `model.pretrained`: the config as it is, and None twice.
+        The config completed from the folder, the folder, and the model if transformers makes it.
 
     Raises:
         ConfigError: if it cannot be opened, or contradicts other settings.
@@ -101,15 +100,6 @@ def _tokenizer(spec: str, theirs: Path) -> str:
         reason = f"and {theirs.parent} was trained with another tokenizer"
         raise ConfigError(Problem("data.tokenizer", spec, advice="Leave it out.", reason=reason))
     return spec
-
-
-def begin_from_pretrained(state: RunState, pretrained: Pretrained) -> None:
-    """Loads the folder's weights into our `Transformer`.
-
-    Raises:
-        CheckpointError: if they are damaged, or do not fit its config.json.
-    """
-    load_weights(pretrained.folder, pretrained.weights, state.model, state.like())
 
 
 def begin_from_checkpoint(state: RunState, group: HostGroup, init_from: str, tokenizer: Tokenizer) -> None:

@@ -33,7 +33,10 @@ class Progress:
         self._loss_sum, self._loss_count = self.loss.unbind()  # views
         self.validation_due = False
         self.origin: str | None = None
-        self.segments = [{**data_order(samples), "content": content, "start": list(samples.start)}]
+        order = {
+            name: getattr(samples, name) for name in ("num_samples", "batch_size", "seed", "drop_last", "schedule")
+        }
+        self.segments = [{**order, "content": content, "start": list(samples.start)}]
 
     def count(self, loss: Tensor, num_targets: Tensor) -> None:
         """Counts one optimizer step: its loss summed over targets, and its number of targets (scalars)."""
@@ -78,11 +81,6 @@ class Progress:
         self.origin = None if state["origin"] is None else str(state["origin"])
         self.tokens.copy_(state["tokens"])
         self.loss.copy_(state["loss"]["totals"])
-
-
-def data_order(samples: StepSampler) -> dict[str, Any]:
-    """Returns what the order of samples and batches follows from."""
-    return {name: getattr(samples, name) for name in ("num_samples", "batch_size", "seed", "drop_last", "schedule")}
 
 
 def sampler_of(segment: dict[str, Any]) -> StepSampler:

@@ -19,14 +19,10 @@ from fundamentallm.run.folder import LOCK
 class Choice(NamedTuple):
     """What a run resumes from."""
 
-    path: Path | None = None
-    """The checkpoint, verified; None: the run begins."""
-    skipped: tuple[str, ...] = ()
-    """Why newer checkpoints cannot be used."""
-    origin: Path | None = None
-    """The checkpoint that `resume` names, if this run began from it."""
-    is_rewound: bool = False
-    """True if the run returns to an earlier checkpoint of its own."""
+    path: Path | None = None  # the checkpoint, verified; None: the run begins
+    skipped: tuple[str, ...] = ()  # why newer checkpoints cannot be used
+    origin: Path | None = None  # the checkpoint that `resume` names, if this run began from it
+    is_rewound: bool = False  # returns to an earlier checkpoint of its own
 
 
 def choose_checkpoint(wanted: str, manager: CheckpointManager | None) -> Choice:
@@ -85,13 +81,8 @@ def resume(
 ) -> Choice:
     """Chooses the checkpoint to resume from and restores it, on all processes together.
 
-    Args:
-        wanted: `training.resume`: auto, never, or a path.
-        manager: the run's own checkpoints; None: it saves none.
-        group: the processes of the run.
-        like: returns which shards of the checkpoint's tensors to read (see `RunState.like`).
-        restore: gives the run the state that was read.
-        say: prints a line for the user.
+    `like` returns which shards of the tensors to read (see `RunState.like`). `restore` gives the run what was read. For
+    `wanted` and `manager` see `choose_checkpoint`.
 
     Raises:
         CheckpointError: if no checkpoint is intact, or it does not fit the run.

@@ -34,12 +34,7 @@ class Position(NamedTuple):
 
 
 class Record:
-    """What a run writes about itself in its output folder, by its main process.
-
-    Args:
-        folder: the output folder, on the main process; None: nothing is written.
-        position: returns how far the run is.
-    """
+    """What a run writes about itself in its output folder. Only the main process has a folder."""
 
     def __init__(self, folder: Path | None, position: Callable[[], Position]) -> None:
         self.folder, self.position = folder, position

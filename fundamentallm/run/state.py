@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -28,16 +28,6 @@ OPTIONAL_PARTS = {
 """Parts that a run may lack, and the setting that decides it."""
 
 
-class Stateful(Protocol):
-    """What a part of the state has to offer."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns nested dicts, lists and tuples of tensors and JSON values."""
-
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any:
-        """Restores what `state_dict` returned. Raises any exception if it does not fit."""
-
-
 class Restored(NamedTuple):
     """What loading a checkpoint did."""
 
@@ -48,31 +38,17 @@ class Restored(NamedTuple):
 
 
 class RunState:
-    """Every stateful part of a run by name, with the settings it was made with.
+    """Every stateful part of a run by name, with the settings it was made with, as a plain dict.
 
-    Args:
-        parts: objects with state_dict() and load_state_dict(), by name. "progress", "model", "optimizer" and
-            "scheduler" are always there. They are loaded in this order.
-        config: the settings to store, as a plain dict.
+    Parts have state_dict() and load_state_dict(), and are loaded in their order. "progress", "model", "optimizer" and
+    "scheduler" are always among them.
     """
 
     def __init__(self, parts: dict[str, Any], config: dict[str, Any]) -> None:
         self.parts, self.config = parts, config
-
-    @property
-    def progress(self) -> Progress:
-        """How far the run is."""
-        return self.parts["progress"]  # type: ignore[no-any-return]
-
-    @property
-    def model(self) -> nn.Module:
-        """The model, without any wrapper."""
-        return self.parts["model"]  # type: ignore[no-any-return]
-
-    @property
-    def optimizer(self) -> NamedOptimizerState:
-        """The optimizer's state by parameter name."""
-        return self.parts["optimizer"]  # type: ignore[no-any-return]
+        self.progress: Progress = parts["progress"]
+        self.model: nn.Module = parts["model"]  # without any wrapper
+        self.optimizer: NamedOptimizerState = parts["optimizer"]
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of every part under NAME_state_dict, the config and the versions of the libraries."""
@@ -120,10 +96,9 @@ class RunState:
         return Restored(messages, frozenset(changed))
 
     def like(self) -> Like | None:
-        """Returns which shard of each stored tensor this process needs; None: all tensors in full.
+        """Returns a function from a stored tensor's name and shape to the DTensor whose local shard is to be read.
 
-        The result maps a stored tensor's name and shape to the DTensor whose local shard should be read; None means
-        the full tensor.
+        The function returns None for a tensor that is read in full. If all are, there is no function.
         """
         weights = self.model.state_dict()
         if not any(is_sharded(tensor) for tensor in weights.values()):
@@ -146,7 +121,7 @@ class RunState:
         return like
 
     def _changes(self, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """{dotted name: (value in the checkpoint, value now)} of what differs."""
+        """Returns {dotted name: (value in the checkpoint, value now)} of what differs."""
         before = flat_settings(saved["config"]) | _data_facts(saved[f"progress{SUFFIX}"]["stretches"][-1])
         now = flat_settings(self.config) | _data_facts(self.progress.segments[-1])
         names = sorted(before.keys() & now.keys())
@@ -157,8 +132,7 @@ class RunState:
     ) -> tuple[set[str], list[str]]:
         """Returns the parts that a changed setting makes new, and a message for each.
 
-        Raises:
-            CheckpointError: if a part is missing or unknown and no setting explains it.
+        Raises CheckpointError if a part is missing or unknown and no setting explains it.
         """
         expected = {f"{name}{SUFFIX}" for name in self.parts} | {"config", "versions"}
         explained = {f"{name}{SUFFIX}" for name, setting in OPTIONAL_PARTS.items() if setting in changed}
@@ -187,8 +161,7 @@ class RunState:
     def _inventory(self, saved: dict[str, Any], reset: set[str], where: Path) -> str:
         """Returns what was restored: counts of weights and of parameters with optimizer state, then the other parts.
 
-        Raises:
-            CheckpointError: if the optimizer took less than the checkpoint holds.
+        Raises CheckpointError if the optimizer took less than the checkpoint holds.
         """
         words = [f"weights {len(saved[MODEL_KEY])}/{len(self.model.state_dict())}"]
         if "optimizer" not in reset:

@@ -29,17 +29,12 @@ MOST_IN_A_BATCH = 2**24
 class StepSamples(NamedTuple):
     """The samples of one optimizer step."""
 
-    indices: list[int]
-    """Indices into the dataset, in the order of the batch, over all processes."""
+    indices: list[int]  # into the dataset, in the order of the batch, over all processes
     epoch: int  # from 0
-    samples_before: int
-    """Samples that the run consumed before this step."""
-    steps_done: int
-    """Steps that the run had done at the checkpoint. Later steps were not trained yet."""
-    content: str | None
-    """Fingerprint of the dataset; None if it has none."""
-    config: dict[str, Any]
-    """The run's config, as the checkpoint holds it."""
+    samples_before: int  # that the run consumed before this step
+    steps_done: int  # at the checkpoint; later steps were not trained yet
+    content: str | None  # fingerprint of the dataset, if it has one
+    config: dict[str, Any]  # of the run, as the checkpoint holds it
 
 
 def samples_of_step(checkpoint: Path, step: int) -> StepSamples:
@@ -82,9 +77,7 @@ def why_no_text(checkpoint: Path, samples: StepSamples) -> str | None:
 
 
 def text_of_step(checkpoint: Path, samples: StepSamples, source: str | None = None) -> TokenSamples:
-    """Opens the dataset that the samples are from, with the tokenizer of the checkpoint.
-
-    `why_no_text` must be None for them. `source` is the present location of the text; None: the run's `data.source`.
+    """Opens the dataset that the samples are from; `source` is the present location of its text, if it has moved.
 
     Raises:
         CheckpointError: if the checkpoint is damaged.
@@ -98,24 +91,17 @@ def text_of_step(checkpoint: Path, samples: StepSamples, source: str | None = No
         advice = "If the text has moved, name it with --source. To leave it out: --indices_only."
         raise ConfigError([f"{problem} {advice}" for problem in error.problems]) from error
     if dataset.fingerprint() != samples.content:
-        raise ConfigError(
-            Problem(
-                "data.source",
-                data.source,
-                reason="whose text is not what this step was trained on: it changed, or the run used another one then",
-                advice="Name that text with --source, or leave it out with --indices_only.",
-            )
-        )
+        reason = "whose text is not what this step was trained on: it changed, or the run used another one then"
+        advice = "Name that text with --source, or leave it out with --indices_only."
+        raise ConfigError(Problem("data.source", data.source, advice=advice, reason=reason))
     return dataset
 
 
 def corpus_of_run(checkpoint: Path, settings: dict[str, Any], source: str | None = None) -> tuple[DataConfig, Corpus]:
-    """Opens the sources that a run was trained on, with the tokenizer of its checkpoint.
+    """Opens the text that a run was trained on, with the tokenizer of its checkpoint.
 
-    `settings` is the section `data` of its config. `source` is the present location of the text; None: the run's.
-
-    Raises:
-        ConfigError: if the settings are malformed, or the text cannot be read.
+    `settings` is the section `data` of its config. `source` is the present location of the text, if it has moved.
+    Raises ConfigError if the settings are malformed, or the text cannot be read.
     """
     data = from_dict(DataConfig, settings)
     # The run's cache folder may be on another machine, and that of a checkpoint from elsewhere could be anywhere.

@@ -274,6 +274,13 @@ def test_save_best_by_an_unknown_metric_is_refused() -> None:
     assert (problem.setting, problem.value, problem.allowed) == ("metric", "accuracy", "val_loss, val_perplexity")
 
 
+def test_save_best_by_an_unknown_mode_is_refused() -> None:
+    with pytest.raises(ConfigError) as error:
+        SaveBestCallback(mode="least")
+    (problem,) = error.value.problems
+    assert (problem.setting, problem.value, problem.allowed) == ("mode", "least", "min, max")
+
+
 def test_save_best_ignores_the_best_of_another_metric(caplog: pytest.LogCaptureFixture) -> None:
     callback = SaveBestCallback("score", "max")
     callback.load_state_dict({"metric": "val_loss", "mode": "min", "best_value": 2.0})

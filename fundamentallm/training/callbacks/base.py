@@ -78,20 +78,12 @@ class Callback:
     optimizer step, after all hooks. The `trainer` of a hook is the Trainer; see `RunView` for what a callback may use.
 
     Examples:
-        >>> import torch
-        >>> from torch import nn
-        >>> from torch.utils.data import DataLoader, TensorDataset
-        >>> from fundamentallm import Callback, Trainer, TrainingConfig
-        >>> numbers = torch.arange(300).reshape(30, 10) % 3
-        >>> loader = DataLoader(TensorDataset(numbers, (numbers + 1) % 3), batch_size=4)
+        >>> from fundamentallm import Callback
         >>> class StopWhenGood(Callback):
         ...     def on_log(self, trainer, metrics):
         ...         if metrics["train_loss"] < 0.5:
         ...             trainer.request_stop("it is good enough")
-        >>> model = nn.Sequential(nn.Embedding(3, 8), nn.Linear(8, 3))
-        >>> config = TrainingConfig(max_steps=1000, learning_rate=0.1, log_every_n_steps=5)
-        >>> history = Trainer(model, config, loader, callbacks=[StopWhenGood()]).train()
-        stopped at step ... of 1000: it is good enough
+        >>> callbacks = [StopWhenGood()]  # for a Trainer
     """
 
     def on_train_begin(self, trainer: RunView) -> None:
@@ -113,10 +105,7 @@ class Callback:
         """Called before each optimizer step, whose number is `trainer.global_step + 1`."""
 
     def on_step_end(self, trainer: RunView, loss: float) -> None:
-        """Called after each optimizer step with its mean loss over all targets of all processes.
-
-        If any callback overrides this hook, the host waits for the device at every step.
-        """
+        """Called after each optimizer step with its mean loss per target. Makes the host wait for the device."""
 
     def measure(self, trainer: RunView) -> dict[str, float]:
         """Returns additional numbers for a log line. Called before `on_log`, when the host waits for the device."""
@@ -169,7 +158,7 @@ class CallbackList:
         self._call("on_train_end", trainer)
 
     def on_train_abort(self, trainer: RunView) -> None:
-        """See `Callback`. Exceptions become warnings, because they would hide the one that ended the training."""
+        """See `Callback`. Exceptions become warnings: they would hide the one that ended the training."""
         for callback in tuple(self.callbacks):
             try:
                 callback.on_train_abort(trainer)

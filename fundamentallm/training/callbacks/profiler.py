@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class ProfilerCallback(Callback):
     """Profiles chosen optimizer steps: a Chrome trace (open it in https://ui.perfetto.dev) and a table of operations.
 
-    The profiler warms up in the step before, so the first step of a launch is never traced. A launch that resumes
-    within the chosen steps traces the remaining ones. The files are in the folder traces of the `output_dir`.
+    The files are in the folder traces of the `output_dir`. The profiler warms up in the step before, so the first step
+    of a launch is never traced. A launch that resumes within the chosen steps traces the remaining ones.
 
     Args:
         first_step: number of the first step traced, counted from 1; None: the tenth of this launch, because the first
