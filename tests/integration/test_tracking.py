@@ -81,22 +81,6 @@ def test_tensorboard_hides_later_steps_of_another_run(tmp_path: Path) -> None:
     assert [step for step, _ in shown["train_loss"]] == list(range(1, 13))
 
 
-def test_validation_interrupted_by_a_signal_is_logged_once(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    config = tracked_config(tmp_path, "tensorboard")
-
-    class Interrupt(Callback):
-        def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-            if trainer.global_step == 6:
-                trainer.stop_switch.request(Stop.SIGNAL, "a signal")
-
-    assert run(config, Interrupt()).validation_due
-    run(config)
-    shown = scalars(tmp_path / "tensorboard" / "fundamentallm")
-    assert [step for step, _ in shown["train_loss"]] == list(range(1, 13))
-    assert [step for step, _ in shown["val_loss"]] == [3, 6, 9, 12]
-
-
 # ---- mlflow ------------------------------------------------------------------------------------------------
 
 
@@ -176,10 +160,15 @@ def note(config: Config, *callbacks: Callback, **arguments: Any) -> dict[str, li
     return noted
 
 
-def test_tracker_gets_each_step_of_a_killed_run_once(tmp_path: Path) -> None:
+def test_tracker_gets_each_step_of_an_interrupted_run_once(tmp_path: Path) -> None:
+    class InterruptValidation(Callback):
+        def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+            if trainer.global_step == 9:
+                trainer.stop_switch.request(Stop.SIGNAL, "a signal")
+
     config = tracked_config(tmp_path / "run")
     note(config, KillAfter(7))
-    note(config, StopAt(10))
+    note(config, InterruptValidation())
     noted = note(config)
     assert [step for step, _ in noted["train"]] == list(range(1, 13))
     assert [step for step, _ in noted["val"]] == [3, 6, 9, 12]

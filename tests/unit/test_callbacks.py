@@ -31,21 +31,16 @@ from fundamentallm.errors import Problem
 from fundamentallm.training.callbacks.base import RunView
 from fundamentallm.training.callbacks.from_config import make_callbacks
 from tests.integration.runs import StopAt, lines
+from tests.unit.stub_run import make_stub
 
 
-def make_trainer(
-    callbacks: list[Callback], *, validation: bool = True, loss_fn: Any = None, **training: Any
-) -> Trainer:
+def make_trainer(callbacks: list[Callback], *, validation: bool = True, **training: Any) -> Trainer:
     """Two epochs of three steps, validated after each epoch, logged at every step."""
     settings = {"batch_size": 4, "max_epochs": 2, "log_every_n_steps": 1, "save_every_n_epochs": None} | training
     config = Config(data=DataConfig(sequence_length=4, train_split=0.8), training=TrainingConfig(**settings))
     train, val = create_dataloaders(np.arange(52) ** 2 % 7, None, config)
     model = nn.Sequential(nn.Embedding(7, 8), nn.Linear(8, 7))
-    return Trainer(model, config.training, train, val if validation else None, callbacks, loss_fn=loss_fn)
-
-
-def nan_loss(logits: Any, targets: Any) -> Any:
-    return logits.sum() * math.nan
+    return Trainer(model, config.training, train, val if validation else None, callbacks)
 
 
 class Recorder(Callback):
@@ -70,16 +65,6 @@ class Recorder(Callback):
 
     def given(self, hook: str) -> list[Any]:
         return [given for name, _, given in self.calls if name == hook]
-
-
-class Scores(Callback):
-    """Adds a validation metric of known values."""
-
-    def __init__(self, *scores: float) -> None:
-        self.scores = scores
-
-    def on_validation_end(self, trainer: RunView, metrics: dict[str, float]) -> None:
-        metrics["score"] = self.scores[trainer.global_step - 1]
 
 
 # ---- when, and with what -------------------------------------------------------------------------------------
@@ -243,28 +228,24 @@ def test_on_train_abort_that_raises_is_a_warning(caplog: pytest.LogCaptureFixtur
 # ---- the best checkpoint -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("mode", "best", "marked"), [("min", 4, [2, 4]), ("max", 5, [2, 3, 5])])
-def test_save_best_saves_each_improvement(tmp_path: Path, mode: str, best: int, marked: list[int]) -> None:
-    scores = Scores(math.nan, 3.0, 4.0, 1.0, 5.0, math.nan)
-    trainer = make_trainer(
-        [scores, SaveBestCallback("score", mode)], checkpoint_dir=str(tmp_path), eval_every_n_steps=1, keep_last_n=9
-    )
-    trainer.train()
-    assert trainer.checkpoint_manager.get_best() == tmp_path / f"step_{best:08d}"
-    assert trainer.checkpoint_manager.load(tmp_path / f"step_{best:08d}")["progress_state_dict"]["step"] == best
-    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == [f"step_{step:08d}" for step in (*marked, 6)]
+def steps_saved(callback: SaveBestCallback, *scores: float) -> list[int]:
+    stub = make_stub(None)
+    for stub.global_step, score in enumerate(scores, start=1):
+        callback.on_validation_end(stub, {"score": score})
+    assert all(is_best for _, is_best in stub.saves)
+    return [step for step, _ in stub.saves]
 
 
-def test_save_best_resumes_the_best_value(tmp_path: Path) -> None:
-    def run(*scores: float, stop: int) -> Trainer:
-        callbacks = [Scores(*scores), SaveBestCallback("score"), StopAt(stop)]
-        trainer = make_trainer(callbacks, checkpoint_dir=str(tmp_path), eval_every_n_steps=1, keep_last_n=1)
-        trainer.train()
-        return trainer
+@pytest.mark.parametrize(("mode", "saved"), [("min", [2, 4]), ("max", [2, 3, 5])])
+def test_save_best_saves_each_improvement(mode: str, saved: list[int]) -> None:
+    assert steps_saved(SaveBestCallback("score", mode), math.nan, 3.0, 4.0, 1.0, 5.0, math.nan) == saved
 
-    run(3.0, 2.0, 2.5, stop=3)
-    trainer = run(0.0, 0.0, 0.0, 2.25, 2.5, 2.0, stop=6)
-    assert trainer.checkpoint_manager.get_best() == tmp_path / "step_00000002"
+
+def test_save_best_resumes_the_best_value() -> None:
+    first, second = SaveBestCallback("score"), SaveBestCallback("score")
+    assert steps_saved(first, 3.0, 2.0, 2.5) == [1, 2]
+    second.load_state_dict(first.state_dict())
+    assert steps_saved(second, 2.25, 1.5) == [2]
 
 
 def test_save_best_by_an_unknown_metric_is_refused() -> None:
@@ -306,7 +287,7 @@ def test_make_callbacks_lists_every_problem() -> None:
         "samples": {"prompts": "Once", "num_tokens": "ten"},
         "curves": {"color": 1},
     }
-    names = ["profiler", "samples", "tests.unit.test_callbacks:nan_loss"]
+    names = ["profiler", "samples", "tests.unit.test_callbacks:make_trainer"]
     with pytest.raises(ConfigError) as error:
         make_callbacks(Config(callbacks=names, callback_options=options))
     problems = [problem for problem in error.value.problems if isinstance(problem, Problem)]
@@ -316,7 +297,7 @@ def test_make_callbacks_lists_every_problem() -> None:
         ("callback_options.profiler.num_steps", 0),
         ("callback_options.samples.prompts", "Once"),
         ("callback_options.samples.num_tokens", "ten"),
-        ("callbacks", "tests.unit.test_callbacks:nan_loss"),
+        ("callbacks", "tests.unit.test_callbacks:make_trainer"),
     ]
     assert problems[1].allowed == "an integer, at least 1"
 
@@ -357,13 +338,6 @@ def test_log_file_of_a_resumed_run_has_each_line_once(tmp_path: Path) -> None:
     assert training["step"] == [1, 2, 3, 4, 5, 6]
     assert validation["step"] == [3, 6]
     assert [file.name for file in tmp_path.iterdir() if file.is_file()] == ["metrics.jsonl"]
-
-
-def test_log_file_has_texts_for_numbers_json_lacks(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    make_trainer([LoggingCallback(path)], loss_fn=nan_loss).train()
-    assert columns(lines(tmp_path), "train_loss")["train_loss"] == ["NaN"] * 6
-    assert columns(lines(tmp_path), "val_loss")["val_perplexity"] == ["Infinity"] * 2
 
 
 def test_logging_without_a_path_only_prints(
@@ -407,16 +381,12 @@ def test_progress_on_a_terminal_replaces_the_lines(terminal: pytest.CaptureFixtu
     assert "training:" not in captured.out
 
 
-def test_progress_of_a_resumed_run_begins_at_its_step(tmp_path: Path, terminal: pytest.CaptureFixture[str]) -> None:
-    make_trainer([StopAt(4)], checkpoint_dir=str(tmp_path)).train()
-    terminal.readouterr()
-    make_trainer([ProgressCallback()], checkpoint_dir=str(tmp_path), log_every_n_steps=5).train()
-    bars = [line for line in terminal.readouterr().err.replace("\r", "\n").splitlines() if line.strip()]
-    assert "4/6" in bars[0]
-    assert "6/6" in bars[-1]
+def test_progress_covers_the_steps_of_its_launch(tmp_path: Path, terminal: pytest.CaptureFixture[str]) -> None:
+    def bars(*callbacks: Callback) -> list[str]:
+        make_trainer([ProgressCallback(), *callbacks], checkpoint_dir=str(tmp_path), log_every_n_steps=4).train()
+        return [line for line in terminal.readouterr().err.replace("\r", "\n").splitlines() if line.strip()]
 
-
-def test_progress_ends_at_the_step_of_the_stop(terminal: pytest.CaptureFixture[str]) -> None:
-    make_trainer([ProgressCallback(), StopAt(5)], log_every_n_steps=4).train()
-    bars = [line for line in terminal.readouterr().err.replace("\r", "\n").splitlines() if line.strip()]
-    assert "5/6" in bars[-1]
+    assert "5/6" in bars(StopAt(5))[-1]
+    resumed = bars()
+    assert "5/6" in resumed[0]
+    assert "6/6" in resumed[-1]

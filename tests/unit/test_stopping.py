@@ -118,7 +118,7 @@ SIGNAL_AT, POLLS = 5, 10
 
 
 def poll_until_stopped(processes: int, folder: str, by_signal: list[int], settle_at: int | None) -> None:
-    """Counts polls until the agreed stop; the processes in `by_signal` get a signal before poll 5."""
+    """Polls until the agreed stop; the processes in `by_signal` get a signal before poll 5."""
     create_accelerator()
     rank = dist.get_rank()
     assert dist.get_world_size() == processes
