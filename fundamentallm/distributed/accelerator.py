@@ -14,6 +14,7 @@ from accelerate.utils import (
     is_torch_xla_available,
     parse_flag_from_env,
 )
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from fundamentallm.distributed import launch_checks as checks
@@ -131,3 +132,14 @@ def _refuse_states(*_: object) -> None:
         "accelerator.save_state and load_state do not know the state of a run, and use pickle. Use "
         "trainer.save_checkpoint and trainer.load_checkpoint."
     )
+
+
+def leave_group(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """Leaves the process group for good. Returns the model without the wrapper that exchanged its gradients."""
+    # DDP must not be the last owner of the group (see `kept_groups`), and a group that is left to the end of the
+    # interpreter aborts it if one of its threads is still at work then.
+    model = accelerator.unwrap_model(model)
+    accelerator.free_memory()
+    kept_groups.clear()
+    accelerator.end_training()
+    return model

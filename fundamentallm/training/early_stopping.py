@@ -75,6 +75,10 @@ class EarlyStopping:
         self._best, self.counter = (current_value, 0) if self.is_best else (self._best, self.counter + 1)
         return self.should_stop
 
+    def describe(self) -> str:
+        """Returns why the run stops."""
+        return f"early stopping: {self.metric} has not improved on {self.best_value:.4g} in {self.patience} validations"
+
     @property
     def should_stop(self) -> bool:
         """True if patience has run out."""

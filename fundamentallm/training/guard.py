@@ -63,6 +63,10 @@ class Guard:
         self._recent[:, slot] = values.where(values.isfinite(), self._recent[:, slot])
         return (above & known).any()
 
+    def read(self) -> list[int]:
+        """Returns the bad steps in a row, all bad steps, and the skipped spikes. The host waits for the device."""
+        return self.counts.tolist()
+
     def raise_if_stopped(self, bad_in_a_row: int | None = None) -> None:
         """Raises TrainingError if `max_bad_steps` steps in a row were bad. The host waits for the device.
 

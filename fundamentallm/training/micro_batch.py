@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,8 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
 from fundamentallm.config.schema import TrainingConfig
+from fundamentallm.data.loaders import StepBatch
+from fundamentallm.data.sampler import StepSampler
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.training.metrics import Metric
@@ -58,37 +60,48 @@ class MicroBatch:
         if not MEMORY.isdisjoint(names):
             self.size = None
 
-    def find(
+    def settle(
         self,
         step: OptimizerStep,
-        inputs: Tensor,
-        targets: Tensor,
-        largest: int,
-        processes: HostGroup,
+        batches: Iterator[StepBatch],
+        samplers: Sequence[StepSampler],
+        group: HostGroup,
         metrics: Mapping[str, Metric],
-    ) -> int:
-        """Returns the largest size that fits on every process.
-
-        A try exchanges nothing, so that a process that runs out of memory leaves no other one waiting.
+    ) -> str:
+        """Finds the size, unless it is known, and has the samplers use it. Returns a line for the user.
 
         Args:
             step: the run's step, whose model and optimizer are tried.
-            inputs: some rows of the training data, repeated to each size.
-            targets: their targets.
-            largest: sequences that a process has in a step.
-            processes: the processes that agree on each try.
+            batches: yields a batch of the training data, whose rows are repeated to each size.
+            samplers: of training, and of validation.
+            group: the processes that agree on each try.
             metrics: validation metrics, which need the logits.
 
         Raises:
             ConfigError: if not even one sequence fits.
         """
+        largest = samplers[0].largest_rank_batch
+        size = self.size or self._find(step, next(batches), largest, group, metrics)
+        self.size = size
+        for sampler in samplers:
+            sampler.micro_batch_size = size
+        return f"micro_batch_size is auto: {size} of {largest} sequences at once fit"
+
+    def _find(
+        self, step: OptimizerStep, batch: StepBatch, largest: int, group: HostGroup, metrics: Mapping[str, Metric]
+    ) -> int:
+        """Returns the largest size that fits on every process.
+
+        A try exchanges nothing, so that a process that runs out of memory leaves no other one waiting.
+        """
+        inputs, targets = batch.inputs, batch.targets
         model, optimizer = step.accelerator.unwrap_model(step.model_with_loss), step.optimizer
 
         def fits(size: int) -> bool:
             rows = torch.arange(size, device=inputs.device) % len(inputs)
-            with processes.barrier_with_errors():
+            with group.barrier_with_errors():
                 fits_here = _fits(model, optimizer, inputs[rows], targets[rows], 1 + (size < largest), metrics)
-            return all(processes.all_gather(fits_here))
+            return all(group.all_gather(fits_here))
 
         # Uncompiled, which needs no less memory: otherwise each size tried would be compiled for.
         with torch.compiler.set_stance("force_eager"), _restored(model, inputs.device):
@@ -99,8 +112,7 @@ class MicroBatch:
                 "data.sequence_length, training.activation_checkpointing, or FSDP2."
             )
             raise ConfigError(Problem("training.micro_batch_size", "auto", advice=advice))
-        self.size = -(-largest // count)
-        return self.size
+        return -(-largest // count)
 
 
 def fewest_micro_batches(largest: int, fits: Callable[[int], bool]) -> int | None:

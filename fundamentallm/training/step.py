@@ -15,6 +15,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from fundamentallm.config.schema import IGNORE_INDEX
 from fundamentallm.data.sampler import derive_seed
 from fundamentallm.distributed.dtensor import full, seed_device
+from fundamentallm.errors import CheckpointError
 from fundamentallm.training.guard import Guard
 from fundamentallm.training.muon import Muon
 
@@ -84,8 +85,8 @@ class OptimizerStep:
             total += loss.detach()
         loss = accelerator.reduce(total, "sum")
 
-        # As accelerator.clip_grad_norm_, which under FSDP2 fails once a second model has been prepared, and unscales
-        # fp16 gradients twice if a parameter is frozen.
+        # What accelerator.clip_grad_norm_ does. That method itself compares the parameters with those of each prepared
+        # model under FSDP2, which raises if there are two models, or if some parameters are frozen.
         accelerator.unscale_gradients(self.optimizer)
         norm = full(clip_grad_norm_(self.parameters, self.max_norm))
         skip = self.guard.skips(step, loss / num_targets.clamp(min=1), norm)
@@ -93,6 +94,14 @@ class OptimizerStep:
         self._update(skip)
         self.optimizer.zero_grad()
         return StepResult(loss, num_targets, norm)
+
+    def raise_if_updating(self) -> None:
+        """Raises CheckpointError if an exception ended the last step within the optimizer's update."""
+        if self.is_updating:
+            raise CheckpointError(
+                "An exception ended the last step while the optimizer changed the weights. Load a checkpoint, or make "
+                "a new Trainer, which resumes from the newest one."
+            )
 
     def _update(self, skip: Tensor) -> None:
         """Let the optimizer step, unless `skip` (a boolean scalar): then no weight and no optimizer state changes."""

@@ -283,7 +283,7 @@ def test_resume_with_another_schedule_needs_to_be_allowed(tmp_path: Path) -> Non
     assert again.global_step == again.total_steps == 4 + 1 + 6
 
 
-def test_batch_size_schedule_above_the_data_is_refused() -> None:
+def test_trainer_with_a_scheduled_batch_above_the_data_raises() -> None:
     loader = DataLoader(Counting(44), batch_size=8, drop_last=True)
     with pytest.raises(ConfigError) as error:
         Trainer(Bigram(), TrainingConfig(max_steps=3, batch_size_schedule=[[1, 45]]), loader)

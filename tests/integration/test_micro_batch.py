@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fundamentallm import ConfigError, LoggingCallback, Trainer, TrainingConfig, create_accelerator
+from fundamentallm.data.loaders import device_batches
 from fundamentallm.training.micro_batch import fewest_micro_batches
 from tests.integration.runs import (
     PartlyIgnored,
@@ -27,6 +28,15 @@ from tests.integration.runs import (
     timeless,
     weights,
 )
+
+
+def settle(trainer: Trainer) -> None:
+    """Finds the micro-batch size as `train` does."""
+    assert trainer.micro_batch is not None
+    batches = device_batches(trainer.train_loader, trainer.samples, 0, 1, trainer.accelerator.device)
+    samplers = [sampler for sampler in (trainer.samples, trainer.val_samples) if sampler is not None]
+    metrics = trainer.validation_metrics
+    trainer.micro_batch.settle(trainer.optimizer_step, batches, samplers, trainer.group, metrics)
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +106,7 @@ def test_training_with_gradients_there_and_validation_both_fit(
 ) -> None:
     trainer = made(tmp_path, room, room_to_validate)
     assert trainer.micro_batch is not None
-    trainer.find_micro_batch_size()
+    settle(trainer)
     assert trainer.samples.micro_batch_size == trainer.val_samples.micro_batch_size == size  # type: ignore[union-attr]
     assert trainer.model.trained == set(trainer.model.tried)
 
@@ -144,7 +154,7 @@ def test_finding_changes_neither_state_nor_random_numbers(tmp_path: Path) -> Non
         [m.training for m in trainer.model_with_loss.modules()],
     )
     assert trainer.micro_batch is not None
-    trainer.find_micro_batch_size()
+    settle(trainer)
     assert trainer.micro_batch.size == 4
     assert_same_weights(weights(trainer), before)
     assert torch.equal(torch.get_rng_state(), state)

@@ -151,7 +151,7 @@ def test_train_again_after_an_exception_repeats_no_step(tmp_path: Path, where: s
         trainer.train()
     if where in ("update", "schedule"):
         for action in (trainer.train, trainer.save_checkpoint):
-            with pytest.raises(CheckpointError, match="step 6 "):
+            with pytest.raises(CheckpointError, match="optimizer changed the weights"):
                 action()
         assert trainer.checkpoint_manager is not None
         trainer.checkpoint_manager.wait()  # an interrupted train() does not
