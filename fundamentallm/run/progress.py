@@ -105,8 +105,9 @@ def sampler_of(segment: dict[str, Any]) -> StepSampler:
     )
     sampler.start = start = Start(*segment["start"])
     # An index outside the epoch's order names no sample, and the permutation would never end.
-    if any(type(number) is not int or number < 0 for number in start) or start.place >= sampler.num_samples:
-        raise ValueError(f"a segment of {sampler.num_samples} samples cannot start at {start}.")
+    is_valid = all(type(number) is int and number >= 0 for number in start) and start.place < sampler.num_samples
+    if not is_valid or min(sampler.sizes) < 1:
+        raise ValueError(f"no run of {sampler.num_samples} samples in batches of {sampler.sizes} starts at {start}.")
     return sampler
 
 

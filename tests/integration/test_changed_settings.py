@@ -80,20 +80,14 @@ def test_resume_with_other_data_needs_to_be_allowed(tmp_path: Path) -> None:
 
 
 def test_resume_with_a_changed_text_is_refused(tmp_path: Path) -> None:
-    text = prose()
-    (tmp_path / "text.txt").write_text(text)
-    config = Config(
-        output_dir=str(tmp_path / "run"),
-        model=ModelConfig(d_model=16, num_heads=2, num_layers=1),
-        data=DataConfig(source=str(tmp_path / "text.txt"), sequence_length=16, tokenizer="byte"),
-        training=TrainingConfig(max_steps=3, batch_size=8),
-    )
+    config = from_text(tmp_path, tokenizer="byte")
     make_from_config(config).train()
+    text = prose()
     (tmp_path / "moved.txt").write_text(text)
     moved = dataclasses.replace(config, data=dataclasses.replace(config.data, source=str(tmp_path / "moved.txt")))
     trainer = make_from_config(moved)
     trainer.train()
-    assert trainer.global_step == 3
+    assert trainer.global_step == 5
     for index in (1234, len(text) - 1):  # in the training part, in the validation part
         changed = text[:index] + chr(ord(text[index]) ^ 1) + text[index + 1 :]
         (tmp_path / "moved.txt").write_text(changed)
@@ -171,14 +165,19 @@ def test_resume_changes_of_an_unknown_setting_is_refused() -> None:
 # ---- a new run from the weights of another -----------------------------------------------------------------
 
 
-def from_text(folder: Path, **changes: Any) -> Config:
+def from_text(folder: Path, **data: Any) -> Config:
     (folder / "text.txt").write_text(prose())
     return Config(
         output_dir=str(folder / "old"),
         model=ModelConfig(d_model=16, num_heads=2, num_layers=1),
-        data=DataConfig(source=str(folder / "text.txt"), sequence_length=16),
+        data=DataConfig(source=str(folder / "text.txt"), sequence_length=16, **data),
         training=TrainingConfig(max_steps=5, batch_size=8, log_every_n_steps=1),
     )
+
+
+def with_init_from(old: Config, checkpoint: Path) -> Config:
+    model = dataclasses.replace(old.model, init_from=str(checkpoint))
+    return dataclasses.replace(old, output_dir=str(Path(old.output_dir).with_name("new")), model=model)
 
 
 def test_init_from_loads_weights_and_nothing_else(tmp_path: Path) -> None:
@@ -186,9 +185,7 @@ def test_init_from_loads_weights_and_nothing_else(tmp_path: Path) -> None:
     trained = make_from_config(old)
     trained.train()
     checkpoint = tmp_path / "old" / "checkpoints" / "step_00000005"
-    new = dataclasses.replace(
-        old, output_dir=str(tmp_path / "new"), model=dataclasses.replace(old.model, init_from=str(checkpoint))
-    )
+    new = with_init_from(old, checkpoint)
     second = make_from_config(new)
     assert_same_weights(weights(second), weights(trained))
     assert (second.global_step, len(second.optimizer.state)) == (0, 0)
@@ -207,9 +204,7 @@ def test_init_from_refuses_what_does_not_fit(tmp_path: Path) -> None:
     old = from_text(tmp_path)
     make_from_config(old).train()
     checkpoint = tmp_path / "old" / "checkpoints" / "step_00000005"
-    new = dataclasses.replace(
-        old, output_dir=str(tmp_path / "new"), model=dataclasses.replace(old.model, init_from=str(checkpoint))
-    )
+    new = with_init_from(old, checkpoint)
     with pytest.raises(ConfigError, match=r"data\.tokenizer to '.*tokenizer\.json'"):
         make_from_config(dataclasses.replace(new, data=dataclasses.replace(new.data, tokenizer="byte")))
     with pytest.raises(CheckpointError, match="do not fit the model"):
@@ -219,9 +214,8 @@ def test_init_from_refuses_what_does_not_fit(tmp_path: Path) -> None:
     (checkpoint / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"model\.safetensors has 0 bytes"):
         make_from_config(new)
-    nowhere = dataclasses.replace(new.model, init_from=str(tmp_path / "nowhere"))
     with pytest.raises(CheckpointError, match="no checkpoint directory here"):
-        make_from_config(dataclasses.replace(new, model=nowhere))
+        make_from_config(with_init_from(old, tmp_path / "nowhere"))
 
 
 # ---- the log of another run --------------------------------------------------------------------------------

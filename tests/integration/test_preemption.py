@@ -37,25 +37,21 @@ SETTINGS: dict[str, Any] = {
 
 
 class SignalAt(Callback):
-    """Sends this process a signal after a step, or in the validation after it."""
+    """Sends this process SIGTERM after a step, or in the validation after it."""
 
-    def __init__(self, step: int, number: int = signal.SIGTERM, in_validation: bool = False) -> None:
-        self.step, self.number, self.in_validation = step, number, in_validation
+    def __init__(self, step: int, in_validation: bool = False) -> None:
+        self.step, self.in_validation, self.has_sent = step, in_validation, False
 
     def on_step_end(self, trainer: Trainer, loss: float) -> None:
-        if trainer.global_step != self.step:
-            return
-        if not self.in_validation:
-            os.kill(os.getpid(), self.number)
-        else:
+        if trainer.global_step == self.step and self.in_validation:
             trainer.model.register_forward_hook(self._once_in_evaluation)
+        elif trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _once_in_evaluation(self, model: torch.nn.Module, *_: object) -> None:
         if not model.training and not self.has_sent:
             self.has_sent = True
-            os.kill(os.getpid(), self.number)
-
-    has_sent = False
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def run(folder: Path | str, *callbacks: Callback, **settings: Any) -> Trainer:
