@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import signal
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,32 +157,6 @@ def test_signal_on_one_process_stops_all_at_the_same_step(
     assert timeless(lines(tmp_path / "parts")) == timeless(lines(whole_of_two))
 
 
-LONG = """
-output_dir: run
-model: {d_model: 16, num_heads: 2, num_layers: 1, dropout: 0.1}
-data: {sequence_length: 32}
-training: {batch_size: 8, max_steps: STEPS, log_every_n_steps: 5, eval_every_n_epochs: null}
-sample_tokens: 0
-"""
-
-
-def launch(folder: Path, *command: str, steps: int, options: Sequence[str] = (), signalled: bool) -> tuple[int, str]:
-    """Launches a run, sends SIGTERM after its first log line if asked, and returns its exit code and output."""
-    (folder / "long.yaml").write_text(LONG.replace("STEPS", str(steps)))
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE", "WORLD_SIZE"))}
-    process = subprocess.Popen(
-        [*command, "-m", "fundamentallm.train", "--config", "long.yaml", *options], cwd=folder, text=True,
-        env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    assert process.stdout is not None
-    if signalled:
-        assert any("step 5 " in line for line in process.stdout)
-        process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=300)
-    return process.returncode, output
-
-
 class SignalWorkers(Callback):
     """Sends all signals to all loader workers after a step."""
 
@@ -204,35 +177,42 @@ def test_loader_workers_ignore_the_signals(tmp_path: Path) -> None:
     assert trainer.is_finished
 
 
-@pytest.mark.slow
-def test_launcher_forwards_a_signal_to_its_processes(tmp_path: Path) -> None:
-    """The exit code of a launcher is 1 whatever its processes return; status.json has theirs."""
-    config = str(ROOT / "accelerate_configs/cpu_2_processes.yaml")
-    code, output = launch(tmp_path, *LAUNCH, config, steps=100_000, signalled=True)
-    assert code == 1, output
-    status = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert (status["state"], status["exit_code"], status["reason"]) == ("interrupted", START_AGAIN, "SIGTERM received")
-    assert checkpoints(tmp_path / "run") == [f"step_{status['step']:08d}"]
-
-
-CRASH_ONCE = """
+LAUNCHED = """
+output_dir: run
+model: {d_model: 16, num_heads: 2, num_layers: 1, dropout: 0.1}
+data: {sequence_length: 32}
+training: {batch_size: 8, max_steps: 100000, log_every_n_steps: 5, eval_every_n_epochs: null, save_every_n_steps: 4}
+callbacks: ["preempted:KilledThenStopped"]
+"""
+PREEMPTED = """
 import os, signal
 from fundamentallm import Callback
 
-class CrashOnce(Callback):
+class KilledThenStopped(Callback):
     def on_log(self, trainer, metrics):
-        first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-        if first and trainer.global_step == 15 and os.environ["RANK"] == "1":
+        now = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"], trainer.global_step
+        if now == ("0", "1", 15):
             os.kill(os.getpid(), signal.SIGKILL)
+        if now == ("1", "0", 30):
+            os.kill(os.getppid(), signal.SIGTERM)  # the launcher
 """
 
 
 @pytest.mark.slow
-def test_launcher_that_restarts_processes_resumes_the_run(tmp_path: Path) -> None:
-    (tmp_path / "crash.py").write_text(CRASH_ONCE)
-    config = str(ROOT / "accelerate_configs/cpu_2_processes.yaml")
-    settings = ["--training.save_every_n_steps", "4", "--callbacks", "['crash:CrashOnce']"]
-    code, output = launch(tmp_path, *LAUNCH, config, "--max_restarts", "1", steps=40, options=settings, signalled=False)
-    assert code == 0, output
-    assert "resumed from run/checkpoints/step_00000012 at step 12" in output
-    assert [line["step"] for line in lines(tmp_path / "run") if "train_loss" in line] == list(range(5, 41, 5))
+def test_launcher_restarts_processes_and_forwards_a_signal(tmp_path: Path) -> None:
+    """The exit code of a launcher is 1 whatever its processes return; status.json has theirs."""
+    (tmp_path / "config.yaml").write_text(LAUNCHED)
+    (tmp_path / "preempted.py").write_text(PREEMPTED)
+    command = [*LAUNCH, str(ROOT / "accelerate_configs/cpu_2_processes.yaml"), "--max_restarts", "1"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE", "WORLD_SIZE"))}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, "-m", "fundamentallm.train", "--config", "config.yaml"],
+        cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "resumed from run/checkpoints/step_00000012 at step 12" in done.stdout
+    assert [line["step"] for line in lines(tmp_path / "run")][:6] == [5, 10, 15, 20, 25, 30]
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["exit_code"], status["reason"]) == ("interrupted", START_AGAIN, "SIGTERM received")
+    assert checkpoints(tmp_path / "run")[-1] == f"step_{status['step']:08d}"
