@@ -370,9 +370,9 @@ def set_part(part: str, value: Any) -> Callable[[dict[str, Any]], None]:
 ESCAPE = "\x1b[2J\ud800\nstep_99999999  ok"
 HOSTILE: dict[str, Callable[[dict[str, Any]], None]] = {
     **{f"stretch {name} {value!r}": set_stretch(name, value) for name, value in [
-        ("num_samples", 0), ("num_samples", "9"), ("num_samples", 2**70), ("batch_size", None), ("batch_size", 2**50),
-        ("batch_size", True), ("seed", ESCAPE), ("drop_last", [ESCAPE]), ("content", ESCAPE), ("content", []),
-        ("start", [5, 0, 0, 0]), ("start", [0, 2**80, 0, 0]), ("start", "0123"), ("start", {"__tensor__": "no"}),
+        ("num_samples", 0), ("num_samples", "9"), ("num_samples", 2**70), ("batch_size", None), ("batch_size", -4),
+        ("seed", ESCAPE), ("content", ESCAPE), ("content", []), ("start", [5, 0, 0, 0]), ("start", [0, 0, 10**9, 0]),
+        ("start", "0123"), ("start", {"__tensor__": "no"}),
     ]},
     "vast": lambda state: state["progress_state_dict"]["stretches"][0].update(num_samples=2**40, batch_size=2**40),
     **{f"{part} {str(value)[:20]!r}": set_part(part, value) for part in (
