@@ -5,7 +5,7 @@
 
 The text, the 5 MB of its modules, is on every machine that has Python. It is tokenized once, on all cores, each file a
 document; `data.source` could as well be a folder (with `suffixes=[".py"]`), rows, a dataset, or several of these. Stop
-it at any time: the same line goes on.
+it at any time: the same line resumes it.
 """
 
 import sys
@@ -37,7 +37,7 @@ data = DataConfig(
 corpus = load_corpus(data)
 tokenizer = corpus.tokenizer
 size = tokenizer.get_vocab_size()
-print(f"{len(corpus.train):,} tokens to train on, {size:,} in the vocabulary")
+print(f"{len(corpus.sources[0].train.ids):,} tokens to train on, {size:,} in the vocabulary")
 
 config = Config(
     output_dir="runs/python_sources_smoke" if smoke else "runs/python_sources",

@@ -88,20 +88,16 @@ def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
     raw = [source for source in resolved if source.kind != "prepared"]
     facts = {source.name: _cached_facts(config, source, cache, show_progress) for source in raw}
     folders = {name: cache / key for name, key in _keys(config, facts).items()}
-    opened = {
-        source.name: _open(source.files[0], source.name, weights[source.name], config)
-        if source.kind == "prepared"
-        else _open_cached(folders[source.name], source.name, weights[source.name])
-        for source in resolved
-    }
-    if missing := [source for source in raw if opened[source.name] is None]:
+    for source in resolved:
+        if source.kind == "prepared":
+            (folders[source.name],) = source.files
+            _check_settings(source, config)
+    if missing := [source for source in raw if not _is_ready(folders[source.name])]:
         with writing(cache):
             tokenizer = _make_tokenizer(config, raw, facts, list(folders.values()), show_progress)
             for source in missing:
-                folder, name = folders[source.name], source.name
-                _encode(config, source, facts[name], tokenizer, folder, show_progress)
-                opened[name] = _open(folder, name, weights[name])
-    sources = [source for source in opened.values() if source is not None]
+                _encode(config, source, facts[source.name], tokenizer, folders[source.name], show_progress)
+    sources = [_open(folders[name], name, weight) for name, weight in weights.items()]
     if len({(source.folder / "tokenizer.json").read_text(encoding="utf-8") for source in sources}) > 1:
         reason = "which were prepared with different tokenizers"
         raise ConfigError(Problem("data.source", list(weights), "", "Prepare them together.", reason))
@@ -230,7 +226,7 @@ def _encode(
         try:
             new.rename(folder)
         except OSError:  # the folder is damaged, or another process has just made it
-            if _open_cached(folder, source.name, 1.0) is None:
+            if not _is_ready(folder):
                 shutil.rmtree(folder)
                 new.rename(folder)
 
@@ -247,35 +243,26 @@ def _user_cache() -> Path:
 # ---- opening ------------------------------------------------------------------------------------------------
 
 
-def _open_cached(folder: Path, name: str, weight: float) -> Source | None:
-    """Open a folder of the cache. Returns None if it is missing or damaged."""
+def _is_ready(folder: Path) -> bool:
+    """Returns whether a folder of the cache exists and is complete."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, ConfigError):
-        return _open(folder, name, weight)
-    return None
+        _open(folder, "", 1.0)
+        return True
+    return False
 
 
-def _open(folder: Path, name: str, weight: float, config: DataConfig | None = None) -> Source:
-    """Open the prepared source in `folder`.
-
-    Raises:
-        FileNotFoundError: if it is missing or incomplete.
-        ConfigError: if it was prepared with other settings than those of `config`, which is None for our own cache.
-    """
-    meta = json.loads((folder / "meta.json").read_text())
-    if config is not None:
-        _check_settings(folder, name, meta["settings"], config)
-    dtype, parts = np.dtype(meta["dtype"]), []
+def _open(folder: Path, name: str, weight: float) -> Source:
+    """Open a prepared source. Raises FileNotFoundError if it is missing or incomplete."""
+    meta, parts = json.loads((folder / "meta.json").read_text()), []
     for index, part in enumerate(PARTS):
-        ids = _map_file(folder / f"{part}.bin", dtype, meta["tokens"][index])
-        rows = None
+        ids, rows = _map_file(folder / f"{part}.bin", np.dtype(meta["dtype"]), meta["tokens"][index]), None
         if meta["rows"] is not None:
             rows = _map_file(folder / f"{part}.rows.bin", np.dtype(np.int64), 2 * meta["rows"][index]).reshape(-1, 2)
         parts.append(Tokens(ids, rows, meta["validation_bytes"] if part == "validation" else None))
     train = parts[0].ids
     if train.nbytes > RANDOM_ACCESS_ABOVE and hasattr(mmap, "MADV_RANDOM"):
         train.base.madvise(mmap.MADV_RANDOM)  # type: ignore[union-attr]
-    tokenizer = read_tokenizer(folder / "tokenizer.json")
-    return Source(name, weight, parts[0], parts[1], meta["bad_rows"], tokenizer, folder)
+    return Source(name, weight, *parts, meta["bad_rows"], read_tokenizer(folder / "tokenizer.json"), folder)
 
 
 def _map_file(path: Path, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
@@ -285,13 +272,15 @@ def _map_file(path: Path, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
     return np.memmap(path, dtype=dtype, mode="r") if count else np.empty(0, dtype)
 
 
-def _check_settings(folder: Path, name: str, made_with: dict[str, Any], config: DataConfig) -> None:
+def _check_settings(source: SourceFiles, config: DataConfig) -> None:
     """Refuse settings that differ from those a source was prepared with."""
+    (folder,) = source.files
+    made_with = json.loads((folder / "meta.json").read_text())["settings"]
     different = {key: made_with[key] for key in SETTINGS if made_with[key] != getattr(config, key)}
     if config.tokenizer.endswith(".json") and "tokenizer" in different:
         given, prepared = (read_tokenizer(path).to_str() for path in (config.tokenizer, folder / "tokenizer.json"))
         if given == prepared:
             del different["tokenizer"]
     if different:
-        allowed = {setting: f"{value!r}, as in the source {name}" for setting, value in different.items()}
+        allowed = {setting: f"{value!r}, as in the source {source.name}" for setting, value in different.items()}
         raise ConfigError([Problem(f"data.{key}", getattr(config, key), text) for key, text in allowed.items()])

@@ -248,5 +248,5 @@ def test_prepare_uses_the_folders_tokenizer(
     def refuse(*_: object) -> None:
         raise AssertionError("tokenized again")
 
-    monkeypatch.setattr("fundamentallm.data.corpus.prepare_source", refuse)
+    monkeypatch.setattr("fundamentallm.data.corpus.write_source", refuse)
     load_corpus(completed(made, find_pretrained(str(folders["gpt2"]))).data, show_progress=False)

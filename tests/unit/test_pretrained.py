@@ -135,7 +135,7 @@ def test_transformers_model_refuses_missing_weights(tmp_path: Path) -> None:
     [
         ({"norm.weight": None}, r"lacks model\.norm\.weight"),
         ({"norm.bias": torch.zeros(16)}, r"has model\.norm\.bias"),
-        ({"norm.weight": torch.zeros(8)}, r"of shape \(8,\)"),
+        ({"norm.weight": torch.zeros(8)}, r"shape \(8,\)"),
     ],
 )
 def test_load_weights_names_what_does_not_fit(tmp_path: Path, change: dict, named: str) -> None:
