@@ -1,4 +1,4 @@
-"""Tokenize the data of a config once, on all cores, so that runs start at once. Finished sources are kept if it is stopped."""
+"""Tokenize the data of a config once, on all cores, so that runs start at once. A rerun keeps what is finished."""
 
 from __future__ import annotations
 

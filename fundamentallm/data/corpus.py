@@ -82,7 +82,8 @@ def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
         >>> corpus.tokenizer.decode(source.train.ids[:18].tolist()), len(source.validation.ids)
         ('to be or not to be', 190)
     """
-    cache = Path(expand_user(config.cache_dir)) if config.cache_dir else _user_cache()
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fundamentallm"
+    cache = Path(expand_user(config.cache_dir)) if config.cache_dir else user_cache
     weights = config.sources()
     resolved = [resolve_source(config, name) for name in weights]
     raw = [source for source in resolved if source.kind != "prepared"]
@@ -236,10 +237,6 @@ def _hash(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fundamentallm"
-
-
 # ---- opening ------------------------------------------------------------------------------------------------
 
 
@@ -253,16 +250,17 @@ def _is_ready(folder: Path) -> bool:
 
 def _open(folder: Path, name: str, weight: float) -> Source:
     """Open a prepared source. Raises FileNotFoundError if it is missing or incomplete."""
-    meta, parts = json.loads((folder / "meta.json").read_text()), []
+    meta, parts = json.loads((folder / "meta.json").read_text()), list[Tokens]()
     for index, part in enumerate(PARTS):
         ids, rows = _map_file(folder / f"{part}.bin", np.dtype(meta["dtype"]), meta["tokens"][index]), None
         if meta["rows"] is not None:
             rows = _map_file(folder / f"{part}.rows.bin", np.dtype(np.int64), 2 * meta["rows"][index]).reshape(-1, 2)
         parts.append(Tokens(ids, rows, meta["validation_bytes"] if part == "validation" else None))
-    train = parts[0].ids
-    if train.nbytes > RANDOM_ACCESS_ABOVE and hasattr(mmap, "MADV_RANDOM"):
-        train.base.madvise(mmap.MADV_RANDOM)  # type: ignore[union-attr]
-    return Source(name, weight, *parts, meta["bad_rows"], read_tokenizer(folder / "tokenizer.json"), folder)
+    train, validation = parts
+    if train.ids.nbytes > RANDOM_ACCESS_ABOVE and hasattr(mmap, "MADV_RANDOM"):
+        train.ids.base.madvise(mmap.MADV_RANDOM)  # type: ignore[union-attr]
+    tokenizer = read_tokenizer(folder / "tokenizer.json")
+    return Source(name, weight, train, validation, meta["bad_rows"], tokenizer, folder)
 
 
 def _map_file(path: Path, dtype: np.dtype[Any], count: int) -> NDArray[Any]:

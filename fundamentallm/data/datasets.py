@@ -91,8 +91,8 @@ class TokenSamples(Dataset[Batch]):
         raise NotImplementedError
 
     def opening(self) -> NDArray[np.integer]:
-        """Returns a few tokens that a model can continue."""
-        raise NotImplementedError
+        """Returns a few tokens that a model can continue: the first ones."""
+        return self.tokens[: min(32, self.sequence_length)]
 
 
 class TokenDataset(TokenSamples):
@@ -155,10 +155,6 @@ class TokenDataset(TokenSamples):
     def fingerprint(self) -> str:
         """Returns the fingerprint of the tokens and the sequence length."""
         return _digest(f"{len(self.tokens)} {self.sequence_length} ", self.tokens)
-
-    def opening(self) -> NDArray[np.integer]:
-        """Returns the first few tokens."""
-        return self.tokens[: min(32, self.sequence_length)]
 
 
 class PairDataset(TokenSamples):

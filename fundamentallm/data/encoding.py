@@ -15,7 +15,7 @@ import functools
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,7 +113,7 @@ def _encode(
     by_rows: bool,
     tokenizer: Tokenizer,
     end: int | None,
-    files: list[BinaryIO],
+    files: Sequence[BinaryIO],
     bar: tqdm[Any],
 ) -> Written:
     """Write the tokens of pieces of text, each with its part, and `end` after each document."""
@@ -141,7 +141,12 @@ def _encode(
 
 
 def _copy_tokens(
-    source: SourceFiles, train_size: int, tokenizer: Tokenizer, end: int | None, files: list[BinaryIO], bar: tqdm[Any]
+    source: SourceFiles,
+    train_size: int,
+    tokenizer: Tokenizer,
+    end: int | None,
+    files: Sequence[BinaryIO],
+    bar: tqdm[Any],
 ) -> Written:
     """Copy ready-made tokens after checking that the vocabulary has them."""
     written, dtype, vocabulary = Written(), token_dtype(tokenizer), tokenizer.get_vocab_size()

@@ -54,14 +54,13 @@ class Piece(NamedTuple):
     """Whether a document, or a pair, ends with it."""
 
 
-class BadRow(NamedTuple):
-    """A row, or a text file, that cannot be read."""
+class BadRow(str):
+    """Names a row, or a text file, that cannot be read, and says why."""
 
-    where: str
-    why: str
+    __slots__ = ()
 
 
-Row = dict[str, Any] | BadRow
+Row = dict[str, Any] | str
 """Fields by name, or why there are none."""
 
 
@@ -102,7 +101,7 @@ def read_source(config: DataConfig, source: SourceFiles, bad: list[str]) -> Iter
     has_ended = False
     for piece in _pieces(config, source):
         if isinstance(piece, BadRow):
-            bad.append(f"{piece.where} {piece.why}")
+            bad.append(piece)
             if len(bad) > config.max_bad_rows:
                 reason = f"which has at least {len(bad)} unreadable rows: {'; '.join(bad[-NAMED:])}"
                 allowed = f"data.max_bad_rows = {config.max_bad_rows} of them"
@@ -153,7 +152,7 @@ def _text_pieces(config: DataConfig, path: Path) -> Iterator[Piece | BadRow]:
             try:
                 collections.deque(read_pieces(file), maxlen=0)
             except UnicodeDecodeError as error:
-                yield BadRow(str(path), f"is not UTF-8 text: {error}")
+                yield BadRow(f"{path} is not UTF-8 text: {error}")
                 return
             file.seek(0)
         last = None
@@ -197,11 +196,10 @@ def _documents(config: DataConfig, rows: Iterable[tuple[str, Row]], name: str) -
     """Turn rows, each with its position for people to read, into documents."""
     fields = [config.text_field] if config.prompt_field is None else [config.prompt_field, config.text_field]
     for position, row in rows:
-        where = f"{name}, {position}"
-        if isinstance(row, BadRow):
-            yield row._replace(where=where)
+        if isinstance(row, str):
+            yield BadRow(f"{name}, {position} {row}")
         elif why := _why_bad(row, fields):
-            yield BadRow(where, why)
+            yield BadRow(f"{name}, {position} {why}")
         elif len(fields) == 2:
             yield Piece(row[fields[0]], is_prompt=True)
             yield Piece(row[fields[1]], ends=True)
@@ -234,9 +232,9 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
             try:
                 row = json.loads(line)
                 if not isinstance(row, dict):
-                    row = BadRow("", f"is a {type(row).__name__}, not an object")
+                    row = f"is a {type(row).__name__}, not an object"
             except (ValueError, RecursionError) as error:  # ValueError: also not UTF-8
-                row = BadRow("", f"is not JSON: {error}")
+                row = f"is not JSON: {error}"
             yield f"line {number:,}", row
 
 
