@@ -169,10 +169,7 @@ def _copy_tokens(
 def split_pieces(pieces: Iterable[Piece], train_size: int, by_rows: bool = False) -> Iterator[tuple[int, Piece]]:
     """Yield each piece with its part (0: training, 1: validation), and cut the piece that has both.
 
-    Args:
-        pieces: all pieces of the source.
-        train_size: characters of the training part; with `by_rows`, its pairs, which are not cut.
-        by_rows: whether the pieces are pairs.
+    `train_size` counts characters, or with `by_rows` pairs, which are not cut.
     """
     position = 0
     for piece in pieces:

@@ -104,9 +104,7 @@ def _refusal(setting: str, value: str, reason: str, advice: str = "", allowed: s
 def find_pretrained(name: str, setting: str = "model.pretrained") -> Pretrained:
     """Find the folder `name`, or what the local Hugging Face cache holds under that name.
 
-    Args:
-        name: a path, or a name in the cache.
-        setting: the setting that gave it, for errors.
+    Errors name the `setting` that gave it.
 
     Raises:
         ConfigError: if there is neither, or it cannot be used without running, unpickling or downloading anything.
