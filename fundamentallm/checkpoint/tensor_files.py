@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -141,11 +140,6 @@ class TensorFiles(Mapping[str, Tensor]):
         shard = self._shards[name][0]
         return str(shard.file.get_slice(shard.key).get_dtype())
 
-    def num_bytes(self, name: str) -> int:
-        """Returns the size of the full tensor."""
-        bits = re.search(r"\d+", self.dtype(name))  # F32, BF16, F8_E4M3; a BOOL takes a byte
-        return math.prod(self.shapes[name]) * (int(bits[0]) if bits else 8) // 8
-
     def __getitem__(self, name: str) -> Tensor:
         shape = self.shapes[name]
         like = None if self._like is None else self._like(name, shape)
@@ -198,21 +192,3 @@ def _is_complete(shape: tuple[int, ...], shards: list[_Shard]) -> bool:
             return False
         end += length
     return end == shape[dim]
-
-
-def consolidate(source: TensorFiles, names: Mapping[str, str], path: Path) -> None:
-    """Write one file with full tensors; `names` is {name in the file: name in the source}.
-
-    Only one tensor is in memory at a time. The safetensors library can only write tensors that are all in memory.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for key, name in names.items():
-        begin, end = end, end + source.num_bytes(name)
-        header[key] = {"dtype": source.dtype(name), "shape": source.shapes[name], "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in names.values():
-            file.write(source[name].reshape(-1).view(torch.uint8).numpy().data)

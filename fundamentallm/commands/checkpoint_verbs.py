@@ -125,7 +125,7 @@ def samples_command(options: argparse.Namespace) -> int:
 
 
 def consolidate_command(options: argparse.Namespace) -> int:
-    """`checkpoints consolidate`: export weights, config and tokenizer, with one tensor in memory at a time."""
+    """`checkpoints consolidate`: export weights, config and tokenizer."""
     source, output = _checkpoint(options.folder), options.output
     if os.path.lexists(output):
         raise ConfigError([Problem("OUT", str(output), allowed="a new folder", reason="which exists already")])
@@ -298,8 +298,7 @@ def _why_not_checkpoint(path: Path) -> str | None:
     if not is_ours(path):
         return "has none of the files of a checkpoint"
     if not NAME.fullmatch(path.name):
-        damaged = "~damaged-" in path.name
-        return "set aside as damaged; never resumed from" if damaged else "does not have the name of a checkpoint"
+        return "does not have the name of a checkpoint"
     return None
 
 

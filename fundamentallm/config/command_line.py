@@ -9,7 +9,6 @@ import functools
 import inspect
 import itertools
 import json
-import textwrap
 import typing
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -170,7 +169,7 @@ def parse_config(arguments: Sequence[str], program: str = "fundamentallm.train",
     if problems:
         raise ConfigError(problems)
     if show:
-        print(_annotated(config), end="")
+        print(to_yaml(config), end="")
         raise SystemExit(0)
     return config.resolved()
 
@@ -188,22 +187,3 @@ def _without(values: dict[str, Any], problems: list[Problem]) -> Config:
         return from_dict(Config, right)
     except ConfigError:  # the default of a wrong setting does not fit the others
         return Config()
-
-
-def _annotated(config: Config) -> str:
-    """Returns the config as YAML, with derived values as comments.
-
-    As settings, they would contradict other options given with the printed file: another `output_dir` would still use
-    this one's checkpoints.
-    """
-    resolved, text = dataclasses.asdict(config.resolved()), ""
-    for section, values in dataclasses.asdict(config).items():
-        if not isinstance(getattr(config, section), Section):
-            text += to_yaml({section: values})
-            continue
-        text += f"{section}:\n"
-        for name, value in values.items():
-            derived = resolved[section][name] if value is None else None
-            comment = "" if derived is None else f"  # defaults to {derived!r}"
-            text += textwrap.indent(to_yaml({name: value}).rstrip("\n") + comment + "\n", "  ")
-    return text

@@ -81,10 +81,9 @@ def check_accelerator(
     batch_size: int | None = None,
     compiles: bool | None = None,
 ) -> None:
-    """Refuses an Accelerator with which a run would silently not be what its config says.
+    """Refuses an Accelerator with which a run would silently not be what its config says. Arguments: `create_accelerator`.
 
     Warns of options that do nothing in a Trainer, and makes `accelerator.save_state` and `load_state` raise.
-    The other arguments are those of `create_accelerator`.
 
     Raises:
         ConfigError: listing what to change.
@@ -93,7 +92,7 @@ def check_accelerator(
         kept_groups.append(dist.group.WORLD)
     kind, precision = accelerator.distributed_type.value, accelerator.mixed_precision
     count, launched = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
-    problems: list[str] = [*checks.option_problems(accelerator)]
+    problems: list[str] = [*checks.option_problems(accelerator, checks.REFUSED)]
     if count != launched:
         advice = "Create it before anything else of accelerate, with cpu=True on a machine without GPUs."
         problems.append(Problem("Accelerator.num_processes", count, f"{launched}, as launched", advice))
@@ -114,8 +113,9 @@ def check_accelerator(
     problems += checks.idle_processes(batch_size, count)
     if problems:
         raise ConfigError(problems)
-    for line in checks.ignored_options(accelerator) if accelerator.is_main_process else ():
-        logger.warning("%s", line)
+    if accelerator.is_main_process:
+        for ignored in checks.option_problems(accelerator, checks.IGNORED):
+            logger.warning("The Trainer ignores an option of the Accelerator: %s", ignored)
     accelerator.register_save_state_pre_hook(_refuse_states)
     accelerator.register_load_state_pre_hook(_refuse_states)
 
