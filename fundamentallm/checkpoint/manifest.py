@@ -20,7 +20,13 @@ TENSORS = re.compile(r"(model|training)(-\d{5}-of-\d{5})?\.safetensors")
 """Names of tensor files: those with full tensors, and those with the shards of one process."""
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 """Allowed names of checkpoints and of their files: not hidden, and without a path to another folder."""
-_FIELDS: dict[str, Any] = {"sequence": int, "is_best": bool, "is_finite": bool, "step": (int, type(None)), "files": dict}
+_FIELDS: dict[str, Any] = {
+    "sequence": int,
+    "is_best": bool,
+    "is_finite": bool,
+    "step": (int, type(None)),
+    "files": dict,
+}
 
 
 def _sha256(path: Path) -> str:

@@ -1,7 +1,7 @@
 """Verify checkpoints and read them, in full or in part.
 
-Every function raises CheckpointNotFoundError if there is no directory at its path, and CheckpointError, with the name of
-the file, if the checkpoint is incomplete or damaged.
+Every function raises CheckpointNotFoundError if there is no directory at its path, and CheckpointError, with the name
+of the file, if the checkpoint is incomplete or damaged.
 """
 
 from __future__ import annotations

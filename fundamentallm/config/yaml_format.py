@@ -31,7 +31,7 @@ text and 10.
 
 class _Loader(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Refuse repeated keys."""
+        """Refuse repeated keys, and apply merge keys."""
         node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
         for key, _ in node.value:
@@ -41,6 +41,8 @@ class _Loader(yaml.SafeLoader):
                 first = f"first in line {lines[key.value]}"
                 raise ComposerError(None, None, f"{key.value!r} is given twice, {first}", key.start_mark)
             lines[key.value] = key.start_mark.line + 1
+        self.flatten_mapping(node)  # puts merged keys before own ones, which win
+        node.value = list({key.value: (key, value) for key, value in node.value}.values())
         return node
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:

@@ -81,9 +81,10 @@ def check_accelerator(
     batch_size: int | None = None,
     compiles: bool | None = None,
 ) -> None:
-    """Refuses an Accelerator with which a run would silently not be what its config says. Arguments: `create_accelerator`.
+    """Refuses an Accelerator with which a run would silently not be what its config says.
 
     Warns of options that do nothing in a Trainer, and makes `accelerator.save_state` and `load_state` raise.
+    The other arguments are those of `create_accelerator`.
 
     Raises:
         ConfigError: listing what to change.

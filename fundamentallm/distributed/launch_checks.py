@@ -36,8 +36,8 @@ REFUSED: dict[str, tuple[object, str]] = {
     "dataloader_config.data_seed": (None, "The order of samples follows from training.seed."),
     "project_configuration.automatic_checkpoint_naming": (False, "Set training.keep_last_n."),
 }
-"""Arguments of a caller's Accelerator, with default and advice, with which the caller would expect another run. The order
-of samples of `split_batches=True` and `even_batches=False` is what a Trainer does anyway."""
+"""{argument of a caller's Accelerator: (default, advice)}: with another value, the caller would expect another run. The
+order of samples of `split_batches=True` and `even_batches=False` is what a Trainer does anyway."""
 IGNORED: dict[str, tuple[object, str]] = {
     "dataloader_config.dispatch_batches": (None, "Each process loads its own samples."),
     "dataloader_config.use_seedable_sampler": (False, "The order of samples follows from training.seed."),
@@ -46,7 +46,7 @@ IGNORED: dict[str, tuple[object, str]] = {
     "project_configuration.total_limit": (None, "Set training.keep_last_n."),
     "project_configuration.save_on_each_node": (False, "The processes write one checkpoint together."),
 }
-"""Arguments of a caller's Accelerator that do nothing here and change no result."""
+"""The same for arguments that do nothing here and change no result."""
 
 
 def launch_problems(

@@ -65,7 +65,8 @@ class Beat(NamedTuple):
     """Why the process fails; "" if it does not."""
     may_follow: bool = False
     """True if the error may follow from the loss of another process."""
-    has_left: bool = False
+    is_done: bool = False
+    """True if the process has finished, or knows which processes are lost."""
 
 
 def furthest_behind(places: list[Place]) -> list[int]:
@@ -148,12 +149,13 @@ class Watchdog:
                 has_failed = any(beat.error for beat in beats)
                 self._report_hang([beat.place for beat in beats])
             self._lost = self._find_lost(beats) if has_failed else []
-            self._beat(has_left=True)
+            self._beat(is_done=True)
+            # Process 0 serves the store, so it leaves last. A failed process waits until the others know its error, since
+            # they fail too as soon as it has left.
             deadline = time.monotonic() + LOST_SECONDS
-            # Process 0 serves the store, so it leaves last.
-            while self.rank == 0 and time.monotonic() < deadline:
-                waited_for = [beat for rank, beat in enumerate(self._read()) if rank not in dict(self._lost)]
-                if all(beat.has_left for beat in waited_for):
+            while (self.rank == 0 or has_failed) and time.monotonic() < deadline:
+                others = [beat for rank, beat in enumerate(self._read()) if rank not in dict(self._lost)]
+                if all(beat.is_done for beat in others):
                     break
                 time.sleep(BEAT_SECONDS / 10)
 
@@ -165,7 +167,7 @@ class Watchdog:
             time.sleep(BEAT_SECONDS / 4)
             self._beat()
             beats = self._read()
-            silent = [rank for rank in silent if not beats[rank].has_left and beats[rank] == first[rank]]
+            silent = [rank for rank in silent if not beats[rank].is_done and beats[rank] == first[rank]]
         failed = [(rank, beat) for rank, beat in enumerate(beats) if beat.error]
         causes = [(rank, beat) for rank, beat in failed if not beat.may_follow] or failed
         return [(rank, GONE) for rank in silent] or [(rank, f"ended by {beat.error}") for rank, beat in causes]
@@ -190,11 +192,11 @@ class Watchdog:
             )
             faulthandler.dump_traceback(file=2)
 
-    def _beat(self, has_left: bool = False) -> None:
+    def _beat(self, is_done: bool = False) -> None:
         self._number, error = self._number + 1, self._error
         text = "" if error is None else f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
         # Collectives raise RuntimeErrors.
-        beat = Beat(self._number, self._place(), text, isinstance(error, RuntimeError), has_left)
+        beat = Beat(self._number, self._place(), text, isinstance(error, RuntimeError), is_done)
         self._store.set(f"{self.rank}", json.dumps(beat))
 
     def _read(self) -> list[Beat]:

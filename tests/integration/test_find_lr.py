@@ -41,9 +41,7 @@ def test_smooth_is_unbiased_at_the_start() -> None:
         ((5, 4.5, 1, 9, 9, 2), 1e1, 1e2),  # the fall after the minimum is a recovery from divergence
     ],
 )
-def test_suggestion_is_where_the_loss_falls_fastest(
-    losses: tuple[float, ...], steepest: float, minimum: float
-) -> None:
+def test_suggestion_is_where_the_loss_falls_fastest(losses: tuple[float, ...], steepest: float, minimum: float) -> None:
     found = suggestion(curve(*losses))
     assert found is not None
     slopes = {i: losses[i + 1] - losses[i - 1] for i in range(1, losses.index(min(losses)))}
