@@ -212,10 +212,7 @@ class CheckpointManager:
                 "choose another training.checkpoint_dir."
             ) from error
         if group.rank == 0:
-            try:
-                self._rotate()
-            except (OSError, CheckpointError) as error:  # the new checkpoint is there all the same
-                logger.warning("an old checkpoint in %s cannot be deleted: %s", self.checkpoint_dir, error)
+            self.rotate()
         self.seconds = time.monotonic() - started
 
     def _write_tensors(self, snapshot: Snapshot, staging: Path) -> dict[str, Any]:
@@ -258,8 +255,14 @@ class CheckpointManager:
 
     # ---- deleting and recovering ---------------------------------------------------------------------------
 
-    def _rotate(self) -> None:
-        """Delete old checkpoints."""
+    def rotate(self) -> None:
+        """Delete old checkpoints. Call it only if the newest one is known to be intact."""
+        try:
+            self._delete_old()
+        except (OSError, CheckpointError) as error:  # the new checkpoint is there all the same
+            logger.warning("an old checkpoint in %s cannot be deleted: %s", self.checkpoint_dir, error)
+
+    def _delete_old(self) -> None:
         found = self._found()
         last_finite = [path for path, manifest in found if manifest["is_finite"]][-1:]
         keep = {path for path, _ in found[-self.keep_last_n :]} | {self.get_best(), *last_finite, self.origin}

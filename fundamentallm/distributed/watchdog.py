@@ -150,8 +150,8 @@ class Watchdog:
                 self._report_hang([beat.place for beat in beats])
             self._lost = self._find_lost(beats) if has_failed else []
             self._beat(is_done=True)
-            # Process 0 serves the store, so it leaves last. A failed process waits until the others know its error, since
-            # they fail too as soon as it has left.
+            # Process 0 serves the store, so it leaves last. When a failed process leaves, the others fail too: it waits
+            # until they know its error.
             deadline = time.monotonic() + LOST_SECONDS
             while (self.rank == 0 or has_failed) and time.monotonic() < deadline:
                 others = [beat for rank, beat in enumerate(self._read()) if rank not in dict(self._lost)]
