@@ -7,7 +7,7 @@
       config.json ...        further text files from the caller (transformers' config, tokenizer.json)
       manifest.json          written last: size and SHA-256 of every file
 
-It is staged in a hidden sibling directory, synced, and renamed. Which checkpoint is newest or best is read from the disk.
+It is staged in a hidden sibling directory, synced, and renamed. Which one is newest or best is read from the disk.
 Nothing is a pickle: loading a stranger's checkpoint runs no code of theirs.
 """
 
