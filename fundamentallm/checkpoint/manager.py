@@ -103,7 +103,7 @@ class CheckpointManager:
         is_best: bool = False,
         files: Mapping[str, str] | None = None,
     ) -> Path:
-        """Write a checkpoint, then delete old ones.
+        """Write a checkpoint, then delete old ones. Returns its directory.
 
         Args:
             checkpoint: nested dicts, lists and tuples of tensors, numbers, text and None. The flat dict of tensors
@@ -111,9 +111,6 @@ class CheckpointManager:
             name: of its directory; an existing checkpoint of this name is replaced.
             is_best: whether it is the best so far.
             files: further text files, by name.
-
-        Returns:
-            The checkpoint's directory.
 
         Raises:
             CheckpointError: if the name would leave the directory, a value is neither a tensor nor JSON (with its

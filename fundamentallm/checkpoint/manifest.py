@@ -112,9 +112,7 @@ def _has_form(manifest: dict[str, Any]) -> bool:
 def verify(checkpoint: Path, hashed: Collection[str] | None = None) -> dict[str, Any]:
     """Check the files of a checkpoint against its manifest, which is returned.
 
-    Args:
-        checkpoint: its directory.
-        hashed: names of the files whose SHA-256 is checked; None: all. Sizes are always checked.
+    `hashed` names the files whose SHA-256 is checked; None: all. Sizes are always checked.
 
     Raises:
         CheckpointError: if a file is missing or differs, with its name.

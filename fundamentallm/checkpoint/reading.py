@@ -41,10 +41,8 @@ def is_ours(path: Path) -> bool:
 def load_checkpoint(path: Path, like: Like | None = None, is_verified: bool = False) -> dict[str, Any]:
     """Load a checkpoint, wherever it is; tensors are on the CPU.
 
-    Args:
-        path: its directory.
-        like: selects tensors of which only this process's shard is read; None: read all in full.
-        is_verified: skip the check of SHA-256s, because the caller has done it.
+    `like` selects tensors of which only this process's shard is read; None: read all in full. With `is_verified`, no
+    SHA-256 is checked, because the caller has done it.
     """
     manifest = read_manifest(path) if is_verified else verify(path)
     with _opened(path, manifest, like) as (state, tensors):

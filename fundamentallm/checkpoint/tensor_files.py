@@ -1,12 +1,8 @@
-"""Tensors in safetensors files. Each process writes its own shards of a sharded tensor into a file of its own.
+"""Tensors in safetensors files: full ones in model.safetensors and training.safetensors, shards in files of each rank.
 
-    model.safetensors                    full tensors; opens in transformers as it is
-    model-00002-of-00004.safetensors     shards of rank 1 of 4, under the names of their tensors
-    training.safetensors, training-00002-of-00004.safetensors      the same for everything but weights
-
-The metadata of a file says where its shards lie, in the form of torch.distributed.checkpoint's Hugging Face storage,
-which can read the weights too. It is not used to write them, because it verifies nothing, needs the optimizer's state
-to exist before it is loaded, and does not record which files belong together.
+A file's metadata says where its shards lie, in the form of torch.distributed.checkpoint's Hugging Face storage, which
+can read the weights too. It is not used to write them, because it verifies nothing, and needs the optimizer's state to
+exist before it is loaded.
 """
 
 from __future__ import annotations
@@ -91,7 +87,7 @@ class TensorFiles(Mapping[str, Tensor]):
         prefix: put before the names of weights.
         stack: closes the files.
         same_as: {further name of a tensor: name it is stored under}.
-        like: selects tensors of which only this process's shard is read; None: read all in full.
+        like: see `Like`; None: read all tensors in full.
 
     Raises:
         ValueError: if a file cannot be opened, or shards of a tensor are missing or overlap.

@@ -52,13 +52,7 @@ IGNORED: dict[str, tuple[object, str]] = {
 def launch_problems(
     environment: Mapping[str, str], has_device: bool, mixed_precision: str | None = None
 ) -> list[Problem]:
-    """Returns what the launcher asks for that contradicts the config or is not supported.
-
-    Args:
-        environment: environment variables of the process.
-        has_device: whether it will compute on an accelerator.
-        mixed_precision: `training.mixed_precision`; None: not set.
-    """
+    """Returns what the launcher's environment variables ask for that contradicts the config or is not supported."""
     problems = [engine_problem(name) for name in ENGINES if _is_set(environment, f"ACCELERATE_USE_{name}")]
     problems += _sharding_problems(environment, has_device)
     launched = environment.get("ACCELERATE_MIXED_PRECISION", "no")

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fundamentallm.checkpoint.manager import CheckpointManager
-from fundamentallm.checkpoint.snapshot import take_snapshot
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import CheckpointError, CheckpointNotFoundError, ConfigError
 from tests.unit.checkpoint_files import change_manifest, empty, flip_first_bit, make_true
@@ -116,7 +115,7 @@ def test_save_stores_a_tied_weight_once(tmp_path: Path) -> None:
     assert sum(file.stat().st_size for file in path.glob("*.safetensors")) < 1.5 * weight.nbytes
 
 
-def test_save_stores_of_a_view_what_it_shows(tmp_path: Path) -> None:
+def test_save_of_a_view_stores_what_it_shows(tmp_path: Path) -> None:
     base = torch.arange(48.0).reshape(6, 8)
     views = [base, base.T, base[::2, 1:], base[3], base.expand(2, 6, 8), base.as_strided((4, 4), (1, 1))]
     views += [base.view(torch.int32), *(view[..., :1] for view in views)]
@@ -134,7 +133,7 @@ def test_save_writes_further_files_and_no_pickle(tmp_path: Path) -> None:
         assert not content.startswith((b"\x80", b"PK")), name
 
 
-def test_save_makes_a_folder_with_the_usual_permissions(tmp_path: Path) -> None:
+def test_save_makes_a_folder_with_usual_permissions(tmp_path: Path) -> None:
     (tmp_path / "ordinary").mkdir()
     assert CheckpointManager(tmp_path).save(state()).stat().st_mode == (tmp_path / "ordinary").stat().st_mode
 
@@ -181,16 +180,12 @@ def test_manager_refuses_to_keep_fewer_than_one(tmp_path: Path) -> None:
 # ---- complete or absent ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "bad", [{"checkpoint": {"bad": object()}}, {"files": {"n" * 300: "a name longer than file systems take"}}]
-)
-@pytest.mark.parametrize("name", ["step_0", "step_1"])
-def test_save_that_fails_changes_nothing(tmp_path: Path, name: str, bad: dict[str, Any]) -> None:
+def test_save_that_fails_changes_nothing(tmp_path: Path) -> None:
     manager = CheckpointManager(tmp_path, keep_last_n=1)
     save_steps(manager, 1)
     before = contents(tmp_path)
     with pytest.raises(CheckpointError):
-        manager.save(**{"checkpoint": state(2), "name": name, **bad})
+        manager.save(state(2), "step_0", files={"n" * 300: "a name longer than file systems take"})
     assert contents(tmp_path) == before
     assert names(tmp_path) == ["step_0"]
 
@@ -256,17 +251,6 @@ def test_save_in_background_copies_the_state(tmp_path: Path) -> None:
     manager.wait()
     assert repr(manager.load(tmp_path / "step_1")) == repr(expected)
     assert (tmp_path / "step_1" / "config.json").read_text() == "{}"
-
-
-def test_take_snapshot_reuses_memory_that_fits() -> None:
-    first, second, third = {}, {}, {}  # type: dict[str, Tensor]
-    for shape, copies, buffers in (((3, 2), first, {}), ((3, 2), second, first), ((2, 2), third, second)):
-        value = {"a": torch.full(shape, 1.0), "b": torch.tensor(len(buffers))}
-        copies.update(take_snapshot(value, "s", False, {}, 0, 1, buffers).copies)
-        assert all(torch.equal(copies[name], value[name]) for name in value)
-    pointers = [[copies[name].data_ptr() for copies in (first, second, third)] for name in ("a", "b")]
-    assert pointers[0][0] == pointers[0][1] != pointers[0][2]
-    assert len(set(pointers[1])) == 1
 
 
 def test_saves_are_written_one_after_the_other(tmp_path: Path) -> None:
@@ -368,14 +352,6 @@ def test_newest_intact_skips_a_damaged_checkpoint(tmp_path: Path, file: str) -> 
     assert manager.load(path)["step"] == 1
     assert "step_2" in reason
     assert file in reason
-
-
-def test_newest_intact_of_damaged_checkpoints_only_is_none(tmp_path: Path) -> None:
-    manager = CheckpointManager(tmp_path)
-    for step, file in enumerate(FILES[:3]):
-        empty(manager.save(state(step), f"step_{step}") / file)
-    path, reasons = manager.newest_intact()
-    assert (path, len(reasons)) == (None, 3)
 
 
 def test_newest_intact_prefers_finite_weights(tmp_path: Path) -> None:
