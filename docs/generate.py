@@ -1,4 +1,4 @@
-"""What the pages of reference hold is made of the source as they are built: MkDocs calls this for each page."""
+"""Generates the reference pages from the source. MkDocs calls `on_page_markdown` for each page that it builds."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fundamentallm.config.validation import RANGES, allowed_values
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """A page's text, its marks replaced."""
+    """Returns the text of a page with its markers replaced."""
     return markdown.replace("<!-- settings -->", settings_tables()).replace("<!-- api -->", api())
 
 
 def settings_tables() -> str:
-    """A table for each section of the config, with every setting's type, range, default and help text."""
+    """Returns a table for each section of the config, with type, range, default and help text of each setting."""
     parts = []
     for section, group in itertools.groupby(settings(Config), lambda setting: setting[0].rpartition(".")[0]):
         parts.append(f"## {section or 'run'}\n\n| setting | values | default | |\n| --- | --- | --- | --- |")
@@ -30,5 +30,5 @@ def settings_tables() -> str:
 
 
 def api() -> str:
-    """What mkdocstrings makes the documentation of each public name of."""
+    """Returns the directives from which mkdocstrings makes the documentation of each public name."""
     return "\n\n".join(f"::: fundamentallm.{name}" for name in fundamentallm.__all__)

@@ -1,6 +1,6 @@
-"""An optimizer, a schedule, a loss and a callback of your own, without touching the package.
+"""Your own optimizer, schedule, loss and callback, without changing the package.
 
-In YAML each is named as module:name, importable from the working directory:
+In YAML, name each as module:name; it must be importable from the working directory:
 
     cd examples && python -m fundamentallm.train --config quickstart.yaml --output_dir runs/lion \
         --training.optimizer custom_optimizer:Lion --training.learning_rate 3e-4 \
@@ -24,8 +24,8 @@ from fundamentallm import Callback, Trainer
 class Lion(torch.optim.Optimizer):
     """Steps by the sign of an interpolated momentum (Chen et al., arXiv:2302.06675).
 
-    Any class with torch's constructor will do: it gets the parameter groups, each with its weight decay, and `lr`;
-    `training.optimizer_options` are further keyword arguments.
+    Any class with torch's constructor works. It gets the parameter groups, each with its weight decay, `lr`, and
+    `training.optimizer_options` as further keyword arguments.
     """
 
     def __init__(self, params, lr: float, beta1: float = 0.9, beta2: float = 0.99, weight_decay: float = 0.0) -> None:
@@ -33,7 +33,7 @@ class Lion(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
-        """One step; its state is found, saved and restored by parameter name like any other's."""
+        """Update the parameters. Their state is saved by parameter name, like that of torch's optimizers."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -45,15 +45,15 @@ class Lion(torch.optim.Optimizer):
 
 
 def inverse_square_root(progress: float, sharpness: float = 10.0) -> float:
-    """A decay maps the progress of the run, 0 to 1, to the part of the way from the floor to the peak."""
+    """Maps the progress of the run (0 to 1) to a fraction: 0 is the minimum learning rate, 1 the peak."""
     return (1 + sharpness * progress) ** -0.5
 
 
 class PolyLoss(torch.nn.Module):
-    """Cross entropy plus epsilon * (1 - p), p being the target's probability (Leng et al., arXiv:2204.12511).
+    """Cross entropy plus epsilon * (1 - p), where p is the target's probability (Leng et al., arXiv:2204.12511).
 
-    A loss maps (logits, targets) to the sum over targets, those of -100 left out; the trainer divides it. This one is
-    plain cross entropy in validation, so that runs with other losses compare.
+    A loss maps (logits, targets) to the sum over the targets that are not -100; the trainer divides it. In validation,
+    this one is plain cross entropy, so that its runs compare with others.
     """
 
     def __init__(self, epsilon: float = 1.0) -> None:
@@ -61,13 +61,13 @@ class PolyLoss(torch.nn.Module):
         self.epsilon = epsilon
 
     def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Sum over the targets; logits (..., V), targets (...)."""
+        """Returns the sum over targets; logits have shape (..., V), targets (...)."""
         nll = F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none", ignore_index=-100)
         return (nll + self.epsilon * (1 - (-nll).exp()) if self.training else nll).sum()  # 0 where ignored
 
 
 class StopWhenGood(Callback):
-    """Stops once the validation loss is good enough; the run is saved, and the same command would go on."""
+    """Stops the run once the validation loss is low enough. The run is saved, and the same command would resume it."""
 
     def __init__(self, val_loss: float = 1.5) -> None:
         self.val_loss = val_loss

@@ -1,9 +1,9 @@
-"""Any causal language model of transformers is trained as it is, and what is saved opens there again.
+"""Fine-tune a causal language model of transformers. The checkpoints open in transformers.
 
-    python examples/finetune_transformers.py gpt2 my.txt      a name or a folder, and a text
-    python examples/finetune_transformers.py --smoke          a tiny Llama made here, on a text Python carries
+    python examples/finetune_transformers.py gpt2 my.txt      a model name or folder, and a text
+    python examples/finetune_transformers.py --smoke          a tiny random Llama, on text bundled with Python
 
-Without Python: python -m fundamentallm.train --model.pretrained gpt2 --data.source my.txt
+The same from the command line: python -m fundamentallm.train --model.pretrained gpt2 --data.source my.txt
 """
 
 import sys
@@ -18,7 +18,7 @@ smoke = "--smoke" in sys.argv[1:]
 
 
 def tiny_model(folder: str, text: str) -> str:
-    """Stands for a downloaded one: a folder with a model and its tokenizer."""
+    """Write a model and its tokenizer to a folder, in place of a download."""
     tokenizer = create_tokenizer("bpe:400", text)
     shape = LlamaConfig(
         vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
@@ -44,17 +44,17 @@ config = Config(
     data=DataConfig(sequence_length=32 if smoke else 512),
     training=TrainingConfig(
         batch_size=8,
-        micro_batch_size=2,  # what fits into memory; the batch of a step stays 8
+        micro_batch_size=2,  # limits memory; the global batch size stays 8
         max_steps=20 if smoke else 500,
         learning_rate=1e-3 if smoke else 2e-5,
         warmup_steps=5,
     ),
 )
-# A fast tokenizer of transformers holds one of the `tokenizers` library, which is what is wanted here.
+# `backend_tokenizer` is the tokenizer of the `tokenizers` library inside a fast tokenizer of transformers.
 trainer = Trainer(model, config, *create_dataloaders(text, tokenizer.backend_tokenizer, config))
 print(f"before: {trainer.validate()}")
 trainer.train()
 print(f"after: {trainer.validate()}")
 
 again = AutoModelForCausalLM.from_pretrained(trainer.save_checkpoint())
-print(f"it opens in transformers: {type(again).__name__}")
+print(f"opened in transformers: {type(again).__name__}")

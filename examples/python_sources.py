@@ -1,11 +1,11 @@
-"""A model of Python code: byte-pair encoding and a Transformer, on the sources of Python's own standard library.
+"""Train a model of Python code: byte-pair encoding and a Transformer, on Python's standard library.
 
     python examples/python_sources.py
-    python examples/python_sources.py --smoke     seconds, to see that it works
+    python examples/python_sources.py --smoke     finishes in seconds
 
-The text, the 5 MB of its modules, is on every machine that has Python. It is tokenized once, on all cores, each file a
-document; `data.source` could as well be a folder (with `suffixes=[".py"]`), rows, a dataset, or several of these. Stop
-it at any time: the same line goes on.
+The text is 5 MB and present on every machine with Python. It is tokenized once, on all cores, one document per file.
+`data.source` may also be a folder (with `suffixes=[".py"]`), rows, a dataset, or several of these. Stop the script at
+any time; running it again resumes.
 """
 
 import sys

@@ -1,11 +1,11 @@
-"""Questions and answers, with the loss on the answers only: a model that learns to add.
+"""Train on questions and answers, with the loss on the answers only: a model that learns to add.
 
     python examples/supervised_pairs.py           a minute on a CPU
-    python examples/supervised_pairs.py --smoke   seconds, and too few to learn much
+    python examples/supervised_pairs.py --smoke   seconds, too short to learn much
 
-Any dataset of (inputs, targets) will do. A target of -100 is one that is not trained on: here the question, and the
-filling. A step is divided by the number of its targets that count, however they are spread over the samples.
-Pairs that are rows of text need no dataset of one's own: see `data.prompt_field`.
+Any dataset of (inputs, targets) works. Targets of -100 are ignored: here the question and the padding. The loss of a
+step is divided by the number of the other targets, however they are spread over the samples. If the pairs are rows of
+text, you need no dataset of your own: see `data.prompt_field`.
 """
 
 import random
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from fundamentallm import ModelConfig, Trainer, TrainingConfig, Transformer, generate
 
 smoke = "--smoke" in sys.argv[1:]
-CHARACTERS = "0123456789+=;"  # the last one ends an answer, and fills up
+CHARACTERS = "0123456789+=;"  # the last one ends an answer, and is the padding
 LENGTH = len("99+99=198;")
 
 

@@ -1,11 +1,11 @@
-"""A sweep over learning rates and optimizers, which may be killed and started again: finished runs are not run again.
+"""Sweep over learning rates and optimizers. It can be killed and run again: finished runs are left alone.
 
-    python examples/sweep.py                        on the text that Python carries
-    python examples/sweep.py --data.source my.txt   what follows is for every run
+    python examples/sweep.py                        on text bundled with Python
+    python examples/sweep.py --data.source my.txt   arguments apply to every run
     python examples/sweep.py --smoke                seconds
 
-A run that fails says why, and the next one begins. Under Slurm, an array of jobs shares the runs out among machines:
-sbatch --array=0-5 --wrap 'python examples/sweep.py'
+A run that fails prints its error, and the next one starts. Under Slurm, an array of jobs distributes the runs over
+machines: sbatch --array=0-5 --wrap 'python examples/sweep.py'
 """
 
 import itertools
@@ -41,7 +41,7 @@ for output_dir, settings in list(runs.items())[task::tasks]:
 
 
 def best_loss(output_dir: Path) -> float:
-    """The smallest validation loss of a run; infinite where there is none yet."""
+    """Returns the smallest validation loss of a run, or infinity if there is none yet."""
     log = output_dir / "metrics.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     return min((line["val_loss"] for line in lines if isinstance(line.get("val_loss"), float)), default=float("inf"))

@@ -1,6 +1,6 @@
-"""Train a small model on a text from Python, look at the history, and write some text.
+"""Train a small model from Python, read its history, and generate text.
 
-Run it from anywhere: python examples/train_from_python.py [OUTPUT_DIR]
+Run it from any folder: python examples/train_from_python.py [OUTPUT_DIR]
 """
 
 import sys
@@ -21,8 +21,8 @@ from fundamentallm import (
 
 
 def main(output_dir: str = "runs/from_python") -> Trainer:
-    """Train for 60 steps; returns the trainer."""
-    from pydoc_data.topics import topics  # English prose that every CPython carries
+    """Train for 60 steps and return the trainer."""
+    from pydoc_data.topics import topics  # English prose bundled with CPython
 
     text = "\n\n".join(topics.values())[:100_000]
     tokenizer = create_tokenizer("char", text)
@@ -36,7 +36,7 @@ def main(output_dir: str = "runs/from_python") -> Trainer:
 
     torch.manual_seed(config.training.seed)
     trainer = Trainer(Transformer(config.model), config, train_loader, val_loader)
-    history = trainer.train()  # run the script again, and it says that the run is finished
+    history = trainer.train()  # a finished run is left alone if the script runs again
     print(f"validation loss {history['val_loss'][-1]:.3f} after {trainer.global_step} steps")
 
     prompt = tokenizer.encode("The ").ids

@@ -57,7 +57,15 @@ class NamedOptimizerState:
         if problems := _problems(saved, trained):
             more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
             raise CheckpointError(f"The optimizer's state does not fit the model: {'; '.join(problems[:5])}{more}.")
-        state = {index_of[id(named[name])]: state for name, state in saved["state"].items() if state}
+        # Scalars that parameters shared when they were saved are one tensor now, and each parameter would count it up.
+        state = {
+            index_of[id(named[name])]: {
+                key: value.clone() if isinstance(value, Tensor) and value.ndim == 0 else value
+                for key, value in state.items()
+            }
+            for name, state in saved["state"].items()
+            if state
+        }
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
 

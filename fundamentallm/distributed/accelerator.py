@@ -14,6 +14,8 @@ from accelerate.utils import (
     is_torch_xla_available,
     parse_flag_from_env,
 )
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from fundamentallm.distributed import launch_checks as checks
 from fundamentallm.distributed.compilation import compile_problems
@@ -114,6 +116,11 @@ def check_accelerator(
     problems += checks.idle_processes(batch_size, count)
     if problems:
         raise ConfigError(problems)
+    if accelerator.is_fsdp2:
+        # accelerate's default policy reduces gradients in the precision of the forward pass.
+        computed_in = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+        policy = MixedPrecisionPolicy(param_dtype=computed_in, reduce_dtype=torch.float32)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     if accelerator.is_main_process:
         for ignored in checks.option_problems(accelerator, checks.IGNORED):
             logger.warning("The Trainer ignores an option of the Accelerator: %s", ignored)
@@ -126,3 +133,14 @@ def _refuse_states(*_: object) -> None:
         "accelerator.save_state and load_state do not know the state of a run, and use pickle. Use "
         "trainer.save_checkpoint and trainer.load_checkpoint."
     )
+
+
+def leave_group(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """Leaves the process group for good. Returns the model without the wrapper that exchanged its gradients."""
+    # DDP must not be the last owner of the group (see `kept_groups`), and a group that is left to the end of the
+    # interpreter aborts it if one of its threads is still at work then.
+    model = accelerator.unwrap_model(model)
+    accelerator.free_memory()
+    kept_groups.clear()
+    accelerator.end_training()
+    return model

@@ -1,102 +1,122 @@
-"""A model spread over devices: accelerate's FSDP2, each decoder block a unit.
+"""Preparing model and optimizer with accelerate: placement, DistributedDataParallel, FSDP2, compilation.
 
-Parameters, gradients and optimizer state are DTensors then, of which each process holds a slice. The model stays the
-caller's object, and its parameters keep their names.
+The model stays the caller's object, and its parameters keep their names. Under FSDP2, each decoder block is a unit;
+parameters, gradients and optimizer state are DTensors, of which each process holds a shard.
 """
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DynamoBackend, broadcast, fsdp2_prepare_model
-from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
-from torch.distributed.tensor import distribute_tensor
+from accelerate.utils import DynamoBackend, broadcast
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.optim import SGD, Optimizer
 
 from fundamentallm.distributed.compilation import compile_in_place
-from fundamentallm.errors import ConfigError
-from fundamentallm.models.with_loss import ModelWithLoss
+from fundamentallm.errors import ConfigError, Problem
 
 
-def prepare_model(
-    accelerator: Accelerator,
-    model: nn.Module,
-    loss_fn: Any,
-    seed: int,
-    activation_checkpointing: bool | None = None,
-    compiles: bool = False,
-) -> nn.Module:
-    """Model and loss in one module, on its device and spread as the processes were launched.
+def place_model(
+    accelerator: Accelerator, model: nn.Module, seed: int, activation_checkpointing: bool | None = None
+) -> None:
+    """Give a model its memory, before an optimizer is made for its parameters.
 
     Args:
-        accelerator: of this process.
-        model: maps inputs to logits. Under FSDP2 it may be on the meta device, to get its memory, and the weights of
-            its `initial_weights()`, slice by slice: thus a model larger than a device can start.
-        loss_fn: maps (logits, targets) to the sum over targets.
-        seed: of initial weights that are drawn here.
-        activation_checkpointing: whether to compute each block again in the backward pass; None: as the accelerate
-            config says.
-        compiles: whether to compile it; under FSDP2, each block by itself, since its weights come and go.
+        accelerator: decides on the device.
+        model: maps inputs to logits. Under FSDP2 it may be on the meta device, so that only the main process holds a
+            full copy of the weights, which come from its `initial_weights()`.
+        seed: seeds weights that are drawn here.
+        activation_checkpointing: whether to recompute each block in the backward pass; None: as the accelerate config
+            says.
 
     Raises:
-        ConfigError: if the model, or the accelerate config, does not allow it.
+        ConfigError: if the model or the accelerate config does not allow it.
     """
-    is_meta = any(parameter.is_meta for parameter in model.parameters())
-    has_values = hasattr(model, "initial_weights") and not any(buffer.is_meta for buffer in model.buffers())
-    if is_meta and not (accelerator.is_fsdp2 and has_values):
-        raise ConfigError(
-            f"the model, a {type(model).__name__}, has parameters on the meta device; allowed: under FSDP2, where it "
-            "has a method initial_weights() that yields (name, tensor) for each, and no buffer there."
-        )
     if _recomputes(accelerator, activation_checkpointing):
         if not hasattr(model, "gradient_checkpointing_enable"):
             raise ConfigError(
-                f"training.activation_checkpointing is true and the model, a {type(model).__name__}, has no method "
-                "gradient_checkpointing_enable(), as transformers' models and our Transformer do; set it to false."
+                f"training.activation_checkpointing is true, and the model ({type(model).__name__}) has no method "
+                "gradient_checkpointing_enable(), as transformers' models and our Transformer have; set it to false."
             )
         model.gradient_checkpointing_enable()  # type: ignore[operator]
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        if not accelerator.is_fsdp2:  # which moves one block after the other
+            model.to(accelerator.device)
+        return
+    has_values = hasattr(model, "initial_weights") and not any(buffer.is_meta for buffer in model.buffers())
+    if not (accelerator.is_fsdp2 and has_values):
+        raise ConfigError(
+            f"the model ({type(model).__name__}) has parameters on the meta device; allowed: under FSDP2, a model with "
+            "a method initial_weights() that yields (name, tensor) for each parameter, and without buffers there."
+        )
+    _leave_meta(model)
+    _draw_weights(model, seed, accelerator.is_main_process)
+
+
+def prepare_model(
+    accelerator: Accelerator, model_with_loss: nn.Module, optimizer: Optimizer, compiles: bool = False
+) -> nn.Module:
+    """Returns model and loss distributed as the processes were launched.
+
+    Args:
+        accelerator: wraps or shards the model, and is given the optimizer.
+        model_with_loss: model and loss in one module, whose attribute `model` is as `place_model` left it.
+        optimizer: trains the model's parameters. Under FSDP2 its groups hold the sharded parameters afterwards.
+        compiles: whether to compile the model. Under FSDP2 each block is compiled by itself, since its weights are
+            gathered for its forward pass only.
+
+    Raises:
+        ConfigError: if the model, the optimizer or the accelerate config does not allow it.
+    """
+    dynamo = accelerator.state.dynamo_plugin
     if not accelerator.is_fsdp2:
-        whole = ModelWithLoss(model.to(accelerator.device), loss_fn)
-        compiler = accelerator.state.dynamo_plugin
-        backend = compiler.backend
         if compiles:
-            compile_in_place(accelerator, [whole])
-        compiler.backend = DynamoBackend.NO  # or accelerate would compile it too, wrapped
-        try:
-            return accelerator.prepare_model(whole)  # type: ignore[no-any-return]
-        finally:
-            compiler.backend = backend
-    if isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
+            compile_in_place(accelerator, [model_with_loss])
+        with _changed(dynamo, backend=DynamoBackend.NO):  # or accelerate would compile it too, in a wrapper
+            return accelerator.prepare(model_with_loss, optimizer)[0]  # type: ignore[no-any-return]
+    fsdp = accelerator.state.fsdp_plugin
+    if isinstance(fsdp.cpu_offload, CPUOffloadPolicy):
         raise ConfigError("fsdp_offload_params is true in the accelerate config; allowed: false.")
-    if is_meta:
-        torch.manual_seed(seed)
-        for layer in model.modules():
-            # What their constructors would have drawn on a CPU, so that the weights are those of a single process.
-            if isinstance(layer, (nn.Linear, nn.Embedding)):
-                copy.deepcopy(layer).to_empty(device="cpu").reset_parameters()
-    else:
-        _begin_alike(accelerator, model)
+    model: nn.Module = model_with_loss.model  # type: ignore[assignment]
+    _check_optimizer(model, optimizer)
     if compiles:
         compile_in_place(accelerator, _blocks(model))
-    _shard(accelerator, model)
-    if is_meta:
-        model.to_empty(device=accelerator.device)
-        _fill(model)
-    return ModelWithLoss(model, loss_fn)
+    loads = fsdp.cpu_ram_efficient_loading and _can_load_efficiently(model)
+    if not loads:
+        _copy_from_main(accelerator, model)
+    # accelerate's activation checkpointing and compilation would rename parameters.
+    off = _changed(fsdp, activation_checkpointing=False, cpu_ram_efficient_loading=loads)
+    with off, _changed(dynamo, backend=DynamoBackend.NO):
+        accelerator.prepare(model, optimizer)
+    # The model itself is the FSDP2 root, so that generating text can call it without the loss.
+    return model_with_loss
+
+
+@contextmanager
+def _changed(settings: Any, **values: Any) -> Iterator[None]:
+    """Set attributes of an accelerate plugin on entry, and set them back on exit."""
+    before = {name: getattr(settings, name) for name in values}
+    for name, value in values.items():
+        setattr(settings, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(settings, name, value)
 
 
 def _recomputes(accelerator: Accelerator, wanted: bool | None) -> bool:
     plugin = accelerator.state.fsdp_plugin if accelerator.is_fsdp2 else None
     launched = plugin is not None and plugin.activation_checkpointing
     if wanted is False and launched:
-        raise ConfigError(
-            "training.activation_checkpointing is False and fsdp_activation_checkpointing in the accelerate config is "
-            "True; set one of them, or both alike."
-        )
+        reason = "and fsdp_activation_checkpointing in the accelerate config is True"
+        advice = "Set only one of them, or both alike."
+        raise ConfigError(Problem("training.activation_checkpointing", False, reason=reason, advice=advice))
     return bool(wanted or launched)
 
 
@@ -105,81 +125,85 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     blocks = [module for module in model.modules() if type(module).__name__ in kinds]
     if not blocks:
         raise ConfigError(
-            f"training.compile is true and the model, a {type(model).__name__}, does not name its blocks' classes in "
+            f"training.compile is true, and the model ({type(model).__name__}) does not name its blocks' classes in "
             "_no_split_modules, as transformers' models and our Transformer do; set it to false under FSDP2."
         )
     return blocks
 
 
-def _shard(accelerator: Accelerator, model: nn.Module) -> None:
-    plugin = accelerator.state.fsdp_plugin
-    # accelerate's own policy adds gradients up in the precision of the forward pass.
-    computed_in = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=computed_in, reduce_dtype=torch.float32)
-    plugin.cpu_ram_efficient_loading = False  # `_begin_alike` and `_fill` see to the same
-    # Not by accelerator.prepare, which wants the optimizer too, and finds its parameters by their addresses: those of
-    # the meta device have none.
-    fsdp2_prepare_model(accelerator, model)
+def _leave_meta(model: nn.Module) -> None:
+    """Replace parameters on the meta device by empty ones on the CPU, and keep tied ones tied (`to_empty` does not).
+
+    The operating system gives memory to an empty tensor only when it is written to.
+    """
+    replaced: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter not in replaced:
+                empty = torch.empty_like(parameter, device="cpu")
+                replaced[parameter] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            module.register_parameter(name, replaced[parameter])
 
 
 @torch.no_grad()
-def _begin_alike(accelerator: Accelerator, model: nn.Module) -> None:
-    """Give all processes the first one's weights and buffers, as DistributedDataParallel does.
+def _draw_weights(model: nn.Module, seed: int, is_main_process: bool) -> None:
+    """Give the main process the weights that a single process would have drawn.
 
-    Where they drew others, the weights would be made of pieces that do not belong together, and replicas differ.
+    Raises:
+        ConfigError: on all processes, if `initial_weights()` leaves out a parameter.
+    """
+    torch.manual_seed(seed)
+    if is_main_process:
+        for layer in model.modules():
+            if isinstance(layer, (nn.Linear, nn.Embedding)):
+                layer.reset_parameters()  # draws as the constructor on a CPU does
+    missing = {parameter: name for name, parameter in model.named_parameters()}
+    for name, values in model.initial_weights():  # type: ignore[operator]
+        parameter = model.get_parameter(name)
+        missing.pop(parameter, None)
+        if is_main_process:
+            parameter.copy_(values)
+    if missing:
+        raise ConfigError(
+            f"initial_weights() of the model yields nothing for {', '.join(missing.values())}; allowed: a value for "
+            "each parameter."
+        )
+
+
+def _can_load_efficiently(model: nn.Module) -> bool:
+    """Returns whether accelerate can send a model from the main process to the others (`cpu_ram_efficient_loading`).
+
+    It fails for persistent buffers, and unties parameters unless the model has a method `tie_weights`.
+    """
+    persistent = set(model.state_dict().keys()) - {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    num_names = len(list(model.named_parameters(remove_duplicate=False)))
+    is_tied = num_names > len(list(model.parameters()))
+    return not persistent and (not is_tied or hasattr(model, "tie_weights"))
+
+
+@torch.no_grad()
+def _copy_from_main(accelerator: Accelerator, model: nn.Module) -> None:
+    """Give all processes the parameters and buffers of the main one, as DistributedDataParallel does.
+
+    Otherwise shards of different weights would be put together.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.copy_(broadcast(tensor.detach().to(accelerator.device).contiguous()))
 
 
-@torch.no_grad()
-def _fill(model: nn.Module) -> None:
-    """Give each process its slices of the initial weights, whose whole tensors exist one at a time.
+def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
+    """Make sure that accelerate can move an optimizer to sharded parameters: it takes over groups, but no state.
 
     Raises:
-        ConfigError: if some parameters are given none.
+        ConfigError: if it has state, or trains parameters that are not the model's.
     """
-    empty = {parameter: name for name, parameter in model.named_parameters()}
-    for name, values in model.initial_weights():  # type: ignore[operator]
-        parameter = model.get_parameter(name)
-        empty.pop(parameter, None)
-        # All processes have drawn the same values: none has to send any (src_data_rank=None).
-        mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
-        parameter.copy_(distribute_tensor(values.to(parameter.device), mesh, placements, src_data_rank=None))
-    if empty:
+    if type(optimizer) is SGD and not any(state["momentum_buffer"].any() for state in optimizer.state.values()):
+        optimizer.state.clear()  # momentum of zero, as without state
+        for group in optimizer.param_groups:
+            group["fused"] = False  # torch's fused kernel for SGD does not know DTensors
+    of_model = set(model.parameters())
+    if optimizer.state or any(p not in of_model for group in optimizer.param_groups for p in group["params"]):
         raise ConfigError(
-            f"initial_weights() of the model yields nothing for {', '.join(empty.values())}, and has to for "
-            "each parameter."
+            f"the optimizer ({type(optimizer).__name__}) has state, or parameters that are not the model's; allowed "
+            "under FSDP2: an optimizer over this model that makes its state in its first step, before that step."
         )
-
-
-def follow(optimizer: Optimizer, names: dict[int, str], model: nn.Module) -> None:
-    """Have an optimizer that was made before the model was sharded train the parameters it has now.
-
-    Args:
-        optimizer: fresh.
-        names: of the parameters it was made for, by id.
-        model: sharded since.
-
-    Raises:
-        ConfigError: if it has taken steps already, or has parameters that are not the model's.
-    """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    moments = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    if any(id(parameter) not in names for parameter in parameters) or any(bool(moment.any()) for moment in moments):
-        raise ConfigError(
-            "the optimizer has taken steps, or has parameters that are not the model's; under FSDP2, give one that is "
-            "fresh and over this model, or name it in training.optimizer."
-        )
-    states = dict(optimizer.state)
-    optimizer.state.clear()
-    for parameter, state in states.items():  # which some make at once, and rely on
-        sharded = model.get_parameter(names[id(parameter)])
-        optimizer.state[sharded] = {
-            key: torch.zeros_like(sharded) if isinstance(value, Tensor) and value.shape == sharded.shape else value
-            for key, value in state.items()
-        }
-    for group in optimizer.param_groups:
-        group["params"] = [model.get_parameter(names[id(parameter)]) for parameter in group["params"]]
-        if isinstance(optimizer, SGD) and group["fused"]:  # a kernel that does not know DTensors
-            group["fused"] = optimizer._step_supports_amp_scaling = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -41,6 +42,12 @@ class Progress:
         self.tokens += num_targets
         self._loss_sum += loss
         self._loss_count += num_targets
+
+    def read(self) -> tuple[int, float]:
+        """Returns the targets so far, and the mean loss since the last call. The host waits for the device."""
+        total, count = self.loss.tolist()
+        self.loss.zero_()
+        return int(self.tokens), total / count if count else math.nan
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything. The key "stretches" is that of checkpoint format 2."""

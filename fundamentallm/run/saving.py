@@ -129,6 +129,14 @@ class Saver:
         return f"step_{self.state.progress.step:08d}"
 
 
+def open_manager(config: TrainingConfig, is_sharded: bool) -> CheckpointManager | None:
+    """Returns what writes the checkpoints, or None if there is no checkpoint_dir."""
+    if config.checkpoint_dir is None:
+        return None
+    # Processes that save together need a group of their own, because they save in another thread.
+    return CheckpointManager(config.checkpoint_dir, config.keep_last_n, HostGroup() if is_sharded else None)
+
+
 def saves_left(config: TrainingConfig, steps_left: int, steps_per_epoch: int) -> int:
     """Returns at most how many checkpoints a run is still going to write."""
     never = steps_left + 1

@@ -18,7 +18,7 @@ from fundamentallm.data.loaders import step_sampler
 from fundamentallm.data.sampler import StepSampler
 from fundamentallm.distributed.accelerator import check_accelerator, create_accelerator
 from fundamentallm.distributed.compilation import is_compiled
-from fundamentallm.errors import Problem
+from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.training.callbacks.trackers import tracker_names
 from fundamentallm.training.evaluation import metric_names
 
@@ -77,7 +77,7 @@ def count_steps(config: TrainingConfig, samples: StepSampler) -> int:
     return int(min(ends))
 
 
-def argument_problems(
+def check_arguments(
     config: Config,
     accelerator: Accelerator,
     samples: StepSampler,
@@ -85,8 +85,8 @@ def argument_problems(
     validation_metrics: Collection[str],
     optimizer: Optimizer | None,
     scheduler: LRScheduler | None,
-) -> list[str]:
-    """Returns every contradiction between a Trainer's arguments and its config."""
+) -> None:
+    """Raises ConfigError listing every contradiction between a Trainer's arguments and its config."""
     problems: list[str] = []
     training = config.training
     if training.batch_size not in (None, samples.batch_size):
@@ -112,4 +112,5 @@ def argument_problems(
     if not set(config.trackers) <= set(given):
         advice = "Make the Accelerator with all of them (create_accelerator does), or set trackers to []."
         problems.append(Problem("trackers", config.trackers, f"the Accelerator's log_with, {given}", advice))
-    return problems
+    if problems:
+        raise ConfigError(problems)

@@ -1,4 +1,4 @@
-"""Stop when the validation metric no longer improves."""
+"""Early stopping: ends a run when a validation metric no longer improves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def improves(value: float, best: float | None, mode: str, min_delta: float = 0.0) -> bool:
-    """Whether `value` beats `best` (None: nothing yet) by more than `min_delta`. NaN never does."""
+    """Returns whether `value` is better than `best` (None: no value yet) by more than `min_delta`. NaN never is."""
     if math.isnan(value):
         return False
     if best is None:
@@ -23,7 +23,7 @@ def improves(value: float, best: float | None, mode: str, min_delta: float = 0.0
 
 
 def saved_best(value: Any) -> float | None:
-    """A saved best value, its type checked.
+    """Returns a saved best value after checking its type.
 
     Raises:
         ValueError: if it is neither a number nor None.
@@ -39,7 +39,7 @@ class EarlyStopping:
     Args:
         patience: validations without improvement before stopping, at least 1.
         metric: name of the validation metric.
-        mode: 'min' where smaller is better, 'max' where larger is.
+        mode: 'min' if smaller is better, 'max' if larger is.
         min_delta: smallest change that counts as an improvement, in the metric's unit.
 
     Raises:
@@ -70,27 +70,33 @@ class EarlyStopping:
         self.is_best = False
 
     def step(self, current_value: float) -> bool:
-        """Take one validation's value; True if training should stop."""
+        """Add the value of a validation. Returns whether to stop training."""
         self.is_best = improves(current_value, self._best, self.mode, self.min_delta)
         self._best, self.counter = (current_value, 0) if self.is_best else (self._best, self.counter + 1)
         return self.should_stop
 
+    def describe(self) -> str:
+        """Returns why the run stops."""
+        return f"early stopping: {self.metric} has not improved on {self.best_value:.4g} in {self.patience} validations"
+
     @property
     def should_stop(self) -> bool:
-        """Whether patience has run out."""
+        """True if patience has run out."""
         return self.counter >= self.patience
 
     @property
     def best_value(self) -> float:
-        """The best value so far; infinitely bad before the first."""
-        return self._best if self._best is not None else math.inf if self.mode == "min" else -math.inf
+        """The best value so far, or an infinitely bad one before the first."""
+        if self._best is not None:
+            return self._best
+        return math.inf if self.mode == "min" else -math.inf
 
     def reset(self) -> None:
-        """Forget everything seen."""
+        """Forget all values."""
         self._best, self.counter, self.is_best = None, 0, False
 
     def state_dict(self) -> dict[str, Any]:
-        """Best value and count, and of what."""
+        """Returns the best value and the count, with metric and mode."""
         return {
             "metric": self.metric,
             "mode": self.mode,
@@ -100,18 +106,18 @@ class EarlyStopping:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved count."""
+        """Restore a saved state, unless it is about another metric. Raises ValueError if it is not such a state."""
         best, counter = saved_best(state["best_value"]), state["counter"]
         if type(counter) is not int or counter < 0:
-            raise ValueError(f"the counter is {counter!r}; allowed: a whole number, at least 0.")
+            raise ValueError(f"the counter is {counter!r}; allowed: an integer, at least 0.")
         if (state["metric"], state["mode"]) != (self.metric, self.mode):
-            logger.warning("early stopping starts afresh: it watched %s (%s) before.", state["metric"], state["mode"])
+            logger.warning("early stopping was reset: the checkpoint watched %s (%s).", state["metric"], state["mode"])
             return
         self._best, self.counter, self.is_best = best, counter, bool(state["is_best"])
 
 
 def make_early_stopping(config: TrainingConfig) -> EarlyStopping | None:
-    """Early stopping as `config` says; None where it has no patience set."""
+    """Returns the early stopping of `config`, or None if its patience is not set."""
     if config.early_stopping_patience is None:
         return None
     return EarlyStopping(

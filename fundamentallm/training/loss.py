@@ -1,10 +1,10 @@
 """Losses: modules that map (logits, targets) to the SUM over target tokens, in float32.
 
-A sum, since the trainer divides once, by the number of targets of the whole optimizer step: means of
-micro-batches or of processes would weigh tokens by where they happened to be computed.
+The trainer divides the sum once, by the number of targets of the whole optimizer step. Means of micro-batches or
+processes would weigh tokens by where they were computed.
 
-What a loss adds to cross entropy acts in training mode only, like dropout. In evaluation mode each is plain
-cross entropy, so that validation losses compare between runs and perplexity means what it says.
+Like dropout, what a loss adds to cross entropy acts in training mode only. In evaluation mode each loss is plain cross
+entropy, so that validation losses are comparable between runs and perplexity is right.
 """
 
 from __future__ import annotations
@@ -20,31 +20,30 @@ from torch.utils.checkpoint import checkpoint
 from fundamentallm.config.registry import resolve
 from fundamentallm.config.schema import CHUNK, IGNORE_INDEX, LARGE_VOCABULARY, LOSS_NAMES
 from fundamentallm.config.validation import FRACTION, NON_NEGATIVE, Interval
-from fundamentallm.errors import ConfigError
+from fundamentallm.errors import ConfigError, Problem
 
 
 class CrossEntropy(nn.Module):
     """Negative log-likelihood of the targets, in nats."""
 
-    def __init__(self) -> None:  # without options, which nn.Module's own signature would allow
+    def __init__(self) -> None:  # nn.Module's signature would accept any options
         super().__init__()
 
     def of_hidden(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        """The loss of the logits that `hidden` (..., D) and `weight` (V, D) make; where V is large, a chunk at a time.
+        """Returns the loss of the logits `hidden` (..., D) times `weight` (V, D), in chunks of tokens if V is large.
 
-        Logits, log-probabilities and their gradients are else what a large vocabulary needs most memory for. In
-        float32, torch computes each chunk's gradients with its loss (since 2.13); else each chunk's logits are computed
-        again in the backward pass. (From 1024 tokens on, that took 0.5 to 0.9 and 1.0 to 1.5 of the time of whole
-        logits on a CPU; for 65 tokens, twice.) A loss of somebody else's gets all logits: it may look at several
-        tokens at once. So does a compiler, which fuses what is made of them: it keeps the logits and their gradient
-        only; the loop over chunks would be written out in its graph, and torch's function break it.
+        With a large vocabulary, logits, log-probabilities and their gradients take most of the memory. In float32,
+        torch computes the gradients of a chunk together with its loss (since 2.13). Otherwise the logits of a chunk are
+        recomputed in the backward pass. (From 1024 tokens on, these took 0.5 to 0.9 and 1.0 to 1.5 of the time of whole
+        logits on a CPU; for 65 tokens, twice.) A loss that is not ours gets all logits, since it may combine tokens.
+        So does a compiler: it fuses these operations, and the loop would be unrolled in its graph.
         """
         hidden, targets = hidden.flatten(0, -2), targets.flatten()
         is_small = len(weight) < LARGE_VOCABULARY or len(hidden) <= CHUNK
         if is_small or type(self) not in LOSSES.values() or torch.compiler.is_compiling():
             return self(F.linear(hidden, weight), targets)  # type: ignore[no-any-return]
         learns = torch.is_grad_enabled()
-        # It adds up in the precision of its input, which of narrow numbers is too rough a sum.
+        # torch's function accumulates in the precision of its input, and 16 bits are too few.
         is_wide = hidden.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(hidden.device.type)
         if learns and type(self) is CrossEntropy and is_wide and hasattr(F, "linear_cross_entropy"):
             chunks = nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK, chunking_method=None, acc_policy="compact")
@@ -85,7 +84,7 @@ class LabelSmoothing(CrossEntropy):
 
 
 class Focal(CrossEntropy):
-    """(1 - p)^gamma times cross entropy, p the target's probability: less weight on easy tokens (arXiv:1708.02002)."""
+    """(1 - p)^gamma times cross entropy, with p the target's probability (arXiv:1708.02002)."""
 
     def __init__(self, gamma: float = 2.0) -> None:
         super().__init__()
@@ -93,7 +92,7 @@ class Focal(CrossEntropy):
 
     def objective(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Focal loss."""
-        nll = _nll(logits, targets, reduction="none")  # 0 where ignored
+        nll = _nll(logits, targets, reduction="none")  # 0 for ignored targets
         # expm1 keeps 1 - p exact for p near 1; at 1 - p = 0 a power below 1 has an infinite slope.
         return ((-(-nll).expm1()).clamp(min=torch.finfo(nll.dtype).tiny) ** self.gamma * nll).sum()
 
@@ -108,7 +107,7 @@ class ZLoss(CrossEntropy):
     def objective(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Cross entropy with z-loss."""
         log_z_squared = logits.logsumexp(-1).square()
-        # Not by boolean indexing, which makes the host wait for the number of targets.
+        # Boolean indexing would make the host wait for the number of targets.
         return _nll(logits, targets) + self.weight * log_z_squared.where(targets != IGNORE_INDEX, 0.0).sum()
 
 
@@ -118,7 +117,7 @@ def _nll(logits: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
 
 def _checked(name: str, value: Any, allowed: Interval) -> float:
     if value not in allowed:
-        raise ConfigError(f"loss option {name} is {value!r}; allowed: {allowed}.")
+        raise ConfigError(Problem(f"loss_options.{name}", value, str(allowed)))
     return float(value)
 
 
@@ -126,7 +125,7 @@ LOSSES = dict(zip(LOSS_NAMES, (CrossEntropy, LabelSmoothing, Focal, ZLoss), stri
 
 
 def create_loss(loss_type: str = "cross_entropy", **options: Any) -> nn.Module:
-    """A loss by name, or a 'module:name' class made with `options`.
+    """Returns a loss by name, or an instance of a 'module:name' class.
 
     Raises:
         ConfigError: if the name or an option is not known, or an option is outside its range.
@@ -136,16 +135,16 @@ def create_loss(loss_type: str = "cross_entropy", **options: Any) -> nn.Module:
         >>> from fundamentallm import create_loss
         >>> loss = create_loss("label_smoothing", smoothing=0.1)
         >>> logits, targets = torch.zeros(2, 3, 4), torch.tensor([[0, 1, 2], [3, -100, -100]])
-        >>> loss(logits, targets)  # log 4 for each of four targets; -100 is none
+        >>> loss(logits, targets)  # log 4 for each of four targets; -100 is ignored
         tensor(5.5452)
     """
     made_by = resolve("loss", loss_type, LOSSES)
     known = inspect.signature(made_by).parameters
-    if wrong := set(options) - set(known):
-        raise ConfigError(f"loss_options has {sorted(wrong)}; allowed for {loss_type}: {sorted(known) or 'none'}.")
+    if unknown := sorted(set(options) - set(known)):
+        reason = f"and {loss_type} has no {', '.join(unknown)}"
+        raise ConfigError(Problem("loss_options", options, ", ".join(known) or "none", reason=reason))
     loss = made_by(**options)
     if not callable(loss):
-        raise ConfigError(
-            f"loss is {loss_type!r}, which makes a {type(loss).__name__}; allowed: a loss module's class."
-        )
+        reason = f"which makes a {type(loss).__name__}"
+        raise ConfigError(Problem("loss", loss_type, "the class of a loss module", reason=reason))
     return loss  # type: ignore[no-any-return]

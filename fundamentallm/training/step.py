@@ -1,47 +1,50 @@
-"""One optimizer step: forward, backward, gradient exchange, clipping, guard, optimizer."""
+"""One optimizer step: forward and backward over the micro-batches, clipping, and the optimizer's update."""
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
-from functools import reduce
-from operator import add
 from typing import Any, NamedTuple
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_
-from torch.optim import Optimizer
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from fundamentallm.config.schema import IGNORE_INDEX
 from fundamentallm.data.sampler import derive_seed
-from fundamentallm.distributed.dtensor import seed_device, total_norm
+from fundamentallm.distributed.dtensor import full, seed_device
+from fundamentallm.errors import CheckpointError
 from fundamentallm.training.guard import Guard
+from fundamentallm.training.muon import Muon
 
 
 class StepResult(NamedTuple):
-    """What a step was, over all processes; scalars on the device."""
+    """The numbers of a step over all processes, as scalars on the device."""
 
     loss: Tensor
-    """Summed over the targets."""
+    """Sum over the targets."""
     num_targets: Tensor
-    """Targets that count."""
+    """Targets that are not ignored."""
     norm: Tensor
-    """Of the gradient, before clipping."""
+    """Norm of the gradient before clipping."""
 
 
 class OptimizerStep:
-    """Takes optimizer steps; the host never waits for the device (an optimizer that cannot skip by itself excepted).
+    """Takes optimizer steps. The host waits for the device only if the optimizer cannot skip a step on the device.
 
     Args:
-        accelerator: placement, precision, gradient exchange and clipping.
-        model_with_loss: maps (inputs, targets) to the loss summed over targets, as `prepare_model` made it.
-        optimizer: over its parameters, or some of them.
-        guard: says which steps must not be taken.
-        max_norm: largest gradient norm; None: no clipping.
-        seed: of the run.
+        accelerator: runs the backward pass and exchanges gradients.
+        model_with_loss: maps (inputs, targets) to the loss summed over targets, as `prepare_model` returned it.
+        optimizer: trains some or all of its parameters.
+        guard: decides which steps to skip.
+        max_norm: largest gradient norm; None: do not clip.
+        seed: seed of the run.
 
     Attributes:
-        is_updating: whether a step has begun to change weights and state, which whoever counts the step takes back.
+        is_updating: True from just before `optimizer.step()` until the trainer has counted the step. Still True after
+            an exception: weights may be half updated.
     """
 
     def __init__(
@@ -54,64 +57,74 @@ class OptimizerStep:
         seed: int,
     ) -> None:
         self.accelerator, self.model_with_loss = accelerator, model_with_loss
-        self.num_processes, self.process_index = accelerator.num_processes, accelerator.process_index
-        self.optimizer, self.guard = optimizer, guard
-        self.max_norm, self.seed = max_norm, seed
-        accelerator.prepare_optimizer(optimizer)  # which tells accelerate what to unscale before it clips
-        self._trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self._parameters = list(model_with_loss.parameters())  # of which the optimizer may have a part only
+        self.optimizer, self.guard, self.seed = optimizer, guard, seed
+        self.max_norm = math.inf if max_norm is None else max_norm
+        self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.is_updating = False
 
-    def __call__(self, step: int, inputs: Tensor, targets: Tensor, parts: int) -> StepResult:
-        """Train on this process's share of the batch of `step`, in `parts` micro-batches."""
-        accelerator, model, scaler = self.accelerator, self.model_with_loss, self.accelerator.scaler
-        # Derived, not carried: a resumed run draws the same dropout masks.
-        seed_device(derive_seed(self.seed, step, self.process_index), accelerator.device)
+    def __call__(self, step: int, inputs: Tensor, targets: Tensor, num_micro_batches: int) -> StepResult:
+        """Train on this process's share of the batch of `step`, in micro-batches."""
+        accelerator, model = self.accelerator, self.model_with_loss
+        # Derived from the step, not carried on: a resumed run draws the same dropout masks.
+        seed_device(derive_seed(self.seed, step, accelerator.process_index), accelerator.device)
 
-        # Losses are sums over targets, divided once by the number of targets of the whole step: over all
-        # micro-batches and processes. DistributedDataParallel averages, which num_processes undoes.
-        count = self._sum((targets != IGNORE_INDEX).sum())
-        divisor = count.clamp(min=1)
-        scale = divisor.reciprocal() * self.num_processes
-        pairs = [(inputs, targets)]
-        if parts > 1:
-            pairs = list(zip(inputs.tensor_split(parts), targets.tensor_split(parts), strict=True))
-        losses: list[Tensor] = []
-        for part, (x, y) in enumerate(pairs, start=1):
-            # Gradients of sharded weights are exchanged with each part: put off, they would be there unsharded.
-            with nullcontext() if part == parts or accelerator.is_fsdp2 else accelerator.no_sync(model):
-                loss_sum = model(x, y)
-                # Not by accelerator.backward, which divides by a number of accumulation steps that is 1 here: a node
-                # more, as multiplying by the scale would be.
-                (loss_sum if scaler is None else scaler.scale(loss_sum)).backward(scale)
-            losses.append(loss_sum.detach())
-        loss = self._sum(reduce(add, losses))
-        accelerator.unscale_gradients()
-        norm = total_norm([parameter.grad for parameter in self._trained if parameter.grad is not None])
+        # Losses are sums over targets, divided once by the targets of the whole step, over all processes and
+        # micro-batches. DDP and FSDP average gradients over processes, which num_processes undoes.
+        num_targets = accelerator.reduce((targets != IGNORE_INDEX).sum(), "sum")
+        scale = accelerator.num_processes / num_targets.clamp(min=1)
+        total = torch.zeros((), device=accelerator.device)
+        micro_batches = zip(
+            inputs.tensor_split(num_micro_batches), targets.tensor_split(num_micro_batches), strict=True
+        )
+        for index, (x, y) in enumerate(micro_batches, start=1):
+            # Sharded gradients are exchanged with each micro-batch: kept until the last, they would be unsharded.
+            is_exchanged = index == num_micro_batches or accelerator.is_fsdp2
+            with nullcontext() if is_exchanged else accelerator.no_sync(model):
+                loss = model(x, y)
+                accelerator.backward(loss * scale)
+            total += loss.detach()
+        loss = accelerator.reduce(total, "sum")
+
+        # What accelerator.clip_grad_norm_ does. That method itself compares the parameters with those of each prepared
+        # model under FSDP2, which raises if there are two models, or if some parameters are frozen.
+        accelerator.unscale_gradients(self.optimizer)
+        norm = full(clip_grad_norm_(self.parameters, self.max_norm))
+        skip = self.guard.skips(step, loss / num_targets.clamp(min=1), norm)
         self.is_updating = True
-        self._update(norm, skip=self.guard.skips(step, loss / divisor, norm))
-        for parameter in self._parameters:  # zero_grad() would walk through all modules first
-            parameter.grad = None
-        return StepResult(loss, count, norm)
+        self._update(skip)
+        self.optimizer.zero_grad()
+        return StepResult(loss, num_targets, norm)
 
-    def _sum(self, tensor: Tensor) -> Tensor:
-        """Over all processes."""
-        return self.accelerator.reduce(tensor, "sum") if self.num_processes > 1 else tensor
+    def raise_if_updating(self) -> None:
+        """Raises CheckpointError if an exception ended the last step within the optimizer's update."""
+        if self.is_updating:
+            raise CheckpointError(
+                "An exception ended the last step while the optimizer changed the weights. Load a checkpoint, or make "
+                "a new Trainer, which resumes from the newest one."
+            )
 
-    def _update(self, norm: Tensor, skip: Tensor) -> None:
-        """Let the optimizer step, unless `skip` (a boolean scalar): then no weight and no moment changes.
-
-        The gradient, of norm `norm`, is clipped to `max_norm`: by torch's fused kernels as they read it, which spares
-        the pass over it that `accelerator.clip_grad_norm_` makes.
-        """
+    def _update(self, skip: Tensor) -> None:
+        """Let the optimizer step, unless `skip` (a boolean scalar): then no weight and no optimizer state changes."""
         optimizer: Any = self.optimizer
-        if getattr(optimizer, "_step_supports_amp_scaling", False):
+        if skips_on_device(optimizer):
             optimizer.found_inf = skip.float()
-            optimizer.grad_scale = None if self.max_norm is None else (norm / self.max_norm).clamp(min=1)
+            try:
+                optimizer.step()
+            finally:
+                del optimizer.found_inf
+        elif not skip:  # the host waits for the device
             optimizer.step()
-        elif not skip:  # an optimizer that cannot do that by itself makes the host wait
-            if self.max_norm is not None:
-                clip_grads_with_norm_(self._trained, self.max_norm, norm)
-            optimizer.step()
-        if self.accelerator.scaler is not None:  # fp16: unscaling has told it what is not finite
+        if self.accelerator.scaler is not None:  # fp16
             self.accelerator.scaler.update()
+
+
+def skips_on_device(optimizer: Optimizer) -> bool:
+    """Returns whether an optimizer skips a step if its attribute `found_inf` is 1, as GradScaler sets it.
+
+    Only classes known to do so: a subclass inherits torch's flag for it, and may still ignore the attribute.
+    """
+    if type(optimizer) not in (AdamW, Adam, SGD, Muon):
+        return False
+    if type(optimizer) is SGD and any(group["momentum"] for group in optimizer.param_groups) and not optimizer.state:
+        return False  # torch's fused SGD takes uninitialised memory for the momentum if it skips its first step
+    return type(optimizer) is Muon or all(group["fused"] for group in optimizer.param_groups)

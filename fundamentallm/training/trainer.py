@@ -7,45 +7,40 @@ the schedule once for each process, and pickles.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from fundamentallm.checkpoint.manager import CheckpointManager
 from fundamentallm.checkpoint.optimizer_state import NamedOptimizerState
 from fundamentallm.checkpoint.reading import load_checkpoint
 from fundamentallm.config.schema import AFFECTS_SCHEDULE, FREE_ON_RESUME, Config, TrainingConfig
 from fundamentallm.data.datasets import fingerprint
 from fundamentallm.data.loaders import device_batches
-from fundamentallm.distributed.accelerator import kept_groups
-from fundamentallm.distributed.compilation import compile_seconds
+from fundamentallm.distributed.accelerator import leave_group
 from fundamentallm.distributed.dtensor import device_name
 from fundamentallm.distributed.host_group import HostGroup
-from fundamentallm.distributed.prepare import follow, prepare_model
+from fundamentallm.distributed.prepare import place_model, prepare_model
 from fundamentallm.distributed.watchdog import Phase, Place, Watchdog
-from fundamentallm.errors import CheckpointError, ConfigError
+from fundamentallm.errors import ConfigError
 from fundamentallm.models.transformers_format import model_files
+from fundamentallm.models.with_loss import ModelWithLoss
 from fundamentallm.run.environment import environment
 from fundamentallm.run.progress import Progress
 from fundamentallm.run.resume import resume
-from fundamentallm.run.saving import Saver, saves_left
+from fundamentallm.run.saving import Saver, open_manager, saves_left
 from fundamentallm.run.session import Record, session
 from fundamentallm.run.state import RunState
 from fundamentallm.run.stopping import Stop, StopSwitch
 from fundamentallm.training.arguments import (
-    argument_problems,
+    check_arguments,
     count_steps,
     make_samplers,
     use_accelerator,
@@ -62,13 +57,13 @@ from fundamentallm.training.loss import create_loss
 from fundamentallm.training.metrics import Metric, MetricTracker, further_metrics, peak_memory_gb
 from fundamentallm.training.micro_batch import make_micro_batch
 from fundamentallm.training.optimizers import freeze, make_optimizer
-from fundamentallm.training.position import RunPosition
 from fundamentallm.training.schedulers import CallersSchedule, describe_curve, make_schedule
 from fundamentallm.training.step import OptimizerStep
 from fundamentallm.training.throughput import Throughput, make_throughput
+from fundamentallm.training.view import TrainerView
 
 
-class Trainer(RunPosition):
+class Trainer(TrainerView):
     """Trains a model.
 
     Args:
@@ -135,20 +130,16 @@ class Trainer(RunPosition):
         self.batch_size, self.steps_per_epoch = self.samples.batch_size, self.samples.steps_per_epoch
         self.total_steps = count_steps(training, self.samples)
         self.validation_metrics = further_metrics(training.validation_metrics, validation_metrics)
-        if problems := argument_problems(
+        check_arguments(
             self.config, accelerator, self.samples, val_loader, self.validation_metrics, optimizer, scheduler
-        ):
-            raise ConfigError(problems)
+        )
 
         freeze(model, training.parameter_groups)
         self.model, loss_fn = model, loss_fn or create_loss(training.loss, **training.loss_options)
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self.model_with_loss = prepare_model(
-            accelerator, model, loss_fn, training.seed, training.activation_checkpointing, bool(training.compile)
-        )
-        if optimizer is not None and self.is_sharded:
-            follow(optimizer, names, model)
+        place_model(accelerator, model, training.seed, training.activation_checkpointing)
         self.optimizer = optimizer or make_optimizer(training, model)
+        with_loss = ModelWithLoss(model, loss_fn)
+        self.model_with_loss = prepare_model(accelerator, with_loss, self.optimizer, bool(training.compile))
         self.average = make_average(training, model, self.optimizer)
         self._has_own_schedule = scheduler is None
         self.scheduler = scheduler or make_schedule(training, self.optimizer, self.total_steps)
@@ -163,19 +154,20 @@ class Trainer(RunPosition):
         self.callbacks = CallbackList(default if callbacks is None else callbacks)
         if accelerator.log_with:
             self.callbacks.add(TrackerCallback())
-        self.files: dict[str, str] = {}
-        """Further text files of each checkpoint, by name. They replace those that are made for it."""
+        self.files: dict[str, str] = {}  # further text files of each checkpoint, which replace those made for it
         self.state = RunState(self._parts(), asdict(self.config if self.output_dir else training))
         self.group = HostGroup()
-        self.saver = Saver(self._make_manager(), self.state, self.group, self._files_of_checkpoint)
+        self.saver = Saver(open_manager(training, self.is_sharded), self.state, self.group, self._files_of_checkpoint)
         self.stop_switch = StopSwitch(training.max_minutes)
         self.phase = Phase.STARTING
-        self.was_rewound = False
-        """True if this run returned to an earlier checkpoint, so that what came after it is replaced."""
+        self.was_rewound = False  # True if the run returned to an earlier checkpoint and replaces what came after it
         self._record = Record(self.output_dir, self._position, self.is_main_process)
         self._throughput = Throughput()
         self._started, self._first_step = False, 0
-        self._compile_mark = 0.0
+        self._compiled: set[str] = set()  # of "step" and "validation", those whose compilation was reported
+
+    def _files_of_checkpoint(self) -> dict[str, str]:
+        return model_files(self.model, self.train_loader.dataset) | self.files
 
     def _parts(self) -> dict[str, Any]:
         """Returns everything that changes because of training, by name."""
@@ -195,20 +187,6 @@ class Trainer(RunPosition):
         }
         return {name: part for name, part in parts.items() if part is not None}
 
-    def _make_manager(self) -> CheckpointManager | None:
-        training = self.config.training
-        if training.checkpoint_dir is None:
-            return None
-        # A group of its own for the processes that save together: it is used from another thread.
-        return CheckpointManager(
-            training.checkpoint_dir, training.keep_last_n, HostGroup() if self.is_sharded else None
-        )
-
-    def _files_of_checkpoint(self) -> dict[str, str]:
-        return model_files(self.model, self.train_loader.dataset) | self.files
-
-    # ---- the loop ----------------------------------------------------------------------------------------
-
     def train(self) -> dict[str, list[float]]:
         """Trains to the end of the run and returns its history. Resumes from a checkpoint as `config.resume` says.
 
@@ -222,7 +200,7 @@ class Trainer(RunPosition):
             RunInProgressError: if another process trains in the same folders.
             TrainingError: after `max_bad_steps` consecutive steps whose loss or gradient was not finite.
         """
-        self._check_whole()
+        self.optimizer_step.raise_if_updating()
         hang_minutes = self.config.training.hang_minutes
         watchdog = Watchdog(
             lambda: Place(self.global_step, self.stop_switch.polls, self.phase), hang_minutes, self.group
@@ -232,12 +210,20 @@ class Trainer(RunPosition):
             self._started = True
             self.stop_switch.begin()
             if self.is_finished:
-                self._end_finished_run()
+                if self.checkpoint_manager is not None and not self.saver.is_current:
+                    self.save_checkpoint()  # which failed when the run ended
+                self.say(self._describe_finished_run())
                 return self.history
             left = self.total_steps - self.global_step
             self.saver.check_room(saves_left(self.config.training, left, self.steps_per_epoch))
             if self.micro_batch is not None:
-                self.micro_batch.settle(self)
+                first = self.global_step
+                batches = device_batches(self.train_loader, self.samples, first, first + 1, self.accelerator.device)
+                samplers = [sampler for sampler in (self.samples, self.val_samples) if sampler is not None]
+                found = self.micro_batch.settle(
+                    self.optimizer_step, batches, samplers, self.group, self.validation_metrics
+                )
+                self.say(found)
             accelerator, device = self.accelerator, device_name(self.accelerator.device)
             about = environment(device, accelerator.num_processes, accelerator.mixed_precision)
             self._record.launch(resumed_from, self.config, about)
@@ -264,7 +250,9 @@ class Trainer(RunPosition):
                 callbacks.on_epoch_begin(self)
             callbacks.on_step_begin(self)
             learning_rate = float(self.scheduler.get_last_lr()[0])
+            started = time.perf_counter()
             result = step(progress.step, batch.inputs, batch.targets, batch.micro_batches)
+            self._report_compilation("step", time.perf_counter() - started)
             self.scheduler.step()
             progress.count(result.loss, result.num_targets)
             step.is_updating = False
@@ -305,19 +293,14 @@ class Trainer(RunPosition):
 
     def _log(self, grad_norm: Tensor, learning_rate: float) -> None:
         """Logs the numbers of the steps since the last line. The host waits for the device here."""
-        progress, step = self._progress, self.global_step
-        tokens, bad_in_a_row, bad, spikes = torch.stack((progress.tokens, *self._guard.counts)).tolist()
-        total, count = progress.loss.tolist()
-        progress.loss.zero_()
-        self._throughput.pause(self._report_compilation())
-        speed = self._throughput.log(step, tokens)
-        memory = peak_memory_gb(self.accelerator.device)
+        step, (tokens, loss), (bad_in_a_row, bad, spikes) = self.global_step, self._progress.read(), self._guard.read()
+        speed, memory = self._throughput.log(step, tokens), peak_memory_gb(self.accelerator.device)
         line = {
             "step": step,
             "epoch": self.epochs_done,
             "samples": self.samples.samples_before(step),
             "tokens": tokens,
-            "train_loss": total / count if count else math.nan,
+            "train_loss": loss,
             "learning_rate": learning_rate,
             "grad_norm": grad_norm.item(),
             "tokens_per_second": speed.pop("tokens_per_second"),
@@ -330,14 +313,11 @@ class Trainer(RunPosition):
         self.callbacks.on_log(self, line)
         self._guard.raise_if_stopped(bad_in_a_row)
 
-    def _report_compilation(self) -> float:
-        """Seconds that the model has been compiled for since the last call."""
-        before, self._compile_mark = self._compile_mark, compile_seconds()
-        if self._compile_mark > before:
-            self.say(f"compiled in {self._compile_mark - before:.1f} s")
-        return self._compile_mark - before
-
-    # ---- validation --------------------------------------------------------------------------------------
+    def _report_compilation(self, what: str, seconds: float) -> None:
+        """Prints how long the first step or validation took, if it was compiled."""
+        if self.config.training.compile and what not in self._compiled:
+            self._compiled.add(what)
+            self.say(f"the first {what} took {seconds:.1f} s, with compilation")
 
     def validate(self) -> dict[str, float]:
         """Returns the loss over every target of the validation data, whatever its batch size and the device count.
@@ -362,41 +342,23 @@ class Trainer(RunPosition):
         with self.averaged_weights():
             return evaluate(self.model_with_loss, *data, is_interrupted, self.validation_metrics)
 
-    def averaged_weights(self) -> AbstractContextManager[None]:
-        """Gives `model` the averaged weights on entry, and its own on exit. Without `ema_decay` it does nothing."""
-        return self.average.applied() if self.average is not None else nullcontext()
-
     def _validate_in_training(self) -> bool:
         """Validates. Returns False if a signal or the clock interrupted it; it then comes first on resume."""
         # The clock does not interrupt the same validation twice: otherwise no launch would ever get past it.
         interrupting = Stop.SIGNAL if self._progress.validation_due else Stop.OUT_OF_TIME
         self._progress.validation_due = True  # also if an exception ends it
+        started = time.perf_counter()
         metrics = self._evaluate(is_interrupted=lambda: self.stop_switch.poll() >= interrupting)
-        self._report_compilation()
+        self._report_compilation("validation", time.perf_counter() - started)
         if metrics is None:
             return False
         self._progress.validation_due = False
         self.metrics.update({"val_step": self.global_step, **metrics})
-        if self.early_stopping is not None:
-            name, patience = self.early_stopping.metric, self.early_stopping.patience
-            if self.early_stopping.step(metrics[name]):
-                best = self.early_stopping.best_value
-                self.request_stop(f"early stopping: {name} has not improved on {best:.4g} in {patience} validations")
+        patience = self.early_stopping
+        if patience is not None and patience.step(metrics[patience.metric]):
+            self.request_stop(patience.describe())
         self.callbacks.on_validation_end(self, metrics)
         return True
-
-    # ---- requests and checkpoints ------------------------------------------------------------------------
-
-    def request_stop(self, reason: str) -> None:
-        """Stops the run at the end of this step, saved, so that the same command resumes it later.
-
-        If only some of several processes ask in `on_step_end`, the stop takes effect one step later.
-        """
-        self.stop_switch.request(Stop.REQUESTED, reason)
-
-    def request_save(self, is_best: bool = False) -> None:
-        """Saves a checkpoint at the end of this step, after all hooks. All processes have to ask alike."""
-        self.saver.request(is_best)
 
     def save_checkpoint(self, name: str | None = None, is_best: bool = False) -> Path:
         """Saves the whole state, on every process together. The checkpoint is complete when this returns.
@@ -409,7 +371,7 @@ class Trainer(RunPosition):
             ConfigError: if there is no checkpoint_dir.
             CheckpointError: if it cannot be written.
         """
-        self._check_whole()
+        self.optimizer_step.raise_if_updating()
         return self.saver.save(name, is_best)
 
     def load_checkpoint(self, path: Path | str) -> None:
@@ -456,25 +418,15 @@ class Trainer(RunPosition):
         for group, lr in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = lr
 
-    def _check_whole(self) -> None:
-        """Raises CheckpointError if an exception ended the last step within the optimizer's update."""
-        if self.optimizer_step.is_updating:
-            raise CheckpointError(
-                f"An exception ended step {self.global_step + 1} while the optimizer changed the weights. Load a "
-                "checkpoint, or make a new Trainer, which resumes from the newest one."
-            )
-
-    # ---- beginning and end -------------------------------------------------------------------------------
-
     def _begin(self) -> None:
         self._first_step = self.global_step
         self.saver.forget_requests()
         self.model_with_loss.train()
         self.model.zero_grad()  # what a caller, or a step that raised, may have left
         self.callbacks.on_train_begin(self)
-        self._throughput = make_throughput(self)
+        training, data = self.config.training, self.train_loader.dataset
+        self._throughput = make_throughput(training, self.accelerator, self.model, data)
         self._throughput.begin(self.global_step, int(self._progress.tokens))
-        self._compile_mark = compile_seconds()
 
     def _finish(self) -> None:
         """Saves the end, whatever the reason for it, and waits until it is on disk."""
@@ -483,33 +435,9 @@ class Trainer(RunPosition):
             self.saver.finish()
         self.callbacks.on_train_end(self)
         if self.stop_switch.reason:
-            advice = ""
-            if self.was_interrupted and self.checkpoint_manager is not None:
-                advice = f"; saved in {self.checkpoint_manager.get_latest()}. Run the same command to resume."
-            self.say(f"stopped at step {self.global_step} of {self.total_steps}: {self.stop_switch.reason}{advice}")
-
-    def _end_finished_run(self) -> None:
-        """Says that there is nothing to do, and saves the end if that failed before."""
-        if self.checkpoint_manager is not None and not self.saver.is_current:
-            self.save_checkpoint()
-        longer = "training.max_steps (or max_epochs), and name it in training.resume_changes"
-        if self.early_stopping is not None and self.early_stopping.should_stop:
-            longer = "training.early_stopping_patience, which ended it"
-        self.say(
-            f"This run is already finished, at step {self.global_step} of {self.total_steps}. To train longer, raise "
-            f"{longer}. To start over, choose another output_dir."
-        )
+            self.say(self._describe_stop())
 
     def leave_group(self) -> None:
         """Leaves the process group for good: nothing can be trained or validated afterwards."""
-        # DDP must not be the last owner of the group (see `kept_groups`), and a group that is left to the end of the
-        # interpreter aborts it if one of its threads is still at work then.
-        self.optimizer_step.model_with_loss = self.model_with_loss = self.accelerator.unwrap_model(self.model_with_loss)
-        self.accelerator.free_memory()
-        kept_groups.clear()
-        self.accelerator.end_training()
-
-    def say(self, text: str) -> None:
-        """Prints a line beside the progress bar, on the main process only."""
-        if self.is_main_process:
-            tqdm.write(text)
+        self.model_with_loss = leave_group(self.accelerator, self.model_with_loss)
+        self.optimizer_step.model_with_loss = self.model_with_loss

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from fundamentallm import Callback, Trainer
 from fundamentallm.data.loaders import device_batches
-from fundamentallm.distributed.compilation import compile_seconds
 
 STOP_AT = "GPU_CHECK_STOP_AT"
 """Environment variable: the step after which `Preempted` ends the run."""
@@ -38,6 +37,8 @@ class Facts(Hook):
 
     def on_train_begin(self, trainer: Trainer) -> None:
         self.waited: list[float] = []
+        self.began: float | None = None
+        self.first_step: float | None = None
         self.cuda = trainer.accelerator.device.type == "cuda"
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -54,13 +55,20 @@ class Facts(Hook):
 
             manager.save_in_background = timed  # type: ignore[method-assign]
 
+    def on_step_begin(self, trainer: Trainer) -> None:
+        now = time.perf_counter()
+        if self.began is None:
+            self.began = now
+        elif self.first_step is None:
+            self.first_step = now - self.began
+
     def on_train_end(self, trainer: Trainer) -> None:
         self.seen = {
             "device": trainer.accelerator.device.type,
             "sharded": trainer.is_sharded,
             "mixed_precision": trainer.accelerator.mixed_precision,
             "compiled": trainer.config.training.compile,
-            "compile_seconds": compile_seconds(),
+            "first_step_seconds": self.first_step,
             "micro_batch_size": trainer.samples.micro_batch_size,
             "peak_bytes": torch.cuda.max_memory_allocated() if self.cuda else None,
             "seconds_waited": self.waited,

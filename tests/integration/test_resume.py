@@ -159,7 +159,7 @@ def test_after_an_exception_no_step_is_made_twice_and_none_is_left_out(tmp_path:
         trainer.train()
     if where in ("update", "schedule"):
         for go_on in (trainer.train, trainer.save_checkpoint):
-            with pytest.raises(CheckpointError, match="step 6 "):
+            with pytest.raises(CheckpointError, match="optimizer changed the weights"):
                 go_on()
         assert trainer.checkpoint_manager is not None
         trainer.checkpoint_manager.wait()  # which an interrupt does not

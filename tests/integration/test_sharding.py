@@ -45,8 +45,9 @@ from fundamentallm.checkpoint.reading import load_checkpoint
 from fundamentallm.checkpoint.snapshot import MODEL_KEY, OPTIMIZER_KEY
 from fundamentallm.commands import checkpoints, generate
 from fundamentallm.distributed.host_group import HostGroup
-from fundamentallm.distributed.prepare import prepare_model
+from fundamentallm.distributed.prepare import place_model, prepare_model
 from fundamentallm.errors import CheckpointError, ConfigError, FundamentaLLMError
+from fundamentallm.models.with_loss import ModelWithLoss
 from fundamentallm.run.folder import LOCK
 from fundamentallm.training.optimizers import create_optimizer
 from tests.integration.runs import (
@@ -129,48 +130,53 @@ def test_bf16_is_near_what_autocast_computes(tmp_path: Path) -> None:
 # ---- how it starts -------------------------------------------------------------------------------------------------
 
 
-def begin_on_meta(processes: int, folder: str, tied: bool) -> None:
+def begin_on_meta(processes: int, folder: str, tied: bool, loads_from_main: bool) -> None:
     config = make_config(folder)
     shape = replace(config.model, vocab_size=50, tie_embeddings=tied)
     torch.manual_seed(3)
     expected = Transformer(shape).state_dict()
     accelerator = sharded_accelerator()
+    accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = loads_from_main
     assert accelerator.num_processes == processes
     with torch.device("meta"):
         model = Transformer(shape)
-    prepare_model(accelerator, model, nn.Identity(), seed=3)
+    place_model(accelerator, model, seed=3)
+    prepare_model(accelerator, ModelWithLoss(model, nn.Identity()), create_optimizer(model, "adamw", 0.1))
     assert not any(parameter.is_meta for parameter in model.parameters())
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) is tied
     assert_same_weights({name: whole(tensor) for name, tensor in model.state_dict().items()}, expected)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_model_without_memory_starts_with_the_weights_of_a_single_process(tmp_path: Path, tied: bool) -> None:
-    on_processes(3, begin_on_meta, str(tmp_path), tied)
+@pytest.mark.parametrize(("tied", "loads_from_main"), [(False, True), (False, False), (True, True)])
+def test_prepare_model_from_meta_starts_with_single_process_weights(
+    tmp_path: Path, tied: bool, loads_from_main: bool
+) -> None:
+    on_processes(3, begin_on_meta, str(tmp_path), tied, loads_from_main)
 
 
 def refused(_: int) -> None:
     accelerator = sharded_accelerator()
     with torch.device("meta"):
         model = nn.Linear(2, 2)
-    with pytest.raises(ConfigError, match=r"a Linear, has parameters on the meta device.*initial_weights\(\)"):
-        prepare_model(accelerator, model, nn.Identity(), 0)
+    with pytest.raises(ConfigError, match=r"Linear.* meta device"):
+        place_model(accelerator, model, 0)
     with torch.device("meta"):
         with_buffer = Transformer(ModelConfig(20, d_model=8, num_heads=2, num_layers=1))
         with_buffer.register_buffer("mask", torch.ones(3))
-    with pytest.raises(ConfigError, match="and no buffer there"):
-        prepare_model(accelerator, with_buffer, nn.Identity(), 0)
+    with pytest.raises(ConfigError, match="without buffers"):
+        place_model(accelerator, with_buffer, 0)
     with torch.device("meta"):
         with_scale = Transformer(ModelConfig(20, d_model=8, num_heads=2, num_layers=1))
         values = list(with_scale.initial_weights())
         with_scale.scale = nn.Parameter(torch.ones(3))
     with_scale.initial_weights = lambda: iter(values)
-    with pytest.raises(ConfigError, match=r"initial_weights\(\) of the model yields nothing for scale, and has to"):
-        prepare_model(accelerator, with_scale, nn.Identity(), 0)
-    with pytest.raises(ConfigError, match=r"activation_checkpointing is true and the model, a Linear, has no method"):
-        prepare_model(accelerator, nn.Linear(2, 2), nn.Identity(), 0, activation_checkpointing=True)
+    with pytest.raises(ConfigError, match="nothing for scale"):
+        place_model(accelerator, with_scale, 0)
+    with pytest.raises(ConfigError, match="gradient_checkpointing_enable"):
+        place_model(accelerator, nn.Linear(2, 2), 0, activation_checkpointing=True)
     accelerator.state.fsdp_plugin.activation_checkpointing = True
-    with pytest.raises(ConfigError, match="activation_checkpointing is False and fsdp_activation_checkpointing"):
-        prepare_model(accelerator, nn.Linear(2, 2), nn.Identity(), 0, activation_checkpointing=False)
+    with pytest.raises(ConfigError, match="fsdp_activation_checkpointing"):
+        place_model(accelerator, nn.Linear(2, 2), 0, activation_checkpointing=False)
 
 
 def test_what_cannot_be_sharded_is_refused() -> None:
@@ -186,7 +192,7 @@ def begin_with_other_draws(processes: int, folder: str) -> None:
         torch.manual_seed(seed)
         models.append(Transformer(shape))
         models[-1].register_buffer("drawn", torch.rand(3))
-    prepare_model(accelerator, models[1], nn.Identity(), seed=0)
+    prepare_model(accelerator, ModelWithLoss(models[1], nn.Identity()), create_optimizer(models[1], "adamw", 0.1))
     assert_same_weights({name: whole(t) for name, t in models[1].state_dict().items()}, models[0].state_dict())
 
 
@@ -219,29 +225,24 @@ def with_own_parts(processes: int, folder: str) -> None:
     assert trainers[0].accelerator.num_processes == processes
     losses = [trainer.get_history()["train_loss"] for trainer in (trainers[0].metrics, trainers[1].metrics)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    for make in (torch.optim.Adagrad, lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9, fused=True)):
-        trained, foreign_to = (Transformer(trainers[0].model.config) for _ in range(2))
-        parts = TrainingConfig(max_steps=3), trainers[0].train_loader
-        used = make(foreign_to.parameters())
-        trainer = Trainer(
-            trained, *parts, callbacks=[], optimizer=make(trained.parameters()), accelerator=trainers[1].accelerator
-        )
-        trainer.train()
-        assert all(isinstance(parameter, DTensor) for parameter in trainer.optimizer.state)
-        for parameter in foreign_to.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        used.step()
-        with pytest.raises(ConfigError, match="the optimizer has taken steps"):
-            Trainer(foreign_to, *parts, callbacks=[], optimizer=used, accelerator=trainers[1].accelerator)
-    foreign = create_optimizer(nn.Linear(2, 2), "sgd", 0.1)
-    with pytest.raises(ConfigError, match="parameters that are not the model's"):
-        Trainer(
-            Transformer(trainers[0].model.config),
-            TrainingConfig(max_steps=6),
-            trainers[0].train_loader,
-            optimizer=foreign,
-            accelerator=trainers[1].accelerator,
-        )
+    parts = TrainingConfig(max_steps=3), trainers[0].train_loader
+    shape, accelerator = trainers[0].model.config, trainers[1].accelerator
+    trained, other, stepped = (Transformer(shape) for _ in range(3))
+    fused = torch.optim.SGD(trained.parameters(), 0.1, momentum=0.9, fused=True)
+    trainer = Trainer(trained, *parts, callbacks=[], optimizer=fused, accelerator=accelerator)
+    trainer.train()
+    assert all(isinstance(parameter, DTensor) for parameter in trainer.optimizer.state)
+    used = create_optimizer(stepped, "sgd", 0.1)
+    for parameter in stepped.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    used.step()
+    for model, optimizer in (
+        (stepped, used),  # has taken a step
+        (other, torch.optim.Adagrad(other.parameters())),  # makes its state at once
+        (other, create_optimizer(nn.Linear(2, 2), "sgd", 0.1)),  # trains another model
+    ):
+        with pytest.raises(ConfigError, match=type(optimizer).__name__):
+            Trainer(model, *parts, callbacks=[], optimizer=optimizer, accelerator=accelerator)
 
 
 def test_an_optimizer_made_before_follows_the_sharded_weights(tmp_path: Path) -> None:

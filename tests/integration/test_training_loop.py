@@ -302,7 +302,7 @@ def test_worker_processes_change_nothing(tmp_path: Path) -> None:
     ("training", "facts"),
     [
         ({"batch_size": 4}, "batch_size is 4.* 8"),
-        ({"max_epochs": 1, "warmup_steps": 6}, "warmup_steps is 6 .* 6 "),
+        ({"max_epochs": 1, "warmup_steps": 6}, "warmup_steps is 6.* 6 "),
         ({"mixed_precision": "fp16"}, "fp16"),
     ],
 )

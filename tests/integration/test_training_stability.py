@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fundamentallm import Callback, LoggingCallback, Trainer, TrainingConfig, TrainingError, create_loss
+from fundamentallm.errors import CheckpointError
 from fundamentallm.training.optimizers import create_optimizer
+from fundamentallm.training.step import skips_on_device
 from tests.integration.runs import PartlyIgnored, assert_same_weights, lines, make_config, make_trainer, on_processes
 from tests.integration.test_training_loop import Bigram
 
@@ -82,7 +87,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
         tmp_path, "gradient", set(range(4, 99)), max_steps=50, max_bad_steps=6, checkpoint_dir=str(tmp_path / "c"),
         save_every_n_steps=2,
     )  # fmt: skip
-    with pytest.raises(TrainingError, match="in 6 optimizer steps in a row"):
+    with pytest.raises(TrainingError, match="6 consecutive"):
         trainer.train()
     assert trainer.global_step == 9
     manager = trainer.checkpoint_manager
@@ -145,3 +150,76 @@ def test_frozen_parameters_stay_as_they_are(tmp_path: Path) -> None:
     Trainer(model, TrainingConfig(max_epochs=2, optimizer="muon"), loader, callbacks=[]).train()
     assert torch.equal(model.embedding.weight, before)
     assert create_optimizer(model, "adamw", 1e-3).param_groups[0]["params"][0] is model.mix.weight
+
+
+class Flagged(torch.optim.Optimizer):
+    """Carries torch's flag for optimizers that skip by `found_inf`, and ignores the attribute."""
+
+    _step_supports_amp_scaling = True
+
+    def __init__(self, params: Iterable[nn.Parameter]) -> None:
+        super().__init__(params, {"lr": 1.0, "fused": True})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.sub_(parameter.grad, alpha=group["lr"])
+
+
+def test_step_clips_and_guards_an_optimizer_that_only_claims_to_skip(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, snapshots = Bigram(), Snapshots()
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trainer = Trainer(
+        model,
+        TrainingConfig(max_steps=3, gradient_clip_norm=1e-3, lr_scheduler="constant", warmup_steps=0),
+        DataLoader(PartlyIgnored(), batch_size=8),
+        callbacks=[snapshots],
+        optimizer=Flagged(model.parameters()),
+        loss_fn=SpoiledLoss("gradient", {2}),
+    )
+    trainer.train()
+    moved = math.sqrt(sum((snapshots.taken[0][name] - start[name]).square().sum().item() for name in start))
+    assert moved == pytest.approx(1e-3, rel=1e-2)  # the clipped gradient at a learning rate of 1
+    assert_same_weights(snapshots.taken[1], snapshots.taken[0])
+
+
+class FailsOnce(Callback):
+    """Raises within the optimizer's step."""
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        def fail(*_: object) -> None:
+            if trainer.global_step == 1:
+                raise RuntimeError("within the update")
+
+        trainer.optimizer.register_step_post_hook(fail)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
+def test_step_leaves_no_attribute_on_the_optimizer(tmp_path: Path, optimizer: str, fails: bool) -> None:
+    config = make_config(tmp_path, optimizer=optimizer, max_steps=2)
+    trainer = make_trainer(config, callbacks=[FailsOnce()] if fails else [])
+    with pytest.raises(RuntimeError, match="within the update") if fails else nullcontext():
+        trainer.train()
+    assert not hasattr(trainer.optimizer, "found_inf")
+    assert not hasattr(trainer.optimizer, "grad_scale")
+    if fails:
+        with pytest.raises(CheckpointError):
+            trainer.train()
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # before the skipped optimizer step
+def test_fused_sgd_of_the_caller_survives_a_skipped_first_step(tmp_path: Path) -> None:
+    """torch's kernel would start from uninitialised momentum."""
+    torch.manual_seed(0)
+    model = Bigram()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
+    assert not skips_on_device(optimizer)
+    config = TrainingConfig(max_steps=3, lr_scheduler="constant", warmup_steps=0)
+    loader = DataLoader(PartlyIgnored(), batch_size=8)
+    loss = SpoiledLoss("loss", {1})
+    Trainer(model, config, loader, callbacks=[], optimizer=optimizer, loss_fn=loss).train()
+    assert skips_on_device(optimizer)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())

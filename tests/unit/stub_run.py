@@ -20,7 +20,7 @@ from fundamentallm.data.sampler import StepSampler
 from fundamentallm.training.metrics import MetricTracker
 
 TEXT = "to be or not to be " * 20
-TOKENIZER = create_tokenizer("char", lambda: [TEXT], lambda: [TEXT])
+TOKENIZER = create_tokenizer("char", TEXT)
 DATASET = TokenDataset(np.array(TOKENIZER.encode(TEXT).ids), 8, TOKENIZER)
 
 

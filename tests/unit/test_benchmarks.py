@@ -40,7 +40,7 @@ def test_figures_follow_from_rate_product_and_time_alone(tmp_path: Path) -> None
     config = config_of(Runs(tmp_path, "cpu"), "1B", 0)
     (tmp_path / "metrics.jsonl").write_text('{"tokens_per_second": 512}\n' * 4)
     for hook, text in {
-        "Facts": '{"compile_seconds": 3, "peak_bytes": null}',
+        "Facts": '{"first_step_seconds": 3, "peak_bytes": null}',
         "ModelAlone": '{"seconds": 0.25}',
         "MatrixProduct": '{"flops_per_second": 1e9}',
     }.items():

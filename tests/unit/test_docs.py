@@ -1,4 +1,4 @@
-"""The documentation: its links lead somewhere, what it names exists, and what can be run is."""
+"""The documentation: links work, names exist, and examples run."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import fundamentallm
 from fundamentallm import CheckpointManager
 from fundamentallm.config.command_line import parse_config, settings
 from fundamentallm.config.schema import Config
+from tests.unit.test_architecture import ROOMS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -29,39 +30,39 @@ def blocks(page: Path, language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As CI builds it: a broken link or anchor, or a page that the navigation lacks, is an error."""
+    """Builds the site. A broken link or anchor, or a page missing in the navigation, is an error."""
     folder = tmp_path_factory.mktemp("site")
     config: Any = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder), strict=True)
     build(config)
     return folder
 
 
-def test_the_site_has_every_setting(site: Path) -> None:
+def test_site_settings_page_lists_every_setting(site: Path) -> None:
     page = (site / "settings" / "index.html").read_text()
     assert {name for name in SETTINGS if f"<code>{name}</code>" not in page} == set()
 
 
-def test_the_site_has_every_public_name_with_what_it_says_of_itself(site: Path) -> None:
+def test_site_api_page_documents_every_public_name(site: Path) -> None:
     page = (site / "api" / "index.html").read_text()
     assert [name for name in fundamentallm.__all__ if f'id="fundamentallm.{name}"' not in page] == []
-    assert "Newton" not in page  # nothing else
+    assert "Newton" not in page  # from the docstring of a private function
     assert "numbers = torch" in re.sub(r"<[^>]+>", "", page)
 
 
-def test_the_site_asks_nobody_else_for_scripts_or_fonts(site: Path) -> None:
+def test_site_loads_nothing_from_other_servers(site: Path) -> None:
     text = "".join(path.read_text() for path in site.rglob("*.html"))
     assert re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=\"https?:[^\"]+", text) == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_links_to_files_of_the_repository_lead_to_one(page: Path) -> None:
+def test_page_links_to_files_that_exist(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)|(?:src|srcset)=\"([^\"]+)\"", page.read_text())
     paths = [one or other for one, other in targets]
     assert [path for path in paths if "://" not in path and not (page.parent / path).exists()] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_what_a_page_names_exists(page: Path) -> None:
+def test_page_names_settings_and_files_that_exist(page: Path) -> None:
     text = page.read_text()
     named = set(re.findall(r"`(?:--)?((?:model|data|training)\.\w+)\b(?!\()", text))
     assert named - SETTINGS - {"training.safetensors", "model.safetensors"} == set()
@@ -72,7 +73,7 @@ def test_what_a_page_names_exists(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_python_on_a_page_is_python_and_imports_what_there_is(page: Path) -> None:
+def test_page_python_compiles_and_imports_public_names(page: Path) -> None:
     for block in blocks(page, "python"):
         compile(block, str(page), "exec")
         for names in re.findall(r"from fundamentallm import \(?([\w,\s]+?)\)?$", block, flags=re.MULTILINE):
@@ -80,13 +81,18 @@ def test_python_on_a_page_is_python_and_imports_what_there_is(page: Path) -> Non
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_yaml_on_a_page_is_a_config(page: Path, tmp_path: Path) -> None:
+def test_page_yaml_is_a_valid_config(page: Path, tmp_path: Path) -> None:
     for block in blocks(page, "yaml"):
         (tmp_path / "config.yaml").write_text(block)
         parse_config(["--config", str(tmp_path / "config.yaml")], check_files=False)
 
 
-def test_the_tutorial_s_python_and_the_numerics_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contributing_lists_the_rooms_in_order() -> None:
+    (rooms,) = re.findall(r"^## Rooms\n(.*?)^## ", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert re.findall(r"^\| `(\w+)` \|", rooms, flags=re.MULTILINE) == [*ROOMS]
+
+
+def test_tutorial_and_numerics_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     for page in ("tutorial", "numerics"):
@@ -102,14 +108,14 @@ DTYPES = {"F32": torch.float32, "F64": torch.float64, "I64": torch.int64, "BF16"
 
 @pytest.fixture(scope="module")
 def read_checkpoint() -> Any:
-    """The reader that the format's specification has."""
+    """Returns the reader of the format's specification."""
     names: dict[str, Any] = {}
     exec(blocks(ROOT / "docs/checkpoint-format.md", "python")[-1], names)
     return names["read_checkpoint"]
 
 
 def plain(state: Any) -> Any:
-    """A state with tensors as the specification's reader gives whole ones."""
+    """Returns a state with its tensors as the specification's reader returns unsharded ones."""
     if isinstance(state, Tensor):
         size = list(state.shape)
         dtype = next(name for name, kind in DTYPES.items() if kind == state.dtype)
@@ -119,7 +125,7 @@ def plain(state: Any) -> Any:
     return type(state)(map(plain, state)) if isinstance(state, (list, tuple)) else state
 
 
-def test_the_specified_reader_reads_what_the_package_reads(tmp_path: Path, read_checkpoint: Any) -> None:
+def test_specified_reader_returns_what_the_package_loads(tmp_path: Path, read_checkpoint: Any) -> None:
     shared = torch.arange(6, dtype=torch.float32).reshape(2, 3)
     state = {
         "model_state_dict": {
@@ -138,11 +144,11 @@ def test_the_specified_reader_reads_what_the_package_reads(tmp_path: Path, read_
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "state.json", "model.safetensors", "config.json"])
-def test_the_specified_reader_refuses_what_is_damaged(tmp_path: Path, read_checkpoint: Any, file: str) -> None:
+def test_specified_reader_damaged_file_raises(tmp_path: Path, read_checkpoint: Any, file: str) -> None:
     state = {"model_state_dict": {"weight": torch.ones(3)}}
     path = CheckpointManager(tmp_path).save(state, "one", files={"config.json": json.dumps({"a": 1})})
     data = bytearray((path / file).read_bytes())
-    data[-3] ^= 1  # the last bracket is at the end
+    data[-3] ^= 1  # not the last byte, which may be a closing bracket
     (path / file).write_bytes(data)
     with pytest.raises((AssertionError, KeyError, ValueError)):
         read_checkpoint(path)

@@ -1,4 +1,4 @@
-"""Every public name is documented, and its examples give what they say."""
+"""Every public name is documented, and its examples give the documented output."""
 
 from __future__ import annotations
 
@@ -17,27 +17,26 @@ def public(name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", fundamentallm.__all__)
-def test_the_examples_of_a_public_name_give_what_they_say(
+def test_public_name_examples_give_their_documented_output(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     examples = doctest.DocTestParser().get_doctest(inspect.getdoc(public(name)) or "", {}, name, None, None)
     assert examples.examples
-    told: list[str] = []
-    doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(examples, out=told.append)
-    assert told == []
+    failures: list[str] = []
+    doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(examples, out=failures.append)
+    assert failures == []
 
 
 @pytest.mark.parametrize("name", fundamentallm.__all__)
-def test_every_method_of_a_public_class_is_documented(name: str) -> None:
+def test_public_class_documents_every_method(name: str) -> None:
     methods = vars(public(name)).items() if inspect.isclass(public(name)) else ()
     public_ones = [(key, value) for key, value in methods if not key.startswith("_") and callable(value)]
     assert [key for key, value in public_ones if not inspect.getdoc(value)] == []
 
 
 @pytest.mark.parametrize("name", fundamentallm.__all__)
-def test_the_docstring_of_a_public_name_explains_every_argument(name: str) -> None:
-    """All of them, by name, wherever it explains any."""
+def test_public_name_with_args_section_lists_every_argument(name: str) -> None:
     thing = public(name)
     text = inspect.getdoc(thing) or ""
     if "\nArgs:" in text:

@@ -136,15 +136,3 @@ def test_a_count_is_added_exactly_whatever_the_type_of_the_sum(dtype: torch.dtyp
     made = mean()
     made.add(torch.tensor(1.0, dtype=dtype), torch.tensor(count))
     assert made.totals.tolist() == [1.0, count]
-
-
-def test_a_running_mean_starts_again_and_goes_on() -> None:
-    made, again = mean(), mean()
-    made.add(torch.tensor(6.0), torch.tensor(3))
-    saved = {key: value.clone() for key, value in made.state_dict().items()}
-    made.reset()
-    assert made.totals.tolist() == [0.0, 0.0]
-    again.load_state_dict(saved)
-    again.add(torch.tensor(1.0), torch.tensor(1))
-    assert again.totals.tolist() == [7.0, 4.0]
-    assert saved["totals"].tolist() == [6.0, 3.0]

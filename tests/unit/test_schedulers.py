@@ -181,35 +181,37 @@ def test_module_and_name_make_a_schedule_with_its_options() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "facts"),
     [
-        ({"warmup_steps": -1}, "warmup_steps is -1; allowed: at least 0"),
-        ({"warmup_steps": 10}, "warmup_steps is 10 and the run has 10 optimizer steps"),
-        ({"warmup_steps": 11}, "warmup_steps is 11 and the run has 10 optimizer steps"),
-        ({"min_lr_ratio": -0.1}, "min_lr_ratio is -0.1; allowed: at least 0 and at most 1"),
-        ({"min_lr_ratio": 1.5}, "min_lr_ratio is 1.5; allowed: at least 0 and at most 1"),
-        ({"min_lr_ratio": math.nan}, "min_lr_ratio is nan; allowed: at least 0 and at most 1"),
-        ({"max_epochs": 0}, "max_epochs x steps_per_epoch is 0; allowed: at least 1"),
-        ({"steps_per_epoch": 0}, "max_epochs x steps_per_epoch is 0; allowed: at least 1"),
-        ({"scheduler_type": "cosin"}, "'cosin'; allowed: constant, cosine.*Did you mean 'cosine'"),
-        ({"scheduler_type": "math:nothing"}, "math:nothing.*cannot be imported"),
-        ({"cycles": 2}, r"lr_scheduler_options has \['cycles'\]; allowed for cosine: none"),
-        ({"scheduler_type": "wsd", "cycles": 2}, r"\['cycles'\]; allowed for wsd: \['decay_fraction'\]"),
+        ({"warmup_steps": -1}, ["warmup_steps", "-1"]),
+        ({"warmup_steps": 10}, ["warmup_steps", "10"]),
+        ({"min_lr_ratio": 1.5}, ["min_lr_ratio", "1.5"]),
+        ({"min_lr_ratio": math.nan}, ["min_lr_ratio", "nan"]),
+        ({"max_epochs": 0}, ["max_epochs", "0"]),
+        ({"steps_per_epoch": 0}, ["steps_per_epoch", "0"]),
+        ({"scheduler_type": "cosin"}, ["lr_scheduler", "'cosin'", "'cosine'"]),
+        ({"scheduler_type": "math:nothing"}, ["math:nothing"]),
+        ({"cycles": 2}, ["lr_scheduler_options", "cycles"]),
+        ({"scheduler_type": "wsd", "cycles": 2}, ["cycles", "decay_fraction"]),
     ],
 )
-def test_a_wrong_setting_is_named_with_what_is_allowed(arguments: Any, message: str) -> None:
+def test_create_scheduler_refuses_a_wrong_setting(arguments: Any, facts: list[str]) -> None:
     settings = {"scheduler_type": "cosine", "max_epochs": 1, "steps_per_epoch": 10} | arguments
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError) as caught:
         create_scheduler(optimizer(), **settings)
+    assert [fact for fact in facts if fact not in str(caught.value)] == []
 
 
-@pytest.mark.parametrize("cycles", [0, -1, 1.5, "2", None])
-def test_cycles_is_a_positive_integer(cycles: Any) -> None:
-    with pytest.raises(ConfigError, match=f"cycles is {cycles!r}; allowed: an integer, at least 1"):
-        create_scheduler(optimizer(), "cosine_with_restarts", 1, 10, cycles=cycles)
-
-
-@pytest.mark.parametrize("fraction", [0, -0.1, 1.1, math.nan, "0.2", None])
-def test_decay_fraction_is_a_positive_fraction(fraction: Any) -> None:
-    with pytest.raises(ConfigError, match=f"decay_fraction is {fraction!r}; allowed: greater than 0 and at most 1"):
-        create_scheduler(optimizer(), "wsd", 1, 10, decay_fraction=fraction)
+@pytest.mark.parametrize(
+    ("name", "option", "values"),
+    [
+        ("cosine_with_restarts", "cycles", (0, -1, 1.5, "2", None)),
+        ("wsd", "decay_fraction", (0, -0.1, 1.1, math.nan, "0.2", None)),
+    ],
+)
+def test_create_scheduler_refuses_an_option_outside_its_range(name: str, option: str, values: Any) -> None:
+    for value in values:
+        with pytest.raises(ConfigError) as caught:
+            create_scheduler(optimizer(), name, 1, 10, **{option: value})
+        (problem,) = caught.value.problems
+        assert (problem.setting, problem.value) == (f"lr_scheduler_options.{option}", value)

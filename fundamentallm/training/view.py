@@ -1,11 +1,14 @@
-"""Where a run is: what a Trainer says about itself."""
+"""What callbacks and other readers see of a Trainer: where the run is, and what they may ask for."""
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
 
 from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from tqdm import tqdm
 
 from fundamentallm.checkpoint.manager import CheckpointManager
 from fundamentallm.config.schema import Config
@@ -16,13 +19,14 @@ from fundamentallm.run.session import Position
 from fundamentallm.run.state import RunState
 from fundamentallm.run.stopping import Stop, StopSwitch
 from fundamentallm.training.early_stopping import EarlyStopping
+from fundamentallm.training.ema import WeightAverage
 from fundamentallm.training.metrics import MetricTracker
 from fundamentallm.training.schedulers import StepSchedule
 from fundamentallm.training.throughput import Throughput
 
 
-class RunPosition:
-    """The read-only side of the Trainer: its step, epoch and end, all of which follow from its state."""
+class TrainerView:
+    """The side of the Trainer that satisfies `RunView`. Everything it says follows from the run's state."""
 
     config: Config
     accelerator: Accelerator
@@ -33,6 +37,7 @@ class RunPosition:
     val_samples: StepSampler | None
     metrics: MetricTracker
     early_stopping: EarlyStopping | None
+    average: WeightAverage | None
     state: RunState
     saver: Saver
     stop_switch: StopSwitch
@@ -115,6 +120,43 @@ class RunPosition:
 
     def _position(self) -> Position:
         return Position(self.global_step, self.total_steps, self.is_finished, self.was_interrupted)
+
+    def request_stop(self, reason: str) -> None:
+        """Stops the run at the end of this step, saved, so that the same command resumes it later.
+
+        If only some of several processes ask in `on_step_end`, the stop takes effect one step later.
+        """
+        self.stop_switch.request(Stop.REQUESTED, reason)
+
+    def request_save(self, is_best: bool = False) -> None:
+        """Saves a checkpoint at the end of this step, after all hooks. All processes have to ask alike."""
+        self.saver.request(is_best)
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """Gives `model` the averaged weights on entry, and its own on exit. Without `ema_decay` it does nothing."""
+        return self.average.applied() if self.average is not None else nullcontext()
+
+    def say(self, text: str) -> None:
+        """Prints a line beside the progress bar, on the main process only."""
+        if self.is_main_process:
+            tqdm.write(text)
+
+    def _describe_stop(self) -> str:
+        """Returns where and why the run stopped, and how to resume it."""
+        advice = ""
+        if self.was_interrupted and self.checkpoint_manager is not None:
+            advice = f"; saved in {self.checkpoint_manager.get_latest()}. Run the same command to resume."
+        return f"stopped at step {self.global_step} of {self.total_steps}: {self.stop_switch.reason}{advice}"
+
+    def _describe_finished_run(self) -> str:
+        """Returns that there is nothing to train, and what would change that."""
+        longer = "training.max_steps (or max_epochs), and name it in training.resume_changes"
+        if self.early_stopping is not None and self.early_stopping.should_stop:
+            longer = "training.early_stopping_patience, which ended it"
+        return (
+            f"This run is already finished, at step {self.global_step} of {self.total_steps}. To train longer, raise "
+            f"{longer}. To start over, choose another output_dir."
+        )
 
     def __repr__(self) -> str:
         """Returns where the run is, and what it trains, on what and how. The host does not wait for the device."""
