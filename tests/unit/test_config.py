@@ -14,8 +14,6 @@ from fundamentallm.config.command_line import settings
 from fundamentallm.config.files import data_problems, file_problems, source_files
 from fundamentallm.config.registry import resolve
 from fundamentallm.config.schema import (
-    AFFECTS_SCHEDULE,
-    FREE_ON_RESUME,
     LOSS_NAMES,
     OPTIMIZER_NAMES,
     SCHEDULE_NAMES,
@@ -24,7 +22,7 @@ from fundamentallm.config.schema import (
     ModelConfig,
     TrainingConfig,
 )
-from fundamentallm.config.validation import RANGES, fits, from_dict, range_problems
+from fundamentallm.config.validation import RANGES, fits, from_dict
 from fundamentallm.errors import CheckpointError, ConfigError, Problem, ProcessLostError, report
 
 HINTS = {name: hint for name, hint, _, _ in settings(Config)}
@@ -129,14 +127,6 @@ def test_from_dict_refuses_zero_outside_its_range() -> None:
             assert problem(setting, 0).allowed == str(allowed)
 
 
-def test_from_dict_takes_fractions_for_floats_only() -> None:
-    for setting in NUMBERS:
-        if setting in FRACTIONAL:
-            assert range_problems(**{setting.rpartition(".")[2]: 0.5}) == []
-        else:
-            assert problem(setting, 1.0).allowed.startswith("an integer")
-
-
 def test_from_dict_takes_null_if_the_type_has_it() -> None:
     for setting, hint in HINTS.items():
         if type(None) in typing.get_args(hint):
@@ -204,30 +194,6 @@ def test_section_made_in_python_is_checked() -> None:
     with pytest.raises(ConfigError) as caught:
         TrainingConfig(learning_rate=-1, optimizer="adamm", max_bad_steps=0)
     assert {found.setting for found in caught.value.problems} == {"learning_rate", "max_bad_steps", "optimizer"}
-
-
-# ---- what may change on resume
-
-FREE = """
-    output_dir callbacks callback_options trackers tracker_options sample_tokens
-    model.init_from model.pretrained model.zero_init_residual data.source data.num_workers data.cache_dir
-    training.micro_batch_size training.activation_checkpointing training.compile training.peak_tflops
-    training.checkpoint_dir training.keep_last_n training.save_every_n_epochs training.save_every_n_steps
-    training.log_every_n_steps training.eval_every_n_epochs training.eval_every_n_steps training.validation_metrics
-    training.early_stopping_patience training.early_stopping_metric training.early_stopping_mode
-    training.early_stopping_min_delta training.max_bad_steps training.max_minutes training.hang_minutes
-    training.resume training.resume_changes
-"""
-SCHEDULE = """
-    training.max_steps training.max_epochs training.learning_rate training.lr_scheduler training.lr_scheduler_options
-    training.warmup_steps training.min_lr_ratio training.batch_size training.batch_size_schedule data.num_samples
-"""
-
-
-def test_settings_free_on_resume_are_those_listed() -> None:
-    assert set(FREE.split()) == FREE_ON_RESUME
-    assert set(SCHEDULE.split()) == AFFECTS_SCHEDULE
-    assert {*HINTS, "data.num_samples"} >= FREE_ON_RESUME | AFFECTS_SCHEDULE  # all others are refused
 
 
 # ---- derived defaults
