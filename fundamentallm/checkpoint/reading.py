@@ -68,7 +68,7 @@ def export_weights(path: Path, folder: Path, raw: bool = False) -> None:
 
     Raises:
         CheckpointError: also if `raw` is given and nothing is averaged.
-        OSError: if the folder cannot be written to.
+        OSError, SafetensorError: if the folder cannot be written to.
     """
     manifest = verify(path)
     with contextlib.ExitStack() as stack:

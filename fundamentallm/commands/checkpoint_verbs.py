@@ -136,7 +136,7 @@ def consolidate_command(options: argparse.Namespace) -> int:
         staging.rename(output)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
-        if isinstance(error, OSError):
+        if isinstance(error, (OSError, SafetensorError)):
             advice = "Free some space, or choose another folder."
             raise CheckpointError(f"{output} cannot be written: {error}. {advice}") from error
         raise
