@@ -290,6 +290,19 @@ def test_source_files_of_a_folder_are_sorted_and_visible(folder: Path, monkeypat
     assert not [path for path in scanned if ".git" in path]  # often holds more files than the text
 
 
+def test_source_with_an_unreadable_folder_names_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:
+        if path.endswith("sub"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    (found,) = data_problems(DataConfig(source=str(folder)))
+    assert str(folder / "sub") in found.reason
+
+
 def test_file_problems_lists_all(folder: Path) -> None:
     config = Config(
         output_dir="a.txt",
