@@ -37,7 +37,7 @@ data = DataConfig(
 corpus = load_corpus(data)
 tokenizer = corpus.tokenizer
 size = tokenizer.get_vocab_size()
-print(f"{len(corpus.train):,} tokens to train on, {size:,} in the vocabulary")
+print(f"{len(corpus.sources[0].train.ids):,} tokens to train on, {size:,} in the vocabulary")
 
 config = Config(
     output_dir="runs/python_sources_smoke" if smoke else "runs/python_sources",

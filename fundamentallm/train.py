@@ -114,7 +114,8 @@ def make_trainer(config: Config) -> Trainer:
 
 def _load_initial_weights(trainer: Trainer, pretrained: Pretrained | None, tokenizer: Tokenizer) -> None:
     """Loads the weights that a new run starts from, if the config names any and no checkpoint will be resumed."""
-    from fundamentallm.run.initial_weights import begin_from_checkpoint, begin_from_pretrained
+    from fundamentallm.checkpoint.reading import load_weights
+    from fundamentallm.run.initial_weights import begin_from_checkpoint
 
     config = trainer.config
     is_given = config.model.init_from is not None or (pretrained is not None and pretrained.shape is not None)
@@ -122,7 +123,7 @@ def _load_initial_weights(trainer: Trainer, pretrained: Pretrained | None, token
         return
     with trainer.group.barrier_with_errors():
         if pretrained is not None:
-            begin_from_pretrained(trainer.state, pretrained)
+            load_weights(pretrained.folder, pretrained.weights, trainer.model, trainer.state.like())
         else:
             begin_from_checkpoint(trainer.state, trainer.group, config.model.init_from or "", tokenizer)
 

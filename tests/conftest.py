@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from hypothesis import HealthCheck, settings
+
+from fundamentallm.errors import ConfigError, Problem
 
 # More threads than cores (pytest beside anything else) make OpenMP spin: seconds instead of milliseconds a step.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -81,3 +84,11 @@ def text() -> str:
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics.values())[:20_000]
+
+
+def problem_of(make: Callable[..., object], *arguments: Any, **settings: Any) -> Problem:
+    """Returns the only problem that the call reports."""
+    with pytest.raises(ConfigError) as error:
+        make(*arguments, **settings)
+    (problem,) = error.value.problems
+    return problem

@@ -1,4 +1,4 @@
-"""Tokenize the data of a config once, on all cores, so that runs start at once. Rerun the command to resume it."""
+"""Tokenize the data of a config once, on all cores, so that runs start at once. A rerun keeps what is finished."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str], program: str) -> int:
     try:
         corpus = load_corpus(config.data)
     except KeyboardInterrupt:
-        print("\nStopped. Rerun the same command to resume.", file=sys.stderr)
+        print("\nStopped. Sources that are finished are kept. Rerun the same command for the others.", file=sys.stderr)
         return INTERRUPTED
     for line in describe(corpus):
         say(line)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import mmap
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +17,12 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
+from fundamentallm.atomic import write_text
 from fundamentallm.config.files import is_prepared
 from fundamentallm.config.schema import DataConfig
 from fundamentallm.config.validation import expand_user
-from fundamentallm.data.encoding import PARTS, SETTINGS, Facts, prepare_source, split_pieces, token_dtype
+from fundamentallm.data.encoding import PARTS, SETTINGS, Facts, progress_bar, split_pieces, token_dtype, write_source
 from fundamentallm.data.sources import SourceFiles, file_states, read_source, resolve_source, source_error, token_blocks
 from fundamentallm.data.tokenizers import create_tokenizer, read_tokenizer
 from fundamentallm.errors import ConfigError, Problem, writing
@@ -62,26 +63,6 @@ class Corpus(NamedTuple):
     end_of_text: int | None
     """The token after each document."""
 
-    @property
-    def train(self) -> NDArray[np.integer]:
-        """Training tokens of the only source."""
-        return self._only().train.ids
-
-    @property
-    def validation(self) -> NDArray[np.integer]:
-        """Validation tokens of the only source."""
-        return self._only().validation.ids
-
-    @property
-    def validation_bytes(self) -> int | None:
-        """UTF-8 bytes of the validation targets of the only source."""
-        return self._only().validation.num_bytes
-
-    def _only(self) -> Source:
-        if len(self.sources) != 1:
-            raise ConfigError(f"The corpus has {len(self.sources)} sources; use `sources` to get each of them.")
-        return self.sources[0]
-
 
 def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
     """Load the sources of `config` as tokens, from the cache if they were encoded before.
@@ -97,29 +78,27 @@ def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
         >>> from fundamentallm import DataConfig, load_corpus
         >>> _ = Path("my.txt").write_text("to be or not to be " * 100)
         >>> corpus = load_corpus(DataConfig(source="my.txt", train_split=0.9), show_progress=False)
-        >>> corpus.tokenizer.decode(corpus.train[:18].tolist()), len(corpus.validation)
+        >>> source = corpus.sources[0]
+        >>> corpus.tokenizer.decode(source.train.ids[:18].tolist()), len(source.validation.ids)
         ('to be or not to be', 190)
     """
-    cache = Path(expand_user(config.cache_dir)) if config.cache_dir else _user_cache()
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fundamentallm"
+    cache = Path(expand_user(config.cache_dir)) if config.cache_dir else user_cache
     weights = config.sources()
     resolved = [resolve_source(config, name) for name in weights]
     raw = [source for source in resolved if source.kind != "prepared"]
     facts = {source.name: _cached_facts(config, source, cache, show_progress) for source in raw}
     folders = {name: cache / key for name, key in _keys(config, facts).items()}
-    opened = {
-        source.name: _open(source.files[0], source.name, weights[source.name], config)
-        if source.kind == "prepared"
-        else _open_cached(folders[source.name], source.name, weights[source.name])
-        for source in resolved
-    }
-    if missing := [source for source in raw if opened[source.name] is None]:
+    for source in resolved:
+        if source.kind == "prepared":
+            (folders[source.name],) = source.files
+            _check_settings(source, config)
+    if missing := [source for source in raw if not _is_ready(folders[source.name])]:
         with writing(cache):
             tokenizer = _make_tokenizer(config, raw, facts, list(folders.values()), show_progress)
             for source in missing:
-                folder, name = folders[source.name], source.name
-                prepare_source(config, source, facts[name], tokenizer, folder, _is_ready, show_progress)
-                opened[name] = _open(folder, name, weights[name])
-    sources = [source for source in opened.values() if source is not None]
+                _encode(config, source, facts[source.name], tokenizer, folders[source.name], show_progress)
+    sources = [_open(folders[name], name, weight) for name, weight in weights.items()]
     if len({(source.folder / "tokenizer.json").read_text(encoding="utf-8") for source in sources}) > 1:
         reason = "which were prepared with different tokenizers"
         raise ConfigError(Problem("data.source", list(weights), "", "Prepare them together.", reason))
@@ -175,16 +154,8 @@ def _cached_facts(config: DataConfig, source: SourceFiles, cache: Path, show_pro
     facts = _read_facts(config, source, show_progress)
     if note is not None and states == file_states(source):  # otherwise it changed while it was read
         with contextlib.suppress(OSError):  # a read-only cache still serves its tokens
-            note.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=note.parent, delete=False) as file:
-                json.dump(facts, file)
-            os.replace(file.name, note)
+            write_text(note, json.dumps(facts))
     return facts
-
-
-def _progress_bar(description: str, is_shown: bool) -> tqdm[Any]:
-    """Make a progress bar that appears after a second, so not for a small text."""
-    return tqdm(desc=description, unit="", unit_scale=True, delay=1, disable=not is_shown)
 
 
 def _read_facts(config: DataConfig, source: SourceFiles, show_progress: bool = False) -> Facts:
@@ -196,7 +167,7 @@ def _read_facts(config: DataConfig, source: SourceFiles, show_progress: bool = F
             size += len(block)
         return Facts(digest.hexdigest(), size, "", [])
     characters = np.zeros(0x110000, dtype=bool)
-    with _progress_bar(f"reading {os.path.basename(source.name)}", show_progress) as bar:
+    with progress_bar("reading", source, show_progress) as bar:
         for piece in read_source(config, source, bad):
             digest.update(piece.text.encode())
             if config.end_of_text is not None and (piece.ends or piece.is_prompt):
@@ -228,16 +199,14 @@ def _make_tokenizer(
     if not config.tokenizer.startswith("bpe:"):
         return create_tokenizer(config.tokenizer, (found.alphabet for found in facts.values()), config.end_of_text)
     for folder in folders:
-        for path in (folder, folder.with_name(f".staging-{folder.name}")):
-            with contextlib.suppress(ConfigError):
-                return read_tokenizer(path / "tokenizer.json")
+        with contextlib.suppress(ConfigError):
+            return read_tokenizer(folder / "tokenizer.json")
 
     def training_text() -> Iterator[str]:
         for source in sources:
             size = int(facts[source.name].size * config.train_split)
-            pieces = split_pieces(read_source(config, source, []), size, by_rows=config.prompt_field is not None)
-            description = f"learning {config.tokenizer} from {os.path.basename(source.name)}"
-            with _progress_bar(description, show_progress) as bar:
+            pieces = split_pieces(read_source(config, source, []), size, config.prompt_field is not None)
+            with progress_bar(f"learning {config.tokenizer} from", source, show_progress) as bar:
                 for part, piece in pieces:
                     if part == 0:
                         bar.update(len(piece.text))
@@ -246,51 +215,52 @@ def _make_tokenizer(
     return create_tokenizer(config.tokenizer, training_text(), config.end_of_text)
 
 
+def _encode(
+    config: DataConfig, source: SourceFiles, facts: Facts, tokenizer: Tokenizer, folder: Path, show_progress: bool
+) -> None:
+    """Make a folder of the cache, completely or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".staging-", dir=folder.parent) as staging:
+        new = Path(staging) / folder.name
+        new.mkdir()
+        write_source(config, source, facts, tokenizer, new, show_progress)
+        try:
+            new.rename(folder)
+        except OSError:  # the folder is damaged, or another process has just made it
+            if not _is_ready(folder):
+                shutil.rmtree(folder)
+                new.rename(folder)
+
+
 def _hash(*parts: object) -> str:
     """Returns 32 hexadecimal digits for values that JSON can hold."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fundamentallm"
-
-
 # ---- opening ------------------------------------------------------------------------------------------------
 
 
-def _open_cached(folder: Path, name: str, weight: float) -> Source | None:
-    """Open a folder of the cache. Returns None if it is missing or damaged."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, ConfigError):
-        return _open(folder, name, weight)
-    return None
-
-
 def _is_ready(folder: Path) -> bool:
-    return _open_cached(folder, "", 1.0) is not None
+    """Returns whether a folder of the cache exists and is complete."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, ConfigError):
+        _open(folder, "", 1.0)
+        return True
+    return False
 
 
-def _open(folder: Path, name: str, weight: float, config: DataConfig | None = None) -> Source:
-    """Open the prepared source in `folder`.
-
-    Raises:
-        FileNotFoundError: if it is missing or incomplete.
-        ConfigError: if it was prepared with other settings than those of `config`, which is None for our own cache.
-    """
-    meta = json.loads((folder / "meta.json").read_text())
-    if config is not None:
-        _check_settings(folder, name, meta["settings"], config)
-    dtype, parts = np.dtype(meta["dtype"]), []
+def _open(folder: Path, name: str, weight: float) -> Source:
+    """Open a prepared source. Raises FileNotFoundError if it is missing or incomplete."""
+    meta, parts = json.loads((folder / "meta.json").read_text()), list[Tokens]()
     for index, part in enumerate(PARTS):
-        ids = _map_file(folder / f"{part}.bin", dtype, meta["tokens"][index])
-        rows = None
+        ids, rows = _map_file(folder / f"{part}.bin", np.dtype(meta["dtype"]), meta["tokens"][index]), None
         if meta["rows"] is not None:
             rows = _map_file(folder / f"{part}.rows.bin", np.dtype(np.int64), 2 * meta["rows"][index]).reshape(-1, 2)
         parts.append(Tokens(ids, rows, meta["validation_bytes"] if part == "validation" else None))
-    train = parts[0].ids
-    if train.nbytes > RANDOM_ACCESS_ABOVE and hasattr(mmap, "MADV_RANDOM"):
-        train.base.madvise(mmap.MADV_RANDOM)  # type: ignore[union-attr]
+    train, validation = parts
+    if train.ids.nbytes > RANDOM_ACCESS_ABOVE and hasattr(mmap, "MADV_RANDOM"):
+        train.ids.base.madvise(mmap.MADV_RANDOM)  # type: ignore[union-attr]
     tokenizer = read_tokenizer(folder / "tokenizer.json")
-    return Source(name, weight, parts[0], parts[1], meta["bad_rows"], tokenizer, folder)
+    return Source(name, weight, train, validation, meta["bad_rows"], tokenizer, folder)
 
 
 def _map_file(path: Path, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
@@ -300,13 +270,15 @@ def _map_file(path: Path, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
     return np.memmap(path, dtype=dtype, mode="r") if count else np.empty(0, dtype)
 
 
-def _check_settings(folder: Path, name: str, made_with: dict[str, Any], config: DataConfig) -> None:
+def _check_settings(source: SourceFiles, config: DataConfig) -> None:
     """Refuse settings that differ from those a source was prepared with."""
+    (folder,) = source.files
+    made_with = json.loads((folder / "meta.json").read_text())["settings"]
     different = {key: made_with[key] for key in SETTINGS if made_with[key] != getattr(config, key)}
     if config.tokenizer.endswith(".json") and "tokenizer" in different:
         given, prepared = (read_tokenizer(path).to_str() for path in (config.tokenizer, folder / "tokenizer.json"))
         if given == prepared:
             del different["tokenizer"]
     if different:
-        allowed = {setting: f"{value!r}, as in the source {name}" for setting, value in different.items()}
+        allowed = {setting: f"{value!r}, as in the source {source.name}" for setting, value in different.items()}
         raise ConfigError([Problem(f"data.{key}", getattr(config, key), text) for key, text in allowed.items()])

@@ -35,8 +35,11 @@ class TokenSamples(Dataset[Batch]):
         tokenizer: the tokenizer of the tokens, stored with checkpoints; None if unknown.
         num_bytes: UTF-8 bytes of the text of all targets, for bits per byte; None if unknown.
         end_of_text: the token after each document; None if there is none.
+        num_cut: number of pairs that are cut off.
+        num_lost: number of those that have no target left.
     """
 
+    num_cut = num_lost = 0
     tokens: NDArray[np.integer]
     sequence_length: int
     tokenizer: Tokenizer | None
@@ -88,8 +91,8 @@ class TokenSamples(Dataset[Batch]):
         raise NotImplementedError
 
     def opening(self) -> NDArray[np.integer]:
-        """Returns a few tokens that a model can continue."""
-        raise NotImplementedError
+        """Returns a few tokens that a model can continue: the first ones."""
+        return self.tokens[: min(32, self.sequence_length)]
 
 
 class TokenDataset(TokenSamples):
@@ -153,10 +156,6 @@ class TokenDataset(TokenSamples):
         """Returns the fingerprint of the tokens and the sequence length."""
         return _digest(f"{len(self.tokens)} {self.sequence_length} ", self.tokens)
 
-    def opening(self) -> NDArray[np.integer]:
-        """Returns the first few tokens."""
-        return self.tokens[: min(32, self.sequence_length)]
-
 
 class PairDataset(TokenSamples):
     """Prompts with their answers, each pair a sample. Targets are the answer and the end-of-text token after it.
@@ -169,10 +168,6 @@ class PairDataset(TokenSamples):
         rows: (pairs, 2): the index of each answer's first token, and of the one after its end.
 
     The other arguments are the attributes of `TokenSamples`.
-
-    Attributes:
-        num_cut: number of pairs that are cut off.
-        num_lost: number of those that have no target left.
 
     Raises:
         ConfigError: if there are no pairs, or none has a target left.
@@ -235,13 +230,6 @@ class MixedDataset(TokenSamples):
     Args:
         datasets: the datasets by name, all with the same sequence length and tokenizer.
         weights: relative number of samples from each; None: each sample once.
-
-    Attributes:
-        num_cut: number of pairs that are cut off.
-        num_lost: number of those that have no target left.
-
-    Raises:
-        ConfigError: if the weights make an epoch too long to count.
     """
 
     def __init__(self, datasets: Mapping[str, TokenSamples], weights: Sequence[float] | None = None) -> None:
@@ -251,18 +239,12 @@ class MixedDataset(TokenSamples):
         self.end_of_text = first.end_of_text
         sizes = [dataset.num_bytes for dataset in self.datasets]
         self.num_bytes = sum(size or 0 for size in sizes) if None not in sizes else None
-        self.num_cut = sum(getattr(dataset, "num_cut", 0) for dataset in self.datasets)
-        self.num_lost = sum(getattr(dataset, "num_lost", 0) for dataset in self.datasets)
+        self.num_cut = sum(dataset.num_cut for dataset in self.datasets)
+        self.num_lost = sum(dataset.num_lost for dataset in self.datasets)
         self.sizes = self.counts = np.array([len(dataset) for dataset in self.datasets])
         if weights is not None:
-            ratios = [len(dataset) / weight for dataset, weight in zip(self.datasets, weights, strict=True)]
-            per_weight, rarest = max(zip(ratios, self.names, strict=True))
-            length = per_weight * sum(weights)
-            if length * int(self.sizes.max()) >= 2.0**62:  # the product in `_find` would overflow
-                reason = f"whose weight makes an epoch, in which each of its samples occurs, {length:.3g} samples long"
-                raise ConfigError(Problem("data.source", rarest, "a larger weight", "", reason))
-            wanted = [round(per_weight * weight) for weight in weights]
-            self.counts = np.maximum(self.sizes, wanted)
+            per_weight = max(len(dataset) / weight for dataset, weight in zip(self.datasets, weights, strict=True))
+            self.counts = np.maximum(self.sizes, [round(per_weight * weight) for weight in weights])
         self._ends = self.counts.cumsum()
 
     def __len__(self) -> int:

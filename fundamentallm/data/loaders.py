@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import signal
@@ -42,8 +43,6 @@ def step_sampler(
 
     Args:
         name: "train_loader" or "val_loader". Only a training batch may not be larger than the dataset.
-        loader: the DataLoader.
-        seed: seed of the order, if the loader shuffles.
 
     The other arguments are those of `StepSampler`.
 
@@ -53,28 +52,20 @@ def step_sampler(
     if problem := _loader_problem(loader):
         raise ConfigError(Problem("", loader, advice=f"{name} {problem}"))
     num_samples, batch_size = len(loader.dataset), loader.batch_size or 0  # type: ignore[arg-type]
-    if name == "train_loader":
-        sizes = [("training.batch_size", batch_size), *(("training.batch_size_schedule", size) for _, size in schedule)]
-        reason = f"more than the {num_samples} samples of the training data"
-        if problems := [
-            Problem(setting, size, f"at most {num_samples}", "Lower it, or give more data.", reason)
-            for setting, size in sizes
-            if size > num_samples
-        ]:
-            raise ConfigError(problems)
+    sizes = [("training.batch_size", batch_size), *(("training.batch_size_schedule", size) for _, size in schedule)]
+    reason = f"more than the {num_samples} samples of the training data"
+    problems = [
+        Problem(setting, size, f"at most {num_samples}", "Lower it, or give more data.", reason)
+        for setting, size in sizes
+        if name == "train_loader" and size > num_samples
+    ]
+    if problems:
+        raise ConfigError(problems)
     if len(loader) == 0:
         raise ConfigError(Problem("", loader, advice=f"{name} has {num_samples} samples, too few for one batch."))
-    return StepSampler(
-        num_samples=num_samples,
-        batch_size=batch_size,
-        seed=seed if isinstance(loader.sampler, RandomSampler) else None,
-        process_index=process_index,
-        num_processes=num_processes,
-        micro_batch_size=micro_batch_size,
-        drop_last=loader.drop_last,
-        pad=pad,
-        schedule=schedule,
-    )
+    order_seed = seed if isinstance(loader.sampler, RandomSampler) else None
+    layout = process_index, num_processes, micro_batch_size
+    return StepSampler(num_samples, batch_size, order_seed, *layout, loader.drop_last, pad, schedule)
 
 
 def _loader_problem(loader: DataLoader[Any]) -> str | None:
@@ -93,23 +84,17 @@ def _loader_problem(loader: DataLoader[Any]) -> str | None:
     return None
 
 
-class _IgnoreSignals:
-    """Initialises a worker process so that signals to the whole process group do not end it: the run decides when.
+def _start_worker(init: Callable[[int], None] | None, worker_id: int) -> None:
+    """Start a worker process so that signals to the whole process group do not end it: the run decides when.
 
-    A second SIGTERM ends it, since that is how torch ends a worker that hangs. (A class rather than a closure, so that
-    it can be sent to spawned workers.)
+    A second SIGTERM ends it, since that is how torch ends a worker that hangs.
     """
-
-    def __init__(self, init: Callable[[int], None] | None) -> None:
-        self.init = init
-
-    def __call__(self, worker_id: int) -> None:
-        for name in ("SIGINT", "SIGUSR1"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
-        if self.init is not None:
-            self.init(worker_id)
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
+    if init is not None:
+        init(worker_id)
 
 
 def load(
@@ -131,7 +116,7 @@ def load(
         num_workers=loader.num_workers,
         pin_memory=pin_memory,
         timeout=loader.timeout,
-        worker_init_fn=_IgnoreSignals(loader.worker_init_fn),
+        worker_init_fn=functools.partial(_start_worker, loader.worker_init_fn),
         multiprocessing_context=loader.multiprocessing_context,
         prefetch_factor=loader.prefetch_factor,
         # Without a generator of its own, iter() would draw from the global one.
@@ -219,12 +204,12 @@ def create_dataloaders(
         corpus = text_or_tokens._replace(tokenizer=tokenizer or text_or_tokens.tokenizer)
         train, validation = corpus_samples(corpus, length, train_split < 1)
     else:
-        if isinstance(text_or_tokens, str):
-            train_ids, val_ids, val_bytes = _encode_text(text_or_tokens, tokenizer, train_split)
-        else:
-            train_ids, val_ids, val_bytes = _split_tokens(text_or_tokens, tokenizer, train_split)
-        train = TokenDataset(train_ids, length, tokenizer)
-        validation = TokenDataset(val_ids, length, tokenizer, val_bytes) if train_split < 1 else None
+        split = _encode_text if isinstance(text_or_tokens, str) else _split_tokens
+        parts = split(text_or_tokens, tokenizer, train_split)
+        train = TokenDataset(parts.train, length, tokenizer)
+        validation = None
+        if train_split < 1:
+            validation = TokenDataset(parts.validation, length, tokenizer, parts.validation_bytes)
     batch_size = config.resolved().training.batch_size
     options: dict[str, Any] = {"batch_size": batch_size, "num_workers": config.data.num_workers, "collate_fn": collate}
     train_loader = DataLoader(train, shuffle=True, **options)
@@ -262,11 +247,16 @@ def _of_source(problem: Problem, name: str) -> Problem:
     return Problem(problem.setting, problem.value, problem.allowed, problem.advice, reason)
 
 
-Parts = tuple[NDArray[np.integer], NDArray[np.integer], int | None]
-"""Training tokens, validation tokens, and UTF-8 bytes of the validation targets (None: unknown)."""
+class Parts(NamedTuple):
+    """A text or token ids, split and encoded."""
+
+    train: NDArray[np.integer]
+    validation: NDArray[np.integer]
+    validation_bytes: int | None
+    """UTF-8 bytes of the text of the validation targets, or None if unknown."""
 
 
-def _encode_text(text: str, tokenizer: Tokenizer | None, train_split: float) -> Parts:
+def _encode_text(text: Any, tokenizer: Tokenizer | None, train_split: float) -> Parts:
     if tokenizer is None:
         raise ConfigError(Problem("tokenizer", None, "a tokenizer, if the data is a text"))
     cut = int(len(text) * train_split)
@@ -274,7 +264,7 @@ def _encode_text(text: str, tokenizer: Tokenizer | None, train_split: float) -> 
         np.concatenate([np.empty(0, np.uint16), *(ids for _, ids in encode_pieces(tokenizer, pieces))])
         for pieces in map(read_pieces, (io.StringIO(text[:cut], newline=""), io.StringIO(text[cut:], newline="")))
     )
-    return train, validation, len(text[cut:].encode()) - num_bytes(tokenizer, validation[:1])
+    return Parts(train, validation, len(text[cut:].encode()) - num_bytes(tokenizer, validation[:1]))
 
 
 def _split_tokens(tokens: Any, tokenizer: Tokenizer | None, train_split: float) -> Parts:
@@ -286,6 +276,4 @@ def _split_tokens(tokens: Any, tokenizer: Tokenizer | None, train_split: float) 
         allowed = f"0 to {tokenizer.get_vocab_size() - 1}, the tokenizer's vocabulary"
         raise ConfigError(Problem("tokens", (int(tokens.min()), int(tokens.max())), allowed))
     train, validation = np.split(tokens, [int(len(tokens) * train_split)])
-    if tokenizer is None:
-        return train, validation, None
-    return train, validation, num_bytes(tokenizer, validation[1:])
+    return Parts(train, validation, None if tokenizer is None else num_bytes(tokenizer, validation[1:]))

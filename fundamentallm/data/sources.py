@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import io
+import collections
+import itertools
 import json
 import os
 import time
@@ -43,13 +44,6 @@ class SourceFiles(NamedTuple):
     """The files, sorted; the folder of a prepared source; empty for a dataset."""
 
 
-class Position(NamedTuple):
-    """Where reading a source can start: the index of a file, and the offset in it (bytes, or rows of a table)."""
-
-    file: int = 0
-    offset: int = 0
-
-
 class Piece(NamedTuple):
     """A segment of text that is tokenized at once."""
 
@@ -58,18 +52,15 @@ class Piece(NamedTuple):
     """Whether it is the prompt of a pair, whose answer comes next."""
     ends: bool = False
     """Whether a document, or a pair, ends with it."""
-    after: Position | None = None
-    """Position of the next piece, or None if reading cannot start there."""
 
 
-class BadRow(NamedTuple):
-    """A row, or a text file, that cannot be read."""
+class BadRow(str):
+    """Names a row, or a text file, that cannot be read, and says why."""
 
-    where: str
-    why: str
+    __slots__ = ()
 
 
-Row = dict[str, Any] | BadRow
+Row = dict[str, Any] | str
 """Fields by name, or why there are none."""
 
 
@@ -99,36 +90,30 @@ def resolve_source(config: DataConfig, name: str) -> SourceFiles:
     return SourceFiles(name, kind_of_file(files[0]), files)
 
 
-def read_source(
-    config: DataConfig,
-    source: SourceFiles,
-    bad: list[str],
-    start: Position = Position(),  # noqa: B008
-) -> Iterator[Piece]:
-    """Yield the text of a source from a position on, in pieces, and append what cannot be read to `bad`.
+def read_source(config: DataConfig, source: SourceFiles, bad: list[str]) -> Iterator[Piece]:
+    """Yield the text of a source in pieces, and append what cannot be read to `bad`.
 
     If `config.end_of_text` is null, the documents form one text, with an empty line between them.
 
     Raises:
         ConfigError: if a file cannot be opened, or more than `config.max_bad_rows` rows are bad.
     """
-    is_first = start == Position()
-    is_at_document = start.offset == 0 or source.kind in ("rows", "dataset")
-    for piece in _pieces(config, source, start):
+    has_ended = False
+    for piece in _pieces(config, source):
         if isinstance(piece, BadRow):
-            bad.append(f"{piece.where} {piece.why}")
+            bad.append(piece)
             if len(bad) > config.max_bad_rows:
                 reason = f"which has at least {len(bad)} unreadable rows: {'; '.join(bad[-NAMED:])}"
                 allowed = f"data.max_bad_rows = {config.max_bad_rows} of them"
                 raise source_error(source.name, reason, allowed, "Correct them, or raise data.max_bad_rows.")
             continue
-        if config.end_of_text is None and is_at_document and not is_first:
+        if config.end_of_text is None and has_ended:
             yield Piece(BETWEEN)
-        is_first, is_at_document = False, piece.ends
+        has_ended = piece.ends
         yield piece
 
 
-def _pieces(config: DataConfig, source: SourceFiles, start: Position) -> Iterator[Piece | BadRow]:
+def _pieces(config: DataConfig, source: SourceFiles) -> Iterator[Piece | BadRow]:
     if source.kind == "built-in":
         from pydoc_data.topics import topics
 
@@ -137,17 +122,16 @@ def _pieces(config: DataConfig, source: SourceFiles, start: Position) -> Iterato
         yield from (Piece(text + end, ends=has_token) for text in topics.values())
         return
     if source.kind == "dataset":
-        yield from _documents(config, 0, _dataset_rows(config, source.name, start.offset), source.name)
+        yield from _documents(config, _dataset_rows(config, source.name), source.name)
         return
-    for number, path in enumerate(source.files[start.file :], start.file):
-        offset = start.offset if number == start.file else 0
+    for path in source.files:
         try:
             if path.suffix.lower() == ".jsonl":
-                yield from _documents(config, number, _json_rows(path, offset), str(path))
+                yield from _documents(config, _json_rows(path), str(path))
             elif path.suffix.lower() == ".parquet":
-                yield from _documents(config, number, _table_rows(config, path, offset), str(path))
+                yield from _documents(config, _table_rows(config, path), str(path))
             else:
-                yield from _text_pieces(config, number, path, offset)
+                yield from _text_pieces(config, path)
         except OSError as error:
             raise source_error(source.name, f"whose file {path} cannot be read: {error}") from error
         except UnicodeDecodeError as error:
@@ -161,25 +145,23 @@ def read_pieces(file: TextIO) -> Iterator[str]:
         yield piece + file.readline()
 
 
-def _text_pieces(config: DataConfig, number: int, path: Path, offset: int) -> Iterator[Piece | BadRow]:
+def _text_pieces(config: DataConfig, path: Path) -> Iterator[Piece | BadRow]:
     """Yield a text file as one document, with the line ends as they are."""
-    if config.max_bad_rows and offset == 0:  # a bad file is skipped as a whole, so check it before using any of it
-        try:
-            with path.open(encoding="utf-8", newline="") as file:
-                for _ in read_pieces(file):
-                    pass
-        except UnicodeDecodeError as error:
-            yield BadRow(str(path), f"is not UTF-8 text: {error}")
-            return
-    with path.open("rb") as raw, io.TextIOWrapper(raw, encoding="utf-8", newline="") as file:
-        size = os.fstat(raw.fileno()).st_size
-        if size == 0 and config.end_of_text is None:
-            yield Piece("", ends=True, after=Position(number + 1))  # an empty document has its separator too
-        raw.seek(offset)
+    with path.open(encoding="utf-8", newline="") as file:
+        if config.max_bad_rows:  # a bad file is skipped as a whole, so check it before using any of it
+            try:
+                collections.deque(read_pieces(file), maxlen=0)
+            except UnicodeDecodeError as error:
+                yield BadRow(f"{path} is not UTF-8 text: {error}")
+                return
+            file.seek(0)
+        last = None
         for text in read_pieces(file):
-            offset += len(text.encode())
-            is_last = offset >= size
-            yield Piece(text, ends=is_last, after=Position(number + 1) if is_last else Position(number, offset))
+            if last is not None:
+                yield Piece(last)
+            last = text
+        if last is not None or config.end_of_text is None:  # an empty document has its separator too
+            yield Piece(last or "", ends=True)
 
 
 def token_blocks(
@@ -210,23 +192,19 @@ def token_blocks(
             yield path, np.asarray(tokens[begin : begin + TOKENS_AT_ONCE])
 
 
-def _documents(
-    config: DataConfig, number: int, rows: Iterable[tuple[str, int, Row]], name: str
-) -> Iterator[Piece | BadRow]:
-    """Turn rows, each with its name and the offset of the next one, into documents."""
+def _documents(config: DataConfig, rows: Iterable[tuple[str, Row]], name: str) -> Iterator[Piece | BadRow]:
+    """Turn rows, each with its position for people to read, into documents."""
     fields = [config.text_field] if config.prompt_field is None else [config.prompt_field, config.text_field]
-    for where, offset, row in rows:
-        after = Position(number, offset)
-        where = f"{name}, {where}"
-        if isinstance(row, BadRow):
-            yield row._replace(where=where)
+    for position, row in rows:
+        if isinstance(row, str):
+            yield BadRow(f"{name}, {position} {row}")
         elif why := _why_bad(row, fields):
-            yield BadRow(where, why)
+            yield BadRow(f"{name}, {position} {why}")
         elif len(fields) == 2:
             yield Piece(row[fields[0]], is_prompt=True)
-            yield Piece(row[fields[1]], ends=True, after=after)
+            yield Piece(row[fields[1]], ends=True)
         elif row[fields[0]]:  # an empty text is no document
-            yield Piece(row[fields[0]], ends=True, after=after)
+            yield Piece(row[fields[0]], ends=True)
 
 
 def _why_bad(row: dict[str, Any], fields: list[str]) -> str | None:
@@ -245,24 +223,22 @@ def _why_bad(row: dict[str, Any], fields: list[str]) -> str | None:
     return None
 
 
-def _json_rows(path: Path, offset: int) -> Iterator[tuple[str, int, Row]]:
+def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
     with path.open("rb") as file:
-        file.seek(offset)
-        for number, line in enumerate(file, start=1):  # counted from `offset`: bad rows are reported by a whole read
-            offset += len(line)
+        for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             row: Row
             try:
                 row = json.loads(line)
                 if not isinstance(row, dict):
-                    row = BadRow("", f"is a {type(row).__name__}, not an object")
+                    row = f"is a {type(row).__name__}, not an object"
             except (ValueError, RecursionError) as error:  # ValueError: also not UTF-8
-                row = BadRow("", f"is not JSON: {error}")
-            yield f"line {number:,}", offset, row
+                row = f"is not JSON: {error}"
+            yield f"line {number:,}", row
 
 
-def _table_rows(config: DataConfig, path: Path, first: int) -> Iterator[tuple[str, int, Row]]:
+def _table_rows(config: DataConfig, path: Path) -> Iterator[tuple[str, Row]]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -271,27 +247,22 @@ def _table_rows(config: DataConfig, path: Path, first: int) -> Iterator[tuple[st
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = _columns(config, str(path), file.schema_arrow.names)
-            row = 0
-            for group in range(file.num_row_groups):
-                end = row + file.metadata.row_group(group).num_rows
-                if end > first:
-                    for batch in file.iter_batches(ROWS_AT_ONCE, [group], columns):
-                        for values in batch.to_pylist():
-                            row += 1
-                            if row > first:
-                                yield f"row {row - 1:,}", row, values
-                row = end
+            batches = file.iter_batches(ROWS_AT_ONCE, columns=columns)
+            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+            for number, row in enumerate(rows):
+                yield f"row {number:,}", row
     except pyarrow.ArrowException as error:
         raise source_error(str(path), f"which cannot be read as Parquet: {error}") from error
 
 
-def _dataset_rows(config: DataConfig, source: str, first: int) -> Iterator[tuple[str, int, Row]]:
+def _dataset_rows(config: DataConfig, source: str) -> Iterator[tuple[str, Row]]:
     dataset = open_dataset(source)
-    dataset = dataset.select_columns(_columns(config, source, dataset.column_names)).skip(first)
-    for batch in dataset.iter(ROWS_AT_ONCE):
-        for values in zip(*batch.values(), strict=True):
-            first += 1
-            yield f"row {first - 1:,}", first, dict(zip(batch, values, strict=True))
+    columns = _columns(config, source, dataset.column_names)
+    # By the batch: iterating over rows takes a hundred times as long.
+    batches = dataset.select_columns(columns).iter(ROWS_AT_ONCE)
+    rows = itertools.chain.from_iterable(zip(*(batch[name] for name in columns), strict=True) for batch in batches)
+    for number, values in enumerate(rows):
+        yield f"row {number:,}", dict(zip(columns, values, strict=True))
 
 
 def _columns(config: DataConfig, name: str, existing: list[str]) -> list[str]:

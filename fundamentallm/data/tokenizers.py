@@ -112,15 +112,9 @@ def unknown_token(tokenizer: Tokenizer) -> int | None:
 
 def lacking_characters(tokenizer: Tokenizer, text: str, known: set[str], unknown: int | None) -> list[str]:
     """List the characters of `text` that the vocabulary lacks: they encode to the unknown token, to part of a
-    character, or to nothing.
+    character, or to nothing. Those in `known` are not checked again, and those found in the vocabulary are added to it.
 
     White space that encodes to nothing is not listed, since some tokenizers drop it on purpose.
-
-    Args:
-        tokenizer: the tokenizer.
-        text: the text.
-        known: characters known to be in the vocabulary; those found here are added.
-        unknown: the `unknown_token`.
     """
     lacking, only_in_words = [], set()
     for character in set(text) - known:

@@ -5,6 +5,7 @@ Nothing is downloaded, no code that comes with a model is run, and no pickled we
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -96,20 +97,19 @@ class Pretrained(NamedTuple):
         return texts
 
 
+def _refusal(setting: str, value: str, reason: str, advice: str = "", allowed: str = "") -> ConfigError:
+    return ConfigError(Problem(setting, value, allowed, advice, reason))
+
+
 def find_pretrained(name: str, setting: str = "model.pretrained") -> Pretrained:
     """Find the folder `name`, or what the local Hugging Face cache holds under that name.
 
-    Args:
-        name: a path, or a name in the cache.
-        setting: the setting that gave it, for errors.
+    Errors name the `setting` that gave it.
 
     Raises:
         ConfigError: if there is neither, or it cannot be used without running, unpickling or downloading anything.
     """
-
-    def refusal(reason: str, advice: str = "", allowed: str = "") -> ConfigError:
-        return ConfigError(Problem(setting, name, allowed, advice, reason))
-
+    refusal = functools.partial(_refusal, setting, name)
     folder = Path(expand_user(name))
     if not os.path.isdir(folder):
         if os.path.lexists(folder) or folder.is_absolute() or name.startswith((".", "~")):
@@ -202,10 +202,7 @@ def transformers_model(pretrained: Pretrained) -> nn.Module:
     Raises:
         ConfigError: if transformers is not installed or does not know the model, or weights are missing.
     """
-
-    def refusal(reason: str, advice: str = "", allowed: str = "") -> ConfigError:
-        return ConfigError(Problem("model.pretrained", str(pretrained.folder), allowed, advice, reason))
-
+    refusal = functools.partial(_refusal, "model.pretrained", str(pretrained.folder))
     try:
         import transformers
     except ImportError as error:

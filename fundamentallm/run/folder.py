@@ -33,7 +33,7 @@ def locked(folders: Iterable[Path]) -> Iterator[None]:
     The lock file stays: if it was removed, two processes could each lock a file of their own.
 
     Raises:
-        RunInProgressError: if another run uses a folder; it names the process.
+        RunInProgressError: if another run uses a folder.
         OSError: if a folder cannot be created or written to.
     """
     with contextlib.ExitStack() as stack:

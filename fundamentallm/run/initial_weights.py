@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 from torch import nn
@@ -20,19 +19,15 @@ from fundamentallm.errors import CheckpointError, ConfigError, Problem
 from fundamentallm.models.transformers_format import TOKENIZER, Pretrained, find_pretrained, transformers_model
 from fundamentallm.run.state import RunState
 
-if TYPE_CHECKING:
-    pass
-
 BESIDE = ("init_from", "pretrained", "dropout")
 """Settings of the model that do not belong to its shape."""
 
 
 def open_pretrained(config: Config) -> tuple[Config, Pretrained | None, nn.Module | None]:
-    """Opens the folder that `model.pretrained` names, on all processes together.
+    """Opens the folder that `model.pretrained` names, if any, on all processes together.
 
     Returns:
-        The config completed from the folder, the folder, and the model if transformers makes it. Without
-        `model.pretrained`: the config as it is, and None twice.
+        The config completed from the folder, the folder, and the model if transformers makes it.
 
     Raises:
         ConfigError: if it cannot be opened, or contradicts other settings.
@@ -105,15 +100,6 @@ def _tokenizer(spec: str, theirs: Path) -> str:
         reason = f"and {theirs.parent} was trained with another tokenizer"
         raise ConfigError(Problem("data.tokenizer", spec, advice="Leave it out.", reason=reason))
     return spec
-
-
-def begin_from_pretrained(state: RunState, pretrained: Pretrained) -> None:
-    """Loads the folder's weights into our `Transformer`.
-
-    Raises:
-        CheckpointError: if they are damaged, or do not fit its config.json.
-    """
-    load_weights(pretrained.folder, pretrained.weights, state.model, state.like())
 
 
 def begin_from_checkpoint(state: RunState, group: HostGroup, init_from: str, tokenizer: Tokenizer) -> None:

@@ -44,17 +44,13 @@ def numbers(line: dict[str, Any]) -> dict[str, float]:
 
 
 def rewind(
-    path: Path,
-    step: int | None = None,
-    is_repeated: Callable[[dict[str, Any]], bool] = lambda line: False,
-    keep_copy: bool = False,
+    path: Path, is_kept: Callable[[dict[str, Any]], bool] = lambda line: True, keep_copy: bool = False
 ) -> Path | None:
     """Drop the lines that a resumed run writes again, and a last line that a kill has torn.
 
     Args:
-        path: of the file; it may be missing.
-        step: step that the run resumes from: lines of later steps are dropped. None: all valid lines are kept.
-        is_repeated: whether a line of `step` itself is written again.
+        path: the file; it may be missing.
+        is_kept: returns False for a valid line that is to be dropped.
         keep_copy: copy the file first if any line is dropped. Invalid lines other than the last one were written
             by another program, so the file is copied before they are dropped in any case.
 
@@ -68,17 +64,13 @@ def rewind(
         lines = list(_lines(path))
         if not lines:
             return None
-        kept = [text for text, line in lines if line is not None and not _is_after(line, step, is_repeated)]
+        kept = [text for text, line in lines if line is not None and is_kept(line)]
         is_damaged = any(line is None for _, line in lines[:-1])
         copy = _free_name(path) if is_damaged or (keep_copy and len(kept) < len(lines)) else None
         if copy is not None:
             shutil.copy2(path, copy)
         write_text(path, "".join(kept))
     return copy
-
-
-def _is_after(line: dict[str, Any], step: int | None, is_repeated: Callable[[dict[str, Any]], bool]) -> bool:
-    return step is not None and (line["step"] > step or (line["step"] == step and is_repeated(line)))
 
 
 def _free_name(path: Path) -> Path:

@@ -34,7 +34,10 @@ class Progress:
         self._loss_sum, self._loss_count = self.loss.unbind()  # views
         self.validation_due = False
         self.origin: str | None = None
-        self.segments = [{**data_order(samples), "content": content, "start": list(samples.start)}]
+        order = {
+            name: getattr(samples, name) for name in ("num_samples", "batch_size", "seed", "drop_last", "schedule")
+        }
+        self.segments = [{**order, "content": content, "start": list(samples.start)}]
 
     def count(self, loss: Tensor, num_targets: Tensor) -> None:
         """Counts one optimizer step: its loss summed over targets, and its number of targets (scalars)."""
@@ -67,18 +70,10 @@ class Progress:
         Raises:
             ValueError: if the state is not that of a run.
         """
-        before, now = state["stretches"][-1], self.segments[-1]
-        step = state["step"]
-        if not isinstance(step, int) or step < 0:
-            raise ValueError(f"the step is {step!r}; allowed: a whole number, at least 0.")
+        before, now, step = state["stretches"][-1], self.segments[-1], state["step"]
         saved = sampler_of(before)
-        for name, mine, shape in (
-            ("tokens", self.tokens, state["tokens"].shape),
-            ("loss", self.loss, state["loss"]["totals"].shape),
-        ):
-            if shape != mine.shape:
-                raise ValueError(f"{name} has shape {tuple(shape)}; allowed: {tuple(mine.shape)}.")
-        _check_start(saved, step)
+        if not isinstance(step, int) or step < saved.start.step:
+            raise ValueError(f"step {step!r} is before the start of its segment, {saved.start}.")
         if state["samples"] != saved.samples_before(step):
             raise ValueError(f"step {step} comes after {saved.samples_before(step)} samples, not {state['samples']}.")
         if _without_start(before) == _without_start(now):
@@ -95,13 +90,12 @@ class Progress:
         self.loss.copy_(state["loss"]["totals"])
 
 
-def data_order(samples: StepSampler) -> dict[str, Any]:
-    """Returns what the order of samples and batches follows from."""
-    return {name: getattr(samples, name) for name in ("num_samples", "batch_size", "seed", "drop_last", "schedule")}
-
-
 def sampler_of(segment: dict[str, Any]) -> StepSampler:
-    """Returns the batches of a segment, over all processes."""
+    """Returns the batches of a segment, over all processes.
+
+    Raises:
+        ValueError: if no run can start where the segment does.
+    """
     sampler = StepSampler(
         segment["num_samples"],
         segment["batch_size"],
@@ -109,7 +103,11 @@ def sampler_of(segment: dict[str, Any]) -> StepSampler:
         drop_last=segment["drop_last"],
         schedule=segment.get("schedule", ()),  # missing in the earliest checkpoints
     )
-    sampler.start = Start(*segment["start"])
+    sampler.start = start = Start(*segment["start"])
+    # An index outside the epoch's order names no sample, and the permutation would never end.
+    is_valid = all(type(number) is int and number >= 0 for number in start) and start.place < sampler.num_samples
+    if not is_valid or min(sampler.sizes) < 1:
+        raise ValueError(f"no run of {sampler.num_samples} samples in batches of {sampler.sizes} starts at {start}.")
     return sampler
 
 
@@ -120,12 +118,3 @@ def _without_start(segment: dict[str, Any]) -> dict[str, Any]:
 def _sample_order(segment: dict[str, Any]) -> tuple[Any, ...]:
     """Returns what an index within an epoch refers to: the order of the training samples."""
     return segment["num_samples"], segment["seed"], segment["drop_last"], segment["content"][0]
-
-
-def _check_start(samples: StepSampler, step: int) -> None:
-    """Raises ValueError for a start that no run can have: an index outside the epoch's order names no sample."""
-    start = samples.start
-    if any(type(number) is not int or number < 0 for number in start) or start.step > step:
-        raise ValueError(f"step {step} cannot come after a start at {start}.")
-    if start.place >= samples.num_samples:
-        raise ValueError(f"index {start.place} is outside an order of {samples.num_samples} samples.")

@@ -19,16 +19,10 @@ from fundamentallm.run.folder import LOCK
 class Choice(NamedTuple):
     """What a run resumes from."""
 
-    path: Path | None = None
-    """The checkpoint, verified; None: the run begins."""
-    sha256: str | None = None
-    """Hash of its manifest, and so of everything in it."""
-    skipped: tuple[str, ...] = ()
-    """Why newer checkpoints cannot be used."""
-    origin: Path | None = None
-    """The checkpoint that `resume` names, if this run began from it."""
-    is_rewound: bool = False
-    """True if the run returns to an earlier checkpoint of its own."""
+    path: Path | None = None  # the checkpoint, verified; None: the run begins
+    skipped: tuple[str, ...] = ()  # why newer checkpoints cannot be used
+    origin: Path | None = None  # the checkpoint that `resume` names, if this run began from it
+    is_rewound: bool = False  # returns to an earlier checkpoint of its own
 
 
 def choose_checkpoint(wanted: str, manager: CheckpointManager | None) -> Choice:
@@ -47,7 +41,11 @@ def choose_checkpoint(wanted: str, manager: CheckpointManager | None) -> Choice:
         CheckpointError: if there are checkpoints but none is intact.
     """
     if wanted == "never":
-        _check_unused(manager)
+        folder = None if manager is None else manager.checkpoint_dir
+        if folder is not None and folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
+            advice = "Choose another output_dir (or checkpoint_dir), or set resume: auto to resume that run."
+            reason = f"and {folder} already holds a run"
+            raise ConfigError(Problem("training.resume", "never", advice=advice, reason=reason))
         return Choice()
     newest, skipped = manager.newest_intact() if manager is not None else (None, [])
     if wanted == "auto":
@@ -57,25 +55,20 @@ def choose_checkpoint(wanted: str, manager: CheckpointManager | None) -> Choice:
                 "mix two runs: choose another output_dir, or move the checkpoints away."
                 + "".join(f"\n  {reason}" for reason in skipped)
             )
-        return Choice(newest, _sha256(newest), tuple(skipped))
+        return Choice(newest, tuple(skipped))
     path = Path(expand_user(wanted)).absolute()
     if manager is not None and newest is not None:
         progress = load_parts(newest, ["progress_state_dict"]).get("progress_state_dict")
         if isinstance(progress, dict) and progress.get("origin") == str(path):
             manager.origin = path
-            return Choice(newest, _sha256(newest), origin=path)
+            return Choice(newest, origin=path)
         if path.parent.resolve() != manager.checkpoint_dir.resolve():
-            raise ConfigError(
-                Problem(
-                    "training.resume",
-                    str(path),
-                    advice="Choose another output_dir (or checkpoint_dir).",
-                    reason=f"and {manager.checkpoint_dir} holds another run, whose checkpoints would be rotated away",
-                )
-            )
+            advice = "Choose another output_dir (or checkpoint_dir)."
+            reason = f"and {manager.checkpoint_dir} holds another run, whose checkpoints would be rotated away"
+            raise ConfigError(Problem("training.resume", str(path), advice=advice, reason=reason))
         manager.origin = manager.checkpoint_dir / path.name
     check_checkpoint(path)
-    return Choice(path, _sha256(path), origin=path, is_rewound=newest is not None)
+    return Choice(path, origin=path, is_rewound=newest is not None)
 
 
 def resume(
@@ -88,13 +81,8 @@ def resume(
 ) -> Choice:
     """Chooses the checkpoint to resume from and restores it, on all processes together.
 
-    Args:
-        wanted: `training.resume`: auto, never, or a path.
-        manager: the run's own checkpoints; None: it saves none.
-        group: the processes of the run.
-        like: returns which shards of the checkpoint's tensors to read (see `RunState.like`).
-        restore: gives the run the state that was read.
-        say: prints a line for the user.
+    `like` returns which shards of the tensors to read (see `RunState.like`). `restore` gives the run what was read. For
+    `wanted` and `manager` see `choose_checkpoint`.
 
     Raises:
         CheckpointError: if no checkpoint is intact, or it does not fit the run.
@@ -104,36 +92,17 @@ def resume(
     choice = group.from_main(lambda: choose_checkpoint(wanted, manager))
     for reason in choice.skipped:
         say(f"skipping checkpoint {reason}")
-    if choice.path is not None:
-        with group.barrier_with_errors():
-            check_same_everywhere(choice)
-            restore(load_checkpoint(choice.path, like(), is_verified=True), choice.path)
-        if manager is not None and choice.path == manager.get_latest():
-            group.from_main(manager.rotate)  # a process that was killed after its save may not have
-    return choice
-
-
-def check_same_everywhere(choice: Choice) -> None:
-    """Raises CheckpointError if the chosen checkpoint is another one on this machine than on the first."""
-    if choice.path is not None and read_manifest(choice.path)["sha256"] != choice.sha256:
-        raise CheckpointError(
-            f"{choice.path} differs between this machine and the first one; training.checkpoint_dir has to be a "
-            "folder that all machines share."
-        )
-
-
-def _check_unused(manager: CheckpointManager | None) -> None:
-    folder = None if manager is None else manager.checkpoint_dir
-    if folder is not None and folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
-        raise ConfigError(
-            Problem(
-                "training.resume",
-                "never",
-                advice="Choose another output_dir (or checkpoint_dir), or set resume: auto to resume that run.",
-                reason=f"and {folder} already holds a run",
+    path = choice.path
+    if path is None:
+        return choice
+    sha256 = group.from_main(lambda: read_manifest(path)["sha256"])
+    with group.barrier_with_errors():
+        if read_manifest(path)["sha256"] != sha256:
+            raise CheckpointError(
+                f"{path} differs between this machine and the first one; training.checkpoint_dir has to be a folder "
+                "that all machines share."
             )
-        )
-
-
-def _sha256(checkpoint: Path | None) -> str | None:
-    return None if checkpoint is None else read_manifest(checkpoint)["sha256"]
+        restore(load_checkpoint(path, like(), is_verified=True), path)
+    if manager is not None and path == manager.get_latest():
+        group.from_main(manager.rotate)  # a process that was killed after its save may not have
+    return choice

@@ -21,22 +21,14 @@ class Saver:
     """Saves the state of a run: on request, when due, and at its end.
 
     A sharded state is saved by all processes together, each writing its shards. Otherwise the main process saves alone.
-
-    Args:
-        manager: writes the checkpoints; None: nothing is saved.
-        state: what to save.
-        group: the processes of the run.
-        files: returns further text files of a checkpoint, by name.
-
-    Attributes:
-        requested: whether a checkpoint was asked for at the end of this step.
+    Without a manager nothing is saved. `files` returns further text files of a checkpoint, by name.
     """
 
     def __init__(
         self, manager: CheckpointManager | None, state: RunState, group: HostGroup, files: Callable[[], dict[str, str]]
     ) -> None:
         self.manager, self.state, self.group, self.files = manager, state, group, files
-        self.requested = False
+        self.requested = False  # a checkpoint at the end of this step
         self._is_best = False
         self._saved_step = -1
 
@@ -90,11 +82,7 @@ class Saver:
         self.forget_requests()
 
     def finish(self) -> None:
-        """Saves the present state and waits until it is on disk.
-
-        Raises:
-            CheckpointError: if it cannot be written.
-        """
+        """Saves the present state and waits until it is on disk. Raises CheckpointError if it cannot be written."""
         if self.manager is None:
             return
         self.save_in_background()
@@ -103,11 +91,7 @@ class Saver:
         self._saved_step = saved
 
     def check_room(self, saves_left: int) -> None:
-        """Finds out before the first step whether the state can be saved, and whether the disk has room for it.
-
-        Raises:
-            CheckpointError: if not.
-        """
+        """Raises CheckpointError before the first step if the state cannot be saved or the disk has no room for it."""
         manager = self.manager
         if manager is None:
             return
@@ -149,8 +133,7 @@ def saves_left(config: TrainingConfig, steps_left: int, steps_per_epoch: int) ->
 def expected_bytes(state: RunState) -> int:
     """Size of a checkpoint. Before the first step the optimizer is taken to hold two numbers a parameter, as Adam does.
 
-    Raises:
-        CheckpointError: if the state holds something that cannot be saved.
+    Raises CheckpointError if the state holds something that cannot be saved.
     """
     tensors: dict[str, Tensor] = {}
     encode(state.state_dict(), (), tensors)

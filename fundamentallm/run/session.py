@@ -34,16 +34,10 @@ class Position(NamedTuple):
 
 
 class Record:
-    """What a run writes about itself in its output folder, by its main process.
+    """What a run writes about itself in its output folder. Only the main process has a folder."""
 
-    Args:
-        folder: the output folder; None: nothing is written.
-        position: returns how far the run is.
-        is_writer: whether this process is the one that writes.
-    """
-
-    def __init__(self, folder: Path | None, position: Callable[[], Position], is_writer: bool) -> None:
-        self.folder, self.position, self.is_writer = folder, position, is_writer
+    def __init__(self, folder: Path | None, position: Callable[[], Position]) -> None:
+        self.folder, self.position = folder, position
 
     @property
     def state(self) -> str | None:
@@ -52,7 +46,7 @@ class Record:
 
     def status(self, state: str, **more: Any) -> None:
         """Writes status.json."""
-        if self.is_writer and self.folder is not None:
+        if self.folder is not None:
             now = self.position()
             about = {"step": now.step, "total_steps": now.total_steps, "pid": os.getpid()}
             write_status(self.folder, state=state, **more, **about, host=socket.gethostname())
@@ -60,7 +54,7 @@ class Record:
     def launch(self, resumed_from: Path | None, config: Config, environment: dict[str, Any]) -> None:
         """Notes in status.json that the run is running, and in starts.jsonl when, where and with what."""
         self.status("running")
-        if self.is_writer and self.folder is not None:
+        if self.folder is not None:
             write_start(
                 self.folder,
                 step=self.position().step,
@@ -107,13 +101,16 @@ def session(
     """
     with ExitStack() as stack:
         stack.enter_context(watchdog)
-        group.from_main(lambda: stack.enter_context(_folders(record.folder, manager, say)))
+        group.from_main(lambda: _open_folders(stack, record.folder, manager, say))
         try:
             yield stack
         except BaseException as raised:
             error = watchdog.explain(raised)
             if manager is not None and not isinstance(error, KeyboardInterrupt):
-                _finish_saving(manager, say)
+                try:
+                    manager.wait()
+                except Exception as failure:  # the first error is the one to raise
+                    say(str(failure))
             record.failure(error)
             if error is not raised:
                 raise error from raised
@@ -121,31 +118,18 @@ def session(
         record.end(stop_switch.reason)
 
 
-@contextmanager
-def _folders(output_dir: Path | None, manager: CheckpointManager | None, say: Callable[[str], None]) -> Iterator[None]:
-    """Locks the folders of a run and cleans up among its checkpoints; unlocks them on exit."""
-    folders = [] if output_dir is None else [output_dir]
-    if manager is not None:
-        folders.append(manager.checkpoint_dir)
-    else:
-        logger.warning("training.checkpoint_dir is not set: nothing will be saved.")
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(locked(folders))
-            if manager is not None:
-                manager.wait()  # an interrupted train() in this process may have left a save running
-                for line in manager.recover():
-                    say(line)
-        except OSError as error:
-            raise CheckpointError(
-                f"A folder of this run cannot be used: {error}. Choose another output_dir."
-            ) from error
-        yield
-
-
-def _finish_saving(manager: CheckpointManager, say: Callable[[str], None]) -> None:
-    """Lets the checkpoint that is being written be completed; prints an error of its own instead of raising it."""
+def _open_folders(
+    stack: ExitStack, output_dir: Path | None, manager: CheckpointManager | None, say: Callable[[str], None]
+) -> None:
+    """Locks the folders of a run until the stack is closed, and cleans up among its checkpoints."""
+    checkpoint_dir = None if manager is None else manager.checkpoint_dir
     try:
-        manager.wait()
-    except Exception as error:  # also that of a group in which a process is missing
-        say(str(error))
+        stack.enter_context(locked(folder for folder in (output_dir, checkpoint_dir) if folder is not None))
+        if manager is None:
+            logger.warning("training.checkpoint_dir is not set: nothing will be saved.")
+        else:
+            manager.wait()  # an interrupted train() in this process may have left a save running
+            for line in manager.recover():
+                say(line)
+    except OSError as error:
+        raise CheckpointError(f"A folder of this run cannot be used: {error}. Choose another output_dir.") from error

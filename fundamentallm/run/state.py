@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -28,16 +28,6 @@ OPTIONAL_PARTS = {
 """Parts that a run may lack, and the setting that decides it."""
 
 
-class Stateful(Protocol):
-    """What a part of the state has to offer."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns nested dicts, lists and tuples of tensors and JSON values."""
-
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any:
-        """Restores what `state_dict` returned. Raises any exception if it does not fit."""
-
-
 class Restored(NamedTuple):
     """What loading a checkpoint did."""
 
@@ -48,31 +38,17 @@ class Restored(NamedTuple):
 
 
 class RunState:
-    """Every stateful part of a run by name, with the settings it was made with.
+    """Every stateful part of a run by name, with the settings it was made with, as a plain dict.
 
-    Args:
-        parts: objects with state_dict() and load_state_dict(), by name. "progress", "model", "optimizer" and
-            "scheduler" are always there. They are loaded in this order.
-        config: the settings to store, as a plain dict.
+    Parts have state_dict() and load_state_dict(), and are loaded in their order. "progress", "model", "optimizer" and
+    "scheduler" are always among them.
     """
 
     def __init__(self, parts: dict[str, Any], config: dict[str, Any]) -> None:
         self.parts, self.config = parts, config
-
-    @property
-    def progress(self) -> Progress:
-        """How far the run is."""
-        return self.parts["progress"]  # type: ignore[no-any-return]
-
-    @property
-    def model(self) -> nn.Module:
-        """The model, without any wrapper."""
-        return self.parts["model"]  # type: ignore[no-any-return]
-
-    @property
-    def optimizer(self) -> NamedOptimizerState:
-        """The optimizer's state by parameter name."""
-        return self.parts["optimizer"]  # type: ignore[no-any-return]
+        self.progress: Progress = parts["progress"]
+        self.model: nn.Module = parts["model"]  # without any wrapper
+        self.optimizer: NamedOptimizerState = parts["optimizer"]
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of every part under NAME_state_dict, the config and the versions of the libraries."""
@@ -102,14 +78,15 @@ class RunState:
         free = free if "data.content" in changed else {*free, "data.tokenizer"}
         _refuse_changes(changed, may_change, free, where)
         reset, messages = self._parts_to_reset(saved, changed.keys(), where)
-        if "training.parameter_groups" in changed:
-            self._refit(saved, reset, where)
         for name, part in self.parts.items():
-            if name not in reset:
-                try:
-                    part.load_state_dict(saved[f"{name}{SUFFIX}"])
-                except Exception as error:  # a checkpoint from elsewhere may hold anything
-                    raise CheckpointError(f"{where}: its {name} does not fit this run: {error}") from error
+            if name in reset:
+                continue
+            try:
+                if "training.parameter_groups" in changed:
+                    self._refit(name, saved)
+                part.load_state_dict(saved[f"{name}{SUFFIX}"])
+            except Exception as error:  # a checkpoint from elsewhere may hold anything
+                raise CheckpointError(f"{where}: its {name} does not fit this run: {error}") from error
         inventory = self._inventory(saved, reset, where)
         messages.append(f"resumed from {where} at step {self.progress.step}: {inventory}")
         messages += [
@@ -119,10 +96,9 @@ class RunState:
         return Restored(messages, frozenset(changed))
 
     def like(self) -> Like | None:
-        """Returns which shard of each stored tensor this process needs; None: all tensors in full.
+        """Returns a function from a stored tensor's name and shape to the DTensor whose local shard is to be read.
 
-        The result maps a stored tensor's name and shape to the DTensor whose local shard should be read; None means
-        the full tensor.
+        The function returns None for a tensor that is read in full. If all are, there is no function.
         """
         weights = self.model.state_dict()
         if not any(is_sharded(tensor) for tensor in weights.values()):
@@ -145,7 +121,7 @@ class RunState:
         return like
 
     def _changes(self, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """{dotted name: (value in the checkpoint, value now)} of what differs."""
+        """Returns {dotted name: (value in the checkpoint, value now)} of what differs."""
         before = flat_settings(saved["config"]) | _data_facts(saved[f"progress{SUFFIX}"]["stretches"][-1])
         now = flat_settings(self.config) | _data_facts(self.progress.segments[-1])
         names = sorted(before.keys() & now.keys())
@@ -156,8 +132,7 @@ class RunState:
     ) -> tuple[set[str], list[str]]:
         """Returns the parts that a changed setting makes new, and a message for each.
 
-        Raises:
-            CheckpointError: if a part is missing or unknown and no setting explains it.
+        Raises CheckpointError if a part is missing or unknown and no setting explains it.
         """
         expected = {f"{name}{SUFFIX}" for name in self.parts} | {"config", "versions"}
         explained = {f"{name}{SUFFIX}" for name, setting in OPTIONAL_PARTS.items() if setting in changed}
@@ -176,26 +151,17 @@ class RunState:
         ]
         return reset, messages
 
-    def _refit(self, saved: dict[str, Any], reset: set[str], where: Path) -> None:
-        """Fits a saved state to the parameters that are trained from here on, some of which may have been frozen.
-
-        Raises:
-            CheckpointError: if the saved state is malformed.
-        """
-        average = self.parts.get("average")
-        try:
-            if "optimizer" not in reset:
-                saved[OPTIMIZER_KEY] = self.optimizer.refit(saved[OPTIMIZER_KEY])
-            if average is not None and "average" not in reset:
-                saved[AVERAGE_KEY] = average.refit(saved[AVERAGE_KEY], saved[MODEL_KEY])
-        except MALFORMED as error:
-            raise CheckpointError(f"{where} does not hold a run ({type(error).__name__}: {error}).") from error
+    def _refit(self, name: str, saved: dict[str, Any]) -> None:
+        """Fits the state of a part to the parameters that are trained from here on: some may have been frozen."""
+        if name == "optimizer":
+            saved[OPTIMIZER_KEY] = self.optimizer.refit(saved[OPTIMIZER_KEY])
+        elif name == "average":
+            saved[AVERAGE_KEY] = self.parts[name].refit(saved[AVERAGE_KEY], saved[MODEL_KEY])
 
     def _inventory(self, saved: dict[str, Any], reset: set[str], where: Path) -> str:
         """Returns what was restored: counts of weights and of parameters with optimizer state, then the other parts.
 
-        Raises:
-            CheckpointError: if the optimizer took less than the checkpoint holds.
+        Raises CheckpointError if the optimizer took less than the checkpoint holds.
         """
         words = [f"weights {len(saved[MODEL_KEY])}/{len(self.model.state_dict())}"]
         if "optimizer" not in reset:
@@ -224,23 +190,17 @@ def _refuse_changes(
 ) -> None:
     """Raises ConfigError for each changed setting that neither is free nor was allowed by name or by section."""
     refused = [name for name in changed if name not in free and not {name, name.partition(".")[0]} & {*may_change}]
-    if refused:
-        advice = (
-            f"Set it back, or allow the change by --training.resume_changes '[{', '.join(refused)}]'. "
-            "(model.init_from starts a new run from these weights.)"
-        )
-        raise ConfigError(
-            [
-                Problem(
-                    name,
-                    changed[name][1],
-                    allowed=_short(changed[name][0]),
-                    advice=advice,
-                    reason=f"and {where} was trained with another value",
-                )
-                for name in refused
-            ]
-        )
+    advice = (
+        f"Set it back, or allow the change by --training.resume_changes '[{', '.join(refused)}]'. "
+        "(model.init_from starts a new run from these weights.)"
+    )
+    reason = f"and {where} was trained with another value"
+    problems = []
+    for name in refused:
+        before, now = changed[name]
+        problems.append(Problem(name, now, _short(before), advice, reason))
+    if problems:
+        raise ConfigError(problems)
 
 
 def _short(value: Any) -> str:

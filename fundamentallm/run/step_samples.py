@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from fundamentallm.checkpoint.manifest import STATE, read_manifest, verify
 from fundamentallm.checkpoint.reading import load_parts
+from fundamentallm.checkpoint.state_json import MALFORMED
 from fundamentallm.config.schema import DataConfig
 from fundamentallm.config.validation import from_dict
 from fundamentallm.data.corpus import Corpus, load_corpus
@@ -21,27 +22,19 @@ from fundamentallm.errors import CheckpointError, ConfigError, Problem
 from fundamentallm.run.progress import sampler_of
 
 TOKENIZER = "tokenizer.json"
-MOST = 2**48
-"""Larger than any count of samples or steps, and small enough not to overflow."""
 MOST_IN_A_BATCH = 2**24
-"""A checkpoint from elsewhere may ask for more than fits in memory."""
+"""Larger than any batch; the indices of a step have to fit in memory."""
 
 
 class StepSamples(NamedTuple):
     """The samples of one optimizer step."""
 
-    indices: list[int]
-    """Indices into the dataset, in the order of the batch, over all processes."""
-    epoch: int
-    """Pass over the data, from 0."""
-    samples_before: int
-    """Samples that the run consumed before this step."""
-    steps_done: int
-    """Steps that the run had done at the checkpoint. Later steps were not trained yet."""
-    content: str | None
-    """Fingerprint of the dataset; None if it has none."""
-    config: dict[str, Any]
-    """The run's config, as the checkpoint holds it."""
+    indices: list[int]  # into the dataset, in the order of the batch, over all processes
+    epoch: int  # from 0
+    samples_before: int  # that the run consumed before this step
+    steps_done: int  # at the checkpoint; later steps were not trained yet
+    content: str | None  # fingerprint of the dataset, if it has one
+    config: dict[str, Any]  # of the run, as the checkpoint holds it
 
 
 def samples_of_step(checkpoint: Path, step: int) -> StepSamples:
@@ -57,19 +50,21 @@ def samples_of_step(checkpoint: Path, step: int) -> StepSamples:
     saved = load_parts(checkpoint, ("progress_state_dict", "config"))
     try:
         progress, config = saved["progress_state_dict"], saved["config"]
-        segments = [(_checked(sampler_of(segment)), segment["content"][0]) for segment in progress["stretches"]]
-        done = _count(progress["step"])
-        last = max(done, _planned(config, segments[-1][0]))
-        sampler, content = [found for found in segments if found[0].start.step < max(step, 1)][-1]
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        segments = progress["stretches"]
+        done, planned = progress["step"], _planned(config, sampler_of(segments[-1]))
+        last = max(done, planned)
+        if 1 <= step <= last:
+            segment = [segment for segment in segments if segment["start"][0] < step][-1]
+            sampler, content = sampler_of(segment), segment["content"][0]
+            if min(sampler.num_samples, max(sampler.sizes)) > MOST_IN_A_BATCH:
+                raise ValueError(f"a batch of more than {MOST_IN_A_BATCH:,} samples")
+            epoch, before = sampler.place(step - 1)[0], sampler.samples_before(step - 1)
+            return StepSamples(sampler.batch(step - 1), epoch, before, done, content, config)
+    except MALFORMED as error:
         raise CheckpointError(
             f"{checkpoint} does not hold a run whose samples are known ({type(error).__name__}: {error})."
         ) from error
-    if not 1 <= step <= last:
-        raise ConfigError(Problem("step", step, allowed=f"1 to {last}, the last step of this run"))
-    epoch, before = sampler.place(step - 1)[0], sampler.samples_before(step - 1)
-    content = None if content is None else str(content)
-    return StepSamples(sampler.batch(step - 1), epoch, before, done, content, config)
+    raise ConfigError(Problem("step", step, allowed=f"1 to {last}, the last step of this run"))
 
 
 def why_no_text(checkpoint: Path, samples: StepSamples) -> str | None:
@@ -82,12 +77,7 @@ def why_no_text(checkpoint: Path, samples: StepSamples) -> str | None:
 
 
 def text_of_step(checkpoint: Path, samples: StepSamples, source: str | None = None) -> TokenSamples:
-    """Opens the dataset that the samples are from, with the tokenizer of the checkpoint.
-
-    Args:
-        checkpoint: its directory.
-        samples: of one step, for which `why_no_text` is None.
-        source: present location of the text, as `data.source`; None: the run's.
+    """Opens the dataset that the samples are from; `source` is the present location of its text, if it has moved.
 
     Raises:
         CheckpointError: if the checkpoint is damaged.
@@ -101,27 +91,17 @@ def text_of_step(checkpoint: Path, samples: StepSamples, source: str | None = No
         advice = "If the text has moved, name it with --source. To leave it out: --indices_only."
         raise ConfigError([f"{problem} {advice}" for problem in error.problems]) from error
     if dataset.fingerprint() != samples.content:
-        raise ConfigError(
-            Problem(
-                "data.source",
-                data.source,
-                reason="whose text is not what this step was trained on: it changed, or the run used another one then",
-                advice="Name that text with --source, or leave it out with --indices_only.",
-            )
-        )
+        reason = "whose text is not what this step was trained on: it changed, or the run used another one then"
+        advice = "Name that text with --source, or leave it out with --indices_only."
+        raise ConfigError(Problem("data.source", data.source, advice=advice, reason=reason))
     return dataset
 
 
 def corpus_of_run(checkpoint: Path, settings: dict[str, Any], source: str | None = None) -> tuple[DataConfig, Corpus]:
-    """Opens the sources that a run was trained on, with the tokenizer of its checkpoint.
+    """Opens the text that a run was trained on, with the tokenizer of its checkpoint.
 
-    Args:
-        checkpoint: its directory.
-        settings: section `data` of the config that the checkpoint holds.
-        source: present location of the text, as `data.source`; None: the run's.
-
-    Raises:
-        ConfigError: if the settings are malformed, or the text cannot be read.
+    `settings` is the section `data` of its config. `source` is the present location of the text, if it has moved.
+    Raises ConfigError if the settings are malformed, or the text cannot be read.
     """
     data = from_dict(DataConfig, settings)
     # The run's cache folder may be on another machine, and that of a checkpoint from elsewhere could be anywhere.
@@ -141,30 +121,9 @@ def texts(dataset: TokenSamples, indices: Sequence[int]) -> Iterator[tuple[int, 
         yield index, where, dataset.tokenizer.decode(inputs.tolist(), skip_special_tokens=False)
 
 
-def _checked(sampler: StepSampler) -> StepSampler:
-    """Returns the sampler if its numbers can be those of a run. Raises ValueError if not."""
-    numbers = [_count(number) for number in (sampler.num_samples, *sampler.sizes, *sampler.start)]
-    least = sampler.num_samples // max(sampler.sizes) if sampler.drop_last else sampler.num_samples
-    if min(*numbers[: 1 + len(sampler.sizes)], least) < 1 or sampler.start.place > sampler.num_samples:
-        raise ValueError("a segment without batches")
-    if min(sampler.num_samples, max(sampler.sizes)) > MOST_IN_A_BATCH:
-        raise ValueError(f"a batch of more than {MOST_IN_A_BATCH:,} samples")
-    if sampler.seed is not None:
-        _count(sampler.seed, 2**63)
-    if not isinstance(sampler.drop_last, bool):
-        raise ValueError("drop_last is neither true nor false")
-    return sampler
-
-
-def _count(number: Any, limit: int = MOST) -> int:
-    if type(number) is not int or not 0 <= number < limit:
-        raise ValueError(f"{str(number)[:40]!r} is not a count")
-    return number
-
-
 def _planned(config: dict[str, Any], sampler: StepSampler) -> int:
     """Returns the last step that a run plans, or 0 if its config does not say."""
     training = config.get("training", config)
     steps, epochs = training.get("max_steps"), training.get("max_epochs")
-    by_epochs = None if epochs is None else sampler.steps_before_epoch(_count(epochs))
-    return min([_count(end) for end in (steps, by_epochs) if end is not None], default=0)
+    by_epochs = None if epochs is None else sampler.steps_before_epoch(epochs)
+    return min((end for end in (steps, by_epochs) if end is not None), default=0)

@@ -43,21 +43,15 @@ REASONS = {
 class StopSwitch:
     """Collects requests to stop, and agrees on them with the other processes over gloo, so that no device has to wait.
 
-    Args:
-        max_minutes: time limit, counted from `begin`; None: no limit.
-
-    Attributes:
-        wanted: the largest reason that this process knows.
-        agreed: the reason that all processes have agreed on.
-        reason: `wanted` in words.
-        polls: number of polls so far, equal on all processes that have come equally far.
-        seconds_to_save: time that the last save needs, which `max_minutes` has to leave.
+    `max_minutes` is a time limit, counted from `begin`.
     """
 
     def __init__(self, max_minutes: float | None = None) -> None:
-        self.wanted, self.agreed, self.reason = Stop.NO, Stop.NO, ""
-        self.polls = 0
-        self.seconds_to_save = 0.0
+        self.wanted = Stop.NO  # the largest reason that this process knows
+        self.reason = ""  # in words
+        self.agreed = Stop.NO  # by all processes
+        self.polls = 0  # equal on all processes that have come equally far
+        self.seconds_to_save = 0.0  # time that max_minutes has to leave for the last save
         self._max_minutes = max_minutes
         self._deadline = math.inf
         self._polled_at = time.monotonic()

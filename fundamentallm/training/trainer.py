@@ -161,7 +161,7 @@ class Trainer(TrainerView):
         self.stop_switch = StopSwitch(training.max_minutes)
         self.phase = Phase.STARTING
         self.was_rewound = False  # True if the run returned to an earlier checkpoint and replaces what came after it
-        self._record = Record(self.output_dir, self._position, self.is_main_process)
+        self._record = Record(self.output_dir if self.is_main_process else None, self._position)
         self._throughput = Throughput()
         self._started, self._first_step = False, 0
         self._compiled: set[str] = set()  # of "step" and "validation", those whose compilation was reported

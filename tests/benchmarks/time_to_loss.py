@@ -166,7 +166,7 @@ class ByHand(Side):
         schedule = create_scheduler(
             optimizer, "cosine", 1, self.steps, settings.warmup_steps, min_lr_ratio=settings.min_lr_ratio
         )
-        tokens = torch.from_numpy(self.corpus.train.astype("int64"))
+        tokens = torch.from_numpy(self.corpus.sources[0].train.ids.astype("int64"))
         window = torch.arange(CONTEXT + 1)
         self.time.start()
         for step in range(1, self.steps + 1):

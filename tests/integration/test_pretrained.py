@@ -193,11 +193,9 @@ def test_sharded_run_is_the_same_and_can_be_consolidated(
     [
         ("llama", {"d_model": 32}, {}, ["model.d_model is 32"]),
         ("llama", {"d_model": 16, "num_heads": 2, "dropout": 0.1}, {}, []),
-        ("gpt2", {"vocab_size": 308}, {"sequence_length": 24}, []),
         ("gpt2", {"vocab_size": 300, "num_layers": 2}, {}, ["model.vocab_size is 300", "model.num_layers is 2"]),
         ("gpt2", {"dropout": 0.1}, {"sequence_length": 25}, ["model.dropout is 0.1", "data.sequence_length is 25"]),
         ("gpt2", {"init_from": "checkpoint"}, {}, ["model.init_from is 'checkpoint'"]),
-        ("llama", {}, {"tokenizer": "byte"}, ["data.tokenizer is 'byte'"]),
         ("llama", {}, {"tokenizer": "bpe:300"}, ["data.tokenizer is 'bpe:300'"]),
         ("llama", {}, {"tokenizer": "gpt2/tokenizer.json"}, []),
         ("llama", {}, {"tokenizer": "other.json"}, ["other.json"]),
@@ -248,5 +246,5 @@ def test_prepare_uses_the_folders_tokenizer(
     def refuse(*_: object) -> None:
         raise AssertionError("tokenized again")
 
-    monkeypatch.setattr("fundamentallm.data.corpus.prepare_source", refuse)
+    monkeypatch.setattr("fundamentallm.data.corpus.write_source", refuse)
     load_corpus(completed(made, find_pretrained(str(folders["gpt2"]))).data, show_progress=False)

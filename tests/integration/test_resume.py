@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from fundamentallm import (
     Callback,
     CheckpointError,
+    CheckpointManager,
     ConfigError,
     LoggingCallback,
     SaveBestCallback,
@@ -27,7 +28,10 @@ from fundamentallm import (
 from fundamentallm.config.files import file_problems
 from fundamentallm.run.stopping import Stop
 from tests.integration.runs import (
+    KillAfter,
+    KilledError,
     PartlyIgnored,
+    StopAt,
     assert_same_weights,
     lines,
     make_config,
@@ -46,8 +50,8 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 
 
-class StopAt(Callback):
-    """Asks for a stop after one step."""
+class StopAtLog(Callback):
+    """Asks for a stop at a log line, where all processes agree on it at once."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -57,18 +61,12 @@ class StopAt(Callback):
             trainer.request_stop("test")
 
 
-class StopAtStepEnd(StopAt):
-    def on_step_end(self, trainer: Trainer, loss: float) -> None:
-        self.on_log(trainer, {})
-
-
 def run(processes: int, folder: str, settings: dict[str, Any], stop_at: int | None = None) -> None:
-    """One start of a run, its final weights in a file beside it."""
-    stop = StopAtStepEnd if processes == 1 else StopAt
+    """Launches a run once; the step at which it ended is in a file beside it."""
     callbacks: list[Callback] = [LoggingCallback(Path(folder) / "metrics.jsonl"), SaveBestCallback()]
-    trainer = make_trainer(
-        make_config(folder, **{**SETTINGS, **settings}), callbacks=callbacks + ([stop(stop_at)] if stop_at else [])
-    )
+    if stop_at is not None:
+        callbacks.append(StopAt(stop_at) if processes == 1 else StopAtLog(stop_at))
+    trainer = make_trainer(make_config(folder, **{**SETTINGS, **settings}), callbacks=callbacks)
     assert trainer.accelerator.num_processes == processes
     assert trainer.steps_per_epoch == 6
     trainer.train()
@@ -80,30 +78,29 @@ def final_weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "checkpoints" / "step_00000014" / "model.safetensors")
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd", "muon"])
-@pytest.mark.parametrize("stop_at", [1, 5, 6, 9, 13])
-def test_a_stopped_run_ends_as_the_uninterrupted_one(tmp_path: Path, optimizer: str, stop_at: int) -> None:
-    settings = {"optimizer": optimizer}
-    run(1, str(tmp_path / "whole"), settings)
-    run(1, str(tmp_path / "parts"), settings, stop_at)
-    assert (tmp_path / "parts" / "ended_at").read_text() == str(stop_at)
-    run(1, str(tmp_path / "parts"), settings)
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("processes", "settings", "stops"),
+    [
+        *((1, {"optimizer": optimizer}, (1, 5, 6, 9, 13)) for optimizer in ("adamw", "adam", "sgd", "muon")),
+        (2, {"optimizer": "muon", "micro_batch_size": 20}, (4, 8)),
+    ],
+)
+def test_resume_after_each_stop_ends_as_the_whole_run(
+    tmp_path: Path, processes: int, settings: dict[str, Any], stops: tuple[int, ...]
+) -> None:
+    on_processes(processes, run, str(tmp_path / "whole"), settings)
+    for stop_at in (*stops, None):
+        on_processes(processes, run, str(tmp_path / "parts"), settings, stop_at)
+        assert (tmp_path / "parts" / "ended_at").read_text() == str(stop_at or 14)
     assert_same_weights(final_weights(tmp_path / "parts"), final_weights(tmp_path / "whole"))
     assert timeless(lines(tmp_path / "parts")) == timeless(lines(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("stop_at", [4, 8])
-def test_two_processes_resume_to_the_bit(tmp_path: Path, stop_at: int) -> None:
-    settings = {"optimizer": "muon", "micro_batch_size": 20}
-    on_processes(2, run, str(tmp_path / "whole"), settings)
-    on_processes(2, run, str(tmp_path / "parts"), settings, stop_at)
-    assert (tmp_path / "parts" / "ended_at").read_text() == str(stop_at)
-    on_processes(2, run, str(tmp_path / "parts"), settings)
-    assert_same_weights(final_weights(tmp_path / "parts"), final_weights(tmp_path / "whole"))
-    assert timeless(lines(tmp_path / "parts")) == timeless(lines(tmp_path / "whole"))
-
-
-def test_a_run_resumes_on_another_number_of_processes(tmp_path: Path) -> None:
+def test_resume_on_another_number_of_processes_has_its_losses(tmp_path: Path) -> None:
     settings = {"dropout": 0.0, "log_every_n_steps": 1}
     run(1, str(tmp_path / "whole"), settings)
     on_processes(2, run, str(tmp_path / "parts"), settings, 4)
@@ -115,16 +112,11 @@ def test_a_run_resumes_on_another_number_of_processes(tmp_path: Path) -> None:
         assert (got["step"], got["epoch"]) == (expected["step"], expected["epoch"])
 
 
-def test_a_crash_between_checkpoints_repeats_and_loses_no_line(tmp_path: Path) -> None:
-    class Crash(Callback):
-        def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-            if trainer.global_step == 9:
-                raise RuntimeError("crash")
-
+def test_resume_after_a_crash_repeats_and_loses_no_line(tmp_path: Path) -> None:
     config = make_config(tmp_path / "parts", dropout=0.2, save_every_n_steps=4)
     trainer = make_trainer(config)
-    trainer.callbacks.add(Crash())
-    with pytest.raises(RuntimeError, match="crash"):
+    trainer.callbacks.add(KillAfter(9))
+    with pytest.raises(KilledError):
         trainer.train()
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 10, "train_l')  # a kill in the middle of a line
@@ -134,8 +126,8 @@ def test_a_crash_between_checkpoints_repeats_and_loses_no_line(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("where", ["forward", "update", "schedule", "validation"])
-def test_after_an_exception_no_step_is_made_twice_and_none_is_left_out(tmp_path: Path, where: str) -> None:
-    """An exception in a notebook, whose trainer is still there and is told to go on."""
+def test_train_again_after_an_exception_repeats_no_step(tmp_path: Path, where: str) -> None:
+    """The same Trainer continues, as in a notebook."""
     config = make_config(tmp_path / "parts", dropout=0.2, save_every_n_steps=4, eval_every_n_steps=3)
     whole = make_trainer(dataclasses.replace(config, output_dir=str(tmp_path / "whole")))
     whole.train()
@@ -158,24 +150,23 @@ def test_after_an_exception_no_step_is_made_twice_and_none_is_left_out(tmp_path:
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     if where in ("update", "schedule"):
-        for go_on in (trainer.train, trainer.save_checkpoint):
+        for action in (trainer.train, trainer.save_checkpoint):
             with pytest.raises(CheckpointError, match="optimizer changed the weights"):
-                go_on()
+                action()
         assert trainer.checkpoint_manager is not None
-        trainer.checkpoint_manager.wait()  # which an interrupt does not
+        trainer.checkpoint_manager.wait()  # an interrupted train() does not
         newest = trainer.checkpoint_manager.get_latest()
         assert newest is not None
         trainer.load_checkpoint(newest)
         assert trainer.global_step == 4
     trainer.train()
     assert_same_weights(weights(trainer), weights(whole))
-    assert trainer.history.keys() == whole.history.keys()
     for name in ("step", "train_loss", "val_loss"):
         torch.testing.assert_close(trainer.history[name], whole.history[name], rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_crash_after_a_validation_that_was_broken_off_before_repeats_no_line(tmp_path: Path) -> None:
-    """The checkpoint of the stop is the newest still when its validation has been made and written."""
+def test_crash_after_a_repeated_validation_repeats_no_line(tmp_path: Path) -> None:
+    """The newest checkpoint is still that of the interrupted validation when its lines have been written."""
 
     class StopInValidation(Callback):
         def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
@@ -201,8 +192,8 @@ def test_a_crash_after_a_validation_that_was_broken_off_before_repeats_no_line(t
     assert timeless(lines(tmp_path / "parts")) == timeless(lines(tmp_path / "whole"))
 
 
-def test_early_stopping_and_the_best_value_survive_restarts(tmp_path: Path) -> None:
-    """Every validation is stopped after; patience must run out as if nothing had happened."""
+def test_early_stopping_and_best_value_survive_restarts(tmp_path: Path) -> None:
+    """The run is stopped after every validation."""
     settings = {
         "learning_rate": 0.5, "lr_scheduler": "constant", "max_steps": 40, "eval_every_n_steps": 2,
         "early_stopping_patience": 3, "early_stopping_min_delta": 0.05,
@@ -214,31 +205,27 @@ def test_early_stopping_and_the_best_value_survive_restarts(tmp_path: Path) -> N
         run(1, str(tmp_path / "parts"), settings, stop_at)
     run(1, str(tmp_path / "parts"), settings)
     assert (tmp_path / "parts" / "ended_at").read_text() == str(ended_at)
-    best = [json.loads((tmp_path / name / "checkpoints").joinpath(*_best(tmp_path / name)).read_text())["state"]
-            ["callbacks_state_dict"]["SaveBestCallback"]["best_value"] for name in ("whole", "parts")]  # fmt: skip
+    best = []
+    for name in ("whole", "parts"):
+        checkpoint = CheckpointManager(tmp_path / name / "checkpoints").get_best()
+        assert checkpoint is not None
+        state = json.loads((checkpoint / "state.json").read_text())["state"]
+        best.append(state["callbacks_state_dict"]["SaveBestCallback"]["best_value"])
     assert best[0] == best[1] == min(line["val_loss"] for line in lines(tmp_path / "whole") if "val_loss" in line)
 
 
-def _best(folder: Path) -> tuple[str, str]:
-    from fundamentallm import CheckpointManager
-
-    best = CheckpointManager(folder / "checkpoints").get_best()
-    assert best is not None
-    return best.name, "state.json"
-
-
-def test_a_finished_run_says_so_and_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_of_a_finished_run_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = make_config(tmp_path)
     history = make_trainer(config).train()
-    before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+    before = contents(tmp_path)
     capsys.readouterr()
     again = make_trainer(config)
     assert repr(again.train()) == repr(history)
     assert "finished, at step 12 of 12" in capsys.readouterr().out
-    assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
+    assert contents(tmp_path) == before
 
 
-def test_a_run_whose_patience_is_out_says_what_would_make_it_go_on(tmp_path: Path, capsys: Any) -> None:
+def test_train_out_of_patience_names_the_setting(tmp_path: Path, capsys: Any) -> None:
     patience = {"early_stopping_patience": 1, "early_stopping_min_delta": 9.0, "eval_every_n_steps": 2}
     for _ in range(2):
         trainer = make_trainer(make_config(tmp_path, **patience))
@@ -250,18 +237,17 @@ def test_a_run_whose_patience_is_out_says_what_would_make_it_go_on(tmp_path: Pat
     assert more.global_step == 6
 
 
-@pytest.mark.parametrize("state", ["running", "failed"])
-def test_a_run_that_was_killed_after_its_last_save_is_told_finished(tmp_path: Path, state: str) -> None:
+def test_train_of_a_run_killed_after_its_last_save_is_finished(tmp_path: Path) -> None:
     make_trainer(make_config(tmp_path)).train()
-    (tmp_path / "status.json").write_text(json.dumps({"state": state}))
+    (tmp_path / "status.json").write_text('{"state": "running"}')
     make_trainer(make_config(tmp_path)).train()
     status = json.loads((tmp_path / "status.json").read_text())
     assert (status["state"], status["exit_code"], status["step"]) == ("finished", 0, 12)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_what_a_kill_after_a_save_left_to_delete_is_deleted(tmp_path: Path, processes: int) -> None:
-    """A larger keep_last_n leaves what a kill between publishing and deleting leaves."""
+def test_resume_deletes_checkpoints_beyond_keep_last_n(tmp_path: Path, processes: int) -> None:
+    """A kill between a save and the rotation leaves as many as a larger keep_last_n."""
     settings = {"save_every_n_steps": 4, "eval_every_n_steps": None, "eval_every_n_epochs": None, "learning_rate": 1e-3}
     on_processes(processes, run, str(tmp_path), {**settings, "keep_last_n": 4})
     assert _steps(tmp_path) == [4, 8, 12, 14]
@@ -269,31 +255,21 @@ def test_what_a_kill_after_a_save_left_to_delete_is_deleted(tmp_path: Path, proc
     assert _steps(tmp_path) == [12, 14]
 
 
-def test_nothing_is_deleted_at_the_start_if_the_newest_checkpoint_is_damaged(tmp_path: Path) -> None:
+def test_resume_past_a_damaged_checkpoint_deletes_none(tmp_path: Path) -> None:
     make_trainer(make_config(tmp_path, save_every_n_steps=4)).train()
     (tmp_path / "checkpoints" / "step_00000012" / "training.safetensors").unlink()
     again = make_trainer(make_config(tmp_path, save_every_n_steps=4, keep_last_n=1))
-    again.callbacks.add(LookAtBeginning(tmp_path))
-    with pytest.raises(RuntimeError, match="seen"):
+    again.callbacks.add(KillAfter(8))
+    with pytest.raises(KilledError):
         again.train()
-
-
-class LookAtBeginning(Callback):
-    """Sees whether the checkpoints are all there when training begins."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_train_begin(self, trainer: Trainer) -> None:
-        assert _steps(self.folder) == [4, 8, 12]
-        raise RuntimeError("seen")
+    assert _steps(tmp_path) == [4, 8, 12]
 
 
 def _steps(folder: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step_")) for path in (folder / "checkpoints").glob("step_*"))
 
 
-def test_a_longer_horizon_goes_on_and_says_what_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_with_more_steps_says_what_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_trainer(make_config(tmp_path, max_steps=6, lr_scheduler="constant")).train()
     capsys.readouterr()
     longer = make_trainer(
@@ -308,27 +284,23 @@ def test_a_longer_horizon_goes_on_and_says_what_changed(tmp_path: Path, capsys: 
     assert_same_weights(weights(longer), weights(whole))
 
 
-def test_the_learning_rate_of_a_resumed_run_is_the_configs(tmp_path: Path) -> None:
-    make_trainer(make_config(tmp_path, max_steps=6, learning_rate=1e-2, lr_scheduler="constant")).train()
-    changes = {
-        "max_steps": 8,
-        "learning_rate": 5e-3,
-        "resume_changes": ["training.max_steps", "training.learning_rate"],
-    }
+def test_resume_with_another_learning_rate_uses_it(tmp_path: Path) -> None:
+    make_trainer(make_config(tmp_path, lr_scheduler="constant"), callbacks=[StopAt(6)]).train()
+    changes = {"learning_rate": 5e-3, "resume_changes": ["training.learning_rate"]}
     history = make_trainer(make_config(tmp_path, lr_scheduler="constant", **changes)).train()
-    assert history["learning_rate"] == [1e-2] * 6 + [5e-3] * 2
+    assert history["learning_rate"] == [1e-2] * 6 + [5e-3] * 6
 
 
-def test_never_refuses_a_folder_in_use_and_leaves_it_as_it_is(tmp_path: Path) -> None:
+def test_resume_never_refuses_a_folder_in_use(tmp_path: Path) -> None:
     make_trainer(make_config(tmp_path)).train()
-    before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+    before = contents(tmp_path)
     with pytest.raises(ConfigError) as error:
         make_trainer(make_config(tmp_path, resume="never")).train()
     assert (error.value.problems[0].setting, error.value.problems[0].value) == ("training.resume", "never")
-    assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
+    assert contents(tmp_path) == before
 
 
-def test_a_path_resumes_from_that_checkpoint(tmp_path: Path) -> None:
+def test_resume_from_a_path_in_a_new_folder(tmp_path: Path) -> None:
     first = make_trainer(make_config(tmp_path / "a", save_every_n_steps=4))
     first.train()
     checkpoint = tmp_path / "a" / "checkpoints" / "step_00000004"
@@ -338,46 +310,16 @@ def test_a_path_resumes_from_that_checkpoint(tmp_path: Path) -> None:
     assert [line["step"] for line in lines(tmp_path / "b") if "train_loss" in line] == list(range(5, 13))
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over_with_the_reason(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = make_config(tmp_path, save_every_n_steps=4)
-    first = make_trainer(config)
-    first.train()
-    newest = tmp_path / "checkpoints" / "step_00000012"
-    data = bytearray((newest / "training.safetensors").read_bytes())
-    data[-1] ^= 1
-    (newest / "training.safetensors").write_bytes(data)
-    capsys.readouterr()
-    second = make_trainer(config)
-    second.train()
-    said = capsys.readouterr().out
-    assert "training.safetensors is damaged" in said
-    assert "step_00000008 at step 8" in said
-    assert_same_weights(weights(second), weights(first))
-
-
-def test_only_damaged_checkpoints_stop_the_run_rather_than_start_it_afresh(tmp_path: Path) -> None:
-    config = make_config(tmp_path, max_steps=4)
-    make_trainer(config).train()
-    (tmp_path / "checkpoints" / "step_00000004" / "state.json").unlink()
-    with pytest.raises(CheckpointError, match=r"state\.json"):
-        make_trainer(config).train()
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "before"), [("batch_size", 9, 8), ("optimizer", "sgd", "adamw"), ("learning_rate", 0.5, 0.01)]
-)
-def test_resume_with_changed_settings_lists_them_all(tmp_path: Path, name: str, value: Any, before: Any) -> None:
+def test_resume_with_changed_settings_lists_them_all(tmp_path: Path) -> None:
     make_trainer(make_config(tmp_path, max_steps=4)).train()
     with pytest.raises(ConfigError) as error:
-        make_trainer(make_config(tmp_path, **{"max_steps": 8, name: value})).train()
+        make_trainer(make_config(tmp_path, max_steps=8, batch_size=9)).train()
     found = {problem.setting: (problem.value, problem.allowed) for problem in error.value.problems}
-    assert found == {"training.max_steps": (8, "4"), f"training.{name}": (value, repr(before))}
+    assert found == {"training.max_steps": (8, "4"), "training.batch_size": (9, "8")}
     assert all(setting in error.value.problems[0].advice for setting in found)
 
 
-def test_another_model_is_refused(tmp_path: Path) -> None:
+def test_resume_with_another_model_is_refused(tmp_path: Path) -> None:
     config = make_config(tmp_path, max_steps=4)
     make_trainer(config).train()
     wider = dataclasses.replace(config, model=dataclasses.replace(config.model, d_ff=99))
@@ -389,8 +331,8 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         make_trainer(allowed).train()
 
 
-@pytest.mark.parametrize("kind", ["ExponentialLR", "OneCycleLR"])  # which moves the betas too
-def test_a_users_loader_scheduler_and_module_resume_to_the_bit(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["ExponentialLR", "OneCycleLR"])  # the second one changes the betas too
+def test_resume_with_own_loader_and_scheduler_is_bit_exact(tmp_path: Path, kind: str) -> None:
     options = {"ExponentialLR": {"gamma": 0.9}, "OneCycleLR": {"max_lr": 1e-2, "total_steps": 19}}[kind]
 
     def trainer(folder: str, stop_at: int | None = None) -> Trainer:
@@ -400,7 +342,7 @@ def test_a_users_loader_scheduler_and_module_resume_to_the_bit(tmp_path: Path, k
         scheduler = getattr(torch.optim.lr_scheduler, kind)(optimizer, **options)
         config = TrainingConfig(max_epochs=3, checkpoint_dir=str(tmp_path / folder))
         loader = DataLoader(PartlyIgnored(), batch_size=8, shuffle=True)
-        callbacks: list[Callback] = [StopAtStepEnd(stop_at)] if stop_at else []
+        callbacks: list[Callback] = [StopAt(stop_at)] if stop_at else []
         return Trainer(model, config, loader, callbacks=callbacks, optimizer=optimizer, scheduler=scheduler)
 
     whole = trainer("whole")
@@ -412,7 +354,7 @@ def test_a_users_loader_scheduler_and_module_resume_to_the_bit(tmp_path: Path, k
     assert_same_weights(weights(parts), weights(whole))
 
 
-def test_load_checkpoint_then_train_goes_on_from_there(tmp_path: Path) -> None:
+def test_load_checkpoint_then_train_continues_from_it(tmp_path: Path) -> None:
     first = make_trainer(make_config(tmp_path, save_every_n_steps=4))
     first.train()
     second = make_trainer(make_config(tmp_path / "b"))
@@ -422,11 +364,11 @@ def test_load_checkpoint_then_train_goes_on_from_there(tmp_path: Path) -> None:
     assert_same_weights(weights(second), weights(first))
 
 
-def test_a_run_goes_on_though_the_checkpoint_that_it_began_from_is_gone(tmp_path: Path) -> None:
+def test_resume_needs_the_first_checkpoint_only_once(tmp_path: Path) -> None:
     make_trainer(make_config(tmp_path / "old")).train()
     origin = tmp_path / "old" / "checkpoints" / "step_00000012"
     options = {"resume": str(origin), "max_steps": 16, "resume_changes": ["training.max_steps"]}
-    make_trainer(make_config(tmp_path / "new", **options), callbacks=[StopAtStepEnd(14)]).train()
+    make_trainer(make_config(tmp_path / "new", **options), callbacks=[StopAt(14)]).train()
     shutil.rmtree(origin)
     again, other = (make_config(tmp_path / name, **options) for name in ("new", "other"))
     assert file_problems(again) == []
@@ -438,18 +380,18 @@ def test_a_run_goes_on_though_the_checkpoint_that_it_began_from_is_gone(tmp_path
         make_trainer(other).train()
 
 
-def test_train_again_after_a_stop_goes_on_in_memory(tmp_path: Path) -> None:
+def test_train_again_after_a_stop_continues(tmp_path: Path) -> None:
     whole = make_trainer(make_config(tmp_path / "whole"))
     whole.train()
     parts = make_trainer(make_config(tmp_path / "parts"))
-    parts.callbacks.add(StopAtStepEnd(5))
+    parts.callbacks.add(StopAt(5))
     parts.train()
     assert parts.global_step == 5
     parts.train()
     assert_same_weights(weights(parts), weights(whole))
 
 
-def test_a_checkpoint_holds_everything_by_name_and_no_pickle(tmp_path: Path) -> None:
+def test_checkpoint_holds_everything_by_name_and_no_pickle(tmp_path: Path) -> None:
     trainer = make_trainer(make_config(tmp_path, max_steps=4))
     trainer.train()
     folder = tmp_path / "checkpoints" / "step_00000004"
@@ -461,19 +403,10 @@ def test_a_checkpoint_holds_everything_by_name_and_no_pickle(tmp_path: Path) -> 
     moments = {key for key in load_file(folder / "training.safetensors") if key.endswith("/exp_avg")}
     names = {f"optimizer_state_dict/state/{name}/exp_avg" for name, _ in trainer.model.named_parameters()}
     assert moments == names
-    for path in folder.iterdir():  # every byte is JSON, or the raw numbers behind a JSON header
-        data = path.read_bytes()
-        if path.suffix == ".safetensors":
-            header = 8 + int.from_bytes(data[:8], "little")
-            entries = json.loads(data[8:header])
-            entries.pop("__metadata__", None)
-            assert len(data) == header + max(entry["data_offsets"][1] for entry in entries.values())
-        else:
-            json.loads(data)
 
 
-@pytest.mark.parametrize("spec", ["char", "byte", "bpe:300"])
-def test_a_checkpoint_opens_in_transformers_as_it_is(tmp_path: Path, spec: str) -> None:
+@pytest.mark.parametrize("spec", ["char", "bpe:300"])
+def test_checkpoint_opens_in_transformers(tmp_path: Path, spec: str) -> None:
     transformers = pytest.importorskip("transformers")
     trainer = make_trainer(make_config(tmp_path, max_steps=2), tokenizer_spec=spec)
     trainer.train()
@@ -487,16 +420,7 @@ def test_a_checkpoint_opens_in_transformers_as_it_is(tmp_path: Path, spec: str) 
     torch.testing.assert_close(model(ids).logits, trainer.model(ids), rtol=1e-5, atol=1e-5)
 
 
-def test_saving_under_a_name_and_as_the_best_works_twice(tmp_path: Path) -> None:
-    trainer = make_trainer(make_config(tmp_path, max_steps=2))
-    trainer.train()
-    for _ in range(2):
-        path = trainer.save_checkpoint("best", is_best=True)
-    assert trainer.checkpoint_manager is not None
-    assert trainer.checkpoint_manager.get_best() == path == tmp_path / "checkpoints" / "best"
-
-
-def test_saving_without_a_folder_is_refused() -> None:
+def test_save_checkpoint_without_a_folder_is_refused() -> None:
     trainer = Trainer(Bigram(), TrainingConfig(), DataLoader(PartlyIgnored(), batch_size=8), callbacks=[])
     with pytest.raises(ConfigError, match="checkpoint_dir"):
         trainer.save_checkpoint("x")

@@ -81,22 +81,6 @@ def test_tensorboard_hides_later_steps_of_another_run(tmp_path: Path) -> None:
     assert [step for step, _ in shown["train_loss"]] == list(range(1, 13))
 
 
-def test_validation_interrupted_by_a_signal_is_logged_once(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    config = tracked_config(tmp_path, "tensorboard")
-
-    class Interrupt(Callback):
-        def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-            if trainer.global_step == 6:
-                trainer.stop_switch.request(Stop.SIGNAL, "a signal")
-
-    assert run(config, Interrupt()).validation_due
-    run(config)
-    shown = scalars(tmp_path / "tensorboard" / "fundamentallm")
-    assert [step for step, _ in shown["train_loss"]] == list(range(1, 13))
-    assert [step for step, _ in shown["val_loss"]] == [3, 6, 9, 12]
-
-
 # ---- mlflow ------------------------------------------------------------------------------------------------
 
 
@@ -110,8 +94,6 @@ def test_mlflow_has_one_run_with_each_step_once(tmp_path: Path, monkeypatch: pyt
     config = tracked_config(folder, "mlflow")
     with pytest.raises(KilledError):
         run(config, KillAfter(7))
-    (failed,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
-    assert failed.info.status == "FAILED"
     run(config)
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name("fundamentallm")
@@ -178,10 +160,15 @@ def note(config: Config, *callbacks: Callback, **arguments: Any) -> dict[str, li
     return noted
 
 
-def test_tracker_gets_each_step_of_a_killed_run_once(tmp_path: Path) -> None:
+def test_tracker_gets_each_step_of_an_interrupted_run_once(tmp_path: Path) -> None:
+    class InterruptValidation(Callback):
+        def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+            if trainer.global_step == 9:
+                trainer.stop_switch.request(Stop.SIGNAL, "a signal")
+
     config = tracked_config(tmp_path / "run")
     note(config, KillAfter(7))
-    note(config, StopAt(10))
+    note(config, InterruptValidation())
     noted = note(config)
     assert [step for step, _ in noted["train"]] == list(range(1, 13))
     assert [step for step, _ in noted["val"]] == [3, 6, 9, 12]
@@ -214,16 +201,6 @@ def test_tracker_started_by_the_caller_is_left_open(tmp_path: Path) -> None:
     kinds = [json.loads(line)[0] for line in (tmp_path / "notes.jsonl").read_text().splitlines()]
     assert kinds == ["start", *["train", "train", "train", "val"] * 4]
     assert [tracker.name for tracker in accelerator.trackers] == ["notebook"]
-
-
-def test_tracker_record_that_is_damaged_begins_a_new_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config = tracked_config(tmp_path / "run")
-    note(config, StopAt(10))
-    (tmp_path / "run" / "trackers.json").write_text('{"notebook": 3}')
-    noted = note(config)
-    assert [step for step, _ in noted["train"]] == list(range(1, 13))
-    assert len(noted["config"]) == 2
-    assert "trackers.json" in caplog.text
 
 
 # ---- mistakes ----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -29,31 +30,17 @@ from fundamentallm import (
 from fundamentallm.errors import Problem
 from fundamentallm.training.callbacks.base import RunView
 from fundamentallm.training.callbacks.from_config import make_callbacks
-
-HOOKS = (
-    "on_train_begin",
-    "on_epoch_begin",
-    "on_step_end",
-    "on_log",
-    "on_validation_end",
-    "on_epoch_end",
-    "on_train_end",
-)
+from tests.integration.runs import StopAt, lines
+from tests.unit.stub_run import make_stub
 
 
-def make_trainer(
-    callbacks: list[Callback], *, validation: bool = True, loss_fn: Any = None, **training: Any
-) -> Trainer:
+def make_trainer(callbacks: list[Callback], *, validation: bool = True, **training: Any) -> Trainer:
     """Two epochs of three steps, validated after each epoch, logged at every step."""
     settings = {"batch_size": 4, "max_epochs": 2, "log_every_n_steps": 1, "save_every_n_epochs": None} | training
     config = Config(data=DataConfig(sequence_length=4, train_split=0.8), training=TrainingConfig(**settings))
     train, val = create_dataloaders(np.arange(52) ** 2 % 7, None, config)
     model = nn.Sequential(nn.Embedding(7, 8), nn.Linear(8, 7))
-    return Trainer(model, config.training, train, val if validation else None, callbacks, loss_fn=loss_fn)
-
-
-def nan_loss(logits: Any, targets: Any) -> Any:
-    return logits.sum() * math.nan
+    return Trainer(model, config.training, train, val if validation else None, callbacks)
 
 
 class Recorder(Callback):
@@ -61,21 +48,11 @@ class Recorder(Callback):
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int, Any]] = []
+        for hook in ("on_train_begin", "on_epoch_begin", "on_epoch_end", "on_train_end"):
+            setattr(self, hook, functools.partial(self._record, hook))
 
     def _record(self, hook: str, trainer: RunView, given: Any = None) -> None:
         self.calls.append((hook, trainer.global_step, given))
-
-    def on_train_begin(self, trainer: RunView) -> None:
-        self._record("on_train_begin", trainer)
-
-    def on_train_end(self, trainer: RunView) -> None:
-        self._record("on_train_end", trainer)
-
-    def on_epoch_begin(self, trainer: RunView) -> None:
-        self._record("on_epoch_begin", trainer)
-
-    def on_epoch_end(self, trainer: RunView) -> None:
-        self._record("on_epoch_end", trainer)
 
     def on_step_end(self, trainer: RunView, loss: float) -> None:
         self._record("on_step_end", trainer, loss)
@@ -88,25 +65,6 @@ class Recorder(Callback):
 
     def given(self, hook: str) -> list[Any]:
         return [given for name, _, given in self.calls if name == hook]
-
-
-class StopAt(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_log(self, trainer: RunView, metrics: dict[str, float]) -> None:
-        if trainer.global_step == self.step:
-            trainer.request_stop("asked to")
-
-
-class Scores(Callback):
-    """Adds a validation metric of known values."""
-
-    def __init__(self, *scores: float) -> None:
-        self.scores = scores
-
-    def on_validation_end(self, trainer: RunView, metrics: dict[str, float]) -> None:
-        metrics["score"] = self.scores[trainer.global_step - 1]
 
 
 # ---- when, and with what -------------------------------------------------------------------------------------
@@ -140,14 +98,8 @@ def test_on_epoch_begin_is_called_when_resuming_in_an_epoch(tmp_path: Path) -> N
     make_trainer([StopAt(2)], checkpoint_dir=str(tmp_path)).train()
     recorder = Recorder()
     make_trainer([recorder], checkpoint_dir=str(tmp_path)).train()
-    hooks = [(hook, step) for hook, step, _ in recorder.calls if hook != "on_log"]
-    assert hooks[:5] == [
-        ("on_train_begin", 2),
-        ("on_epoch_begin", 2),
-        ("on_step_end", 3),
-        ("on_validation_end", 3),
-        ("on_epoch_end", 3),
-    ]
+    hooks = [(hook, step) for hook, step, _ in recorder.calls]
+    assert hooks[:3] == [("on_train_begin", 2), ("on_epoch_begin", 2), ("on_step_end", 3)]
 
 
 def test_on_step_end_gets_the_mean_loss_as_a_float() -> None:
@@ -156,14 +108,6 @@ def test_on_step_end_gets_the_mean_loss_as_a_float() -> None:
     losses = recorder.given("on_step_end")
     assert list(map(type, losses)) == [float] * 6
     assert losses == pytest.approx(history["train_loss"], rel=1e-6)
-
-
-def test_on_log_gets_the_line_of_the_history() -> None:
-    recorder = Recorder()
-    history = make_trainer([recorder], validation=False).train()
-    lines = recorder.given("on_log")
-    assert {key: [line[key] for line in lines] for key in lines[0] if key != "memory_gb"} == history
-    assert history["step"] == [1, 2, 3, 4, 5, 6]
 
 
 def test_on_validation_end_gets_what_validate_returns() -> None:
@@ -189,14 +133,12 @@ def test_callback_list_calls_in_the_order_added() -> None:
             seen.append((hook, self))
 
     first, second, third = InTurn(), InTurn(), InTurn()
-    trainer = make_trainer([first])
-    trainer.callbacks.add(second)
-    trainer.callbacks.add(third)
-    trainer.callbacks.remove(second)
-    trainer.train()
-    assert {hook for hook, _ in seen} == set(HOOKS)
-    assert [me for _, me in seen] == [first, third] * (len(seen) // 2)
-    assert [hook for hook, _ in seen[::2]] == [hook for hook, _ in seen[1::2]]
+    callbacks = make_trainer([first]).callbacks
+    callbacks.add(second)
+    callbacks.add(third)
+    callbacks.remove(second)
+    callbacks.on_epoch_begin(make_trainer([]))
+    assert seen == [("on_epoch_begin", first), ("on_epoch_begin", third)]
 
 
 def test_callback_list_copies_the_list_given() -> None:
@@ -216,12 +158,6 @@ def test_measure_adds_to_the_line_but_not_to_the_history(tmp_path: Path) -> None
     assert "degrees" not in history
 
 
-def test_remove_of_a_missing_callback_raises() -> None:
-    callbacks = CallbackList([Callback()])
-    with pytest.raises(ValueError, match="not in list"):
-        callbacks.remove(Callback())
-
-
 def test_remove_in_a_hook_skips_no_other_callback() -> None:
     class Once(Callback):
         def on_epoch_begin(self, trainer: RunView) -> None:
@@ -232,7 +168,7 @@ def test_remove_in_a_hook_skips_no_other_callback() -> None:
     assert [step for hook, step, _ in recorder.calls if hook == "on_epoch_begin"] == [0, 3]
 
 
-@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("hook", ["on_train_begin", "on_log", "on_train_end"])
 def test_hook_that_raises_ends_the_training(hook: str) -> None:
     class Broken(Callback):
         pass
@@ -292,28 +228,24 @@ def test_on_train_abort_that_raises_is_a_warning(caplog: pytest.LogCaptureFixtur
 # ---- the best checkpoint -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("mode", "best", "marked"), [("min", 4, [2, 4]), ("max", 5, [2, 3, 5])])
-def test_save_best_saves_each_improvement(tmp_path: Path, mode: str, best: int, marked: list[int]) -> None:
-    scores = Scores(math.nan, 3.0, 4.0, 1.0, 5.0, math.nan)
-    trainer = make_trainer(
-        [scores, SaveBestCallback("score", mode)], checkpoint_dir=str(tmp_path), eval_every_n_steps=1, keep_last_n=9
-    )
-    trainer.train()
-    assert trainer.checkpoint_manager.get_best() == tmp_path / f"step_{best:08d}"
-    assert trainer.checkpoint_manager.load(tmp_path / f"step_{best:08d}")["progress_state_dict"]["step"] == best
-    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == [f"step_{step:08d}" for step in (*marked, 6)]
+def steps_saved(callback: SaveBestCallback, *scores: float) -> list[int]:
+    stub = make_stub(None)
+    for stub.global_step, score in enumerate(scores, start=1):
+        callback.on_validation_end(stub, {"score": score})
+    assert all(is_best for _, is_best in stub.saves)
+    return [step for step, _ in stub.saves]
 
 
-def test_save_best_resumes_the_best_value(tmp_path: Path) -> None:
-    def run(*scores: float, stop: int) -> Trainer:
-        callbacks = [Scores(*scores), SaveBestCallback("score"), StopAt(stop)]
-        trainer = make_trainer(callbacks, checkpoint_dir=str(tmp_path), eval_every_n_steps=1, keep_last_n=1)
-        trainer.train()
-        return trainer
+@pytest.mark.parametrize(("mode", "saved"), [("min", [2, 4]), ("max", [2, 3, 5])])
+def test_save_best_saves_each_improvement(mode: str, saved: list[int]) -> None:
+    assert steps_saved(SaveBestCallback("score", mode), math.nan, 3.0, 4.0, 1.0, 5.0, math.nan) == saved
 
-    run(3.0, 2.0, 2.5, stop=3)
-    trainer = run(0.0, 0.0, 0.0, 2.25, 2.5, 2.0, stop=6)
-    assert trainer.checkpoint_manager.get_best() == tmp_path / "step_00000002"
+
+def test_save_best_resumes_the_best_value() -> None:
+    first, second = SaveBestCallback("score"), SaveBestCallback("score")
+    assert steps_saved(first, 3.0, 2.0, 2.5) == [1, 2]
+    second.load_state_dict(first.state_dict())
+    assert steps_saved(second, 2.25, 1.5) == [2]
 
 
 def test_save_best_by_an_unknown_metric_is_refused() -> None:
@@ -355,7 +287,7 @@ def test_make_callbacks_lists_every_problem() -> None:
         "samples": {"prompts": "Once", "num_tokens": "ten"},
         "curves": {"color": 1},
     }
-    names = ["profiler", "samples", "tests.unit.test_callbacks:nan_loss"]
+    names = ["profiler", "samples", "tests.unit.test_callbacks:make_trainer"]
     with pytest.raises(ConfigError) as error:
         make_callbacks(Config(callbacks=names, callback_options=options))
     problems = [problem for problem in error.value.problems if isinstance(problem, Problem)]
@@ -365,7 +297,7 @@ def test_make_callbacks_lists_every_problem() -> None:
         ("callback_options.profiler.num_steps", 0),
         ("callback_options.samples.prompts", "Once"),
         ("callback_options.samples.num_tokens", "ten"),
-        ("callbacks", "tests.unit.test_callbacks:nan_loss"),
+        ("callbacks", "tests.unit.test_callbacks:make_trainer"),
     ]
     assert problems[1].allowed == "an integer, at least 1"
 
@@ -383,26 +315,9 @@ def test_make_callbacks_without_matplotlib_needs_no_curves(
 # ---- log lines -----------------------------------------------------------------------------------------------
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def columns(lines: list[dict[str, Any]], of: str) -> dict[str, list[float]]:
     chosen = [line for line in lines if of in line]
     return {key: [line[key] for line in chosen] for key in chosen[0]}
-
-
-def test_log_file_holds_the_history_in_full_precision(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "metrics.jsonl"
-    trainer = make_trainer([LoggingCallback(path)])
-    trainer.train()
-    history = trainer.metrics.get_history()
-    training, validation = (columns(read_lines(path), of) for of in ("train_loss", "val_loss"))
-    training.pop("memory_gb")  # which the machine says
-    assert training == {name: values for name, values in history.items() if not name.startswith("val_")}
-    assert validation.pop("step") == history["val_step"]
-    assert validation.pop("epoch") == [1.0, 2.0]
-    assert validation == {name: history[name] for name in ("val_loss", "val_perplexity")}
 
 
 def test_log_file_of_a_resumed_run_has_each_line_once(tmp_path: Path) -> None:
@@ -415,23 +330,14 @@ def test_log_file_of_a_resumed_run_has_each_line_once(tmp_path: Path) -> None:
     before = path.read_text()
     # What a run leaves that was killed after its last checkpoint, in the middle of a line.
     path.write_text(before + '{"step": 5, "train_loss": 9.0}\n{"step": 6, "val_loss": 9.0}\n{"step": 4, "train_lo')
-    history = run(stop=6)
+    history = run(stop=6)  # in full precision
     assert path.read_text().startswith(before)
-    training, validation = (columns(read_lines(path), of) for of in ("train_loss", "val_loss"))
+    training, validation = (columns(lines(tmp_path), of) for of in ("train_loss", "val_loss"))
     training.pop("memory_gb")  # which the machine says
     assert training == {name: values for name, values in history.items() if not name.startswith("val_")}
     assert training["step"] == [1, 2, 3, 4, 5, 6]
     assert validation["step"] == [3, 6]
     assert [file.name for file in tmp_path.iterdir() if file.is_file()] == ["metrics.jsonl"]
-
-
-def test_log_file_has_texts_for_numbers_json_lacks(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    make_trainer([LoggingCallback(path)], loss_fn=nan_loss).train()
-    lines = read_lines(path)
-    assert columns(lines, "train_loss")["train_loss"] == ["NaN"] * 6
-    assert columns(lines, "val_loss")["val_loss"] == ["NaN"] * 2
-    assert columns(lines, "val_loss")["val_perplexity"] == ["Infinity"] * 2
 
 
 def test_logging_without_a_path_only_prints(
@@ -475,21 +381,12 @@ def test_progress_on_a_terminal_replaces_the_lines(terminal: pytest.CaptureFixtu
     assert "training:" not in captured.out
 
 
-def test_progress_of_a_resumed_run_begins_at_its_step(tmp_path: Path, terminal: pytest.CaptureFixture[str]) -> None:
-    make_trainer([StopAt(4)], checkpoint_dir=str(tmp_path)).train()
-    terminal.readouterr()
-    make_trainer([ProgressCallback()], checkpoint_dir=str(tmp_path), log_every_n_steps=5).train()
-    bars = [line for line in terminal.readouterr().err.replace("\r", "\n").splitlines() if line.strip()]
-    assert "4/6" in bars[0]
-    assert "6/6" in bars[-1]
+def test_progress_covers_the_steps_of_its_launch(tmp_path: Path, terminal: pytest.CaptureFixture[str]) -> None:
+    def bars(*callbacks: Callback) -> list[str]:
+        make_trainer([ProgressCallback(), *callbacks], checkpoint_dir=str(tmp_path), log_every_n_steps=4).train()
+        return [line for line in terminal.readouterr().err.replace("\r", "\n").splitlines() if line.strip()]
 
-
-def test_the_bar_ends_where_the_run_stopped(terminal: pytest.CaptureFixture[str]) -> None:
-    class StopBetweenLogs(Callback):
-        def on_step_end(self, trainer: RunView, loss: float) -> None:
-            if trainer.global_step == 5:
-                trainer.request_stop("asked to")
-
-    make_trainer([ProgressCallback(), StopBetweenLogs()], log_every_n_steps=4).train()
-    bars = [line for line in terminal.readouterr().err.replace("\r", "\n").splitlines() if line.strip()]
-    assert "5/6" in bars[-1]
+    assert "5/6" in bars(StopAt(5))[-1]
+    resumed = bars()
+    assert "5/6" in resumed[0]
+    assert "6/6" in resumed[-1]

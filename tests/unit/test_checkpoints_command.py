@@ -426,9 +426,8 @@ ESCAPE = "\x1b[2J\ud800\nstep_99999999  ok"
 HOSTILE: dict[str, Callable[[dict[str, Any]], None]] = {
     **{f"stretch {name} {value!r}": set_stretch(name, value) for name, value in [
         ("num_samples", 0), ("num_samples", "9"), ("num_samples", 1e9), ("num_samples", 2**70), ("num_samples", -1),
-        ("batch_size", 0), ("batch_size", None), ("batch_size", 2**50), ("batch_size", -4), ("batch_size", True),
-        ("seed", ESCAPE), ("seed", -1), ("drop_last", [ESCAPE]), ("content", ESCAPE), ("content", []),
-        ("start", [5, 0, 0, 0]), ("start", [0, 0, 10**9, 0]), ("start", [0, 2**80, 0, 0]), ("start", "0123"),
+        ("batch_size", 0), ("batch_size", None), ("batch_size", -4), ("seed", ESCAPE), ("content", ESCAPE),
+        ("content", []), ("start", [5, 0, 0, 0]), ("start", [0, 0, 10**9, 0]), ("start", "0123"),
         ("start", [0, 0, 0, 0, 0]), ("start", {"__tensor__": "no"}),
     ]},
     "vast": lambda state: state["progress_state_dict"]["stretches"][0].update(num_samples=2**40, batch_size=2**40),

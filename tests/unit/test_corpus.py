@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,24 +11,17 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from fundamentallm.config.schema import DataConfig
+from fundamentallm.config.schema import BUILT_IN_CORPUS, DataConfig
 from fundamentallm.data import corpus, encoding, sources
 from fundamentallm.data.corpus import Corpus, load_corpus
 from fundamentallm.data.encoding import split_pieces
 from fundamentallm.data.sources import Piece, read_pieces
-from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.data.tokenizers import create_tokenizer
+from tests.conftest import problem_of
 
 UNICODE = "Grüße,\r\n\tहिन्दी 漢字 🙂\r old Mac\n\n  don't e\u0301\n" * 20
 
 Load = Callable[..., Corpus]
-
-
-def problem_of(make: Callable[..., object], *arguments: Any, **settings: Any) -> Problem:
-    """Returns the only problem that the call reports."""
-    with pytest.raises(ConfigError) as error:
-        make(*arguments, **settings)
-    (problem,) = error.value.problems
-    return problem
 
 
 @pytest.fixture
@@ -43,7 +35,7 @@ def load(tmp_path: Path, cache: Path) -> Load:
 
     def load(text: str | Path, **settings: object) -> Corpus:
         source = text
-        if isinstance(text, str):
+        if isinstance(text, str) and text != BUILT_IN_CORPUS:
             source = tmp_path / "source.txt"
             source.write_bytes(text.encode())
         config = DataConfig(source=str(source), cache_dir=str(cache), **{"tokenizer": "byte"} | settings)
@@ -58,8 +50,13 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "source.txt"
 
 
-def decode(made: Corpus) -> tuple[str, str]:
-    return made.tokenizer.decode(made.train.tolist()), made.tokenizer.decode(made.validation.tolist())
+def tokens_of(made: Corpus) -> list[list[int]]:
+    (source,) = made.sources
+    return [part.ids.tolist() for part in (source.train, source.validation)]
+
+
+def decode(made: Corpus) -> tuple[str, ...]:
+    return tuple(map(made.tokenizer.decode, tokens_of(made)))
 
 
 def entries(cache: Path) -> list[Path]:
@@ -74,22 +71,25 @@ def save_tokenizer(path: Path, characters: str, unknown: str | None = None) -> s
     return str(path)
 
 
-@pytest.mark.parametrize("train_split", [1e-6, 0.1, 0.5, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("train_split", [1e-6, 0.53, 1.0])
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe:300"])
-def test_train_and_validation_split_at_a_character(load: Load, tokenizer: str, train_split: float) -> None:
+def test_load_corpus_splits_at_a_character(load: Load, tokenizer: str, train_split: float) -> None:
     cut = int(len(UNICODE) * train_split)
     made = load(UNICODE, tokenizer=tokenizer, train_split=train_split)
     assert decode(made) == (UNICODE[:cut], UNICODE[cut:])
+    assert (made.sources[0].validation.num_bytes == 0) == (train_split == 1.0)
 
 
-@pytest.mark.parametrize("piece", [1, 2, 7, 100])
-def test_tokens_do_not_depend_on_the_pieces(load: Load, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("piece", [1, 7, 100])
+def test_load_corpus_tokens_do_not_depend_on_the_pieces(
+    load: Load, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sources, "PIECE", piece)
     monkeypatch.setattr(encoding, "PIECES_AT_ONCE", 2)
     cut = int(len(UNICODE) * 0.7)
     made = load(UNICODE, train_split=0.7)
     assert decode(made) == (UNICODE[:cut], UNICODE[cut:])
-    assert len(made.train) == len(UNICODE[:cut].encode())
+    assert tokens_of(made) == [create_tokenizer("byte").encode(text).ids for text in (UNICODE[:cut], UNICODE[cut:])]
 
 
 def test_read_pieces_ends_pieces_with_lines(tmp_path: Path, text: str) -> None:
@@ -109,10 +109,6 @@ def test_split_pieces_splits_the_text(cut: int) -> None:
     assert parts == ["abcdefg"[:cut], "abcdefg"[cut:]]
 
 
-def test_line_ends_are_kept(load: Load) -> None:
-    assert decode(load("a\r\nb\rc\n\r\n", train_split=1.0))[0] == "a\r\nb\rc\n\r\n"
-
-
 def test_bpe_learns_nothing_from_the_validation_text(load: Load, text: str) -> None:
     train, validation = text[:10_000], text[10_000:20_000]
     learned = load(train + validation, tokenizer="bpe:300", train_split=0.5).tokenizer.to_str()
@@ -125,7 +121,7 @@ def test_char_knows_the_characters_of_the_validation_text(load: Load) -> None:
     assert decode(made) == ("a" * 50, "漢" * 50)
 
 
-@pytest.mark.parametrize("start", ["a", "é", "漢", "🙂"])
+@pytest.mark.parametrize("start", ["a", "🙂"])
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe:300"])
 def test_validation_bytes_exclude_the_first_token(load: Load, tokenizer: str, start: str) -> None:
     text = "x" * 100 + start + "y漢 é" * 20
@@ -133,17 +129,13 @@ def test_validation_bytes_exclude_the_first_token(load: Load, tokenizer: str, st
     validation = text[100:].encode()
     # bpe learns from x alone, so that its first token is a byte too.
     first = 1 if tokenizer != "char" else len(start.encode())
-    assert made.tokenizer.decode(made.validation.tolist()) == validation.decode()
-    assert made.validation_bytes == len(validation) - first
-
-
-def test_validation_bytes_are_zero_without_validation(load: Load) -> None:
-    assert load(UNICODE, train_split=1.0).validation_bytes == 0
+    assert decode(made)[1] == validation.decode()
+    assert made.sources[0].validation.num_bytes == len(validation) - first
 
 
 def test_tokens_are_memory_mapped_and_read_only(load: Load) -> None:
-    made = load(UNICODE)
-    for tokens in (made.train, made.validation):
+    (source,) = load(UNICODE).sources
+    for tokens in (source.train.ids, source.validation.ids):
         assert isinstance(tokens, np.memmap)
         assert not tokens.flags.writeable
 
@@ -152,8 +144,9 @@ def test_tokens_are_memory_mapped_and_read_only(load: Load) -> None:
 def test_token_type_is_the_smallest_for_the_vocabulary(load: Load, size: int, dtype: type, tmp_path: Path) -> None:
     characters = "".join(chr(0xE000 + index) for index in range(size))
     made = load(characters[-5:] + characters[:5], tokenizer=save_tokenizer(tmp_path / "big.json", characters))
-    assert made.train.dtype == made.validation.dtype == dtype
-    assert [*made.train, *made.validation] == [*range(size - 5, size), *range(5)]
+    assert made.sources[0].train.ids.dtype == dtype
+    train, validation = tokens_of(made)
+    assert train + validation == [*range(size - 5, size), *range(5)]
 
 
 def test_cache_entry_is_used_as_it_is(load: Load, cache: Path) -> None:
@@ -161,7 +154,7 @@ def test_cache_entry_is_used_as_it_is(load: Load, cache: Path) -> None:
     (entry,) = entries(cache)
     size = (entry / "train.bin").stat().st_size
     (entry / "train.bin").write_bytes(b"\1\0" * (size // 2))
-    assert set(load(UNICODE).train.tolist()) == {1}
+    assert set(tokens_of(load(UNICODE))[0]) == {1}
 
 
 def test_cache_identifies_a_text_by_its_content(load: Load, cache: Path, tmp_path: Path) -> None:
@@ -187,36 +180,23 @@ def test_another_text_tokenizer_or_split_is_encoded(load: Load, cache: Path, cha
 
 def test_changed_tokenizer_file_is_noticed(load: Load, tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
-    assert load("abba", tokenizer=save_tokenizer(path, "ab"), train_split=1.0).train.tolist() == [0, 1, 1, 0]
-    assert load("abba", tokenizer=save_tokenizer(path, "ba"), train_split=1.0).train.tolist() == [1, 0, 0, 1]
+    for characters, ids in (("ab", [0, 1, 1, 0]), ("ba", [1, 0, 0, 1])):
+        made = load("abba", tokenizer=save_tokenizer(path, characters), train_split=1.0)
+        assert tokens_of(made)[0] == ids
 
 
-def truncate(path: Path) -> None:
-    path.write_bytes(
-        path.read_bytes()[: -np.dtype(np.uint16).itemsize]
-    )  # a whole token, or the mapping fails by itself
-
-
-def change_type(path: Path) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "uint99"}))
-
-
-@pytest.mark.parametrize(
-    ("name", "damage"),
-    [
-        *[(name, truncate) for name in ("train.bin", "validation.bin", "meta.json", "tokenizer.json")],
-        *[(name, Path.unlink) for name in ("train.bin", "validation.bin", "meta.json", "tokenizer.json")],
-        *[("meta.json", lambda path, text=text: path.write_text(text)) for text in ("", "{}", "null", "[]")],
-        ("meta.json", change_type),
-    ],
-)
-def test_damaged_cache_entry_is_encoded_again(
-    load: Load, cache: Path, name: str, damage: Callable[[Path], object]
-) -> None:
+@pytest.mark.parametrize("name", ["train.bin", "validation.bin", "meta.json", "tokenizer.json"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "other JSON"])
+def test_damaged_cache_entry_is_encoded_again(load: Load, cache: Path, name: str, damage: str) -> None:
     before = decode(load(UNICODE))
     (entry,) = entries(cache)
     files = {path.name: path.read_bytes() for path in entry.iterdir()}
-    damage(entry / name)
+    if damage == "missing":
+        (entry / name).unlink()
+    elif damage == "truncated":  # by a whole token, or the mapping fails by itself
+        (entry / name).write_bytes(files[name][:-2])
+    else:
+        (entry / name).write_text("{}")
     assert decode(load(UNICODE)) == before
     assert entries(cache) == [entry]
     assert {path.name: path.read_bytes() for path in entry.iterdir()} == files
@@ -229,21 +209,15 @@ def test_default_cache_is_the_users(tmp_path: Path, cache: Path, monkeypatch: py
     assert len(entries(cache / "fundamentallm")) == 1
 
 
-def test_failed_encoding_leaves_nothing_in_the_cache(load: Load, cache: Path, tmp_path: Path) -> None:
-    tokenizer = save_tokenizer(tmp_path / "mine.json", "ab\n", unknown="<unk>")
-    with pytest.raises(ConfigError):
-        load("ab\n" * 100 + "漢", tokenizer=tokenizer)
-    assert entries(cache) == []
-
-
-def test_unknown_characters_are_named(load: Load, tmp_path: Path) -> None:
+def test_unknown_characters_are_named(load: Load, cache: Path, tmp_path: Path) -> None:
     tokenizer = save_tokenizer(tmp_path / "mine.json", "ab\n", unknown="<unk>")
     problem = problem_of(load, "ab\n" * 100 + "a漢b\nabéab\n" + "ab\n" * 100, tokenizer=tokenizer)
     assert problem.value == ["é", "漢"]
+    assert entries(cache) == []
 
 
 @pytest.mark.parametrize("byte_level", [False, True])
-def test_characters_are_not_dropped_silently(load: Load, cache: Path, tmp_path: Path, byte_level: bool) -> None:
+def test_characters_are_not_dropped_silently(load: Load, tmp_path: Path, byte_level: bool) -> None:
     path = tmp_path / "mine.json"
     save_tokenizer(path, "ab")
     if byte_level:
@@ -252,17 +226,6 @@ def test_characters_are_not_dropped_silently(load: Load, cache: Path, tmp_path: 
         tokenizer.decoder = decoders.ByteLevel()
         tokenizer.save(str(path))
     assert problem_of(load, "abzab" * 20, tokenizer=str(path)).value == ["z"]
-    assert entries(cache) == []
-
-
-@pytest.mark.parametrize("content", [None, b"not json", b"\xff\xfe"])
-def test_broken_tokenizer_file_is_named(load: Load, cache: Path, tmp_path: Path, content: bytes | None) -> None:
-    if content is not None:
-        (tmp_path / "mine.json").write_bytes(content)
-    path = str(tmp_path / "mine.json")
-    problem = problem_of(load, UNICODE, tokenizer=path)
-    assert (problem.setting, problem.value) == ("data.tokenizer", path)
-    assert entries(cache) == []
 
 
 def test_empty_text_is_refused(load: Load, cache: Path) -> None:
@@ -297,39 +260,38 @@ def test_folder_or_glob_means_visible_files_in_order(load: Load, folder: Path, p
     assert decode(made)[0] == "\n\n".join(f"<{name}>" for name in names)
 
 
-@pytest.mark.parametrize("pattern", ["nothing", "*.nothing", ".git/nothing"])
+@pytest.mark.parametrize("pattern", ["nothing", "*.nothing"])
 def test_source_without_files_is_named(load: Load, folder: Path, pattern: str) -> None:
     problem = problem_of(load, folder / pattern)
     assert (problem.setting, problem.value) == ("data.source", str(folder / pattern))
 
 
-def test_file_that_is_not_utf8_is_named(load: Load, cache: Path, folder: Path) -> None:
-    (folder / "sub" / "latin.txt").write_bytes("Grüße".encode("latin-1"))
-    problem = problem_of(load, folder)
-    assert (problem.setting, problem.allowed) == ("data.source", "UTF-8 text")
-    assert "latin.txt" in problem.reason
+def test_cache_entry_of_another_process_is_kept(load: Load, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process encodes the same text at the same time, and is faster."""
+    real, inodes = corpus.write_source, []
+
+    def write(*arguments: Any) -> None:
+        real(*arguments)
+        monkeypatch.undo()
+        load(UNICODE)
+        inodes.extend(path.stat().st_ino for path in entries(cache)[-1].iterdir())
+
+    monkeypatch.setattr(corpus, "write_source", write)
+    assert "".join(decode(load(UNICODE))) == UNICODE
+    (entry,) = entries(cache)
+    assert [path.stat().st_ino for path in entry.iterdir()] == inodes
+
+
+def test_interrupted_encoding_leaves_no_entry(load: Load, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(encoding, "read_source", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        load(UNICODE)
     assert entries(cache) == []
-
-
-def test_cache_entry_of_another_process_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two machines that share the cache folder encode the same text at once."""
-    (tmp_path / "text.txt").write_text("some text, and more of it " * 20)
-    config = DataConfig(str(tmp_path / "text.txt"), sequence_length=4, cache_dir=str(tmp_path / "cache"))
-    first = load_corpus(config)
-    entry = next((tmp_path / "cache").iterdir())
-    files = {path: path.stat().st_ino for path in entry.iterdir()}
-    real, asked = corpus._open_cached, []
-
-    def not_yet(folder: Path, *about: Any) -> Any:
-        asked.append(folder)
-        return real(folder, *about) if len(asked) > 1 else None
-
-    monkeypatch.setattr(corpus, "_open_cached", not_yet)
-    second = load_corpus(config)
-    assert len(asked) == 2
-    assert {path: path.stat().st_ino for path in entry.iterdir()} == files
-    assert list((tmp_path / "cache").iterdir()) == [entry]
-    assert (first.train == second.train).all()
+    monkeypatch.undo()
+    assert "".join(decode(load(UNICODE))) == UNICODE
 
 
 @pytest.fixture
@@ -343,15 +305,20 @@ def refuse(*_: object) -> Any:
 
 
 @pytest.mark.usefixtures("settled")
-def test_unchanged_text_is_not_read_again(load: Load, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = decode(load(UNICODE))
+@pytest.mark.parametrize("is_built_in", [False, True])
+def test_unchanged_source_is_not_read_again(
+    load: Load, source: Path, is_built_in: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = BUILT_IN_CORPUS if is_built_in else source
+    source.write_text(UNICODE)
+    before = decode(load(name))
     monkeypatch.setattr(corpus, "read_source", refuse)
-    assert decode(load(source)) == before
+    assert decode(load(name)) == before
 
 
 @pytest.mark.usefixtures("settled")
-@pytest.mark.parametrize("change", ["content", "times", "file", "damaged"])
-def test_changed_text_is_noticed(load: Load, cache: Path, source: Path, change: str) -> None:
+@pytest.mark.parametrize("change", ["content", "times", "file"])
+def test_changed_text_is_noticed(load: Load, source: Path, change: str) -> None:
     load(UNICODE)
     other = UNICODE.replace("old", "new")  # of the same size
     status = source.stat()
@@ -360,13 +327,10 @@ def test_changed_text_is_noticed(load: Load, cache: Path, source: Path, change: 
     elif change == "times":  # written in place, and its time set back
         source.write_bytes(other.encode())
         os.utime(source, ns=(status.st_atime_ns, status.st_mtime_ns))
-    elif change == "file":  # replaced by another that has the time of the first
+    else:  # replaced by another that has the time of the first
         (source.parent / "new").write_bytes(other.encode())
         os.utime(source.parent / "new", ns=(status.st_atime_ns, status.st_mtime_ns))
         (source.parent / "new").rename(source)
-    else:
-        (entries(cache)[0] / "train.bin").unlink()
-        other = UNICODE
     assert "".join(decode(load(source))) == other
 
 
@@ -383,14 +347,6 @@ def test_load_corpus_looks_up_the_files_of_a_source_once(load: Load, monkeypatch
     monkeypatch.setattr(sources, "source_files", lambda *about: looked_up.append(about) or real(*about))
     load(UNICODE, tokenizer="bpe:300")
     assert len(looked_up) == 1
-
-
-@pytest.mark.usefixtures("settled")
-def test_built_in_corpus_is_not_read_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = DataConfig(cache_dir=str(cache))
-    made = load_corpus(config, show_progress=False)
-    monkeypatch.setattr(corpus, "read_source", refuse)
-    assert np.array_equal(load_corpus(config, show_progress=False).train, made.train)
 
 
 @pytest.mark.usefixtures("settled")

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from fundamentallm.config.schema import IGNORE_INDEX
-from fundamentallm.data import datasets
 from fundamentallm.data.datasets import MixedDataset, PairDataset, TokenDataset
-from fundamentallm.data.loaders import collate
 from fundamentallm.data.tokenizers import create_tokenizer
-from fundamentallm.errors import ConfigError, Problem
-
-
-def problem_of(make: Callable[..., object], *arguments: Any, **settings: Any) -> Problem:
-    """Returns the only problem that the call reports."""
-    with pytest.raises(ConfigError) as error:
-        make(*arguments, **settings)
-    (problem,) = error.value.problems
-    return problem
+from tests.conftest import problem_of
 
 
 def datasets_of_all_sizes(length: int) -> Iterator[tuple[int, TokenDataset]]:
@@ -41,6 +28,7 @@ def test_every_token_but_the_first_is_a_target_once(length: int) -> None:
         kept = targets != IGNORE_INDEX
         assert targets[kept].tolist() == list(range(1, count))
         assert torch.equal(inputs[kept], targets[kept] - 1)
+        assert inputs[-1].tolist() == list(range(count - 1 - length, count - 1))
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 7])
@@ -53,18 +41,9 @@ def test_last_window_masks_only_what_it_repeats(length: int) -> None:
         assert masked[-1].tolist() == [True] * repeated + [False] * (length - repeated)
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 7])
-def test_inputs_are_whole_windows(length: int) -> None:
-    for count, dataset in datasets_of_all_sizes(length):
-        for index in range(len(dataset)):
-            start = min(index * length, count - 1 - length)
-            assert dataset[index][0].tolist() == list(range(start, start + length))
-
-
-@pytest.mark.parametrize("indices", [[0], [4], [4, 0, 2], [1, 1, 4, 4], [0, 1, 2, 3, 4]])
+@pytest.mark.parametrize("indices", [[4], [1, 1, 4, 0]])
 def test_a_batch_is_its_items_stacked(indices: list[int]) -> None:
     dataset = TokenDataset(np.random.default_rng(0).integers(0, 50, 33), 7)
-    assert len(dataset) == 5
     items = [dataset[index] for index in indices]
     inputs, targets = dataset.__getitems__(indices)
     assert torch.equal(inputs, torch.stack([item[0] for item in items]))
@@ -73,17 +52,13 @@ def test_a_batch_is_its_items_stacked(indices: list[int]) -> None:
 
 def test_getitem_takes_negative_indices_and_refuses_others() -> None:
     dataset = TokenDataset(np.arange(24), 7)
+    assert len(list(dataset)) == len(dataset) == 4
     for index in range(len(dataset)):
         for ours, same in zip(dataset[index - len(dataset)], dataset[index], strict=True):
             assert torch.equal(ours, same)
     for outside in (len(dataset), -len(dataset) - 1):
         with pytest.raises(IndexError, match=str(outside)):
             dataset[outside]
-
-
-def test_plain_iteration_ends_after_the_last_sample() -> None:
-    dataset = TokenDataset(np.arange(24), 7)
-    assert len(list(itertools.islice(dataset, 100))) == len(dataset)
 
 
 def test_token_dataset_refuses_too_few_tokens() -> None:
@@ -94,30 +69,15 @@ def test_token_dataset_refuses_too_few_tokens() -> None:
     assert problem_of(TokenDataset, np.arange(7), 0).value == 0
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.int32, np.int64])
+@pytest.mark.parametrize("dtype", [np.uint16, np.int64])
 def test_any_integer_type_gives_int64(dtype: type, tmp_path: Path) -> None:
     tokens = np.arange(50, 150).astype(dtype)
     tokens.tofile(tmp_path / "tokens.bin")
     for source in (tokens, np.memmap(tmp_path / "tokens.bin", dtype, mode="r")):
-        inputs, targets = TokenDataset(source, 9)[2]
+        inputs, targets = TokenDataset(source, 9)[2]  # copies: the mapping is read-only
         assert inputs.dtype == targets.dtype == torch.int64
         assert inputs.tolist() == list(range(68, 77))
         assert targets.tolist() == list(range(69, 78))
-
-
-def test_writing_into_a_batch_leaves_the_tokens_alone() -> None:
-    tokens = np.arange(40)
-    inputs, targets = TokenDataset(tokens, 9).__getitems__([0, 4])
-    inputs.fill_(7)
-    targets.fill_(7)
-    assert np.array_equal(tokens, np.arange(40))
-
-
-def test_dataloader_gives_whole_batches() -> None:
-    dataset = TokenDataset(np.arange(40), 9)
-    batches = list(DataLoader(dataset, batch_size=2, collate_fn=collate))
-    assert [len(inputs) for inputs, _ in batches] == [2, 2, 1]
-    assert torch.equal(torch.cat([targets for _, targets in batches]), dataset.__getitems__(range(5))[1])
 
 
 # ---- pairs --------------------------------------------------------------------------------------------------
@@ -162,17 +122,13 @@ def test_long_pairs_are_cut_off_and_counted() -> None:
     assert problem_of(PairDataset, np.arange(9), np.empty((0, 2), np.int64), 1).value == 0
 
 
-def test_num_bytes_excludes_what_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_num_bytes_excludes_what_is_cut_off() -> None:
     tokenizer = create_tokenizer("byte", end_of_text="<end>")
     ids = tokenizer.encode("qqaaaa").ids
     tokens = np.array([*ids, tokenizer.token_to_id("<end>")] * 2)
     rows, end = np.array([[2, 7], [9, 14]]), tokenizer.token_to_id("<end>")
-    calls: list[int] = []
-    real = datasets.count_bytes
-    monkeypatch.setattr(datasets, "count_bytes", lambda *about: calls.append(1) or real(*about))
     sizes = [PairDataset(tokens, rows, length, tokenizer, 8, end).num_bytes for length in (6, 5, 3)]
     assert sizes == [8, 8, 4]
-    assert len(calls) <= len(sizes)  # rather than for each pair: each looks at all of the vocabulary
 
 
 def test_pair_fingerprint_depends_on_the_answers_start() -> None:
@@ -204,15 +160,6 @@ def test_mixture_follows_weights_with_every_sample_present(
         times = [firsts.count(offset + 8 * index) for index in range(len(part))]
         assert sum(times) == count
         assert max(times) - min(times) <= 1
-
-
-@pytest.mark.parametrize("weight", [1e-310, 1e-30, 1e-17])
-def test_mixture_refuses_a_weight_that_is_too_small(weight: float) -> None:
-    problem = problem_of(mixed, [1, weight])
-    assert (problem.setting, problem.value) == ("data.source", "b")
-    dataset, _ = mixed([1, 1e-15])
-    assert dataset.locate(len(dataset) - 1)[0] == "b 232-239"
-    assert dataset.locate(len(dataset) - 31)[0] == "a 72-79"
 
 
 def test_mixture_has_the_samples_of_its_parts() -> None:

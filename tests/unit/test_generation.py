@@ -22,6 +22,7 @@ from fundamentallm.errors import CheckpointNotFoundError, ConfigError, Fundament
 from fundamentallm.inference.generation import Sampling, generate, generate_batch
 from fundamentallm.inference.loading import find_checkpoint, load_model
 from fundamentallm.models.transformer import Transformer
+from tests.conftest import problem_of
 
 CONTEXT = 8
 PROMPT = [3, 1, 4, 1, 5]
@@ -65,58 +66,36 @@ def most_probable(model: Transformer, count: int, prompt: list[int] = PROMPT) ->
     return text
 
 
-def test_generate_depends_on_the_seed(model: Transformer) -> None:
-    texts = [list(generate(model, PROMPT, 40, CONTEXT, seed=seed)) for seed in (0, 1, 2, 0, 1, 2)]
-    assert texts[:3] == texts[3:]
-    assert len({tuple(text) for text in texts}) == 3
-
-
-def test_generate_leaves_the_global_generator_alone(model: Transformer) -> None:
+def test_generate_depends_on_its_seed_only(model: Transformer) -> None:
     texts = []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
+    for global_seed, seed in ((0, 0), (1, 0), (0, 1)):
+        torch.manual_seed(global_seed)
         before = torch.get_rng_state()
-        texts.append(list(generate(model, PROMPT, 40, CONTEXT)))
+        texts.append(list(generate(model, PROMPT, 40, CONTEXT, seed=seed)))
         assert torch.equal(torch.get_rng_state(), before)
-    assert texts[0] == texts[1]
+    assert texts[0] == texts[1] != texts[2]
 
 
-@pytest.mark.parametrize("count", [0, 1, 5, 40])
-def test_generate_draws_the_tokens_asked_for(model: Transformer, count: int) -> None:
-    assert len(list(generate(model, PROMPT * 3, count, CONTEXT))) == count
+def test_temperature_zero_takes_the_most_probable_token(model: Transformer) -> None:
+    for count in (0, 1, 40):
+        assert list(generate(model, PROMPT, count, CONTEXT, temperature=0)) == most_probable(model, count)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_temperature_zero_takes_the_most_probable_token(model: Transformer, seed: int) -> None:
-    text = list(generate(model, PROMPT, 40, CONTEXT, temperature=0, seed=seed))
-    assert text == most_probable(model, 40)
-
-
-@pytest.mark.parametrize("temperature", [0.1, 1.0, 100.0])
-def test_top_k_of_one_takes_the_most_probable_token(model: Transformer, temperature: float) -> None:
-    assert list(generate(model, PROMPT, 40, CONTEXT, temperature, top_k=1)) == most_probable(model, 40)
-
-
-@pytest.mark.parametrize("top_k", [2, 5, 22])
+@pytest.mark.parametrize("top_k", [1, 5])
 def test_top_k_draws_among_the_most_probable_tokens(model: Transformer, top_k: int) -> None:
-    text = list(generate(model, PROMPT, 400, CONTEXT, temperature=100.0, top_k=top_k))
+    text = list(generate(model, PROMPT, 150, CONTEXT, temperature=100.0, top_k=top_k))
     pairs = zip(windows(PROMPT, text), text, strict=True)
     ranks = {last_logits(model, ids).argsort(descending=True).tolist().index(token) for ids, token in pairs}
     assert ranks == set(range(top_k))
 
 
-@pytest.mark.parametrize("top_k", [1, 3])
-def test_top_k_of_equal_probabilities_draws_no_more_tokens(model: Transformer, top_k: int) -> None:
+def test_top_k_of_equal_probabilities_draws_no_more_tokens(model: Transformer) -> None:
     torch.nn.init.zeros_(model.lm_head.weight)
-    assert len(set(generate(model, PROMPT, 200, CONTEXT, top_k=top_k))) <= top_k
+    assert len(set(generate(model, PROMPT, 60, CONTEXT, top_k=3))) == 3
+    assert len(set(generate(model, PROMPT, 60, CONTEXT, top_k=1000))) > 10  # more than there are: all
 
 
-@pytest.mark.parametrize("top_k", [23, 1000])
-def test_top_k_of_the_vocabulary_changes_nothing(model: Transformer, top_k: int) -> None:
-    assert list(generate(model, PROMPT, 40, CONTEXT, top_k=top_k)) == list(generate(model, PROMPT, 40, CONTEXT))
-
-
-@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9])
+@pytest.mark.parametrize("top_p", [0.01, 0.7])
 def test_top_p_draws_among_the_fewest_tokens(model: Transformer, top_p: float) -> None:
     text = list(generate(model, PROMPT, 150, CONTEXT, temperature=2.0, top_p=top_p))
     seen = set()
@@ -205,8 +184,8 @@ def test_generate_of_a_transformers_model_equals_its_own(is_cached: bool) -> Non
     assert len(texts) > 3
 
 
-@pytest.mark.parametrize("temperature", [0.5, 3.0])
-def test_token_frequencies_follow_the_temperature(temperature: float) -> None:
+def test_token_frequencies_follow_the_temperature() -> None:
+    temperature = 3.0
     model = make(vocab_size=6)
     with torch.no_grad():  # equal embeddings: each draw is from the same distribution
         model.get_input_embeddings().weight.copy_(model.get_input_embeddings().weight[0].expand(6, -1).clone())
@@ -216,53 +195,38 @@ def test_token_frequencies_follow_the_temperature(temperature: float) -> None:
     assert (drawn.bincount(minlength=6) / 400 - expected).abs().max() < 0.08
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_generate_restores_the_models_mode(training: bool) -> None:
-    model = make(dropout=0.5).train(training)
-    list(generate(model, PROMPT, 3, CONTEXT))
-    assert model.training is training
+def test_generate_switches_dropout_off_and_on_again() -> None:
+    model = make(dropout=0.5).train()
+    assert list(generate(model, PROMPT, 40, CONTEXT)) == list(generate(make(), PROMPT, 40, CONTEXT))
+    assert model.training
     reader = generate(model, PROMPT, 3, CONTEXT)
     next(reader)
     reader.close()
-    assert model.training is training
-
-
-def test_generate_switches_dropout_off() -> None:
-    assert list(generate(make(dropout=0.5).train(), PROMPT, 40, CONTEXT)) == list(generate(make(), PROMPT, 40, CONTEXT))
+    assert model.training
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         *[("temperature", value) for value in (-0.1, float("nan"), float("inf"))],
-        *[("top_k", value) for value in (0, -1)],
         *[("top_p", value) for value in (0.0, 1.1)],
-        *[("repetition_penalty", value) for value in (0.0, -1.0, float("inf"))],
-        *[("context", value) for value in (0, -1)],
-        ("max_new_tokens", -1),
-        ("seed", 2**64),
-        ("seed", -1),
+        *[("top_k", 0), ("repetition_penalty", 0.0), ("context", 0), ("max_new_tokens", -1), ("seed", 2**64)],
     ],
 )
 def test_generate_refuses_a_value_outside_its_range(model: Transformer, name: str, value: float) -> None:
     arguments = {"token_ids": PROMPT, "max_new_tokens": 3, "context": CONTEXT}
-    with pytest.raises(ConfigError) as error:
-        generate(model, **arguments | {name: value})
-    assert [problem.setting for problem in error.value.problems] == [name]
-
-
-def test_generate_lists_all_wrong_values(model: Transformer) -> None:
-    with pytest.raises(ConfigError) as error:
-        generate(model, [], 3, CONTEXT, temperature=-1, top_k=0)
-    assert {problem.setting for problem in error.value.problems} == {"prompt", "temperature", "top_k"}
+    assert problem_of(generate, model, **arguments | {name: value}).setting == name
+    with pytest.raises(ConfigError) as error:  # all of them at once
+        generate(model, **arguments | {name: value, "token_ids": []})
+    assert {problem.setting for problem in error.value.problems} == {"prompt", name}
 
 
 TEXT = "to be, or not to be: that is the question\n"
 
 
-@pytest.fixture(params=["char", "byte"])
-def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
-    return create_tokenizer(request.param, TEXT)
+@pytest.fixture
+def tokenizer() -> Tokenizer:
+    return create_tokenizer("char", TEXT)
 
 
 def save(
@@ -296,16 +260,13 @@ def test_command_prints_prompt_and_text(
     flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     assert run(path, "--prompt", "to be", "--max_new_tokens", "50", *flags) == 0
     assert capsys.readouterr().out == expected_output(tokenizer, 1, "to be", 50, **options)
-
-
-def test_command_defaults(tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(save(tmp_path, tokenizer, seed=1)) == 0
+    assert run(path) == 0
     assert capsys.readouterr().out == expected_output(tokenizer, 1, "\n", 200, temperature=0.8)
 
 
 def test_command_prints_several_texts(tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = save(tmp_path, tokenizer, seed=1)
-    (tmp_path / "prompts").write_text("be\n\nthat is\n")
+    (tmp_path / "prompts").write_text("be\r\n\nthat is\n", newline="")
     flags = ["--prompt", "to", "--prompts", str(tmp_path / "prompts"), "--max_new_tokens", "20", "--top_p", "0.9"]
     prompts, options = ["to", "be", "that is"], {"temperature": 0.8, "top_p": 0.9}
     texts = [expected_output(tokenizer, 1, text, 20, seed=index, **options)[:-1] for index, text in enumerate(prompts)]
@@ -315,13 +276,6 @@ def test_command_prints_several_texts(tokenizer: Tokenizer, tmp_path: Path, caps
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["prompt"] + line["text"] for line in lines] == texts
     assert [line["tokens"] for line in lines] == [20, 20, 20]
-
-
-def test_command_splits_prompts_at_line_ends_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = save(tmp_path, create_tokenizer("byte"), seed=1)
-    (tmp_path / "prompts").write_text("to\u2028be\r\nor\n", encoding="utf-8")
-    assert run(path, "--prompts", str(tmp_path / "prompts"), "--max_new_tokens", "1", "--json") == 0
-    assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.split("\n")[:-1]] == ["to\u2028be", "or"]
 
 
 def test_command_stops_at_the_end_of_text_token(
@@ -345,7 +299,7 @@ def with_spaces_in_its_words(text: str) -> Tokenizer:
     return tokenizer
 
 
-@pytest.mark.parametrize("spec", ["char", "byte", "bpe:300", "spaces in words"])
+@pytest.mark.parametrize("spec", ["byte", "bpe:300", "spaces in words"])
 def test_pieces_are_the_whole_text(spec: str) -> None:
     text = "to be 漢é🙂 or\n\n not 🙂🙂\N{REPLACEMENT CHARACTER} to be " * 3
     made = spec == "spaces in words"
@@ -372,8 +326,7 @@ def test_command_prints_characters_of_several_tokens(tmp_path: Path, capsys: pyt
     assert capsys.readouterr().out == "🙂" + "漢é🙂" * 2 + "\n"
 
 
-@pytest.mark.parametrize(("best", "taken"), [(None, 3), (1, 1), (2, 2)])
-@pytest.mark.parametrize("below", ["", "checkpoints"])
+@pytest.mark.parametrize(("below", "best", "taken"), [("", None, 3), ("checkpoints", None, 3), ("checkpoints", 1, 1)])
 def test_find_checkpoint_takes_the_best_or_the_newest(
     tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str], below: str, best: int | None, taken: int
 ) -> None:
@@ -409,15 +362,13 @@ def fails(monkeypatch: pytest.MonkeyPatch, path: Path, *arguments: str) -> int:
     return main()
 
 
-@pytest.mark.parametrize("name", ["", "nothing"])
 def test_command_names_a_folder_without_checkpoints(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert fails(monkeypatch, tmp_path / name) == 1
+    assert fails(monkeypatch, tmp_path) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert f"there is no checkpoint in {tmp_path / name}" in captured.err
-    assert len(captured.err.splitlines()) == 1
+    assert f"there is no checkpoint in {tmp_path}" in captured.err
 
 
 @pytest.mark.parametrize(
@@ -425,11 +376,8 @@ def test_command_names_a_folder_without_checkpoints(
     [
         (["--prompt", "to é漢be"], "'é', '漢'"),
         (["--prompt", ""], "prompt is ''"),
-        (["--temperature", "-1"], "temperature is -1.0"),
         (["--temperature", "nan"], "temperature is nan"),
-        (["--top_k", "0"], "top_k is 0"),
-        (["--max_new_tokens", "-1"], "max_new_tokens is -1"),
-        (["--seed", str(2**64)], "seed is"),
+        (["--prompt", "to", "--top_k", "0"], "top_k is 0"),
     ],
 )
 def test_command_names_a_wrong_argument(
@@ -437,14 +385,9 @@ def test_command_names_a_wrong_argument(
 ) -> None:
     save(tmp_path, create_tokenizer("char", TEXT), seed=1)
     assert fails(monkeypatch, tmp_path, *arguments) == 2
-    assert named in capsys.readouterr().err
-
-
-def test_command_prints_nothing_before_it_checked_all(
-    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert fails(monkeypatch, save(tmp_path, tokenizer, seed=1), "--prompt", "to", "--top_k", "0") == 2
-    assert capsys.readouterr().out == ""
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert named in captured.err
 
 
 def test_command_names_a_checkpoint_that_does_not_fit(
@@ -455,19 +398,8 @@ def test_command_names_a_checkpoint_that_does_not_fit(
     assert str(path) in capsys.readouterr().err
 
 
-def test_command_names_a_damaged_file(
-    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = save(tmp_path, tokenizer, seed=1)
-    weights = (path / "model.safetensors").read_bytes()
-    (path / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
-    assert fails(monkeypatch, path) == 1
-    assert "model.safetensors is damaged" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_generate_refuses_nan(temperature: float) -> None:
-    model = make(vocab_size=6)
+def test_generate_refuses_nan(model: Transformer) -> None:
     torch.nn.init.constant_(model.lm_head.weight, math.nan)
-    with pytest.raises(FundamentaLLMError, match="NaN"):
-        list(generate(model, [1], 3, 8, temperature))
+    for temperature in (0.0, 1.0):
+        with pytest.raises(FundamentaLLMError, match="NaN"):
+            list(generate(model, [1], 3, 8, temperature))

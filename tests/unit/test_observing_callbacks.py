@@ -40,19 +40,13 @@ def samples(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
-    """A run without them."""
-    trainer = inspected(tmp_path_factory.mktemp("plain"))
-    trainer.train()
-    return trainer
-
-
-def test_callbacks_that_observe_do_not_change_the_run(tmp_path: Path, plain: Trainer) -> None:
-    observed = inspected(tmp_path, SampleCallback(["The "], 4), ProfilerCallback(2), RatioCallback())
+def test_callbacks_that_observe_do_not_change_the_run(tmp_path: Path) -> None:
+    plain = inspected(tmp_path / "plain")
+    plain.train()
+    observed = inspected(tmp_path / "observed", SampleCallback(["The "], 4), ProfilerCallback(2), RatioCallback())
     observed.train()
     assert_same_weights(weights(observed), weights(plain))
-    ours = [{key: value for key, value in line.items() if "/" not in key} for line in lines(tmp_path)]
+    ours = [{key: value for key, value in line.items() if "/" not in key} for line in lines(observed.output_dir)]
     assert timeless(ours) == timeless(lines(plain.output_dir))
 
 

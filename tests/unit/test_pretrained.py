@@ -41,15 +41,10 @@ def test_shape_of_inverts_transformers_config(config: ModelConfig) -> None:
     assert shape_of(saved) == config.resolved()
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", None])
-def test_shape_of_names_another_architecture(model_type: str | None) -> None:
-    saved = Transformer(SHAPES[0]).transformers_config(16) | {"model_type": model_type}
-    with pytest.raises(ConfigError, match=str(model_type)):
-        shape_of(saved)
-
-
-def test_shape_of_names_a_missing_value() -> None:
+def test_shape_of_names_another_architecture_or_a_missing_value() -> None:
     saved = Transformer(SHAPES[0]).transformers_config(16)
+    with pytest.raises(ConfigError, match="gpt2"):
+        shape_of(saved | {"model_type": "gpt2"})
     del saved["hidden_size"]
     with pytest.raises(ConfigError, match="hidden_size"):
         shape_of(saved)
@@ -80,10 +75,9 @@ def test_find_pretrained_names_what_we_do_not_compute(tmp_path: Path, change: di
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_a_sharded_llama_becomes_a_transformer_in_float32(tmp_path: Path, tied: bool, dtype: torch.dtype) -> None:
-    theirs = llama(tmp_path, dtype, tie_word_embeddings=tied).float().eval()
+def test_a_sharded_llama_becomes_a_transformer_in_float32(tmp_path: Path, tied: bool) -> None:
+    theirs = llama(tmp_path, torch.bfloat16, tie_word_embeddings=tied).float().eval()
     found = find_pretrained(str(tmp_path))
     assert len(found.weights) > 2
     assert found.shape is not None
@@ -135,7 +129,7 @@ def test_transformers_model_refuses_missing_weights(tmp_path: Path) -> None:
     [
         ({"norm.weight": None}, r"lacks model\.norm\.weight"),
         ({"norm.bias": torch.zeros(16)}, r"has model\.norm\.bias"),
-        ({"norm.weight": torch.zeros(8)}, r"of shape \(8,\)"),
+        ({"norm.weight": torch.zeros(8)}, r"shape \(8,\)"),
     ],
 )
 def test_load_weights_names_what_does_not_fit(tmp_path: Path, change: dict, named: str) -> None:
@@ -152,19 +146,15 @@ def test_load_weights_names_what_does_not_fit(tmp_path: Path, change: dict, name
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("is_equal", [True, False])
-def test_load_weights_needs_equal_tied_weights(tmp_path: Path, is_equal: bool) -> None:
+def test_load_weights_needs_equal_tied_weights(tmp_path: Path) -> None:
     llama(tmp_path, mlp_bias=False, tie_word_embeddings=True)
-    weights = load_file(tmp_path / "model.safetensors")
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + (0.0 if is_equal else 1.0)
-    save_file(weights, tmp_path / "model.safetensors")
-    found = find_pretrained(str(tmp_path))
-    assert found.shape is not None
-    if is_equal:
+    weights, found = load_file(tmp_path / "model.safetensors"), find_pretrained(str(tmp_path))
+    table = weights["model.embed_tokens.weight"]
+    save_file(weights | {"lm_head.weight": table.clone()}, tmp_path / "model.safetensors")
+    load_weights(tmp_path, found.weights, Transformer(found.shape))
+    save_file(weights | {"lm_head.weight": table + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="ties"):
         load_weights(tmp_path, found.weights, Transformer(found.shape))
-    else:
-        with pytest.raises(CheckpointError, match="ties"):
-            load_weights(tmp_path, found.weights, Transformer(found.shape))
 
 
 def test_find_pretrained_refuses_unsafe_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

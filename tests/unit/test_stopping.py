@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -22,21 +23,15 @@ def test_handling_signals_requests_a_stop_and_restores_handlers(name: str) -> No
     number, switch = getattr(signal, name), StopSwitch()
     mine = [signal.signal(getattr(signal, other), signal.default_int_handler) for other in SIGNALS]
     try:
-        with switch.handling_signals():
+        with contextlib.suppress(RuntimeError), switch.handling_signals():
             os.kill(os.getpid(), number)
             assert (switch.wanted, switch.agreed, switch.reason) == (Stop.SIGNAL, Stop.NO, f"{name} received")
             assert switch.poll() == switch.agreed == Stop.SIGNAL
+            raise RuntimeError  # handlers are restored after an error too
         assert {signal.getsignal(getattr(signal, other)) for other in SIGNALS} == {signal.default_int_handler}
     finally:
         for other, handler in zip(SIGNALS, mine, strict=True):
             signal.signal(getattr(signal, other), handler)
-
-
-def test_handling_signals_restores_handlers_after_an_error() -> None:
-    before = [signal.getsignal(getattr(signal, name)) for name in SIGNALS]
-    with pytest.raises(RuntimeError), StopSwitch().handling_signals():
-        raise RuntimeError
-    assert [signal.getsignal(getattr(signal, name)) for name in SIGNALS] == before
 
 
 def test_handling_signals_leaves_ignored_signals_ignored() -> None:
@@ -56,14 +51,6 @@ def test_handling_signals_second_interrupt_raises_at_once(capfd: pytest.CaptureF
         assert "Ctrl-C again to quit without saving" in capfd.readouterr().err
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-
-
-def test_handling_signals_repeated_sigterm_raises_nothing() -> None:
-    switch = StopSwitch()
-    with switch.handling_signals():
-        for _ in range(3):
-            os.kill(os.getpid(), signal.SIGTERM)
-    assert switch.poll() == Stop.SIGNAL
 
 
 def test_handling_signals_interrupt_forwarded_by_launcher_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +118,7 @@ SIGNAL_AT, POLLS = 5, 10
 
 
 def poll_until_stopped(processes: int, folder: str, by_signal: list[int], settle_at: int | None) -> None:
-    """Counts polls until the agreed stop; the processes in `by_signal` get a signal before poll 5."""
+    """Polls until the agreed stop; the processes in `by_signal` get a signal before poll 5."""
     create_accelerator()
     rank = dist.get_rank()
     assert dist.get_world_size() == processes
@@ -150,7 +137,7 @@ def poll_until_stopped(processes: int, folder: str, by_signal: list[int], settle
 
 @pytest.mark.parametrize(
     ("by_signal", "settle_at", "stopped_at"),
-    [([0], None, 6), ([1], None, 6), ([0, 1], None, 6), ([1], 5, 5), ([1], 3, 6), ([], 5, None)],
+    [([0], None, 6), ([1], None, 6), ([1], 5, 5), ([], 5, None)],
 )
 def test_poll_processes_stop_together_whichever_is_signalled(
     tmp_path: Path, by_signal: list[int], settle_at: int | None, stopped_at: int | None
@@ -163,21 +150,3 @@ def test_poll_processes_stop_together_whichever_is_signalled(
         own = "SIGUSR1 received" if rank in by_signal else "another process received a signal"
         assert ended["reason"] == (own if by_signal else "")
         assert ended["agreed"] == (Stop.SIGNAL if by_signal else Stop.NO)
-
-
-def fail_on_one(processes: int, folder: str) -> None:
-    create_accelerator()
-    switch = StopSwitch()
-    if dist.get_rank() == 0:
-        switch.request(Stop.FAILED, "a checkpoint could not be written")
-    assert switch.poll() == Stop.NO
-    assert switch.poll() == Stop.FAILED
-    assert switch.reason == "a checkpoint could not be written"
-    switch.request(Stop.SIGNAL, "later")
-    assert switch.poll() == Stop.FAILED
-    Path(folder, str(dist.get_rank())).touch()
-
-
-def test_poll_failed_save_on_one_process_stops_all(tmp_path: Path) -> None:
-    on_processes(2, fail_on_one, str(tmp_path))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]

@@ -51,13 +51,13 @@ def test_logits_equal_transformers_on_the_checkpoint(config: ModelConfig, tmp_pa
     assert theirs.config.max_position_embeddings == 48
     ours = model(ids)
     assert ours.std() > 0.5
+    assert torch.equal(ours, model.train()(ids))  # there is no dropout
     torch.testing.assert_close(ours, theirs.eval()(ids).logits, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("config", SHAPES[:3])
 @torch.no_grad()
-def test_attention_is_causal(config: ModelConfig) -> None:
-    model, ids = make(config), some_ids(1, 12)
+def test_attention_is_causal() -> None:
+    model, ids = make(SHAPES[1]), some_ids(1, 12)
     logits = model(ids)
     for index in range(12):
         changed = ids.clone()
@@ -65,13 +65,6 @@ def test_attention_is_causal(config: ModelConfig) -> None:
         difference = (model(changed) - logits).abs().amax(dim=(0, 2))
         assert (difference[:index] < 1e-5).all()
         assert (difference[index:] > 1e-3).all()
-
-
-@torch.no_grad()
-def test_sequences_of_a_batch_are_independent() -> None:
-    model, ids = make(SHAPES[0]), some_ids(3, 9)
-    alone = torch.cat([model(row[None]) for row in ids])
-    torch.testing.assert_close(model(ids), alone, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("config", SHAPES)
@@ -119,15 +112,6 @@ def test_zero_init_residual_makes_blocks_the_identity() -> None:
     assert torch.equal(models[1].model["layers"][0](x, *rope(9)), x)
 
 
-def test_initial_weights_depend_on_the_seed() -> None:
-    def weights(seed: int) -> torch.Tensor:
-        torch.manual_seed(seed)
-        return nn.utils.parameters_to_vector(Transformer(SHAPES[0]).parameters())
-
-    assert torch.equal(weights(1), weights(1))
-    assert not torch.equal(weights(1), weights(2))
-
-
 def rope(length: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.ones(length, 4), torch.zeros(length, 4)
 
@@ -155,12 +139,6 @@ def test_dropout_acts_in_training_only(part: str) -> None:
         nn.init.zeros_((module.mlp.down_proj if part == "attention output" else module.self_attn.o_proj).weight)
     assert torch.equal(module.eval()(*arguments), module(*arguments))
     assert not torch.equal(module.train()(*arguments), module(*arguments))
-
-
-@torch.no_grad()
-def test_training_mode_without_dropout_changes_nothing() -> None:
-    model, ids = make(SHAPES[0]), some_ids(2, 20)
-    assert torch.equal(model.eval()(ids), model.train()(ids))
 
 
 @pytest.mark.parametrize("config", SHAPES)

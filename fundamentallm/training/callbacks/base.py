@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -79,20 +78,12 @@ class Callback:
     optimizer step, after all hooks. The `trainer` of a hook is the Trainer; see `RunView` for what a callback may use.
 
     Examples:
-        >>> import torch
-        >>> from torch import nn
-        >>> from torch.utils.data import DataLoader, TensorDataset
-        >>> from fundamentallm import Callback, Trainer, TrainingConfig
-        >>> numbers = torch.arange(300).reshape(30, 10) % 3
-        >>> loader = DataLoader(TensorDataset(numbers, (numbers + 1) % 3), batch_size=4)
+        >>> from fundamentallm import Callback
         >>> class StopWhenGood(Callback):
         ...     def on_log(self, trainer, metrics):
         ...         if metrics["train_loss"] < 0.5:
         ...             trainer.request_stop("it is good enough")
-        >>> model = nn.Sequential(nn.Embedding(3, 8), nn.Linear(8, 3))
-        >>> config = TrainingConfig(max_steps=1000, learning_rate=0.1, log_every_n_steps=5)
-        >>> history = Trainer(model, config, loader, callbacks=[StopWhenGood()]).train()
-        stopped at step ... of 1000: it is good enough
+        >>> callbacks = [StopWhenGood()]  # for a Trainer
     """
 
     def on_train_begin(self, trainer: RunView) -> None:
@@ -114,10 +105,7 @@ class Callback:
         """Called before each optimizer step, whose number is `trainer.global_step + 1`."""
 
     def on_step_end(self, trainer: RunView, loss: float) -> None:
-        """Called after each optimizer step with its mean loss over all targets of all processes.
-
-        If any callback overrides this hook, the host waits for the device at every step.
-        """
+        """Called after each optimizer step with its mean loss per target. Makes the host wait for the device."""
 
     def measure(self, trainer: RunView) -> dict[str, float]:
         """Returns additional numbers for a log line. Called before `on_log`, when the host waits for the device."""
@@ -144,8 +132,6 @@ class CallbackList:
         >>> from fundamentallm import CallbackList, LoggingCallback, ProgressCallback
         >>> callbacks = CallbackList([LoggingCallback()])
         >>> callbacks.add(ProgressCallback())  # as trainer.callbacks.add does
-        >>> [type(callback).__name__ for callback in callbacks.callbacks]
-        ['LoggingCallback', 'ProgressCallback']
     """
 
     def __init__(self, callbacks: list[Callback] | None = None) -> None:
@@ -160,7 +146,7 @@ class CallbackList:
         self.callbacks.remove(callback)
 
     def _call(self, hook: str, *arguments: Any) -> None:
-        for callback in tuple(self.callbacks):
+        for callback in tuple(self.callbacks):  # a copy, because a hook may change the list
             getattr(callback, hook)(*arguments)
 
     def on_train_begin(self, trainer: RunView) -> None:
@@ -172,7 +158,7 @@ class CallbackList:
         self._call("on_train_end", trainer)
 
     def on_train_abort(self, trainer: RunView) -> None:
-        """See `Callback`. Exceptions become warnings, because they would hide the one that ended the training."""
+        """See `Callback`. Exceptions become warnings: they would hide the one that ended the training."""
         for callback in tuple(self.callbacks):
             try:
                 callback.on_train_abort(trainer)
@@ -232,24 +218,26 @@ class CallbackList:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the callbacks that are in the saved state, and warn of each one that is missing on either side."""
         named = self._by_name()
-        for name in named.keys() & state.keys():
-            named[name].load_state_dict(state[name])
-        for name in sorted(name for name in named.keys() - state.keys() if named[name].state_dict()):
-            logger.warning("callback %s is not in the checkpoint and starts without a saved state.", name)
+        for name, callback in named.items():
+            if name in state:
+                callback.load_state_dict(state[name])
+            elif callback.state_dict():
+                logger.warning("callback %s is not in the checkpoint and starts without a saved state.", name)
         for name in sorted(state.keys() - named.keys()):
             logger.warning("callback %s is in the checkpoint but not in this run; its state is ignored.", name)
 
 
-def rewind_lines(trainer: RunView, path: Path, is_validation: Callable[[dict[str, Any]], bool]) -> None:
+def rewind_lines(trainer: RunView, path: Path) -> None:
     """Drop the lines of a file that the resumed run writes again.
 
     If the run starts from scratch or from an older checkpoint, they belong to another run, so a copy is kept.
     """
-    copy = rewind(
-        path,
-        trainer.global_step,
-        is_repeated=lambda line: trainer.validation_due and is_validation(line),
-        keep_copy=trainer.global_step == 0 or trainer.was_rewound,
-    )
+    step = trainer.global_step
+
+    def is_kept(line: dict[str, Any]) -> bool:
+        is_repeated = trainer.validation_due and "train_loss" not in line
+        return line["step"] < step or (line["step"] == step and not is_repeated)
+
+    copy = rewind(path, is_kept, keep_copy=step == 0 or trainer.was_rewound)
     if copy is not None:
         trainer.say(f"{path} has lines that this run drops; a copy of it is {copy}")

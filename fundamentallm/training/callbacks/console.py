@@ -74,19 +74,8 @@ class LoggingCallback(Callback):
     repeated. Numbers that JSON lacks are stored as the texts "NaN", "Infinity" and "-Infinity".
 
     Examples:
-        >>> import json
-        >>> import torch
-        >>> from torch import nn
-        >>> from torch.utils.data import DataLoader, TensorDataset
-        >>> from fundamentallm import LoggingCallback, Trainer, TrainingConfig
-        >>> numbers = torch.arange(300).reshape(30, 10) % 3
-        >>> loader = DataLoader(TensorDataset(numbers, (numbers + 1) % 3), batch_size=4)
-        >>> config = TrainingConfig(max_steps=20, log_every_n_steps=10)
-        >>> history = Trainer(nn.Embedding(3, 3), config, loader, callbacks=[LoggingCallback("log.jsonl")]).train()
-        9 parameters, 1 process on cpu, 20 steps of 4 sequences
-        step 10  ...
-        >>> [json.loads(line)["step"] for line in open("log.jsonl")]
-        [10, 20]
+        >>> from fundamentallm import LoggingCallback
+        >>> callbacks = [LoggingCallback("log.jsonl")]  # for a Trainer
     """
 
     def __init__(self, path: Path | str | None = None) -> None:
@@ -104,7 +93,7 @@ class LoggingCallback(Callback):
             f"{trainer.samples.sizes_from(trainer.global_step)} sequences"
         )
         if self.path:
-            rewind_lines(trainer, self.path, is_validation=lambda line: "val_loss" in line)
+            rewind_lines(trainer, self.path)
 
     def on_log(self, trainer: RunView, metrics: dict[str, float]) -> None:
         """Write a training line. It is not printed if there is a progress bar, which shows the same."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import math
 import time
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from fundamentallm.atomic import replacing
 from fundamentallm.errors import ConfigError, Problem
@@ -24,6 +26,12 @@ THEMES = {
         "training": "#6fb1e0", "validation": "#ff8595", "other": "#7fc8ad", "bad": "#f2b04a",
     },
 }  # fmt: skip
+SMALL = {
+    "learning_rate": "learning rate",
+    "grad_norm": "gradient norm, before clipping",
+    "tokens_per_second": "tokens per second",
+}
+"""The small axes below the losses: the number drawn, and its title."""
 MANY = 60
 """From this number of log lines on, the loss is smoothed, and the axis leaves out the high losses of the start."""
 
@@ -38,7 +46,7 @@ class VisualizationCallback(Callback):
     """Draws losses, learning rate, gradient norm and throughput, and marks skipped steps and restarts.
 
     Args:
-        path: of the PNG, which the main process updates during training; None: curves.png in the `output_dir`.
+        path: PNG file to write; None: curves.png in the `output_dir`.
         refresh_seconds: minimum time between two updates at log lines; each validation updates it as well.
         theme: light or dark.
 
@@ -105,7 +113,7 @@ def draw(
         figure = Figure(figsize=(10, 7), layout="constrained")
         # A text between dollar signs would be read as a formula.
         figure.suptitle(title.replace("$", r"\$"), fontsize=12, fontweight="bold", x=0.01, ha="left")
-        layout: Any = [["loss"] * 3, ["learning_rate", "grad_norm", "tokens_per_second"]]
+        layout: Any = [["loss"] * 3, list(SMALL)]
         axes = figure.subplot_mosaic(layout, height_ratios=[1.9, 1])
         for name, axis in axes.items():
             axis.set_xlim(0, max(total_steps, history["step"][-1]))
@@ -116,9 +124,8 @@ def draw(
         if restarts:
             axes["loss"].lines[0].set_label(f"restarted ({len(restarts)})")
         _draw_losses(axes["loss"], history, colors)
-        _draw_small(axes["learning_rate"], history, "learning_rate", "learning rate", colors)
-        _draw_small(axes["grad_norm"], history, "grad_norm", "gradient norm, before clipping", colors)
-        _draw_small(axes["tokens_per_second"], history, "tokens_per_second", "tokens per second", colors)
+        for name, label in SMALL.items():
+            _draw_small(axes[name], history, name, label, colors)
     return figure
 
 
@@ -173,16 +180,11 @@ def _draw_small(axis: Any, history: dict[str, list[float]], name: str, title: st
 
 def smoothed(values: list[float]) -> list[float]:
     """Returns the means over centered windows of a fortieth of all values, leaving out values that are not finite."""
-    is_finite = [math.isfinite(value) for value in values]
-    sums = [0.0, *accumulate(value if math.isfinite(value) else 0.0 for value in values)]
-    counts = [0, *accumulate(is_finite)]
-    means = []
-    for index in range(len(values)):
-        half = min(index, len(values) - 1 - index, max(1, len(values) // 80))  # narrower at both ends
-        first, end = index - half, index + half + 1
-        count = counts[end] - counts[first]
-        means.append((sums[end] - sums[first]) / count if count else math.nan)
-    return means
+    window = np.ones(2 * (len(values) // 80) + 1)
+    is_finite = np.isfinite(values)
+    sums = np.convolve(np.where(is_finite, values, 0.0), window, mode="same")
+    counts = np.convolve(is_finite, window, mode="same")
+    return np.where(counts > 0, sums / np.maximum(counts, 1), math.nan).tolist()  # type: ignore[no-any-return]
 
 
 def rises(steps: list[float], counts: list[float]) -> list[float]:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class ProfilerCallback(Callback):
     """Profiles chosen optimizer steps: a Chrome trace (open it in https://ui.perfetto.dev) and a table of operations.
 
-    The profiler warms up in the step before, so the first step of a launch is never traced. A launch that resumes
-    within the chosen steps traces the remaining ones. The files are in the folder traces of the `output_dir`.
+    The files are in the folder traces of the `output_dir`. The profiler warms up in the step before, so the first step
+    of a launch is never traced. A launch that resumes within the chosen steps traces the remaining ones.
 
     Args:
         first_step: number of the first step traced, counted from 1; None: the tenth of this launch, because the first
@@ -40,7 +40,7 @@ class ProfilerCallback(Callback):
     def __init__(
         self, first_step: int | None = None, num_steps: int = 3, all_processes: bool = False, with_stack: bool = False
     ) -> None:
-        steps = {"num_steps": num_steps} if first_step is None else {"first_step": first_step, "num_steps": num_steps}
+        steps = {"first_step": 1 if first_step is None else first_step, "num_steps": num_steps}
         wrong = {name: number for name, number in steps.items() if not fits(number, int) or number < 1}
         if wrong:
             raise ConfigError([Problem(name, number, "an integer, at least 1") for name, number in wrong.items()])

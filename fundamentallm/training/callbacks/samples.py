@@ -17,16 +17,10 @@ from fundamentallm.training.callbacks.base import Callback, RunView, rewind_line
 def continuation(
     trainer: RunView, prompt: str | None, num_tokens: int, temperature: float = 0.7
 ) -> tuple[str, str] | None:
-    """Continue a prompt with the run's model. The same weights always give the same text.
-
-    Args:
-        trainer: the run.
-        prompt: text to continue; None: the beginning of the training text.
-        num_tokens: number of tokens to draw.
-        temperature: see `generate`.
+    """Continue a prompt, or the beginning of the training text if it is None. The same weights give the same text.
 
     Returns:
-        The prompt and its continuation; on other than the main process perhaps None.
+        The prompt and its continuation; None on processes other than the main one, unless the model is sharded.
 
     Raises:
         ConfigError: if the training data is not text, or the tokenizer does not know a character of the prompt.
@@ -57,18 +51,8 @@ class SampleCallback(Callback):
         ConfigError: listing values of a wrong type.
 
     Examples:
-        >>> import torch
-        >>> from fundamentallm import Config, DataConfig, ModelConfig, SampleCallback, Trainer
-        >>> from fundamentallm import TrainingConfig, Transformer, create_dataloaders, create_tokenizer
-        >>> text = "to be or not to be " * 100
-        >>> tokenizer = create_tokenizer("char", text)
-        >>> model = ModelConfig(vocab_size=tokenizer.get_vocab_size(), d_model=16, num_heads=2, num_layers=1)
-        >>> config = Config("runs/one", model, DataConfig(sequence_length=19), TrainingConfig(learning_rate=0.03))
-        >>> loaders = create_dataloaders(text, tokenizer, config)
-        >>> trainer = Trainer(Transformer(model), config, *loaders, callbacks=[SampleCallback(["to be"], 20)])
-        >>> history = trainer.train()
-        ---- step 3: 'to be' continued ----
-        ...
+        >>> from fundamentallm import SampleCallback
+        >>> callbacks = [SampleCallback(["To be"], num_tokens=20)]  # for a Trainer with a validation set
     """
 
     def __init__(
@@ -93,7 +77,7 @@ class SampleCallback(Callback):
         for prompt in self.prompts:
             continuation(trainer, prompt, min(self.num_tokens, 0), self.temperature)
         if self._path is not None and trainer.is_main_process:
-            rewind_lines(trainer, self._path, is_validation=lambda line: True)
+            rewind_lines(trainer, self._path)
 
     def on_validation_end(self, trainer: RunView, metrics: dict[str, float]) -> None:
         """Generate, print and store a text for each prompt."""

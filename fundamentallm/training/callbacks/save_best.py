@@ -24,17 +24,8 @@ class SaveBestCallback(Callback):
         ConfigError: if mode is neither.
 
     Examples:
-        >>> import torch
-        >>> from torch import nn
-        >>> from torch.utils.data import DataLoader, TensorDataset
-        >>> from fundamentallm import SaveBestCallback, Trainer, TrainingConfig
-        >>> numbers = torch.arange(300).reshape(30, 10) % 3
-        >>> loader = DataLoader(TensorDataset(numbers, (numbers + 1) % 3), batch_size=4)
-        >>> config = TrainingConfig(max_steps=8, eval_every_n_steps=4, checkpoint_dir="checkpoints", learning_rate=0.1)
-        >>> trainer = Trainer(nn.Embedding(3, 3), config, loader, loader, callbacks=[SaveBestCallback()])
-        >>> history = trainer.train()
-        >>> trainer.checkpoint_manager.get_best().name
-        'step_00000008'
+        >>> from fundamentallm import SaveBestCallback
+        >>> callbacks = [SaveBestCallback("val_loss")]  # for a Trainer; trainer.checkpoint_manager.get_best() is it
     """
 
     def __init__(

@@ -7,13 +7,13 @@ import json
 import logging
 import os
 import uuid
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
+from fundamentallm.atomic import write_text
 from fundamentallm.config.schema import flat_settings
 from fundamentallm.errors import FundamentaLLMError, writing
 from fundamentallm.training.callbacks.base import Callback, RunView
@@ -41,7 +41,8 @@ class TrackerCallback(Callback):
 
     def __init__(self) -> None:
         self._path: Path | None = None
-        self._runs: dict[str, dict[str, Any]] = {}
+        self._ids: dict[str, str | None] = {}
+        self._logged = dict.fromkeys(KINDS, 0)
         self._owns = False
 
     def on_train_begin(self, trainer: RunView) -> None:
@@ -50,32 +51,15 @@ class TrackerCallback(Callback):
             return
         self._path = None if trainer.output_dir is None else trainer.output_dir / RECORD
         is_resumed = trainer.global_step > 0 and not trainer.was_rewound
-        runs = _read(self._path) if is_resumed and self._path is not None else {}
+        runs: dict[str, dict[str, Any]] = {}
+        if is_resumed and self._path is not None and self._path.exists():
+            runs = json.loads(self._path.read_text(encoding="utf-8"))
         self._owns = not trainer.accelerator.trackers
         if self._owns:
-            self._start(trainer, runs)
-        logged = {kind: max((run[kind] for run in runs.values()), default=0) for kind in KINDS}
-        self._runs = {tracker.name: {"id": _id_of(tracker), **logged} for tracker in trainer.accelerator.trackers}
+            _start(trainer, runs)
+        self._logged = {kind: max((run[kind] for run in runs.values()), default=0) for kind in KINDS}
+        self._ids = {tracker.name: _id_of(tracker) for tracker in trainer.accelerator.trackers}
         self._write()
-
-    def _start(self, trainer: RunView, runs: dict[str, dict[str, Any]]) -> None:
-        accelerator, options = trainer.accelerator, dict(trainer.config.tracker_options)
-        project, names = options.pop("project", PROJECT), tracker_names(trainer.accelerator)
-        # Only for a new run: MLflow refuses settings that changed, and TensorBoard would list each launch as a run.
-        settings = {} if runs else flat_settings(dataclasses.asdict(trainer.config))
-        settings |= {
-            name: json.dumps(value) for name, value in settings.items() if not isinstance(value, (str, int, float))
-        }
-        try:
-            arguments = {name: _arguments(name, trainer, runs.get(name)) | options.get(name, {}) for name in names}
-            accelerator.init_trackers(project, settings or None, arguments)
-        except Exception as error:  # trackers raise errors of any class
-            while accelerator.trackers:
-                with suppress(Exception):  # a tracker that did not start may fail to finish
-                    accelerator.trackers.pop().finish()
-            raise FundamentaLLMError(
-                f"trackers {', '.join(names)} cannot be started: {error}; solve this, or remove it from trackers."
-            ) from error
 
     def on_log(self, trainer: RunView, metrics: dict[str, float]) -> None:
         """Log a training line."""
@@ -87,10 +71,9 @@ class TrackerCallback(Callback):
 
     def _log(self, trainer: RunView, line: dict[str, float], kind: str) -> None:
         step = trainer.global_step
-        if not any(run[kind] < step for run in self._runs.values()):
+        if not trainer.is_main_process or step <= self._logged[kind]:
             return
-        for run in self._runs.values():
-            run[kind] = step
+        self._logged[kind] = step
         self._write()  # before the line is logged: a kill in between loses a point, and never repeats one
         try:
             trainer.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=step)
@@ -98,76 +81,66 @@ class TrackerCallback(Callback):
             logger.warning("the trackers did not take the line of step %d: %s", step, error)
 
     def _write(self) -> None:
-        if self._path is None:
-            return
-        temporary = self._path.with_name(f"{RECORD}.new")
-        with writing(self._path):
-            temporary.write_text(json.dumps(self._runs, indent=1) + "\n", encoding="utf-8")
-            os.replace(temporary, self._path)
+        if self._path is not None:
+            runs = {name: {"id": run_id, **self._logged} for name, run_id in self._ids.items()}
+            with writing(self._path):
+                write_text(self._path, json.dumps(runs, indent=1) + "\n")
 
     def on_train_end(self, trainer: RunView) -> None:
         """Close the trackers that were started here."""
-        self._close(trainer, has_failed=False)
-
-    def on_train_abort(self, trainer: RunView) -> None:
-        """Close the trackers, with the run marked as failed in those that have such a mark."""
-        self._close(trainer, has_failed=True)
-
-    def _close(self, trainer: RunView, has_failed: bool) -> None:
         while self._owns and trainer.accelerator.trackers:
-            tracker = trainer.accelerator.trackers.pop()
-            if has_failed and tracker.name == "wandb":
-                tracker.tracker.finish(exit_code=1)
-            elif has_failed and tracker.name == "mlflow":
-                import mlflow
+            trainer.accelerator.trackers.pop().finish()
 
-                mlflow.end_run("FAILED")
-            else:
-                tracker.finish()
+    on_train_abort = on_train_end
+
+
+def _start(trainer: RunView, runs: dict[str, dict[str, Any]]) -> None:
+    accelerator, options = trainer.accelerator, dict(trainer.config.tracker_options)
+    project, names = options.pop("project", PROJECT), tracker_names(accelerator)
+    # Only for a new run: MLflow refuses settings that changed, and TensorBoard would list each launch as a run.
+    settings = {} if runs else flat_settings(dataclasses.asdict(trainer.config))
+    for name, value in settings.items():
+        if not isinstance(value, (str, int, float)):
+            settings[name] = json.dumps(value)
+    try:
+        arguments = {name: _arguments(name, trainer, runs.get(name)) | options.get(name, {}) for name in names}
+        accelerator.init_trackers(project, settings or None, arguments)
+    except Exception as error:  # trackers raise errors of any class
+        accelerator.trackers.clear()  # one that did not start may fail to finish
+        raise FundamentaLLMError(
+            f"trackers {', '.join(names)} cannot be started: {error}; solve this, or remove it from trackers."
+        ) from error
 
 
 def _arguments(name: str, trainer: RunView, run: dict[str, Any] | None) -> dict[str, Any]:
-    """Returns arguments for a tracker that resume `run`, if it is given, and put files into the output folder."""
+    """Returns arguments for a tracker that name its run, or resume `run` if it is given.
+
+    Files that it would write elsewhere go to the output folder, unless its own variable says otherwise.
+    """
     folder, run_id = trainer.output_dir, None if run is None else run["id"]
     if name == "tensorboard":  # hides the events that another run in the same folder logged for later steps
         return {"purge_step": trainer.global_step + 1} if run is None else {}
     if folder is None:
         return {}
-    if name == "wandb":
-        place = {} if "WANDB_DIR" in os.environ else {"dir": str(folder)}
-        return {"id": run_id or uuid.uuid4().hex[:8], "resume": "allow", "name": folder.name, **place}
-    if name == "trackio":
-        os.environ.setdefault("TRACKIO_DIR", str((folder / "trackio").absolute()))
-        return {"name": f"{folder.name}-{run_id or uuid.uuid4().hex[:8]}", "resume": "allow"}
     if name == "mlflow":
-        import mlflow
-
-        place = {}
-        if not mlflow.is_tracking_uri_set():
-            mlflow.set_tracking_uri(f"sqlite:///{(folder / 'mlflow.db').absolute()}")
-            place = {"logging_dir": (folder / "mlflow").absolute().as_uri()}
-        return {"run_id": run_id, "run_name": folder.name, **place}
+        os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{(folder / 'mlflow.db').absolute()}")
+        return {"run_id": run_id, "run_name": folder.name}
+    new_id = uuid.uuid4().hex[:8]
+    if name == "wandb":
+        os.environ.setdefault("WANDB_DIR", str(folder))
+        return {"id": run_id or new_id, "resume": "allow", "name": folder.name}
+    if name == "trackio":  # has no ids: a run is resumed by its name
+        os.environ.setdefault("TRACKIO_DIR", str((folder / "trackio").absolute()))
+        return {"name": run_id or f"{folder.name}-{new_id}", "resume": "allow"}
     return {}
 
 
 def _id_of(tracker: GeneralTracker) -> str | None:
-    """Returns the id by which a later launch resumes the tracker's run, or None if there is none."""
+    """Returns what a later launch resumes the tracker's run by, or None if there is nothing."""
     if tracker.name == "mlflow":
         return str(tracker.tracker.info.run_id)
     if tracker.name == "wandb":
         return str(tracker.tracker.id)
     if tracker.name == "trackio":
-        return str(tracker.tracker.name).rpartition("-")[2]
+        return str(tracker.tracker.name)
     return None
-
-
-def _read(path: Path) -> dict[str, dict[str, Any]]:
-    """Returns the runs recorded in `trackers.json`; {} if it is missing or damaged."""
-    try:
-        runs = json.loads(path.read_text(encoding="utf-8"))
-        return {name: {key: run[key] for key in ("id", *KINDS)} for name, run in runs.items()}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        logger.warning("%s cannot be read (%s); the trackers begin new runs.", path, error)
-        return {}

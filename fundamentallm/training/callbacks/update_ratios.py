@@ -49,11 +49,9 @@ class RatioCallback(Callback):
         self._measured, self._weights_before = {}, {}
         if step != trainer.total_steps and step % trainer.config.training.log_every_n_steps:
             return
-        clips_by = getattr(trainer.optimizer, "grad_scale", None)  # a fused kernel clips; others get clipped gradients
         for block, parameters in self._blocks.items():
             if gradients := [parameter.grad for parameter in parameters if parameter.grad is not None]:
-                norm = total_norm(gradients)
-                self._measured[f"grad_norm/{block}"] = norm if clips_by is None else norm / clips_by
+                self._measured[f"grad_norm/{block}"] = total_norm(gradients)
                 self._weights_before[block] = [parameter.detach().clone() for parameter in parameters]
 
     @torch.no_grad()
