@@ -7,8 +7,8 @@
       config.json ...        further text files from the caller (transformers' config, tokenizer.json)
       manifest.json          written last: size and SHA-256 of every file
 
-A checkpoint is staged in a hidden sibling directory, synced, and renamed. Which checkpoints exist, and which of them is
-newest or best, is read from the disk. There is no pickle: loading a stranger's checkpoint runs no code of theirs.
+It is staged in a hidden sibling directory, synced, and renamed. Which one is newest or best is read from the disk.
+Nothing is a pickle: loading a stranger's checkpoint runs no code of theirs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fundamentallm.atomic import sync
-from fundamentallm.checkpoint.manifest import MANIFEST, NAME, describe, read_manifest, verify, write_manifest
+from fundamentallm.checkpoint.manifest import MANIFEST, NAME, describe, read_manifest, write_manifest
 from fundamentallm.checkpoint.reading import check_checkpoint, is_ours, load_checkpoint
 from fundamentallm.checkpoint.snapshot import Snapshot, take_snapshot
 from fundamentallm.checkpoint.tensor_files import write_tensors
@@ -103,7 +103,7 @@ class CheckpointManager:
         is_best: bool = False,
         files: Mapping[str, str] | None = None,
     ) -> Path:
-        """Write a checkpoint, then delete old ones.
+        """Write a checkpoint, then delete old ones. Returns its directory.
 
         Args:
             checkpoint: nested dicts, lists and tuples of tensors, numbers, text and None. The flat dict of tensors
@@ -111,9 +111,6 @@ class CheckpointManager:
             name: of its directory; an existing checkpoint of this name is replaced.
             is_best: whether it is the best so far.
             files: further text files, by name.
-
-        Returns:
-            The checkpoint's directory.
 
         Raises:
             CheckpointError: if the name would leave the directory, a value is neither a tensor nor JSON (with its
@@ -164,19 +161,17 @@ class CheckpointManager:
             num_saves: how often the run still saves, at most.
 
         Raises:
-            CheckpointError: if it does not, with both numbers.
+            CheckpointError: if it has not, with both sizes.
         """
         at_once = self.keep_last_n + 2  # with the best, and a new one that is written before an old one is deleted
         copies = min(max(at_once - len(self._found()), 1), max(num_saves, 1))
         folder = self.checkpoint_dir.absolute()
-        while not folder.exists():
-            folder = folder.parent
-        free = shutil.disk_usage(folder).free
+        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        free = shutil.disk_usage(existing).free
         if free < num_bytes * copies:
             raise CheckpointError(
-                f"{copies} checkpoint{'s' * (copies > 1)} of {size_text(num_bytes)} need{'s' * (copies == 1)} "
-                f"{size_text(num_bytes * copies)} in {self.checkpoint_dir}, and {size_text(free)} are free; "
-                "free some, lower training.keep_last_n, or choose another training.checkpoint_dir."
+                f"{self.checkpoint_dir} needs room for {copies} of {size_text(num_bytes)}, and {size_text(free)} are "
+                "free; free some, lower training.keep_last_n, or choose another training.checkpoint_dir."
             )
 
     def _snapshot(
@@ -243,19 +238,9 @@ class CheckpointManager:
         if path.exists() or path.is_symlink():
             if not is_ours(path):
                 raise CheckpointError(f"{path} is in the way, and is not a checkpoint to replace; move it away.")
-            try:
-                verify(path)
-                aside = self._hidden_folder(f"replaced-{path.name}")
-                path.rename(aside / path.name)
-            except CheckpointError:  # the user may want to save something of a damaged one, so it is kept
-                path.rename(path.with_name(f"{path.name}~damaged-{uuid.uuid4().hex[:6]}"))
-        try:
-            staging.rename(path)
-        except BaseException:
-            if aside is not None:
-                (aside / path.name).rename(path)
-                aside.rmdir()
-            raise
+            aside = self._hidden_folder(f"replaced-{path.name}")
+            path.rename(aside / path.name)  # a process that is killed here leaves it to `recover`
+        staging.rename(path)
         sync(self.checkpoint_dir)
         if aside is not None:
             shutil.rmtree(aside)
@@ -283,11 +268,11 @@ class CheckpointManager:
                 continue
             if others := sorted({entry.name for entry in path.iterdir()} - {*manifest["files"], MANIFEST}):
                 logger.warning("%s is kept: it holds files that are not the checkpoint's: %s", path, others[0])
-            else:
-                # Renamed first, so that a kill while it is deleted leaves no incomplete checkpoint under its name.
-                hidden = self._hidden_folder(f"deleting-{path.name}")
-                shutil.rmtree(path.rename(hidden / path.name))
-                hidden.rmdir()
+                continue
+            # Renamed first, so that a kill while it is deleted leaves no incomplete checkpoint under its name.
+            hidden = self._hidden_folder(f"deleting-{path.name}")
+            shutil.rmtree(path.rename(hidden / path.name))
+            hidden.rmdir()
 
     def recover(self) -> list[str]:
         """Clean up after processes that were killed while they saved; returns a message for each folder.

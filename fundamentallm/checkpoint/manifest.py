@@ -30,8 +30,8 @@ _FIELDS: dict[str, Any] = {
 
 
 def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -112,9 +112,7 @@ def _has_form(manifest: dict[str, Any]) -> bool:
 def verify(checkpoint: Path, hashed: Collection[str] | None = None) -> dict[str, Any]:
     """Check the files of a checkpoint against its manifest, which is returned.
 
-    Args:
-        checkpoint: its directory.
-        hashed: names of the files whose SHA-256 is checked; None: all. Sizes are always checked.
+    `hashed` names the files whose SHA-256 is checked; None: all. Sizes are always checked.
 
     Raises:
         CheckpointError: if a file is missing or differs, with its name.

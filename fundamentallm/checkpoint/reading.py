@@ -1,4 +1,8 @@
-"""Verify checkpoints and read them, in full or in part."""
+"""Verify checkpoints and read them, in full or in part.
+
+Every function raises CheckpointNotFoundError if there is no directory at its path, and CheckpointError, with the name
+of the file, if the checkpoint is incomplete or damaged.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ from fundamentallm.atomic import sync
 from fundamentallm.checkpoint.manifest import MANIFEST, STATE, TENSORS, read_manifest, verify
 from fundamentallm.checkpoint.snapshot import AVERAGE_KEY, WEIGHTS
 from fundamentallm.checkpoint.state_json import MALFORMED, decode
-from fundamentallm.checkpoint.tensor_files import Like, TensorFiles, consolidate
+from fundamentallm.checkpoint.tensor_files import Like, TensorFiles, write_tensors
 from fundamentallm.distributed.dtensor import local
 from fundamentallm.errors import CheckpointError
 
@@ -37,14 +41,8 @@ def is_ours(path: Path) -> bool:
 def load_checkpoint(path: Path, like: Like | None = None, is_verified: bool = False) -> dict[str, Any]:
     """Load a checkpoint, wherever it is; tensors are on the CPU.
 
-    Args:
-        path: its directory.
-        like: selects tensors of which only this process's shard is read; None: read all in full.
-        is_verified: skip the check of SHA-256s, because the caller has done it.
-
-    Raises:
-        CheckpointNotFoundError: if there is no directory at the path.
-        CheckpointError: if the checkpoint is incomplete or damaged, with the name of the file.
+    `like` selects tensors of which only this process's shard is read; None: read all in full. With `is_verified`, no
+    SHA-256 is checked, because the caller has done it.
     """
     manifest = read_manifest(path) if is_verified else verify(path)
     with _opened(path, manifest, like) as (state, tensors):
@@ -52,49 +50,37 @@ def load_checkpoint(path: Path, like: Like | None = None, is_verified: bool = Fa
 
 
 def load_parts(path: Path, parts: Collection[str]) -> dict[str, Any]:
-    """Load some entries of a checkpoint, those that it has. No other tensor is read.
-
-    Raises as `load_checkpoint`; only sizes and the SHA-256 of state.json are checked.
-    """
+    """Load some entries of a checkpoint, those that it has. Only sizes and the SHA-256 of state.json are checked."""
     with _opened(path, verify(path, hashed=[STATE])) as (state, tensors):
         return {part: decode(state[part], tensors) for part in parts if part in state}
 
 
 def check_checkpoint(path: Path) -> None:
-    """Verify every byte of a checkpoint, and that it has all tensors of its state, without loading them.
-
-    Raises:
-        CheckpointNotFoundError: if there is no directory at the path.
-        CheckpointError: if the checkpoint is incomplete or damaged, with the name of the file.
-    """
+    """Verify every byte of a checkpoint, and that it has all tensors of its state, without loading them."""
     with _opened(path, verify(path)) as (state, tensors):
         decode(state, dict.fromkeys(tensors, torch.empty(0)))
 
 
 def export_weights(path: Path, folder: Path, raw: bool = False) -> None:
-    """Write a checkpoint's weights into one file, and copy its text files. Only one tensor is in memory at a time.
+    """Write a checkpoint's weights into one file of an empty folder, and copy its text files.
 
-    Args:
-        path: the checkpoint.
-        folder: an empty folder.
-        raw: if the run averages its weights, write them as trained instead of their average.
+    With `raw`, a run that averages its weights gets them as trained instead of their average.
 
     Raises:
-        CheckpointNotFoundError: if there is no directory at the path.
-        CheckpointError: if the checkpoint is incomplete or damaged, or `raw` is given and nothing is averaged.
-        OSError: if the folder cannot be written to.
+        CheckpointError: also if `raw` is given and nothing is averaged.
+        OSError, SafetensorError: if the folder cannot be written to.
     """
     manifest = verify(path)
     with contextlib.ExitStack() as stack:
         with _explained(path):
             tensors = TensorFiles(path, manifest["files"], WEIGHTS, stack)
-        names = {name.removeprefix(WEIGHTS): name for name in tensors.shapes if name.startswith(WEIGHTS)}
+        names = {name.removeprefix(WEIGHTS): name for name in tensors if name.startswith(WEIGHTS)}
         if raw:
-            trained = {name.removeprefix(RAW_WEIGHTS): name for name in tensors.shapes if name.startswith(RAW_WEIGHTS)}
+            trained = {name.removeprefix(RAW_WEIGHTS): name for name in tensors if name.startswith(RAW_WEIGHTS)}
             if not trained:
                 raise CheckpointError(f"{path} has no averaged weights; its weights are those trained.")
             names |= trained
-        consolidate(tensors, names, folder / "model.safetensors")
+        write_tensors(folder / "model.safetensors", {name: tensors[key] for name, key in names.items()})
     for name in manifest["files"]:
         if name != STATE and not TENSORS.fullmatch(name):
             shutil.copyfile(path / name, folder / name)
@@ -112,7 +98,7 @@ def load_weights(path: Path, files: Collection[str], model: nn.Module, like: Lik
         like: see `load_checkpoint`.
 
     Raises:
-        CheckpointError: if the files are damaged, or are not the weights of this model.
+        CheckpointError: also if they are not the weights of this model.
     """
     own = model.state_dict(keep_vars=True)
     with _explained(path, "its weights cannot be read"), contextlib.ExitStack() as stack, torch.no_grad():

@@ -1,19 +1,14 @@
-"""Tensors in safetensors files. Each process writes its own shards of a sharded tensor into a file of its own.
+"""Tensors in safetensors files: full ones in model.safetensors and training.safetensors, shards in files of each rank.
 
-    model.safetensors                    full tensors; opens in transformers as it is
-    model-00002-of-00004.safetensors     shards of rank 1 of 4, under the names of their tensors
-    training.safetensors, training-00002-of-00004.safetensors      the same for everything but weights
-
-The metadata of a file says where its shards lie, in the form of torch.distributed.checkpoint's Hugging Face storage,
-which can read the weights too. It is not used to write them, because it verifies nothing, needs the optimizer's state
-to exist before it is loaded, and does not record which files belong together.
+A file's metadata says where its shards lie, in the form of torch.distributed.checkpoint's Hugging Face storage, which
+can read the weights too. It is not used to write them, because it verifies nothing, and needs the optimizer's state to
+exist before it is loaded.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -92,7 +87,7 @@ class TensorFiles(Mapping[str, Tensor]):
         prefix: put before the names of weights.
         stack: closes the files.
         same_as: {further name of a tensor: name it is stored under}.
-        like: selects tensors of which only this process's shard is read; None: read all in full.
+        like: see `Like`; None: read all tensors in full.
 
     Raises:
         ValueError: if a file cannot be opened, or shards of a tensor are missing or overlap.
@@ -140,11 +135,6 @@ class TensorFiles(Mapping[str, Tensor]):
         """Returns the type as safetensors names it, such as F32."""
         shard = self._shards[name][0]
         return str(shard.file.get_slice(shard.key).get_dtype())
-
-    def num_bytes(self, name: str) -> int:
-        """Returns the size of the full tensor."""
-        bits = re.search(r"\d+", self.dtype(name))  # F32, BF16, F8_E4M3; a BOOL takes a byte
-        return math.prod(self.shapes[name]) * (int(bits[0]) if bits else 8) // 8
 
     def __getitem__(self, name: str) -> Tensor:
         shape = self.shapes[name]
@@ -198,21 +188,3 @@ def _is_complete(shape: tuple[int, ...], shards: list[_Shard]) -> bool:
             return False
         end += length
     return end == shape[dim]
-
-
-def consolidate(source: TensorFiles, names: Mapping[str, str], path: Path) -> None:
-    """Write one file with full tensors; `names` is {name in the file: name in the source}.
-
-    Only one tensor is in memory at a time. The safetensors library can only write tensors that are all in memory.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for key, name in names.items():
-        begin, end = end, end + source.num_bytes(name)
-        header[key] = {"dtype": source.dtype(name), "shape": source.shapes[name], "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in names.values():
-            file.write(source[name].reshape(-1).view(torch.uint8).numpy().data)

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from fundamentallm.checkpoint.manager import HIDDEN, CheckpointManager, checkpoints_folder
 from fundamentallm.checkpoint.manifest import MANIFEST, NAME, read_manifest, verify
 from fundamentallm.checkpoint.reading import export_weights, is_ours, load_parts
@@ -128,7 +130,7 @@ def samples_command(options: argparse.Namespace) -> int:
 
 
 def consolidate_command(options: argparse.Namespace) -> int:
-    """`checkpoints consolidate`: export weights, config and tokenizer, with one tensor in memory at a time."""
+    """`checkpoints consolidate`: export weights, config and tokenizer."""
     source, output = _checkpoint(options.folder), options.output
     if os.path.lexists(output):
         raise ConfigError([Problem("OUT", str(output), allowed="a new folder", reason="which exists already")])
@@ -137,7 +139,7 @@ def consolidate_command(options: argparse.Namespace) -> int:
         staging.mkdir(parents=True)
         export_weights(source, staging, options.raw)
         staging.rename(output)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{output} cannot be written: {error}.") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -209,8 +211,7 @@ def _why_not_checkpoint(path: Path) -> str | None:
     if not is_ours(path):
         return "has none of the files of a checkpoint"
     if not NAME.fullmatch(path.name):
-        damaged = "~damaged-" in path.name
-        return "set aside as damaged; never resumed from" if damaged else "does not have the name of a checkpoint"
+        return "does not have the name of a checkpoint"
     return None
 
 

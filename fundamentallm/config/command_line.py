@@ -9,11 +9,10 @@ import functools
 import inspect
 import itertools
 import json
-import textwrap
 import typing
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from fundamentallm.config.files import file_problems
 from fundamentallm.config.registry import did_you_mean
@@ -64,12 +63,19 @@ def _metavar(hint: Any) -> str:
     return words.get(typing.get_origin(hint) or hint, "MAPPING")
 
 
-def _help(program: str) -> str:
-    parser = argparse.ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}.")
+
+
+def _parser(program: str) -> _Parser:
+    parser = _Parser(
         prog=program,
         usage="%(prog)s [--config FILE] [--SECTION.SETTING VALUE ...] [--print_config] [--help]",
         description="Train a GPT-style language model. The command line overrides the YAML file, which overrides the "
         "defaults.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
     parser.add_argument("--print_config", action="store_true", help="print all settings as YAML and exit")
@@ -78,40 +84,22 @@ def _help(program: str) -> str:
         for name, hint, entry, text in group:
             default = "" if "default:" in text else f" (default: {default_text(entry)})"
             described.add_argument(f"--{name}", metavar=_metavar(hint), help=(text + default).replace("%", "%%"))
-    return parser.format_help()
+    return parser
 
 
-def _split(arguments: Sequence[str], known: Collection[str]) -> tuple[dict[str, str], list[Problem]]:
-    """Returns ({name: text} of the options, problems with the other arguments).
-
-    argparse stops at the first mistake, and takes `-1e-4` for an option.
-    """
-    given: dict[str, str] = {}
-    problems = []
-    words = list(arguments)
-    while words:
-        word = words.pop(0)
-        if word in ("-h", "--help", "--print_config"):
-            given[word.lstrip("-")] = ""
-            continue
-        option, equals, text = word.partition("=")
-        name = option.removeprefix("--")
-        if name == option:
+def _unknown_arguments(words: Sequence[str], known: Collection[str]) -> Iterator[Problem]:
+    """Yields a problem for each word that argparse does not know; the value of an unknown option belongs to it."""
+    options = [f"--{name}" for name in (*known, "config", "print_config", "help")]
+    previous = ""
+    for word in words:
+        option, _, text = word.partition("=")
+        if option.startswith("--"):
+            yield Problem(option, text, advice=did_you_mean(option, options), text="unknown option")
+        elif not previous.startswith("--") or "=" in previous:
             is_file = word.endswith((".yaml", ".yml"))
             advice = f"Did you mean --config {word}?" if is_file else "Give settings as --SECTION.SETTING VALUE."
-            problems.append(Problem("", word, advice=advice, text=f"unexpected argument {word!r}"))
-            continue
-        has_value = bool(equals) or (bool(words) and not words[0].startswith("--"))
-        if not equals and has_value:
-            text = words.pop(0)
-        if name not in known:
-            near = did_you_mean(option, [f"--{setting}" for setting in known])
-            problems.append(Problem(option, text, advice=near, text="unknown option"))
-        elif not has_value:
-            problems.append(Problem(option, text="value missing"))
-        else:
-            given[name] = text
-    return given, problems
+            yield Problem("", word, advice=advice, text=f"unexpected argument {word!r}")
+        previous = word
 
 
 def _command_line_value(text: str, hint: Any) -> Any:
@@ -145,11 +133,10 @@ def parse_config(arguments: Sequence[str], program: str = "fundamentallm.train",
         ConfigError: listing everything that is wrong; with `check_files`, missing data files too.
     """
     known = {name: hint for name, hint, _, _ in settings(Config)}
-    given, problems = _split(arguments, [*known, "config", "print_config", "help"])
-    if given.keys() & {"h", "help"}:
-        print(_help(program), end="")
-        raise SystemExit(0)
-    show = given.pop("print_config", None) is not None
+    parsed, unknown = _parser(program).parse_known_args(arguments)
+    given = vars(parsed)
+    problems = list(_unknown_arguments(unknown, known))
+    show = given.pop("print_config", False)
     values: dict[str, Any] = {}
     if "config" in given:
         try:
@@ -170,7 +157,7 @@ def parse_config(arguments: Sequence[str], program: str = "fundamentallm.train",
     if problems:
         raise ConfigError(problems)
     if show:
-        print(_annotated(config), end="")
+        print(to_yaml(config), end="")
         raise SystemExit(0)
     return config.resolved()
 
@@ -188,22 +175,3 @@ def _without(values: dict[str, Any], problems: list[Problem]) -> Config:
         return from_dict(Config, right)
     except ConfigError:  # the default of a wrong setting does not fit the others
         return Config()
-
-
-def _annotated(config: Config) -> str:
-    """Returns the config as YAML, with derived values as comments.
-
-    As settings, they would contradict other options given with the printed file: another `output_dir` would still use
-    this one's checkpoints.
-    """
-    resolved, text = dataclasses.asdict(config.resolved()), ""
-    for section, values in dataclasses.asdict(config).items():
-        if not isinstance(getattr(config, section), Section):
-            text += to_yaml({section: values})
-            continue
-        text += f"{section}:\n"
-        for name, value in values.items():
-            derived = resolved[section][name] if value is None else None
-            comment = "" if derived is None else f"  # defaults to {derived!r}"
-            text += textwrap.indent(to_yaml({name: value}).rstrip("\n") + comment + "\n", "  ")
-    return text

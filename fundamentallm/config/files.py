@@ -36,13 +36,6 @@ def kind_of_file(file: Path) -> str:
     return "rows" if suffix in ROWS else "tokens" if suffix in TOKENS else "text"
 
 
-def kind_of(data: DataConfig, source: str) -> str:
-    """Returns what a source holds: 'rows', 'tokens' or 'text'. All its files are of one kind."""
-    if source.startswith(DATASETS):
-        return "rows"
-    return next(map(kind_of_file, source_files(data, source)), "text")
-
-
 def source_files(data: DataConfig, source: str) -> list[Path]:
     """Returns the files of a source, sorted; none for the built-in corpus, datasets and prepared folders.
 

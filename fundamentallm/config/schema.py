@@ -398,14 +398,12 @@ class Config(Section):
         )
 
 
-SECTIONS: dict[str, type[Any]] = {"": Config, "model": ModelConfig, "data": DataConfig, "training": TrainingConfig}
-
 DATA_FACTS = ("data.num_samples", "data.shuffle", "data.drop_last", "data.content")
 """Facts of the data that checkpoints record; `resume_changes` may name them like settings."""
 
 ON_RESUME = {
-    f"{section}.{entry.name}".lstrip("."): entry.metadata.get("on_resume")
-    for section, kind in SECTIONS.items()
+    f"{section}{entry.name}": entry.metadata.get("on_resume")
+    for section, kind in (("", Config), ("model.", ModelConfig), ("data.", DataConfig), ("training.", TrainingConfig))
     for entry in dataclasses.fields(kind)
 }
 FREE_ON_RESUME = frozenset(name for name, kind in ON_RESUME.items() if kind == "free")

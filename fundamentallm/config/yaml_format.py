@@ -31,28 +31,18 @@ text and 10.
 
 class _Loader(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Refuse repeated keys, and apply merge keys: own keys win over merged ones, earlier merges over later ones.
-
-        PyYAML merges later, but its order depends on the version: 6.0.4 lets later merges win.
-        """
+        """Refuse repeated keys, and apply merge keys."""
         node = super().compose_mapping_node(anchor)
-        own: dict[str, tuple[yaml.Node, yaml.Node]] = {}
-        merged: dict[str, tuple[yaml.Node, yaml.Node]] = {}
-        for key, value in node.value:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise ComposerError(None, None, "a key has to be text", key.start_mark)
-            if key.value in own:
-                first = own[key.value][0].start_mark.line + 1
-                raise ComposerError(None, None, f"{key.value!r} is given twice, first in line {first}", key.start_mark)
-            if key.tag != _TAG + "merge":
-                own[key.value] = key, value
-                continue
-            for source in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                if not isinstance(source, yaml.MappingNode):
-                    raise ComposerError(None, None, "<< takes a mapping, or a list of mappings", key.start_mark)
-                for pair in source.value:
-                    merged.setdefault(pair[0].value, pair)
-        node.value = list({**merged, **own}.values())
+            if key.value in lines:
+                first = f"first in line {lines[key.value]}"
+                raise ComposerError(None, None, f"{key.value!r} is given twice, {first}", key.start_mark)
+            lines[key.value] = key.start_mark.line + 1
+        self.flatten_mapping(node)  # puts merged keys before own ones, which win
+        node.value = list({key.value: (key, value) for key, value in node.value}.values())
         return node
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:

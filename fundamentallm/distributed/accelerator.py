@@ -95,7 +95,7 @@ def check_accelerator(
         kept_groups.append(dist.group.WORLD)
     kind, precision = accelerator.distributed_type.value, accelerator.mixed_precision
     count, launched = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
-    problems: list[str] = [*checks.option_problems(accelerator)]
+    problems: list[str] = [*checks.option_problems(accelerator, checks.REFUSED)]
     if count != launched:
         advice = "Create it before anything else of accelerate, with cpu=True on a machine without GPUs."
         problems.append(Problem("Accelerator.num_processes", count, f"{launched}, as launched", advice))
@@ -121,8 +121,9 @@ def check_accelerator(
         computed_in = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
         policy = MixedPrecisionPolicy(param_dtype=computed_in, reduce_dtype=torch.float32)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
-    for line in checks.ignored_options(accelerator) if accelerator.is_main_process else ():
-        logger.warning("%s", line)
+    if accelerator.is_main_process:
+        for ignored in checks.option_problems(accelerator, checks.IGNORED):
+            logger.warning("The Trainer ignores an option of the Accelerator: %s", ignored)
     accelerator.register_save_state_pre_hook(_refuse_states)
     accelerator.register_load_state_pre_hook(_refuse_states)
 

@@ -36,29 +36,23 @@ REFUSED: dict[str, tuple[object, str]] = {
     "dataloader_config.data_seed": (None, "The order of samples follows from training.seed."),
     "project_configuration.automatic_checkpoint_naming": (False, "Set training.keep_last_n."),
 }
-"""Arguments of a caller's Accelerator whose only allowed value is their default: with others, the caller would expect
-another run. The order of samples of `split_batches=True` and `even_batches=False` is what a Trainer does anyway."""
+"""{argument of a caller's Accelerator: (default, advice)}: with another value, the caller would expect another run. The
+order of samples of `split_batches=True` and `even_batches=False` is what a Trainer does anyway."""
 IGNORED: dict[str, tuple[object, str]] = {
-    "dataloader_config.dispatch_batches": (None, "each process loads its own samples"),
-    "dataloader_config.use_seedable_sampler": (False, "the order of samples follows from training.seed"),
-    "dataloader_config.use_stateful_dataloader": (False, "a resumed run continues with the next sample without it"),
-    "rng_types": (["generator"], "random states follow from training.seed, the step and the rank"),
-    "project_configuration.total_limit": (None, "set training.keep_last_n"),
-    "project_configuration.save_on_each_node": (False, "the processes write one checkpoint together"),
+    "dataloader_config.dispatch_batches": (None, "Each process loads its own samples."),
+    "dataloader_config.use_seedable_sampler": (False, "The order of samples follows from training.seed."),
+    "dataloader_config.use_stateful_dataloader": (False, "A resumed run continues with the next sample without it."),
+    "rng_types": (["generator"], "Random states follow from training.seed, the step and the rank."),
+    "project_configuration.total_limit": (None, "Set training.keep_last_n."),
+    "project_configuration.save_on_each_node": (False, "The processes write one checkpoint together."),
 }
-"""Arguments of a caller's Accelerator that do nothing here and change no result."""
+"""The same for arguments that do nothing here and change no result."""
 
 
 def launch_problems(
     environment: Mapping[str, str], has_device: bool, mixed_precision: str | None = None
 ) -> list[Problem]:
-    """Returns what the launcher asks for that contradicts the config or is not supported.
-
-    Args:
-        environment: environment variables of the process.
-        has_device: whether it will compute on an accelerator.
-        mixed_precision: `training.mixed_precision`; None: not set.
-    """
+    """Returns what the launcher's environment variables ask for that contradicts the config or is not supported."""
     problems = [engine_problem(name) for name in ENGINES if _is_set(environment, f"ACCELERATE_USE_{name}")]
     problems += _sharding_problems(environment, has_device)
     launched = environment.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -144,23 +138,11 @@ def tracker_problems(names: list[str]) -> list[Problem]:
     return problems
 
 
-def option_problems(accelerator: Accelerator) -> list[Problem]:
-    """Returns the options of a caller's Accelerator that ask for another run than a Trainer's."""
-    return [
-        Problem(f"Accelerator.{name}", value, f"{REFUSED[name][0]}", REFUSED[name][1])
-        for name, value in _changed(accelerator, REFUSED).items()
-    ]
-
-
-def ignored_options(accelerator: Accelerator) -> list[str]:
-    """Returns a sentence for each option of a caller's Accelerator that does nothing in a Trainer."""
-    ignored = [f"{name}={value!r} ({IGNORED[name][1]})" for name, value in _changed(accelerator, IGNORED).items()]
-    accumulation = {key: value for key, value in accelerator.gradient_state.plugin_kwargs.items() if key != "num_steps"}
-    if accumulation:
-        ignored.append(f"gradient_accumulation_plugin with {accumulation} (set training.micro_batch_size)")
-    return [f"the Trainer ignores an option of the Accelerator: {text}." for text in ignored]
-
-
-def _changed(accelerator: Accelerator, options: Mapping[str, tuple[object, str]]) -> dict[str, object]:
+def option_problems(accelerator: Accelerator, options: Mapping[str, tuple[object, str]]) -> list[Problem]:
+    """Returns a problem for each of `options` whose value in a caller's Accelerator is not the default."""
     values = {name: attrgetter(name)(accelerator) for name in options}
-    return {name: value for name, value in values.items() if value != options[name][0]}
+    return [
+        Problem(f"Accelerator.{name}", values[name], f"{default}", advice)
+        for name, (default, advice) in options.items()
+        if values[name] != default
+    ]

@@ -22,9 +22,6 @@ def join_group(cpu: bool) -> None:
     In that store torch 2.13 would find the addresses of dead processes, so each start gives its keys another prefix.
     TORCHELASTIC_RESTART_COUNT cannot be that prefix, since each machine counts for itself.
 
-    Args:
-        cpu: whether to compute on the CPU.
-
     Raises:
         FundamentaLLMError: if a process does not join in time.
     """

@@ -1,7 +1,7 @@
 """Names the process of a run that is lost, or that the other processes wait for.
 
-On each process a thread sends a heartbeat, with its place in the training loop, to a TCPStore that process 0 serves.
-The thread of process 0 reads the heartbeats and publishes what it finds.
+On each process a thread sends heartbeats, with its place in the training loop, to a TCPStore that process 0 serves, and
+reads those of all processes.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 1.0
 LOST_SECONDS = 5.0
-"""A process that sends no heartbeat for so long is lost. This is asked only after a process has failed."""
+"""A process that sends no heartbeat for so long is lost. Only asked after a process has failed."""
 STORE_SECONDS = 10.0
 """Timeout of a request to the store."""
-FINISHED, GONE = "finished", "is gone: killed, or its machine is lost"
+GONE = "is gone: killed, or its machine is lost"
 
 
 class Phase(IntEnum):
@@ -57,12 +57,16 @@ class Place(NamedTuple):
 
 
 class Beat(NamedTuple):
-    """Heartbeat of a process; `end` is FINISHED or its error, which may follow from the loss of another process."""
+    """Heartbeat of a process."""
 
     number: int
     place: Place
-    end: str = ""
+    error: str = ""
+    """Why the process fails; "" if it does not."""
     may_follow: bool = False
+    """True if the error may follow from the loss of another process."""
+    is_done: bool = False
+    """True if the process has finished, or knows which processes are lost."""
 
 
 def furthest_behind(places: list[Place]) -> list[int]:
@@ -84,7 +88,7 @@ class Watchdog:
         self._place, self._group, self.rank, self.size = place, group, group.rank, group.size
         self._hang_seconds = math.inf if hang_minutes is None else 60 * hang_minutes
         self._places: list[Place] = []
-        self._since, self._hangs, self._number = math.inf, 0, 0
+        self._since, self._number = math.inf, 0
         self._error: BaseException | None = None
         self._leaving = threading.Event()
         # A daemon, joined with a timeout: if the machine of process 0 is lost, a request may never return.
@@ -135,69 +139,64 @@ class Watchdog:
     # ---- the thread --------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        store, shown = self._store, 0
+        """Sends and reads heartbeats until this process leaves or another one fails."""
+        is_leaving = has_failed = False
         with suppress(RuntimeError):  # of a store that is lost together with process 0
-            while not store.check(["lost"]):
+            while not is_leaving and not has_failed:
                 is_leaving = self._leaving.wait(BEAT_SECONDS)
                 self._beat()
-                if self.rank == 0:
-                    self._judge(self._read())
-                if is_leaving and not isinstance(self._error, RuntimeError):
+                beats = self._read()
+                has_failed = any(beat.error for beat in beats)
+                self._report_hang([beat.place for beat in beats])
+            self._lost = self._find_lost(beats) if has_failed else []
+            self._beat(is_done=True)
+            # Process 0 serves the store, so it leaves last. When a failed process leaves, the others fail too: it waits
+            # until they know its error.
+            deadline = time.monotonic() + LOST_SECONDS
+            while (self.rank == 0 or has_failed) and time.monotonic() < deadline:
+                others = [beat for rank, beat in enumerate(self._read()) if rank not in dict(self._lost)]
+                if all(beat.is_done for beat in others):
                     break
-                if store.check(["hang"]):
-                    hangs, ranks = json.loads(store.get("hang"))
-                    if self.rank in ranks and hangs > shown:
-                        text = f"process {self.rank} of {self.size} is at step {self._place().step}, here:"
-                        print(text, file=sys.stderr, flush=True)
-                        faulthandler.dump_traceback(file=2)
-                    shown = hangs
                 time.sleep(BEAT_SECONDS / 10)
-            if store.check(["lost"]):
-                self._lost = [(rank, what) for rank, what in json.loads(store.get("lost"))]
-            store.set(f"left_{self.rank}", "")
-            if self.rank == 0:  # leaves last, since it serves the store
-                others = [f"left_{rank}" for rank in range(self.size) if rank not in dict(self._lost)]
-                store.wait(others, timedelta(seconds=LOST_SECONDS))
 
-    def _judge(self, beats: list[Beat]) -> None:
-        """Publishes the lost processes if one has failed or process 0 leaves; otherwise a hang, if there is one."""
-        has_failed = any(beat.end not in ("", FINISHED) for beat in beats)
-        if has_failed or beats[0].end:
-            self._store.set("lost", json.dumps(self._find_lost() if has_failed else []))
-        now, places = time.monotonic(), [beat.place for beat in beats]
+    def _find_lost(self, first: list[Beat]) -> list[tuple[int, str]]:
+        """Returns (rank, what happened) of the processes that ended the run: silent ones, otherwise failed ones."""
+        beats, silent = first, [rank for rank in range(self.size) if rank != self.rank]
+        deadline = time.monotonic() + LOST_SECONDS
+        while silent and time.monotonic() < deadline:
+            time.sleep(BEAT_SECONDS / 4)
+            self._beat()
+            beats = self._read()
+            silent = [rank for rank in silent if not beats[rank].is_done and beats[rank] == first[rank]]
+        failed = [(rank, beat) for rank, beat in enumerate(beats) if beat.error]
+        causes = [(rank, beat) for rank, beat in failed if not beat.may_follow] or failed
+        return [(rank, GONE) for rank in silent] or [(rank, f"ended by {beat.error}") for rank, beat in causes]
+
+    def _report_hang(self, places: list[Place]) -> None:
+        """Prints the stack of this process if nothing moves and the others wait for it."""
+        now = time.monotonic()
         if places != self._places:
             self._places, self._since = places, now
         if now - self._since < self._hang_seconds:
             return
-        behind, minutes = furthest_behind(places), f"{(now - self._since) / 60:.2g} minutes"
-        self._since, self._hangs = math.inf, self._hangs + 1  # report it once
-        named = ", ".join(
-            f"process {rank} of {self.size} (on {self._hosts[rank]}) at step {places[rank].step}, "
-            f"{Phase(places[rank].phase).name.lower()}"
-            for rank in behind
-        )
-        text = f"no process has made progress for {minutes}. Furthest behind: {named}. Stacks follow."
-        print(text, file=sys.stderr, flush=True)
-        self._store.set("hang", json.dumps([self._hangs, behind]))
+        minutes = (now - self._since) / 60
+        self._since = math.inf  # report it once
+        if self.rank in furthest_behind(places):
+            place = places[self.rank]
+            print(
+                f"no process has made progress for {minutes:.2g} minutes. Furthest behind: process {self.rank} of "
+                f"{self.size} (on {self._hosts[self.rank]}) at step {place.step}, {Phase(place.phase).name.lower()}. "
+                "Its stack follows.",
+                file=sys.stderr,
+                flush=True,
+            )
+            faulthandler.dump_traceback(file=2)
 
-    def _find_lost(self) -> list[tuple[int, str]]:
-        """Returns (rank, what happened) of the processes that ended the run: silent ones, otherwise failed ones."""
-        first = beats = self._read()
-        silent, deadline = list(range(1, self.size)), time.monotonic() + LOST_SECONDS
-        while silent and time.monotonic() < deadline:
-            time.sleep(BEAT_SECONDS / 4)
-            beats = self._read()
-            silent = [rank for rank in silent if not beats[rank].end and beats[rank] == first[rank]]
-        failed = [(rank, beat) for rank, beat in enumerate(beats) if beat.end not in ("", FINISHED)]
-        causes = [(rank, beat) for rank, beat in failed if not beat.may_follow] or failed
-        return [(rank, GONE) for rank in silent] or [(rank, f"ended by {beat.end}") for rank, beat in causes]
-
-    def _beat(self) -> None:
-        self._number, error, end = self._number + 1, self._error, ""
-        if self._leaving.is_set():
-            end = FINISHED if error is None else f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+    def _beat(self, is_done: bool = False) -> None:
+        self._number, error = self._number + 1, self._error
+        text = "" if error is None else f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
         # Collectives raise RuntimeErrors.
-        beat = Beat(self._number, self._place(), end, may_follow=isinstance(error, RuntimeError))
+        beat = Beat(self._number, self._place(), text, isinstance(error, RuntimeError), is_done)
         self._store.set(f"{self.rank}", json.dumps(beat))
 
     def _read(self) -> list[Beat]:

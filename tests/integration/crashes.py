@@ -1,6 +1,6 @@
 """Kills a real run at many instants and starts it again by the same command: it must end as if nothing had happened.
 
-By hand: `python -m tests.integration.crashes --kills 200 [--processes 2] [--seed N]`, or `--windows all`. Linux only.
+By hand: `python -m tests.integration.crashes --kills 200 [--processes 2] [--seed N]`, or `--windows`. Linux only.
 
 A run is killed by SIGKILL at the n-th event (see `trap`) or after a time. After each kill no checkpoint may be gone or
 damaged. In the end weights, state and metrics.jsonl are those of an uninterrupted run, to the bit, and no unfinished
@@ -41,13 +41,7 @@ from fundamentallm.errors import START_AGAIN
 from fundamentallm.training.metrics import MEASURED
 from tests.integration.runs import lines, prose, timeless
 from tests.integration.trap import (
-    ENDED,
-    EPOCH,
-    FORWARD,
     LAST_STEP,
-    RESTORED,
-    STEP,
-    VALIDATED,
     VALIDATION_FORWARD,
     Instant,
     Trap,
@@ -302,77 +296,34 @@ DELETING, REPLACED = f"{CHECKPOINTS}/.deleting-step_N", f"{CHECKPOINTS}/.replace
 PUBLISHES = f"rename {STAGED} -> {SAVED}"
 LAST_SAVED = f"{CHECKPOINTS}/step_LAST"
 
-# Killed one after the other in the same run, each in a start of its own.
+# The changes of names, and what a kill there leaves to the next start. Killed one after the other in the same run,
+# each in a start of its own; random instants find the others.
 WINDOWS = {
-    "the text is encoded": Instant("write cache/.staging/validation.bin"),
     "the encoded text gets its name": Instant("rename cache/.staging -> cache/KEY"),
-    "the run's folder is locked": Instant(f"write run/{LOCK}"),
-    "the status is written": Instant(f"rename {STATUS}.new -> {STATUS}"),
-    "a step before the first checkpoint": Instant(STEP, 2),
     "the first checkpoint gets its name": Instant(PUBLISHES),
-    "lines without a checkpoint are moved": Instant("write run/metrics.before-N.jsonl"),
     "lines without a checkpoint were moved": Instant(f"rename {METRICS}.new -> {METRICS}"),
     "a line is written": Instant(f"write {METRICS}", 3),
-    "a staging folder is made": Instant(f"mkdir {STAGED}"),
-    "a file is staged": Instant(f"write {STAGED}/state.json"),
-    "an unfinished checkpoint is removed": Instant(f"rmtree {STAGED}"),
     "the manifest is written": Instant(f"write {STAGED}/manifest.json"),
-    "the staged files are synced": Instant(f"read {STAGED}"),
-    "a checkpoint has got its name": Instant(f"read {CHECKPOINTS}"),
-    "a checkpoint is found": Instant(f"read {SAVED}/manifest.json"),
-    "a checkpoint is verified": Instant(f"read {SAVED}/training.safetensors"),
-    "the state is restored": Instant(RESTORED),
-    "metrics.jsonl is read": Instant(f"read {METRICS}"),
-    "metrics.jsonl is rewound": Instant(f"write {METRICS}.new"),
     "the rewound metrics.jsonl gets its name": Instant(f"rename {METRICS}.new -> {METRICS}"),
-    "a forward pass": Instant(FORWARD, 2),
     "a validation": Instant(VALIDATION_FORWARD, 2),
-    "a validation has ended": Instant(VALIDATED),
-    "an epoch ends": Instant(EPOCH),
-    "retention begins": Instant(f"mkdir {DELETING}"),
-    "an old checkpoint is moved away": Instant(f"rename {SAVED} -> {DELETING}/step_N"),
     "an old checkpoint is half deleted": Instant(f"remove {DELETING}/step_N/model.safetensors"),
-    "the rest of an old checkpoint is removed": Instant(f"rmtree {DELETING}"),
-    "an old checkpoint is empty": Instant(f"rmdir {DELETING}/step_N"),
-    "retention ends": Instant(f"rmdir {DELETING}"),
-    "the last checkpoint gets its name": Instant(f"rename {CHECKPOINTS}/.staging-step_LAST -> {LAST_SAVED}"),
     "the last checkpoint is there": Instant(f"read {LAST_SAVED}/manifest.json"),
     "a finished run deletes an old checkpoint": Instant(f"rename {SAVED} -> {DELETING}/step_N"),
-    "a finished run writes its status": Instant(f"rename {STATUS}.new -> {STATUS}"),
 }
 WINDOWS_OF_REPLACING = {
     # A run that is stopped while it validates saves. The next start validates, finds its best, and saves the same step.
     "a validation is stopped": Instant(VALIDATION_FORWARD, number=signal.SIGTERM),
-    "a checkpoint is moved for another": Instant(f"rename {SAVED} -> {REPLACED}/step_N"),
     "the other takes its name": Instant(PUBLISHES),
     "the first is restored": Instant(f"rename {REPLACED}/step_N -> {SAVED}"),
-    "the first was restored": Instant(f"rmtree {REPLACED}"),
-    "the other has its name": Instant(f"rmtree {REPLACED}", 2),
-    "the first is deleted by the next start": Instant(f"rmtree {REPLACED}"),
-    "the end is saved": Instant(ENDED),
 }
 WINDOWS_OF_TWO = {
-    "rank 0 encodes, rank 1 waits": Instant("rename cache/.staging -> cache/KEY", rank=0),
-    "rank 1 is in a step": Instant(FORWARD, 3, rank=1),
     "a checkpoint gets its name": Instant(PUBLISHES, 2, rank=0),
     "rank 1 restores": Instant(f"read {SAVED}/manifest.json", rank=1),
-    "metrics.jsonl is rewound": Instant(f"rename {METRICS}.new -> {METRICS}", rank=0),
     "rank 1 validates": Instant(VALIDATION_FORWARD, rank=1),
-    "rank 0 has half deleted an old checkpoint": Instant(f"remove {DELETING}/step_N/model.safetensors", rank=0),
-    "rank 0 removes the rest of an old checkpoint": Instant(f"rmtree {DELETING}", rank=0),
-    "the end is saved": Instant(ENDED, rank=0),
 }
-FEW = {
-    *("the encoded text gets its name", "the first checkpoint gets its name", "lines without a checkpoint were moved"),
-    *("a line is written", "the manifest is written", "the rewound metrics.jsonl gets its name", "a validation"),
-    *("an old checkpoint is half deleted", "the last checkpoint is there", "a finished run deletes an old checkpoint"),
-    *("a validation is stopped", "the other takes its name", "the first is restored"),
-    *("a checkpoint gets its name", "rank 1 restores", "rank 1 validates"),
-}
-"""Windows that CI kills in: the changes of names, and what a kill there leaves to the next start."""
 
 
-def kill_in_windows(folder: Path, processes: int, few: bool) -> list[Case]:
+def kill_in_windows(folder: Path, processes: int) -> list[Case]:
     """Kill runs at each of the chosen instants.
 
     Raises:
@@ -381,8 +332,7 @@ def kill_in_windows(folder: Path, processes: int, few: bool) -> list[Case]:
     reference, cases = uninterrupted(folder, processes), list[Case]()
     for number, windows in enumerate((WINDOWS, WINDOWS_OF_REPLACING) if processes == 1 else (WINDOWS_OF_TWO,)):
         case = Case(folder / f"case_{number}", processes)
-        chosen = {name: instant for name, instant in windows.items() if not few or name in FEW}
-        for index, (name, instant) in enumerate(chosen.items()):
+        for index, (name, instant) in enumerate(windows.items()):
             before = len(case.hits)
             done = case.start(instant, as_launcher=index % 3 != 1)
             if done or (instant.number == signal.SIGKILL and len(case.hits) == before):
@@ -463,7 +413,7 @@ def summary(cases: list[Case]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--windows", choices=("all", "few"), help="kill at chosen instants instead of random ones")
+    parser.add_argument("--windows", action="store_true", help="kill at chosen instants instead of random ones")
     parser.add_argument("--kills", type=int, default=200, help="at random, at least")
     parser.add_argument("--processes", type=int, default=1, help="of each run, in a gloo group")
     parser.add_argument("--seed", type=int, default=None, help="of the instants")
@@ -474,7 +424,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="crashes-"))
     print(f"{'' if arguments.windows else f'seed {seed}, '}in {folder} (kept if a run fails)", flush=True)
     if arguments.windows:
-        cases = kill_in_windows(folder, arguments.processes, arguments.windows == "few")
+        cases = kill_in_windows(folder, arguments.processes)
     else:
         cases = kill_at_random(folder, arguments.processes, arguments.kills, seed, arguments.real)
     print(summary(cases))

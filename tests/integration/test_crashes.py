@@ -28,5 +28,5 @@ def crash(folder: Path, *arguments: str) -> str:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the harness uses what only Linux has")
 @pytest.mark.parametrize("processes", ["1", "2"])
-def test_a_run_killed_at_every_chosen_instant_ends_as_the_uninterrupted_one(tmp_path: Path, processes: str) -> None:
-    assert "each ended as the uninterrupted one" in crash(tmp_path, "--windows", "few", "--processes", processes)
+def test_train_killed_at_chosen_instants_ends_the_same(tmp_path: Path, processes: str) -> None:
+    assert "each ended as the uninterrupted one" in crash(tmp_path, "--windows", "--processes", processes)

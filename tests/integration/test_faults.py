@@ -21,12 +21,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fundamentallm import Callback, CheckpointError, CheckpointManager, Trainer, train
+from fundamentallm import Callback, CheckpointError, Trainer, train
 from fundamentallm.checkpoint import manager as checkpoint_module
 from fundamentallm.errors import RunInProgressError
+from fundamentallm.training.callbacks import VisualizationCallback
 from tests.conftest import reset_accelerate
 from tests.integration.runs import assert_same_weights, lines, make_config, make_trainer, timeless, weights
-from tests.unit.checkpoint_files import flip_middle_bit, pairs, rewrite, truncate
+from tests.unit.checkpoint_files import flip_middle_bit, rewrite, truncate
 
 RUN: dict[str, Any] = {"dropout": 0.2, "save_every_n_steps": 4}
 
@@ -76,36 +77,19 @@ def assert_ends_as_undisturbed(run: Path, whole: Path) -> None:
 # ---- damaged checkpoints ---------------------------------------------------------------------------------------
 
 
-def assert_resumes_past_the_damage(run: Path, whole: Path, file: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The damage is reported with checkpoint and file, the one before is taken, and the damaged one is kept."""
-    damaged = contents(newest(run))
-    make_trainer(make_config(run, **RUN)).train()
-    (reason,) = [line for line in capsys.readouterr().out.splitlines() if f"{newest(run)}: " in line]
-    assert file in reason
-    assert_ends_as_undisturbed(run, whole)
-    (aside,) = (run / "checkpoints").glob("step_00000008~damaged-*")
-    assert contents(aside) == damaged
-
-
 @pytest.mark.parametrize(
     ("damage", "file"),
-    pairs((truncate, flip_middle_bit, Path.unlink), ("model.safetensors", "tokenizer.json", "manifest.json")),
+    [(flip_middle_bit, "model.safetensors"), (Path.unlink, "tokenizer.json"), (truncate, "manifest.json")],
 )
 def test_resume_skips_a_damaged_checkpoint(
     cut: Path, whole: Path, damage: Callable[[Path], Any], file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The damage is reported with checkpoint and file, and the checkpoint before it is taken."""
     damage(newest(cut) / file)
-    assert_resumes_past_the_damage(cut, whole, file, capsys)
-
-
-@pytest.mark.parametrize(
-    ("file", "named"), [("training.safetensors", "training.safetensors"), ("manifest.json", "safetensors")]
-)
-def test_resume_skips_a_checkpoint_with_a_file_of_another(
-    cut: Path, whole: Path, file: str, named: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shutil.copy(cut / "checkpoints" / "step_00000004" / file, newest(cut) / file)
-    assert_resumes_past_the_damage(cut, whole, named, capsys)
+    make_trainer(make_config(cut, **RUN)).train()
+    (reason,) = [line for line in capsys.readouterr().out.splitlines() if f"{newest(cut)}: " in line]
+    assert file in reason
+    assert_ends_as_undisturbed(cut, whole)
 
 
 def test_resume_with_damaged_checkpoints_only_fails(cut: Path) -> None:
@@ -120,7 +104,6 @@ def test_resume_with_damaged_checkpoints_only_fails(cut: Path) -> None:
 
 LOST: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "the optimizer": (lambda state, _: state.pop("optimizer_state_dict"), ("optimizer_state_dict",)),
-    "the optimizer's type": (lambda state, _: state["optimizer_state_dict"].pop("type"), ("optimizer", "type")),
     "the state of all parameters": (
         lambda state, _: [entries.clear() for entries in state["optimizer_state_dict"]["state"].values()],
         ("optimizer", "0 of 25 exp_avg"),
@@ -133,9 +116,7 @@ LOST: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
         lambda _, tensors: tensors.update({"optimizer_state_dict/state/lm_head.weight/exp_avg": torch.zeros(1)}),
         ("exp_avg of lm_head.weight", "(1,)"),
     ),
-    "the guard": (lambda state, _: state.pop("guard_state_dict"), ("guard_state_dict",)),
     "the guard's window": (lambda state, _: state["guard_state_dict"].pop("recent"), ("guard",)),
-    "the progress": (lambda state, _: state.pop("progress_state_dict"), ("progress_state_dict",)),
     "the number of samples": (lambda state, _: state["progress_state_dict"].pop("samples"), ("progress",)),
     "the schedule's step": (lambda state, _: state["scheduler_state_dict"].clear(), ("scheduler",)),
     "a weight": (lambda state, _: state["model_state_dict"].popitem(), ("model",)),
@@ -156,12 +137,6 @@ def test_resume_refuses_a_state_that_lacks_something(cut: Path, lost: str) -> No
     assert contents(cut / "checkpoints") == before
 
 
-def test_resume_accepts_a_rewritten_checkpoint(cut: Path, whole: Path) -> None:
-    rewrite(newest(cut), lambda state, tensors: None)
-    make_trainer(make_config(cut, **RUN)).train()
-    assert_ends_as_undisturbed(cut, whole)
-
-
 # ---- folders that cannot be used -------------------------------------------------------------------------------
 
 
@@ -170,7 +145,7 @@ class Ended(NamedTuple):
     output: str
 
 
-def run_command_line(folder: Path, largest_file: int = resource.RLIM_INFINITY, draws: bool = False) -> Ended:
+def run_command_line(folder: Path, largest_file: int = resource.RLIM_INFINITY) -> Ended:
     """Runs the command line in a process whose files may not exceed a size; it saves at steps 2 and 4."""
     (folder / "text.txt").write_text("to be or not to be, that is the question. " * 50)
     settings = {
@@ -182,8 +157,7 @@ def run_command_line(folder: Path, largest_file: int = resource.RLIM_INFINITY, d
     def run() -> None:
         os.chdir(folder)
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
-        if not draws:
-            sys.modules["matplotlib"] = None  # type: ignore[assignment]  # takes seconds to import
+        sys.modules["matplotlib"] = None  # type: ignore[assignment]  # takes seconds to import
         with open("output", "w") as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             code = train.main([f"--{name}={value}" for name, value in settings.items()])
         os._exit(code)
@@ -203,38 +177,20 @@ def assert_failed(ended: Ended, *facts: str) -> None:
     assert all(fact in error for fact in facts), error
 
 
-@pytest.mark.parametrize("option", ["output_dir", "training.checkpoint_dir"])
 def test_train_in_a_folder_that_cannot_be_made_fails_at_once(
-    tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nobody can make a folder in /proc; permission bits would not stop root."""
     code = train.main(
-        [f"--{option}=/proc/run", "--data.sequence_length=16", "--model.d_model=16", "--model.num_heads=2"]
-        + ["--training.max_steps=1", "--data.tokenizer=byte", f"--data.cache_dir={tmp_path}"]
-        + ([f"--output_dir={tmp_path / 'run'}"] if option != "output_dir" else [])
+        [
+            *("--output_dir=/proc/run", "--data.sequence_length=16", "--model.d_model=16", "--model.num_heads=2"),
+            *("--training.max_steps=1", "--data.tokenizer=byte", f"--data.cache_dir={tmp_path}"),
+        ]
     )
     output = capsys.readouterr()
     assert code == 1
     assert "/proc/run" in output.err
     assert "step 1" not in output.out
-
-
-def test_save_after_a_file_replaced_the_folder_fails(tmp_path: Path) -> None:
-    class Replace(Callback):
-        def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-            if trainer.global_step == 5:
-                assert trainer.checkpoint_manager is not None
-                trainer.checkpoint_manager.wait()
-                trainer.checkpoint_manager.checkpoint_dir.rename(tmp_path / "moved")
-                trainer.checkpoint_manager.checkpoint_dir.write_text("mine")
-
-    trainer = make_trainer(make_config(tmp_path / "run", **RUN))
-    trainer.callbacks.add(Replace())
-    with pytest.raises(CheckpointError, match=r"'step_00000008' in .*checkpoints"):
-        trainer.train()
-    assert trainer.global_step < 12
-    assert (tmp_path / "run" / "checkpoints").read_text() == "mine"
-    CheckpointManager(tmp_path / "moved").load(tmp_path / "moved" / "step_00000004")
 
 
 @contextlib.contextmanager
@@ -250,14 +206,6 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", "--lazy", folder], check=True)
-
-
-def test_train_on_a_read_only_disk_fails_at_once(tmp_path: Path) -> None:
-    with (
-        mounted(tmp_path / "disk", "size=8m,ro") as disk,
-        pytest.raises(CheckpointError, match="Read-only file system"),
-    ):
-        make_trainer(make_config(disk / "run", **RUN)).train()
 
 
 # ---- full disks ---------------------------------------------------------------------------------------------------
@@ -282,30 +230,14 @@ class Fill(Callback):
             fill(self.disk, self.free)
 
 
-@pytest.mark.parametrize(
-    ("step", "free", "left"), [(1, 0, [".fundamentallm.lock"]), (5, 40_000, [".fundamentallm.lock", "step_00000004"])]
-)
-def test_save_to_a_full_disk_fails_and_keeps_older_checkpoints(
-    tmp_path: Path, step: int, free: int, left: list[str]
-) -> None:
-    with mounted(tmp_path / "disk", "size=4m") as disk:
-        trainer = make_trainer(make_config(tmp_path / "run", checkpoint_dir=str(disk / "c"), **RUN))
-        trainer.callbacks.add(Fill(disk, step, free))
-        with pytest.raises(CheckpointError, match=r"'step_0000000\d' in .*No space left"):
-            trainer.train()
-        assert trainer.global_step < 12
-        assert names(disk / "c") == left
-        for path in (disk / "c").glob("step*"):
-            CheckpointManager(disk / "c").load(path)
-
-
-def test_train_on_a_full_disk_can_be_resumed(tmp_path: Path) -> None:
+def test_save_to_a_full_disk_fails_and_can_be_resumed(tmp_path: Path) -> None:
     """Log lines and status.json are on the same disk, and cannot be written either."""
     with mounted(tmp_path / "disk", "size=4m") as disk:
         trainer = make_trainer(make_config(disk / "run", **RUN))
         trainer.callbacks.add(Fill(disk, 5, 0))
         with pytest.raises(CheckpointError, match="No space left"):
             trainer.train()
+        assert trainer.global_step < 12
         assert names(disk / "run" / "checkpoints") == [".fundamentallm.lock", "step_00000004"]
         (disk / "filling").unlink()
         again = make_trainer(make_config(disk / "run", **RUN))
@@ -317,15 +249,7 @@ LIMIT = 400_000
 """Bytes of a file: more than the curves, less than the moments of a model of 100,000 parameters."""
 
 
-def test_first_save_of_too_large_a_file_fails(tmp_path: Path) -> None:
-    ended = run_command_line(tmp_path, largest_file=LIMIT)
-    assert_failed(ended, "'step_00000002' in run/checkpoints", "File too large")
-    assert names(tmp_path / "run" / "checkpoints") == [".fundamentallm.lock"]
-    status = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert (status["state"], status["exit_code"]) == ("failed", 1)
-
-
-def test_later_save_of_too_large_a_file_keeps_the_older_checkpoint(tmp_path: Path) -> None:
+def test_save_of_too_large_a_file_keeps_the_older_one(tmp_path: Path) -> None:
     assert run_command_line(tmp_path).code == 0
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000004")
     before = contents(tmp_path / "run" / "checkpoints")
@@ -335,30 +259,25 @@ def test_later_save_of_too_large_a_file_keeps_the_older_checkpoint(tmp_path: Pat
     assert run_command_line(tmp_path).code == 0
 
 
-def test_curves_that_cannot_be_drawn_do_not_end_the_run(tmp_path: Path) -> None:
-    (tmp_path / "run" / "curves.png").mkdir(parents=True)
-    ended = run_command_line(tmp_path, draws=True)
-    assert ended.code == 0, ended.output
-    assert "run/curves.png" in ended.output
-    assert "Is a directory" in ended.output
-    assert [line["step"] for line in lines(tmp_path / "run") if "train_loss" in line] == [1, 2, 3, 4]
+def test_train_with_unwritable_curves_continues(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "curves.png").mkdir()
+    curves = VisualizationCallback(tmp_path / "curves.png")
+    trainer = make_trainer(make_config(tmp_path, max_steps=2), callbacks=[curves])
+    trainer.train()
+    assert trainer.is_finished
+    assert "curves.png cannot be drawn" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("present", [0, 1])
-def test_train_with_too_little_room_fails_at_once(
-    whole: Path, tmp_path: Path, present: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """There are five checkpoints at most: keep_last_n, the best and a new one; less those that are there already."""
+def test_train_with_too_little_room_fails_at_once(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are five checkpoints at most, keep_last_n, the best and a new one; one of them is there already."""
     folder = tmp_path / "run" / "checkpoints"
-    if present:
-        shutil.copytree(whole / "checkpoints" / "step_00000004", folder / "step_00000004")
+    shutil.copytree(whole / "checkpoints" / "step_00000004", folder / "step_00000004")
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(checkpoint_module.shutil, "disk_usage", lambda folder: usage(10**9, 10**9, 400_000))
     trainer = make_trainer(make_config(tmp_path / "run", **RUN))
     steps: list[int] = []
     monkeypatch.setattr(trainer.callbacks, "on_train_begin", lambda trainer: steps.append(trainer.global_step))
-    count = 5 - present
-    with pytest.raises(CheckpointError, match=rf"{count} .*0\.1 MB .*0\.[45] MB .*0\.4 MB"):
+    with pytest.raises(CheckpointError, match=r"4 of 1.* kB.*400\.0 kB"):
         trainer.train()
     assert steps == []
 
@@ -366,7 +285,7 @@ def test_train_with_too_little_room_fails_at_once(
 # ---- killed and concurrent processes --------------------------------------------------------------------------------
 
 
-def test_start_cleans_up_after_a_killed_process_and_nothing_else(
+def test_train_cleans_up_after_a_killed_process(
     cut: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, outside = cut / "checkpoints", tmp_path / "outside"
@@ -464,7 +383,7 @@ def test_train_ignores_the_lock_of_a_killed_process(tmp_path: Path, whole: Path)
 # ---- background saves and bad weights --------------------------------------------------------------------------
 
 
-def test_failed_save_ends_the_run_at_its_next_step(tmp_path: Path) -> None:
+def test_train_ends_at_the_step_after_a_failed_save(tmp_path: Path) -> None:
 
     class Obstruct(Callback):
         def on_step_end(self, trainer: Trainer, loss: float) -> None:
@@ -491,7 +410,7 @@ def spoil(trainer: Trainer) -> None:
         next(iter(trainer.model.parameters()))[0, 0] = math.nan
 
 
-def test_weights_that_are_not_finite_are_skipped_on_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_skips_weights_that_are_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class Spoil(Callback):
         def on_step_end(self, trainer: Trainer, loss: float) -> None:
             if trainer.global_step == 5:

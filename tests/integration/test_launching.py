@@ -27,21 +27,18 @@ sample_tokens: 20
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
 
 
-def run(folder: Path, *command: str, expected: int = 0) -> subprocess.CompletedProcess[str]:
-    (folder / "tiny.yaml").write_text(TINY)
-    # Without variables that a test runner or an enclosing launch may have set.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE", "WORLD_SIZE"))}
-    environment |= {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == expected, done.stdout + done.stderr
-    return done
-
-
 @pytest.mark.slow
 def test_launch_of_two_processes_is_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     launched = ["-m", "fundamentallm.train", "--config", "tiny.yaml", "--output_dir", "two"]
-    printed = run(tmp_path, *LAUNCH, str(ROOT / "accelerate_configs/cpu_2_processes.yaml"), *launched).stdout
+    Path("tiny.yaml").write_text(TINY)
+    # Without variables that a test runner or an enclosing launch may have set.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE", "WORLD_SIZE"))}
+    environment |= {"OMP_NUM_THREADS": "1"}
+    command = [*LAUNCH, str(ROOT / "accelerate_configs/cpu_2_processes.yaml"), *launched]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    printed = done.stdout
     assert printed.count("2 processes on cpu") == 1
     assert printed.count("---- sample") == 1
     assert train.main(["--config", "tiny.yaml", "--output_dir", "one"]) == 0
@@ -53,15 +50,16 @@ def test_launch_of_two_processes_is_one_run(tmp_path: Path, monkeypatch: pytest.
             assert line[key] == pytest.approx(expected[key], rel=1e-5)
 
 
-@pytest.mark.slow
 def test_train_then_generate_from_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(tmp_path, sys.executable, "-m", "fundamentallm", "train", "--config", "tiny.yaml")
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(TINY)
+    assert train.main(["--config", "tiny.yaml"]) == 0
+    capsys.readouterr()
     written = {path.name for path in (tmp_path / "run").iterdir()}
     logs = {"metrics.jsonl", "starts.jsonl", "curves.png", "status.json"}
     assert written == {*logs, "checkpoints", ".fundamentallm.lock"}
-    monkeypatch.chdir(tmp_path)
     outputs = []
     for seed in ("1", "1", "2"):
         assert generate.main(["--checkpoint", "run", "--prompt", "The ", "--seed", seed], "fundamentallm generate") == 0
@@ -82,7 +80,7 @@ def report_an_error(count: int, folder: str) -> None:
         assert train.main(["--config", "tiny.yaml", "--data.sequence_length", "60000"]) == 2
 
 
-def test_two_processes_report_a_config_error_once(tmp_path: Path) -> None:
+def test_train_of_two_processes_reports_an_error_once(tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(TINY)
     on_processes(2, report_an_error, str(tmp_path))
     printed = [(tmp_path / f"err_{rank}").read_text() for rank in range(2)]

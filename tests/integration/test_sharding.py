@@ -18,7 +18,7 @@ import pytest
 import torch
 from accelerate import Accelerator, debug_launcher
 from accelerate.utils import DynamoBackend
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Shard
@@ -375,9 +375,9 @@ def test_what_one_process_saved_is_consolidated_or_nothing_is_left(
     torch.testing.assert_close(theirs(ids).logits, trainer.model.eval()(ids), rtol=1e-5, atol=1e-5)
 
     def full_disk(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
+        raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr(stored, "consolidate", full_disk)
+    monkeypatch.setattr(stored, "write_tensors", full_disk)
     with pytest.raises(CheckpointError, match=r"other cannot be written: .*No space"):
         consolidate(["consolidate", str(tmp_path / "run"), str(tmp_path / "other")])
     monkeypatch.undo()
@@ -642,7 +642,7 @@ def full_disk(processes: int, folder: str, in_background: bool) -> None:
     if mine == 1:
 
         def fails(*_: Any) -> None:
-            raise OSError(28, "No space left on device")
+            raise SafetensorError("No space left on device")
 
         checkpoint_module.write_tensors = fails
     told_by = "" if mine == 1 else "process 1 of 2 failed: "

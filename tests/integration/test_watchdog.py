@@ -71,10 +71,10 @@ def errors_after(folder: Path, fault: str, rank: int, processes: int) -> dict[st
 
 
 @pytest.mark.slow
-def test_a_hanging_process_is_named_with_its_stack(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_watchdog_prints_the_stack_of_a_hanging_process(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     on_processes(2, train_with_fault, str(tmp_path), "hang_here", 1)
     printed = capfd.readouterr().err
-    named = f"Furthest behind: process 1 of 2 (on {os.uname().nodename}) at step {STEP}, computing. Stacks follow."
+    named = f"Furthest behind: process 1 of 2 (on {os.uname().nodename}) at step {STEP}, computing. Its stack follows."
     assert printed.count(named) == 1, printed
     assert "in hang_here" in printed.split(named)[1]
     assert lines(tmp_path)[-1]["step"] == 12
@@ -82,7 +82,7 @@ def test_a_hanging_process_is_named_with_its_stack(tmp_path: Path, capfd: pytest
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 2])
-def test_a_killed_process_is_named_by_the_others(tmp_path: Path, rank: int) -> None:
+def test_watchdog_names_a_killed_process(tmp_path: Path, rank: int) -> None:
     errors = errors_after(tmp_path, "be_killed", rank, processes=3)
     assert errors.keys() == {f"error_{other}" for other in range(3) if other != rank}
     for text in errors.values():
@@ -93,7 +93,7 @@ def test_a_killed_process_is_named_by_the_others(tmp_path: Path, rank: int) -> N
     ("fault", "rank", "cause"),
     [("fail", 0, "ValueError: of its own"), ("fail_in_torch", 1, "RuntimeError: out of memory")],
 )
-def test_a_failed_process_is_named_with_its_error(tmp_path: Path, fault: str, rank: int, cause: str) -> None:
+def test_watchdog_names_a_failed_process_with_its_error(tmp_path: Path, fault: str, rank: int, cause: str) -> None:
     errors = errors_after(tmp_path, fault, rank, processes=2)
     assert errors.keys() == {f"error_{1 - rank}"}
     assert f"process {rank} of 2 (on {os.uname().nodename}) ended by {cause}" in errors[f"error_{1 - rank}"]

@@ -243,7 +243,7 @@ def test_list_says_why_a_folder_is_not_complete(copy: Path, command: Command) ->
     (folder / "step_00000004" / MANIFEST).unlink()
     (folder / "step_00000008" / MANIFEST).write_text("{")
     (folder / "step_00000012" / "model.safetensors").write_bytes(b"short")
-    (folder / "step_00000016").rename(folder / "step_00000016~damaged-0a1b2c")
+    (folder / "step_00000016").rename(folder / "step_00000016~mine")
     (folder / ".staging-step_00000040-0123456789ab").mkdir()
     (folder / "notes").mkdir()
     (folder / "link").symlink_to(newest(copy))
@@ -254,7 +254,7 @@ def test_list_says_why_a_folder_is_not_complete(copy: Path, command: Command) ->
         ("step_00000004", "incomplete, it has no manifest.json"),
         ("step_00000008", "manifest.json is damaged"),
         ("step_00000012", "model.safetensors has 5 bytes instead of"),
-        ("step_00000016~damaged-0a1b2c", "set aside as damaged"),
+        ("step_00000016~mine", "does not have the name of a checkpoint"),
         (".staging-step_00000040-0123456789ab", "step_00000040, staging"),
         ("notes", "has none of the files of a checkpoint"),
         ("link", "a link"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 import typing
@@ -15,8 +14,6 @@ from fundamentallm.config.command_line import settings
 from fundamentallm.config.files import data_problems, file_problems, source_files
 from fundamentallm.config.registry import resolve
 from fundamentallm.config.schema import (
-    AFFECTS_SCHEDULE,
-    FREE_ON_RESUME,
     LOSS_NAMES,
     OPTIMIZER_NAMES,
     SCHEDULE_NAMES,
@@ -25,7 +22,7 @@ from fundamentallm.config.schema import (
     ModelConfig,
     TrainingConfig,
 )
-from fundamentallm.config.validation import RANGES, Interval, fits, from_dict, range_problems
+from fundamentallm.config.validation import RANGES, fits, from_dict
 from fundamentallm.errors import CheckpointError, ConfigError, Problem, ProcessLostError, report
 
 HINTS = {name: hint for name, hint, _, _ in settings(Config)}
@@ -58,35 +55,27 @@ MISTAKES = [
     ("output_dir", 7, "text"),
     ("output_dir", "", "the path of a folder ('.' is this one)"),
     ("callbacks", ["a:b", 3], "a list of text"),
-    ("callbacks", "a:b", "a list of text"),
     ("training.micro_batch_size", "automatic", "an integer or auto or null"),
-    ("training.micro_batch_size", 0, "at least 1"),
     ("training.ema_decay", 1, "greater than 0 and less than 1"),
     ("training.batch_size_schedule", [5, 4], "a list of lists"),
     ("training.parameter_groups", ["*"], "a list of mappings"),
     ("sample_tokens", -1, "at least 0"),
     ("model.dropout", 1.0, "at least 0 and less than 1"),
-    ("model.num_layers", 0, "at least 1"),
     ("model.qk_norm", "yes", "true or false"),
-    ("model.tie_embeddings", 1, "true or false"),
-    ("model.rope_theta", 0, "greater than 0"),
     ("data.train_split", 1.1, "greater than 0 and at most 1"),
     ("data.source", None, "text or a mapping"),
     ("data.source", {}, "at least one source with its weight"),
     ("data.tokenizer", "wordpiece", "'char', 'byte', 'bpe:<vocabulary size>', or the path of a tokenizer.json"),
     ("data.tokenizer", "bpe:256", "'bpe:<vocabulary size>' with a size above 256"),
-    ("data.tokenizer", "bpe:-300", "'bpe:<vocabulary size>' with a size above 256"),
     ("data.end_of_text", "", "the text of a token, or null"),
     ("training.learning_rate", "3e-4", "a number"),
     ("training.max_steps", 1.0, "an integer or null"),
-    ("training.loss_options", [1], "a mapping"),
     ("training.mixed_precision", False, "one of no, bf16, fp16 or null"),
     ("training.early_stopping_mode", "maximum", "one of min, max"),
     ("training.optimizer", "rmsprop", "adam, adamw, muon, sgd, or 'module:name'"),
     ("training.early_stopping_metric", "accuracy", "val_loss, val_perplexity, val_bits_per_byte"),
     ("training.resume", "no_such_folder", "auto, never, or a checkpoint's folder"),
     ("model", [1], "a mapping; in Python, a ModelConfig"),
-    ("data", None, "a mapping; in Python, a DataConfig"),
 ]
 
 
@@ -98,23 +87,16 @@ def test_from_dict_with_a_mistake_reports_its_facts(setting: str, value: Any, al
 
 
 def test_from_dict_reports_all_mistakes_at_once() -> None:
-    given = {name: value for name, value, _ in MISTAKES if name not in ("model", "data")}
+    given = {name: value for name, value, _ in MISTAKES if name != "model"}
     given |= {"modle": {}, "model.num_head": 2, "training.lr": 1}
     assert sorted(found.setting for found in problems(given)) == sorted(given)
 
 
-def test_from_dict_with_a_misspelt_setting_names_the_right_one() -> None:
+def test_from_dict_with_a_misspelt_setting_names_it() -> None:
     for setting in [*HINTS, "model", "data", "training"]:
         found = problem(setting + "x", 1)
         assert (found.setting, found.text) == (setting + "x", "unknown setting")
         assert repr(setting.rpartition(".")[2]) in found.advice
-
-
-@pytest.mark.parametrize("key", [5, None, True, "", "ключ", "training.seed"])
-def test_from_dict_with_a_strange_key_reports_an_unknown_setting(key: Any) -> None:
-    with pytest.raises(ConfigError) as caught:
-        from_dict(Config, {key: 1})
-    assert [(found.setting, found.text) for found in caught.value.problems] == [(str(key), "unknown setting")]
 
 
 CHOICES = {"training.optimizer": OPTIMIZER_NAMES, "training.lr_scheduler": SCHEDULE_NAMES, "training.loss": LOSS_NAMES}
@@ -134,26 +116,18 @@ def test_from_dict_takes_every_choice_and_a_name_from_outside() -> None:
 
 
 @pytest.mark.parametrize("value", [-1, True, float("nan"), float("inf"), float("-inf"), "1"])
-def test_no_number_may_be_negative_a_bool_text_or_not_finite(value: Any) -> None:
+def test_from_dict_refuses_a_number_not_finite_or_negative(value: Any) -> None:
     found = problems(dict.fromkeys(NUMBERS, value))
     assert sorted(one.setting for one in found) == sorted(NUMBERS)
 
 
-def test_zero_is_refused_by_ranges_alone() -> None:
+def test_from_dict_refuses_zero_outside_its_range() -> None:
     for setting in NUMBERS:
         if 0 not in (allowed := RANGES[setting.rpartition(".")[2]]):
             assert problem(setting, 0).allowed == str(allowed)
 
 
-def test_only_settings_of_type_float_take_fractions() -> None:
-    for setting in NUMBERS:
-        if setting in FRACTIONAL:
-            assert range_problems(**{setting.rpartition(".")[2]: 0.5}) == []
-        else:
-            assert problem(setting, 1.0).allowed.startswith("an integer")
-
-
-def test_null_is_accepted_exactly_if_the_type_has_it() -> None:
+def test_from_dict_takes_null_if_the_type_has_it() -> None:
     for setting, hint in HINTS.items():
         if type(None) in typing.get_args(hint):
             from_dict(Config, nested({setting: None}))
@@ -161,33 +135,9 @@ def test_null_is_accepted_exactly_if_the_type_has_it() -> None:
             assert problem(setting, None).value is None
 
 
-def test_seed_fills_63_bits() -> None:
-    assert TrainingConfig(seed=2**63 - 1).seed == 2**63 - 1
-    assert problem("training.seed", 2**63).setting == "training.seed"
-
-
-@pytest.mark.parametrize(
-    ("interval", "inside", "outside"),
-    [
-        (Interval(low=0), [0, 0.0, 5, 10**400], [-1e-300, float("inf")]),
-        (Interval(low=0, open_low=True), [1e-300, 1], [0, 0.0, -1]),
-        (Interval(low=0, high=1), [0, 1, 0.5], [1.0000001, -0.1, float("nan")]),
-        (Interval(low=0, high=1, open_high=True), [0, 0.999], [1, 2]),
-        (Interval(), [-1e300, 0], [float("nan"), float("-inf"), "1", None]),
-    ],
-)
-def test_interval_contains_what_lies_within_its_bounds(
-    interval: Interval, inside: list[Any], outside: list[Any]
-) -> None:
-    assert [value for value in inside if value not in interval] == []
-    assert [value for value in outside if value in interval] == []
-
-
 CONFLICTS = [
     ({"model.d_model": 100}, "model.d_model", "num_heads is 8"),
-    ({"model.d_model": 7, "model.num_heads": 1}, "model.d_model", "num_heads is 1"),
     ({"model.num_kv_heads": 3}, "model.num_kv_heads", "num_heads is 8"),
-    ({"model.num_kv_heads": 16}, "model.num_kv_heads", "num_heads is 8"),
     ({"training.max_steps": 10, "training.warmup_steps": 10}, "training.warmup_steps", "max_steps is 10"),
     ({"training.optimizer_options": {"x": 1}}, "training.optimizer_options", "optimizer is 'adamw'"),
     ({"training.adam_learning_rate": 0.1}, "training.adam_learning_rate", "optimizer is 'adamw'"),
@@ -198,19 +148,12 @@ CONFLICTS = [
 
 
 @pytest.mark.parametrize(("given", "setting", "reason"), CONFLICTS)
-def test_settings_that_exclude_each_other_name_both(given: dict[str, Any], setting: str, reason: str) -> None:
+def test_from_dict_of_settings_in_conflict_names_both(given: dict[str, Any], setting: str, reason: str) -> None:
     (found,) = problems(given)
     assert (found.setting, found.value, found.reason) == (setting, given[setting], f"and {reason}")
 
 
-def test_settings_that_fit_each_other_are_accepted() -> None:
-    TrainingConfig(max_steps=10, warmup_steps=9)
-    TrainingConfig(optimizer="a:b", optimizer_options={"x": 1})
-    TrainingConfig(optimizer="muon", adam_learning_rate=0.1)
-    TrainingConfig(batch_size_schedule=[[5, 4], [9, 8]])
-
-
-@pytest.mark.parametrize("schedule", [[[5, 4, 3]], [[5, 4], [5, 8]], [[0, 4]], [[5, 0]], [[]]])
+@pytest.mark.parametrize("schedule", [[[5, 4, 3]], [[5, 4], [5, 8]], [[5, 0]]])
 def test_batch_size_schedule_must_be_pairs_in_order(schedule: list[list[int]]) -> None:
     found = problem("training.batch_size_schedule", schedule)
     assert (found.setting, found.value) == ("training.batch_size_schedule", schedule)
@@ -225,7 +168,7 @@ def test_batch_size_schedule_must_be_pairs_in_order(schedule: list[list[int]]) -
         ({"pattern": "*", "frozen": True, "weight_decay": 0.1}, "frozen"),
     ],
 )
-def test_parameter_group_with_a_mistake_is_named_with_its_index(entry: dict[str, Any], key: str) -> None:
+def test_parameter_group_with_a_mistake_has_its_index(entry: dict[str, Any], key: str) -> None:
     found = problem("training.parameter_groups", [{"pattern": "*.bias"}, entry])
     assert found.setting == f"training.parameter_groups[1].{key}"
 
@@ -240,58 +183,24 @@ def test_parameter_group_with_a_mistake_is_named_with_its_index(entry: dict[str,
         ("tracker_options", {"wandb": {}}, "wandb", None),  # a known one that is not in use
     ],
 )
-def test_an_unknown_entry_names_the_nearest(setting: str, value: Any, name: str, near: str | None) -> None:
+def test_from_dict_with_an_unknown_entry_names_the_nearest(
+    setting: str, value: Any, name: str, near: str | None
+) -> None:
     found = problem(setting, value)
     assert (found.setting, found.value, found.advice) == (setting, name, f"Did you mean {near!r}?" if near else "")
 
 
-@pytest.mark.parametrize(("setting", "name"), [("callback_options", "curves"), ("tracker_options", "project")])
-def test_options_of_a_wrong_type_are_named(setting: str, name: str) -> None:
-    found = problem(setting, {name: 3})
-    assert (found.setting, found.value) == (f"{setting}.{name}", 3)
-
-
-def test_a_section_cannot_be_changed() -> None:
-    for section in (Config(), ModelConfig(), DataConfig(), TrainingConfig()):
-        with pytest.raises(dataclasses.FrozenInstanceError):
-            section.seed = 1  # type: ignore[union-attr]
-
-
-def test_a_section_made_in_python_is_checked_too() -> None:
+def test_section_made_in_python_is_checked() -> None:
     with pytest.raises(ConfigError) as caught:
         TrainingConfig(learning_rate=-1, optimizer="adamm", max_bad_steps=0)
     assert {found.setting for found in caught.value.problems} == {"learning_rate", "max_bad_steps", "optimizer"}
-
-
-# ---- what may change on resume
-
-FREE = """
-    output_dir callbacks callback_options trackers tracker_options sample_tokens
-    model.init_from model.pretrained model.zero_init_residual data.source data.num_workers data.cache_dir
-    training.micro_batch_size training.activation_checkpointing training.compile training.peak_tflops
-    training.checkpoint_dir training.keep_last_n training.save_every_n_epochs training.save_every_n_steps
-    training.log_every_n_steps training.eval_every_n_epochs training.eval_every_n_steps training.validation_metrics
-    training.early_stopping_patience training.early_stopping_metric training.early_stopping_mode
-    training.early_stopping_min_delta training.max_bad_steps training.max_minutes training.hang_minutes
-    training.resume training.resume_changes
-"""
-SCHEDULE = """
-    training.max_steps training.max_epochs training.learning_rate training.lr_scheduler training.lr_scheduler_options
-    training.warmup_steps training.min_lr_ratio training.batch_size training.batch_size_schedule data.num_samples
-"""
-
-
-def test_each_setting_has_its_class_on_resume() -> None:
-    assert set(FREE.split()) == FREE_ON_RESUME
-    assert set(SCHEDULE.split()) == AFFECTS_SCHEDULE
-    assert {*HINTS, "data.num_samples"} >= FREE_ON_RESUME | AFFECTS_SCHEDULE  # all others are refused
 
 
 # ---- derived defaults
 
 
 @pytest.mark.parametrize("config", [Config(), Config(output_dir="x", model=ModelConfig(d_model=100, num_heads=5))])
-def test_resolved_leaves_unset_only_what_null_has_a_meaning_for(config: Config) -> None:
+def test_resolved_sets_every_derived_default(config: Config) -> None:
     resolved = config.resolved()
     derived = {name for name, _, _, text in settings(Config) if "default:" in text}
     # Only the corpus, the accelerate config or the device determine these.
@@ -321,19 +230,6 @@ def test_resolved_expands_the_home_folder(tmp_path: Path, monkeypatch: pytest.Mo
     assert TrainingConfig(checkpoint_dir="~/saved").resolved().checkpoint_dir == str(tmp_path / "saved")
     (tmp_path / "run").touch()
     assert [found.setting for found in file_problems(Config(output_dir="~/run"))] == ["output_dir"]
-
-
-@pytest.mark.parametrize("d_model", [2, 8, 48, 100, 256, 768, 1000])
-def test_hidden_width_is_eight_thirds_rounded_up_to_a_multiple_of_eight(d_model: int) -> None:
-    d_ff = ModelConfig(d_model=d_model, num_heads=1).resolved().d_ff
-    assert d_ff is not None
-    assert d_ff % 8 == 0
-    assert 0 <= d_ff - 8 * d_model / 3 < 8
-
-
-@pytest.mark.parametrize("config", [Config(), Config().resolved(), Config(callbacks=["a:b"], sample_tokens=0)])
-def test_a_config_as_plain_mappings_reads_back_equal(config: Config) -> None:
-    assert from_dict(Config, dataclasses.asdict(config)) == config
 
 
 # ---- the files a config names
@@ -367,8 +263,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("source", "fact"),
     [
         ("missing.txt", "not found"),
-        ("missing/*.txt", "not found"),
-        ("~no_such_user_at_all/a.txt", "not found"),
         pytest.param("x" * 5000, "not found", id="name too long for a file"),
         ("python-doc", "'python-docs'"),
         ("only_images", ".txt or .md"),
@@ -386,7 +280,7 @@ def test_source_with_files_has_no_problem(folder: Path, source: str) -> None:
     assert data_problems(DataConfig(source=source)) == []
 
 
-def test_source_files_of_a_folder_are_the_visible_ones_sorted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_source_files_of_a_folder_are_sorted_and_visible(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scanned: list[str] = []
     scandir = os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: scanned.append(str(path)) or scandir(path))
@@ -394,11 +288,6 @@ def test_source_files_of_a_folder_are_the_visible_ones_sorted(folder: Path, monk
     assert [path.relative_to(folder).as_posix() for path in found] == ["a.txt", "b.txt", "sub/a.txt", "sub/b.md"]
     assert scanned
     assert not [path for path in scanned if ".git" in path]  # often holds more files than the text
-
-
-def test_source_files_below_a_hidden_folder_are_read(tmp_path: Path) -> None:
-    path = write(tmp_path / ".cache" / "texts" / "a.txt", "x")
-    assert source_files(DataConfig(), str(path.parent)) == [path]
 
 
 def test_source_with_an_unreadable_folder_names_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,7 +303,7 @@ def test_source_with_an_unreadable_folder_names_it(folder: Path, monkeypatch: py
     assert str(folder / "sub") in found.reason
 
 
-def test_all_problems_of_files_come_together(folder: Path) -> None:
+def test_file_problems_lists_all(folder: Path) -> None:
     config = Config(
         output_dir="a.txt",
         model=ModelConfig(init_from="sub"),
@@ -430,7 +319,7 @@ def test_all_problems_of_files_come_together(folder: Path) -> None:
     assert sorted(folder.rglob("*")) == before
 
 
-def test_init_from_is_checked_unless_the_run_has_a_checkpoint_of_its_own(tmp_path: Path) -> None:
+def test_file_problems_of_init_from_on_a_new_run_only(tmp_path: Path) -> None:
     write(tmp_path / "old" / "step_00000001" / "manifest.json")
 
     def found(path: Path) -> list[str]:
@@ -453,14 +342,14 @@ def own_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_resolve_finds_known_names_and_modules_of_the_working_directory(own_path: Path) -> None:
+def test_resolve_finds_modules_of_the_working_directory(own_path: Path) -> None:
     assert resolve("loss", "b", {"a": 1, "b": 2}) == 2
     write(own_path / "module_of_a_user.py", "answer = 42")
     assert resolve("loss", "module_of_a_user:answer", {}) == 42
 
 
 @pytest.mark.parametrize("name", ["no_such_module:x", "json:no_such_name", ":x", "json:", "a b:c", ".json:loads"])
-def test_resolve_of_a_name_that_cannot_be_imported_is_a_config_error(own_path: Path, name: str) -> None:
+def test_resolve_of_an_unknown_module_is_a_config_error(own_path: Path, name: str) -> None:
     with pytest.raises(ConfigError) as caught:
         resolve("loss", name, {})
     (found,) = caught.value.problems
@@ -474,15 +363,6 @@ def test_problem_puts_its_facts_into_a_sentence() -> None:
     assert given.within("training").setting == "training.batch_size"
     assert Problem("source", "a.txt", text="file not found").within("data") == "data.source: file not found."
     assert Problem("", "x", "a, b", text="unknown command 'x'") == "unknown command 'x'; allowed: a, b."
-
-
-def test_config_error_takes_sentences_and_problems() -> None:
-    error = ConfigError(["something is wrong.", Problem("seed", -1)])
-    assert [(found.setting, str(found)) for found in error.problems] == [
-        ("", "something is wrong."),
-        ("seed", "seed is -1."),
-    ]
-    assert str(error) == "something is wrong.\nseed is -1."
 
 
 @pytest.mark.parametrize(
@@ -504,7 +384,7 @@ def test_report_prints_on_the_first_process_only(
     assert capsys.readouterr() == ("", "")
 
 
-def test_report_of_lost_processes_prints_on_the_first_that_is_left(
+def test_report_of_lost_processes_prints_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for rank in range(4):

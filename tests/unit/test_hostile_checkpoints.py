@@ -125,7 +125,7 @@ def put(document: Any, path: tuple[Any, ...], value: Any) -> Any:
     return document
 
 
-@scaled(0.5)
+@scaled(0.3)
 @given(st.data())
 def test_resume_of_any_state_works_or_is_refused(data: st.DataObject) -> None:
     """The manifest is correct: the author knows the format."""
@@ -188,7 +188,7 @@ headers = st.fixed_dictionaries(
 )
 
 
-@scaled(0.4)
+@scaled(0.3)
 @given(st.data())
 def test_resume_of_any_tensor_header_works_or_is_refused(data: st.DataObject) -> None:
     with copy_of_run() as run:
@@ -236,7 +236,7 @@ CASES = sorted({*pairs(KINDS, NAMES), *(("link outside", name) for name in NAMES
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
-def test_resume_with_anything_in_place_of_a_file_works_or_is_refused(kind: str, name: str) -> None:
+def test_resume_with_anything_in_place_of_a_file(kind: str, name: str) -> None:
     with copy_of_run() as run:
         checkpoints = run / "checkpoints"
         path = checkpoints / "step_00000003" / name if name in FILES else checkpoints / (name or "step_00000003")
@@ -251,7 +251,7 @@ def test_resume_with_anything_in_place_of_a_file_works_or_is_refused(kind: str, 
         ["manifest.json", "state.json"],
     ),
 )
-def test_load_of_deeply_nested_json_is_refused(file: str, text: str) -> None:
+def test_load_refuses_deeply_nested_json(file: str, text: str) -> None:
     with copy_of_run() as run:
         path = run / "checkpoints" / "step_00000003"
         (path / file).write_text(text)

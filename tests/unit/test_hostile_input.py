@@ -102,7 +102,7 @@ def parse(*arguments: str) -> None:
 @example("a: &a !!timestamp x")
 @example("a: !!bool x")
 @example("a: !!float ''")
-def test_parse_config_of_any_file_is_a_config_or_a_config_error(folder: Path, content: str | bytes) -> None:
+def test_parse_config_of_any_file_is_read_or_refused(folder: Path, content: str | bytes) -> None:
     raw = content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
     (folder / "config.yaml").write_bytes(raw)
     parse("--config", "config.yaml", "--print_config")
@@ -120,7 +120,7 @@ def in_sections(given: dict[str, Any]) -> dict[str, Any]:
 
 @scaled(0.3)
 @given(st.dictionaries(names, values, max_size=6).map(in_sections))
-def test_parse_config_of_any_values_is_a_config_or_a_config_error(folder: Path, nested: dict[str, Any]) -> None:
+def test_parse_config_of_any_values_is_read_or_refused(folder: Path, nested: dict[str, Any]) -> None:
     with contextlib.suppress(ConfigError):
         from_dict(Config, nested)
     (folder / "config.yaml").write_text(to_yaml(nested), encoding="utf-8")
@@ -139,12 +139,12 @@ def test_parse_config_of_any_values_is_a_config_or_a_config_error(folder: Path, 
 )
 @example(["--config", "a" * 5000])
 @example(["--output_dir", "a" * 5000])
-def test_parse_config_of_any_command_line_is_a_config_or_a_config_error(folder: Path, arguments: list[str]) -> None:
+def test_parse_config_of_any_arguments_is_read_or_refused(folder: Path, arguments: list[str]) -> None:
     (folder / "config.yaml").write_text("training: {seed: 1}")
     parse(*arguments)
 
 
-def test_no_tag_of_yaml_runs_code(folder: Path) -> None:
+def test_parse_config_of_a_yaml_tag_runs_no_code(folder: Path) -> None:
     for tag in ("!!python/object/apply:os.mkdir [ran]", "!!python/object/new:os.mkdir [ran]", "!!python/name:os.mkdir"):
         (folder / "config.yaml").write_text(f"output_dir: {tag}")
         with pytest.raises(ConfigError):
@@ -153,14 +153,7 @@ def test_no_tag_of_yaml_runs_code(folder: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["config.yaml"]
 
 
-@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
-def test_a_config_that_is_not_a_regular_file_is_refused(folder: Path, kind: str) -> None:
-    path = folder / "config.yaml"
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "folder":
-        path.mkdir()
-    else:
-        path.symlink_to("/dev/null")  # stands for /dev/zero, which would fill the memory if this fails
+def test_parse_config_refuses_what_is_not_a_regular_file(folder: Path) -> None:
+    os.mkfifo(folder / "config.yaml")
     with time_limit(10), pytest.raises(ConfigError, match=r"config\.yaml"):
         parse_config(["--config", "config.yaml"])

@@ -17,10 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fundamentallm.checkpoint.manager import CheckpointManager
-from fundamentallm.checkpoint.snapshot import take_snapshot
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import CheckpointError, CheckpointNotFoundError, ConfigError
-from tests.unit.checkpoint_files import DAMAGES, change_manifest, empty, flip_first_bit, make_true, pairs
+from tests.unit.checkpoint_files import change_manifest, empty, flip_first_bit, make_true
 
 FILES = ("model.safetensors", "training.safetensors", "state.json", "config.json", "manifest.json")
 CONFIG = {"config.json": '{"model_type": "llama"}'}
@@ -74,7 +73,7 @@ def test_load_returns_tensors_bit_for_bit(tmp_path: Path) -> None:
         assert_same_bits(got, expected)
 
 
-def test_load_returns_plain_values_with_their_type(tmp_path: Path) -> None:
+def test_load_returns_values_with_their_type(tmp_path: Path) -> None:
     numbers = [0, -1, 2**80, 0.1, 1 / 3, -0.0, 5e-324, math.inf, -math.inf, math.nan]
     values = [None, True, False, *numbers, "", "Привет, 世界 \0 \ud800 \n"]
     for got, value in zip(round_trip(tmp_path, values), values, strict=True):
@@ -89,12 +88,6 @@ def test_load_returns_containers_in_order_and_type(tmp_path: Path) -> None:
         "list": [torch.tensor(1), "two", (torch.tensor([3.0]), {"four": torch.tensor(True)})],
     }
     assert repr(round_trip(tmp_path, value)) == repr(value)
-
-
-def test_load_gives_equal_tensors_separate_memory(tmp_path: Path) -> None:
-    got = round_trip(tmp_path, [torch.zeros(3), torch.zeros(3)])
-    got[0].fill_(1)
-    assert torch.equal(got[1], torch.zeros(3))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +115,7 @@ def test_save_stores_a_tied_weight_once(tmp_path: Path) -> None:
     assert sum(file.stat().st_size for file in path.glob("*.safetensors")) < 1.5 * weight.nbytes
 
 
-def test_save_stores_of_a_view_what_it_shows(tmp_path: Path) -> None:
+def test_save_of_a_view_stores_what_it_shows(tmp_path: Path) -> None:
     base = torch.arange(48.0).reshape(6, 8)
     views = [base, base.T, base[::2, 1:], base[3], base.expand(2, 6, 8), base.as_strided((4, 4), (1, 1))]
     views += [base.view(torch.int32), *(view[..., :1] for view in views)]
@@ -140,7 +133,7 @@ def test_save_writes_further_files_and_no_pickle(tmp_path: Path) -> None:
         assert not content.startswith((b"\x80", b"PK")), name
 
 
-def test_save_makes_a_folder_with_the_usual_permissions(tmp_path: Path) -> None:
+def test_save_makes_a_folder_with_usual_permissions(tmp_path: Path) -> None:
     (tmp_path / "ordinary").mkdir()
     assert CheckpointManager(tmp_path).save(state()).stat().st_mode == (tmp_path / "ordinary").stat().st_mode
 
@@ -168,8 +161,8 @@ def test_save_refuses_a_value_by_its_path(tmp_path: Path, value: Any, facts: tup
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("name", ["../x", "/x", "", ".", "..", ".x", "a/b", "a\\b", "a b", "x\n", "é", "a:b"])
-def test_save_refuses_a_name_that_could_leave_the_folder(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["../x", "/x", "", "..", ".x", "a/b", "x\n", "é", "state.json", "model.safetensors"])
+def test_save_refuses_an_unsafe_or_reserved_name(tmp_path: Path, name: str) -> None:
     manager = CheckpointManager(tmp_path / "checkpoints")
     with pytest.raises(CheckpointError):
         manager.save(state(), name)
@@ -178,72 +171,40 @@ def test_save_refuses_a_name_that_could_leave_the_folder(tmp_path: Path, name: s
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("name", sorted(set(FILES) - {"config.json"}))
-def test_save_refuses_a_further_file_with_a_reserved_name(tmp_path: Path, name: str) -> None:
-    with pytest.raises(CheckpointError, match=name):
-        CheckpointManager(tmp_path).save(state(), files={name: "text"})
-
-
-@pytest.mark.parametrize("keep", [0, math.nan])
-def test_manager_refuses_to_keep_fewer_than_one(tmp_path: Path, keep: int) -> None:
+def test_manager_refuses_to_keep_fewer_than_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
-        CheckpointManager(tmp_path, keep)
+        CheckpointManager(tmp_path, 0)
     assert error.value.problems[0].setting == "keep_last_n"
 
 
 # ---- complete or absent ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "bad", [{"checkpoint": {"bad": object()}}, {"files": {"n" * 300: "a name longer than file systems take"}}]
-)
-@pytest.mark.parametrize("name", ["step_0", "step_1"])
-def test_save_that_fails_changes_nothing(tmp_path: Path, name: str, bad: dict[str, Any]) -> None:
+def test_save_that_fails_changes_nothing(tmp_path: Path) -> None:
     manager = CheckpointManager(tmp_path, keep_last_n=1)
     save_steps(manager, 1)
     before = contents(tmp_path)
     with pytest.raises(CheckpointError):
-        manager.save(**{"checkpoint": state(2), "name": name, **bad})
+        manager.save(state(2), "step_0", files={"n" * 300: "a name longer than file systems take"})
     assert contents(tmp_path) == before
     assert names(tmp_path) == ["step_0"]
 
 
-def test_save_to_a_folder_that_is_a_file_fails(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").write_text("mine")
-    manager = CheckpointManager(tmp_path / "checkpoints")
-    with pytest.raises(CheckpointError, match=r"'step_1' in .*checkpoints"):
-        manager.save(state(), "step_1")
-    assert (tmp_path / "checkpoints").read_text() == "mine"
-    assert (manager.get_latest(), manager.get_best(), manager.newest_intact()) == (None, None, (None, []))
-
-
 def test_save_replaces_a_checkpoint_of_the_same_name(tmp_path: Path) -> None:
     manager = CheckpointManager(tmp_path, keep_last_n=1)
-    for step in (1, 2, 3):
+    for step in (1, 2, 3):  # the second replaces a damaged one
         path = manager.save(state(step), "best", is_best=True, files={f"{step}.json": "{}"})
         assert manager.get_best() == path == tmp_path / "best"
         assert manager.load(path)["step"] == step
         assert names(tmp_path) == ["best"]
         assert [file.name for file in path.glob("?.json")] == [f"{step}.json"]
+        if step == 1:
+            empty(path / "model.safetensors")
 
 
-@pytest.mark.parametrize("file", ["manifest.json", "model.safetensors"])
-def test_save_keeps_a_damaged_checkpoint_of_the_same_name(tmp_path: Path, file: str) -> None:
-    manager = CheckpointManager(tmp_path)
-    (manager.save(state(1), "step_1") / file).unlink()
-    left = names(tmp_path / "step_1")
-    assert manager.load(manager.save(state(2), "step_1"))["step"] == 2
-    saved, damaged = names(tmp_path)
-    assert saved == "step_1"
-    assert damaged.startswith("step_1~damaged-")
-    assert names(tmp_path / damaged) == left
-    assert manager.newest_intact()[1] == []
-
-
-@pytest.mark.parametrize("is_folder", [True, False])
-def test_save_does_not_replace_what_is_not_a_checkpoint(tmp_path: Path, is_folder: bool) -> None:
-    mine = tmp_path / "best" / "thesis.tex" if is_folder else tmp_path / "best"
-    mine.parent.mkdir(exist_ok=True)
+def test_save_does_not_replace_what_is_not_a_checkpoint(tmp_path: Path) -> None:
+    mine = tmp_path / "best" / "thesis.tex"
+    mine.parent.mkdir()
     mine.write_text("mine")
     with pytest.raises(CheckpointError, match="best"):
         CheckpointManager(tmp_path).save(state(), "best")
@@ -267,7 +228,7 @@ class Gate(HostGroup):
         return super().from_main(action)
 
 
-def test_save_in_background_is_not_changed_by_later_training(tmp_path: Path) -> None:
+def test_save_in_background_copies_the_state(tmp_path: Path) -> None:
     """Changes in place, through a view, through a tied name, and in nested containers."""
     gate = Gate()
     manager = CheckpointManager(tmp_path, group=gate)
@@ -292,17 +253,6 @@ def test_save_in_background_is_not_changed_by_later_training(tmp_path: Path) -> 
     assert (tmp_path / "step_1" / "config.json").read_text() == "{}"
 
 
-def test_take_snapshot_reuses_memory_that_fits() -> None:
-    first, second, third = {}, {}, {}  # type: dict[str, Tensor]
-    for shape, copies, buffers in (((3, 2), first, {}), ((3, 2), second, first), ((2, 2), third, second)):
-        value = {"a": torch.full(shape, 1.0), "b": torch.tensor(len(buffers))}
-        copies.update(take_snapshot(value, "s", False, {}, 0, 1, buffers).copies)
-        assert all(torch.equal(copies[name], value[name]) for name in value)
-    pointers = [[copies[name].data_ptr() for copies in (first, second, third)] for name in ("a", "b")]
-    assert pointers[0][0] == pointers[0][1] != pointers[0][2]
-    assert len(set(pointers[1])) == 1
-
-
 def test_saves_are_written_one_after_the_other(tmp_path: Path) -> None:
     gate = Gate()
     manager = CheckpointManager(tmp_path, 9, gate)
@@ -320,7 +270,7 @@ def test_saves_are_written_one_after_the_other(tmp_path: Path) -> None:
     assert sequence == {"z": 1, "y": 2, "x": 3, "w": 4}
 
 
-def test_save_in_background_raises_its_error_once_at_the_next_call(tmp_path: Path) -> None:
+def test_save_in_background_error_is_raised_at_next_call(tmp_path: Path) -> None:
     manager = CheckpointManager(tmp_path)
     (tmp_path / "taken").mkdir()
     for ask in (manager.wait, lambda: manager.save(state(), "a"), lambda: manager.save_in_background(state(), "a")):
@@ -336,28 +286,21 @@ def test_save_in_background_raises_its_error_once_at_the_next_call(tmp_path: Pat
 # ---- rotation ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("keep", [1, 3])
-def test_save_deletes_all_but_the_last(tmp_path: Path, keep: int) -> None:
+def test_save_deletes_all_but_the_last(tmp_path: Path) -> None:
     """Age is the order of saving, not of names."""
-    manager, saved = CheckpointManager(tmp_path, keep), []
+    manager, saved = CheckpointManager(tmp_path, 3), []
     for name in ("z", "a", "m", "b", "y"):
         saved.append(manager.save(state(), name))
         assert manager.get_latest() == saved[-1]
-        assert names(tmp_path) == sorted(path.name for path in saved[-keep:])
+        assert names(tmp_path) == sorted(path.name for path in saved[-3:])
 
 
 def test_save_keeps_the_best_and_deletes_a_former_best(tmp_path: Path) -> None:
     manager = CheckpointManager(tmp_path, 1)
-    save_steps(manager, 7, best=(1, 3))
+    save_steps(manager, 5, best=(1, 3))
+    CheckpointManager(tmp_path, 1).save(state(6), "step_6")  # a new manager reads the disk
     assert names(tmp_path) == ["step_3", "step_6"]
     assert manager.get_best() == tmp_path / "step_3"
-
-
-def test_save_of_a_new_manager_deletes_old_checkpoints(tmp_path: Path) -> None:
-    save_steps(CheckpointManager(tmp_path, 10), 6, best=(2,))
-    CheckpointManager(tmp_path, 2).save(state(6), "step_6")
-    assert names(tmp_path) == ["step_2", "step_5", "step_6"]
-    assert CheckpointManager(tmp_path).get_latest() == tmp_path / "step_6"
 
 
 def test_save_deletes_nothing_that_is_not_a_checkpoint(tmp_path: Path) -> None:
@@ -382,14 +325,14 @@ def test_save_deletes_nothing_that_is_not_a_checkpoint(tmp_path: Path) -> None:
 # ---- finding and loading -------------------------------------------------------------------------------------
 
 
-def test_manager_of_an_empty_or_missing_folder_finds_nothing(tmp_path: Path) -> None:
+def test_manager_of_an_empty_folder_finds_nothing(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "missing"):
         manager = CheckpointManager(folder)
         assert (manager.get_latest(), manager.get_best(), manager.newest_intact()) == (None, None, (None, []))
     assert not (tmp_path / "missing").exists()
 
 
-def test_load_of_a_missing_checkpoint_is_a_file_not_found_error(tmp_path: Path) -> None:
+def test_load_of_a_missing_checkpoint_is_not_found(tmp_path: Path) -> None:
     assert issubclass(CheckpointNotFoundError, FileNotFoundError)
     (tmp_path / "file").touch()
     for name in ("missing", "file"):
@@ -397,19 +340,11 @@ def test_load_of_a_missing_checkpoint_is_a_file_not_found_error(tmp_path: Path) 
             CheckpointManager(tmp_path).load(tmp_path / name)
 
 
-def test_load_accepts_a_checkpoint_that_was_moved(tmp_path: Path) -> None:
-    path = CheckpointManager(tmp_path / "a").save(state(3))
-    moved = path.rename(tmp_path / "moved away")
-    assert CheckpointManager(tmp_path / "b").load(str(moved))["step"] == 3
-
-
-@pytest.mark.parametrize(("damage", "file"), pairs(DAMAGES, FILES))
-def test_damage_is_found_and_an_older_checkpoint_taken(
-    tmp_path: Path, damage: Callable[[Path], None], file: str
-) -> None:
+@pytest.mark.parametrize("file", FILES)
+def test_newest_intact_skips_a_damaged_checkpoint(tmp_path: Path, file: str) -> None:
     manager = CheckpointManager(tmp_path / "checkpoints")
     newest = save_steps(manager, 3)
-    damage(newest / file)
+    flip_first_bit(newest / file)
     with pytest.raises(CheckpointError, match=file):
         manager.load(newest)
     path, (reason,) = manager.newest_intact()
@@ -417,31 +352,6 @@ def test_damage_is_found_and_an_older_checkpoint_taken(
     assert manager.load(path)["step"] == 1
     assert "step_2" in reason
     assert file in reason
-
-
-def test_a_flipped_bit_anywhere_in_the_manifest_is_found(tmp_path: Path) -> None:
-    manager = CheckpointManager(tmp_path)
-    path = manager.save(state())
-    content = (path / "manifest.json").read_bytes()
-    unnoticed = []
-    for index in range(len(content)):
-        damaged = bytearray(content)
-        damaged[index] ^= 1
-        (path / "manifest.json").write_bytes(damaged)
-        try:
-            manager.load(path)
-        except CheckpointError:
-            continue
-        unnoticed.append(content[:index].decode().splitlines()[-1])
-    assert unnoticed == []
-
-
-def test_newest_intact_of_damaged_checkpoints_only_is_none(tmp_path: Path) -> None:
-    manager = CheckpointManager(tmp_path)
-    for step, file in enumerate(FILES[:3]):
-        empty(manager.save(state(step), f"step_{step}") / file)
-    path, reasons = manager.newest_intact()
-    assert (path, len(reasons)) == (None, 3)
 
 
 def test_newest_intact_prefers_finite_weights(tmp_path: Path) -> None:
@@ -458,7 +368,7 @@ def test_newest_intact_prefers_finite_weights(tmp_path: Path) -> None:
 # ---- a stranger's checkpoint with a correct manifest -------------------------------------------------------------
 
 
-def test_load_refuses_another_format_with_both_versions(tmp_path: Path) -> None:
+def test_load_refuses_another_format(tmp_path: Path) -> None:
     path = CheckpointManager(tmp_path).save(state())
     change_manifest(path, format_version=3)
     with pytest.raises(CheckpointError, match=r"3.*2"):
@@ -474,11 +384,3 @@ def test_load_refuses_a_pickle_and_does_not_run_it(tmp_path: Path, file: str) ->
     with pytest.raises(CheckpointError, match=file):
         CheckpointManager(tmp_path).load(path)
     assert not (tmp_path / "ran").exists()
-
-
-def test_load_refuses_a_state_without_its_tensor(tmp_path: Path) -> None:
-    path = CheckpointManager(tmp_path).save(state())
-    (path / "state.json").write_text((path / "state.json").read_text().replace("moment", "momenta"))
-    make_true(path)
-    with pytest.raises(CheckpointError, match=r"state\.json.*momenta"):
-        CheckpointManager(tmp_path).load(path)
