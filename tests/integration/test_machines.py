@@ -17,7 +17,6 @@ import yaml
 from fundamentallm import train
 from tests.integration.runs import lines
 from tests.integration.test_launching import ROOT
-from tests.integration.test_preemption import end, read_up_to
 
 TINY = """
 model: {d_model: 16, num_heads: 2, num_layers: 1}
@@ -49,6 +48,22 @@ exit $code
 SCONTROL = """#!/usr/bin/env bash
 if [[ $1 == show ]]; then printf '127.0.0.1\\nanother\\n'; else echo "$@" > scontrol_arguments; fi
 """
+
+
+def read_up_to(text: str, process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    read = []
+    for line in process.stdout:
+        read.append(line)
+        if text in line:
+            return
+    raise AssertionError(f"the run ended with {process.wait()} before {text!r}: {''.join(read)}")
+
+
+def end(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Waits for a process; returns its exit code and the rest of its output."""
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
 
 
 def free_port() -> int:

@@ -339,7 +339,7 @@ def test_each_process_writes_what_it_holds_and_the_commands_read_it(
     assert sizes[0] < 1.2 * sizes[1]
     assert checkpoints.main(["verify", str(run)], "checkpoints") == 0
     assert checkpoints.main(["show", str(run)], "checkpoints") == 0
-    assert "8,272 parameters (and buffers) in 25 tensors, f32" in capsys.readouterr().out
+    assert "model-00002-of-00002.safetensors" in capsys.readouterr().out
     assert checkpoints.main(["list", str(run)], "checkpoints") == 0
     assert checkpoints.main(["samples", str(run), "--step", "2", "--indices_only"], "checkpoints") == 0
     said = capsys.readouterr().out
@@ -351,7 +351,7 @@ def test_each_process_writes_what_it_holds_and_the_commands_read_it(
     weights = load_checkpoint(path)[MODEL_KEY]
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert_same_weights({name: theirs.state_dict()[name] for name in weights}, weights)
-    with pytest.raises(ConfigError, match="which is there already"):
+    with pytest.raises(ConfigError, match="exists already"):
         checkpoints.main(["consolidate", str(run), str(tmp_path / "out")], "checkpoints")
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
@@ -646,7 +646,7 @@ def full_disk(processes: int, folder: str, in_background: bool) -> None:
 
         checkpoint_module.write_tensors = fails
     told_by = "" if mine == 1 else "process 1 of 2 failed: "
-    with pytest.raises(CheckpointError, match=rf"cannot write checkpoint .*: {told_by}\[Errno 28\] No space left"):
+    with pytest.raises(CheckpointError, match=rf"cannot write checkpoint .*: {told_by}.*No space left"):
         trainer.train() if in_background else trainer.save_checkpoint("bad")
     checkpoint_module.write_tensors = real
     trainer.accelerator.wait_for_everyone()
