@@ -240,7 +240,13 @@ class CheckpointManager:
                 raise CheckpointError(f"{path} is in the way, and is not a checkpoint to replace; move it away.")
             aside = self._hidden_folder(f"replaced-{path.name}")
             path.rename(aside / path.name)  # a process that is killed here leaves it to `recover`
-        staging.rename(path)
+        try:
+            staging.rename(path)
+        except BaseException:
+            if aside is not None:
+                (aside / path.name).rename(path)
+                aside.rmdir()
+            raise
         sync(self.checkpoint_dir)
         if aside is not None:
             shutil.rmtree(aside)

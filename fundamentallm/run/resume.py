@@ -103,6 +103,7 @@ def resume(
                 "that all machines share."
             )
         restore(load_checkpoint(path, like(), is_verified=True), path)
-    if manager is not None and path == manager.get_latest():
-        group.from_main(manager.rotate)  # a process that was killed after its save may not have
+    if manager is not None:
+        # A process that was killed after its save may not have rotated. All processes call this, whatever they see.
+        group.from_main(lambda: manager.rotate() if path == manager.get_latest() else None)
     return choice

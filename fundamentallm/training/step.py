@@ -92,7 +92,7 @@ class OptimizerStep:
         skip = self.guard.skips(step, loss / num_targets.clamp(min=1), norm)
         self.is_updating = True
         self._update(skip)
-        self.optimizer.zero_grad()
+        model.zero_grad()  # also of parameters that a caller's optimizer leaves out
         return StepResult(loss, num_targets, norm)
 
     def raise_if_updating(self) -> None:
@@ -125,6 +125,10 @@ def skips_on_device(optimizer: Optimizer) -> bool:
     """
     if type(optimizer) not in (AdamW, Adam, SGD, Muon):
         return False
-    if type(optimizer) is SGD and any(group["momentum"] for group in optimizer.param_groups) and not optimizer.state:
+    if type(optimizer) is SGD and any(
+        group["momentum"] and optimizer.state.get(parameter, {}).get("momentum_buffer") is None
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    ):
         return False  # torch's fused SGD takes uninitialised memory for the momentum if it skips its first step
     return type(optimizer) is Muon or all(group["fused"] for group in optimizer.param_groups)

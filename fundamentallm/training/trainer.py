@@ -120,9 +120,9 @@ class Trainer(TrainerView):
         validation_metrics: Mapping[str, Metric] | None = None,
         accelerator: Accelerator | None = None,
     ) -> None:
-        self.output_dir = Path(config.output_dir) if isinstance(config, Config) else None
-        batch_size = getattr(train_loader, "batch_size", None)
+        is_whole, batch_size = isinstance(config, Config), getattr(train_loader, "batch_size", None)
         config = whole_config(config, batch_size)
+        self.output_dir = Path(config.output_dir) if is_whole else None
         self.accelerator, self.config = use_accelerator(accelerator, config, self.output_dir, batch_size)
         accelerator, training = self.accelerator, self.config.training
         self.train_loader, self.val_loader = train_loader, val_loader
@@ -227,6 +227,7 @@ class Trainer(TrainerView):
             accelerator, device = self.accelerator, device_name(self.accelerator.device)
             about = environment(device, accelerator.num_processes, accelerator.mixed_precision)
             self._record.launch(resumed_from, self.config, about)
+            self.stop_switch.begin()
             launch.enter_context(self.stop_switch.handling_signals())
             try:
                 self._begin()
@@ -347,6 +348,7 @@ class Trainer(TrainerView):
         # The clock does not interrupt the same validation twice: otherwise no launch would ever get past it.
         interrupting = Stop.SIGNAL if self._progress.validation_due else Stop.OUT_OF_TIME
         self._progress.validation_due = True  # also if an exception ends it
+        self.saver.mark_saved()  # that is, not saved: the validation will change the state
         started = time.perf_counter()
         metrics = self._evaluate(is_interrupted=lambda: self.stop_switch.poll() >= interrupting)
         self._report_compilation("validation", time.perf_counter() - started)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
-from fundamentallm import ConfigError, LoggingCallback, Trainer, TrainingConfig, create_loss
+from fundamentallm import Callback, ConfigError, LoggingCallback, Trainer, TrainingConfig, create_loss
 from fundamentallm.training.metrics import MEASURED
 from tests.integration.runs import PartlyIgnored, lines, make_config, make_trainer, on_processes, prose, timeless
 
@@ -390,3 +390,32 @@ def test_the_host_asks_for_no_value_between_log_lines(
     assert sorted(set(waits.steps)) == [0, 5, 10, 12]
     log_lines = [waits.steps.count(step) for step in (5, 10)]
     assert log_lines[0] == log_lines[1] <= 6
+
+
+def test_trainer_with_a_home_folder_writes_everything_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = make_config("~/run", max_steps=1)
+    assert make_trainer(config).output_dir == tmp_path / "run"
+
+
+def test_step_clears_gradients_of_parameters_outside_the_optimizer(tmp_path: Path) -> None:
+    model = Bigram()
+    first, *_ = model.parameters()
+    optimizer = torch.optim.SGD([first], lr=0.1)
+    config = TrainingConfig(max_steps=2)
+    Trainer(model, config, DataLoader(PartlyIgnored(), 8), callbacks=[], optimizer=optimizer).train()
+    assert [parameter.grad for parameter in model.parameters() if parameter.grad is not None] == []
+
+
+def test_final_save_holds_the_last_validation_after_a_save_on_log(tmp_path: Path) -> None:
+    class SaveOnLog(Callback):
+        def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+            trainer.save_checkpoint()
+
+    trainer = make_trainer(make_config(tmp_path, max_steps=4, eval_every_n_steps=2))
+    trainer.callbacks.add(SaveOnLog())
+    trainer.train()
+    assert trainer.checkpoint_manager is not None
+    newest = trainer.checkpoint_manager.get_latest()
+    assert newest is not None
+    assert trainer.checkpoint_manager.load(newest)["metrics_state_dict"]["val_step"].tolist() == [2, 4]

@@ -384,3 +384,20 @@ def test_load_refuses_a_pickle_and_does_not_run_it(tmp_path: Path, file: str) ->
     with pytest.raises(CheckpointError, match=file):
         CheckpointManager(tmp_path).load(path)
     assert not (tmp_path / "ran").exists()
+
+
+def test_save_that_cannot_be_renamed_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = CheckpointManager(tmp_path)
+    saved = manager.save({"model_state_dict": {"weight": torch.ones(2)}, "note": "old"}, "same")
+    rename = Path.rename
+
+    def fail_once(self: Path, target: Path) -> Path:
+        if self.name.startswith(".staging-"):
+            raise OSError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_once)
+    with pytest.raises(CheckpointError):
+        manager.save({"model_state_dict": {"weight": torch.ones(2)}, "note": "new"}, "same")
+    assert manager.get_latest() == saved
+    assert manager.load(saved)["note"] == "old"
