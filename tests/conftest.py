@@ -31,13 +31,6 @@ settings.register_profile("thorough", max_examples=10_000, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks real runs as slow: `-m "not slow"` leaves the tests of single modules, which take a minute."""
-    for item in items:
-        if "integration" in item.path.parts:
-            item.add_marker("slow")
-
-
 ELSEWHERE = {
     *("test_crashes", "test_layouts", "test_machines", "test_preemption", "test_processes"),
     *(
@@ -55,9 +48,12 @@ would take a third more time."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks real runs as slow: `-m "not slow"` leaves the tests of single modules, which take a minute."""
     for item in items:
         if item.path.stem in ELSEWHERE or item.get_closest_marker("slow"):
             item.add_marker("no_cover")
+        if "integration" in item.path.parts:
+            item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True, scope="module")
