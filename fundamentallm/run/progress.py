@@ -11,13 +11,34 @@ from torch import Tensor
 from fundamentallm.data.sampler import Start, StepSampler
 
 
+class RunningMean:
+    """A mean kept as (sum, count) on the device, which can be added up over processes. Adding does not wait for it.
+
+    In float64 if the device has it: a float32 sum stops growing by ones at 2^24.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._totals = torch.zeros(2, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+        self._sum, self._count = self._totals.unbind()  # views of `_totals`
+
+    def add(self, total: Tensor, count: Tensor) -> None:
+        """Add a sum, and the number of values in it (scalars)."""
+        self._sum += total
+        self._count += count
+
+    @property
+    def totals(self) -> Tensor:
+        """(sum, count), to add up over processes."""
+        return self._totals
+
+
 class Progress:
     """The position of a run. Everything else about the data follows from the step; counts stay on the device.
 
     Attributes:
         step: optimizer steps done.
         tokens: targets trained on, a scalar.
-        loss: (loss summed over targets, targets) since the last log line.
+        loss: mean over the targets since the last log line.
         origin: path of the checkpoint that `resume` named when the run began; None if it began without one.
         validation_due: True while a validation is unfinished. It comes first when the run resumes.
         segments: the data order of each part of the run, newest last. A segment begins when the batch size or the
@@ -29,9 +50,7 @@ class Progress:
         self.samples = samples
         self.step = 0
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
-        # A float32 sum stops growing by ones at 2^24; MPS has no float64.
-        self.loss = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-        self._loss_sum, self._loss_count = self.loss.unbind()  # views
+        self.loss = RunningMean(device)
         self.validation_due = False
         self.origin: str | None = None
         order = {
@@ -43,13 +62,12 @@ class Progress:
         """Counts one optimizer step: its loss summed over targets, and its number of targets (scalars)."""
         self.step += 1
         self.tokens += num_targets
-        self._loss_sum += loss
-        self._loss_count += num_targets
+        self.loss.add(loss, num_targets)
 
     def read(self) -> tuple[int, float]:
         """Returns the targets so far, and the mean loss since the last call. The host waits for the device."""
-        total, count = self.loss.tolist()
-        self.loss.zero_()
+        total, count = self.loss.totals.tolist()
+        self.loss.totals.zero_()
         return int(self.tokens), total / count if count else math.nan
 
     def state_dict(self) -> dict[str, Any]:
@@ -58,7 +76,7 @@ class Progress:
             "step": self.step,
             "samples": self.samples.samples_before(self.step),
             "tokens": self.tokens,
-            "loss": {"totals": self.loss},
+            "loss": {"totals": self.loss.totals},
             "validation_due": self.validation_due,
             "origin": self.origin,
             "stretches": self.segments,
@@ -87,7 +105,7 @@ class Progress:
         self.step, self.validation_due = step, bool(state["validation_due"])
         self.origin = None if state["origin"] is None else str(state["origin"])
         self.tokens.copy_(state["tokens"])
-        self.loss.copy_(state["loss"]["totals"])
+        self.loss.totals.copy_(state["loss"]["totals"])
 
 
 def sampler_of(segment: dict[str, Any]) -> StepSampler:

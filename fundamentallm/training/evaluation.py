@@ -16,7 +16,8 @@ from fundamentallm.data.datasets import TokenSamples
 from fundamentallm.data.loaders import device_batches
 from fundamentallm.data.sampler import StepSampler
 from fundamentallm.errors import ConfigError
-from fundamentallm.training.metrics import Metric, RunningMean
+from fundamentallm.run.progress import RunningMean
+from fundamentallm.training.metrics import Metric
 
 
 @torch.no_grad()

@@ -19,27 +19,6 @@ MEASURED = frozenset({"tokens_per_second", "mfu", "memory_gb"})
 """Numbers of a log line that depend on the machine. Two identical runs differ in nothing else."""
 
 
-class RunningMean:
-    """A mean kept as (sum, count) on the device, which can be added up over processes. Adding does not wait for it.
-
-    In float64 if the device has it: a float32 sum stops growing by ones at 2^24.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._totals = torch.zeros(2, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
-        self._sum, self._count = self._totals.unbind()  # views of `_totals`
-
-    def add(self, total: Tensor, count: Tensor) -> None:
-        """Add a sum, and the number of values in it (scalars)."""
-        self._sum += total
-        self._count += count
-
-    @property
-    def totals(self) -> Tensor:
-        """(sum, count), to add up over processes."""
-        return self._totals
-
-
 CLOCKS = ("step", "val_step")
 """Metrics that hold the optimizer step of the metrics logged with them."""
 

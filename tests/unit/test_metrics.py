@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fundamentallm.checkpoint.manager import CheckpointManager
-from fundamentallm.training.metrics import MetricTracker, RunningMean
+from fundamentallm.run.progress import RunningMean
+from fundamentallm.training.metrics import MetricTracker
 
 
 def tracker(**columns: list[float]) -> MetricTracker:
