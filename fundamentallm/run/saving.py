@@ -55,6 +55,10 @@ class Saver:
         progress = self.state.progress
         self._saved_step = -1 if progress.validation_due else progress.step
 
+    def mark_changed(self) -> None:
+        """Notes that the present state is not on disk, although its step may be: a validation changes it."""
+        self._saved_step = -1
+
     def save(self, name: str | None = None, is_best: bool = False) -> Path:
         """Saves now, on every process together; the checkpoint is complete when this returns.
 

@@ -208,8 +208,8 @@ class Trainer(TrainerView):
         with session(self._record, self.checkpoint_manager, self.group, self.stop_switch, watchdog, self.say) as launch:
             resumed_from = None if self._started else self._resume()
             self._started = True
-            self.stop_switch.begin()
             if self.is_finished:
+                self.stop_switch.begin()  # forgets why an earlier train() stopped
                 if self.checkpoint_manager is not None and not self.saver.is_current:
                     self.save_checkpoint()  # which failed when the run ended
                 self.say(self._describe_finished_run())
@@ -348,7 +348,7 @@ class Trainer(TrainerView):
         # The clock does not interrupt the same validation twice: otherwise no launch would ever get past it.
         interrupting = Stop.SIGNAL if self._progress.validation_due else Stop.OUT_OF_TIME
         self._progress.validation_due = True  # also if an exception ends it
-        self.saver.mark_saved()  # that is, not saved: the validation will change the state
+        self.saver.mark_changed()
         started = time.perf_counter()
         metrics = self._evaluate(is_interrupted=lambda: self.stop_switch.poll() >= interrupting)
         self._report_compilation("validation", time.perf_counter() - started)
