@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import sys
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -140,6 +141,21 @@ def exit_code(error: BaseException) -> int:
     return INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
 
 
+SHOWN = "\u200c\u200d\u00ad"
+"""Characters that join or divide letters of some scripts and emoji. Python calls them not printable."""
+
+
+def printable(text: str, keep: str = "\n\t") -> str:
+    """Returns text from outside so that no terminal obeys it: control characters are escaped, except those in `keep`.
+
+    These are C0, C1, marks that change the direction of text, and what Unicode has not assigned.
+    """
+    if text.isprintable():
+        return text
+    shown = (c.isprintable() or c in keep or c in SHOWN or unicodedata.category(c) == "Zs" for c in text)
+    return "".join(c if is_shown else ascii(c)[1:-1] for c, is_shown in zip(text, shown, strict=True))
+
+
 def report(error: FundamentaLLMError) -> int:
     """Print an error to stderr and return its exit code.
 
@@ -151,5 +167,5 @@ def report(error: FundamentaLLMError) -> int:
     lost = error.ranks if isinstance(error, ProcessLostError) else []
     printing = next(rank for rank in itertools.count() if rank not in lost)
     if os.environ.get("RANK", "0") == str(printing):
-        print(text, file=sys.stderr)
+        print(printable(text), file=sys.stderr)
     return exit_code(error)

@@ -15,6 +15,7 @@ import functools
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -27,17 +28,28 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from fundamentallm.config.schema import DataConfig
-from fundamentallm.data.sources import PIECE, Piece, SourceFiles, read_source, source_error, token_blocks
-from fundamentallm.data.tokenizers import lacking_characters, num_bytes, unknown_token
-from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.data.sources import (
+    PIECE,
+    Piece,
+    SourceFiles,
+    check_bad_rows,
+    read_source,
+    source_error,
+    token_blocks,
+)
+from fundamentallm.data.tokenizers import find_unknown, make_detector, num_bytes, num_ids, plain_copy, special_tokens
+from fundamentallm.errors import printable
 
 PIECES_AT_ONCE = max(16, 2 * (os.cpu_count() or 1))
 """Pieces that the tokenizer's threads encode together. Bounds memory, at about 150 bytes a token."""
 ROWS_AT_ONCE = 8192
 """Most pieces encoded together if they are small."""
 PARTS = ("train", "validation")
-SETTINGS = ("tokenizer", "train_split", "end_of_text", "prompt_field")
+SETTINGS = ("tokenizer", "train_split", "end_of_text", "prompt_field", "special_tokens", "unknown_tokens")
 """Settings that decide what the tokens are and mean."""
+AS_TEXT, UNKNOWN_TOKENS = "special tokens read as text", "unknown tokens, for what the vocabulary lacks"
+NAMED = 10
+"""Parts of a text that an error lists."""
 
 
 class Facts(NamedTuple):
@@ -61,11 +73,28 @@ class Written:
     tokens: list[int] = field(default_factory=lambda: [0, 0])
     rows: list[array.array[int]] = field(default_factory=lambda: [array.array("q"), array.array("q")])
     validation_bytes: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    """What to report, by its name: `AS_TEXT` and `UNKNOWN_TOKENS`."""
+
+
+class Encoded(NamedTuple):
+    """A text and its tokens."""
+
+    text: str
+    ids: NDArray[np.integer]
+    """In the smallest unsigned integers that hold the vocabulary."""
+    unknown: list[tuple[int, str]]
+    """Position and text of what the vocabulary lacks."""
+
+    def named_unknown(self) -> str:
+        """Returns the parts that the vocabulary lacks, for people to read; empty if there are none."""
+        parts = sorted({part for _, part in self.unknown})
+        return ", ".join(map(repr, parts[:NAMED])) + (", ..." if len(parts) > NAMED else "")
 
 
 def progress_bar(action: str, source: SourceFiles, is_shown: bool, total: int | None = None) -> tqdm[Any]:
     """Make a progress bar that appears after a second, so not for a small text."""
-    title = f"{action} {os.path.basename(source.name)}"
+    title = f"{action} {printable(os.path.basename(source.name), keep='')}"
     return tqdm(desc=title, total=total, unit="", unit_scale=True, delay=1, disable=not is_shown)
 
 
@@ -80,7 +109,7 @@ def write_source(
     """
     # Tokenizer.save raises exceptions that are no OSErrors.
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    train_size, by_rows = int(facts.size * config.train_split), config.prompt_field is not None
+    train_size, by_rows, bad = int(facts.size * config.train_split), config.prompt_field is not None, [*facts.bad]
     end = None if config.end_of_text is None else tokenizer.token_to_id(config.end_of_text)
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(progress_bar("tokenizing", source, show_progress, facts.size))
@@ -89,55 +118,93 @@ def write_source(
             written = _copy_tokens(source, train_size, tokenizer, end, files, bar)
         else:
             pieces = split_pieces(read_source(config, source, []), train_size, by_rows)
-            written = _encode(pieces, by_rows, tokenizer, end, files, bar)
+            written = _encode(config, source, pieces, tokenizer, end, files, bar, bad)
     if written.done != facts.size:
         raise source_error(source.name, "which was changed while it was read", advice="Start again.")
     if by_rows:
         for part, rows in zip(PARTS, written.rows, strict=True):
             (folder / f"{part}.rows.bin").write_bytes(rows)
-    if facts.bad:
-        (folder / "bad_rows.txt").write_text("".join(f"{row}\n" for row in facts.bad), encoding="utf-8")
+    if bad:
+        (folder / "bad_rows.txt").write_text("".join(f"{row}\n" for row in bad), encoding="utf-8")
     meta = {
         "dtype": token_dtype(tokenizer).name,
         "tokens": written.tokens,
         "rows": [len(rows) // 2 for rows in written.rows] if by_rows else None,
         "validation_bytes": written.validation_bytes,
-        "bad_rows": len(facts.bad),
-        "settings": {name: getattr(config, name) for name in SETTINGS},
+        "bad_rows": len(bad),
+        "counts": written.counts,
+        "settings": settings_of_tokens(config),
     }
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
+def settings_of_tokens(config: DataConfig) -> dict[str, Any]:
+    """Returns the settings that decide what the tokens are and mean."""
+    return {name: getattr(config, name) for name in SETTINGS} | {"special_tokens": config.special_tokens_are()}
+
+
 def _encode(
+    config: DataConfig,
+    source: SourceFiles,
     pieces: Iterator[tuple[int, Piece]],
-    by_rows: bool,
     tokenizer: Tokenizer,
     end: int | None,
     files: Sequence[BinaryIO],
     bar: tqdm[Any],
+    bad: list[str],
 ) -> Written:
-    """Write the tokens of pieces of text, each with its part, and `end` after each document."""
-    written, answer, dtype = Written(), 0, token_dtype(tokenizer)
+    """Write the tokens of pieces of text, each with its part, and `end` after each document.
+
+    Rows with something that the vocabulary lacks are skipped and appended to `bad`, unless the config allows it.
+    """
+    written, dtype, by_rows = Written(), token_dtype(tokenizer), config.prompt_field is not None
+    names = sorted(special_tokens(tokenizer), key=len, reverse=True) if tokenizer.encode_special_tokens else []
+    special = re.compile("|".join(map(re.escape, names))) if names else None
+    has_unknown = make_detector(tokenizer)[0] is tokenizer
+    prompt, why = np.empty(0, dtype), ""
     pieces, ahead = itertools.tee(pieces)
-    encoded = encode_pieces(tokenizer, (piece.text for _, piece in ahead), plain=end is not None)
-    for (part, piece), (text, ids) in zip(pieces, encoded, strict=True):
-        if part == 1 and not piece.is_prompt:
-            first = ids[: written.tokens[1] == 0 and not by_rows]  # the first token is not a target
-            written.validation_bytes += len(text.encode()) - num_bytes(tokenizer, first)
-        files[part].write(ids.data)
-        written.tokens[part] += len(ids)
+    encoded_pieces = encode_pieces(tokenizer, (piece.text for _, piece in ahead))
+    for (part, piece), encoded in zip(pieces, encoded_pieces, strict=True):
+        text, ids = encoded.text, encoded.ids
+        if encoded.unknown and not (config.unknown_tokens and has_unknown):
+            why = why or _why_unknown(piece, encoded)
+            if source.kind not in ("rows", "dataset") or not (piece.is_prompt or piece.ends):
+                allow = ", set data.unknown_tokens: true," if has_unknown else ""
+                advice = f"Remove it{allow} or start a new run with another data.tokenizer."
+                raise source_error(source.name, f"whose {why}", advice=advice)
         if piece.is_prompt:
-            answer = written.tokens[part]
+            prompt = ids
             continue
-        if piece.ends and end is not None:
-            files[part].write(dtype.type(end).tobytes())
-            written.tokens[part] += 1
-        if by_rows:
-            written.rows[part].extend((answer, written.tokens[part]))
         advanced = 1 if by_rows else len(text)
         written.done += advanced
         bar.update(advanced)
+        if why:
+            bad.append(why)
+            check_bad_rows(config, source.name, bad)
+            prompt, why = prompt[:0], ""
+            continue
+        if special is not None and (found := len(special.findall(text))):
+            written.counts[AS_TEXT] = written.counts.get(AS_TEXT, 0) + found
+        if encoded.unknown:
+            written.counts[UNKNOWN_TOKENS] = written.counts.get(UNKNOWN_TOKENS, 0) + len(encoded.unknown)
+        if part == 1:
+            first = ids[: written.tokens[1] == 0 and not by_rows]  # the first token is not a target
+            written.validation_bytes += len(text.encode()) - num_bytes(tokenizer, first)
+        ends = [end] if piece.ends and end is not None else []
+        answer = written.tokens[part] + len(prompt)
+        files[part].write(np.concatenate([prompt, ids, np.array(ends, dtype)]).data)
+        written.tokens[part] = answer + len(ids) + len(ends)
+        if by_rows:
+            written.rows[part].extend((answer, written.tokens[part]))
+        prompt = prompt[:0]
     return written
+
+
+def _why_unknown(piece: Piece, encoded: Encoded) -> str:
+    """Returns the place in the source, and what the vocabulary lacks there."""
+    line = piece.line + encoded.text[: encoded.unknown[0][0]].count("\n")
+    where = f"{piece.where}, line {line:,}" if piece.line else piece.where
+    return f"{where} has {encoded.named_unknown()}, which the vocabulary lacks"
 
 
 def _copy_tokens(
@@ -149,7 +216,7 @@ def _copy_tokens(
     bar: tqdm[Any],
 ) -> Written:
     """Copy ready-made tokens after checking that the vocabulary has them."""
-    written, dtype, vocabulary = Written(), token_dtype(tokenizer), tokenizer.get_vocab_size()
+    written, dtype, vocabulary = Written(), token_dtype(tokenizer), num_ids(tokenizer)
     for path, block in token_blocks(source, dtype):
         if not 0 <= block.min() <= block.max() < vocabulary:
             reason = f"whose file {path} has tokens from {block.min()} to {block.max()}"
@@ -180,41 +247,40 @@ def split_pieces(pieces: Iterable[Piece], train_size: int, by_rows: bool = False
         cut, length = max(0, min(len(piece.text), train_size - position)), len(piece.text)
         position += length
         if 0 < cut < length:
-            yield 0, Piece(piece.text[:cut])
-            yield 1, piece._replace(text=piece.text[cut:])
+            begun, line = piece.text[:cut], piece.line and piece.line + piece.text.count("\n", 0, cut)
+            yield 0, piece._replace(text=begun, ends=False)
+            yield 1, piece._replace(text=piece.text[cut:], line=line)
         elif length:
             yield int(cut == 0), piece
 
 
-def encode_pieces(
-    tokenizer: Tokenizer, pieces: Iterable[str], plain: bool = False
-) -> Iterator[tuple[str, NDArray[np.integer]]]:
-    """Yield each piece with its token ids, in the smallest unsigned integers that hold the vocabulary.
+def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[Encoded]:
+    """Yield each piece with its tokens. What the vocabulary lacks is the caller's to refuse.
 
-    Special tokens that occur literally in the text are ordinary text if `plain` is true.
-
-    Raises:
-        ConfigError: if the vocabulary lacks some of the characters.
+    Special tokens in the text are those tokens, or ordinary text if the tokenizer's `encode_special_tokens` is set.
     """
     dtype = token_dtype(tokenizer)
-    tokenizer = Tokenizer.from_str(tokenizer.to_str())  # a copy, to leave the caller's truncation and padding alone
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = plain
+    tokenizer = plain_copy(tokenizer)
+    detector = make_detector(tokenizer)
+    is_apart, unknown = detector[0] is not tokenizer, detector[1]
     encode = functools.partial(tokenizer.encode_batch_fast, add_special_tokens=False)
 
-    def submitted() -> Iterator[tuple[list[str], Any]]:
+    def submitted() -> Iterator[tuple[list[str], list[list[tuple[int, str]]], Any]]:
         for batch in _batches(pieces):
-            _check_characters(tokenizer, batch, known, unknown)
-            yield batch, executor.submit(encode, batch)
-        yield [], None
+            lacking = [find_unknown(detector, piece) if is_apart else [] for piece in batch]
+            # The tokenizer itself may raise for such a piece.
+            texts = ["" if found else piece for piece, found in zip(batch, lacking, strict=True)]
+            yield batch, lacking, executor.submit(encode, texts)
+        yield [], [], None
 
-    known, unknown = set[str](), unknown_token(tokenizer)
     with ThreadPoolExecutor(1) as executor:
         # The library's threads encode a batch while this thread converts the previous one to arrays.
-        for (batch, encodings), _ in itertools.pairwise(submitted()):
-            for piece, encoding in zip(batch, encodings.result(), strict=True):
-                yield piece, np.array(encoding.ids, dtype=dtype)
+        for (batch, lacking, encodings), _ in itertools.pairwise(submitted()):
+            for piece, found, encoding in zip(batch, lacking, encodings.result(), strict=True):
+                ids = np.array(encoding.ids, dtype=dtype)
+                if not is_apart and unknown is not None and (ids == unknown).any():
+                    found = find_unknown(detector, piece)
+                yield Encoded(piece, ids, found)
 
 
 def _batches(pieces: Iterable[str]) -> Iterator[list[str]]:
@@ -229,15 +295,6 @@ def _batches(pieces: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _check_characters(tokenizer: Tokenizer, batch: list[str], known: set[str], unknown: int | None) -> None:
-    """Refuse characters that the vocabulary lacks, and add the others to `known`."""
-    for piece in batch:
-        if lacking := lacking_characters(tokenizer, piece, known, unknown):
-            shown = ", ".join(map(repr, lacking[:10])) + (", ..." if len(lacking) > 10 else "")
-            advice = f"The text has {shown}, which the vocabulary lacks: remove them, or change data.tokenizer."
-            raise ConfigError(Problem("", lacking, advice=advice))
-
-
 def token_dtype(tokenizer: Tokenizer) -> np.dtype[np.unsignedinteger]:
     """Returns the smallest type that holds the vocabulary's ids."""
-    return np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32)
+    return np.dtype(np.uint16 if num_ids(tokenizer) <= 2**16 else np.uint32)

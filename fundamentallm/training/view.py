@@ -13,6 +13,7 @@ from tqdm import tqdm
 from fundamentallm.checkpoint.manager import CheckpointManager
 from fundamentallm.config.schema import Config
 from fundamentallm.data.sampler import StepSampler
+from fundamentallm.errors import printable
 from fundamentallm.run.progress import Progress
 from fundamentallm.run.saving import Saver
 from fundamentallm.run.session import Position
@@ -139,7 +140,7 @@ class TrainerView:
     def say(self, text: str) -> None:
         """Prints a line beside the progress bar, on the main process only."""
         if self.is_main_process:
-            tqdm.write(text)
+            tqdm.write(printable(text))
 
     def _describe_stop(self) -> str:
         """Returns where and why the run stopped, and how to resume it."""
