@@ -73,6 +73,8 @@ class Written:
     tokens: list[int] = field(default_factory=lambda: [0, 0])
     rows: list[array.array[int]] = field(default_factory=lambda: [array.array("q"), array.array("q")])
     validation_bytes: int = 0
+    answer: int = 0
+    """Index of the first token of the current pair's answer."""
     counts: dict[str, int] = field(default_factory=dict)
     """What to report, by its name: `AS_TEXT` and `UNKNOWN_TOKENS`."""
 
@@ -157,47 +159,70 @@ def _encode(
 
     Rows with something that the vocabulary lacks are skipped and appended to `bad`, unless the config allows it.
     """
-    written, dtype, by_rows = Written(), token_dtype(tokenizer), config.prompt_field is not None
-    names = sorted(special_tokens(tokenizer), key=len, reverse=True) if tokenizer.encode_special_tokens else []
-    special = re.compile("|".join(map(re.escape, names))) if names else None
-    has_unknown = make_detector(tokenizer)[0] is tokenizer
-    prompt, why = np.empty(0, dtype), ""
+    written, by_rows, has_rows = Written(), config.prompt_field is not None, source.kind in ("rows", "dataset")
+    special, has_unknown = _special_pattern(tokenizer), make_detector(tokenizer)[0] is tokenizer
+    held, why = list[tuple[int, Piece, Encoded]](), ""
     pieces, ahead = itertools.tee(pieces)
     encoded_pieces = encode_pieces(tokenizer, (piece.text for _, piece in ahead))
     for (part, piece), encoded in zip(pieces, encoded_pieces, strict=True):
-        text, ids = encoded.text, encoded.ids
+        is_of_row = has_rows and bool(piece.where)
         if encoded.unknown and not (config.unknown_tokens and has_unknown):
             why = why or _why_unknown(piece, encoded)
-            if source.kind not in ("rows", "dataset") or not (piece.is_prompt or piece.ends):
+            if not is_of_row:
                 allow = ", set data.unknown_tokens: true," if has_unknown else ""
                 advice = f"Remove it{allow} or start a new run with another data.tokenizer."
                 raise source_error(source.name, f"whose {why}", advice=advice)
-        if piece.is_prompt:
-            prompt = ids
+        held.append((part, piece, encoded))
+        if is_of_row and not piece.ends:  # a row is written in full or not at all
             continue
-        advanced = 1 if by_rows else len(text)
+        advanced = 1 if by_rows else sum(len(encoded.text) for _, _, encoded in held)
         written.done += advanced
         bar.update(advanced)
         if why:
             bad.append(why)
             check_bad_rows(config, source.name, bad)
-            prompt, why = prompt[:0], ""
-            continue
-        if special is not None and (found := len(special.findall(text))):
-            written.counts[AS_TEXT] = written.counts.get(AS_TEXT, 0) + found
-        if encoded.unknown:
-            written.counts[UNKNOWN_TOKENS] = written.counts.get(UNKNOWN_TOKENS, 0) + len(encoded.unknown)
-        if part == 1:
-            first = ids[: written.tokens[1] == 0 and not by_rows]  # the first token is not a target
-            written.validation_bytes += len(text.encode()) - num_bytes(tokenizer, first)
-        ends = [end] if piece.ends and end is not None else []
-        answer = written.tokens[part] + len(prompt)
-        files[part].write(np.concatenate([prompt, ids, np.array(ends, dtype)]).data)
-        written.tokens[part] = answer + len(ids) + len(ends)
-        if by_rows:
-            written.rows[part].extend((answer, written.tokens[part]))
-        prompt = prompt[:0]
+        else:
+            for part, piece, encoded in held:
+                _write(written, part, piece, encoded, tokenizer, end if piece.ends else None, files[part], by_rows)
+                found = len(special.findall(encoded.text)) if special is not None else 0
+                for name, count in ((AS_TEXT, found), (UNKNOWN_TOKENS, len(encoded.unknown))):
+                    if count:
+                        written.counts[name] = written.counts.get(name, 0) + count
+        held, why = [], ""
     return written
+
+
+def _write(
+    written: Written,
+    part: int,
+    piece: Piece,
+    encoded: Encoded,
+    tokenizer: Tokenizer,
+    end: int | None,
+    file: BinaryIO,
+    by_rows: bool,
+) -> None:
+    """Write a piece's tokens to the file of its part, with `end` after them unless it is None."""
+    ids = encoded.ids
+    if part == 1 and not piece.is_prompt:
+        first = ids[: written.tokens[1] == 0 and not by_rows]  # the first token is not a target
+        written.validation_bytes += len(encoded.text.encode()) - num_bytes(tokenizer, first)
+    file.write(ids.data)
+    written.tokens[part] += len(ids)
+    if end is not None:
+        file.write(ids.dtype.type(end).tobytes())
+        written.tokens[part] += 1
+    if piece.is_prompt:
+        written.answer = written.tokens[part]
+    elif by_rows and piece.ends:
+        written.rows[part].extend((written.answer, written.tokens[part]))
+
+
+def _special_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
+    """Returns a pattern for special tokens that are read as text, or None if there are none."""
+    # Longest first, so that none hides a longer one.
+    names = sorted(special_tokens(tokenizer), key=len, reverse=True) if tokenizer.encode_special_tokens else []
+    return re.compile("|".join(map(re.escape, names))) if names else None
 
 
 def _why_unknown(piece: Piece, encoded: Encoded) -> str:
