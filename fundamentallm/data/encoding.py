@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -65,18 +66,49 @@ class Facts(NamedTuple):
 
 
 @dataclass
-class Written:
-    """What was written of a source; the lists hold one item for each part."""
+class Writer:
+    """Writes the tokens of a source, and counts them; the lists hold one item for each part."""
 
+    tokenizer: Tokenizer
+    end: int | None
+    """The token after each document."""
+    by_rows: bool
+    files: Sequence[BinaryIO]
+    bar: tqdm[Any]
+    bad: list[str]
+    """Rows that are skipped."""
     done: int = 0
     """Characters; for pairs and tokens, their number."""
     tokens: list[int] = field(default_factory=lambda: [0, 0])
     rows: list[array.array[int]] = field(default_factory=lambda: [array.array("q"), array.array("q")])
     validation_bytes: int = 0
-    answer: int = 0
-    """Index of the first token of the current pair's answer."""
-    counts: dict[str, int] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
     """What to report, by its name: `AS_TEXT` and `UNKNOWN_TOKENS`."""
+    _answer: int = 0  # index of the first token of the current pair's answer
+
+    def advance(self, count: int) -> None:
+        """Count what was read, as `done` does."""
+        self.done += count
+        self.bar.update(count)
+
+    def write_ids(self, part: int, ids: NDArray[np.integer]) -> None:
+        """Write tokens to the file of their part."""
+        self.files[part].write(ids.data)
+        self.tokens[part] += len(ids)
+
+    def write(self, part: int, piece: Piece, encoded: Encoded) -> None:
+        """Write a piece's tokens to the file of its part."""
+        ids = encoded.ids
+        if part == 1 and not piece.is_prompt:
+            first = ids[: self.tokens[1] == 0 and not self.by_rows]  # the first token is not a target
+            self.validation_bytes += len(encoded.text.encode()) - num_bytes(self.tokenizer, first)
+        self.write_ids(part, ids)
+        if piece.ends and self.end is not None:
+            self.write_ids(part, np.array([self.end], ids.dtype))
+        if piece.is_prompt:
+            self._answer = self.tokens[part]
+        elif self.by_rows:
+            self.rows[part].extend((self._answer, self.tokens[part]))
 
 
 class Encoded(NamedTuple):
@@ -111,30 +143,30 @@ def write_source(
     """
     # Tokenizer.save raises exceptions that are no OSErrors.
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    train_size, by_rows, bad = int(facts.size * config.train_split), config.prompt_field is not None, [*facts.bad]
+    train_size, by_rows = int(facts.size * config.train_split), config.prompt_field is not None
     end = None if config.end_of_text is None else tokenizer.token_to_id(config.end_of_text)
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(progress_bar("tokenizing", source, show_progress, facts.size))
         files = [stack.enter_context((folder / f"{part}.bin").open("wb")) for part in PARTS]
+        written = Writer(tokenizer, end, by_rows, files, bar, [*facts.bad])
         if source.kind == "tokens":
-            written = _copy_tokens(source, train_size, tokenizer, end, files, bar)
+            _copy_tokens(source, train_size, written)
         else:
-            pieces = split_pieces(read_source(config, source, []), train_size, by_rows)
-            written = _encode(config, source, pieces, tokenizer, end, files, bar, bad)
+            _encode(config, source, split_pieces(read_source(config, source, []), train_size, by_rows), written)
     if written.done != facts.size:
         raise source_error(source.name, "which was changed while it was read", advice="Start again.")
     if by_rows:
         for part, rows in zip(PARTS, written.rows, strict=True):
             (folder / f"{part}.rows.bin").write_bytes(rows)
-    if bad:
-        (folder / "bad_rows.txt").write_text("".join(f"{row}\n" for row in bad), encoding="utf-8")
+    if written.bad:
+        (folder / "bad_rows.txt").write_text("".join(f"{row}\n" for row in written.bad), encoding="utf-8")
     meta = {
         "dtype": token_dtype(tokenizer).name,
         "tokens": written.tokens,
         "rows": [len(rows) // 2 for rows in written.rows] if by_rows else None,
         "validation_bytes": written.validation_bytes,
-        "bad_rows": len(bad),
-        "counts": written.counts,
+        "bad_rows": len(written.bad),
+        "counts": +written.counts,  # without those that are 0
         "settings": settings_of_tokens(config),
     }
     (folder / "meta.json").write_text(json.dumps(meta))
@@ -145,22 +177,15 @@ def settings_of_tokens(config: DataConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in SETTINGS} | {"special_tokens": config.special_tokens_are()}
 
 
-def _encode(
-    config: DataConfig,
-    source: SourceFiles,
-    pieces: Iterator[tuple[int, Piece]],
-    tokenizer: Tokenizer,
-    end: int | None,
-    files: Sequence[BinaryIO],
-    bar: tqdm[Any],
-    bad: list[str],
-) -> Written:
-    """Write the tokens of pieces of text, each with its part, and `end` after each document.
+def _encode(config: DataConfig, source: SourceFiles, pieces: Iterator[tuple[int, Piece]], writer: Writer) -> None:
+    """Write the tokens of pieces of text, each with its part.
 
-    Rows with something that the vocabulary lacks are skipped and appended to `bad`, unless the config allows it.
+    Rows with something that the vocabulary lacks are skipped, unless the config allows it.
     """
-    written, by_rows, has_rows = Written(), config.prompt_field is not None, source.kind in ("rows", "dataset")
-    special, has_unknown = _special_pattern(tokenizer), make_detector(tokenizer)[0] is tokenizer
+    has_rows, tokenizer = source.kind in ("rows", "dataset"), writer.tokenizer
+    has_unknown = make_detector(tokenizer)[0] is tokenizer
+    names = special_tokens(tokenizer) if tokenizer.encode_special_tokens else []
+    special = re.compile("|".join(map(re.escape, names)))
     held, why = list[tuple[int, Piece, Encoded]](), ""
     pieces, ahead = itertools.tee(pieces)
     encoded_pieces = encode_pieces(tokenizer, (piece.text for _, piece in ahead))
@@ -175,87 +200,38 @@ def _encode(
         held.append((part, piece, encoded))
         if is_of_row and not piece.ends:  # a row is written in full or not at all
             continue
-        advanced = 1 if by_rows else sum(len(encoded.text) for _, _, encoded in held)
-        written.done += advanced
-        bar.update(advanced)
+        writer.advance(1 if writer.by_rows else sum(len(encoded.text) for _, _, encoded in held))
         if why:
-            bad.append(why)
-            check_bad_rows(config, source.name, bad)
-        else:
-            for part, piece, encoded in held:
-                _write(written, part, piece, encoded, tokenizer, end if piece.ends else None, files[part], by_rows)
-                found = len(special.findall(encoded.text)) if special is not None else 0
-                for name, count in ((AS_TEXT, found), (UNKNOWN_TOKENS, len(encoded.unknown))):
-                    if count:
-                        written.counts[name] = written.counts.get(name, 0) + count
+            writer.bad.append(why)
+            check_bad_rows(config, source.name, writer.bad)
+        for part, piece, encoded in () if why else held:
+            writer.write(part, piece, encoded)
+            writer.counts[AS_TEXT] += len(special.findall(encoded.text)) if names else 0
+            writer.counts[UNKNOWN_TOKENS] += len(encoded.unknown)
         held, why = [], ""
-    return written
-
-
-def _write(
-    written: Written,
-    part: int,
-    piece: Piece,
-    encoded: Encoded,
-    tokenizer: Tokenizer,
-    end: int | None,
-    file: BinaryIO,
-    by_rows: bool,
-) -> None:
-    """Write a piece's tokens to the file of its part, with `end` after them unless it is None."""
-    ids = encoded.ids
-    if part == 1 and not piece.is_prompt:
-        first = ids[: written.tokens[1] == 0 and not by_rows]  # the first token is not a target
-        written.validation_bytes += len(encoded.text.encode()) - num_bytes(tokenizer, first)
-    file.write(ids.data)
-    written.tokens[part] += len(ids)
-    if end is not None:
-        file.write(ids.dtype.type(end).tobytes())
-        written.tokens[part] += 1
-    if piece.is_prompt:
-        written.answer = written.tokens[part]
-    elif by_rows and piece.ends:
-        written.rows[part].extend((written.answer, written.tokens[part]))
-
-
-def _special_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
-    """Returns a pattern for special tokens that are read as text, or None if there are none."""
-    # Longest first, so that none hides a longer one.
-    names = sorted(special_tokens(tokenizer), key=len, reverse=True) if tokenizer.encode_special_tokens else []
-    return re.compile("|".join(map(re.escape, names))) if names else None
 
 
 def _why_unknown(piece: Piece, encoded: Encoded) -> str:
     """Returns the place in the source, and what the vocabulary lacks there."""
-    line = piece.line + encoded.text[: encoded.unknown[0][0]].count("\n")
+    line = piece.line + encoded.text.count("\n", 0, encoded.unknown[0][0])
     where = f"{piece.where}, line {line:,}" if piece.line else piece.where
     return f"{where} has {encoded.named_unknown()}, which the vocabulary lacks"
 
 
-def _copy_tokens(
-    source: SourceFiles,
-    train_size: int,
-    tokenizer: Tokenizer,
-    end: int | None,
-    files: Sequence[BinaryIO],
-    bar: tqdm[Any],
-) -> Written:
+def _copy_tokens(source: SourceFiles, train_size: int, writer: Writer) -> None:
     """Copy ready-made tokens after checking that the vocabulary has them."""
-    written, dtype, vocabulary = Written(), token_dtype(tokenizer), num_ids(tokenizer)
+    dtype, vocabulary = token_dtype(writer.tokenizer), num_ids(writer.tokenizer)
     for path, block in token_blocks(source, dtype):
         if not 0 <= block.min() <= block.max() < vocabulary:
             reason = f"whose file {path} has tokens from {block.min()} to {block.max()}"
             raise source_error(source.name, reason, f"0 to {vocabulary - 1}, the vocabulary of data.tokenizer")
-        cut = max(0, min(len(block), train_size - written.done))
+        cut = max(0, min(len(block), train_size - writer.done))
         train, validation = block[:cut].astype(dtype), block[cut:].astype(dtype)
         # Each block is decoded by itself, so a character on the border may count a few bytes too many.
-        written.validation_bytes += num_bytes(tokenizer, validation[written.tokens[1] == 0 :], end)
+        writer.validation_bytes += num_bytes(writer.tokenizer, validation[writer.tokens[1] == 0 :], writer.end)
         for part, ids in enumerate((train, validation)):
-            files[part].write(ids.data)
-            written.tokens[part] += len(ids)
-        written.done += len(block)
-        bar.update(len(block))
-    return written
+            writer.write_ids(part, ids)
+        writer.advance(len(block))
 
 
 def split_pieces(pieces: Iterable[Piece], train_size: int, by_rows: bool = False) -> Iterator[tuple[int, Piece]]:

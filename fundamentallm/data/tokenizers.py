@@ -16,6 +16,8 @@ from fundamentallm.errors import ConfigError, Problem
 
 UNKNOWN = "<unk>"
 """Token for characters that a `char` vocabulary lacks. Without it BPE would drop them silently."""
+SPLIT = "split_special_tokens"
+"""Setting of a tokenizer_config.json: special tokens in a text are read as text."""
 MISSING = "\ue000missing\ue000"
 """Name, in private-use characters, of the unknown token that `make_detector` gives to a vocabulary without one."""
 
@@ -89,11 +91,16 @@ def _byte_tokenizer(splits_words: bool) -> Tokenizer:
 def read_tokenizer(path: str | Path) -> Tokenizer:
     """Open a tokenizer.json and switch its truncation and padding off, so that it returns every token of a text.
 
+    A tokenizer_config.json beside it says whether special tokens in a text are read as text, as in transformers.
+
     Raises:
         ConfigError: if it cannot be read.
     """
+    config = Path(os.path.expanduser(path)).with_name("tokenizer_config.json")
     try:
         tokenizer = Tokenizer.from_file(os.path.expanduser(path))
+        if config.is_file():
+            tokenizer.encode_special_tokens = json.loads(config.read_text("utf-8")).get(SPLIT) is True
     except Exception as error:  # the library raises bare Exception
         reason = f"which cannot be read: {error}"
         raise ConfigError(Problem("data.tokenizer", str(path), "a tokenizer.json", reason=reason)) from error
@@ -122,8 +129,9 @@ def same_tokenizer(one: Tokenizer, other: Tokenizer) -> bool:
 
 
 def special_tokens(tokenizer: Tokenizer) -> list[str]:
-    """Returns the names of the special tokens."""
-    return [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    """Returns the special tokens, longest first, so that none hides a longer one in a search."""
+    names = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    return sorted(names, key=len, reverse=True)
 
 
 def make_detector(tokenizer: Tokenizer) -> tuple[Tokenizer, int | None]:

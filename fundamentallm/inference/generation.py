@@ -139,12 +139,12 @@ def generate_batch(
 
 def row_problem(model: nn.Module, setting: str, value: object, ids: Sequence[int]) -> Problem | None:
     """Returns the problem with ids that have no row in the model's embedding table, or None if all have one."""
-    find = getattr(model, "get_input_embeddings", None)
-    rows = None if find is None else len(find().weight)
-    wrong = [] if rows is None else [index for index in ids if not 0 <= index < rows]
-    if not wrong:
-        return None
-    return Problem(setting, value, f"0 to {rows - 1}, the rows of the embeddings", reason=f"with the id {wrong[0]}")
+    if hasattr(model, "get_input_embeddings"):
+        rows = len(model.get_input_embeddings().weight)
+        if wrong := [index for index in ids if not 0 <= index < rows]:
+            allowed = f"0 to {rows - 1}, the rows of the model's embeddings"
+            return Problem(setting, value, allowed, reason=f"with the id {wrong[0]}")
+    return None
 
 
 @torch.no_grad()

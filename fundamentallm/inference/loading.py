@@ -63,6 +63,7 @@ def load_model(checkpoint: str | Path) -> LoadedModel:
 
     from fundamentallm.checkpoint.manifest import verify_if_ours
     from fundamentallm.checkpoint.reading import load_weights
+    from fundamentallm.data.tokenizers import read_tokenizer
     from fundamentallm.models.transformer import Transformer
     from fundamentallm.models.transformers_format import find_pretrained, transformers_model
 
@@ -79,7 +80,7 @@ def load_model(checkpoint: str | Path) -> LoadedModel:
         )
     else:
         model = transformers_model(found)
-    tokenizer = found.tokenizer()
+    tokenizer = read_tokenizer(folder / "tokenizer.json")
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     return LoadedModel(model.eval().to(device), tokenizer, found.context, found.stop, folder)
 

@@ -14,18 +14,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tokenizers import Tokenizer
 from torch import nn
 
 from fundamentallm.config.schema import END_OF_TEXT, ModelConfig
 from fundamentallm.config.validation import expand_user
 from fundamentallm.data.datasets import TokenSamples
-from fundamentallm.data.tokenizers import make_detector, read_tokenizer
+from fundamentallm.data.tokenizers import SPLIT, make_detector
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.models.transformer import Transformer
 
 CONFIG, TOKENIZER, GENERATION = "config.json", "tokenizer.json", "generation_config.json"
-TOKENIZER_CONFIG, SPLIT = "tokenizer_config.json", "split_special_tokens"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 INDEX = "model.safetensors.index.json"
 KEPT = (
     *(TOKENIZER, GENERATION, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"),
@@ -89,22 +88,11 @@ class Pretrained(NamedTuple):
         """Rows of the embedding table, or None if the config does not state them."""
         return self.config.get("vocab_size")
 
-    def tokenizer(self) -> Tokenizer:
-        """Open its tokenizer, which reads special tokens in a text as those tokens, or as text if its config says so.
-
-        Raises:
-            ConfigError: if it cannot be read.
-        """
-        tokenizer, config = read_tokenizer(self.folder / TOKENIZER), self.folder / TOKENIZER_CONFIG
-        tokenizer.encode_special_tokens = config.is_file() and _read_json(config).get(SPLIT) is True
-        return tokenizer
-
     def files(self, dataset: TokenSamples) -> dict[str, str]:
         """Returns the text files, by name, that the checkpoints of a run from this model on a dataset get."""
         paths = [self.folder / name for name in KEPT]
         texts = {path.name: path.read_text(encoding="utf-8") for path in paths if path.is_file()}
-        eos = {} if dataset.end_of_text is None else {"eos_token_id": with_end(sorted(self.stop), dataset.end_of_text)}
-        ours = _special_tokens(dataset)
+        eos, ours = _eos({"eos_token_id": sorted(self.stop)}, dataset.end_of_text), _special_tokens(dataset)
         changes = {GENERATION: eos, TOKENIZER_CONFIG: {k: ours[k] for k in ("eos_token", SPLIT) if k in ours}}
         if self.shape is not None:  # a transformers model writes its own config.json
             texts[CONFIG] = json.dumps({key: value for key, value in self.config.items() if key != "torch_dtype"})
@@ -115,12 +103,11 @@ class Pretrained(NamedTuple):
         return texts
 
 
-def with_end(eos: Any, end_of_text: int | None) -> Any:
-    """Returns a config's `eos_token_id`, a number, a list or None, with the end-of-text token first."""
+def _eos(saved: dict[str, Any], end_of_text: int | None) -> dict[str, Any]:
+    """Returns the `eos_token_id` of a config, with the end-of-text token first; nothing if it has none."""
+    eos = saved.get("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if end_of_text is None or end_of_text in ids:
-        return eos
-    return [end_of_text, *ids] if ids else end_of_text
+    return {} if end_of_text is None or end_of_text in ids else {"eos_token_id": [end_of_text, *ids]}
 
 
 def _special_tokens(dataset: TokenSamples) -> dict[str, Any]:
@@ -297,8 +284,6 @@ def model_files(model: nn.Module, dataset: Any) -> dict[str, str]:
         files[CONFIG] = json.dumps(model.transformers_config(length, end_of_text), indent=2)
     elif to_json := getattr(getattr(model, "config", None), "to_json_string", None):
         config = json.loads(to_json(use_diff=False))
-        about = {"architectures": [type(model).__name__], "dtype": "float32"}
-        if end_of_text is not None:
-            about["eos_token_id"] = with_end(config.get("eos_token_id"), end_of_text)
+        about = {"architectures": [type(model).__name__], "dtype": "float32"} | _eos(config, end_of_text)
         files[CONFIG] = json.dumps(config | about, indent=2)
     return files

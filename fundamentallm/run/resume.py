@@ -131,7 +131,8 @@ def learned_tokenizer(config: Config) -> Tokenizer | None:
     if path is None or not (path / TOKENIZER).is_file():
         return None
     data = load_parts(path, ["config"])["config"].get("data", {})
-    return read_tokenizer(path / TOKENIZER) if data.get("tokenizer") == config.data.tokenizer else None
+    is_same = all(data.get(name) == getattr(config.data, name) for name in ("tokenizer", "end_of_text"))
+    return read_tokenizer(path / TOKENIZER) if is_same else None
 
 
 def check_tokenizer(checkpoint: Path, dataset: object) -> None:
@@ -139,6 +140,6 @@ def check_tokenizer(checkpoint: Path, dataset: object) -> None:
     path, tokenizer = checkpoint / TOKENIZER, dataset.tokenizer if isinstance(dataset, TokenSamples) else None
     if tokenizer is None or not path.is_file() or same_tokenizer(read_tokenizer(path), tokenizer):
         return
-    text = f"{checkpoint} was trained with another tokenizer"
+    text = f"{checkpoint} was trained with another tokenizer or end_of_text"
     advice = f"Set it back, or give a copy of {path}. A run keeps its tokenizer."
     raise ConfigError(Problem("data.tokenizer", None, advice=advice, text=text))
