@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from fundamentallm import CheckpointError, ConfigError, Trainer, TrainingConfig
 from fundamentallm.commands import checkpoints
+from fundamentallm.commands.evaluate import main as evaluate
 from fundamentallm.config.schema import FREE_ON_RESUME, Config, DataConfig, ModelConfig
 from fundamentallm.train import make_trainer as make_from_config
 from tests.conftest import reset_accelerate
@@ -97,11 +98,11 @@ def test_resume_with_a_changed_text_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("spec", ["bpe:300", "char"])
-def test_run_keeps_the_tokenizer_it_began_with(tmp_path: Path, spec: str) -> None:
-    def start(spec: str, *may_change: str, **model: Any) -> Trainer:
+def test_run_keeps_the_tokenizer_it_began_with(tmp_path: Path, spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(spec: str, *may_change: str, steps: int = 5, **model: Any) -> Trainer:
         config = from_text(tmp_path, tokenizer=spec, suffixes=[".txt"])
         data = dataclasses.replace(config.data, source=str(tmp_path / "*.txt"))
-        training = dataclasses.replace(config.training, resume_changes=list(may_change))
+        training = dataclasses.replace(config.training, resume_changes=list(may_change), max_steps=steps)
         shape = dataclasses.replace(config.model, **model)
         reset_accelerate()
         trainer = make_from_config(dataclasses.replace(config, data=data, training=training, model=shape).resolved())
@@ -112,15 +113,17 @@ def test_run_keeps_the_tokenizer_it_began_with(tmp_path: Path, spec: str) -> Non
     (tmp_path / "more.txt").write_text("zq " * 3_000)
     with pytest.raises(ConfigError, match=r"data\.content"):
         start(spec)
-    again = start(spec, "data")
+    again = start(spec, "data", "training", steps=6)
     assert again.train_loader.dataset.tokenizer.to_str() == before
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert evaluate(["--checkpoint", str(tmp_path / "old/checkpoints/step_00000006")], "evaluate") == 0
     for other in ("bpe:290", "byte"):
         with pytest.raises(ConfigError) as error:
-            start(other, "data", "model")
+            start(other, "data", "model", "training")
         assert [problem.setting for problem in error.value.problems] == ["data.tokenizer"]
     size = again.model.config.vocab_size + 7
     with pytest.raises(ConfigError) as error:
-        start(spec, "data", "model.vocab_size", vocab_size=size)
+        start(spec, "data", "training", "model.vocab_size", vocab_size=size)
     (problem,) = error.value.problems
     assert problem.setting == "model.vocab_size"
     assert "resume_changes" not in problem.advice
