@@ -141,19 +141,16 @@ def exit_code(error: BaseException) -> int:
     return INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
 
 
-SHOWN = "\u200c\u200d\u00ad"
-"""Characters that join or divide letters of some scripts and emoji. Python calls them not printable."""
-
-
 def printable(text: str, keep: str = "\n\t") -> str:
     """Returns text from outside so that no terminal obeys it: control characters are escaped, except those in `keep`.
 
     These are C0, C1, marks that change the direction of text, and what Unicode has not assigned.
     """
-    if text.isprintable():
-        return text
-    shown = (c.isprintable() or c in keep or c in SHOWN or unicodedata.category(c) == "Zs" for c in text)
-    return "".join(c if is_shown else ascii(c)[1:-1] for c, is_shown in zip(text, shown, strict=True))
+
+    def is_shown(c: str) -> bool:  # with the joiners and hyphens of some scripts and emoji, and with all spaces
+        return c.isprintable() or c in keep or c in "\u200c\u200d\u00ad" or unicodedata.category(c) == "Zs"
+
+    return "".join(c if is_shown(c) else ascii(c)[1:-1] for c in text)
 
 
 def report(error: FundamentaLLMError) -> int:

@@ -120,9 +120,9 @@ def load_corpus(config: DataConfig, show_progress: bool = True, tokenizer: Token
             for source in missing:
                 _encode(config, source, facts[source.name], tokenizer, folders[source.name], show_progress)
     sources = [_open(folders[name], name, weight) for name, weight in weights.items()]
-    for source in sources:
-        if source.name in facts and source.bad_rows > config.max_bad_rows:  # encoded when more were allowed
-            check_bad_rows(config, source.name, (source.folder / "bad_rows.txt").read_text("utf-8").splitlines())
+    for opened in sources:
+        if opened.name in facts and opened.bad_rows > config.max_bad_rows:  # encoded when more were allowed
+            check_bad_rows(config, opened.name, (opened.folder / "bad_rows.txt").read_text("utf-8").splitlines())
     if len({(source.folder / "tokenizer.json").read_text(encoding="utf-8") for source in sources}) > 1:
         reason = "which were prepared with different tokenizers"
         raise ConfigError(Problem("data.source", list(weights), "", "Prepare them together.", reason))

@@ -112,13 +112,11 @@ class Writer:
 
 
 class Encoded(NamedTuple):
-    """A text and its tokens."""
+    """A text, its tokens, and position and text of what the vocabulary lacks."""
 
     text: str
     ids: NDArray[np.integer]
-    """In the smallest unsigned integers that hold the vocabulary."""
     unknown: list[tuple[int, str]]
-    """Position and text of what the vocabulary lacks."""
 
     def named_unknown(self) -> str:
         """Returns the parts that the vocabulary lacks, for people to read; empty if there are none."""

@@ -166,9 +166,11 @@ def make_detector(tokenizer: Tokenizer) -> tuple[Tokenizer, int | None]:
 def find_unknown(detector: tuple[Tokenizer, int | None], text: str) -> list[tuple[int, str]]:
     """Lists position and text of what the vocabulary lacks. A text that names the unknown token is not listed."""
     tokenizer, unknown = detector
+    if unknown is None:
+        return []
     encoding = tokenizer.encode(text, add_special_tokens=False)
     spans = [span for index, span in zip(encoding.ids, encoding.offsets, strict=True) if index == unknown]
-    name = tokenizer.id_to_token(unknown) if spans else None
+    name = tokenizer.id_to_token(unknown)
     return [(start, text[start:end]) for start, end in spans if text[start:end].strip() != name]
 
 

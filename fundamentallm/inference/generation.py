@@ -139,8 +139,9 @@ def generate_batch(
 
 def row_problem(model: nn.Module, setting: str, value: object, ids: Sequence[int]) -> Problem | None:
     """Returns the problem with ids that have no row in the model's embedding table, or None if all have one."""
-    if hasattr(model, "get_input_embeddings"):
-        rows = len(model.get_input_embeddings().weight)
+    find: Any = getattr(model, "get_input_embeddings", None)
+    if find is not None:
+        rows = len(find().weight)
         if wrong := [index for index in ids if not 0 <= index < rows]:
             allowed = f"0 to {rows - 1}, the rows of the model's embeddings"
             return Problem(setting, value, allowed, reason=f"with the id {wrong[0]}")

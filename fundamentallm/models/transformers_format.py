@@ -88,12 +88,13 @@ class Pretrained(NamedTuple):
         """Rows of the embedding table, or None if the config does not state them."""
         return self.config.get("vocab_size")
 
-    def files(self, dataset: TokenSamples) -> dict[str, str]:
-        """Returns the text files, by name, that the checkpoints of a run from this model on a dataset get."""
+    def files(self, dataset: Any) -> dict[str, str]:
+        """Returns the text files, by name, that checkpoints get if this model is trained on a `TokenSamples`."""
         paths = [self.folder / name for name in KEPT]
         texts = {path.name: path.read_text(encoding="utf-8") for path in paths if path.is_file()}
-        eos, ours = _eos({"eos_token_id": sorted(self.stop)}, dataset.end_of_text), _special_tokens(dataset)
-        changes = {GENERATION: eos, TOKENIZER_CONFIG: {k: ours[k] for k in ("eos_token", SPLIT) if k in ours}}
+        eos, named = _eos({"eos_token_id": sorted(self.stop)}, dataset.end_of_text), _special_tokens(dataset)
+        replaced = (SPLIT,) if dataset.end_of_text is None else (SPLIT, "eos_token")
+        changes = {GENERATION: eos, TOKENIZER_CONFIG: {name: named[name] for name in replaced}}
         if self.shape is not None:  # a transformers model writes its own config.json
             texts[CONFIG] = json.dumps({key: value for key, value in self.config.items() if key != "torch_dtype"})
             longest = max(self.context or 0, dataset.sequence_length)
@@ -111,18 +112,16 @@ def _eos(saved: dict[str, Any], end_of_text: int | None) -> dict[str, Any]:
 
 
 def _special_tokens(dataset: TokenSamples) -> dict[str, Any]:
-    """Returns the special tokens for a tokenizer_config.json, as far as the tokenizer has any."""
-    if dataset.tokenizer is None:
-        return {}
-    found: dict[str, Any] = {}
-    detector, unknown = make_detector(dataset.tokenizer)
-    if unknown is not None and detector is dataset.tokenizer:
-        found = dict.fromkeys(("unk_token", "pad_token"), dataset.tokenizer.id_to_token(unknown))
+    """Returns what a tokenizer_config.json says of a dataset's tokenizer and its special tokens, as far as it has any."""
+    assert dataset.tokenizer is not None
+    found = {SPLIT: dataset.tokenizer.encode_special_tokens, "model_max_length": dataset.sequence_length}
     end = dataset.tokenizer.token_to_id(END_OF_TEXT) if dataset.end_of_text is None else dataset.end_of_text
     if end is not None:  # as in GPT-2: it precedes each document too, and stands in for tokens that are missing
-        name = dataset.tokenizer.id_to_token(end)
-        found = {"unk_token": name} | found | dict.fromkeys(("eos_token", "bos_token", "pad_token"), name)
-    return found | {SPLIT: dataset.tokenizer.encode_special_tokens, "model_max_length": dataset.sequence_length}
+        found |= dict.fromkeys(("eos_token", "bos_token", "pad_token", "unk_token"), dataset.tokenizer.id_to_token(end))
+    detector, unknown = make_detector(dataset.tokenizer)
+    if unknown is not None and detector is dataset.tokenizer:
+        found["unk_token"] = dataset.tokenizer.id_to_token(unknown)
+    return {"pad_token": found["unk_token"]} | found if "unk_token" in found else found
 
 
 def _refusal(setting: str, value: str, reason: str, advice: str = "", allowed: str = "") -> ConfigError:
