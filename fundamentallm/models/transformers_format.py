@@ -112,7 +112,7 @@ def _eos(saved: dict[str, Any], end_of_text: int | None) -> dict[str, Any]:
 
 
 def _special_tokens(dataset: TokenSamples) -> dict[str, Any]:
-    """Returns what a tokenizer_config.json says of a dataset's tokenizer and its special tokens, as far as it has any."""
+    """Returns what a tokenizer_config.json says of a dataset's special tokens, as far as its tokenizer has any."""
     assert dataset.tokenizer is not None
     found = {SPLIT: dataset.tokenizer.encode_special_tokens, "model_max_length": dataset.sequence_length}
     end = dataset.tokenizer.token_to_id(END_OF_TEXT) if dataset.end_of_text is None else dataset.end_of_text
