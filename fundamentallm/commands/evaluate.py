@@ -22,13 +22,13 @@ from fundamentallm.checkpoint.manifest import MANIFEST
 from fundamentallm.checkpoint.reading import load_parts
 from fundamentallm.commands.options import option_problems
 from fundamentallm.commands.output import say, say_table
-from fundamentallm.config.files import kind_of_file, source_files
+from fundamentallm.config.files import find_source, kind_of_file
 from fundamentallm.config.schema import IGNORE_INDEX, DataConfig
 from fundamentallm.config.validation import AT_LEAST_ONE, Interval
 from fundamentallm.data.datasets import TokenDataset
 from fundamentallm.data.encoding import encode_pieces
 from fundamentallm.data.loaders import collate, corpus_samples
-from fundamentallm.data.sources import read_pieces
+from fundamentallm.data.sources import open_text, read_pieces
 from fundamentallm.data.tokenizers import num_bytes
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.inference.loading import CHECKPOINT_HELP, LoadedModel, load_model
@@ -153,7 +153,7 @@ def _text_of_files(loaded: LoadedModel, options: argparse.Namespace) -> Text:
     paths, texts, size = [], [], 0
     for source in options.source:
         try:
-            found = source_files(DataConfig(), source)
+            found = find_source(DataConfig(), source).files
         except ConfigError:
             found = []
         if not found or any(kind_of_file(path) != "text" for path in found):  # rows and tokens are not text
@@ -161,7 +161,7 @@ def _text_of_files(loaded: LoadedModel, options: argparse.Namespace) -> Text:
         paths += found
     for path in paths:
         try:
-            with path.open(encoding="utf-8", newline="") as file:
+            with open_text(path) as file:
                 pieces = list(encode_pieces(loaded.tokenizer, read_pieces(file)))
         except (ConfigError, OSError, UnicodeDecodeError) as error:
             raise ConfigError(Problem("--source", str(path), reason=f"which cannot be encoded: {error}")) from error

@@ -13,7 +13,7 @@ from fundamentallm.checkpoint.reading import load_parts
 from fundamentallm.checkpoint.state_json import MALFORMED
 from fundamentallm.config.schema import DataConfig
 from fundamentallm.config.validation import from_dict
-from fundamentallm.data.corpus import Corpus, load_corpus
+from fundamentallm.data.corpus import Corpus, load_corpus, was_opened
 from fundamentallm.data.datasets import TokenSamples
 from fundamentallm.data.loaders import corpus_samples
 from fundamentallm.data.sampler import StepSampler
@@ -101,9 +101,13 @@ def corpus_of_run(checkpoint: Path, settings: dict[str, Any], source: str | None
     """Opens the text that a run was trained on, with the tokenizer of its checkpoint.
 
     `settings` is the section `data` of its config. `source` is the present location of the text, if it has moved.
-    Raises ConfigError if the settings are malformed, or the text cannot be read.
+    Raises ConfigError if the settings are malformed, the text cannot be read, or only the checkpoint names it.
     """
     data = from_dict(DataConfig, settings)
+    if source is None and not was_opened(data):
+        reason = "which only the checkpoint names: no run of yours has read it"
+        advice = "If you trust the checkpoint, run: fundamentallm prepare --data.source TEXT."
+        raise ConfigError(Problem("data.source", data.source, "", advice, reason))
     # The run's cache folder may be on another machine, and that of a checkpoint from elsewhere could be anywhere.
     data = dataclasses.replace(data, source=data.source if source is None else source, cache_dir=None)
     if data.tokenizer.endswith(".json"):  # a file of the user's, which may be gone
