@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fundamentallm.config.command_line import parse_config
+from fundamentallm.config.command_line import parse_config, print_help
 from fundamentallm.config.schema import METRIC_NAMES, Config, ModelConfig, unknown_metric
 from fundamentallm.errors import START_AGAIN, ConfigError, FundamentaLLMError, Problem, exit_code, report
 
@@ -32,8 +32,12 @@ T = TypeVar("T")
 
 def main(arguments: Sequence[str] | None = None, program: str = "python -m fundamentallm.train") -> int:
     """Runs the command line and returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        trainer = run(parse_config(sys.argv[1:] if arguments is None else arguments, program))
+        if not arguments:
+            print_help(program)
+            raise ConfigError("No setting is given. Give --config FILE, or settings such as --data.source my.txt.")
+        trainer = run(parse_config(arguments, program))
     except FundamentaLLMError as error:
         return report(error)
     except KeyboardInterrupt as interrupt:

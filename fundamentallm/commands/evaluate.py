@@ -7,7 +7,6 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from fundamentallm.checkpoint.manifest import MANIFEST
 from fundamentallm.checkpoint.reading import load_parts
-from fundamentallm.commands.options import option_problems
+from fundamentallm.commands.options import add_checkpoint, option_problems
 from fundamentallm.commands.output import say, say_table
 from fundamentallm.config.files import find_source, kind_of_file
 from fundamentallm.config.schema import IGNORE_INDEX, DataConfig
@@ -58,7 +57,7 @@ def main(arguments: Sequence[str], program: str) -> int:
     """
     parser = argparse.ArgumentParser(prog=program, description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("--checkpoint", required=True, type=Path, metavar="DIR", help=CHECKPOINT_HELP)
+    add_checkpoint(parser, CHECKPOINT_HELP)
     source = "text files, folders or globs; each file is a text by itself [the run's own validation text]"
     add("--source", nargs="+", metavar="TEXT", help=source)
     add("--context", type=int, metavar="N", help="tokens the model sees at once [the run's, or the model's maximum]")

@@ -164,7 +164,7 @@ def was_opened(config: DataConfig) -> bool:
 
 def _opened_note(name: str) -> Path:
     where = name if name.startswith(DATASETS) else os.path.abspath(expand_user(name))
-    return _user_cache() / "opened" / _hash(where)
+    return _user_cache() / "known" / _hash("opened", where)
 
 
 def _user_cache() -> Path:

@@ -217,7 +217,9 @@ def test_samples_own_dataset_has_indices_and_no_text(tmp_path: Path, command: Co
 @pytest.mark.parametrize("below", ["", "checkpoints"])
 def test_list_has_a_line_per_checkpoint_oldest_first(made: Run, command: Command, below: str) -> None:
     code, out, _ = command("list", made.folder / below)
-    header, *rows = (line.split() for line in out.splitlines())
+    table, note = out.split("\n\n")
+    assert "sizes" in note
+    header, *rows = (line.split() for line in table.splitlines())
     assert code == 0
     assert header == ["checkpoint", "step", "val_loss", "size", "saved"]
     steps = [4, 8, 12, 16, 18]
@@ -234,7 +236,7 @@ def test_list_is_in_the_order_of_saving(tmp_path: Path, command: Command) -> Non
     for name, step in (("z", 2), ("a", 3)):
         state = {"metrics_state_dict": metrics, "progress_state_dict": {"step": step}}
         CheckpointManager(tmp_path).save({"model_state_dict": {"w": torch.ones(1)}, **state}, name)
-    rows = [line.split()[:3] for line in command("list", tmp_path)[1].splitlines()[1:]]
+    rows = [line.split()[:3] for line in command("list", tmp_path)[1].split("\n\n")[0].splitlines()[1:]]
     assert rows == [["z", "2", "-"], ["a", "3", "1.5000"]]
 
 
