@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from fundamentallm.training.trainer import Trainer
 
 T = TypeVar("T")
+FEW_STEPS = 100
+"""Optimizer steps below which a run whose length follows from the data warns: a default length rarely means so few."""
 
 
 def main(arguments: Sequence[str] | None = None, program: str = "python -m fundamentallm.train") -> int:
@@ -107,6 +109,9 @@ def make_trainer(config: Config) -> Trainer:
         trainer.callbacks.add(callback)
     for line in describe(corpus):
         trainer.say(line)
+    if training.max_steps is None and trainer.total_steps < FEW_STEPS:
+        few = f"warning: {trainer.total_steps} optimizer steps are few, with {training.warmup_steps} of warm-up"
+        trainer.say(f"{few}; more come from more training.max_epochs, or a smaller training.batch_size")
     datasets = [loader.dataset for loader in (train_loader, val_loader) if loader is not None]
     cut, dropped = (sum(getattr(dataset, name, 0) for dataset in datasets) for name in ("num_cut", "num_lost"))
     if cut:

@@ -21,7 +21,7 @@ from fundamentallm.checkpoint.manifest import MANIFEST
 from fundamentallm.checkpoint.reading import load_parts
 from fundamentallm.commands.options import add_checkpoint, option_problems
 from fundamentallm.commands.output import say, say_table
-from fundamentallm.config.files import find_source, kind_of_file
+from fundamentallm.config.files import find_source
 from fundamentallm.config.schema import IGNORE_INDEX, DataConfig
 from fundamentallm.config.validation import AT_LEAST_ONE, Interval
 from fundamentallm.data.datasets import TokenDataset
@@ -152,12 +152,12 @@ def _text_of_files(loaded: LoadedModel, options: argparse.Namespace) -> Text:
     paths, texts, size = [], [], 0
     for source in options.source:
         try:
-            found = find_source(DataConfig(), source).files
+            found = find_source(DataConfig(), source)
         except ConfigError:
-            found = []
-        if not found or any(kind_of_file(path) != "text" for path in found):  # rows and tokens are not text
+            found = None
+        if found is None or found.kind != "text":  # rows and tokens are not text
             raise ConfigError(Problem("--source", source, "text files, folders with .txt or .md files, and globs"))
-        paths += found
+        paths += found.files
     for path in paths:
         try:
             with open_text(path) as file:

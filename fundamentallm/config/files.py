@@ -7,7 +7,7 @@ import fnmatch
 import glob
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -65,15 +65,12 @@ def find_sources(data: DataConfig) -> list[SourceFiles]:
     for name in data.sources():
         try:
             found.append(find_source(data, name))
-            problems += _kind_problems(data, found[-1])
         except ConfigError as error:
             problems += error.problems
-    # A prepared source may have been made from rows.
-    kinds = {source.kind for source in found}
-    if not problems and data.text_field != DataConfig.text_field and not kinds & {"rows", "dataset", "prepared"}:
-        allowed, advice = f"with rows ({', '.join(ROWS)} or {DATASETS}NAME)", "Leave it out, or name rows."
-        reason = f"and data.source has none: it is {data.source!r}"
-        problems.append(Problem("data.text_field", data.text_field, allowed, advice, reason))
+    has_rows = {source.kind for source in found} & {"rows", "dataset", "prepared"}  # prepared from rows, perhaps
+    if not problems and data.text_field != DataConfig.text_field and not has_rows:
+        allowed, reason = f"with rows ({', '.join(ROWS)} or {DATASETS}NAME)", f"but data.source is {data.source!r}"
+        problems.append(Problem("data.text_field", data.text_field, allowed, "Leave it out, or name rows.", reason))
     if problems:
         raise ConfigError(problems)
     return found
@@ -82,11 +79,10 @@ def find_sources(data: DataConfig) -> list[SourceFiles]:
 def find_source(data: DataConfig, name: str) -> SourceFiles:
     """Looks up the files of one source.
 
-    A folder means every file below it with one of `data.suffixes`, in any case. Links to folders are followed. Hidden
-    files and folders are skipped.
+    A folder means every visible file below it with one of `data.suffixes`, in any case.
 
     Raises:
-        ConfigError: if there are no files, a folder cannot be read, or reading might not end.
+        ConfigError: if there are no files, they do not fit together or the settings, or reading might not end.
     """
     if is_prepared(name):
         return SourceFiles(name, "prepared", [Path(expand_user(name))])
@@ -98,24 +94,27 @@ def find_source(data: DataConfig, name: str) -> SourceFiles:
     if reason := why_endless(path):
         raise ConfigError(Problem("data.source", name, "files, or folders and globs of them", reason=reason))
     if os.path.isdir(path):
-        suffixes = tuple(suffix.lower() for suffix in data.suffixes)
-        found = []
+        suffixes, found = tuple(suffix.lower() for suffix in data.suffixes), []
         for file in _walk(name, path, left_out):
             if file.lower().endswith(suffixes):
                 found.append(file)
             else:
                 left_out[os.path.splitext(file)[1] or "without suffix"] += 1
-        text, allowed, advice = "", "", "data.suffixes chooses the files of a folder."
+        reason, advice = (
+            f"which has no {' or '.join(data.suffixes)} files",
+            "data.suffixes chooses the files of a folder.",
+        )
+        problem = Problem("data.source", name, advice=advice, reason=reason)
     else:
-        found = [path] if os.path.isfile(path) else list(_matching(name, path, left_out))
-        text, allowed = f"file {name!r} not found", f"a file, a folder, a glob, {DATASETS}NAME, or {BUILT_IN_CORPUS!r}"
-        advice = did_you_mean(name, [BUILT_IN_CORPUS])
+        found = [path] if os.path.isfile(path) else _matches(name, path)
+        allowed = f"a file, a folder, a glob, {DATASETS}NAME, or {BUILT_IN_CORPUS!r}"
+        advice, text = did_you_mean(name, [BUILT_IN_CORPUS]), f"file {name!r} not found"
+        problem = Problem("data.source", name, allowed, advice, text=text)
     files = sorted(Path(file) for file in found if os.path.isfile(file))
-    left_out["not a regular file"] += len(found) - len(files)
+    left_out["folders and special files"] += len(found) - len(files)
+    if problems := _kind_problems(data, name, files) if files else [problem]:
+        raise ConfigError(problems)
     others = ", ".join(f"{count:,} {why}" for why, count in left_out.most_common(ENDINGS) if count)
-    if not files:
-        reason = f"which has no {' or '.join(data.suffixes)} files" + f", but {others}" * bool(others)
-        raise ConfigError(Problem("data.source", name, allowed, advice, reason, text))
     return SourceFiles(name, kind_of_file(files[0]), files, others)
 
 
@@ -127,11 +126,8 @@ def kind_of_file(file: Path) -> str:
 
 def why_endless(path: str) -> str:
     """Returns why reading a path, or the matches of a glob, might never end, or "" if it should."""
-    folder, pattern = (path, []) if os.path.lexists(path) else _split_glob(path)
-    try:
-        real = os.path.realpath(folder)
-    except ValueError:  # a null character
-        return ""
+    folder, pattern = (path, ()) if os.path.lexists(path) else _split_glob(path)
+    real = os.path.realpath(folder) if "\0" not in folder else folder
     if real == os.path.dirname(real) and ("**" in pattern or len(pattern) not in (1, 2)):
         return "which is the whole file system"
     if f"{real}/".startswith(("/proc/", "/sys/")):
@@ -140,39 +136,33 @@ def why_endless(path: str) -> str:
     return "which is a device or a pipe" if is_special or real == "/dev" else ""
 
 
-def _split_glob(path: str) -> tuple[str, Sequence[str]]:
+def _split_glob(path: str) -> tuple[str, tuple[str, ...]]:
     """Returns the folder before the first wildcard, and the parts of the path from there on."""
     parts = Path(path).parts
     fixed = list(itertools.takewhile(lambda part: glob.escape(part) == part, parts))
     return os.path.join("", *fixed) or ".", parts[len(fixed) :]
 
 
-def _matching(source: str, path: str, left_out: collections.Counter[str]) -> Iterator[str]:
-    """Yields the files that match a glob."""
+def _matches(source: str, path: str) -> list[str]:
+    """Returns what matches a glob."""
+
+    def matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+        if not pattern or not parts:
+            return parts == pattern
+        if pattern[0] == "**":
+            return len(pattern) == 1 or any(matches(parts[i:], pattern[1:]) for i in range(len(parts)))
+        return fnmatch.fnmatchcase(parts[0], pattern[0]) and matches(parts[1:], pattern[1:])
+
     folder, pattern = _split_glob(path)
     if "**" not in pattern:
-        for match in glob.iglob(path):
-            if os.path.isdir(match):
-                left_out["folders"] += 1
-            else:
-                yield match
-    elif os.path.isdir(folder):  # `glob` would follow circles of links, and skip folders that it cannot read
-        for file in _walk(source, folder, left_out):
-            if _matches(Path(file).relative_to(folder).parts, pattern):
-                yield file
-
-
-def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Returns whether the parts of a path match those of a glob, of which ** stands for any number of folders."""
-    if not pattern:
-        return not parts
-    if pattern[0] == "**":
-        return len(pattern) == 1 or any(_matches(parts[i:], pattern[1:]) for i in range(len(parts)))
-    return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+        return glob.glob(path)
+    # `glob` itself would not end in circles of links, and skips folders that it cannot read.
+    files = _walk(source, folder, collections.Counter()) if os.path.isdir(folder) else ()
+    return [file for file in files if matches(Path(file).relative_to(folder).parts, pattern)]
 
 
 def _walk(source: str, root: str, left_out: collections.Counter[str]) -> Iterator[str]:
-    """Yields all visible files below a folder, in a fixed order: first its own, then those behind links to folders.
+    """Yields all visible files below a folder, in a fixed order of folders: those behind links to folders come last.
 
     Each folder is read once, since links may form circles.
     """
@@ -181,36 +171,31 @@ def _walk(source: str, root: str, left_out: collections.Counter[str]) -> Iterato
         reason = f"but {error.filename} cannot be read ({error.strerror})"
         raise ConfigError(Problem("data.source", source, reason=reason))
 
-    roots, seen = [root], set[tuple[int, int]]()
+    roots, seen = [root], set[tuple[int, ...]]()
     for top in roots:
         if reason := why_endless(top):
             raise ConfigError(Problem("data.source", source, reason=f"and links to {os.path.realpath(top)}, {reason}"))
         for folder, folders, names in os.walk(top, onerror=refuse):
             status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in seen:
+            if (identity := (status.st_dev, status.st_ino)) in seen:
                 folders.clear()
                 continue
-            seen.add((status.st_dev, status.st_ino))
-            visible = [name for name in sorted(folders) if not name.startswith(".")]
-            shown = [name for name in names if not name.startswith(".")]
-            left_out["hidden"] += len(folders) - len(visible) + len(names) - len(shown)
-            links = {name for name in visible if os.path.islink(os.path.join(folder, name))}
-            roots += [os.path.join(folder, name) for name in visible if name in links]
-            folders[:] = [name for name in visible if name not in links]
-            yield from (os.path.join(folder, name) for name in shown)
+            seen.add(identity)
+            left_out["hidden"] += sum(name.startswith(".") for name in (*folders, *names))
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            roots += filter(os.path.islink, (os.path.join(folder, name) for name in folders))
+            yield from (os.path.join(folder, name) for name in names if not name.startswith("."))
 
 
-def _kind_problems(data: DataConfig, source: SourceFiles) -> list[Problem]:
+def _kind_problems(data: DataConfig, name: str, files: list[Path]) -> list[Problem]:
     """Returns what does not fit in the kinds of a source's files: with each other, or with the settings."""
-    name, kinds = source.name, set(map(kind_of_file, source.files))
-    if source.kind in ("prepared", "built-in", "dataset"):
-        kinds = set()
+    kinds = set(map(kind_of_file, files))
     reason = f"which holds {' and '.join(sorted(kinds))}"
-    if unread := sorted({file.suffix for file in source.files if kinds and kind_of_file(file) == "no text"}):
-        advice = f"Convert or unpack them, or try '{DATASETS}BUILDER,data_files=FILE' (such as csv)."
-        return [
-            Problem("data.source", name, f"text, {', '.join(ROWS)}", advice, f"which has {', '.join(unread)} files")
-        ]
+    if "no text" in kinds:
+        suffixes = {file.suffix for file in files if kind_of_file(file) == "no text"}
+        allowed, reason = f"text, {', '.join(ROWS + TOKENS)}", f"which has {', '.join(sorted(suffixes))} files"
+        advice = f"Convert or unpack them, or try {DATASETS}BUILDER,data_files=FILE (such as {DATASETS}csv)."
+        return [Problem("data.source", name, allowed, advice, reason)]
     if len(kinds) > 1:
         return [Problem("data.source", name, "files of one kind", "Name them as several sources.", reason)]
     if kinds <= {"rows"}:
@@ -224,19 +209,6 @@ def _kind_problems(data: DataConfig, source: SourceFiles) -> list[Problem]:
     return []
 
 
-def data_problems(data: DataConfig) -> list[Problem]:
-    """Returns what is wrong with the files that the data settings name."""
-    problems = []
-    if data.tokenizer.endswith(".json") and not os.path.isfile(expand_user(data.tokenizer)):
-        problems.append(Problem("data.tokenizer", data.tokenizer, text=f"file {data.tokenizer!r} not found"))
-    problems += _folder_problems("data.cache_dir", data.cache_dir)
-    try:
-        find_sources(data)
-    except ConfigError as error:
-        problems += error.problems
-    return problems
-
-
 def _folder_problems(setting: str, path: str | None) -> list[Problem]:
     """Returns the problem with a folder to be made: it, or a parent, is something else."""
     if path is None:
@@ -248,7 +220,14 @@ def _folder_problems(setting: str, path: str | None) -> list[Problem]:
 
 def file_problems(config: Config) -> list[Problem]:
     """Returns what is wrong with the files and folders of a run. Creates none."""
-    problems = data_problems(config.data)
+    data, problems = config.data, list[Problem]()
+    if data.tokenizer.endswith(".json") and not os.path.isfile(expand_user(data.tokenizer)):
+        problems.append(Problem("data.tokenizer", data.tokenizer, text=f"file {data.tokenizer!r} not found"))
+    try:
+        find_sources(data)
+    except ConfigError as error:
+        problems += error.problems
+    problems += _folder_problems("data.cache_dir", data.cache_dir)
     problems += _folder_problems("output_dir", config.output_dir)
     problems += _folder_problems("training.checkpoint_dir", config.training.checkpoint_dir)
     # A resumed run takes its weights from its own newest checkpoint, and the one it started from may be gone.

@@ -35,8 +35,7 @@ CHECKSUMS = "checksums.json"
 BLOCK = 2**24
 """Bytes of a block."""
 ALWAYS_CHECKED = 2**30
-"""Bytes of a prepared source up to which every opening checks it, in 0.2 s. A larger one is checked in full once, and
-again after any change of its files' times."""
+"""Bytes up to which a prepared source is checked at each opening; a larger one once, and after changes of its files."""
 RANDOM_ACCESS_ABOVE = 2**30
 """Bytes of training tokens above which read-ahead is switched off: with it, samples in random order would read some
 hundred times their size. A smaller corpus is soon in memory as a whole."""
@@ -101,7 +100,8 @@ def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
         if source.kind == "prepared":
             (folders[source.name],) = source.files
             _check_settings(source, config)
-            if not _is_ready(source.files[0], cache):
+            # Earlier versions wrote no checksums.
+            if (source.files[0] / CHECKSUMS).exists() and not _is_ready(source.files[0], cache):
                 raise source_error(source.name, "which is damaged", advice="Prepare it again.")
     if missing := [source for source in raw if not _is_ready(folders[source.name], cache)]:
         with writing(cache):
@@ -256,8 +256,8 @@ def _encode(
 ) -> None:
     """Make a folder of the cache, completely or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _staging(folder.parent) as staging:
-        new = staging / folder.name
+    with contextlib.ExitStack() as stack:
+        new = _staging(folder.parent, stack) / folder.name
         new.mkdir()
         write_source(config, source, facts, tokenizer, new, show_progress)
         (new / CHECKSUMS).write_text(json.dumps(_checksums(new)))
@@ -269,33 +269,27 @@ def _encode(
                 new.rename(folder)
 
 
-@contextlib.contextmanager
-def _staging(cache: Path) -> Iterator[Path]:
-    """Make a temporary folder in the cache, and delete those that killed processes left."""
-    with contextlib.ExitStack() as stack:
-        with _locked(cache, wait=True):  # otherwise another process could find the new folder before its lock
-            for left in cache.glob(".staging-*"):
-                with contextlib.suppress(OSError), _locked(left) as is_unused:
-                    if is_unused:
-                        shutil.rmtree(left, ignore_errors=True)
-            staging = stack.enter_context(tempfile.TemporaryDirectory(prefix=".staging-", dir=cache))
-            stack.enter_context(_locked(Path(staging)))
-        yield Path(staging)
+def _staging(cache: Path, stack: contextlib.ExitStack) -> Path:
+    """Make a temporary folder in the cache until the stack closes, and delete those that killed processes left."""
+    with contextlib.ExitStack() as creation:
+        _lock(cache, creation, fcntl.LOCK_EX)  # otherwise another process could delete the folder before it is locked
+        for left in cache.glob(".staging-*"):
+            with contextlib.suppress(OSError), contextlib.ExitStack() as attempt:
+                if _lock(left, attempt, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                    shutil.rmtree(left)
+        staging = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".staging-", dir=cache)))
+        _lock(staging, stack, fcntl.LOCK_EX)
+    return staging
 
 
-@contextlib.contextmanager
-def _locked(folder: Path, wait: bool = False) -> Iterator[bool]:
-    """Lock a folder until exit, or until the process is killed; yields False if another process has locked it."""
+def _lock(folder: Path, stack: contextlib.ExitStack, kind: int) -> bool:
+    """Lock a folder until the stack closes or the process dies. Returns False if that fails, as without `flock`."""
     handle = os.open(folder, os.O_RDONLY)
-    try:
-        is_locked = True
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # also on file systems without locks, on which nothing is deleted
-            is_locked = False
-        yield is_locked
-    finally:
-        os.close(handle)
+    stack.callback(os.close, handle)
+    with contextlib.suppress(OSError):
+        fcntl.flock(handle, kind)
+        return True
+    return False
 
 
 def _touch(note: Path) -> None:
@@ -316,8 +310,6 @@ def _is_ready(folder: Path, cache: Path) -> bool:
     """Returns whether a prepared source exists, is complete and has its checksums."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, ConfigError):
         _open(folder, "", 1.0)
-        if not (folder / CHECKSUMS).exists():  # prepared by an earlier version
-            return True
         files = sorted(folder.iterdir())
         states = file_states(files) if sum(path.stat().st_size for path in files) > ALWAYS_CHECKED else None
         note = cache / "known" / _hash("intact", states)
