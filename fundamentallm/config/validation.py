@@ -11,7 +11,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from fundamentallm.config.registry import did_you_mean
+from fundamentallm.config.registry import setting_meant
 from fundamentallm.errors import ConfigError, Problem
 
 
@@ -166,7 +166,7 @@ def from_dict(section: type[SectionT], values: dict[str, Any]) -> SectionT:
     problems: list[Problem] = []
     for name, value in values.items():
         if name not in hints:
-            problems.append(Problem(str(name), value, "", did_you_mean(str(name), hints), text="unknown setting"))
+            problems.append(Problem(str(name), value, "", setting_meant(str(name), hints), text="unknown setting"))
         elif dataclasses.is_dataclass(hints[name]) and isinstance(value, dict):
             try:
                 arguments[name] = from_dict(hints[name], value)
