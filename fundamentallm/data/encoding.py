@@ -17,7 +17,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -186,27 +186,28 @@ def _encode(config: DataConfig, source: SourceFiles, pieces: Iterator[tuple[int,
     special = re.compile("|".join(map(re.escape, names)))
     held, why = list[tuple[int, Piece, Encoded]](), ""
     pieces, ahead = itertools.tee(pieces)
-    encoded_pieces = encode_pieces(tokenizer, (piece.text for _, piece in ahead))
-    for (part, piece), encoded in zip(pieces, encoded_pieces, strict=True):
-        is_of_row = has_rows and bool(piece.where)
-        if encoded.unknown and not (config.unknown_tokens and has_unknown):
-            why = why or _why_unknown(piece, encoded)
-            if not is_of_row:
-                allow = ", set data.unknown_tokens: true," if has_unknown else ""
-                advice = f"Remove it{allow} or start a new run with another data.tokenizer."
-                raise source_error(source.name, f"whose {why}", advice=advice)
-        held.append((part, piece, encoded))
-        if is_of_row and not piece.ends:  # a row is written in full or not at all
-            continue
-        writer.advance(1 if writer.by_rows else sum(len(encoded.text) for _, _, encoded in held))
-        if why:
-            writer.bad.append(why)
-            check_bad_rows(config, source.name, writer.bad)
-        for part, piece, encoded in () if why else held:
-            writer.write(part, piece, encoded)
-            writer.counts[AS_TEXT] += len(special.findall(encoded.text)) if names else 0
-            writer.counts[UNKNOWN_TOKENS] += len(encoded.unknown)
-        held, why = [], ""
+    # Closed here: if garbage collection does it, within the start of some other thread, joining its threads deadlocks.
+    with contextlib.closing(encode_pieces(tokenizer, (piece.text for _, piece in ahead))) as encoded_pieces:
+        for (part, piece), encoded in zip(pieces, encoded_pieces, strict=True):
+            is_of_row = has_rows and bool(piece.where)
+            if encoded.unknown and not (config.unknown_tokens and has_unknown):
+                why = why or _why_unknown(piece, encoded)
+                if not is_of_row:
+                    allow = ", set data.unknown_tokens: true," if has_unknown else ""
+                    advice = f"Remove it{allow} or start a new run with another data.tokenizer."
+                    raise source_error(source.name, f"whose {why}", advice=advice)
+            held.append((part, piece, encoded))
+            if is_of_row and not piece.ends:  # a row is written in full or not at all
+                continue
+            writer.advance(1 if writer.by_rows else sum(len(encoded.text) for _, _, encoded in held))
+            if why:
+                writer.bad.append(why)
+                check_bad_rows(config, source.name, writer.bad)
+            for part, piece, encoded in () if why else held:
+                writer.write(part, piece, encoded)
+                writer.counts[AS_TEXT] += len(special.findall(encoded.text)) if names else 0
+                writer.counts[UNKNOWN_TOKENS] += len(encoded.unknown)
+            held, why = [], ""
 
 
 def _why_unknown(piece: Piece, encoded: Encoded) -> str:
@@ -253,7 +254,7 @@ def split_pieces(pieces: Iterable[Piece], train_size: int, by_rows: bool = False
             yield int(cut == 0), piece
 
 
-def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[Encoded]:
+def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[str]) -> Generator[Encoded, None, None]:
     """Yield each piece with its tokens. What the vocabulary lacks is the caller's to refuse.
 
     Special tokens in the text are those tokens, or ordinary text if the tokenizer's `encode_special_tokens` is set.
