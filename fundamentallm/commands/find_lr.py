@@ -136,16 +136,14 @@ def _range_test(config: Config, options: argparse.Namespace, folder: Path) -> tu
     trial = trial_config(
         config, folder, max_steps=options.steps, max_epochs=None, learning_rate=options.highest,
         lr_scheduler=f"{__name__}:exponential", lr_scheduler_options={"ratio": options.lowest / options.highest},
-        warmup_steps=0, min_lr_ratio=0.0, batch_size_schedule=[], ema_decay=None, max_minutes=None,
+        warmup_steps=0, min_lr_ratio=0.0, batch_size_schedule=[], ema_decay=None,
         skip_spikes_above=None, max_bad_steps=options.steps,  # divergence is part of the test
     )  # fmt: skip
     trainer = make_trainer(options.trainer, trial)
     trainer.val_loader = trainer.saver.manager = None  # neither validates nor saves
     lines = run_until(trainer, lambda run: has_diverged(run.losses)).lines
-    is_main, was_interrupted = trainer.is_main_process, trainer.was_interrupted
+    is_main = trainer.is_main_process
     trainer.leave_group()
-    if was_interrupted:  # part of the range would give a wrong suggestion
-        raise KeyboardInterrupt
     losses = [line["train_loss"] for line in lines]
     rates = [line["learning_rate"] for line in lines]
     return [Point(*values) for values in zip(rates, losses, smooth(losses), strict=True)], is_main

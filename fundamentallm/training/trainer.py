@@ -226,7 +226,7 @@ class Trainer(TrainerView):
                 self.say(found)
             accelerator, device = self.accelerator, device_name(self.accelerator.device)
             about = environment(device, accelerator.num_processes, accelerator.mixed_precision)
-            self._record.launch(resumed_from, self.config, about)
+            self._record.launch(resumed_from, self.config, about, self._progress.segments[-1]["content"])
             self.stop_switch.begin()
             launch.enter_context(self.stop_switch.handling_signals())
             try:
