@@ -7,6 +7,7 @@ import itertools
 import os
 import signal
 import stat
+import subprocess
 import sys
 import threading
 import time
@@ -167,7 +168,22 @@ def report(error: FundamentaLLMError) -> int:
     printing = next(rank for rank in itertools.count() if rank not in lost)
     if os.environ.get("RANK", "0") == str(printing):
         print(text, file=sys.stderr)
+        print_last(text)
     return exit_code(error)
+
+
+def is_launched() -> bool:
+    """Whether `accelerate launch` or torchrun started this process."""
+    return not {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"}.isdisjoint(os.environ)
+
+
+def print_last(text: str) -> None:
+    """Prints text to stderr again once the launcher has ended, whose own traceback would be the last that a user sees."""
+    if is_launched() and hasattr(os, "pidfd_open"):  # Linux
+        launcher = os.pidfd_open(os.getppid())
+        wait = f"import select, sys; select.select([{launcher}], [], [], 60)[0] and print(sys.argv[1], file=sys.stderr)"
+        command = [sys.executable, "-I", "-S", "-c", wait, text]
+        subprocess.Popen(command, pass_fds=[launcher], stdout=subprocess.DEVNULL, start_new_session=True)
 
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")

@@ -28,6 +28,7 @@ from fundamentallm.errors import (
     Problem,
     ended_by_signals,
     exit_code,
+    print_last,
     report,
 )
 from fundamentallm.run.environment import command
@@ -58,9 +59,12 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m funda
         if is_main and config is not None and isinstance(interrupt, Interrupted):
             note_interruption(Path(config.output_dir), str(interrupt))
         if is_main:
-            reason = str(interrupt) or "second Ctrl-C"
-            print(f"\n{reason}; ended without saving. To resume: {command()}", file=sys.stderr)
+            end = f"{interrupt} before the first step" if str(interrupt) else "ended without saving"
+            print(f"\n{end}; to resume: {command()}", file=sys.stderr)
+            print_last(f"{end}; to resume: {command()}")
         return _started_again() if isinstance(interrupt, Interrupted) else exit_code(interrupt)
+    if trainer.was_interrupted and trainer.is_main_process:
+        print_last(trainer.describe_stop())
     return _started_again() if trainer.was_interrupted else 0
 
 
@@ -84,8 +88,7 @@ def run(config: Config) -> Trainer:
     trainer = make_trainer(config)
     trainer.train()
     if trainer.is_finished:
-        with suppress(Interrupted):  # the run is saved, and its status written
-            _report_end(trainer, config, time.monotonic() - started)
+        _report_end(trainer, config, time.monotonic() - started)
     trainer.leave_group()
     return trainer
 
@@ -236,8 +239,9 @@ def _report_end(trainer: Trainer, config: Config, seconds: float) -> None:
     if config.sample_tokens:
         from fundamentallm.training.callbacks.samples import continuation
 
-        if written := continuation(trainer, None, config.sample_tokens):
-            trainer.say(f"---- sample: {written[0]!r} continued ----\n{written[1]}")
+        with suppress(Interrupted):  # the run is finished
+            if written := continuation(trainer, None, config.sample_tokens):
+                trainer.say(f"---- sample: {written[0]!r} continued ----\n{written[1]}")
     best, folder = trainer.metrics.get_best("val_loss"), shlex.quote(config.output_dir)
     trainer.say(
         f"finished at step {trainer.global_step}/{trainer.total_steps} after {duration_text(seconds)}"

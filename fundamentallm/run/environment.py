@@ -14,6 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from fundamentallm.errors import is_launched
+
 PACKAGES = ("fundamentallm", "torch", "accelerate", "safetensors", "tokenizers")
 GIT_SECONDS = 5.0
 """Timeout of a git command; on a file system that is slower, the commit is not recorded."""
@@ -43,9 +45,10 @@ def environment(device: str, processes: int, precision: str) -> dict[str, Any]:
 def command() -> str:
     """Returns the command line that started this process, or its launcher if it has one."""
     words = sys.orig_argv
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if is_launched():
         with contextlib.suppress(OSError):  # without /proc, the launcher's own options are not known
-            words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+            parent = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+            words = parent if {*sys.argv[1:]} <= {*parent} else words
     if len(words) > 1 and os.access(words[1], os.X_OK) and not words[1].endswith(".py"):
         words = words[1:]  # a console script, which its first line runs with Python
     return shlex.join([os.path.basename(words[0]), *words[1:]])

@@ -437,7 +437,7 @@ class Trainer(TrainerView):
             self.saver.finish()
         self.callbacks.on_train_end(self)
         if self.stop_switch.reason:
-            self.say(self._describe_stop())
+            self.say(self.describe_stop())
 
     def leave_group(self) -> None:
         """Leaves the process group for good: nothing can be trained or validated afterwards."""

@@ -148,7 +148,7 @@ class TrainerView:
         if self.is_main_process:
             tqdm.write(text)
 
-    def _describe_stop(self) -> str:
+    def describe_stop(self) -> str:
         """Returns where and why the run stopped, where it is saved, and how to resume it."""
         text = f"stopped at step {self.global_step}/{self.total_steps}: {self.stop_switch.reason}"
         if self.checkpoint_manager is not None and not self.is_finished:

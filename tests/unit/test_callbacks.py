@@ -375,8 +375,11 @@ def test_progress_without_a_terminal_shows_lines_only(capsys: pytest.CaptureFixt
 def test_progress_on_a_terminal_moves_with_every_step(
     terminal: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(console, "tqdm", functools.partial(console.tqdm, mininterval=0))
-    monkeypatch.setattr(console, "shows_bar", lambda: True)
+    class Eager(console.tqdm):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(mininterval=0, **options)
+
+    monkeypatch.setattr(console, "tqdm", Eager)
     make_trainer([ProgressCallback(), LoggingCallback()], log_every_n_steps=3).train()
     captured = terminal.readouterr()
     assert captured.out.count(" | loss ") == 2  # they stay on the screen
