@@ -178,7 +178,7 @@ def is_launched() -> bool:
 
 
 def print_last(text: str) -> None:
-    """Prints text to stderr again once the launcher has ended, whose own traceback would be the last that a user sees."""
+    """Prints text to stderr again after the traceback with which a launcher ends."""
     if is_launched() and hasattr(os, "pidfd_open"):  # Linux
         launcher = os.pidfd_open(os.getppid())
         wait = f"import select, sys; select.select([{launcher}], [], [], 60)[0] and print(sys.argv[1], file=sys.stderr)"

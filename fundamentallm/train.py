@@ -235,7 +235,7 @@ def _starts_new(config: Config) -> bool:
 
 
 def _report_end(trainer: Trainer, config: Config, seconds: float) -> None:
-    """Prints a sample of the model's text, the time that the launch took, the best validation loss, and what to do next."""
+    """Prints a sample of text, the time that the launch took, the best validation loss, and what to do next."""
     if config.sample_tokens:
         from fundamentallm.training.callbacks.samples import continuation
 

@@ -127,7 +127,9 @@ class LineFile:
             if damaged or (keep_copy and len(kept) < len(lines)):
                 with replacing(copy) as new:
                     shutil.copy2(path, new)
-                what = f"{damaged} cannot be read" if damaged else f"{len(lines) - len(kept):,} lines are not this run's"
+                what = (
+                    f"{damaged} cannot be read" if damaged else f"{len(lines) - len(kept):,} lines are not this run's"
+                )
                 message = f"{path}: {what}; dropped here and kept in {copy}"
             else:
                 copy.unlink(missing_ok=True)

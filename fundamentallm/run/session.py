@@ -22,6 +22,7 @@ from fundamentallm.errors import (
     ConfigError,
     FundamentaLLMError,
     Interrupted,
+    Problem,
     TrainingError,
     exit_code,
 )
@@ -139,8 +140,13 @@ def _open_folders(
 ) -> None:
     """Locks the folders of a run until the stack is closed, and cleans up among its checkpoints."""
     checkpoint_dir = None if manager is None else manager.checkpoint_dir
+    folders = [folder for folder in (output_dir, checkpoint_dir) if folder is not None]
+    for folder in folders:
+        if str(folder) != str(folder).encode(errors="replace").decode():
+            reason = "and safetensors reads no file there"
+            raise ConfigError(Problem("output_dir", str(folder), "a path in UTF-8", reason=reason))
     try:
-        stack.enter_context(locked(folder for folder in (output_dir, checkpoint_dir) if folder is not None))
+        stack.enter_context(locked(folders))
         if manager is None:
             logger.warning("training.checkpoint_dir is not set: nothing will be saved.")
         else:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from fundamentallm import errors
 
+
 class Stop(IntEnum):
     """Reason to stop a run before its end. If there are several, the largest counts."""
 

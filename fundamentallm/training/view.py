@@ -146,7 +146,7 @@ class TrainerView:
     def say(self, text: str) -> None:
         """Prints a line beside the progress bar, on the main process only."""
         if self.is_main_process:
-            tqdm.write(text)
+            tqdm.write(text.encode(errors="backslashreplace").decode())  # a path may hold bytes that are not UTF-8
 
     def describe_stop(self) -> str:
         """Returns where and why the run stopped, where it is saved, and how to resume it."""

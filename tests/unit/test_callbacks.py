@@ -349,7 +349,9 @@ def test_logging_without_a_path_only_prints(
     shown = capsys.readouterr().out
     for fact in ("119 parameters", "float32", "1 process on cpu", "AdamW", "3.0e-04", "6 steps of 4 sequences"):
         assert fact in shown
-    assert [line.split()[1] for line in shown.splitlines() if line.startswith("step ")] == [f"{n}/6" for n in "12334566"]
+    assert [line.split()[1] for line in shown.splitlines() if line.startswith("step ")] == [
+        f"{n}/6" for n in "12334566"
+    ]
     assert f"val_loss {history['val_loss'][-1]:.4g}" in shown
     assert f"loss {history['train_loss'][-1]:.3f} | lr " in shown
     assert list(tmp_path.iterdir()) == []

@@ -89,7 +89,9 @@ def test_rewind_that_was_interrupted_leaves_no_second_copy(tmp_path: Path, keep_
     shutil.copy(path, tmp_path / "log.before-1.jsonl")
     (tmp_path / "log.before-1.jsonl.new").write_text('{"st')
     LineFile(path).rewind(up_to(1), keep_copy=keep_copy)
-    assert [file.name for file in sorted(tmp_path.glob("*.jsonl"))] == ["log.before-1.jsonl"] * keep_copy + ["log.jsonl"]
+    assert [file.name for file in sorted(tmp_path.glob("*.jsonl"))] == ["log.before-1.jsonl"] * keep_copy + [
+        "log.jsonl"
+    ]
 
 
 def test_rewind_of_a_missing_file_does_nothing(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -151,17 +152,16 @@ class CallbackList:
         """Remove a callback. Raises ValueError if it is not in the list."""
         self.callbacks.remove(callback)
 
-    def _call(self, hook: str, *arguments: Any) -> None:
-        for callback in tuple(self.callbacks):  # a copy, because a hook may change the list
-            getattr(callback, hook)(*arguments)
+    def __getattr__(self, hook: str) -> Callable[..., None]:
+        """Returns a function that calls this hook of all callbacks. See `Callback` for the hooks."""
+        if not hasattr(Callback, hook):
+            raise AttributeError(f"{hook!r} is not a hook of Callback")
 
-    def on_train_begin(self, trainer: RunView) -> None:
-        """See `Callback`."""
-        self._call("on_train_begin", trainer)
+        def call(*arguments: Any) -> None:
+            for callback in tuple(self.callbacks):  # a copy, because a hook may change the list
+                getattr(callback, hook)(*arguments)
 
-    def on_train_end(self, trainer: RunView) -> None:
-        """See `Callback`."""
-        self._call("on_train_end", trainer)
+        return call
 
     def on_train_abort(self, trainer: RunView) -> None:
         """See `Callback`. Exceptions become warnings: they would hide the one that ended the training."""
@@ -170,30 +170,6 @@ class CallbackList:
                 callback.on_train_abort(trainer)
             except Exception as error:
                 logger.warning("%s failed while the training was aborted: %s", type(callback).__name__, error)
-
-    def on_epoch_begin(self, trainer: RunView) -> None:
-        """See `Callback`."""
-        self._call("on_epoch_begin", trainer)
-
-    def on_epoch_end(self, trainer: RunView) -> None:
-        """See `Callback`."""
-        self._call("on_epoch_end", trainer)
-
-    def on_step_begin(self, trainer: RunView) -> None:
-        """See `Callback`."""
-        self._call("on_step_begin", trainer)
-
-    def on_step_end(self, trainer: RunView, loss: float) -> None:
-        """See `Callback`."""
-        self._call("on_step_end", trainer, loss)
-
-    def on_log(self, trainer: RunView, metrics: dict[str, float]) -> None:
-        """See `Callback`."""
-        self._call("on_log", trainer, metrics)
-
-    def on_validation_end(self, trainer: RunView, metrics: dict[str, float]) -> None:
-        """See `Callback`."""
-        self._call("on_validation_end", trainer, metrics)
 
     def measure(self, trainer: RunView) -> dict[str, float]:
         """Returns the numbers of all callbacks."""
