@@ -96,8 +96,9 @@ class Trainer(TrainerView):
         >>> config = TrainingConfig(max_steps=40, learning_rate=0.1, log_every_n_steps=10)
         >>> trainer = Trainer(model, config, loader)
         >>> history = trainer.train()  # pandas.DataFrame(history) is a table
-        330 parameters, 1 process on cpu, 40 steps of 4 sequences
-        step 10  ...
+        330 parameters in float32, 1 process on cpu, AdamW with peak learning rate 1.0e-01
+        40 steps of 4 sequences
+        step 10/40 | loss ...
         >>> history["step"], history["train_loss"][-1] < 0.1
         ([10, 20, 30, 40], True)
         >>> trainer
