@@ -168,7 +168,9 @@ def report(error: FundamentaLLMError) -> int:
     printing = next(rank for rank in itertools.count() if rank not in lost)
     if os.environ.get("RANK", "0") == str(printing):
         print(text, file=sys.stderr)
-        print_last(text)
+        counts = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+        if len({*counts}) == 1:  # no restart follows
+            print_last(text)
     return exit_code(error)
 
 

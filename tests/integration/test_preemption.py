@@ -7,6 +7,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import shlex
 import signal
 import subprocess
 from pathlib import Path
@@ -276,12 +277,15 @@ def test_launcher_restarts_processes_and_forwards_a_signal(tmp_path: Path) -> No
     command = [*LAUNCH, str(ROOT / "accelerate_configs/cpu_2_processes.yaml"), "--max_restarts", "1"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE", "WORLD_SIZE"))}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command += ["-m", "fundamentallm.train", "--config", "config.yaml"]
     done = subprocess.run(
-        [*command, "-m", "fundamentallm.train", "--config", "config.yaml"],
-        cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=300,
+        command, cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     assert "resumed from run/checkpoints/step_00000012 at step 12" in done.stdout
+    last = done.stderr.splitlines()[-2:]  # after the launcher's traceback
+    assert "SIGTERM received; saved in run/checkpoints/step_" in last[0]
+    assert shlex.join(command[1:]) in last[1]
     assert [line["step"] for line in lines(tmp_path / "run")][:6] == [5, 10, 15, 20, 25, 30]
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["exit_code"], status["reason"]) == ("interrupted", START_AGAIN, "SIGTERM received")
