@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import multiprocessing
 import os
 import signal
 import stat
@@ -176,7 +177,8 @@ def report(error: FundamentaLLMError) -> int:
 
 def is_launched() -> bool:
     """Whether `accelerate launch` or torchrun started this process."""
-    return not {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"}.isdisjoint(os.environ)
+    is_child = multiprocessing.parent_process() is not None  # of a notebook or a test
+    return not is_child and not {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"}.isdisjoint(os.environ)
 
 
 def print_last(text: str) -> None:
@@ -184,7 +186,7 @@ def print_last(text: str) -> None:
     if is_launched() and hasattr(os, "pidfd_open"):  # Linux
         launcher = os.pidfd_open(os.getppid())
         wait = f"import select, sys; select.select([{launcher}], [], [], 60)[0] and print(sys.argv[1], file=sys.stderr)"
-        command = [sys.executable, "-I", "-S", "-c", wait, text]
+        command = [sys.executable, "-I", "-S", "-c", wait, text[:10_000].replace("\0", "")]
         subprocess.Popen(command, pass_fds=[launcher], stdout=subprocess.DEVNULL, start_new_session=True)
 
 

@@ -76,7 +76,8 @@ class LoggingCallback(Callback):
     """
 
     def __init__(self, path: Path | str | None = None) -> None:
-        self._file = LineFile(Path(path), MEASURED) if path else None
+        self.path = Path(path) if path else None
+        self._file = LineFile(self.path, MEASURED) if self.path else None
 
     def on_train_begin(self, trainer: RunView) -> None:
         """Print what is about to run, and rewind the file to the step that the run resumes from."""
