@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import signal
 from collections.abc import Callable
@@ -142,6 +143,17 @@ class _Signalled(Small):
 
 def signalled_model(config: Config) -> Trainer:
     return _trainer(config, _Signalled)
+
+
+class _Deaf(Small):
+    def disturb(self, logits: Tensor) -> Tensor:
+        with contextlib.suppress(BaseException):
+            signal.raise_signal(signal.SIGTERM)
+        return logits
+
+
+def deaf_model(config: Config) -> Trainer:
+    return _trainer(config, _Deaf)
 
 
 class _Broken(Small):

@@ -92,9 +92,10 @@ def test_doctor_fault_is_found_by_its_check(tmp_path: Path, fault: str, check: s
     assert re.search(figure, found[1].figure)
 
 
-def test_doctor_check_that_a_signal_ends_has_no_result(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fault", ["signalled_model", "deaf_model"])
+def test_doctor_check_that_a_signal_ends_has_no_result(tmp_path: Path, fault: str) -> None:
     with pytest.raises(Interrupted), ended_by_signals():
-        examine(CHECKS["model"], a_case(tmp_path, "signalled_model"))
+        examine(CHECKS["model"], a_case(tmp_path, fault))
 
 
 def test_doctor_rows_that_influence_each_other_fail_evaluation(tmp_path: Path) -> None:
