@@ -20,6 +20,8 @@ from torch.optim import SGD, Optimizer
 from fundamentallm.distributed.compilation import compile_in_place
 from fundamentallm.errors import ConfigError, Problem
 
+NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def place_model(
     accelerator: Accelerator, model: nn.Module, seed: int, activation_checkpointing: bool | None = None
@@ -34,6 +36,9 @@ def place_model(
         activation_checkpointing: whether to recompute each block in the backward pass; None: as the accelerate config
             says.
 
+    Returns:
+        A line for the user if weights were converted to float32, otherwise "".
+
     Raises:
         ConfigError: if the model or the accelerate config does not allow it.
     """
@@ -44,10 +49,11 @@ def place_model(
                 "gradient_checkpointing_enable(), as transformers' models and our Transformer have; set it to false."
             )
         model.gradient_checkpointing_enable()  # type: ignore[operator]
+    converted = _widen(model, None if accelerator.is_fsdp2 else NARROW.get(accelerator.mixed_precision))
     if not any(parameter.is_meta for parameter in model.parameters()):
         if not accelerator.is_fsdp2:  # which moves one block after the other
             model.to(accelerator.device)
-        return
+        return converted
     has_values = hasattr(model, "initial_weights") and not any(buffer.is_meta for buffer in model.buffers())
     if not (accelerator.is_fsdp2 and has_values):
         raise ConfigError(
@@ -56,6 +62,37 @@ def place_model(
         )
     _leave_meta(model)
     _draw_weights(model, seed, accelerator.is_main_process)
+    return converted
+
+
+def _widen(model: nn.Module, computed_in: torch.dtype | None) -> str:
+    """Converts 16-bit weights and buffers to float32, in place. Returns a line for the user, or "".
+
+    Most updates of an optimizer are too small for 16 bits. Frozen weights may stay in the precision that autocast
+    computes in (`computed_in`); FSDP2 needs one precision for all. Quantized weights have classes of their own, and
+    stay as they are.
+
+    Raises:
+        ConfigError: if a trained parameter cannot be converted.
+    """
+    named = dict(model.named_parameters())
+    wide = [p for p in named.values() if p.dtype in NARROW.values() and (p.requires_grad or p.dtype != computed_in)]
+    wide = [p for p in wide if type(p) is nn.Parameter]
+    kinds = sorted({str(p.dtype).removeprefix("torch.") for p in wide})
+    for tensor in (*wide, *(model.buffers() if wide else ())):
+        if tensor.dtype in NARROW.values():
+            tensor.data = tensor.data.float()
+    wrong = {name: p for name, p in named.items() if p.requires_grad and p.dtype.itemsize < 4}
+    if wrong:
+        listed = ", ".join(f"{name} ({p.dtype}, {type(p).__name__})" for name, p in [*wrong.items()][:3])
+        raise ConfigError(
+            f"{len(wrong)} trained parameters have no float32 values, such as {listed}; allowed: float32 (or float64). "
+            "Freeze them and train adapters beside them, or load the model with dtype=torch.float32."
+        )
+    if not wide:
+        return ""
+    advice = "To compute in 16 bits, set training.mixed_precision." if computed_in is None else ""
+    return f"{len(wide)} tensors of weights were {' and '.join(kinds)}, and are trained in float32. {advice}".rstrip()
 
 
 def prepare_model(

@@ -136,7 +136,8 @@ class Trainer(TrainerView):
 
         freeze(model, training.parameter_groups)
         self.model, loss_fn = model, loss_fn or create_loss(training.loss, **training.loss_options)
-        place_model(accelerator, model, training.seed, training.activation_checkpointing)
+        if line := place_model(accelerator, model, training.seed, training.activation_checkpointing):
+            self.say(line)
         self.optimizer = optimizer or make_optimizer(training, model)
         with_loss = ModelWithLoss(model, loss_fn)
         self.model_with_loss = prepare_model(accelerator, with_loss, self.optimizer, bool(training.compile))
