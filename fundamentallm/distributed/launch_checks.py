@@ -115,8 +115,8 @@ def launch_problems(
     problems += _process_problems(environment, has_device, launch)
     launched = environment.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched != "no":  # which `accelerate launch` sets by default
-        file = launch.config_file if launch is not None and launch.config_file else "--mixed_precision"
-        problems += precision_problems(f"accelerate_config.mixed_precision ({file})", launched, mixed_precision or "no")
+        where = f" of {launch.config_file}" if launch is not None and launch.config_file else ""
+        problems += precision_problems("accelerate_config.mixed_precision", launched, mixed_precision or "no", where)
     for name, setting in (("downcast_bf16", "mixed_precision"), ("gradient_clipping", "gradient_clip_norm")):
         value = environment.get(f"ACCELERATE_{name.upper()}", "no")
         if value.lower() not in (*OFF, "none", "auto"):
@@ -148,13 +148,16 @@ def engine_problem(name: str) -> Problem:
     return Problem("accelerate_config.distributed_type", name, allowed, ENGINES[name])
 
 
-def precision_problems(setting: str, value: str, wanted: str | None) -> list[Problem]:
-    """Returns the problem with a mixed precision that is not supported, or is not the config's (`wanted`), if any."""
+def precision_problems(setting: str, value: str, wanted: str | None, where: str = "") -> list[Problem]:
+    """Returns the problem with a mixed precision that is not supported, or is not the config's (`wanted`), if any.
+
+    `where` names the setting's file.
+    """
     if value not in PRECISIONS:
         return [Problem(setting, value, ", ".join(PRECISIONS))]
     if wanted not in (None, value):
         advice = "The run's config decides: set it there, and leave the other out."
-        return [Problem("training.mixed_precision", wanted, value, advice, f"but {setting} is {value!r}")]
+        return [Problem("training.mixed_precision", wanted, value, advice, f"but {setting}{where} is {value!r}")]
     return []
 
 

@@ -24,12 +24,31 @@ from fundamentallm.training.evaluation import metric_names
 
 
 def whole_config(config: Config | TrainingConfig, batch_size: int | None) -> Config:
-    """Returns a whole config, resolved, with the loader's batch size if it has none of its own."""
+    """Returns a whole config, resolved, with the loader's batch size if it has none of its own.
+
+    Raises:
+        ConfigError: if it is something else.
+    """
+    if not isinstance(config, (Config, TrainingConfig)):
+        advice = "TrainingConfig(**settings) makes one of a dict."
+        raise ConfigError(Problem("config", config, "a Config or a TrainingConfig", advice))
     if isinstance(config, TrainingConfig):
         return Config(training=config.resolved())
     if config.training.batch_size is None:
         config = replace(config, training=replace(config.training, batch_size=batch_size))
     return config.resolved()
+
+
+def with_max_steps(config: Config, max_steps: int, step: int) -> Config:
+    """Returns the config of the same run with another end.
+
+    Raises:
+        ConfigError: if `max_steps` is not a number of steps, or the run is at a later `step` already.
+    """
+    training = replace(config.training, max_steps=max_steps, max_epochs=None)
+    if max_steps < step:
+        raise ConfigError(Problem("max_steps", max_steps, f"at least {step}, the steps that the run has done"))
+    return replace(config, training=training)
 
 
 def use_accelerator(

@@ -45,6 +45,7 @@ from fundamentallm.training.arguments import (
     make_samplers,
     use_accelerator,
     whole_config,
+    with_max_steps,
 )
 from fundamentallm.training.callbacks.base import Callback, CallbackList
 from fundamentallm.training.callbacks.from_config import default_callbacks
@@ -188,10 +189,13 @@ class Trainer(TrainerView):
         }
         return {name: part for name, part in parts.items() if part is not None}
 
-    def train(self) -> dict[str, list[float]]:
+    def train(self, max_steps: int | None = None) -> dict[str, list[float]]:
         """Trains to the end of the run and returns its history. Resumes from a checkpoint as `config.resume` says.
 
         SIGTERM, SIGINT and SIGUSR1 stop the run after the present step, saved. A second Ctrl-C stops it at once.
+
+        Args:
+            max_steps: replaces the end that the config gives, so that a finished run can be trained longer.
 
         Raises:
             ConfigError: if `resume` is 'never' and the checkpoint folder is in use, or if settings that change the
@@ -209,6 +213,10 @@ class Trainer(TrainerView):
         with session(self._record, self.checkpoint_manager, self.group, self.stop_switch, watchdog, self.say) as launch:
             resumed_from = None if self._started else self._resume()
             self._started = True
+            if max_steps is not None:
+                self.config = with_max_steps(self.config, max_steps, self.global_step)
+                self.state.config = asdict(self.config if self.output_dir else self.config.training)
+                self._fit_schedule()
             if self.is_finished:
                 self.stop_switch.begin()  # forgets why an earlier train() stopped
                 if self.checkpoint_manager is not None and not self.saver.is_current:

@@ -150,13 +150,14 @@ class TrainerView:
 
     def _describe_finished_run(self) -> str:
         """Returns that there is nothing to train, and what would change that."""
-        longer = "training.max_steps (or max_epochs), and name it in training.resume_changes"
+        advice = "call trainer.train(max_steps=...). To start over, make a new model and a new Trainer."
+        if self.checkpoint_manager is not None:
+            longer = "training.max_steps (or max_epochs), and name it in training.resume_changes"
+            advice = f"raise {longer}. To start over, choose another output_dir."
         if self.early_stopping is not None and self.early_stopping.should_stop:
-            longer = "training.early_stopping_patience, which ended it"
-        return (
-            f"This run is already finished, at step {self.global_step} of {self.total_steps}. To train longer, raise "
-            f"{longer}. To start over, choose another output_dir."
-        )
+            advice = "raise training.early_stopping_patience, which ended it."
+        steps = f"{self.global_step} of {self.total_steps}"
+        return f"This run is already finished, at step {steps}. To train longer, {advice}"
 
     def __repr__(self) -> str:
         """Returns where the run is, and what it trains, on what and how. The host does not wait for the device."""

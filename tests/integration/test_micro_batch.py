@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fundamentallm import ConfigError, LoggingCallback, Trainer, TrainingConfig, create_accelerator
 from fundamentallm.data.loaders import device_batches
+from fundamentallm.run import stopping
 from fundamentallm.training.micro_batch import fewest_micro_batches
 from tests.integration.runs import (
     PartlyIgnored,
@@ -109,6 +110,31 @@ def test_training_with_gradients_there_and_validation_both_fit(
     settle(trainer)
     assert trainer.samples.micro_batch_size == trainer.val_samples.micro_batch_size == size  # type: ignore[union-attr]
     assert trainer.model.trained == set(trainer.model.tried)
+
+
+class Clock:
+    """A clock that goes on with each forward pass in evaluation mode, as the search makes them, and not otherwise."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_max_minutes_does_not_count_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(stopping, "time", clock)
+    trainer = made(tmp_path, max_minutes=1.0)
+
+    def advance(model: nn.Module, _: object) -> None:
+        clock.now += 0.0 if model.training else 100.0
+
+    trainer.model.register_forward_pre_hook(advance)
+    trainer.val_loader = trainer.val_samples = None
+    trainer.train()
+    assert clock.now >= 100
+    assert trainer.is_finished
 
 
 def test_nothing_fits_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
