@@ -409,8 +409,8 @@ class Trainer(TrainerView):
         for line in restored.messages:
             self.say(line)
         self._fit_schedule()
-        if self.micro_batch is not None:
-            self.micro_batch.settings_changed(restored.changed)
+        if self.micro_batch is not None and restored.changed:
+            self.micro_batch.size = None  # another one may fit
         self.saver.mark_saved()
         self.optimizer_step.is_updating = False
         if restored.changed & AFFECTS_SCHEDULE:

@@ -174,6 +174,7 @@ def test_the_run_is_the_one_that_is_given_the_number(tmp_path: Path, kind: str) 
 def test_finding_changes_neither_state_nor_random_numbers(tmp_path: Path) -> None:
     trainer = made(tmp_path)
     trainer.model.eval()
+    next(iter(device_batches(trainer.train_loader, trainer.samples, 0, 1, trainer.accelerator.device)))  # seeds
     before, state, modes = (
         weights(trainer),
         torch.get_rng_state(),
