@@ -25,7 +25,7 @@ NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def place_model(
     accelerator: Accelerator, model: nn.Module, seed: int, activation_checkpointing: bool | None = None
-) -> None:
+) -> str:
     """Give a model its memory, before an optimizer is made for its parameters.
 
     Args:
@@ -68,16 +68,15 @@ def place_model(
 def _widen(model: nn.Module, computed_in: torch.dtype | None) -> str:
     """Converts 16-bit weights and buffers to float32, in place. Returns a line for the user, or "".
 
-    Most updates of an optimizer are too small for 16 bits. Frozen weights may stay in the precision that autocast
-    computes in (`computed_in`); FSDP2 needs one precision for all. Quantized weights have classes of their own, and
-    stay as they are.
+    Most updates of an optimizer are too small for 16 bits. Frozen weights may stay in the precision that autocast uses
+    (`computed_in`), but not under FSDP2. Quantized weights have classes of their own, and stay as they are.
 
     Raises:
         ConfigError: if a trained parameter cannot be converted.
     """
     named = dict(model.named_parameters())
-    wide = [p for p in named.values() if p.dtype in NARROW.values() and (p.requires_grad or p.dtype != computed_in)]
-    wide = [p for p in wide if type(p) is nn.Parameter]
+    wide = [p for p in named.values() if p.dtype in NARROW.values() and type(p) is nn.Parameter]
+    wide = [p for p in wide if p.requires_grad or p.dtype != computed_in]
     kinds = sorted({str(p.dtype).removeprefix("torch.") for p in wide})
     for tensor in (*wide, *(model.buffers() if wide else ())):
         if tensor.dtype in NARROW.values():
@@ -89,10 +88,8 @@ def _widen(model: nn.Module, computed_in: torch.dtype | None) -> str:
             f"{len(wrong)} trained parameters have no float32 values, such as {listed}; allowed: float32 (or float64). "
             "Freeze them and train adapters beside them, or load the model with dtype=torch.float32."
         )
-    if not wide:
-        return ""
-    advice = "To compute in 16 bits, set training.mixed_precision." if computed_in is None else ""
-    return f"{len(wide)} tensors of weights were {' and '.join(kinds)}, and are trained in float32. {advice}".rstrip()
+    text = f"{len(wide)} weights were {' and '.join(kinds)} and are now float32 (training.mixed_precision computes in 16 bits)"
+    return text if wide else ""
 
 
 def prepare_model(

@@ -112,14 +112,16 @@ class Watchdog:
     def _connect(self) -> bool:
         """Connects all processes to a store on a free port of process 0; returns whether each could."""
         options: dict[str, Any] = {"wait_for_workers": False, "timeout": timedelta(seconds=STORE_SECONDS)}
-        store = dist.TCPStore("localhost", 0, is_master=True, **options) if self.rank == 0 else None  # type: ignore[attr-defined]
+        store: Any = None
+        if self.rank == 0:
+            store = dist.TCPStore("localhost", 0, is_master=True, **options)  # type: ignore[attr-defined]
         host = socket.gethostname()
         # MASTER_ADDR, from the launcher, is how other machines reach process 0.
         hosts = self._group.all_gather((host, os.environ.get("MASTER_ADDR", host), store and store.port))
         self._hosts, (_, address, port) = [host for host, _, _ in hosts], hosts[0]
         with suppress(RuntimeError):
             store = store or dist.TCPStore(address, port, **options)  # type: ignore[attr-defined]
-        self._store: Any = store
+        self._store = store
         if all(self._group.all_gather(store is not None)):
             return True
         self.size = 1

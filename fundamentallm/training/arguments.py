@@ -30,7 +30,7 @@ def whole_config(config: Config | TrainingConfig, batch_size: int | None) -> Con
         ConfigError: if it is something else.
     """
     if not isinstance(config, (Config, TrainingConfig)):
-        advice = "TrainingConfig(**settings) makes one of a dict."
+        advice = "TrainingConfig(**settings) makes one of a dict."  # type: ignore[unreachable]  # not in a notebook
         raise ConfigError(Problem("config", config, "a Config or a TrainingConfig", advice))
     if isinstance(config, TrainingConfig):
         return Config(training=config.resolved())
