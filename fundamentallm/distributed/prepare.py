@@ -6,7 +6,7 @@ parameters, gradients and optimizer state are DTensors, of which each process ho
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,8 +24,12 @@ NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def place_model(
-    accelerator: Accelerator, model: nn.Module, seed: int, activation_checkpointing: bool | None = None
-) -> str:
+    accelerator: Accelerator,
+    model: nn.Module,
+    seed: int,
+    activation_checkpointing: bool | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
     """Give a model its memory, before an optimizer is made for its parameters.
 
     Args:
@@ -35,9 +39,7 @@ def place_model(
         seed: seeds weights that are drawn here.
         activation_checkpointing: whether to recompute each block in the backward pass; None: as the accelerate config
             says.
-
-    Returns:
-        A line for the user if weights were converted to float32, otherwise "".
+        say: prints a line if weights were converted.
 
     Raises:
         ConfigError: if the model or the accelerate config does not allow it.
@@ -49,11 +51,12 @@ def place_model(
                 "gradient_checkpointing_enable(), as transformers' models and our Transformer have; set it to false."
             )
         model.gradient_checkpointing_enable()  # type: ignore[operator]
-    converted = _widen(model, None if accelerator.is_fsdp2 else NARROW.get(accelerator.mixed_precision))
+    if converted := _widen(model, None if accelerator.is_fsdp2 else NARROW.get(accelerator.mixed_precision)):
+        say(converted)
     if not any(parameter.is_meta for parameter in model.parameters()):
         if not accelerator.is_fsdp2:  # which moves one block after the other
             model.to(accelerator.device)
-        return converted
+        return
     has_values = hasattr(model, "initial_weights") and not any(buffer.is_meta for buffer in model.buffers())
     if not (accelerator.is_fsdp2 and has_values):
         raise ConfigError(
@@ -62,7 +65,6 @@ def place_model(
         )
     _leave_meta(model)
     _draw_weights(model, seed, accelerator.is_main_process)
-    return converted
 
 
 def _widen(model: nn.Module, computed_in: torch.dtype | None) -> str:
@@ -88,8 +90,8 @@ def _widen(model: nn.Module, computed_in: torch.dtype | None) -> str:
             f"{len(wrong)} trained parameters have no float32 values, such as {listed}; allowed: float32 (or float64). "
             "Freeze them and train adapters beside them, or load the model with dtype=torch.float32."
         )
-    text = f"{len(wide)} weights were {' and '.join(kinds)} and are now float32 (training.mixed_precision computes in 16 bits)"
-    return text if wide else ""
+    was = f"{len(wide)} weights were {' and '.join(kinds)}"
+    return f"{was} and are now float32 (training.mixed_precision computes in 16 bits)" if wide else ""
 
 
 def prepare_model(

@@ -39,18 +39,6 @@ def whole_config(config: Config | TrainingConfig, batch_size: int | None) -> Con
     return config.resolved()
 
 
-def with_max_steps(config: Config, max_steps: int, step: int) -> Config:
-    """Returns the config of the same run with another end.
-
-    Raises:
-        ConfigError: if `max_steps` is not a number of steps, or the run is at a later `step` already.
-    """
-    training = replace(config.training, max_steps=max_steps, max_epochs=None)
-    if max_steps < step:
-        raise ConfigError(Problem("max_steps", max_steps, f"at least {step}, the steps that the run has done"))
-    return replace(config, training=training)
-
-
 def use_accelerator(
     accelerator: Accelerator | None, config: Config, output_dir: Path | None, batch_size: int | None
 ) -> tuple[Accelerator, Config]:

@@ -45,7 +45,6 @@ from fundamentallm.training.arguments import (
     make_samplers,
     use_accelerator,
     whole_config,
-    with_max_steps,
 )
 from fundamentallm.training.callbacks.base import Callback, CallbackList
 from fundamentallm.training.callbacks.from_config import default_callbacks
@@ -137,8 +136,7 @@ class Trainer(TrainerView):
 
         freeze(model, training.parameter_groups)
         self.model, loss_fn = model, loss_fn or create_loss(training.loss, **training.loss_options)
-        if line := place_model(accelerator, model, training.seed, training.activation_checkpointing):
-            self.say(line)
+        place_model(accelerator, model, training.seed, training.activation_checkpointing, self.say)
         self.optimizer = optimizer or make_optimizer(training, model)
         with_loss = ModelWithLoss(model, loss_fn)
         self.model_with_loss = prepare_model(accelerator, with_loss, self.optimizer, bool(training.compile))
@@ -192,10 +190,8 @@ class Trainer(TrainerView):
     def train(self, max_steps: int | None = None) -> dict[str, list[float]]:
         """Trains to the end of the run and returns its history. Resumes from a checkpoint as `config.resume` says.
 
+        `max_steps` replaces the config's, so that a finished run can be trained longer.
         SIGTERM, SIGINT and SIGUSR1 stop the run after the present step, saved. A second Ctrl-C stops it at once.
-
-        Args:
-            max_steps: replaces the end that the config gives, so that a finished run can be trained longer.
 
         Raises:
             ConfigError: if `resume` is 'never' and the checkpoint folder is in use, or if settings that change the
@@ -214,8 +210,7 @@ class Trainer(TrainerView):
             resumed_from = None if self._started else self._resume()
             self._started = True
             if max_steps is not None:
-                self.config = with_max_steps(self.config, max_steps, self.global_step)
-                self.state.config = asdict(self.config if self.output_dir else self.config.training)
+                self._set_max_steps(max_steps)
                 self._fit_schedule()
             if self.is_finished:
                 self.stop_switch.begin()  # forgets why an earlier train() stopped

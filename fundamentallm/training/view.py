@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
 
 from accelerate import Accelerator
 from torch import nn
@@ -13,6 +15,7 @@ from tqdm import tqdm
 from fundamentallm.checkpoint.manager import CheckpointManager
 from fundamentallm.config.schema import Config
 from fundamentallm.data.sampler import StepSampler
+from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.run.progress import Progress
 from fundamentallm.run.saving import Saver
 from fundamentallm.run.session import Position
@@ -29,6 +32,7 @@ class TrainerView:
     """The side of the Trainer that satisfies `RunView`. Everything it says follows from the run's state."""
 
     config: Config
+    output_dir: Path | None
     accelerator: Accelerator
     model: nn.Module
     optimizer: Optimizer
@@ -107,6 +111,14 @@ class TrainerView:
         lacks is NaN.
         """
         return self.metrics.by_step()
+
+    def _set_max_steps(self, max_steps: int) -> None:
+        """Gives the run another end. Raises ConfigError if it is not a number of steps, or lies behind the run."""
+        training = replace(self.config.training, max_steps=max_steps, max_epochs=None)
+        if max_steps < self.global_step:
+            raise ConfigError(Problem("max_steps", max_steps, f"at least {self.global_step}, the steps done"))
+        self.config = replace(self.config, training=training)
+        self.state.config = asdict(training if self.output_dir is None else self.config)
 
     @property
     def _is_at_epoch(self) -> bool:
