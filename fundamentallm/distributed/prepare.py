@@ -71,25 +71,14 @@ def _widen(model: nn.Module, computed_in: torch.dtype | None) -> str:
     """Converts 16-bit weights and buffers to float32, in place. Returns a line for the user, or "".
 
     Most updates of an optimizer are too small for 16 bits. Frozen weights may stay in the precision that autocast uses
-    (`computed_in`), but not under FSDP2. Quantized weights have classes of their own, and stay as they are.
-
-    Raises:
-        ConfigError: if a trained parameter cannot be converted.
+    (`computed_in`), but not under FSDP2. Quantized weights, which have classes of their own, stay as they are.
     """
-    named = dict(model.named_parameters())
-    wide = [p for p in named.values() if p.dtype in NARROW.values() and type(p) is nn.Parameter]
-    wide = [p for p in wide if p.requires_grad or p.dtype != computed_in]
+    narrow = [p for p in model.parameters() if p.dtype in NARROW.values()]
+    wide = [p for p in narrow if p.requires_grad or (type(p) is nn.Parameter and p.dtype != computed_in)]
     kinds = sorted({str(p.dtype).removeprefix("torch.") for p in wide})
     for tensor in (*wide, *(model.buffers() if wide else ())):
         if tensor.dtype in NARROW.values():
             tensor.data = tensor.data.float()
-    wrong = {name: p for name, p in named.items() if p.requires_grad and p.dtype.itemsize < 4}
-    if wrong:
-        listed = ", ".join(f"{name} ({p.dtype}, {type(p).__name__})" for name, p in [*wrong.items()][:3])
-        raise ConfigError(
-            f"{len(wrong)} trained parameters have no float32 values, such as {listed}; allowed: float32 (or float64). "
-            "Freeze them and train adapters beside them, or load the model with dtype=torch.float32."
-        )
     was = f"{len(wide)} weights were {' and '.join(kinds)}"
     return f"{was} and are now float32 (training.mixed_precision computes in 16 bits)" if wide else ""
 

@@ -313,11 +313,13 @@ class Quantized(nn.Parameter):
     """As quantized weights are: a class of its own."""
 
 
-def test_a_trained_parameter_that_stays_in_16_bits_is_refused() -> None:
+def test_quantized_weights_stay_as_they_are() -> None:
     model = Bigram()
-    model.mix.weight = Quantized(model.mix.weight.detach().bfloat16())
-    with pytest.raises(ConfigError, match=r"mix\.weight"):
-        Trainer(model, TrainingConfig(), DataLoader(PartlyIgnored(), 8), callbacks=[])
+    model.quantized = Quantized(torch.ones(3, dtype=torch.bfloat16), requires_grad=False)
+    model.head.bfloat16()
+    Trainer(model, TrainingConfig(max_steps=1), DataLoader(PartlyIgnored(), 8), callbacks=[]).train()
+    assert model.quantized.dtype == torch.bfloat16
+    assert model.head.weight.dtype == torch.float32
 
 
 class Normalised(Bigram):
