@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -59,8 +60,7 @@ IGNORED: dict[str, tuple[object, str]] = {
 class Launch(NamedTuple):
     """The `accelerate launch` that started this process."""
 
-    config_file: str | None = None
-    """The accelerate config that it read, if any."""
+    config_file: str | None = None  # the accelerate config that it read, if any
     use_cpu: bool = False
 
 
@@ -70,13 +70,11 @@ def find_launch() -> Launch | None:
     accelerate passes neither the name of its config file on, nor `use_cpu` to the processes of MULTI_GPU and FSDP. So
     both are taken from the launcher's command line.
     """
-    try:
+    with suppress(psutil.Error):  # of another user's process
         for process in psutil.Process().parents():
             words = process.cmdline()
             if any(Path(word).name in ("accelerate", "accelerate-launch") or word in LAUNCHERS for word in words):
                 return read_launch(words, process.cwd())
-    except psutil.Error:  # a process of another user
-        pass
     return None
 
 
