@@ -133,8 +133,10 @@ def _process_problems(environment: Mapping[str, str], has_device: bool, launch: 
         )
         text = "several processes were asked for, and accelerate launch starts one for MULTI_CPU and --cpu"
         return [Problem("accelerate_config.num_processes", advice=advice, text=text)]
-    if launch is None or has_device or launch.use_cpu or (is_one and launch.config_file is None):
+    if launch is None or has_device or launch.use_cpu or _is_set(environment, "ACCELERATE_USE_CPU"):
         return []
+    if is_one and launch.config_file is None:
+        return []  # nothing asks for a GPU
     advice = "Set it if the run is meant for the CPU (--cpu for one process); otherwise check the driver and torch."
     reason = f"in {launch.config_file or 'the launch'}, and torch finds no GPU on this machine"
     return [Problem("accelerate_config.use_cpu", False, "true", advice, reason)]

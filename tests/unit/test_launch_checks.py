@@ -113,7 +113,12 @@ def test_launch_problems_refuses_a_gpu_launch_without_a_gpu(launch: Launch) -> N
 
 @pytest.mark.parametrize(
     ("environment", "launch"),
-    [({"WORLD_SIZE": "2"}, Launch("two.yaml", use_cpu=True)), ({}, Launch()), ({"WORLD_SIZE": "2"}, None)],
+    [
+        ({"WORLD_SIZE": "2"}, Launch("two.yaml", use_cpu=True)),
+        ({"WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}, Launch("gpu.yaml")),
+        ({}, Launch()),
+        ({"WORLD_SIZE": "2"}, None),
+    ],
 )
 def test_launch_problems_without_a_gpu_accepts(environment: dict[str, str], launch: Launch | None) -> None:
     """use_cpu, one process without an accelerate config, and launchers other than accelerate's."""
