@@ -68,7 +68,7 @@ def create_accelerator(
     problems += checks.device_problems(mixed_precision, "cpu" if cpu else "")
     if is_initialized() and (used := AcceleratorState().mixed_precision) != (mixed_precision or "no"):
         reason = f"but an earlier Trainer or Accelerator of this process uses {used!r}"
-        advice = "A process has one precision: start another (in a notebook, restart the kernel), or set this one."
+        advice = "A process has one precision: start another (in a notebook, restart the kernel), or use the same."
         problems.append(Problem("training.mixed_precision", mixed_precision or "no", used, advice, reason))
     if is_torch_xla_available():
         problems.append(checks.engine_problem("XLA"))
