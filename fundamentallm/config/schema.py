@@ -161,10 +161,6 @@ class DataConfig(Section):
         if self.prompt_field == self.text_field:
             yield self._conflict("prompt_field", "text_field", "another field")
 
-    def special_tokens_are(self) -> str:
-        """Returns how special tokens in the text are read: as 'tokens' or as 'text'."""
-        return self.special_tokens or ("tokens" if self.tokenizer.endswith(".json") else "text")
-
     def sources(self) -> dict[str, float]:
         """Returns each source with its weight."""
         return self.source if isinstance(self.source, dict) else {self.source: 1.0}

@@ -29,6 +29,7 @@ from fundamentallm.data.encoding import (
     Facts,
     progress_bar,
     settings_of_tokens,
+    special_tokens_are,
     split_pieces,
     token_dtype,
     write_source,
@@ -125,7 +126,7 @@ def load_corpus(config: DataConfig, show_progress: bool = True, tokenizer: Token
     if missing := [source for source in raw if not _is_ready(folders[source.name], cache)]:
         with writing(cache):
             tokenizer = tokenizer or _make_tokenizer(config, raw, facts, list(folders.values()), show_progress)
-            tokenizer.encode_special_tokens = config.special_tokens_are() == "text"
+            tokenizer.encode_special_tokens = special_tokens_are(config) == "text"
             for source in missing:
                 _encode(config, source, facts[source.name], tokenizer, folders[source.name], show_progress)
     sources = [
@@ -141,7 +142,7 @@ def load_corpus(config: DataConfig, show_progress: bool = True, tokenizer: Token
         reason = "which were prepared with different tokenizers"
         raise ConfigError(Problem("data.source", list(weights), "", "Prepare them together.", reason))
     tokenizer = sources[0].tokenizer
-    tokenizer.encode_special_tokens = config.special_tokens_are() == "text"
+    tokenizer.encode_special_tokens = special_tokens_are(config) == "text"
     end = None if config.end_of_text is None else tokenizer.token_to_id(config.end_of_text)
     return Corpus(tokenizer, sources, end)
 
@@ -251,7 +252,7 @@ def _keys(config: DataConfig, facts: dict[str, Facts], given: Tokenizer | None =
         tokenizer = read_tokenizer(config.tokenizer).to_str()
     elif config.tokenizer != "byte":  # the vocabulary depends on the text of all sources
         tokenizer = [config.tokenizer, *(found.sha256 for found in facts.values())]
-    reading = config.special_tokens_are(), config.unknown_tokens
+    reading = special_tokens_are(config), config.unknown_tokens
     shared = CACHE_FORMAT, tokenizers.__version__, tokenizer, config.train_split, config.end_of_text, reading
     return {name: _hash(*shared, config.prompt_field is not None, found.sha256) for name, found in facts.items()}
 

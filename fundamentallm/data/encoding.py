@@ -28,16 +28,9 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from fundamentallm.config.files import SourceFiles
 from fundamentallm.config.schema import DataConfig
-from fundamentallm.data.sources import (
-    PIECE,
-    Piece,
-    SourceFiles,
-    check_bad_rows,
-    read_source,
-    source_error,
-    token_blocks,
-)
+from fundamentallm.data.sources import PIECE, Piece, check_bad_rows, read_source, source_error, token_blocks
 from fundamentallm.data.tokenizers import find_unknown, make_detector, num_bytes, num_ids, plain_copy, special_tokens
 from fundamentallm.errors import printable
 
@@ -170,9 +163,14 @@ def write_source(
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
+def special_tokens_are(config: DataConfig) -> str:
+    """Returns how special tokens in the text are read: as 'tokens' or as 'text'."""
+    return config.special_tokens or ("tokens" if config.tokenizer.endswith(".json") else "text")
+
+
 def settings_of_tokens(config: DataConfig) -> dict[str, Any]:
     """Returns the settings that decide what the tokens are and mean."""
-    return {name: getattr(config, name) for name in SETTINGS} | {"special_tokens": config.special_tokens_are()}
+    return {name: getattr(config, name) for name in SETTINGS} | {"special_tokens": special_tokens_are(config)}
 
 
 def _encode(config: DataConfig, source: SourceFiles, pieces: Iterator[tuple[int, Piece]], writer: Writer) -> None:

@@ -114,7 +114,10 @@ def _eos(saved: dict[str, Any], end_of_text: int | None) -> dict[str, Any]:
 def _special_tokens(dataset: TokenSamples) -> dict[str, Any]:
     """Returns what a tokenizer_config.json says of a dataset's special tokens, as far as its tokenizer has any."""
     assert dataset.tokenizer is not None
-    found = {SPLIT: dataset.tokenizer.encode_special_tokens, "model_max_length": dataset.sequence_length}
+    found: dict[str, Any] = {
+        SPLIT: dataset.tokenizer.encode_special_tokens,
+        "model_max_length": dataset.sequence_length,
+    }
     end = dataset.tokenizer.token_to_id(END_OF_TEXT) if dataset.end_of_text is None else dataset.end_of_text
     if end is not None:  # as in GPT-2: it precedes each document too, and stands in for tokens that are missing
         found |= dict.fromkeys(("eos_token", "bos_token", "pad_token", "unk_token"), dataset.tokenizer.id_to_token(end))

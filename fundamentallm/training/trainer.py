@@ -403,8 +403,7 @@ class Trainer(TrainerView):
     def _restore(self, saved: dict[str, Any], where: Path) -> None:
         check_tokenizer(where, self.train_loader.dataset)
         restored = self.state.load(saved, where, self.config.training.resume_changes, FREE_ON_RESUME)
-        for line in restored.messages:
-            self.say(line)
+        self.say("\n".join(restored.messages))
         self._fit_schedule()
         if self.micro_batch is not None and restored.changed:
             self.micro_batch.size = None  # another one may fit
