@@ -21,7 +21,7 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from fundamentallm.config.files import DATASETS, PREPARED, SourceFiles, find_sources
+from fundamentallm.config.files import DATASETS, PREPARED, SourceFiles, find_sources, is_prepared
 from fundamentallm.config.schema import BUILT_IN_CORPUS, DataConfig
 from fundamentallm.config.validation import expand_user
 from fundamentallm.data.encoding import PARTS, SETTINGS, Facts, progress_bar, split_pieces, token_dtype, write_source
@@ -144,14 +144,12 @@ def vocabulary_size(config: DataConfig) -> int:
     Raises:
         ConfigError: if the text or the tokenizer.json cannot be read.
     """
-    sources = find_sources(config)
-    for source in sources:
-        if source.kind == "prepared":
-            return read_tokenizer(source.files[0] / "tokenizer.json").get_vocab_size()
+    for name in filter(is_prepared, config.sources()):
+        return read_tokenizer(Path(expand_user(name)) / "tokenizer.json").get_vocab_size()
     kind, _, size = config.tokenizer.partition(":")
     if kind == "bpe":
         return int(size)
-    alphabets = (_read_facts(config, source).alphabet for source in sources)
+    alphabets = [_read_facts(config, source).alphabet for source in find_sources(config)] if kind == "char" else []
     return create_tokenizer(config.tokenizer, alphabets, config.end_of_text).get_vocab_size()
 
 
