@@ -137,7 +137,7 @@ class Trainer(TrainerView):
 
         freeze(model, training.parameter_groups)
         self.model, loss_fn = model, loss_fn or create_loss(training.loss, **training.loss_options)
-        place_model(accelerator, model, training.seed, training.activation_checkpointing)
+        place_model(accelerator, model, training.seed, training.activation_checkpointing, self.say)
         self.optimizer = optimizer or make_optimizer(training, model)
         with_loss = ModelWithLoss(model, loss_fn)
         self.model_with_loss = prepare_model(accelerator, with_loss, self.optimizer, bool(training.compile))
@@ -188,9 +188,10 @@ class Trainer(TrainerView):
         }
         return {name: part for name, part in parts.items() if part is not None}
 
-    def train(self) -> dict[str, list[float]]:
+    def train(self, max_steps: int | None = None) -> dict[str, list[float]]:
         """Trains to the end of the run and returns its history. Resumes from a checkpoint as `config.resume` says.
 
+        `max_steps` replaces the config's, so that a finished run can be trained longer.
         SIGTERM, SIGINT and SIGUSR1 stop the run after the present step, saved. A second Ctrl-C stops it at once.
 
         Raises:
@@ -209,6 +210,9 @@ class Trainer(TrainerView):
         with session(self._record, self.checkpoint_manager, self.group, self.stop_switch, watchdog, self.say) as launch:
             resumed_from = None if self._started else self._resume()
             self._started = True
+            if max_steps is not None:
+                self._set_max_steps(max_steps)
+                self._fit_schedule()
             if self.is_finished:
                 self.stop_switch.begin()  # forgets why an earlier train() stopped
                 if self.checkpoint_manager is not None and not self.saver.is_current:
@@ -401,8 +405,8 @@ class Trainer(TrainerView):
         for line in restored.messages:
             self.say(line)
         self._fit_schedule()
-        if self.micro_batch is not None:
-            self.micro_batch.settings_changed(restored.changed)
+        if self.micro_batch is not None and restored.changed:
+            self.micro_batch.size = None  # another one may fit
         self.saver.mark_saved()
         self.optimizer_step.is_updating = False
         if restored.changed & AFFECTS_SCHEDULE:
