@@ -50,7 +50,8 @@ FEW_STEPS = 100
 
 def main(arguments: Sequence[str] | None = None, program: str = "python -m fundamentallm.train") -> int:
     """Runs the command line and returns the exit code."""
-    arguments, config = sys.argv[1:] if arguments is None else arguments, None
+    config = None
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
         if not arguments:
             print_help(program)

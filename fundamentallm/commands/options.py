@@ -42,9 +42,7 @@ def add_checkpoint(parser: argparse.ArgumentParser, text: str) -> None:
 
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("checkpoint", nargs="?", default=argparse.SUPPRESS, type=path, metavar="DIR", help=text)
-    group.add_argument(
-        "--checkpoint", type=Path, metavar="DIR", default=argparse.SUPPRESS, help="the same, as an option"
-    )
+    group.add_argument("--checkpoint", default=argparse.SUPPRESS, type=Path, metavar="DIR", help="the same")
 
 
 def trainer_problems(name: str) -> list[Problem]:

@@ -100,10 +100,8 @@ def find_source(data: DataConfig, name: str) -> SourceFiles:
                 found.append(file)
             else:
                 left_out[os.path.splitext(file)[1] or "without suffix"] += 1
-        reason, advice = (
-            f"which has no {' or '.join(data.suffixes)} files",
-            "data.suffixes chooses the files of a folder.",
-        )
+        reason = f"which has no {' or '.join(data.suffixes)} files"
+        advice = "data.suffixes chooses the files of a folder."
         problem = Problem("data.source", name, advice=advice, reason=reason)
     else:
         found = [path] if os.path.isfile(path) else _matches(name, path)

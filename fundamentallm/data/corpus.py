@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from fundamentallm.config.files import DATASETS, SourceFiles, find_sources
+from fundamentallm.config.files import DATASETS, PREPARED, SourceFiles, find_sources, is_prepared
 from fundamentallm.config.schema import BUILT_IN_CORPUS, DataConfig
 from fundamentallm.config.validation import expand_user
 from fundamentallm.data.encoding import (
@@ -129,15 +129,12 @@ def load_corpus(config: DataConfig, show_progress: bool = True, tokenizer: Token
             tokenizer.encode_special_tokens = special_tokens_are(config) == "text"
             for source in missing:
                 _encode(config, source, facts[source.name], tokenizer, folders[source.name], show_progress)
-    sources = [
-        _open(folders[source.name], source.name, weights[source.name])._replace(left_out=source.left_out)
-        for source in resolved
-    ]
-    for name in weights:  # checkpoints of this run may open them without being asked
-        _touch(_opened_note(name))
-    for opened in sources:
-        if opened.name in facts and opened.bad_rows > config.max_bad_rows:  # encoded when more were allowed
-            check_bad_rows(config, opened.name, (opened.folder / "bad_rows.txt").read_text("utf-8").splitlines())
+    sources = []
+    for name, source in zip(weights, resolved, strict=True):
+        sources.append(_open(folders[name], name, weights[name])._replace(left_out=source.left_out))
+        if name in facts and sources[-1].bad_rows > config.max_bad_rows:  # encoded when more were allowed
+            check_bad_rows(config, name, (folders[name] / "bad_rows.txt").read_text("utf-8").splitlines())
+        _touch(_opened_note(name))  # so that checkpoints of this run may open it
     if len({(source.folder / "tokenizer.json").read_text(encoding="utf-8") for source in sources}) > 1:
         reason = "which were prepared with different tokenizers"
         raise ConfigError(Problem("data.source", list(weights), "", "Prepare them together.", reason))
@@ -172,14 +169,12 @@ def vocabulary_size(config: DataConfig) -> int:
     Raises:
         ConfigError: if the text or the tokenizer.json cannot be read.
     """
-    sources = find_sources(config)
-    for source in sources:
-        if source.kind == "prepared":
-            return num_ids(read_tokenizer(source.files[0] / "tokenizer.json"))
+    for name in filter(is_prepared, config.sources()):
+        return num_ids(read_tokenizer(Path(expand_user(name)) / "tokenizer.json"))
     kind, _, size = config.tokenizer.partition(":")
     if kind == "bpe":
         return int(size)
-    alphabets = (_read_facts(config, source).alphabet for source in sources)
+    alphabets = [_read_facts(config, source).alphabet for source in find_sources(config)] if kind == "char" else []
     return num_ids(create_tokenizer(config.tokenizer, alphabets, config.end_of_text))
 
 
@@ -289,7 +284,7 @@ def _encode(
         new = _staging(folder.parent, stack) / folder.name
         new.mkdir()
         write_source(config, source, facts, tokenizer, new, show_progress)
-        (new / CHECKSUMS).write_text(json.dumps(_checksums(new)))
+        (new / CHECKSUMS).write_text(json.dumps(_checksums(sorted(new.iterdir()))))
         try:
             new.rename(folder)
         except OSError:  # the folder is damaged, or another process has just made it
@@ -345,27 +340,28 @@ def _is_ready(folder: Path, cache: Path) -> bool:
     """Returns whether a prepared source exists, is complete and has its checksums."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, ConfigError):
         _open(folder, "", 1.0)
-        files = sorted(folder.iterdir())
+        saved = json.loads((folder / CHECKSUMS).read_text())
+        files = [folder / name for name in sorted(saved)]
         states = file_states(files) if sum(path.stat().st_size for path in files) > ALWAYS_CHECKED else None
         note = cache / "known" / _hash("intact", states)
         if states is not None and note.exists():
             return True
-        if json.loads((folder / CHECKSUMS).read_text()) == _checksums(folder):
+        if set(PREPARED) <= saved.keys() and saved == _checksums(files):
             if states is not None:
                 _touch(note)
             return True
     return False
 
 
-def _checksums(folder: Path) -> dict[str, list[int]]:
-    """Returns the CRC-32 of each block of a prepared source's files."""
+def _checksums(files: Iterable[Path]) -> dict[str, list[int]]:
+    """Returns the CRC-32 of each block of files by their name."""
     found = {}
     with ThreadPoolExecutor() as executor:  # zlib releases the interpreter lock
-        for path in sorted(folder.iterdir()):
-            if path.name != CHECKSUMS and (size := path.stat().st_size):
-                data = np.memmap(path, np.uint8, "r")
-                blocks = (data[start : start + BLOCK] for start in range(0, size, BLOCK))
-                found[path.name] = list(executor.map(zlib.crc32, blocks))
+        for path in files:
+            size = path.stat().st_size
+            data = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
+            blocks = (data[start : start + BLOCK] for start in range(0, size, BLOCK))
+            found[path.name] = list(executor.map(zlib.crc32, blocks))
     return found
 
 

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from fundamentallm.config.files import DATASETS, SourceFiles, why_endless
+from fundamentallm.config.files import DATASETS, why_endless
+from fundamentallm.config.files import SourceFiles as SourceFiles
 from fundamentallm.config.schema import DataConfig
 from fundamentallm.errors import ConfigError, Problem
 

@@ -391,6 +391,7 @@ def test_a_prepared_folder_can_be_moved(
     shutil.rmtree("cache")
     moved = load_corpus(dataclasses.replace(config, source="moved"), show_progress=False)
     assert decode(moved) == decode(made)
+    (tmp_path / "moved" / "notes").mkdir()  # of the user, and not compared
     flip(tmp_path / "moved" / "train.bin")
     assert problem_of(load_corpus, dataclasses.replace(config, source="moved")).setting == "data.source"
     flip(tmp_path / "moved" / "train.bin")
