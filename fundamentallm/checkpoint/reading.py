@@ -58,7 +58,7 @@ def load_parts(path: Path, parts: Collection[str]) -> dict[str, Any]:
 def check_checkpoint(path: Path) -> None:
     """Verify every byte of a checkpoint, and that it has all tensors of its state, without loading them."""
     with _opened(path, verify(path)) as (state, tensors):
-        decode(state, dict.fromkeys(tensors, torch.empty(0)))
+        decode(state, {name: torch.empty(shape, device="meta") for name, shape in tensors.shapes.items()})
 
 
 def export_weights(path: Path, folder: Path, raw: bool = False) -> None:

@@ -94,13 +94,22 @@ class Saver:
         self._on_savers(self.manager.wait)
         self._saved_step = saved
 
-    def check_room(self, saves_left: int) -> None:
-        """Raises CheckpointError before the first step if the state cannot be saved or the disk has no room for it."""
-        manager = self.manager
-        if manager is None:
+    def check(self) -> None:
+        """Raises CheckpointError if the present state cannot be saved. No tensor is copied."""
+        if (manager := self.manager) is None:
             return
         # On all processes: reading its state makes a sharded model drop what a validation left gathered. If only
         # some processes did so, the next forward pass would wait forever.
+        with self.group.barrier_with_errors():
+            state = self.state.state_dict()
+            if self.is_sharded or self.group.rank == 0:
+                manager.check(state, self.files())
+
+    def check_room(self, saves_left: int) -> None:
+        """Raises CheckpointError before the first step if the state cannot be saved or the disk has no room for it."""
+        if (manager := self.manager) is None:
+            return
+        self.check()
         with self.group.barrier_with_errors():
             num_bytes = expected_bytes(self.state)
         self.group.from_main(lambda: manager.check_space_of_run(num_bytes, saves_left))
@@ -135,10 +144,7 @@ def saves_left(config: TrainingConfig, steps_left: int, steps_per_epoch: int) ->
 
 
 def expected_bytes(state: RunState) -> int:
-    """Size of a checkpoint. Before the first step the optimizer is taken to hold two numbers a parameter, as Adam does.
-
-    Raises CheckpointError if the state holds something that cannot be saved.
-    """
+    """Size of a checkpoint. Before the first step the optimizer is assumed to hold two numbers a parameter, as Adam."""
     tensors: dict[str, Tensor] = {}
     encode(state.state_dict(), (), tensors)
     if state.progress.step:

@@ -20,12 +20,12 @@ from fundamentallm.run.progress import Progress
 
 SUFFIX = "_state_dict"
 OPTIONAL_PARTS = {
-    "average": "training.ema_decay",
-    "early_stopping": "training.early_stopping_patience",
-    "scaler": "training.mixed_precision",
-    "micro_batch": "training.micro_batch_size",
+    "average": ("training.ema_decay", "training.optimizer"),
+    "early_stopping": ("training.early_stopping_patience",),
+    "scaler": ("training.mixed_precision",),
+    "micro_batch": ("training.micro_batch_size",),
 }
-"""Parts that a run may lack, and the setting that decides it."""
+"""Parts that a run may lack, and the settings that decide it."""
 
 
 class Restored(NamedTuple):
@@ -135,7 +135,7 @@ class RunState:
         Raises CheckpointError if a part is missing or unknown and no setting explains it.
         """
         expected = {f"{name}{SUFFIX}" for name in self.parts} | {"config", "versions"}
-        explained = {f"{name}{SUFFIX}" for name, setting in OPTIONAL_PARTS.items() if setting in changed}
+        explained = {f"{name}{SUFFIX}" for name, settings in OPTIONAL_PARTS.items() if {*settings} & {*changed}}
         missing, unknown = expected - saved.keys(), saved.keys() - expected
         if not missing | unknown <= explained:
             raise CheckpointError(

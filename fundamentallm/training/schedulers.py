@@ -82,28 +82,21 @@ class StepSchedule(LambdaLR):
 
 
 class CallersSchedule:
-    """State of a schedule that the caller passed, with the momenta that it may have changed (OneCycleLR, CyclicLR).
-
-    The optimizer's saved state has no settings, since they come from the config. torch's schedules set momenta only
-    with their next step, which is one step too late after a resume.
-    """
-
-    MOMENTA = ("momentum", "betas")
+    """State of a schedule that the caller passed. Momenta that it changes (OneCycleLR) are the optimizer's state."""
 
     def __init__(self, scheduler: LRScheduler) -> None:
         self.scheduler = scheduler
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the schedule's own state, and the momenta of each group."""
-        groups = self.scheduler.optimizer.param_groups
-        momenta = [{name: group[name] for name in self.MOMENTA if name in group} for group in groups]
-        return {"schedule": self.scheduler.state_dict(), "momenta": momenta}
+        """Returns the schedule's own state."""
+        return {"schedule": self.scheduler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a saved state. Raises ValueError if the optimizer has another number of groups."""
+        """Restore a saved state."""
         self.scheduler.load_state_dict(state["schedule"])
-        for group, momenta in zip(self.scheduler.optimizer.param_groups, state["momenta"], strict=True):
-            group.update({name: momenta[name] for name in self.MOMENTA if name in momenta})
+        # Earlier versions saved momenta here. torch's schedules set them one step too late after a resume.
+        for group, momenta in zip(self.scheduler.optimizer.param_groups, state.get("momenta", ()), strict=False):
+            group.update({name: momenta[name] for name in ("momentum", "betas") if name in momenta})
 
 
 def create_scheduler(

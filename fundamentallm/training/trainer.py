@@ -16,7 +16,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from fundamentallm.checkpoint.optimizer_state import NamedOptimizerState
@@ -50,13 +50,13 @@ from fundamentallm.training.callbacks.base import Callback, CallbackList
 from fundamentallm.training.callbacks.from_config import default_callbacks
 from fundamentallm.training.callbacks.trackers import TrackerCallback
 from fundamentallm.training.early_stopping import make_early_stopping
-from fundamentallm.training.ema import make_average
+from fundamentallm.training.ema import make_average, switches_weights
 from fundamentallm.training.evaluation import evaluate
 from fundamentallm.training.guard import Guard
 from fundamentallm.training.loss import create_loss
 from fundamentallm.training.metrics import Metric, MetricTracker, further_metrics, peak_memory_gb
 from fundamentallm.training.micro_batch import make_micro_batch
-from fundamentallm.training.optimizers import freeze, make_optimizer
+from fundamentallm.training.optimizers import check_layouts, freeze, make_optimizer
 from fundamentallm.training.schedulers import CallersSchedule, describe_curve, make_schedule
 from fundamentallm.training.step import OptimizerStep
 from fundamentallm.training.throughput import Throughput, make_throughput
@@ -76,7 +76,8 @@ class Trainer(TrainerView):
         callbacks: all callbacks; None: a progress bar, log lines (in `output_dir`, if there is one), and
             a checkpoint of the best validation.
         optimizer: replaces the config's; over this model's parameters.
-        scheduler: replaces the config's; over that optimizer, stepped after every optimizer step.
+        scheduler: replaces the config's; over that optimizer, stepped after every optimizer step. ReduceLROnPlateau
+            is stepped after every validation, with `early_stopping_metric`.
         loss_fn: replaces the config's; maps (logits, targets) to the sum over targets.
         validation_metrics: functions of (logits, targets) to (sum, count), by name, besides the config's. Each is
             logged as val_NAME.
@@ -138,6 +139,7 @@ class Trainer(TrainerView):
         self.model, loss_fn = model, loss_fn or create_loss(training.loss, **training.loss_options)
         place_model(accelerator, model, training.seed, training.activation_checkpointing)
         self.optimizer = optimizer or make_optimizer(training, model)
+        check_layouts(model, self.optimizer)
         with_loss = ModelWithLoss(model, loss_fn)
         self.model_with_loss = prepare_model(accelerator, with_loss, self.optimizer, bool(training.compile))
         self.average = make_average(training, model, self.optimizer)
@@ -254,9 +256,12 @@ class Trainer(TrainerView):
             started = time.perf_counter()
             result = step(progress.step, batch.inputs, batch.targets, batch.micro_batches)
             self._report_compilation("step", time.perf_counter() - started)
-            self.scheduler.step()
+            if not isinstance(self.scheduler, ReduceLROnPlateau):
+                self.scheduler.step()
             progress.count(result.loss, result.num_targets)
             step.is_updating = False
+            if progress.step == self._first_step + 1:
+                self.saver.check()  # an optimizer makes its state in its first step
             if callbacks.wants_step_loss:  # the host waits for the device
                 callbacks.on_step_end(self, (result.loss / result.num_targets).item())
             is_logged = progress.step % log_every == 0 or progress.step == self.total_steps
@@ -356,6 +361,8 @@ class Trainer(TrainerView):
             return False
         self._progress.validation_due = False
         self.metrics.update({"val_step": self.global_step, **metrics})
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(metrics[self.config.training.early_stopping_metric])
         patience = self.early_stopping
         if patience is not None and patience.step(metrics[patience.metric]):
             self.request_stop(patience.describe())
@@ -424,6 +431,8 @@ class Trainer(TrainerView):
         self._first_step = self.global_step
         self.saver.forget_requests()
         self.model_with_loss.train()
+        if switches_weights(self.optimizer):
+            self.optimizer.train()  # type: ignore[attr-defined]
         self.model.zero_grad()  # what a caller, or a step that raised, may have left
         self.callbacks.on_train_begin(self)
         training, data = self.config.training, self.train_loader.dataset
