@@ -31,6 +31,7 @@ class Saver:
         self.requested = False  # a checkpoint at the end of this step
         self._is_best = False
         self._saved_step = -1
+        self._checks_next_step = False
 
     @property
     def is_sharded(self) -> bool:
@@ -94,10 +95,10 @@ class Saver:
         self._on_savers(self.manager.wait)
         self._saved_step = saved
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """Raises CheckpointError if the present state cannot be saved. No tensor is copied."""
-        if (manager := self.manager) is None:
-            return
+        manager = self.manager
+        assert manager is not None
         # On all processes: reading its state makes a sharded model drop what a validation left gathered. If only
         # some processes did so, the next forward pass would wait forever.
         with self.group.barrier_with_errors():
@@ -105,11 +106,18 @@ class Saver:
             if self.is_sharded or self.group.rank == 0:
                 manager.check(state, self.files())
 
+    def check_first_step(self) -> None:
+        """Checks the state after the first step of a launch, in which optimizers make their state."""
+        if self._checks_next_step:
+            self._checks_next_step = False
+            self._check()
+
     def check_room(self, saves_left: int) -> None:
         """Raises CheckpointError before the first step if the state cannot be saved or the disk has no room for it."""
         if (manager := self.manager) is None:
             return
-        self.check()
+        self._check()
+        self._checks_next_step = True
         with self.group.barrier_with_errors():
             num_bytes = expected_bytes(self.state)
         self.group.from_main(lambda: manager.check_space_of_run(num_bytes, saves_left))

@@ -168,8 +168,8 @@ def make_optimizer(config: TrainingConfig, model: nn.Module) -> Optimizer:
     return optimizer
 
 
-def check_layouts(model: nn.Module, optimizer: Optimizer) -> None:
-    """Refuse parameters that the optimizer would update wrongly because of their memory layout.
+def check_layouts(model: nn.Module, optimizer: Optimizer) -> Optimizer:
+    """Returns the optimizer. Refuses parameters that it would update wrongly because of their memory layout.
 
     Elements of an expanded tensor share memory. torch's fused kernels walk through memory, where a slice has gaps.
 
@@ -187,6 +187,7 @@ def check_layouts(model: nn.Module, optimizer: Optimizer) -> None:
     ]
     if problems:
         raise ConfigError(problems)
+    return optimizer
 
 
 def _overlaps(tensor: Tensor) -> bool:

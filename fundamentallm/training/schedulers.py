@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from fundamentallm.config.registry import resolve
 from fundamentallm.config.schema import SCHEDULE_NAMES, TrainingConfig
@@ -97,6 +97,15 @@ class CallersSchedule:
         # Earlier versions saved momenta here. torch's schedules set them one step too late after a resume.
         for group, momenta in zip(self.scheduler.optimizer.param_groups, state.get("momenta", ()), strict=False):
             group.update({name: momenta[name] for name in ("momentum", "betas") if name in momenta})
+
+
+def advance(scheduler: LRScheduler, metric: float | None = None) -> None:
+    """Step a schedule after an optimizer step; with `metric`, after a validation, one that follows a metric."""
+    if isinstance(scheduler, ReduceLROnPlateau):
+        if metric is not None:
+            scheduler.step(metric)
+    elif metric is None:
+        scheduler.step()
 
 
 def create_scheduler(

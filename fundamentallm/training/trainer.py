@@ -16,7 +16,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from fundamentallm.checkpoint.optimizer_state import NamedOptimizerState
@@ -57,7 +57,7 @@ from fundamentallm.training.loss import create_loss
 from fundamentallm.training.metrics import Metric, MetricTracker, further_metrics, peak_memory_gb
 from fundamentallm.training.micro_batch import make_micro_batch
 from fundamentallm.training.optimizers import check_layouts, freeze, make_optimizer
-from fundamentallm.training.schedulers import CallersSchedule, describe_curve, make_schedule
+from fundamentallm.training.schedulers import CallersSchedule, advance, describe_curve, make_schedule
 from fundamentallm.training.step import OptimizerStep
 from fundamentallm.training.throughput import Throughput, make_throughput
 from fundamentallm.training.view import TrainerView
@@ -138,8 +138,7 @@ class Trainer(TrainerView):
         freeze(model, training.parameter_groups)
         self.model, loss_fn = model, loss_fn or create_loss(training.loss, **training.loss_options)
         place_model(accelerator, model, training.seed, training.activation_checkpointing)
-        self.optimizer = optimizer or make_optimizer(training, model)
-        check_layouts(model, self.optimizer)
+        self.optimizer = check_layouts(model, optimizer or make_optimizer(training, model))
         with_loss = ModelWithLoss(model, loss_fn)
         self.model_with_loss = prepare_model(accelerator, with_loss, self.optimizer, bool(training.compile))
         self.average = make_average(training, model, self.optimizer)
@@ -256,12 +255,10 @@ class Trainer(TrainerView):
             started = time.perf_counter()
             result = step(progress.step, batch.inputs, batch.targets, batch.micro_batches)
             self._report_compilation("step", time.perf_counter() - started)
-            if not isinstance(self.scheduler, ReduceLROnPlateau):
-                self.scheduler.step()
+            advance(self.scheduler)
             progress.count(result.loss, result.num_targets)
             step.is_updating = False
-            if progress.step == self._first_step + 1:
-                self.saver.check()  # an optimizer makes its state in its first step
+            self.saver.check_first_step()
             if callbacks.wants_step_loss:  # the host waits for the device
                 callbacks.on_step_end(self, (result.loss / result.num_targets).item())
             is_logged = progress.step % log_every == 0 or progress.step == self.total_steps
@@ -361,8 +358,7 @@ class Trainer(TrainerView):
             return False
         self._progress.validation_due = False
         self.metrics.update({"val_step": self.global_step, **metrics})
-        if isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step(metrics[self.config.training.early_stopping_metric])
+        advance(self.scheduler, metrics[self.config.training.early_stopping_metric])
         patience = self.early_stopping
         if patience is not None and patience.step(metrics[patience.metric]):
             self.request_stop(patience.describe())
