@@ -21,9 +21,6 @@ _TENSOR, _TUPLE, _FLOAT, _DICT, _COUNTER = _RESERVED = (
 _ORDER = "order"
 """Dimensions of a tensor by descending stride. An optimizer may compute other bits from another memory layout."""
 
-MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""Exceptions of code that reads a state of an unexpected form. A stranger's checkpoint may contain anything."""
-
 
 def encode(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
     """Returns `value` as JSON and adds its tensors to `tensors` by their path, escaped as in RFC 6901."""

@@ -85,7 +85,7 @@ def show_command(options: argparse.Namespace) -> int:
     step, loss = manifest["step"], _val_loss(path, manifest["step"])
     parts = load_parts(path, ("config", "versions"))
     config, versions = parts.get("config"), parts.get("versions")
-    config_lines = _yaml(config, path).splitlines() if isinstance(config, dict) else []  # before anything is printed
+    config_lines = to_yaml(config).splitlines() if isinstance(config, dict) else []  # before anything is printed
 
     say(f"{path}: {size_text(_num_bytes(manifest))}, saved {_saved_at(path)}")
     best = "saved as the best" if manifest["is_best"] else "not saved as the best"
@@ -165,13 +165,6 @@ def _num_bytes(manifest: dict[str, Any]) -> int:
 def _saved_at(path: Path) -> str:
     """Returns the local time at which the checkpoint was written or copied."""
     return time.strftime("%Y-%m-%d %H:%M", time.localtime((path / MANIFEST).stat().st_mtime))
-
-
-def _yaml(config: dict[str, Any], path: Path) -> str:
-    try:
-        return to_yaml(config)
-    except Exception as error:  # a stranger's config may hold anything
-        raise CheckpointError(f"{path}: its config cannot be shown ({type(error).__name__}: {error}).") from error
 
 
 def _existing(folder: Path) -> Path:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fundamentallm.commands.output import printable
-from fundamentallm.errors import CheckpointError, ConfigError, FundamentaLLMError
+from fundamentallm.errors import ConfigError, FundamentaLLMError
 
 
 def main(arguments: Sequence[str], program: str) -> int:
@@ -17,20 +17,18 @@ def main(arguments: Sequence[str], program: str) -> int:
         FundamentaLLMError: if there is no checkpoint, it is damaged, or an argument is wrong.
     """
     options = _parser(program).parse_args(arguments)
-    from fundamentallm.commands import checkpoint_verbs  # imports torch, which --help need not wait for
+    from fundamentallm.checkpoint.reading import explained  # imports torch, which --help need not wait for
+    from fundamentallm.commands import checkpoint_verbs
 
     command: Callable[[argparse.Namespace], int] = getattr(checkpoint_verbs, f"{options.verb}_command")
     try:
-        return command(options)
-    except BrokenPipeError:  # an OSError that is not about the folder
-        raise
+        with explained(options.folder):
+            return command(options)
     # Errors may quote an untrusted checkpoint.
     except ConfigError as error:
         raise ConfigError([printable(problem) for problem in error.problems]) from error
     except FundamentaLLMError as error:
         raise type(error)(printable(str(error))) from error
-    except OSError as error:
-        raise CheckpointError(f"{printable(str(options.folder))} cannot be read: {error}.") from error
 
 
 def _parser(program: str) -> argparse.ArgumentParser:

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fundamentallm.checkpoint.optimizer_state import NamedOptimizerState
+from fundamentallm.checkpoint.reading import explained
 from fundamentallm.checkpoint.snapshot import AVERAGE_KEY, MODEL_KEY, OPTIMIZER_KEY
-from fundamentallm.checkpoint.state_json import MALFORMED, encode
+from fundamentallm.checkpoint.state_json import encode
 from fundamentallm.checkpoint.tensor_files import Like
 from fundamentallm.config.schema import flat_settings
 from fundamentallm.distributed.dtensor import is_sharded
@@ -69,11 +70,9 @@ class RunState:
             CheckpointError: if a part is missing, unknown, or does not fit.
             ConfigError: naming each setting that differs, changes the run, and is not in `may_change`.
         """
-        try:
+        with explained(where, "it does not hold a run"):
             changed = self._changes(saved)
             exchange(saved)
-        except MALFORMED as error:
-            raise CheckpointError(f"{where} does not hold a run ({type(error).__name__}: {error}).") from error
         # A tokenizer's file may move with its folder. If the tokenizer is another one, the samples change too.
         free = free if "data.content" in changed else {*free, "data.tokenizer"}
         _refuse_changes(changed, may_change, free, where)

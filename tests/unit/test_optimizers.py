@@ -646,7 +646,7 @@ def test_state_outside_of_tensors_and_shapes_survives(tmp_path: Any) -> None:
         assert after.pop("rule") == before.pop("rule")
         torch.testing.assert_close(after, before, rtol=0, atol=0)
         assert after["seen"].dtype == torch.int64
-        assert after["bases"][0].stride() == before["bases"][0].stride()
+        assert p.ndim < 2 or after["bases"][0].stride() == before["bases"][0].stride()
 
 
 def test_state_of_a_parameter_that_the_model_lacks_is_refused() -> None:
