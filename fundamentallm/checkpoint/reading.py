@@ -138,7 +138,7 @@ def _opened(
 
 
 @contextlib.contextmanager
-def explained(path: Path, what: str = "it cannot be used") -> Iterator[None]:
+def explained(path: Path, what: str = "it cannot be read or used") -> Iterator[None]:
     """Raises CheckpointError for whatever reading a checkpoint raises; our own errors pass.
 
     A stranger's checkpoint may hold anything, and the libraries that read it raise anything: RecursionError,

@@ -151,6 +151,9 @@ def _val_loss(path: Path, step: int | None) -> float | None:
     """Returns the validation loss of a step, or None if the checkpoint has none. Raises CheckpointError if damaged."""
     metrics = load_parts(path, ["metrics_state_dict"]).get("metrics_state_dict")
     try:
+        if "latest" in metrics:  # type: ignore[operator]
+            latest = metrics["latest"]  # type: ignore[index]
+            return float(latest["val_loss"]) if latest["val_step"] == step else None
         steps, losses = metrics["val_step"].tolist(), metrics["val_loss"].tolist()  # type: ignore[index]
         return float(losses[steps.index(step)])
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # a stranger's may hold anything

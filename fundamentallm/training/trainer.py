@@ -47,6 +47,7 @@ from fundamentallm.training.arguments import (
     whole_config,
 )
 from fundamentallm.training.callbacks.base import Callback, CallbackList
+from fundamentallm.training.callbacks.console import log_path
 from fundamentallm.training.callbacks.from_config import default_callbacks
 from fundamentallm.training.callbacks.trackers import TrackerCallback
 from fundamentallm.training.early_stopping import make_early_stopping
@@ -76,8 +77,7 @@ class Trainer(TrainerView):
         callbacks: all callbacks; None: a progress bar, log lines (in `output_dir`, if there is one), and
             a checkpoint of the best validation.
         optimizer: replaces the config's; over this model's parameters.
-        scheduler: replaces the config's; over that optimizer, stepped after every optimizer step. ReduceLROnPlateau
-            is stepped after every validation, with `early_stopping_metric`.
+        scheduler: replaces the config's; over that optimizer, stepped after each step (ReduceLROnPlateau: validation).
         loss_fn: replaces the config's; maps (logits, targets) to the sum over targets.
         validation_metrics: functions of (logits, targets) to (sum, count), by name, besides the config's. Each is
             logged as val_NAME.
@@ -149,10 +149,10 @@ class Trainer(TrainerView):
             accelerator, self.model_with_loss, self.optimizer, self._guard, training.gradient_clip_norm, training.seed
         )
 
-        self.metrics, self.early_stopping = MetricTracker(), make_early_stopping(training)
-        self.micro_batch = make_micro_batch(training, accelerator)
+        self.early_stopping, self.micro_batch = make_early_stopping(training), make_micro_batch(training, accelerator)
         default = default_callbacks(self.config, self.output_dir, val_loader is not None)
         self.callbacks = CallbackList(default if callbacks is None else callbacks)
+        self.metrics = MetricTracker(log_path(self.callbacks.callbacks))
         if accelerator.log_with:
             self.callbacks.add(TrackerCallback())
         self.files: dict[str, str] = {}  # further text files of each checkpoint, which replace those made for it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,11 @@ class LoggingCallback(Callback):
             trainer.say(f"step {line['step']}  {numbers}{suffix}")
         if self.path:
             append(self.path, line)
+
+
+def log_path(callbacks: Iterable[Callback]) -> Path | None:
+    """Returns the file that a LoggingCallback appends the log lines to, or None."""
+    return next((one.path for one in callbacks if isinstance(one, LoggingCallback) and one.path), None)
 
 
 def _rounded(value: float) -> str:
