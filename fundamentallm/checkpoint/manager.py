@@ -29,7 +29,7 @@ from torch import Tensor
 from fundamentallm.atomic import sync
 from fundamentallm.checkpoint.manifest import MANIFEST, NAME, describe, read_manifest, write_manifest
 from fundamentallm.checkpoint.reading import check_checkpoint, is_ours, load_checkpoint
-from fundamentallm.checkpoint.snapshot import Snapshot, plan, take_snapshot
+from fundamentallm.checkpoint.snapshot import Snapshot, take_snapshot
 from fundamentallm.checkpoint.tensor_files import write_tensors
 from fundamentallm.config.schema import TrainingConfig
 from fundamentallm.config.units import size_text
@@ -152,14 +152,6 @@ class CheckpointManager:
         error, self._error = self._error, None
         if error is not None:
             raise error
-
-    def check(self, checkpoint: Mapping[str, Any], files: Mapping[str, str]) -> None:
-        """Check that `save` can store a state, in as long as its structure takes: no tensor is copied.
-
-        Raises:
-            CheckpointError: as `save` does.
-        """
-        plan(checkpoint, files, self.group.rank, self.group.size)
 
     def check_space_of_run(self, num_bytes: int, num_saves: int) -> None:
         """Check that the disk has room for all checkpoints that a run keeps at the same time.

@@ -22,13 +22,12 @@ OF_SCHEDULE = ("params", "lr", "initial_lr")
 class NamedOptimizerState:
     """What `optimizer.state_dict()` returns, with names of parameters instead of numbers, so that groups may change.
 
-    {"type": class, "state": {parameter: {key: value}}, "entries": {key: count}, "groups": [{"params": [parameter],
-    setting: value}], "other": what is neither state of a parameter nor a group}. "entries" counts how many parameters
-    have each key: torch silently reinitializes missing state. (`torch.distributed.checkpoint.state_dict` would run a
-    hidden optimizer step to create missing state.)
+    {"type": class, "state": {parameter: {key: value}}, "entries": {key: number of parameters that have it}, "groups":
+    [{"params": [parameter], setting: value}], "other": the rest}. Entries are counted because torch silently
+    reinitializes missing state. (`torch.distributed.checkpoint.state_dict` would run a hidden optimizer step instead.)
 
-    "groups" has only what training has changed, such as the step count of schedule-free optimizers. Every other
-    setting comes from the config, whatever it was in the checkpoint.
+    "groups" has only the settings that training has changed, such as the step count of schedule-free optimizers. All
+    others come from the config, whatever they were in the checkpoint.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
@@ -42,19 +41,17 @@ class NamedOptimizerState:
             CheckpointError: if the optimizer trains parameters that are not the model's.
         """
         names, other = self._names(), dict(self.optimizer.state_dict())
-        state, groups = other.pop("state", {}), other.pop("param_groups", [])
-        name_of = _by_number(groups, names)
+        state, groups = dict(other.pop("state", {})), other.pop("param_groups", [])
+        numbers = [number for group in groups for number in group["params"]]
         by_name: dict[str, dict[str, Any]] = {name: {} for of in names for name in of}
-        by_name |= {name: dict(state.get(number, {})) for number, name in name_of.items()}
-        if unnamed := {key: value for key, value in state.items() if key not in name_of}:
-            other["state"] = unnamed
-        changed = [_changes(*pair) for pair in zip(groups, self._initial, strict=False)]
+        by_name |= {name: dict(state.pop(n, {})) for name, n in zip(by_name, numbers, strict=False)}
+        changed = [_changes(group, initial) for group, initial in zip(groups, self._initial, strict=False)]
         return {
             "type": type(self.optimizer).__name__,
             "entries": _count_entries(by_name),
             "state": by_name,
             "groups": [{"params": of, **new} for of, new in zip(names, changed, strict=True)] if any(changed) else [],
-            "other": other,
+            "other": other | ({"state": state} if state else {}),
         }
 
     def refit(self, saved: dict[str, Any]) -> dict[str, Any]:
@@ -77,11 +74,11 @@ class NamedOptimizerState:
                 "resume with the same training.optimizer."
             )
         names, groups = self._names(), self.optimizer.param_groups
-        pairs = list(zip(names, groups, strict=True))
-        trained = {name: p for of, group in pairs for name, p in zip(of, group["params"], strict=True)}
-        # Others, such as Adafactor or 8-bit optimizers, keep state of any shape and type.
+        parameters = [p for group in groups for p in group["params"]]
+        trained = dict(zip((name for of in names for name in of), parameters, strict=True))
+        # Other optimizers, such as 8-bit ones, keep state of any shape and type.
         is_torchs = type(self.optimizer).__module__.startswith("torch.optim")
-        by_torch = {name for of, group in pairs for name in of if is_torchs or group.get("fused")}
+        by_torch = {n for of, group in zip(names, groups, strict=True) for n in of if is_torchs or group.get("fused")}
         if problems := _problems(saved, trained, by_torch):
             more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
             raise CheckpointError(f"The optimizer's state does not fit the model: {'; '.join(problems[:5])}{more}.")
@@ -90,12 +87,12 @@ class NamedOptimizerState:
             for name, state in saved["state"].items()
             if state
         }
-        present, new = self.optimizer.state_dict(), dict(saved.get("other", {}))
+        present, new = self.optimizer.state_dict(), dict(saved.get("other", {}))  # earlier versions saved no other
         if "param_groups" in present:  # otherwise a wrapper of another optimizer, all of whose state is in "other"
             for group, of, initial in zip(present["param_groups"], names, self._initial, strict=True):
                 group.update(copy.deepcopy(initial) | _settings_of(of, saved.get("groups", [])))
-            name_of = _by_number(present["param_groups"], names)
-            numbered = {number: by_name[name] for number, name in name_of.items() if name in by_name}
+            numbers = [number for group in present["param_groups"] for number in group["params"]]
+            numbered = {n: by_name[name] for n, name in zip(numbers, trained, strict=True) if name in by_name}
             new |= {"state": numbered | new.get("state", {}), "param_groups": present["param_groups"]}
         self.optimizer.load_state_dict(new)
         for name, values in by_name.items():
@@ -103,26 +100,15 @@ class NamedOptimizerState:
             loaded.update({key: _as_saved(value, values[key]) for key, value in loaded.items() if key in values})
 
     def _names(self) -> list[list[str]]:
-        """Returns the names of each group's parameters.
-
-        Raises:
-            CheckpointError: if a parameter is not the model's.
-        """
+        """Returns the names of each group's parameters."""
         name_of = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        groups = [group["params"] for group in self.optimizer.param_groups]
-        if unknown := sum(id(p) not in name_of for group in groups for p in group):
+        try:
+            return [[name_of[id(p)] for p in group["params"]] for group in self.optimizer.param_groups]
+        except KeyError as error:
             raise CheckpointError(
-                f"The optimizer trains {unknown} parameters that are not the model's, so that no checkpoint would hold "
-                "them; make them parameters of the model."
-            )
-        return [[name_of[id(p)] for p in group] for group in groups]
-
-
-def _by_number(groups: list[dict[str, Any]], names: list[list[str]]) -> dict[Any, str]:
-    """Maps the numbers that an optimizer's state dict gives to parameters to their names."""
-    return {
-        n: name for group, of in zip(groups, names, strict=False) for n, name in zip(group["params"], of, strict=True)
-    }
+                "The optimizer trains parameters that are not the model's, which no checkpoint would hold; make them "
+                "parameters of the model."
+            ) from error
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
@@ -137,24 +123,16 @@ def _changes(group: dict[str, Any], initial: dict[str, Any]) -> dict[str, Any]:
 def _is_same(value: Any, other: Any) -> bool:
     if isinstance(value, Tensor) and isinstance(other, Tensor):
         return value.dtype == other.dtype and torch.equal(value, other)
-    if type(value) is not type(other):
-        return False
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple)) and type(value) is type(other):
         return len(value) == len(other) and all(map(_is_same, value, other))
-    return bool(value == other)
+    return type(value) is type(other) and bool(value == other)
 
 
 def _settings_of(names: list[str], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the changed settings that a checkpoint has for a group of these parameters.
-
-    Raises:
-        CheckpointError: if it has several, since the parameters were in groups of their own.
-    """
+    """Returns the changed settings that a checkpoint has for a group of these parameters."""
     found = [_settings(group) for group in groups if not set(names).isdisjoint(group["params"])]
-    if not all(_is_same(list(one.items()), list(found[0].items())) for one in found):
-        raise CheckpointError(
-            f"The optimizer's group of {names[0]} has parameters of several groups of the checkpoint."
-        )
+    if any(_changes(one, found[0]) for one in found):
+        raise CheckpointError(f"The parameters of the group of {names[0]} were in groups of different settings.")
     return found[0] if found else {}
 
 
@@ -210,10 +188,11 @@ def _fitted(key: str, value: Any, parameter: Tensor, by_torch: bool) -> Any:
 def _as_saved(loaded: Any, saved: Any) -> Any:
     """Returns a loaded value with its saved type: torch casts tensors to the parameter's, and breaks texts."""
     if isinstance(loaded, Tensor):
-        is_cast = isinstance(saved, Tensor) and saved.dtype != loaded.dtype
-        return saved.to(loaded.device) if is_cast else loaded
-    if isinstance(loaded, dict) and isinstance(saved, dict):
-        return {key: _as_saved(value, saved.get(key, value)) for key, value in loaded.items()}
-    if isinstance(loaded, (list, tuple)) and isinstance(saved, (list, tuple)) and len(loaded) == len(saved):
+        return (
+            saved.to(loaded.device, copy=True) if isinstance(saved, Tensor) and saved.dtype != loaded.dtype else loaded
+        )
+    if isinstance(loaded, dict):
+        return {key: _as_saved(value, saved[key]) for key, value in loaded.items()}
+    if isinstance(loaded, (list, tuple)):
         return type(loaded)([_as_saved(*pair) for pair in zip(loaded, saved, strict=True)])
     return saved

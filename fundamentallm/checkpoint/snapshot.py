@@ -49,30 +49,26 @@ class Snapshot:
         return True
 
 
-def plan(
-    checkpoint: Mapping[str, Any], names: Iterable[str], rank: int, num_ranks: int
-) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:
-    """Returns (the state without tensors as JSON, its tensors, those that this process writes). Copies no tensor.
+def plan(checkpoint: Mapping[str, Any], names: Iterable[str]) -> tuple[str, dict[str, Tensor]]:
+    """Returns a state without its tensors, as JSON, and its tensors, weights first. Copies no tensor.
 
     Raises:
-        CheckpointError: if it cannot be saved: a name of `names`, those of the checkpoint and its text files, would
-            leave the directory, or a value is neither JSON nor a tensor that safetensors can store.
+        CheckpointError: if one of `names` would leave the directory, or a value is neither JSON nor a tensor that
+            safetensors can store.
     """
     for text in names:
         if not NAME.fullmatch(text) or text in (STATE, MANIFEST) or TENSORS.fullmatch(text):
             raise CheckpointError(f"the name is {text!r}; allowed: letters, digits, '_', '-' and '.', not first.")
     tensors: dict[str, Tensor] = {}
     state = encode(checkpoint, (), tensors)
-    # A tensor that appears twice is stored under its first name. Weights come first, so that they are all in the
-    # model's file.
-    paths = sorted(tensors, key=lambda path: not path.startswith(WEIGHTS))
-    mine = {path: local(tensors[path]) for path in paths if _is_written_by(rank, num_ranks, path, tensors[path])}
-    for dtype, path in {tensor.dtype: path for path, tensor in mine.items()}.items():
+    for dtype, path in {tensor.dtype: path for path, tensor in tensors.items()}.items():
         try:
             save({"": torch.empty(0, dtype=dtype)})
         except KeyError as error:
             raise CheckpointError(f"{path} is of {dtype}, which safetensors cannot store; convert it.") from error
-    return json.dumps(state, indent=1, allow_nan=False), tensors, mine
+    # A tensor that appears twice is stored under its first name, which has to be the one in the model's file.
+    weights_first = dict(sorted(tensors.items(), key=lambda item: not item[0].startswith(WEIGHTS)))
+    return json.dumps(state, indent=1, allow_nan=False), weights_first
 
 
 def take_snapshot(
@@ -92,7 +88,8 @@ def take_snapshot(
     Raises:
         CheckpointError: as `plan` does.
     """
-    state, tensors, mine = plan(checkpoint, (name, *files), rank, num_ranks)
+    state, tensors = plan(checkpoint, (name, *files))
+    mine = {path: local(tensor) for path, tensor in tensors.items() if _is_written_by(rank, num_ranks, path, tensor)}
     copies, same_as = copy_to_cpu(mine, buffers)
 
     model, training = (file_name(kind, rank, num_ranks) for kind in ("model", "training"))
