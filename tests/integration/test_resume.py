@@ -112,6 +112,22 @@ def test_resume_on_another_number_of_processes_has_its_losses(tmp_path: Path) ->
         assert (got["step"], got["epoch"]) == (expected["step"], expected["epoch"])
 
 
+def test_checkpoints_do_not_grow_and_the_history_is_resumed(tmp_path: Path) -> None:
+    settings = {"eval_every_n_steps": 3, "save_every_n_steps": 3, "max_steps": 12, "keep_last_n": 9}
+    whole = make_trainer(make_config(tmp_path / "whole", **settings))
+    whole.train()
+    parts = make_trainer(make_config(tmp_path / "parts", **settings))
+    parts.callbacks.add(StopAt(7))
+    parts.train()
+    parts = make_trainer(make_config(tmp_path / "parts", **settings))
+    parts.train()
+    histories = [trainer.metrics.get_history() for trainer in (whole, parts)]
+    assert [len(history.pop("tokens_per_second")) for history in histories] == [12, 12]
+    assert histories[0] == histories[1]
+    files = (tmp_path / "whole" / "checkpoints").glob("*/training.safetensors")
+    assert len({file.stat().st_size for file in files}) == 1
+
+
 def test_resume_after_a_crash_repeats_and_loses_no_line(tmp_path: Path) -> None:
     config = make_config(tmp_path / "parts", dropout=0.2, save_every_n_steps=4)
     trainer = make_trainer(config)
