@@ -15,8 +15,8 @@ from fundamentallm.errors import CheckpointError
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum")
 """State of which torch's fused kernels read as many elements as the parameter has, by address, without a check."""
-OF_SCHEDULE = ("params", "lr", "initial_lr")
-"""Entries of a group that are not saved: parameters are saved by name, and the schedule sets the learning rate."""
+NOT_SAVED = ("params", "lr", "initial_lr", "fused", "foreach", "capturable")
+"""Entries of a group that never come from a checkpoint: parameters, what the schedule sets, and which kernel runs."""
 
 
 class NamedOptimizerState:
@@ -112,7 +112,7 @@ class NamedOptimizerState:
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key not in OF_SCHEDULE}
+    return {key: value for key, value in group.items() if key not in NOT_SAVED}
 
 
 def _changes(group: dict[str, Any], initial: dict[str, Any]) -> dict[str, Any]:

@@ -161,9 +161,10 @@ class MetricTracker:
         if any(type(value) not in (int, float) for value in latest.values()):
             raise ValueError(f"the latest values are {latest}; allowed: numbers.")
         self.metrics = {}
-        of_clock = {"step": {}, "val_step": {}}
-        for key, value in latest.items():
-            of_clock["val_step" if key.startswith("val_") else "step"][key] = value
+        of_clock = {
+            clock: {key: value for key, value in latest.items() if key.startswith("val_") == (clock == "val_step")}
+            for clock in CLOCKS
+        }
         for line in [] if self.log is None else map(numbers, read(self.log)):
             clock = "step" if "train_loss" in line else "val_step"
             line[clock] = line["step"]
