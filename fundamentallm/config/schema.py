@@ -398,8 +398,8 @@ class Config(Section):
         )
 
 
-DATA_FACTS = ("data.num_samples", "data.shuffle", "data.drop_last", "data.content")
-"""Facts of the data that checkpoints record; `resume_changes` may name them like settings."""
+DATA_FACTS = ("data.num_samples", "data.shuffle", "data.drop_last", "data.content", "log")
+"""Facts of the data and the log that checkpoints record; `resume_changes` may name them like settings."""
 
 ON_RESUME = {
     f"{section}{entry.name}": entry.metadata.get("on_resume")

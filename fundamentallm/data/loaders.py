@@ -89,9 +89,8 @@ def _start_worker(init: Callable[[int], None] | None, worker_id: int) -> None:
 
     A second SIGTERM ends it, since that is how torch ends a worker that hangs.
     """
-    for name in ("SIGINT", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
     if init is not None:
         init(worker_id)

@@ -47,8 +47,7 @@ from fundamentallm.training.arguments import (
     whole_config,
 )
 from fundamentallm.training.callbacks.base import Callback, CallbackList
-from fundamentallm.training.callbacks.console import log_path
-from fundamentallm.training.callbacks.from_config import default_callbacks
+from fundamentallm.training.callbacks.from_config import default_callbacks, log_path
 from fundamentallm.training.callbacks.trackers import TrackerCallback
 from fundamentallm.training.early_stopping import make_early_stopping
 from fundamentallm.training.ema import make_average, switches_weights
@@ -97,8 +96,9 @@ class Trainer(TrainerView):
         >>> config = TrainingConfig(max_steps=40, learning_rate=0.1, log_every_n_steps=10)
         >>> trainer = Trainer(model, config, loader)
         >>> history = trainer.train()  # pandas.DataFrame(history) is a table
-        330 parameters, 1 process on cpu, 40 steps of 4 sequences
-        step 10  ...
+        330 parameters in float32, 1 process on cpu, AdamW with peak learning rate 1.0e-01
+        40 steps of 4 sequences
+        step 10/40 | loss ...
         >>> history["step"], history["train_loss"][-1] < 0.1
         ([10, 20, 30, 40], True)
         >>> trainer
@@ -227,7 +227,7 @@ class Trainer(TrainerView):
                 self.say(found)
             accelerator, device = self.accelerator, device_name(self.accelerator.device)
             about = environment(device, accelerator.num_processes, accelerator.mixed_precision)
-            self._record.launch(resumed_from, self.config, about)
+            self._record.launch(resumed_from, self.config, about, self._progress.segments[-1]["content"])
             self.stop_switch.begin()
             launch.enter_context(self.stop_switch.handling_signals())
             try:
@@ -442,7 +442,7 @@ class Trainer(TrainerView):
             self.saver.finish()
         self.callbacks.on_train_end(self)
         if self.stop_switch.reason:
-            self.say(self._describe_stop())
+            self.say(self.describe_stop())
 
     def leave_group(self) -> None:
         """Leaves the process group for good: nothing can be trained or validated afterwards."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 from accelerate import Accelerator
 from torch import nn
@@ -13,6 +14,7 @@ from tqdm import tqdm
 from fundamentallm.checkpoint.manager import CheckpointManager
 from fundamentallm.config.schema import Config
 from fundamentallm.data.sampler import StepSampler
+from fundamentallm.run.environment import command
 from fundamentallm.run.progress import Progress
 from fundamentallm.run.saving import Saver
 from fundamentallm.run.session import Position
@@ -100,6 +102,11 @@ class TrainerView:
         return self.saver.manager
 
     @property
+    def resumed_from(self) -> Path | None:
+        """The checkpoint that the state was restored from, or None."""
+        return self.state.loaded_from
+
+    @property
     def history(self) -> dict[str, list[float]]:
         """The numbers of the run so far, as `pandas.DataFrame(trainer.history)` takes them.
 
@@ -139,14 +146,14 @@ class TrainerView:
     def say(self, text: str) -> None:
         """Prints a line beside the progress bar, on the main process only."""
         if self.is_main_process:
-            tqdm.write(text)
+            tqdm.write(text.encode(errors="backslashreplace").decode())  # a path may hold bytes that are not UTF-8
 
-    def _describe_stop(self) -> str:
-        """Returns where and why the run stopped, and how to resume it."""
-        advice = ""
-        if self.was_interrupted and self.checkpoint_manager is not None:
-            advice = f"; saved in {self.checkpoint_manager.get_latest()}. Run the same command to resume."
-        return f"stopped at step {self.global_step} of {self.total_steps}: {self.stop_switch.reason}{advice}"
+    def describe_stop(self) -> str:
+        """Returns where and why the run stopped, where it is saved, and how to resume it."""
+        text = f"stopped at step {self.global_step}/{self.total_steps}: {self.stop_switch.reason}"
+        if self.checkpoint_manager is not None and not self.is_finished:
+            text += f"; saved in {self.checkpoint_manager.get_latest()}\nto resume: {command()}"
+        return text
 
     def _describe_finished_run(self) -> str:
         """Returns that there is nothing to train, and what would change that."""
