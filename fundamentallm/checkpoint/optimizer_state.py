@@ -97,7 +97,8 @@ class NamedOptimizerState:
         self.optimizer.load_state_dict(new)
         for name, values in by_name.items():
             loaded = self.optimizer.state.get(trained[name], {})
-            loaded.update({key: _as_saved(value, values[key]) for key, value in loaded.items() if key in values})
+            kept = (values.keys() & loaded.keys()) - {"step"}  # whose type torch chooses by the kernel
+            loaded.update({key: _as_saved(loaded[key], values[key]) for key in kept})
 
     def _names(self) -> list[list[str]]:
         """Returns the names of each group's parameters."""
@@ -188,9 +189,8 @@ def _fitted(key: str, value: Any, parameter: Tensor, by_torch: bool) -> Any:
 def _as_saved(loaded: Any, saved: Any) -> Any:
     """Returns a loaded value with its saved type: torch casts tensors to the parameter's, and breaks texts."""
     if isinstance(loaded, Tensor):
-        return (
-            saved.to(loaded.device, copy=True) if isinstance(saved, Tensor) and saved.dtype != loaded.dtype else loaded
-        )
+        is_cast = isinstance(saved, Tensor) and saved.dtype != loaded.dtype
+        return saved.to(loaded.device, copy=True) if is_cast else loaded
     if isinstance(loaded, dict):
         return {key: _as_saved(value, saved[key]) for key, value in loaded.items()}
     if isinstance(loaded, (list, tuple)):
