@@ -140,7 +140,6 @@ class OptimizersAverage(WeightAverage):
     def __init__(self, model: nn.Module, optimizer: Any) -> None:
         self._set_parameters(model, optimizer)
         self.optimizer, self._updates = optimizer, torch.zeros((), dtype=torch.int64)
-        optimizer.train()
 
     @torch.no_grad()
     def _averages(self) -> dict[nn.Parameter, Tensor]:
@@ -163,7 +162,7 @@ def make_average(config: TrainingConfig, model: nn.Module, optimizer: Optimizer)
     Raises:
         ConfigError: if both `config` and the optimizer average them.
     """
-    if not switches_weights(optimizer):
+    if not switch_to_training(optimizer):
         return None if config.ema_decay is None else WeightAverage(model, optimizer, config.ema_decay)
     if config.ema_decay is not None:
         reason = f"and {type(optimizer).__name__} averages the weights itself"
@@ -171,6 +170,8 @@ def make_average(config: TrainingConfig, model: nn.Module, optimizer: Optimizer)
     return OptimizersAverage(model, optimizer)
 
 
-def switches_weights(optimizer: Optimizer) -> bool:
-    """Returns whether an optimizer has methods train() and eval(), which switch between weights and their average."""
-    return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
+def switch_to_training(optimizer: Any) -> bool:
+    """Calls train() of an optimizer that switches between weights and their average. Returns whether it is one."""
+    if is_one := all(callable(getattr(optimizer, name, None)) for name in ("train", "eval")):
+        optimizer.train()
+    return is_one

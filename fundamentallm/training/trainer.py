@@ -50,7 +50,7 @@ from fundamentallm.training.callbacks.base import Callback, CallbackList
 from fundamentallm.training.callbacks.from_config import default_callbacks, log_path
 from fundamentallm.training.callbacks.trackers import TrackerCallback
 from fundamentallm.training.early_stopping import make_early_stopping
-from fundamentallm.training.ema import make_average, switches_weights
+from fundamentallm.training.ema import make_average, switch_to_training
 from fundamentallm.training.evaluation import evaluate
 from fundamentallm.training.guard import Guard
 from fundamentallm.training.loss import create_loss
@@ -137,7 +137,7 @@ class Trainer(TrainerView):
 
         freeze(model, training.parameter_groups)
         self.model, loss_fn = model, loss_fn or create_loss(training.loss, **training.loss_options)
-        place_model(accelerator, model, training.seed, training.activation_checkpointing)
+        place_model(accelerator, model, training.seed, training.activation_checkpointing, self.say)
         self.optimizer = check_layouts(model, optimizer or make_optimizer(training, model))
         with_loss = ModelWithLoss(model, loss_fn)
         self.model_with_loss = prepare_model(accelerator, with_loss, self.optimizer, bool(training.compile))
@@ -159,12 +159,10 @@ class Trainer(TrainerView):
         self.state = RunState(self._parts(), asdict(self.config if self.output_dir else training))
         self.group = HostGroup()
         self.saver = Saver(open_manager(training, self.is_sharded), self.state, self.group, self._files_of_checkpoint)
-        self.stop_switch = StopSwitch(training.max_minutes)
-        self.phase = Phase.STARTING
+        self.stop_switch, self.phase = StopSwitch(training.max_minutes), Phase.STARTING
         self.was_rewound = False  # True if the run returned to an earlier checkpoint and replaces what came after it
         self._record = Record(self.output_dir if self.is_main_process else None, self._position)
-        self._throughput = Throughput()
-        self._started, self._first_step = False, 0
+        self._throughput, self._started, self._first_step = Throughput(), False, 0
         self._compiled: set[str] = set()  # of "step" and "validation", those whose compilation was reported
 
     def _files_of_checkpoint(self) -> dict[str, str]:
@@ -188,9 +186,10 @@ class Trainer(TrainerView):
         }
         return {name: part for name, part in parts.items() if part is not None}
 
-    def train(self) -> dict[str, list[float]]:
+    def train(self, max_steps: int | None = None) -> dict[str, list[float]]:
         """Trains to the end of the run and returns its history. Resumes from a checkpoint as `config.resume` says.
 
+        `max_steps` replaces the config's, so that a finished run can be trained longer.
         SIGTERM, SIGINT and SIGUSR1 stop the run after the present step, saved. A second Ctrl-C stops it at once.
 
         Raises:
@@ -209,16 +208,18 @@ class Trainer(TrainerView):
         with session(self._record, self.checkpoint_manager, self.group, self.stop_switch, watchdog, self.say) as launch:
             resumed_from = None if self._started else self._resume()
             self._started = True
+            if max_steps is not None:
+                self._set_max_steps(max_steps)
+                self._fit_schedule()
             if self.is_finished:
                 self.stop_switch.begin()  # forgets why an earlier train() stopped
                 if self.checkpoint_manager is not None and not self.saver.is_current:
                     self.save_checkpoint()  # which failed when the run ended
                 self.say(self._describe_finished_run())
                 return self.history
-            left = self.total_steps - self.global_step
-            self.saver.check_room(saves_left(self.config.training, left, self.steps_per_epoch))
+            first = self.global_step
+            self.saver.check_room(saves_left(self.config.training, self.total_steps - first, self.steps_per_epoch))
             if self.micro_batch is not None:
-                first = self.global_step
                 batches = device_batches(self.train_loader, self.samples, first, first + 1, self.accelerator.device)
                 samplers = [sampler for sampler in (self.samples, self.val_samples) if sampler is not None]
                 found = self.micro_batch.settle(
@@ -403,8 +404,8 @@ class Trainer(TrainerView):
         for line in restored.messages:
             self.say(line)
         self._fit_schedule()
-        if self.micro_batch is not None:
-            self.micro_batch.settings_changed(restored.changed)
+        if self.micro_batch is not None and restored.changed:
+            self.micro_batch.size = None  # another one may fit
         self.saver.mark_saved()
         self.optimizer_step.is_updating = False
         if restored.changed & AFFECTS_SCHEDULE:
@@ -427,8 +428,7 @@ class Trainer(TrainerView):
         self._first_step = self.global_step
         self.saver.forget_requests()
         self.model_with_loss.train()
-        if switches_weights(self.optimizer):
-            self.optimizer.train()  # type: ignore[attr-defined]
+        switch_to_training(self.optimizer)
         self.model.zero_grad()  # what a caller, or a step that raised, may have left
         self.callbacks.on_train_begin(self)
         training, data = self.config.training, self.train_loader.dataset

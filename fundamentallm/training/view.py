@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from fundamentallm.checkpoint.manager import CheckpointManager
 from fundamentallm.config.schema import Config
 from fundamentallm.data.sampler import StepSampler
+from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.run.environment import command
 from fundamentallm.run.progress import Progress
 from fundamentallm.run.saving import Saver
@@ -31,6 +33,7 @@ class TrainerView:
     """The side of the Trainer that satisfies `RunView`. Everything it says follows from the run's state."""
 
     config: Config
+    output_dir: Path | None
     accelerator: Accelerator
     model: nn.Module
     optimizer: Optimizer
@@ -115,6 +118,14 @@ class TrainerView:
         """
         return self.metrics.by_step()
 
+    def _set_max_steps(self, max_steps: int) -> None:
+        """Gives the run another end. Raises ConfigError if it is not a number of steps, or lies behind the run."""
+        training = replace(self.config.training, max_steps=max_steps, max_epochs=None)
+        if max_steps < self.global_step:
+            raise ConfigError(Problem("max_steps", max_steps, f"at least {self.global_step}, the steps done"))
+        self.config = replace(self.config, training=training)
+        self.state.config = asdict(training if self.output_dir is None else self.config)
+
     @property
     def _is_at_epoch(self) -> bool:
         """Whether the next step begins an epoch."""
@@ -157,13 +168,14 @@ class TrainerView:
 
     def _describe_finished_run(self) -> str:
         """Returns that there is nothing to train, and what would change that."""
-        longer = "training.max_steps (or max_epochs), and name it in training.resume_changes"
+        advice = "call trainer.train(max_steps=...). To start over, make a new model and a new Trainer."
+        if self.checkpoint_manager is not None:
+            longer = "training.max_steps (or max_epochs), and name it in training.resume_changes"
+            advice = f"raise {longer}. To start over, choose another output_dir."
         if self.early_stopping is not None and self.early_stopping.should_stop:
-            longer = "training.early_stopping_patience, which ended it"
-        return (
-            f"This run is already finished, at step {self.global_step} of {self.total_steps}. To train longer, raise "
-            f"{longer}. To start over, choose another output_dir."
-        )
+            advice = "raise training.early_stopping_patience, which ended it."
+        steps = f"{self.global_step} of {self.total_steps}"
+        return f"This run is already finished, at step {steps}. To train longer, {advice}"
 
     def __repr__(self) -> str:
         """Returns where the run is, and what it trains, on what and how. The host does not wait for the device."""
