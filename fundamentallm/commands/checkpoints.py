@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fundamentallm.commands.options import add_checkpoint
 from fundamentallm.commands.output import printable
 from fundamentallm.errors import ConfigError, FundamentaLLMError
 
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str], program: str) -> int:
 
     command: Callable[[argparse.Namespace], int] = getattr(checkpoint_verbs, f"{options.verb}_command")
     try:
-        with explained(options.folder):
+        with explained(options.checkpoint):
             return command(options)
     # Errors may quote an untrusted checkpoint.
     except ConfigError as error:
@@ -38,7 +39,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
 
     def add(name: str, text: str, folder: str) -> argparse.ArgumentParser:
         verb = verbs.add_parser(name, help=text, description=text[:1].upper() + text[1:] + ".", allow_abbrev=False)
-        verb.add_argument("folder", metavar="DIR", type=Path, help=folder)
+        add_checkpoint(verb, folder)
         verb.set_defaults(verb=name)
         return verb
 
@@ -48,7 +49,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
     show.add_argument("--verify", action="store_true", help="compare every byte with the manifest first")
     samples = add("samples", "show which samples an optimizer step was trained on", f"a checkpoint, {run} (its newest)")
     samples.add_argument(
-        "--step", required=True, type=int, metavar="N", help="step, counted from 1 as in metrics.jsonl"
+        "--step", required=True, type=int, metavar="INT", help="step, counted from 1 as in metrics.jsonl"
     )
     samples.add_argument("--full", action="store_true", help="print each text in full, not one line of it")
     samples.add_argument("--indices_only", action="store_true", help="print no text, so that the data is not needed")

@@ -311,8 +311,8 @@ def test_use_of_hostile_text_files_works_or_is_refused(file: str, content: Any) 
         for command, arguments in [
             (generate, ["--checkpoint", str(checkpoint), "--max_new_tokens", "2"]),
             (evaluate, ["--checkpoint", str(checkpoint), "--source", str(text)]),
-            (checkpoints, ["show", str(checkpoint)]),
-            (checkpoints, ["samples", str(checkpoint), "--step", "1"]),
+            (checkpoints, ["show", "--checkpoint", str(checkpoint)]),
+            (checkpoints, ["samples", "--checkpoint", str(checkpoint), "--step", "1"]),
         ]:
             with time_limit(), contextlib.suppress(FundamentaLLMError):
                 command.main(arguments, "test")
