@@ -6,6 +6,7 @@ import math
 import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from fundamentallm.config.registry import resolve
 from fundamentallm.config.schema import METRIC_NAMES
 from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.run.json_lines import numbers, read
 
 MEASURED = frozenset({"tokens_per_second", "mfu", "memory_gb"})
 """Numbers of a log line that depend on the machine. Two identical runs differ in nothing else."""
@@ -61,6 +63,8 @@ def further_metrics(names: Sequence[str], given: Mapping[str, Metric] | None = N
 class MetricTracker:
     """The history of a run: a list of values for each metric.
 
+    With `log`, a file of JSON lines that holds the history, its state is only the latest values.
+
     Examples:
         >>> from fundamentallm import MetricTracker
         >>> metrics = MetricTracker()
@@ -73,8 +77,9 @@ class MetricTracker:
         {'step': [10, 20], 'train_loss': [2.0, 1.0], 'val_loss': [nan, 1.5]}
     """
 
-    def __init__(self) -> None:
+    def __init__(self, log: Path | None = None) -> None:
         self.metrics: dict[str, list[float]] = {}
+        self.log = log
 
     def update(self, metrics_dict: dict[str, float]) -> None:
         """Append one value to each named metric.
@@ -128,20 +133,46 @@ class MetricTracker:
         """Delete all values."""
         self.metrics.clear()
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Returns the history as tensors: int64 for integers, otherwise float64."""
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the latest values if the history is in a log, otherwise all: int64 for integers, otherwise float64.
+
+        With a log, checkpoints do not grow with the run.
+        """
+        if self.log is not None:
+            return {"latest": {key: values[-1] for key, values in self.metrics.items()}}
         integers = {key for key, values in self.metrics.items() if all(isinstance(value, int) for value in values)}
         return {
             key: torch.tensor(values, dtype=torch.int64 if key in integers else torch.float64)
             for key, values in self.metrics.items()
         }
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore a saved history. Raises ValueError if the values of a metric are not one-dimensional."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a saved history, from the log if it is there. Raises ValueError if it is not a history."""
+        if isinstance(latest := state.get("latest"), dict):
+            self._read_log(latest)
+            return
         for key, values in state.items():
             if values.ndim != 1:
                 raise ValueError(f"the values of {key} have shape {values.shape}.")
         self.metrics = {key: values.tolist() for key, values in state.items()}
+
+    def _read_log(self, latest: dict[str, float]) -> None:
+        """Read the log up to the `latest` values, which follow if the log has not as many lines."""
+        if any(type(value) not in (int, float) for value in latest.values()):
+            raise ValueError(f"the latest values are {latest}; allowed: numbers.")
+        self.metrics = {}
+        of_clock = {
+            clock: {key: value for key, value in latest.items() if key.startswith("val_") == (clock == "val_step")}
+            for clock in CLOCKS
+        }
+        for line in [] if self.log is None else map(numbers, read(self.log)):
+            clock = "step" if "train_loss" in line else "val_step"
+            line[clock] = line["step"]
+            if clock in latest and line[clock] <= latest[clock]:
+                self.update({key: line[key] for key in of_clock[clock] if key in line})
+        for clock, values in of_clock.items():
+            if clock in values and self.get_latest(clock) != values[clock]:
+                self.update(values)
 
 
 def peak_memory_gb(device: torch.device) -> float | None:

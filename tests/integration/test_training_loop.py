@@ -433,7 +433,7 @@ def test_bits_per_byte_of_what_is_no_text_are_refused_before_the_first_step() ->
         Trainer(Bigram(), config, loader, loader)
 
 
-def test_a_schedule_that_follows_a_metric_is_refused() -> None:
+def test_trainer_refuses_a_schedule_of_a_metric_without_validation() -> None:
     model, loader = Bigram(), DataLoader(PartlyIgnored(), batch_size=8)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
