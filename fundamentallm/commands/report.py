@@ -59,6 +59,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         ]
         starts, restarted = read_starts(folder), restarts(folder)
         status = json.loads((folder / STATUS).read_text(encoding="utf-8")) if (folder / STATUS).exists() else {}
+        count_seconds(lines, starts)
     except (OSError, ValueError) as error:
         raise FundamentaLLMError(f"{folder} cannot be read: {error}.") from error
     start = starts[-1] if starts else {}
@@ -66,13 +67,28 @@ def read_run(folder: Path) -> dict[str, Any]:
         "name": str(folder),
         "state": status.get("state"),
         "total_steps": status.get("total_steps"),
+        "data": (start.get("data") or [None])[-1],  # fingerprint of the validation data
         "curves": curves(lines),
         "restarts": restarted,
-        "skipped": skipped(lines),
         "samples": samples,
         "config": flat_settings(start["config"]) if start.get("config") else None,
         "environment": start.get("environment"),
     }
+
+
+def count_seconds(lines: list[dict[str, float]], starts: list[dict[str, Any]]) -> None:
+    """Replaces the time of day of each line by the seconds that the run has taken.
+
+    The time between two launches does not count, nor that of steps which the second one repeated.
+    """
+    launches = [(start["step"], datetime.fromisoformat(start["time"]).timestamp()) for start in starts]
+    seconds, before = 0.0, math.inf
+    for line in lines:
+        while launches and launches[0][0] < line["step"]:
+            before = launches.pop(0)[1]
+        if "time" in line:
+            seconds += max(0.0, line["time"] - before)
+            before, line["time"] = line["time"], round(seconds, 3)
 
 
 def curves(lines: list[dict[str, float]]) -> dict[str, tuple[list[int], list[float | None]]]:
@@ -98,18 +114,6 @@ def thinned(points: list[tuple[int, float | None]]) -> list[tuple[int, float | N
         gap = [i for i in interval if points[i][1] is None][:1]
         kept += sorted({interval[0], interval[-1], *ordered[:1], *ordered[-1:], *gap})
     return [points[i] for i in kept]
-
-
-def skipped(lines: list[dict[str, float]]) -> list[tuple[int, str]]:
-    """Returns (step, reason) of each log line before which steps were skipped."""
-    marks: list[tuple[int, str]] = []
-    for name, reason in (("bad_steps", "loss or gradient not finite"), ("skipped_spikes", "a spike was skipped")):
-        before = 0.0
-        for line in lines:
-            if line.get(name, before) > before:
-                marks.append((int(line["step"]), reason))
-            before = line.get(name, before)
-    return marks
 
 
 def make_page(runs: list[dict[str, Any]]) -> str:

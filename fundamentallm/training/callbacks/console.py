@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ class LoggingCallback(Callback):
             numbers = "  ".join(f"{name} {_rounded(line[name])}" for name in names)
             trainer.say(f"step {line['step']}  {numbers}{suffix}")
         if self.path:
-            append(self.path, line)
+            append(self.path, {**line, "time": round(time.time(), 3)})
 
 
 def _rounded(value: float) -> str:
