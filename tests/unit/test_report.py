@@ -209,7 +209,8 @@ CURVES = """
   seen.images = document.images.length;
 """
 RESULTS = """
-  const cells = (row) => [...row.querySelectorAll("td")].map((cell) => [cell.textContent, cell.className.includes("best")]);
+  const isBest = (cell) => cell.classList.contains("best");
+  const cells = (row) => [...row.querySelectorAll("td")].map((cell) => [cell.textContent, isBest(cell)]);
   const rows = [...document.querySelectorAll("#final tbody tr")];
   seen.rows = Object.fromEntries(rows.map((row) => [row.querySelector("th").textContent, cells(row)]));
   seen.width = innerWidth; seen.needed = document.documentElement.scrollWidth;
@@ -287,6 +288,6 @@ def test_report_marks_best_values_among_comparable_runs(tmp_path: Path) -> None:
     assert rows["duration"][0] == ["1 min 44 s", False]
     report(*alike, "--output", page)
     seen = look(page, tmp_path, RESULTS, width=420)
-    assert seen["needed"] == seen["width"] == 420
+    assert seen["needed"] <= seen["width"] < 640  # no window is narrower than the browser allows
     assert "data and tokenizer" not in seen["rows"]
     assert [best for _, best in seen["rows"]["last validation loss"]] == [False, True]
