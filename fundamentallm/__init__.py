@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from fundamentallm.checkpoint.manager import CheckpointManager as CheckpointManager
     from fundamentallm.config.schema import Config as Config

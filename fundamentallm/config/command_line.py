@@ -21,6 +21,9 @@ from fundamentallm.config.validation import Section, expand_user, fits, from_dic
 from fundamentallm.config.yaml_format import from_yaml, to_yaml
 from fundamentallm.errors import ConfigError, Problem
 
+QUICKSTART = Path(__file__).with_name("quickstart.yaml")
+"""The config that `--config quickstart` means, so that an installed package has one."""
+
 
 def settings(section: type[Any], prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any], str]]:
     """Yields (dotted name, type, dataclass field, help text) of every setting of `section`, subsections last."""
@@ -77,7 +80,7 @@ def _parser(program: str) -> _Parser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings, or quickstart")
     parser.add_argument("--print_config", action="store_true", help="print all settings as YAML and exit")
     for section, group in itertools.groupby(settings(Config), lambda setting: setting[0].rpartition(".")[0]):
         described = parser.add_argument_group(section or "run")
@@ -114,6 +117,8 @@ def _command_line_value(text: str, hint: Any) -> Any:
 def _read_file(path: str) -> dict[str, Any]:
     """Returns the settings of the file that --config names."""
     file = Path(expand_user(path))
+    if path == QUICKSTART.stem and not file.exists():
+        file = QUICKSTART
     try:
         if file.exists() and not file.is_file():  # a pipe: of several processes, the first one would empty it
             raise ValueError("it is not a regular file")

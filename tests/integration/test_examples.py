@@ -41,6 +41,7 @@ def test_train_from_python_lowers_the_loss(tmp_path: Path, capsys: pytest.Captur
 
 
 EXPECTED_OUTPUT = {
+    "custom_optimizer": r"validation loss [23]\.\d+ after 20 steps",
     "finetune_transformers": r"opened in transformers: LlamaForCausalLM",
     "python_sources": r"def __init__\(self.+",
     "supervised_pairs": r"97\+70=\d+",
@@ -92,7 +93,7 @@ def test_custom_optimizer_trains_with_its_names_in_a_config(
 
 
 def test_quickstart_is_a_short_run_on_the_built_in_text() -> None:
-    config = parse_config(["--config", str(ROOT / "examples/quickstart.yaml")])
+    config = parse_config(["--config", "quickstart"])
     assert config.data.source == "python-docs"
     assert config.training.max_steps <= 1000
 
