@@ -129,7 +129,7 @@ def signature(name: str, thing: Any) -> str:
     line = f"{name.rpartition('.')[2]}({', '.join(words)}){returns}"
     if len(line) > 100:
         line = f"{name.rpartition('.')[2]}(\n" + "".join(f"    {word},\n" for word in words) + f"){returns}"
-    return f"```python\n{line}\n```"
+    return f"```py\n{line}\n```"  # not `python`, which tests compile
 
 
 def parameter_text(parameter: inspect.Parameter) -> str:
