@@ -15,10 +15,8 @@ from fundamentallm.commands.output import plural, say
 from fundamentallm.config.schema import flat_settings
 from fundamentallm.errors import FundamentaLLMError, writing
 
-MARK = '<meta name="generator" content="fundamentallm report">'
-"""Identifies a report, which may be overwritten."""
-MOST_POINTS = 2000
-"""Points of a curve. Screens have no more columns."""
+MARK = '<meta name="generator" content="fundamentallm report">'  # of a report, which may be overwritten
+MOST_POINTS = 2000  # of a curve; screens have no more columns
 
 
 def main(arguments: Sequence[str], program: str) -> int:
@@ -95,10 +93,8 @@ def curves(lines: list[dict[str, float]]) -> dict[str, tuple[list[int], list[flo
     """Returns {name: (steps, values)} of every number in the log; values that are not finite are None."""
     found: dict[str, list[tuple[int, float | None]]] = {}
     for line in lines:
-        repeated = ("step", "epoch") if "val_loss" in line else ()  # which training lines have too
         for name, value in line.items():
-            if name not in repeated:
-                found.setdefault(name, []).append((int(line["step"]), value if math.isfinite(value) else None))
+            found.setdefault(name, []).append((int(line["step"]), value if math.isfinite(value) else None))
     kept = {name: thinned(points) for name, points in found.items()}
     return {name: ([step for step, _ in points], [value for _, value in points]) for name, points in kept.items()}
 
@@ -122,8 +118,7 @@ def make_page(runs: list[dict[str, Any]]) -> str:
     # In <script>, HTML gives a meaning to "</script" and "<!--", and runs may contain any text.
     text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    before, after = template.split("/*DATA*/")
-    return before + text + after
+    return template.replace("/*DATA*/", text)
 
 
 def write_page(page: str, path: Path) -> None:

@@ -21,8 +21,7 @@ from fundamentallm.config.validation import Section, expand_user, fits, from_dic
 from fundamentallm.config.yaml_format import from_yaml, to_yaml
 from fundamentallm.errors import ConfigError, Problem
 
-QUICKSTART = Path(__file__).with_name("quickstart.yaml")
-"""The config that `--config quickstart` means, so that an installed package has one."""
+QUICKSTART = Path(__file__).with_name("quickstart.yaml")  # what `--config quickstart` reads
 
 
 def settings(section: type[Any], prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any], str]]:

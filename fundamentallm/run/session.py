@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -19,8 +18,6 @@ from fundamentallm.distributed.watchdog import Watchdog
 from fundamentallm.errors import START_AGAIN, CheckpointError, ConfigError, FundamentaLLMError, TrainingError, exit_code
 from fundamentallm.run.folder import locked, read_state, write_start, write_status
 from fundamentallm.run.stopping import StopSwitch
-
-logger = logging.getLogger(__name__)
 
 
 class Position(NamedTuple):
@@ -126,7 +123,7 @@ def _open_folders(
     try:
         stack.enter_context(locked(folder for folder in (output_dir, checkpoint_dir) if folder is not None))
         if manager is None:
-            logger.warning("training.checkpoint_dir is not set: nothing will be saved.")
+            say("training.checkpoint_dir is not set: nothing will be saved.")
         else:
             manager.wait()  # an interrupted train() in this process may have left a save running
             for line in manager.recover():

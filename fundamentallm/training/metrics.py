@@ -63,14 +63,11 @@ class History(dict[str, list[float]]):
 
     def __repr__(self) -> str:
         """Returns the first, the smallest and the last value of each column, instead of pages of numbers."""
-        columns = {name: [value for value in values if not math.isnan(value)] for name, values in self.items()}
-        lines = [
-            f"  {name:17} {values[0]:>10.6g} {min(values):>10.6g} {values[-1]:>10.6g}"
-            for name, values in columns.items()
-            if values
-        ]
-        head = f"History of {len(self.get('step', ()))} rows"
-        return "\n".join([f"{head:19} {'first':>10} {'smallest':>10} {'last':>10}", *lines])
+        rows = [(f"History of {len(self.get('step', ()))} rows", "first", "smallest", "last")]
+        for name, values in self.items():
+            known = [value for value in values if not math.isnan(value)] or [math.nan]
+            rows.append((f"  {name}", *(f"{value:.6g}" for value in (known[0], min(known), known[-1]))))
+        return "\n".join(f"{row[0]:19}" + "".join(f" {cell:>10}" for cell in row[1:]) for row in rows)
 
 
 class MetricTracker:

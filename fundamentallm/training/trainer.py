@@ -96,6 +96,7 @@ class Trainer(TrainerView):
         >>> config = TrainingConfig(max_steps=40, learning_rate=0.1, log_every_n_steps=10)
         >>> trainer = Trainer(model, config, loader)
         >>> history = trainer.train()  # pandas.DataFrame(history) is a table
+        training.checkpoint_dir is not set: nothing will be saved.
         330 parameters, 1 process on cpu, 40 steps of 4 sequences
         step 10  ...
         >>> history["step"], history["train_loss"][-1] < 0.1
