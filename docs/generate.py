@@ -195,7 +195,7 @@ def help_of(*words: str) -> str:
     out = io.StringIO()
     with (
         mock.patch.object(sys, "argv", ["fundamentallm", *words, "--help"]),
-        mock.patch.dict(os.environ, COLUMNS="100"),
+        mock.patch.dict(os.environ, COLUMNS="82"),
         contextlib.redirect_stdout(out),
         contextlib.suppress(SystemExit),
     ):
