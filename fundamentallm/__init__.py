@@ -7,7 +7,6 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-
 # A notebook without ipywidgets gets lines instead of a bar. Importing accelerate there would warn of it.
 warnings.filterwarnings("ignore", message="IProgress not found")
 

@@ -21,8 +21,6 @@ from fundamentallm.config.validation import Section, expand_user, fits, from_dic
 from fundamentallm.config.yaml_format import from_yaml, to_yaml
 from fundamentallm.errors import ConfigError, Problem
 
-QUICKSTART = Path(__file__).with_name("quickstart.yaml")  # what `--config quickstart` reads
-
 
 def settings(section: type[Any], prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any], str]]:
     """Yields (dotted name, type, dataclass field, help text) of every setting of `section`, subsections last."""
@@ -116,8 +114,8 @@ def _command_line_value(text: str, hint: Any) -> Any:
 def _read_file(path: str) -> dict[str, Any]:
     """Returns the settings of the file that --config names."""
     file = Path(expand_user(path))
-    if path == QUICKSTART.stem and not file.exists():
-        file = QUICKSTART
+    if path == "quickstart" and not file.exists():  # the one that comes with the package
+        file = Path(__file__).with_name("quickstart.yaml")
     try:
         if file.exists() and not file.is_file():  # a pipe: of several processes, the first one would empty it
             raise ValueError("it is not a regular file")

@@ -18,7 +18,6 @@ from fundamentallm.errors import ConfigError, Problem
 MEASURED = frozenset({"tokens_per_second", "mfu", "memory_gb", "time"})
 """Numbers of a log line that depend on the machine. Two identical runs differ in nothing else."""
 
-
 CLOCKS = ("step", "val_step")
 """Metrics that hold the optimizer step of the metrics logged with them."""
 

@@ -394,6 +394,7 @@ class Trainer(TrainerView):
         if choice.origin is not None:
             self._progress.origin = str(choice.origin)
         self.was_rewound = choice.is_rewound
+        self._say_how_to_start_over(is_resumed=choice.path is not None)
         return choice.path
 
     def _restore(self, saved: dict[str, Any], where: Path) -> None:
