@@ -42,10 +42,10 @@ def read_run(folder: Path) -> dict[str, Any]:
         FundamentaLLMError: if the folder has no metrics.jsonl, or it cannot be read.
     """
     # Imported here, so that --help need not wait for torch.
-    from fundamentallm.run.folder import SAMPLES, STATUS, read_starts, restarts
+    from fundamentallm.run.folder import LOG, SAMPLES, read_starts, read_status, restarts
     from fundamentallm.run.json_lines import numbers, read
 
-    log = folder / "metrics.jsonl"
+    log = folder / LOG
     try:
         if not log.is_file():
             raise FundamentaLLMError(f"{folder} has no metrics.jsonl; give the output_dir of a run.")
@@ -55,8 +55,7 @@ def read_run(folder: Path) -> dict[str, Any]:
             for line in read(folder / SAMPLES)
             if all(isinstance(line.get(key), str) for key in ("prompt", "text"))
         ]
-        starts, restarted = read_starts(folder), restarts(folder)
-        status = json.loads((folder / STATUS).read_text(encoding="utf-8")) if (folder / STATUS).exists() else {}
+        starts, restarted, status = read_starts(folder), restarts(folder), read_status(folder)
         count_seconds(lines, starts)
     except (OSError, ValueError) as error:
         raise FundamentaLLMError(f"{folder} cannot be read: {error}.") from error

@@ -20,6 +20,7 @@ from fundamentallm.config.schema import IGNORE_INDEX, Config
 from fundamentallm.data.corpus import Corpus, Source, Tokens
 from fundamentallm.data.datasets import Batch, MixedDataset, PairDataset, TokenDataset, TokenSamples
 from fundamentallm.data.encoding import encode_pieces
+from fundamentallm.data.random_draws import SeededWorkers, seeded
 from fundamentallm.data.sampler import StepSampler
 from fundamentallm.data.sources import read_pieces
 from fundamentallm.data.tokenizers import num_bytes
@@ -65,7 +66,9 @@ def step_sampler(
         raise ConfigError(Problem("", loader, advice=f"{name} has {num_samples} samples, too few for one batch."))
     order_seed = seed if isinstance(loader.sampler, RandomSampler) else None
     layout = process_index, num_processes, micro_batch_size
-    return StepSampler(num_samples, batch_size, order_seed, *layout, loader.drop_last, pad, schedule)
+    sampler = StepSampler(num_samples, batch_size, order_seed, *layout, loader.drop_last, pad, schedule)
+    sampler.draw_seed = seed
+    return sampler
 
 
 def _loader_problem(loader: DataLoader[Any]) -> str | None:
@@ -84,23 +87,31 @@ def _loader_problem(loader: DataLoader[Any]) -> str | None:
     return None
 
 
-def _start_worker(init: Callable[[int], None] | None, worker_id: int) -> None:
+def _start_worker(init: Callable[[int], None] | None, seeding: SeededWorkers, worker_id: int) -> None:
     """Start a worker process so that signals to the whole process group do not end it: the run decides when.
 
     A second SIGTERM ends it, since that is how torch ends a worker that hangs.
     """
-    for name in ("SIGINT", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
     if init is not None:
         init(worker_id)
+    seeding.start(worker_id)
 
 
 def load(
-    loader: DataLoader[Any], batches: Iterable[list[int]], pin_memory: bool = False, seed: int = 0
+    loader: DataLoader[Any],
+    batches: Iterable[list[int]],
+    pin_memory: bool = False,
+    seed: int = 0,
+    rank: int = 0,
+    first_step: int = 0,
 ) -> Iterable[Any]:
-    """Load `batches` of indices as `loader` would. One pass serves all epochs, so that its workers outlive them."""
+    """Load `batches` of indices as `loader` would. One pass serves all epochs, so that its workers outlive them.
+
+    What the dataset and the collate function draw at random follows from `seed`, `rank` and the step.
+    """
     dataset, fetch_all = loader.dataset, getattr(loader.dataset, "__getitems__", None)
     collate_fn = collate if loader.collate_fn is default_collate else loader.collate_fn
     pin_memory = pin_memory or loader.pin_memory
@@ -108,15 +119,18 @@ def load(
         # The same as torch's loader does, without its overhead, which took half of a small batch's time.
         if type(dataset) is TokenDataset and collate_fn is collate:
             return _gather_ahead(dataset, iter(batches))
+        batches = seeded(batches, seed, rank, first_step)
         return (collate_fn(fetch_all(batch) if fetch_all else [dataset[i] for i in batch]) for batch in batches)
+    seeding = SeededWorkers(collate_fn, seed, rank, first_step)
+    has_workers = loader.num_workers > 0
     return DataLoader(
         dataset,
-        batch_sampler=batches,
-        collate_fn=collate_fn,
+        batch_sampler=batches if has_workers else seeded(batches, seed, rank, first_step),
+        collate_fn=seeding if has_workers else collate_fn,
         num_workers=loader.num_workers,
         pin_memory=pin_memory,
         timeout=loader.timeout,
-        worker_init_fn=functools.partial(_start_worker, loader.worker_init_fn),
+        worker_init_fn=functools.partial(_start_worker, loader.worker_init_fn, seeding),
         multiprocessing_context=loader.multiprocessing_context,
         prefetch_factor=loader.prefetch_factor,
         # Without a generator of its own, iter() would draw from the global one.
@@ -154,7 +168,8 @@ def device_batches(
         ConfigError: if the loader does not give (inputs, targets).
     """
     rank_batches, ahead = itertools.tee(map(sampler.rank_batch, range(start, stop)))  # workers prefetch
-    batches = load(loader, (rank_batch.indices for rank_batch in ahead), device.type == "cuda", sampler.seed or 0)
+    indices = (rank_batch.indices for rank_batch in ahead)
+    batches = load(loader, indices, device.type == "cuda", sampler.draw_seed, sampler.process_index, start)
     for rank_batch, batch in zip(rank_batches, batches, strict=True):
         pair = isinstance(batch, (tuple, list)) and len(batch) == 2
         if not pair or not all(isinstance(tensor, Tensor) for tensor in batch):

@@ -136,6 +136,7 @@ class StepSampler:
         self.process_index, self.num_processes, self.pad = process_index, num_processes, pad
         self.micro_batch_size = micro_batch_size or max(self.sizes)
         self.steps_per_epoch = _Segment(Start(), batch_size, num_samples, drop_last).steps_over(num_samples)
+        self.draw_seed = seed or 0  # of what the dataset draws at random, also if the order has no seed
         self.start = Start()
         self._block: tuple[tuple[int, int], NDArray[np.int64]] | None = None
 

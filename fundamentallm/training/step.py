@@ -16,7 +16,7 @@ from fundamentallm.config.schema import IGNORE_INDEX
 from fundamentallm.data.sampler import derive_seed
 from fundamentallm.distributed.dtensor import full, seed_device
 from fundamentallm.errors import CheckpointError
-from fundamentallm.training.guard import Guard
+from fundamentallm.training.guard import Guard, ModelGuard
 from fundamentallm.training.muon import Muon
 
 
@@ -61,6 +61,7 @@ class OptimizerStep:
         self.max_norm = math.inf if max_norm is None else max_norm
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.is_updating = False
+        self.model_guard = ModelGuard(accelerator, accelerator.unwrap_model(model_with_loss))
 
     def __call__(self, step: int, inputs: Tensor, targets: Tensor, num_micro_batches: int) -> StepResult:
         """Train on this process's share of the batch of `step`, in micro-batches."""
@@ -73,6 +74,7 @@ class OptimizerStep:
         num_targets = accelerator.reduce((targets != IGNORE_INDEX).sum(), "sum")
         scale = accelerator.num_processes / num_targets.clamp(min=1)
         total = torch.zeros((), device=accelerator.device)
+        self.model_guard.begin()
         micro_batches = zip(
             inputs.tensor_split(num_micro_batches), targets.tensor_split(num_micro_batches), strict=True
         )
@@ -83,6 +85,7 @@ class OptimizerStep:
                 loss = model(x, y)
                 accelerator.backward(loss * scale)
             total += loss.detach()
+        self.model_guard.check(num_micro_batches)
         loss = accelerator.reduce(total, "sum")
 
         # What accelerator.clip_grad_norm_ does. That method itself compares the parameters with those of each prepared
@@ -92,6 +95,7 @@ class OptimizerStep:
         skip = self.guard.skips(step, loss / num_targets.clamp(min=1), norm)
         self.is_updating = True
         self._update(skip)
+        self.model_guard.end(skip)
         model.zero_grad()  # also of parameters that a caller's optimizer leaves out
         return StepResult(loss, num_targets, norm)
 

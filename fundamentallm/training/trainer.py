@@ -97,13 +97,12 @@ class Trainer(TrainerView):
         >>> trainer = Trainer(model, config, loader)
         >>> history = trainer.train()  # pandas.DataFrame(history) is a table
         training.checkpoint_dir is not set: nothing will be saved.
-        330 parameters, 1 process on cpu, 40 steps of 4 sequences
-        step 10  ...
+        ...
+        step 10/40 | loss ...
         >>> history["step"], history["train_loss"][-1] < 0.1
         ([10, 20, 30, 40], True)
         >>> trainer
         Trainer at step 40 of 40, epoch 20
-          model      Sequential, 330 parameters, precision no
         ...
     """
 
@@ -137,7 +136,7 @@ class Trainer(TrainerView):
 
         freeze(model, training.parameter_groups)
         self.model, loss_fn = model, loss_fn or create_loss(training.loss, **training.loss_options)
-        place_model(accelerator, model, training.seed, training.activation_checkpointing)
+        place_model(accelerator, model, training.seed, training.activation_checkpointing, self.say)
         self.optimizer = optimizer or make_optimizer(training, model)
         with_loss = ModelWithLoss(model, loss_fn)
         self.model_with_loss = prepare_model(accelerator, with_loss, self.optimizer, bool(training.compile))
@@ -188,9 +187,10 @@ class Trainer(TrainerView):
         }
         return {name: part for name, part in parts.items() if part is not None}
 
-    def train(self) -> dict[str, list[float]]:
+    def train(self, max_steps: int | None = None) -> dict[str, list[float]]:
         """Trains to the end of the run and returns its history. Resumes from a checkpoint as `config.resume` says.
 
+        `max_steps` replaces the config's, so that a finished run can be trained longer.
         SIGTERM, SIGINT and SIGUSR1 stop the run after the present step, saved. A second Ctrl-C stops it at once.
 
         Raises:
@@ -209,6 +209,9 @@ class Trainer(TrainerView):
         with session(self._record, self.checkpoint_manager, self.group, self.stop_switch, watchdog, self.say) as launch:
             resumed_from = None if self._started else self._resume()
             self._started = True
+            if max_steps is not None:
+                self._set_max_steps(max_steps)
+                self._fit_schedule()
             if self.is_finished:
                 self.stop_switch.begin()  # forgets why an earlier train() stopped
                 if self.checkpoint_manager is not None and not self.saver.is_current:
@@ -227,7 +230,7 @@ class Trainer(TrainerView):
                 self.say(found)
             accelerator, device = self.accelerator, device_name(self.accelerator.device)
             about = environment(device, accelerator.num_processes, accelerator.mixed_precision)
-            self._record.launch(resumed_from, self.config, about)
+            self._record.launch(resumed_from, self.config, about, self._progress.segments[-1]["content"])
             self.stop_switch.begin()
             launch.enter_context(self.stop_switch.handling_signals())
             try:
@@ -402,8 +405,8 @@ class Trainer(TrainerView):
         for line in restored.messages:
             self.say(line)
         self._fit_schedule()
-        if self.micro_batch is not None:
-            self.micro_batch.settings_changed(restored.changed)
+        if self.micro_batch is not None and restored.changed:
+            self.micro_batch.size = None  # another one may fit
         self.saver.mark_saved()
         self.optimizer_step.is_updating = False
         if restored.changed & AFFECTS_SCHEDULE:
@@ -439,7 +442,7 @@ class Trainer(TrainerView):
             self.saver.finish()
         self.callbacks.on_train_end(self)
         if self.stop_switch.reason:
-            self.say(self._describe_stop())
+            self.say(self.describe_stop())
 
     def leave_group(self) -> None:
         """Leaves the process group for good: nothing can be trained or validated afterwards."""
