@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fundamentallm.config.command_line import parse_config
+from fundamentallm.config.command_line import parse_config, print_help
 from fundamentallm.config.schema import METRIC_NAMES, Config, ModelConfig, unknown_metric
 from fundamentallm.config.units import duration_text
 from fundamentallm.errors import (
@@ -43,14 +43,20 @@ if TYPE_CHECKING:
     from fundamentallm.training.trainer import Trainer
 
 T = TypeVar("T")
+FEW_STEPS = 100
+"""Optimizer steps below which a run whose length follows from the data warns: a default length rarely means so few."""
 
 
 def main(arguments: Sequence[str] | None = None, program: str = "python -m fundamentallm.train") -> int:
     """Runs the command line and returns the exit code."""
     config = None
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        if not arguments:
+            print_help(program)
+            raise ConfigError("No setting is given. Give --config FILE, or settings such as --data.source my.txt.")
         with ended_by_signals():
-            config = parse_config(sys.argv[1:] if arguments is None else arguments, program)
+            config = parse_config(arguments, program)
             trainer = run(config)
     except FundamentaLLMError as error:
         return report(error)
@@ -134,6 +140,9 @@ def make_trainer(config: Config) -> Trainer:
         trainer.callbacks.add(callback)
     for line in describe(corpus):
         trainer.say(line)
+    if training.max_steps is None and trainer.total_steps < FEW_STEPS:
+        few = f"warning: {trainer.total_steps} optimizer steps are few, with {training.warmup_steps} of warm-up"
+        trainer.say(f"{few}; more come from more training.max_epochs, or a smaller training.batch_size")
     datasets = [loader.dataset for loader in (train_loader, val_loader) if loader is not None]
     cut, dropped = (sum(getattr(dataset, name, 0) for dataset in datasets) for name in ("num_cut", "num_lost"))
     if cut:

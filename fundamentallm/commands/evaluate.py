@@ -7,7 +7,6 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,15 +19,15 @@ from tqdm import tqdm
 
 from fundamentallm.checkpoint.manifest import MANIFEST
 from fundamentallm.checkpoint.reading import load_parts
-from fundamentallm.commands.options import option_problems
+from fundamentallm.commands.options import add_checkpoint, option_problems
 from fundamentallm.commands.output import say, say_table
-from fundamentallm.config.files import kind_of_file, source_files
+from fundamentallm.config.files import find_source
 from fundamentallm.config.schema import IGNORE_INDEX, DataConfig
 from fundamentallm.config.validation import AT_LEAST_ONE, Interval
 from fundamentallm.data.datasets import TokenDataset
 from fundamentallm.data.encoding import encode_pieces
 from fundamentallm.data.loaders import collate, corpus_samples
-from fundamentallm.data.sources import read_pieces
+from fundamentallm.data.sources import open_text, read_pieces
 from fundamentallm.data.tokenizers import num_bytes
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.inference.loading import CHECKPOINT_HELP, LoadedModel, load_model
@@ -58,7 +57,7 @@ def main(arguments: Sequence[str], program: str) -> int:
     """
     parser = argparse.ArgumentParser(prog=program, description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("--checkpoint", required=True, type=Path, metavar="DIR", help=CHECKPOINT_HELP)
+    add_checkpoint(parser, CHECKPOINT_HELP)
     source = "text files, folders or globs; each file is a text by itself [the run's own validation text]"
     add("--source", nargs="+", metavar="TEXT", help=source)
     add("--context", type=int, metavar="N", help="tokens the model sees at once [the run's, or the model's maximum]")
@@ -153,15 +152,15 @@ def _text_of_files(loaded: LoadedModel, options: argparse.Namespace) -> Text:
     paths, texts, size = [], [], 0
     for source in options.source:
         try:
-            found = source_files(DataConfig(), source)
+            found = find_source(DataConfig(), source)
         except ConfigError:
-            found = []
-        if not found or any(kind_of_file(path) != "text" for path in found):  # rows and tokens are not text
+            found = None
+        if found is None or found.kind != "text":  # rows and tokens are not text
             raise ConfigError(Problem("--source", source, "text files, folders with .txt or .md files, and globs"))
-        paths += found
+        paths += found.files
     for path in paths:
         try:
-            with path.open(encoding="utf-8", newline="") as file:
+            with open_text(path) as file:
                 pieces = list(encode_pieces(loaded.tokenizer, read_pieces(file)))
         except (ConfigError, OSError, UnicodeDecodeError) as error:
             raise ConfigError(Problem("--source", str(path), reason=f"which cannot be encoded: {error}")) from error

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from fundamentallm.commands.options import add_checkpoint
 from fundamentallm.data.tokenizers import encode_prompt
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.inference.generation import Sampling, generate_batch
@@ -23,7 +24,7 @@ def main(arguments: Sequence[str], program: str) -> int:
     """
     parser = argparse.ArgumentParser(prog=program, description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("--checkpoint", required=True, type=Path, metavar="DIR", help=CHECKPOINT_HELP)
+    add_checkpoint(parser, CHECKPOINT_HELP)
     add("--prompt", action="append", metavar="TEXT", help="text to continue [a new line]; may be repeated")
     add("--prompts", type=Path, metavar="FILE", help="file with a prompt in each line, in addition to --prompt")
     add("--max_new_tokens", type=int, default=200, metavar="N", help="maximum number of tokens to generate [200]")
@@ -61,7 +62,7 @@ def _prompts(options: argparse.Namespace) -> list[str]:
     if options.prompts is not None:
         given = str(options.prompts)
         try:
-            lines = options.prompts.read_text(encoding="utf-8").split("\n")  # splitlines also splits at U+2028
+            lines = options.prompts.read_text(encoding="utf-8-sig").split("\n")  # splitlines also splits at U+2028
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(Problem("--prompts", given, reason=f"which cannot be read: {error}")) from error
         prompts += [line for line in lines if line]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,16 +21,21 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from fundamentallm.atomic import write_text
-from fundamentallm.config.files import is_prepared
-from fundamentallm.config.schema import DataConfig
+from fundamentallm.config.files import DATASETS, PREPARED, SourceFiles, find_sources, is_prepared
+from fundamentallm.config.schema import BUILT_IN_CORPUS, DataConfig
 from fundamentallm.config.validation import expand_user
 from fundamentallm.data.encoding import PARTS, SETTINGS, Facts, progress_bar, split_pieces, token_dtype, write_source
-from fundamentallm.data.sources import SourceFiles, file_states, read_source, resolve_source, source_error, token_blocks
+from fundamentallm.data.sources import file_states, read_source, source_error, source_states, token_blocks
 from fundamentallm.data.tokenizers import create_tokenizer, read_tokenizer
 from fundamentallm.errors import ConfigError, Problem, writing
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
+CHECKSUMS = "checksums.json"
+"""File of a prepared source with the CRC-32 of each block of the others."""
+BLOCK = 2**24
+"""Bytes of a block."""
+ALWAYS_CHECKED = 2**30
+"""Bytes up to which a prepared source is checked at each opening; a larger one once, and after changes of its files."""
 RANDOM_ACCESS_ABOVE = 2**30
 """Bytes of training tokens above which read-ahead is switched off: with it, samples in random order would read some
 hundred times their size. A smaller corpus is soon in memory as a whole."""
@@ -53,6 +61,7 @@ class Source(NamedTuple):
     bad_rows: int  # number of rows that were skipped
     tokenizer: Tokenizer
     folder: Path
+    left_out: str = ""  # files of the source that are not read
 
 
 class Corpus(NamedTuple):
@@ -82,10 +91,8 @@ def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
         >>> corpus.tokenizer.decode(source.train.ids[:18].tolist()), len(source.validation.ids)
         ('to be or not to be', 190)
     """
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fundamentallm"
-    cache = Path(expand_user(config.cache_dir)) if config.cache_dir else user_cache
-    weights = config.sources()
-    resolved = [resolve_source(config, name) for name in weights]
+    cache = Path(expand_user(config.cache_dir)) if config.cache_dir else _user_cache()
+    weights, resolved = config.sources(), find_sources(config)
     raw = [source for source in resolved if source.kind != "prepared"]
     facts = {source.name: _cached_facts(config, source, cache, show_progress) for source in raw}
     folders = {name: cache / key for name, key in _keys(config, facts).items()}
@@ -93,12 +100,18 @@ def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
         if source.kind == "prepared":
             (folders[source.name],) = source.files
             _check_settings(source, config)
-    if missing := [source for source in raw if not _is_ready(folders[source.name])]:
+            # Earlier versions wrote no checksums.
+            if (source.files[0] / CHECKSUMS).exists() and not _is_ready(source.files[0], cache):
+                raise source_error(source.name, "which is damaged", advice="Prepare it again.")
+    if missing := [source for source in raw if not _is_ready(folders[source.name], cache)]:
         with writing(cache):
             tokenizer = _make_tokenizer(config, raw, facts, list(folders.values()), show_progress)
             for source in missing:
                 _encode(config, source, facts[source.name], tokenizer, folders[source.name], show_progress)
-    sources = [_open(folders[name], name, weight) for name, weight in weights.items()]
+    sources = []
+    for name, source in zip(weights, resolved, strict=True):
+        sources.append(_open(folders[name], name, weights[name])._replace(left_out=source.left_out))
+        _touch(_opened_note(name))  # so that checkpoints of this run may open it
     if len({(source.folder / "tokenizer.json").read_text(encoding="utf-8") for source in sources}) > 1:
         reason = "which were prepared with different tokenizers"
         raise ConfigError(Problem("data.source", list(weights), "", "Prepare them together.", reason))
@@ -116,6 +129,8 @@ def describe(corpus: Corpus) -> list[str]:
             sizes += f", {len(source.train.rows):,} and {len(source.validation.rows):,} pairs"
         weight = f", weight {source.weight / total:.3g}" if len(corpus.sources) > 1 else ""
         lines.append(f"{source.name}: {sizes}{weight}, vocabulary {corpus.tokenizer.get_vocab_size():,}")
+        if source.left_out:
+            lines.append(f"{source.name}: not read: {source.left_out}")
         if source.bad_rows:
             lines.append(f"{source.name}: {source.bad_rows:,} bad rows skipped: {source.folder / 'bad_rows.txt'}")
     return lines
@@ -134,8 +149,22 @@ def vocabulary_size(config: DataConfig) -> int:
     kind, _, size = config.tokenizer.partition(":")
     if kind == "bpe":
         return int(size)
-    alphabets = (_read_facts(config, resolve_source(config, name)).alphabet for name in config.sources())
+    alphabets = [_read_facts(config, source).alphabet for source in find_sources(config)] if kind == "char" else []
     return create_tokenizer(config.tokenizer, alphabets, config.end_of_text).get_vocab_size()
+
+
+def was_opened(config: DataConfig) -> bool:
+    """Returns whether this user has loaded every source of `config` before, by a config of their own."""
+    return all(name == BUILT_IN_CORPUS or _opened_note(name).exists() for name in config.sources())
+
+
+def _opened_note(name: str) -> Path:
+    where = name if name.startswith(DATASETS) else os.path.abspath(expand_user(name))
+    return _user_cache() / "known" / _hash("opened", where)
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fundamentallm"
 
 
 # ---- content of the sources ---------------------------------------------------------------------------------
@@ -143,18 +172,21 @@ def vocabulary_size(config: DataConfig) -> int:
 
 def _cached_facts(config: DataConfig, source: SourceFiles, cache: Path, show_progress: bool) -> Facts:
     """Returns the facts of a source, from the cache if its files are unchanged since they were found."""
-    states, note = file_states(source), None
+    states, note = source_states(source), None
     if states is not None:
         settings = config.text_field, config.prompt_field, config.end_of_text, config.max_bad_rows
         # The type of the tokens in a .bin, and so their number, follows from the tokenizer.
         width = token_dtype(read_tokenizer(config.tokenizer)).name if source.kind == "tokens" else None
         note = cache / "known" / _hash(CACHE_FORMAT, states, settings, config.tokenizer == "char", width)
         with contextlib.suppress(OSError, ValueError, TypeError):
-            return Facts(*json.loads(note.read_text(encoding="utf-8")))
+            facts, checksum = json.loads(note.read_text(encoding="utf-8"))
+            if _hash(facts) == checksum:
+                return Facts(*facts)
     facts = _read_facts(config, source, show_progress)
-    if note is not None and states == file_states(source):  # otherwise it changed while it was read
+    if note is not None and states == source_states(source):  # otherwise it changed while it was read
         with contextlib.suppress(OSError):  # a read-only cache still serves its tokens
-            write_text(note, json.dumps(facts))
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(json.dumps([facts, _hash(facts)]), encoding="utf-8")
     return facts
 
 
@@ -220,16 +252,46 @@ def _encode(
 ) -> None:
     """Make a folder of the cache, completely or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".staging-", dir=folder.parent) as staging:
-        new = Path(staging) / folder.name
+    with contextlib.ExitStack() as stack:
+        new = _staging(folder.parent, stack) / folder.name
         new.mkdir()
         write_source(config, source, facts, tokenizer, new, show_progress)
+        (new / CHECKSUMS).write_text(json.dumps(_checksums(sorted(new.iterdir()))))
         try:
             new.rename(folder)
         except OSError:  # the folder is damaged, or another process has just made it
-            if not _is_ready(folder):
+            if not _is_ready(folder, folder.parent):
                 shutil.rmtree(folder)
                 new.rename(folder)
+
+
+def _staging(cache: Path, stack: contextlib.ExitStack) -> Path:
+    """Make a temporary folder in the cache until the stack closes, and delete those that killed processes left."""
+    with contextlib.ExitStack() as creation:
+        _lock(cache, creation, fcntl.LOCK_EX)  # otherwise another process could delete the folder before it is locked
+        for left in cache.glob(".staging-*"):
+            with contextlib.suppress(OSError), contextlib.ExitStack() as attempt:
+                if _lock(left, attempt, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                    shutil.rmtree(left)
+        staging = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".staging-", dir=cache)))
+        _lock(staging, stack, fcntl.LOCK_EX)
+    return staging
+
+
+def _lock(folder: Path, stack: contextlib.ExitStack, kind: int) -> bool:
+    """Lock a folder until the stack closes or the process dies. Returns False if that fails, as without `flock`."""
+    handle = os.open(folder, os.O_RDONLY)
+    stack.callback(os.close, handle)
+    with contextlib.suppress(OSError):
+        fcntl.flock(handle, kind)
+        return True
+    return False
+
+
+def _touch(note: Path) -> None:
+    with contextlib.suppress(OSError):  # a read-only cache still serves its tokens
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.touch()
 
 
 def _hash(*parts: object) -> str:
@@ -240,12 +302,33 @@ def _hash(*parts: object) -> str:
 # ---- opening ------------------------------------------------------------------------------------------------
 
 
-def _is_ready(folder: Path) -> bool:
-    """Returns whether a folder of the cache exists and is complete."""
+def _is_ready(folder: Path, cache: Path) -> bool:
+    """Returns whether a prepared source exists, is complete and has its checksums."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, ConfigError):
         _open(folder, "", 1.0)
-        return True
+        saved = json.loads((folder / CHECKSUMS).read_text())
+        files = [folder / name for name in sorted(saved)]
+        states = file_states(files) if sum(path.stat().st_size for path in files) > ALWAYS_CHECKED else None
+        note = cache / "known" / _hash("intact", states)
+        if states is not None and note.exists():
+            return True
+        if set(PREPARED) <= saved.keys() and saved == _checksums(files):
+            if states is not None:
+                _touch(note)
+            return True
     return False
+
+
+def _checksums(files: Iterable[Path]) -> dict[str, list[int]]:
+    """Returns the CRC-32 of each block of files by their name."""
+    found = {}
+    with ThreadPoolExecutor() as executor:  # zlib releases the interpreter lock
+        for path in files:
+            size = path.stat().st_size
+            data = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
+            blocks = (data[start : start + BLOCK] for start in range(0, size, BLOCK))
+            found[path.name] = list(executor.map(zlib.crc32, blocks))
+    return found
 
 
 def _open(folder: Path, name: str, weight: float) -> Source:

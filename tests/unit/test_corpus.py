@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from fundamentallm.config import files
 from fundamentallm.config.schema import BUILT_IN_CORPUS, DataConfig
 from fundamentallm.data import corpus, encoding, sources
 from fundamentallm.data.corpus import Corpus, load_corpus
@@ -102,6 +105,16 @@ def test_read_pieces_ends_pieces_with_lines(tmp_path: Path, text: str) -> None:
     assert all(piece.endswith("\n") for piece in pieces[:-1])
 
 
+@pytest.mark.parametrize("text", ["word " * 300, "x" * 999, "漢字" * 300 + " " + "ab\n" * 9, "a  b\r\nc" * 200])
+def test_read_pieces_cuts_long_lines_at_white_space(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "PIECE", 50)
+    pieces = list(read_pieces(io.StringIO(text, newline="")))
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) <= 150
+    if " " in text[:50]:
+        assert [piece for piece in pieces[1:] if not (piece[0].isspace() or piece[0] == "c")] == []
+
+
 @pytest.mark.parametrize("cut", range(9))
 def test_split_pieces_splits_the_text(cut: int) -> None:
     pieces = list(split_pieces(map(Piece, ["abc", "", "d", "efg"]), cut))
@@ -152,9 +165,9 @@ def test_token_type_is_the_smallest_for_the_vocabulary(load: Load, size: int, dt
 def test_cache_entry_is_used_as_it_is(load: Load, cache: Path) -> None:
     load(UNICODE)
     (entry,) = entries(cache)
-    size = (entry / "train.bin").stat().st_size
-    (entry / "train.bin").write_bytes(b"\1\0" * (size // 2))
-    assert set(tokens_of(load(UNICODE))[0]) == {1}
+    inode = (entry / "train.bin").stat().st_ino
+    load(UNICODE)
+    assert (entry / "train.bin").stat().st_ino == inode
 
 
 def test_cache_identifies_a_text_by_its_content(load: Load, cache: Path, tmp_path: Path) -> None:
@@ -185,14 +198,17 @@ def test_changed_tokenizer_file_is_noticed(load: Load, tmp_path: Path) -> None:
         assert tokens_of(made)[0] == ids
 
 
-@pytest.mark.parametrize("name", ["train.bin", "validation.bin", "meta.json", "tokenizer.json"])
-@pytest.mark.parametrize("damage", ["truncated", "missing", "other JSON"])
+@pytest.mark.parametrize("name", ["train.bin", "validation.bin", "meta.json", "tokenizer.json", "checksums.json"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "other JSON", "bit"])
 def test_damaged_cache_entry_is_encoded_again(load: Load, cache: Path, name: str, damage: str) -> None:
     before = decode(load(UNICODE))
     (entry,) = entries(cache)
     files = {path.name: path.read_bytes() for path in entry.iterdir()}
     if damage == "missing":
         (entry / name).unlink()
+    elif damage == "bit":
+        middle = len(files[name]) // 2
+        (entry / name).write_bytes(files[name][:middle] + bytes([files[name][middle] ^ 1]) + files[name][middle + 1 :])
     elif damage == "truncated":  # by a whole token, or the mapping fails by itself
         (entry / name).write_bytes(files[name][:-2])
     else:
@@ -200,6 +216,43 @@ def test_damaged_cache_entry_is_encoded_again(load: Load, cache: Path, name: str
     assert decode(load(UNICODE)) == before
     assert entries(cache) == [entry]
     assert {path.name: path.read_bytes() for path in entry.iterdir()} == files
+
+
+@pytest.mark.usefixtures("settled")
+def test_damaged_note_of_the_cache_is_not_believed(load: Load, cache: Path) -> None:
+    before = decode(load(UNICODE))
+    for note in (cache / "known").iterdir():
+        for place in range(0, note.stat().st_size, 7):
+            data = bytearray(note.read_bytes())
+            data[place] ^= 1
+            note.write_bytes(data)
+            assert decode(load(cache.parent / "source.txt")) == before
+    assert len(entries(cache)) == 1
+
+
+@pytest.mark.usefixtures("settled")
+def test_large_cache_entry_is_checked_once(load: Load, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked, real = [], corpus._checksums
+    before = decode(load(UNICODE))
+    monkeypatch.setattr(corpus, "ALWAYS_CHECKED", 0)
+    monkeypatch.setattr(corpus, "_checksums", lambda found: checked.append(1) or real(found))
+    for _ in range(2):
+        load(UNICODE)
+    assert len(checked) == 1
+    (entry,) = entries(cache)
+    os.utime(entry / "train.bin")
+    assert decode(load(UNICODE)) == before
+    assert len(checked) == 2
+
+
+def test_staging_of_a_killed_process_is_deleted(load: Load, cache: Path) -> None:
+    (cache / ".staging-killed" / "new").mkdir(parents=True)
+    (cache / ".staging-alive").mkdir()
+    handle = os.open(cache / ".staging-alive", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    load(UNICODE)
+    os.close(handle)
+    assert [path.name for path in cache.glob(".*")] == [".staging-alive"]
 
 
 def test_default_cache_is_the_users(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,8 +396,8 @@ def test_recently_changed_text_is_read_again(load: Load, source: Path, monkeypat
 
 
 def test_load_corpus_looks_up_the_files_of_a_source_once(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    looked_up, real = [], sources.source_files
-    monkeypatch.setattr(sources, "source_files", lambda *about: looked_up.append(about) or real(*about))
+    looked_up, real = [], files.find_source
+    monkeypatch.setattr(files, "find_source", lambda *about: looked_up.append(about) or real(*about))
     load(UNICODE, tokenizer="bpe:300")
     assert len(looked_up) == 1
 
