@@ -62,7 +62,7 @@ class History(dict[str, list[float]]):
 
     def __repr__(self) -> str:
         """Returns the first, the smallest and the last value of each column, instead of pages of numbers."""
-        rows = [(f"History of {len(self.get('step', ()))} rows", "first", "smallest", "last")]
+        rows: list[tuple[str, ...]] = [(f"History of {len(self.get('step', ()))} rows", "first", "smallest", "last")]
         for name, values in self.items():
             known = [value for value in values if not math.isnan(value)] or [math.nan]
             rows.append((f"  {name}", *(f"{value:.6g}" for value in (known[0], min(known), known[-1]))))
