@@ -16,11 +16,11 @@ from safetensors import SafetensorError
 from fundamentallm.checkpoint.manager import HIDDEN, CheckpointManager, checkpoints_folder
 from fundamentallm.checkpoint.manifest import MANIFEST, NAME, read_manifest, verify
 from fundamentallm.checkpoint.reading import export_weights, is_ours, load_parts
-from fundamentallm.commands.output import WIDTH, printable, say, say_table, shortened
+from fundamentallm.commands.output import WIDTH, say, say_table, shortened
 from fundamentallm.config.schema import Config, flat_settings
 from fundamentallm.config.units import size_text
 from fundamentallm.config.yaml_format import to_yaml
-from fundamentallm.errors import CheckpointError, CheckpointNotFoundError, ConfigError, Problem
+from fundamentallm.errors import CheckpointError, CheckpointNotFoundError, ConfigError, Problem, printable
 from fundamentallm.run.step_samples import samples_of_step, text_of_step, texts, why_no_text
 
 
@@ -76,7 +76,7 @@ def verify_command(options: argparse.Namespace) -> int:
             damaged += is_damaged
             say(f"{path.name}  {_reason(error, path) if is_damaged else 'deleted by the run before it was checked'}")
             continue
-        note = f"; not in the manifest: {printable(', '.join(extra))}" if extra else ""
+        note = f"; not in the manifest: {printable(', '.join(extra), keep='')}" if extra else ""
         say(f"{path.name}  ok, {len(manifest['files']) + 1} files, {size_text(_num_bytes(manifest))}{note}")
     if damaged and len(paths) > 1:
         say(f"{damaged} of {len(paths)} are damaged")

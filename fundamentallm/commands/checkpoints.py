@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fundamentallm.commands.options import add_checkpoint
-from fundamentallm.commands.output import printable
-from fundamentallm.errors import CheckpointError, ConfigError, FundamentaLLMError
+from fundamentallm.errors import CheckpointError, ConfigError, FundamentaLLMError, printable
 
 
 def main(arguments: Sequence[str], program: str) -> int:
@@ -25,13 +24,13 @@ def main(arguments: Sequence[str], program: str) -> int:
         return command(options)
     except BrokenPipeError:  # an OSError that is not about the folder
         raise
-    # Errors may quote an untrusted checkpoint.
+    # Errors may quote an untrusted checkpoint, whose line ends could imitate lines of ours.
     except ConfigError as error:
-        raise ConfigError([printable(problem) for problem in error.problems]) from error
+        raise ConfigError([printable(problem, keep="") for problem in error.problems]) from error
     except FundamentaLLMError as error:
-        raise type(error)(printable(str(error))) from error
+        raise type(error)(printable(str(error), keep="")) from error
     except OSError as error:
-        raise CheckpointError(f"{printable(str(options.checkpoint))} cannot be read: {error}.") from error
+        raise CheckpointError(f"{options.checkpoint} cannot be read: {error}.") from error
 
 
 def _parser(program: str) -> argparse.ArgumentParser:

@@ -116,9 +116,10 @@ def corpus_of_run(checkpoint: Path, settings: dict[str, Any], source: str | None
     data = dataclasses.replace(data, source=data.source if source is None else source, cache_dir=None)
     if data.tokenizer.endswith(".json"):  # a file of the user's, which may be gone
         data = dataclasses.replace(data, tokenizer=str(checkpoint / TOKENIZER))
-    corpus = load_corpus(data, show_progress=sys.stderr.isatty())
+    tokenizer = read_tokenizer(checkpoint / TOKENIZER)
+    corpus = load_corpus(data, sys.stderr.isatty(), tokenizer)
     # Samples are compared by their ids, which only the run's own tokenizer decodes to their text.
-    return data, corpus._replace(tokenizer=read_tokenizer(checkpoint / TOKENIZER))
+    return data, corpus._replace(tokenizer=tokenizer)
 
 
 def _has_trained_here(checkpoint: Path, settings: dict[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from fundamentallm.checkpoint.manager import CheckpointManager
 from fundamentallm.config.schema import Config
 from fundamentallm.data.sampler import StepSampler
-from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.errors import ConfigError, Problem, printable
 from fundamentallm.run.environment import command
 from fundamentallm.run.progress import Progress
 from fundamentallm.run.saving import Saver
@@ -160,7 +160,7 @@ class TrainerView:
     def say(self, text: str) -> None:
         """Prints a line beside the progress bar, on the main process only."""
         if self.is_main_process:
-            tqdm.write(text.encode(errors="backslashreplace").decode())  # a path may hold bytes that are not UTF-8
+            tqdm.write(printable(text))
 
     def _say_how_to_start_over(self, is_resumed: bool) -> None:
         """Says so if the run does not start from scratch: a notebook's cell may have been run again."""
