@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from importlib.metadata import version
 
-from fundamentallm import __version__
 from fundamentallm.config.registry import did_you_mean
 from fundamentallm.errors import ConfigError, FundamentaLLMError, Problem, ended_by_signals, exit_code, report
 
@@ -58,7 +58,7 @@ def _run(verb: str, arguments: list[str]) -> int:
         print("\n".join(f"  {name:<12} {text}" for name, (_, text) in VERBS.items()))
         return 0
     if verb in ("-V", "--version"):
-        print(f"fundamentallm {__version__}")
+        print(f"fundamentallm {version('fundamentallm')}")
         return 0
     if verb not in VERBS:
         text, advice = f"unknown command {verb!r}", did_you_mean(verb, VERBS)
