@@ -17,9 +17,8 @@ from fundamentallm.config.schema import METRIC_NAMES
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.run.json_lines import numbers, read
 
-MEASURED = frozenset({"tokens_per_second", "mfu", "memory_gb"})
+MEASURED = frozenset({"tokens_per_second", "mfu", "memory_gb", "time"})
 """Numbers of a log line that depend on the machine. Two identical runs differ in nothing else."""
-
 
 CLOCKS = ("step", "val_step")
 """Metrics that hold the optimizer step of the metrics logged with them."""
@@ -60,6 +59,18 @@ def further_metrics(names: Sequence[str], given: Mapping[str, Metric] | None = N
     return metrics
 
 
+class History(dict[str, list[float]]):
+    """The numbers of a run as columns of equal length, as `pandas.DataFrame` takes them. Missing values are NaN."""
+
+    def __repr__(self) -> str:
+        """Returns the first, the smallest and the last value of each column, instead of pages of numbers."""
+        rows: list[tuple[str, ...]] = [(f"History of {len(self.get('step', ()))} rows", "first", "smallest", "last")]
+        for name, values in self.items():
+            known = [value for value in values if not math.isnan(value)] or [math.nan]
+            rows.append((f"  {name}", *(f"{value:.6g}" for value in (known[0], min(known), known[-1]))))
+        return "\n".join(f"{row[0]:19}" + "".join(f" {cell:>10}" for cell in row[1:]) for row in rows)
+
+
 class MetricTracker:
     """The history of a run: a list of values for each metric.
 
@@ -74,7 +85,10 @@ class MetricTracker:
         >>> metrics.get_history()
         {'step': [10, 20], 'train_loss': [2.0, 1.0], 'val_step': [20], 'val_loss': [1.5]}
         >>> metrics.by_step()
-        {'step': [10, 20], 'train_loss': [2.0, 1.0], 'val_loss': [nan, 1.5]}
+        History of 2 rows        first   smallest       last
+          step                      10         10         20
+          train_loss                 2          1          1
+          val_loss                 1.5        1.5        1.5
     """
 
     def __init__(self, log: Path | None = None) -> None:
@@ -93,14 +107,14 @@ class MetricTracker:
             values += [math.nan] * (before - len(values))
             values.append(value)
 
-    def by_step(self) -> dict[str, list[float]]:
+    def by_step(self) -> History:
         """Returns the history as columns of equal length, with a row for each step that was logged or validated.
 
         Missing values are NaN. The column `step` holds the steps of log lines and of validations (`val_step`).
         """
         clocks = {clock: self.metrics.get(clock, []) for clock in CLOCKS}
         rows = {step: row for row, step in enumerate(sorted({step for steps in clocks.values() for step in steps}))}
-        table: dict[str, list[float]] = {"step": list(rows)}
+        table = History(step=list(rows))
         for key, values in self.metrics.items():
             if key not in clocks:
                 column = table[key] = [math.nan] * len(rows)

@@ -96,14 +96,13 @@ class Trainer(TrainerView):
         >>> config = TrainingConfig(max_steps=40, learning_rate=0.1, log_every_n_steps=10)
         >>> trainer = Trainer(model, config, loader)
         >>> history = trainer.train()  # pandas.DataFrame(history) is a table
-        330 parameters in float32, 1 process on cpu, AdamW with peak learning rate 1.0e-01
-        40 steps of 4 sequences
+        training.checkpoint_dir is not set: nothing will be saved.
+        ...
         step 10/40 | loss ...
         >>> history["step"], history["train_loss"][-1] < 0.1
         ([10, 20, 30, 40], True)
         >>> trainer
         Trainer at step 40 of 40, epoch 20
-          model      Sequential, 330 parameters, precision no
         ...
     """
 
@@ -397,6 +396,7 @@ class Trainer(TrainerView):
         if choice.origin is not None:
             self._progress.origin = str(choice.origin)
         self.was_rewound = choice.is_rewound
+        self._say_how_to_start_over(is_resumed=choice.path is not None)
         return choice.path
 
     def _restore(self, saved: dict[str, Any], where: Path) -> None:

@@ -236,7 +236,7 @@ def test_train_of_a_finished_run_changes_nothing(tmp_path: Path, capsys: pytest.
     before = contents(tmp_path)
     capsys.readouterr()
     again = make_trainer(config)
-    assert repr(again.train()) == repr(history)
+    assert repr(dict(again.train())) == repr(dict(history))
     assert "finished, at step 12 of 12" in capsys.readouterr().out
     assert contents(tmp_path) == before
 
@@ -439,3 +439,20 @@ def test_save_checkpoint_without_a_folder_is_refused() -> None:
     trainer = Trainer(Bigram(), TrainingConfig(), DataLoader(PartlyIgnored(), batch_size=8), callbacks=[])
     with pytest.raises(ConfigError, match="checkpoint_dir"):
         trainer.save_checkpoint("x")
+
+
+def test_trainer_made_again_says_how_to_start_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(trainer: Trainer) -> str:
+        trainer.train()
+        return capsys.readouterr().out
+
+    config = make_config(tmp_path, **SETTINGS)
+    first = make_trainer(config)
+    first.callbacks.add(StopAt(4))
+    assert "start over" not in said(first)
+    assert "output_dir" in said(make_trainer(config)).partition("start over")[2]
+    in_memory = TrainingConfig(max_steps=2)
+    loader = DataLoader(PartlyIgnored(), batch_size=8)
+    model = Bigram()
+    assert "start over" not in said(Trainer(model, in_memory, loader))
+    assert "new model" in said(Trainer(model, in_memory, loader)).partition("start over")[2]

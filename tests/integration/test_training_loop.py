@@ -110,7 +110,7 @@ def test_every_line_has_the_promised_keys(tmp_path: Path) -> None:
         "bad_steps",
     } | MEASURED - {"mfu"}
     assert promised <= training.keys()
-    assert {"step", "epoch", "val_loss", "val_perplexity", "val_bits_per_byte"} == validation.keys()
+    assert {"step", "epoch", "val_loss", "val_perplexity", "val_bits_per_byte", "time"} == validation.keys()
 
 
 def test_a_step_is_that_of_plain_torch(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_the_table_has_a_row_for_each_step_that_was_logged_or_validated() -> Non
     made.update({"val_step": 3, "val_loss": 0.5})
     made.update({"val_step": 4, "val_loss": 0.25})
     table = made.by_step()
-    assert repr(table) == repr(
+    assert repr(dict(table)) == repr(
         {"step": [2, 3, 4], "train_loss": [1.0, math.nan, 2.0], "val_loss": [math.nan, 0.5, 0.25]}
     )
 
