@@ -27,8 +27,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fundamentallm.atomic import sync, sync_pending
-from fundamentallm.checkpoint.manifest import MANIFEST, NAME, describe, read_manifest, write_manifest
-from fundamentallm.checkpoint.reading import check_checkpoint, is_ours, load_checkpoint
+from fundamentallm.checkpoint.manifest import MANIFEST, NAME, describe, is_ours, read_manifest, write_manifest
+from fundamentallm.checkpoint.reading import check_checkpoint, load_checkpoint
 from fundamentallm.checkpoint.snapshot import Snapshot, take_snapshot
 from fundamentallm.checkpoint.tensor_files import write_tensors
 from fundamentallm.config.schema import TrainingConfig

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 
 from fundamentallm.atomic import sync
-from fundamentallm.checkpoint.manifest import MANIFEST, STATE, TENSORS, read_manifest, verify
+from fundamentallm.checkpoint.manifest import STATE, TENSORS, read_manifest, verify
 from fundamentallm.checkpoint.snapshot import AVERAGE_KEY, WEIGHTS
 from fundamentallm.checkpoint.state_json import decode
 from fundamentallm.checkpoint.tensor_files import Like, TensorFiles, write_tensors
@@ -28,14 +27,6 @@ from fundamentallm.errors import CheckpointError, FundamentaLLMError
 MISFIT = f"{STATE} does not fit the tensors of the other files"
 RAW_WEIGHTS = f"{AVERAGE_KEY}/weights/"
 """Prefix of the weights as trained, in a checkpoint whose model weights are their average."""
-
-
-def is_ours(path: Path) -> bool:
-    """Returns True if a folder is a checkpoint, even an incomplete one."""
-    if not path.is_dir() or path.is_symlink():
-        return False
-    has_texts = any(os.path.lexists(path / file) for file in (STATE, MANIFEST))
-    return has_texts or any(TENSORS.fullmatch(entry.name) for entry in path.glob("*.safetensors"))
 
 
 def load_checkpoint(path: Path, like: Like | None = None, is_verified: bool = False) -> dict[str, Any]:
@@ -146,7 +137,7 @@ def explained(path: Path, what: str = "it cannot be read or used") -> Iterator[N
     """
     try:
         yield
-    except (FundamentaLLMError, BrokenPipeError):  # a broken pipe is of the output
+    except (FundamentaLLMError, BrokenPipeError, torch.OutOfMemoryError):  # not of the checkpoint
         raise
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":

@@ -14,8 +14,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from fundamentallm.checkpoint.manager import HIDDEN, CheckpointManager, checkpoints_folder
-from fundamentallm.checkpoint.manifest import MANIFEST, NAME, read_manifest, verify
-from fundamentallm.checkpoint.reading import export_weights, is_ours, load_parts
+from fundamentallm.checkpoint.manifest import MANIFEST, NAME, is_ours, read_manifest, verify
+from fundamentallm.checkpoint.reading import export_weights, load_parts
 from fundamentallm.commands.output import WIDTH, say, say_table, shortened
 from fundamentallm.config.schema import Config, flat_settings
 from fundamentallm.config.units import size_text

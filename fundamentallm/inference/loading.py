@@ -71,18 +71,19 @@ def load_model(checkpoint: str | Path) -> LoadedModel:
 
 
 def _open(folder: Path) -> LoadedModel:
-    from fundamentallm.checkpoint.manifest import verify_if_ours
+    from fundamentallm.checkpoint.manifest import is_ours, verify
     from fundamentallm.checkpoint.reading import load_weights
     from fundamentallm.data.tokenizers import read_tokenizer
     from fundamentallm.models.transformer import Transformer
     from fundamentallm.models.transformers_format import find_pretrained, transformers_model
 
-    is_ours = verify_if_ours(folder)
+    if is_checkpoint := is_ours(folder.resolve()):
+        verify(folder)
     found = find_pretrained(str(folder), "checkpoint")
     if found.shape is not None:
         model: nn.Module = Transformer(found.shape)
         load_weights(folder, found.weights, model)
-    elif is_ours and len(found.weights) > 1:
+    elif is_checkpoint and len(found.weights) > 1:
         raise CheckpointError(
             f"{folder} holds a sharded {found.config.get('model_type')} model. Consolidate it first: "
             f"fundamentallm checkpoints consolidate {folder} OUT."
@@ -102,10 +103,10 @@ def find_checkpoint(path: Path) -> Path:
         CheckpointNotFoundError: if there is none, or one without the files that its use needs.
     """
     from fundamentallm.checkpoint.manager import CheckpointManager, checkpoints_folder
-    from fundamentallm.checkpoint.manifest import MANIFEST
+    from fundamentallm.checkpoint.manifest import is_ours
 
     manager = CheckpointManager(checkpoints_folder(path))
-    is_model = (path / MANIFEST).exists() or (path / "config.json").exists()
+    is_model = is_ours(path.resolve()) or (path / "config.json").exists()
     folder = path if is_model else manager.get_best() or manager.get_latest()
     if folder is None:
         raise CheckpointNotFoundError(f"there is no checkpoint in {path}; give a checkpoint, or a run's output_dir.")

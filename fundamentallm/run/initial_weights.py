@@ -8,7 +8,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from torch import nn
 
-from fundamentallm.checkpoint.manifest import TENSORS, read_manifest, verify_if_ours
+from fundamentallm.checkpoint.manifest import TENSORS, is_ours, read_manifest, verify
 from fundamentallm.checkpoint.reading import check_checkpoint, explained, load_weights
 from fundamentallm.config.schema import Config, DataConfig, ModelConfig
 from fundamentallm.config.validation import expand_user
@@ -36,7 +36,8 @@ def open_pretrained(config: Config) -> tuple[Config, Pretrained | None, nn.Modul
         return config, None, None
     with HostGroup().barrier_with_errors():
         pretrained = find_pretrained(config.model.pretrained)
-        verify_if_ours(pretrained.folder)
+        if is_ours(pretrained.folder.resolve()):
+            verify(pretrained.folder)
         config = completed(config, pretrained)
         return config, pretrained, None if pretrained.shape is not None else transformers_model(pretrained)
 

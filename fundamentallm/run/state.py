@@ -6,6 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fundamentallm.checkpoint.optimizer_state import NamedOptimizerState
@@ -83,6 +84,8 @@ class RunState:
                 if "training.parameter_groups" in changed:
                     self._refit(name, saved)
                 part.load_state_dict(saved[f"{name}{SUFFIX}"])
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:  # a checkpoint from elsewhere may hold anything
                 raise CheckpointError(f"{where}: its {name} does not fit this run: {error}") from error
         self.loaded_from = where
@@ -111,11 +114,7 @@ class RunState:
         def like(name: str, shape: tuple[int, ...]) -> Tensor | None:
             # What an optimizer keeps of a parameter is sharded as the parameter is.
             tensor = tensors.get(name, parameters.get(name.rpartition("/")[0]))
-            if tensor is None or not is_sharded(tensor) or len(shape) == 0:
-                return None
-            if tensor.shape != shape:
-                raise ValueError(f"{name} has shape {shape} and this run's tensor has {tuple(tensor.shape)}")
-            return tensor
+            return tensor if tensor is not None and is_sharded(tensor) and tensor.shape == shape else None
 
         return like
 

@@ -207,8 +207,10 @@ def test_save_replaces_a_checkpoint_of_the_same_name(tmp_path: Path) -> None:
             empty(path / "model.safetensors")
 
 
-def test_save_does_not_replace_what_is_not_a_checkpoint(tmp_path: Path) -> None:
-    mine = tmp_path / "best" / "thesis.tex"
+@pytest.mark.parametrize("file", ["thesis.tex", "model.safetensors", "manifest.json", "state.json"])
+def test_save_does_not_replace_what_is_not_a_checkpoint(tmp_path: Path, file: str) -> None:
+    """A model folder in Hugging Face format has model.safetensors, and other programs write a manifest.json."""
+    mine = tmp_path / "best" / file
     mine.parent.mkdir()
     mine.write_text("mine")
     with pytest.raises(CheckpointError, match="best"):

@@ -25,6 +25,7 @@ from fundamentallm.config.schema import ModelConfig
 from fundamentallm.data.datasets import TokenDataset
 from fundamentallm.data.tokenizers import create_tokenizer, num_ids
 from fundamentallm.errors import CheckpointError, ConfigError
+from fundamentallm.inference.loading import load_model
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.models.transformers_format import find_pretrained, model_files, shape_of, transformers_model
 from tests.unit.test_transformer import SHAPES
@@ -194,6 +195,13 @@ def test_find_pretrained_refuses_unsafe_folders(tmp_path: Path, monkeypatch: pyt
     refused(r"pickled.*pytorch_model\.bin")
     write(tmp_path, quantization_config={"bits": 4})
     refused("quantized")
+
+
+def test_load_model_of_a_folder_with_another_programs_manifest(tmp_path: Path) -> None:
+    llama(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"name": "a web page"}')
+    create_tokenizer("byte").save(str(tmp_path / "tokenizer.json"))
+    assert load_model(tmp_path).folder == tmp_path
 
 
 @pytest.mark.parametrize("name", ["chat_template.jinja", "model.safetensors", "config.json", "other"])
