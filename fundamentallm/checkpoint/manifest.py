@@ -32,12 +32,10 @@ _FIELDS: dict[str, Any] = {
 
 
 def is_ours(path: Path) -> bool:
-    """Returns True if a folder is a checkpoint, even one that lacks a file, and not a link to it.
+    """Returns True if a folder is a checkpoint, even one that lacks a file.
 
     Other programs write a model.safetensors, a manifest.json or a state.json too.
     """
-    if path.is_symlink() or not path.is_dir():
-        return False
     has_training = any(TENSORS.fullmatch(file.name) for file in path.glob("training*.safetensors"))
     return has_training or all(os.path.lexists(path / name) for name in (STATE, MANIFEST))
 

@@ -26,7 +26,7 @@ from fundamentallm.run.step_samples import samples_of_step, text_of_step, texts,
 
 def list_command(options: argparse.Namespace) -> int:
     """`checkpoints list`: print a line for each checkpoint, from its manifest and its history of metrics."""
-    if is_ours(_existing(options.checkpoint).resolve()):
+    if is_ours(_existing(options.checkpoint)):
         raise CheckpointError(f"{options.checkpoint} is a checkpoint; give the folder that contains it, or use show.")
     folder = checkpoints_folder(options.checkpoint)
     manager, rows, others = CheckpointManager(folder), [], []
@@ -62,7 +62,7 @@ def verify_command(options: argparse.Namespace) -> int:
     """`checkpoints verify`: print a line for each checkpoint."""
     folder = _existing(options.checkpoint)
     paths = [folder]
-    if not is_ours(folder.resolve()):
+    if not is_ours(folder):
         paths = [path for path in _subfolders(checkpoints_folder(folder)) if _why_not_checkpoint(path) is None]
     if not paths:
         raise _nothing_in(folder)
@@ -198,7 +198,7 @@ def _nothing_in(folder: Path) -> CheckpointNotFoundError:
 
 def _checkpoint(folder: Path) -> Path:
     """Returns the checkpoint at `folder`, or the newest one in it."""
-    if is_ours(_existing(folder).resolve()):
+    if is_ours(_existing(folder)):
         return folder
     newest = CheckpointManager(checkpoints_folder(folder)).get_latest()
     if newest is None:

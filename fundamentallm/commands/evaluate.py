@@ -121,8 +121,7 @@ def _text_of_run(loaded: LoadedModel, options: argparse.Namespace) -> Text:
     def refusal(reason: str) -> ConfigError:
         return ConfigError(Problem("--checkpoint", str(loaded.folder), "", OTHER_TEXT, reason))
 
-    is_checkpoint = is_ours(loaded.folder.resolve())
-    saved = load_parts(loaded.folder, ("config", "progress_state_dict")) if is_checkpoint else {}
+    saved = load_parts(loaded.folder, ("config", "progress_state_dict")) if is_ours(loaded.folder) else {}
     if not isinstance(saved.get("config"), dict) or not isinstance(saved["config"].get("data"), dict):
         raise refusal("which does not record its text")
     try:

@@ -164,10 +164,16 @@ def find_pretrained(name: str, setting: str = "model.pretrained") -> Pretrained:
         convert = "If you trust it, convert it by from_pretrained(...).save_pretrained(...) of transformers."
         reason = f"whose weights are pickled, so that reading {pickled} may run code" if pickled else "without weights"
         raise refusal(reason, convert if pickled else "", "weights as safetensors")
+    shape, why_not = None, ""
     try:
-        return Pretrained(folder, config, shape_of(config), "", tuple(weights))
+        shape = shape_of(config)
     except ConfigError as error:
-        return Pretrained(folder, config, None, str(error), tuple(weights))
+        why_not = str(error)
+    found = Pretrained(folder, config, shape, why_not, tuple(weights))
+    sizes = found.context or 1, found.vocab_size or 1
+    if not all(type(number) is int for number in (*found.stop, *sizes)) or min(sizes) < 1:
+        raise refusal("whose context, vocabulary size or end-of-text token is not a whole number")
+    return found
 
 
 def _refuse_links(folder: Path, refusal: Callable[..., ConfigError]) -> None:
@@ -260,7 +266,7 @@ def transformers_model(pretrained: Pretrained) -> nn.Module:
     model: nn.Module
     try:
         model, found = make(pretrained.folder, dtype=torch.float32, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except Exception as error:  # a stranger's config.json may hold anything
         raise refusal(f"which transformers cannot open: {error}") from error
     if lacking := sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}):
         reason = f"which lacks weights of {len(lacking)} tensors, such as {lacking[0]}, or has them in other shapes"

@@ -23,11 +23,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fundamentallm import LoggingCallback, SaveBestCallback
+from fundamentallm import Config, LoggingCallback, ModelConfig, SaveBestCallback
 from fundamentallm.checkpoint.manager import CheckpointManager
 from fundamentallm.checkpoint.reading import explained
 from fundamentallm.commands import checkpoints, evaluate, generate
 from fundamentallm.errors import CheckpointError, FundamentaLLMError
+from fundamentallm.run.initial_weights import open_pretrained
 from tests.conftest import reset_accelerate
 from tests.integration.runs import make_config, make_trainer
 from tests.unit.checkpoint_files import make_true, pairs, write_manifest
@@ -317,6 +318,8 @@ def test_use_of_hostile_text_files_works_or_is_refused(file: str, content: Any) 
         ]:
             with time_limit(), contextlib.suppress(FundamentaLLMError):
                 command.main(arguments, "test")
+        with time_limit(), contextlib.suppress(FundamentaLLMError):
+            open_pretrained(Config(model=ModelConfig(pretrained=str(checkpoint))))
 
 
 def test_explained_takes_a_panic_but_no_interruption(tmp_path: Path) -> None:
