@@ -1,6 +1,6 @@
 """Save, find, load and delete checkpoints. docs/checkpoint-format.md describes their files.
 
-A checkpoint is staged in a hidden sibling directory, synced, and renamed. The newest and the best are found on the disk.
+It is staged in a hidden sibling directory, synced, and renamed. The newest and the best are found on the disk.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ def _is_same(value: Any, other: Any) -> bool:
 def _settings_of(names: list[str], groups: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns the changed settings that a checkpoint has for a group of these parameters."""
     found = [_settings(group) for group in groups if not set(names).isdisjoint(group["params"])]
-    if any(_changes(one, found[0]) for one in found):
+    if any(_changes(one, found[0]) or _changes(found[0], one) for one in found):
         raise CheckpointError(f"The parameters of the group of {names[0]} were in groups of different settings.")
     return found[0] if found else {}
 

@@ -649,6 +649,18 @@ def test_state_outside_of_tensors_and_shapes_survives(tmp_path: Any) -> None:
         assert p.ndim < 2 or after["bases"][0].stride() == before["bases"][0].stride()
 
 
+@pytest.mark.parametrize("changed", [0, 1])
+def test_load_of_groups_that_changed_differently_into_one_is_refused(changed: int) -> None:
+    model = Tiny()
+    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == is_matrix] for is_matrix in (True, False))
+    separate = torch.optim.SGD([{"params": matrices}, {"params": vectors}], lr=0.1, momentum=0.9)
+    named = NamedOptimizerState(model, separate)
+    separate.param_groups[changed]["momentum"] = 0.8
+    together = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with pytest.raises(CheckpointError, match="different settings"):
+        NamedOptimizerState(model, together).load_state_dict(named.state_dict())
+
+
 def test_state_of_a_parameter_that_the_model_lacks_is_refused() -> None:
     optimizer = torch.optim.AdamW([*Tiny().parameters()])
     with pytest.raises(CheckpointError, match="not the model's"):
