@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
@@ -80,7 +79,7 @@ def _create(model: nn.Module, optimizer_type: str, numbers: dict[str, Any], opti
     if kind == "adam":
         return Adam(groups, lr=lr, **adam)
     if kind == "sgd":
-        return _sgd(groups, lr, numbers["momentum"], fused)
+        return SGD(groups, lr=lr, momentum=numbers["momentum"], fused=fused)
     if kind == "muon":
         groups = _muon_groups(model, parameters, weight_decay, numbers["adam_learning_rate"] or lr)
         return Muon(groups, lr, momentum=numbers["muon_momentum"], **adam)
@@ -114,16 +113,6 @@ def _decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> li
         (matrices if parameter.ndim >= 2 else vectors).append(parameter)
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
-
-
-def _sgd(groups: list[dict[str, Any]], lr: float, momentum: float, fused: bool) -> SGD:
-    sgd = SGD(groups, lr=lr, momentum=momentum, fused=fused)
-    if momentum and fused:
-        # Otherwise torch's fused kernel takes uninitialised memory for the momentum if the first step is skipped.
-        for group in groups:
-            for parameter in group["params"]:
-                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return sgd
 
 
 def _muon_groups(

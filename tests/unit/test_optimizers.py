@@ -377,7 +377,7 @@ def test_a_step_with_found_inf_changes_no_weight_and_no_state(kind: str, gradien
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["adamw", "adam", "muon"])
 def test_a_first_step_with_found_inf_is_as_if_it_had_not_been(kind: str) -> None:
     skipped, fresh = Tiny(), Tiny()
     optimizers = [create_optimizer(model, kind, 0.01, 0.1) for model in (skipped, fresh)]
