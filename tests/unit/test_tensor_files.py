@@ -107,13 +107,6 @@ def test_tensor_files_refuse_shards_that_miss_or_overlap(
                 opened(folder, stack)
 
 
-@pytest.mark.parametrize("metadata", ["{", '{"w": {}}', '{"w": {"shape": 3, "saved_offsets": 1}}'])
-def test_tensor_files_refuse_metadata_of_another_form(tmp_path: Path, metadata: str) -> None:
-    save_file({"w": FULL}, tmp_path / file_name("model", 0, 2), {SHARDING_INFO: metadata})
-    with ExitStack() as stack, pytest.raises((ValueError, KeyError, TypeError)):
-        opened(tmp_path, stack)
-
-
 def save_and_load_uneven_shards(folder: str) -> None:
     from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
     from torch.distributed.tensor import Shard as ShardAlong
