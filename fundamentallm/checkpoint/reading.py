@@ -63,7 +63,7 @@ def export_weights(path: Path, folder: Path, raw: bool = False) -> None:
     """
     manifest = verify(path)
     with explained(path, MISFIT), contextlib.ExitStack() as stack:
-        tensors = TensorFiles(path, manifest["files"], WEIGHTS, stack)
+        tensors = TensorFiles(path, filter(TENSORS.fullmatch, manifest["files"]), WEIGHTS, stack)
         names = {name.removeprefix(WEIGHTS): name for name in tensors if name.startswith(WEIGHTS)}
         if raw:
             trained = {name.removeprefix(RAW_WEIGHTS): name for name in tensors if name.startswith(RAW_WEIGHTS)}
@@ -122,7 +122,8 @@ def _opened(
     """Yields a checkpoint's encoded state and its tensors by name; closes the files on exit."""
     with explained(path, MISFIT), contextlib.ExitStack() as stack:
         saved = json.loads((path / STATE).read_text(encoding="utf-8"))
-        tensors = TensorFiles(path, manifest["files"], WEIGHTS, stack, saved["same_as"], like)
+        files = filter(TENSORS.fullmatch, manifest["files"])
+        tensors = TensorFiles(path, files, WEIGHTS, stack, saved["same_as"], like)
         if not isinstance(saved["state"], dict):
             raise TypeError(f"the state is a {type(saved['state']).__name__}")
         yield saved["state"], tensors

@@ -169,6 +169,19 @@ def test_load_weights_needs_equal_tied_weights(tmp_path: Path) -> None:
         load_weights(tmp_path, found.weights, Transformer(found.shape))
 
 
+def test_weights_are_read_from_files_of_any_name_in_the_index(tmp_path: Path) -> None:
+    """Such as those of large models, whose number of files has six digits."""
+    theirs = llama(tmp_path)
+    index = (tmp_path / "model.safetensors.index.json").read_text()
+    (tmp_path / "model.safetensors.index.json").write_text(index.replace("-of-0", "-of-00"))
+    for file in tmp_path.glob("model-*"):
+        file.rename(tmp_path / file.name.replace("-of-0", "-of-00"))
+    found = find_pretrained(str(tmp_path))
+    ours = Transformer(found.shape)
+    load_weights(tmp_path, found.weights, ours)
+    assert torch.equal(ours.get_input_embeddings().weight, theirs.get_input_embeddings().weight)
+
+
 def test_find_pretrained_refuses_unsafe_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(named: str, name: str = str(tmp_path)) -> None:
         with pytest.raises(ConfigError, match=named) as error:
