@@ -95,6 +95,8 @@ def load_weights(path: Path, files: Collection[str], model: nn.Module, like: Lik
     with explained(path, "its weights cannot be read"), contextlib.ExitStack() as stack, torch.no_grad():
         tensors = TensorFiles(path, files, WEIGHTS, stack, like=like)
         given = {name.removeprefix(WEIGHTS): shape for name, shape in tensors.shapes.items()}
+        # Older versions of transformers saved what follows from the config, Llama 2 among others.
+        given = {name: shape for name, shape in given.items() if not name.endswith(".rotary_emb.inv_freq")}
         present = {id(own[name]) for name in given.keys() & own.keys()}  # one of several tied names is enough
         problems = [f"lacks {name}" for name in own if id(own[name]) not in present]
         problems += [f"has {name}, which is not in the model" for name in sorted(given.keys() - own.keys())]

@@ -158,6 +158,14 @@ def test_load_weights_names_what_does_not_fit(tmp_path: Path, change: dict, name
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_load_weights_ignores_frequencies_that_older_versions_saved(tmp_path: Path) -> None:
+    llama(tmp_path, mlp_bias=False)
+    weights, found = load_file(tmp_path / "model.safetensors"), find_pretrained(str(tmp_path))
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(weights, tmp_path / "model.safetensors")
+    load_weights(tmp_path, found.weights, Transformer(found.shape))
+
+
 def test_load_weights_needs_equal_tied_weights(tmp_path: Path) -> None:
     llama(tmp_path, mlp_bias=False, tie_word_embeddings=True)
     weights, found = load_file(tmp_path / "model.safetensors"), find_pretrained(str(tmp_path))
