@@ -158,38 +158,21 @@ def make_optimizer(config: TrainingConfig, model: nn.Module) -> Optimizer:
 
 
 def check_layouts(model: nn.Module, optimizer: Optimizer) -> Optimizer:
-    """Returns the optimizer. Refuses parameters that it would update wrongly because of their memory layout.
+    """Returns the optimizer, or raises ConfigError if it is fused and a parameter's memory has gaps, as a slice's.
 
-    Elements of an expanded tensor share memory. torch's fused kernels walk through memory, where a slice has gaps.
-
-    Raises:
-        ConfigError: naming them.
+    torch's fused kernels walk through memory. Other optimizers raise an error of torch if elements share memory.
     """
     name_of = {parameter: name for name, parameter in model.named_parameters()}
     problems = [
-        f"the parameter {name_of.get(p, '')} has shape {tuple(p.shape)} and strides {p.stride()}, which "
-        + ("a fused optimizer cannot update" if group.get("fused") else "share memory")
-        + "; make it of tensor.contiguous()."
+        f"the parameter {name_of.get(p, '')} has shape {tuple(p.shape)} and strides {p.stride()}, which a fused "
+        "optimizer cannot update; make it of tensor.contiguous()."
         for group in optimizer.param_groups
         for p in group["params"]
-        if not is_dense(p) and (group.get("fused") or _overlaps(p))
+        if group.get("fused") and not is_dense(p)
     ]
     if problems:
         raise ConfigError(problems)
     return optimizer
-
-
-def _overlaps(tensor: Tensor) -> bool:
-    reach = 0  # of the dimensions so far, from the one with the smallest stride
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1 and stride <= reach:
-            return True
-        reach += stride * (size - 1)
-    return False
-
-
-MAX_NAMES_SHOWN = 3
-"""Most parameter names that an error lists."""
 
 
 def freeze(model: nn.Module, entries: Sequence[dict[str, Any]]) -> None:
@@ -254,5 +237,4 @@ def _assigned(model: nn.Module, entries: Sequence[dict[str, Any]]) -> dict[Tenso
 
 
 def _near(pattern: str, names: Sequence[str]) -> str:
-    shown = ", ".join(names[:MAX_NAMES_SHOWN])
-    return did_you_mean(pattern, names).strip() or f"There are {len(names)} names, such as {shown}."
+    return did_you_mean(pattern, names).strip() or f"There are {len(names)} names, such as {', '.join(names[:3])}."

@@ -543,15 +543,10 @@ def test_moments_of_a_contiguous_run_fit_another_layout(tmp_path: Any) -> None:
     torch.testing.assert_close(strided.weight, plain.weight, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("values", "fused"),
-    [(torch.ones(3).expand(4, 3), False), (torch.ones(4, 5)[:, :3], True)],
-    ids=["expanded", "slice"],
-)
-def test_check_layouts_names_a_parameter_without_own_memory(values: Tensor, fused: bool) -> None:
-    model = OneParameter(values)
+def test_check_layouts_names_a_slice_that_a_fused_optimizer_trains() -> None:
+    model = OneParameter(torch.ones(4, 5)[:, :3])
     with pytest.raises(ConfigError, match="weight"):
-        check_layouts(model, torch.optim.AdamW(model.parameters(), fused=fused))
+        check_layouts(model, torch.optim.AdamW(model.parameters(), fused=True))
 
 
 class Counting(torch.optim.SGD):
