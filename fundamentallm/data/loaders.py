@@ -16,13 +16,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, default_collate
 
-from fundamentallm.config.schema import IGNORE_INDEX, Config
+from fundamentallm.config.schema import Config
 from fundamentallm.data.corpus import Corpus, Source, Tokens
 from fundamentallm.data.datasets import Batch, MixedDataset, PairDataset, TokenDataset, TokenSamples
 from fundamentallm.data.encoding import encode_pieces
 from fundamentallm.data.sampler import StepSampler
 from fundamentallm.data.sources import read_pieces
 from fundamentallm.data.tokenizers import num_bytes
+from fundamentallm.distributed.batches import StepBatch, to_device
 from fundamentallm.errors import ConfigError, Problem
 
 GATHERED_AT_ONCE = 2**12
@@ -134,37 +135,14 @@ def _gather_ahead(dataset: TokenDataset, batches: Iterator[list[int]]) -> Iterat
         yield from zip(torch.split(inputs, sizes), torch.split(targets, sizes), strict=True)
 
 
-class StepBatch(NamedTuple):
-    """What a process computes in an optimizer step, on its device."""
-
-    inputs: Tensor
-    targets: Tensor
-    micro_batches: int
-    """Number of micro-batches."""
-    rows: int
-    """Number of its own samples. Those after them are padding, whose targets are masked."""
-
-
 def device_batches(
     loader: DataLoader[Any], sampler: StepSampler, start: int, stop: int, device: torch.device
 ) -> Iterator[StepBatch]:
-    """Yield this process's part of the batch of each step from `start` to `stop`.
-
-    Raises:
-        ConfigError: if the loader does not give (inputs, targets).
-    """
+    """Yield this process's part of the batch of each step from `start` to `stop`."""
     rank_batches, ahead = itertools.tee(map(sampler.rank_batch, range(start, stop)))  # workers prefetch
     batches = load(loader, (rank_batch.indices for rank_batch in ahead), device.type == "cuda", sampler.seed or 0)
-    for rank_batch, batch in zip(rank_batches, batches, strict=True):
-        pair = isinstance(batch, (tuple, list)) and len(batch) == 2
-        if not pair or not all(isinstance(tensor, Tensor) for tensor in batch):
-            kind = type(batch).__name__
-            raise ConfigError(Problem("the loader's batch", kind, "(inputs, targets), two tensors"))
-        inputs, targets = (tensor.to(device, non_blocking=True) for tensor in batch)
-        if rank_batch.rows < len(targets):  # mask the padding
-            targets = targets.clone()
-            targets[rank_batch.rows :] = IGNORE_INDEX
-        yield StepBatch(inputs, targets, rank_batch.micro_batches, rank_batch.rows)
+    for (indices, rows, micro_batches), batch in zip(rank_batches, batches, strict=True):
+        yield StepBatch(to_device(batch, device), len(indices), rows, micro_batches)
 
 
 def collate(batch: Any) -> Any:

@@ -43,6 +43,7 @@ class TrainerView:
     stop_switch: StopSwitch
     total_steps: int
     _throughput: Throughput
+    _compiled: set[str]
 
     @property
     def _progress(self) -> Progress:
@@ -140,6 +141,12 @@ class TrainerView:
         """Prints a line beside the progress bar, on the main process only."""
         if self.is_main_process:
             tqdm.write(text)
+
+    def _report_compilation(self, what: str, seconds: float) -> None:
+        """Prints how long the first step or validation took, if it was compiled."""
+        if self.config.training.compile and what not in self._compiled:
+            self._compiled.add(what)
+            self.say(f"the first {what} took {seconds:.1f} s, with compilation")
 
     def _describe_stop(self) -> str:
         """Returns where and why the run stopped, and how to resume it."""

@@ -145,9 +145,9 @@ def test_nothing_breaks_the_graph_of_model_and_loss(loss: str, vocabulary: int, 
         model.gradient_checkpointing_enable()
     whole = ModelWithLoss(model, create_loss(loss))
     ids = torch.randint(vocabulary, (40, 16))  # more than a chunk
-    expected = whole(ids, ids)
+    expected = whole((ids, ids))
     whole.compile(backend="eager", fullgraph=True)
-    assert whole(ids, ids).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert whole((ids, ids)).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_compile_in_place_compiles_each_shape_and_sets_no_global_limit() -> None:

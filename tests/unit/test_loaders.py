@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 from torch.utils.data import WeightedRandomSampler as Weighted
 
-from fundamentallm.config.schema import IGNORE_INDEX, Config, DataConfig, TrainingConfig
+from fundamentallm.config.schema import Config, DataConfig, TrainingConfig
 from fundamentallm.data import loaders
 from fundamentallm.data.corpus import load_corpus
 from fundamentallm.data.datasets import TokenDataset
@@ -94,7 +94,7 @@ def step_batches(num_workers: int, start: int = 0) -> list[torch.Tensor]:
     loader = DataLoader(dataset, batch_size=4, shuffle=True, num_workers=num_workers)
     sampler = step_sampler("train_loader", loader, seed=1, process_index=0, num_processes=1)
     batches = device_batches(loader, sampler, start, 20, torch.device("cpu"))
-    return [torch.stack((batch.inputs, batch.targets)) for batch in batches]
+    return [torch.stack(tuple(batch.content)) for batch in batches]
 
 
 @pytest.mark.parametrize("tokens_at_once", [2**12, 60, 1])
@@ -141,20 +141,14 @@ def test_device_batches_of_all_processes_cover_a_step_once(processes: int, micro
     batches = [list(device_batches(loader, sampler, 3, 12, device)) for sampler in samplers]
     for step, parts in enumerate(zip(*batches, strict=True), start=3):
         whole_inputs, whole_targets = dataset.__getitems__(samplers[0].batch(step))
-        kept = [(batch.targets != IGNORE_INDEX).all(dim=1) for batch in parts]
-        assert torch.equal(torch.cat([part[0][rows] for part, rows in zip(parts, kept, strict=True)]), whole_inputs)
-        assert torch.equal(torch.cat([part[1][rows] for part, rows in zip(parts, kept, strict=True)]), whole_targets)
-        for inputs, targets, count, rows in parts:
-            assert inputs.min() >= 0
-            assert (targets != IGNORE_INDEX).sum(dim=1).tolist() == [7] * rows + [0] * (len(inputs) - rows)
-            assert count == samplers[0].rank_batch(step).micro_batches <= len(inputs)
-
-
-@pytest.mark.parametrize("item", [1, (1, 2), torch.ones(3), (torch.ones(3),) * 3])
-def test_device_batches_refuse_other_than_inputs_and_targets(item: object) -> None:
-    loader = DataLoader([item] * 4, batch_size=2, collate_fn=lambda items: items[0])
-    batches = device_batches(loader, StepSampler(4, 2, None), 0, 2, torch.device("cpu"))
-    assert problem_of(list, batches).value == type(item).__name__
+        own = [batch.own for batch in parts if batch.rows]
+        assert torch.equal(torch.cat([inputs for inputs, _ in own]), whole_inputs)
+        assert torch.equal(torch.cat([targets for _, targets in own]), whole_targets)
+        for batch in parts:
+            micro_batches = list(batch.micro_batches())
+            assert len(micro_batches) == samplers[0].rank_batch(step).micro_batches
+            assert sum(rows for _, rows in micro_batches) == batch.rows
+            assert all(len(content[0]) for content, _ in micro_batches)
 
 
 def make_config(**data: object) -> Config:
