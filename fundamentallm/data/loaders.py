@@ -6,7 +6,7 @@ import functools
 import io
 import itertools
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ from fundamentallm.data.encoding import encode_pieces
 from fundamentallm.data.sampler import StepSampler
 from fundamentallm.data.sources import read_pieces
 from fundamentallm.data.tokenizers import num_bytes
-from fundamentallm.distributed.batches import StepBatch, to_device
+from fundamentallm.distributed.batches import LABELS, StepBatch, to_device
 from fundamentallm.errors import ConfigError, Problem
 
 GATHERED_AT_ONCE = 2**12
@@ -148,6 +148,32 @@ def device_batches(
 def collate(batch: Any) -> Any:
     """Collate a list of samples as torch does, and leave a tuple as it is: `TokenSamples` makes whole batches."""
     return batch if isinstance(batch, tuple) else default_collate(batch)
+
+
+def shift_labels(samples: list[Any]) -> Any:
+    """Collates samples for a model that predicts the next token, and moves the targets on by one.
+
+    Args:
+        samples: token ids, pairs of ids and labels, or mappings of `input_ids` and perhaps `labels`; all of one length.
+
+    Returns:
+        (inputs, targets), each one token shorter, or a mapping of the same keys and `labels`.
+
+    Examples:
+        >>> import torch
+        >>> from fundamentallm import shift_labels
+        >>> shift_labels([torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6])])
+        (tensor([[1, 2],
+                [4, 5]]), tensor([[2, 3],
+                [5, 6]]))
+    """
+    batch = default_collate(samples)
+    if isinstance(batch, Mapping):
+        labels = batch.get(LABELS, batch["input_ids"])
+        inputs = {name: value[:, :-1] if value.shape == labels.shape else value for name, value in batch.items()}
+        return {**inputs, LABELS: labels[:, 1:]}
+    inputs, labels = (batch, batch) if isinstance(batch, Tensor) else batch
+    return inputs[:, :-1], labels[:, 1:]
 
 
 def create_dataloaders(

@@ -34,6 +34,7 @@ class ModelWithLoss(nn.Module):
     does not cast or copy them, and DistributedDataParallel sees a scalar.
 
     Attributes:
+        required: arguments of the model's forward that have no default.
         shifts: whether the model compares its outputs with the next label, so that the first one does not count.
         trims: whether padding has to be cut off, since the objective need not know targets that are ignored.
         gives_targets: whether the model is given the targets too, since it would return only the last logits without.
@@ -46,6 +47,7 @@ class ModelWithLoss(nn.Module):
         parameters = inspect.signature(model.forward).parameters
         self._takes_all = any(each.kind == each.VAR_KEYWORD for each in parameters.values())
         self._names = [name for name, each in parameters.items() if each.kind != each.VAR_KEYWORD]
+        self.required = [name for name in self._names if parameters[name].default is inspect.Parameter.empty]
         self._options = cache_option(model, False)
         # If both can compute the loss from hidden states, the logits of a large vocabulary never exist all at once.
         self.by_hidden = hasattr(loss_fn, "of_hidden") and "of_hidden" in parameters

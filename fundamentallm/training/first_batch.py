@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -34,6 +33,10 @@ MOST_WITHOUT_TARGETS = 100
 """Batches without any target that are looked at before a loader is refused."""
 
 
+DISTANCES = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
+CHECKED = (F.embedding, F.cross_entropy, F.nll_loss, *DISTANCES)
+
+
 class CheckedRanges(TorchFunctionMode):
     """Checks what embeddings and cross entropies are given, before a kernel sees it."""
 
@@ -44,10 +47,12 @@ class CheckedRanges(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Check the arguments of the functions that look up by an index, and call the function."""
         kwargs = kwargs or {}
-        if func in (F.embedding, F.cross_entropy, F.nll_loss):
+        if func in CHECKED:
             given = inspect.signature(func).bind(*args, **kwargs).arguments
             if func is F.embedding:
                 self._check_lookup(given["input"], given["weight"])
+            elif func in DISTANCES:
+                _check_shapes(given["input"], given["target"])
             else:
                 _check_targets(given["input"], given["target"], given.get("ignore_index", IGNORE_INDEX))
         return func(*args, **kwargs)
@@ -64,6 +69,13 @@ class CheckedRanges(TorchFunctionMode):
             )
             found = f"from {int(ids.min())} to {int(ids.max())}"
             raise ConfigError(Problem("inputs", found, f"0 to {len(weight) - 1}, the rows of {name}", advice))
+
+
+def _check_shapes(outputs: Tensor, targets: Tensor) -> None:
+    if outputs.shape != targets.shape:  # torch would compare each with each
+        advice = "Give both one shape, by outputs.squeeze(-1) or targets.unsqueeze(-1)."
+        found = f"of shape {tuple(targets.shape)}"
+        raise ConfigError(Problem("targets", found, f"{tuple(outputs.shape)}, that of the outputs", advice))
 
 
 def _check_targets(logits: Tensor, targets: Tensor, ignored: int) -> None:
@@ -129,13 +141,13 @@ class FirstBatches:
     def _check(self, loader: DataLoader[Any], batch: StepBatch) -> None:
         model, accelerator, group = self.model, self.accelerator, self.group
         with group.barrier_with_errors():
-            warnings = _check_batch(model, batch.own, loader.collate_fn)
+            _check_batch(model, batch.own)
         # Under FSDP2 a process that fails in its forward pass must end: the others wait for its shards.
         with restored(model, accelerator.device), torch.compiler.set_stance("force_eager"), CheckedRanges(model.model):
             model.eval()
             with nullcontext() if accelerator.is_fsdp2 else group.barrier_with_errors():
                 _check_output(model, batch)
-        for line in warnings:
+        for line in (*_copied(model, batch.own), *_unlike_tokenizer(model.model, loader.collate_fn)):
             self.say(line)
 
     def _check_targets(self, batches: Iterator[StepBatch]) -> None:
@@ -190,15 +202,14 @@ def _find_shift(model: ModelWithLoss, loss: float, output: Any, batch: Mapping[s
         return
     if labels.ndim < 2 or labels.is_floating_point():
         return
-    count = int(model.num_targets(batch))
-    for shifts in (False, True):
-        x, y = (logits[:, :-1], labels[:, 1:]) if shifts else (logits, labels)
+    count, errors = int(model.num_targets(batch)), []
+    for x, y in ((logits, labels), (logits[:, :-1], labels[:, 1:])):
         total = float(F.cross_entropy(x.float().flatten(0, -2), y.flatten(), reduction="sum"))
-        others = int((y != IGNORE_INDEX).sum())
+        own = max(int((y != IGNORE_INDEX).sum()), 1)
         # The model divides by the count that it is given, or by its own.
-        if any(math.isclose(loss, expected, rel_tol=1e-3) for expected in (total, total / max(others, 1) * count)):
-            model.shifts = shifts
-            return
+        errors.append(min(abs(loss - total), abs(loss - total / own * count)) / max(total, 1e-9))
+    if min(errors) < 1e-4 and min(errors) * 10 < max(errors):
+        model.shifts = errors[1] < errors[0]
 
 
 def _further_losses(output: Any, model: nn.Module) -> list[str]:
@@ -213,14 +224,13 @@ def _further_losses(output: Any, model: nn.Module) -> list[str]:
     ]
 
 
-def _check_batch(model: ModelWithLoss, batch: Any, collate_fn: Any) -> list[str]:
-    """Checks a batch by itself. Returns warnings."""
+def _check_batch(model: ModelWithLoss, batch: Any) -> None:
+    """Checks a batch by itself."""
     if not any(True for _ in tensors(batch)):
         raise ConfigError(Problem("batch", describe(batch), "tensors, in any nesting"))
     model.num_targets(batch)  # raises if the batch has none
     if isinstance(batch, Mapping) and model.objective is None:
         _check_mapping(model, batch)
-    return [*_copied(model, batch), *_unlike_tokenizer(model.model, collate_fn)]
 
 
 def _check_mapping(model: ModelWithLoss, batch: Mapping[str, Any]) -> None:
@@ -228,6 +238,10 @@ def _check_mapping(model: ModelWithLoss, batch: Mapping[str, Any]) -> None:
         reason = f"and {type(model.model).__name__} computes its own loss from a batch with keys"
         advice = "Set training.loss to cross_entropy, or say what to minimise: Trainer(objective=...)."
         raise ConfigError(Problem("training.loss", type(model.loss_fn).__name__, advice=advice, reason=reason))
+    if missing := [name for name in model.required if name not in batch]:
+        advice = "Rename the entries in collate_fn, or say what to minimise: Trainer(objective=...)."
+        allowed = f"a mapping with {', '.join(missing)}, which {type(model.model).__name__}.forward needs"
+        raise ConfigError(Problem("batch", describe(batch), allowed, advice))
     for name, mask in batch.items():
         if str(name).endswith("attention_mask") and isinstance(mask, Tensor) and mask.ndim == 2:
             hidden = (mask == 0).all(dim=1).nonzero().flatten().tolist()
@@ -255,12 +269,12 @@ def _copied(model: ModelWithLoss, batch: Any) -> Iterator[str]:
     shifts = is_mapping and model.has_own_loss and model.shifts
     if not shifts and same(inputs, targets):
         yield (
-            "warning: the targets of the first batch equal its inputs, so the model learns to copy. To predict the next "
-            "token, give the loader collate_fn=fundamentallm.shift_labels."
+            "warning: the targets of the first batch equal its inputs, so the model learns to copy. To predict the "
+            "next token, give the loader collate_fn=fundamentallm.shift_labels."
         )
     if shifts and same(inputs[:, 1:], targets[:, :-1]):
         yield (
-            "warning: the labels of the first batch are the next tokens already, and this model shifts labels once more. "
+            "warning: the labels of the first batch are the next tokens already, and this model shifts labels itself. "
             "Give it labels that equal input_ids."
         )
 
