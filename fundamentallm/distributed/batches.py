@@ -83,7 +83,8 @@ def take_rows(batch: Any, rows: int, index: slice | list[int], name: str = "") -
         if batch.ndim and len(batch) != rows:
             raise _not_by_rows(name, f"of shape {tuple(batch.shape)}", rows)
         return batch[index] if batch.ndim else batch
-    if isinstance(batch, (tuple, list)) and is_container(batch) and len(batch) == rows and not _by_columns(batch, rows):
+    is_long = isinstance(batch, (tuple, list)) and is_container(batch) and len(batch) == rows
+    if is_long and not _by_columns(batch, rows, not name):
         return honor_type(batch, (batch[i] for i in _positions(rows, index)))
     if is_container(batch):
         return _rebuild(batch, lambda key, entry: take_rows(entry, rows, index, name + key))
@@ -96,13 +97,18 @@ def _positions(rows: int, index: slice | list[int]) -> list[int]:
     return list(range(rows))[index] if isinstance(index, slice) else index
 
 
-def _by_columns(batch: Any, rows: int) -> bool:
-    """Returns whether a sequence as long as the batch holds columns, such as (inputs, targets) of two samples."""
+def _by_columns(batch: Any, rows: int, is_whole: bool) -> bool:
+    """Returns whether a sequence as long as the batch holds columns, such as (inputs, targets) of two samples.
+
+    Inside a batch, tensors of unlike shapes are samples: they could not be stacked.
+    """
     if hasattr(batch, "_fields"):
         return True
     found = list(tensors(batch))
+    if not all(tensor.ndim and len(tensor) == rows for tensor in found):
+        return False
     is_records = all(isinstance(entry, Mapping) for entry in batch)
-    return bool(found) and not is_records and all(tensor.ndim and len(tensor) == rows for tensor in found)
+    return bool(found) and not is_records and (is_whole or len({tensor.shape for tensor in found}) == 1)
 
 
 def _not_by_rows(name: str, what: str, rows: int) -> ConfigError:
