@@ -14,6 +14,7 @@ from fundamentallm.distributed.batches import LABELS, StepBatch, tensors
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.models.transformer import cache_option
 
+OBJECTIVE = "To minimise something else, give Trainer(objective=...)."
 Objective = Callable[[nn.Module, Any], Any]
 """Maps (model, batch) to the loss summed over targets, or to (loss, outputs) for validation metrics.
 
@@ -140,16 +141,14 @@ class ModelWithLoss(nn.Module):
 def _pair(batch: Any) -> tuple[Any, Tensor]:
     if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor):
         return batch[0], batch[1]
-    allowed = "(inputs, targets), or a mapping"
-    advice = "Have collate_fn return one of them, or say what to minimise: Trainer(objective=...)."
-    raise ConfigError(Problem("batch", describe(batch), allowed, advice))
+    advice = f"Have collate_fn return one of them. {OBJECTIVE}"
+    raise ConfigError(Problem("batch", describe(batch), "(inputs, targets), or a mapping", advice))
 
 
 def _labels(batch: Mapping[str, Any]) -> Tensor:
     if isinstance(labels := batch.get(LABELS), Tensor):
         return labels
-    advice = "Add the labels, or say what to minimise: Trainer(objective=...)."
-    raise ConfigError(Problem("batch", describe(batch), f"a mapping with a tensor {LABELS!r}", advice))
+    raise ConfigError(Problem("batch", describe(batch), f"a mapping with a tensor {LABELS!r}", OBJECTIVE))
 
 
 def _num_rows(batch: Any) -> int:
@@ -186,8 +185,7 @@ def logits_of(output: Any) -> Tensor:
         output = next((entry for entry in output if isinstance(entry, Tensor) and entry.ndim), output)
     logits = output if isinstance(output, Tensor) else entry_of(output, "logits")
     if not isinstance(logits, Tensor):
-        advice = "Have the model return its logits, or say what to minimise: Trainer(objective=...)."
-        raise ConfigError(Problem("the model's output", describe(output), "a tensor, or one with logits", advice))
+        raise ConfigError(Problem("the model's output", describe(output), "a tensor, or one with logits", OBJECTIVE))
     return logits
 
 

@@ -140,8 +140,7 @@ class Trainer(TrainerView):
         )
 
         freeze(model, training.parameter_groups)
-        self.model = model
-        with_loss = ModelWithLoss(model, *make_objective(training, loss_fn, objective))
+        self.model, with_loss = model, ModelWithLoss(model, *make_objective(training, loss_fn, objective))
         place_model(accelerator, model, training.seed, training.activation_checkpointing)
         self.optimizer = optimizer or make_optimizer(training, model)
         self.model_with_loss = prepare_model(accelerator, with_loss, self.optimizer, bool(training.compile))

@@ -8,6 +8,7 @@ Prints the largest relative difference of the losses, for each model and layout,
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -199,7 +200,7 @@ def compare_on_processes(count: int, expected: dict[str, list[float]], folder: s
         trainer = trainer_of(name, len(losses), micro_batch_size=micro)
         assert trainer.accelerator.num_processes == count
         found[name] = difference(losses, trainer.train()["train_loss"])
-    torch.save(found, f"{folder}/found-{trainer.accelerator.process_index}.pt")
+    Path(folder, f"found-{trainer.accelerator.process_index}.json").write_text(json.dumps(found))
 
 
 def main() -> None:
@@ -213,7 +214,7 @@ def main() -> None:
         two: dict[int | None, dict[str, float]] = {}
         for micro in (None, 1):
             on_processes(2, compare_on_processes, expected, folder, micro)
-            two[micro] = torch.load(f"{folder}/found-0.pt")
+            two[micro] = json.loads(Path(folder, "found-0.json").read_text())
         print("| model | 1 process | micro-batches of 4 | of 1 | 2 processes | micro-batches of 1 | resumed |")
         print("|---|---|---|---|---|---|---|")
         for name, losses in expected.items():
