@@ -19,61 +19,49 @@ LABELS = "labels"
 """Key of the targets in a mapping, as transformers names it."""
 
 
-def _rebuild(batch: Any, function: Callable[[str, Any], Any]) -> Any:
-    """Returns a copy of a container with `function` applied to each (name, entry). Other objects are returned as is.
+def _rebuild(batch: Any, function: Callable[[Any, str], Any]) -> Any:
+    """Returns a copy of a container with `function` applied to (entry, name). Other objects are returned as they are.
 
     accelerate's `recursively_apply` knows no dataclasses, and makes mappings by constructors that may want more.
     """
     if isinstance(batch, Mapping):
-        entries = {key: function(f"[{key!r}]", value) for key, value in batch.items()}
+        entries = {key: function(value, f"[{key!r}]") for key, value in batch.items()}
         if not isinstance(batch, MutableMapping):
             return type(batch)(entries)  # type: ignore[call-arg]
         result = copy.copy(batch)
         for key, value in entries.items():
             result[key] = value
         return result
+    if callable(getattr(batch, "to", None)):  # a packed sequence is a named tuple, and has no rows
+        return batch
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         result = copy.copy(batch)
-        for field in dataclasses.fields(batch):  # which may be frozen
-            object.__setattr__(result, field.name, function(f".{field.name}", getattr(batch, field.name)))
+        for field in dataclasses.fields(batch):
+            # A frozen dataclass has no other way.
+            object.__setattr__(result, field.name, function(getattr(batch, field.name), f".{field.name}"))
         return result
     if isinstance(batch, (tuple, list)):
-        return honor_type(batch, (function(f"[{index}]", value) for index, value in enumerate(batch)))
+        return honor_type(batch, (function(entry, f"[{index}]") for index, entry in enumerate(batch)))
     return batch
-
-
-def is_container(batch: Any) -> bool:
-    """Returns whether a batch has entries. A packed sequence has not, although it is a named tuple."""
-    is_data = dataclasses.is_dataclass(batch) and not isinstance(batch, type)
-    return isinstance(batch, Mapping) or ((is_data or isinstance(batch, (tuple, list))) and not _moves(batch))
-
-
-def _moves(entry: Any) -> bool:
-    return callable(getattr(entry, "to", None))
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """Returns a batch with its tensors on a device, without waiting for it. Other entries are passed through."""
-    if is_container(batch):
-        return _rebuild(batch, lambda _, entry: to_device(entry, device))
-    return send_to_device(batch, device, non_blocking=True) if _moves(batch) else batch
+    result = _rebuild(batch, lambda entry, _: to_device(entry, device))
+    return send_to_device(batch, device, non_blocking=True) if result is batch else result
 
 
-def tensors(batch: Any) -> Iterator[Tensor]:
-    """Yield all tensors of a batch."""
-    if isinstance(batch, Tensor):
-        yield batch
-    elif is_container(batch):
-        entries: list[Any] = []
-        _rebuild(batch, lambda _, entry: entries.append(entry) or entry)
-        for entry in entries:
-            yield from tensors(entry)
+def tensors(batch: Any) -> list[Tensor]:
+    """Returns all tensors of a batch."""
+    found = [batch] if isinstance(batch, Tensor) else []
+    _rebuild(batch, lambda entry, _: found.extend(tensors(entry)))
+    return found
 
 
 def take_rows(batch: Any, rows: int, index: slice | list[int], name: str = "") -> Any:
     """Returns the rows `index` of a batch of `rows` samples.
 
-    Tensors and arrays are cut along their first dimension, and lists that have one entry for each sample. Scalars and
+    Tensors and arrays are cut along their first dimension, and so are lists of one entry for each sample. Scalars and
     other objects are the same in each row.
 
     Raises:
@@ -83,32 +71,25 @@ def take_rows(batch: Any, rows: int, index: slice | list[int], name: str = "") -
         if batch.ndim and len(batch) != rows:
             raise _not_by_rows(name, f"of shape {tuple(batch.shape)}", rows)
         return batch[index] if batch.ndim else batch
-    is_long = isinstance(batch, (tuple, list)) and is_container(batch) and len(batch) == rows
-    if is_long and not _by_columns(batch, rows, not name):
-        return honor_type(batch, (batch[i] for i in _positions(rows, index)))
-    if is_container(batch):
-        return _rebuild(batch, lambda key, entry: take_rows(entry, rows, index, name + key))
-    if _moves(batch):
+    if isinstance(batch, (tuple, list)) and len(batch) == rows and not _has_columns(batch, rows, name):
+        return honor_type(batch, (batch[i] for i in np.arange(rows)[index]))
+    result = _rebuild(batch, lambda entry, key: take_rows(entry, rows, index, name + key))
+    if result is batch and hasattr(batch, "to"):
         raise _not_by_rows(name, f"a {type(batch).__name__}", rows)
-    return batch
+    return result
 
 
-def _positions(rows: int, index: slice | list[int]) -> list[int]:
-    return list(range(rows))[index] if isinstance(index, slice) else index
-
-
-def _by_columns(batch: Any, rows: int, is_whole: bool) -> bool:
+def _has_columns(batch: Any, rows: int, name: str) -> bool:
     """Returns whether a sequence as long as the batch holds columns, such as (inputs, targets) of two samples.
 
-    Inside a batch, tensors of unlike shapes are samples: they could not be stacked.
+    Inside a batch (`name` is not empty), tensors of unlike shapes are samples: they could not be stacked.
     """
-    if hasattr(batch, "_fields"):
-        return True
-    found = list(tensors(batch))
-    if not all(tensor.ndim and len(tensor) == rows for tensor in found):
-        return False
+    found = tensors(batch)
+    if hasattr(batch, "_fields") or not found:
+        return hasattr(batch, "_fields")
+    is_cut = all(tensor.ndim and len(tensor) == rows for tensor in found)
     is_records = all(isinstance(entry, Mapping) for entry in batch)
-    return bool(found) and not is_records and (is_whole or len({tensor.shape for tensor in found}) == 1)
+    return is_cut and not is_records and (not name or len({tensor.shape for tensor in found}) == 1)
 
 
 def _not_by_rows(name: str, what: str, rows: int) -> ConfigError:
@@ -170,13 +151,12 @@ class StepBatch(NamedTuple):
 def _masked(batch: Any, rows: int) -> Any | None:
     """Returns a batch whose targets are ignored from a row on, or None if they cannot be.
 
-    One label for a sample may be a number to predict, for which -100 is a value like others.
+    A single label of a mapping may be a number to predict, for which -100 is a value like others.
     """
-    key: Any = LABELS if isinstance(batch, Mapping) else 1
     is_pair = isinstance(batch, (tuple, list)) and len(batch) == 2
-    labels = batch[key] if is_pair or (isinstance(batch, Mapping) and LABELS in batch) else None
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or not (is_pair or labels.ndim > 1):
+    labels = batch[1] if is_pair else batch.get(LABELS) if isinstance(batch, Mapping) else None
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or (labels.ndim < 2 and not is_pair):
         return None
-    labels = labels.clone()
-    labels[rows:] = IGNORE_INDEX
-    return _rebuild(batch, lambda name, entry: labels if name == f"[{key!r}]" else entry)
+    masked = labels.clone()
+    masked[rows:] = IGNORE_INDEX
+    return _rebuild(batch, lambda entry, _: masked if entry is labels else entry)

@@ -49,7 +49,7 @@ class ModelWithLoss(nn.Module):
         self._takes_all = any(each.kind == each.VAR_KEYWORD for each in parameters.values())
         self._names = [name for name, each in parameters.items() if each.kind != each.VAR_KEYWORD]
         self.required = [name for name in self._names if parameters[name].default is inspect.Parameter.empty]
-        self._options = cache_option(model, False)
+        self._options = cache_option(model, False) if self._takes_all or "use_cache" in parameters else {}
         # If both can compute the loss from hidden states, the logits of a large vocabulary never exist all at once.
         self.by_hidden = hasattr(loss_fn, "of_hidden") and "of_hidden" in parameters
         self.has_own_loss = self._takes_all or LABELS in parameters
@@ -71,8 +71,7 @@ class ModelWithLoss(nn.Module):
                 return ((labels[..., 1:] if shifts else labels) != IGNORE_INDEX).sum()
         else:
             return (_pair(batch)[1] != IGNORE_INDEX).sum()
-        device = next((tensor.device for tensor in tensors(batch)), None)
-        return torch.as_tensor(count, device=device)
+        return torch.as_tensor(count, device=next((tensor.device for tensor in tensors(batch)), None))
 
     def count(self, batch: StepBatch) -> Tensor:
         """Returns the number of targets of this process in a step. Padding has none."""

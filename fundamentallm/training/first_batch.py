@@ -153,7 +153,7 @@ class FirstBatches:
 
 def _check_batch(model: ModelWithLoss, batch: Any) -> None:
     """Checks a batch by itself."""
-    if next(tensors(batch), None) is None:
+    if not tensors(batch):
         raise _refuse("batch", describe(batch), "tensors, in any nesting")
     if isinstance(batch, Mapping) and model.objective is None:
         name = type(model.model).__name__
