@@ -14,12 +14,13 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, default_collate
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from fundamentallm.config.schema import Config
 from fundamentallm.data.corpus import Corpus, Source, Tokens
 from fundamentallm.data.datasets import Batch, MixedDataset, PairDataset, TokenDataset, TokenSamples
 from fundamentallm.data.encoding import encode_pieces
+from fundamentallm.data.listed_order import ListedOrder, is_kind, unwrapped
 from fundamentallm.data.sampler import StepSampler
 from fundamentallm.data.sources import read_pieces
 from fundamentallm.data.tokenizers import num_bytes
@@ -52,7 +53,17 @@ def step_sampler(
     """
     if problem := _loader_problem(loader):
         raise ConfigError(Problem("", loader, advice=f"{name} {problem}"))
-    num_samples, batch_size = len(loader.dataset), loader.batch_size or 0  # type: ignore[arg-type]
+    sampler, batch_size, drop_last = unwrapped(loader)
+    num_samples, order, order_seed = len(loader.dataset), None, None  # type: ignore[arg-type]
+    if _is_shuffled(sampler, num_samples):
+        order_seed = seed
+    elif not is_kind(sampler, "SequentialSampler", "DistributedSampler", "StatefulDistributedSampler"):
+        order = ListedOrder(sampler, seed, num_samples)
+        num_samples = order.length
+    if batch_size is None:
+        if schedule:
+            raise ConfigError(Problem("training.batch_size_schedule", schedule, "[], since the batch sampler decides"))
+        batch_size = 1  # a batch of the sampler's
     sizes = [("training.batch_size", batch_size), *(("training.batch_size_schedule", size) for _, size in schedule)]
     reason = f"more than the {num_samples} samples of the training data"
     problems = [
@@ -62,27 +73,36 @@ def step_sampler(
     ]
     if problems:
         raise ConfigError(problems)
-    if len(loader) == 0:
+    if num_samples < (batch_size if drop_last else 1):
         raise ConfigError(Problem("", loader, advice=f"{name} has {num_samples} samples, too few for one batch."))
-    order_seed = seed if isinstance(loader.sampler, RandomSampler) else None
     layout = process_index, num_processes, micro_batch_size
-    return StepSampler(num_samples, batch_size, order_seed, *layout, loader.drop_last, pad, schedule)
+    return StepSampler(num_samples, batch_size, order_seed, *layout, drop_last, pad, schedule, order)
 
 
 def _loader_problem(loader: DataLoader[Any]) -> str | None:
-    """Returns why a loader's order cannot be reproduced, or None if it can."""
+    """Returns why a loader's order cannot be reproduced, or None if it can, as far as its class tells."""
     if not isinstance(loader, DataLoader):  # notebooks are not type-checked
         return f"is a {type(loader).__name__}; allowed: a torch DataLoader."  # type: ignore[unreachable]
     if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
-        return "has an IterableDataset; allowed: a map-style dataset, with __len__ and __getitem__."
-    if loader.batch_size is None:
-        return "has its own batch_sampler or batch_size=None; allowed: a batch_size."
-    sampler = loader.sampler
-    if not isinstance(sampler, (RandomSampler, SequentialSampler)):
-        return f"has a {type(sampler).__name__}; allowed: shuffle=True or shuffle=False."
-    if isinstance(sampler, RandomSampler) and (sampler.replacement or sampler.num_samples != len(loader.dataset)):
-        return "has a RandomSampler with replacement or num_samples; allowed: shuffle=True."
+        kind = "an IterableDataset" if isinstance(loader.dataset, IterableDataset) else type(loader.dataset).__name__
+        return f"has {kind}; allowed: a map-style dataset, with __len__ and __getitem__."
+    sampler, _, _ = unwrapped(loader)
+    if sampler is None:
+        return "has batch_size=None; allowed: a batch_size, or a batch_sampler."
+    if getattr(sampler, "skip_batches", 0):
+        return "was made by skip_first_batches; give the whole loader, since the run resumes by itself."
+    is_known = is_kind(sampler, "DistributedSampler", "StatefulDistributedSampler")
+    if getattr(sampler, "num_replicas", 1) > 1 and not is_known:
+        return f"has a {type(sampler).__name__}, which gives each process a share; give one that lists the whole order."
     return None
+
+
+def _is_shuffled(sampler: Any, num_samples: int) -> bool:
+    """Returns whether a sampler is what shuffle=True makes."""
+    if is_kind(sampler, "DistributedSampler", "StatefulDistributedSampler"):
+        return bool(sampler.shuffle)
+    is_random = is_kind(sampler, "RandomSampler", "SeedableRandomSampler")
+    return is_random and not sampler.replacement and sampler.num_samples == num_samples
 
 
 def _start_worker(init: Callable[[int], None] | None, worker_id: int) -> None:

@@ -23,6 +23,7 @@ from fundamentallm.checkpoint.optimizer_state import NamedOptimizerState
 from fundamentallm.checkpoint.reading import load_checkpoint
 from fundamentallm.config.schema import AFFECTS_SCHEDULE, FREE_ON_RESUME, Config, TrainingConfig
 from fundamentallm.data.datasets import fingerprint
+from fundamentallm.data.listed_order import unwrapped
 from fundamentallm.distributed.accelerator import leave_group
 from fundamentallm.distributed.dtensor import device_name
 from fundamentallm.distributed.host_group import HostGroup
@@ -125,7 +126,7 @@ class Trainer(TrainerView):
         validation_metrics: Mapping[str, Metric] | None = None,
         accelerator: Accelerator | None = None,
     ) -> None:
-        is_whole, batch_size = isinstance(config, Config), getattr(train_loader, "batch_size", None)
+        is_whole, batch_size = isinstance(config, Config), unwrapped(train_loader)[1]
         config = whole_config(config, batch_size)
         self.output_dir = Path(config.output_dir) if is_whole else None
         self.accelerator, self.config = use_accelerator(accelerator, config, self.output_dir, batch_size)
@@ -304,7 +305,7 @@ class Trainer(TrainerView):
         line = {
             "step": step,
             "epoch": self.epochs_done,
-            "samples": self.samples.samples_before(step),
+            "samples": self.samples.samples_seen(step),
             "tokens": tokens,
             "train_loss": loss,
             "learning_rate": learning_rate,

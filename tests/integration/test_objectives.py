@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, WeightedRandomSampler
 
-from fundamentallm import Config, ConfigError, Trainer, TrainingConfig
+from fundamentallm import CheckpointError, Config, ConfigError, Trainer, TrainingConfig
+from fundamentallm.checkpoint.manager import CheckpointManager
+from fundamentallm.run.step_samples import samples_of_step
 from tests.integration import objectives
 from tests.integration.objectives import CASES, Case, causal, classes, difference, plain_losses, samples, trainer_of
-from tests.integration.runs import on_processes
+from tests.integration.runs import StopAt, on_processes
 from tests.integration.test_compile import accelerator_for
 
 pytest.importorskip("transformers")
@@ -213,3 +216,42 @@ def test_objective_of_a_whole_config_is_stored(tmp_path: Path) -> None:
     config = Config(output_dir=str(tmp_path), training=TrainingConfig(objective=f"{HERE}:Contrast", max_steps=1))
     trainer = Trainer(nn.Linear(3, 2), config, DataLoader(features(), batch_size=4), callbacks=[])
     assert trainer.state.config["training"]["objective"] == f"{HERE}:Contrast"
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_run_with_a_sampler_of_the_callers_resumes_to_the_bit(batched: bool, tmp_path: Path) -> None:
+    """In the middle of the second epoch. The checkpoint cannot tell its samples, and says so."""
+
+    def trainer(folder: Path | None, callbacks: list[Any], power: float = 1.0) -> Trainer:
+        torch.manual_seed(0)
+        loader = DataLoader(features(), **sampling(power))
+        training = TrainingConfig(max_steps=10, checkpoint_dir=folder and str(folder), learning_rate=0.1)
+        return Trainer(nn.Linear(3, 2), training, loader, callbacks=callbacks, objective=Contrast())
+
+    def sampling(power: float) -> dict[str, Any]:
+        weighted = WeightedRandomSampler([float(i) ** power for i in range(1, 8)], 7)
+        return {"batch_sampler": Twos(weighted)} if batched else {"sampler": weighted, "batch_size": 2}
+
+    whole = trainer(None, [])
+    whole.train()
+    trainer(tmp_path, [StopAt(6)]).train()
+    resumed = trainer(tmp_path, [])
+    resumed.train()
+    assert torch.equal(resumed.model.weight, whole.model.weight)
+    assert resumed.samples.samples_seen(10) == whole.samples.samples_seen(10)
+    with pytest.raises(CheckpointError, match="sampler"):
+        samples_of_step(CheckpointManager(str(tmp_path)).get_latest(), 3)
+    with pytest.raises(ConfigError) as error:
+        trainer(tmp_path, [], power=2.0).train()
+    assert "data.sampler" in {problem.setting for problem in error.value.problems}
+
+
+class Twos:
+    """Batches of one and two in turn."""
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler = sampler
+
+    def __iter__(self) -> Iterator[list[int]]:
+        indices = list(self.sampler)
+        return iter([indices[:1], indices[1:3], indices[3:4], indices[4:6], indices[6:]])
