@@ -23,7 +23,7 @@ def tiny_model(folder: str, text: str) -> str:
     shape = LlamaConfig(
         vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
     )
-    LlamaForCausalLM(shape).save_pretrained(folder)
+    LlamaForCausalLM(shape).bfloat16().save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     return folder
 
@@ -37,7 +37,7 @@ else:
     name, file = sys.argv[1:]
     text = Path(file).read_text(encoding="utf-8")
 
-model = AutoModelForCausalLM.from_pretrained(name)
+model = AutoModelForCausalLM.from_pretrained(name)  # often in bfloat16; the Trainer converts it to float32
 tokenizer = AutoTokenizer.from_pretrained(name)
 config = Config(
     output_dir="runs/finetuned_smoke" if smoke else "runs/finetuned",

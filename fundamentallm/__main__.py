@@ -7,7 +7,7 @@ import os
 import sys
 
 from fundamentallm.config.registry import did_you_mean
-from fundamentallm.errors import ConfigError, FundamentaLLMError, Problem, exit_code, report
+from fundamentallm.errors import ConfigError, FundamentaLLMError, Problem, ended_by_signals, exit_code, report
 
 VERBS = {
     "train": ("fundamentallm.train", "train a language model from a config"),
@@ -35,7 +35,8 @@ def main() -> int:
     """Run the command that the command line names, and return the exit code."""
     verb, *arguments = sys.argv[1:] or ["--help"]
     try:
-        code = _run(verb, arguments)
+        with ended_by_signals():
+            code = _run(verb, arguments)
         sys.stdout.flush()
     except FundamentaLLMError as error:
         return report(error)

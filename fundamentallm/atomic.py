@@ -17,6 +17,22 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+_unsynced: set[Path] = set()
+
+
+def sync_later(path: Path) -> None:
+    """Let the next `sync_pending` sync a file that was appended to, or a folder whose list of names has changed."""
+    _unsynced.update((path.absolute(), path.absolute().parent))
+
+
+def sync_pending() -> None:
+    """Wait until everything passed to `sync_later` is on the disk."""
+    while _unsynced:
+        path = _unsynced.pop()
+        if path.is_file() or path.is_dir():
+            sync(path)
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield the path of a new file. On exit it is synced and renamed to `path`.
@@ -36,6 +52,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield new
         sync(new)
         os.replace(new, path)
+        sync_later(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             new.unlink(missing_ok=True)

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import multiprocessing
 import os
+import signal
+import stat
+import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any
 
 
@@ -118,6 +125,14 @@ class RunInProgressError(FundamentaLLMError):
     """
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal ended a command, or a launch outside of the training loop; `number` is the signal's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"{signal.Signals(number).name} received")
+        self.number = number
+
+
 @contextlib.contextmanager
 def writing(path: object) -> Iterator[None]:
     """Turn an OSError in the block into a FundamentaLLMError that names the file; a full disk's own names none."""
@@ -133,6 +148,8 @@ FAILED, WRONG_CONFIG, DIVERGED, START_AGAIN, INTERRUPTED = 1, 2, 3, 75, 130
 
 def exit_code(error: BaseException) -> int:
     """Returns the exit code of a process that ends with `error`."""
+    if isinstance(error, Interrupted):
+        return 128 + error.number  # as a shell reports it
     if isinstance(error, ConfigError):
         return WRONG_CONFIG
     if isinstance(error, TrainingError):
@@ -152,4 +169,82 @@ def report(error: FundamentaLLMError) -> int:
     printing = next(rank for rank in itertools.count() if rank not in lost)
     if os.environ.get("RANK", "0") == str(printing):
         print(text, file=sys.stderr)
+        counts = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+        if len({*counts}) == 1:  # no restart follows
+            print_last(text)
     return exit_code(error)
+
+
+def is_launched() -> bool:
+    """Whether `accelerate launch` or torchrun started this process."""
+    is_child = multiprocessing.parent_process() is not None  # of a notebook or a test
+    return not is_child and not {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"}.isdisjoint(os.environ)
+
+
+def print_last(text: str) -> None:
+    """Prints text to stderr again after the traceback with which a launcher ends."""
+    if is_launched() and hasattr(os, "pidfd_open"):  # Linux
+        launcher = os.pidfd_open(os.getppid())
+        wait = f"import select, sys; select.select([{launcher}], [], [], 60)[0] and print(sys.argv[1], file=sys.stderr)"
+        command = [sys.executable, "-I", "-S", "-c", wait, text[:10_000].replace("\0", "")]
+        subprocess.Popen(command, pass_fds=[launcher], stdout=subprocess.DEVNULL, start_new_session=True)
+
+
+SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+"""Signals that end a command, and a run after its current step. Schedulers send SIGTERM or SIGUSR1 some time before
+SIGKILL. SIGHUP means that the terminal was closed, or its connection lost."""
+ECHO_SECONDS = 1.0
+"""A launcher forwards Ctrl-C to processes that got it from the terminal too. A signal within this time is that copy."""
+_received: list[tuple[int, float]] = []
+"""(number, time) of the last signal that raised. An exception in a destructor is lost, but not this."""
+
+
+@contextlib.contextmanager
+def handling_signals(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handles `SIGNALS` in the block. Off the main thread, where Python allows no handlers, it does nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [getattr(signal, name) for name in SIGNALS]
+    # An ignored signal stays ignored: a shell ignores Ctrl-C for its background jobs, and nohup ignores SIGHUP.
+    previous = {n: signal.signal(n, handle) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Raises Interrupted in the block when one of `SIGNALS` arrives, so that temporary files are removed."""
+    try:
+        with handling_signals(_raise_interrupted):
+            yield
+    finally:
+        _received.clear()
+
+
+def _raise_interrupted(number: int, frame: FrameType | None) -> None:
+    now = time.monotonic()
+    if not _received or now - _received[-1][1] >= ECHO_SECONDS:
+        _received[:] = [(number, now)]
+        leave_closed_terminal()
+        raise Interrupted(number)
+
+
+def raise_if_interrupted() -> None:
+    """Raises Interrupted if the one that a signal raised in `ended_by_signals` was lost."""
+    if _received:
+        raise Interrupted(_received.pop()[0])
+
+
+def leave_closed_terminal() -> None:
+    """Sends output nowhere if its terminal is gone: printing to it would raise an OSError."""
+    for stream in (1, 2):
+        with contextlib.suppress(OSError):
+            # A terminal that hung up is still a character device, but not a terminal any more.
+            if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream)
+                os.close(nowhere)

@@ -8,16 +8,31 @@ signal or by `training.max_minutes` (the same command resumes the run), 130 a se
 from __future__ import annotations
 
 import os
+import shlex
 import sys
+import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fundamentallm.config.command_line import parse_config
 from fundamentallm.config.schema import METRIC_NAMES, Config, ModelConfig, unknown_metric
-from fundamentallm.errors import START_AGAIN, ConfigError, FundamentaLLMError, Problem, exit_code, report
+from fundamentallm.config.units import duration_text
+from fundamentallm.errors import (
+    START_AGAIN,
+    ConfigError,
+    FundamentaLLMError,
+    Interrupted,
+    Problem,
+    ended_by_signals,
+    exit_code,
+    print_last,
+    report,
+)
+from fundamentallm.run.environment import command
+from fundamentallm.run.folder import LOG, note_interruption
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,16 +47,31 @@ T = TypeVar("T")
 
 def main(arguments: Sequence[str] | None = None, program: str = "python -m fundamentallm.train") -> int:
     """Runs the command line and returns the exit code."""
+    config = None
     try:
-        trainer = run(parse_config(sys.argv[1:] if arguments is None else arguments, program))
+        with ended_by_signals():
+            config = parse_config(sys.argv[1:] if arguments is None else arguments, program)
+            trainer = run(config)
     except FundamentaLLMError as error:
         return report(error)
     except KeyboardInterrupt as interrupt:
-        print("\nstopped without saving; run the same command to resume from the last checkpoint", file=sys.stderr)
-        return exit_code(interrupt)
+        is_main = os.environ.get("RANK", "0") == "0"
+        if is_main and config is not None and isinstance(interrupt, Interrupted):
+            note_interruption(Path(config.output_dir), str(interrupt))
+        if is_main:
+            end = f"{interrupt} before the first step" if str(interrupt) else "ended without saving"
+            print(f"\n{end}; to resume: {command()}", file=sys.stderr)
+            print_last(f"{end}; to resume: {command()}")
+        return _started_again() if isinstance(interrupt, Interrupted) else exit_code(interrupt)
+    if trainer.was_interrupted and trainer.is_main_process:
+        print_last(trainer.describe_stop())
+    return _started_again() if trainer.was_interrupted else 0
+
+
+def _started_again() -> int:
+    """Returns the exit code of a launch that the same command resumes."""
     # A launcher that restarts failed processes must not restart a run that was told to stop.
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
-    return START_AGAIN if trainer.was_interrupted and not restarts else 0
+    return 0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) else START_AGAIN
 
 
 def run(config: Config) -> Trainer:
@@ -50,14 +80,15 @@ def run(config: Config) -> Trainer:
     Raises:
         FundamentaLLMError: for any mistake or failure that the package knows.
     """
-    if config.training.resume == "never" and (Path(config.output_dir) / "metrics.jsonl").exists():
+    if config.training.resume == "never" and (Path(config.output_dir) / LOG).exists():
         advice = "Choose another output_dir, or set resume: auto to resume that run."
         reason = f"and {config.output_dir} already holds a run"
         raise ConfigError(Problem("training.resume", "never", advice=advice, reason=reason))
+    started = time.monotonic()
     trainer = make_trainer(config)
     trainer.train()
     if trainer.is_finished:
-        _report_end(trainer, config)
+        _report_end(trainer, config, time.monotonic() - started)
     trainer.leave_group()
     return trainer
 
@@ -203,18 +234,22 @@ def _starts_new(config: Config) -> bool:
     return config.training.resume in ("auto", "never") and CheckpointManager(folder).get_latest() is None
 
 
-def _report_end(trainer: Trainer, config: Config) -> None:
-    """Prints the best validation loss, where everything is, and a sample of the model's text."""
-    best = trainer.metrics.get_best("val_loss")
-    trainer.say(
-        (f"best val_loss {best:.4f}; " if best is not None else "")
-        + f"metrics, curves and checkpoints are in {config.output_dir}"
-    )
+def _report_end(trainer: Trainer, config: Config, seconds: float) -> None:
+    """Prints a sample of text, the time that the launch took, the best validation loss, and what to do next."""
     if config.sample_tokens:
         from fundamentallm.training.callbacks.samples import continuation
 
-        if written := continuation(trainer, None, config.sample_tokens):
-            trainer.say(f"---- sample: {written[0]!r} continued ----\n{written[1]}")
+        with suppress(Interrupted):  # the run is finished
+            if written := continuation(trainer, None, config.sample_tokens):
+                trainer.say(f"---- sample: {written[0]!r} continued ----\n{written[1]}")
+    best, folder = trainer.metrics.get_best("val_loss"), shlex.quote(config.output_dir)
+    trainer.say(
+        f"finished at step {trainer.global_step}/{trainer.total_steps} after {duration_text(seconds)}"
+        + (f", best val_loss {best:.4f}" if best is not None else "")
+        + f"\nmetrics, curves and checkpoints are in {config.output_dir}; next:"
+        f"\n  fundamentallm generate --checkpoint {folder}"
+        f"\n  fundamentallm report {folder}"
+    )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fundamentallm.atomic import sync
+from fundamentallm.atomic import sync, sync_pending
 from fundamentallm.checkpoint.manifest import MANIFEST, NAME, describe, read_manifest, write_manifest
 from fundamentallm.checkpoint.reading import check_checkpoint, is_ours, load_checkpoint
 from fundamentallm.checkpoint.snapshot import Snapshot, take_snapshot
@@ -229,6 +229,7 @@ class CheckpointManager:
             (staging / name).write_text(text, encoding="utf-8")
         files = files | describe(staging, snapshot.texts)
         sequence = max((manifest["sequence"] for _, manifest in self._found()), default=0) + 1
+        sync_pending()  # the run's log and other files that the checkpoint counts on
         write_manifest(staging, files, sequence=sequence, is_finite=is_finite, **snapshot.about)
         self._publish(staging, self.checkpoint_dir / snapshot.name)
 

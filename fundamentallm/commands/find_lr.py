@@ -52,7 +52,7 @@ def main(arguments: Sequence[str], program: str) -> int:
     """
     parser = settings_parser(
         program,
-        "[--steps N] [--plot FILE] [--json FILE] ...",
+        "[--steps N] [--plot FILE] [--json FILE] [--verbose] ...",
         "Run a learning rate range test: the first steps of the run, at a rate that grows exponentially from --lowest "
         "to --highest, until the loss diverges. Nothing is written to output_dir. It can be launched on several "
         "devices, as the run itself.",
@@ -63,6 +63,7 @@ def main(arguments: Sequence[str], program: str) -> int:
     parser.add_argument("--highest", type=float, default=10.0, metavar="RATE", help="rate of the last step [10]")
     parser.add_argument("--plot", metavar="FILE", help="plot of the curve [find_lr.png, if matplotlib is installed]")
     parser.add_argument("--json", metavar="FILE", help="write all points and the suggestion to this file")
+    parser.add_argument("--verbose", action="store_true", help="print a table of the curve")
     options, rest = parser.parse_known_args(arguments)
     problems = trainer_problems(options.trainer)
     problems += option_problems(options, steps=Interval(low=FEWEST_STEPS), highest=POSITIVE)
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str], program: str) -> int:
         raise TrainingError(f"the loss of the first step, at a learning rate of {options.lowest:g}, is not finite.")
     found = suggestion(points)
     if is_main:
-        _show(points, found)
+        _show(points, found, options.verbose)
         if find_spec("matplotlib") is not None:
             plot = Path(options.plot or "find_lr.png")
             _draw(points, found, plot)
@@ -136,31 +137,30 @@ def _range_test(config: Config, options: argparse.Namespace, folder: Path) -> tu
     trial = trial_config(
         config, folder, max_steps=options.steps, max_epochs=None, learning_rate=options.highest,
         lr_scheduler=f"{__name__}:exponential", lr_scheduler_options={"ratio": options.lowest / options.highest},
-        warmup_steps=0, min_lr_ratio=0.0, batch_size_schedule=[], ema_decay=None, max_minutes=None,
+        warmup_steps=0, min_lr_ratio=0.0, batch_size_schedule=[], ema_decay=None,
         skip_spikes_above=None, max_bad_steps=options.steps,  # divergence is part of the test
     )  # fmt: skip
     trainer = make_trainer(options.trainer, trial)
     trainer.val_loader = trainer.saver.manager = None  # neither validates nor saves
     lines = run_until(trainer, lambda run: has_diverged(run.losses)).lines
-    is_main, was_interrupted = trainer.is_main_process, trainer.was_interrupted
+    is_main = trainer.is_main_process
     trainer.leave_group()
-    if was_interrupted:  # part of the range would give a wrong suggestion
-        raise KeyboardInterrupt
     losses = [line["train_loss"] for line in lines]
     rates = [line["learning_rate"] for line in lines]
     return [Point(*values) for values in zip(rates, losses, smooth(losses), strict=True)], is_main
 
 
-def _show(points: Sequence[Point], found: float | None) -> None:
-    """Print some of the points, and the suggestion."""
-    every = max(1, len(points) // ROWS)
-    shown = [point for i, point in enumerate(points) if i % every == 0 or i == len(points) - 1]
-    rows = [(f"{p.learning_rate:.2e}", f"{p.loss:.4f}", f"{p.smoothed:.4f}") for p in shown]
-    say_table([("learning rate", "loss", "smoothed"), *rows], ">>>")
+def _show(points: Sequence[Point], found: float | None, with_table: bool) -> None:
+    """Print the suggestion, and some of the points."""
     if found is None:
-        say("\nno suggestion: the loss did not fall. Try another range, or more steps.")
+        say("no suggestion: the loss did not fall. Try another range, or more steps.")
     else:
-        say(f"\nsuggestion: training.learning_rate {found:.1e}, where the loss falls fastest")
+        say(f"suggestion: --training.learning_rate {found:.1e}, where the loss falls fastest")
+    if with_table:
+        every = max(1, len(points) // ROWS)
+        shown = [point for i, point in enumerate(points) if i % every == 0 or i == len(points) - 1]
+        rows = [(f"{p.learning_rate:.2e}", f"{p.loss:.4f}", f"{p.smoothed:.4f}") for p in shown]
+        say_table([("learning rate", "loss", "smoothed"), *rows], ">>>")
 
 
 def _draw(points: Sequence[Point], found: float | None, path: Path) -> None:

@@ -9,7 +9,7 @@ from fundamentallm.commands.options import settings_parser
 from fundamentallm.commands.output import say
 from fundamentallm.config.command_line import parse_config
 from fundamentallm.config.units import size_text
-from fundamentallm.errors import INTERRUPTED
+from fundamentallm.errors import exit_code
 
 
 def main(arguments: Sequence[str], program: str) -> int:
@@ -32,9 +32,9 @@ def main(arguments: Sequence[str], program: str) -> int:
 
     try:
         corpus = load_corpus(config.data)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("\nStopped. Sources that are finished are kept. Rerun the same command for the others.", file=sys.stderr)
-        return INTERRUPTED
+        return exit_code(interrupt)
     for line in describe(corpus):
         say(line)
     for source in corpus.sources:

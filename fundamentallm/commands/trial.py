@@ -34,6 +34,7 @@ def trial_config(config: Config, folder: Path, **training: Any) -> Config:
         "resume": "auto",
         "log_every_n_steps": 1,
         "early_stopping_patience": None,
+        "max_minutes": None,  # it would cut a check or a range test short
         "compile": None,  # each trial would spend a minute on compiling, for a few steps
         **dict.fromkeys(("eval_every_n_steps", "eval_every_n_epochs", "save_every_n_steps", "save_every_n_epochs")),
         **training,
@@ -63,6 +64,7 @@ def make_trainer(name: str, config: Config) -> Trainer:
         advice = "Pass the config that the function is given on to the Trainer, so that trials stay in their folder."
         reason = f"whose Trainer ignores {', '.join(ignored)}"
         raise ConfigError([Problem("--trainer", name, allowed, advice, reason)])
+    trainer.stop_switch.ends_at_once = True  # a signal ends the command, and nothing may count a trial that it cut
     return trainer
 
 
@@ -158,6 +160,7 @@ def run_killed(name: str, config: Config, kill_at: int, timeout: float) -> str:
     finally:
         for process in context.processes:
             process.kill()
+            process.join()  # until then it may write to the folder that is about to be removed
     return f"it ended before step {kill_at}"
 
 

@@ -243,7 +243,7 @@ class TrainingConfig(Section):
     ema_decay: float | None = None
     """Decay, per step, of an average of the weights that is validated and exported in their place; null: no average."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    """Precision of the forward and backward pass; default: the accelerate config's, otherwise no."""
+    """Precision of the forward and backward pass; default: no (float32), whatever the accelerate config says."""
     activation_checkpointing: bool | None = field(default=None, metadata=FREE)
     """Recompute blocks in the backward pass to save memory; default: the accelerate config's, otherwise false."""
     compile: bool | None = field(default=None, metadata=FREE)
@@ -400,8 +400,8 @@ class Config(Section):
         )
 
 
-DATA_FACTS = ("data.num_samples", "data.shuffle", "data.drop_last", "data.content")
-"""Facts of the data that checkpoints record; `resume_changes` may name them like settings."""
+DATA_FACTS = ("data.num_samples", "data.shuffle", "data.drop_last", "data.content", "log")
+"""Facts of the data and the log that checkpoints record; `resume_changes` may name them like settings."""
 
 ON_RESUME = {
     f"{section}{entry.name}": entry.metadata.get("on_resume")

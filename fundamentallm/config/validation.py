@@ -8,7 +8,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from fundamentallm.config.registry import did_you_mean
@@ -119,8 +119,19 @@ def _hints(section: Any) -> dict[str, Any]:
     return typing.get_type_hints(section)
 
 
+def _unknown_setting(name: str, value: Any, known: Collection[str]) -> Problem:
+    return Problem(name, value, "", did_you_mean(name, known), text="unknown setting")
+
+
 class Section:
     """Base of a dataclass of settings. Making one checks types, then ranges, then relations between settings."""
+
+    def __new__(cls, *_: Any, **settings: Any) -> Any:
+        """Refuse unknown names, before the dataclass raises a TypeError that knows no other name."""
+        names = _hints(cls)  # type: ignore[arg-type]
+        if unknown := [name for name in settings if name not in names]:
+            raise ConfigError([_unknown_setting(name, settings[name], names) for name in unknown])
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         hints = _hints(type(self))  # type: ignore[arg-type]  # mypy misses that a class is hashable
@@ -166,7 +177,7 @@ def from_dict(section: type[SectionT], values: dict[str, Any]) -> SectionT:
     problems: list[Problem] = []
     for name, value in values.items():
         if name not in hints:
-            problems.append(Problem(str(name), value, "", did_you_mean(str(name), hints), text="unknown setting"))
+            problems.append(_unknown_setting(str(name), value, hints))
         elif dataclasses.is_dataclass(hints[name]) and isinstance(value, dict):
             try:
                 arguments[name] = from_dict(hints[name], value)

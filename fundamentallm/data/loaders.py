@@ -21,6 +21,7 @@ from fundamentallm.data.corpus import Corpus, Source, Tokens
 from fundamentallm.data.datasets import Batch, MixedDataset, PairDataset, TokenDataset, TokenSamples
 from fundamentallm.data.encoding import encode_pieces
 from fundamentallm.data.listed_order import ListedOrder, is_kind, unwrapped
+from fundamentallm.data.random_draws import SeededWorkers, seeded
 from fundamentallm.data.sampler import StepSampler
 from fundamentallm.data.sources import read_pieces
 from fundamentallm.data.tokenizers import num_bytes
@@ -76,7 +77,9 @@ def step_sampler(
     if num_samples < (batch_size if drop_last else 1):
         raise ConfigError(Problem("", loader, advice=f"{name} has {num_samples} samples, too few for one batch."))
     layout = process_index, num_processes, micro_batch_size
-    return StepSampler(num_samples, batch_size, order_seed, *layout, drop_last, pad, schedule, order)
+    result = StepSampler(num_samples, batch_size, order_seed, *layout, drop_last, pad, schedule, order)
+    result.draw_seed = seed
+    return result
 
 
 def _loader_problem(loader: DataLoader[Any]) -> str | None:
@@ -105,23 +108,31 @@ def _is_shuffled(sampler: Any, num_samples: int) -> bool:
     return is_random and not sampler.replacement and sampler.num_samples == num_samples
 
 
-def _start_worker(init: Callable[[int], None] | None, worker_id: int) -> None:
+def _start_worker(init: Callable[[int], None] | None, seeding: SeededWorkers, worker_id: int) -> None:
     """Start a worker process so that signals to the whole process group do not end it: the run decides when.
 
     A second SIGTERM ends it, since that is how torch ends a worker that hangs.
     """
-    for name in ("SIGINT", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
     if init is not None:
         init(worker_id)
+    seeding.start(worker_id)
 
 
 def load(
-    loader: DataLoader[Any], batches: Iterable[list[int]], pin_memory: bool = False, seed: int = 0
+    loader: DataLoader[Any],
+    batches: Iterable[list[int]],
+    pin_memory: bool = False,
+    seed: int = 0,
+    rank: int = 0,
+    first_step: int = 0,
 ) -> Iterable[Any]:
-    """Load `batches` of indices as `loader` would. One pass serves all epochs, so that its workers outlive them."""
+    """Load `batches` of indices as `loader` would. One pass serves all epochs, so that its workers outlive them.
+
+    What the dataset and the collate function draw at random follows from `seed`, `rank` and the step.
+    """
     dataset, fetch_all = loader.dataset, getattr(loader.dataset, "__getitems__", None)
     collate_fn = collate if loader.collate_fn is default_collate else loader.collate_fn
     pin_memory = pin_memory or loader.pin_memory
@@ -129,15 +140,18 @@ def load(
         # The same as torch's loader does, without its overhead, which took half of a small batch's time.
         if type(dataset) is TokenDataset and collate_fn is collate:
             return _gather_ahead(dataset, iter(batches))
+        batches = seeded(batches, seed, rank, first_step)
         return (collate_fn(fetch_all(batch) if fetch_all else [dataset[i] for i in batch]) for batch in batches)
+    seeding = SeededWorkers(collate_fn, seed, rank, first_step)
+    has_workers = loader.num_workers > 0
     return DataLoader(
         dataset,
-        batch_sampler=batches,
-        collate_fn=collate_fn,
+        batch_sampler=batches if has_workers else seeded(batches, seed, rank, first_step),
+        collate_fn=seeding if has_workers else collate_fn,
         num_workers=loader.num_workers,
         pin_memory=pin_memory,
         timeout=loader.timeout,
-        worker_init_fn=functools.partial(_start_worker, loader.worker_init_fn),
+        worker_init_fn=functools.partial(_start_worker, loader.worker_init_fn, seeding),
         multiprocessing_context=loader.multiprocessing_context,
         prefetch_factor=loader.prefetch_factor,
         # Without a generator of its own, iter() would draw from the global one.
@@ -160,9 +174,10 @@ def device_batches(
 ) -> Iterator[StepBatch]:
     """Yield this process's part of the batch of each step from `start` to `stop`."""
     rank_batches, ahead = itertools.tee(map(sampler.rank_batch, range(start, stop)))  # workers prefetch
-    batches = load(loader, (rank_batch.indices for rank_batch in ahead), device.type == "cuda", sampler.seed or 0)
-    for (indices, rows, micro_batches), batch in zip(rank_batches, batches, strict=True):
-        yield StepBatch(to_device(batch, device), len(indices), rows, micro_batches)
+    indices = (rank_batch.indices for rank_batch in ahead)
+    batches = load(loader, indices, device.type == "cuda", sampler.draw_seed, sampler.process_index, start)
+    for rank_batch, batch in zip(rank_batches, batches, strict=True):
+        yield StepBatch(to_device(batch, device), len(rank_batch.indices), rank_batch.rows, rank_batch.micro_batches)
 
 
 def collate(batch: Any) -> Any:

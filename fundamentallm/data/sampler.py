@@ -144,6 +144,7 @@ class StepSampler:
         self._largest_unit = max(map(len, order(0))) if order is not None and order.is_batched else 1
         self.micro_batch_size = micro_batch_size or max(self.sizes) * self._largest_unit
         self.steps_per_epoch = _Segment(Start(), batch_size, num_samples, drop_last).steps_over(num_samples)
+        self.draw_seed = seed or 0  # of what the dataset draws at random, also if the order has no seed
         self.start = Start()
         self._block: tuple[tuple[int, int], NDArray[np.int64]] | None = None
 

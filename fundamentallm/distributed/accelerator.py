@@ -8,6 +8,7 @@ import os
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     ProjectConfiguration,
@@ -19,6 +20,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from fundamentallm.distributed import launch_checks as checks
 from fundamentallm.distributed.compilation import compile_problems
+from fundamentallm.distributed.prepare import NARROW
 from fundamentallm.distributed.rendezvous import join_group
 from fundamentallm.errors import ConfigError, FundamentaLLMError, Problem
 
@@ -40,7 +42,7 @@ def create_accelerator(
     """Creates the Accelerator of this process. Call it before anything else that uses accelerate or asks for the rank.
 
     Args:
-        mixed_precision: `training.mixed_precision`; None: not set.
+        mixed_precision: `training.mixed_precision`; None: no.
         batch_size: sequences per optimizer step, over all processes; None: not known yet.
         compiles: `training.compile`; None: not set.
         trackers: accelerate's names of the trackers that get the log lines (`log_with`).
@@ -56,9 +58,18 @@ def create_accelerator(
         >>> accelerator.num_processes, accelerator.is_main_process
         (1, True)
     """
+    launch = checks.find_launch() if "ACCELERATE_MIXED_PRECISION" in os.environ else None  # set by accelerate launch
     # Without cpu=True on a machine without an accelerator, two launched processes would be two independent runs.
     cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
-    problems = checks.launch_problems(os.environ, not cpu, mixed_precision) + checks.tracker_problems(trackers or [])
+    cpu = cpu or (launch is not None and launch.use_cpu)
+    problems = checks.launch_problems(os.environ, not cpu, mixed_precision, launch)
+    problems += checks.tracker_problems(trackers or [])
+    # Before an Accelerator is made: its precision is that of the process, also for the next try.
+    problems += checks.device_problems(mixed_precision, "cpu" if cpu else "")
+    if is_initialized() and (used := AcceleratorState().mixed_precision) != (mixed_precision or "no"):
+        reason = f"but an earlier Trainer or Accelerator of this process uses {used!r}"
+        advice = "A process has one precision: start another (in a notebook, restart the kernel), or use the same."
+        problems.append(Problem("training.mixed_precision", mixed_precision or "no", used, advice, reason))
     if is_torch_xla_available():
         problems.append(checks.engine_problem("XLA"))
     if problems:
@@ -68,7 +79,7 @@ def create_accelerator(
     data_parallel = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(
         cpu=cpu,
-        mixed_precision=mixed_precision,
+        mixed_precision=mixed_precision or "no",
         kwargs_handlers=[data_parallel],
         log_with=trackers or None,
         project_config=ProjectConfiguration(output_dir, output_dir and os.path.join(output_dir, "tensorboard")),
@@ -109,17 +120,14 @@ def check_accelerator(
         sizes = {name: getattr(accelerator.parallelism_config, f"{name}_size") for name in checks.PARALLEL}
         problems += checks.parallel_problems(sizes)
     problems += checks.precision_problems("Accelerator.mixed_precision", precision, mixed_precision)
-    if precision == "fp16" and accelerator.device.type == "cpu":
-        advice = "On a CPU, accelerate computes fp16 as fp32."
-        problems.append(Problem("training.mixed_precision", "fp16", "no, bf16", advice))
+    problems += checks.device_problems(precision, accelerator.device.type)
     problems += compile_problems(accelerator, compiles)
     problems += checks.idle_processes(batch_size, count)
     if problems:
         raise ConfigError(problems)
     if accelerator.is_fsdp2:
         # accelerate's default policy reduces gradients in the precision of the forward pass.
-        computed_in = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-        policy = MixedPrecisionPolicy(param_dtype=computed_in, reduce_dtype=torch.float32)
+        policy = MixedPrecisionPolicy(param_dtype=NARROW.get(accelerator.mixed_precision), reduce_dtype=torch.float32)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     if accelerator.is_main_process:
         for ignored in checks.option_problems(accelerator, checks.IGNORED):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -11,6 +12,9 @@ import torch.distributed as dist
 from fundamentallm.errors import FundamentaLLMError
 
 T = TypeVar("T")
+
+FORM_SECONDS = 120.0
+"""Timeout for the processes to form a group: one of them may have died since the last exchange."""
 
 
 class HostGroup:
@@ -20,10 +24,21 @@ class HostGroup:
 
     Args:
         alone: use this process only, even if it belongs to a process group.
+
+    Raises:
+        FundamentaLLMError: if another process has died.
     """
 
     def __init__(self, alone: bool = False) -> None:
         alone = alone or not dist.is_initialized() or dist.get_world_size() == 1
+        if not alone:
+            # torch waits for a dead process as long as for a slow collective, half an hour, so a group with a shorter
+            # timeout goes ahead.
+            try:
+                ahead = dist.new_group(backend="gloo", timeout=timedelta(seconds=FORM_SECONDS))
+                dist.barrier(ahead)
+            except RuntimeError as error:
+                raise FundamentaLLMError(f"another process has died, or did not start in time: {error}") from error
         self._group = None if alone else dist.new_group(backend="gloo")
         self.rank, self.size = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
 

@@ -6,9 +6,14 @@ are checked before `Accelerator()` reads them, since it fails over missing packa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from operator import attrgetter
+from pathlib import Path
+from typing import NamedTuple
 
+import psutil
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
@@ -23,6 +28,9 @@ ENGINES = {
     "MEGATRON_LM": "Megatron-LM brings its own model, optimizer and loop.",
     "XLA": "TPUs are not supported, and accelerate takes a machine with torch_xla for one: uninstall it.",
 }
+LAUNCHERS = ("accelerate.commands.launch", "accelerate.commands.accelerate_cli")
+WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Variables by which launchers, and MPI, give the number of processes."""
 PARALLEL = {
     "tp": "tensor parallelism needs a model that is made for it, layer by layer",
     "cp": "context parallelism splits sequences, but positions and losses are computed over whole ones",
@@ -49,20 +57,89 @@ IGNORED: dict[str, tuple[object, str]] = {
 """The same for arguments that do nothing here and change no result."""
 
 
+class Launch(NamedTuple):
+    """The `accelerate launch` that started this process."""
+
+    config_file: str | None = None  # the accelerate config that it read, if any
+    use_cpu: bool = False
+
+
+def find_launch() -> Launch | None:
+    """Returns the `accelerate launch` that started this process, or None if another program did.
+
+    accelerate passes neither the name of its config file on, nor `use_cpu` to the processes of MULTI_GPU and FSDP. So
+    both are taken from the launcher's command line.
+    """
+    with suppress(psutil.Error):  # of another user's process
+        for process in psutil.Process().parents():
+            words = process.cmdline()
+            if any(Path(word).name in ("accelerate", "accelerate-launch") or word in LAUNCHERS for word in words):
+                return read_launch(words, process.cwd())
+    return None
+
+
+def read_launch(words: Sequence[str], folder: str) -> Launch:
+    """Returns the launch of a command line, whose relative paths start at `folder`."""
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file  # 50 ms
+
+    file, use_cpu, words = default_config_file, False, [part for word in words for part in word.split("=", 1)]
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word.endswith(".py") or (word in ("-m", "--module") and following not in LAUNCHERS):
+            break  # the arguments of the training script
+        if word in ("--config_file", "--config-file"):
+            file = os.path.join(folder, following)
+        use_cpu = use_cpu or word in ("--cpu", "--use_cpu")
+    if not os.path.isfile(file):
+        return Launch(None, use_cpu)
+    return Launch(file, use_cpu or bool(load_config_from_file(file).use_cpu))
+
+
 def launch_problems(
-    environment: Mapping[str, str], has_device: bool, mixed_precision: str | None = None
+    environment: Mapping[str, str],
+    has_device: bool,
+    mixed_precision: str | None = None,
+    launch: Launch | None = None,
 ) -> list[Problem]:
-    """Returns what the launcher's environment variables ask for that contradicts the config or is not supported."""
+    """Returns what the launcher asks for that contradicts the config, is not supported or would not happen.
+
+    Args:
+        environment: the launcher's environment variables.
+        has_device: whether there is a GPU, and the launcher does not ask for the CPU.
+        mixed_precision: `training.mixed_precision`.
+        launch: the launch, if it is known.
+    """
     problems = [engine_problem(name) for name in ENGINES if _is_set(environment, f"ACCELERATE_USE_{name}")]
     problems += _sharding_problems(environment, has_device)
+    problems += _process_problems(environment, has_device, launch)
     launched = environment.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched != "no":  # which `accelerate launch` sets by default
-        problems += precision_problems("accelerate_config.mixed_precision", launched, mixed_precision)
+        where = f" of {launch.config_file}" if launch is not None and launch.config_file else ""
+        problems += precision_problems("accelerate_config.mixed_precision", launched, mixed_precision or "no", where)
     for name, setting in (("downcast_bf16", "mixed_precision"), ("gradient_clipping", "gradient_clip_norm")):
         value = environment.get(f"ACCELERATE_{name.upper()}", "no")
         if value.lower() not in (*OFF, "none", "auto"):
             problems.append(Problem(f"accelerate_config.{name}", value, "unset", f"Set training.{setting} instead."))
     return problems
+
+
+def _process_problems(environment: Mapping[str, str], has_device: bool, launch: Launch | None) -> list[Problem]:
+    """Returns the problems of a launch that would start fewer processes, or on another device, than it asks for."""
+    is_one = not any(name in environment for name in WORLD_SIZES)
+    if is_one and "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment:
+        # accelerate's launcher sets the address if num_processes or num_machines is above 1.
+        advice = (
+            "For several on a CPU, use MULTI_GPU with use_cpu: true, as accelerate_configs/cpu_2_processes.yaml does. "
+            "For one, set num_processes and num_machines to 1, and unset MASTER_ADDR."
+        )
+        text = "several processes were asked for, and accelerate launch starts one for MULTI_CPU and --cpu"
+        return [Problem("accelerate_config.num_processes", advice=advice, text=text)]
+    if launch is None or has_device or launch.use_cpu or _is_set(environment, "ACCELERATE_USE_CPU"):
+        return []
+    if is_one and launch.config_file is None:
+        return []  # nothing asks for a GPU
+    advice = "Set it if the run is meant for the CPU (--cpu for one process); otherwise check the driver and torch."
+    reason = f"in {launch.config_file or 'the launch'}, and torch finds no GPU on this machine"
+    return [Problem("accelerate_config.use_cpu", False, "true", advice, reason)]
 
 
 def engine_problem(name: str) -> Problem:
@@ -71,14 +148,24 @@ def engine_problem(name: str) -> Problem:
     return Problem("accelerate_config.distributed_type", name, allowed, ENGINES[name])
 
 
-def precision_problems(setting: str, value: str, wanted: str | None) -> list[Problem]:
-    """Returns the problem with a mixed precision that is not supported, or is not the config's (`wanted`), if any."""
+def precision_problems(setting: str, value: str, wanted: str | None, where: str = "") -> list[Problem]:
+    """Returns the problem with a mixed precision that is not supported, or is not the config's (`wanted`), if any.
+
+    `where` names the setting's file.
+    """
     if value not in PRECISIONS:
         return [Problem(setting, value, ", ".join(PRECISIONS))]
     if wanted not in (None, value):
-        advice = "Set one of them, or both to the same value."
-        return [Problem("training.mixed_precision", wanted, value, advice, f"but {setting} is {value!r}")]
+        advice = "The run's config decides: set it there, and leave the other out."
+        return [Problem("training.mixed_precision", wanted, value, advice, f"but {setting}{where} is {value!r}")]
     return []
+
+
+def device_problems(precision: str | None, device_type: str) -> list[Problem]:
+    """Returns the problem of a precision in which a device does not compute, if it is one."""
+    if (precision, device_type) != ("fp16", "cpu"):
+        return []
+    return [Problem("training.mixed_precision", "fp16", "no, bf16", "On a CPU, accelerate computes fp16 as fp32.")]
 
 
 def idle_processes(batch_size: int | None, num_processes: int) -> list[Problem]:

@@ -6,7 +6,7 @@ parameters, gradients and optimizer state are DTensors, of which each process ho
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,9 +20,15 @@ from torch.optim import SGD, Optimizer
 from fundamentallm.distributed.compilation import compile_in_place
 from fundamentallm.errors import ConfigError, Problem
 
+NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def place_model(
-    accelerator: Accelerator, model: nn.Module, seed: int, activation_checkpointing: bool | None = None
+    accelerator: Accelerator,
+    model: nn.Module,
+    seed: int,
+    activation_checkpointing: bool | None = None,
+    say: Callable[[str], None] = print,
 ) -> None:
     """Give a model its memory, before an optimizer is made for its parameters.
 
@@ -33,6 +39,7 @@ def place_model(
         seed: seeds weights that are drawn here.
         activation_checkpointing: whether to recompute each block in the backward pass; None: as the accelerate config
             says.
+        say: prints a line if weights were converted.
 
     Raises:
         ConfigError: if the model or the accelerate config does not allow it.
@@ -44,6 +51,8 @@ def place_model(
                 "gradient_checkpointing_enable(), as transformers' models and our Transformer have; set it to false."
             )
         model.gradient_checkpointing_enable()  # type: ignore[operator]
+    if converted := _widen(model, None if accelerator.is_fsdp2 else NARROW.get(accelerator.mixed_precision)):
+        say(converted)
     if not any(parameter.is_meta for parameter in model.parameters()):
         if not accelerator.is_fsdp2:  # which moves one block after the other
             model.to(accelerator.device)
@@ -56,6 +65,22 @@ def place_model(
         )
     _leave_meta(model)
     _draw_weights(model, seed, accelerator.is_main_process)
+
+
+def _widen(model: nn.Module, computed_in: torch.dtype | None) -> str:
+    """Converts 16-bit weights and buffers to float32, in place. Returns a line for the user, or "".
+
+    Most updates of an optimizer are too small for 16 bits. Frozen weights may stay in the precision that autocast uses
+    (`computed_in`), but not under FSDP2. Quantized weights, which have classes of their own, stay as they are.
+    """
+    narrow = [p for p in model.parameters() if p.dtype in NARROW.values()]
+    wide = [p for p in narrow if p.requires_grad or (type(p) is nn.Parameter and p.dtype != computed_in)]
+    kinds = sorted({str(p.dtype).removeprefix("torch.") for p in wide})
+    for tensor in (*wide, *(model.buffers() if wide else ())):
+        if tensor.dtype in NARROW.values():
+            tensor.data = tensor.data.float()
+    was = f"{len(wide)} weights were {' and '.join(kinds)}"
+    return f"{was} and are now float32 (training.mixed_precision computes in 16 bits)" if wide else ""
 
 
 def prepare_model(

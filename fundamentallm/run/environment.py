@@ -6,11 +6,15 @@ import contextlib
 import functools
 import os
 import platform
+import shlex
 import socket
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
+
+from fundamentallm.errors import is_launched
 
 PACKAGES = ("fundamentallm", "torch", "accelerate", "safetensors", "tokenizers")
 GIT_SECONDS = 5.0
@@ -33,9 +37,21 @@ def environment(device: str, processes: int, precision: str) -> dict[str, Any]:
         "device": device,
         "processes": processes,
         "mixed_precision": precision,
-        "command": " ".join(sys.argv),
+        "command": command(),
         "commit": commit(),
     }
+
+
+def command() -> str:
+    """Returns the command line that started this process, or its launcher if it has one."""
+    words = sys.orig_argv
+    if is_launched():
+        with contextlib.suppress(OSError):  # without /proc, the launcher's own options are not known
+            parent = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+            words = parent if {*sys.argv[1:]} <= {*parent} else words
+    if len(words) > 1 and os.access(words[1], os.X_OK) and not words[1].endswith(".py"):
+        words = words[1:]  # a console script, which its first line runs with Python
+    return shlex.join([os.path.basename(words[0]), *words[1:]])
 
 
 def commit() -> str | None:

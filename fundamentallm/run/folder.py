@@ -14,55 +14,67 @@ from pathlib import Path
 from typing import Any
 
 from fundamentallm.atomic import write_text
-from fundamentallm.errors import RunInProgressError, writing
-from fundamentallm.run.json_lines import append, read, rewind
+from fundamentallm.errors import START_AGAIN, FundamentaLLMError, RunInProgressError, writing
+from fundamentallm.run.json_lines import LineFile, read
 
 logger = logging.getLogger(__name__)
 
-LOCK, STATUS, STARTS, SAMPLES = ".fundamentallm.lock", "status.json", "starts.jsonl", "samples.jsonl"
+LOCK, STATUS, LOG = ".fundamentallm.lock", "status.json", "metrics.jsonl"
+STARTS, SAMPLES = "starts.jsonl", "samples.jsonl"
 LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 """Errors of file systems without locks, such as Lustre mounted without `flock`."""
-_locked_here: set[Path] = set()
+_lock_files: set[int] = set()
+"""Descriptors of the locks that this process holds. A forked process, such as a loader worker, closes its copies:
+otherwise the lock of a killed run would last as long as its workers."""
+
+
+def _close_in_child() -> None:
+    for descriptor in _lock_files:
+        os.close(descriptor)
+    _lock_files.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 @contextlib.contextmanager
 def locked(folders: Iterable[Path]) -> Iterator[None]:
     """Creates folders and locks them against other runs until exit.
 
-    A POSIX record lock ends with its process however that ends, is not inherited by loader workers, and works over NFS.
-    The lock file stays: if it was removed, two processes could each lock a file of their own.
+    The lock belongs to the open file (`flock`). A POSIX record lock would end when any code of this process closes the
+    lock file, such as a callback that copies the folder. The lock file stays: if it was removed, two processes could
+    each lock a file of their own.
 
     Raises:
         RunInProgressError: if another run uses a folder.
         OSError: if a folder cannot be created or written to.
     """
+    me = f"process {os.getpid()} on {socket.gethostname()}"
     with contextlib.ExitStack() as stack:
-        for folder in dict.fromkeys(path.absolute() for path in folders):
+        for folder in dict.fromkeys(path.resolve() for path in folders):
             folder.mkdir(parents=True, exist_ok=True)
-            real = folder.resolve()
-            if real in _locked_here:  # a record lock does not exclude its own process
-                raise RunInProgressError(f"{folder} is in use by another Trainer of this process; use another folder.")
-            _locked_here.add(real)
-            stack.callback(_locked_here.discard, real)
             # O_NOFOLLOW, so that a link in a copied folder cannot make us overwrite another file.
-            handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-            file = stack.enter_context(os.fdopen(handle, "r+", encoding="utf-8", errors="replace"))
+            file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            stack.callback(os.close, file)
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno in LOCKS_UNSUPPORTED:
                     logger.warning("%s cannot be locked (%s); make sure that no other run uses it.", folder, error)
                     continue
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
                     raise
-                holder = file.read().strip() or "another process"
+                holder = os.read(file, 1000).decode(errors="replace").strip() or "another process"
+                if holder == me:
+                    holder = "another Trainer of this process"
                 raise RunInProgressError(
                     f"{folder} is in use by {holder}. Wait until it ends, stop it, or choose another output_dir."
                 ) from None
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
-            stack.callback(file.truncate, 0)
+            _lock_files.add(file)
+            stack.callback(_lock_files.discard, file)
+            os.truncate(file, 0)
+            os.write(file, me.encode())
+            stack.callback(os.truncate, file, 0)
         yield
 
 
@@ -72,17 +84,32 @@ def write_status(folder: Path, **status: Any) -> None:
         write_text(folder / STATUS, json.dumps(status, indent=1) + "\n")
 
 
-def read_state(folder: Path) -> str | None:
-    """Returns the `state` in `status.json`, or None if the file is missing or damaged."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        return str(json.loads((folder / STATUS).read_text(encoding="utf-8"))["state"])
-    return None
+def read_status(folder: Path) -> dict[str, Any]:
+    """Returns the content of `status.json`, or {} if the file is missing or damaged."""
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+        return dict(json.loads((folder / STATUS).read_text(encoding="utf-8")))
+    return {}
+
+
+def note_interruption(folder: Path, reason: str) -> None:
+    """Notes in `status.json` that a signal ended a launch before its run was resumed. The run is where it was.
+
+    If another launch uses the folder, its status stays.
+    """
+    with contextlib.suppress(FundamentaLLMError, OSError), locked([folder]):
+        status = read_status(folder)
+        has_ended = status.get("pid") == os.getpid() and status.get("state") != "running"
+        if status.get("state") != "finished" and not has_ended:
+            status = {"step": 0, "total_steps": None, **status, "pid": os.getpid(), "host": socket.gethostname()}
+            reason = f"{reason} while the run was being prepared"
+            write_status(folder, **status | {"state": "interrupted", "exit_code": START_AGAIN, "reason": reason})
 
 
 def write_start(folder: Path, **start: Any) -> None:
     """Appends a launch to `starts.jsonl`, not to metrics.jsonl, which is the same with and without restarts."""
-    rewind(folder / STARTS)  # drops a line that a kill left incomplete
-    append(folder / STARTS, start)
+    starts = LineFile(folder / STARTS)
+    starts.rewind()  # drops a line that a kill left incomplete
+    starts.append(start)
 
 
 def read_starts(folder: Path) -> list[dict[str, Any]]:
@@ -94,6 +121,17 @@ def read_starts(folder: Path) -> list[dict[str, Any]]:
     for start in read(folder / STARTS):
         starts = [earlier for earlier in starts if earlier["step"] <= start["step"]] + [start]
     return starts
+
+
+def repeats_last_launch(folder: Path) -> bool:
+    """Whether this launch and the one before began at step 0 with the same settings and data, and log the same lines.
+
+    The launch before was then killed before its first checkpoint.
+    """
+    before, now = ([{}, {}, *read(folder / STARTS)])[-2:]
+    return before.get("step") == now.get("step") == 0 and all(
+        before.get(key) == now.get(key) is not None for key in ("config", "data")
+    )
 
 
 def restarts(folder: Path) -> list[int]:

@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
+import filecmp
+import hashlib
 import itertools
 import json
+import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fundamentallm.atomic import write_text
+from fundamentallm.atomic import replacing, sync_later, write_text
 from fundamentallm.errors import writing
+
+logger = logging.getLogger(__name__)
 
 TEXTS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 """Texts that stand for the numbers that JSON lacks."""
 
 
-def append(path: Path, line: dict[str, Any]) -> None:
-    """Append a line.
-
-    Raises:
-        FundamentaLLMError: if the file cannot be written.
-    """
-    text = json.dumps({key: _storable(value) for key, value in line.items()})
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(text + "\n")
-
-
 def read(path: Path) -> list[dict[str, Any]]:
-    """Returns the valid lines: complete ones that are objects with a step. A missing file has no lines."""
-    return [line for _, line in _lines(path) if line is not None]
+    """Returns the valid lines: complete ones that are objects with a step. A missing file has no lines.
+
+    Warns of other lines, except for the last one, which a kill may have torn.
+    """
+    lines = list(_lines(path))
+    if damaged := _unreadable(lines):
+        logger.warning("%s of %s cannot be read and is left out.", damaged, path)
+    return [line for _, line in lines if line is not None]
 
 
 def numbers(line: dict[str, Any]) -> dict[str, float]:
@@ -43,39 +41,113 @@ def numbers(line: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def rewind(
-    path: Path, is_kept: Callable[[dict[str, Any]], bool] = lambda line: True, keep_copy: bool = False
-) -> Path | None:
-    """Drop the lines that a resumed run writes again, and a last line that a kill has torn.
+class LineFile:
+    """A file of JSON lines. A checkpoint that counts on it holds the number of its lines and their SHA-256.
 
     Args:
         path: the file; it may be missing.
-        is_kept: returns False for a valid line that is to be dropped.
-        keep_copy: copy the file first if any line is dropped. Invalid lines other than the last one were written
-            by another program, so the file is copied before they are dropped in any case.
-
-    Returns:
-        The path of the copy, or None if none was needed.
-
-    Raises:
-        FundamentaLLMError: if the file cannot be written.
+        unhashed: names of numbers that are not part of the SHA-256, since a repeated run measures other ones.
     """
-    with writing(path):
-        lines = list(_lines(path))
-        if not lines:
+
+    def __init__(self, path: Path, unhashed: Collection[str] = ()) -> None:
+        self.path, self._unhashed = path, unhashed
+        self._count, self._step, self._hash = 0, 0, hashlib.sha256()
+        self._expected: dict[str, Any] = {}
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Append a line.
+
+        Raises:
+            FundamentaLLMError: if the file cannot be written.
+        """
+        stored = {key: _storable(value) for key, value in line.items()}
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(stored) + "\n")
+        sync_later(self.path)
+        self._count_line(stored)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a checkpoint holds; {} if there are no lines."""
+        if not self._count:
+            return {}
+        return {"lines": self._count, "step": self._step, "sha256": self._hash.hexdigest()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Notes what `gap` is to compare the file with."""
+        self._expected = {"lines": int(state["lines"]), "step": int(state["step"]), "sha256": str(state["sha256"])}
+
+    def gap(self) -> str | None:
+        """Returns what the file lacks of the lines that the loaded state counts on, or None if it has them all."""
+        expected, found, lines = self._expected, LineFile(self.path, self._unhashed), list(_lines(self.path))
+        if not expected:
             return None
-        kept = [text for text, line in lines if line is not None and is_kept(line)]
-        is_damaged = any(line is None for _, line in lines[:-1])
-        copy = _free_name(path) if is_damaged or (keep_copy and len(kept) < len(lines)) else None
-        if copy is not None:
-            shutil.copy2(path, copy)
-        write_text(path, "".join(kept))
-    return copy
+        for _, line in lines:
+            if line is not None and found._count < expected["lines"]:
+                found._count_line(line)
+        if found.state_dict() == expected:
+            return None
+        damaged = _unreadable(lines)
+        if damaged:
+            return f"{damaged} of {self.path} cannot be read"
+        if found._count < expected["lines"]:
+            end = f"after step {found._step} " if found._count else ""
+            lost = f"{expected['lines'] - found._count:,} of {expected['lines']:,} lines"
+            return f"{lost} {end}up to step {expected['step']} are missing in {self.path}"
+        return f"the lines up to step {expected['step']} in {self.path} were changed"
+
+    def rewind(self, is_kept: Callable[[dict[str, Any]], bool] = lambda line: True, keep_copy: bool = False) -> str:
+        """Drop the lines that a resumed run writes again, and a last line that a kill has torn.
+
+        Args:
+            is_kept: returns False for a valid line that is to be dropped.
+            keep_copy: copy the file first if any line is dropped. If a line other than the last one cannot be read,
+                the file is copied in any case.
+
+        Returns:
+            What was dropped and where the copy is; "" without a copy.
+
+        Raises:
+            FundamentaLLMError: if the file cannot be written.
+        """
+        path, message = self.path, ""
+        self._count, self._step, self._hash, self._expected = 0, 0, hashlib.sha256(), {}
+        with writing(path):
+            lines = list(_lines(path))
+            kept = [(text, line) for text, line in lines if line is not None and is_kept(line)]
+            for _, line in kept:
+                self._count_line(line)
+            copies = (path.with_name(f"{path.stem}.before-{number}{path.suffix}") for number in itertools.count(1))
+            if not lines:
+                return ""
+            # A copy that equals the file is of a rewind that was interrupted before it replaced the file.
+            copy = next(copy for copy in copies if not copy.exists() or filecmp.cmp(copy, path, shallow=False))
+            damaged = _unreadable(lines)
+            if damaged or (keep_copy and len(kept) < len(lines)):
+                with replacing(copy) as new:
+                    shutil.copy2(path, new)
+                what = (
+                    f"{damaged} cannot be read" if damaged else f"{len(lines) - len(kept):,} lines are not this run's"
+                )
+                message = f"{path}: {what}; dropped here and kept in {copy}"
+            else:
+                copy.unlink(missing_ok=True)
+            if len(kept) < len(lines):
+                write_text(path, "".join(text for text, _ in kept))
+        return message
+
+    def _count_line(self, stored: dict[str, Any]) -> None:
+        self._count, self._step = self._count + 1, stored.get("step", 0)
+        hashed = {key: value for key, value in stored.items() if key not in self._unhashed}
+        self._hash.update(json.dumps(hashed, sort_keys=True).encode())
 
 
-def _free_name(path: Path) -> Path:
-    names = (path.with_name(f"{path.stem}.before-{number}{path.suffix}") for number in itertools.count(1))
-    return next(name for name in names if not name.exists())
+def _unreadable(lines: Sequence[tuple[str, object]]) -> str:
+    """Returns which lines cannot be read, in words, without the last one, which a kill may have torn."""
+    numbers = [str(number) for number, (_, line) in enumerate(lines[:-1], start=1) if line is None]
+    more = f" and {len(numbers) - 5} more" if len(numbers) > 5 else ""
+    return f"line {', '.join(numbers[:5])}{more}" if numbers else ""
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:

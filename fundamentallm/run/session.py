@@ -16,8 +16,17 @@ from fundamentallm.checkpoint.manager import CheckpointManager
 from fundamentallm.config.schema import Config
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.distributed.watchdog import Watchdog
-from fundamentallm.errors import START_AGAIN, CheckpointError, ConfigError, FundamentaLLMError, TrainingError, exit_code
-from fundamentallm.run.folder import locked, read_state, write_start, write_status
+from fundamentallm.errors import (
+    START_AGAIN,
+    CheckpointError,
+    ConfigError,
+    FundamentaLLMError,
+    Interrupted,
+    Problem,
+    TrainingError,
+    exit_code,
+)
+from fundamentallm.run.folder import locked, read_status, write_start, write_status
 from fundamentallm.run.stopping import StopSwitch
 
 logger = logging.getLogger(__name__)
@@ -42,7 +51,7 @@ class Record:
     @property
     def state(self) -> str | None:
         """The state that status.json holds, such as "running"; None if there is none."""
-        return None if self.folder is None else read_state(self.folder)
+        return None if self.folder is None else read_status(self.folder).get("state")
 
     def status(self, state: str, **more: Any) -> None:
         """Writes status.json."""
@@ -51,8 +60,13 @@ class Record:
             about = {"step": now.step, "total_steps": now.total_steps, "pid": os.getpid()}
             write_status(self.folder, state=state, **more, **about, host=socket.gethostname())
 
-    def launch(self, resumed_from: Path | None, config: Config, environment: dict[str, Any]) -> None:
-        """Notes in status.json that the run is running, and in starts.jsonl when, where and with what."""
+    def launch(
+        self, resumed_from: Path | None, config: Config, environment: dict[str, Any], data: list[str | None]
+    ) -> None:
+        """Notes in status.json that the run is running, and in starts.jsonl when, where and with what.
+
+        `data` is the fingerprint of each dataset.
+        """
         self.status("running")
         if self.folder is not None:
             write_start(
@@ -62,11 +76,14 @@ class Record:
                 resumed_from=None if resumed_from is None else str(resumed_from),
                 environment=environment,
                 config=dataclasses.asdict(config),
+                data=data,
             )
 
     def failure(self, error: BaseException) -> None:
         """Notes which error ended the launch."""
         # A launch that was refused leaves the run as it was, unless a scheduler would relaunch it again and again.
+        if isinstance(error, Interrupted):
+            return  # the run is where it was, which only the command knows if it was not restored yet
         if not isinstance(error, ConfigError) or self.state in ("running", "interrupted"):
             state = "diverged" if isinstance(error, TrainingError) else "failed"
             with suppress(FundamentaLLMError):  # on a full disk, the first error is the one to raise
@@ -123,8 +140,13 @@ def _open_folders(
 ) -> None:
     """Locks the folders of a run until the stack is closed, and cleans up among its checkpoints."""
     checkpoint_dir = None if manager is None else manager.checkpoint_dir
+    folders = [folder for folder in (output_dir, checkpoint_dir) if folder is not None]
+    for folder in folders:
+        if str(folder) != str(folder).encode(errors="replace").decode():
+            reason = "and safetensors reads no file there"
+            raise ConfigError(Problem("output_dir", str(folder), "a path in UTF-8", reason=reason))
     try:
-        stack.enter_context(locked(folder for folder in (output_dir, checkpoint_dir) if folder is not None))
+        stack.enter_context(locked(folders))
         if manager is None:
             logger.warning("training.checkpoint_dir is not set: nothing will be saved.")
         else:

@@ -49,6 +49,7 @@ class RunState:
         self.progress: Progress = parts["progress"]
         self.model: nn.Module = parts["model"]  # without any wrapper
         self.optimizer: NamedOptimizerState = parts["optimizer"]
+        self.loaded_from: Path | None = None  # a checkpoint
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of every part under NAME_state_dict, the config and the versions of the libraries."""
@@ -87,6 +88,7 @@ class RunState:
                 part.load_state_dict(saved[f"{name}{SUFFIX}"])
             except Exception as error:  # a checkpoint from elsewhere may hold anything
                 raise CheckpointError(f"{where}: its {name} does not fit this run: {error}") from error
+        self.loaded_from = where
         inventory = self._inventory(saved, reset, where)
         messages.append(f"resumed from {where} at step {self.progress.step}: {inventory}")
         messages += [

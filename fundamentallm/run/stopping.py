@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
-"""Signals that stop a run after its current step. Schedulers send SIGTERM or SIGUSR1 some time before SIGKILL."""
-ECHO_SECONDS = 1.0
-"""A launcher forwards Ctrl-C to processes that got it from the terminal too. A SIGINT within this time is that copy."""
+from fundamentallm import errors
 
 
 class Stop(IntEnum):
@@ -51,6 +47,7 @@ class StopSwitch:
         self.reason = ""  # in words
         self.agreed = Stop.NO  # by all processes
         self.polls = 0  # equal on all processes that have come equally far
+        self.ends_at_once = False  # on a signal, unsaved
         self.seconds_to_save = 0.0  # time that max_minutes has to leave for the last save
         self._max_minutes = max_minutes
         self._deadline = math.inf
@@ -109,18 +106,20 @@ class StopSwitch:
 
     @contextmanager
     def handling_signals(self) -> Iterator[None]:
-        """Requests a stop when one of `SIGNALS` arrives; restores the previous handlers on exit.
+        """Requests a stop when one of `errors.SIGNALS` arrives; restores the previous handlers on exit.
 
-        A second Ctrl-C raises KeyboardInterrupt at once.
+        A second Ctrl-C raises KeyboardInterrupt at once. With `ends_at_once`, whoever started the run handles signals.
         """
-        if threading.current_thread() is not threading.main_thread():  # Python sets handlers on the main thread only
+        errors.raise_if_interrupted()
+        if self.ends_at_once:
             yield
             return
         interrupted_at: float | None = None
-        echo_seconds = ECHO_SECONDS if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
+        echo_seconds = errors.ECHO_SECONDS if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
         def handle(number: int, frame: FrameType | None) -> None:
             nonlocal interrupted_at
+            errors.leave_closed_terminal()
             if number == signal.SIGINT:
                 if interrupted_at is not None and time.monotonic() - interrupted_at >= echo_seconds:
                     raise KeyboardInterrupt
@@ -130,11 +129,5 @@ class StopSwitch:
                 interrupted_at = interrupted_at or time.monotonic()
             self.request(Stop.SIGNAL, f"{signal.Signals(number).name} received")
 
-        numbers = [getattr(signal, name) for name in SIGNALS]
-        # An ignored signal stays ignored: a shell ignores Ctrl-C for its background jobs.
-        previous = {n: signal.signal(n, handle) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
-        try:
+        with errors.handling_signals(handle):
             yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler if handler is not None else signal.SIG_DFL)

@@ -24,7 +24,14 @@ from fundamentallm.training.evaluation import metric_names
 
 
 def whole_config(config: Config | TrainingConfig, batch_size: int | None) -> Config:
-    """Returns a whole config, resolved, with the loader's batch size if it has none of its own."""
+    """Returns a whole config, resolved, with the loader's batch size if it has none of its own.
+
+    Raises:
+        ConfigError: if it is something else.
+    """
+    if not isinstance(config, (Config, TrainingConfig)):
+        advice = "TrainingConfig(**settings) makes one of a dict."  # type: ignore[unreachable]  # not in a notebook
+        raise ConfigError(Problem("config", config, "a Config or a TrainingConfig", advice))
     if isinstance(config, TrainingConfig):
         return Config(training=config.resolved())
     if config.training.batch_size is None:

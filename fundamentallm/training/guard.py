@@ -1,11 +1,16 @@
-"""Decides on the device which optimizer steps to skip: those that are not finite, and optionally spikes."""
+"""Decides on the device which optimizer steps to skip, and undoes what a skipped step did to buffers."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import logging
 
-from fundamentallm.errors import TrainingError
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from fundamentallm.errors import ConfigError, TrainingError
+
+logger = logging.getLogger(__name__)
 
 WINDOW = 128
 """Steps that a spike is measured against."""
@@ -15,6 +20,9 @@ LEAST_DEVIATION = 1e-3
 """Smallest deviation, as a fraction of the median. Otherwise any value above a window of equal ones is a spike."""
 MAD_TO_STD = 1.4826
 """Ratio of the standard deviation to the median absolute deviation of normally distributed numbers."""
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+MAX_NAMES_SHOWN = 5
+"""Most names of layers and parameters that a message lists."""
 
 
 class Guard:
@@ -89,3 +97,81 @@ class Guard:
             raise ValueError(f"the shapes are {state['counts'].shape} and {state['recent'].shape}.")
         self.counts.copy_(state["counts"])
         self._recent.copy_(state["recent"])
+
+
+class ModelGuard:
+    """Undoes what a skipped step did to buffers, and names what makes a run depend on its layout.
+
+    The first step shows which buffers training changes, such as the running statistics of BatchNorm; the host waits for
+    the device there. The others cost nothing in later steps. `model` has no wrapper that exchanges gradients.
+    """
+
+    def __init__(self, accelerator: Accelerator, model: nn.Module) -> None:
+        self.model, self._is_first, self._reports = model, True, accelerator.is_main_process
+        self.num_processes = accelerator.num_processes
+        finds_unused = getattr(accelerator.ddp_handler, "find_unused_parameters", False)
+        self._needs_gradients = self.num_processes > 1 and not accelerator.is_fsdp2 and not finds_unused
+        self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._modules = dict(model.named_modules())
+        self._buffers = [(at, name) for at, m in self._modules.items() for name, _ in m.named_buffers(recurse=False)]
+        self._before: list[Tensor] = []
+
+    def _buffer(self, path: str, name: str) -> Tensor:
+        return getattr(self._modules[path], name)  # type: ignore[no-any-return]
+
+    def begin(self) -> None:
+        """Remembers the buffers that the step may change."""
+        self._before = [self._buffer(*at).clone() for at in self._buffers]
+
+    def check(self, num_micro_batches: int) -> None:
+        """Checks the model after the backward pass of a step.
+
+        Raises:
+            ConfigError: if DistributedDataParallel would wait for the gradient of a parameter that got none.
+        """
+        unused = [name for name, p in self._trained.items() if p.grad is None] if self._needs_gradients else []
+        if unused:
+            raise ConfigError(
+                f"{_listed(unused)}: no part in the loss, and several processes exchange the gradients of all "
+                "parameters. Freeze them (training.parameter_groups), or give the Trainer an Accelerator with "
+                "kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]."
+            )
+        if self._is_first:
+            pairs = [
+                (at, b) for at, b in zip(self._buffers, self._before, strict=True) if _differ(b, self._buffer(*at))
+            ]
+            self._buffers, self._before = [at for at, _ in pairs], [before for _, before in pairs]
+            self._is_first = False
+        if self._reports and (num_micro_batches > 1 or self.num_processes > 1):
+            self._reports = False
+            layers = {path for path, module in self._modules.items() if isinstance(module, BATCH_NORMS)}
+            layers = {path for path in layers if self._modules[path].training} | {path for path, _ in self._buffers}
+            kinds = {path: type(self._modules[path]) for path in sorted(layers)}
+            if num_micro_batches == 1:  # it has the statistics of all processes
+                kinds = {path: kind for path, kind in kinds.items() if not issubclass(kind, nn.SyncBatchNorm)}
+            if kinds:
+                logger.warning(
+                    "The loss curve depends on micro_batch_size and on the number of processes, since these layers use "
+                    "statistics of one micro-batch on one process: %s. LayerNorm and GroupNorm do not.",
+                    _listed([f"{path} ({kind.__name__})" for path, kind in kinds.items()]),
+                )
+
+    @torch.no_grad()
+    def end(self, skip: Tensor) -> None:
+        """Sets the buffers back if the step was skipped (`skip`, a boolean scalar)."""
+        for at, before in zip(self._buffers, self._before, strict=True):
+            buffer = self._buffer(*at)
+            if buffer.shape == before.shape:
+                buffer.copy_(before.where(skip, buffer))
+
+
+def _differ(before: Tensor, now: Tensor | None) -> bool:
+    """Returns whether a buffer has other values; one that grew or went away, such as a cache, is not compared."""
+    return now is not None and now.shape == before.shape and not torch.equal(before, now)
+
+
+def _listed(names: list[str]) -> str:
+    names = [name.removeprefix("model.") for name in names]  # of the model, not of the module with its loss
+    return ", ".join(names[:MAX_NAMES_SHOWN]) + (
+        f" and {more} more" if (more := len(names) - MAX_NAMES_SHOWN) > 0 else ""
+    )

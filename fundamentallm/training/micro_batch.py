@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,19 +23,11 @@ from fundamentallm.models.with_loss import ModelWithLoss
 from fundamentallm.training.metrics import Metric
 from fundamentallm.training.step import OptimizerStep
 
-MEMORY = {
-    *("training.batch_size", "training.batch_size_schedule", "training.mixed_precision", "training.compile"),
-    *("training.activation_checkpointing", "training.optimizer", "training.parameter_groups", "training.ema_decay"),
-    *("training.loss", "training.validation_metrics", "data.sequence_length"),
-}
-"""Settings that change how much memory a micro-batch takes, or the largest size to try."""
-
 
 class MicroBatch:
     """The size found, and the hardware it was found on.
 
-    A run that resumes on the same hardware keeps its size, so that it is bit-identical, unless a setting in `MEMORY`
-    has changed.
+    A run that resumes on the same hardware with the same settings keeps its size, so that it is bit-identical.
 
     Attributes:
         size: sequences in a micro-batch; None: not found yet.
@@ -56,11 +49,6 @@ class MicroBatch:
         if size is not None and (type(size) is not int or size < 1):
             raise ValueError(f"the size is {size!r}; allowed: an integer, at least 1.")
         self.size = size if state["place"] == self.hardware else None
-
-    def settings_changed(self, names: Collection[str]) -> None:
-        """Forget the size if one of the changed settings is in `MEMORY`."""
-        if not MEMORY.isdisjoint(names):
-            self.size = None
 
     def settle(
         self,
@@ -118,17 +106,13 @@ class MicroBatch:
 def fewest_micro_batches(largest: int, fits: Callable[[int], bool]) -> int | None:
     """Returns the smallest number of micro-batches of which one fits, if `largest` sequences are split evenly.
 
-    Doubles the number until one fits, then bisects. None: not even one sequence fits.
+    None: not even one sequence fits.
     """
-    too_few, count = 0, 1
-    while not fits(-(-largest // count)):
-        if count >= largest:
-            return None
-        too_few, count = count, min(2 * count, largest)
-    while count - too_few > 1:
-        middle = (too_few + count) // 2
-        too_few, count = (too_few, middle) if fits(-(-largest // middle)) else (middle, count)
-    return count
+    if fits(largest):  # often
+        return 1
+    counts = range(2, largest + 1)
+    found = bisect_left(counts, True, key=lambda count: fits(-(-largest // count)))
+    return counts[found] if found < len(counts) else None
 
 
 def _fits(

@@ -17,7 +17,7 @@ from fundamentallm.distributed.batches import StepBatch
 from fundamentallm.distributed.dtensor import full, seed_device
 from fundamentallm.errors import CheckpointError
 from fundamentallm.models.with_loss import ModelWithLoss
-from fundamentallm.training.guard import Guard
+from fundamentallm.training.guard import Guard, ModelGuard
 from fundamentallm.training.muon import Muon
 
 
@@ -63,6 +63,7 @@ class OptimizerStep:
         self.max_norm = math.inf if max_norm is None else max_norm
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.is_updating = False
+        self.model_guard = ModelGuard(accelerator, self.objective)
 
     def __call__(self, step: int, batch: StepBatch) -> StepResult:
         """Train on this process's share of the batch of `step`, in micro-batches."""
@@ -76,6 +77,7 @@ class OptimizerStep:
         divisor = num_targets.masked_fill(num_targets == 0, 1)
         scale = accelerator.num_processes / divisor
         total = torch.zeros((), device=accelerator.device)
+        self.model_guard.begin()
         for index, micro_batch in enumerate(batch.micro_batches(self.objective.trims), start=1):
             # Sharded gradients are exchanged with each micro-batch: kept until the last, they would be unsharded.
             is_exchanged = index == batch.num_micro_batches or accelerator.is_fsdp2
@@ -85,6 +87,7 @@ class OptimizerStep:
                     loss = loss * 0
                 accelerator.backward(loss * scale)
             total += loss.detach()
+        self.model_guard.check(batch.num_micro_batches)
         loss = accelerator.reduce(total, "sum")
 
         # What accelerator.clip_grad_norm_ does. That method itself compares the parameters with those of each prepared
@@ -94,6 +97,7 @@ class OptimizerStep:
         skip = self.guard.skips(step, loss / divisor, norm)
         self.is_updating = True
         self._update(skip)
+        self.model_guard.end(skip)
         model.zero_grad()  # also of parameters that a caller's optimizer leaves out
         return StepResult(loss, num_targets, norm)
 

@@ -101,8 +101,9 @@ class Trainer(TrainerView):
         >>> config = TrainingConfig(max_steps=40, learning_rate=0.1, log_every_n_steps=10)
         >>> trainer = Trainer(model, config, loader)
         >>> history = trainer.train()  # pandas.DataFrame(history) is a table
-        330 parameters, 1 process on cpu, 40 steps of 4 sequences
-        step 10  ...
+        330 parameters in float32, 1 process on cpu, AdamW with peak learning rate 1.0e-01
+        40 steps of 4 sequences
+        step 10/40 | loss ...
         >>> history["step"], history["train_loss"][-1] < 0.1
         ([10, 20, 30, 40], True)
         >>> trainer
@@ -142,7 +143,7 @@ class Trainer(TrainerView):
 
         freeze(model, training.parameter_groups)
         self.model, with_loss = model, ModelWithLoss(model, *make_objective(training, loss_fn, objective))
-        place_model(accelerator, model, training.seed, training.activation_checkpointing)
+        place_model(accelerator, model, training.seed, training.activation_checkpointing, self.say)
         self.optimizer = optimizer or make_optimizer(training, model)
         self.model_with_loss = prepare_model(accelerator, with_loss, self.optimizer, bool(training.compile))
         self.average = make_average(training, model, self.optimizer)
@@ -163,17 +164,14 @@ class Trainer(TrainerView):
             self.callbacks.add(TrackerCallback())
         self.files: dict[str, str] = {}  # further text files of each checkpoint, which replace those made for it
         self.state = RunState(self._parts(), asdict(self.config if self.output_dir else training))
-        self.saver = Saver(open_manager(training, self.is_sharded), self.state, self.group, self._files_of_checkpoint)
+        files = lambda: model_files(model, train_loader.dataset) | self.files  # noqa: E731
+        self.saver = Saver(open_manager(training, self.is_sharded), self.state, self.group, files)
         self.stop_switch = StopSwitch(training.max_minutes)
         self.phase = Phase.STARTING
         self.was_rewound = False  # True if the run returned to an earlier checkpoint and replaces what came after it
         self._record = Record(self.output_dir if self.is_main_process else None, self._position)
         self._throughput = Throughput()
-        self._started, self._first_step = False, 0
-        self._compiled: set[str] = set()  # of "step" and "validation", those whose compilation was reported
-
-    def _files_of_checkpoint(self) -> dict[str, str]:
-        return model_files(self.model, self.train_loader.dataset) | self.files
+        self._started, self._first_step, self._compiled = False, 0, set()
 
     def _parts(self) -> dict[str, Any]:
         """Returns everything that changes because of training, by name."""
@@ -193,9 +191,10 @@ class Trainer(TrainerView):
         }
         return {name: part for name, part in parts.items() if part is not None}
 
-    def train(self) -> dict[str, list[float]]:
+    def train(self, max_steps: int | None = None) -> dict[str, list[float]]:
         """Trains to the end of the run and returns its history. Resumes from a checkpoint as `config.resume` says.
 
+        `max_steps` replaces the config's, so that a finished run can be trained longer.
         SIGTERM, SIGINT and SIGUSR1 stop the run after the present step, saved. A second Ctrl-C stops it at once.
 
         Raises:
@@ -214,6 +213,9 @@ class Trainer(TrainerView):
         with session(self._record, self.checkpoint_manager, self.group, self.stop_switch, watchdog, self.say) as launch:
             resumed_from = None if self._started else self._resume()
             self._started = True
+            if max_steps is not None:
+                self._set_max_steps(max_steps)
+                self._fit_schedule()
             if self.is_finished:
                 self.stop_switch.begin()  # forgets why an earlier train() stopped
                 if self.checkpoint_manager is not None and not self.saver.is_current:
@@ -232,7 +234,7 @@ class Trainer(TrainerView):
                 self.say(found)
             accelerator, device = self.accelerator, device_name(self.accelerator.device)
             about = environment(device, accelerator.num_processes, accelerator.mixed_precision)
-            self._record.launch(resumed_from, self.config, about)
+            self._record.launch(resumed_from, self.config, about, self._progress.segments[-1]["content"])
             self.stop_switch.begin()
             launch.enter_context(self.stop_switch.handling_signals())
             try:
@@ -402,8 +404,8 @@ class Trainer(TrainerView):
         for line in restored.messages:
             self.say(line)
         self._fit_schedule()
-        if self.micro_batch is not None:
-            self.micro_batch.settings_changed(restored.changed)
+        if self.micro_batch is not None and restored.changed:
+            self.micro_batch.size = None  # another one may fit
         self.saver.mark_saved()
         self.optimizer_step.is_updating = False
         if restored.changed & AFFECTS_SCHEDULE:
@@ -439,7 +441,7 @@ class Trainer(TrainerView):
             self.saver.finish()
         self.callbacks.on_train_end(self)
         if self.stop_switch.reason:
-            self.say(self._describe_stop())
+            self.say(self.describe_stop())
 
     def leave_group(self) -> None:
         """Leaves the process group for good: nothing can be trained or validated afterwards."""

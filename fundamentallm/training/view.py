@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
 
 from accelerate import Accelerator
 from torch import nn
@@ -13,6 +15,8 @@ from tqdm import tqdm
 from fundamentallm.checkpoint.manager import CheckpointManager
 from fundamentallm.config.schema import Config
 from fundamentallm.data.sampler import StepSampler
+from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.run.environment import command
 from fundamentallm.run.progress import Progress
 from fundamentallm.run.saving import Saver
 from fundamentallm.run.session import Position
@@ -29,6 +33,7 @@ class TrainerView:
     """The side of the Trainer that satisfies `RunView`. Everything it says follows from the run's state."""
 
     config: Config
+    output_dir: Path | None
     accelerator: Accelerator
     model: nn.Module
     optimizer: Optimizer
@@ -43,7 +48,7 @@ class TrainerView:
     stop_switch: StopSwitch
     total_steps: int
     _throughput: Throughput
-    _compiled: set[str]
+    _compiled: set[str]  # of "step" and "validation", those whose compilation was reported
 
     @property
     def _progress(self) -> Progress:
@@ -101,6 +106,11 @@ class TrainerView:
         return self.saver.manager
 
     @property
+    def resumed_from(self) -> Path | None:
+        """The checkpoint that the state was restored from, or None."""
+        return self.state.loaded_from
+
+    @property
     def history(self) -> dict[str, list[float]]:
         """The numbers of the run so far, as `pandas.DataFrame(trainer.history)` takes them.
 
@@ -108,6 +118,14 @@ class TrainerView:
         lacks is NaN.
         """
         return self.metrics.by_step()
+
+    def _set_max_steps(self, max_steps: int) -> None:
+        """Gives the run another end. Raises ConfigError if it is not a number of steps, or lies behind the run."""
+        training = replace(self.config.training, max_steps=max_steps, max_epochs=None)
+        if max_steps < self.global_step:
+            raise ConfigError(Problem("max_steps", max_steps, f"at least {self.global_step}, the steps done"))
+        self.config = replace(self.config, training=training)
+        self.state.config = asdict(training if self.output_dir is None else self.config)
 
     @property
     def _is_at_epoch(self) -> bool:
@@ -140,7 +158,7 @@ class TrainerView:
     def say(self, text: str) -> None:
         """Prints a line beside the progress bar, on the main process only."""
         if self.is_main_process:
-            tqdm.write(text)
+            tqdm.write(text.encode(errors="backslashreplace").decode())  # a path may hold bytes that are not UTF-8
 
     def _report_compilation(self, what: str, seconds: float) -> None:
         """Prints how long the first step or validation took, if it was compiled."""
@@ -148,22 +166,23 @@ class TrainerView:
             self._compiled.add(what)
             self.say(f"the first {what} took {seconds:.1f} s, with compilation")
 
-    def _describe_stop(self) -> str:
-        """Returns where and why the run stopped, and how to resume it."""
-        advice = ""
-        if self.was_interrupted and self.checkpoint_manager is not None:
-            advice = f"; saved in {self.checkpoint_manager.get_latest()}. Run the same command to resume."
-        return f"stopped at step {self.global_step} of {self.total_steps}: {self.stop_switch.reason}{advice}"
+    def describe_stop(self) -> str:
+        """Returns where and why the run stopped, where it is saved, and how to resume it."""
+        text = f"stopped at step {self.global_step}/{self.total_steps}: {self.stop_switch.reason}"
+        if self.checkpoint_manager is not None and not self.is_finished:
+            text += f"; saved in {self.checkpoint_manager.get_latest()}\nto resume: {command()}"
+        return text
 
     def _describe_finished_run(self) -> str:
         """Returns that there is nothing to train, and what would change that."""
-        longer = "training.max_steps (or max_epochs), and name it in training.resume_changes"
+        advice = "call trainer.train(max_steps=...). To start over, make a new model and a new Trainer."
+        if self.checkpoint_manager is not None:
+            longer = "training.max_steps (or max_epochs), and name it in training.resume_changes"
+            advice = f"raise {longer}. To start over, choose another output_dir."
         if self.early_stopping is not None and self.early_stopping.should_stop:
-            longer = "training.early_stopping_patience, which ended it"
-        return (
-            f"This run is already finished, at step {self.global_step} of {self.total_steps}. To train longer, raise "
-            f"{longer}. To start over, choose another output_dir."
-        )
+            advice = "raise training.early_stopping_patience, which ended it."
+        steps = f"{self.global_step} of {self.total_steps}"
+        return f"This run is already finished, at step {steps}. To train longer, {advice}"
 
     def __repr__(self) -> str:
         """Returns where the run is, and what it trains, on what and how. The host does not wait for the device."""

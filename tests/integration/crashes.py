@@ -80,7 +80,7 @@ GRACE = 10.0
 """Seconds that a process has to end by itself after another of its group was killed, and then to end on SIGTERM."""
 LOCK = ".fundamentallm.lock"
 IN_OUTPUT_DIR = {
-    *(LOCK, "checkpoints", "metrics.jsonl", "metrics.before-N.jsonl", "status.json", "starts.jsonl", "curves.png"),
+    *(LOCK, "checkpoints", "metrics.jsonl", "status.json", "starts.jsonl", "curves.png"),
     # Drawings that a kill left unfinished. The next drawing, which forked starts lack, overwrites them.
     *(".curves.png", "curves.png.new"),
 }

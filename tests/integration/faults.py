@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -130,6 +132,28 @@ class _Forgetful(Small):
 
 def forgetful_model(config: Config) -> Trainer:
     return _trainer(config, _Forgetful)
+
+
+class _Signalled(Small):
+    def disturb(self, logits: Tensor) -> Tensor:
+        if self.training:
+            signal.raise_signal(signal.SIGTERM)
+        return logits
+
+
+def signalled_model(config: Config) -> Trainer:
+    return _trainer(config, _Signalled)
+
+
+class _Deaf(Small):
+    def disturb(self, logits: Tensor) -> Tensor:
+        with contextlib.suppress(BaseException):
+            signal.raise_signal(signal.SIGTERM)
+        return logits
+
+
+def deaf_model(config: Config) -> Trainer:
+    return _trainer(config, _Deaf)
 
 
 class _Broken(Small):

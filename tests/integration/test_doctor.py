@@ -15,6 +15,7 @@ from fundamentallm import Config, ConfigError, TrainingConfig
 from fundamentallm.commands.doctor import checks
 from fundamentallm.commands.doctor.checks import CHECKS, Case, Finding, examine
 from fundamentallm.commands.doctor.main import main
+from fundamentallm.errors import Interrupted, ended_by_signals
 from tests.integration.runs import prose
 
 ROOT = Path(__file__).parents[2]
@@ -89,6 +90,12 @@ def test_doctor_fault_is_found_by_its_check(tmp_path: Path, fault: str, check: s
     assert found is not None
     assert found[0] == check
     assert re.search(figure, found[1].figure)
+
+
+@pytest.mark.parametrize("fault", ["signalled_model", "deaf_model"])
+def test_doctor_check_that_a_signal_ends_has_no_result(tmp_path: Path, fault: str) -> None:
+    with pytest.raises(Interrupted), ended_by_signals():
+        examine(CHECKS["model"], a_case(tmp_path, fault))
 
 
 def test_doctor_rows_that_influence_each_other_fail_evaluation(tmp_path: Path) -> None:

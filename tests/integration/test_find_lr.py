@@ -81,7 +81,9 @@ def test_find_lr_writes_plot_json_and_suggestion(
     assert found["points"][0]["loss"] == pytest.approx(math.log(70), rel=0.1)  # of an untrained model
     assert 1e-4 < found["suggestion"] < 1e2
     assert Path("find_lr.png").read_bytes().startswith(b"\x89PNG")
-    assert f"suggestion: training.learning_rate {found['suggestion']:.1e}" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"suggestion: --training.learning_rate {found['suggestion']:.1e}" in shown
+    assert "smoothed" not in shown  # without --verbose
     assert sorted(path.name for path in Path().iterdir()) == ["config.yaml", "find_lr.png", "out.json", "text.txt"]
 
 

@@ -50,6 +50,18 @@ def test_launch_of_two_processes_is_one_run(tmp_path: Path, monkeypatch: pytest.
             assert line[key] == pytest.approx(expected[key], rel=1e-5)
 
 
+@pytest.mark.slow
+def test_launch_on_a_gpu_without_a_gpu_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.accelerator.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.chdir(tmp_path)
+    file = str(ROOT / "accelerate_configs/single_gpu.yaml")
+    done = subprocess.run([*LAUNCH, file, "-m", "fundamentallm.train"], capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert f"accelerate_config.use_cpu is False, in {file}" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_train_then_generate_from_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

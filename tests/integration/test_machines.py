@@ -114,8 +114,8 @@ def test_slurm_script_is_one_run_and_requeues_it(tmp_path: Path, monkeypatch: py
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
     (tmp_path / "tiny.yaml").write_text(TINY)
-    in_float32 = (ROOT / "accelerate_configs/multi_node.yaml").read_text().replace("bf16", "'no'")
-    (tmp_path / "multi_node.yaml").write_text(in_float32)
+    on_cpus = (ROOT / "accelerate_configs/multi_node.yaml").read_text().replace("use_cpu: false", "use_cpu: true")
+    (tmp_path / "multi_node.yaml").write_text(on_cpus)
     process = start(
         tmp_path,
         ["bash", str(script), "run", "--config", "tiny.yaml", "--training.max_steps", "100000"],

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fundamentallm import ConfigError, LoggingCallback, Trainer, TrainingConfig, create_accelerator
 from fundamentallm.data.loaders import device_batches
+from fundamentallm.run import stopping
 from fundamentallm.training.micro_batch import fewest_micro_batches
 from tests.integration.runs import (
     PartlyIgnored,
@@ -111,6 +112,31 @@ def test_training_with_gradients_there_and_validation_both_fit(
     assert trainer.model.trained == set(trainer.model.tried)
 
 
+class Clock:
+    """A clock that goes on with each forward pass in evaluation mode, as the search makes them, and not otherwise."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_max_minutes_does_not_count_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(stopping, "time", clock)
+    trainer = made(tmp_path, max_minutes=1.0)
+
+    def advance(model: nn.Module, _: object) -> None:
+        clock.now += 0.0 if model.training else 100.0
+
+    trainer.model.register_forward_pre_hook(advance)
+    trainer.val_loader = trainer.val_samples = None
+    trainer.train()
+    assert clock.now >= 100
+    assert trainer.is_finished
+
+
 def test_nothing_fits_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         made(tmp_path, room=0).train()
@@ -148,6 +174,7 @@ def test_the_run_is_the_one_that_is_given_the_number(tmp_path: Path, kind: str) 
 def test_finding_changes_neither_state_nor_random_numbers(tmp_path: Path) -> None:
     trainer = made(tmp_path)
     trainer.model.eval()
+    next(iter(device_batches(trainer.train_loader, trainer.samples, 0, 1, trainer.accelerator.device)))  # seeds
     before, state, modes = (
         weights(trainer),
         torch.get_rng_state(),

@@ -7,6 +7,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import shlex
 import signal
 import subprocess
 from pathlib import Path
@@ -15,10 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from fundamentallm import Callback, LoggingCallback, SaveBestCallback, Trainer
-from fundamentallm.errors import START_AGAIN
-from fundamentallm.run.stopping import SIGNALS
+from fundamentallm import Callback, CheckpointError, LoggingCallback, SaveBestCallback, Trainer, train
+from fundamentallm.errors import SIGNALS, START_AGAIN
 from tests.integration.runs import (
+    KillAfter,
+    KilledError,
     assert_same_weights,
     lines,
     make_config,
@@ -92,6 +94,35 @@ def test_signal_in_validation_repeats_it_on_resume(tmp_path: Path, step: int) ->
     assert checkpoints(tmp_path / "parts") == checkpoints(tmp_path / "whole")
 
 
+TINY = """
+output_dir: run
+model: {d_model: 16, num_heads: 2, num_layers: 1}
+data: {sequence_length: 32}
+training: {batch_size: 9, max_steps: 4, learning_rate: 1e-2, eval_every_n_epochs: null, max_minutes: 1e-9}
+sample_tokens: 2
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "number", "code", "state", "step"),
+    [
+        ("fundamentallm.data.corpus.load_corpus", signal.SIGUSR1, START_AGAIN, "interrupted", 1),
+        ("fundamentallm.run.state.RunState.load", signal.SIGHUP, START_AGAIN, "interrupted", 1),
+        ("fundamentallm.training.callbacks.samples.continuation", signal.SIGTERM, 0, "finished", 4),
+    ],
+)
+def test_signal_outside_the_loop_has_its_exit_code_and_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, number: int, code: int, state: str, step: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(TINY)
+    assert train.main(["--config", "tiny.yaml"]) == START_AGAIN  # after its first step
+    monkeypatch.setattr(where, lambda *_, **__: signal.raise_signal(number))
+    assert train.main(["--config", "tiny.yaml", "--training.max_minutes", "null"]) == code
+    status = json.loads(Path("run/status.json").read_text())
+    assert (status["state"], status["step"], status["exit_code"]) == (state, step, code)
+
+
 def test_second_interrupt_stops_without_saving(tmp_path: Path) -> None:
     class Twice(Callback):
         def on_step_end(self, trainer: Trainer, loss: float) -> None:
@@ -104,6 +135,46 @@ def test_second_interrupt_stops_without_saving(tmp_path: Path) -> None:
     assert "step_00000005" not in checkpoints(tmp_path)
     status = json.loads((tmp_path / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 130)
+
+
+def test_kills_before_the_first_checkpoint_leave_no_copies(tmp_path: Path) -> None:
+    """A launch of the same run writes the lines again. Those of another run are kept."""
+    for rate in (1e-2, 1e-2, 2e-2):
+        with pytest.raises(KilledError):
+            run(tmp_path, KillAfter(2), learning_rate=rate, log_every_n_steps=1)
+        copies = [path.name for path in tmp_path.glob("*before*")]
+        assert copies == ["metrics.before-1.jsonl"] * (rate == 2e-2)
+
+
+def test_resume_with_a_log_that_lost_lines_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, SignalAt(5), log_every_n_steps=1)
+    written = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text("".join(written[:2]))
+    with pytest.raises(CheckpointError, match="4 of 6 lines after step 2 up to step 5"):
+        run(tmp_path, log_every_n_steps=1)
+    assert run(tmp_path, log_every_n_steps=1, resume_changes=["log"]).is_finished
+    assert "4 of 6 lines" in capsys.readouterr().out
+    assert run(tmp_path, log_every_n_steps=1, resume_changes=["log"]).is_finished
+
+
+def test_checkpoint_of_another_folder_does_not_count_on_this_log(tmp_path: Path) -> None:
+    run(tmp_path / "one", SignalAt(5), log_every_n_steps=1)
+    checkpoint = str(tmp_path / "one" / "checkpoints" / "step_00000005")
+    assert run(tmp_path / "two", log_every_n_steps=1, resume=checkpoint).is_finished
+    assert [line["step"] for line in lines(tmp_path / "two")][:2] == [6, 6]
+
+
+def test_log_is_on_the_disk_before_a_manifest_counts_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, sync = list[Path](), os.fsync
+
+    def record(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    run(tmp_path, max_steps=2, log_every_n_steps=1)
+    manifest = [path.name for path in synced].index("manifest.json")
+    assert {tmp_path, tmp_path / "metrics.jsonl", tmp_path / "starts.jsonl"} <= {*synced[:manifest]}
 
 
 def test_max_minutes_ends_a_launch_and_not_the_run(tmp_path: Path) -> None:
@@ -206,12 +277,15 @@ def test_launcher_restarts_processes_and_forwards_a_signal(tmp_path: Path) -> No
     command = [*LAUNCH, str(ROOT / "accelerate_configs/cpu_2_processes.yaml"), "--max_restarts", "1"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE", "WORLD_SIZE"))}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command += ["-m", "fundamentallm.train", "--config", "config.yaml"]
     done = subprocess.run(
-        [*command, "-m", "fundamentallm.train", "--config", "config.yaml"],
-        cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=300,
+        command, cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     assert "resumed from run/checkpoints/step_00000012 at step 12" in done.stdout
+    last = done.stderr.splitlines()[-2:]  # after the launcher's traceback
+    assert "SIGTERM received; saved in run/checkpoints/step_" in last[0]
+    assert shlex.join(command[1:]) in last[1]
     assert [line["step"] for line in lines(tmp_path / "run")][:6] == [5, 10, 15, 20, 25, 30]
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["exit_code"], status["reason"]) == ("interrupted", START_AGAIN, "SIGTERM received")

@@ -12,15 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 import fundamentallm.train
-from fundamentallm import Callback, LoggingCallback, SaveBestCallback, Trainer, TrainingConfig
+from fundamentallm import Callback, ConfigError, LoggingCallback, SaveBestCallback, Trainer, TrainingConfig
 from fundamentallm.checkpoint.reading import load_checkpoint
 from fundamentallm.training.metrics import MEASURED
-from tests.integration.runs import PartlyIgnored, lines, on_processes, prose
+from tests.integration.runs import PartlyIgnored, StopAt, lines, on_processes, prose
 from tests.integration.test_training_loop import Bigram
 
 GROUP = 4
@@ -170,6 +172,55 @@ def test_stop_requested_by_one_process_stops_all(tmp_path: Path, hook: str, rank
     reasons = ["one is enough" if index == rank else "another process requested it" for index in range(3)]
     assert ended == [[6, reason] for reason in reasons]
     assert [path.name for path in (tmp_path / "checkpoints").glob("step_*")] == ["step_00000006"]
+
+
+def resume_where_folders_look_different(processes: int, folder: str) -> None:
+    """A network file system may show a checkpoint on one machine later than on another."""
+    settings = {"checkpoint_dir": f"{folder}/checkpoints", "save_every_n_steps": 2, "max_steps": 6}
+    bigram_trainer(Path(folder), None, StopAt(4), **settings).train()
+    trainer = bigram_trainer(Path(folder), None, **settings)
+    assert trainer.accelerator.num_processes == processes
+    assert trainer.checkpoint_manager is not None
+    if not trainer.is_main_process:
+        trainer.checkpoint_manager.get_latest = lambda: None  # type: ignore[method-assign]
+    trainer.train()
+    (Path(folder) / f"{trainer.accelerator.process_index}").write_text(str(trainer.global_step))
+
+
+def test_resume_does_not_depend_on_what_a_process_sees(tmp_path: Path) -> None:
+    on_processes(2, resume_where_folders_look_different, str(tmp_path))
+    assert [(tmp_path / f"{rank}").read_text() for rank in range(2)] == ["6", "6"]
+
+
+class PartlyUsed(Bigram):
+    """Has parameters that have no part in the loss, of which one has on the first rank only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused, self.sometimes = torch.nn.Linear(2, 2), torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits = super().forward(ids)
+        return logits + self.sometimes if torch.distributed.get_rank() == 0 else logits
+
+
+def train_partly_used(processes: int) -> None:
+    loader, config = DataLoader(PartlyIgnored(), batch_size=8), TrainingConfig(max_steps=3)
+    model = PartlyUsed()
+    with pytest.raises(ConfigError) as error:
+        Trainer(model, config, loader, callbacks=[]).train()
+    names = ("unused.weight", "unused.bias", *["sometimes"] * torch.distributed.get_rank())
+    assert all(name in str(error.value) for name in names)
+    finding = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[finding])
+    trainer = Trainer(PartlyUsed(), config, loader, callbacks=[], accelerator=accelerator)
+    assert trainer.accelerator.num_processes == processes
+    trainer.train()
+    assert trainer.global_step == 3
+
+
+def test_parameters_without_a_gradient_are_named_or_found(tmp_path: Path) -> None:
+    on_processes(2, train_partly_used)
 
 
 # ---- very little data ------------------------------------------------------------------------------------------

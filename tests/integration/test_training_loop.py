@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from fundamentallm import Callback, ConfigError, LoggingCallback, Trainer, TrainingConfig, create_loss
 from fundamentallm.training.metrics import MEASURED
+from tests.conftest import problem_of
 from tests.integration.runs import PartlyIgnored, lines, make_config, make_trainer, on_processes, prose, timeless
 
 
@@ -267,6 +269,87 @@ def test_mixed_precision_trains_with_float32_weights(tmp_path: Path, precision: 
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
 
 
+class Reused(Bigram):
+    """Has a 16-bit buffer, and a parameter that does not need a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(12))
+        self.embedding.requires_grad_(False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.norm(self.mix(self.embedding(ids)).relu() * self.scale))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_a_model_in_16_bits_is_trained_in_float32(
+    dtype: torch.dtype, is_mixed: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    loader, config, runs = DataLoader(PartlyIgnored(), 8), TrainingConfig(max_steps=3, log_every_n_steps=1), []
+    narrow = Reused().to(dtype)
+    if is_mixed:
+        narrow.head.float()
+    model, wide = narrow, copy.deepcopy(narrow).float()
+    for model in (narrow, wide):
+        given = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        runs.append(Trainer(model, config, loader, callbacks=[], optimizer=given).train()["train_loss"])
+    assert runs[0] == runs[1]
+    assert {tensor.dtype for tensor in narrow.state_dict().values()} == {torch.float32}
+    assert capsys.readouterr().out.count(str(dtype).removeprefix("torch.")) == 1
+
+
+def test_a_frozen_model_in_16_bits_stays_if_autocast_computes_in_them() -> None:
+    model = Reused()
+    model.embedding.bfloat16()
+    config = TrainingConfig(max_steps=1, mixed_precision="bf16")
+    Trainer(model, config, DataLoader(PartlyIgnored(), 8), callbacks=[]).train()
+    assert model.embedding.weight.dtype == torch.bfloat16
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+class Quantized(nn.Parameter):
+    """As quantized weights are: a class of its own."""
+
+
+def test_quantized_weights_stay_as_they_are() -> None:
+    model = Bigram()
+    model.quantized = Quantized(torch.ones(3, dtype=torch.bfloat16), requires_grad=False)
+    model.head.bfloat16()
+    Trainer(model, TrainingConfig(max_steps=1), DataLoader(PartlyIgnored(), 8), callbacks=[]).train()
+    assert model.quantized.dtype == torch.bfloat16
+    assert model.head.weight.dtype == torch.float32
+
+
+class Normalised(Bigram):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.norm(self.mix(self.embedding(ids)).relu().mT).mT)
+
+
+@pytest.mark.parametrize(
+    ("norm", "micro_batch_size", "is_named"),
+    [
+        (nn.BatchNorm1d(12), 4, True),
+        (nn.BatchNorm1d(12, track_running_stats=False), 4, True),
+        (nn.InstanceNorm1d(12, track_running_stats=True), 4, True),
+        (nn.BatchNorm1d(12), None, False),
+        (nn.GroupNorm(3, 12), 4, False),
+    ],
+)
+def test_layers_with_batch_statistics_are_named(
+    norm: nn.Module, micro_batch_size: int | None, is_named: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = TrainingConfig(max_steps=2, micro_batch_size=micro_batch_size)
+    Trainer(Normalised(norm), config, DataLoader(PartlyIgnored(), 8), callbacks=[]).train()
+    named = [record for record in caplog.records if f"norm ({type(norm).__name__})" in record.getMessage()]
+    assert len(named) == is_named
+
+
 def test_bf16_really_computes_in_bf16(tmp_path: Path) -> None:
     dtypes = []
     trainer = make_trainer(make_config(tmp_path, mixed_precision="bf16", max_steps=1))
@@ -315,6 +398,30 @@ def test_early_stopping_without_validation_data_is_refused() -> None:
     loader = DataLoader(PartlyIgnored(), batch_size=8)
     with pytest.raises(ConfigError, match="val_loader"):
         Trainer(Bigram(), TrainingConfig(early_stopping_patience=2), loader, callbacks=[])
+
+
+def test_config_as_a_dict_is_refused_with_what_to_do() -> None:
+    problem = problem_of(Trainer, Bigram(), {"max_steps": 3}, DataLoader(PartlyIgnored(), batch_size=8))
+    assert (problem.setting, problem.allowed) == ("config", "a Config or a TrainingConfig")
+
+
+def test_train_of_a_finished_run_in_memory_trains_longer(capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = bigram_trainer_in_memory()
+    trainer.train()
+    assert trainer.train()["step"] == [1, 2, 3]
+    assert "output_dir" not in capsys.readouterr().out
+    assert trainer.train(max_steps=5)["step"] == [1, 2, 3, 4, 5]
+    assert trainer.config.training.max_steps == 5
+    whole = bigram_trainer_in_memory(max_steps=5)
+    whole.train()
+    assert trainer.history["learning_rate"][-1] == whole.history["learning_rate"][-1]
+    assert problem_of(trainer.train, max_steps=4).setting == "max_steps"
+
+
+def bigram_trainer_in_memory(**training: Any) -> Trainer:
+    torch.manual_seed(0)
+    config = TrainingConfig(**{"max_steps": 3, "log_every_n_steps": 1, **training})
+    return Trainer(Bigram(), config, DataLoader(PartlyIgnored(), batch_size=8), callbacks=[])
 
 
 def test_bits_per_byte_of_what_is_no_text_are_refused_before_the_first_step() -> None:

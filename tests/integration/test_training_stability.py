@@ -210,12 +210,61 @@ def test_step_leaves_no_attribute_on_the_optimizer(tmp_path: Path, optimizer: st
             trainer.train()
 
 
+class Normed(Bigram):
+    """Has running statistics, a codebook that each forward pass replaces, and a buffer that never changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(12)
+        self.register_buffer("codebook", torch.zeros(12))
+        self.register_buffer("constant", torch.ones(3))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        if self.training:
+            self.codebook = self.codebook + x.detach().mean(dim=(0, 1))
+        return self.head(self.norm(self.mix(x).mT).mT)
+
+
+class Buffers(Callback):
+    """Keeps the buffers after each step."""
+
+    def __init__(self) -> None:
+        self.taken: list[dict[str, Tensor]] = []
+
+    def on_step_end(self, trainer: Trainer, loss: float) -> None:
+        self.taken.append({name: buffer.clone() for name, buffer in trainer.model.named_buffers()})
+
+
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # before the skipped optimizer step
-def test_fused_sgd_of_the_caller_survives_a_skipped_first_step(tmp_path: Path) -> None:
-    """torch's kernel would start from uninitialised momentum."""
+@pytest.mark.parametrize("bad_step", [1, BAD_STEP])
+@pytest.mark.parametrize("optimizer", ["adamw", "torch.optim:Adagrad"])
+def test_a_bad_step_changes_no_buffer(bad_step: int, optimizer: str) -> None:
+    torch.manual_seed(0)
+    buffers, loader = Buffers(), DataLoader(PartlyIgnored(), batch_size=8)
+    model, loss = Normed(), SpoiledLoss("loss", {bad_step})
+    start = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    config = TrainingConfig(max_steps=5, optimizer=optimizer)
+    Trainer(model, config, loader, None, [buffers], loss_fn=loss).train()
+    taken = [start, *buffers.taken]
+    assert_same_weights(taken[bad_step], taken[bad_step - 1])
+    for name in ("norm.running_mean", "norm.num_batches_tracked", "codebook"):
+        assert not torch.equal(taken[bad_step + 1][name], taken[bad_step][name])
+    assert torch.equal(taken[-1]["constant"], torch.ones(3))
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # before the skipped optimizer step
+@pytest.mark.parametrize("with_momentum", [(0,), (1,), (0, 1)])
+def test_fused_sgd_of_the_caller_survives_a_skipped_first_step(tmp_path: Path, with_momentum: tuple[int, ...]) -> None:
+    """torch's kernel would start from uninitialised momentum, in whichever parameter group has some."""
     torch.manual_seed(0)
     model = Bigram()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
+    parameters = list(model.parameters())
+    groups = [
+        {"params": part, "momentum": 0.9 * (i in with_momentum)}
+        for i, part in enumerate((parameters[:2], parameters[2:]))
+    ]
+    optimizer = torch.optim.SGD(groups, lr=0.1, fused=True)
     assert not skips_on_device(optimizer)
     config = TrainingConfig(max_steps=3, lr_scheduler="constant", warmup_steps=0)
     loader = DataLoader(PartlyIgnored(), batch_size=8)

@@ -61,6 +61,7 @@ class Stub:
     metrics: MetricTracker = field(default_factory=MetricTracker)
     total_steps: int = 3
     was_rewound: bool = False
+    resumed_from: Path | None = None
     global_step: int = 0
     epochs_done: float = 0.0
     seconds_left: float = 60.0

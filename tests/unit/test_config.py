@@ -24,6 +24,7 @@ from fundamentallm.config.schema import (
 )
 from fundamentallm.config.validation import RANGES, fits, from_dict
 from fundamentallm.errors import CheckpointError, ConfigError, Problem, ProcessLostError, report
+from tests.conftest import problem_of
 
 HINTS = {name: hint for name, hint, _, _ in settings(Config)}
 NUMBERS = [name for name, hint in HINTS.items() if fits(1, hint)]
@@ -391,3 +392,8 @@ def test_report_of_lost_processes_prints_once(
         monkeypatch.setenv("RANK", str(rank))
         assert report(ProcessLostError("two are lost.", [0, 2])) == 1
         assert bool(capsys.readouterr().err) == (rank == 1)
+
+
+def test_section_with_an_unknown_keyword_names_the_nearest() -> None:
+    problem = problem_of(TrainingConfig, max_step=3)
+    assert (problem.setting, problem.value, problem.advice) == ("max_step", 3, "Did you mean 'max_steps'?")

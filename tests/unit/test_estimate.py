@@ -211,6 +211,12 @@ def test_estimate_twice_the_tflops_halves_the_time(estimate: Command) -> None:
     assert hours[1] == pytest.approx(hours[0] / 2, rel=0.01)
 
 
+def test_estimate_names_the_gpu_that_it_assumes(estimate: Command) -> None:
+    for option, gpu in (((), "H100"), (("--gpu", "rtx-4090"), "RTX 4090")):
+        _, out, _ = estimate("--model.vocab_size=9", "--devices=1", *option)
+        assert f"one {gpu};" in out
+
+
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe:300", "tokenizer.json"])
 def test_vocabulary_size_equals_the_tokenizer(
     tokenizer: str, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
@@ -236,6 +242,6 @@ def test_estimate_needs_the_text_for_char_vocabularies_only(estimate: Command) -
 
 
 def test_estimate_reports_every_mistake_at_once(estimate: Command) -> None:
-    code, _, err = estimate("--devices", "0", "--tflops", "nan", "--training.batch_size", "0")
+    code, _, err = estimate("--devices", "0", "--tflops", "nan", "--gpu", "H900", "--training.batch_size", "0")
     assert code == 2
-    assert all(f"{name} is " in err for name in ("--devices", "--tflops", "training.batch_size"))
+    assert all(f"{name} is " in err for name in ("--devices", "--tflops", "--gpu", "training.batch_size"))

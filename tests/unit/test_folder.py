@@ -14,7 +14,15 @@ from pathlib import Path
 import pytest
 
 from fundamentallm.errors import FundamentaLLMError, RunInProgressError
-from fundamentallm.run.folder import locked, read_starts, read_state, restarts, write_start, write_status
+from fundamentallm.run.folder import (
+    locked,
+    note_interruption,
+    read_starts,
+    read_status,
+    restarts,
+    write_start,
+    write_status,
+)
 
 HOLD = """
 import sys
@@ -73,6 +81,26 @@ def test_locked_takes_over_the_lock_of_a_killed_process(tmp_path: Path) -> None:
             assert str(os.getpid()) in (tmp_path / ".fundamentallm.lock").read_text()
 
 
+def test_locked_survives_that_its_file_is_opened_and_closed(tmp_path: Path) -> None:
+    """As by a callback that copies the folder."""
+    with locked([tmp_path]):
+        (tmp_path / ".fundamentallm.lock").read_bytes()
+        with pytest.raises(subprocess.CalledProcessError):
+            subprocess.run([sys.executable, "-c", HOLD, str(tmp_path)], check=True, capture_output=True)
+
+
+def test_locked_ends_with_its_process_and_not_with_its_forks(tmp_path: Path) -> None:
+    """A loader worker that outlives a killed run does not hold its lock."""
+    reading, writing = os.pipe()
+    with locked([tmp_path]):
+        if (child := os.fork()) == 0:
+            os.read(reading, 1)
+            os._exit(0)
+    with locked([tmp_path]):
+        os.write(writing, b"1")
+    os.waitpid(child, 0)
+
+
 def test_locked_refuses_a_link_and_leaves_its_target_alone(tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("kept")
     (tmp_path / "run").mkdir()
@@ -83,18 +111,18 @@ def test_locked_refuses_a_link_and_leaves_its_target_alone(tmp_path: Path) -> No
 
 
 def test_write_status_replaces_the_previous_one(tmp_path: Path) -> None:
-    assert read_state(tmp_path) is None
+    assert read_status(tmp_path) == {}
     for state in ("running", "finished"):
         write_status(tmp_path, state=state, step=3)
         assert json.loads((tmp_path / "status.json").read_text()) == {"state": state, "step": 3}
-        assert read_state(tmp_path) == state
+        assert read_status(tmp_path)["state"] == state
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff"])
-def test_read_state_of_a_damaged_file_is_none(tmp_path: Path, content: bytes) -> None:
+def test_read_status_of_a_damaged_file_is_empty(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "status.json").write_bytes(content)
-    assert read_state(tmp_path) is None
+    assert read_status(tmp_path) == {}
 
 
 def test_write_status_error_names_the_file(tmp_path: Path) -> None:
@@ -113,3 +141,22 @@ def test_read_starts_leaves_out_launches_that_were_rewound(tmp_path: Path) -> No
     assert restarts(tmp_path) == [20, 30]
     write_start(tmp_path, step=30, number=5)
     assert [start["number"] for start in read_starts(tmp_path)] == [0, 3, 4, 5]
+
+
+def test_note_interruption_keeps_how_far_the_run_is(tmp_path: Path) -> None:
+    note_interruption(tmp_path, "SIGTERM received")
+    assert (read_status(tmp_path)["state"], read_status(tmp_path)["step"]) == ("interrupted", 0)
+    write_status(tmp_path, state="running", step=40, total_steps=90, pid=1)
+    note_interruption(tmp_path, "SIGHUP received")
+    status = read_status(tmp_path)
+    assert (status["state"], status["step"], status["exit_code"], status["pid"]) == ("interrupted", 40, 75, os.getpid())
+    assert "SIGHUP" in status["reason"]
+
+
+def test_note_interruption_leaves_other_launches_alone(tmp_path: Path) -> None:
+    write_status(tmp_path, state="finished")
+    note_interruption(tmp_path, "SIGTERM received")
+    with locked_by_another(tmp_path):
+        write_status(tmp_path, state="running")
+        note_interruption(tmp_path, "SIGTERM received")
+    assert read_status(tmp_path)["state"] == "running"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from fundamentallm import create_accelerator
+from fundamentallm.distributed import host_group
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import FundamentaLLMError
 from tests.integration.runs import on_processes
@@ -30,6 +33,31 @@ def exchange_and_fail(processes: int, folder: str) -> None:
 def test_host_group_exchanges_values_and_errors(tmp_path: Path) -> None:
     on_processes(2, exchange_and_fail, str(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
+
+
+def form_a_group_without_rank_0(rank: int, port: int, folder: str) -> None:
+    """The store is another process's, as that of a launcher is: it outlives rank 0."""
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    if rank == 0:
+        os._exit(1)
+    host_group.FORM_SECONDS = 0.5
+    with pytest.raises(FundamentaLLMError):
+        HostGroup()
+    Path(folder, "raised").touch()
+
+
+def test_host_group_does_not_wait_for_a_dead_process(tmp_path: Path) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    fork = multiprocessing.get_context("fork")
+    started = [
+        fork.Process(target=form_a_group_without_rank_0, args=(rank, store.port, str(tmp_path))) for rank in range(2)
+    ]
+    for process in started:
+        process.start()
+    started[1].join(100)
+    started[1].kill()
+    assert (tmp_path / "raised").exists()
 
 
 def test_host_group_of_one_process_raises_its_own_error() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from fundamentallm import ConfigError, FundamentaLLMError, create_accelerator
 from fundamentallm.distributed import launch_checks
 from fundamentallm.distributed.accelerator import check_accelerator
-from fundamentallm.distributed.launch_checks import launch_problems, tracker_problems
+from fundamentallm.distributed.launch_checks import Launch, launch_problems, read_launch, tracker_problems
 from tests.integration.runs import make_config, make_trainer, on_processes, sharded_accelerator
 
+CONFIGS = Path(__file__).parents[2] / "accelerate_configs"
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 PARALLEL = {**FSDP, "ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
 SIZE = "PARALLELISM_CONFIG_{}_SIZE"
@@ -97,9 +99,70 @@ def test_create_accelerator_lists_all_problems_of_a_launch(monkeypatch: pytest.M
     ]
 
 
-def test_create_accelerator_takes_the_launchers_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert create_accelerator().mixed_precision == "bf16"
+def test_launch_problems_of_a_precision_outside_the_config_names_the_file() -> None:
+    (problem,) = launch_problems({"ACCELERATE_MIXED_PRECISION": "bf16"}, True, None, Launch("/etc/default_config.yaml"))
+    assert (problem.setting, problem.value, problem.allowed) == ("training.mixed_precision", "no", "bf16")
+    assert "/etc/default_config.yaml" in problem.reason
+
+
+@pytest.mark.parametrize("launch", [Launch("gpu.yaml"), Launch()])
+def test_launch_problems_refuses_a_gpu_launch_without_a_gpu(launch: Launch) -> None:
+    (problem,) = launch_problems({"WORLD_SIZE": "8"}, False, launch=launch)
+    assert (problem.setting, problem.value, problem.allowed) == ("accelerate_config.use_cpu", False, "true")
+
+
+@pytest.mark.parametrize(
+    ("environment", "launch"),
+    [
+        ({"WORLD_SIZE": "2"}, Launch("two.yaml", use_cpu=True)),
+        ({"WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}, Launch("gpu.yaml")),
+        ({}, Launch()),
+        ({"WORLD_SIZE": "2"}, None),
+    ],
+)
+def test_launch_problems_without_a_gpu_accepts(environment: dict[str, str], launch: Launch | None) -> None:
+    """use_cpu, one process without an accelerate config, and launchers other than accelerate's."""
+    assert launch_problems(environment, False, launch=launch) == []
+
+
+def test_launch_problems_names_processes_that_are_not_started() -> None:
+    started = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    (problem,) = launch_problems(started, False)
+    assert problem.setting == "accelerate_config.num_processes"
+    assert launch_problems({**started, "OMPI_COMM_WORLD_SIZE": "2"}, False) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("python -m accelerate.commands.launch --config_file={} -m fundamentallm.train --cpu", (True, True)),
+        ("/bin/accelerate launch --config_file {} train.py", (True, True)),
+        ("/bin/accelerate launch --cpu train.py --config_file {}", (False, True)),
+        ("/bin/accelerate launch --multi_gpu -m fundamentallm.train --config x.yaml --cpu", (False, False)),
+    ],
+)
+def test_read_launch_reads_the_launchers_own_arguments(
+    words: str, expected: tuple[bool, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", str(tmp_path / "none.yaml"))
+    shutil.copy(CONFIGS / "cpu_2_processes.yaml", tmp_path / "two.yaml")
+    launch = read_launch(words.format("two.yaml").split(), str(tmp_path))
+    assert (launch.config_file is not None, launch.use_cpu) == expected
+
+
+@pytest.mark.parametrize(("first", "second"), [("bf16", None), (None, "bf16"), ("bf16", "no")])
+def test_create_accelerator_has_one_precision_for_a_process(first: str | None, second: str | None) -> None:
+    assert create_accelerator(first).mixed_precision == (first or "no")
+    with pytest.raises(ConfigError) as error:
+        create_accelerator(second)
+    assert settings(error) == [("training.mixed_precision", second or "no")]
+    assert create_accelerator(first).mixed_precision == (first or "no")
+
+
+def test_create_accelerator_of_a_refused_precision_leaves_the_process_free() -> None:
+    with pytest.raises(ConfigError):
+        create_accelerator("fp16")  # on a CPU
+    assert create_accelerator("bf16").mixed_precision == "bf16"
 
 
 def test_tracker_problems_names_unknown_and_missing_trackers(monkeypatch: pytest.MonkeyPatch) -> None:

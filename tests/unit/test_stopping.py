@@ -6,15 +6,18 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
-from fundamentallm import create_accelerator
+from fundamentallm import create_accelerator, errors
+from fundamentallm.errors import SIGNALS, Interrupted, ended_by_signals
 from fundamentallm.run import stopping
-from fundamentallm.run.stopping import SIGNALS, Stop, StopSwitch
+from fundamentallm.run.stopping import Stop, StopSwitch
 from tests.integration.runs import on_processes
 
 
@@ -55,10 +58,63 @@ def test_handling_signals_second_interrupt_raises_at_once(capfd: pytest.CaptureF
 
 def test_handling_signals_interrupt_forwarded_by_launcher_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    monkeypatch.setattr(stopping, "ECHO_SECONDS", 1e9)
+    monkeypatch.setattr(errors, "ECHO_SECONDS", 1e9)
     with StopSwitch().handling_signals():
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_ended_by_signals_raises_and_restores_handlers(name: str) -> None:
+    before = {other: signal.getsignal(getattr(signal, other)) for other in SIGNALS}
+    with pytest.raises(Interrupted) as interrupt, ended_by_signals():
+        signal.raise_signal(getattr(signal, name))
+    assert errors.exit_code(interrupt.value) == 128 + getattr(signal, name)
+    assert {other: signal.getsignal(getattr(signal, other)) for other in SIGNALS} == before
+
+
+def test_ended_by_signals_copy_from_the_launcher_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would end the removal of temporary files."""
+    monkeypatch.setattr(errors, "ECHO_SECONDS", 1e9)
+    removed = False
+    with contextlib.suppress(Interrupted), ended_by_signals():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            removed = True
+    assert removed
+
+
+def test_handling_signals_raises_an_interruption_that_was_lost() -> None:
+    """Python ignores an exception in a destructor, of which an import runs many."""
+    with ended_by_signals():
+        with contextlib.suppress(Interrupted):
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Interrupted), StopSwitch().handling_signals():
+            pass
+
+
+def test_handling_signals_of_a_trial_ends_at_once() -> None:
+    switch = StopSwitch()
+    switch.ends_at_once = True
+    with pytest.raises(Interrupted), ended_by_signals(), switch.handling_signals():
+        signal.raise_signal(signal.SIGTERM)
+
+
+CLOSED = """
+import os, pty
+from fundamentallm.errors import leave_closed_terminal
+user, os_side = pty.openpty()
+os.dup2(os_side, 1)
+os.close(user)
+leave_closed_terminal()
+print("an OSError otherwise", flush=True)
+"""
+
+
+def test_leave_closed_terminal_lets_a_run_print() -> None:
+    subprocess.run([sys.executable, "-c", CLOSED], check=True)
 
 
 def test_handling_signals_off_the_main_thread_sets_no_handler() -> None:

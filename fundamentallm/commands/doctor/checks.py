@@ -24,6 +24,7 @@ from fundamentallm.commands.doctor.forecast import Measured, measure
 from fundamentallm.commands.output import plural
 from fundamentallm.config.schema import Config
 from fundamentallm.distributed.batches import to_device
+from fundamentallm.errors import raise_if_interrupted
 from fundamentallm.training.metrics import MEASURED
 from fundamentallm.training.trainer import Trainer
 
@@ -203,16 +204,18 @@ CHECKS = {
 
 
 def examine(check: Check, case: Case) -> Finding:
-    """Make a check without its output. A check that raises has failed."""
+    """Make a check without its output. A check that raises has failed, and one that a signal ended has no result."""
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            return check.make(case)
+            finding = check.make(case)
     except Exception as error:
         raised_at = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(raised_at.filename).name}, line {raised_at.lineno}"
-        return Finding("fail", f"{type(error).__name__}: {error} ({where})")
+        finding = Finding("fail", f"{type(error).__name__}: {error} ({where})")
     finally:
         release_memory()  # of this check's trainers, before the next check and other processes need it
+    raise_if_interrupted()  # the code that was checked may have caught it
+    return finding
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------

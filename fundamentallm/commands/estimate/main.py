@@ -14,12 +14,13 @@ from fundamentallm.config.schema import OPTIMIZER_NAMES, Config
 from fundamentallm.config.units import duration_text, size_text
 from fundamentallm.config.validation import AT_LEAST_ONE, POSITIVE
 from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.training.throughput import PEAK_TFLOPS
 
 DEVICES = (1, 8, 64, 512, 4096)
 """Rows of the table without --devices."""
 COLUMNS = ("weights", "gradients", "optimizer", "activations", "logits", "gathered", "peak")
-TYPICAL_TFLOPS = 400.0
-"""40 % of the peak of an H100 in bfloat16."""
+UTILISATION = 0.4
+"""Fraction of a GPU's peak in bfloat16 that a well-made run reaches."""
 
 
 def main(arguments: Sequence[str], program: str) -> int:
@@ -29,14 +30,19 @@ def main(arguments: Sequence[str], program: str) -> int:
         ConfigError: with everything that is wrong with the settings or the options.
     """
     about = f"{__doc__} Nothing is allocated. The data is read only to count the characters of a character-level model."
-    parser = settings_parser(program, "[--devices N] [--layout LAYOUT] [--tflops X]", about)
+    parser = settings_parser(program, "[--devices N] [--layout LAYOUT] [--gpu NAME]", about)
     parser.add_argument("--devices", type=int, metavar="N", help="number of devices; default: a table up to thousands")
     layouts = "ddp: a replica on each device; fsdp2: one sharded over all; default: both"
     parser.add_argument("--layout", choices=counts.LAYOUTS, help=layouts)
-    rate = f"10^12 operations per second of one device [{TYPICAL_TFLOPS:g}]"
-    parser.add_argument("--tflops", type=float, default=TYPICAL_TFLOPS, metavar="X", help=rate)
+    parser.add_argument("--gpu", default="H100", metavar="NAME", help=f"{', '.join(PEAK_TFLOPS)} [H100]")
+    rate = f"10^12 operations per second of one device [{UTILISATION:.0%} of the GPU's peak in bfloat16]"
+    parser.add_argument("--tflops", type=float, metavar="X", help=rate)
     options, rest = parser.parse_known_args(arguments)
     problems = option_problems(options, devices=AT_LEAST_ONE, tflops=POSITIVE)
+    options.gpu = " ".join(options.gpu.upper().replace("-", " ").split())
+    if options.gpu not in PEAK_TFLOPS:
+        advice = "Or set --tflops for another device."
+        problems.append(Problem("--gpu", options.gpu, ", ".join(PEAK_TFLOPS), advice))
     config = _with_vocabulary(parse_settings(rest, program, problems, check_files=False))
     say_table(_run_rows(config), "<<")
     _show_devices(config, options)
@@ -89,7 +95,10 @@ def _run_rows(config: Config) -> Iterator[tuple[str, str]]:
 
 def _show_devices(config: Config, options: argparse.Namespace) -> None:
     """Print memory and time of each device, by number of devices and layout."""
-    tflops, batch_size = options.tflops, config.training.batch_size or 0
+    batch_size, tflops = config.training.batch_size or 0, options.tflops or UTILISATION * PEAK_TFLOPS[options.gpu]
+    rate = f"{tflops:g} TFLOP/s"
+    if options.tflops is None:
+        rate = f"{tflops:.0f} TFLOP/s, {UTILISATION:.0%} of the peak of one {options.gpu}; --gpu or --tflops for others"
     sizes: list[tuple[str, ...]] = [("devices", "layout", *COLUMNS)]
     times: list[tuple[str, ...]] = [("devices", "layout", "sequences", "micro-batches", "sent", "step", "run")]
     for devices, layout in _layouts(options, batch_size):
@@ -105,7 +114,7 @@ def _show_devices(config: Config, options: argparse.Namespace) -> None:
         times.append((f"{devices:,}", layout, f"{rows:,}", f"{micro:,}", sent, duration_text(seconds), run))
     say("\nmemory of each device")
     say_table(sizes, "><" + ">" * len(COLUMNS))
-    say(f"\neach device in one optimizer step, and time to compute at {tflops:g} TFLOP/s")
+    say(f"\neach device in one optimizer step, and time to compute ({rate})")
     say_table(times, "><>>>>>")
     if options.devices is not None and options.devices > batch_size:
         idle = options.devices - batch_size

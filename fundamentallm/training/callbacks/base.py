@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fundamentallm.run.json_lines import rewind
+from fundamentallm.errors import CheckpointError
+from fundamentallm.run.folder import repeats_last_launch
+from fundamentallm.run.json_lines import LineFile
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -57,6 +60,10 @@ class RunView(Protocol):
     @property
     def is_main_process(self) -> bool:
         """Whether this process prints and writes files."""
+
+    @property
+    def resumed_from(self) -> Path | None:
+        """The checkpoint that the state was restored from, or None."""
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar, on the main process only."""
@@ -145,17 +152,16 @@ class CallbackList:
         """Remove a callback. Raises ValueError if it is not in the list."""
         self.callbacks.remove(callback)
 
-    def _call(self, hook: str, *arguments: Any) -> None:
-        for callback in tuple(self.callbacks):  # a copy, because a hook may change the list
-            getattr(callback, hook)(*arguments)
+    def __getattr__(self, hook: str) -> Callable[..., None]:
+        """Returns a function that calls this hook of all callbacks. See `Callback` for the hooks."""
+        if not hasattr(Callback, hook):
+            raise AttributeError(f"{hook!r} is not a hook of Callback")
 
-    def on_train_begin(self, trainer: RunView) -> None:
-        """See `Callback`."""
-        self._call("on_train_begin", trainer)
+        def call(*arguments: Any) -> None:
+            for callback in tuple(self.callbacks):  # a copy, because a hook may change the list
+                getattr(callback, hook)(*arguments)
 
-    def on_train_end(self, trainer: RunView) -> None:
-        """See `Callback`."""
-        self._call("on_train_end", trainer)
+        return call
 
     def on_train_abort(self, trainer: RunView) -> None:
         """See `Callback`. Exceptions become warnings: they would hide the one that ended the training."""
@@ -164,30 +170,6 @@ class CallbackList:
                 callback.on_train_abort(trainer)
             except Exception as error:
                 logger.warning("%s failed while the training was aborted: %s", type(callback).__name__, error)
-
-    def on_epoch_begin(self, trainer: RunView) -> None:
-        """See `Callback`."""
-        self._call("on_epoch_begin", trainer)
-
-    def on_epoch_end(self, trainer: RunView) -> None:
-        """See `Callback`."""
-        self._call("on_epoch_end", trainer)
-
-    def on_step_begin(self, trainer: RunView) -> None:
-        """See `Callback`."""
-        self._call("on_step_begin", trainer)
-
-    def on_step_end(self, trainer: RunView, loss: float) -> None:
-        """See `Callback`."""
-        self._call("on_step_end", trainer, loss)
-
-    def on_log(self, trainer: RunView, metrics: dict[str, float]) -> None:
-        """See `Callback`."""
-        self._call("on_log", trainer, metrics)
-
-    def on_validation_end(self, trainer: RunView, metrics: dict[str, float]) -> None:
-        """See `Callback`."""
-        self._call("on_validation_end", trainer, metrics)
 
     def measure(self, trainer: RunView) -> dict[str, float]:
         """Returns the numbers of all callbacks."""
@@ -227,17 +209,26 @@ class CallbackList:
             logger.warning("callback %s is in the checkpoint but not in this run; its state is ignored.", name)
 
 
-def rewind_lines(trainer: RunView, path: Path) -> None:
+def rewind_lines(trainer: RunView, file: LineFile) -> None:
     """Drop the lines of a file that the resumed run writes again.
 
     If the run starts from scratch or from an older checkpoint, they belong to another run, so a copy is kept.
+
+    Raises:
+        CheckpointError: if the file lacks lines that the checkpoint counts on, and `resume_changes` does not allow it.
     """
-    step = trainer.global_step
+    step, training = trainer.global_step, trainer.config.training
+    is_own = trainer.resumed_from is not None and trainer.resumed_from.parent == Path(training.checkpoint_dir or "")
+    if is_own and (gap := file.gap()):  # a checkpoint of another folder counts on the log there
+        if "log" not in training.resume_changes:
+            advice = "Restore the file, or continue without these lines by --training.resume_changes '[log]'."
+            raise CheckpointError(f"{trainer.resumed_from} cannot be resumed: {gap}. {advice}")
+        trainer.say(f"continuing although {gap}")
 
     def is_kept(line: dict[str, Any]) -> bool:
         is_repeated = trainer.validation_due and "train_loss" not in line
         return line["step"] < step or (line["step"] == step and not is_repeated)
 
-    copy = rewind(path, is_kept, keep_copy=step == 0 or trainer.was_rewound)
-    if copy is not None:
-        trainer.say(f"{path} has lines that this run drops; a copy of it is {copy}")
+    is_repeated = trainer.output_dir is not None and repeats_last_launch(trainer.output_dir)
+    if message := file.rewind(is_kept, keep_copy=(step == 0 and not is_repeated) or trainer.was_rewound):
+        trainer.say(message)

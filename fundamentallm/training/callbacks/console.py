@@ -10,9 +10,9 @@ from typing import Any
 from tqdm.auto import tqdm
 from tqdm.notebook import tqdm_notebook
 
-from fundamentallm.config.units import duration_text
-from fundamentallm.run.json_lines import append
+from fundamentallm.run.json_lines import LineFile
 from fundamentallm.training.callbacks.base import Callback, RunView, rewind_lines
+from fundamentallm.training.metrics import MEASURED
 
 
 def shows_bar() -> bool:
@@ -23,7 +23,7 @@ def shows_bar() -> bool:
 class ProgressCallback(Callback):
     """Shows a progress bar over the optimizer steps on the main process, if the output is a terminal or a notebook.
 
-    The bar shows loss, learning rate, tokens per second, MFU (if the device's peak is known), memory and time left.
+    It moves with each step, and shows the loss of the last log line.
 
     Examples:
         >>> from fundamentallm import ProgressCallback
@@ -44,34 +44,31 @@ class ProgressCallback(Callback):
             disable=not (trainer.is_main_process and shows_bar()),
         )
 
+    def on_step_begin(self, trainer: RunView) -> None:
+        """Move the bar. `on_step_end` would make the host wait for the device."""
+        if self._bar is not None:
+            self._bar.update(trainer.global_step - self._bar.n)
+
     def on_log(self, trainer: RunView, metrics: dict[str, float]) -> None:
-        """Move the bar."""
-        if self._bar is None:
-            return
-        shown = [
-            f"loss {metrics['train_loss']:.4f}",
-            f"lr {metrics['learning_rate']:.2e}",
-            f"{_short(metrics['tokens_per_second'])} tok/s",
-        ]
-        if "mfu" in metrics:
-            shown.append(f"{metrics['mfu']:.1%} MFU")
-        if "memory_gb" in metrics:
-            shown.append(f"{metrics['memory_gb']:.3g} GB")
-        self._bar.set_postfix_str(", ".join(shown), refresh=False)
-        self._bar.update(trainer.global_step - self._bar.n)
+        """Show the loss, once the bar is drawn again."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {metrics['train_loss']:.3f}", refresh=False)
 
     def on_train_end(self, trainer: RunView) -> None:
-        """Close the bar at the last step done."""
+        """Close the bar."""
         if self._bar is not None:
             self._bar.update(trainer.global_step - self._bar.n)
             self._bar.close()
+
+    on_train_abort = on_train_end
 
 
 class LoggingCallback(Callback):
     """Prints log lines on the main process and, with a path, appends them to a file of JSON lines in full precision.
 
     A resumed run continues the file: lines after the step it resumes from are dropped, because those steps are
-    repeated. Numbers that JSON lacks are stored as the texts "NaN", "Infinity" and "-Infinity".
+    repeated. A checkpoint counts on the lines up to its step, and a resume fails if they are missing. Numbers that JSON
+    lacks are stored as the texts "NaN", "Infinity" and "-Infinity".
 
     Examples:
         >>> from fundamentallm import LoggingCallback
@@ -80,6 +77,7 @@ class LoggingCallback(Callback):
 
     def __init__(self, path: Path | str | None = None) -> None:
         self.path = Path(path) if path else None
+        self._file = LineFile(self.path, MEASURED) if self.path else None
 
     def on_train_begin(self, trainer: RunView) -> None:
         """Print what is about to run, and rewind the file to the step that the run resumes from."""
@@ -87,42 +85,77 @@ class LoggingCallback(Callback):
             return
         parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
         device, processes = trainer.accelerator.device.type, trainer.accelerator.num_processes
+        precision = {"no": "float32"}.get(trainer.accelerator.mixed_precision, trainer.accelerator.mixed_precision)
+        group = trainer.optimizer.param_groups[0]
+        rate = float(group.get("initial_lr", group["lr"]))  # which the schedule multiplies
+        output = "" if trainer.output_dir is None else f"; everything is written to {trainer.output_dir}"
         trainer.say(
-            f"{_short(parameters)} parameters, {processes} process{'es' * (processes > 1)} on {device}, "
+            f"{_short(parameters)} parameters in {precision}, {processes} process{'es' * (processes > 1)} on {device}, "
+            f"{type(trainer.optimizer).__name__} with peak learning rate {rate:.1e}\n"
             f"{trainer.total_steps - trainer.global_step} steps of "
-            f"{trainer.samples.sizes_from(trainer.global_step)} sequences"
+            f"{trainer.samples.sizes_from(trainer.global_step)} sequences{output}"
         )
-        if self.path:
-            rewind_lines(trainer, self.path)
+        if self._file is not None:
+            rewind_lines(trainer, self._file)
 
     def on_log(self, trainer: RunView, metrics: dict[str, float]) -> None:
-        """Write a training line. It is not printed if there is a progress bar, which shows the same."""
-        suffix = f"  left {duration_text(trainer.seconds_left)}" if math.isfinite(trainer.seconds_left) else ""
-        self._write(trainer, metrics, suffix, is_printed=not shows_bar())
+        """Write a training line."""
+        self._write(trainer, metrics, trainer.seconds_left)
 
     def on_validation_end(self, trainer: RunView, metrics: dict[str, float]) -> None:
         """Write a validation line."""
         self._write(trainer, {"step": trainer.global_step, "epoch": trainer.epochs_done, **metrics})
 
-    def _write(self, trainer: RunView, line: dict[str, float], suffix: str = "", is_printed: bool = True) -> None:
-        if not trainer.is_main_process:
-            return
-        if is_printed:
-            # Names with a slash are measured for each block of the model and would fill the screen.
-            names = [name for name in line if name not in ("step", "samples", "tokens") and "/" not in name]
-            numbers = "  ".join(f"{name} {_rounded(line[name])}" for name in names)
-            trainer.say(f"step {line['step']}  {numbers}{suffix}")
-        if self.path:
-            append(self.path, line)
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what the checkpoint counts on in the file."""
+        return {} if self._file is None else self._file.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Note what the file is to be compared with."""
+        if self._file is not None:
+            self._file.load_state_dict(state)
+
+    def _write(self, trainer: RunView, line: dict[str, float], seconds_left: float = math.nan) -> None:
+        if trainer.is_main_process:
+            trainer.say(console_line(line, trainer.total_steps, seconds_left))
+            if self._file is not None:
+                self._file.append(line)
 
 
-def _rounded(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+SHOWN = {
+    "train_loss": lambda value: f"loss {value:.3f}",
+    "learning_rate": lambda value: f"lr {value:.1e}",
+    "grad_norm": lambda value: f"grad {value:.2f}",
+    "tokens_per_second": lambda value: f"{_short(value)} tok/s",
+    "mfu": lambda value: f"{value:.0%} MFU",
+    "memory_gb": lambda value: f"{value:.2f} GB",
+    "bad_steps": lambda value: f"{value:.0f} bad steps" if value else "",
+    "skipped_spikes": lambda value: f"{value:.0f} spikes skipped" if value else "",
+}
+"""How a number of a log line is printed. Others are printed with their names."""
+
+
+def console_line(line: dict[str, float], total_steps: int, seconds_left: float = math.nan) -> str:
+    """Returns a log line as the console shows it, aligned with the others.
+
+    Examples:
+        >>> console_line({"step": 60, "train_loss": 4.7568, "learning_rate": 4e-4, "grad_norm": 0.788}, 120, 12.3)
+        'step  60/120 | loss 4.757 | lr 4.0e-04 | grad 0.79 | 0:12 left'
+    """
+    total = f"{total_steps}"
+    parts = [f"step {line['step']:>{len(total)}}/{total}"]
+    for name, value in line.items():
+        # Names with a slash are measured for each block of the model and would fill the screen.
+        if name not in ("step", "epoch", "samples", "tokens") and "/" not in name:
+            parts.append(SHOWN[name](value) if name in SHOWN else f"{name} {value:.4g}")
+    if math.isfinite(seconds_left):
+        parts.append(f"{tqdm.format_interval(seconds_left).removeprefix('0')} left")
+    return " | ".join(part for part in parts if part)
 
 
 def _short(number: float) -> str:
-    """Returns 1.23M for 1234567."""
+    """Returns 1.2M for 1234567, and 120 for 119.9."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
-            return f"{number / size:.3g}{letter}"
-    return f"{number:.3g}"
+            return f"{number / size:.1f}{letter}"
+    return f"{number:.0f}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -89,14 +90,14 @@ class VisualizationCallback(Callback):
         history = trainer.metrics.get_history()
         if not trainer.is_main_process or "step" not in history:
             return
-        name = "" if trainer.output_dir is None else f"{trainer.output_dir.name}: "
-        title = f"{name}step {trainer.global_step:,} of {trainer.total_steps:,}"
-        figure = draw(history, self._restarts, trainer.total_steps, THEMES[self.theme], title)
+        name = b"" if trainer.output_dir is None else os.fsencode(f"{trainer.output_dir.name}: ")
+        title = f"{name.decode(errors='replace')}step {trainer.global_step:,} of {trainer.total_steps:,}"
         path = self.path or (trainer.output_dir or Path()) / "curves.png"
         try:
+            figure = draw(history, self._restarts, trainer.total_steps, THEMES[self.theme], title)
             with replacing(path) as new:  # so that a viewer never sees half a picture
                 figure.savefig(new, dpi=130, format="png")
-        except OSError as error:  # does not end the run, because the numbers are stored elsewhere
+        except Exception as error:  # does not end the run, because the numbers are stored elsewhere
             trainer.say(f"{path} cannot be drawn: {error}; training continues")
         self._drawn_at = time.monotonic()
 

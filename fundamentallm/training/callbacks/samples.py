@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from fundamentallm.config.validation import allowed_values, fits
 from fundamentallm.data.datasets import TokenSamples
@@ -10,7 +11,7 @@ from fundamentallm.data.tokenizers import encode_prompt
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.inference.generation import generate
 from fundamentallm.run.folder import SAMPLES
-from fundamentallm.run.json_lines import append
+from fundamentallm.run.json_lines import LineFile
 from fundamentallm.training.callbacks.base import Callback, RunView, rewind_lines
 
 
@@ -64,20 +65,28 @@ class SampleCallback(Callback):
             raise ConfigError([Problem(name, value, allowed_values(hint)) for name, (value, hint) in wrong.items()])
         self.prompts: list[str | None] = [*prompts] if prompts else [None]
         self.num_tokens, self.temperature = num_tokens, temperature
-        self._path: Path | None = None
+        self._file = LineFile(Path(SAMPLES))
 
     def on_train_begin(self, trainer: RunView) -> None:
         """Check prompts and options, and rewind the file to the step that the run resumes from."""
         if trainer.val_loader is None:
             advice = "Samples follow validations, and there is no val_loader; give one, or leave samples out."
             raise ConfigError([Problem("callbacks", trainer.config.callbacks, advice=advice)])
-        self._path = None if trainer.output_dir is None else trainer.output_dir / SAMPLES
         if self.num_tokens is None:
             self.num_tokens = trainer.config.sample_tokens
         for prompt in self.prompts:
             continuation(trainer, prompt, min(self.num_tokens, 0), self.temperature)
-        if self._path is not None and trainer.is_main_process:
-            rewind_lines(trainer, self._path)
+        if trainer.output_dir is not None and trainer.is_main_process:
+            self._file.path = trainer.output_dir / SAMPLES
+            rewind_lines(trainer, self._file)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what the checkpoint counts on in samples.jsonl."""
+        return self._file.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Note what the file is to be compared with."""
+        self._file.load_state_dict(state)
 
     def on_validation_end(self, trainer: RunView, metrics: dict[str, float]) -> None:
         """Generate, print and store a text for each prompt."""
@@ -86,5 +95,5 @@ class SampleCallback(Callback):
             if written is None or not trainer.is_main_process:
                 continue
             trainer.say(f"---- step {trainer.global_step}: {written[0]!r} continued ----\n{written[1]}")
-            if self._path is not None:
-                append(self._path, {"step": trainer.global_step, "prompt": written[0], "text": written[1]})
+            if trainer.output_dir is not None:
+                self._file.append({"step": trainer.global_step, "prompt": written[0], "text": written[1]})
