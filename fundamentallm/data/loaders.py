@@ -205,8 +205,8 @@ def shift_labels(samples: list[Any]) -> Any:
     batch = default_collate(samples)
     if isinstance(batch, Mapping):
         labels = batch.get(LABELS, batch["input_ids"])
-        inputs = {name: value[:, :-1] if value.shape == labels.shape else value for name, value in batch.items()}
-        return {**inputs, LABELS: labels[:, 1:]}
+        shorter = {name: value[:, :-1] if value.shape == labels.shape else value for name, value in batch.items()}
+        return {**shorter, LABELS: labels[:, 1:]}
     inputs, labels = (batch, batch) if isinstance(batch, Tensor) else batch
     return inputs[:, :-1], labels[:, 1:]
 

@@ -28,10 +28,10 @@ def _rebuild(batch: Any, function: Callable[[Any, str], Any]) -> Any:
         entries = {key: function(value, f"[{key!r}]") for key, value in batch.items()}
         if not isinstance(batch, MutableMapping):
             return type(batch)(entries)  # type: ignore[call-arg]
-        result = copy.copy(batch)
+        mapping = copy.copy(batch)
         for key, value in entries.items():
-            result[key] = value
-        return result
+            mapping[key] = value
+        return mapping
     if callable(getattr(batch, "to", None)):  # a packed sequence is a named tuple, and has no rows
         return batch
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):

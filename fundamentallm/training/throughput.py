@@ -128,10 +128,10 @@ def make_throughput(config: TrainingConfig, accelerator: Accelerator, model: nn.
     from fundamentallm.distributed.dtensor import device_name
 
     peak = config.peak_tflops or known_peak(device_name(accelerator.device), accelerator.mixed_precision)
-    sample = dataset[0] if peak is not None else None
-    inputs = (
-        sample.get("input_ids") if isinstance(sample, Mapping) else sample[0] if isinstance(sample, tuple) else None
-    )
-    if peak is None or not hasattr(inputs, "__len__"):  # the cost of a target is not known
+    if peak is None:
+        return Throughput()
+    sample = dataset[0]
+    inputs = sample.get("input_ids") if isinstance(sample, Mapping) else sample[0]
+    if not hasattr(inputs, "__len__"):  # the cost of a target is not known
         return Throughput()
     return Throughput(peak * accelerator.num_processes, model_flops_per_token(model, len(inputs)))
