@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from importlib.metadata import version
 
 from fundamentallm.config.registry import did_you_mean
 from fundamentallm.errors import ConfigError, FundamentaLLMError, Problem, ended_by_signals, exit_code, report
@@ -53,8 +54,11 @@ def main() -> int:
 
 def _run(verb: str, arguments: list[str]) -> int:
     if verb in ("-h", "--help"):
-        print("usage: fundamentallm COMMAND [--help] ...\n")
+        print("usage: fundamentallm COMMAND [--help] ...\n       fundamentallm --version\n")
         print("\n".join(f"  {name:<12} {text}" for name, (_, text) in VERBS.items()))
+        return 0
+    if verb in ("-V", "--version"):
+        print(f"fundamentallm {version('fundamentallm')}")
         return 0
     if verb not in VERBS:
         text, advice = f"unknown command {verb!r}", did_you_mean(verb, VERBS)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
@@ -157,6 +158,18 @@ def exit_code(error: BaseException) -> int:
     return INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
 
 
+def printable(text: str, keep: str = "\n\t") -> str:
+    """Returns text from outside so that no terminal obeys it: control characters are escaped, except those in `keep`.
+
+    These are C0, C1, marks that change the direction of text, and what Unicode has not assigned.
+    """
+
+    def is_shown(c: str) -> bool:  # with the joiners and hyphens of some scripts and emoji, and with all spaces
+        return c.isprintable() or c in keep or c in "\u200c\u200d\u00ad" or unicodedata.category(c) == "Zs"
+
+    return "".join(c if is_shown(c) else ascii(c)[1:-1] for c in text)
+
+
 def report(error: FundamentaLLMError) -> int:
     """Print an error to stderr and return its exit code.
 
@@ -168,6 +181,7 @@ def report(error: FundamentaLLMError) -> int:
     lost = error.ranks if isinstance(error, ProcessLostError) else []
     printing = next(rank for rank in itertools.count() if rank not in lost)
     if os.environ.get("RANK", "0") == str(printing):
+        text = printable(text)
         print(text, file=sys.stderr)
         counts = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RESTART_COUNT", "MAX_RESTARTS"))
         if len({*counts}) == 1:  # no restart follows

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fundamentallm.config.command_line import parse_config
+from fundamentallm.config.command_line import parse_config, print_help
 from fundamentallm.config.schema import METRIC_NAMES, Config, ModelConfig, unknown_metric
 from fundamentallm.config.units import duration_text
 from fundamentallm.errors import (
@@ -38,19 +38,26 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from tokenizers import Tokenizer
 
+    from fundamentallm.data.corpus import Corpus
     from fundamentallm.models.transformers_format import Pretrained
     from fundamentallm.training.callbacks.base import Callback
     from fundamentallm.training.trainer import Trainer
 
 T = TypeVar("T")
+FEW_STEPS = 100
+"""Optimizer steps below which a run whose length follows from the data warns: a default length rarely means so few."""
 
 
 def main(arguments: Sequence[str] | None = None, program: str = "python -m fundamentallm.train") -> int:
     """Runs the command line and returns the exit code."""
     config = None
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        if not arguments:
+            print_help(program)
+            raise ConfigError("No setting is given. Give --config FILE, or settings such as --data.source my.txt.")
         with ended_by_signals():
-            config = parse_config(sys.argv[1:] if arguments is None else arguments, program)
+            config = parse_config(arguments, program)
             trainer = run(config)
     except FundamentaLLMError as error:
         return report(error)
@@ -107,6 +114,7 @@ def make_trainer(config: Config) -> Trainer:
     from fundamentallm.distributed.accelerator import create_accelerator
     from fundamentallm.models.transformer import Transformer
     from fundamentallm.run.initial_weights import open_pretrained
+    from fundamentallm.run.resume import learned_tokenizer
     from fundamentallm.training.trainer import Trainer
 
     config = config.resolved()
@@ -116,8 +124,9 @@ def make_trainer(config: Config) -> Trainer:
     callbacks = _check_names(config)
     config, pretrained, model = open_pretrained(config)
     is_main = accelerator.is_main_process
-    corpus = _local_main_process_first(accelerator, lambda: load_corpus(config.data, show_progress=is_main))
-    config = replace(config, model=_with_vocabulary(config.model, corpus.tokenizer))
+    learned = learned_tokenizer(config)
+    corpus = _local_main_process_first(accelerator, lambda: load_corpus(config.data, is_main, learned))
+    config = replace(config, model=_with_vocabulary(config.model, corpus))
     train_loader, val_loader = create_dataloaders(corpus, corpus.tokenizer, config)
     torch.manual_seed(config.training.seed)
     if model is None:
@@ -127,13 +136,16 @@ def make_trainer(config: Config) -> Trainer:
             model = Transformer(config.model, document_start)
     trainer = Trainer(model, config, train_loader, val_loader, accelerator=accelerator)
     if pretrained is not None:
-        trainer.files = pretrained.files(config.data.sequence_length)
+        trainer.files = pretrained.files(train_loader.dataset)
         trainer.say(f"{config.model.pretrained}: {pretrained}")
     _load_initial_weights(trainer, pretrained, corpus.tokenizer)
     for callback in callbacks:
         trainer.callbacks.add(callback)
     for line in describe(corpus):
         trainer.say(line)
+    if training.max_steps is None and trainer.total_steps < FEW_STEPS:
+        few = f"warning: {trainer.total_steps} optimizer steps are few, with {training.warmup_steps} of warm-up"
+        trainer.say(f"{few}; more come from more training.max_epochs, or a smaller training.batch_size")
     datasets = [loader.dataset for loader in (train_loader, val_loader) if loader is not None]
     cut, dropped = (sum(getattr(dataset, name, 0) for dataset in datasets) for name in ("num_cut", "num_lost"))
     if cut:
@@ -218,10 +230,17 @@ def _check_names(config: Config) -> list[Callback]:
     return callbacks
 
 
-def _with_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
-    size = tokenizer.get_vocab_size()
+def _with_vocabulary(model: ModelConfig, corpus: Corpus) -> ModelConfig:
+    """Returns the shape with a row for each token. Tokens of the vocabulary that do not occur may have none."""
+    from fundamentallm.data.tokenizers import num_ids
+
+    size = num_ids(corpus.tokenizer)
     if model.vocab_size is not None and model.vocab_size < size:
-        raise ConfigError(Problem("model.vocab_size", model.vocab_size, allowed=f"at least the tokenizer's {size}"))
+        parts = [part.ids for source in corpus.sources for part in (source.train, source.validation) if len(part.ids)]
+        largest = max(int(ids.max()) for ids in parts)
+        if model.vocab_size <= largest:
+            reason = f"and the text has the token {corpus.tokenizer.id_to_token(largest)!r} with the id {largest}"
+            raise ConfigError(Problem("model.vocab_size", model.vocab_size, f"at least {largest + 1}", "", reason))
     return replace(model, vocab_size=model.vocab_size or size)
 
 

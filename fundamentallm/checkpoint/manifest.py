@@ -128,6 +128,14 @@ def verify(checkpoint: Path, hashed: Collection[str] | None = None) -> dict[str,
     return manifest
 
 
+def verify_if_ours(folder: Path) -> bool:
+    """Verify a model folder if it is a checkpoint, even one whose manifest is gone, and return whether it is one."""
+    is_ours = any(os.path.lexists(folder / name) for name in (MANIFEST, STATE, "training.safetensors"))
+    if is_ours:
+        verify(folder)
+    return is_ours
+
+
 def _check_file(checkpoint: Path, name: str, entry: dict[str, Any], is_hashed: bool) -> None:
     path = checkpoint / name
     if os.path.islink(path) or not os.path.isfile(path):  # unlike pathlib's, these accept names of any length

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import shutil
 import textwrap
@@ -15,18 +16,19 @@ from safetensors import SafetensorError
 from fundamentallm.checkpoint.manager import HIDDEN, CheckpointManager, checkpoints_folder
 from fundamentallm.checkpoint.manifest import MANIFEST, NAME, read_manifest, verify
 from fundamentallm.checkpoint.reading import export_weights, is_ours, load_parts
-from fundamentallm.commands.output import WIDTH, printable, say, say_table, shortened
+from fundamentallm.commands.output import WIDTH, say, say_table, shortened
+from fundamentallm.config.schema import Config, flat_settings
 from fundamentallm.config.units import size_text
 from fundamentallm.config.yaml_format import to_yaml
-from fundamentallm.errors import CheckpointError, CheckpointNotFoundError, ConfigError, Problem
+from fundamentallm.errors import CheckpointError, CheckpointNotFoundError, ConfigError, Problem, printable
 from fundamentallm.run.step_samples import samples_of_step, text_of_step, texts, why_no_text
 
 
 def list_command(options: argparse.Namespace) -> int:
     """`checkpoints list`: print a line for each checkpoint, from its manifest and its history of metrics."""
-    if is_ours(_existing(options.folder).resolve()):
-        raise CheckpointError(f"{options.folder} is a checkpoint; give the folder that contains it, or use show.")
-    folder = checkpoints_folder(options.folder)
+    if is_ours(_existing(options.checkpoint).resolve()):
+        raise CheckpointError(f"{options.checkpoint} is a checkpoint; give the folder that contains it, or use show.")
+    folder = checkpoints_folder(options.checkpoint)
     manager, rows, others = CheckpointManager(folder), [], []
     best, newest = manager.get_best(), manager.get_latest()
     for path in _subfolders(folder):
@@ -36,18 +38,20 @@ def list_command(options: argparse.Namespace) -> int:
         try:
             manifest = read_manifest(path)
             step, loss = manifest["step"], _val_loss(path, manifest["step"])
-        except CheckpointError as error:
-            others.append((path.name, _reason(error, path)))
-            continue
-        marks = ["best"] * (path == best) + ["newest"] * (path == newest)
-        marks += ["weights not finite"] * (not manifest["is_finite"])
-        row = path.name, "-" if step is None else f"{step:,}", "-" if loss is None else f"{loss:.4f}"
-        rows.append((manifest["sequence"], (*row, size_text(_num_bytes(manifest)), _saved_at(path), ", ".join(marks))))
+            marks = ["best"] * (path == best) + ["newest"] * (path == newest)
+            marks += ["weights not finite"] * (not manifest["is_finite"])
+            row = path.name, "-" if step is None else f"{step:,}", "-" if loss is None else f"{loss:.4f}"
+            about = size_text(_num_bytes(manifest)), _saved_at(path), ", ".join(marks)
+            rows.append((manifest["sequence"], (*row, *about)))
+        except (CheckpointError, OSError) as error:
+            if path.exists():  # otherwise the run has just deleted it
+                others.append((path.name, _reason(error, path)))
     if not rows and not any(is_ours(folder / name) or HIDDEN.fullmatch(name) for name, _ in others):
-        raise _nothing_in(options.folder)
+        raise _nothing_in(options.checkpoint)
     if rows:
         table = [row for _, row in sorted(rows, key=lambda item: item[0])]
         say_table([("checkpoint", "step", "val_loss", "size", "saved", ""), *table], "<>>>><")
+        say("\nonly sizes were checked; `fundamentallm checkpoints verify` compares every byte")
     if others:
         say("\nnot complete checkpoints:")
         say_table([(f"  {name}", reason) for name, reason in others], "<<")
@@ -56,7 +60,7 @@ def list_command(options: argparse.Namespace) -> int:
 
 def verify_command(options: argparse.Namespace) -> int:
     """`checkpoints verify`: print a line for each checkpoint."""
-    folder = _existing(options.folder)
+    folder = _existing(options.checkpoint)
     paths = [folder]
     if not is_ours(folder.resolve()):
         paths = [path for path in _subfolders(checkpoints_folder(folder)) if _why_not_checkpoint(path) is None]
@@ -66,12 +70,13 @@ def verify_command(options: argparse.Namespace) -> int:
     for path in paths:
         try:
             manifest = verify(path)
-        except CheckpointError as error:
-            damaged += 1
-            say(f"{path.name}  {_reason(error, path)}")
+            extra = sorted({entry.name for entry in path.iterdir()} - {*manifest["files"], MANIFEST})
+        except (CheckpointError, OSError) as error:
+            is_damaged = path.exists()
+            damaged += is_damaged
+            say(f"{path.name}  {_reason(error, path) if is_damaged else 'deleted by the run before it was checked'}")
             continue
-        extra = sorted({entry.name for entry in path.iterdir()} - {*manifest["files"], MANIFEST})
-        note = f"; not in the manifest: {printable(', '.join(extra))}" if extra else ""
+        note = f"; not in the manifest: {printable(', '.join(extra), keep='')}" if extra else ""
         say(f"{path.name}  ok, {len(manifest['files']) + 1} files, {size_text(_num_bytes(manifest))}{note}")
     if damaged and len(paths) > 1:
         say(f"{damaged} of {len(paths)} are damaged")
@@ -80,12 +85,12 @@ def verify_command(options: argparse.Namespace) -> int:
 
 def show_command(options: argparse.Namespace) -> int:
     """`checkpoints show`: print what a checkpoint holds, with --verify only after comparing every byte."""
-    path = _checkpoint(options.folder)
+    path = _checkpoint(options.checkpoint)
     manifest = verify(path) if options.verify else read_manifest(path)
     step, loss = manifest["step"], _val_loss(path, manifest["step"])
     parts = load_parts(path, ("config", "versions"))
     config, versions = parts.get("config"), parts.get("versions")
-    config_lines = _yaml(config, path).splitlines() if isinstance(config, dict) else []  # before anything is printed
+    config_texts = _config_texts(config, path) if isinstance(config, dict) else []  # before anything is printed
 
     say(f"{path}: {size_text(_num_bytes(manifest))}, saved {_saved_at(path)}")
     best = "saved as the best" if manifest["is_best"] else "not saved as the best"
@@ -97,15 +102,14 @@ def show_command(options: argparse.Namespace) -> int:
         say(textwrap.fill(f"made with {', '.join(f'{name} {version}' for name, version in versions.items())}", WIDTH))
     say(f"\nfiles ({'SHA-256 verified' if options.verify else 'sizes verified; --verify compares every byte'})")
     say_table([(f"  {name}", size_text(entry["size"])) for name, entry in manifest["files"].items()], "<>")
-    if isinstance(config, dict):
-        say("\nconfig" if "training" in config else "\nconfig (a TrainingConfig, of a run from Python)")
-        say("\n".join(f"  {line}" for line in config_lines))
+    for title, text in config_texts:
+        say(f"\n{title}\n{textwrap.indent(text, '  ').rstrip()}")
     return 0
 
 
 def samples_command(options: argparse.Namespace) -> int:
     """`checkpoints samples`: print indices, and the text if it is available."""
-    path = _checkpoint(options.folder)
+    path = _checkpoint(options.checkpoint)
     found = samples_of_step(path, options.step)
     no_text = "--indices_only" if options.indices_only else why_no_text(path, found)
     dataset = None if no_text else text_of_step(path, found, options.source)
@@ -131,7 +135,7 @@ def samples_command(options: argparse.Namespace) -> int:
 
 def consolidate_command(options: argparse.Namespace) -> int:
     """`checkpoints consolidate`: export weights, config and tokenizer."""
-    source, output = _checkpoint(options.folder), options.output
+    source, output = _checkpoint(options.checkpoint), options.output
     if os.path.lexists(output):
         raise ConfigError([Problem("OUT", str(output), allowed="a new folder", reason="which exists already")])
     staging = output.with_name(f".{output.name}-{os.getpid()}")
@@ -167,9 +171,14 @@ def _saved_at(path: Path) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime((path / MANIFEST).stat().st_mtime))
 
 
-def _yaml(config: dict[str, Any], path: Path) -> str:
+def _config_texts(config: dict[str, Any], path: Path) -> list[tuple[str, str]]:
+    """Returns a title and YAML for the settings of a run that differ from the defaults, and for all."""
+    title = "all settings" if "training" in config else "all settings (a TrainingConfig, of a run from Python)"
     try:
-        return to_yaml(config)
+        default = Config(output_dir=str(config.get("output_dir") or ".")).resolved()
+        defaults = flat_settings(dataclasses.asdict(default))
+        changed = {name: value for name, value in flat_settings(config).items() if value != defaults.get(name, value)}
+        return [("settings that differ from the defaults", to_yaml(changed)), (title, to_yaml(config))]
     except Exception as error:  # a stranger's config may hold anything
         raise CheckpointError(f"{path}: its config cannot be shown ({type(error).__name__}: {error}).") from error
 
@@ -215,5 +224,5 @@ def _why_not_checkpoint(path: Path) -> str | None:
     return None
 
 
-def _reason(error: CheckpointError, path: Path) -> str:
+def _reason(error: Exception, path: Path) -> str:
     return str(error).removeprefix(f"{path}: ").removesuffix(".")

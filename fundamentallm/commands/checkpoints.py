@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fundamentallm.commands.output import printable
-from fundamentallm.errors import CheckpointError, ConfigError, FundamentaLLMError
+from fundamentallm.commands.options import add_checkpoint
+from fundamentallm.errors import CheckpointError, ConfigError, FundamentaLLMError, printable
 
 
 def main(arguments: Sequence[str], program: str) -> int:
@@ -24,13 +24,13 @@ def main(arguments: Sequence[str], program: str) -> int:
         return command(options)
     except BrokenPipeError:  # an OSError that is not about the folder
         raise
-    # Errors may quote an untrusted checkpoint.
+    # Errors may quote an untrusted checkpoint, whose line ends could imitate lines of ours.
     except ConfigError as error:
-        raise ConfigError([printable(problem) for problem in error.problems]) from error
+        raise ConfigError([printable(problem, keep="") for problem in error.problems]) from error
     except FundamentaLLMError as error:
-        raise type(error)(printable(str(error))) from error
+        raise type(error)(printable(str(error), keep="")) from error
     except OSError as error:
-        raise CheckpointError(f"{printable(str(options.folder))} cannot be read: {error}.") from error
+        raise CheckpointError(f"{options.checkpoint} cannot be read: {error}.") from error
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
@@ -40,7 +40,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
 
     def add(name: str, text: str, folder: str) -> argparse.ArgumentParser:
         verb = verbs.add_parser(name, help=text, description=text[:1].upper() + text[1:] + ".", allow_abbrev=False)
-        verb.add_argument("folder", metavar="DIR", type=Path, help=folder)
+        add_checkpoint(verb, folder)
         verb.set_defaults(verb=name)
         return verb
 
@@ -50,7 +50,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
     show.add_argument("--verify", action="store_true", help="compare every byte with the manifest first")
     samples = add("samples", "show which samples an optimizer step was trained on", f"a checkpoint, {run} (its newest)")
     samples.add_argument(
-        "--step", required=True, type=int, metavar="N", help="step, counted from 1 as in metrics.jsonl"
+        "--step", required=True, type=int, metavar="INT", help="step, counted from 1 as in metrics.jsonl"
     )
     samples.add_argument("--full", action="store_true", help="print each text in full, not one line of it")
     samples.add_argument("--indices_only", action="store_true", help="print no text, so that the data is not needed")

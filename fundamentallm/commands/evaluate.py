@@ -7,7 +7,6 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,17 +19,18 @@ from tqdm import tqdm
 
 from fundamentallm.checkpoint.manifest import MANIFEST
 from fundamentallm.checkpoint.reading import load_parts
-from fundamentallm.commands.options import option_problems
+from fundamentallm.commands.options import add_checkpoint, option_problems
 from fundamentallm.commands.output import say, say_table
-from fundamentallm.config.files import kind_of_file, source_files
+from fundamentallm.config.files import find_source
 from fundamentallm.config.schema import IGNORE_INDEX, DataConfig
 from fundamentallm.config.validation import AT_LEAST_ONE, Interval
 from fundamentallm.data.datasets import TokenDataset
 from fundamentallm.data.encoding import encode_pieces
 from fundamentallm.data.loaders import collate, corpus_samples
-from fundamentallm.data.sources import read_pieces
+from fundamentallm.data.sources import open_text, read_pieces
 from fundamentallm.data.tokenizers import num_bytes
 from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.inference.generation import row_problem
 from fundamentallm.inference.loading import CHECKPOINT_HELP, LoadedModel, load_model
 from fundamentallm.inference.scoring import Window, interval, score, windows
 from fundamentallm.models.transformer import Transformer
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str], program: str) -> int:
     """
     parser = argparse.ArgumentParser(prog=program, description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("--checkpoint", required=True, type=Path, metavar="DIR", help=CHECKPOINT_HELP)
+    add_checkpoint(parser, CHECKPOINT_HELP)
     source = "text files, folders or globs; each file is a text by itself [the run's own validation text]"
     add("--source", nargs="+", metavar="TEXT", help=source)
     add("--context", type=int, metavar="N", help="tokens the model sees at once [the run's, or the model's maximum]")
@@ -153,21 +153,26 @@ def _text_of_files(loaded: LoadedModel, options: argparse.Namespace) -> Text:
     paths, texts, size = [], [], 0
     for source in options.source:
         try:
-            found = source_files(DataConfig(), source)
+            found = find_source(DataConfig(), source)
         except ConfigError:
-            found = []
-        if not found or any(kind_of_file(path) != "text" for path in found):  # rows and tokens are not text
+            found = None
+        if found is None or found.kind != "text":  # rows and tokens are not text
             raise ConfigError(Problem("--source", source, "text files, folders with .txt or .md files, and globs"))
-        paths += found
+        paths += found.files
     for path in paths:
         try:
-            with path.open(encoding="utf-8", newline="") as file:
+            with open_text(path) as file:
                 pieces = list(encode_pieces(loaded.tokenizer, read_pieces(file)))
-        except (ConfigError, OSError, UnicodeDecodeError) as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(Problem("--source", str(path), reason=f"which cannot be encoded: {error}")) from error
-        ids = np.concatenate([np.empty(0, np.uint16), *(ids for _, ids in pieces)])
+        if lacking := [piece for piece in pieces if piece.unknown]:
+            reason = f"which has {lacking[0].named_unknown()}"
+            raise ConfigError(Problem("--source", str(path), "text that the model's vocabulary has", reason=reason))
+        ids = np.concatenate([np.empty(0, np.uint16), *(piece.ids for piece in pieces)])
+        if problem := row_problem(loaded.model, "--source", str(path), ids.tolist()):
+            raise ConfigError(problem)
         texts.append(ids)
-        size += sum(len(piece.encode()) for piece, _ in pieces) - num_bytes(loaded.tokenizer, ids[:1])
+        size += sum(len(piece.text.encode()) for piece in pieces) - num_bytes(loaded.tokenizer, ids[:1])
     name = options.source[0] if len(options.source) == 1 else f"{len(paths)} files"
     context = options.context or loaded.context or max(map(len, texts))
     return _windowed(loaded, options, name, texts, size, context)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from fundamentallm.commands.options import add_checkpoint
 from fundamentallm.data.tokenizers import encode_prompt
-from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.errors import ConfigError, Problem, printable
 from fundamentallm.inference.generation import Sampling, generate_batch
 from fundamentallm.inference.loading import CHECKPOINT_HELP, load_model
 
@@ -23,7 +25,7 @@ def main(arguments: Sequence[str], program: str) -> int:
     """
     parser = argparse.ArgumentParser(prog=program, description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("--checkpoint", required=True, type=Path, metavar="DIR", help=CHECKPOINT_HELP)
+    add_checkpoint(parser, CHECKPOINT_HELP)
     add("--prompt", action="append", metavar="TEXT", help="text to continue [a new line]; may be repeated")
     add("--prompts", type=Path, metavar="FILE", help="file with a prompt in each line, in addition to --prompt")
     add("--max_new_tokens", type=int, default=200, metavar="N", help="maximum number of tokens to generate [200]")
@@ -49,9 +51,9 @@ def main(arguments: Sequence[str], program: str) -> int:
     if len(prompts) > 1 or options.json:
         _print_all(loaded.tokenizer, prompts, drawn, options.json)
         return 0
-    print(prompts[0], end="", flush=True)
+    _print(prompts[0], end="")
     for piece in pieces(loaded.tokenizer, (row[0] for row in drawn)):
-        print(piece, end="", flush=True)
+        _print(piece, end="")
     print()
     return 0
 
@@ -61,7 +63,7 @@ def _prompts(options: argparse.Namespace) -> list[str]:
     if options.prompts is not None:
         given = str(options.prompts)
         try:
-            lines = options.prompts.read_text(encoding="utf-8").split("\n")  # splitlines also splits at U+2028
+            lines = options.prompts.read_text(encoding="utf-8-sig").split("\n")  # splitlines also splits at U+2028
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(Problem("--prompts", given, reason=f"which cannot be read: {error}")) from error
         prompts += [line for line in lines if line]
@@ -97,6 +99,12 @@ def _print_all(tokenizer: Tokenizer, prompts: list[str], drawn: Iterator[dict[in
     for index, (prompt, ids) in enumerate(zip(prompts, texts, strict=True)):
         text = tokenizer.decode(ids)
         if as_json:
-            print(json.dumps({"prompt": prompt, "text": text, "tokens": len(ids)}, ensure_ascii=False))
+            escaped = sys.stdout.isatty()  # JSON leaves some control characters as they are otherwise
+            print(json.dumps({"prompt": prompt, "text": text, "tokens": len(ids)}, ensure_ascii=escaped))
         else:
-            print(f"{'' if index == 0 else chr(10)}---- {index} ----\n{prompt}{text}")
+            _print(f"{'' if index == 0 else chr(10)}---- {index} ----\n{prompt}{text}")
+
+
+def _print(text: str, end: str = "\n") -> None:
+    """Print text: for a terminal without control characters, otherwise exactly."""
+    print(printable(text) if sys.stdout.isatty() else text, end=end, flush=True)

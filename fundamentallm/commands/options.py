@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from fundamentallm.config.command_line import parse_config
 from fundamentallm.config.registry import resolve
@@ -31,6 +32,17 @@ def add_trainer_option(parser: argparse.ArgumentParser) -> None:
         help="function from a Config to a Trainer, for your own model or data; its Trainer must use the config that "
         f"the function is given [{DEFAULT_TRAINER}]",
     )  # fmt: skip
+
+
+def add_checkpoint(parser: argparse.ArgumentParser, text: str) -> None:
+    """Add the checkpoint that a command reads, which may be given by its position or as `--checkpoint DIR`."""
+
+    def path(text: str) -> Path | str:
+        return text if text == argparse.SUPPRESS else Path(text)  # Python 3.11 converts this default too
+
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("checkpoint", nargs="?", default=argparse.SUPPRESS, type=path, metavar="DIR", help=text)
+    group.add_argument("--checkpoint", default=argparse.SUPPRESS, type=Path, metavar="DIR", help="the same")
 
 
 def trainer_problems(name: str) -> list[Problem]:

@@ -9,13 +9,14 @@ import functools
 import inspect
 import itertools
 import json
+import os
 import typing
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from fundamentallm.config.files import file_problems
-from fundamentallm.config.registry import did_you_mean
+from fundamentallm.config.registry import setting_meant
 from fundamentallm.config.schema import Config
 from fundamentallm.config.validation import Section, expand_user, fits, from_dict
 from fundamentallm.config.yaml_format import from_yaml, to_yaml
@@ -87,6 +88,12 @@ def _parser(program: str) -> _Parser:
     return parser
 
 
+def print_help(program: str) -> None:
+    """Prints the help, on the first of all launched processes only."""
+    if os.environ.get("RANK", "0") == "0":
+        _parser(program).print_help()
+
+
 def _unknown_arguments(words: Sequence[str], known: Collection[str]) -> Iterator[Problem]:
     """Yields a problem for each word that argparse does not know; the value of an unknown option belongs to it."""
     options = [f"--{name}" for name in (*known, "config", "print_config", "help")]
@@ -94,7 +101,7 @@ def _unknown_arguments(words: Sequence[str], known: Collection[str]) -> Iterator
     for word in words:
         option, _, text = word.partition("=")
         if option.startswith("--"):
-            yield Problem(option, text, advice=did_you_mean(option, options), text="unknown option")
+            yield Problem(option, text, advice=setting_meant(option, options), text="unknown option")
         elif not previous.startswith("--") or "=" in previous:
             is_file = word.endswith((".yaml", ".yml"))
             advice = f"Did you mean --config {word}?" if is_file else "Give settings as --SECTION.SETTING VALUE."
@@ -103,12 +110,18 @@ def _unknown_arguments(words: Sequence[str], known: Collection[str]) -> Iterator
 
 
 def _command_line_value(text: str, hint: Any) -> Any:
-    """Returns a setting's text as YAML reads it, or unchanged if only text fits (`--output_dir 7`)."""
+    """Returns the value of a setting's text on the command line.
+
+    A setting of type text takes its argument as it is, except `null` if that is allowed, and `{...}` if a mapping is.
+    Lists and everything else are YAML, but in a list of text every item is text.
+    """
+    is_mapping = text.startswith("{") and fits({}, hint)
+    if fits(text, hint) and not is_mapping and not (text == "null" and fits(None, hint)):
+        return text
     try:
-        value = from_yaml(text)
+        return from_yaml(text, only_text=hint == list[str])
     except ValueError:
         return text
-    return text if fits(text, hint) and not fits(value, hint) else value
 
 
 def _read_file(path: str) -> dict[str, Any]:

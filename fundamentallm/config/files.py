@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import collections
+import fnmatch
 import glob
+import itertools
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 from fundamentallm.config.registry import did_you_mean
 from fundamentallm.config.schema import BUILT_IN_CORPUS, Config, DataConfig
@@ -16,8 +21,28 @@ DATASETS = "datasets:"
 """Prefix of a source that the datasets library opens."""
 PREPARED = ("meta.json", "tokenizer.json", "train.bin", "validation.bin")
 """Files of a prepared source."""
-ROWS, TOKENS = (".jsonl", ".parquet"), (".bin", ".npy")
-"""Suffixes of files with rows of fields, and of files with tokens; all others are text."""
+ROWS, TOKENS = (".jsonl", ".ndjson", ".json", ".parquet"), (".bin", ".npy")
+"""Suffixes of files with rows of fields, and of files with tokens."""
+NOT_TEXT = (
+    ".csv", ".tsv", ".arrow", ".feather", ".orc", ".avro", ".xls", ".xlsx", ".ods", ".db", ".sqlite", ".sqlite3",
+    ".h5", ".hdf5", ".npz", ".pkl", ".pickle", ".pt", ".pth", ".safetensors", ".gz", ".tgz", ".bz2", ".xz", ".zst",
+    ".zip", ".7z", ".rar", ".tar", ".pdf", ".doc", ".docx", ".odt", ".epub",
+)  # fmt: skip
+"""Suffixes of files that are refused, although some could be decoded as text. Files with any other suffix are text."""
+ENDINGS = 5
+"""Suffixes of left out files that are named."""
+
+
+class SourceFiles(NamedTuple):
+    """A `data.source`, resolved."""
+
+    name: str
+    kind: str
+    """'prepared', 'built-in', 'dataset', 'rows', 'tokens' or 'text'."""
+    files: list[Path]
+    """The files, sorted; the folder of a prepared source; empty for a dataset."""
+    left_out: str = ""
+    """Number of files of the folder that are not read, by reason."""
 
 
 def is_prepared(source: str) -> bool:
@@ -30,79 +55,156 @@ def is_checkpoint(folder: str) -> bool:
     return os.path.isfile(os.path.join(expand_user(folder), "manifest.json"))
 
 
-def kind_of_file(file: Path) -> str:
-    """Returns what a file holds, by its suffix: 'rows', 'tokens' or 'text'."""
-    suffix = file.suffix.lower()
-    return "rows" if suffix in ROWS else "tokens" if suffix in TOKENS else "text"
-
-
-def source_files(data: DataConfig, source: str) -> list[Path]:
-    """Returns the files of a source, sorted; none for the built-in corpus, datasets and prepared folders.
-
-    A folder means every file below it with one of `data.suffixes`. Hidden files and folders are skipped.
+def find_sources(data: DataConfig) -> list[SourceFiles]:
+    """Looks up the files of all sources.
 
     Raises:
-        ConfigError: if there are no files, or a folder cannot be read.
+        ConfigError: listing missing files, and files that do not fit together or the settings.
     """
-    if source == BUILT_IN_CORPUS or source.startswith(DATASETS) or is_prepared(source):
-        return []
-    path = expand_user(source)
+    found, problems = list[SourceFiles](), list[Problem]()
+    for name in data.sources():
+        try:
+            found.append(find_source(data, name))
+        except ConfigError as error:
+            problems += error.problems
+    has_rows = {source.kind for source in found} & {"rows", "dataset", "prepared"}  # prepared from rows, perhaps
+    if not problems and data.text_field != DataConfig.text_field and not has_rows:
+        allowed, reason = f"with rows ({', '.join(ROWS)} or {DATASETS}NAME)", f"but data.source is {data.source!r}"
+        problems.append(Problem("data.text_field", data.text_field, allowed, "Leave it out, or name rows.", reason))
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+def find_source(data: DataConfig, name: str) -> SourceFiles:
+    """Looks up the files of one source.
+
+    A folder means every visible file below it with one of `data.suffixes`, in any case.
+
+    Raises:
+        ConfigError: if there are no files, they do not fit together or the settings, or reading might not end.
+    """
+    if is_prepared(name):
+        return SourceFiles(name, "prepared", [Path(expand_user(name))])
+    if name == BUILT_IN_CORPUS:
+        return SourceFiles(name, "built-in", [Path(str(find_spec("pydoc_data.topics").origin))])  # type: ignore[union-attr]
+    if name.startswith(DATASETS):
+        return SourceFiles(name, "dataset", [])
+    path, left_out = expand_user(name), collections.Counter[str]()
+    if reason := why_endless(path):
+        raise ConfigError(Problem("data.source", name, "files, or folders and globs of them", reason=reason))
     if os.path.isdir(path):
-        files = sorted(_files_below(data, source))
+        suffixes, found = tuple(suffix.lower() for suffix in data.suffixes), []
+        for file in _walk(name, path, left_out):
+            if file.lower().endswith(suffixes):
+                found.append(file)
+            else:
+                left_out[os.path.splitext(file)[1] or "without suffix"] += 1
         reason = f"which has no {' or '.join(data.suffixes)} files"
-        problem = Problem("source", source, advice="data.suffixes chooses the files of a folder.", reason=reason)
+        advice = "data.suffixes chooses the files of a folder."
+        problem = Problem("data.source", name, advice=advice, reason=reason)
     else:
-        found = [path] if os.path.isfile(path) else glob.glob(path, recursive=True)
-        files = sorted(Path(file) for file in found if os.path.isfile(file))
+        found = [path] if os.path.isfile(path) else _matches(name, path)
         allowed = f"a file, a folder, a glob, {DATASETS}NAME, or {BUILT_IN_CORPUS!r}"
-        text = f"file {source!r} not found"
-        problem = Problem("source", source, allowed, did_you_mean(source, [BUILT_IN_CORPUS]), text=text)
-    if not files:
-        raise ConfigError(problem)
-    return files
+        advice, text = did_you_mean(name, [BUILT_IN_CORPUS]), f"file {name!r} not found"
+        problem = Problem("data.source", name, allowed, advice, text=text)
+    files = sorted(Path(file) for file in found if os.path.isfile(file))
+    left_out["folders and special files"] += len(found) - len(files)
+    if problems := _kind_problems(data, name, files) if files else [problem]:
+        raise ConfigError(problems)
+    others = ", ".join(f"{count:,} {why}" for why, count in left_out.most_common(ENDINGS) if count)
+    return SourceFiles(name, kind_of_file(files[0]), files, others)
 
 
-def _files_below(data: DataConfig, source: str) -> Iterator[Path]:
+def kind_of_file(file: Path) -> str:
+    """Returns what a file holds, by its suffix: 'rows', 'tokens', 'text' or 'no text'."""
+    suffix, kinds = file.suffix.lower(), {"rows": ROWS, "tokens": TOKENS, "no text": NOT_TEXT}
+    return next((kind for kind, suffixes in kinds.items() if suffix in suffixes), "text")
+
+
+def why_endless(path: str) -> str:
+    """Returns why reading a path, or the matches of a glob, might never end, or "" if it should."""
+    folder, pattern = (path, ()) if os.path.lexists(path) else _split_glob(path)
+    real = os.path.realpath(folder) if "\0" not in folder else folder
+    if real == os.path.dirname(real) and ("**" in pattern or len(pattern) not in (1, 2)):
+        return "which is the whole file system"
+    if f"{real}/".startswith(("/proc/", "/sys/")):
+        return "which the kernel generates"
+    is_special = os.path.exists(real) and not os.path.isfile(real) and not os.path.isdir(real)
+    return "which is a device or a pipe" if is_special or real == "/dev" else ""
+
+
+def _split_glob(path: str) -> tuple[str, tuple[str, ...]]:
+    """Returns the folder before the first wildcard, and the parts of the path from there on."""
+    parts = Path(path).parts
+    fixed = list(itertools.takewhile(lambda part: glob.escape(part) == part, parts))
+    return os.path.join("", *fixed) or ".", parts[len(fixed) :]
+
+
+def _matches(source: str, path: str) -> list[str]:
+    """Returns what matches a glob."""
+
+    def matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+        if not pattern or not parts:
+            return parts == pattern
+        if pattern[0] == "**":
+            return len(pattern) == 1 or any(matches(parts[i:], pattern[1:]) for i in range(len(parts)))
+        return fnmatch.fnmatchcase(parts[0], pattern[0]) and matches(parts[1:], pattern[1:])
+
+    folder, pattern = _split_glob(path)
+    if "**" not in pattern:
+        return glob.glob(path)
+    # `glob` itself would not end in circles of links, and skips folders that it cannot read.
+    files = _walk(source, folder, collections.Counter()) if os.path.isdir(folder) else ()
+    return [file for file in files if matches(Path(file).relative_to(folder).parts, pattern)]
+
+
+def _walk(source: str, root: str, left_out: collections.Counter[str]) -> Iterator[str]:
+    """Yields all visible files below a folder, in a fixed order of folders: those behind links to folders come last.
+
+    Each folder is read once, since links may form circles.
+    """
+
     def refuse(error: OSError) -> None:  # os.walk would skip the folder silently
-        raise ConfigError(Problem("source", source, reason=f"but {error.filename} cannot be read ({error.strerror})"))
+        reason = f"but {error.filename} cannot be read ({error.strerror})"
+        raise ConfigError(Problem("data.source", source, reason=reason))
 
-    for folder, folders, names in os.walk(expand_user(source), onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            path = os.path.join(folder, name)
-            if name.endswith(tuple(data.suffixes)) and not name.startswith(".") and os.path.isfile(path):
-                yield Path(path)
+    roots, seen = [root], set[tuple[int, ...]]()
+    for top in roots:
+        if reason := why_endless(top):
+            raise ConfigError(Problem("data.source", source, reason=f"and links to {os.path.realpath(top)}, {reason}"))
+        for folder, folders, names in os.walk(top, onerror=refuse):
+            status = os.stat(folder)
+            if (identity := (status.st_dev, status.st_ino)) in seen:
+                folders.clear()
+                continue
+            seen.add(identity)
+            left_out["hidden"] += sum(name.startswith(".") for name in (*folders, *names))
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            roots += filter(os.path.islink, (os.path.join(folder, name) for name in folders))
+            yield from (os.path.join(folder, name) for name in names if not name.startswith("."))
 
 
-def problems_of_kind(data: DataConfig, source: str, files: list[Path]) -> list[Problem]:
+def _kind_problems(data: DataConfig, name: str, files: list[Path]) -> list[Problem]:
     """Returns what does not fit in the kinds of a source's files: with each other, or with the settings."""
     kinds = set(map(kind_of_file, files))
     reason = f"which holds {' and '.join(sorted(kinds))}"
+    if "no text" in kinds:
+        suffixes = {file.suffix for file in files if kind_of_file(file) == "no text"}
+        allowed, reason = f"text, {', '.join(ROWS + TOKENS)}", f"which has {', '.join(sorted(suffixes))} files"
+        advice = f"Convert or unpack them, or try {DATASETS}BUILDER,data_files=FILE (such as {DATASETS}csv)."
+        return [Problem("data.source", name, allowed, advice, reason)]
     if len(kinds) > 1:
-        return [Problem("source", source, "files of one kind", "Name them as several sources.", reason)]
+        return [Problem("data.source", name, "files of one kind", "Name them as several sources.", reason)]
     if kinds <= {"rows"}:
         return []
     if data.prompt_field is not None:
         allowed = f"with data.prompt_field, rows ({', '.join(ROWS)} or {DATASETS}NAME)"
-        return [Problem("source", source, allowed, "Set data.prompt_field to null.", reason)]
+        return [Problem("data.source", name, allowed, "Set data.prompt_field to null.", reason)]
     if kinds == {"tokens"} and not data.tokenizer.endswith(".json"):
         advice = "Set data.tokenizer to the tokenizer.json that made the tokens."
-        return [Problem("source", source, "", advice, f"{reason}, and tokenizer is {data.tokenizer!r}")]
+        return [Problem("data.source", name, "", advice, f"{reason}, and tokenizer is {data.tokenizer!r}")]
     return []
-
-
-def data_problems(data: DataConfig) -> list[Problem]:
-    """Returns what is wrong with the files that the data settings name."""
-    problems = []
-    if data.tokenizer.endswith(".json") and not os.path.isfile(expand_user(data.tokenizer)):
-        problems.append(Problem("tokenizer", data.tokenizer, text=f"file {data.tokenizer!r} not found"))
-    problems += _folder_problems("cache_dir", data.cache_dir)
-    for source in data.sources():
-        try:
-            problems += problems_of_kind(data, source, source_files(data, source))
-        except ConfigError as error:
-            problems += error.problems
-    return problems
 
 
 def _folder_problems(setting: str, path: str | None) -> list[Problem]:
@@ -116,7 +218,14 @@ def _folder_problems(setting: str, path: str | None) -> list[Problem]:
 
 def file_problems(config: Config) -> list[Problem]:
     """Returns what is wrong with the files and folders of a run. Creates none."""
-    problems = [problem.within("data") for problem in data_problems(config.data)]
+    data, problems = config.data, list[Problem]()
+    if data.tokenizer.endswith(".json") and not os.path.isfile(expand_user(data.tokenizer)):
+        problems.append(Problem("data.tokenizer", data.tokenizer, text=f"file {data.tokenizer!r} not found"))
+    try:
+        find_sources(data)
+    except ConfigError as error:
+        problems += error.problems
+    problems += _folder_problems("data.cache_dir", data.cache_dir)
     problems += _folder_problems("output_dir", config.output_dir)
     problems += _folder_problems("training.checkpoint_dir", config.training.checkpoint_dir)
     # A resumed run takes its weights from its own newest checkpoint, and the one it started from may be gone.

@@ -11,6 +11,46 @@ from typing import Any
 
 from fundamentallm.errors import ConfigError, Problem
 
+_PEERS = {
+    "output_dir": "out_dir save_dir",
+    "trackers": "report_to logger",
+    "model.d_model": "n_embd embed_dim hidden_size hidden_dim dim",
+    "model.num_heads": "n_head n_heads num_attention_heads",
+    "model.num_layers": "n_layer n_layers num_hidden_layers depth",
+    "model.pretrained": "model_name model_name_or_path",
+    "data.sequence_length": "block_size context_length max_length max_seq_len max_seq_length n_ctx n_positions seq_len",
+    "data.source": "data_dir data_path dataset dataset_name train_data train_file",
+    "training.batch_size": "global_batch_size per_device_train_batch_size train_batch_size",
+    "training.eval_every_n_steps": "eval_interval eval_steps val_check_interval",
+    "training.gradient_clip_norm": "clip_grad grad_clip gradient_clip_val max_grad_norm",
+    "training.learning_rate": "lr max_lr",
+    "training.log_every_n_steps": "log_interval logging_steps",
+    "training.lr_scheduler": "lr_scheduler_type scheduler",
+    "training.max_epochs": "epochs n_epochs num_epochs num_train_epochs",
+    "training.max_steps": "iters max_iters num_steps num_train_steps steps",
+    "training.micro_batch_size": "accumulate_grad_batches gradient_accumulation_steps",
+    "training.mixed_precision": "bf16 dtype fp16 precision",
+    "training.optimizer": "optim",
+    "training.resume": "resume_from_checkpoint",
+    "training.save_every_n_steps": "save_interval save_steps",
+    "training.warmup_steps": "num_warmup_steps warmup warmup_iters warmup_ratio",
+    "training.weight_decay": "wd",
+}
+PEERS = {name: setting for setting, names in _PEERS.items() for name in (*names.split(), setting.rpartition(".")[2])}
+"""Settings by the names that other trainers have for them, and by their own, for one in a wrong section."""
+
+
+def setting_meant(name: str, known: Iterable[str]) -> str:
+    """Returns "Did you mean ...?" with the setting that other trainers, or another section, call `name`, or a near one.
+
+    `name` is an unknown setting, or an unknown option with its dashes.
+    """
+    word = name.removeprefix("--").rpartition(".")[2].replace("-", "_")
+    if word not in PEERS:
+        return did_you_mean(name, known)
+    note = " It counts the sequences of all devices." if PEERS[word] == "training.batch_size" else ""
+    return f"Did you mean '{'--' if name.startswith('--') else ''}{PEERS[word]}'?{note}"
+
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns "Did you mean ...?" with the nearest known name, or "" if none is near."""

@@ -11,7 +11,7 @@ import typing
 from collections.abc import Collection, Iterator
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from fundamentallm.config.registry import did_you_mean
+from fundamentallm.config.registry import setting_meant
 from fundamentallm.errors import ConfigError, Problem
 
 
@@ -120,7 +120,7 @@ def _hints(section: Any) -> dict[str, Any]:
 
 
 def _unknown_setting(name: str, value: Any, known: Collection[str]) -> Problem:
-    return Problem(name, value, "", did_you_mean(name, known), text="unknown setting")
+    return Problem(name, value, "", setting_meant(name, known), text="unknown setting")
 
 
 class Section:

@@ -63,14 +63,14 @@ _Loader.add_constructor(_TAG + "int", _Loader.construct_yaml_int)
 _Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers  # so that it quotes what would not read as text
 
 
-def from_yaml(text: str) -> Any:
-    """Returns what a YAML text says, as plain data.
+def from_yaml(text: str, only_text: bool = False) -> Any:
+    """Returns what a YAML text says, as plain data; with `only_text`, scalars are text even without quotes.
 
     Raises:
         ValueError: if it is not YAML, with the line and what is wrong.
     """
     try:
-        return yaml.load(text, _Loader)
+        return yaml.load(text, yaml.BaseLoader if only_text else _Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f"line {mark.line + 1}: " if mark else ""

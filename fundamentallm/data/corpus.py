@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,16 +21,37 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from fundamentallm.atomic import write_text
-from fundamentallm.config.files import is_prepared
-from fundamentallm.config.schema import DataConfig
+from fundamentallm.config.files import DATASETS, PREPARED, SourceFiles, find_sources, is_prepared
+from fundamentallm.config.schema import BUILT_IN_CORPUS, DataConfig
 from fundamentallm.config.validation import expand_user
-from fundamentallm.data.encoding import PARTS, SETTINGS, Facts, progress_bar, split_pieces, token_dtype, write_source
-from fundamentallm.data.sources import SourceFiles, file_states, read_source, resolve_source, source_error, token_blocks
-from fundamentallm.data.tokenizers import create_tokenizer, read_tokenizer
+from fundamentallm.data.encoding import (
+    PARTS,
+    Facts,
+    progress_bar,
+    settings_of_tokens,
+    special_tokens_are,
+    split_pieces,
+    token_dtype,
+    write_source,
+)
+from fundamentallm.data.sources import (
+    check_bad_rows,
+    file_states,
+    read_source,
+    source_error,
+    source_states,
+    token_blocks,
+)
+from fundamentallm.data.tokenizers import create_tokenizer, num_ids, read_tokenizer, same_tokenizer
 from fundamentallm.errors import ConfigError, Problem, writing
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
+CHECKSUMS = "checksums.json"
+"""File of a prepared source with the CRC-32 of each block of the others."""
+BLOCK = 2**24
+"""Bytes of a block."""
+ALWAYS_CHECKED = 2**30
+"""Bytes up to which a prepared source is checked at each opening; a larger one once, and after changes of its files."""
 RANDOM_ACCESS_ABOVE = 2**30
 """Bytes of training tokens above which read-ahead is switched off: with it, samples in random order would read some
 hundred times their size. A smaller corpus is soon in memory as a whole."""
@@ -51,8 +75,10 @@ class Source(NamedTuple):
     train: Tokens
     validation: Tokens
     bad_rows: int  # number of rows that were skipped
+    counts: dict[str, int]  # what else to report, by its name
     tokenizer: Tokenizer
     folder: Path
+    left_out: str = ""  # files of the source that are not read
 
 
 class Corpus(NamedTuple):
@@ -64,10 +90,11 @@ class Corpus(NamedTuple):
     """The token after each document."""
 
 
-def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
+def load_corpus(config: DataConfig, show_progress: bool = True, tokenizer: Tokenizer | None = None) -> Corpus:
     """Load the sources of `config` as tokens, from the cache if they were encoded before.
 
-    Files whose size, times and inode are unchanged are not read again. Others are recognised by their content.
+    Files whose size, times and inode are unchanged are not read again. Others are recognised by their content. A given
+    `tokenizer`, which the run began with, replaces one that would be learned from the text as it is now.
 
     Raises:
         ConfigError: if a source cannot be read, or has characters that the tokenizer's vocabulary lacks.
@@ -82,27 +109,37 @@ def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
         >>> corpus.tokenizer.decode(source.train.ids[:18].tolist()), len(source.validation.ids)
         ('to be or not to be', 190)
     """
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fundamentallm"
-    cache = Path(expand_user(config.cache_dir)) if config.cache_dir else user_cache
-    weights = config.sources()
-    resolved = [resolve_source(config, name) for name in weights]
+    cache = Path(expand_user(config.cache_dir)) if config.cache_dir else _user_cache()
+    weights, resolved = config.sources(), find_sources(config)
     raw = [source for source in resolved if source.kind != "prepared"]
     facts = {source.name: _cached_facts(config, source, cache, show_progress) for source in raw}
     folders = {name: cache / key for name, key in _keys(config, facts).items()}
+    if tokenizer is not None and not all(_has_tokenizer(folder, tokenizer) for folder in folders.values()):
+        folders = {name: cache / key for name, key in _keys(config, facts, tokenizer).items()}
     for source in resolved:
         if source.kind == "prepared":
             (folders[source.name],) = source.files
             _check_settings(source, config)
-    if missing := [source for source in raw if not _is_ready(folders[source.name])]:
+            # Earlier versions wrote no checksums.
+            if (source.files[0] / CHECKSUMS).exists() and not _is_ready(source.files[0], cache):
+                raise source_error(source.name, "which is damaged", advice="Prepare it again.")
+    if missing := [source for source in raw if not _is_ready(folders[source.name], cache)]:
         with writing(cache):
-            tokenizer = _make_tokenizer(config, raw, facts, list(folders.values()), show_progress)
+            tokenizer = tokenizer or _make_tokenizer(config, raw, facts, list(folders.values()), show_progress)
+            tokenizer.encode_special_tokens = special_tokens_are(config) == "text"
             for source in missing:
                 _encode(config, source, facts[source.name], tokenizer, folders[source.name], show_progress)
-    sources = [_open(folders[name], name, weight) for name, weight in weights.items()]
+    sources = []
+    for name, source in zip(weights, resolved, strict=True):
+        sources.append(_open(folders[name], name, weights[name])._replace(left_out=source.left_out))
+        if name in facts and sources[-1].bad_rows > config.max_bad_rows:  # encoded when more were allowed
+            check_bad_rows(config, name, (folders[name] / "bad_rows.txt").read_text("utf-8").splitlines())
+        _touch(_opened_note(name))  # so that checkpoints of this run may open it
     if len({(source.folder / "tokenizer.json").read_text(encoding="utf-8") for source in sources}) > 1:
         reason = "which were prepared with different tokenizers"
         raise ConfigError(Problem("data.source", list(weights), "", "Prepare them together.", reason))
     tokenizer = sources[0].tokenizer
+    tokenizer.encode_special_tokens = special_tokens_are(config) == "text"
     end = None if config.end_of_text is None else tokenizer.token_to_id(config.end_of_text)
     return Corpus(tokenizer, sources, end)
 
@@ -115,7 +152,10 @@ def describe(corpus: Corpus) -> list[str]:
         if source.train.rows is not None and source.validation.rows is not None:
             sizes += f", {len(source.train.rows):,} and {len(source.validation.rows):,} pairs"
         weight = f", weight {source.weight / total:.3g}" if len(corpus.sources) > 1 else ""
-        lines.append(f"{source.name}: {sizes}{weight}, vocabulary {corpus.tokenizer.get_vocab_size():,}")
+        lines.append(f"{source.name}: {sizes}{weight}, vocabulary {num_ids(corpus.tokenizer):,}")
+        lines += [f"{source.name}: {count:,} {what}" for what, count in source.counts.items()]
+        if source.left_out:
+            lines.append(f"{source.name}: not read: {source.left_out}")
         if source.bad_rows:
             lines.append(f"{source.name}: {source.bad_rows:,} bad rows skipped: {source.folder / 'bad_rows.txt'}")
     return lines
@@ -130,12 +170,26 @@ def vocabulary_size(config: DataConfig) -> int:
         ConfigError: if the text or the tokenizer.json cannot be read.
     """
     for name in filter(is_prepared, config.sources()):
-        return read_tokenizer(Path(expand_user(name)) / "tokenizer.json").get_vocab_size()
+        return num_ids(read_tokenizer(Path(expand_user(name)) / "tokenizer.json"))
     kind, _, size = config.tokenizer.partition(":")
     if kind == "bpe":
         return int(size)
-    alphabets = (_read_facts(config, resolve_source(config, name)).alphabet for name in config.sources())
-    return create_tokenizer(config.tokenizer, alphabets, config.end_of_text).get_vocab_size()
+    alphabets = [_read_facts(config, source).alphabet for source in find_sources(config)] if kind == "char" else []
+    return num_ids(create_tokenizer(config.tokenizer, alphabets, config.end_of_text))
+
+
+def was_opened(config: DataConfig) -> bool:
+    """Returns whether this user has loaded every source of `config` before, by a config of their own."""
+    return all(name == BUILT_IN_CORPUS or _opened_note(name).exists() for name in config.sources())
+
+
+def _opened_note(name: str) -> Path:
+    where = name if name.startswith(DATASETS) else os.path.abspath(expand_user(name))
+    return _user_cache() / "known" / _hash("opened", where)
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fundamentallm"
 
 
 # ---- content of the sources ---------------------------------------------------------------------------------
@@ -143,18 +197,21 @@ def vocabulary_size(config: DataConfig) -> int:
 
 def _cached_facts(config: DataConfig, source: SourceFiles, cache: Path, show_progress: bool) -> Facts:
     """Returns the facts of a source, from the cache if its files are unchanged since they were found."""
-    states, note = file_states(source), None
+    states, note = source_states(source), None
     if states is not None:
         settings = config.text_field, config.prompt_field, config.end_of_text, config.max_bad_rows
         # The type of the tokens in a .bin, and so their number, follows from the tokenizer.
         width = token_dtype(read_tokenizer(config.tokenizer)).name if source.kind == "tokens" else None
         note = cache / "known" / _hash(CACHE_FORMAT, states, settings, config.tokenizer == "char", width)
         with contextlib.suppress(OSError, ValueError, TypeError):
-            return Facts(*json.loads(note.read_text(encoding="utf-8")))
+            facts, checksum = json.loads(note.read_text(encoding="utf-8"))
+            if _hash(facts) == checksum:
+                return Facts(*facts)
     facts = _read_facts(config, source, show_progress)
-    if note is not None and states == file_states(source):  # otherwise it changed while it was read
+    if note is not None and states == source_states(source):  # otherwise it changed while it was read
         with contextlib.suppress(OSError):  # a read-only cache still serves its tokens
-            write_text(note, json.dumps(facts))
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(json.dumps([facts, _hash(facts)]), encoding="utf-8")
     return facts
 
 
@@ -181,14 +238,17 @@ def _read_facts(config: DataConfig, source: SourceFiles, show_progress: bool = F
     return Facts(digest.hexdigest(), size, "".join(map(chr, np.flatnonzero(characters))), bad)
 
 
-def _keys(config: DataConfig, facts: dict[str, Facts]) -> dict[str, str]:
+def _keys(config: DataConfig, facts: dict[str, Facts], given: Tokenizer | None = None) -> dict[str, str]:
     """Returns the name of each source's folder in the cache."""
     tokenizer: Any = config.tokenizer
-    if config.tokenizer.endswith(".json"):
+    if given is not None:
+        tokenizer = given.to_str()
+    elif config.tokenizer.endswith(".json"):
         tokenizer = read_tokenizer(config.tokenizer).to_str()
     elif config.tokenizer != "byte":  # the vocabulary depends on the text of all sources
         tokenizer = [config.tokenizer, *(found.sha256 for found in facts.values())]
-    shared = CACHE_FORMAT, tokenizers.__version__, tokenizer, config.train_split, config.end_of_text
+    reading = special_tokens_are(config), config.unknown_tokens
+    shared = CACHE_FORMAT, tokenizers.__version__, tokenizer, config.train_split, config.end_of_text, reading
     return {name: _hash(*shared, config.prompt_field is not None, found.sha256) for name, found in facts.items()}
 
 
@@ -220,16 +280,46 @@ def _encode(
 ) -> None:
     """Make a folder of the cache, completely or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".staging-", dir=folder.parent) as staging:
-        new = Path(staging) / folder.name
+    with contextlib.ExitStack() as stack:
+        new = _staging(folder.parent, stack) / folder.name
         new.mkdir()
         write_source(config, source, facts, tokenizer, new, show_progress)
+        (new / CHECKSUMS).write_text(json.dumps(_checksums(sorted(new.iterdir()))))
         try:
             new.rename(folder)
         except OSError:  # the folder is damaged, or another process has just made it
-            if not _is_ready(folder):
+            if not _is_ready(folder, folder.parent):
                 shutil.rmtree(folder)
                 new.rename(folder)
+
+
+def _staging(cache: Path, stack: contextlib.ExitStack) -> Path:
+    """Make a temporary folder in the cache until the stack closes, and delete those that killed processes left."""
+    with contextlib.ExitStack() as creation:
+        _lock(cache, creation, fcntl.LOCK_EX)  # otherwise another process could delete the folder before it is locked
+        for left in cache.glob(".staging-*"):
+            with contextlib.suppress(OSError), contextlib.ExitStack() as attempt:
+                if _lock(left, attempt, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                    shutil.rmtree(left)
+        staging = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".staging-", dir=cache)))
+        _lock(staging, stack, fcntl.LOCK_EX)
+    return staging
+
+
+def _lock(folder: Path, stack: contextlib.ExitStack, kind: int) -> bool:
+    """Lock a folder until the stack closes or the process dies. Returns False if that fails, as without `flock`."""
+    handle = os.open(folder, os.O_RDONLY)
+    stack.callback(os.close, handle)
+    with contextlib.suppress(OSError):
+        fcntl.flock(handle, kind)
+        return True
+    return False
+
+
+def _touch(note: Path) -> None:
+    with contextlib.suppress(OSError):  # a read-only cache still serves its tokens
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.touch()
 
 
 def _hash(*parts: object) -> str:
@@ -237,15 +327,42 @@ def _hash(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
+def _has_tokenizer(folder: Path, tokenizer: Tokenizer) -> bool:
+    with contextlib.suppress(ConfigError):
+        return same_tokenizer(read_tokenizer(folder / "tokenizer.json"), tokenizer)
+    return False
+
+
 # ---- opening ------------------------------------------------------------------------------------------------
 
 
-def _is_ready(folder: Path) -> bool:
-    """Returns whether a folder of the cache exists and is complete."""
+def _is_ready(folder: Path, cache: Path) -> bool:
+    """Returns whether a prepared source exists, is complete and has its checksums."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, ConfigError):
         _open(folder, "", 1.0)
-        return True
+        saved = json.loads((folder / CHECKSUMS).read_text())
+        files = [folder / name for name in sorted(saved)]
+        states = file_states(files) if sum(path.stat().st_size for path in files) > ALWAYS_CHECKED else None
+        note = cache / "known" / _hash("intact", states)
+        if states is not None and note.exists():
+            return True
+        if set(PREPARED) <= saved.keys() and saved == _checksums(files):
+            if states is not None:
+                _touch(note)
+            return True
     return False
+
+
+def _checksums(files: Iterable[Path]) -> dict[str, list[int]]:
+    """Returns the CRC-32 of each block of files by their name."""
+    found = {}
+    with ThreadPoolExecutor() as executor:  # zlib releases the interpreter lock
+        for path in files:
+            size = path.stat().st_size
+            data = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
+            blocks = (data[start : start + BLOCK] for start in range(0, size, BLOCK))
+            found[path.name] = list(executor.map(zlib.crc32, blocks))
+    return found
 
 
 def _open(folder: Path, name: str, weight: float) -> Source:
@@ -260,7 +377,7 @@ def _open(folder: Path, name: str, weight: float) -> Source:
     if train.ids.nbytes > RANDOM_ACCESS_ABOVE and hasattr(mmap, "MADV_RANDOM"):
         train.ids.base.madvise(mmap.MADV_RANDOM)  # type: ignore[union-attr]
     tokenizer = read_tokenizer(folder / "tokenizer.json")
-    return Source(name, weight, train, validation, meta["bad_rows"], tokenizer, folder)
+    return Source(name, weight, train, validation, meta["bad_rows"], meta.get("counts", {}), tokenizer, folder)
 
 
 def _map_file(path: Path, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
@@ -274,7 +391,10 @@ def _check_settings(source: SourceFiles, config: DataConfig) -> None:
     """Refuse settings that differ from those a source was prepared with."""
     (folder,) = source.files
     made_with = json.loads((folder / "meta.json").read_text())["settings"]
-    different = {key: made_with[key] for key in SETTINGS if made_with[key] != getattr(config, key)}
+    if "special_tokens" not in made_with:  # before there was a setting
+        as_text = made_with["end_of_text"] is not None
+        made_with |= {"special_tokens": "text" if as_text else "tokens", "unknown_tokens": False}
+    different = {key: made_with[key] for key, value in settings_of_tokens(config).items() if made_with[key] != value}
     if config.tokenizer.endswith(".json") and "tokenizer" in different:
         given, prepared = (read_tokenizer(path).to_str() for path in (config.tokenizer, folder / "tokenizer.json"))
         if given == prepared:

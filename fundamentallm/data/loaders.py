@@ -24,7 +24,7 @@ from fundamentallm.data.listed_order import ListedOrder, is_kind, unwrapped
 from fundamentallm.data.random_draws import SeededWorkers, seeded
 from fundamentallm.data.sampler import StepSampler
 from fundamentallm.data.sources import read_pieces
-from fundamentallm.data.tokenizers import num_bytes
+from fundamentallm.data.tokenizers import num_bytes, num_ids
 from fundamentallm.distributed.batches import LABELS, StepBatch, to_device
 from fundamentallm.errors import ConfigError, Problem
 
@@ -299,10 +299,13 @@ def _encode_text(text: Any, tokenizer: Tokenizer | None, train_split: float) -> 
     if tokenizer is None:
         raise ConfigError(Problem("tokenizer", None, "a tokenizer, if the data is a text"))
     cut = int(len(text) * train_split)
-    train, validation = (
-        np.concatenate([np.empty(0, np.uint16), *(ids for _, ids in encode_pieces(tokenizer, pieces))])
-        for pieces in map(read_pieces, (io.StringIO(text[:cut], newline=""), io.StringIO(text[cut:], newline="")))
-    )
+    parts = []
+    for part in (text[:cut], text[cut:]):
+        pieces = list(encode_pieces(tokenizer, read_pieces(io.StringIO(part, newline=""))))
+        if lacking := sorted({unknown for piece in pieces for _, unknown in piece.unknown}):
+            raise ConfigError(Problem("unknown to the tokenizer", lacking, "text that its vocabulary has"))
+        parts.append(np.concatenate([np.empty(0, np.uint16), *(piece.ids for piece in pieces)]))
+    train, validation = parts
     return Parts(train, validation, len(text[cut:].encode()) - num_bytes(tokenizer, validation[:1]))
 
 
@@ -311,8 +314,8 @@ def _split_tokens(tokens: Any, tokenizer: Tokenizer | None, train_split: float) 
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
         reason = f"of shape {tokens.shape} and type {tokens.dtype}"
         raise ConfigError(Problem("tokens", tokens, "1-D integers", reason=reason))
-    if tokenizer is not None and tokens.size and not 0 <= tokens.min() <= tokens.max() < tokenizer.get_vocab_size():
-        allowed = f"0 to {tokenizer.get_vocab_size() - 1}, the tokenizer's vocabulary"
+    if tokenizer is not None and tokens.size and not 0 <= tokens.min() <= tokens.max() < num_ids(tokenizer):
+        allowed = f"0 to {num_ids(tokenizer) - 1}, the tokenizer's vocabulary"
         raise ConfigError(Problem("tokens", (int(tokens.min()), int(tokens.max())), allowed))
     train, validation = np.split(tokens, [int(len(tokens) * train_split)])
     return Parts(train, validation, None if tokenizer is None else num_bytes(tokenizer, validation[1:]))

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import collections
+import io
 import itertools
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
-from importlib.util import find_spec
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fundamentallm.config.files import DATASETS, is_prepared, kind_of_file, problems_of_kind, source_files
-from fundamentallm.config.schema import BUILT_IN_CORPUS, DataConfig
-from fundamentallm.config.validation import expand_user
+from fundamentallm.config.files import DATASETS, why_endless
+from fundamentallm.config.files import SourceFiles as SourceFiles
+from fundamentallm.config.schema import DataConfig
 from fundamentallm.errors import ConfigError, Problem
 
 PIECE = 65_536
@@ -25,23 +25,17 @@ PIECE = 65_536
 BETWEEN = "\n\n"
 """Separates documents if no token does."""
 ROWS_AT_ONCE, TOKENS_AT_ONCE = 1024, 2**22
+LONG = 2**20
+"""Characters of a row's text above which it is tokenized in pieces."""
 FEW_TOKENS = 128
 """Tokens checked for the wrong width: every second one is 0 if wider integers are read as narrow ones."""
 DATASETS_OPTIONS = ("name", "split", "data_files", "data_dir", "revision")
+UNPICKLES = ("pandas",)
+"""Builders of `datasets` that unpickle files, and so run whatever code these contain."""
 NAMED = 5
 """Bad rows that an error lists."""
 SETTLED = 2_000_000_000
 """Nanoseconds after which another change of a file certainly shows in its times."""
-
-
-class SourceFiles(NamedTuple):
-    """A `data.source`, resolved."""
-
-    name: str
-    kind: str
-    """'prepared', 'built-in', 'dataset', 'rows', 'tokens' or 'text'."""
-    files: list[Path]
-    """The files, sorted; the folder of a prepared source; empty for a dataset."""
 
 
 class Piece(NamedTuple):
@@ -52,6 +46,10 @@ class Piece(NamedTuple):
     """Whether it is the prompt of a pair, whose answer comes next."""
     ends: bool = False
     """Whether a document, or a pair, ends with it."""
+    where: str = ""
+    """The file, or the row, that it is from."""
+    line: int = 0
+    """Number of its first line in the file, from 1; 0 for rows."""
 
 
 class BadRow(str):
@@ -69,27 +67,6 @@ def source_error(source: str, reason: str, allowed: str = "", advice: str = "") 
     return ConfigError(Problem("data.source", source, allowed, advice, reason))
 
 
-def resolve_source(config: DataConfig, name: str) -> SourceFiles:
-    """Look up the files of one of the sources.
-
-    Raises:
-        ConfigError: if there are none, or they do not fit together or the settings.
-    """
-    if is_prepared(name):
-        return SourceFiles(name, "prepared", [Path(expand_user(name))])
-    if name == BUILT_IN_CORPUS:
-        return SourceFiles(name, "built-in", [Path(str(find_spec("pydoc_data.topics").origin))])  # type: ignore[union-attr]
-    if name.startswith(DATASETS):
-        return SourceFiles(name, "dataset", [])
-    try:
-        files = source_files(config, name)
-        if problems := problems_of_kind(config, name, files):
-            raise ConfigError(problems)
-    except ConfigError as error:
-        raise ConfigError([problem.within("data") for problem in error.problems]) from error
-    return SourceFiles(name, kind_of_file(files[0]), files)
-
-
 def read_source(config: DataConfig, source: SourceFiles, bad: list[str]) -> Iterator[Piece]:
     """Yield the text of a source in pieces, and append what cannot be read to `bad`.
 
@@ -102,15 +79,20 @@ def read_source(config: DataConfig, source: SourceFiles, bad: list[str]) -> Iter
     for piece in _pieces(config, source):
         if isinstance(piece, BadRow):
             bad.append(piece)
-            if len(bad) > config.max_bad_rows:
-                reason = f"which has at least {len(bad)} unreadable rows: {'; '.join(bad[-NAMED:])}"
-                allowed = f"data.max_bad_rows = {config.max_bad_rows} of them"
-                raise source_error(source.name, reason, allowed, "Correct them, or raise data.max_bad_rows.")
+            check_bad_rows(config, source.name, bad)
             continue
         if config.end_of_text is None and has_ended:
             yield Piece(BETWEEN)
         has_ended = piece.ends
         yield piece
+
+
+def check_bad_rows(config: DataConfig, source: str, bad: list[str]) -> None:
+    """Raise ConfigError if a source has more than `config.max_bad_rows` bad rows."""
+    if len(bad) > config.max_bad_rows:
+        reason = f"which has at least {len(bad)} unreadable rows: {'; '.join(bad[-NAMED:])}"
+        allowed = f"data.max_bad_rows = {config.max_bad_rows} of them"
+        raise source_error(source, reason, allowed, "Correct them, or raise data.max_bad_rows.")
 
 
 def _pieces(config: DataConfig, source: SourceFiles) -> Iterator[Piece | BadRow]:
@@ -126,12 +108,11 @@ def _pieces(config: DataConfig, source: SourceFiles) -> Iterator[Piece | BadRow]
         return
     for path in source.files:
         try:
-            if path.suffix.lower() == ".jsonl":
-                yield from _documents(config, _json_rows(path), str(path))
-            elif path.suffix.lower() == ".parquet":
-                yield from _documents(config, _table_rows(config, path), str(path))
-            else:
+            if source.kind == "text":
                 yield from _text_pieces(config, path)
+            else:
+                read = _table_rows if path.suffix.lower() == ".parquet" else _json_rows
+                yield from _documents(config, read(config, path), str(path))
         except OSError as error:
             raise source_error(source.name, f"whose file {path} cannot be read: {error}") from error
         except UnicodeDecodeError as error:
@@ -140,14 +121,25 @@ def _pieces(config: DataConfig, source: SourceFiles) -> Iterator[Piece | BadRow]
 
 
 def read_pieces(file: TextIO) -> Iterator[str]:
-    """Yield the text of `file` in pieces that end with a line."""
-    while piece := file.read(PIECE):
-        yield piece + file.readline()
+    """Yield the text of `file` in pieces that end with a line or, in a line longer than a piece, before white space."""
+    rest = ""
+    while text := rest + file.read(PIECE):
+        text, rest = text + file.readline(PIECE), ""
+        if len(text) >= 2 * PIECE and not text.endswith(("\n", "\r")):
+            word = "" if text[-1].isspace() else text.rsplit(None, 1)[-1]
+            if len(word) < PIECE:
+                text, rest = text[: -1 - len(word)], text[-1 - len(word) :]
+        yield text
+
+
+def open_text(path: Path) -> TextIO:
+    """Open a text file with its line ends as they are, and without a byte order mark."""
+    return path.open(encoding="utf-8-sig", newline="")
 
 
 def _text_pieces(config: DataConfig, path: Path) -> Iterator[Piece | BadRow]:
     """Yield a text file as one document, with the line ends as they are."""
-    with path.open(encoding="utf-8", newline="") as file:
+    with open_text(path) as file:
         if config.max_bad_rows:  # a bad file is skipped as a whole, so check it before using any of it
             try:
                 collections.deque(read_pieces(file), maxlen=0)
@@ -155,13 +147,14 @@ def _text_pieces(config: DataConfig, path: Path) -> Iterator[Piece | BadRow]:
                 yield BadRow(f"{path} is not UTF-8 text: {error}")
                 return
             file.seek(0)
-        last = None
+        last, line = None, 1
         for text in read_pieces(file):
             if last is not None:
-                yield Piece(last)
+                yield Piece(last, where=str(path), line=line)
+                line += last.count("\n")
             last = text
         if last is not None or config.end_of_text is None:  # an empty document has its separator too
-            yield Piece(last or "", ends=True)
+            yield Piece(last or "", ends=True, where=str(path), line=line)
 
 
 def token_blocks(
@@ -201,10 +194,15 @@ def _documents(config: DataConfig, rows: Iterable[tuple[str, Row]], name: str) -
         elif why := _why_bad(row, fields):
             yield BadRow(f"{name}, {position} {why}")
         elif len(fields) == 2:
-            yield Piece(row[fields[0]], is_prompt=True)
-            yield Piece(row[fields[1]], ends=True)
-        elif row[fields[0]]:  # an empty text is no document
-            yield Piece(row[fields[0]], ends=True)
+            yield Piece(row[fields[0]], is_prompt=True, where=f"{name}, {position}")
+            yield Piece(row[fields[1]], ends=True, where=f"{name}, {position}")
+        else:  # an empty text is no document
+            *pieces, last = [row[fields[0]]]
+            if len(last) > LONG:
+                *pieces, last = read_pieces(io.StringIO(last, newline=""))
+            yield from (Piece(text, where=f"{name}, {position}") for text in pieces)
+            if last:
+                yield Piece(last, ends=True, where=f"{name}, {position}")
 
 
 def _why_bad(row: dict[str, Any], fields: list[str]) -> str | None:
@@ -223,19 +221,22 @@ def _why_bad(row: dict[str, Any], fields: list[str]) -> str | None:
     return None
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
+def _json_rows(config: DataConfig, path: Path) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of a file of JSON lines, or of a .json file that is one list of them."""
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
+        is_list = path.suffix.lower() == ".json" and file.peek(1).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+        for number, text in enumerate([file.read()] if is_list else file, start=1):
+            if not text.strip():
                 continue
-            row: Row
+            where = "its list" if is_list else f"line {number:,}"
             try:
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    row = f"is a {type(row).__name__}, not an object"
+                found = json.loads(text)
             except (ValueError, RecursionError) as error:  # ValueError: also not UTF-8
-                row = f"is not JSON: {error}"
-            yield f"line {number:,}", row
+                yield where, f"is not JSON: {error}"
+                continue
+            for index, row in enumerate(found if is_list else [found]):
+                position = f"row {index:,}" if is_list else where
+                yield position, row if isinstance(row, dict) else f"is a {type(row).__name__}, not an object"
 
 
 def _table_rows(config: DataConfig, path: Path) -> Iterator[tuple[str, Row]]:
@@ -290,6 +291,11 @@ def open_dataset(source: str) -> Any:
     except ImportError as error:
         raise _needs_extra(source, error) from error
     split = options.pop("split", "train")
+    if path in UNPICKLES:
+        raise source_error(source, "whose files can run code when they are opened", "Parquet, CSV, JSON or Arrow files")
+    for name in (path, options.get("data_files", ""), options.get("data_dir", "")):
+        if name and (reason := why_endless(name)):
+            raise source_error(source, f"and {name} is a path {reason}")
     try:
         if any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
             found = datasets.load_from_disk(path)
@@ -303,16 +309,13 @@ def _needs_extra(name: str, error: ImportError) -> ConfigError:
     return source_error(name, f"which needs {error.name}", advice="Run: pip install 'fundamentallm[data]'.")
 
 
-def file_states(source: SourceFiles) -> list[Any] | None:
-    """List path, size, times and inode of the source's files: equal lists mean an unchanged source.
+def file_states(files: Sequence[Path]) -> list[Any] | None:
+    """List path, size, times and inode of files: equal lists mean unchanged files.
 
     Returns None if a change might not show: files that are missing, or changed less than `SETTLED` ago (a second change
     within a tick of the file system's clock keeps the time; git calls such files racy).
     """
-    files = source.files
-    if source.kind == "dataset":
-        files = [Path(entry["filename"]) for entry in open_dataset(source.name).cache_files]
-    states: list[Any] = [source.name] if source.kind == "dataset" else []
+    states: list[Any] = []
     for file in files:
         try:
             found = file.stat()
@@ -321,4 +324,12 @@ def file_states(source: SourceFiles) -> list[Any] | None:
         if time.time_ns() - found.st_ctime_ns < SETTLED:
             return None
         states.append([str(file.absolute()), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino])
-    return states if files else None
+    return states or None
+
+
+def source_states(source: SourceFiles) -> list[Any] | None:
+    """Returns the `file_states` of a source."""
+    if source.kind != "dataset":
+        return file_states(source.files)
+    states = file_states([Path(entry["filename"]) for entry in open_dataset(source.name).cache_files])
+    return states and [source.name, *states]

@@ -12,7 +12,7 @@ from fundamentallm.checkpoint.optimizer_state import NamedOptimizerState
 from fundamentallm.checkpoint.snapshot import AVERAGE_KEY, MODEL_KEY, OPTIMIZER_KEY
 from fundamentallm.checkpoint.state_json import MALFORMED, encode
 from fundamentallm.checkpoint.tensor_files import Like
-from fundamentallm.config.schema import flat_settings
+from fundamentallm.config.schema import NEVER_ON_RESUME, flat_settings
 from fundamentallm.distributed.dtensor import is_sharded
 from fundamentallm.errors import CheckpointError, ConfigError, Problem
 from fundamentallm.run.environment import versions
@@ -75,8 +75,6 @@ class RunState:
             exchange(saved)
         except MALFORMED as error:
             raise CheckpointError(f"{where} does not hold a run ({type(error).__name__}: {error}).") from error
-        # A tokenizer's file may move with its folder. If the tokenizer is another one, the samples change too.
-        free = free if "data.content" in changed else {*free, "data.tokenizer"}
         _refuse_changes(changed, may_change, free, where)
         reset, messages = self._parts_to_reset(saved, changed.keys(), where)
         for name, part in self.parts.items():
@@ -192,15 +190,18 @@ def _refuse_changes(
     changed: dict[str, tuple[Any, Any]], may_change: Collection[str], free: Collection[str], where: Path
 ) -> None:
     """Raises ConfigError for each changed setting that neither is free nor was allowed by name or by section."""
-    refused = [name for name in changed if name not in free and not {name, name.partition(".")[0]} & {*may_change}]
-    advice = (
-        f"Set it back, or allow the change by --training.resume_changes '[{', '.join(refused)}]'. "
+    allowed = {name for name in changed if {name, name.partition(".")[0]} & {*may_change}} - NEVER_ON_RESUME
+    refused = [name for name in changed if name not in free and name not in allowed]
+    names = ", ".join(name for name in refused if name not in NEVER_ON_RESUME)
+    allow = (
+        f"Set it back, or allow the change by --training.resume_changes '[{names}]'. "
         "(model.init_from starts a new run from these weights.)"
     )
     reason = f"and {where} was trained with another value"
     problems = []
     for name in refused:
         before, now = changed[name]
+        advice = "Set it back: the weights have that shape." if name in NEVER_ON_RESUME else allow
         problems.append(Problem(name, now, _short(before), advice, reason))
     if problems:
         raise ConfigError(problems)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,12 +15,14 @@ from fundamentallm.checkpoint.reading import load_parts
 from fundamentallm.checkpoint.state_json import MALFORMED
 from fundamentallm.config.schema import DataConfig
 from fundamentallm.config.validation import from_dict
-from fundamentallm.data.corpus import Corpus, load_corpus
+from fundamentallm.data.corpus import Corpus, load_corpus, was_opened
 from fundamentallm.data.datasets import TokenSamples
 from fundamentallm.data.loaders import corpus_samples
 from fundamentallm.data.sampler import StepSampler
 from fundamentallm.data.tokenizers import read_tokenizer
 from fundamentallm.errors import CheckpointError, ConfigError, Problem
+from fundamentallm.run.folder import STARTS
+from fundamentallm.run.json_lines import read
 from fundamentallm.run.progress import sampler_of
 
 TOKENIZER = "tokenizer.json"
@@ -103,16 +107,32 @@ def corpus_of_run(checkpoint: Path, settings: dict[str, Any], source: str | None
     """Opens the text that a run was trained on, with the tokenizer of its checkpoint.
 
     `settings` is the section `data` of its config. `source` is the present location of the text, if it has moved.
-    Raises ConfigError if the settings are malformed, or the text cannot be read.
+    Raises ConfigError if the settings are malformed, the text cannot be read, or only the checkpoint names it.
     """
     data = from_dict(DataConfig, settings)
+    if source is None and not was_opened(data) and not _has_trained_here(checkpoint, settings):
+        reason = "which the checkpoint names, but no run on this machine is known to have read it"
+        advice = "If you trust the checkpoint, allow it by: fundamentallm prepare --data.source TEXT."
+        raise ConfigError(Problem("data.source", data.source, "", advice, reason))
     # The run's cache folder may be on another machine, and that of a checkpoint from elsewhere could be anywhere.
     data = dataclasses.replace(data, source=data.source if source is None else source, cache_dir=None)
     if data.tokenizer.endswith(".json"):  # a file of the user's, which may be gone
         data = dataclasses.replace(data, tokenizer=str(checkpoint / TOKENIZER))
-    corpus = load_corpus(data, show_progress=sys.stderr.isatty())
+    tokenizer = read_tokenizer(checkpoint / TOKENIZER)
+    corpus = load_corpus(data, sys.stderr.isatty(), tokenizer)
     # Samples are compared by their ids, which only the run's own tokenizer decodes to their text.
-    return data, corpus._replace(tokenizer=read_tokenizer(checkpoint / TOKENIZER))
+    return data, corpus._replace(tokenizer=tokenizer)
+
+
+def _has_trained_here(checkpoint: Path, settings: dict[str, Any]) -> bool:
+    """Returns whether the run's folder, around the checkpoint, records a launch on this machine with these data."""
+    for folder in list(checkpoint.absolute().parents)[:2]:
+        if (folder / STARTS).is_file():
+            for start in read(folder / STARTS):
+                with contextlib.suppress(*MALFORMED):  # a stranger's
+                    if start["environment"]["host"] == socket.gethostname() and start["config"]["data"] == settings:
+                        return True
+    return False
 
 
 def texts(dataset: TokenSamples, indices: Sequence[int]) -> Iterator[tuple[int, str, str]]:

@@ -34,7 +34,7 @@ from fundamentallm.models.transformers_format import model_files
 from fundamentallm.models.with_loss import ModelWithLoss, Objective
 from fundamentallm.run.environment import environment
 from fundamentallm.run.progress import Progress
-from fundamentallm.run.resume import resume
+from fundamentallm.run.resume import check_tokenizer, resume
 from fundamentallm.run.saving import Saver, open_manager, saves_left
 from fundamentallm.run.session import Record, session
 from fundamentallm.run.state import RunState
@@ -400,9 +400,9 @@ class Trainer(TrainerView):
         return choice.path
 
     def _restore(self, saved: dict[str, Any], where: Path) -> None:
+        check_tokenizer(where, self.train_loader.dataset)
         restored = self.state.load(saved, where, self.config.training.resume_changes, FREE_ON_RESUME)
-        for line in restored.messages:
-            self.say(line)
+        self.say("\n".join(restored.messages))
         self._fit_schedule()
         if self.micro_batch is not None and restored.changed:
             self.micro_batch.size = None  # another one may fit

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from fundamentallm import CheckpointManager, Config, DataConfig, ModelConfig, Trainer, TrainingConfig
 from fundamentallm.__main__ import main
 from fundamentallm.checkpoint.manifest import MANIFEST, describe, read_manifest, write_manifest
+from fundamentallm.commands import checkpoint_verbs
 from fundamentallm.commands.output import shortened
 from fundamentallm.train import make_trainer
 from tests.conftest import reset_accelerate
@@ -176,12 +177,12 @@ def test_samples_changed_text_is_refused(made: Run, copy: Path, command: Command
 
 
 def test_samples_text_uses_the_tokenizer_of_the_run(made: Run, command: Command, tmp_path: Path) -> None:
-    """Another text may have the same token ids, since a char vocabulary numbers the characters that there are."""
+    """Another text has no ids that could look like the run's, although a char vocabulary of its own would give them."""
     other = tmp_path / "other.txt"
     other.write_text("".join(chr(ord(character) + 0x4E00) for character in made.text.read_text()))
-    code, out, _ = command("samples", made.folder, "--step", 2, "--full", "--source", other)
-    assert code == 0
-    assert [text for _, text in parsed(out).values()] == made.seen[1]
+    code, _, err = command("samples", made.folder, "--step", 2, "--full", "--source", other)
+    assert code == 2
+    assert "other.txt, line 1 has" in err
 
 
 def test_samples_own_dataset_has_indices_and_no_text(tmp_path: Path, command: Command) -> None:
@@ -217,7 +218,9 @@ def test_samples_own_dataset_has_indices_and_no_text(tmp_path: Path, command: Co
 @pytest.mark.parametrize("below", ["", "checkpoints"])
 def test_list_has_a_line_per_checkpoint_oldest_first(made: Run, command: Command, below: str) -> None:
     code, out, _ = command("list", made.folder / below)
-    header, *rows = (line.split() for line in out.splitlines())
+    table, note = out.split("\n\n")
+    assert "sizes" in note
+    header, *rows = (line.split() for line in table.splitlines())
     assert code == 0
     assert header == ["checkpoint", "step", "val_loss", "size", "saved"]
     steps = [4, 8, 12, 16, 18]
@@ -234,7 +237,7 @@ def test_list_is_in_the_order_of_saving(tmp_path: Path, command: Command) -> Non
     for name, step in (("z", 2), ("a", 3)):
         state = {"metrics_state_dict": metrics, "progress_state_dict": {"step": step}}
         CheckpointManager(tmp_path).save({"model_state_dict": {"w": torch.ones(1)}, **state}, name)
-    rows = [line.split()[:3] for line in command("list", tmp_path)[1].splitlines()[1:]]
+    rows = [line.split()[:3] for line in command("list", tmp_path)[1].split("\n\n")[0].splitlines()[1:]]
     assert rows == [["z", "2", "-"], ["a", "3", "1.5000"]]
 
 
@@ -294,6 +297,68 @@ def test_verify_ignores_leftovers_and_lists_extra_files(copy: Path, command: Com
     assert len(out.splitlines()) == 5
 
 
+def test_verify_does_not_call_a_rotated_checkpoint_damaged(
+    copy: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A live run deletes its oldest checkpoint between the listing and the reading."""
+    real = checkpoint_verbs.verify
+
+    def verify(path: Path) -> Any:
+        shutil.rmtree(copy / "checkpoints" / "step_00000008", ignore_errors=True)
+        return real(path)
+
+    monkeypatch.setattr(checkpoint_verbs, "verify", verify)
+    code, out, _ = command("verify", copy)
+    assert (code, "damaged" in out, len(out.splitlines())) == (0, False, 5)
+
+
+def test_every_verb_takes_the_checkpoint_as_an_option(made: Run, command: Command) -> None:
+    for verb in VERBS:
+        name, *further = verb
+        if name != "consolidate":
+            assert command(name, "--checkpoint", made.folder, *further) == command(name, made.folder, *further)
+
+
+# ---- source of a stranger's checkpoint ----------------------------------------------------------------------
+
+
+def change_source(path: Path, source: str) -> None:
+    """Rewrites the source in a checkpoint's config, and its manifest."""
+    state = json.loads((path / "state.json").read_text())
+    state["state"]["config"]["data"] |= {"source": source, "tokenizer": "byte"}
+    (path / "state.json").write_text(json.dumps(state))
+    (path / MANIFEST).unlink()
+    write_manifest(path, describe(path, os.listdir(path)), sequence=99, is_best=True, is_finite=True, step=18)
+
+
+@pytest.mark.parametrize("where", ["run", "alone"])
+@pytest.mark.parametrize("source", ["pipe", "secret.txt", "datasets:json,data_files=secret.txt", "/**"])
+def test_source_that_only_a_checkpoint_names_is_not_opened(
+    copy: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, source: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    (tmp_path / "secret.txt").write_text("to be or not to be " * 200)
+    path = newest(copy)
+    if where == "alone":
+        path = path.rename(tmp_path / path.name)
+    change_source(path, source)
+    monkeypatch.setattr("fundamentallm.run.step_samples.load_corpus", lambda *_, **__: pytest.fail("opened"))
+    for verb in (["checkpoints", "samples", str(path), "--step", "9"], ["evaluate", str(path)]):
+        monkeypatch.setattr(sys, "argv", ["fundamentallm", *verb])
+        assert main() == 2
+
+
+def test_source_of_a_checkpoint_is_opened_once_the_user_has(
+    made: Run, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = shutil.copytree(newest(made.folder), tmp_path / "step_00000018")
+    assert command("samples", path, "--step", 9)[0] == 2
+    assert command("samples", path, "--step", 9, "--source", made.text)[0] == 0
+    assert command("samples", path, "--step", 9)[0] == 0
+
+
 # ---- show -------------------------------------------------------------------------------------------------
 
 
@@ -307,6 +372,9 @@ def test_show_prints_step_loss_files_versions_and_config(made: Run, command: Com
     expected = {f"step 18, val_loss {loss:.4f}", "batch_size: 20", f"source: {made.text}"}
     assert expected | {f"model.safetensors {size / 1000:.1f} kB"} <= printed
     assert f"torch {torch.__version__}" in " ".join(out.split())
+    changed = out.partition("differ from the defaults\n")[2].partition("\n\n")[0].split("\n")
+    assert {"  training.batch_size: 20", "  model.num_layers: 1"} <= set(changed)
+    assert not [line for line in changed if "weight_decay" in line or "checkpoint_dir" in line]
 
 
 def test_show_reads_no_weights_without_verify(copy: Path, command: Command) -> None:

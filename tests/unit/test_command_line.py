@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import fundamentallm
 from fundamentallm import __main__ as commands
 from fundamentallm import train
 from fundamentallm.config.command_line import parse_config, settings
@@ -183,7 +185,7 @@ def test_to_yaml_writes_text_and_numbers_that_read_back_equal(write: Write) -> N
     numbers = [1e-8, 0.1 + 0.2, 5e-324, 1e22, 1.7976931348623157e308, 3, 10**15, -1e-4]
     config = Config(
         callbacks=[f"a:{text}" for text in TEXTS],
-        data=DataConfig(text_field=" a: #\n"),
+        data=DataConfig(end_of_text=" a: #\n"),
         training=TrainingConfig(
             optimizer="a:b", optimizer_options={text: text for text in TEXTS}, loss_options={"x": numbers}
         ),
@@ -199,8 +201,8 @@ def test_to_yaml_writes_text_and_numbers_that_read_back_equal(write: Write) -> N
 
 @pytest.mark.parametrize("text", ["7", "null", "true", "1e3", "[", "a: b", "*a", "2024-99-99", "!!int x", "no", ""])
 def test_parse_config_keeps_the_text_of_a_text_setting(write: Write, text: str) -> None:
-    assert parse_config(["--data.text_field", text]).data.text_field == text
-    assert parse_config([f"--data.text_field={text}"]).data.text_field == text
+    for arguments in (["--data.text_field", text], [f"--data.text_field={text}"]):
+        assert parse_config(arguments, check_files=False).data.text_field == text
 
 
 @pytest.mark.parametrize(
@@ -214,10 +216,35 @@ def test_parse_config_keeps_the_text_of_a_text_setting(write: Write, text: str) 
         ("model.qk_norm", "false", False),
         ("callbacks", "[a:b, c:d]", ["a:b", "c:d"]),
         ("training.loss_options", "{gamma: 1e-1}", {"gamma": 0.1}),
+        ("data.source", "{a.txt: 1, b.txt: 0.5}", {"a.txt": 1, "b.txt": 0.5}),
+        ("data.suffixes", "[.1, no, 7]", [".1", "no", "7"]),
     ],
 )
 def test_parse_config_reads_an_option_as_yaml(write: Write, name: str, text: str, value: Any) -> None:
-    assert value_of(parse_config([f"--{name}={text}"]), name) == value
+    assert value_of(parse_config([f"--{name}={text}"], check_files=False), name) == value
+
+
+@pytest.mark.parametrize("name", ["output_dir", "data.source", "data.cache_dir", "model.init_from", "training.loss"])
+@pytest.mark.parametrize("text", ["try #2", "'a:b'", "a: b", " a:b ", "[a:b]", "~a:b", "a:null", "Null:a", "- a:b"])
+def test_parse_config_takes_text_as_it_is(write: Write, name: str, text: str) -> None:
+    text = text if ":" in text else f"a:{text}"
+    assert value_of(parse_config([f"--{name}", text], check_files=False), name) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        *(("lr", "training.learning_rate"), ("epochs", "training.max_epochs"), ("n_layer", "model.num_layers")),
+        *(("per_device_train_batch_size", "training.batch_size"), ("block_size", "data.sequence_length")),
+        *(("training.d_model", "model.d_model"), ("learning_rate", "training.learning_rate")),
+    ],
+)
+def test_parse_config_names_the_setting_that_others_call_so(write: Write, name: str, meant: str) -> None:
+    section, _, key = name.rpartition(".")
+    content = f"{section}: {{{key}: 1}}" if section else f"{key}: 1"
+    (of_file,) = problems("--config", write(content))
+    for found in (*problems(f"--{name}=1"), *problems(f"--{name.replace('_', '-')}", "1"), of_file):
+        assert f"{meant}'" in found.advice
 
 
 @pytest.mark.parametrize("text", ["-1", "-0.5", "-1e-4"])
@@ -409,6 +436,28 @@ def test_main_shows_the_help_of_all_commands_and_of_one(
         commands.main()
     assert caught.value.code == 0
     assert capsys.readouterr().out.startswith("usage: fundamentallm generate ")
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_train_without_arguments_shows_the_help_once(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    assert train.main([]) == 2
+    out, err = capsys.readouterr()
+    assert ("--training.max_steps INT" in out, "--config" in err) == (rank == "0", rank == "0")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_main_prints_its_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["fundamentallm", "--version"])
+    assert commands.main() == 0
+    assert capsys.readouterr().out == f"fundamentallm {version('fundamentallm')}\n"
+
+
+def test_package_lists_its_public_names() -> None:
+    assert dir(fundamentallm) == sorted(fundamentallm.__all__)
+    assert "Trainer" in dir(fundamentallm)
 
 
 def test_main_ends_quietly_if_its_reader_closes_the_pipe() -> None:

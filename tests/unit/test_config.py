@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fundamentallm.config.command_line import settings
-from fundamentallm.config.files import data_problems, file_problems, source_files
+from fundamentallm.config.files import file_problems, find_source
 from fundamentallm.config.registry import resolve
 from fundamentallm.config.schema import (
     LOSS_NAMES,
@@ -271,21 +271,21 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_source_without_files_is_one_problem(folder: Path, source: str, fact: str) -> None:
-    (found,) = data_problems(DataConfig(source=source))
-    assert (found.setting, found.value) == ("source", source)
+    (found,) = file_problems(Config(data=DataConfig(source=source)))
+    assert (found.setting, found.value) == ("data.source", source)
     assert fact in found
 
 
 @pytest.mark.parametrize("source", ["a.txt", "*.txt", "**/a*.txt", "python-docs", "datasets:any"])
 def test_source_with_files_has_no_problem(folder: Path, source: str) -> None:
-    assert data_problems(DataConfig(source=source)) == []
+    assert file_problems(Config(data=DataConfig(source=source))) == []
 
 
 def test_source_files_of_a_folder_are_sorted_and_visible(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scanned: list[str] = []
     scandir = os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: scanned.append(str(path)) or scandir(path))
-    found = source_files(DataConfig(), str(folder))
+    found = find_source(DataConfig(), str(folder)).files
     assert [path.relative_to(folder).as_posix() for path in found] == ["a.txt", "b.txt", "sub/a.txt", "sub/b.md"]
     assert scanned
     assert not [path for path in scanned if ".git" in path]  # often holds more files than the text
@@ -300,7 +300,7 @@ def test_source_with_an_unreadable_folder_names_it(folder: Path, monkeypatch: py
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    (found,) = data_problems(DataConfig(source=str(folder)))
+    (found,) = file_problems(Config(data=DataConfig(source=str(folder))))
     assert str(folder / "sub") in found.reason
 
 

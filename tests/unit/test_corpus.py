@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+import io
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from fundamentallm.config import files
 from fundamentallm.config.schema import BUILT_IN_CORPUS, DataConfig
 from fundamentallm.data import corpus, encoding, sources
 from fundamentallm.data.corpus import Corpus, load_corpus
@@ -102,6 +106,16 @@ def test_read_pieces_ends_pieces_with_lines(tmp_path: Path, text: str) -> None:
     assert all(piece.endswith("\n") for piece in pieces[:-1])
 
 
+@pytest.mark.parametrize("text", ["word " * 300, "x" * 999, "漢字" * 300 + " " + "ab\n" * 9, "a  b\r\nc" * 200])
+def test_read_pieces_cuts_long_lines_at_white_space(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "PIECE", 50)
+    pieces = list(read_pieces(io.StringIO(text, newline="")))
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) <= 150
+    if " " in text[:50]:
+        assert [piece for piece in pieces[1:] if not (piece[0].isspace() or piece[0] == "c")] == []
+
+
 @pytest.mark.parametrize("cut", range(9))
 def test_split_pieces_splits_the_text(cut: int) -> None:
     pieces = list(split_pieces(map(Piece, ["abc", "", "d", "efg"]), cut))
@@ -152,9 +166,9 @@ def test_token_type_is_the_smallest_for_the_vocabulary(load: Load, size: int, dt
 def test_cache_entry_is_used_as_it_is(load: Load, cache: Path) -> None:
     load(UNICODE)
     (entry,) = entries(cache)
-    size = (entry / "train.bin").stat().st_size
-    (entry / "train.bin").write_bytes(b"\1\0" * (size // 2))
-    assert set(tokens_of(load(UNICODE))[0]) == {1}
+    inode = (entry / "train.bin").stat().st_ino
+    load(UNICODE)
+    assert (entry / "train.bin").stat().st_ino == inode
 
 
 def test_cache_identifies_a_text_by_its_content(load: Load, cache: Path, tmp_path: Path) -> None:
@@ -185,14 +199,17 @@ def test_changed_tokenizer_file_is_noticed(load: Load, tmp_path: Path) -> None:
         assert tokens_of(made)[0] == ids
 
 
-@pytest.mark.parametrize("name", ["train.bin", "validation.bin", "meta.json", "tokenizer.json"])
-@pytest.mark.parametrize("damage", ["truncated", "missing", "other JSON"])
+@pytest.mark.parametrize("name", ["train.bin", "validation.bin", "meta.json", "tokenizer.json", "checksums.json"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "other JSON", "bit"])
 def test_damaged_cache_entry_is_encoded_again(load: Load, cache: Path, name: str, damage: str) -> None:
     before = decode(load(UNICODE))
     (entry,) = entries(cache)
     files = {path.name: path.read_bytes() for path in entry.iterdir()}
     if damage == "missing":
         (entry / name).unlink()
+    elif damage == "bit":
+        middle = len(files[name]) // 2
+        (entry / name).write_bytes(files[name][:middle] + bytes([files[name][middle] ^ 1]) + files[name][middle + 1 :])
     elif damage == "truncated":  # by a whole token, or the mapping fails by itself
         (entry / name).write_bytes(files[name][:-2])
     else:
@@ -200,6 +217,43 @@ def test_damaged_cache_entry_is_encoded_again(load: Load, cache: Path, name: str
     assert decode(load(UNICODE)) == before
     assert entries(cache) == [entry]
     assert {path.name: path.read_bytes() for path in entry.iterdir()} == files
+
+
+@pytest.mark.usefixtures("settled")
+def test_damaged_note_of_the_cache_is_not_believed(load: Load, cache: Path) -> None:
+    before = decode(load(UNICODE))
+    for note in (cache / "known").iterdir():
+        for place in range(0, note.stat().st_size, 7):
+            data = bytearray(note.read_bytes())
+            data[place] ^= 1
+            note.write_bytes(data)
+            assert decode(load(cache.parent / "source.txt")) == before
+    assert len(entries(cache)) == 1
+
+
+@pytest.mark.usefixtures("settled")
+def test_large_cache_entry_is_checked_once(load: Load, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked, real = [], corpus._checksums
+    before = decode(load(UNICODE))
+    monkeypatch.setattr(corpus, "ALWAYS_CHECKED", 0)
+    monkeypatch.setattr(corpus, "_checksums", lambda found: checked.append(1) or real(found))
+    for _ in range(2):
+        load(UNICODE)
+    assert len(checked) == 1
+    (entry,) = entries(cache)
+    os.utime(entry / "train.bin")
+    assert decode(load(UNICODE)) == before
+    assert len(checked) == 2
+
+
+def test_staging_of_a_killed_process_is_deleted(load: Load, cache: Path) -> None:
+    (cache / ".staging-killed" / "new").mkdir(parents=True)
+    (cache / ".staging-alive").mkdir()
+    handle = os.open(cache / ".staging-alive", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    load(UNICODE)
+    os.close(handle)
+    assert [path.name for path in cache.glob(".*")] == [".staging-alive"]
 
 
 def test_default_cache_is_the_users(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,9 +265,83 @@ def test_default_cache_is_the_users(tmp_path: Path, cache: Path, monkeypatch: py
 
 def test_unknown_characters_are_named(load: Load, cache: Path, tmp_path: Path) -> None:
     tokenizer = save_tokenizer(tmp_path / "mine.json", "ab\n", unknown="<unk>")
-    problem = problem_of(load, "ab\n" * 100 + "a漢b\nabéab\n" + "ab\n" * 100, tokenizer=tokenizer)
-    assert problem.value == ["é", "漢"]
+    text = "ab\n" * 100 + "a漢b\nabéab\n" + "ab\n" * 100
+    problem = problem_of(load, text, tokenizer=tokenizer)
+    assert problem.setting == "data.source"
+    assert f"{tmp_path / 'source.txt'}, line 101 has 'é', '漢'" in problem.reason
     assert entries(cache) == []
+    made = load(text, tokenizer=tokenizer, unknown_tokens=True)
+    assert sum(part.count(3) for part in tokens_of(made)) == sum(made.sources[0].counts.values()) == 2
+
+
+def save_rows(path: Path, rows: list[dict[str, str]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("prompts", [False, True])
+def test_row_with_an_unknown_character_is_bad(load: Load, tmp_path: Path, prompts: bool) -> None:
+    path = tmp_path / "mine.json"
+    tokenizer = create_tokenizer("char", "abc", end_of_text="<end>")
+    tokenizer.save(str(path))
+    texts = [("a", "ab"), ("漢", "ab"), ("b", "漢"), ("c", "ba")]
+    rows = save_rows(tmp_path / "rows.jsonl", [{"ask": ask, "text": text} for ask, text in texts])
+    given = {"tokenizer": str(path), "end_of_text": "<end>", "train_split": 1.0}
+    given |= {"prompt_field": "ask"} if prompts else {}
+    bad = 2 if prompts else 1
+    made = load(rows, max_bad_rows=bad, **given)
+    assert tokens_of(made)[0] == tokenizer.encode("aab<end>cba<end>" if prompts else "ab<end>ab<end>ba<end>").ids
+    assert made.sources[0].bad_rows == bad
+    assert "line 3 has '漢'" in (made.sources[0].folder / "bad_rows.txt").read_text()
+    assert problem_of(load, rows, max_bad_rows=bad - 1, **given).setting == "data.source"
+
+
+CHAT = "<|im_start|>a<|im_end|>"
+
+
+@pytest.mark.parametrize(("setting", "as_text"), [(None, False), ("tokens", False), ("text", True)])
+def test_special_tokens_of_a_given_tokenizer(load: Load, tmp_path: Path, setting: str | None, as_text: bool) -> None:
+    tokenizer = create_tokenizer("byte", end_of_text="<|im_end|>")
+    tokenizer.add_special_tokens(["<|im_start|>"])
+    tokenizer.save(str(tmp_path / "mine.json"))
+    rows = save_rows(tmp_path / "rows.jsonl", [{"text": CHAT}] * 2)
+    given = {"tokenizer": str(tmp_path / "mine.json"), "end_of_text": "<|im_end|>", "train_split": 1.0}
+    made = load(rows, **given, **({} if setting is None else {"special_tokens": setting}))
+    tokenizer.encode_special_tokens = as_text
+    assert tokens_of(made)[0] == [*tokenizer.encode(CHAT).ids, 256] * 2
+    assert made.tokenizer.encode(CHAT).ids == tokenizer.encode(CHAT).ids
+    assert sum(made.sources[0].counts.values()) == 4 * as_text
+
+
+def test_special_token_of_a_made_tokenizer_is_text(load: Load) -> None:
+    made = load("a<end>b", end_of_text="<end>", train_split=1.0)
+    assert tokens_of(made)[0] == [*create_tokenizer("byte").encode("a<end>b").ids, 256]
+    assert list(made.sources[0].counts.values()) == [1]
+
+
+def test_ids_with_gaps_have_a_size_by_the_largest(load: Load, tmp_path: Path) -> None:
+    vocabulary = {"a": 0, "b": 70_000}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(tmp_path / "mine.json"))
+    made = load("abba", tokenizer=str(tmp_path / "mine.json"), train_split=0.5)
+    assert tokens_of(made) == [[0, 70_000], [70_000, 0]]
+    assert made.sources[0].validation.num_bytes == 1
+    np.save(tmp_path / "tokens.npy", np.array([0, 70_000]))
+    assert tokens_of(load(tmp_path / "tokens.npy", tokenizer=str(tmp_path / "mine.json"))) == [[0], [70_000]]
+
+
+def test_text_that_a_tokenizer_normalises_is_known(load: Load, tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "caf": 1, "##e": 2, "fin": 3}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "mine.json"))
+    settings = {"tokenizer": str(tmp_path / "mine.json"), "train_split": 1.0}
+    assert tokens_of(load("Café ﬁn", **settings))[0] == [1, 2, 3]
+    assert "'漢'" in problem_of(load, "Café 漢", **settings).reason
+    assert "'" + "fin" * 50 + "'" in problem_of(load, "fin" * 50, **settings).reason  # longer than a word may be
 
 
 @pytest.mark.parametrize("byte_level", [False, True])
@@ -225,7 +353,10 @@ def test_characters_are_not_dropped_silently(load: Load, tmp_path: Path, byte_le
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         tokenizer.save(str(path))
-    assert problem_of(load, "abzab" * 20, tokenizer=str(path)).value == ["z"]
+    for allowed in (False, True):  # there is no unknown token to allow
+        problem = problem_of(load, "abzab" * 20, tokenizer=str(path), unknown_tokens=allowed)
+        assert "line 1 has 'z'" in problem.reason
+        assert "unknown_tokens" not in problem.advice
 
 
 def test_empty_text_is_refused(load: Load, cache: Path) -> None:
@@ -343,8 +474,8 @@ def test_recently_changed_text_is_read_again(load: Load, source: Path, monkeypat
 
 
 def test_load_corpus_looks_up_the_files_of_a_source_once(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    looked_up, real = [], sources.source_files
-    monkeypatch.setattr(sources, "source_files", lambda *about: looked_up.append(about) or real(*about))
+    looked_up, real = [], files.find_source
+    monkeypatch.setattr(files, "find_source", lambda *about: looked_up.append(about) or real(*about))
     load(UNICODE, tokenizer="bpe:300")
     assert len(looked_up) == 1
 

@@ -18,9 +18,9 @@ import pyarrow.parquet
 import pytest
 
 from fundamentallm.commands import prepare
-from fundamentallm.config.schema import DataConfig
-from fundamentallm.data import encoding
-from fundamentallm.data.corpus import Corpus, load_corpus
+from fundamentallm.config.schema import BUILT_IN_CORPUS, DataConfig
+from fundamentallm.data import encoding, sources
+from fundamentallm.data.corpus import Corpus, describe, load_corpus
 from fundamentallm.errors import ConfigError
 from tests.conftest import problem_of
 
@@ -48,6 +48,13 @@ def write_rows(path: Path, rows: Sequence[Any]) -> str:
     return str(path)
 
 
+def flip(path: Path) -> None:
+    """Changes one bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
 def load(folder: Path, source: str | dict[str, float], **settings: Any) -> Corpus:
     defaults = {"tokenizer": "byte", "end_of_text": END, "train_split": 0.7, "cache_dir": str(folder / "cache")}
     return load_corpus(DataConfig(source=source, **{**defaults, **settings}), show_progress=False)
@@ -65,6 +72,30 @@ def decode(corpus: Corpus) -> str:
 
 def as_jsonl(folder: Path) -> str:
     return write_rows(folder / "a.jsonl", [{"text": text, "n": n} for n, text in enumerate(DOCUMENTS)])
+
+
+def as_json_list(folder: Path) -> str:
+    rows = [{"n": n, "text": text} for n, text in enumerate(DOCUMENTS)]
+    (folder / "a.json").write_text("\ufeff\n" + json.dumps(rows, indent=1), encoding="utf-8")
+    return str(folder / "a.json")
+
+
+def as_json_lines(folder: Path) -> str:
+    return str(Path(as_jsonl(folder)).rename(folder / "a.json"))
+
+
+def as_links(folder: Path) -> str:
+    """A folder whose files are behind links to folders, which form a circle."""
+    tree = Path(as_texts(folder))
+    (tree / "sub" / "back").symlink_to(tree)
+    (folder / "linked").mkdir()
+    for name in ("a", "b"):
+        (folder / "linked" / name).symlink_to(tree)
+    return str(folder / "linked")
+
+
+def as_recursive_glob(folder: Path) -> str:
+    return f"{as_links(folder)}/**/*.py"
 
 
 def as_parquet(folder: Path) -> str:
@@ -99,7 +130,8 @@ def as_capitals(folder: Path) -> str:
     return str(Path(as_jsonl(folder)).rename(folder / "A.JSONL"))
 
 
-KINDS = [as_jsonl, as_capitals, as_parquet, as_texts, as_dataset, as_saved_dataset, as_saved_splits]
+KINDS = [as_jsonl, as_capitals, as_json_list, as_json_lines, as_parquet, as_texts, as_links, as_recursive_glob]
+KINDS += [as_dataset, as_saved_dataset, as_saved_splits]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -125,7 +157,94 @@ def test_validation_bytes_exclude_end_of_text(tmp_path: Path, tokenizer: str) ->
     assert corpus.tokenizer.get_vocab_size() == sizes[tokenizer]
 
 
+def test_folder_reports_the_files_that_it_leaves_out(tmp_path: Path) -> None:
+    folder = Path(as_texts(tmp_path))
+    for name in ("b.md", "c.md", "d", ".hidden/e.py", ".f.py"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("left out")
+    (folder / "A.PY").write_text("read")
+    (folder / "gone.py").symlink_to(folder / "nothing")
+    corpus = load(tmp_path, str(folder), suffixes=[".py"], train_split=0.99)
+    assert f"read{END}" in decode(corpus)
+    left_out = corpus.sources[0].left_out
+    assert set(left_out.split(", ")) == {"2 .md", "1 without suffix", "2 hidden", "1 folders and special files"}
+    assert any(left_out in line for line in describe(corpus))
+
+
+def test_byte_order_mark_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\ufeffsome words" * 2, encoding="utf-8")
+    assert decode(load(tmp_path, str(tmp_path / "a.txt"), end_of_text=None)) == "some words\ufeffsome words"
+
+
+def test_long_row_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "LONG", 20)
+    monkeypatch.setattr(sources, "PIECE", 8)
+    longest, real = [], encoding.encode_pieces
+
+    def encode(tokenizer: Any, pieces: Any, **options: Any) -> Any:
+        pieces = list(pieces)
+        longest.append(max(map(len, pieces)))
+        return real(tokenizer, pieces, **options)
+
+    monkeypatch.setattr(encoding, "encode_pieces", encode)
+    assert decode(load(tmp_path, as_jsonl(tmp_path))) == "".join(text + END for text in DOCUMENTS)
+    assert longest[0] <= 20
+
+
+# ---- what is refused ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.arrow", "a.jsonl.gz", "a.XLSX", "a.pkl"])
+def test_file_that_is_neither_text_nor_rows_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("text\nto be or not to be")
+    for source in (tmp_path / name, tmp_path / "a.*"):
+        problem = problem_of(load, tmp_path, str(source), text_field="output")
+        assert problem.setting == "data.source"
+        assert Path(name).suffix in problem.reason
+
+
+def test_text_field_without_rows_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("to be or not to be " * 9)
+    text, rows = str(tmp_path / "a.txt"), write_rows(tmp_path / "a.jsonl", [{"output": "abc" * 40}])
+    assert problem_of(load, tmp_path, text, text_field="output").setting == "data.text_field"
+    assert problem_of(load, tmp_path, BUILT_IN_CORPUS, text_field="output").setting == "data.text_field"
+    assert len(load(tmp_path, {text: 1.0, rows: 1.0}, text_field="output").sources) == 2
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        *("/", "/**/*.txt", "/*/*/*/*.txt", "/dev/zero", "/dev", "/proc/*/maps", "/sys", "pipe", "root"),
+        *("circle/**/*.txt", "datasets:text,data_files=/dev/zero", "datasets:text,data_files=pipe"),
+        "datasets:text,data_dir=/",
+    ],
+)
+def test_source_that_might_never_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    for name in ("root", "circle/root"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).symlink_to("/")
+    assert problem_of(load, tmp_path, source).setting == "data.source"
+
+
+def test_dataset_that_is_unpickled_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.pkl"
+    path.write_bytes(b"cos\nsystem\n(S'touch %s'\ntR." % str(tmp_path / "ran").encode())
+    problem = problem_of(load, tmp_path, f"datasets:pandas,data_files={path}")
+    assert (problem.setting, "run code" in problem.reason) == ("data.source", True)
+    assert not (tmp_path / "ran").exists()
+
+
 # ---- bad rows -----------------------------------------------------------------------------------------------
+
+
+def test_a_json_list_that_is_damaged_is_one_bad_row(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('[{"text": "a"}, ')
+    assert "a.json" in problem_of(load, tmp_path, str(tmp_path / "a.json")).reason
+    (tmp_path / "a.json").write_text('[{"text": "to be or not"}, 3]')
+    assert load(tmp_path, str(tmp_path / "a.json"), max_bad_rows=1).sources[0].bad_rows == 1
+
 
 BAD = {
     "{oops": "is not JSON",
@@ -272,6 +391,10 @@ def test_a_prepared_folder_can_be_moved(
     shutil.rmtree("cache")
     moved = load_corpus(dataclasses.replace(config, source="moved"), show_progress=False)
     assert decode(moved) == decode(made)
+    (tmp_path / "moved" / "notes").mkdir()  # of the user, and not compared
+    flip(tmp_path / "moved" / "train.bin")
+    assert problem_of(load_corpus, dataclasses.replace(config, source="moved")).setting == "data.source"
+    flip(tmp_path / "moved" / "train.bin")
     with pytest.raises(ConfigError) as error:
         load_corpus(DataConfig(source="moved", train_split=0.5))
     names = {"data.tokenizer", "data.train_split", "data.end_of_text"}
