@@ -131,7 +131,7 @@ def make_throughput(config: TrainingConfig, accelerator: Accelerator, model: nn.
     if peak is None:
         return Throughput()
     sample = dataset[0]
-    inputs = sample.get("input_ids") if isinstance(sample, Mapping) else sample[0]
+    inputs: Any = sample.get("input_ids") if isinstance(sample, Mapping) else sample[0]
     if not hasattr(inputs, "__len__"):  # the cost of a target is not known
         return Throughput()
     return Throughput(peak * accelerator.num_processes, model_flops_per_token(model, len(inputs)))
