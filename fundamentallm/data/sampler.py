@@ -5,13 +5,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from fundamentallm.data.listed_order import ListedOrder
 
 POSITIONS_AT_ONCE = 4096
 """Positions of the order that are computed, and kept, at once."""
@@ -119,7 +116,7 @@ class StepSampler:
         drop_last: skip an epoch's short last batch.
         pad: pad micro-batches to one size (padding is masked), so that a compiled model sees one shape.
         schedule: later batch sizes, as pairs of the number of steps done and the size from then on, in order.
-        order: lists another order of an epoch, which replaces `seed`. If it lists batches, each is one step:
+        order: a `ListedOrder`: lists another order of an epoch, which replaces `seed`. If it lists batches, each is one step:
             `num_samples` then counts batches, and `batch_size` is 1.
     """
 
@@ -134,7 +131,7 @@ class StepSampler:
         drop_last: bool = False,
         pad: bool = False,
         schedule: Sequence[Sequence[int]] = (),
-        order: ListedOrder | None = None,
+        order: Any = None,
     ) -> None:
         self.num_samples, self.batch_size, self.seed, self.drop_last = num_samples, batch_size, seed, drop_last
         self.schedule = [list(pair) for pair in schedule]

@@ -137,7 +137,8 @@ class FirstBatches:
             CheckedArguments(model.model),
         ):
             model.eval()
-            with nullcontext() if accelerator.is_fsdp2 else self.group.barrier_with_errors():
+            exchange = nullcontext() if accelerator.is_fsdp2 else self.group.barrier_with_errors()
+            with exchange, accelerator.autocast():
                 _check_output(model, batch)
         for line in (*_copies(model, batch.own), *_padding(model.model, collate_fn)):
             self.say(f"warning: {line}")
