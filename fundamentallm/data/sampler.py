@@ -116,7 +116,7 @@ class StepSampler:
         drop_last: skip an epoch's short last batch.
         pad: pad micro-batches to one size (padding is masked), so that a compiled model sees one shape.
         schedule: later batch sizes, as pairs of the number of steps done and the size from then on, in order.
-        order: a `ListedOrder`: lists another order of an epoch, which replaces `seed`. If it lists batches, each is one step:
+        order: a `ListedOrder` of an epoch, which replaces `seed`. If it lists batches, each is one step:
             `num_samples` then counts batches, and `batch_size` is 1.
     """
 
