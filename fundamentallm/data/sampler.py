@@ -241,7 +241,7 @@ class StepSampler:
 
     def _indices(self, epoch: int, start: int, stop: int) -> list[Any]:
         if self.order is not None:
-            return self.order(epoch)[start:stop]
+            return list(self.order(epoch)[start:stop])
         if self.seed is None:
             return list(range(start, stop))
         indices: list[int] = []
