@@ -261,9 +261,10 @@ class CheckpointManager:
     def _delete_old(self) -> None:
         found = self._found()
         last_finite = [path for path, manifest in found if manifest["is_finite"]][-1:]
-        keep = {path for path, _ in found[-self.keep_last_n :]} | {self.get_best(), *last_finite, self.origin}
+        keep = {path for path, _ in found[-self.keep_last_n :]} | {self.get_best(), *last_finite}
+        origin = self.origin and self.origin.resolve()
         for path, manifest in found:
-            if path in keep:
+            if path in keep or path.resolve() == origin:
                 continue
             if others := sorted({entry.name for entry in path.iterdir()} - {*manifest["files"], MANIFEST}):
                 logger.warning("%s is kept: it holds files that are not the checkpoint's: %r", path, others[0])

@@ -310,6 +310,14 @@ def test_save_keeps_the_best_and_deletes_a_former_best(tmp_path: Path) -> None:
     assert manager.get_best() == tmp_path / "step_3"
 
 
+def test_save_keeps_the_origin_of_a_restart_by_either_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    manager = CheckpointManager("checkpoints", 1)
+    manager.origin = manager.save(state(), "origin").absolute()
+    save_steps(manager, 3)
+    assert names(tmp_path / "checkpoints") == ["origin", "step_2"]
+
+
 def test_save_deletes_nothing_that_is_not_a_checkpoint(tmp_path: Path) -> None:
     outside, folder = tmp_path / "outside", tmp_path / "checkpoints"
     CheckpointManager(outside).save(state(), "theirs")
