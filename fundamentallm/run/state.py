@@ -16,7 +16,7 @@ from fundamentallm.checkpoint.state_json import encode
 from fundamentallm.checkpoint.tensor_files import Like
 from fundamentallm.config.schema import NEVER_ON_RESUME, flat_settings
 from fundamentallm.distributed.dtensor import is_sharded
-from fundamentallm.errors import CheckpointError, ConfigError, Problem
+from fundamentallm.errors import CheckpointError, ConfigError, FundamentaLLMError, Problem
 from fundamentallm.run.environment import versions
 from fundamentallm.run.progress import Progress
 
@@ -87,7 +87,8 @@ class RunState:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # a checkpoint from elsewhere may hold anything
-                raise CheckpointError(f"{where}: its {name} does not fit this run: {error}") from error
+                reason = error if isinstance(error, FundamentaLLMError) else f"{type(error).__name__}: {error}"
+                raise CheckpointError(f"{where}: its {name} does not fit this run: {reason}") from error
         self.loaded_from = where
         inventory = self._inventory(saved, reset, where)
         messages.append(f"resumed from {where} at step {self.progress.step}: {inventory}")
