@@ -142,7 +142,7 @@ def _problems(saved: dict[str, Any], trained: dict[str, nn.Parameter], by_torch:
     problems = [f"{name} is not trained here" for name in sorted(by_name.keys() - trained.keys())]
     problems += [f"{name} is missing" for name in sorted(trained.keys() - by_name.keys())]
     problems += [
-        f"{key} of {name} has {_shape(value)}, the parameter {tuple(trained[name].shape)}"
+        f"{key} does not fit {name}, of shape {tuple(trained[name].shape)}"
         for name, state in by_name.items()
         for key, value in state.items()
         if name in by_torch and not _fits(key, value, trained[name])
@@ -159,10 +159,6 @@ def _problems(saved: dict[str, Any], trained: dict[str, nn.Parameter], by_torch:
 
 def _count_entries(by_name: dict[str, dict[str, Any]]) -> dict[str, int]:
     return dict(Counter(key for state in by_name.values() for key in state))
-
-
-def _shape(value: Any) -> str:
-    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"the value {value!r}"
 
 
 def _fits(key: str, value: Any, parameter: Tensor) -> bool:

@@ -129,11 +129,6 @@ class TensorFiles(Mapping[str, Tensor]):
             if self.shapes.setdefault(name, shape) != shape:
                 raise ValueError(f"shards of {name} have different full shapes")
 
-    def dtype(self, name: str) -> str:
-        """Returns the type as safetensors names it, such as F32."""
-        shard = self._shards[name][0]
-        return str(shard.file.get_slice(shard.key).get_dtype())
-
     def __getitem__(self, name: str) -> Tensor:
         shape = self.shapes[name]
         like = None if self._like is None else self._like(name, shape)
