@@ -31,7 +31,7 @@ from tqdm import tqdm
 from fundamentallm.config.files import SourceFiles
 from fundamentallm.config.schema import DataConfig
 from fundamentallm.data.sources import PIECE, Piece, check_bad_rows, read_source, source_error, token_blocks
-from fundamentallm.data.tokenizers import find_unknown, make_detector, num_bytes, num_ids, plain_copy, special_tokens
+from fundamentallm.data.tokenizers import find_unknown, num_bytes, num_ids, plain_copy, special_tokens, with_unknown
 from fundamentallm.errors import printable
 
 PIECES_AT_ONCE = max(16, 2 * (os.cpu_count() or 1))
@@ -179,7 +179,8 @@ def _encode(config: DataConfig, source: SourceFiles, pieces: Iterator[tuple[int,
     Rows with something that the vocabulary lacks are skipped, unless the config allows it.
     """
     has_rows, tokenizer = source.kind in ("rows", "dataset"), writer.tokenizer
-    has_unknown = make_detector(tokenizer)[0] is tokenizer
+    unknown = with_unknown(tokenizer)[1]
+    has_unknown = unknown is not None and unknown < num_ids(tokenizer)
     names = special_tokens(tokenizer) if tokenizer.encode_special_tokens else []
     special = re.compile("|".join(map(re.escape, names)))
     held, why = list[tuple[int, Piece, Encoded]](), ""
@@ -258,27 +259,21 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[str]) -> Generator[Enco
     Special tokens in the text are those tokens, or ordinary text if the tokenizer's `encode_special_tokens` is set.
     """
     dtype = token_dtype(tokenizer)
-    tokenizer = plain_copy(tokenizer)
-    detector = make_detector(tokenizer)
-    is_apart, unknown = detector[0] is not tokenizer, detector[1]
+    tokenizer, unknown = with_unknown(plain_copy(tokenizer))
     encode = functools.partial(tokenizer.encode_batch_fast, add_special_tokens=False)
 
-    def submitted() -> Iterator[tuple[list[str], list[list[tuple[int, str]]], Any]]:
+    def submitted() -> Iterator[tuple[list[str], Any]]:
         for batch in _batches(pieces):
-            lacking = [find_unknown(detector, piece) if is_apart else [] for piece in batch]
-            # The tokenizer itself may raise for such a piece.
-            texts = ["" if found else piece for piece, found in zip(batch, lacking, strict=True)]
-            yield batch, lacking, executor.submit(encode, texts)
-        yield [], [], None
+            yield batch, executor.submit(encode, batch)
+        yield [], None
 
     with ThreadPoolExecutor(1) as executor:
         # The library's threads encode a batch while this thread converts the previous one to arrays.
-        for (batch, lacking, encodings), _ in itertools.pairwise(submitted()):
-            for piece, found, encoding in zip(batch, lacking, encodings.result(), strict=True):
-                ids = np.array(encoding.ids, dtype=dtype)
-                if not is_apart and unknown is not None and (ids == unknown).any():
-                    found = find_unknown(detector, piece)
-                yield Encoded(piece, ids, found)
+        for (batch, encodings), _ in itertools.pairwise(submitted()):
+            for piece, encoding in zip(batch, encodings.result(), strict=True):
+                ids = np.array(encoding.ids, np.int64)
+                has_unknown = unknown is not None and bool((ids == unknown).any())
+                yield Encoded(piece, ids.astype(dtype), find_unknown(tokenizer, unknown, piece) if has_unknown else [])
 
 
 def _batches(pieces: Iterable[str]) -> Iterator[list[str]]:
