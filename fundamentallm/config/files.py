@@ -91,8 +91,6 @@ def find_source(data: DataConfig, name: str) -> SourceFiles:
     if name.startswith(DATASETS):
         return SourceFiles(name, "dataset", [])
     path, left_out = expand_user(name), collections.Counter[str]()
-    if reason := why_endless(path):
-        raise ConfigError(Problem("data.source", name, "files, or folders and globs of them", reason=reason))
     if os.path.isdir(path):
         suffixes, found = tuple(suffix.lower() for suffix in data.suffixes), []
         for file in _walk(name, path, left_out):
@@ -120,18 +118,6 @@ def kind_of_file(file: Path) -> str:
     """Returns what a file holds, by its suffix: 'rows', 'tokens', 'text' or 'no text'."""
     suffix, kinds = file.suffix.lower(), {"rows": ROWS, "tokens": TOKENS, "no text": NOT_TEXT}
     return next((kind for kind, suffixes in kinds.items() if suffix in suffixes), "text")
-
-
-def why_endless(path: str) -> str:
-    """Returns why reading a path, or the matches of a glob, might never end, or "" if it should."""
-    folder, pattern = (path, ()) if os.path.lexists(path) else _split_glob(path)
-    real = os.path.realpath(folder) if "\0" not in folder else folder
-    if real == os.path.dirname(real) and ("**" in pattern or len(pattern) not in (1, 2)):
-        return "which is the whole file system"
-    if f"{real}/".startswith(("/proc/", "/sys/")):
-        return "which the kernel generates"
-    is_special = os.path.exists(real) and not os.path.isfile(real) and not os.path.isdir(real)
-    return "which is a device or a pipe" if is_special or real == "/dev" else ""
 
 
 def _split_glob(path: str) -> tuple[str, tuple[str, ...]]:
@@ -171,8 +157,10 @@ def _walk(source: str, root: str, left_out: collections.Counter[str]) -> Iterato
 
     roots, seen = [root], set[tuple[int, ...]]()
     for top in roots:
-        if reason := why_endless(top):
-            raise ConfigError(Problem("data.source", source, reason=f"and links to {os.path.realpath(top)}, {reason}"))
+        real = os.path.realpath(top)
+        if real in ("/", "/proc", "/sys", "/dev"):
+            reason = f"which {'links to' if top != root else 'is'} {real}, where reading would hardly end"
+            raise ConfigError(Problem("data.source", source, "a folder of texts", reason=reason))
         for folder, folders, names in os.walk(top, onerror=refuse):
             status = os.stat(folder)
             if (identity := (status.st_dev, status.st_ino)) in seen:

@@ -163,14 +163,10 @@ def write_source(
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def special_tokens_are(config: DataConfig) -> str:
-    """Returns how special tokens in the text are read: as 'tokens' or as 'text'."""
-    return config.special_tokens or ("tokens" if config.tokenizer.endswith(".json") else "text")
-
-
 def settings_of_tokens(config: DataConfig) -> dict[str, Any]:
     """Returns the settings that decide what the tokens are and mean."""
-    return {name: getattr(config, name) for name in SETTINGS} | {"special_tokens": special_tokens_are(config)}
+    special_tokens = "tokens" if config.reads_special_tokens() else "text"
+    return {name: getattr(config, name) for name in SETTINGS} | {"special_tokens": special_tokens}
 
 
 def _encode(config: DataConfig, source: SourceFiles, pieces: Iterator[tuple[int, Piece]], writer: Writer) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from fundamentallm.config.files import DATASETS, why_endless
+from fundamentallm.config.files import DATASETS
 from fundamentallm.config.files import SourceFiles as SourceFiles
 from fundamentallm.config.schema import DataConfig
 from fundamentallm.errors import ConfigError, Problem
@@ -75,7 +75,7 @@ def read_source(config: DataConfig, source: SourceFiles, bad: list[str]) -> Iter
     Raises:
         ConfigError: if a file cannot be opened, or more than `config.max_bad_rows` rows are bad.
     """
-    has_ended = False
+    has_ended, end = False, config.end_of_text if config.reads_special_tokens() else None
     for piece in _pieces(config, source):
         if isinstance(piece, BadRow):
             bad.append(piece)
@@ -84,7 +84,8 @@ def read_source(config: DataConfig, source: SourceFiles, bad: list[str]) -> Iter
         if config.end_of_text is None and has_ended:
             yield Piece(BETWEEN)
         has_ended = piece.ends
-        yield piece
+        # The end-of-text token comes after each document, and once if the document ends with it already.
+        yield piece if end is None or not has_ended else piece._replace(text=piece.text.removesuffix(end))
 
 
 def check_bad_rows(config: DataConfig, source: str, bad: list[str]) -> None:
@@ -293,9 +294,6 @@ def open_dataset(source: str) -> Any:
     split = options.pop("split", "train")
     if path in UNPICKLES:
         raise source_error(source, "whose files can run code when they are opened", "Parquet, CSV, JSON or Arrow files")
-    for name in (path, options.get("data_files", ""), options.get("data_dir", "")):
-        if name and (reason := why_endless(name)):
-            raise source_error(source, f"and {name} is a path {reason}")
     try:
         if any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
             found = datasets.load_from_disk(path)

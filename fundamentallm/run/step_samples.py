@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import socket
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,8 +19,6 @@ from fundamentallm.data.loaders import corpus_samples
 from fundamentallm.data.sampler import StepSampler
 from fundamentallm.data.tokenizers import read_tokenizer
 from fundamentallm.errors import CheckpointError, ConfigError, Problem
-from fundamentallm.run.folder import STARTS
-from fundamentallm.run.json_lines import read
 from fundamentallm.run.progress import sampler_of
 
 TOKENIZER = "tokenizer.json"
@@ -108,8 +104,8 @@ def corpus_of_run(checkpoint: Path, settings: dict[str, Any], source: str | None
     Raises ConfigError if the settings are malformed, the text cannot be read, or only the checkpoint names it.
     """
     data = from_dict(DataConfig, settings)
-    if source is None and not was_opened(data) and not _has_trained_here(checkpoint, settings):
-        reason = "which the checkpoint names, but no run on this machine is known to have read it"
+    if source is None and not was_opened(data):
+        reason = "which the checkpoint names, but which you have not opened before"
         advice = "If you trust the checkpoint, allow it by: fundamentallm prepare --data.source TEXT."
         raise ConfigError(Problem("data.source", data.source, "", advice, reason))
     # The run's cache folder may be on another machine, and that of a checkpoint from elsewhere could be anywhere.
@@ -120,17 +116,6 @@ def corpus_of_run(checkpoint: Path, settings: dict[str, Any], source: str | None
     corpus = load_corpus(data, sys.stderr.isatty(), tokenizer)
     # Samples are compared by their ids, which only the run's own tokenizer decodes to their text.
     return data, corpus._replace(tokenizer=tokenizer)
-
-
-def _has_trained_here(checkpoint: Path, settings: dict[str, Any]) -> bool:
-    """Returns whether the run's folder, around the checkpoint, records a launch on this machine with these data."""
-    for folder in list(checkpoint.absolute().parents)[:2]:
-        if (folder / STARTS).is_file():
-            for start in read(folder / STARTS):
-                with contextlib.suppress(*MALFORMED):  # a stranger's
-                    if start["environment"]["host"] == socket.gethostname() and start["config"]["data"] == settings:
-                        return True
-    return False
 
 
 def texts(dataset: TokenSamples, indices: Sequence[int]) -> Iterator[tuple[int, str, str]]:

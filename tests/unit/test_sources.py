@@ -211,14 +211,7 @@ def test_text_field_without_rows_is_refused(tmp_path: Path) -> None:
     assert len(load(tmp_path, {text: 1.0, rows: 1.0}, text_field="output").sources) == 2
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        *("/", "/**/*.txt", "/*/*/*/*.txt", "/dev/zero", "/dev", "/proc/*/maps", "/sys", "pipe", "root"),
-        *("circle/**/*.txt", "datasets:text,data_files=/dev/zero", "datasets:text,data_files=pipe"),
-        "datasets:text,data_dir=/",
-    ],
-)
+@pytest.mark.parametrize("source", ["/", "/**/*.txt", "/dev/zero", "/dev", "/sys", "pipe", "root", "circle/**/*.txt"])
 def test_source_that_might_never_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
     monkeypatch.chdir(tmp_path)
     os.mkfifo("pipe")
