@@ -28,10 +28,11 @@ def main(arguments: Sequence[str], program: str) -> int:
         from fundamentallm.run.initial_weights import completed
 
         config = completed(config, find_pretrained(config.model.pretrained))
-    from fundamentallm.data.corpus import describe, load_corpus  # the import takes half a second
+    from fundamentallm.data.corpus import describe, load_corpus  # the imports take half a second
+    from fundamentallm.run.resume import learned_tokenizer
 
     try:
-        corpus = load_corpus(config.data)
+        corpus = load_corpus(config.data, tokenizer=learned_tokenizer(config))
     except KeyboardInterrupt as interrupt:
         print("\nStopped. Sources that are finished are kept. Rerun the same command for the others.", file=sys.stderr)
         return exit_code(interrupt)

@@ -170,7 +170,7 @@ def with_unknown(tokenizer: Tokenizer) -> tuple[Tokenizer, int | None]:
 
 
 def find_unknown(tokenizer: Tokenizer, unknown: int | None, text: str) -> list[tuple[int, str]]:
-    """Lists position and text of what `with_unknown` encodes as unknown, but not a text that names the unknown token."""
+    """Lists position and text of what is encoded as unknown. A text that names the unknown token is not listed."""
     encoding = tokenizer.encode(text, add_special_tokens=False)
     spans = [span for index, span in zip(encoding.ids, encoding.offsets, strict=True) if index == unknown]
     name = spans and tokenizer.id_to_token(unknown)

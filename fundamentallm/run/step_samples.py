@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from fundamentallm.checkpoint.manifest import STATE, read_manifest, verify
 from fundamentallm.checkpoint.reading import load_parts
 from fundamentallm.checkpoint.state_json import MALFORMED
-from fundamentallm.config.schema import DataConfig
+from fundamentallm.config.schema import DataConfig, saved_data_settings
 from fundamentallm.config.validation import from_dict
 from fundamentallm.data.corpus import Corpus, load_corpus, was_opened
 from fundamentallm.data.datasets import TokenSamples
@@ -103,7 +103,7 @@ def corpus_of_run(checkpoint: Path, settings: dict[str, Any], source: str | None
     `settings` is the section `data` of its config. `source` is the present location of the text, if it has moved.
     Raises ConfigError if the settings are malformed, the text cannot be read, or only the checkpoint names it.
     """
-    data = from_dict(DataConfig, settings)
+    data = from_dict(DataConfig, saved_data_settings(settings))
     if source is None and not was_opened(data):
         reason = "which the checkpoint names, but which you have not opened before"
         advice = "If you trust the checkpoint, allow it by: fundamentallm prepare --data.source TEXT."

@@ -21,6 +21,7 @@ from fundamentallm.config.schema import (
     DataConfig,
     ModelConfig,
     TrainingConfig,
+    flat_settings,
 )
 from fundamentallm.config.validation import RANGES, fits, from_dict
 from fundamentallm.errors import CheckpointError, ConfigError, Problem, ProcessLostError, report
@@ -195,6 +196,13 @@ def test_section_made_in_python_is_checked() -> None:
     with pytest.raises(ConfigError) as caught:
         TrainingConfig(learning_rate=-1, optimizer="adamm", max_bad_steps=0)
     assert {found.setting for found in caught.value.problems} == {"learning_rate", "max_bad_steps", "optimizer"}
+
+
+@pytest.mark.parametrize(("end", "expected"), [("<end>", "text"), (None, None)])
+def test_flat_settings_of_an_earlier_version_name_what_it_did(end: str | None, expected: str | None) -> None:
+    """It read special tokens in the text as text if there was an end-of-text token."""
+    data = {"tokenizer": "mine.json", "end_of_text": end}
+    assert flat_settings({"data": data, "training": {}}).get("data.special_tokens") == expected
 
 
 # ---- derived defaults

@@ -202,7 +202,7 @@ def test_changed_tokenizer_file_is_noticed(load: Load, tmp_path: Path) -> None:
 def test_damaged_tokenizer_of_the_cache_is_learned_again(load: Load, cache: Path) -> None:
     before = load(UNICODE, tokenizer="bpe:300").tokenizer.to_str()
     (path,) = cache.glob("*/tokenizer.json")
-    path.write_text(path.read_text("utf-8").replace("add_prefix_space\": false", "add_prefix_space\": true"), "utf-8")
+    path.write_text(path.read_text("utf-8").replace('add_prefix_space": false', 'add_prefix_space": true'), "utf-8")
     assert load(UNICODE, tokenizer="bpe:300").tokenizer.to_str() == before
 
 
