@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+# A notebook without ipywidgets gets lines instead of a bar. Importing accelerate there would warn of it.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 if TYPE_CHECKING:
     from fundamentallm.checkpoint.manager import CheckpointManager as CheckpointManager

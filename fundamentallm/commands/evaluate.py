@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fundamentallm.checkpoint.manifest import MANIFEST
-from fundamentallm.checkpoint.reading import load_parts
+from fundamentallm.checkpoint.reading import explained, load_parts
 from fundamentallm.commands.options import add_checkpoint, option_problems
 from fundamentallm.commands.output import say, say_table
 from fundamentallm.config.files import find_source
@@ -73,8 +73,9 @@ def main(arguments: Sequence[str], program: str) -> int:
     if problems := option_problems(options, **counts, confidence=probability):
         raise ConfigError(problems)
     loaded = load_model(options.checkpoint)
-    text = _text_of_files(loaded, options) if options.source else _text_of_run(loaded, options)
-    result = _evaluate(loaded, text, options.confidence)
+    with explained(loaded.folder):
+        text = _text_of_files(loaded, options) if options.source else _text_of_run(loaded, options)
+        result = _evaluate(loaded, text, options.confidence)
     if options.json:
         print(json.dumps(result))
     else:

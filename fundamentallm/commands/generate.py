@@ -10,11 +10,12 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from fundamentallm.checkpoint.reading import explained
 from fundamentallm.commands.options import add_checkpoint
 from fundamentallm.data.tokenizers import encode_prompt
 from fundamentallm.errors import ConfigError, Problem, printable
 from fundamentallm.inference.generation import Sampling, generate_batch
-from fundamentallm.inference.loading import CHECKPOINT_HELP, load_model
+from fundamentallm.inference.loading import CHECKPOINT_HELP, LoadedModel, load_model
 
 
 def main(arguments: Sequence[str], program: str) -> int:
@@ -39,6 +40,11 @@ def main(arguments: Sequence[str], program: str) -> int:
     options = parser.parse_args(arguments)
     prompts = _prompts(options)
     loaded = load_model(options.checkpoint)
+    with explained(loaded.folder):
+        return _generate(loaded, prompts, options)
+
+
+def _generate(loaded: LoadedModel, prompts: list[str], options: argparse.Namespace) -> int:
     drawn = generate_batch(
         loaded.model,
         [encode_prompt(loaded.tokenizer, prompt) for prompt in prompts],

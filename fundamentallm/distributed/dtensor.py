@@ -24,6 +24,12 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Returns whether the elements fill their memory without gaps or overlaps, in whatever order of dimensions."""
+    tensor = local(tensor)
+    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+
+
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:
     """Returns the norm of all tensors together as a scalar, over all processes if they are sharded."""
     return full(get_total_norm(list(tensors)))

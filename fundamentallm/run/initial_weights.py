@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from fundamentallm.checkpoint.manifest import TENSORS, read_manifest, verify_if_ours
-from fundamentallm.checkpoint.reading import check_checkpoint, load_weights
+from fundamentallm.checkpoint.reading import check_checkpoint, explained, load_weights
 from fundamentallm.config.schema import Config, DataConfig, ModelConfig
 from fundamentallm.config.validation import expand_user
 from fundamentallm.data.tokenizers import create_tokenizer, read_tokenizer, same_tokenizer
@@ -112,7 +112,9 @@ def begin_from_checkpoint(state: RunState, group: HostGroup, init_from: str, tok
     checkpoint = Path(expand_user(init_from))
     group.from_main(lambda: check_checkpoint(checkpoint))
     theirs = checkpoint / TOKENIZER
-    if theirs.exists() and not same_tokenizer(read_tokenizer(theirs), tokenizer):
+    with explained(checkpoint, f"its {TOKENIZER} cannot be read"):
+        is_other = theirs.exists() and not same_tokenizer(read_tokenizer(theirs), tokenizer)
+    if is_other:
         reason = "which was trained with another tokenizer than data.tokenizer"
         advice = f"Set data.tokenizer to {str(theirs)!r}."
         raise ConfigError(Problem("model.init_from", str(checkpoint), advice=advice, reason=reason))

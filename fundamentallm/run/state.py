@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fundamentallm.checkpoint.optimizer_state import NamedOptimizerState
+from fundamentallm.checkpoint.reading import explained
 from fundamentallm.checkpoint.snapshot import AVERAGE_KEY, MODEL_KEY, OPTIMIZER_KEY
-from fundamentallm.checkpoint.state_json import MALFORMED, encode
+from fundamentallm.checkpoint.state_json import encode
 from fundamentallm.checkpoint.tensor_files import Like
 from fundamentallm.config.schema import NEVER_ON_RESUME, flat_settings
 from fundamentallm.distributed.dtensor import is_sharded
@@ -20,12 +21,12 @@ from fundamentallm.run.progress import Progress
 
 SUFFIX = "_state_dict"
 OPTIONAL_PARTS = {
-    "average": "training.ema_decay",
-    "early_stopping": "training.early_stopping_patience",
-    "scaler": "training.mixed_precision",
-    "micro_batch": "training.micro_batch_size",
+    "average": ("training.ema_decay", "training.optimizer"),
+    "early_stopping": ("training.early_stopping_patience",),
+    "scaler": ("training.mixed_precision",),
+    "micro_batch": ("training.micro_batch_size",),
 }
-"""Parts that a run may lack, and the setting that decides it."""
+"""Parts that a run may lack, and the settings that decide it."""
 
 
 class Restored(NamedTuple):
@@ -70,11 +71,9 @@ class RunState:
             CheckpointError: if a part is missing, unknown, or does not fit.
             ConfigError: naming each setting that differs, changes the run, and is not in `may_change`.
         """
-        try:
+        with explained(where, "it does not hold a run"):
             changed = self._changes(saved)
             exchange(saved)
-        except MALFORMED as error:
-            raise CheckpointError(f"{where} does not hold a run ({type(error).__name__}: {error}).") from error
         _refuse_changes(changed, may_change, free, where)
         reset, messages = self._parts_to_reset(saved, changed.keys(), where)
         for name, part in self.parts.items():
@@ -135,7 +134,7 @@ class RunState:
         Raises CheckpointError if a part is missing or unknown and no setting explains it.
         """
         expected = {f"{name}{SUFFIX}" for name in self.parts} | {"config", "versions"}
-        explained = {f"{name}{SUFFIX}" for name, setting in OPTIONAL_PARTS.items() if setting in changed}
+        explained = {f"{name}{SUFFIX}" for name, settings in OPTIONAL_PARTS.items() if {*settings} & {*changed}}
         missing, unknown = expected - saved.keys(), saved.keys() - expected
         if not missing | unknown <= explained:
             raise CheckpointError(

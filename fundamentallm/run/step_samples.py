@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fundamentallm.checkpoint.manifest import STATE, read_manifest, verify
-from fundamentallm.checkpoint.reading import load_parts
-from fundamentallm.checkpoint.state_json import MALFORMED
+from fundamentallm.checkpoint.reading import explained, load_parts
 from fundamentallm.config.schema import DataConfig, saved_data_settings
 from fundamentallm.config.validation import from_dict
 from fundamentallm.data.corpus import Corpus, load_corpus, was_opened
@@ -18,7 +17,7 @@ from fundamentallm.data.datasets import TokenSamples
 from fundamentallm.data.loaders import corpus_samples
 from fundamentallm.data.sampler import StepSampler
 from fundamentallm.data.tokenizers import read_tokenizer
-from fundamentallm.errors import CheckpointError, ConfigError, Problem
+from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.run.progress import sampler_of
 
 TOKENIZER = "tokenizer.json"
@@ -48,7 +47,7 @@ def samples_of_step(checkpoint: Path, step: int) -> StepSamples:
         ConfigError: if the run has no such step.
     """
     saved = load_parts(checkpoint, ("progress_state_dict", "config"))
-    try:
+    with explained(checkpoint, "it does not hold a run whose samples are known"):
         progress, config = saved["progress_state_dict"], saved["config"]
         segments = progress["stretches"]
         done, planned = progress["step"], _planned(config, sampler_of(segments[-1]))
@@ -60,10 +59,6 @@ def samples_of_step(checkpoint: Path, step: int) -> StepSamples:
                 raise ValueError(f"a batch of more than {MOST_IN_A_BATCH:,} samples")
             epoch, before = sampler.place(step - 1)[0], sampler.samples_before(step - 1)
             return StepSamples(sampler.batch(step - 1), epoch, before, done, content, config)
-    except MALFORMED as error:
-        raise CheckpointError(
-            f"{checkpoint} does not hold a run whose samples are known ({type(error).__name__}: {error})."
-        ) from error
     raise ConfigError(Problem("step", step, allowed=f"1 to {last}, the last step of this run"))
 
 

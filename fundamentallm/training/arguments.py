@@ -102,9 +102,8 @@ def check_arguments(
         problems.append(Problem("training.batch_size", training.batch_size, allowed, advice))
     if scheduler is not None and scheduler.optimizer is not optimizer:
         problems.append("The scheduler was made for another optimizer; pass its optimizer too.")
-    if isinstance(scheduler, ReduceLROnPlateau):
-        allowed = "schedules that follow from the step; ReduceLROnPlateau needs a metric"
-        problems.append(Problem("scheduler", type(scheduler).__name__, allowed))
+    if isinstance(scheduler, ReduceLROnPlateau) and val_loader is None:
+        problems.append(Problem("scheduler", type(scheduler).__name__, advice="It needs a val_loader; give one."))
     if optimizer is not None and training.parameter_groups:
         advice = "An optimizer is given: give it the groups, or set parameter_groups to []."
         problems.append(Problem("training.parameter_groups", training.parameter_groups, advice=advice))

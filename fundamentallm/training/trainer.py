@@ -47,17 +47,17 @@ from fundamentallm.training.arguments import (
     whole_config,
 )
 from fundamentallm.training.callbacks.base import Callback, CallbackList
-from fundamentallm.training.callbacks.from_config import default_callbacks
+from fundamentallm.training.callbacks.from_config import default_callbacks, log_path
 from fundamentallm.training.callbacks.trackers import TrackerCallback
 from fundamentallm.training.early_stopping import make_early_stopping
-from fundamentallm.training.ema import make_average
+from fundamentallm.training.ema import make_average, switch_to_training
 from fundamentallm.training.evaluation import evaluate
 from fundamentallm.training.guard import Guard
 from fundamentallm.training.loss import create_loss
 from fundamentallm.training.metrics import Metric, MetricTracker, further_metrics, peak_memory_gb
 from fundamentallm.training.micro_batch import make_micro_batch
-from fundamentallm.training.optimizers import freeze, make_optimizer
-from fundamentallm.training.schedulers import CallersSchedule, describe_curve, make_schedule
+from fundamentallm.training.optimizers import check_layouts, freeze, make_optimizer
+from fundamentallm.training.schedulers import CallersSchedule, advance, describe_curve, make_schedule
 from fundamentallm.training.step import OptimizerStep
 from fundamentallm.training.throughput import Throughput, make_throughput
 from fundamentallm.training.view import TrainerView
@@ -76,7 +76,7 @@ class Trainer(TrainerView):
         callbacks: all callbacks; None: a progress bar, log lines (in `output_dir`, if there is one), and
             a checkpoint of the best validation.
         optimizer: replaces the config's; over this model's parameters.
-        scheduler: replaces the config's; over that optimizer, stepped after every optimizer step.
+        scheduler: replaces the config's; over that optimizer, stepped after each step (ReduceLROnPlateau: validation).
         loss_fn: replaces the config's; maps (logits, targets) to the sum over targets.
         validation_metrics: functions of (logits, targets) to (sum, count), by name, besides the config's. Each is
             logged as val_NAME.
@@ -96,14 +96,13 @@ class Trainer(TrainerView):
         >>> config = TrainingConfig(max_steps=40, learning_rate=0.1, log_every_n_steps=10)
         >>> trainer = Trainer(model, config, loader)
         >>> history = trainer.train()  # pandas.DataFrame(history) is a table
-        330 parameters in float32, 1 process on cpu, AdamW with peak learning rate 1.0e-01
-        40 steps of 4 sequences
+        training.checkpoint_dir is not set: nothing will be saved.
+        ...
         step 10/40 | loss ...
         >>> history["step"], history["train_loss"][-1] < 0.1
         ([10, 20, 30, 40], True)
         >>> trainer
         Trainer at step 40 of 40, epoch 20
-          model      Sequential, 330 parameters, precision no
         ...
     """
 
@@ -138,7 +137,7 @@ class Trainer(TrainerView):
         freeze(model, training.parameter_groups)
         self.model, loss_fn = model, loss_fn or create_loss(training.loss, **training.loss_options)
         place_model(accelerator, model, training.seed, training.activation_checkpointing, self.say)
-        self.optimizer = optimizer or make_optimizer(training, model)
+        self.optimizer = check_layouts(model, optimizer or make_optimizer(training, model))
         with_loss = ModelWithLoss(model, loss_fn)
         self.model_with_loss = prepare_model(accelerator, with_loss, self.optimizer, bool(training.compile))
         self.average = make_average(training, model, self.optimizer)
@@ -149,22 +148,20 @@ class Trainer(TrainerView):
             accelerator, self.model_with_loss, self.optimizer, self._guard, training.gradient_clip_norm, training.seed
         )
 
-        self.metrics, self.early_stopping = MetricTracker(), make_early_stopping(training)
-        self.micro_batch = make_micro_batch(training, accelerator)
+        self.early_stopping, self.micro_batch = make_early_stopping(training), make_micro_batch(training, accelerator)
         default = default_callbacks(self.config, self.output_dir, val_loader is not None)
         self.callbacks = CallbackList(default if callbacks is None else callbacks)
+        self.metrics = MetricTracker(log_path(self.callbacks.callbacks))
         if accelerator.log_with:
             self.callbacks.add(TrackerCallback())
         self.files: dict[str, str] = {}  # further text files of each checkpoint, which replace those made for it
         self.state = RunState(self._parts(), asdict(self.config if self.output_dir else training))
         self.group = HostGroup()
         self.saver = Saver(open_manager(training, self.is_sharded), self.state, self.group, self._files_of_checkpoint)
-        self.stop_switch = StopSwitch(training.max_minutes)
-        self.phase = Phase.STARTING
+        self.stop_switch, self.phase = StopSwitch(training.max_minutes), Phase.STARTING
         self.was_rewound = False  # True if the run returned to an earlier checkpoint and replaces what came after it
         self._record = Record(self.output_dir if self.is_main_process else None, self._position)
-        self._throughput = Throughput()
-        self._started, self._first_step = False, 0
+        self._throughput, self._started, self._first_step = Throughput(), False, 0
         self._compiled: set[str] = set()  # of "step" and "validation", those whose compilation was reported
 
     def _files_of_checkpoint(self) -> dict[str, str]:
@@ -219,10 +216,9 @@ class Trainer(TrainerView):
                     self.save_checkpoint()  # which failed when the run ended
                 self.say(self._describe_finished_run())
                 return self.history
-            left = self.total_steps - self.global_step
-            self.saver.check_room(saves_left(self.config.training, left, self.steps_per_epoch))
+            first = self.global_step
+            self.saver.check_room(saves_left(self.config.training, self.total_steps - first, self.steps_per_epoch))
             if self.micro_batch is not None:
-                first = self.global_step
                 batches = device_batches(self.train_loader, self.samples, first, first + 1, self.accelerator.device)
                 samplers = [sampler for sampler in (self.samples, self.val_samples) if sampler is not None]
                 found = self.micro_batch.settle(
@@ -259,9 +255,10 @@ class Trainer(TrainerView):
             started = time.perf_counter()
             result = step(progress.step, batch.inputs, batch.targets, batch.micro_batches)
             self._report_compilation("step", time.perf_counter() - started)
-            self.scheduler.step()
+            advance(self.scheduler)
             progress.count(result.loss, result.num_targets)
             step.is_updating = False
+            self.saver.check_first_step()
             if callbacks.wants_step_loss:  # the host waits for the device
                 callbacks.on_step_end(self, (result.loss / result.num_targets).item())
             is_logged = progress.step % log_every == 0 or progress.step == self.total_steps
@@ -361,6 +358,7 @@ class Trainer(TrainerView):
             return False
         self._progress.validation_due = False
         self.metrics.update({"val_step": self.global_step, **metrics})
+        advance(self.scheduler, metrics[self.config.training.early_stopping_metric])
         patience = self.early_stopping
         if patience is not None and patience.step(metrics[patience.metric]):
             self.request_stop(patience.describe())
@@ -398,6 +396,7 @@ class Trainer(TrainerView):
         if choice.origin is not None:
             self._progress.origin = str(choice.origin)
         self.was_rewound = choice.is_rewound
+        self._say_how_to_start_over(is_resumed=choice.path is not None)
         return choice.path
 
     def _restore(self, saved: dict[str, Any], where: Path) -> None:
@@ -429,6 +428,7 @@ class Trainer(TrainerView):
         self._first_step = self.global_step
         self.saver.forget_requests()
         self.model_with_loss.train()
+        switch_to_training(self.optimizer)
         self.model.zero_grad()  # what a caller, or a step that raised, may have left
         self.callbacks.on_train_begin(self)
         training, data = self.config.training, self.train_loader.dataset

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from weakref import WeakSet
 
 from accelerate import Accelerator
 from torch import nn
@@ -27,6 +28,8 @@ from fundamentallm.training.ema import WeightAverage
 from fundamentallm.training.metrics import MetricTracker
 from fundamentallm.training.schedulers import StepSchedule
 from fundamentallm.training.throughput import Throughput
+
+_trained: WeakSet[nn.Module] = WeakSet()  # models of all runs of this process
 
 
 class TrainerView:
@@ -158,6 +161,14 @@ class TrainerView:
         """Prints a line beside the progress bar, on the main process only."""
         if self.is_main_process:
             tqdm.write(printable(text))
+
+    def _say_how_to_start_over(self, is_resumed: bool) -> None:
+        """Says so if the run does not start from scratch: a notebook's cell may have been run again."""
+        if is_resumed and not self.is_finished:
+            self.say("To start over, choose another output_dir (or checkpoint_dir).")
+        elif self.model in _trained and not is_resumed:
+            self.say("This model was trained before: the run starts from its weights. To start over, make a new model.")
+        _trained.add(self.model)
 
     def describe_stop(self) -> str:
         """Returns where and why the run stopped, where it is saved, and how to resume it."""

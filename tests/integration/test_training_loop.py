@@ -110,7 +110,7 @@ def test_every_line_has_the_promised_keys(tmp_path: Path) -> None:
         "bad_steps",
     } | MEASURED - {"mfu"}
     assert promised <= training.keys()
-    assert {"step", "epoch", "val_loss", "val_perplexity", "val_bits_per_byte"} == validation.keys()
+    assert {"step", "epoch", "val_loss", "val_perplexity", "val_bits_per_byte", "time"} == validation.keys()
 
 
 def test_a_step_is_that_of_plain_torch(tmp_path: Path) -> None:
@@ -433,7 +433,7 @@ def test_bits_per_byte_of_what_is_no_text_are_refused_before_the_first_step() ->
         Trainer(Bigram(), config, loader, loader)
 
 
-def test_a_schedule_that_follows_a_metric_is_refused() -> None:
+def test_trainer_refuses_a_schedule_of_a_metric_without_validation() -> None:
     model, loader = Bigram(), DataLoader(PartlyIgnored(), batch_size=8)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)

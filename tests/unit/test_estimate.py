@@ -170,7 +170,7 @@ def rows_of(text: str) -> list[list[str]]:
 
 
 def test_estimate_quickstart_writes_nothing(estimate: Command, tmp_path: Path) -> None:
-    code, out, err = estimate("--config", str(ROOT / "examples/quickstart.yaml"))
+    code, out, err = estimate("--config", "quickstart")
     assert (code, err) == (0, "")
     vocabulary = load_corpus(DataConfig()).tokenizer.get_vocab_size()
     shape = ModelConfig(vocab_size=vocabulary, d_model=128, num_heads=4, num_layers=4).resolved()
