@@ -200,10 +200,11 @@ def _cached_facts(config: DataConfig, source: SourceFiles, cache: Path, show_pro
     """Returns the facts of a source, from the cache if its files are unchanged since they were found."""
     states, note = source_states(source), None
     if states is not None:
-        settings = config.text_field, config.prompt_field, config.end_of_text, config.max_bad_rows
+        settings = [config.text_field, config.prompt_field, config.end_of_text, config.max_bad_rows]
+        settings += [config.reads_special_tokens(), config.tokenizer == "char"]
         # The type of the tokens in a .bin, and so their number, follows from the tokenizer.
         width = token_dtype(read_tokenizer(config.tokenizer)).name if source.kind == "tokens" else None
-        note = cache / "known" / _hash(CACHE_FORMAT, states, settings, config.tokenizer == "char", width)
+        note = cache / "known" / _hash(CACHE_FORMAT, states, settings, width)
         with contextlib.suppress(OSError, ValueError, TypeError):
             facts, checksum = json.loads(note.read_text(encoding="utf-8"))
             if _hash(facts) == checksum:

@@ -306,19 +306,20 @@ def test_row_with_an_unknown_character_is_bad(load: Load, tmp_path: Path, prompt
 CHAT = "<|im_start|>a<|im_end|>"
 
 
-@pytest.mark.parametrize(("setting", "as_text"), [(None, False), ("tokens", False), ("text", True)])
-def test_special_tokens_of_a_given_tokenizer(load: Load, tmp_path: Path, setting: str | None, as_text: bool) -> None:
+@pytest.mark.usefixtures("settled")
+def test_special_tokens_of_a_given_tokenizer(load: Load, tmp_path: Path) -> None:
     tokenizer = create_tokenizer("byte", end_of_text="<|im_end|>")
     tokenizer.add_special_tokens(["<|im_start|>"])
     tokenizer.save(str(tmp_path / "mine.json"))
     rows = save_rows(tmp_path / "rows.jsonl", [{"text": CHAT}] * 2)
     given = {"tokenizer": str(tmp_path / "mine.json"), "end_of_text": "<|im_end|>", "train_split": 1.0}
-    made = load(rows, **given, **({} if setting is None else {"special_tokens": setting}))
-    tokenizer.encode_special_tokens = as_text
-    # The token that ends a row is there once, also if the row has it.
-    assert tokens_of(made)[0] == [*tokenizer.encode(CHAT).ids, *([256] if as_text else [])] * 2
-    assert made.tokenizer.encode(CHAT).ids == tokenizer.encode(CHAT).ids
-    assert sum(made.sources[0].counts.values()) == 4 * as_text
+    for setting in ("text", None, "tokens"):
+        made = load(rows, special_tokens=setting, **given)
+        tokenizer.encode_special_tokens = as_text = setting == "text"
+        # The token that ends a row is there once, also if the row has it.
+        assert tokens_of(made)[0] == [*tokenizer.encode(CHAT).ids, *([256] if as_text else [])] * 2
+        assert made.tokenizer.encode(CHAT).ids == tokenizer.encode(CHAT).ids
+        assert sum(made.sources[0].counts.values()) == 4 * as_text
 
 
 def test_special_token_of_a_made_tokenizer_is_text(load: Load) -> None:
