@@ -50,11 +50,6 @@ def is_prepared(source: str) -> bool:
     return all(os.path.isfile(os.path.join(expand_user(source), name)) for name in PREPARED)
 
 
-def is_checkpoint(folder: str) -> bool:
-    """Returns whether a folder is a checkpoint, without verifying it."""
-    return os.path.isfile(os.path.join(expand_user(folder), "manifest.json"))
-
-
 def find_sources(data: DataConfig) -> list[SourceFiles]:
     """Looks up the files of all sources.
 
@@ -220,8 +215,9 @@ def file_problems(config: Config) -> list[Problem]:
     has_own = glob.glob(os.path.join(glob.escape(config.folder_of_checkpoints()), "*", "manifest.json"))
     initial = {"model.init_from": config.model.init_from, "training.resume": config.training.resume}
     for name, folder in initial.items():
-        if folder not in (None, "auto", "never") and not is_checkpoint(folder) and not has_own:
-            problems.append(
-                Problem(name, folder, reason="which is not a checkpoint", advice="Give a checkpoint's folder.")
-            )
+        if folder in (None, "auto", "never") or has_own:
+            continue
+        if not os.path.isfile(os.path.join(expand_user(folder), "manifest.json")):
+            advice, reason = "Give a checkpoint's folder.", "which is not a checkpoint"
+            problems.append(Problem(name, folder, advice=advice, reason=reason))
     return problems

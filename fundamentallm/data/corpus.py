@@ -190,7 +190,7 @@ def _opened_note(name: str) -> Path:
 
 
 def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fundamentallm"
+    return Path(os.environ.get("XDG_CACHE_HOME") or expand_user("~/.cache")) / "fundamentallm"
 
 
 # ---- content of the sources ---------------------------------------------------------------------------------

@@ -1,11 +1,4 @@
-"""Encodes a source into files of tokens, on all cores.
-
-tokenizer.json                          the tokenizer
-train.bin, validation.bin               token ids, in the smallest unsigned integers that hold the vocabulary
-train.rows.bin, validation.rows.bin     for each pair, the index of its answer's first token and of its end
-bad_rows.txt                            the rows that were skipped, one a line
-meta.json                               type and number of the tokens, and the settings they were made with
-"""
+"""Encodes a source into files of tokens, on all cores. `meta.json` says of what type and how many they are."""
 
 from __future__ import annotations
 
@@ -208,7 +201,7 @@ def _encode(config: DataConfig, source: SourceFiles, pieces: Iterator[tuple[int,
 def _why_unknown(piece: Piece, encoded: Encoded) -> str:
     """Returns the place in the source, and what the vocabulary lacks there."""
     line = piece.line + encoded.text.count("\n", 0, encoded.unknown[0][0])
-    where = f"{piece.where}, line {line:,}" if piece.line else piece.where
+    where = f"{piece.where}, line {line:,}" if piece.line else piece.where or "empty line between documents"
     return f"{where} has {encoded.named_unknown()}, which the vocabulary lacks"
 
 

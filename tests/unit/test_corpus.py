@@ -400,12 +400,6 @@ def test_folder_or_glob_means_visible_files_in_order(load: Load, folder: Path, p
     assert decode(made)[0] == "\n\n".join(f"<{name}>" for name in names)
 
 
-@pytest.mark.parametrize("pattern", ["nothing", "*.nothing"])
-def test_source_without_files_is_named(load: Load, folder: Path, pattern: str) -> None:
-    problem = problem_of(load, folder / pattern)
-    assert (problem.setting, problem.value) == ("data.source", str(folder / pattern))
-
-
 def test_cache_entry_of_another_process_is_kept(load: Load, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process encodes the same text at the same time, and is faster."""
     real, inodes = corpus.write_source, []
