@@ -41,7 +41,7 @@ how they are used together."""
 GROUPS = {
     "Training": "Trainer load_model generate",
     "Settings": "Config TrainingConfig ModelConfig DataConfig",
-    "Data and model": "create_dataloaders create_tokenizer load_corpus TokenDataset Transformer",
+    "Data and model": "create_dataloaders create_tokenizer load_corpus shift_labels TokenDataset Transformer",
     "Callbacks": "Callback CallbackList LoggingCallback ProgressCallback SaveBestCallback VisualizationCallback "
     "SampleCallback ProfilerCallback RatioCallback",
     "Parts of a run": "CheckpointManager MetricTracker EarlyStopping create_optimizer create_scheduler create_loss "

@@ -245,6 +245,8 @@ class TrainingConfig(Section):
     """cross_entropy, label_smoothing, focal, z_loss, or 'module:name'; validation is cross entropy for all four."""
     loss_options: dict[str, Any] = field(default_factory=dict)
     """Options of the loss: smoothing (label_smoothing, 0.1), gamma (focal, 2.0), weight (z_loss, 1e-4)."""
+    objective: str | None = None
+    """'module:name' of what is minimised in place of the loss: maps (model, batch) to the sum over targets."""
     gradient_clip_norm: float | None = 1.0
     """Maximum global gradient norm; null: no clipping."""
     ema_decay: float | None = None

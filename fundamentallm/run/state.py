@@ -181,6 +181,7 @@ def exchange(state: dict[str, Any]) -> None:
 
 def _data_facts(segment: dict[str, Any]) -> dict[str, Any]:
     facts = {f"data.{name}": segment[name] for name in ("num_samples", "drop_last", "content")}
+    facts["data.sampler"] = segment.get("sampler")
     return facts | {"data.shuffle": segment["seed"] is not None, "training.batch_size": segment["batch_size"]}
 
 

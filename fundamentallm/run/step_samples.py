@@ -55,6 +55,8 @@ def samples_of_step(checkpoint: Path, step: int) -> StepSamples:
         if 1 <= step <= last:
             segment = [segment for segment in segments if segment["start"][0] < step][-1]
             sampler, content = sampler_of(segment), segment["content"][0]
+            if segment.get("sampler"):
+                raise ValueError(f"its order is that of the caller's own sampler, {segment['sampler']}")
             if min(sampler.num_samples, max(sampler.sizes)) > MOST_IN_A_BATCH:
                 raise ValueError(f"a batch of more than {MOST_IN_A_BATCH:,} samples")
             epoch, before = sampler.place(step - 1)[0], sampler.samples_before(step - 1)

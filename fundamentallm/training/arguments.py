@@ -96,7 +96,8 @@ def check_arguments(
     """Raises ConfigError listing every contradiction between a Trainer's arguments and its config."""
     problems: list[str] = []
     training = config.training
-    if training.batch_size not in (None, samples.batch_size):
+    is_batched = samples.order is not None and samples.order.is_batched
+    if training.batch_size not in (None, samples.batch_size) and not is_batched:
         advice = "Set one of them, or both to the same value."
         allowed = f"{samples.batch_size}, the train_loader's batch_size"
         problems.append(Problem("training.batch_size", training.batch_size, allowed, advice))

@@ -23,9 +23,12 @@ MEASURED = frozenset({"tokens_per_second", "mfu", "memory_gb", "time"})
 CLOCKS = ("step", "val_step")
 """Metrics that hold the optimizer step of the metrics logged with them."""
 
-Metric = Callable[[Tensor, Tensor], "tuple[Tensor | float, Tensor | float]"]
-"""Maps logits (B, T, V) in float32 and targets (B, T), some of them `IGNORE_INDEX`, to a sum and the number of its
-values. Both are added up over all rows of the validation data."""
+Metric = Callable[[Any, Any], "tuple[Tensor | float, Tensor | float]"]
+"""Maps outputs in float32 and their batch to a sum and the number of its values, which are added up over all rows of
+the validation data. For pairs, these are logits (B, T, V) and targets (B, T), some of them `IGNORE_INDEX`.
+
+An object with `update(outputs, batch)` and `compute()`, as torchmetrics has them, collects by itself instead: `compute`
+is called on all processes at the end, and returns the metric over all of them."""
 
 
 def further_metrics(names: Sequence[str], given: Mapping[str, Metric] | None = None) -> dict[str, Metric]:
@@ -48,7 +51,7 @@ def further_metrics(names: Sequence[str], given: Mapping[str, Metric] | None = N
     metrics: dict[str, Metric] = {}
     for name, metric in found:
         key = f"val_{name}"
-        if not callable(metric):
+        if not callable(metric) and not hasattr(metric, "compute"):
             problems.append(Problem("validation_metrics", name, "functions", reason=f"a {type(metric).__name__}"))
         if key in metrics or key in METRIC_NAMES:
             reason, advice = f"and there is a {key} already", "Give it another name."

@@ -51,6 +51,7 @@ class TrainerView:
     stop_switch: StopSwitch
     total_steps: int
     _throughput: Throughput
+    _compiled: set[str]  # of "step" and "validation", those whose compilation was reported
 
     @property
     def _progress(self) -> Progress:
@@ -161,6 +162,12 @@ class TrainerView:
         """Prints a line beside the progress bar, on the main process only."""
         if self.is_main_process:
             tqdm.write(printable(text))
+
+    def _report_compilation(self, what: str, seconds: float) -> None:
+        """Prints how long the first step or validation took, if it was compiled."""
+        if self.config.training.compile and what not in self._compiled:
+            self._compiled.add(what)
+            self.say(f"the first {what} took {seconds:.1f} s, with compilation")
 
     def _say_how_to_start_over(self, is_resumed: bool) -> None:
         """Says so if the run does not start from scratch: a notebook's cell may have been run again."""

@@ -96,7 +96,7 @@ def test_step_flops_equal_the_count_of_torch(options: dict[str, Any]) -> None:
     inputs = torch.zeros(3, 24, dtype=torch.int64)
     # With attention as matrix products, since torch does not count its CPU kernel.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        ModelWithLoss(Transformer(config.model), create_loss())(inputs, inputs).backward()
+        ModelWithLoss(Transformer(config.model), create_loss())((inputs, inputs)).backward()
     assert step_flops(config) == counter.get_total_flops()
     assert tokens_per_step(config) == inputs.numel()
 
