@@ -270,6 +270,21 @@ def test_default_cache_is_the_users(tmp_path: Path, cache: Path, monkeypatch: py
     assert len(entries(cache / "fundamentallm")) == 1
 
 
+def test_cache_needs_no_home_folder(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container may run as a user that has none."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("pwd.getpwuid", lambda _: {}["no such user"])
+    assert "".join(decode(load(UNICODE))) == UNICODE
+
+
+def test_separator_that_the_vocabulary_lacks_is_named(load: Load, tmp_path: Path) -> None:
+    tokenizer = save_tokenizer(tmp_path / "mine.json", "ab")
+    rows = save_rows(tmp_path / "rows.jsonl", [{"text": "ab"}, {"text": "ba"}])
+    assert "empty line between documents" in problem_of(load, rows, tokenizer=tokenizer).reason
+
+
 def test_unknown_characters_are_named(load: Load, cache: Path, tmp_path: Path) -> None:
     tokenizer = save_tokenizer(tmp_path / "mine.json", "ab\n", unknown="<unk>")
     text = "ab\n" * 100 + "a漢b\nabéab\n" + "ab\n" * 100
