@@ -165,10 +165,6 @@ class DataConfig(Section):
         """Returns each source with its weight."""
         return self.source if isinstance(self.source, dict) else {self.source: 1.0}
 
-    def reads_special_tokens(self) -> bool:
-        """Returns whether special tokens in the text are read as tokens."""
-        return self.special_tokens == "tokens" or (self.special_tokens is None and self.tokenizer.endswith(".json"))
-
 
 @dataclass(frozen=True, repr=False)
 class ParameterGroup(Section):

@@ -37,6 +37,7 @@ from fundamentallm.data.sources import (
     check_bad_rows,
     file_states,
     read_source,
+    reads_special_tokens,
     source_error,
     source_states,
     token_blocks,
@@ -127,7 +128,7 @@ def load_corpus(config: DataConfig, show_progress: bool = True, tokenizer: Token
             if tokenizer is None:
                 ready = [folders[source.name] for source in raw if source not in missing]
                 tokenizer = _make_tokenizer(config, raw, facts, ready, show_progress)
-            tokenizer.encode_special_tokens = not config.reads_special_tokens()
+            tokenizer.encode_special_tokens = not reads_special_tokens(config)
             for source in missing:
                 _encode(config, source, facts[source.name], tokenizer, folders[source.name], show_progress)
     sources = []
@@ -140,7 +141,7 @@ def load_corpus(config: DataConfig, show_progress: bool = True, tokenizer: Token
         reason = "which were prepared with different tokenizers"
         raise ConfigError(Problem("data.source", list(weights), "", "Prepare them together.", reason))
     tokenizer = sources[0].tokenizer
-    tokenizer.encode_special_tokens = not config.reads_special_tokens()
+    tokenizer.encode_special_tokens = not reads_special_tokens(config)
     end = None if config.end_of_text is None else tokenizer.token_to_id(config.end_of_text)
     return Corpus(tokenizer, sources, end)
 
@@ -201,7 +202,7 @@ def _cached_facts(config: DataConfig, source: SourceFiles, cache: Path, show_pro
     states, note = source_states(source), None
     if states is not None:
         settings = [config.text_field, config.prompt_field, config.end_of_text, config.max_bad_rows]
-        settings += [config.reads_special_tokens(), config.tokenizer == "char"]
+        settings += [reads_special_tokens(config), config.tokenizer == "char"]
         # The type of the tokens in a .bin, and so their number, follows from the tokenizer.
         width = token_dtype(read_tokenizer(config.tokenizer)).name if source.kind == "tokens" else None
         note = cache / "known" / _hash(CACHE_FORMAT, states, settings, width)

@@ -23,7 +23,15 @@ from tqdm import tqdm
 
 from fundamentallm.config.files import SourceFiles
 from fundamentallm.config.schema import DataConfig
-from fundamentallm.data.sources import PIECE, Piece, check_bad_rows, read_source, source_error, token_blocks
+from fundamentallm.data.sources import (
+    PIECE,
+    Piece,
+    check_bad_rows,
+    read_source,
+    reads_special_tokens,
+    source_error,
+    token_blocks,
+)
 from fundamentallm.data.tokenizers import find_unknown, num_bytes, num_ids, plain_copy, special_tokens, with_unknown
 from fundamentallm.errors import printable
 
@@ -158,7 +166,7 @@ def write_source(
 
 def settings_of_tokens(config: DataConfig) -> dict[str, Any]:
     """Returns the settings that decide what the tokens are and mean."""
-    special_tokens = "tokens" if config.reads_special_tokens() else "text"
+    special_tokens = "tokens" if reads_special_tokens(config) else "text"
     return {name: getattr(config, name) for name in SETTINGS} | {"special_tokens": special_tokens}
 
 

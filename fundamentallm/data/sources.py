@@ -67,6 +67,11 @@ def source_error(source: str, reason: str, allowed: str = "", advice: str = "") 
     return ConfigError(Problem("data.source", source, allowed, advice, reason))
 
 
+def reads_special_tokens(config: DataConfig) -> bool:
+    """Returns whether special tokens in the text are read as tokens."""
+    return config.special_tokens == "tokens" or (config.special_tokens is None and config.tokenizer.endswith(".json"))
+
+
 def read_source(config: DataConfig, source: SourceFiles, bad: list[str]) -> Iterator[Piece]:
     """Yield the text of a source in pieces, and append what cannot be read to `bad`.
 
@@ -75,7 +80,7 @@ def read_source(config: DataConfig, source: SourceFiles, bad: list[str]) -> Iter
     Raises:
         ConfigError: if a file cannot be opened, or more than `config.max_bad_rows` rows are bad.
     """
-    has_ended, end = False, config.end_of_text if config.reads_special_tokens() else None
+    has_ended, end = False, config.end_of_text if reads_special_tokens(config) else None
     for piece in _pieces(config, source):
         if isinstance(piece, BadRow):
             bad.append(piece)
