@@ -134,7 +134,7 @@ def _matches(source: str, path: str) -> list[str]:
 
     folder, pattern = _split_glob(path)
     if "**" not in pattern:
-        return glob.glob(path)
+        return [] if "\0" in path else glob.glob(path)  # which would raise a bare ValueError
     # `glob` itself would not end in circles of links, and skips folders that it cannot read.
     files = _walk(source, folder, collections.Counter()) if os.path.isdir(folder) else ()
     return [file for file in files if matches(Path(file).relative_to(folder).parts, pattern)]

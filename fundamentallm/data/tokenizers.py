@@ -171,9 +171,10 @@ def with_unknown(tokenizer: Tokenizer) -> tuple[Tokenizer, int | None]:
 
 def find_unknown(tokenizer: Tokenizer, unknown: int | None, text: str) -> list[tuple[int, str]]:
     """Lists position and text of what is encoded as unknown. A text that names the unknown token is not listed."""
-    encoding = tokenizer.encode(text, add_special_tokens=False)
+    if unknown is None:
+        return []
+    encoding, name = tokenizer.encode(text, add_special_tokens=False), tokenizer.id_to_token(unknown)
     spans = [span for index, span in zip(encoding.ids, encoding.offsets, strict=True) if index == unknown]
-    name = spans and tokenizer.id_to_token(unknown)
     return [(start, text[start:end]) for start, end in spans if text[start:end].strip() != name]
 
 
