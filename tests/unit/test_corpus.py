@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from fundamentallm.config import files
 from fundamentallm.config.schema import BUILT_IN_CORPUS, DataConfig
 from fundamentallm.data import corpus, encoding, sources
 from fundamentallm.data.corpus import Corpus, load_corpus
@@ -161,14 +160,6 @@ def test_token_type_is_the_smallest_for_the_vocabulary(load: Load, size: int, dt
     assert made.sources[0].train.ids.dtype == dtype
     train, validation = tokens_of(made)
     assert train + validation == [*range(size - 5, size), *range(5)]
-
-
-def test_cache_entry_is_used_as_it_is(load: Load, cache: Path) -> None:
-    load(UNICODE)
-    (entry,) = entries(cache)
-    inode = (entry / "train.bin").stat().st_ino
-    load(UNICODE)
-    assert (entry / "train.bin").stat().st_ino == inode
 
 
 def test_cache_identifies_a_text_by_its_content(load: Load, cache: Path, tmp_path: Path) -> None:
@@ -489,13 +480,6 @@ def test_recently_changed_text_is_read_again(load: Load, source: Path, monkeypat
     monkeypatch.setattr(corpus, "read_source", lambda *arguments: read.append(1) or real(*arguments))
     load(source)
     assert read
-
-
-def test_load_corpus_looks_up_the_files_of_a_source_once(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    looked_up, real = [], files.find_source
-    monkeypatch.setattr(files, "find_source", lambda *about: looked_up.append(about) or real(*about))
-    load(UNICODE, tokenizer="bpe:300")
-    assert len(looked_up) == 1
 
 
 @pytest.mark.usefixtures("settled")
