@@ -115,13 +115,6 @@ def kind_of_file(file: Path) -> str:
     return next((kind for kind, suffixes in kinds.items() if suffix in suffixes), "text")
 
 
-def _split_glob(path: str) -> tuple[str, tuple[str, ...]]:
-    """Returns the folder before the first wildcard, and the parts of the path from there on."""
-    parts = Path(path).parts
-    fixed = list(itertools.takewhile(lambda part: glob.escape(part) == part, parts))
-    return os.path.join("", *fixed) or ".", parts[len(fixed) :]
-
-
 def _matches(source: str, path: str) -> list[str]:
     """Returns what matches a glob."""
 
@@ -132,10 +125,12 @@ def _matches(source: str, path: str) -> list[str]:
             return len(pattern) == 1 or any(matches(parts[i:], pattern[1:]) for i in range(len(parts)))
         return fnmatch.fnmatchcase(parts[0], pattern[0]) and matches(parts[1:], pattern[1:])
 
-    folder, pattern = _split_glob(path)
-    if "**" not in pattern:
+    parts = Path(path).parts
+    if "**" not in parts:
         return [] if "\0" in path else glob.glob(path)  # which would raise a bare ValueError
     # `glob` itself would not end in circles of links, and skips folders that it cannot read.
+    fixed = list(itertools.takewhile(lambda part: glob.escape(part) == part, parts))
+    folder, pattern = os.path.join("", *fixed) or ".", parts[len(fixed) :]
     files = _walk(source, folder, collections.Counter()) if os.path.isdir(folder) else ()
     return [file for file in files if matches(Path(file).relative_to(folder).parts, pattern)]
 

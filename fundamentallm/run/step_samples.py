@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,14 +112,6 @@ def corpus_of_run(checkpoint: Path, settings: dict[str, Any], source: str | None
     corpus = load_corpus(data, sys.stderr.isatty(), tokenizer)
     # Samples are compared by their ids, which only the run's own tokenizer decodes to their text.
     return data, corpus._replace(tokenizer=tokenizer)
-
-
-def texts(dataset: TokenSamples, indices: Sequence[int]) -> Iterator[tuple[int, str, str]]:
-    """Yields (index, first and last token, text) of each sample's inputs. Its targets are shifted by one token."""
-    assert dataset.tokenizer is not None
-    for index in indices:
-        where, inputs = dataset.locate(index)
-        yield index, where, dataset.tokenizer.decode(inputs.tolist(), skip_special_tokens=False)
 
 
 def _planned(config: dict[str, Any], sampler: StepSampler) -> int:
