@@ -32,7 +32,7 @@ from fundamentallm.data.sources import (
     source_error,
     token_blocks,
 )
-from fundamentallm.data.tokenizers import find_unknown, num_bytes, num_ids, plain_copy, special_tokens, with_unknown
+from fundamentallm.data.tokenizers import find_unknown, num_bytes, num_ids, plain_copy, with_unknown
 from fundamentallm.errors import printable
 
 PIECES_AT_ONCE = max(16, 2 * (os.cpu_count() or 1))
@@ -178,7 +178,10 @@ def _encode(config: DataConfig, source: SourceFiles, pieces: Iterator[tuple[int,
     has_rows, tokenizer = source.kind in ("rows", "dataset"), writer.tokenizer
     unknown = with_unknown(tokenizer)[1]
     has_unknown = unknown is not None and unknown < num_ids(tokenizer)
-    names = special_tokens(tokenizer) if tokenizer.encode_special_tokens else []
+    added = tokenizer.get_added_tokens_decoder().values() if tokenizer.encode_special_tokens else ()
+    names = sorted(
+        (token.content for token in added if token.special), key=len, reverse=True
+    )  # none hides a longer one
     special = re.compile("|".join(map(re.escape, names)))
     held, why = list[tuple[int, Piece, Encoded]](), ""
     pieces, ahead = itertools.tee(pieces)

@@ -128,12 +128,6 @@ def same_tokenizer(one: Tokenizer, other: Tokenizer) -> bool:
     return plain_copy(one).to_str() == plain_copy(other).to_str()
 
 
-def special_tokens(tokenizer: Tokenizer) -> list[str]:
-    """Returns the special tokens, longest first, so that none hides a longer one in a search."""
-    names = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
-    return sorted(names, key=len, reverse=True)
-
-
 def with_unknown(tokenizer: Tokenizer) -> tuple[Tokenizer, int | None]:
     """Returns a tokenizer that encodes what the vocabulary lacks as an unknown token, and this token's id.
 
@@ -152,7 +146,7 @@ def with_unknown(tokenizer: Tokenizer) -> tuple[Tokenizer, int | None]:
     elif '"ByteLevel"' in json.dumps([saved["pre_tokenizer"], saved["normalizer"]]):
         alphabet = pre_tokenizers.ByteLevel.alphabet()
     if alphabet and all(tokenizer.token_to_id(byte) is not None for byte in alphabet):
-        return tokenizer, None
+        return tokenizer, tokenizer.token_to_id(name)
     # Added tokens that the model does not know would get new ids in the copy.
     tokens, are_text = tokenizer.get_added_tokens_decoder().items(), tokenizer.encode_special_tokens
     added = {index: token.content for index, token in tokens if not (token.special and are_text)}
