@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -22,11 +19,6 @@ def local(tensor: Tensor) -> Tensor:
 def full(tensor: Tensor) -> Tensor:
     """Returns the full tensor of a DTensor, gathered from all processes, or the tensor itself if it is not sharded."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-
-
-def total_norm(tensors: Iterable[Tensor]) -> Tensor:
-    """Returns the norm of all tensors together as a scalar, over all processes if they are sharded."""
-    return full(get_total_norm(list(tensors)))
 
 
 def device_name(device: torch.device) -> str:

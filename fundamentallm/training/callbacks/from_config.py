@@ -34,13 +34,11 @@ def make_callbacks(config: Config) -> list[Callback]:
     # Imported here, so that importing this module does not import torch.
     from fundamentallm.training.callbacks.profiler import ProfilerCallback
     from fundamentallm.training.callbacks.samples import SampleCallback
-    from fundamentallm.training.callbacks.update_ratios import RatioCallback
 
     known: dict[str, type[Callback]] = {
         "curves": VisualizationCallback,
         "samples": SampleCallback,
         "profiler": ProfilerCallback,
-        "ratios": RatioCallback,
     }
     callbacks: list[Callback] = []
     problems: list[str] = []
