@@ -8,7 +8,8 @@ import sys
 from importlib.metadata import version
 
 from fundamentallm.config.registry import did_you_mean
-from fundamentallm.errors import ConfigError, FundamentaLLMError, Problem, ended_by_signals, exit_code, report
+from fundamentallm.errors import ConfigError, FundamentaLLMError, Problem, exit_code, report
+from fundamentallm.signals import ended_by_signals
 
 VERBS = {
     "train": ("fundamentallm.train", "train a language model from a config"),

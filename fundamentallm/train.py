@@ -26,13 +26,13 @@ from fundamentallm.errors import (
     FundamentaLLMError,
     Interrupted,
     Problem,
-    ended_by_signals,
     exit_code,
     print_last,
     report,
 )
 from fundamentallm.run.environment import command
 from fundamentallm.run.folder import LOG, note_interruption
+from fundamentallm.signals import ended_by_signals
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from fundamentallm import Callback, CheckpointError, LoggingCallback, SaveBestCallback, Trainer, train
-from fundamentallm.errors import SIGNALS, START_AGAIN
+from fundamentallm.errors import START_AGAIN
+from fundamentallm.signals import SIGNALS
 from tests.integration.runs import (
     KillAfter,
     KilledError,
