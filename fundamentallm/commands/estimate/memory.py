@@ -42,7 +42,7 @@ def memory(config: Config, devices: int = 1, layout: str = "ddp") -> Memory:
     """
     model, p = config.model, count_parameters(config.model)
     shards = devices if layout == "fsdp2" else 1
-    _, count, rows = micro_batches(config, devices)
+    count, rows = micro_batches(config, devices)
     tokens, size = rows * config.data.sequence_length, compute_size(config)
     is_autocast = size == NARROW and shards == 1  # FSDP2 casts weights and the residual stream instead
     stream = WIDE if is_autocast else size
