@@ -61,14 +61,15 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m funda
     except FundamentaLLMError as error:
         return report(error)
     except KeyboardInterrupt as interrupt:
-        is_main = os.environ.get("RANK", "0") == "0"
-        if is_main and config is not None and isinstance(interrupt, Interrupted):
-            note_interruption(Path(config.output_dir), str(interrupt))
-        if is_main:
-            end = f"{interrupt} before the first step" if str(interrupt) else "ended without saving"
-            print(f"\n{end}; to resume: {command()}", file=sys.stderr)
-            print_last(f"{end}; to resume: {command()}")
-        return _started_again() if isinstance(interrupt, Interrupted) else exit_code(interrupt)
+        is_signal = isinstance(interrupt, Interrupted)  # otherwise a second Ctrl-C
+        if os.environ.get("RANK", "0") == "0":
+            if is_signal and config is not None:
+                note_interruption(Path(config.output_dir), str(interrupt))
+            end = f"{interrupt} before the first step" if is_signal else "ended without saving"
+            text = f"{end}; to resume: {command()}"
+            print(f"\n{text}", file=sys.stderr)
+            print_last(text)
+        return _started_again() if is_signal else exit_code(interrupt)
     if trainer.was_interrupted and trainer.is_main_process:
         print_last(trainer.describe_stop())
     return _started_again() if trainer.was_interrupted else 0

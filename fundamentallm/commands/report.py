@@ -44,24 +44,22 @@ def read_run(folder: Path) -> dict[str, Any]:
         FundamentaLLMError: if the folder has no metrics.jsonl, or it cannot be read.
     """
     # Imported here, so that --help need not wait for torch.
-    from fundamentallm.run.folder import SAMPLES, STATUS, read_starts, restarts
+    from fundamentallm.run.folder import LOG, SAMPLES, read_starts, read_status, restarts
     from fundamentallm.run.json_lines import numbers, read
 
-    log = folder / "metrics.jsonl"
     try:
-        if not log.is_file():
-            raise FundamentaLLMError(f"{folder} has no metrics.jsonl; give the output_dir of a run.")
-        lines = [numbers(line) for line in read(log)]
+        if not (folder / LOG).is_file():
+            raise FundamentaLLMError(f"{folder} has no {LOG}; give the output_dir of a run.")
+        lines = [numbers(line) for line in read(folder / LOG)]
         samples = [
             {key: line[key] for key in ("step", "prompt", "text")}
             for line in read(folder / SAMPLES)
             if all(isinstance(line.get(key), str) for key in ("prompt", "text"))
         ]
         starts, restarted = read_starts(folder), restarts(folder)
-        status = json.loads((folder / STATUS).read_text(encoding="utf-8")) if (folder / STATUS).exists() else {}
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise FundamentaLLMError(f"{folder} cannot be read: {error}.") from error
-    start = starts[-1] if starts else {}
+    status, start = read_status(folder), starts[-1] if starts else {}
     return {
         "name": str(folder),
         "state": status.get("state"),

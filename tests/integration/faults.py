@@ -79,7 +79,7 @@ def own_generator_data(config: Config) -> Trainer:
 
 class _Unseeded(Small):
     def disturb(self, logits: Tensor) -> Tensor:
-        return logits * random.uniform(0.9, 1.1) if self.training else logits
+        return logits * random.SystemRandom().uniform(0.9, 1.1) if self.training else logits
 
 
 def unseeded_model(config: Config) -> Trainer:

@@ -112,19 +112,6 @@ def test_resume_on_another_number_of_processes_has_its_losses(tmp_path: Path) ->
         assert (got["step"], got["epoch"]) == (expected["step"], expected["epoch"])
 
 
-def test_resume_after_a_crash_repeats_and_loses_no_line(tmp_path: Path) -> None:
-    config = make_config(tmp_path / "parts", dropout=0.2, save_every_n_steps=4)
-    trainer = make_trainer(config)
-    trainer.callbacks.add(KillAfter(9))
-    with pytest.raises(KilledError):
-        trainer.train()
-    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 10, "train_l')  # a kill in the middle of a line
-    make_trainer(config).train()
-    make_trainer(dataclasses.replace(config, output_dir=str(tmp_path / "whole"))).train()
-    assert timeless(lines(tmp_path / "parts")) == timeless(lines(tmp_path / "whole"))
-
-
 @pytest.mark.parametrize("where", ["forward", "update", "schedule", "validation"])
 def test_train_again_after_an_exception_repeats_no_step(tmp_path: Path, where: str) -> None:
     """The same Trainer continues, as in a notebook."""

@@ -9,6 +9,7 @@ from typing import Any
 from fundamentallm.config.registry import resolve
 from fundamentallm.config.schema import Config
 from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.run.folder import LOG
 from fundamentallm.training.callbacks.base import Callback
 from fundamentallm.training.callbacks.console import LoggingCallback, ProgressCallback
 from fundamentallm.training.callbacks.curves import VisualizationCallback
@@ -18,7 +19,7 @@ from fundamentallm.training.callbacks.save_best import SaveBestCallback
 def default_callbacks(config: Config, output_dir: Path | None, has_validation: bool) -> list[Callback]:
     """Returns a progress bar, log lines (also in `output_dir`), and one that keeps the best checkpoint."""
     training = config.training
-    path = None if output_dir is None else output_dir / "metrics.jsonl"
+    path = None if output_dir is None else output_dir / LOG
     callbacks: list[Callback] = [ProgressCallback(), LoggingCallback(path)]
     if has_validation and training.checkpoint_dir is not None:
         callbacks.append(SaveBestCallback(training.early_stopping_metric, training.early_stopping_mode))
