@@ -73,12 +73,12 @@ class RunState:
         try:
             changed = self._changes(saved)
             exchange(saved)
+            reset, messages = self._parts_to_reset(saved, changed.keys(), where)
         except MALFORMED as error:
             raise CheckpointError(f"{where} does not hold a run ({type(error).__name__}: {error}).") from error
         # A tokenizer's file may move with its folder. If the tokenizer is another one, the samples change too.
         free = free if "data.content" in changed else {*free, "data.tokenizer"}
         _refuse_changes(changed, may_change, free, where)
-        reset, messages = self._parts_to_reset(saved, changed.keys(), where)
         for name, part in self.parts.items():
             if name in reset:
                 continue
