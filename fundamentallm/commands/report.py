@@ -41,36 +41,37 @@ def read_run(folder: Path) -> dict[str, Any]:
     """Returns what the page shows of a run; parts that the run lacks are None or empty.
 
     Raises:
-        FundamentaLLMError: if the folder has no metrics.jsonl, or it cannot be read.
+        FundamentaLLMError: if the folder has no metrics.jsonl, or its files are not those of a run.
     """
     # Imported here, so that --help need not wait for torch.
+    from fundamentallm.checkpoint.state_json import MALFORMED
     from fundamentallm.run.folder import LOG, SAMPLES, read_starts, read_status, restarts
     from fundamentallm.run.json_lines import numbers, read
 
+    if not (folder / LOG).is_file():
+        raise FundamentaLLMError(f"{folder} has no {LOG}; give the output_dir of a run.")
     try:
-        if not (folder / LOG).is_file():
-            raise FundamentaLLMError(f"{folder} has no {LOG}; give the output_dir of a run.")
         lines = [numbers(line) for line in read(folder / LOG)]
         samples = [
             {key: line[key] for key in ("step", "prompt", "text")}
             for line in read(folder / SAMPLES)
             if all(isinstance(line.get(key), str) for key in ("prompt", "text"))
         ]
-        starts, restarted = read_starts(folder), restarts(folder)
-    except OSError as error:
-        raise FundamentaLLMError(f"{folder} cannot be read: {error}.") from error
-    status, start = read_status(folder), starts[-1] if starts else {}
-    return {
-        "name": str(folder),
-        "state": status.get("state"),
-        "total_steps": status.get("total_steps"),
-        "curves": curves(lines),
-        "restarts": restarted,
-        "skipped": skipped(lines),
-        "samples": samples,
-        "config": flat_settings(start["config"]) if start.get("config") else None,
-        "environment": start.get("environment"),
-    }
+        status, starts = read_status(folder), read_starts(folder)
+        start = starts[-1] if starts else {}
+        return {
+            "name": str(folder),
+            "state": status.get("state"),
+            "total_steps": status.get("total_steps"),
+            "curves": curves(lines),
+            "restarts": restarts(folder),
+            "skipped": skipped(lines),
+            "samples": samples,
+            "config": flat_settings(start["config"]) if start.get("config") else None,
+            "environment": start.get("environment"),
+        }
+    except (OSError, *MALFORMED) as error:
+        raise FundamentaLLMError(f"{folder} cannot be read ({type(error).__name__}: {error}).") from error
 
 
 def curves(lines: list[dict[str, float]]) -> dict[str, tuple[list[int], list[float | None]]]:

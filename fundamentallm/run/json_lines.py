@@ -17,7 +17,7 @@ from fundamentallm.errors import writing
 logger = logging.getLogger(__name__)
 
 TEXTS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-"""Texts that stand for the numbers that JSON lacks."""
+"""Texts that stand for the numbers that JSON lacks, and as which they are read if they are written bare."""
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -146,7 +146,7 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
         return
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
-            line = json.loads(text)
+            line = json.loads(text, parse_constant=str)
             is_valid = text.endswith("\n") and isinstance(line["step"], int)
         except (ValueError, TypeError, KeyError, RecursionError):
             is_valid = False
