@@ -84,8 +84,7 @@ def _started_again() -> int:
 def run(config: Config) -> Trainer:
     """Trains as `config` says and returns the trainer.
 
-    Raises:
-        FundamentaLLMError: for any mistake or failure that the package knows.
+    Raises FundamentaLLMError for any mistake or failure that the package knows.
     """
     if config.training.resume == "never" and (Path(config.output_dir) / LOG).exists():
         advice = "Choose another output_dir, or set resume: auto to resume that run."
@@ -103,8 +102,7 @@ def run(config: Config) -> Trainer:
 def make_trainer(config: Config) -> Trainer:
     """Returns a Trainer with everything that `config` describes.
 
-    Raises:
-        FundamentaLLMError: for any mistake or failure that the package knows.
+    Raises FundamentaLLMError for any mistake or failure that the package knows.
     """
     # Imported here, so that --help and config errors do not wait for torch.
     import torch
@@ -189,8 +187,7 @@ def _check_names(config: Config) -> list[Callback]:
 
     All wrong names and options are found together, before anything is read or written.
 
-    Raises:
-        ConfigError: listing what is wrong.
+    Raises ConfigError, listing what is wrong.
     """
     from torch import nn
 

@@ -12,11 +12,7 @@ from fundamentallm.errors import CheckpointError, ConfigError, FundamentaLLMErro
 
 
 def main(arguments: Sequence[str], program: str) -> int:
-    """Run the command line and return the exit code.
-
-    Raises:
-        FundamentaLLMError: if there is no checkpoint, it is damaged, or an argument is wrong.
-    """
+    """Run the command line and return the exit code."""
     options = _parser(program).parse_args(arguments)
     from fundamentallm.commands import checkpoint_verbs  # imports torch, which --help need not wait for
 

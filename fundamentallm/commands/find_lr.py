@@ -45,11 +45,7 @@ class Point(NamedTuple):
 
 
 def main(arguments: Sequence[str], program: str) -> int:
-    """Run the command line and return the exit code: 0 with a suggestion, 1 without.
-
-    Raises:
-        FundamentaLLMError: if a setting or an option is wrong, or training fails.
-    """
+    """Run the command line and return the exit code: 0 with a suggestion, 1 without."""
     parser = settings_parser(
         program,
         "[--steps N] [--plot FILE] [--json FILE] [--verbose] ...",

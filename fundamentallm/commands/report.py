@@ -22,11 +22,7 @@ MOST_POINTS = 2000
 
 
 def main(arguments: Sequence[str], program: str) -> int:
-    """Run the command line and return the exit code.
-
-    Raises:
-        FundamentaLLMError: if a folder holds no run, or the page cannot be written.
-    """
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(prog=program, description=__doc__, allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output_dir of a run")
     parser.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE", help="[report.html]")
@@ -40,8 +36,7 @@ def main(arguments: Sequence[str], program: str) -> int:
 def read_run(folder: Path) -> dict[str, Any]:
     """Returns what the page shows of a run; parts that the run lacks are None or empty.
 
-    Raises:
-        FundamentaLLMError: if the folder has no metrics.jsonl, or its files are not those of a run.
+    Raises FundamentaLLMError if the folder has no metrics.jsonl, or its files are not those of a run.
     """
     # Imported here, so that --help need not wait for torch.
     from fundamentallm.checkpoint.state_json import MALFORMED
@@ -124,8 +119,7 @@ def make_page(runs: list[dict[str, Any]]) -> str:
 def write_page(page: str, path: Path) -> None:
     """Write the page, replacing an older report but no other file.
 
-    Raises:
-        FundamentaLLMError: if another file is in the way, or the page cannot be written.
+    Raises FundamentaLLMError if another file is in the way, or the page cannot be written.
     """
     with writing(path):
         if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace")[:2000]:

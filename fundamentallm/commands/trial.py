@@ -47,8 +47,7 @@ def trial_config(config: Config, folder: Path, **training: Any) -> Config:
 def make_trainer(name: str, config: Config) -> Trainer:
     """Returns the Trainer that the function `name` (`--trainer`) makes of a trial's config.
 
-    Raises:
-        ConfigError: if it returns something else, or a Trainer that ignores the trial's config.
+    Raises ConfigError if it returns something else, or a Trainer that ignores the trial's config.
     """
     trainer = resolve("--trainer", name, {})(config)
     allowed = "a function from a Config to a fundamentallm.Trainer"

@@ -44,8 +44,7 @@ def open_pretrained(config: Config) -> tuple[Config, Pretrained | None, nn.Modul
 def completed(config: Config, pretrained: Pretrained) -> Config:
     """Returns the run's config with the model's shape and tokenizer taken from the folder.
 
-    Raises:
-        ConfigError: listing every setting that contradicts the folder.
+    Raises ConfigError, listing every setting that contradicts the folder.
     """
     theirs = pretrained.shape or dataclasses.replace(config.model, vocab_size=pretrained.vocab_size)
     problems: list[str] = []

@@ -53,11 +53,7 @@ class LineFile:
         self._expected: dict[str, Any] = {}
 
     def append(self, line: dict[str, Any]) -> None:
-        """Append a line.
-
-        Raises:
-            FundamentaLLMError: if the file cannot be written.
-        """
+        """Append a line. Raises FundamentaLLMError if the file cannot be written."""
         stored = {key: _storable(value) for key, value in line.items()}
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,8 +99,7 @@ class LineFile:
         Returns:
             What was dropped and where the copy is; "" without a copy.
 
-        Raises:
-            FundamentaLLMError: if the file cannot be written.
+        Raises FundamentaLLMError if the file cannot be written.
         """
         path, message = self.path, ""
         self._count, self._step, self._hash, self._expected = 0, 0, hashlib.sha256(), {}

@@ -80,8 +80,7 @@ class Progress:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resumes at a saved position: at the next sample if the batch size changed, at the next epoch if the data did.
 
-        Raises:
-            ValueError: if the state is not that of a run.
+        Raises ValueError if the state is not that of a run.
         """
         before, now, step = state["stretches"][-1], self.segments[-1], state["step"]
         saved = sampler_of(before)
@@ -106,8 +105,7 @@ class Progress:
 def sampler_of(segment: dict[str, Any]) -> StepSampler:
     """Returns the batches of a segment, over all processes.
 
-    Raises:
-        ValueError: if no run can start where the segment does.
+    Raises ValueError if no run can start where the segment does.
     """
     sampler = StepSampler(
         segment["num_samples"],

@@ -24,11 +24,7 @@ UTILISATION = 0.4
 
 
 def main(arguments: Sequence[str], program: str) -> int:
-    """Run the command line and return the exit code.
-
-    Raises:
-        ConfigError: with everything that is wrong with the settings or the options.
-    """
+    """Run the command line and return the exit code."""
     about = f"{__doc__} Nothing is allocated. The data is read only to count the characters of a character-level model."
     parser = settings_parser(program, "[--devices N] [--gpu NAME]", about)
     parser.add_argument("--devices", type=int, metavar="N", help="number of devices; default: a table up to thousands")

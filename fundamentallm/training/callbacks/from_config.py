@@ -30,8 +30,7 @@ def default_callbacks(config: Config, output_dir: Path | None, has_validation: b
 def make_callbacks(config: Config) -> list[Callback]:
     """Make the callbacks that `config` names, and the curves, which need not be named.
 
-    Raises:
-        ConfigError: listing names that cannot be resolved and options that are wrong.
+    Raises ConfigError, listing names that cannot be resolved and options that are wrong.
     """
     # Imported here, so that importing this module does not import torch.
     from fundamentallm.training.callbacks.profiler import ProfilerCallback
