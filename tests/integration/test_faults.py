@@ -25,7 +25,6 @@ from fundamentallm import Callback, CheckpointError, Trainer, train
 from fundamentallm.checkpoint import manager as checkpoint_module
 from fundamentallm.errors import RunInProgressError
 from fundamentallm.run.folder import locked
-from fundamentallm.training.callbacks import VisualizationCallback
 from tests.conftest import reset_accelerate
 from tests.integration.runs import assert_same_weights, lines, make_config, make_trainer, timeless, weights
 from tests.unit.checkpoint_files import flip_middle_bit, rewrite, truncate
@@ -259,15 +258,6 @@ def test_save_of_too_large_a_file_keeps_the_older_one(tmp_path: Path) -> None:
     assert_failed(ended, "'step_00000004' in run/checkpoints", "File too large")
     assert contents(tmp_path / "run" / "checkpoints") == before
     assert run_command_line(tmp_path).code == 0
-
-
-def test_train_with_unwritable_curves_continues(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "curves.png").mkdir()
-    curves = VisualizationCallback(tmp_path / "curves.png")
-    trainer = make_trainer(make_config(tmp_path, max_steps=2), callbacks=[curves])
-    trainer.train()
-    assert trainer.is_finished
-    assert "curves.png cannot be drawn" in capsys.readouterr().out
 
 
 def test_train_with_too_little_room_fails_at_once(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -367,17 +367,6 @@ def test_resume_needs_the_first_checkpoint_only_once(tmp_path: Path) -> None:
         make_trainer(other).train()
 
 
-def test_train_again_after_a_stop_continues(tmp_path: Path) -> None:
-    whole = make_trainer(make_config(tmp_path / "whole"))
-    whole.train()
-    parts = make_trainer(make_config(tmp_path / "parts"))
-    parts.callbacks.add(StopAt(5))
-    parts.train()
-    assert parts.global_step == 5
-    parts.train()
-    assert_same_weights(weights(parts), weights(whole))
-
-
 def test_checkpoint_holds_everything_by_name_and_no_pickle(tmp_path: Path) -> None:
     trainer = make_trainer(make_config(tmp_path, max_steps=4))
     trainer.train()
