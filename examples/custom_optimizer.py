@@ -1,24 +1,40 @@
 """Your own optimizer, schedule, loss and callback, without changing the package.
 
+From Python, pass objects, as `main` does:
+
+    python examples/custom_optimizer.py            minutes
+    python examples/custom_optimizer.py --smoke    seconds
+
 In YAML, name each as module:name; it must be importable from the working directory:
 
-    cd examples && python -m fundamentallm.train --config quickstart.yaml --output_dir runs/lion \
+    cd examples && python -m fundamentallm.train --config quickstart --output_dir runs/lion \
         --training.optimizer custom_optimizer:Lion --training.learning_rate 3e-4 \
         --training.lr_scheduler custom_optimizer:inverse_square_root \
         --training.loss custom_optimizer:PolyLoss --training.loss_options '{epsilon: 0.5}' \
         --callbacks '["custom_optimizer:StopWhenGood"]'
-
-From Python, pass objects: Trainer(model, config, loader, optimizer=Lion(model.parameters(), lr=3e-4)).
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pydoc_data.topics import topics  # English prose bundled with CPython
 
 import torch
 import torch.nn.functional as F
 
-from fundamentallm import Callback, Trainer
+from fundamentallm import (
+    Callback,
+    Config,
+    DataConfig,
+    LoggingCallback,
+    ModelConfig,
+    Trainer,
+    TrainingConfig,
+    Transformer,
+    create_dataloaders,
+    create_tokenizer,
+)
 
 
 class Lion(torch.optim.Optimizer):
@@ -76,3 +92,32 @@ class StopWhenGood(Callback):
         """Called after each validation."""
         if metrics["val_loss"] < self.val_loss:
             trainer.request_stop(f"val_loss {metrics['val_loss']:.3f} is below {self.val_loss}")
+
+
+def main(max_steps: int) -> None:
+    """Train a small character-level model with all of them, and save nothing."""
+    text = "\n\n".join(topics.values())[:100_000]
+    tokenizer = create_tokenizer("char", text)
+    config = Config(
+        model=ModelConfig(vocab_size=tokenizer.get_vocab_size(), d_model=64, num_heads=4, num_layers=2),
+        data=DataConfig(sequence_length=64),
+        training=TrainingConfig(batch_size=16, max_steps=max_steps),
+    )
+    loaders = create_dataloaders(text, tokenizer, config)
+    model = Transformer(config.model)
+    optimizer = Lion(model.parameters(), lr=1e-3)
+    trainer = Trainer(
+        model,
+        config.training,
+        *loaders,
+        optimizer=optimizer,
+        scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: inverse_square_root(step / max_steps)),
+        loss_fn=PolyLoss(epsilon=0.5),
+        callbacks=[LoggingCallback(), StopWhenGood(2.0)],
+    )
+    history = trainer.train()
+    print(f"validation loss {history['val_loss'][-1]:.3f} after {trainer.global_step} steps of Lion with PolyLoss")
+
+
+if __name__ == "__main__":
+    main(max_steps=20 if "--smoke" in sys.argv[1:] else 1000)

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+# A notebook without ipywidgets gets lines instead of a bar. Importing accelerate there would warn of it.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 if TYPE_CHECKING:
     from fundamentallm.checkpoint.manager import CheckpointManager as CheckpointManager
@@ -14,6 +19,7 @@ if TYPE_CHECKING:
     from fundamentallm.data.corpus import load_corpus as load_corpus
     from fundamentallm.data.datasets import TokenDataset as TokenDataset
     from fundamentallm.data.loaders import create_dataloaders as create_dataloaders
+    from fundamentallm.data.loaders import shift_labels as shift_labels
     from fundamentallm.data.tokenizers import create_tokenizer as create_tokenizer
     from fundamentallm.distributed.accelerator import create_accelerator as create_accelerator
     from fundamentallm.errors import CheckpointError as CheckpointError
@@ -44,7 +50,7 @@ _MODULES = {
     "config": ("Config", "DataConfig", "ModelConfig", "TrainingConfig"),
     "data.corpus": ("load_corpus",),
     "data.datasets": ("TokenDataset",),
-    "data.loaders": ("create_dataloaders",),
+    "data.loaders": ("create_dataloaders", "shift_labels"),
     "data.tokenizers": ("create_tokenizer",),
     "distributed.accelerator": ("create_accelerator",),
     "errors": ("CheckpointError", "ConfigError", "FundamentaLLMError", "RunInProgressError", "TrainingError"),

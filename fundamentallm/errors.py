@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -153,6 +154,18 @@ def exit_code(error: BaseException) -> int:
     return INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
 
 
+def printable(text: str, keep: str = "\n\t") -> str:
+    """Returns text from outside so that no terminal obeys it: control characters are escaped, except those in `keep`.
+
+    These are C0, C1, marks that change the direction of text, and what Unicode has not assigned.
+    """
+
+    def is_shown(c: str) -> bool:  # with the joiners and hyphens of some scripts and emoji, and with all spaces
+        return c.isprintable() or c in keep or c in "\u200c\u200d\u00ad" or unicodedata.category(c) == "Zs"
+
+    return "".join(c if is_shown(c) else ascii(c)[1:-1] for c in text)
+
+
 def report(error: FundamentaLLMError) -> int:
     """Print an error to stderr and return its exit code.
 
@@ -164,6 +177,7 @@ def report(error: FundamentaLLMError) -> int:
     lost = error.ranks if isinstance(error, ProcessLostError) else []
     printing = next(rank for rank in itertools.count() if rank not in lost)
     if os.environ.get("RANK", "0") == str(printing):
+        text = printable(text)
         print(text, file=sys.stderr)
         restarts, most = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RESTART_COUNT", "MAX_RESTARTS"))
         if restarts == most:  # the launcher will not restart the processes

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from tokenizers import Tokenizer
 
+    from fundamentallm.data.corpus import Corpus
     from fundamentallm.models.transformers_format import Pretrained
     from fundamentallm.training.callbacks.base import Callback
     from fundamentallm.training.trainer import Trainer
@@ -112,6 +113,7 @@ def make_trainer(config: Config) -> Trainer:
     from fundamentallm.distributed.accelerator import create_accelerator
     from fundamentallm.models.transformer import Transformer
     from fundamentallm.run.initial_weights import open_pretrained
+    from fundamentallm.run.resume import learned_tokenizer
     from fundamentallm.training.trainer import Trainer
 
     config = config.resolved()
@@ -121,8 +123,9 @@ def make_trainer(config: Config) -> Trainer:
     callbacks = _check_names(config)
     config, pretrained, model = open_pretrained(config)
     is_main = accelerator.is_main_process
-    corpus = _local_main_process_first(accelerator, lambda: load_corpus(config.data, show_progress=is_main))
-    config = replace(config, model=_with_vocabulary(config.model, corpus.tokenizer))
+    learned = learned_tokenizer(config)
+    corpus = _local_main_process_first(accelerator, lambda: load_corpus(config.data, is_main, learned))
+    config = replace(config, model=_with_vocabulary(config.model, corpus))
     train_loader, val_loader = create_dataloaders(corpus, corpus.tokenizer, config)
     torch.manual_seed(config.training.seed)
     if model is None:
@@ -132,7 +135,7 @@ def make_trainer(config: Config) -> Trainer:
             model = Transformer(config.model, document_start)
     trainer = Trainer(model, config, train_loader, val_loader, accelerator=accelerator)
     if pretrained is not None:
-        trainer.files = pretrained.files(config.data.sequence_length)
+        trainer.files = pretrained.files(train_loader.dataset)
         trainer.say(f"{config.model.pretrained}: {pretrained}")
     _load_initial_weights(trainer, pretrained, corpus.tokenizer)
     for callback in callbacks:
@@ -225,10 +228,17 @@ def _check_names(config: Config) -> list[Callback]:
     return callbacks
 
 
-def _with_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
-    size = tokenizer.get_vocab_size()
+def _with_vocabulary(model: ModelConfig, corpus: Corpus) -> ModelConfig:
+    """Returns the shape with a row for each token. Tokens of the vocabulary that do not occur may have none."""
+    from fundamentallm.data.tokenizers import num_ids
+
+    size = num_ids(corpus.tokenizer)
     if model.vocab_size is not None and model.vocab_size < size:
-        raise ConfigError(Problem("model.vocab_size", model.vocab_size, allowed=f"at least the tokenizer's {size}"))
+        parts = [part.ids for source in corpus.sources for part in (source.train, source.validation) if len(part.ids)]
+        largest = max(int(ids.max()) for ids in parts)
+        if model.vocab_size <= largest:
+            reason = f"and the text has the token {corpus.tokenizer.id_to_token(largest)!r} with the id {largest}"
+            raise ConfigError(Problem("model.vocab_size", model.vocab_size, f"at least {largest + 1}", "", reason))
     return replace(model, vocab_size=model.vocab_size or size)
 
 

@@ -274,7 +274,7 @@ class CheckpointManager:
             if path in keep:
                 continue
             if others := sorted({entry.name for entry in path.iterdir()} - {*manifest["files"], MANIFEST}):
-                logger.warning("%s is kept: it holds files that are not the checkpoint's: %s", path, others[0])
+                logger.warning("%s is kept: it holds files that are not the checkpoint's: %r", path, others[0])
                 continue
             # Renamed first, so that a kill while it is deleted leaves no incomplete checkpoint under its name.
             hidden = self._hidden_folder(f"deleting-{path.name}")

@@ -20,6 +20,8 @@ TENSORS = re.compile(r"(model|training)(-\d{5}-of-\d{5})?\.safetensors")
 """Names of tensor files: those with full tensors, and those with the shards of one process."""
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 """Allowed names of checkpoints and of their files: not hidden, and without a path to another folder."""
+MOST_BYTES = 4 << 20
+"""Largest manifest that is read: 20,000 files of 10,000 processes. A stranger's could keep a command busy."""
 _FIELDS: dict[str, Any] = {
     "sequence": int,
     "is_best": bool,
@@ -73,6 +75,10 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(f"{checkpoint}: incomplete, it has no {MANIFEST}.")
     if path.is_symlink() or not path.is_file():  # reading a pipe would block forever
         raise CheckpointError(f"{checkpoint}: {MANIFEST} is damaged, it is not a file.")
+    if path.stat().st_size > MOST_BYTES:
+        raise CheckpointError(
+            f"{checkpoint}: {MANIFEST} has more than {MOST_BYTES:,} bytes, so it is not a checkpoint's."
+        )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["format_version"]
@@ -123,9 +129,20 @@ def verify(checkpoint: Path, hashed: Collection[str] | None = None) -> dict[str,
             pool.submit(_check_file, checkpoint, name, entry, hashed is None or name in hashed)
             for name, entry in manifest["files"].items()
         ]
-        for check in checks:
-            check.result()
+        try:
+            for check in checks:
+                check.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
     return manifest
+
+
+def verify_if_ours(folder: Path) -> bool:
+    """Verify a model folder if it is a checkpoint, even one whose manifest is gone, and return whether it is one."""
+    is_ours = any(os.path.lexists(folder / name) for name in (MANIFEST, STATE, "training.safetensors"))
+    if is_ours:
+        verify(folder)
+    return is_ours
 
 
 def _check_file(checkpoint: Path, name: str, entry: dict[str, Any], is_hashed: bool) -> None:

@@ -2,35 +2,57 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fundamentallm.distributed.dtensor import is_sharded
 from fundamentallm.errors import CheckpointError
 
-SAME_SHAPE = ("exp_avg", "exp_avg_sq", "momentum_buffer")
-"""State of which fused kernels read as many elements as the parameter has, without a check."""
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum")
+"""State of which torch's fused kernels read as many elements as the parameter has, by address, without a check."""
+NOT_SAVED = ("params", "lr", "initial_lr", "fused", "foreach", "capturable")
+"""Entries of a group that never come from a checkpoint: parameters, what the schedule sets, and which kernel runs."""
 
 
 class NamedOptimizerState:
-    """An optimizer's state as {"type": class, "state": {parameter: {key: tensor or number}}, "entries": {key: count}}.
+    """What `optimizer.state_dict()` returns, with names of parameters instead of numbers, so that groups may change.
 
-    Names make it independent of wrappers and of the grouping of parameters. Hyperparameters are not in it, since they
-    come from the config. "entries" counts how many parameters have each key: torch silently reinitializes missing
-    state. (`torch.distributed.checkpoint.state_dict` would run a hidden optimizer step to create missing state.)
+    {"type": class, "state": {parameter: {key: value}}, "entries": {key: number of parameters that have it}, "groups":
+    [{"params": [parameter], setting: value}], "other": the rest}. Entries are counted because torch silently
+    reinitializes missing state. (`torch.distributed.checkpoint.state_dict` would run a hidden optimizer step instead.)
+
+    "groups" has only the settings that training has changed, such as the step count of schedule-free optimizers. All
+    others come from the config, whatever they were in the checkpoint.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         self.model, self.optimizer = model, optimizer
+        self._initial = [copy.deepcopy(_settings(group)) for group in optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state by name. A parameter that had no gradient yet has an empty state."""
-        trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        named = ((name, p) for name, p in self.model.named_parameters() if id(p) in trained)
-        by_name = {name: dict(self.optimizer.state.get(p, {})) for name, p in named}
-        return {"type": type(self.optimizer).__name__, "entries": _count_entries(by_name), "state": by_name}
+        """Returns the state by name. A parameter that had no gradient yet has an empty state.
+
+        Raises:
+            CheckpointError: if the optimizer trains parameters that are not the model's.
+        """
+        names, other = self._names(), dict(self.optimizer.state_dict())
+        state, groups = dict(other.pop("state", {})), other.pop("param_groups", [])
+        numbers = [number for group in groups for number in group["params"]]
+        by_name: dict[str, dict[str, Any]] = {name: {} for of in names for name in of}
+        by_name |= {name: dict(state.pop(n, {})) for name, n in zip(by_name, numbers, strict=False)}
+        changed = [_changes(group, initial) for group, initial in zip(groups, self._initial, strict=False)]
+        return {
+            "type": type(self.optimizer).__name__,
+            "entries": _count_entries(by_name),
+            "state": by_name,
+            "groups": [{"params": of, **new} for of, new in zip(names, changed, strict=True)] if any(changed) else [],
+            "other": other | ({"state": state} if state else {}),
+        }
 
     def refit(self, saved: dict[str, Any]) -> dict[str, Any]:
         """Returns a saved state with the parameters trained now: drops others, and gives new ones no state.
@@ -51,25 +73,71 @@ class NamedOptimizerState:
                 f"The checkpoint has the state of {saved['type']} and this run has {type(self.optimizer).__name__}; "
                 "resume with the same training.optimizer."
             )
-        named = dict(self.model.named_parameters())
-        index_of = {id(p): i for i, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"])}
-        trained = {name: parameter for name, parameter in named.items() if id(parameter) in index_of}
-        if problems := _problems(saved, trained):
+        names, groups = self._names(), self.optimizer.param_groups
+        parameters = [p for group in groups for p in group["params"]]
+        trained = dict(zip((name for of in names for name in of), parameters, strict=True))
+        # Other optimizers, such as 8-bit ones, keep state of any shape and type.
+        is_torchs = type(self.optimizer).__module__.startswith("torch.optim")
+        by_torch = {n for of, group in zip(names, groups, strict=True) for n in of if is_torchs or group.get("fused")}
+        if problems := _problems(saved, trained, by_torch):
             more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
             raise CheckpointError(f"The optimizer's state does not fit the model: {'; '.join(problems[:5])}{more}.")
-        # Scalars that parameters shared when they were saved are one tensor now, and each parameter would count it up.
-        state = {
-            index_of[id(named[name])]: {
-                key: value.clone() if isinstance(value, Tensor) and value.ndim == 0 else value
-                for key, value in state.items()
-            }
+        by_name = {
+            name: {key: _fitted(key, value, trained[name], name in by_torch) for key, value in state.items()}
             for name, state in saved["state"].items()
             if state
         }
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        present, new = self.optimizer.state_dict(), dict(saved.get("other", {}))  # earlier versions saved no other
+        if "param_groups" in present:  # otherwise a wrapper of another optimizer, all of whose state is in "other"
+            for group, of, initial in zip(present["param_groups"], names, self._initial, strict=True):
+                group.update(copy.deepcopy(initial) | _settings_of(of, saved.get("groups", [])))
+            numbers = [number for group in present["param_groups"] for number in group["params"]]
+            numbered = {n: by_name[name] for n, name in zip(numbers, trained, strict=True) if name in by_name}
+            new |= {"state": numbered | new.get("state", {}), "param_groups": present["param_groups"]}
+        self.optimizer.load_state_dict(new)
+        for name, values in by_name.items():
+            loaded = self.optimizer.state.get(trained[name], {})
+            kept = (values.keys() & loaded.keys()) - {"step"}  # whose type torch chooses by the kernel
+            loaded.update({key: _as_saved(loaded[key], values[key]) for key in kept})
+
+    def _names(self) -> list[list[str]]:
+        """Returns the names of each group's parameters."""
+        name_of = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        try:
+            return [[name_of[id(p)] for p in group["params"]] for group in self.optimizer.param_groups]
+        except KeyError as error:
+            raise CheckpointError(
+                "The optimizer trains parameters that are not the model's, which no checkpoint would hold; make them "
+                "parameters of the model."
+            ) from error
 
 
-def _problems(saved: dict[str, Any], trained: dict[str, nn.Parameter]) -> list[str]:
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key not in NOT_SAVED}
+
+
+def _changes(group: dict[str, Any], initial: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a group that are new, or not what they were initially."""
+    return {k: v for k, v in _settings(group).items() if k not in initial or not _is_same(v, initial[k])}
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    if isinstance(value, Tensor) and isinstance(other, Tensor):
+        return value.dtype == other.dtype and torch.equal(value, other)
+    if isinstance(value, (list, tuple)) and type(value) is type(other):
+        return len(value) == len(other) and all(map(_is_same, value, other))
+    return type(value) is type(other) and bool(value == other)
+
+
+def _settings_of(names: list[str], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the changed settings that a checkpoint has for a group of these parameters."""
+    found = [_settings(group) for group in groups if not set(names).isdisjoint(group["params"])]
+    if any(_changes(one, found[0]) for one in found):
+        raise CheckpointError(f"The parameters of the group of {names[0]} were in groups of different settings.")
+    return found[0] if found else {}
+
+
+def _problems(saved: dict[str, Any], trained: dict[str, nn.Parameter], by_torch: set[str]) -> list[str]:
     by_name, counts = saved["state"], _count_entries(saved["state"])
     problems = [f"{name} is not trained here" for name in sorted(by_name.keys() - trained.keys())]
     problems += [f"{name} is missing" for name in sorted(trained.keys() - by_name.keys())]
@@ -77,9 +145,9 @@ def _problems(saved: dict[str, Any], trained: dict[str, nn.Parameter]) -> list[s
         f"{key} of {name} has {_shape(value)}, the parameter {tuple(trained[name].shape)}"
         for name, state in by_name.items()
         for key, value in state.items()
-        if name in trained and not _fits(key, value, trained[name])
+        if name in by_torch and not _fits(key, value, trained[name])
     ]
-    if len({type(state["step"]) for state in by_name.values() if "step" in state}) > 1:
+    if len({type(state["step"]) for name, state in by_name.items() if name in by_torch and "step" in state}) > 1:
         problems.append("step is a tensor for some parameters and a number for others")  # torch checks only the first
     problems += [
         f"there are {counts.get(key, 0)} of {count} {key}"
@@ -98,9 +166,33 @@ def _shape(value: Any) -> str:
 
 
 def _fits(key: str, value: Any, parameter: Tensor) -> bool:
-    """Returns True if a value can belong to a parameter. Adafactor, for one, keeps state of other shapes."""
-    if key in SAME_SHAPE:
+    """Returns True if torch's kernels can read a value of a parameter's state."""
+    if key in MOMENTS:
         return isinstance(value, Tensor) and value.shape == parameter.shape
     if key == "step":
         return value.numel() == 1 if isinstance(value, Tensor) else type(value) in (int, float)
     return True
+
+
+def _fitted(key: str, value: Any, parameter: Tensor, by_torch: bool) -> Any:
+    """Returns a saved value, moments in the memory layout of their parameter."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.ndim == 0:  # parameters that shared it when it was saved would each count it up
+        return value.clone()
+    if key in MOMENTS and value.shape == parameter.shape and not is_sharded(value):
+        dtype = parameter.dtype if by_torch else value.dtype
+        return torch.empty_like(parameter, dtype=dtype, device=value.device).copy_(value)
+    return value
+
+
+def _as_saved(loaded: Any, saved: Any) -> Any:
+    """Returns a loaded value with its saved type: torch casts tensors to the parameter's, and breaks texts."""
+    if isinstance(loaded, Tensor):
+        is_cast = isinstance(saved, Tensor) and saved.dtype != loaded.dtype
+        return saved.to(loaded.device, copy=True) if is_cast else loaded
+    if isinstance(loaded, dict):
+        return {key: _as_saved(value, saved[key]) for key, value in loaded.items()}
+    if isinstance(loaded, (list, tuple)):
+        return type(loaded)([_as_saved(*pair) for pair in zip(loaded, saved, strict=True)])
+    return saved

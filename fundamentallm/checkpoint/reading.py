@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from fundamentallm.atomic import sync
 from fundamentallm.checkpoint.manifest import MANIFEST, STATE, TENSORS, read_manifest, verify
 from fundamentallm.checkpoint.snapshot import AVERAGE_KEY, WEIGHTS
-from fundamentallm.checkpoint.state_json import MALFORMED, decode
+from fundamentallm.checkpoint.state_json import decode
 from fundamentallm.checkpoint.tensor_files import Like, TensorFiles, write_tensors
 from fundamentallm.distributed.dtensor import local
-from fundamentallm.errors import CheckpointError
+from fundamentallm.errors import CheckpointError, FundamentaLLMError
 
+MISFIT = f"{STATE} does not fit the tensors of the other files"
 RAW_WEIGHTS = f"{AVERAGE_KEY}/weights/"
 """Prefix of the weights as trained, in a checkpoint whose model weights are their average."""
 
@@ -58,7 +58,7 @@ def load_parts(path: Path, parts: Collection[str]) -> dict[str, Any]:
 def check_checkpoint(path: Path) -> None:
     """Verify every byte of a checkpoint, and that it has all tensors of its state, without loading them."""
     with _opened(path, verify(path)) as (state, tensors):
-        decode(state, dict.fromkeys(tensors, torch.empty(0)))
+        decode(state, {name: torch.empty(shape, device="meta") for name, shape in tensors.shapes.items()})
 
 
 def export_weights(path: Path, folder: Path, raw: bool = False) -> None:
@@ -71,16 +71,16 @@ def export_weights(path: Path, folder: Path, raw: bool = False) -> None:
         OSError, SafetensorError: if the folder cannot be written to.
     """
     manifest = verify(path)
-    with contextlib.ExitStack() as stack:
-        with _explained(path):
-            tensors = TensorFiles(path, manifest["files"], WEIGHTS, stack)
+    with explained(path, MISFIT), contextlib.ExitStack() as stack:
+        tensors = TensorFiles(path, manifest["files"], WEIGHTS, stack)
         names = {name.removeprefix(WEIGHTS): name for name in tensors if name.startswith(WEIGHTS)}
         if raw:
             trained = {name.removeprefix(RAW_WEIGHTS): name for name in tensors if name.startswith(RAW_WEIGHTS)}
             if not trained:
                 raise CheckpointError(f"{path} has no averaged weights; its weights are those trained.")
             names |= trained
-        write_tensors(folder / "model.safetensors", {name: tensors[key] for name, key in names.items()})
+        weights = {name: tensors[key] for name, key in names.items()}
+    write_tensors(folder / "model.safetensors", weights)
     for name in manifest["files"]:
         if name != STATE and not TENSORS.fullmatch(name):
             shutil.copyfile(path / name, folder / name)
@@ -101,7 +101,7 @@ def load_weights(path: Path, files: Collection[str], model: nn.Module, like: Lik
         CheckpointError: also if they are not the weights of this model.
     """
     own = model.state_dict(keep_vars=True)
-    with _explained(path, "its weights cannot be read"), contextlib.ExitStack() as stack, torch.no_grad():
+    with explained(path, "its weights cannot be read"), contextlib.ExitStack() as stack, torch.no_grad():
         tensors = TensorFiles(path, files, WEIGHTS, stack, like=like)
         given = {name.removeprefix(WEIGHTS): shape for name, shape in tensors.shapes.items()}
         present = {id(own[name]) for name in given.keys() & own.keys()}  # one of several tied names is enough
@@ -129,7 +129,7 @@ def _opened(
     path: Path, manifest: Mapping[str, Any], like: Like | None = None
 ) -> Iterator[tuple[dict[str, Any], TensorFiles]]:
     """Yields a checkpoint's encoded state and its tensors by name; closes the files on exit."""
-    with _explained(path), contextlib.ExitStack() as stack:
+    with explained(path, MISFIT), contextlib.ExitStack() as stack:
         saved = json.loads((path / STATE).read_text(encoding="utf-8"))
         tensors = TensorFiles(path, manifest["files"], WEIGHTS, stack, saved["same_as"], like)
         if not isinstance(saved["state"], dict):
@@ -138,9 +138,17 @@ def _opened(
 
 
 @contextlib.contextmanager
-def _explained(path: Path, what: str = f"{STATE} does not fit the tensors of the other files") -> Iterator[None]:
-    """Raises CheckpointError for whatever reading a malformed checkpoint raises."""
+def explained(path: Path, what: str = "it cannot be read or used") -> Iterator[None]:
+    """Raises CheckpointError for whatever reading a checkpoint raises; our own errors pass.
+
+    A stranger's checkpoint may hold anything, and the libraries that read it raise anything: RecursionError,
+    ZeroDivisionError, and the panics of tokenizers, which are no `Exception`.
+    """
     try:
         yield
-    except (OSError, SafetensorError, *MALFORMED) as error:
+    except (FundamentaLLMError, BrokenPipeError):  # a broken pipe is of the output
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+            raise  # an interruption
         raise CheckpointError(f"{path}: {what} ({type(error).__name__}: {error}).") from error

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from fundamentallm.checkpoint.manifest import MANIFEST, NAME, STATE, TENSORS
@@ -47,6 +49,28 @@ class Snapshot:
         return True
 
 
+def plan(checkpoint: Mapping[str, Any], names: Iterable[str]) -> tuple[str, dict[str, Tensor]]:
+    """Returns a state without its tensors, as JSON, and its tensors, weights first. Copies no tensor.
+
+    Raises:
+        CheckpointError: if one of `names` would leave the directory, or a value is neither JSON nor a tensor that
+            safetensors can store.
+    """
+    for text in names:
+        if not NAME.fullmatch(text) or text in (STATE, MANIFEST) or TENSORS.fullmatch(text):
+            raise CheckpointError(f"the name is {text!r}; allowed: letters, digits, '_', '-' and '.', not first.")
+    tensors: dict[str, Tensor] = {}
+    state = encode(checkpoint, (), tensors)
+    for dtype, path in {tensor.dtype: path for path, tensor in tensors.items()}.items():
+        try:
+            save({"": torch.empty(0, dtype=dtype)})
+        except KeyError as error:
+            raise CheckpointError(f"{path} is of {dtype}, which safetensors cannot store; convert it.") from error
+    # A tensor that appears twice is stored under its first name, which has to be the one in the model's file.
+    weights_first = dict(sorted(tensors.items(), key=lambda item: not item[0].startswith(WEIGHTS)))
+    return json.dumps(state, indent=1, allow_nan=False), weights_first
+
+
 def take_snapshot(
     checkpoint: Mapping[str, Any],
     name: str,
@@ -62,17 +86,10 @@ def take_snapshot(
     memory in `buffers` that fits, which are the copies of an earlier snapshot.
 
     Raises:
-        CheckpointError: if the name would leave its directory, or a value is neither a tensor nor JSON.
+        CheckpointError: as `plan` does.
     """
-    for text in (name, *files):
-        if not NAME.fullmatch(text) or text in (STATE, MANIFEST) or TENSORS.fullmatch(text):
-            raise CheckpointError(f"the name is {text!r}; allowed: letters, digits, '_', '-' and '.', not first.")
-    tensors: dict[str, Tensor] = {}
-    state = encode(checkpoint, (), tensors)
-    # A tensor that appears twice is stored under its first name. Weights come first, so that they are all in the
-    # model's file.
-    paths = sorted(tensors, key=lambda path: not path.startswith(WEIGHTS))
-    mine = {path: local(tensors[path]) for path in paths if _is_written_by(rank, num_ranks, path, tensors[path])}
+    state, tensors = plan(checkpoint, (name, *files))
+    mine = {path: local(tensor) for path, tensor in tensors.items() if _is_written_by(rank, num_ranks, path, tensor)}
     copies, same_as = copy_to_cpu(mine, buffers)
 
     model, training = (file_name(kind, rank, num_ranks) for kind in ("model", "training"))
@@ -82,7 +99,7 @@ def take_snapshot(
     return Snapshot(
         name=name,
         about={"step": checkpoint.get("progress_state_dict", {}).get("step"), "is_best": is_best},
-        texts={**files, STATE: json.dumps({"state": state, "same_as": same_as}, indent=1, allow_nan=False)},
+        texts={**files, STATE: f'{{"state": {state},\n"same_as": {json.dumps(same_as)}}}'},
         # Rank 0 writes both files even if they are empty, because a manifest must have both.
         tensors={file: content for file, content in by_file.items() if content or rank == 0},
         regions={path.removeprefix(WEIGHTS): region_of(tensors[path]) for path in copies} if num_ranks > 1 else None,

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fundamentallm.distributed.dtensor import is_sharded
 from fundamentallm.errors import CheckpointError
 
-# JSON has no tensors, tuples or non-finite numbers. Each is stored as an object with one of these keys.
-_TENSOR, _TUPLE, _FLOAT = "__tensor__", "__tuple__", "__float__"
-
-MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""Exceptions of code that reads a state of an unexpected form. A stranger's checkpoint may contain anything."""
+# JSON has no tensors, tuples, non-finite numbers, or dicts whose keys are not text. Each is stored as an object with
+# one of these keys.
+_TENSOR, _TUPLE, _FLOAT, _DICT, _COUNTER = _RESERVED = (
+    "__tensor__", "__tuple__", "__float__", "__dict__", "__counter__"
+)  # fmt: skip
+_ORDER = "order"
+"""Dimensions of a tensor by descending stride. An optimizer may compute other bits from another memory layout."""
 
 
 def encode(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
@@ -26,16 +30,26 @@ def encode(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any
             raise CheckpointError(f"{where} is a {value.layout} tensor or a lazy view; allowed: dense tensors.")
         name = "~" if where == "__metadata__" else where  # safetensors reserves this name
         tensors[name] = value.detach()
-        return {_TENSOR: name}
+        if is_sharded(value) or value.is_contiguous():
+            return {_TENSOR: name}
+        return {_TENSOR: name, _ORDER: sorted(range(value.ndim), key=value.stride, reverse=True)}
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else {_FLOAT: repr(float(value))}
     if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str) or key in (_TENSOR, _TUPLE, _FLOAT):
-                raise CheckpointError(f"{where or 'the state'} has the key {key!r}; allowed: text, not a reserved key.")
-        return {key: encode(item, (*path, key), tensors) for key, item in value.items()}
+        is_plain = all(isinstance(key, str) and key not in _RESERVED for key in value)
+        if is_plain and not isinstance(value, Counter):
+            return {key: encode(item, (*path, key), tensors) for key, item in value.items()}
+        in_keys: dict[str, Tensor] = {}
+        items = [
+            [encode(key, (*path, repr(key)), in_keys), encode(item, (*path, repr(key)), tensors)]
+            for key, item in value.items()
+        ]
+        if in_keys:
+            raise CheckpointError(f"{where or 'the state'} has a tensor as a key; allowed: text, numbers and tuples.")
+        # A Counter is more than a dict to torch's MultiStepLR, which keeps its milestones in one.
+        return {_COUNTER if isinstance(value, Counter) else _DICT: items}
     if isinstance(value, (list, tuple)):
         items = [encode(item, (*path, str(index)), tensors) for index, item in enumerate(value)]
         return items if isinstance(value, list) else {_TUPLE: items}
@@ -52,11 +66,19 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if not isinstance(value, dict):
         return value
     if _TENSOR in value:
-        return tensors[value[_TENSOR]]
+        tensor = tensors[value[_TENSOR]]
+        order = value.get(_ORDER)
+        if order is None or is_sharded(tensor):
+            return tensor
+        back = [order.index(dim) for dim in range(tensor.ndim)]
+        return tensor.permute(order).contiguous().permute(back)
     if _TUPLE in value:
         return tuple(decode(item, tensors) for item in value[_TUPLE])
     if _FLOAT in value:
         return float(value[_FLOAT])
+    for name, kind in ((_DICT, dict), (_COUNTER, Counter)):
+        if name in value:
+            return kind({decode(key, tensors): decode(item, tensors) for key, item in value[name]})
     return {key: decode(item, tensors) for key, item in value.items()}
 
 

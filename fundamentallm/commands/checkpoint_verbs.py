@@ -16,11 +16,11 @@ from safetensors import SafetensorError
 from fundamentallm.checkpoint.manager import HIDDEN, CheckpointManager, checkpoints_folder
 from fundamentallm.checkpoint.manifest import MANIFEST, NAME, read_manifest, verify
 from fundamentallm.checkpoint.reading import export_weights, is_ours, load_parts
-from fundamentallm.commands.output import WIDTH, printable, say, say_table, shortened
+from fundamentallm.commands.output import WIDTH, say, say_table, shortened
 from fundamentallm.config.schema import Config, flat_settings
 from fundamentallm.config.units import size_text
 from fundamentallm.config.yaml_format import to_yaml
-from fundamentallm.errors import CheckpointError, CheckpointNotFoundError, ConfigError, Problem
+from fundamentallm.errors import CheckpointError, CheckpointNotFoundError, ConfigError, Problem, printable
 from fundamentallm.run.step_samples import samples_of_step, text_of_step, texts, why_no_text
 
 
@@ -76,7 +76,7 @@ def verify_command(options: argparse.Namespace) -> int:
             damaged += is_damaged
             say(f"{path.name}  {_reason(error, path) if is_damaged else 'deleted by the run before it was checked'}")
             continue
-        note = f"; not in the manifest: {printable(', '.join(extra))}" if extra else ""
+        note = f"; not in the manifest: {printable(', '.join(extra), keep='')}" if extra else ""
         say(f"{path.name}  ok, {len(manifest['files']) + 1} files, {size_text(_num_bytes(manifest))}{note}")
     if damaged and len(paths) > 1:
         say(f"{damaged} of {len(paths)} are damaged")
@@ -90,7 +90,7 @@ def show_command(options: argparse.Namespace) -> int:
     step, loss = manifest["step"], _val_loss(path, manifest["step"])
     parts = load_parts(path, ("config", "versions"))
     config, versions = parts.get("config"), parts.get("versions")
-    config_texts = _config_texts(config, path) if isinstance(config, dict) else []  # before anything is printed
+    config_texts = _config_texts(config) if isinstance(config, dict) else []  # before anything is printed
 
     say(f"{path}: {size_text(_num_bytes(manifest))}, saved {_saved_at(path)}")
     best = "saved as the best" if manifest["is_best"] else "not saved as the best"
@@ -155,6 +155,9 @@ def _val_loss(path: Path, step: int | None) -> float | None:
     """Returns the validation loss of a step, or None if the checkpoint has none. Raises CheckpointError if damaged."""
     metrics = load_parts(path, ["metrics_state_dict"]).get("metrics_state_dict")
     try:
+        if "latest" in metrics:  # type: ignore[operator]
+            latest = metrics["latest"]  # type: ignore[index]
+            return float(latest["val_loss"]) if latest["val_step"] == step else None
         steps, losses = metrics["val_step"].tolist(), metrics["val_loss"].tolist()  # type: ignore[index]
         return float(losses[steps.index(step)])
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # a stranger's may hold anything
@@ -171,16 +174,13 @@ def _saved_at(path: Path) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime((path / MANIFEST).stat().st_mtime))
 
 
-def _config_texts(config: dict[str, Any], path: Path) -> list[tuple[str, str]]:
+def _config_texts(config: dict[str, Any]) -> list[tuple[str, str]]:
     """Returns a title and YAML for the settings of a run that differ from the defaults, and for all."""
     title = "all settings" if "training" in config else "all settings (a TrainingConfig, of a run from Python)"
-    try:
-        default = Config(output_dir=str(config.get("output_dir") or ".")).resolved()
-        defaults = flat_settings(dataclasses.asdict(default))
-        changed = {name: value for name, value in flat_settings(config).items() if value != defaults.get(name, value)}
-        return [("settings that differ from the defaults", to_yaml(changed)), (title, to_yaml(config))]
-    except Exception as error:  # a stranger's config may hold anything
-        raise CheckpointError(f"{path}: its config cannot be shown ({type(error).__name__}: {error}).") from error
+    default = Config(output_dir=str(config.get("output_dir") or ".")).resolved()
+    defaults = flat_settings(dataclasses.asdict(default))
+    changed = {name: value for name, value in flat_settings(config).items() if value != defaults.get(name, value)}
+    return [("settings that differ from the defaults", to_yaml(changed)), (title, to_yaml(config))]
 
 
 def _existing(folder: Path) -> Path:

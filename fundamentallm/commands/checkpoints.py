@@ -7,27 +7,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fundamentallm.commands.options import add_checkpoint
-from fundamentallm.commands.output import printable
-from fundamentallm.errors import CheckpointError, ConfigError, FundamentaLLMError
+from fundamentallm.errors import ConfigError, FundamentaLLMError, printable
 
 
 def main(arguments: Sequence[str], program: str) -> int:
     """Run the command line and return the exit code."""
     options = _parser(program).parse_args(arguments)
-    from fundamentallm.commands import checkpoint_verbs  # imports torch, which --help need not wait for
+    from fundamentallm.checkpoint.reading import explained  # imports torch, which --help need not wait for
+    from fundamentallm.commands import checkpoint_verbs
 
     command: Callable[[argparse.Namespace], int] = getattr(checkpoint_verbs, f"{options.verb}_command")
     try:
-        return command(options)
-    except BrokenPipeError:  # an OSError that is not about the folder
-        raise
-    # Errors may quote an untrusted checkpoint.
+        with explained(options.checkpoint):
+            return command(options)
+    # Errors may quote an untrusted checkpoint, whose line ends could imitate lines of ours.
     except ConfigError as error:
-        raise ConfigError([printable(problem) for problem in error.problems]) from error
+        raise ConfigError([printable(problem, keep="") for problem in error.problems]) from error
     except FundamentaLLMError as error:
-        raise type(error)(printable(str(error))) from error
-    except OSError as error:
-        raise CheckpointError(f"{printable(str(options.checkpoint))} cannot be read: {error}.") from error
+        raise type(error)(printable(str(error), keep="")) from error
 
 
 def _parser(program: str) -> argparse.ArgumentParser:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fundamentallm.checkpoint.manifest import MANIFEST
-from fundamentallm.checkpoint.reading import load_parts
+from fundamentallm.checkpoint.reading import explained, load_parts
 from fundamentallm.commands.options import add_checkpoint, option_problems
 from fundamentallm.commands.output import say, say_table
 from fundamentallm.config.files import find_source
@@ -30,6 +30,7 @@ from fundamentallm.data.loaders import collate, corpus_samples
 from fundamentallm.data.sources import open_text, read_pieces
 from fundamentallm.data.tokenizers import num_bytes
 from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.inference.generation import row_problem
 from fundamentallm.inference.loading import CHECKPOINT_HELP, LoadedModel, load_model
 from fundamentallm.inference.scoring import Window, interval, score, windows
 from fundamentallm.models.transformer import Transformer
@@ -72,8 +73,9 @@ def main(arguments: Sequence[str], program: str) -> int:
     if problems := option_problems(options, **counts, confidence=probability):
         raise ConfigError(problems)
     loaded = load_model(options.checkpoint)
-    text = _text_of_files(loaded, options) if options.source else _text_of_run(loaded, options)
-    result = _evaluate(loaded, text, options.confidence)
+    with explained(loaded.folder):
+        text = _text_of_files(loaded, options) if options.source else _text_of_run(loaded, options)
+        result = _evaluate(loaded, text, options.confidence)
     if options.json:
         print(json.dumps(result))
     else:
@@ -162,11 +164,16 @@ def _text_of_files(loaded: LoadedModel, options: argparse.Namespace) -> Text:
         try:
             with open_text(path) as file:
                 pieces = list(encode_pieces(loaded.tokenizer, read_pieces(file)))
-        except (ConfigError, OSError, UnicodeDecodeError) as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(Problem("--source", str(path), reason=f"which cannot be encoded: {error}")) from error
-        ids = np.concatenate([np.empty(0, np.uint16), *(ids for _, ids in pieces)])
+        if lacking := [piece for piece in pieces if piece.unknown]:
+            reason = f"which has {lacking[0].named_unknown()}"
+            raise ConfigError(Problem("--source", str(path), "text that the model's vocabulary has", reason=reason))
+        ids = np.concatenate([np.empty(0, np.uint16), *(piece.ids for piece in pieces)])
+        if problem := row_problem(loaded.model, "--source", str(path), ids.tolist()):
+            raise ConfigError(problem)
         texts.append(ids)
-        size += sum(len(piece.encode()) for piece, _ in pieces) - num_bytes(loaded.tokenizer, ids[:1])
+        size += sum(len(piece.text.encode()) for piece in pieces) - num_bytes(loaded.tokenizer, ids[:1])
     name = options.source[0] if len(options.source) == 1 else f"{len(paths)} files"
     context = options.context or loaded.context or max(map(len, texts))
     return _windowed(loaded, options, name, texts, size, context)

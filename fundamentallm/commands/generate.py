@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from fundamentallm.checkpoint.reading import explained
 from fundamentallm.commands.options import add_checkpoint
 from fundamentallm.data.tokenizers import encode_prompt
-from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.errors import ConfigError, Problem, printable
 from fundamentallm.inference.generation import Sampling, generate_batch
-from fundamentallm.inference.loading import CHECKPOINT_HELP, load_model
+from fundamentallm.inference.loading import CHECKPOINT_HELP, LoadedModel, load_model
 
 
 def main(arguments: Sequence[str], program: str) -> int:
@@ -38,6 +40,11 @@ def main(arguments: Sequence[str], program: str) -> int:
     options = parser.parse_args(arguments)
     prompts = _prompts(options)
     loaded = load_model(options.checkpoint)
+    with explained(loaded.folder):
+        return _generate(loaded, prompts, options)
+
+
+def _generate(loaded: LoadedModel, prompts: list[str], options: argparse.Namespace) -> int:
     drawn = generate_batch(
         loaded.model,
         [encode_prompt(loaded.tokenizer, prompt) for prompt in prompts],
@@ -50,9 +57,9 @@ def main(arguments: Sequence[str], program: str) -> int:
     if len(prompts) > 1 or options.json:
         _print_all(loaded.tokenizer, prompts, drawn, options.json)
         return 0
-    print(prompts[0], end="", flush=True)
+    _print(prompts[0], end="")
     for piece in pieces(loaded.tokenizer, (row[0] for row in drawn)):
-        print(piece, end="", flush=True)
+        _print(piece, end="")
     print()
     return 0
 
@@ -98,6 +105,12 @@ def _print_all(tokenizer: Tokenizer, prompts: list[str], drawn: Iterator[dict[in
     for index, (prompt, ids) in enumerate(zip(prompts, texts, strict=True)):
         text = tokenizer.decode(ids)
         if as_json:
-            print(json.dumps({"prompt": prompt, "text": text, "tokens": len(ids)}, ensure_ascii=False))
+            escaped = sys.stdout.isatty()  # JSON leaves some control characters as they are otherwise
+            print(json.dumps({"prompt": prompt, "text": text, "tokens": len(ids)}, ensure_ascii=escaped))
         else:
-            print(f"{'' if index == 0 else chr(10)}---- {index} ----\n{prompt}{text}")
+            _print(f"{'' if index == 0 else chr(10)}---- {index} ----\n{prompt}{text}")
+
+
+def _print(text: str, end: str = "\n") -> None:
+    """Print text: for a terminal without control characters, otherwise exactly."""
+    print(printable(text) if sys.stdout.isatty() else text, end=end, flush=True)

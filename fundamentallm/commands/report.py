@@ -15,10 +15,8 @@ from fundamentallm.commands.output import plural, say
 from fundamentallm.config.schema import flat_settings
 from fundamentallm.errors import FundamentaLLMError, writing
 
-MARK = '<meta name="generator" content="fundamentallm report">'
-"""Identifies a report, which may be overwritten."""
-MOST_POINTS = 2000
-"""Points of a curve. Screens have no more columns."""
+MARK = '<meta name="generator" content="fundamentallm report">'  # of a report, which may be overwritten
+MOST_POINTS = 2000  # of a curve; screens have no more columns
 
 
 def main(arguments: Sequence[str], program: str) -> int:
@@ -39,7 +37,6 @@ def read_run(folder: Path) -> dict[str, Any]:
     Raises FundamentaLLMError if the folder has no metrics.jsonl, or its files are not those of a run.
     """
     # Imported here, so that --help need not wait for torch.
-    from fundamentallm.checkpoint.state_json import MALFORMED
     from fundamentallm.run.folder import LOG, SAMPLES, read_starts, read_status, restarts
     from fundamentallm.run.json_lines import numbers, read
 
@@ -52,31 +49,45 @@ def read_run(folder: Path) -> dict[str, Any]:
             for line in read(folder / SAMPLES)
             if all(isinstance(line.get(key), str) for key in ("prompt", "text"))
         ]
-        status, starts = read_status(folder), read_starts(folder)
+        starts, status = read_starts(folder), read_status(folder)
+        count_seconds(lines, starts)
         start = starts[-1] if starts else {}
         return {
             "name": str(folder),
             "state": status.get("state"),
             "total_steps": status.get("total_steps"),
+            "data": (start.get("data") or [None])[-1],  # fingerprint of the validation data
             "curves": curves(lines),
             "restarts": restarts(folder),
-            "skipped": skipped(lines),
             "samples": samples,
             "config": flat_settings(start["config"]) if start.get("config") else None,
             "environment": start.get("environment"),
         }
-    except (OSError, *MALFORMED) as error:
+    except Exception as error:  # the files of a run from elsewhere may hold anything
         raise FundamentaLLMError(f"{folder} cannot be read ({type(error).__name__}: {error}).") from error
+
+
+def count_seconds(lines: list[dict[str, float]], starts: list[dict[str, Any]]) -> None:
+    """Replaces the time of day of each line by the seconds that the run has taken.
+
+    The time between two launches does not count, nor that of steps which the second one repeated.
+    """
+    launches = [(start["step"], datetime.fromisoformat(start["time"]).timestamp()) for start in starts]
+    seconds, before = 0.0, math.inf
+    for line in lines:
+        while launches and launches[0][0] < line["step"]:
+            before = launches.pop(0)[1]
+        if "time" in line:
+            seconds += max(0.0, line["time"] - before)
+            before, line["time"] = line["time"], round(seconds, 3)
 
 
 def curves(lines: list[dict[str, float]]) -> dict[str, tuple[list[int], list[float | None]]]:
     """Returns {name: (steps, values)} of every number in the log; values that are not finite are None."""
     found: dict[str, list[tuple[int, float | None]]] = {}
     for line in lines:
-        repeated = ("step", "epoch") if "val_loss" in line else ()  # which training lines have too
         for name, value in line.items():
-            if name not in repeated:
-                found.setdefault(name, []).append((int(line["step"]), value if math.isfinite(value) else None))
+            found.setdefault(name, []).append((int(line["step"]), value if math.isfinite(value) else None))
     kept = {name: thinned(points) for name, points in found.items()}
     return {name: ([step for step, _ in points], [value for _, value in points]) for name, points in kept.items()}
 
@@ -94,26 +105,13 @@ def thinned(points: list[tuple[int, float | None]]) -> list[tuple[int, float | N
     return [points[i] for i in kept]
 
 
-def skipped(lines: list[dict[str, float]]) -> list[tuple[int, str]]:
-    """Returns (step, reason) of each log line before which steps were skipped."""
-    marks: list[tuple[int, str]] = []
-    for name, reason in (("bad_steps", "loss or gradient not finite"), ("skipped_spikes", "a spike was skipped")):
-        before = 0.0
-        for line in lines:
-            if line.get(name, before) > before:
-                marks.append((int(line["step"]), reason))
-            before = line.get(name, before)
-    return marks
-
-
 def make_page(runs: list[dict[str, Any]]) -> str:
     """Returns the HTML of runs from `read_run`."""
     data = {"made": datetime.now().astimezone().isoformat(" ", "minutes"), "runs": runs}
     # In <script>, HTML gives a meaning to "</script" and "<!--", and runs may contain any text.
     text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    before, after = template.split("/*DATA*/")
-    return before + text + after
+    return template.replace("/*DATA*/", text)
 
 
 def write_page(page: str, path: Path) -> None:

@@ -78,7 +78,7 @@ def _parser(program: str) -> _Parser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings, or quickstart")
     parser.add_argument("--print_config", action="store_true", help="print all settings as YAML and exit")
     for section, group in itertools.groupby(settings(Config), lambda setting: setting[0].rpartition(".")[0]):
         described = parser.add_argument_group(section or "run")
@@ -127,6 +127,8 @@ def _command_line_value(text: str, hint: Any) -> Any:
 def _read_file(path: str) -> dict[str, Any]:
     """Returns the settings of the file that --config names."""
     file = Path(expand_user(path))
+    if path == "quickstart" and not file.exists():  # the one that comes with the package
+        file = Path(__file__).with_name("quickstart.yaml")
     try:
         if file.exists() and not file.is_file():  # a pipe: of several processes, the first one would empty it
             raise ValueError("it is not a regular file")

@@ -36,6 +36,7 @@ CALLBACK_NAMES = ("curves", "samples", "profiler")
 # training.resume_changes.
 FREE = {"on_resume": "free"}  # changes no weight, so it may
 SCHEDULE = {"on_resume": "schedule"}  # if named, and changes the learning-rate curve
+SHAPE = {"on_resume": "never"}  # the weights have this shape
 
 
 def unknown_metric(name: str, known: Collection[str]) -> Problem:
@@ -53,21 +54,21 @@ class ModelConfig(Section):
         ModelConfig(d_model=512, num_kv_heads=8, d_ff=1368)
     """
 
-    vocab_size: int | None = None
+    vocab_size: int | None = field(default=None, metadata=SHAPE)
     """Rows of the embedding table, in tokens; default: the tokenizer's vocabulary."""
-    d_model: int = 256
+    d_model: int = field(default=256, metadata=SHAPE)
     """Width of the residual stream, in features."""
-    num_heads: int = 8
+    num_heads: int = field(default=8, metadata=SHAPE)
     """Query heads in each attention layer."""
-    num_kv_heads: int | None = None
+    num_kv_heads: int | None = field(default=None, metadata=SHAPE)
     """Key and value heads, each shared by num_heads / num_kv_heads query heads; default: num_heads."""
-    num_layers: int = 6
+    num_layers: int = field(default=6, metadata=SHAPE)
     """Decoder blocks."""
-    d_ff: int | None = None
+    d_ff: int | None = field(default=None, metadata=SHAPE)
     """Hidden width of the SwiGLU, in features; default: 8/3 of d_model, rounded up to a multiple of 8."""
     dropout: float = 0.0
     """Dropout probability, for embeddings, attention weights and block outputs."""
-    tie_embeddings: bool = False
+    tie_embeddings: bool = field(default=False, metadata=SHAPE)
     """Use the embedding table as the output projection too."""
     rope_theta: float = 10000.0
     """Base of the rotary wavelengths, in tokens (RoFormer, arXiv:2104.09864)."""
@@ -77,7 +78,7 @@ class ModelConfig(Section):
     """Checkpoint whose weights initialise a new run; null: random weights."""
     pretrained: str | None = field(default=None, metadata=FREE)
     """Fine-tune this model: a folder or cached name in transformers format; overrides the shape; null: a new model."""
-    qk_norm: bool = True
+    qk_norm: bool = field(default=True, metadata=SHAPE)
     """RMS-normalise queries and keys for each head (true exports to transformers as Qwen3, false as Llama)."""
     zero_init_residual: bool = field(default=False, metadata=FREE)
     """Initialise each block's output projections with zeros, so that every block starts as the identity."""
@@ -112,7 +113,7 @@ class DataConfig(Section):
 
     source: str | dict[str, float] = field(default=BUILT_IN_CORPUS, metadata=FREE)
     """File, folder, glob, 'datasets:NAME' or 'python-docs' (bundled with CPython); or a mapping of these to weights."""
-    tokenizer: str = "char"
+    tokenizer: str = field(default="char", metadata=FREE)
     """'char' (model.pretrained: its own), 'byte', 'bpe:<size>' trained on the training text, or a tokenizer.json."""
     train_split: float = 0.9
     """Leading fraction of the text used for training; the rest is for validation (1: no validation)."""
@@ -122,6 +123,10 @@ class DataConfig(Section):
     """Field with the prompt; loss is computed on text_field only (SFT), one row per sample; null: no prompts."""
     end_of_text: str | None = None
     """Token after each document, such as '<|endoftext|>'; null: an empty line between documents."""
+    special_tokens: Literal["tokens", "text"] | None = field(default=None, metadata=FREE)
+    """Read special tokens in the text as 'tokens' or 'text' (untrusted); null: as tokens of a tokenizer.json only."""
+    unknown_tokens: bool = field(default=False, metadata=FREE)
+    """Encode what the vocabulary lacks as its unknown token, counted; false: an error, or a bad row."""
     mask_documents: bool = False
     """Restrict attention to the token's own document (needs end_of_text)."""
     suffixes: list[str] = field(default_factory=lambda: [".txt", ".md"])
@@ -236,6 +241,8 @@ class TrainingConfig(Section):
     """cross_entropy, label_smoothing, focal, z_loss, or 'module:name'; validation is cross entropy for all four."""
     loss_options: dict[str, Any] = field(default_factory=dict)
     """Options of the loss: smoothing (label_smoothing, 0.1), gamma (focal, 2.0), weight (z_loss, 1e-4)."""
+    objective: str | None = None
+    """'module:name' of what is minimised in place of the loss: maps (model, batch) to the sum over targets."""
     gradient_clip_norm: float | None = 1.0
     """Maximum global gradient norm; null: no clipping."""
     ema_decay: float | None = None
@@ -407,7 +414,9 @@ ON_RESUME = {
     for entry in dataclasses.fields(kind)
 }
 FREE_ON_RESUME = frozenset(name for name, kind in ON_RESUME.items() if kind == "free")
-"""Settings that change no weight, and may differ on resume. (The text may move: its content counts.)"""
+"""Settings that change no weight, and may differ on resume. (Text and tokenizer may move: their content counts.)"""
+NEVER_ON_RESUME = frozenset(name for name, kind in ON_RESUME.items() if kind == "never")
+"""Settings that decide the shape of the weights."""
 AFFECTS_SCHEDULE = frozenset(name for name, kind in ON_RESUME.items() if kind == "schedule") | {"data.num_samples"}
 """Settings, and facts of the data, that change the learning-rate curve."""
 

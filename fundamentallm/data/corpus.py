@@ -24,9 +24,25 @@ from tokenizers import Tokenizer
 from fundamentallm.config.files import DATASETS, PREPARED, SourceFiles, find_sources, is_prepared
 from fundamentallm.config.schema import BUILT_IN_CORPUS, DataConfig
 from fundamentallm.config.validation import expand_user
-from fundamentallm.data.encoding import PARTS, SETTINGS, Facts, progress_bar, split_pieces, token_dtype, write_source
-from fundamentallm.data.sources import file_states, read_source, source_error, source_states, token_blocks
-from fundamentallm.data.tokenizers import create_tokenizer, read_tokenizer
+from fundamentallm.data.encoding import (
+    PARTS,
+    Facts,
+    progress_bar,
+    settings_of_tokens,
+    special_tokens_are,
+    split_pieces,
+    token_dtype,
+    write_source,
+)
+from fundamentallm.data.sources import (
+    check_bad_rows,
+    file_states,
+    read_source,
+    source_error,
+    source_states,
+    token_blocks,
+)
+from fundamentallm.data.tokenizers import create_tokenizer, num_ids, read_tokenizer, same_tokenizer
 from fundamentallm.errors import ConfigError, Problem, writing
 
 CACHE_FORMAT = 3
@@ -59,6 +75,7 @@ class Source(NamedTuple):
     train: Tokens
     validation: Tokens
     bad_rows: int  # number of rows that were skipped
+    counts: dict[str, int]  # what else to report, by its name
     tokenizer: Tokenizer
     folder: Path
     left_out: str = ""  # files of the source that are not read
@@ -73,10 +90,11 @@ class Corpus(NamedTuple):
     """The token after each document."""
 
 
-def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
+def load_corpus(config: DataConfig, show_progress: bool = True, tokenizer: Tokenizer | None = None) -> Corpus:
     """Load the sources of `config` as tokens, from the cache if they were encoded before.
 
-    Files whose size, times and inode are unchanged are not read again. Others are recognised by their content.
+    Files whose size, times and inode are unchanged are not read again. Others are recognised by their content. A given
+    `tokenizer`, which the run began with, replaces one that would be learned from the text as it is now.
 
     Raises:
         ConfigError: if a source cannot be read, or has characters that the tokenizer's vocabulary lacks.
@@ -96,6 +114,8 @@ def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
     raw = [source for source in resolved if source.kind != "prepared"]
     facts = {source.name: _cached_facts(config, source, cache, show_progress) for source in raw}
     folders = {name: cache / key for name, key in _keys(config, facts).items()}
+    if tokenizer is not None and not all(_has_tokenizer(folder, tokenizer) for folder in folders.values()):
+        folders = {name: cache / key for name, key in _keys(config, facts, tokenizer).items()}
     for source in resolved:
         if source.kind == "prepared":
             (folders[source.name],) = source.files
@@ -105,17 +125,21 @@ def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
                 raise source_error(source.name, "which is damaged", advice="Prepare it again.")
     if missing := [source for source in raw if not _is_ready(folders[source.name], cache)]:
         with writing(cache):
-            tokenizer = _make_tokenizer(config, raw, facts, list(folders.values()), show_progress)
+            tokenizer = tokenizer or _make_tokenizer(config, raw, facts, list(folders.values()), show_progress)
+            tokenizer.encode_special_tokens = special_tokens_are(config) == "text"
             for source in missing:
                 _encode(config, source, facts[source.name], tokenizer, folders[source.name], show_progress)
     sources = []
     for name, source in zip(weights, resolved, strict=True):
         sources.append(_open(folders[name], name, weights[name])._replace(left_out=source.left_out))
+        if name in facts and sources[-1].bad_rows > config.max_bad_rows:  # encoded when more were allowed
+            check_bad_rows(config, name, (folders[name] / "bad_rows.txt").read_text("utf-8").splitlines())
         _touch(_opened_note(name))  # so that checkpoints of this run may open it
     if len({(source.folder / "tokenizer.json").read_text(encoding="utf-8") for source in sources}) > 1:
         reason = "which were prepared with different tokenizers"
         raise ConfigError(Problem("data.source", list(weights), "", "Prepare them together.", reason))
     tokenizer = sources[0].tokenizer
+    tokenizer.encode_special_tokens = special_tokens_are(config) == "text"
     end = None if config.end_of_text is None else tokenizer.token_to_id(config.end_of_text)
     return Corpus(tokenizer, sources, end)
 
@@ -128,7 +152,8 @@ def describe(corpus: Corpus) -> list[str]:
         if source.train.rows is not None and source.validation.rows is not None:
             sizes += f", {len(source.train.rows):,} and {len(source.validation.rows):,} pairs"
         weight = f", weight {source.weight / total:.3g}" if len(corpus.sources) > 1 else ""
-        lines.append(f"{source.name}: {sizes}{weight}, vocabulary {corpus.tokenizer.get_vocab_size():,}")
+        lines.append(f"{source.name}: {sizes}{weight}, vocabulary {num_ids(corpus.tokenizer):,}")
+        lines += [f"{source.name}: {count:,} {what}" for what, count in source.counts.items()]
         if source.left_out:
             lines.append(f"{source.name}: not read: {source.left_out}")
         if source.bad_rows:
@@ -145,12 +170,12 @@ def vocabulary_size(config: DataConfig) -> int:
         ConfigError: if the text or the tokenizer.json cannot be read.
     """
     for name in filter(is_prepared, config.sources()):
-        return read_tokenizer(Path(expand_user(name)) / "tokenizer.json").get_vocab_size()
+        return num_ids(read_tokenizer(Path(expand_user(name)) / "tokenizer.json"))
     kind, _, size = config.tokenizer.partition(":")
     if kind == "bpe":
         return int(size)
     alphabets = [_read_facts(config, source).alphabet for source in find_sources(config)] if kind == "char" else []
-    return create_tokenizer(config.tokenizer, alphabets, config.end_of_text).get_vocab_size()
+    return num_ids(create_tokenizer(config.tokenizer, alphabets, config.end_of_text))
 
 
 def was_opened(config: DataConfig) -> bool:
@@ -213,14 +238,17 @@ def _read_facts(config: DataConfig, source: SourceFiles, show_progress: bool = F
     return Facts(digest.hexdigest(), size, "".join(map(chr, np.flatnonzero(characters))), bad)
 
 
-def _keys(config: DataConfig, facts: dict[str, Facts]) -> dict[str, str]:
+def _keys(config: DataConfig, facts: dict[str, Facts], given: Tokenizer | None = None) -> dict[str, str]:
     """Returns the name of each source's folder in the cache."""
     tokenizer: Any = config.tokenizer
-    if config.tokenizer.endswith(".json"):
+    if given is not None:
+        tokenizer = given.to_str()
+    elif config.tokenizer.endswith(".json"):
         tokenizer = read_tokenizer(config.tokenizer).to_str()
     elif config.tokenizer != "byte":  # the vocabulary depends on the text of all sources
         tokenizer = [config.tokenizer, *(found.sha256 for found in facts.values())]
-    shared = CACHE_FORMAT, tokenizers.__version__, tokenizer, config.train_split, config.end_of_text
+    reading = special_tokens_are(config), config.unknown_tokens
+    shared = CACHE_FORMAT, tokenizers.__version__, tokenizer, config.train_split, config.end_of_text, reading
     return {name: _hash(*shared, config.prompt_field is not None, found.sha256) for name, found in facts.items()}
 
 
@@ -299,6 +327,12 @@ def _hash(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
+def _has_tokenizer(folder: Path, tokenizer: Tokenizer) -> bool:
+    with contextlib.suppress(ConfigError):
+        return same_tokenizer(read_tokenizer(folder / "tokenizer.json"), tokenizer)
+    return False
+
+
 # ---- opening ------------------------------------------------------------------------------------------------
 
 
@@ -343,7 +377,7 @@ def _open(folder: Path, name: str, weight: float) -> Source:
     if train.ids.nbytes > RANDOM_ACCESS_ABOVE and hasattr(mmap, "MADV_RANDOM"):
         train.ids.base.madvise(mmap.MADV_RANDOM)  # type: ignore[union-attr]
     tokenizer = read_tokenizer(folder / "tokenizer.json")
-    return Source(name, weight, train, validation, meta["bad_rows"], tokenizer, folder)
+    return Source(name, weight, train, validation, meta["bad_rows"], meta.get("counts", {}), tokenizer, folder)
 
 
 def _map_file(path: Path, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
@@ -357,7 +391,10 @@ def _check_settings(source: SourceFiles, config: DataConfig) -> None:
     """Refuse settings that differ from those a source was prepared with."""
     (folder,) = source.files
     made_with = json.loads((folder / "meta.json").read_text())["settings"]
-    different = {key: made_with[key] for key in SETTINGS if made_with[key] != getattr(config, key)}
+    if "special_tokens" not in made_with:  # before there was a setting
+        as_text = made_with["end_of_text"] is not None
+        made_with |= {"special_tokens": "text" if as_text else "tokens", "unknown_tokens": False}
+    different = {key: made_with[key] for key, value in settings_of_tokens(config).items() if made_with[key] != value}
     if config.tokenizer.endswith(".json") and "tokenizer" in different:
         given, prepared = (read_tokenizer(path).to_str() for path in (config.tokenizer, folder / "tokenizer.json"))
         if given == prepared:

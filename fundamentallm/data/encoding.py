@@ -15,7 +15,9 @@ import functools
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,18 +28,22 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from fundamentallm.config.files import SourceFiles
 from fundamentallm.config.schema import DataConfig
-from fundamentallm.data.sources import PIECE, Piece, SourceFiles, read_source, source_error, token_blocks
-from fundamentallm.data.tokenizers import lacking_characters, num_bytes, unknown_token
-from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.data.sources import PIECE, Piece, check_bad_rows, read_source, source_error, token_blocks
+from fundamentallm.data.tokenizers import find_unknown, make_detector, num_bytes, num_ids, plain_copy, special_tokens
+from fundamentallm.errors import printable
 
 PIECES_AT_ONCE = max(16, 2 * (os.cpu_count() or 1))
 """Pieces that the tokenizer's threads encode together. Bounds memory, at about 150 bytes a token."""
 ROWS_AT_ONCE = 8192
 """Most pieces encoded together if they are small."""
 PARTS = ("train", "validation")
-SETTINGS = ("tokenizer", "train_split", "end_of_text", "prompt_field")
+SETTINGS = ("tokenizer", "train_split", "end_of_text", "prompt_field", "special_tokens", "unknown_tokens")
 """Settings that decide what the tokens are and mean."""
+AS_TEXT, UNKNOWN_TOKENS = "special tokens read as text", "unknown tokens, for what the vocabulary lacks"
+NAMED = 10
+"""Parts of a text that an error lists."""
 
 
 class Facts(NamedTuple):
@@ -53,19 +59,67 @@ class Facts(NamedTuple):
 
 
 @dataclass
-class Written:
-    """What was written of a source; the lists hold one item for each part."""
+class Writer:
+    """Writes the tokens of a source, and counts them; the lists hold one item for each part."""
 
+    tokenizer: Tokenizer
+    end: int | None
+    """The token after each document."""
+    by_rows: bool
+    files: Sequence[BinaryIO]
+    bar: tqdm[Any]
+    bad: list[str]
+    """Rows that are skipped."""
     done: int = 0
     """Characters; for pairs and tokens, their number."""
     tokens: list[int] = field(default_factory=lambda: [0, 0])
     rows: list[array.array[int]] = field(default_factory=lambda: [array.array("q"), array.array("q")])
     validation_bytes: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    """What to report, by its name: `AS_TEXT` and `UNKNOWN_TOKENS`."""
+    _answer: int = 0  # index of the first token of the current pair's answer
+
+    def advance(self, count: int) -> None:
+        """Count what was read, as `done` does."""
+        self.done += count
+        self.bar.update(count)
+
+    def write_ids(self, part: int, ids: NDArray[np.integer]) -> None:
+        """Write tokens to the file of their part."""
+        self.files[part].write(ids.data)
+        self.tokens[part] += len(ids)
+
+    def write(self, part: int, piece: Piece, encoded: Encoded) -> None:
+        """Write a piece's tokens to the file of its part."""
+        ids = encoded.ids
+        if part == 1 and not piece.is_prompt:
+            first = ids[: self.tokens[1] == 0 and not self.by_rows]  # the first token is not a target
+            self.validation_bytes += len(encoded.text.encode()) - num_bytes(self.tokenizer, first)
+        self.write_ids(part, ids)
+        if piece.ends and self.end is not None:
+            self.write_ids(part, np.array([self.end], ids.dtype))
+        if piece.is_prompt:
+            self._answer = self.tokens[part]
+        elif self.by_rows:
+            self.rows[part].extend((self._answer, self.tokens[part]))
+
+
+class Encoded(NamedTuple):
+    """A text, its tokens, and position and text of what the vocabulary lacks."""
+
+    text: str
+    ids: NDArray[np.integer]
+    unknown: list[tuple[int, str]]
+
+    def named_unknown(self) -> str:
+        """Returns the parts that the vocabulary lacks, for people to read; empty if there are none."""
+        parts = sorted({part for _, part in self.unknown})
+        return ", ".join(map(repr, parts[:NAMED])) + (", ..." if len(parts) > NAMED else "")
 
 
 def progress_bar(action: str, source: SourceFiles, is_shown: bool, total: int | None = None) -> tqdm[Any]:
     """Make a progress bar that appears after a second, so not for a small text."""
-    title = f"{action} {os.path.basename(source.name)}"
+    title = f"{action} {printable(os.path.basename(source.name), keep='')}"
     return tqdm(desc=title, total=total, unit="", unit_scale=True, delay=1, disable=not is_shown)
 
 
@@ -85,85 +139,96 @@ def write_source(
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(progress_bar("tokenizing", source, show_progress, facts.size))
         files = [stack.enter_context((folder / f"{part}.bin").open("wb")) for part in PARTS]
+        written = Writer(tokenizer, end, by_rows, files, bar, [*facts.bad])
         if source.kind == "tokens":
-            written = _copy_tokens(source, train_size, tokenizer, end, files, bar)
+            _copy_tokens(source, train_size, written)
         else:
-            pieces = split_pieces(read_source(config, source, []), train_size, by_rows)
-            written = _encode(pieces, by_rows, tokenizer, end, files, bar)
+            _encode(config, source, split_pieces(read_source(config, source, []), train_size, by_rows), written)
     if written.done != facts.size:
         raise source_error(source.name, "which was changed while it was read", advice="Start again.")
     if by_rows:
         for part, rows in zip(PARTS, written.rows, strict=True):
             (folder / f"{part}.rows.bin").write_bytes(rows)
-    if facts.bad:
-        (folder / "bad_rows.txt").write_text("".join(f"{row}\n" for row in facts.bad), encoding="utf-8")
+    if written.bad:
+        (folder / "bad_rows.txt").write_text("".join(f"{row}\n" for row in written.bad), encoding="utf-8")
     meta = {
         "dtype": token_dtype(tokenizer).name,
         "tokens": written.tokens,
         "rows": [len(rows) // 2 for rows in written.rows] if by_rows else None,
         "validation_bytes": written.validation_bytes,
-        "bad_rows": len(facts.bad),
-        "settings": {name: getattr(config, name) for name in SETTINGS},
+        "bad_rows": len(written.bad),
+        "counts": +written.counts,  # without those that are 0
+        "settings": settings_of_tokens(config),
     }
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def _encode(
-    pieces: Iterator[tuple[int, Piece]],
-    by_rows: bool,
-    tokenizer: Tokenizer,
-    end: int | None,
-    files: Sequence[BinaryIO],
-    bar: tqdm[Any],
-) -> Written:
-    """Write the tokens of pieces of text, each with its part, and `end` after each document."""
-    written, answer, dtype = Written(), 0, token_dtype(tokenizer)
+def special_tokens_are(config: DataConfig) -> str:
+    """Returns how special tokens in the text are read: as 'tokens' or as 'text'."""
+    return config.special_tokens or ("tokens" if config.tokenizer.endswith(".json") else "text")
+
+
+def settings_of_tokens(config: DataConfig) -> dict[str, Any]:
+    """Returns the settings that decide what the tokens are and mean."""
+    return {name: getattr(config, name) for name in SETTINGS} | {"special_tokens": special_tokens_are(config)}
+
+
+def _encode(config: DataConfig, source: SourceFiles, pieces: Iterator[tuple[int, Piece]], writer: Writer) -> None:
+    """Write the tokens of pieces of text, each with its part.
+
+    Rows with something that the vocabulary lacks are skipped, unless the config allows it.
+    """
+    has_rows, tokenizer = source.kind in ("rows", "dataset"), writer.tokenizer
+    has_unknown = make_detector(tokenizer)[0] is tokenizer
+    names = special_tokens(tokenizer) if tokenizer.encode_special_tokens else []
+    special = re.compile("|".join(map(re.escape, names)))
+    held, why = list[tuple[int, Piece, Encoded]](), ""
     pieces, ahead = itertools.tee(pieces)
-    encoded = encode_pieces(tokenizer, (piece.text for _, piece in ahead), plain=end is not None)
-    for (part, piece), (text, ids) in zip(pieces, encoded, strict=True):
-        if part == 1 and not piece.is_prompt:
-            first = ids[: written.tokens[1] == 0 and not by_rows]  # the first token is not a target
-            written.validation_bytes += len(text.encode()) - num_bytes(tokenizer, first)
-        files[part].write(ids.data)
-        written.tokens[part] += len(ids)
-        if piece.is_prompt:
-            answer = written.tokens[part]
-            continue
-        if piece.ends and end is not None:
-            files[part].write(dtype.type(end).tobytes())
-            written.tokens[part] += 1
-        if by_rows:
-            written.rows[part].extend((answer, written.tokens[part]))
-        advanced = 1 if by_rows else len(text)
-        written.done += advanced
-        bar.update(advanced)
-    return written
+    # Closed here: if garbage collection does it, within the start of some other thread, joining its threads deadlocks.
+    with contextlib.closing(encode_pieces(tokenizer, (piece.text for _, piece in ahead))) as encoded_pieces:
+        for (part, piece), encoded in zip(pieces, encoded_pieces, strict=True):
+            is_of_row = has_rows and bool(piece.where)
+            if encoded.unknown and not (config.unknown_tokens and has_unknown):
+                why = why or _why_unknown(piece, encoded)
+                if not is_of_row:
+                    allow = ", set data.unknown_tokens: true," if has_unknown else ""
+                    advice = f"Remove it{allow} or start a new run with another data.tokenizer."
+                    raise source_error(source.name, f"whose {why}", advice=advice)
+            held.append((part, piece, encoded))
+            if is_of_row and not piece.ends:  # a row is written in full or not at all
+                continue
+            writer.advance(1 if writer.by_rows else sum(len(encoded.text) for _, _, encoded in held))
+            if why:
+                writer.bad.append(why)
+                check_bad_rows(config, source.name, writer.bad)
+            for part, piece, encoded in () if why else held:
+                writer.write(part, piece, encoded)
+                writer.counts[AS_TEXT] += len(special.findall(encoded.text)) if names else 0
+                writer.counts[UNKNOWN_TOKENS] += len(encoded.unknown)
+            held, why = [], ""
 
 
-def _copy_tokens(
-    source: SourceFiles,
-    train_size: int,
-    tokenizer: Tokenizer,
-    end: int | None,
-    files: Sequence[BinaryIO],
-    bar: tqdm[Any],
-) -> Written:
+def _why_unknown(piece: Piece, encoded: Encoded) -> str:
+    """Returns the place in the source, and what the vocabulary lacks there."""
+    line = piece.line + encoded.text.count("\n", 0, encoded.unknown[0][0])
+    where = f"{piece.where}, line {line:,}" if piece.line else piece.where
+    return f"{where} has {encoded.named_unknown()}, which the vocabulary lacks"
+
+
+def _copy_tokens(source: SourceFiles, train_size: int, writer: Writer) -> None:
     """Copy ready-made tokens after checking that the vocabulary has them."""
-    written, dtype, vocabulary = Written(), token_dtype(tokenizer), tokenizer.get_vocab_size()
+    dtype, vocabulary = token_dtype(writer.tokenizer), num_ids(writer.tokenizer)
     for path, block in token_blocks(source, dtype):
         if not 0 <= block.min() <= block.max() < vocabulary:
             reason = f"whose file {path} has tokens from {block.min()} to {block.max()}"
             raise source_error(source.name, reason, f"0 to {vocabulary - 1}, the vocabulary of data.tokenizer")
-        cut = max(0, min(len(block), train_size - written.done))
+        cut = max(0, min(len(block), train_size - writer.done))
         train, validation = block[:cut].astype(dtype), block[cut:].astype(dtype)
         # Each block is decoded by itself, so a character on the border may count a few bytes too many.
-        written.validation_bytes += num_bytes(tokenizer, validation[written.tokens[1] == 0 :], end)
+        writer.validation_bytes += num_bytes(writer.tokenizer, validation[writer.tokens[1] == 0 :], writer.end)
         for part, ids in enumerate((train, validation)):
-            files[part].write(ids.data)
-            written.tokens[part] += len(ids)
-        written.done += len(block)
-        bar.update(len(block))
-    return written
+            writer.write_ids(part, ids)
+        writer.advance(len(block))
 
 
 def split_pieces(pieces: Iterable[Piece], train_size: int, by_rows: bool = False) -> Iterator[tuple[int, Piece]]:
@@ -180,41 +245,40 @@ def split_pieces(pieces: Iterable[Piece], train_size: int, by_rows: bool = False
         cut, length = max(0, min(len(piece.text), train_size - position)), len(piece.text)
         position += length
         if 0 < cut < length:
-            yield 0, Piece(piece.text[:cut])
-            yield 1, piece._replace(text=piece.text[cut:])
+            begun, line = piece.text[:cut], piece.line and piece.line + piece.text.count("\n", 0, cut)
+            yield 0, piece._replace(text=begun, ends=False)
+            yield 1, piece._replace(text=piece.text[cut:], line=line)
         elif length:
             yield int(cut == 0), piece
 
 
-def encode_pieces(
-    tokenizer: Tokenizer, pieces: Iterable[str], plain: bool = False
-) -> Iterator[tuple[str, NDArray[np.integer]]]:
-    """Yield each piece with its token ids, in the smallest unsigned integers that hold the vocabulary.
+def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[str]) -> Generator[Encoded, None, None]:
+    """Yield each piece with its tokens. What the vocabulary lacks is the caller's to refuse.
 
-    Special tokens that occur literally in the text are ordinary text if `plain` is true.
-
-    Raises:
-        ConfigError: if the vocabulary lacks some of the characters.
+    Special tokens in the text are those tokens, or ordinary text if the tokenizer's `encode_special_tokens` is set.
     """
     dtype = token_dtype(tokenizer)
-    tokenizer = Tokenizer.from_str(tokenizer.to_str())  # a copy, to leave the caller's truncation and padding alone
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = plain
+    tokenizer = plain_copy(tokenizer)
+    detector = make_detector(tokenizer)
+    is_apart, unknown = detector[0] is not tokenizer, detector[1]
     encode = functools.partial(tokenizer.encode_batch_fast, add_special_tokens=False)
 
-    def submitted() -> Iterator[tuple[list[str], Any]]:
+    def submitted() -> Iterator[tuple[list[str], list[list[tuple[int, str]]], Any]]:
         for batch in _batches(pieces):
-            _check_characters(tokenizer, batch, known, unknown)
-            yield batch, executor.submit(encode, batch)
-        yield [], None
+            lacking = [find_unknown(detector, piece) if is_apart else [] for piece in batch]
+            # The tokenizer itself may raise for such a piece.
+            texts = ["" if found else piece for piece, found in zip(batch, lacking, strict=True)]
+            yield batch, lacking, executor.submit(encode, texts)
+        yield [], [], None
 
-    known, unknown = set[str](), unknown_token(tokenizer)
     with ThreadPoolExecutor(1) as executor:
         # The library's threads encode a batch while this thread converts the previous one to arrays.
-        for (batch, encodings), _ in itertools.pairwise(submitted()):
-            for piece, encoding in zip(batch, encodings.result(), strict=True):
-                yield piece, np.array(encoding.ids, dtype=dtype)
+        for (batch, lacking, encodings), _ in itertools.pairwise(submitted()):
+            for piece, found, encoding in zip(batch, lacking, encodings.result(), strict=True):
+                ids = np.array(encoding.ids, dtype=dtype)
+                if not is_apart and unknown is not None and (ids == unknown).any():
+                    found = find_unknown(detector, piece)
+                yield Encoded(piece, ids, found)
 
 
 def _batches(pieces: Iterable[str]) -> Iterator[list[str]]:
@@ -229,15 +293,6 @@ def _batches(pieces: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _check_characters(tokenizer: Tokenizer, batch: list[str], known: set[str], unknown: int | None) -> None:
-    """Refuse characters that the vocabulary lacks, and add the others to `known`."""
-    for piece in batch:
-        if lacking := lacking_characters(tokenizer, piece, known, unknown):
-            shown = ", ".join(map(repr, lacking[:10])) + (", ..." if len(lacking) > 10 else "")
-            advice = f"The text has {shown}, which the vocabulary lacks: remove them, or change data.tokenizer."
-            raise ConfigError(Problem("", lacking, advice=advice))
-
-
 def token_dtype(tokenizer: Tokenizer) -> np.dtype[np.unsignedinteger]:
     """Returns the smallest type that holds the vocabulary's ids."""
-    return np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32)
+    return np.dtype(np.uint16 if num_ids(tokenizer) <= 2**16 else np.uint32)

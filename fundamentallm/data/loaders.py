@@ -6,7 +6,7 @@ import functools
 import io
 import itertools
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,16 +14,18 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, default_collate
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
-from fundamentallm.config.schema import IGNORE_INDEX, Config
+from fundamentallm.config.schema import Config
 from fundamentallm.data.corpus import Corpus, Source, Tokens
 from fundamentallm.data.datasets import Batch, MixedDataset, PairDataset, TokenDataset, TokenSamples
 from fundamentallm.data.encoding import encode_pieces
+from fundamentallm.data.listed_order import ListedOrder, is_kind, unwrapped
 from fundamentallm.data.random_draws import SeededWorkers, seeded
 from fundamentallm.data.sampler import StepSampler
 from fundamentallm.data.sources import read_pieces
-from fundamentallm.data.tokenizers import num_bytes
+from fundamentallm.data.tokenizers import num_bytes, num_ids
+from fundamentallm.distributed.batches import LABELS, StepBatch, to_device
 from fundamentallm.errors import ConfigError, Problem
 
 GATHERED_AT_ONCE = 2**12
@@ -52,7 +54,17 @@ def step_sampler(
     """
     if problem := _loader_problem(loader):
         raise ConfigError(Problem("", loader, advice=f"{name} {problem}"))
-    num_samples, batch_size = len(loader.dataset), loader.batch_size or 0  # type: ignore[arg-type]
+    sampler, batch_size, drop_last = unwrapped(loader)
+    num_samples, order, order_seed = len(loader.dataset), None, None  # type: ignore[arg-type]
+    if _is_shuffled(sampler, num_samples):
+        order_seed = seed
+    elif not is_kind(sampler, "SequentialSampler", "DistributedSampler", "StatefulDistributedSampler"):
+        order = ListedOrder(sampler, seed, num_samples)
+        num_samples = order.length
+    if batch_size is None:
+        if schedule:
+            raise ConfigError(Problem("training.batch_size_schedule", schedule, "[], since the batch sampler decides"))
+        batch_size = 1  # a batch of the sampler's
     sizes = [("training.batch_size", batch_size), *(("training.batch_size_schedule", size) for _, size in schedule)]
     reason = f"more than the {num_samples} samples of the training data"
     problems = [
@@ -62,29 +74,38 @@ def step_sampler(
     ]
     if problems:
         raise ConfigError(problems)
-    if len(loader) == 0:
+    if num_samples < (batch_size if drop_last else 1):
         raise ConfigError(Problem("", loader, advice=f"{name} has {num_samples} samples, too few for one batch."))
-    order_seed = seed if isinstance(loader.sampler, RandomSampler) else None
     layout = process_index, num_processes, micro_batch_size
-    sampler = StepSampler(num_samples, batch_size, order_seed, *layout, loader.drop_last, pad, schedule)
-    sampler.draw_seed = seed
-    return sampler
+    result = StepSampler(num_samples, batch_size, order_seed, *layout, drop_last, pad, schedule, order)
+    result.draw_seed = seed
+    return result
 
 
 def _loader_problem(loader: DataLoader[Any]) -> str | None:
-    """Returns why a loader's order cannot be reproduced, or None if it can."""
+    """Returns why a loader's order cannot be reproduced, or None if it can, as far as its class tells."""
     if not isinstance(loader, DataLoader):  # notebooks are not type-checked
         return f"is a {type(loader).__name__}; allowed: a torch DataLoader."  # type: ignore[unreachable]
     if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
-        return "has an IterableDataset; allowed: a map-style dataset, with __len__ and __getitem__."
-    if loader.batch_size is None:
-        return "has its own batch_sampler or batch_size=None; allowed: a batch_size."
-    sampler = loader.sampler
-    if not isinstance(sampler, (RandomSampler, SequentialSampler)):
-        return f"has a {type(sampler).__name__}; allowed: shuffle=True or shuffle=False."
-    if isinstance(sampler, RandomSampler) and (sampler.replacement or sampler.num_samples != len(loader.dataset)):
-        return "has a RandomSampler with replacement or num_samples; allowed: shuffle=True."
+        kind = "an IterableDataset" if isinstance(loader.dataset, IterableDataset) else type(loader.dataset).__name__
+        return f"has {kind}; allowed: a map-style dataset, with __len__ and __getitem__."
+    sampler, _, _ = unwrapped(loader)
+    if sampler is None:
+        return "has batch_size=None; allowed: a batch_size, or a batch_sampler."
+    if getattr(sampler, "skip_batches", 0):
+        return "was made by skip_first_batches; give the whole loader, since the run resumes by itself."
+    is_known = is_kind(sampler, "DistributedSampler", "StatefulDistributedSampler")
+    if getattr(sampler, "num_replicas", 1) > 1 and not is_known:
+        return f"has a {type(sampler).__name__}, which gives each process a share; give one that lists the whole order."
     return None
+
+
+def _is_shuffled(sampler: Any, num_samples: int) -> bool:
+    """Returns whether a sampler is what shuffle=True makes."""
+    if is_kind(sampler, "DistributedSampler", "StatefulDistributedSampler"):
+        return bool(sampler.shuffle)
+    is_random = is_kind(sampler, "RandomSampler", "SeedableRandomSampler")
+    return is_random and not sampler.replacement and sampler.num_samples == num_samples
 
 
 def _start_worker(init: Callable[[int], None] | None, seeding: SeededWorkers, worker_id: int) -> None:
@@ -148,43 +169,46 @@ def _gather_ahead(dataset: TokenDataset, batches: Iterator[list[int]]) -> Iterat
         yield from zip(torch.split(inputs, sizes), torch.split(targets, sizes), strict=True)
 
 
-class StepBatch(NamedTuple):
-    """What a process computes in an optimizer step, on its device."""
-
-    inputs: Tensor
-    targets: Tensor
-    micro_batches: int
-    """Number of micro-batches."""
-    rows: int
-    """Number of its own samples. Those after them are padding, whose targets are masked."""
-
-
 def device_batches(
     loader: DataLoader[Any], sampler: StepSampler, start: int, stop: int, device: torch.device
 ) -> Iterator[StepBatch]:
-    """Yield this process's part of the batch of each step from `start` to `stop`.
-
-    Raises:
-        ConfigError: if the loader does not give (inputs, targets).
-    """
+    """Yield this process's part of the batch of each step from `start` to `stop`."""
     rank_batches, ahead = itertools.tee(map(sampler.rank_batch, range(start, stop)))  # workers prefetch
     indices = (rank_batch.indices for rank_batch in ahead)
     batches = load(loader, indices, device.type == "cuda", sampler.draw_seed, sampler.process_index, start)
     for rank_batch, batch in zip(rank_batches, batches, strict=True):
-        pair = isinstance(batch, (tuple, list)) and len(batch) == 2
-        if not pair or not all(isinstance(tensor, Tensor) for tensor in batch):
-            kind = type(batch).__name__
-            raise ConfigError(Problem("the loader's batch", kind, "(inputs, targets), two tensors"))
-        inputs, targets = (tensor.to(device, non_blocking=True) for tensor in batch)
-        if rank_batch.rows < len(targets):  # mask the padding
-            targets = targets.clone()
-            targets[rank_batch.rows :] = IGNORE_INDEX
-        yield StepBatch(inputs, targets, rank_batch.micro_batches, rank_batch.rows)
+        yield StepBatch(to_device(batch, device), len(rank_batch.indices), rank_batch.rows, rank_batch.micro_batches)
 
 
 def collate(batch: Any) -> Any:
     """Collate a list of samples as torch does, and leave a tuple as it is: `TokenSamples` makes whole batches."""
     return batch if isinstance(batch, tuple) else default_collate(batch)
+
+
+def shift_labels(samples: list[Any]) -> Any:
+    """Collates samples for a model that predicts the next token, and moves the targets on by one.
+
+    Args:
+        samples: token ids, pairs of ids and labels, or mappings of `input_ids` and perhaps `labels`; all of one length.
+
+    Returns:
+        (inputs, targets), each one token shorter, or a mapping of the same keys and `labels`.
+
+    Examples:
+        >>> import torch
+        >>> from fundamentallm import shift_labels
+        >>> shift_labels([torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6])])
+        (tensor([[1, 2],
+                [4, 5]]), tensor([[2, 3],
+                [5, 6]]))
+    """
+    batch = default_collate(samples)
+    if isinstance(batch, Mapping):
+        labels = batch.get(LABELS, batch["input_ids"])
+        shorter = {name: value[:, :-1] if value.shape == labels.shape else value for name, value in batch.items()}
+        return {**shorter, LABELS: labels[:, 1:]}
+    inputs, labels = (batch, batch) if isinstance(batch, Tensor) else batch
+    return inputs[:, :-1], labels[:, 1:]
 
 
 def create_dataloaders(
@@ -275,10 +299,13 @@ def _encode_text(text: Any, tokenizer: Tokenizer | None, train_split: float) -> 
     if tokenizer is None:
         raise ConfigError(Problem("tokenizer", None, "a tokenizer, if the data is a text"))
     cut = int(len(text) * train_split)
-    train, validation = (
-        np.concatenate([np.empty(0, np.uint16), *(ids for _, ids in encode_pieces(tokenizer, pieces))])
-        for pieces in map(read_pieces, (io.StringIO(text[:cut], newline=""), io.StringIO(text[cut:], newline="")))
-    )
+    parts = []
+    for part in (text[:cut], text[cut:]):
+        pieces = list(encode_pieces(tokenizer, read_pieces(io.StringIO(part, newline=""))))
+        if lacking := sorted({unknown for piece in pieces for _, unknown in piece.unknown}):
+            raise ConfigError(Problem("unknown to the tokenizer", lacking, "text that its vocabulary has"))
+        parts.append(np.concatenate([np.empty(0, np.uint16), *(piece.ids for piece in pieces)]))
+    train, validation = parts
     return Parts(train, validation, len(text[cut:].encode()) - num_bytes(tokenizer, validation[:1]))
 
 
@@ -287,8 +314,8 @@ def _split_tokens(tokens: Any, tokenizer: Tokenizer | None, train_split: float) 
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
         reason = f"of shape {tokens.shape} and type {tokens.dtype}"
         raise ConfigError(Problem("tokens", tokens, "1-D integers", reason=reason))
-    if tokenizer is not None and tokens.size and not 0 <= tokens.min() <= tokens.max() < tokenizer.get_vocab_size():
-        allowed = f"0 to {tokenizer.get_vocab_size() - 1}, the tokenizer's vocabulary"
+    if tokenizer is not None and tokens.size and not 0 <= tokens.min() <= tokens.max() < num_ids(tokenizer):
+        allowed = f"0 to {num_ids(tokenizer) - 1}, the tokenizer's vocabulary"
         raise ConfigError(Problem("tokens", (int(tokens.min()), int(tokens.max())), allowed))
     train, validation = np.split(tokens, [int(len(tokens) * train_split)])
     return Parts(train, validation, None if tokenizer is None else num_bytes(tokenizer, validation[1:]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,6 +116,8 @@ class StepSampler:
         drop_last: skip an epoch's short last batch.
         pad: pad micro-batches to one size (padding is masked), so that a compiled model sees one shape.
         schedule: later batch sizes, as pairs of the number of steps done and the size from then on, in order.
+        order: a `ListedOrder` of an epoch, which replaces `seed`. If it lists batches, each is one step:
+            `num_samples` then counts batches, and `batch_size` is 1.
     """
 
     def __init__(
@@ -129,12 +131,15 @@ class StepSampler:
         drop_last: bool = False,
         pad: bool = False,
         schedule: Sequence[Sequence[int]] = (),
+        order: Any = None,
     ) -> None:
         self.num_samples, self.batch_size, self.seed, self.drop_last = num_samples, batch_size, seed, drop_last
         self.schedule = [list(pair) for pair in schedule]
         self.sizes = [batch_size, *(size for _, size in self.schedule)]
         self.process_index, self.num_processes, self.pad = process_index, num_processes, pad
-        self.micro_batch_size = micro_batch_size or max(self.sizes)
+        self.order, self.sampler = order, None if order is None else order.description
+        self._largest_unit = max(map(len, order(0))) if order is not None and order.is_batched else 1
+        self.micro_batch_size = micro_batch_size or max(self.sizes) * self._largest_unit
         self.steps_per_epoch = _Segment(Start(), batch_size, num_samples, drop_last).steps_over(num_samples)
         self.draw_seed = seed or 0  # of what the dataset draws at random, also if the order has no seed
         self.start = Start()
@@ -146,7 +151,7 @@ class StepSampler:
         return self._largest_rank_batch(max(self.sizes))
 
     def _largest_rank_batch(self, batch_size: int) -> int:
-        return -(-min(batch_size, self.num_samples) // self.num_processes)
+        return -(-min(batch_size, self.num_samples) * self._largest_unit // self.num_processes)
 
     @property
     def start(self) -> Start:
@@ -187,6 +192,13 @@ class StepSampler:
         """Returns the samples consumed before `step`, over all processes and epochs."""
         return self._at(step).samples
 
+    def samples_seen(self, step: int) -> int:
+        """Returns the samples before `step`, if each epoch's batches have as many as those of the first."""
+        if self.order is None or not self.order.is_batched:
+            return self.samples_before(step)
+        epoch, index = self.place(step)
+        return epoch * sum(map(len, self.order(0))) + sum(map(len, self.order(epoch)[:index]))
+
     def epochs_before(self, step: int) -> float:
         """Returns the passes over the data before `step`. With `drop_last`, an epoch ends before its last sample."""
         epoch, index = self.place(step)
@@ -199,7 +211,8 @@ class StepSampler:
 
     def batch(self, step: int) -> list[int]:
         """Returns the dataset indices of the whole batch of `step`, over all processes."""
-        return self._indices(*self._range(step))
+        indices = self._indices(*self._range(step))
+        return indices if self.order is None or not self.order.is_batched else list(itertools.chain(*indices))
 
     def rank_batch(self, step: int) -> RankBatch:
         """Returns this process's part of the batch of `step`, padded to one sample for each micro-batch.
@@ -207,10 +220,10 @@ class StepSampler:
         With `pad`, all micro-batches are padded to one size. Padding repeats the batch's first sample, and its targets
         must be masked. So every process has something to compute, and none leaves the others waiting.
         """
-        epoch, start, stop = self._range(step)
-        size, rank, count = stop - start, self.process_index, self.num_processes
-        first, end = start + size * rank // count, start + size * (rank + 1) // count
-        indices = self._indices(epoch, first, end)
+        batch, rank, count = self.batch(step), self.process_index, self.num_processes
+        size = len(batch)
+        indices = batch[size * rank // count : size * (rank + 1) // count]
+        rows = len(indices)
         at_most, at_least = self.micro_batch_size, 1
         if self.pad:
             largest = self._largest_rank_batch(self._segment(step).batch_size)
@@ -218,15 +231,17 @@ class StepSampler:
         micro_batches = -(-size // (count * at_most))
         missing = micro_batches * at_least - len(indices)
         if missing > 0:
-            indices += self._indices(epoch, start, start + 1) * missing
-        return RankBatch(indices, end - first, micro_batches)
+            indices = indices + batch[:1] * missing
+        return RankBatch(indices, rows, micro_batches)
 
     def _range(self, step: int) -> tuple[int, int, int]:
         """Returns the epoch of `step` and the range of its batch in the epoch's order."""
         epoch, start = self.place(step)
         return epoch, start, min(start + self._segment(step).batch_size, self.num_samples)
 
-    def _indices(self, epoch: int, start: int, stop: int) -> list[int]:
+    def _indices(self, epoch: int, start: int, stop: int) -> list[Any]:
+        if self.order is not None:
+            return list(self.order(epoch)[start:stop])
         if self.seed is None:
             return list(range(start, stop))
         indices: list[int] = []

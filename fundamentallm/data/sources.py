@@ -46,6 +46,10 @@ class Piece(NamedTuple):
     """Whether it is the prompt of a pair, whose answer comes next."""
     ends: bool = False
     """Whether a document, or a pair, ends with it."""
+    where: str = ""
+    """The file, or the row, that it is from."""
+    line: int = 0
+    """Number of its first line in the file, from 1; 0 for rows."""
 
 
 class BadRow(str):
@@ -75,15 +79,20 @@ def read_source(config: DataConfig, source: SourceFiles, bad: list[str]) -> Iter
     for piece in _pieces(config, source):
         if isinstance(piece, BadRow):
             bad.append(piece)
-            if len(bad) > config.max_bad_rows:
-                reason = f"which has at least {len(bad)} unreadable rows: {'; '.join(bad[-NAMED:])}"
-                allowed = f"data.max_bad_rows = {config.max_bad_rows} of them"
-                raise source_error(source.name, reason, allowed, "Correct them, or raise data.max_bad_rows.")
+            check_bad_rows(config, source.name, bad)
             continue
         if config.end_of_text is None and has_ended:
             yield Piece(BETWEEN)
         has_ended = piece.ends
         yield piece
+
+
+def check_bad_rows(config: DataConfig, source: str, bad: list[str]) -> None:
+    """Raise ConfigError if a source has more than `config.max_bad_rows` bad rows."""
+    if len(bad) > config.max_bad_rows:
+        reason = f"which has at least {len(bad)} unreadable rows: {'; '.join(bad[-NAMED:])}"
+        allowed = f"data.max_bad_rows = {config.max_bad_rows} of them"
+        raise source_error(source, reason, allowed, "Correct them, or raise data.max_bad_rows.")
 
 
 def _pieces(config: DataConfig, source: SourceFiles) -> Iterator[Piece | BadRow]:
@@ -138,13 +147,14 @@ def _text_pieces(config: DataConfig, path: Path) -> Iterator[Piece | BadRow]:
                 yield BadRow(f"{path} is not UTF-8 text: {error}")
                 return
             file.seek(0)
-        last = None
+        last, line = None, 1
         for text in read_pieces(file):
             if last is not None:
-                yield Piece(last)
+                yield Piece(last, where=str(path), line=line)
+                line += last.count("\n")
             last = text
         if last is not None or config.end_of_text is None:  # an empty document has its separator too
-            yield Piece(last or "", ends=True)
+            yield Piece(last or "", ends=True, where=str(path), line=line)
 
 
 def token_blocks(
@@ -184,15 +194,15 @@ def _documents(config: DataConfig, rows: Iterable[tuple[str, Row]], name: str) -
         elif why := _why_bad(row, fields):
             yield BadRow(f"{name}, {position} {why}")
         elif len(fields) == 2:
-            yield Piece(row[fields[0]], is_prompt=True)
-            yield Piece(row[fields[1]], ends=True)
+            yield Piece(row[fields[0]], is_prompt=True, where=f"{name}, {position}")
+            yield Piece(row[fields[1]], ends=True, where=f"{name}, {position}")
         else:  # an empty text is no document
             *pieces, last = [row[fields[0]]]
             if len(last) > LONG:
                 *pieces, last = read_pieces(io.StringIO(last, newline=""))
-            yield from map(Piece, pieces)
+            yield from (Piece(text, where=f"{name}, {position}") for text in pieces)
             if last:
-                yield Piece(last, ends=True)
+                yield Piece(last, ends=True, where=f"{name}, {position}")
 
 
 def _why_bad(row: dict[str, Any], fields: list[str]) -> str | None:

@@ -14,11 +14,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from fundamentallm.config.schema import DataConfig
 from fundamentallm.errors import ConfigError, Problem
 
-BROKEN = "\N{REPLACEMENT CHARACTER}"
-"""What decoding gives for an incomplete character."""
-
 UNKNOWN = "<unk>"
 """Token for characters that a `char` vocabulary lacks. Without it BPE would drop them silently."""
+SPLIT = "split_special_tokens"
+"""Setting of a tokenizer_config.json: special tokens in a text are read as text."""
+MISSING = "\ue000missing\ue000"
+"""Name, in private-use characters, of the unknown token that `make_detector` gives to a vocabulary without one."""
 
 
 def create_tokenizer(spec: str, text: str | Iterable[str] = (), end_of_text: str | None = None) -> Tokenizer:
@@ -90,11 +91,16 @@ def _byte_tokenizer(splits_words: bool) -> Tokenizer:
 def read_tokenizer(path: str | Path) -> Tokenizer:
     """Open a tokenizer.json and switch its truncation and padding off, so that it returns every token of a text.
 
+    A tokenizer_config.json beside it says whether special tokens in a text are read as text, as in transformers.
+
     Raises:
         ConfigError: if it cannot be read.
     """
+    config = Path(os.path.expanduser(path)).with_name("tokenizer_config.json")
     try:
         tokenizer = Tokenizer.from_file(os.path.expanduser(path))
+        if config.is_file():
+            tokenizer.encode_special_tokens = json.loads(config.read_text("utf-8")).get(SPLIT) is True
     except Exception as error:  # the library raises bare Exception
         reason = f"which cannot be read: {error}"
         raise ConfigError(Problem("data.tokenizer", str(path), "a tokenizer.json", reason=reason)) from error
@@ -103,34 +109,69 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def unknown_token(tokenizer: Tokenizer) -> int | None:
-    """Returns the token for unknown characters, or None if there is none. Costs 60 ms with a large vocabulary."""
-    model = json.loads(tokenizer.to_str())["model"]
-    index: int | None = model.get("unk_id")
-    return tokenizer.token_to_id(model["unk_token"]) if index is None and model.get("unk_token") else index
+def num_ids(tokenizer: Tokenizer) -> int:
+    """Returns the largest id plus one. (`get_vocab_size` counts tokens, which are fewer if the ids have gaps.)"""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
-def lacking_characters(tokenizer: Tokenizer, text: str, known: set[str], unknown: int | None) -> list[str]:
-    """List the characters of `text` that the vocabulary lacks: they encode to the unknown token, to part of a
-    character, or to nothing. Those in `known` are not checked again, and those found in the vocabulary are added to it.
+def plain_copy(tokenizer: Tokenizer) -> Tokenizer:
+    """Returns a copy without truncation and padding."""
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    copy.encode_special_tokens = tokenizer.encode_special_tokens  # not part of the JSON
+    return copy
 
-    White space that encodes to nothing is not listed, since some tokenizers drop it on purpose.
+
+def same_tokenizer(one: Tokenizer, other: Tokenizer) -> bool:
+    """Returns whether two tokenizers are the same, apart from truncation and padding."""
+    return plain_copy(one).to_str() == plain_copy(other).to_str()
+
+
+def special_tokens(tokenizer: Tokenizer) -> list[str]:
+    """Returns the special tokens, longest first, so that none hides a longer one in a search."""
+    names = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    return sorted(names, key=len, reverse=True)
+
+
+def make_detector(tokenizer: Tokenizer) -> tuple[Tokenizer, int | None]:
+    """Returns a tokenizer that encodes what the vocabulary lacks to an unknown token, and this token.
+
+    That is the given one, with None if it lacks nothing, or a copy whose ids mean nothing else: without an unknown
+    token, BPE drops what its vocabulary lacks, and other models raise errors.
     """
-    lacking, only_in_words = [], set()
-    for character in set(text) - known:
-        ids = tokenizer.encode(character, add_special_tokens=False).ids
-        if character != BROKEN and BROKEN in tokenizer.decode(ids, skip_special_tokens=False):
-            lacking.append(character)
-        elif unknown in ids or not (ids or character.isspace()):
-            only_in_words.add(character)
-        else:
-            known.add(character)
-    if only_in_words:  # decode and compare counts: offsets do not show what was dropped
-        ids = [index for index in tokenizer.encode(text, add_special_tokens=False).ids if index != unknown]
-        back = tokenizer.decode(ids, skip_special_tokens=False).casefold()
-        folded = text.casefold()
-        lacking += [c for c in only_in_words if back.count(c.casefold()) < folded.count(c.casefold())]
-    return sorted(lacking)
+    saved = json.loads(tokenizer.to_str())
+    model, alphabet = saved["model"], list[str]()
+    name, unknown = model.get("unk_token"), model.get("unk_id")
+    if unknown is None and name:
+        unknown = tokenizer.token_to_id(name)
+    if model.get("byte_fallback"):
+        alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
+    elif '"ByteLevel"' in json.dumps([saved["pre_tokenizer"], saved["normalizer"]]):
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    has_all = bool(alphabet) and all(tokenizer.token_to_id(byte) is not None for byte in alphabet)
+    if unknown is not None or has_all:
+        return tokenizer, unknown
+    if isinstance(model["vocab"], list):
+        model["unk_id"] = len(model["vocab"])
+        model["vocab"].append([MISSING, 0.0])
+    else:
+        model["unk_token"] = name or MISSING
+        model["vocab"][model["unk_token"]] = num_ids(tokenizer)
+    copy = Tokenizer.from_str(json.dumps(saved))
+    copy.encode_special_tokens = tokenizer.encode_special_tokens
+    return copy, model.get("unk_id", copy.token_to_id(name or MISSING))
+
+
+def find_unknown(detector: tuple[Tokenizer, int | None], text: str) -> list[tuple[int, str]]:
+    """Lists position and text of what the vocabulary lacks. A text that names the unknown token is not listed."""
+    tokenizer, unknown = detector
+    if unknown is None:
+        return []
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    spans = [span for index, span in zip(encoding.ids, encoding.offsets, strict=True) if index == unknown]
+    name = tokenizer.id_to_token(unknown)
+    return [(start, text[start:end]) for start, end in spans if text[start:end].strip() != name]
 
 
 def num_bytes(tokenizer: Tokenizer, tokens: NDArray[np.integer], end_of_text: int | None = None) -> int:
@@ -143,8 +184,10 @@ def num_bytes(tokenizer: Tokenizer, tokens: NDArray[np.integer], end_of_text: in
     if len(tokens) == 0:
         return 0
     if isinstance(tokenizer.decoder, decoders.ByteLevel):  # one character of a token's name stands for one byte
-        sizes = [len(tokenizer.id_to_token(index) or "") for index in range(tokenizer.get_vocab_size())]
-        return int(np.array(sizes)[tokens].sum())
+        sizes = np.zeros(num_ids(tokenizer), np.int64)
+        for name, index in tokenizer.get_vocab().items():
+            sizes[index] = len(name)
+        return int(sizes[tokens].sum())
     return len(tokenizer.decode(tokens.tolist(), skip_special_tokens=False).encode())
 
 
@@ -152,12 +195,12 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Encode a prompt.
 
     Raises:
-        ConfigError: if it is not valid text, or the vocabulary lacks some of its characters.
+        ConfigError: if it is not valid text, or the vocabulary lacks some of it.
     """
     shown = prompt[:40]
     if any("\ud800" <= character <= "\udfff" for character in prompt):  # from invalid bytes on the command line
         raise ConfigError(Problem("prompt", shown, "UTF-8 text"))
-    if lacking := lacking_characters(tokenizer, prompt, set(), unknown_token(tokenizer)):
+    if lacking := sorted({part for _, part in find_unknown(make_detector(tokenizer), prompt)}):
         reason = f"which has {', '.join(map(repr, lacking))}"
         raise ConfigError(Problem("prompt", shown, "characters of the model's vocabulary", reason=reason))
     ids: list[int] = tokenizer.encode(prompt, add_special_tokens=False).ids

@@ -21,6 +21,12 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Returns whether the elements fill their memory without gaps or overlaps, in whatever order of dimensions."""
+    tensor = local(tensor)
+    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+
+
 def device_name(device: torch.device) -> str:
     """Returns the product name of a CUDA device, or the type of another device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -109,6 +109,8 @@ def prepare_model(
         raise ConfigError("fsdp_offload_params is true in the accelerate config; allowed: false.")
     model: nn.Module = model_with_loss.model  # type: ignore[assignment]
     _check_optimizer(model, optimizer)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()  # FSDP2 refuses other layouts
     if compiles:
         compile_in_place(accelerator, _blocks(model))
     loads = fsdp.cpu_ram_efficient_loading and _can_load_efficiently(model)

@@ -126,6 +126,7 @@ def generate_batch(
         "top_p": (sampling.top_p, Interval(low=0, high=1, open_low=True)),
     }
     problems = [] if prompts and all(prompts) else [Problem("prompt", "", "at least one token")]
+    problems += filter(None, (row_problem(model, "prompt", prompt, prompt) for prompt in prompts))
     problems += [
         Problem(name, value, str(allowed))
         for name, (value, allowed) in ranges.items()
@@ -134,6 +135,17 @@ def generate_batch(
     if problems:
         raise ConfigError(problems)
     return _generate(model, prompts, max_new_tokens, context, sampling, seed, frozenset(stop))
+
+
+def row_problem(model: nn.Module, setting: str, value: object, ids: Sequence[int]) -> Problem | None:
+    """Returns the problem with ids that have no row in the model's embedding table, or None if all have one."""
+    find: Any = getattr(model, "get_input_embeddings", None)
+    if find is not None:
+        rows = len(find().weight)
+        if wrong := [index for index in ids if not 0 <= index < rows]:
+            allowed = f"0 to {rows - 1}, the rows of the model's embeddings"
+            return Problem(setting, value, allowed, reason=f"with the id {wrong[0]}")
+    return None
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from fundamentallm.errors import CheckpointError, CheckpointNotFoundError, ConfigError, Problem
+from fundamentallm.errors import CheckpointError, CheckpointNotFoundError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -61,16 +61,23 @@ def load_model(checkpoint: str | Path) -> LoadedModel:
     """
     import torch
 
-    from fundamentallm.checkpoint.manifest import MANIFEST, verify
+    from fundamentallm.checkpoint.reading import explained
+
+    folder = find_checkpoint(Path(os.path.expanduser(checkpoint)))
+    with explained(folder):
+        loaded = _open(folder)
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    return loaded._replace(model=loaded.model.to(device))
+
+
+def _open(folder: Path) -> LoadedModel:
+    from fundamentallm.checkpoint.manifest import verify_if_ours
     from fundamentallm.checkpoint.reading import load_weights
     from fundamentallm.data.tokenizers import read_tokenizer
     from fundamentallm.models.transformer import Transformer
     from fundamentallm.models.transformers_format import find_pretrained, transformers_model
 
-    folder = find_checkpoint(Path(os.path.expanduser(checkpoint)))
-    is_ours = (folder / MANIFEST).exists()
-    if is_ours:
-        verify(folder)
+    is_ours = verify_if_ours(folder)
     found = find_pretrained(str(folder), "checkpoint")
     if found.shape is not None:
         model: nn.Module = Transformer(found.shape)
@@ -83,12 +90,9 @@ def load_model(checkpoint: str | Path) -> LoadedModel:
     else:
         model = transformers_model(found)
     tokenizer = read_tokenizer(folder / "tokenizer.json")
-    tokens, most = tokenizer.get_vocab_size(), found.vocab_size
-    if most is not None and tokens > most:
-        reason = f"whose tokenizer has {tokens:,} tokens and whose model only {most:,}"
-        raise ConfigError(Problem("checkpoint", str(folder), reason=reason))
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    return LoadedModel(model.eval().to(device), tokenizer, found.context, found.stop, folder)
+    if not all(type(number) is int for number in (*found.stop, found.context or 1)) or (found.context or 1) < 1:
+        raise CheckpointError(f"{folder}: the context or the end-of-text token of its config is not a whole number.")
+    return LoadedModel(model.eval(), tokenizer, found.context, found.stop, folder)
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -19,13 +19,15 @@ from torch import nn
 from fundamentallm.config.schema import END_OF_TEXT, ModelConfig
 from fundamentallm.config.validation import expand_user
 from fundamentallm.data.datasets import TokenSamples
+from fundamentallm.data.tokenizers import SPLIT, make_detector
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.models.transformer import Transformer
 
 CONFIG, TOKENIZER, GENERATION = "config.json", "tokenizer.json", "generation_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 INDEX = "model.safetensors.index.json"
 KEPT = (
-    *(TOKENIZER, GENERATION, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *(TOKENIZER, GENERATION, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json"),
 )
 """Text files that checkpoints copy, so that they open with the same tokenizer and generation settings."""
@@ -86,15 +88,43 @@ class Pretrained(NamedTuple):
         """Rows of the embedding table, or None if the config does not state them."""
         return self.config.get("vocab_size")
 
-    def files(self, sequence_length: int) -> dict[str, str]:
-        """Returns the text files, by name, that the checkpoints of a run from this model get."""
+    def files(self, dataset: Any) -> dict[str, str]:
+        """Returns the text files, by name, that checkpoints get if this model is trained on a `TokenSamples`."""
         paths = [self.folder / name for name in KEPT]
         texts = {path.name: path.read_text(encoding="utf-8") for path in paths if path.is_file()}
+        eos, named = _eos({"eos_token_id": sorted(self.stop)}, dataset.end_of_text), _special_tokens(dataset)
+        replaced = (SPLIT,) if dataset.end_of_text is None else (SPLIT, "eos_token")
+        changes = {GENERATION: eos, TOKENIZER_CONFIG: {name: named[name] for name in replaced}}
         if self.shape is not None:  # a transformers model writes its own config.json
-            config = {key: value for key, value in self.config.items() if key != "torch_dtype"}
-            longest = max(self.context or 0, sequence_length)
-            texts[CONFIG] = json.dumps(config | {"dtype": "float32", "max_position_embeddings": longest}, indent=2)
+            texts[CONFIG] = json.dumps({key: value for key, value in self.config.items() if key != "torch_dtype"})
+            longest = max(self.context or 0, dataset.sequence_length)
+            changes[CONFIG] = eos | {"dtype": "float32", "max_position_embeddings": longest}
+        for name in texts.keys() & changes.keys():
+            texts[name] = json.dumps(json.loads(texts[name]) | changes[name], indent=2)
         return texts
+
+
+def _eos(saved: dict[str, Any], end_of_text: int | None) -> dict[str, Any]:
+    """Returns the `eos_token_id` of a config, with the end-of-text token first; nothing if it has none."""
+    eos = saved.get("eos_token_id")
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    return {} if end_of_text is None or end_of_text in ids else {"eos_token_id": [end_of_text, *ids]}
+
+
+def _special_tokens(dataset: TokenSamples) -> dict[str, Any]:
+    """Returns what a tokenizer_config.json says of a dataset's special tokens, as far as its tokenizer has any."""
+    assert dataset.tokenizer is not None
+    found: dict[str, Any] = {
+        SPLIT: dataset.tokenizer.encode_special_tokens,
+        "model_max_length": dataset.sequence_length,
+    }
+    end = dataset.tokenizer.token_to_id(END_OF_TEXT) if dataset.end_of_text is None else dataset.end_of_text
+    if end is not None:  # as in GPT-2: it precedes each document too, and stands in for tokens that are missing
+        found |= dict.fromkeys(("eos_token", "bos_token", "pad_token", "unk_token"), dataset.tokenizer.id_to_token(end))
+    detector, unknown = make_detector(dataset.tokenizer)
+    if unknown is not None and detector is dataset.tokenizer:
+        found["unk_token"] = dataset.tokenizer.id_to_token(unknown)
+    return {"pad_token": found["unk_token"]} | found if "unk_token" in found else found
 
 
 def _refusal(setting: str, value: str, reason: str, advice: str = "", allowed: str = "") -> ConfigError:
@@ -115,6 +145,7 @@ def find_pretrained(name: str, setting: str = "model.pretrained") -> Pretrained:
         if os.path.lexists(folder) or folder.is_absolute() or name.startswith((".", "~")):
             raise refusal("which is not a folder", allowed="a model folder in Hugging Face format")
         folder = _cached_folder(name, refusal)
+    _refuse_links(folder, refusal)
     if not (folder / CONFIG).is_file():
         raise refusal(f"which has no {CONFIG}", allowed="a model folder in Hugging Face format")
     config = _read_json(folder / CONFIG)
@@ -123,10 +154,10 @@ def find_pretrained(name: str, setting: str = "model.pretrained") -> Pretrained:
     weights = sorted(path.name for path in folder.glob("*.safetensors") if WEIGHTS.fullmatch(path.name))
     if (folder / INDEX).is_file():  # without it a missing file would go unnoticed
         indexed = _read_json(folder / INDEX).get("weight_map")
-        weights = sorted(set(indexed.values())) if isinstance(indexed, dict) else weights
+        weights = sorted(map(str, set(indexed.values()))) if isinstance(indexed, dict) else weights
     if "model.safetensors" in weights:  # transformers prefers it too
         weights = ["model.safetensors"]
-    if missing := [file for file in weights if not (folder / file).is_file()]:
+    if missing := [file for file in weights if os.path.basename(file) != file or not (folder / file).is_file()]:
         raise refusal(f"which lacks {', '.join(missing)}", "Copy the folder again.")
     if not weights:
         pickled = ", ".join(sorted(path.name for path in folder.glob("*.bin")))
@@ -137,6 +168,17 @@ def find_pretrained(name: str, setting: str = "model.pretrained") -> Pretrained:
         return Pretrained(folder, config, shape_of(config), "", tuple(weights))
     except ConfigError as error:
         return Pretrained(folder, config, None, str(error), tuple(weights))
+
+
+def _refuse_links(folder: Path, refusal: Callable[..., ConfigError]) -> None:
+    """Refuse symbolic links out of the folder: what they name would get into the checkpoints of a run."""
+    root = Path(os.path.realpath(folder))
+    if root.parent.name == "snapshots":  # of the Hugging Face cache, whose files are links to its own blobs
+        root = root.parent.parent
+    for path in folder.iterdir():
+        if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root):
+            reason = f"whose {path.name} is a symbolic link that leaves the folder"
+            raise refusal(reason, "If you trust it, copy the file into the folder.")
 
 
 def _cached_folder(name: str, refusal: Callable[..., ConfigError]) -> Path:
@@ -208,6 +250,8 @@ def transformers_model(pretrained: Pretrained) -> nn.Module:
     except ImportError as error:
         reason = f"which needs transformers, since {pretrained.why_not}"
         raise refusal(reason, "Run: pip install 'fundamentallm[hf]'.") from error
+    if (pretrained.folder / "adapter_config.json").exists():  # transformers would open the folder that it names
+        raise refusal("which has an adapter_config.json", "Merge the adapter into its model first.")
     named = pretrained.config.get("architectures") or []
     if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in named):
         raise refusal(f"with {' '.join(named) or 'no known architecture'}", allowed="a causal language model")
@@ -236,13 +280,12 @@ def model_files(model: nn.Module, dataset: Any) -> dict[str, str]:
         files[TOKENIZER] = ours.tokenizer.to_str()
         # Without this, AutoTokenizer chooses a class by the model's type, which splits words in its own way.
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        if end_of_text is not None:
-            settings["eos_token"] = ours.tokenizer.id_to_token(end_of_text)
-        files["tokenizer_config.json"] = json.dumps(settings, indent=2)
+        files[TOKENIZER_CONFIG] = json.dumps(settings | _special_tokens(ours), indent=2)
     if isinstance(model, Transformer):
         length = len(dataset[0][0]) if ours is None else ours.sequence_length
         files[CONFIG] = json.dumps(model.transformers_config(length, end_of_text), indent=2)
     elif to_json := getattr(getattr(model, "config", None), "to_json_string", None):
-        about = {"architectures": [type(model).__name__], "dtype": "float32"}
-        files[CONFIG] = json.dumps(json.loads(to_json(use_diff=False)) | about, indent=2)
+        config = json.loads(to_json(use_diff=False))
+        about = {"architectures": [type(model).__name__], "dtype": "float32"} | _eos(config, end_of_text)
+        files[CONFIG] = json.dumps(config | about, indent=2)
     return files

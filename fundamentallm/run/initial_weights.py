@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 from tokenizers import Tokenizer
 from torch import nn
 
-from fundamentallm.checkpoint.manifest import TENSORS, read_manifest
-from fundamentallm.checkpoint.reading import check_checkpoint, load_weights
+from fundamentallm.checkpoint.manifest import TENSORS, read_manifest, verify_if_ours
+from fundamentallm.checkpoint.reading import check_checkpoint, explained, load_weights
 from fundamentallm.config.schema import Config, DataConfig, ModelConfig
 from fundamentallm.config.validation import expand_user
-from fundamentallm.data.tokenizers import create_tokenizer, read_tokenizer
+from fundamentallm.data.tokenizers import create_tokenizer, read_tokenizer, same_tokenizer
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import CheckpointError, ConfigError, Problem
 from fundamentallm.models.transformers_format import TOKENIZER, Pretrained, find_pretrained, transformers_model
@@ -37,6 +36,7 @@ def open_pretrained(config: Config) -> tuple[Config, Pretrained | None, nn.Modul
         return config, None, None
     with HostGroup().barrier_with_errors():
         pretrained = find_pretrained(config.model.pretrained)
+        verify_if_ours(pretrained.folder)
         config = completed(config, pretrained)
         return config, pretrained, None if pretrained.shape is not None else transformers_model(pretrained)
 
@@ -95,7 +95,7 @@ def _tokenizer(spec: str, theirs: Path) -> str:
     if spec == DataConfig.tokenizer:
         return str(theirs)
     known = spec == "byte" or spec.endswith(".json")
-    if not known or create_tokenizer(spec).to_str() != read_tokenizer(theirs).to_str():
+    if not known or not same_tokenizer(create_tokenizer(spec), read_tokenizer(theirs)):
         reason = f"and {theirs.parent} was trained with another tokenizer"
         raise ConfigError(Problem("data.tokenizer", spec, advice="Leave it out.", reason=reason))
     return spec
@@ -111,7 +111,9 @@ def begin_from_checkpoint(state: RunState, group: HostGroup, init_from: str, tok
     checkpoint = Path(expand_user(init_from))
     group.from_main(lambda: check_checkpoint(checkpoint))
     theirs = checkpoint / TOKENIZER
-    if theirs.exists() and json.loads(theirs.read_text(encoding="utf-8")) != json.loads(tokenizer.to_str()):
+    with explained(checkpoint, f"its {TOKENIZER} cannot be read"):
+        is_other = theirs.exists() and not same_tokenizer(read_tokenizer(theirs), tokenizer)
+    if is_other:
         reason = "which was trained with another tokenizer than data.tokenizer"
         advice = f"Set data.tokenizer to {str(theirs)!r}."
         raise ConfigError(Problem("model.init_from", str(checkpoint), advice=advice, reason=reason))

@@ -49,7 +49,8 @@ class Progress:
         self.validation_due = False
         self.origin: str | None = None
         order = {
-            name: getattr(samples, name) for name in ("num_samples", "batch_size", "seed", "drop_last", "schedule")
+            name: getattr(samples, name)
+            for name in ("num_samples", "batch_size", "seed", "drop_last", "schedule", "sampler")
         }
         self.segments = [{**order, "content": content, "start": list(samples.start)}]
 
@@ -123,9 +124,9 @@ def sampler_of(segment: dict[str, Any]) -> StepSampler:
 
 
 def _without_start(segment: dict[str, Any]) -> dict[str, Any]:
-    return {"schedule": []} | {name: value for name, value in segment.items() if name != "start"}
+    return {"schedule": [], "sampler": None} | {name: value for name, value in segment.items() if name != "start"}
 
 
 def _sample_order(segment: dict[str, Any]) -> tuple[Any, ...]:
     """Returns what an index within an epoch refers to: the order of the training samples."""
-    return segment["num_samples"], segment["seed"], segment["drop_last"], segment["content"][0]
+    return segment["num_samples"], segment["seed"], segment["drop_last"], segment.get("sampler"), segment["content"][0]

@@ -6,13 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tokenizers import Tokenizer
+
 from fundamentallm.checkpoint.manager import CheckpointManager
-from fundamentallm.checkpoint.manifest import read_manifest
+from fundamentallm.checkpoint.manifest import read_manifest, verify
 from fundamentallm.checkpoint.reading import check_checkpoint, load_checkpoint, load_parts
 from fundamentallm.checkpoint.tensor_files import Like
+from fundamentallm.config.schema import Config
 from fundamentallm.config.validation import expand_user
+from fundamentallm.data.datasets import TokenSamples
+from fundamentallm.data.tokenizers import read_tokenizer, same_tokenizer
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import CheckpointError, ConfigError, Problem
+from fundamentallm.models.transformers_format import TOKENIZER
 from fundamentallm.run.folder import LOCK
 
 
@@ -107,3 +113,33 @@ def resume(
         # A process that was killed after its save may not have rotated. All processes call this, whatever they see.
         group.from_main(lambda: manager.rotate() if path == manager.get_latest() else None)
     return choice
+
+
+def learned_tokenizer(config: Config) -> Tokenizer | None:
+    """Returns the tokenizer that the run learned from its text when it began, or None if it has not.
+
+    A text that has grown since would give others, with other meanings of the same ids.
+    """
+    wanted, manager = config.training.resume, CheckpointManager(config.folder_of_checkpoints())
+    path = manager.get_latest() or (None if wanted in ("auto", "never") else Path(expand_user(wanted)))
+    if path is None or config.data.tokenizer.endswith(".json"):
+        return None
+    try:
+        verify(path, hashed=[TOKENIZER])
+    except CheckpointError:  # `resume` reports it
+        path = manager.newest_intact()[0]
+    if path is None or not (path / TOKENIZER).is_file():
+        return None
+    data = load_parts(path, ["config"])["config"].get("data", {})
+    is_same = all(data.get(name) == getattr(config.data, name) for name in ("tokenizer", "end_of_text"))
+    return read_tokenizer(path / TOKENIZER) if is_same else None
+
+
+def check_tokenizer(checkpoint: Path, dataset: object) -> None:
+    """Raises ConfigError if a checkpoint has another tokenizer than the run's dataset."""
+    path, tokenizer = checkpoint / TOKENIZER, dataset.tokenizer if isinstance(dataset, TokenSamples) else None
+    if tokenizer is None or not path.is_file() or same_tokenizer(read_tokenizer(path), tokenizer):
+        return
+    text = f"{checkpoint} was trained with another tokenizer or end_of_text"
+    advice = f"Set it back, or give a copy of {path}. A run keeps its tokenizer."
+    raise ConfigError(Problem("data.tokenizer", None, advice=advice, text=text))

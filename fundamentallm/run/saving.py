@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from torch import Tensor
 
 from fundamentallm.checkpoint.manager import CheckpointManager
-from fundamentallm.checkpoint.snapshot import OPTIMIZER_KEY
-from fundamentallm.checkpoint.state_json import encode
+from fundamentallm.checkpoint.snapshot import OPTIMIZER_KEY, plan
 from fundamentallm.config.schema import TrainingConfig
 from fundamentallm.distributed.dtensor import local
 from fundamentallm.distributed.host_group import HostGroup
@@ -31,6 +30,7 @@ class Saver:
         self.requested = False  # a checkpoint at the end of this step
         self._is_best = False
         self._saved_step = -1
+        self._checks_next_step = False
 
     @property
     def is_sharded(self) -> bool:
@@ -94,16 +94,25 @@ class Saver:
         self._on_savers(self.manager.wait)
         self._saved_step = saved
 
+    def check_first_step(self) -> None:
+        """Raises CheckpointError if what the first step of a launch made, such as moments, cannot be saved."""
+        if self._checks_next_step:
+            self._checks_next_step = False
+            self._expected_bytes()
+
     def check_room(self, saves_left: int) -> None:
         """Raises CheckpointError before the first step if the state cannot be saved or the disk has no room for it."""
-        manager = self.manager
-        if manager is None:
+        if (manager := self.manager) is None:
             return
+        self._checks_next_step = True
+        num_bytes = self._expected_bytes()
+        self.group.from_main(lambda: manager.check_space_of_run(num_bytes, saves_left))
+
+    def _expected_bytes(self) -> int:
         # On all processes: reading its state makes a sharded model drop what a validation left gathered. If only
         # some processes did so, the next forward pass would wait forever.
         with self.group.barrier_with_errors():
-            num_bytes = expected_bytes(self.state)
-        self.group.from_main(lambda: manager.check_space_of_run(num_bytes, saves_left))
+            return expected_bytes(self.state, self.files())
 
     def _on_savers(self, action: Callable[[], object]) -> None:
         """Runs `action` on every process that saves; errors are raised on all processes."""
@@ -134,13 +143,12 @@ def saves_left(config: TrainingConfig, steps_left: int, steps_per_epoch: int) ->
     return by_steps + by_epochs + by_validations + 2
 
 
-def expected_bytes(state: RunState) -> int:
-    """Size of a checkpoint. Before the first step the optimizer is taken to hold two numbers a parameter, as Adam does.
+def expected_bytes(state: RunState, files: Collection[str] = ()) -> int:
+    """Size of a checkpoint. Before the first step the optimizer is assumed to hold two numbers a parameter, as Adam.
 
-    Raises CheckpointError if the state holds something that cannot be saved.
+    Raises CheckpointError if the state, or one of the text `files`, cannot be saved. No tensor is copied.
     """
-    tensors: dict[str, Tensor] = {}
-    encode(state.state_dict(), (), tensors)
+    tensors = plan(state.state_dict(), files)[1]
     if state.progress.step:
         return _bytes(tensors)
     moments = {name: tensor for name, tensor in tensors.items() if name.startswith(OPTIMIZER_KEY)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -28,8 +27,6 @@ from fundamentallm.errors import (
 )
 from fundamentallm.run.folder import locked, read_status, write_start, write_status
 from fundamentallm.run.stopping import StopSwitch
-
-logger = logging.getLogger(__name__)
 
 
 class Position(NamedTuple):
@@ -148,7 +145,7 @@ def _open_folders(
     try:
         stack.enter_context(locked(folders))
         if manager is None:
-            logger.warning("training.checkpoint_dir is not set: nothing will be saved.")
+            say("training.checkpoint_dir is not set: nothing will be saved.")
         else:
             manager.wait()  # an interrupted train() in this process may have left a save running
             for line in manager.recover():

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fundamentallm.checkpoint.optimizer_state import NamedOptimizerState
+from fundamentallm.checkpoint.reading import explained
 from fundamentallm.checkpoint.snapshot import AVERAGE_KEY, MODEL_KEY, OPTIMIZER_KEY
-from fundamentallm.checkpoint.state_json import MALFORMED, encode
+from fundamentallm.checkpoint.state_json import encode
 from fundamentallm.checkpoint.tensor_files import Like
-from fundamentallm.config.schema import flat_settings
+from fundamentallm.config.schema import NEVER_ON_RESUME, flat_settings
 from fundamentallm.distributed.dtensor import is_sharded
 from fundamentallm.errors import CheckpointError, ConfigError, Problem
 from fundamentallm.run.environment import versions
@@ -20,12 +21,12 @@ from fundamentallm.run.progress import Progress
 
 SUFFIX = "_state_dict"
 OPTIONAL_PARTS = {
-    "average": "training.ema_decay",
-    "early_stopping": "training.early_stopping_patience",
-    "scaler": "training.mixed_precision",
-    "micro_batch": "training.micro_batch_size",
+    "average": ("training.ema_decay", "training.optimizer"),
+    "early_stopping": ("training.early_stopping_patience",),
+    "scaler": ("training.mixed_precision",),
+    "micro_batch": ("training.micro_batch_size",),
 }
-"""Parts that a run may lack, and the setting that decides it."""
+"""Parts that a run may lack, and the settings that decide it."""
 
 
 class Restored(NamedTuple):
@@ -70,14 +71,10 @@ class RunState:
             CheckpointError: if a part is missing, unknown, or does not fit.
             ConfigError: naming each setting that differs, changes the run, and is not in `may_change`.
         """
-        try:
+        with explained(where, "it does not hold a run"):
             changed = self._changes(saved)
             exchange(saved)
             reset, messages = self._parts_to_reset(saved, changed.keys(), where)
-        except MALFORMED as error:
-            raise CheckpointError(f"{where} does not hold a run ({type(error).__name__}: {error}).") from error
-        # A tokenizer's file may move with its folder. If the tokenizer is another one, the samples change too.
-        free = free if "data.content" in changed else {*free, "data.tokenizer"}
         _refuse_changes(changed, may_change, free, where)
         for name, part in self.parts.items():
             if name in reset:
@@ -137,7 +134,7 @@ class RunState:
         Raises CheckpointError if a part is missing or unknown and no setting explains it.
         """
         expected = {f"{name}{SUFFIX}" for name in self.parts} | {"config", "versions"}
-        explained = {f"{name}{SUFFIX}" for name, setting in OPTIONAL_PARTS.items() if setting in changed}
+        explained = {f"{name}{SUFFIX}" for name, settings in OPTIONAL_PARTS.items() if {*settings} & {*changed}}
         missing, unknown = expected - saved.keys(), saved.keys() - expected
         if not missing | unknown <= explained:
             raise CheckpointError(
@@ -184,6 +181,7 @@ def exchange(state: dict[str, Any]) -> None:
 
 def _data_facts(segment: dict[str, Any]) -> dict[str, Any]:
     facts = {f"data.{name}": segment[name] for name in ("num_samples", "drop_last", "content")}
+    facts["data.sampler"] = segment.get("sampler")
     return facts | {"data.shuffle": segment["seed"] is not None, "training.batch_size": segment["batch_size"]}
 
 
@@ -191,15 +189,18 @@ def _refuse_changes(
     changed: dict[str, tuple[Any, Any]], may_change: Collection[str], free: Collection[str], where: Path
 ) -> None:
     """Raises ConfigError for each changed setting that neither is free nor was allowed by name or by section."""
-    refused = [name for name in changed if name not in free and not {name, name.partition(".")[0]} & {*may_change}]
-    advice = (
-        f"Set it back, or allow the change by --training.resume_changes '[{', '.join(refused)}]'. "
+    allowed = {name for name in changed if {name, name.partition(".")[0]} & {*may_change}} - NEVER_ON_RESUME
+    refused = [name for name in changed if name not in free and name not in allowed]
+    names = ", ".join(name for name in refused if name not in NEVER_ON_RESUME)
+    allow = (
+        f"Set it back, or allow the change by --training.resume_changes '[{names}]'. "
         "(model.init_from starts a new run from these weights.)"
     )
     reason = f"and {where} was trained with another value"
     problems = []
     for name in refused:
         before, now = changed[name]
+        advice = "Set it back: the weights have that shape." if name in NEVER_ON_RESUME else allow
         problems.append(Problem(name, now, _short(before), advice, reason))
     if problems:
         raise ConfigError(problems)

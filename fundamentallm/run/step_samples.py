@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fundamentallm.checkpoint.manifest import STATE, read_manifest, verify
-from fundamentallm.checkpoint.reading import load_parts
-from fundamentallm.checkpoint.state_json import MALFORMED
+from fundamentallm.checkpoint.reading import explained, load_parts
 from fundamentallm.config.schema import DataConfig
 from fundamentallm.config.validation import from_dict
 from fundamentallm.data.corpus import Corpus, load_corpus, was_opened
@@ -20,7 +19,7 @@ from fundamentallm.data.datasets import TokenSamples
 from fundamentallm.data.loaders import corpus_samples
 from fundamentallm.data.sampler import StepSampler
 from fundamentallm.data.tokenizers import read_tokenizer
-from fundamentallm.errors import CheckpointError, ConfigError, Problem
+from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.run.folder import STARTS
 from fundamentallm.run.json_lines import read
 from fundamentallm.run.progress import sampler_of
@@ -52,7 +51,7 @@ def samples_of_step(checkpoint: Path, step: int) -> StepSamples:
         ConfigError: if the run has no such step.
     """
     saved = load_parts(checkpoint, ("progress_state_dict", "config"))
-    try:
+    with explained(checkpoint, "it does not hold a run whose samples are known"):
         progress, config = saved["progress_state_dict"], saved["config"]
         segments = progress["stretches"]
         done, planned = progress["step"], _planned(config, sampler_of(segments[-1]))
@@ -60,14 +59,12 @@ def samples_of_step(checkpoint: Path, step: int) -> StepSamples:
         if 1 <= step <= last:
             segment = [segment for segment in segments if segment["start"][0] < step][-1]
             sampler, content = sampler_of(segment), segment["content"][0]
+            if segment.get("sampler"):
+                raise ValueError(f"its order is that of the caller's own sampler, {segment['sampler']}")
             if min(sampler.num_samples, max(sampler.sizes)) > MOST_IN_A_BATCH:
                 raise ValueError(f"a batch of more than {MOST_IN_A_BATCH:,} samples")
             epoch, before = sampler.place(step - 1)[0], sampler.samples_before(step - 1)
             return StepSamples(sampler.batch(step - 1), epoch, before, done, content, config)
-    except MALFORMED as error:
-        raise CheckpointError(
-            f"{checkpoint} does not hold a run whose samples are known ({type(error).__name__}: {error})."
-        ) from error
     raise ConfigError(Problem("step", step, allowed=f"1 to {last}, the last step of this run"))
 
 
@@ -116,9 +113,10 @@ def corpus_of_run(checkpoint: Path, settings: dict[str, Any], source: str | None
     data = dataclasses.replace(data, source=data.source if source is None else source, cache_dir=None)
     if data.tokenizer.endswith(".json"):  # a file of the user's, which may be gone
         data = dataclasses.replace(data, tokenizer=str(checkpoint / TOKENIZER))
-    corpus = load_corpus(data, show_progress=sys.stderr.isatty())
+    tokenizer = read_tokenizer(checkpoint / TOKENIZER)
+    corpus = load_corpus(data, sys.stderr.isatty(), tokenizer)
     # Samples are compared by their ids, which only the run's own tokenizer decodes to their text.
-    return data, corpus._replace(tokenizer=read_tokenizer(checkpoint / TOKENIZER))
+    return data, corpus._replace(tokenizer=tokenizer)
 
 
 def _has_trained_here(checkpoint: Path, settings: dict[str, Any]) -> bool:
@@ -126,7 +124,7 @@ def _has_trained_here(checkpoint: Path, settings: dict[str, Any]) -> bool:
     for folder in list(checkpoint.absolute().parents)[:2]:
         if (folder / STARTS).is_file():
             for start in read(folder / STARTS):
-                with contextlib.suppress(*MALFORMED):  # a stranger's
+                with contextlib.suppress(LookupError, TypeError):  # a stranger's
                     if start["environment"]["host"] == socket.gethostname() and start["config"]["data"] == settings:
                         return True
     return False

@@ -96,15 +96,15 @@ def check_arguments(
     """Raises ConfigError listing every contradiction between a Trainer's arguments and its config."""
     problems: list[str] = []
     training = config.training
-    if training.batch_size not in (None, samples.batch_size):
+    is_batched = samples.order is not None and samples.order.is_batched
+    if training.batch_size not in (None, samples.batch_size) and not is_batched:
         advice = "Set one of them, or both to the same value."
         allowed = f"{samples.batch_size}, the train_loader's batch_size"
         problems.append(Problem("training.batch_size", training.batch_size, allowed, advice))
     if scheduler is not None and scheduler.optimizer is not optimizer:
         problems.append("The scheduler was made for another optimizer; pass its optimizer too.")
-    if isinstance(scheduler, ReduceLROnPlateau):
-        allowed = "schedules that follow from the step; ReduceLROnPlateau needs a metric"
-        problems.append(Problem("scheduler", type(scheduler).__name__, allowed))
+    if isinstance(scheduler, ReduceLROnPlateau) and val_loader is None:
+        problems.append(Problem("scheduler", type(scheduler).__name__, advice="It needs a val_loader; give one."))
     if optimizer is not None and training.parameter_groups:
         advice = "An optimizer is given: give it the groups, or set parameter_groups to []."
         problems.append(Problem("training.parameter_groups", training.parameter_groups, advice=advice))

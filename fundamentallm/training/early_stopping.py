@@ -107,7 +107,7 @@ class EarlyStopping:
         if type(counter) is not int or counter < 0:
             raise ValueError(f"the counter is {counter!r}; allowed: an integer, at least 0.")
         if (state["metric"], state["mode"]) != (self.metric, self.mode):
-            logger.warning("early stopping was reset: the checkpoint watched %s (%s).", state["metric"], state["mode"])
+            logger.warning("early stopping was reset: the checkpoint watched %r (%r).", state["metric"], state["mode"])
             return
         self._best, self.counter, self.is_best = best, counter, bool(state["is_best"])
 

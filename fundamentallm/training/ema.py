@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, kept on their devices."""
+"""Averages of the weights on their devices: an exponential moving one, or that of a schedule-free optimizer."""
 
 from __future__ import annotations
 
@@ -32,27 +32,34 @@ class WeightAverage:
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, decay: float) -> None:
-        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        # A tied parameter has each of its names, as in the model's state dict.
-        named = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if id(p) in trained]
-        if not named:
+        self._set_parameters(model, optimizer)
+        if not self._parameters:
             raise ConfigError("training.ema_decay is set and the optimizer trains nothing of the model; give it one.")
-        if wrong := [f"{name} is {p.dtype}" for name, p in named if p.dtype != torch.float32]:
+        if wrong := [f"{names[0]} is {p.dtype}" for p, names in self._parameters.items() if p.dtype != torch.float32]:
             advice = "Allowed: weights in float32 (training.mixed_precision computes in 16 bits all the same)."
             raise ConfigError(Problem("training.ema_decay", decay, reason=f"and {wrong[0]}", advice=advice))
-        self.model, self.decay = model, decay
-        self._parameters: dict[nn.Parameter, list[str]] = {}
-        for name, parameter in named:
-            self._parameters.setdefault(parameter, []).append(name)
+        self.decay = decay
         self._average: dict[nn.Parameter, Tensor] = {}  # empty until the first step, before which weights are loaded
-        self._is_applied = False
-        self._updates = torch.zeros((), dtype=torch.int64, device=named[0][1].device)
+        self._updates = torch.zeros((), dtype=torch.int64, device=next(iter(self._parameters)).device)
         optimizer.register_step_pre_hook(lambda *_: self._begin())
         optimizer.register_step_post_hook(self._update)
 
-    @torch.no_grad()
+    def _set_parameters(self, model: nn.Module, optimizer: Optimizer) -> None:
+        self.model, self._is_applied = model, False
+        self._parameters: dict[nn.Parameter, list[str]] = {}
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        # A tied parameter has each of its names, as in the model's state dict.
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if id(parameter) in trained:
+                self._parameters.setdefault(parameter, []).append(name)
+
     def _begin(self) -> None:
-        self._average = self._average or {p: p.detach().clone() for p in self._parameters}
+        self._average = self._averages()
+
+    @torch.no_grad()
+    def _averages(self) -> dict[nn.Parameter, Tensor]:
+        """Returns the averages; before the first step the weights themselves."""
+        return self._average or {p: p.detach().clone() for p in self._parameters}
 
     @torch.no_grad()
     def _update(self, optimizer: Optimizer, *_: Any) -> None:
@@ -72,21 +79,22 @@ class WeightAverage:
         if self._is_applied:
             yield
             return
-        self._swap()
+        averages = self._averages()
+        self._swap(averages)
         self._is_applied = True
         try:
             yield
         finally:
-            self._swap()
+            self._swap(averages)
             self._is_applied = False
 
     @torch.no_grad()
-    def _swap(self) -> None:
-        if any(map(is_sharded, self._average)):  # a forward pass may have left weights gathered, which the swap misses
+    def _swap(self, averages: dict[nn.Parameter, Tensor]) -> None:
+        if any(map(is_sharded, averages)):  # a forward pass may have left weights gathered, which the swap misses
             for module in self.model.modules():
                 if hasattr(module, "reshard"):
                     module.reshard()  # type: ignore[operator]  # an FSDPModule
-        for parameter, average in self._average.items():
+        for parameter, average in averages.items():
             weight, averaged = local(parameter), local(average)
             held = weight.clone()  # in place, since others hold the weight
             weight.copy_(averaged)
@@ -105,7 +113,7 @@ class WeightAverage:
         """
         if self._is_applied:
             raise CheckpointError("the model holds its averaged weights; leave averaged_weights() before saving.")
-        averages = self._average or {p: p.detach().clone() for p in self._parameters}
+        averages = self._averages()
         by_name = {name: averages[p] for p, names in self._parameters.items() for name in names}
         return {"updates": self._updates, "weights": by_name}
 
@@ -123,6 +131,47 @@ class WeightAverage:
         self._updates.copy_(state["updates"])
 
 
+class OptimizersAverage(WeightAverage):
+    """The average that an optimizer keeps itself, as schedule-free ones do: eval() and train() switch the weights.
+
+    Switching rounds, so the weights as trained are set back exactly, and neither validating nor saving changes the run.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Any) -> None:
+        self._set_parameters(model, optimizer)
+        self.optimizer, self._updates = optimizer, torch.zeros((), dtype=torch.int64)
+
+    @torch.no_grad()
+    def _averages(self) -> dict[nn.Parameter, Tensor]:
+        self.optimizer.train()  # a caller may have switched it
+        trained = {p: p.detach().clone() for p in self._parameters}
+        self.optimizer.eval()
+        averages = {p: p.detach().clone() for p in self._parameters}
+        self.optimizer.train()
+        for parameter, weight in trained.items():
+            local(parameter).copy_(local(weight))
+        return averages
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Do nothing: the average follows from the weights and the optimizer's state."""
+
+
 def make_average(config: TrainingConfig, model: nn.Module, optimizer: Optimizer) -> WeightAverage | None:
-    """Returns the moving average of the weights that `optimizer` trains, or None if `config` asks for none."""
-    return None if config.ema_decay is None else WeightAverage(model, optimizer, config.ema_decay)
+    """Returns the average of the weights that `optimizer` trains, or None if there is none.
+
+    Raises:
+        ConfigError: if both `config` and the optimizer average them.
+    """
+    if not switch_to_training(optimizer):
+        return None if config.ema_decay is None else WeightAverage(model, optimizer, config.ema_decay)
+    if config.ema_decay is not None:
+        reason = f"and {type(optimizer).__name__} averages the weights itself"
+        raise ConfigError(Problem("training.ema_decay", config.ema_decay, "null", reason=reason))
+    return OptimizersAverage(model, optimizer)
+
+
+def switch_to_training(optimizer: Any) -> bool:
+    """Calls train() of an optimizer that switches between weights and their average. Returns whether it is one."""
+    if is_one := all(callable(getattr(optimizer, name, None)) for name in ("train", "eval")):
+        optimizer.train()
+    return is_one

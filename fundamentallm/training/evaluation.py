@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from accelerate.utils import convert_to_fp32
+from torch import nn
 from torch.utils.data import DataLoader
 
-from fundamentallm.config.schema import IGNORE_INDEX, METRIC_NAMES
+from fundamentallm.config.schema import METRIC_NAMES
 from fundamentallm.data.datasets import TokenSamples
 from fundamentallm.data.loaders import device_batches
 from fundamentallm.data.sampler import StepSampler
-from fundamentallm.errors import ConfigError
+from fundamentallm.distributed.batches import StepBatch
+from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.run.progress import RunningMean
 from fundamentallm.training.metrics import Metric
 
@@ -28,16 +31,18 @@ def evaluate(
     accelerator: Accelerator,
     is_interrupted: Callable[[], bool] = lambda: False,
     further: Mapping[str, Metric] | None = None,
+    load: Callable[..., Iterable[StepBatch]] | None = None,
 ) -> dict[str, float] | None:
     """Returns the loss over all targets of a loader; batch size and number of processes do not affect it.
 
     Args:
-        step_model: maps (inputs, targets) to the loss summed over targets; it is in evaluation mode meanwhile.
+        step_model: maps a batch to the loss summed over targets; it is in evaluation mode meanwhile.
         loader: the validation data.
         samples: decides which samples this process evaluates.
         accelerator: adds up the sums of all processes.
         is_interrupted: called after each batch; True ends the validation. It must agree on all processes.
-        further: further metrics by name, which need all logits of a micro-batch.
+        further: further metrics by name, which need all outputs of a micro-batch.
+        load: loads the batches of (loader, samples, first step, last step).
 
     Returns:
         `val_loss` (mean per target, in nats for our losses), `val_perplexity` (its exponential), for text
@@ -46,38 +51,33 @@ def evaluate(
     Raises:
         ConfigError: if all targets are ignored, or a metric does not return (sum, count).
     """
-    was_training = step_model.training
+    was_training, objective = step_model.training, accelerator.unwrap_model(step_model)
     step_model.eval()
-    mean, further = RunningMean(accelerator.device), further or {}
-    means = {name: RunningMean(accelerator.device) for name in further}
-    batches = device_batches(loader, samples, 0, samples.steps_per_epoch, accelerator.device)
+    mean = RunningMean(accelerator.device)
+    metrics = {name: _Measured(name, metric, accelerator.device) for name, metric in (further or {}).items()}
+    load = load or partial(device_batches, device=accelerator.device)
     try:
-        for inputs, targets, num_micro_batches, rows in batches:
-            for x, y in zip(
-                inputs.tensor_split(num_micro_batches), targets.tensor_split(num_micro_batches), strict=True
-            ):
-                if further:
-                    loss, logits = step_model(x, y, with_logits=True)
-                    if rows > 0:
-                        for name, metric in further.items():
-                            means[name].add(*_sum_and_count(name, metric, logits[:rows].float(), y[:rows]))
-                    rows -= len(y)
-                else:
-                    loss = step_model(x, y)
-                mean.add(loss, (y != IGNORE_INDEX).sum())
+        for batch in load(loader, samples, 0, samples.steps_per_epoch):
+            for content, rows in batch.micro_batches(objective.trims or bool(metrics)):
+                result = step_model(content, with_outputs=bool(metrics))
+                if rows == 0:  # padding only
+                    continue
+                mean.add(result[0] if metrics else result, objective.num_targets(content))
+                for metric in metrics.values():
+                    metric.update(convert_to_fp32(result[1]), objective.metric_batch(content))
             if is_interrupted():
                 return None
     finally:
         step_model.train(was_training)
-    totals = torch.cat([each.totals for each in (mean, *means.values())])  # one exchange for all
-    (total, count), *others = accelerator.reduce(totals, "sum").view(-1, 2).tolist()
+    own = [metric.mean.totals for metric in metrics.values()]
+    (total, count), *others = accelerator.reduce(torch.cat([mean.totals, *own]), "sum").view(-1, 2).tolist()
     if count == 0:
         raise ConfigError("val_loader has only ignored targets; give it some that count.")
     loss = total / count
-    metrics = {"val_loss": loss, "val_perplexity": math.exp(loss) if loss < 700 else math.inf}
+    values = {"val_loss": loss, "val_perplexity": math.exp(loss) if loss < 700 else math.inf}
     if num_bytes := _num_bytes(loader):
-        metrics["val_bits_per_byte"] = total / math.log(2) / num_bytes
-    return metrics | {name: s / n if n else math.nan for name, (s, n) in zip(further, others, strict=True)}
+        values["val_bits_per_byte"] = total / math.log(2) / num_bytes
+    return values | {name: metrics[name].value(s, n) for name, (s, n) in zip(metrics, others, strict=True)}
 
 
 def metric_names(loader: DataLoader[Any] | None, further: Collection[str] = ()) -> list[str]:
@@ -91,12 +91,36 @@ def _num_bytes(loader: DataLoader[Any]) -> int | None:
     return loader.dataset.num_bytes if isinstance(loader.dataset, TokenSamples) else None
 
 
-def _sum_and_count(name: str, metric: Metric, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    result = metric(logits, targets)
-    if not isinstance(result, tuple) or len(result) != 2:
-        raise ConfigError(f"the metric {name} returned {type(result).__name__}; allowed: (sum, count), two scalars.")
-    total, count = (torch.as_tensor(value, device=logits.device) for value in result)
-    if total.numel() != 1 or count.numel() != 1:
-        shapes = f"{tuple(total.shape)} and {tuple(count.shape)}"
-        raise ConfigError(f"the metric {name} returned shapes {shapes}; allowed: (sum, count), two scalars.")
-    return total.reshape(()), count.reshape(())
+class _Measured:
+    """A metric over all batches: the mean of its (sum, count), or what it computes itself if it has `compute`."""
+
+    def __init__(self, name: str, metric: Any, device: torch.device) -> None:
+        self.name, self.metric, self.mean = name, metric, RunningMean(device)
+        self.collects = callable(getattr(metric, "compute", None))
+        if hasattr(metric, "reset"):  # an interrupted validation may have left something
+            metric.reset()
+
+    def update(self, outputs: Any, batch: Any) -> None:
+        if outputs is None:
+            advice = "Have it return (loss, outputs)."
+            raise ConfigError(
+                Problem("objective", "a loss without outputs", advice=advice, reason=f"and {self.name} needs them")
+            )
+        if self.collects:
+            self.metric.update(outputs, batch)
+            return
+        result = self.metric(outputs, batch)
+        if not isinstance(result, tuple) or len(result) != 2:
+            kind = type(result).__name__
+            raise ConfigError(f"the metric {self.name} returned {kind}; allowed: (sum, count), two scalars.")
+        total, count = (torch.as_tensor(value) for value in result)
+        if total.numel() != 1 or count.numel() != 1:
+            shapes = f"{tuple(total.shape)} and {tuple(count.shape)}"
+            raise ConfigError(f"the metric {self.name} returned shapes {shapes}; allowed: (sum, count), two scalars.")
+        self.mean.add(total.reshape(()), count.reshape(()))
+
+    def value(self, total: float, count: float) -> float:
+        """Returns the metric over all processes, whose sums and counts were added up."""
+        if self.collects:
+            return float(self.metric.compute())
+        return total / count if count else math.nan

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fundamentallm.config.registry import resolve
-from fundamentallm.config.schema import CHUNK, IGNORE_INDEX, LARGE_VOCABULARY, LOSS_NAMES
+from fundamentallm.config.schema import CHUNK, IGNORE_INDEX, LARGE_VOCABULARY, LOSS_NAMES, TrainingConfig
 from fundamentallm.config.validation import FRACTION, NON_NEGATIVE, Interval
 from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.models.with_loss import Objective
 
 
 class CrossEntropy(nn.Module):
@@ -148,3 +149,29 @@ def create_loss(loss_type: str = "cross_entropy", **options: Any) -> nn.Module:
         reason = f"which makes a {type(loss).__name__}"
         raise ConfigError(Problem("loss", loss_type, "the class of a loss module", reason=reason))
     return loss  # type: ignore[no-any-return]
+
+
+def make_objective(
+    config: TrainingConfig, loss_fn: Any = None, objective: Objective | None = None
+) -> tuple[Any, Objective | None]:
+    """Returns the loss function, and the objective that replaces it, if there is one: the caller's, or the config's.
+
+    Raises:
+        ConfigError: if an objective and a loss are given, or one of them has weights, which would not be trained.
+    """
+    if objective is None and config.objective is not None:
+        objective = resolve("training.objective", config.objective, {})
+        objective = objective() if isinstance(objective, type) else objective
+    if objective is not None:
+        has_loss = loss_fn is not None or config.loss != TrainingConfig().loss
+        if has_loss or not callable(objective):
+            reason = "and a loss is given too" if has_loss else "which cannot be called"
+            raise ConfigError(Problem("training.objective", objective, "a function of (model, batch)", "", reason))
+    loss_fn = loss_fn or create_loss(config.loss, **config.loss_options)
+    for name, part in (("loss", loss_fn), ("objective", objective)):
+        if isinstance(part, nn.Module) and any(parameter.requires_grad for parameter in part.parameters()):
+            advice = "Make them part of the model, or set requires_grad to False."
+            raise ConfigError(
+                Problem(f"training.{name}", part, "one without weights", advice, "whose weights are not trained")
+            )
+    return loss_fn, objective

@@ -6,6 +6,7 @@ import math
 import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,17 +15,20 @@ from torch import Tensor
 from fundamentallm.config.registry import resolve
 from fundamentallm.config.schema import METRIC_NAMES
 from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.run.json_lines import numbers, read
 
-MEASURED = frozenset({"tokens_per_second", "mfu", "memory_gb"})
+MEASURED = frozenset({"tokens_per_second", "mfu", "memory_gb", "time"})
 """Numbers of a log line that depend on the machine. Two identical runs differ in nothing else."""
-
 
 CLOCKS = ("step", "val_step")
 """Metrics that hold the optimizer step of the metrics logged with them."""
 
-Metric = Callable[[Tensor, Tensor], "tuple[Tensor | float, Tensor | float]"]
-"""Maps logits (B, T, V) in float32 and targets (B, T), some of them `IGNORE_INDEX`, to a sum and the number of its
-values. Both are added up over all rows of the validation data."""
+Metric = Callable[[Any, Any], "tuple[Tensor | float, Tensor | float]"]
+"""Maps outputs in float32 and their batch to a sum and the number of its values, which are added up over all rows of
+the validation data. For pairs, these are logits (B, T, V) and targets (B, T), some of them `IGNORE_INDEX`.
+
+An object with `update(outputs, batch)` and `compute()`, as torchmetrics has them, collects by itself instead: `compute`
+is called on all processes at the end, and returns the metric over all of them."""
 
 
 def further_metrics(names: Sequence[str], given: Mapping[str, Metric] | None = None) -> dict[str, Metric]:
@@ -46,7 +50,7 @@ def further_metrics(names: Sequence[str], given: Mapping[str, Metric] | None = N
     metrics: dict[str, Metric] = {}
     for name, metric in found:
         key = f"val_{name}"
-        if not callable(metric):
+        if not callable(metric) and not hasattr(metric, "compute"):
             problems.append(Problem("validation_metrics", name, "functions", reason=f"a {type(metric).__name__}"))
         if key in metrics or key in METRIC_NAMES:
             reason, advice = f"and there is a {key} already", "Give it another name."
@@ -57,8 +61,22 @@ def further_metrics(names: Sequence[str], given: Mapping[str, Metric] | None = N
     return metrics
 
 
+class History(dict[str, list[float]]):
+    """The numbers of a run as columns of equal length, as `pandas.DataFrame` takes them. Missing values are NaN."""
+
+    def __repr__(self) -> str:
+        """Returns the first, the smallest and the last value of each column, instead of pages of numbers."""
+        rows: list[tuple[str, ...]] = [(f"History of {len(self.get('step', ()))} rows", "first", "smallest", "last")]
+        for name, values in self.items():
+            known = [value for value in values if not math.isnan(value)] or [math.nan]
+            rows.append((f"  {name}", *(f"{value:.6g}" for value in (known[0], min(known), known[-1]))))
+        return "\n".join(f"{row[0]:19}" + "".join(f" {cell:>10}" for cell in row[1:]) for row in rows)
+
+
 class MetricTracker:
     """The history of a run: a list of values for each metric.
+
+    With `log`, a file of JSON lines that holds the history, its state is only the latest values.
 
     Examples:
         >>> from fundamentallm import MetricTracker
@@ -69,11 +87,15 @@ class MetricTracker:
         >>> metrics.get_history()
         {'step': [10, 20], 'train_loss': [2.0, 1.0], 'val_step': [20], 'val_loss': [1.5]}
         >>> metrics.by_step()
-        {'step': [10, 20], 'train_loss': [2.0, 1.0], 'val_loss': [nan, 1.5]}
+        History of 2 rows        first   smallest       last
+          step                      10         10         20
+          train_loss                 2          1          1
+          val_loss                 1.5        1.5        1.5
     """
 
-    def __init__(self) -> None:
+    def __init__(self, log: Path | None = None) -> None:
         self.metrics: dict[str, list[float]] = {}
+        self.log = log
 
     def update(self, metrics_dict: dict[str, float]) -> None:
         """Append one value to each named metric.
@@ -87,14 +109,14 @@ class MetricTracker:
             values += [math.nan] * (before - len(values))
             values.append(value)
 
-    def by_step(self) -> dict[str, list[float]]:
+    def by_step(self) -> History:
         """Returns the history as columns of equal length, with a row for each step that was logged or validated.
 
         Missing values are NaN. The column `step` holds the steps of log lines and of validations (`val_step`).
         """
         clocks = {clock: self.metrics.get(clock, []) for clock in CLOCKS}
         rows = {step: row for row, step in enumerate(sorted({step for steps in clocks.values() for step in steps}))}
-        table: dict[str, list[float]] = {"step": list(rows)}
+        table = History(step=list(rows))
         for key, values in self.metrics.items():
             if key not in clocks:
                 column = table[key] = [math.nan] * len(rows)
@@ -126,20 +148,46 @@ class MetricTracker:
         """Delete all values."""
         self.metrics.clear()
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Returns the history as tensors: int64 for integers, otherwise float64."""
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the latest values if the history is in a log, otherwise all: int64 for integers, otherwise float64.
+
+        With a log, checkpoints do not grow with the run.
+        """
+        if self.log is not None:
+            return {"latest": {key: values[-1] for key, values in self.metrics.items()}}
         integers = {key for key, values in self.metrics.items() if all(isinstance(value, int) for value in values)}
         return {
             key: torch.tensor(values, dtype=torch.int64 if key in integers else torch.float64)
             for key, values in self.metrics.items()
         }
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore a saved history. Raises ValueError if the values of a metric are not one-dimensional."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a saved history, from the log if it is there. Raises ValueError if it is not a history."""
+        if isinstance(latest := state.get("latest"), dict):
+            self._read_log(latest)
+            return
         for key, values in state.items():
             if values.ndim != 1:
                 raise ValueError(f"the values of {key} have shape {values.shape}.")
         self.metrics = {key: values.tolist() for key, values in state.items()}
+
+    def _read_log(self, latest: dict[str, float]) -> None:
+        """Read the log up to the `latest` values, which follow if the log has not as many lines."""
+        if any(type(value) not in (int, float) for value in latest.values()):
+            raise ValueError(f"the latest values are {latest}; allowed: numbers.")
+        self.metrics = {}
+        of_clock = {
+            clock: {key: value for key, value in latest.items() if key.startswith("val_") == (clock == "val_step")}
+            for clock in CLOCKS
+        }
+        for line in [] if self.log is None else map(numbers, read(self.log)):
+            clock = "step" if "train_loss" in line else "val_step"
+            line[clock] = line["step"]
+            if clock in latest and line[clock] <= latest[clock]:
+                self.update({key: line[key] for key in of_clock[clock] if key in line})
+        for clock, values in of_clock.items():
+            if clock in values and self.get_latest(clock) != values[clock]:
+                self.update(values)
 
 
 def peak_memory_gb(device: torch.device) -> float | None:

@@ -10,14 +10,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import convert_to_fp32
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from torch import Tensor, nn
+from torch import nn
 
 from fundamentallm.config.schema import TrainingConfig
-from fundamentallm.data.loaders import StepBatch
 from fundamentallm.data.sampler import StepSampler
+from fundamentallm.distributed.batches import StepBatch, take_rows
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.models.with_loss import ModelWithLoss
 from fundamentallm.training.metrics import Metric
 from fundamentallm.training.step import OptimizerStep
 
@@ -82,17 +84,15 @@ class MicroBatch:
 
         A try exchanges nothing, so that a process that runs out of memory leaves no other one waiting.
         """
-        inputs, targets = batch.inputs, batch.targets
-        model, optimizer = step.accelerator.unwrap_model(step.model_with_loss), step.optimizer
 
         def fits(size: int) -> bool:
-            rows = torch.arange(size, device=inputs.device) % len(inputs)
+            rows = take_rows(batch.content, batch.size, [row % batch.size for row in range(size)])
             with group.barrier_with_errors():
-                fits_here = _fits(model, optimizer, inputs[rows], targets[rows], 1 + (size < largest), metrics)
+                fits_here = _fits(step.objective, step.optimizer, rows, 1 + (size < largest), metrics)
             return all(group.all_gather(fits_here))
 
         # Uncompiled, which needs no less memory: otherwise each size tried would be compiled for.
-        with torch.compiler.set_stance("force_eager"), _restored(model, inputs.device):
+        with torch.compiler.set_stance("force_eager"), restored(step.objective, step.accelerator.device):
             count = fewest_micro_batches(largest, fits)
         if count is None:
             advice = (
@@ -116,10 +116,9 @@ def fewest_micro_batches(largest: int, fits: Callable[[int], bool]) -> int | Non
 
 
 def _fits(
-    model: nn.Module,
+    model: ModelWithLoss,
     optimizer: torch.optim.Optimizer,
-    inputs: Tensor,
-    targets: Tensor,
+    batch: Any,
     num_micro_batches: int,
     metrics: Mapping[str, Metric],
 ) -> bool:
@@ -131,12 +130,13 @@ def _fits(
         state = [] if any(optimizer.state.values()) else [torch.empty_like(p) for p in trained for _ in range(2)]
         model.train()
         for _ in range(num_micro_batches):  # the second one runs beside the gradients of the first
-            model(inputs, targets).backward()
+            model(batch).backward()
         model.eval()
         with torch.no_grad():
-            result = model(inputs, targets, with_logits=bool(metrics))
+            result = model(batch, with_outputs=bool(metrics))
             for metric in metrics.values():
-                metric(result[1].float(), targets)
+                if callable(metric):
+                    metric(convert_to_fp32(result[1]), model.metric_batch(batch))
         del state, result
         fits = True
     except Exception as error:  # accelerate knows the errors by which torch says that memory is short
@@ -150,7 +150,7 @@ def _fits(
 
 
 @contextmanager
-def _restored(model: nn.Module, device: torch.device) -> Iterator[None]:
+def restored(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Set random numbers, buffers and training modes back on exit."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     modes = {module: module.training for module in model.modules()}

@@ -14,6 +14,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from fundamentallm.config.registry import did_you_mean, resolve
 from fundamentallm.config.schema import OPTIMIZER_NAMES, ParameterGroup, TrainingConfig
 from fundamentallm.config.validation import from_dict, range_problems
+from fundamentallm.distributed.dtensor import is_dense
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.training.muon import Muon
 
@@ -72,7 +73,7 @@ def _create(model: nn.Module, optimizer_type: str, numbers: dict[str, Any], opti
     lr, weight_decay = numbers["learning_rate"], numbers["weight_decay"]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = _decay_groups(parameters, weight_decay)
-    fused = all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in parameters)
+    fused = all(p.device.type in FUSED_DEVICES and p.is_floating_point() and is_dense(p) for p in parameters)
     adam = {"betas": (numbers["adam_beta1"], numbers["adam_beta2"]), "eps": numbers["adam_epsilon"], "fused": fused}
     if kind == "adamw":
         return AdamW(groups, lr=lr, **adam)
@@ -165,6 +166,37 @@ def make_optimizer(config: TrainingConfig, model: nn.Module) -> Optimizer:
     if config.parameter_groups:
         split_groups(optimizer, model, config.parameter_groups)
     return optimizer
+
+
+def check_layouts(model: nn.Module, optimizer: Optimizer) -> Optimizer:
+    """Returns the optimizer. Refuses parameters that it would update wrongly because of their memory layout.
+
+    Elements of an expanded tensor share memory. torch's fused kernels walk through memory, where a slice has gaps.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    name_of = {parameter: name for name, parameter in model.named_parameters()}
+    problems = [
+        f"the parameter {name_of.get(p, '')} has shape {tuple(p.shape)} and strides {p.stride()}, which "
+        + ("a fused optimizer cannot update" if group.get("fused") else "share memory")
+        + "; make it of tensor.contiguous()."
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if not is_dense(p) and (group.get("fused") or _overlaps(p))
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return optimizer
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    reach = 0  # of the dimensions so far, from the one with the smallest stride
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 MAX_NAMES_SHOWN = 3

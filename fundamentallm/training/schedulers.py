@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from fundamentallm.config.registry import resolve
 from fundamentallm.config.schema import SCHEDULE_NAMES, TrainingConfig
@@ -82,28 +82,30 @@ class StepSchedule(LambdaLR):
 
 
 class CallersSchedule:
-    """State of a schedule that the caller passed, with the momenta that it may have changed (OneCycleLR, CyclicLR).
-
-    The optimizer's saved state has no settings, since they come from the config. torch's schedules set momenta only
-    with their next step, which is one step too late after a resume.
-    """
-
-    MOMENTA = ("momentum", "betas")
+    """State of a schedule that the caller passed. Momenta that it changes (OneCycleLR) are the optimizer's state."""
 
     def __init__(self, scheduler: LRScheduler) -> None:
         self.scheduler = scheduler
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the schedule's own state, and the momenta of each group."""
-        groups = self.scheduler.optimizer.param_groups
-        momenta = [{name: group[name] for name in self.MOMENTA if name in group} for group in groups]
-        return {"schedule": self.scheduler.state_dict(), "momenta": momenta}
+        """Returns the schedule's own state."""
+        return {"schedule": self.scheduler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a saved state. Raises ValueError if the optimizer has another number of groups."""
+        """Restore a saved state."""
         self.scheduler.load_state_dict(state["schedule"])
-        for group, momenta in zip(self.scheduler.optimizer.param_groups, state["momenta"], strict=True):
-            group.update({name: momenta[name] for name in self.MOMENTA if name in momenta})
+        # Earlier versions saved momenta here. torch's schedules set them one step too late after a resume.
+        for group, momenta in zip(self.scheduler.optimizer.param_groups, state.get("momenta", ()), strict=False):
+            group.update({name: momenta[name] for name in ("momentum", "betas") if name in momenta})
+
+
+def advance(scheduler: LRScheduler, metric: float | None = None) -> None:
+    """Step a schedule after an optimizer step; with `metric`, after a validation, one that follows a metric."""
+    if isinstance(scheduler, ReduceLROnPlateau):
+        if metric is not None:
+            scheduler.step(metric)
+    elif metric is None:
+        scheduler.step()
 
 
 def create_scheduler(

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from fundamentallm.config.schema import IGNORE_INDEX
 from fundamentallm.data.sampler import derive_seed
+from fundamentallm.distributed.batches import StepBatch
 from fundamentallm.distributed.dtensor import full, seed_device
 from fundamentallm.errors import CheckpointError
+from fundamentallm.models.with_loss import ModelWithLoss
 from fundamentallm.training.guard import Guard, ModelGuard
 from fundamentallm.training.muon import Muon
 
@@ -26,7 +27,7 @@ class StepResult(NamedTuple):
     loss: Tensor
     """Sum over the targets."""
     num_targets: Tensor
-    """Targets that are not ignored."""
+    """Targets that count."""
     norm: Tensor
     """Norm of the gradient before clipping."""
 
@@ -36,7 +37,7 @@ class OptimizerStep:
 
     Args:
         accelerator: runs the backward pass and exchanges gradients.
-        model_with_loss: maps (inputs, targets) to the loss summed over targets, as `prepare_model` returned it.
+        model_with_loss: maps a batch to the loss summed over targets, as `prepare_model` returned it.
         optimizer: trains some or all of its parameters.
         guard: decides which steps to skip.
         max_norm: largest gradient norm; None: do not clip.
@@ -58,12 +59,13 @@ class OptimizerStep:
     ) -> None:
         self.accelerator, self.model_with_loss = accelerator, model_with_loss
         self.optimizer, self.guard, self.seed = optimizer, guard, seed
+        self.objective: ModelWithLoss = accelerator.unwrap_model(model_with_loss)
         self.max_norm = math.inf if max_norm is None else max_norm
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.is_updating = False
-        self.model_guard = ModelGuard(accelerator, accelerator.unwrap_model(model_with_loss))
+        self.model_guard = ModelGuard(accelerator, self.objective)
 
-    def __call__(self, step: int, inputs: Tensor, targets: Tensor, num_micro_batches: int) -> StepResult:
+    def __call__(self, step: int, batch: StepBatch) -> StepResult:
         """Train on this process's share of the batch of `step`, in micro-batches."""
         accelerator, model = self.accelerator, self.model_with_loss
         # Derived from the step, not carried on: a resumed run draws the same dropout masks.
@@ -71,28 +73,28 @@ class OptimizerStep:
 
         # Losses are sums over targets, divided once by the targets of the whole step, over all processes and
         # micro-batches. DDP and FSDP average gradients over processes, which num_processes undoes.
-        num_targets = accelerator.reduce((targets != IGNORE_INDEX).sum(), "sum")
-        scale = accelerator.num_processes / num_targets.clamp(min=1)
+        num_targets = accelerator.reduce(self.objective.count(batch), "sum")
+        divisor = num_targets.masked_fill(num_targets == 0, 1)
+        scale = accelerator.num_processes / divisor
         total = torch.zeros((), device=accelerator.device)
         self.model_guard.begin()
-        micro_batches = zip(
-            inputs.tensor_split(num_micro_batches), targets.tensor_split(num_micro_batches), strict=True
-        )
-        for index, (x, y) in enumerate(micro_batches, start=1):
+        for index, micro_batch in enumerate(batch.micro_batches(self.objective.trims), start=1):
             # Sharded gradients are exchanged with each micro-batch: kept until the last, they would be unsharded.
-            is_exchanged = index == num_micro_batches or accelerator.is_fsdp2
+            is_exchanged = index == batch.num_micro_batches or accelerator.is_fsdp2
             with nullcontext() if is_exchanged else accelerator.no_sync(model):
-                loss = model(x, y)
+                loss = model(micro_batch.content)
+                if micro_batch.rows == 0:  # padding only
+                    loss = loss * 0
                 accelerator.backward(loss * scale)
             total += loss.detach()
-        self.model_guard.check(num_micro_batches)
+        self.model_guard.check(batch.num_micro_batches)
         loss = accelerator.reduce(total, "sum")
 
         # What accelerator.clip_grad_norm_ does. That method itself compares the parameters with those of each prepared
         # model under FSDP2, which raises if there are two models, or if some parameters are frozen.
         accelerator.unscale_gradients(self.optimizer)
         norm = full(clip_grad_norm_(self.parameters, self.max_norm))
-        skip = self.guard.skips(step, loss / num_targets.clamp(min=1), norm)
+        skip = self.guard.skips(step, loss / divisor, norm)
         self.is_updating = True
         self._update(skip)
         self.model_guard.end(skip)

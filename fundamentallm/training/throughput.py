@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fundamentallm.config.schema import TrainingConfig
@@ -123,10 +124,14 @@ class Throughput:
 
 
 def make_throughput(config: TrainingConfig, accelerator: Accelerator, model: nn.Module, dataset: Any) -> Throughput:
-    """Returns the clock of a run over (inputs, targets). The peak comes from `config`, or from the device's name."""
+    """Returns the clock of a run over sequences. The peak comes from `config`, or from the device's name."""
     from fundamentallm.distributed.dtensor import device_name
 
     peak = config.peak_tflops or known_peak(device_name(accelerator.device), accelerator.mixed_precision)
     if peak is None:
         return Throughput()
-    return Throughput(peak * accelerator.num_processes, model_flops_per_token(model, len(dataset[0][0])))
+    sample = dataset[0]
+    inputs: Any = sample.get("input_ids") if isinstance(sample, Mapping) else sample[0]
+    if not hasattr(inputs, "__len__"):  # the cost of a target is not known
+        return Throughput()
+    return Throughput(peak * accelerator.num_processes, model_flops_per_token(model, len(inputs)))

@@ -23,7 +23,7 @@ from fundamentallm.checkpoint.optimizer_state import NamedOptimizerState
 from fundamentallm.checkpoint.reading import load_checkpoint
 from fundamentallm.config.schema import AFFECTS_SCHEDULE, FREE_ON_RESUME, Config, TrainingConfig
 from fundamentallm.data.datasets import fingerprint
-from fundamentallm.data.loaders import device_batches
+from fundamentallm.data.listed_order import unwrapped
 from fundamentallm.distributed.accelerator import leave_group
 from fundamentallm.distributed.dtensor import device_name
 from fundamentallm.distributed.host_group import HostGroup
@@ -31,10 +31,10 @@ from fundamentallm.distributed.prepare import place_model, prepare_model
 from fundamentallm.distributed.watchdog import Phase, Place, Watchdog
 from fundamentallm.errors import ConfigError
 from fundamentallm.models.transformers_format import model_files
-from fundamentallm.models.with_loss import ModelWithLoss
+from fundamentallm.models.with_loss import ModelWithLoss, Objective
 from fundamentallm.run.environment import environment
 from fundamentallm.run.progress import Progress
-from fundamentallm.run.resume import resume
+from fundamentallm.run.resume import check_tokenizer, resume
 from fundamentallm.run.saving import Saver, open_manager, saves_left
 from fundamentallm.run.session import Record, session
 from fundamentallm.run.state import RunState
@@ -47,17 +47,18 @@ from fundamentallm.training.arguments import (
     whole_config,
 )
 from fundamentallm.training.callbacks.base import Callback, CallbackList
-from fundamentallm.training.callbacks.from_config import default_callbacks
+from fundamentallm.training.callbacks.from_config import default_callbacks, log_path
 from fundamentallm.training.callbacks.trackers import TrackerCallback
 from fundamentallm.training.early_stopping import make_early_stopping
-from fundamentallm.training.ema import make_average
+from fundamentallm.training.ema import make_average, switch_to_training
 from fundamentallm.training.evaluation import evaluate
+from fundamentallm.training.first_batch import FirstBatches
 from fundamentallm.training.guard import Guard
-from fundamentallm.training.loss import create_loss
+from fundamentallm.training.loss import make_objective
 from fundamentallm.training.metrics import Metric, MetricTracker, further_metrics, peak_memory_gb
 from fundamentallm.training.micro_batch import make_micro_batch
-from fundamentallm.training.optimizers import freeze, make_optimizer
-from fundamentallm.training.schedulers import CallersSchedule, describe_curve, make_schedule
+from fundamentallm.training.optimizers import check_layouts, freeze, make_optimizer
+from fundamentallm.training.schedulers import CallersSchedule, advance, describe_curve, make_schedule
 from fundamentallm.training.step import OptimizerStep
 from fundamentallm.training.throughput import Throughput, make_throughput
 from fundamentallm.training.view import TrainerView
@@ -67,19 +68,23 @@ class Trainer(TrainerView):
     """Trains a model.
 
     Args:
-        model: maps inputs to logits (a tensor, or an output with `.logits`, as transformers' models give).
+        model: maps inputs to logits (a tensor, or an output with `.logits`, as transformers' models give), or mappings
+            to an output with a loss.
         config: how to train. A whole `Config` is stored in the checkpoints, and its `output_dir` gets everything
             that the run writes. With a `TrainingConfig` only `checkpoint_dir` is written to.
-        train_loader: yields `(inputs, targets)` from a map-style dataset. Its batch size is that of one optimizer
-            step over all devices. shuffle=True means the order that follows from the seed.
+        train_loader: yields `(inputs, targets)`, mappings with `labels`, or what `objective` takes, from a map-style
+            dataset. Its batch size is that of one optimizer step over all devices. shuffle=True means the order that
+            follows from the seed.
         val_loader: the same for validation. Its batch size changes no result.
         callbacks: all callbacks; None: a progress bar, log lines (in `output_dir`, if there is one), and
             a checkpoint of the best validation.
         optimizer: replaces the config's; over this model's parameters.
-        scheduler: replaces the config's; over that optimizer, stepped after every optimizer step.
+        scheduler: replaces the config's; over that optimizer, stepped after each step (ReduceLROnPlateau: validation).
         loss_fn: replaces the config's; maps (logits, targets) to the sum over targets.
-        validation_metrics: functions of (logits, targets) to (sum, count), by name, besides the config's. Each is
-            logged as val_NAME.
+        objective: replaces the loss: maps (model, batch) to the sum over targets, or to (sum, outputs). Its method
+            `num_targets(batch)` counts the targets; without one, each sample is a target.
+        validation_metrics: functions of (outputs, batch), of (logits, targets) for pairs, to (sum, count), by name,
+            besides the config's. Each is logged as val_NAME.
         accelerator: replaces the one that the Trainer would make.
 
     Raises:
@@ -96,14 +101,13 @@ class Trainer(TrainerView):
         >>> config = TrainingConfig(max_steps=40, learning_rate=0.1, log_every_n_steps=10)
         >>> trainer = Trainer(model, config, loader)
         >>> history = trainer.train()  # pandas.DataFrame(history) is a table
-        330 parameters in float32, 1 process on cpu, AdamW with peak learning rate 1.0e-01
-        40 steps of 4 sequences
+        training.checkpoint_dir is not set: nothing will be saved.
+        ...
         step 10/40 | loss ...
         >>> history["step"], history["train_loss"][-1] < 0.1
         ([10, 20, 30, 40], True)
         >>> trainer
         Trainer at step 40 of 40, epoch 20
-          model      Sequential, 330 parameters, precision no
         ...
     """
 
@@ -118,10 +122,11 @@ class Trainer(TrainerView):
         optimizer: Optimizer | None = None,
         scheduler: LRScheduler | None = None,
         loss_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+        objective: Objective | None = None,
         validation_metrics: Mapping[str, Metric] | None = None,
         accelerator: Accelerator | None = None,
     ) -> None:
-        is_whole, batch_size = isinstance(config, Config), getattr(train_loader, "batch_size", None)
+        is_whole, batch_size = isinstance(config, Config), unwrapped(train_loader)[1]
         config = whole_config(config, batch_size)
         self.output_dir = Path(config.output_dir) if is_whole else None
         self.accelerator, self.config = use_accelerator(accelerator, config, self.output_dir, batch_size)
@@ -136,10 +141,9 @@ class Trainer(TrainerView):
         )
 
         freeze(model, training.parameter_groups)
-        self.model, loss_fn = model, loss_fn or create_loss(training.loss, **training.loss_options)
+        self.model, with_loss = model, ModelWithLoss(model, *make_objective(training, loss_fn, objective))
         place_model(accelerator, model, training.seed, training.activation_checkpointing, self.say)
-        self.optimizer = optimizer or make_optimizer(training, model)
-        with_loss = ModelWithLoss(model, loss_fn)
+        self.optimizer = check_layouts(model, optimizer or make_optimizer(training, model))
         self.model_with_loss = prepare_model(accelerator, with_loss, self.optimizer, bool(training.compile))
         self.average = make_average(training, model, self.optimizer)
         self._has_own_schedule = scheduler is None
@@ -149,26 +153,22 @@ class Trainer(TrainerView):
             accelerator, self.model_with_loss, self.optimizer, self._guard, training.gradient_clip_norm, training.seed
         )
 
-        self.metrics, self.early_stopping = MetricTracker(), make_early_stopping(training)
-        self.micro_batch = make_micro_batch(training, accelerator)
+        self.group = HostGroup()
+        self._first_batches = FirstBatches(with_loss, accelerator, self.group, self.say)
+        self.early_stopping, self.micro_batch = make_early_stopping(training), make_micro_batch(training, accelerator)
         default = default_callbacks(self.config, self.output_dir, val_loader is not None)
         self.callbacks = CallbackList(default if callbacks is None else callbacks)
+        self.metrics = MetricTracker(log_path(self.callbacks.callbacks))
         if accelerator.log_with:
             self.callbacks.add(TrackerCallback())
         self.files: dict[str, str] = {}  # further text files of each checkpoint, which replace those made for it
         self.state = RunState(self._parts(), asdict(self.config if self.output_dir else training))
-        self.group = HostGroup()
-        self.saver = Saver(open_manager(training, self.is_sharded), self.state, self.group, self._files_of_checkpoint)
-        self.stop_switch = StopSwitch(training.max_minutes)
-        self.phase = Phase.STARTING
+        files = lambda: model_files(model, train_loader.dataset) | self.files  # noqa: E731
+        self.saver = Saver(open_manager(training, self.is_sharded), self.state, self.group, files)
+        self.stop_switch, self.phase = StopSwitch(training.max_minutes), Phase.STARTING
         self.was_rewound = False  # True if the run returned to an earlier checkpoint and replaces what came after it
         self._record = Record(self.output_dir if self.is_main_process else None, self._position)
-        self._throughput = Throughput()
-        self._started, self._first_step = False, 0
-        self._compiled: set[str] = set()  # of "step" and "validation", those whose compilation was reported
-
-    def _files_of_checkpoint(self) -> dict[str, str]:
-        return model_files(self.model, self.train_loader.dataset) | self.files
+        self._throughput, self._started, self._first_step, self._compiled = Throughput(), False, 0, set()
 
     def _parts(self) -> dict[str, Any]:
         """Returns everything that changes because of training, by name."""
@@ -219,11 +219,10 @@ class Trainer(TrainerView):
                     self.save_checkpoint()  # which failed when the run ended
                 self.say(self._describe_finished_run())
                 return self.history
-            left = self.total_steps - self.global_step
-            self.saver.check_room(saves_left(self.config.training, left, self.steps_per_epoch))
+            first = self.global_step
+            self.saver.check_room(saves_left(self.config.training, self.total_steps - first, self.steps_per_epoch))
             if self.micro_batch is not None:
-                first = self.global_step
-                batches = device_batches(self.train_loader, self.samples, first, first + 1, self.accelerator.device)
+                batches = self._first_batches.load(self.train_loader, self.samples, first, first + 1)
                 samplers = [sampler for sampler in (self.samples, self.val_samples) if sampler is not None]
                 found = self.micro_batch.settle(
                     self.optimizer_step, batches, samplers, self.group, self.validation_metrics
@@ -248,20 +247,21 @@ class Trainer(TrainerView):
         progress, callbacks, step = self._progress, self.callbacks, self.optimizer_step
         if progress.validation_due and self._finish_step():
             return
-        device, log_every = self.accelerator.device, self.config.training.log_every_n_steps
+        log_every = self.config.training.log_every_n_steps
         self.phase = Phase.LOADING
-        for batch in device_batches(self.train_loader, self.samples, progress.step, self.total_steps, device):
+        for batch in self._first_batches.load(self.train_loader, self.samples, progress.step, self.total_steps, True):
             self.phase = Phase.COMPUTING
             if self._is_at_epoch or progress.step == self._first_step:
                 callbacks.on_epoch_begin(self)
             callbacks.on_step_begin(self)
             learning_rate = float(self.scheduler.get_last_lr()[0])
             started = time.perf_counter()
-            result = step(progress.step, batch.inputs, batch.targets, batch.micro_batches)
+            result = step(progress.step, batch)
             self._report_compilation("step", time.perf_counter() - started)
-            self.scheduler.step()
+            advance(self.scheduler)
             progress.count(result.loss, result.num_targets)
             step.is_updating = False
+            self.saver.check_first_step()
             if callbacks.wants_step_loss:  # the host waits for the device
                 callbacks.on_step_end(self, (result.loss / result.num_targets).item())
             is_logged = progress.step % log_every == 0 or progress.step == self.total_steps
@@ -304,7 +304,7 @@ class Trainer(TrainerView):
         line = {
             "step": step,
             "epoch": self.epochs_done,
-            "samples": self.samples.samples_before(step),
+            "samples": self.samples.samples_seen(step),
             "tokens": tokens,
             "train_loss": loss,
             "learning_rate": learning_rate,
@@ -318,12 +318,6 @@ class Trainer(TrainerView):
         line |= speed | ({} if memory is None else {"memory_gb": memory}) | self.callbacks.measure(self)
         self.callbacks.on_log(self, line)
         self._guard.raise_if_stopped(bad_in_a_row)
-
-    def _report_compilation(self, what: str, seconds: float) -> None:
-        """Prints how long the first step or validation took, if it was compiled."""
-        if self.config.training.compile and what not in self._compiled:
-            self._compiled.add(what)
-            self.say(f"the first {what} took {seconds:.1f} s, with compilation")
 
     def validate(self) -> dict[str, float]:
         """Returns the loss over every target of the validation data, whatever its batch size and the device count.
@@ -346,7 +340,9 @@ class Trainer(TrainerView):
             raise ConfigError("There is no val_loader; give the Trainer one.")
         data = self.val_loader, self.val_samples, self.accelerator
         with self.averaged_weights():
-            return evaluate(self.model_with_loss, *data, is_interrupted, self.validation_metrics)
+            return evaluate(
+                self.model_with_loss, *data, is_interrupted, self.validation_metrics, self._first_batches.load
+            )
 
     def _validate_in_training(self) -> bool:
         """Validates. Returns False if a signal or the clock interrupted it; it then comes first on resume."""
@@ -361,6 +357,7 @@ class Trainer(TrainerView):
             return False
         self._progress.validation_due = False
         self.metrics.update({"val_step": self.global_step, **metrics})
+        advance(self.scheduler, metrics[self.config.training.early_stopping_metric])
         patience = self.early_stopping
         if patience is not None and patience.step(metrics[patience.metric]):
             self.request_stop(patience.describe())
@@ -398,12 +395,13 @@ class Trainer(TrainerView):
         if choice.origin is not None:
             self._progress.origin = str(choice.origin)
         self.was_rewound = choice.is_rewound
+        self._say_how_to_start_over(is_resumed=choice.path is not None)
         return choice.path
 
     def _restore(self, saved: dict[str, Any], where: Path) -> None:
+        check_tokenizer(where, self.train_loader.dataset)
         restored = self.state.load(saved, where, self.config.training.resume_changes, FREE_ON_RESUME)
-        for line in restored.messages:
-            self.say(line)
+        self.say("\n".join(restored.messages))
         self._fit_schedule()
         if self.micro_batch is not None and restored.changed:
             self.micro_batch.size = None  # another one may fit
@@ -429,6 +427,7 @@ class Trainer(TrainerView):
         self._first_step = self.global_step
         self.saver.forget_requests()
         self.model_with_loss.train()
+        switch_to_training(self.optimizer)
         self.model.zero_grad()  # what a caller, or a step that raised, may have left
         self.callbacks.on_train_begin(self)
         training, data = self.config.training, self.train_loader.dataset

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from weakref import WeakSet
 
 from accelerate import Accelerator
 from torch import nn
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from fundamentallm.checkpoint.manager import CheckpointManager
 from fundamentallm.config.schema import Config
 from fundamentallm.data.sampler import StepSampler
-from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.errors import ConfigError, Problem, printable
 from fundamentallm.run.environment import command
 from fundamentallm.run.progress import Progress
 from fundamentallm.run.saving import Saver
@@ -27,6 +28,8 @@ from fundamentallm.training.ema import WeightAverage
 from fundamentallm.training.metrics import MetricTracker
 from fundamentallm.training.schedulers import StepSchedule
 from fundamentallm.training.throughput import Throughput
+
+_trained: WeakSet[nn.Module] = WeakSet()  # models of all runs of this process
 
 
 class TrainerView:
@@ -48,6 +51,7 @@ class TrainerView:
     stop_switch: StopSwitch
     total_steps: int
     _throughput: Throughput
+    _compiled: set[str]  # of "step" and "validation", those whose compilation was reported
 
     @property
     def _progress(self) -> Progress:
@@ -157,7 +161,21 @@ class TrainerView:
     def say(self, text: str) -> None:
         """Prints a line beside the progress bar, on the main process only."""
         if self.is_main_process:
-            tqdm.write(text.encode(errors="backslashreplace").decode())  # a path may hold bytes that are not UTF-8
+            tqdm.write(printable(text))
+
+    def _report_compilation(self, what: str, seconds: float) -> None:
+        """Prints how long the first step or validation took, if it was compiled."""
+        if self.config.training.compile and what not in self._compiled:
+            self._compiled.add(what)
+            self.say(f"the first {what} took {seconds:.1f} s, with compilation")
+
+    def _say_how_to_start_over(self, is_resumed: bool) -> None:
+        """Says so if the run does not start from scratch: a notebook's cell may have been run again."""
+        if is_resumed and not self.is_finished:
+            self.say("To start over, choose another output_dir (or checkpoint_dir).")
+        elif self.model in _trained and not is_resumed:
+            self.say("This model was trained before: the run starts from its weights. To start over, make a new model.")
+        _trained.add(self.model)
 
     def describe_stop(self) -> str:
         """Returns where and why the run stopped, where it is saved, and how to resume it."""

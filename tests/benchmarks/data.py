@@ -37,7 +37,7 @@ from fundamentallm.train import make_trainer
 from tests.conftest import reset_accelerate
 from tests.integration.runs import prose
 
-QUICK_START = ["--config", "examples/quickstart.yaml"]
+QUICK_START = ["--config", "quickstart"]
 LENGTH, BATCH, STEPS = 128, 16, 2000
 """Tokens of a sequence and sequences of a batch as in the quick start; batches to time."""
 EVERY = 10

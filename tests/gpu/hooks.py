@@ -173,13 +173,12 @@ class ModelAlone(Hook):
 
     def on_train_end(self, trainer: Trainer) -> None:
         device, model = trainer.accelerator.device, trainer.model_with_loss
-        inputs, targets, parts, _ = next(device_batches(trainer.train_loader, trainer.samples, 0, 1, device))
-        pairs = list(zip(inputs.tensor_split(parts), targets.tensor_split(parts), strict=True))
+        batch = next(device_batches(trainer.train_loader, trainer.samples, 0, 1, device))
         for count in (2, self.times):  # the first round warms up
             started = now(device)
             for _ in range(count):
-                for x, y in pairs:
-                    trainer.accelerator.backward(model(x, y))
+                for micro_batch in batch.micro_batches():
+                    trainer.accelerator.backward(model(micro_batch.content))
                 trainer.model.zero_grad()
             self.seen = {"seconds": (now(device) - started) / count}
         super().on_train_end(trainer)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from fundamentallm import CheckpointError, ConfigError, Trainer, TrainingConfig
 from fundamentallm.commands import checkpoints
+from fundamentallm.commands.evaluate import main as evaluate
 from fundamentallm.config.schema import FREE_ON_RESUME, Config, DataConfig, ModelConfig
 from fundamentallm.train import make_trainer as make_from_config
 from tests.conftest import reset_accelerate
@@ -25,6 +26,7 @@ from tests.integration.runs import (
     make_trainer,
     prose,
     weights,
+    without_curves,
 )
 from tests.integration.test_training_loop import Bigram
 
@@ -93,6 +95,49 @@ def test_resume_with_a_changed_text_is_refused(tmp_path: Path) -> None:
         (tmp_path / "moved.txt").write_text(changed)
         with pytest.raises(ConfigError, match=r"data\.content is"):
             make_from_config(moved).train()
+
+
+@pytest.mark.parametrize("spec", ["bpe:300", "char"])
+def test_run_keeps_the_tokenizer_it_began_with(tmp_path: Path, spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(spec: str, *may_change: str, steps: int = 5, **model: Any) -> Trainer:
+        config = from_text(tmp_path, tokenizer=spec, suffixes=[".txt"])
+        data = dataclasses.replace(config.data, source=str(tmp_path / "*.txt"))
+        training = dataclasses.replace(config.training, resume_changes=list(may_change), max_steps=steps)
+        shape = dataclasses.replace(config.model, **model)
+        reset_accelerate()
+        trainer = make_from_config(dataclasses.replace(config, data=data, training=training, model=shape).resolved())
+        without_curves(trainer).train()
+        return trainer
+
+    before = start(spec).train_loader.dataset.tokenizer.to_str()
+    (tmp_path / "more.txt").write_text("zq " * 3_000)
+    with pytest.raises(ConfigError, match=r"data\.content"):
+        start(spec)
+    again = start(spec, "data", "training", steps=6)
+    assert again.train_loader.dataset.tokenizer.to_str() == before
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert evaluate(["--checkpoint", str(tmp_path / "old/checkpoints/step_00000006")], "evaluate") == 0
+    for other in ("bpe:290", "byte"):
+        with pytest.raises(ConfigError) as error:
+            start(other, "data", "model", "training")
+        assert [problem.setting for problem in error.value.problems] == ["data.tokenizer"]
+    size = again.model.config.vocab_size + 7
+    with pytest.raises(ConfigError) as error:
+        start(spec, "data", "training", "model.vocab_size", vocab_size=size)
+    (problem,) = error.value.problems
+    assert problem.setting == "model.vocab_size"
+    assert "resume_changes" not in problem.advice
+    if spec == "char":
+        (tmp_path / "more.txt").write_text("漢" * 3_000)
+        with pytest.raises(ConfigError, match=r"more\.txt, line 1 has '漢'"):
+            start(spec, "data")
+
+
+def test_trainer_refuses_a_checkpoint_of_another_tokenizer(tmp_path: Path) -> None:
+    make_trainer(make_config(tmp_path), callbacks=[StopAt(2)]).train()
+    with pytest.raises(ConfigError) as error:
+        make_trainer(make_config(tmp_path, resume_changes=["data", "model"]), tokenizer_spec="byte").train()
+    assert [problem.setting for problem in error.value.problems] == ["data.tokenizer"]
 
 
 def test_resume_lists_free_changes_and_accepts_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

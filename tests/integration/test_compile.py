@@ -124,7 +124,7 @@ def test_a_stopped_compiled_run_goes_on_to_the_bit(tmp_path: Path, capsys: pytes
     whole.train()
     said = capsys.readouterr().out
     assert said.count("the first step took ") == 1
-    assert said.index("the first step took ") < said.index("step 1 ")
+    assert said.index("the first step took ") < said.index("step 1/")
     assert not any("_orig_mod" in name for name in weights(whole))
     trainer_in(tmp_path / "broken", StopAt(3)).train()
     torch._dynamo.reset()  # what a process that begins has not got either
@@ -145,9 +145,9 @@ def test_nothing_breaks_the_graph_of_model_and_loss(loss: str, vocabulary: int, 
         model.gradient_checkpointing_enable()
     whole = ModelWithLoss(model, create_loss(loss))
     ids = torch.randint(vocabulary, (40, 16))  # more than a chunk
-    expected = whole(ids, ids)
+    expected = whole((ids, ids))
     whole.compile(backend="eager", fullgraph=True)
-    assert whole(ids, ids).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert whole((ids, ids)).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_compile_in_place_compiles_each_shape_and_sets_no_global_limit() -> None:

@@ -147,6 +147,44 @@ def test_checkpoint_is_a_pretrained_model(run: Run, folders: dict[str, Path], tm
     assert trainer.global_step == 0
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "manifest.json"])
+def test_damaged_checkpoint_is_no_pretrained_model(
+    run: Run, folders: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    damaged = shutil.copytree(run.checkpoint, tmp_path / "damaged")
+    content = bytearray((damaged / name).read_bytes())
+    content[-3] ^= 1
+    (damaged / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=name):
+        start(config({**folders, "old": damaged}, "old", tmp_path / "new"))
+    (damaged / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
+        start(config({**folders, "old": damaged}, "old", tmp_path / "new"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_token_without_a_row_and_own_end_of_text(folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    folder = shutil.copytree(folders[kind], tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<{index}>" for index in range(8)]})
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})  # the model has 308 rows
+    tokenizer.save_pretrained(folder)
+    assert tokenizer.pad_token_id == 308
+    made = config({**folders, kind: folder}, kind, tmp_path / "run", max_steps=1)
+    made = dataclasses.replace(made, data=dataclasses.replace(made.data, end_of_text="<0>"))
+    start(made).train()
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000001"
+    again = AutoTokenizer.from_pretrained(checkpoint)
+    assert (again.eos_token, again.pad_token, again.model_max_length) == ("<0>", "<pad>", 77)
+    assert AutoModelForCausalLM.from_pretrained(checkpoint).generation_config.eos_token_id == [300, 3]
+    text = tmp_path / "padded.txt"
+    text.write_text(prose() + "<pad>")
+    with pytest.raises(ConfigError) as error:
+        start(dataclasses.replace(made, data=dataclasses.replace(made.data, source=str(text))))
+    assert [problem.setting for problem in error.value.problems] == ["model.vocab_size"]
+    assert "<pad>" in error.value.problems[0].reason
+
+
 def test_generate_takes_a_run_and_a_model_folder(
     run: Run, folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

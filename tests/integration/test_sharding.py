@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.multiprocessing import ProcessExitedException
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
 import fundamentallm.checkpoint.manager as checkpoint_module
@@ -51,6 +52,7 @@ from fundamentallm.models.with_loss import ModelWithLoss
 from fundamentallm.run.folder import LOCK
 from fundamentallm.training.optimizers import create_optimizer
 from tests.integration.runs import (
+    PartlyIgnored,
     StopAt,
     assert_same_weights,
     lines,
@@ -448,6 +450,28 @@ def test_a_sharded_run_goes_on_to_the_bit(tmp_path: Path, optimizer: str) -> Non
     for name, moments in one[OPTIMIZER_KEY]["state"].items():
         assert_same_weights(moments, other[OPTIMIZER_KEY]["state"][name])
     assert timeless(lines(tmp_path / "parts")) == timeless(lines(tmp_path / "whole"))
+
+
+def column_major(processes: int, folder: str, is_sharded: bool) -> None:
+    """A run with matrices in another memory layout, in two parts."""
+    config, loader = make_config(folder, optimizer="muon", max_steps=4), DataLoader(PartlyIgnored(), batch_size=8)
+    accelerator = sharded_accelerator() if is_sharded else None
+    for stop_at in (2, 4):
+        torch.manual_seed(0)
+        model = Transformer(replace(config.model, vocab_size=20))
+        for parameter in model.parameters():
+            parameter.data = parameter.data.t().contiguous().t() if parameter.ndim == 2 else parameter.data
+        log = LoggingCallback(Path(folder) / "metrics.jsonl")
+        trainer = Trainer(model, config, loader, None, [log, StopAt(stop_at)], accelerator=accelerator)
+        trainer.train()
+        assert (trainer.accelerator.num_processes, trainer.global_step) == (processes, stop_at)
+
+
+def test_sharded_run_of_any_memory_layout_has_the_same_losses(tmp_path: Path) -> None:
+    for processes, is_sharded in ((1, False), (2, True)):
+        on_processes(processes, column_major, str(tmp_path / str(processes)), is_sharded)
+    one, two = ([line["train_loss"] for line in lines(tmp_path / name)] for name in ("1", "2"))
+    assert two == pytest.approx(one, rel=1e-5)
 
 
 def begin_from(processes: int, folder: str, checkpoint: str, is_sharded: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import io
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from fundamentallm.config import files
 from fundamentallm.config.schema import BUILT_IN_CORPUS, DataConfig
@@ -264,9 +265,83 @@ def test_default_cache_is_the_users(tmp_path: Path, cache: Path, monkeypatch: py
 
 def test_unknown_characters_are_named(load: Load, cache: Path, tmp_path: Path) -> None:
     tokenizer = save_tokenizer(tmp_path / "mine.json", "ab\n", unknown="<unk>")
-    problem = problem_of(load, "ab\n" * 100 + "a漢b\nabéab\n" + "ab\n" * 100, tokenizer=tokenizer)
-    assert problem.value == ["é", "漢"]
+    text = "ab\n" * 100 + "a漢b\nabéab\n" + "ab\n" * 100
+    problem = problem_of(load, text, tokenizer=tokenizer)
+    assert problem.setting == "data.source"
+    assert f"{tmp_path / 'source.txt'}, line 101 has 'é', '漢'" in problem.reason
     assert entries(cache) == []
+    made = load(text, tokenizer=tokenizer, unknown_tokens=True)
+    assert sum(part.count(3) for part in tokens_of(made)) == sum(made.sources[0].counts.values()) == 2
+
+
+def save_rows(path: Path, rows: list[dict[str, str]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("prompts", [False, True])
+def test_row_with_an_unknown_character_is_bad(load: Load, tmp_path: Path, prompts: bool) -> None:
+    path = tmp_path / "mine.json"
+    tokenizer = create_tokenizer("char", "abc", end_of_text="<end>")
+    tokenizer.save(str(path))
+    texts = [("a", "ab"), ("漢", "ab"), ("b", "漢"), ("c", "ba")]
+    rows = save_rows(tmp_path / "rows.jsonl", [{"ask": ask, "text": text} for ask, text in texts])
+    given = {"tokenizer": str(path), "end_of_text": "<end>", "train_split": 1.0}
+    given |= {"prompt_field": "ask"} if prompts else {}
+    bad = 2 if prompts else 1
+    made = load(rows, max_bad_rows=bad, **given)
+    assert tokens_of(made)[0] == tokenizer.encode("aab<end>cba<end>" if prompts else "ab<end>ab<end>ba<end>").ids
+    assert made.sources[0].bad_rows == bad
+    assert "line 3 has '漢'" in (made.sources[0].folder / "bad_rows.txt").read_text()
+    assert problem_of(load, rows, max_bad_rows=bad - 1, **given).setting == "data.source"
+
+
+CHAT = "<|im_start|>a<|im_end|>"
+
+
+@pytest.mark.parametrize(("setting", "as_text"), [(None, False), ("tokens", False), ("text", True)])
+def test_special_tokens_of_a_given_tokenizer(load: Load, tmp_path: Path, setting: str | None, as_text: bool) -> None:
+    tokenizer = create_tokenizer("byte", end_of_text="<|im_end|>")
+    tokenizer.add_special_tokens(["<|im_start|>"])
+    tokenizer.save(str(tmp_path / "mine.json"))
+    rows = save_rows(tmp_path / "rows.jsonl", [{"text": CHAT}] * 2)
+    given = {"tokenizer": str(tmp_path / "mine.json"), "end_of_text": "<|im_end|>", "train_split": 1.0}
+    made = load(rows, **given, **({} if setting is None else {"special_tokens": setting}))
+    tokenizer.encode_special_tokens = as_text
+    assert tokens_of(made)[0] == [*tokenizer.encode(CHAT).ids, 256] * 2
+    assert made.tokenizer.encode(CHAT).ids == tokenizer.encode(CHAT).ids
+    assert sum(made.sources[0].counts.values()) == 4 * as_text
+
+
+def test_special_token_of_a_made_tokenizer_is_text(load: Load) -> None:
+    made = load("a<end>b", end_of_text="<end>", train_split=1.0)
+    assert tokens_of(made)[0] == [*create_tokenizer("byte").encode("a<end>b").ids, 256]
+    assert list(made.sources[0].counts.values()) == [1]
+
+
+def test_ids_with_gaps_have_a_size_by_the_largest(load: Load, tmp_path: Path) -> None:
+    vocabulary = {"a": 0, "b": 70_000}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(tmp_path / "mine.json"))
+    made = load("abba", tokenizer=str(tmp_path / "mine.json"), train_split=0.5)
+    assert tokens_of(made) == [[0, 70_000], [70_000, 0]]
+    assert made.sources[0].validation.num_bytes == 1
+    np.save(tmp_path / "tokens.npy", np.array([0, 70_000]))
+    assert tokens_of(load(tmp_path / "tokens.npy", tokenizer=str(tmp_path / "mine.json"))) == [[0], [70_000]]
+
+
+def test_text_that_a_tokenizer_normalises_is_known(load: Load, tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "caf": 1, "##e": 2, "fin": 3}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "mine.json"))
+    settings = {"tokenizer": str(tmp_path / "mine.json"), "train_split": 1.0}
+    assert tokens_of(load("Café ﬁn", **settings))[0] == [1, 2, 3]
+    assert "'漢'" in problem_of(load, "Café 漢", **settings).reason
+    assert "'" + "fin" * 50 + "'" in problem_of(load, "fin" * 50, **settings).reason  # longer than a word may be
 
 
 @pytest.mark.parametrize("byte_level", [False, True])
@@ -278,7 +353,10 @@ def test_characters_are_not_dropped_silently(load: Load, tmp_path: Path, byte_le
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         tokenizer.save(str(path))
-    assert problem_of(load, "abzab" * 20, tokenizer=str(path)).value == ["z"]
+    for allowed in (False, True):  # there is no unknown token to allow
+        problem = problem_of(load, "abzab" * 20, tokenizer=str(path), unknown_tokens=allowed)
+        assert "line 1 has 'z'" in problem.reason
+        assert "unknown_tokens" not in problem.advice
 
 
 def test_empty_text_is_refused(load: Load, cache: Path) -> None:

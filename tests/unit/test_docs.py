@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
 from torch import Tensor
 
 import fundamentallm
 from fundamentallm import CheckpointManager
+from fundamentallm.__main__ import VERBS
 from fundamentallm.config.command_line import parse_config, settings
 from fundamentallm.config.schema import Config
 from tests.unit.test_architecture import ROOMS
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SETTINGS = {name for name, _, _, _ in settings(Config)}
+
+
+def generate() -> ModuleType:
+    """Returns the module docs/generate.py."""
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs/generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_generated_pages_are_as_the_source_says() -> None:
+    stale = [str(path.relative_to(ROOT)) for path in generate().out_of_date()]
+    assert stale == [], "run python docs/generate.py"
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -37,16 +56,32 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_site_settings_page_lists_every_setting(site: Path) -> None:
-    page = (site / "settings" / "index.html").read_text()
-    assert {name for name in SETTINGS if f"<code>{name}</code>" not in page} == set()
+def test_settings_page_lists_every_setting() -> None:
+    page = (ROOT / "docs/settings.md").read_text()
+    assert {name for name in SETTINGS if f"| `{name}` |" not in page} == set()
 
 
-def test_site_api_page_documents_every_public_name(site: Path) -> None:
-    page = (site / "api" / "index.html").read_text()
-    assert [name for name in fundamentallm.__all__ if f'id="fundamentallm.{name}"' not in page] == []
+def test_api_page_documents_every_public_name_trainer_first() -> None:
+    page = (ROOT / "docs/api.md").read_text()
+    names = re.findall(r"^### (\w+)$", page, flags=re.MULTILINE)
+    assert sorted(names) == fundamentallm.__all__
+    assert names[0] == "Trainer"
     assert "Newton" not in page  # from the docstring of a private function
-    assert "numbers = torch" in re.sub(r"<[^>]+>", "", page)
+    assert "numbers = torch" in page
+
+
+def test_command_pages_show_the_help_of_every_verb() -> None:
+    assert {page.stem for page in (ROOT / "docs/commands").glob("*.md")} == VERBS.keys()
+    page = (ROOT / "docs/commands/checkpoints.md").read_text()
+    assert "usage: fundamentallm checkpoints verify" in page
+
+
+def test_site_headings_are_linked_and_code_is_highlighted(site: Path) -> None:
+    page = (site / "tutorial/index.html").read_text()
+    headings = re.findall(r"<h2.*?</h2>", page)
+    assert headings
+    assert [heading for heading in headings if 'class="headerlink"' not in heading] == []
+    assert '<span class="nt">model</span>' in page  # a key of YAML
 
 
 def test_site_loads_nothing_from_other_servers(site: Path) -> None:
@@ -54,14 +89,14 @@ def test_site_loads_nothing_from_other_servers(site: Path) -> None:
     assert re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=\"https?:[^\"]+", text) == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_page_links_to_files_that_exist(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)|(?:src|srcset)=\"([^\"]+)\"", page.read_text())
     paths = [one or other for one, other in targets]
     assert [path for path in paths if "://" not in path and not (page.parent / path).exists()] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_page_names_settings_and_files_that_exist(page: Path) -> None:
     text = page.read_text()
     named = set(re.findall(r"`(?:--)?((?:model|data|training)\.\w+)\b(?!\()", text))
@@ -72,7 +107,7 @@ def test_page_names_settings_and_files_that_exist(page: Path) -> None:
     assert [file for file in files if not (ROOT / file).exists()] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_page_python_compiles_and_imports_public_names(page: Path) -> None:
     for block in blocks(page, "python"):
         compile(block, str(page), "exec")
@@ -80,7 +115,7 @@ def test_page_python_compiles_and_imports_public_names(page: Path) -> None:
             assert {name for name in re.split(r"[,\s]+", names) if name} <= {*fundamentallm.__all__}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_page_yaml_is_a_valid_config(page: Path, tmp_path: Path) -> None:
     for block in blocks(page, "yaml"):
         (tmp_path / "config.yaml").write_text(block)
@@ -90,6 +125,13 @@ def test_page_yaml_is_a_valid_config(page: Path, tmp_path: Path) -> None:
 def test_contributing_lists_the_rooms_in_order() -> None:
     (rooms,) = re.findall(r"^## Rooms\n(.*?)^## ", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE | re.DOTALL)
     assert re.findall(r"^\| `(\w+)` \|", rooms, flags=re.MULTILINE) == [*ROOMS]
+
+
+def test_quickstart_in_the_tutorial_is_the_packaged_one() -> None:
+    shown = yaml.safe_load(blocks(ROOT / "docs/tutorial.md", "yaml")[0])
+    packaged = yaml.safe_load((ROOT / "fundamentallm/config/quickstart.yaml").read_text())
+    for section, values in shown.items():
+        assert values == packaged[section] or values.items() <= packaged[section].items()
 
 
 def test_tutorial_and_numerics_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

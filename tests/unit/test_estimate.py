@@ -91,7 +91,7 @@ def test_step_flops_equal_the_count_of_torch(options: dict[str, Any]) -> None:
     inputs = torch.zeros(3, 24, dtype=torch.int64)
     # With attention as matrix products, since torch does not count its CPU kernel.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        ModelWithLoss(Transformer(config.model), create_loss())(inputs, inputs).backward()
+        ModelWithLoss(Transformer(config.model), create_loss())((inputs, inputs)).backward()
     assert step_flops(config) == counter.get_total_flops()
     assert tokens_per_step(config) == inputs.numel()
 
@@ -150,7 +150,7 @@ def rows_of(text: str) -> list[tuple[str, str]]:
 
 
 def test_estimate_quickstart_writes_nothing(estimate: Command, tmp_path: Path) -> None:
-    code, out, err = estimate("--config", str(ROOT / "examples/quickstart.yaml"))
+    code, out, err = estimate("--config", "quickstart")
     assert (code, err) == (0, "")
     vocabulary = load_corpus(DataConfig()).tokenizer.get_vocab_size()
     shape = ModelConfig(vocab_size=vocabulary, d_model=128, num_heads=4, num_layers=4).resolved()

@@ -8,20 +8,25 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer
 
 from fundamentallm.__main__ import main
 from fundamentallm.checkpoint.manager import CheckpointManager
 from fundamentallm.checkpoint.snapshot import MODEL_KEY
+from fundamentallm.commands import evaluate
 from fundamentallm.commands import generate as command
 from fundamentallm.config.schema import ModelConfig
-from fundamentallm.data.tokenizers import create_tokenizer
-from fundamentallm.errors import CheckpointNotFoundError, ConfigError, FundamentaLLMError
+from fundamentallm.data.datasets import TokenDataset
+from fundamentallm.data.tokenizers import create_tokenizer, num_ids
+from fundamentallm.errors import CheckpointError, CheckpointNotFoundError, ConfigError, FundamentaLLMError, report
 from fundamentallm.inference.generation import Sampling, generate, generate_batch
 from fundamentallm.inference.loading import find_checkpoint, load_model
 from fundamentallm.models.transformer import Transformer
+from fundamentallm.models.transformers_format import model_files
 from tests.conftest import problem_of
 
 CONTEXT = 8
@@ -396,6 +401,60 @@ def test_command_names_a_checkpoint_that_does_not_fit(
     path = save(tmp_path, create_tokenizer("char", TEXT), seed=1, num_hidden_layers=3)
     assert fails(monkeypatch, path) == 1
     assert str(path) in capsys.readouterr().err
+
+
+def test_load_model_refuses_a_checkpoint_without_manifest(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = save(tmp_path, tokenizer, seed=1)
+    (path / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
+        load_model(path)
+
+
+def test_only_ids_without_a_row_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = tokenizer.get_vocab_size()
+    model = make(1, rows)
+    tokenizer.add_special_tokens(["<pad>"])
+    files = {"config.json": json.dumps(model.transformers_config(CONTEXT)), "tokenizer.json": tokenizer.to_str()}
+    path = CheckpointManager(tmp_path).save({MODEL_KEY: model.state_dict()}, "one", files=files)
+    assert run(path, "--prompt", "to", "--max_new_tokens", "3") == 0
+    problem = problem_of(run, path, "--prompt", "to<pad>")
+    assert (problem.setting, problem.reason) == ("prompt", f"with the id {rows}")
+    (tmp_path / "text.txt").write_text("to<pad>")
+    arguments = ["--checkpoint", str(path), "--source", str(tmp_path / "text.txt")]
+    assert problem_of(evaluate.main, arguments, "").reason == f"with the id {rows}"
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_prompt_reads_special_tokens_as_training_did(tokenizer: Tokenizer, tmp_path: Path, as_text: bool) -> None:
+    tokenizer.add_special_tokens(["<to>"])
+    tokenizer.encode_special_tokens = as_text
+    dataset = TokenDataset(np.arange(9), 8, tokenizer)
+    model = make(1, num_ids(tokenizer))
+    path = CheckpointManager(tmp_path).save({MODEL_KEY: model.state_dict()}, "one", files=model_files(model, dataset))
+    theirs, ours = AutoTokenizer.from_pretrained(path), load_model(path).tokenizer
+    ids = tokenizer.encode("be<to>").ids
+    assert len(ids) == (6 if as_text else 3)
+    assert ours.encode("be<to>").ids == theirs("be<to>")["input_ids"] == ids
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_command_shows_control_characters_on_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, is_terminal: bool
+) -> None:
+    path = save(tmp_path, create_tokenizer("char", "\x1b[2J\x9b\u202e e\u3000\t\n"), seed=1)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: is_terminal)
+    for flags in ([], ["--prompt", "e"], ["--json"]):
+        assert run(path, "--prompt", "\x1b[2J", "--temperature", "9", *flags) == 0
+        out = capsys.readouterr().out
+        raw = [character for character in out if not (character.isprintable() or character in "\n\t\u3000")]
+        assert bool(raw) == (not is_terminal)
+        if "--json" in flags:
+            assert json.loads(out)["prompt"] == "\x1b[2J"
+
+
+def test_report_shows_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    report(FundamentaLLMError("'\x1b]0;mine\x07\x9b2J\udcff.txt'\n\tनमस्ते\u200d 👩\u200d🚀"))
+    assert capsys.readouterr().err == "error: '\\x1b]0;mine\\x07\\x9b2J\\udcff.txt'\n\tनमस्ते\u200d 👩\u200d🚀\n"
 
 
 def test_generate_refuses_nan(model: Transformer) -> None:

@@ -24,6 +24,8 @@ from hypothesis import strategies as st
 
 from fundamentallm import LoggingCallback, SaveBestCallback
 from fundamentallm.checkpoint.manager import CheckpointManager
+from fundamentallm.checkpoint.reading import explained
+from fundamentallm.commands import checkpoints, evaluate, generate
 from fundamentallm.errors import CheckpointError, FundamentaLLMError
 from tests.conftest import reset_accelerate
 from tests.integration.runs import make_config, make_trainer
@@ -259,3 +261,67 @@ def test_load_refuses_deeply_nested_json(file: str, text: str) -> None:
             make_true(path)
         with time_limit(), pytest.raises(CheckpointError, match=file):
             CheckpointManager(run).load(path)
+
+
+DEEP = "[" * 100_000
+HOSTILE: list[tuple[str, Any]] = [
+    *(("config.json", text) for text in (DEEP, "[]", "{}", "\xff")),
+    *(
+        ("config.json", {name: value})
+        for name, value in [
+            ("num_attention_heads", 0),
+            ("num_attention_heads", "two"),
+            ("hidden_size", -16),
+            ("vocab_size", 10**30),
+            ("num_hidden_layers", 1.5),
+            ("rope_theta", []),
+            ("rope_parameters", "none"),
+            ("max_position_embeddings", "x"),
+            ("max_position_embeddings", -1),
+            ("eos_token_id", {"a": [1]}),
+            ("eos_token_id", "end"),
+            ("layer_types", 7),
+            ("model_type", "gpt2"),
+            ("model_type", ["qwen3"]),
+            ("architectures", 3),
+            ("rms_norm_eps", None),
+        ]
+    ),
+    *(("generation_config.json", value) for value in (DEEP, "[1]", {"eos_token_id": [[1]]}, {"eos_token_id": "end"})),
+    ("tokenizer.json", DEEP),
+    (
+        "tokenizer.json",
+        {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}},
+    ),
+    ("tokenizer.json", {"decoder": {"type": "Replace", "pattern": {"Regex": "(?<n>a)\\g<n>*"}, "content": "b"}}),
+]
+
+
+@pytest.mark.parametrize(("file", "content"), HOSTILE)
+def test_use_of_hostile_text_files_works_or_is_refused(file: str, content: Any) -> None:
+    with copy_of_run() as run:
+        checkpoint = run / "checkpoints" / "step_00000003"
+        if isinstance(content, dict):
+            path = checkpoint / file
+            content = json.dumps((json.loads(path.read_text()) if path.exists() else {}) | content)
+        (checkpoint / file).write_text(content, encoding="latin-1")
+        make_true(checkpoint)
+        text = run.parent / "run" / "text.txt"
+        text.write_text("to be or not to be")
+        for command, arguments in [
+            (generate, ["--checkpoint", str(checkpoint), "--max_new_tokens", "2"]),
+            (evaluate, ["--checkpoint", str(checkpoint), "--source", str(text)]),
+            (checkpoints, ["show", "--checkpoint", str(checkpoint)]),
+            (checkpoints, ["samples", "--checkpoint", str(checkpoint), "--step", "1"]),
+        ]:
+            with time_limit(), contextlib.suppress(FundamentaLLMError):
+                command.main(arguments, "test")
+
+
+def test_explained_takes_a_panic_and_leaves_an_interruption(tmp_path: Path) -> None:
+    panic = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})
+    for error, expected in ((panic("regex"), CheckpointError), (RecursionError(), CheckpointError)):
+        with pytest.raises(expected), explained(tmp_path):
+            raise error
+    with pytest.raises(KeyboardInterrupt), explained(tmp_path):
+        raise KeyboardInterrupt

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator, skip_first_batches
+from accelerate.data_loader import prepare_data_loader
 from tokenizers import Tokenizer
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+)
 from torch.utils.data import WeightedRandomSampler as Weighted
+from torch.utils.data.distributed import DistributedSampler
 
-from fundamentallm.config.schema import IGNORE_INDEX, Config, DataConfig, TrainingConfig
+from fundamentallm.config.schema import Config, DataConfig, TrainingConfig
 from fundamentallm.data import loaders
 from fundamentallm.data.corpus import load_corpus
 from fundamentallm.data.datasets import TokenDataset
@@ -36,25 +50,138 @@ class WithoutLength(Dataset):
         return index
 
 
+class Sharding(DistributedSampler):
+    """Another order than torch's."""
+
+
 @pytest.mark.parametrize(
     ("loader", "named"),
     [
         (DataLoader(Endless()), "IterableDataset"),
-        (DataLoader(NUMBERS, batch_sampler=BatchSampler(SequentialSampler(NUMBERS), 2, False)), "batch_sampler"),
         (DataLoader(NUMBERS, batch_size=None), "batch_size=None"),
-        (DataLoader(NUMBERS, sampler=Weighted([1.0] * 10, 10)), "WeightedRandomSampler"),
-        (DataLoader(NUMBERS, sampler=RandomSampler(NUMBERS, replacement=True)), "replacement"),
-        (DataLoader(NUMBERS, sampler=RandomSampler(NUMBERS, num_samples=5)), "num_samples"),
         (DataLoader([]), "0 samples"),
         (DataLoader(NUMBERS, batch_size=11, drop_last=True), "10 samples"),
         (DataLoader(WithoutLength()), "__len__"),
         (NUMBERS, "list"),
+        (skip_first_batches(DataLoader(NUMBERS, batch_size=2), 1), "skip_first_batches"),
+        (DataLoader(NUMBERS, sampler=Sharding(NUMBERS, num_replicas=2, rank=0)), "Sharding"),
     ],
 )
 def test_step_sampler_refuses_an_order_that_cannot_resume(loader: object, named: str) -> None:
     problem = problem_of(step_sampler, "val_loader", loader, 0, 0, 1)
     assert problem.value is loader
     assert named in problem
+
+
+class Shuffling:
+    """A sampler of the user's. `draw` returns a number below n."""
+
+    def __init__(self, draw: Any, **attributes: Any) -> None:
+        self.draw = draw
+        self.__dict__.update(attributes)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(sorted(NUMBERS, key=lambda _: self.draw(self)))
+
+
+class ByEpoch(Shuffling):
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(NUMBERS[self.epoch :] + NUMBERS[: self.epoch])
+
+
+class Buckets:
+    """Batches of unlike sizes, in an order that a generator draws."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = [[0, 1, 2], [3], [4, 5], [6, 7, 8, 9]]
+        return iter([batches[i] for i in torch.randperm(4, generator=self.generator).tolist()])
+
+
+def torch_draw(sampler: Any) -> float:
+    return float(torch.rand((), generator=sampler.generator))
+
+
+SEEDED = [
+    lambda: {"sampler": Weighted([1.0] * 5 + [9.0] * 5, 10)},
+    lambda: {"sampler": RandomSampler(NUMBERS, replacement=True)},
+    lambda: {"sampler": RandomSampler(NUMBERS, num_samples=5)},
+    lambda: {"sampler": SubsetRandomSampler([1, 3, 5, 7, 9])},
+    lambda: {"sampler": Shuffling(torch_draw, generator=torch.Generator())},
+    lambda: {"sampler": Shuffling(lambda s: s.rng.random(), rng=np.random.default_rng(3))},
+    lambda: {"sampler": Shuffling(lambda s: s.rng.random(), rng=random.Random(3))},
+    lambda: {"sampler": ByEpoch(None)},
+    lambda: {"batch_sampler": BatchSampler(Weighted([1.0] * 10, 10), 3, True)},
+    lambda: {"batch_sampler": Buckets()},
+]
+
+
+@pytest.mark.parametrize("make", SEEDED)
+def test_step_sampler_lists_an_order_that_follows_from_a_seed(make: Any) -> None:
+    """The same on any number of processes, after a resume, and whatever was drawn before; another in each epoch."""
+
+    def sampler(index: int = 0, count: int = 1, seed: int = 5, **arguments: Any) -> StepSampler:
+        torch.rand(index + 1)
+        options = make()
+        loader = DataLoader(NUMBERS, **options, **({} if "batch_sampler" in options else {"batch_size": 3}))
+        return step_sampler("train_loader", loader, seed, index, count, **arguments)
+
+    state = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    whole = sampler()
+    torch.set_rng_state(state[0])
+    assert (np.random.get_state()[1].tolist(), random.getstate()) == state[1:]
+    steps = 3 * whole.steps_per_epoch
+    batches = [whole.batch(step) for step in range(steps)]
+    assert [sampler().batch(step) for step in range(steps - 1, -1, -1)] == batches[::-1]
+    for count in (2, 3):
+        shares = [sampler(index, count, micro_batch_size=1) for index in range(count)]
+        for step, batch in enumerate(batches):
+            parts = [share.rank_batch(step) for share in shares]
+            assert [i for part in parts for i in part.indices[: part.rows]] == batch
+            assert len({part.micro_batches for part in parts}) == 1
+    epochs = [batches[start : start + whole.steps_per_epoch] for start in range(0, steps, whole.steps_per_epoch)]
+    assert epochs[0] != epochs[1]
+    changed = sampler(seed=6)
+    assert isinstance(whole.order.sampler, ByEpoch) or [changed.batch(step) for step in range(steps)] != batches
+    assert whole.samples_seen(whole.steps_per_epoch) == sum(map(len, epochs[0]))
+
+
+def test_step_sampler_refuses_an_order_that_follows_from_nothing() -> None:
+    draws: list[Any] = [lambda _: float(torch.rand(())), lambda _: random.random(), lambda _: np.random.random()]
+    for sampler in (*map(Shuffling, draws), iter(NUMBERS), itertools.count(), [3, 10]):
+        problem = problem_of(step_sampler, "train_loader", DataLoader(NUMBERS, sampler=sampler, batch_size=2), 0, 0, 1)
+        assert problem.value is sampler
+    changing = ByEpoch(None)
+    changing.__class__ = type("Growing", (ByEpoch,), {"__iter__": lambda self: iter(NUMBERS[: 4 + self.epoch])})
+    made = step_sampler("train_loader", DataLoader(NUMBERS, sampler=changing, batch_size=2), 0, 0, 1)
+    assert problem_of(made.batch, 2).setting == "sampler"
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_step_sampler_replaces_the_order_of_other_loaders(shuffle: bool) -> None:
+    """One that accelerate has prepared, a DistributedSampler, and torchdata's loader."""
+    loader = DataLoader(NUMBERS, batch_size=4, shuffle=shuffle)
+    distributed = DistributedSampler(NUMBERS, num_replicas=2, rank=1, shuffle=shuffle)
+    loaders = [
+        Accelerator(cpu=True).prepare(DataLoader(NUMBERS, batch_size=4, shuffle=shuffle)),
+        prepare_data_loader(loader, num_processes=2, process_index=1, put_on_device=False, use_seedable_sampler=True),
+        DataLoader(NUMBERS, batch_size=4, sampler=distributed),
+    ]
+    if find_spec("torchdata"):
+        from torchdata.stateful_dataloader import StatefulDataLoader
+
+        loaders.append(StatefulDataLoader(NUMBERS, batch_size=4, shuffle=shuffle))
+    expected = [step_sampler("train_loader", loader, 5, 0, 1).batch(step) for step in range(6)]
+    for other in loaders:
+        ours = step_sampler("train_loader", other, 5, 0, 1)
+        assert [ours.batch(step) for step in range(6)] == expected
 
 
 @pytest.mark.parametrize(("batch_size", "later", "wrong"), [(11, [], [11]), (4, [12, 10, 13], [12, 13]), (10, [], [])])
@@ -94,7 +221,7 @@ def step_batches(num_workers: int, start: int = 0) -> list[torch.Tensor]:
     loader = DataLoader(dataset, batch_size=4, shuffle=True, num_workers=num_workers)
     sampler = step_sampler("train_loader", loader, seed=1, process_index=0, num_processes=1)
     batches = device_batches(loader, sampler, start, 20, torch.device("cpu"))
-    return [torch.stack((batch.inputs, batch.targets)) for batch in batches]
+    return [torch.stack(tuple(batch.content)) for batch in batches]
 
 
 @pytest.mark.parametrize("tokens_at_once", [2**12, 60, 1])
@@ -141,20 +268,14 @@ def test_device_batches_of_all_processes_cover_a_step_once(processes: int, micro
     batches = [list(device_batches(loader, sampler, 3, 12, device)) for sampler in samplers]
     for step, parts in enumerate(zip(*batches, strict=True), start=3):
         whole_inputs, whole_targets = dataset.__getitems__(samplers[0].batch(step))
-        kept = [(batch.targets != IGNORE_INDEX).all(dim=1) for batch in parts]
-        assert torch.equal(torch.cat([part[0][rows] for part, rows in zip(parts, kept, strict=True)]), whole_inputs)
-        assert torch.equal(torch.cat([part[1][rows] for part, rows in zip(parts, kept, strict=True)]), whole_targets)
-        for inputs, targets, count, rows in parts:
-            assert inputs.min() >= 0
-            assert (targets != IGNORE_INDEX).sum(dim=1).tolist() == [7] * rows + [0] * (len(inputs) - rows)
-            assert count == samplers[0].rank_batch(step).micro_batches <= len(inputs)
-
-
-@pytest.mark.parametrize("item", [1, (1, 2), torch.ones(3), (torch.ones(3),) * 3])
-def test_device_batches_refuse_other_than_inputs_and_targets(item: object) -> None:
-    loader = DataLoader([item] * 4, batch_size=2, collate_fn=lambda items: items[0])
-    batches = device_batches(loader, StepSampler(4, 2, None), 0, 2, torch.device("cpu"))
-    assert problem_of(list, batches).value == type(item).__name__
+        own = [batch.own for batch in parts if batch.rows]
+        assert torch.equal(torch.cat([inputs for inputs, _ in own]), whole_inputs)
+        assert torch.equal(torch.cat([targets for _, targets in own]), whole_targets)
+        for batch in parts:
+            micro_batches = list(batch.micro_batches())
+            assert len(micro_batches) == samplers[0].rank_batch(step).micro_batches
+            assert sum(rows for _, rows in micro_batches) == batch.rows
+            assert all(len(content[0]) for content, _ in micro_batches)
 
 
 def make_config(**data: object) -> Config:

@@ -284,7 +284,7 @@ def test_the_transformer_and_its_loss_meet_at_the_head(tied: bool) -> None:
     loss_fn = create_loss()
     both = ModelWithLoss(model, loss_fn)
     whole = largest_and_gradients(lambda: loss_fn(model(ids), targets), *model.parameters())
-    chunks = largest_and_gradients(lambda: both(ids, targets), *model.parameters())
+    chunks = largest_and_gradients(lambda: both((ids, targets)), *model.parameters())
     assert whole[0] == 800 * 1500
     assert chunks[0] <= CHUNK * 1500
     torch.testing.assert_close(chunks[1], whole[1], rtol=1e-5, atol=0.0)

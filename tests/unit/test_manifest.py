@@ -98,3 +98,10 @@ def test_verify_of_a_name_longer_than_file_systems_take(folder: Path) -> None:
     change_manifest(folder, files={**read_manifest(folder)["files"], "a" * 5000: ENTRY})
     with pytest.raises(CheckpointError, match="aaa"):
         verify(folder)
+
+
+def test_read_manifest_refuses_one_that_never_ends(folder: Path) -> None:
+    files = {f"file{number}": {"size": 0, "sha256": "0" * 64} for number in range(100_000)}
+    change_manifest(folder, files=read_manifest(folder)["files"] | files)
+    with pytest.raises(CheckpointError, match="more than"):
+        read_manifest(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def test_the_table_has_a_row_for_each_step_that_was_logged_or_validated() -> Non
     made.update({"val_step": 3, "val_loss": 0.5})
     made.update({"val_step": 4, "val_loss": 0.25})
     table = made.by_step()
-    assert repr(table) == repr(
+    assert repr(dict(table)) == repr(
         {"step": [2, 3, 4], "train_loss": [1.0, math.nan, 2.0], "val_loss": [math.nan, 0.5, 0.25]}
     )
 
@@ -123,3 +124,28 @@ def test_a_count_is_added_exactly_whatever_the_type_of_the_sum(dtype: torch.dtyp
     made = mean()
     made.add(torch.tensor(1.0, dtype=dtype), torch.tensor(count))
     assert made.totals.tolist() == [1.0, count]
+
+
+def test_history_is_read_from_the_log_and_its_state_stays_small(tmp_path: Path) -> None:
+    log, made = tmp_path / "metrics.jsonl", MetricTracker(tmp_path / "metrics.jsonl")
+    with log.open("w") as file:
+        for step in range(1, 10):
+            made.update({"step": step, "train_loss": 1 / step, "grad_norm": math.inf})
+            file.write(json.dumps({"step": step, "train_loss": 1 / step, "grad_norm": "Infinity", "mfu": 0.1}) + "\n")
+            if step % 4 == 0:
+                made.update({"val_step": step, "val_loss": 0.1 * step})
+                file.write(json.dumps({"step": step, "epoch": 0.5, "val_loss": 0.1 * step}) + "\n")
+        file.write('{"step": 10, "train_loss": 7.0}\n{"step": 12, "epoch": 1, "val_loss": 7.0}\n{"step": 13, "tra')
+    saved, again = made.state_dict(), MetricTracker(log)
+    assert saved == {"latest": {"step": 9, "train_loss": 1 / 9, "grad_norm": math.inf, "val_step": 8, "val_loss": 0.8}}
+    again.load_state_dict(saved)
+    assert again.get_history() == made.get_history()
+    log.unlink()
+    again.load_state_dict(saved)
+    assert again.get_history() == {name: [value] for name, value in saved["latest"].items()}
+
+
+def test_history_of_an_earlier_checkpoint_loads_beside_a_log(tmp_path: Path) -> None:
+    again, old = MetricTracker(tmp_path / "log.jsonl"), tracker(step=[1, 2], train_loss=[2.0, 1.5])
+    again.load_state_dict(old.state_dict())
+    assert again.get_history() == old.get_history()

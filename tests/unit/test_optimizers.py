@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from fundamentallm.config.schema import ModelConfig
 from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.training.muon import Muon, orthogonalize
-from fundamentallm.training.optimizers import create_optimizer
+from fundamentallm.training.optimizers import check_layouts, create_optimizer
 from fundamentallm.training.schedulers import create_scheduler
 
 KINDS = ("adamw", "adam", "sgd", "muon")
@@ -543,3 +544,112 @@ def test_the_state_of_a_parameter_frozen_since_is_refused_by_name() -> None:
     model.table.requires_grad_(False)
     with pytest.raises(CheckpointError, match=r"table\.weight is not trained here"):
         NamedOptimizerState(model, create_optimizer(model, "adamw", 0.01)).load_state_dict(saved_state())
+
+
+LAYOUTS: dict[str, Callable[[], Tensor]] = {
+    "transposed": lambda: torch.arange(12.0).reshape(3, 4).t(),
+    "channels last": lambda: torch.arange(24.0).reshape(2, 3, 2, 2).to(memory_format=torch.channels_last),
+    "permuted": lambda: torch.arange(24.0).reshape(2, 3, 4).permute(2, 0, 1),
+    "slice": lambda: torch.arange(20.0).reshape(4, 5)[:, :3],
+}
+
+
+class OneParameter(nn.Module):
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(values)
+
+    def give_gradient(self, seed: int) -> None:
+        """By a backward pass, which chooses the gradient's layout."""
+        self.weight.grad = None
+        coefficients = torch.randn(self.weight.shape, generator=torch.Generator().manual_seed(seed))
+        (self.weight * coefficients).sum().backward()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", [*KINDS, "torch.optim:Adagrad"])
+def test_any_memory_layout_trains_and_resumes_alike(kind: str, layout: str, tmp_path: Any) -> None:
+    """As a contiguous parameter, with and without a resume after two steps."""
+    options = {"fused": True} if kind == "torch.optim:Adagrad" and layout != "slice" else {}
+    plain, strided, resumed = (OneParameter(LAYOUTS[layout]()) for _ in range(3))
+    plain.weight.data = plain.weight.data.contiguous()
+    optimizers = [create_optimizer(model, kind, 0.1, **options) for model in (plain, strided, resumed)]
+    for seed in (1, 2, 3, 4):
+        if seed == 3:
+            resumed.load_state_dict(strided.state_dict())
+            NamedOptimizerState(resumed, optimizers[2]).load_state_dict(stored(strided, optimizers[1], tmp_path))
+        for model, optimizer in zip((plain, strided, resumed), optimizers, strict=True):
+            model.give_gradient(seed)
+            optimizer.step()
+    assert strided.weight.stride() == LAYOUTS[layout]().stride()
+    torch.testing.assert_close(strided.weight, plain.weight, rtol=1e-6, atol=1e-6)
+    assert torch.equal(resumed.weight, strided.weight)
+
+
+def test_moments_of_a_contiguous_run_fit_another_layout(tmp_path: Any) -> None:
+    plain, strided = OneParameter(LAYOUTS["transposed"]().contiguous()), OneParameter(LAYOUTS["transposed"]())
+    optimizers = [create_optimizer(model, "adamw", 0.1) for model in (plain, strided)]
+    plain.give_gradient(1)
+    optimizers[0].step()
+    strided.load_state_dict(plain.state_dict())
+    NamedOptimizerState(strided, optimizers[1]).load_state_dict(stored(plain, optimizers[0], tmp_path))
+    for model, optimizer in zip((plain, strided), optimizers, strict=True):
+        model.give_gradient(2)
+        optimizer.step()
+    torch.testing.assert_close(strided.weight, plain.weight, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("values", "fused"),
+    [(torch.ones(3).expand(4, 3), False), (torch.ones(4, 5)[:, :3], True)],
+    ids=["expanded", "slice"],
+)
+def test_check_layouts_names_a_parameter_without_own_memory(values: Tensor, fused: bool) -> None:
+    model = OneParameter(values)
+    with pytest.raises(ConfigError, match="weight"):
+        check_layouts(model, torch.optim.AdamW(model.parameters(), fused=fused))
+
+
+class Counting(torch.optim.SGD):
+    """Keeps what it needs in its groups, in integers, in lists and beside the parameters, as optimizers do."""
+
+    def __init__(self, params: Any, lr: float, gain: float = 1.0) -> None:
+        super().__init__(params, lr)
+        for group in self.param_groups:
+            group.update(count=0, gain=gain, rule="plain")
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["count"] += 1
+            for p in group["params"]:
+                state = self.state[p]
+                state["seen"] = state.get("seen", torch.zeros((), dtype=torch.int64)) + 1
+                state["exp_avg_sq"], state["rule"] = p.grad.square().mean(0), "plain"
+                state["bases"] = [torch.linalg.qr(p.grad.reshape(len(p), -1)).Q]
+                p.data.sub_(p.grad, alpha=group["lr"] * group["gain"] / group["count"])
+        self.state["all"] = {7: self.param_groups[0]["count"]}
+
+
+def test_state_outside_of_tensors_and_shapes_survives(tmp_path: Any) -> None:
+    """A resumed run takes the count from the checkpoint, and the gain from its config."""
+    model, again = Tiny(), Tiny()
+    optimizer, restored = Counting(model.parameters(), 0.1), Counting(again.parameters(), 0.1, gain=3.0)
+    named = NamedOptimizerState(model, optimizer)
+    step(model, optimizer, 1, 2)
+    saved = CheckpointManager(tmp_path)
+    NamedOptimizerState(again, restored).load_state_dict(saved.load(saved.save(named.state_dict())))
+    (group,) = restored.param_groups
+    assert (group["count"], group["gain"], group["rule"]) == (2, 3.0, "plain")
+    assert restored.state["all"] == {7: 2}
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        before, after = optimizer.state[p], restored.state[q]
+        assert after.pop("rule") == before.pop("rule")
+        torch.testing.assert_close(after, before, rtol=0, atol=0)
+        assert after["seen"].dtype == torch.int64
+        assert p.ndim < 2 or after["bases"][0].stride() == before["bases"][0].stride()
+
+
+def test_state_of_a_parameter_that_the_model_lacks_is_refused() -> None:
+    optimizer = torch.optim.AdamW([*Tiny().parameters()])
+    with pytest.raises(CheckpointError, match="not the model's"):
+        NamedOptimizerState(Tiny(), optimizer).state_dict()

@@ -5,17 +5,28 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from fundamentallm.checkpoint.reading import load_weights
 from fundamentallm.config.schema import ModelConfig
+from fundamentallm.data.datasets import TokenDataset
+from fundamentallm.data.tokenizers import create_tokenizer, num_ids
 from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.models.transformer import Transformer
-from fundamentallm.models.transformers_format import find_pretrained, shape_of, transformers_model
+from fundamentallm.models.transformers_format import find_pretrained, model_files, shape_of, transformers_model
 from tests.unit.test_transformer import SHAPES
 
 SIZES = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
@@ -185,6 +196,57 @@ def test_find_pretrained_refuses_unsafe_folders(tmp_path: Path, monkeypatch: pyt
     refused("quantized")
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "model.safetensors", "config.json", "other"])
+def test_find_pretrained_follows_no_link_out_of_the_folder(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "model"
+    llama(folder, mlp_bias=False)
+    inside, outside = folder / f"real-{name}", tmp_path / f"outside-{name}"
+    inside.write_bytes((folder / name).read_bytes() if (folder / name).exists() else b"")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(inside.name)
+    (tmp_path / "alias").symlink_to("model")
+    assert find_pretrained(str(tmp_path / "alias")).shape is not None
+    inside.rename(outside)
+    (folder / name).unlink()
+    (folder / name).symlink_to(outside)
+    with pytest.raises(ConfigError, match=name) as error:
+        find_pretrained(str(folder))
+    assert error.value.problems[0].setting == "model.pretrained"
+
+
+def test_find_pretrained_reads_no_weights_beside_the_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    llama(folder, mlp_bias=False)
+    (folder / "model.safetensors").rename(tmp_path / "other.safetensors")
+    index = {"weight_map": {"model.norm.weight": "../other.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match=r"other\.safetensors"):
+        find_pretrained(str(folder))
+    (folder / "model.safetensors.index.json").unlink()
+    write(folder, model_type="gpt2", architectures=["GPT2LMHeadModel"])
+    (tmp_path / "other.safetensors").rename(folder / "model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path)}))
+    with pytest.raises(ConfigError, match="adapter"):
+        transformers_model(find_pretrained(str(folder)))
+
+
+@pytest.mark.parametrize(("spec", "end"), [("bpe:300", "<end>"), ("char", "<end>"), ("char", None)])
+def test_checkpoints_tokenizer_has_all_special_tokens(tmp_path: Path, spec: str, end: str | None) -> None:
+    tokenizer = create_tokenizer(spec, "to be or not to be " * 9, end)
+    dataset = TokenDataset(np.arange(20), 16, tokenizer, end_of_text=end and tokenizer.token_to_id(end))
+    model = Transformer(ModelConfig(num_ids(tokenizer), d_model=16, num_heads=2, num_layers=1))
+    for name, text in model_files(model, dataset).items():
+        (tmp_path / name).write_text(text)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    unknown = "<unk>" if spec == "char" else end
+    assert (theirs.eos_token, theirs.bos_token, theirs.unk_token) == (end, end, unknown)
+    assert (theirs.pad_token, theirs.model_max_length, len(theirs)) == (end or unknown, 16, num_ids(tokenizer))
+    batch = theirs(["to be", "not"], padding=True)
+    assert [ids[: sum(mask)] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)] == [
+        tokenizer.encode(text).ids for text in ("to be", "not")
+    ]
+
+
 def test_transformers_model_runs_no_code_of_the_folder(tmp_path: Path) -> None:
     llama(tmp_path)
     (tmp_path / "modeling.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
@@ -204,6 +266,9 @@ def test_transformers_model_refuses_other_than_causal_models(tmp_path: Path) -> 
 def test_find_pretrained_looks_into_the_local_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     repo, commit = tmp_path / "models--somebody--something", "a" * 40
     llama(repo / "snapshots" / commit)
+    (repo / "blobs").mkdir()
+    (repo / "snapshots" / commit / "config.json").rename(repo / "blobs" / "config")
+    (repo / "snapshots" / commit / "config.json").symlink_to("../../blobs/config")
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(commit)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))

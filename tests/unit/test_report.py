@@ -9,6 +9,7 @@ import math
 import re
 import shutil
 import subprocess
+from datetime import datetime, timezone
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,10 @@ def test_report_shows_curves_samples_and_config_of_a_run(page: Path, run: Path) 
     assert (real["config"]["model.d_model"], real["config"]["training.max_steps"]) == (16, 12)
     assert real["environment"]["processes"] == 1
     assert {"python", "torch", "accelerate", "host", "command"} <= real["environment"].keys()
+    steps, seconds = real["curves"]["time"]
+    assert steps == sorted([*range(1, 13), 5, 10, 12])
+    assert seconds == sorted(seconds)
+    assert 0 < seconds[-1] < 600
 
 
 def test_report_old_run_is_shown_without_missing_parts(page: Path) -> None:
@@ -120,8 +125,19 @@ def test_report_old_run_is_shown_without_missing_parts(page: Path) -> None:
         list(range(1, 13)),
         [4.75, 4.5, 4.25, 4.0, 3.75, None, None, 3.0, 2.75, 2.5, 2.25, 2.0],
     ]
-    assert old["skipped"] == [[6, "loss or gradient not finite"], [12, "loss or gradient not finite"]]
-    assert (old["config"], old["environment"], old["restarts"]) == (None, None, [])
+    assert (old["config"], old["environment"], old["restarts"], old["data"]) == (None, None, [], None)
+    assert "time" not in old["curves"]
+
+
+def test_report_duration_leaves_out_time_between_launches(tmp_path: Path) -> None:
+    log = write_log(
+        tmp_path / "run", {"step": 5, "time": 1010.0}, {"step": 10, "time": 1020.0}, {"step": 15, "time": 9005}
+    )
+    starts = [(0, 1000), (10, 8000), (10, 9000)]  # the second launch was killed before its first line
+    lines = [{"step": step, "time": datetime.fromtimestamp(time, timezone.utc).isoformat()} for step, time in starts]
+    (log / "starts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert report(log, "--output", tmp_path / "report.html") == 0
+    assert data_of(tmp_path / "report.html")[0]["curves"]["time"] == [[5, 10, 15], [10, 20, 25]]
 
 
 def test_report_text_of_a_run_never_becomes_markup(page: Path) -> None:
@@ -185,7 +201,15 @@ def test_report_of_damaged_files_shows_the_rest_or_names_the_run(tmp_path: Path,
 LOOK = """
 <script>
 addEventListener("load", () => setTimeout(() => {
-  const loss = charts[0], box = loss.svg.getBoundingClientRect(), seen = {};
+  const seen = {};
+  /*LOOK*/
+  const out = document.createElement("pre");
+  out.id = "seen"; out.textContent = JSON.stringify(seen); document.body.append(out);
+}, 200));
+</script>
+"""
+CURVES = """
+  const loss = charts.find((chart) => chart.names.includes("val_loss")), box = loss.svg.getBoundingClientRect();
   const clientX = (part) => box.left + 52 + (box.width - 62) * part;
   const at = (part) => loss.svg.dispatchEvent(new PointerEvent("pointermove", { clientX: clientX(part) }));
   at(10 / 12); seen.tip = loss.tip.innerText; seen.hidden = loss.tip.hidden;
@@ -203,30 +227,38 @@ addEventListener("load", () => setTimeout(() => {
   seen.samples = document.getElementById("samples").innerText; seen.final = document.getElementById("final").innerText;
   seen.settings = document.getElementById("config").innerText; seen.title = document.title;
   seen.images = document.images.length;
-  const out = document.createElement("pre");
-  out.id = "seen"; out.textContent = JSON.stringify(seen); document.body.append(out);
-}, 200));
-</script>
+"""
+RESULTS = """
+  const isBest = (cell) => cell.classList.contains("best");
+  const cells = (row) => [...row.querySelectorAll("td")].map((cell) => [cell.textContent, isBest(cell)]);
+  const rows = [...document.querySelectorAll("#final tbody tr")];
+  seen.rows = Object.fromEntries(rows.map((row) => [row.querySelector("th").textContent, cells(row)]));
+  seen.width = innerWidth; seen.needed = document.documentElement.scrollWidth;
 """
 
 
 def browse(page: Path, folder: Path, *arguments: str) -> str:
     quiet = ("disable-gpu", "disable-quic", "no-first-run", "disable-background-networking", "disable-component-update")
     command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-sync", *(f"--{name}" for name in quiet)]
-    command += [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=3000", "--window-size=1200,1500"]
+    command += [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=3000"]
     done = subprocess.run([*command, *arguments, page.as_uri()], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine")
-def test_report_curves_in_a_browser(page: Path, run: Path, tmp_path: Path) -> None:
-    looked_at = tmp_path / "looked_at.html"
-    looked_at.write_text(page.read_text().replace("</body>", LOOK + "</body>"))
-    dom = browse(looked_at, tmp_path, "--dump-dom")
+def look(page: Path, folder: Path, script: str, width: int = 1200) -> dict[str, Any]:
+    """Returns what a script in the page has noted in `seen`, in a browser."""
+    looked_at = folder / "looked_at.html"
+    looked_at.write_text(page.read_text().replace("</body>", LOOK.replace("/*LOOK*/", script) + "</body>"))
+    dom = browse(looked_at, folder, "--dump-dom", f"--window-size={width},1500")
     found = re.search(r'<pre id="seen">(.*?)</pre>', dom, re.DOTALL)
     assert found is not None, dom[-2000:]
-    seen = json.loads(html.unescape(found.group(1)))
+    return json.loads(html.unescape(found.group(1)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine")
+def test_report_curves_in_a_browser(page: Path, run: Path, tmp_path: Path) -> None:
+    seen = look(page, tmp_path, CURVES)
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     value = next(line["val_loss"] for line in logged if line["step"] == 10 and "val_loss" in line)
     assert seen["tip"].startswith("step 10")
@@ -242,3 +274,40 @@ def test_report_curves_in_a_browser(page: Path, run: Path, tmp_path: Path) -> No
     assert "model.d_model" in seen["settings"]
     assert "owned" not in seen["title"]
     assert seen["images"] == 0
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine")
+def test_report_marks_best_values_among_comparable_runs(tmp_path: Path) -> None:
+    def made(name: str, loss: float, bits: float, tokenizer: str, data: list[str] | None = None) -> Path:
+        folder = write_log(
+            tmp_path / name, {"step": 3, "time": 1003.5, "val_loss": loss, "val_bits_per_byte": bits, "epoch": 1.0}
+        )
+        config = {"data": {"source": "a.txt", "tokenizer": tokenizer}, "model": {}, "training": {"max_steps": 3}}
+        start = {"step": 0, "time": "1970-01-01T00:15:00+00:00", "config": config, "environment": {}}
+        (folder / "starts.jsonl").write_text(json.dumps(start | ({} if data is None else {"data": data})) + "\n")
+        return folder
+
+    alike = [made("a", 1.5, 2.0, "char"), made("b", 1.25, 1.75, "char")]
+    other = [
+        made("c", 1.0, 1.875, "byte"),
+        made("d", 0.5, 3, "char", ["x", "y"]),
+        made("e", 0.75, 3, "char", ["x", "y"]),
+    ]
+    page = tmp_path / "report.html"
+    report(*alike, *other, "--output", page)
+    rows = look(page, tmp_path, RESULTS)["rows"]
+    assert [text for text, _ in rows["data and tokenizer"]] == ["A", "A", "B", "C", "C"]
+    assert rows["best validation loss"] == [
+        ["1.500", False],
+        ["1.250", True],
+        ["1.000", False],
+        ["0.500", True],
+        ["0.750", False],
+    ]
+    assert [best for _, best in rows["best bits per byte"]] == [False, True, False, False, False]
+    assert rows["duration"][0] == ["1 min 44 s", False]
+    report(*alike, "--output", page)
+    seen = look(page, tmp_path, RESULTS, width=420)
+    assert seen["needed"] <= seen["width"] < 640  # no window is narrower than the browser allows
+    assert "data and tokenizer" not in seen["rows"]
+    assert [best for _, best in seen["rows"]["last validation loss"]] == [False, True]

@@ -23,6 +23,7 @@ from fundamentallm.commands import trial
 from fundamentallm.commands.doctor.forecast import Measured, measure
 from fundamentallm.commands.output import plural
 from fundamentallm.config.schema import Config
+from fundamentallm.distributed.batches import to_device
 from fundamentallm.signals import raise_if_interrupted
 from fundamentallm.training.metrics import MEASURED
 from fundamentallm.training.trainer import Trainer
@@ -242,12 +243,12 @@ def _are_equal(one: Any, other: Any) -> bool:
 @torch.no_grad()
 def _losses_by_seed(trainer: Trainer, training: bool) -> set[float]:
     """Returns the distinct losses of one batch under three seeds: one if the model draws no random numbers."""
-    inputs, targets = _read(trainer.train_loader, range(min(2, trainer.samples.num_samples)))
-    device, losses = trainer.accelerator.device, set()
+    batch = _read(trainer.train_loader, range(min(2, trainer.samples.num_samples)))
+    batch, losses = to_device(batch, trainer.accelerator.device), set()
     trainer.model_with_loss.train(training)
     for seed in range(3):
         torch.manual_seed(seed)
-        losses.add(float(trainer.model_with_loss(inputs.to(device), targets.to(device)).sum()))
+        losses.add(float(trainer.model_with_loss(batch)))
     return losses
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fundamentallm.commands.options import add_trainer_option, parse_settings, settings_parser, trainer_problems
-from fundamentallm.errors import Problem
+from fundamentallm.errors import Problem, printable
 
 NAME_WIDTH = 17
 TEXT_AT = 4 + NAME_WIDTH + 9
@@ -66,4 +66,5 @@ def main(arguments: Sequence[str], program: str) -> int:
 
 def _print_text(text: str, indent: int) -> None:
     """Print text at `indent`, to which the current line is filled already, on as many lines as it takes."""
-    print(textwrap.fill(text, 120, initial_indent=" " * indent, subsequent_indent=" " * indent).lstrip(), flush=True)
+    spaces = " " * indent
+    print(textwrap.fill(printable(text), 120, initial_indent=spaces, subsequent_indent=spaces).lstrip(), flush=True)

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str], program: str) -> int:
     parser = settings_parser(program, "[--devices N] [--gpu NAME]", about)
     parser.add_argument("--devices", type=int, metavar="N", help="number of devices; default: a table up to thousands")
     parser.add_argument("--gpu", default="H100", metavar="NAME", help=f"{', '.join(PEAK_TFLOPS)} [H100]")
-    rate = f"10^12 operations per second of one device [{UTILISATION:.0%} of the GPU's peak in bfloat16]"
+    rate = f"10^12 operations per second of one device [{UTILISATION:.0%}% of the GPU's peak in bfloat16]"
     parser.add_argument("--tflops", type=float, metavar="X", help=rate)
     options, rest = parser.parse_known_args(arguments)
     problems = option_problems(options, devices=AT_LEAST_ONE, tflops=POSITIVE)

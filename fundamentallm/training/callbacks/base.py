@@ -206,7 +206,7 @@ class CallbackList:
             elif callback.state_dict():
                 logger.warning("callback %s is not in the checkpoint and starts without a saved state.", name)
         for name in sorted(state.keys() - named.keys()):
-            logger.warning("callback %s is in the checkpoint but not in this run; its state is ignored.", name)
+            logger.warning("callback %r is in the checkpoint but not in this run; its state is ignored.", name)
 
 
 def rewind_lines(trainer: RunView, file: LineFile) -> None:

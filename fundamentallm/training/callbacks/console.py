@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ class LoggingCallback(Callback):
         if trainer.is_main_process:
             trainer.say(console_line(line, trainer.total_steps, seconds_left))
             if self._file is not None:
-                self._file.append(line)
+                self._file.append({**line, "time": round(time.time(), 3)})
 
 
 SHOWN = {

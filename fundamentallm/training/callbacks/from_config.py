@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,11 @@ def default_callbacks(config: Config, output_dir: Path | None, has_validation: b
     if has_validation and training.checkpoint_dir is not None:
         callbacks.append(SaveBestCallback(training.early_stopping_metric, training.early_stopping_mode))
     return callbacks
+
+
+def log_path(callbacks: Iterable[Callback]) -> Path | None:
+    """Returns the file that a LoggingCallback appends the log lines to, or None."""
+    return next((one.path for one in callbacks if isinstance(one, LoggingCallback) and one.path), None)
 
 
 def make_callbacks(config: Config) -> list[Callback]:

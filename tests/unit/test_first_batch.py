@@ -1,0 +1,215 @@
+"""Known traps: reported before the first step, with what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from fundamentallm import Trainer, TrainingConfig, shift_labels
+from fundamentallm.errors import ConfigError
+
+IDS = torch.arange(80).reshape(10, 8) % 10
+NEXT = (IDS + 1) % 10
+
+
+class Model(nn.Module):
+    """Ten classes for each of ten ids; `output` makes what forward returns of the logits."""
+
+    def __init__(self, output: Callable[[Tensor], Any] = lambda logits: logits) -> None:
+        super().__init__()
+        self.embedding, self.head, self.output = nn.Embedding(10, 8), nn.Linear(8, 10), output
+
+    def forward(self, x: Tensor) -> Any:
+        return self.output(self.head(self.embedding(x)))
+
+
+class WithLabels(Model):
+    """`output` is given the logits and the labels."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None) -> Any:
+        return self.output(self.head(self.embedding(input_ids)), labels)
+
+
+class LikeNanoGPT(Model):
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        hidden = self.embedding(idx)
+        if targets is None:
+            return self.head(hidden[:, [-1]]), None
+        logits = self.head(hidden)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+
+def loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction=reduction)
+
+
+def trainer(model: nn.Module, data: Any, collate: Any = None, **arguments: Any) -> Trainer:
+    config = TrainingConfig(max_steps=2, log_every_n_steps=1, **arguments.pop("training", {}))
+    torch.manual_seed(0)
+    return Trainer(model, config, DataLoader(data, batch_size=4, collate_fn=collate), callbacks=[], **arguments)
+
+
+def pairs(inputs: Tensor = IDS, targets: Tensor = NEXT) -> TensorDataset:
+    return TensorDataset(inputs, targets)
+
+
+def mappings(**entries: Tensor) -> list[dict[str, Tensor]]:
+    columns = {"input_ids": IDS, "labels": NEXT, "attention_mask": torch.ones_like(IDS), **entries}
+    return [{name: column[i] for name, column in columns.items()} for i in range(len(IDS))]
+
+
+def with_loss(logits: Tensor, labels: Tensor) -> Any:
+    return {"loss": loss(logits, labels), "logits": logits}
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "setting", "named"),
+    [
+        (Model(), pairs(targets=torch.full_like(IDS, -100)), "the number of targets", "-100"),
+        (Model(), pairs(targets=IDS + 5), "targets", "0 to 9"),
+        (Model(), pairs(targets=IDS - 1), "targets", "0 to 9"),
+        (Model(), pairs(IDS + 5), "inputs", "0 to 9, the rows of embedding.weight"),
+        (Model(), pairs(IDS.float()), "inputs", "embedding.weight"),
+        (Model(), pairs(targets=NEXT.float()), "targets", "targets.long()"),
+        (Model(), pairs(targets=NEXT.int()), "targets", "targets.long()"),
+        (Model(lambda logits: {"hidden": logits}), pairs(), "the model's output", "a dict of hidden"),
+        (Model(lambda logits: logits.mean(1)), pairs(), "the model's output", "(1, 8, 'classes')"),
+        (Model(lambda logits: (logits, logits.mean())), pairs(), "the model's output", "objective"),
+        (Model(lambda logits: {"logits": logits, "z_loss": logits.mean()}), pairs(), "the model's output", "z_loss"),
+        (Model(), TensorDataset(IDS, IDS, IDS), "batch", "objective"),
+        (Model(), list(IDS), "batch", "objective"),
+        (Model(), ["text"] * 10, "batch", "tensors"),
+        (WithLabels(lambda logits, labels: {"hidden": logits}), mappings(), "the model's output", "loss"),
+        (
+            WithLabels(lambda logits, labels: {"loss": loss(logits, labels, "none")}),
+            mappings(),
+            "the model's output",
+            "scalar",
+        ),
+        (WithLabels(with_loss), mappings(labels=IDS + 5), "targets", "0 to 9"),
+        (WithLabels(with_loss), mappings(input_ids=IDS + 5), "inputs", "embedding.weight"),
+        (
+            WithLabels(with_loss),
+            mappings(attention_mask=torch.eye(10)[:, 2:].long()),
+            "batch['attention_mask']",
+            "sample 0",
+        ),
+        (WithLabels(with_loss), [{"ids": row} for row in IDS], "batch", "input_ids"),
+        (Model(), [{"x": row} for row in IDS], "batch", "labels"),
+    ],
+)
+def test_first_batch_names_what_does_not_fit(model: nn.Module, data: Any, setting: str, named: str) -> None:
+    made = trainer(model, data)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ConfigError) as error:
+        made.train()
+    (problem,) = error.value.problems
+    assert problem.setting == setting
+    assert named in problem
+    assert made.global_step == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_first_batch_of_validation_is_checked_too() -> None:
+    made = trainer(Model(), pairs(), val_loader=DataLoader(pairs(targets=IDS + 5), batch_size=4))
+    with pytest.raises(ConfigError) as error:
+        made.validate()
+    assert error.value.problems[0].setting == "targets"
+
+
+def test_distances_of_unlike_shapes_are_refused() -> None:
+    """(4, 1) outputs and (4,) targets: torch would compare each output with each target."""
+
+    def squared(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.mse_loss(outputs, targets, reduction="sum")
+
+    data = TensorDataset(torch.rand(10, 3), torch.rand(10))
+    with pytest.raises(ConfigError, match="squeeze"):
+        trainer(nn.Linear(3, 1), data, loss_fn=squared).train()
+    data = TensorDataset(torch.rand(10, 3), torch.rand(10, 1))
+    trainer(nn.Linear(3, 1), data, loss_fn=squared).train()
+
+
+@pytest.mark.parametrize("as_mapping", [False, True])
+def test_copied_inputs_are_reported_and_shift_labels_helps(
+    as_mapping: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = WithLabels(with_loss) if as_mapping else Model()
+    data = mappings(labels=IDS) if as_mapping else pairs(IDS, IDS)
+    trainer(model, data).train()
+    assert "shift_labels" in capsys.readouterr().out
+    shifted = trainer(Model() if not as_mapping else WithLabels(with_loss), data, shift_labels)
+    losses = shifted.train()["train_loss"]
+    assert "shift_labels" not in capsys.readouterr().out
+    by_hand = trainer(Model(), pairs(IDS[:, :-1], IDS[:, 1:]))
+    assert by_hand.train()["train_loss"] == pytest.approx(losses, rel=1e-6)
+
+
+def test_labels_that_are_shifted_twice_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    def shifting(logits: Tensor, labels: Tensor) -> Any:
+        return {"loss": loss(logits[:, :-1], labels[:, 1:]), "logits": logits}
+
+    trainer(WithLabels(shifting), mappings(labels=IDS)).train()
+    assert "warning" not in capsys.readouterr().out
+    trainer(WithLabels(shifting), mappings(labels=NEXT)).train()
+    assert "shifts labels itself" in capsys.readouterr().out
+
+
+def test_model_like_nanogpts_trains_on_all_its_logits() -> None:
+    losses = [trainer(model(), pairs()).train()["train_loss"] for model in (LikeNanoGPT, Model)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    tuples = trainer(Model(lambda logits: (logits, None)), pairs()).train()["train_loss"]
+    assert tuples == losses[1]
+
+
+def test_tokenizer_that_pads_with_another_token_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    class Collator:
+        tokenizer = SimpleNamespace(pad_token_id=3)
+
+        def __call__(self, samples: Any) -> Any:
+            return torch.utils.data.default_collate(samples)
+
+    model = WithLabels(with_loss)
+    model.config = SimpleNamespace(pad_token_id=0)
+    trainer(model, mappings(), Collator()).train()
+    assert "pad_token_id" in capsys.readouterr().out
+    model.config.pad_token_id = 3
+    trainer(model, mappings(), Collator()).train()
+    assert "pad_token_id" not in capsys.readouterr().out
+
+
+def test_first_batches_without_targets_are_allowed_if_later_ones_have_some() -> None:
+    targets = NEXT.clone()
+    targets[:4] = -100
+    assert trainer(Model(), pairs(targets=targets)).train()["train_loss"][1] > 0
+
+
+def test_check_changes_neither_buffers_nor_random_numbers() -> None:
+    """The first loss is that of a forward pass by hand in training mode, with dropout and running statistics."""
+
+    class Noisy(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.calls = nn.BatchNorm1d(8), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.head(self.norm(self.embedding(x).transpose(1, 2)).transpose(1, 2))
+
+    model = Noisy()
+    trainer(model, pairs()).train()
+    assert int(model.norm.num_batches_tracked) == 2
+    assert model.calls <= 2 + 2  # one more pass, and one row
+
+
+def test_a_loss_beside_the_models_own_is_refused() -> None:
+    with pytest.raises(ConfigError) as error:
+        trainer(WithLabels(with_loss), mappings(), training={"loss": "focal"}).train()
+    assert error.value.problems[0].setting == "training.loss"
