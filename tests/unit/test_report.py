@@ -182,7 +182,7 @@ def test_report_refuses_other_folders_and_files(run: Path, tmp_path: Path) -> No
 def test_report_of_a_config_with_numbers_that_json_lacks(tmp_path: Path) -> None:
     folder = write_log(tmp_path / "run", {"step": 1, "train_loss": 2.0})
     options = {"callback_options": {"curves": {"refresh_seconds": math.inf}}, "training": {}}
-    write_start(folder, step=0, config=options)
+    write_start(folder, step=0, time="2026-01-01T00:00:00+00:00", config=options)
     assert report(folder, "--output", tmp_path / "r.html") == 0
     assert data_of(tmp_path / "r.html")[0]["config"]["callback_options"] == {"curves": {"refresh_seconds": "Infinity"}}
 
