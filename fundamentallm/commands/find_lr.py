@@ -39,8 +39,7 @@ class Point(NamedTuple):
     """One step of the test."""
 
     learning_rate: float
-    loss: float
-    """Nats per target, of the batch of this step."""
+    loss: float  # nats per target, of the batch of this step
     smoothed: float
 
 

@@ -117,8 +117,10 @@ class LineFile:
                 copy = path.with_name(f"{path.stem}.before-{digest[:8]}{path.suffix}")
                 with replacing(copy) as new:
                     shutil.copy2(path, new)
-                dropped = f"{len(lines) - len(kept):,} lines are not this run's"
-                message = f"{path}: {f'{damaged} cannot be read' if damaged else dropped}; dropped here, kept in {copy}"
+                what = (
+                    f"{damaged} cannot be read" if damaged else f"{len(lines) - len(kept):,} lines are not this run's"
+                )
+                message = f"{path}: {what}; dropped here and kept in {copy}"
             write_text(path, "".join(text for text, _ in kept))
         return message
 

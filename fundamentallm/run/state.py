@@ -32,10 +32,8 @@ OPTIONAL_PARTS = {
 class Restored(NamedTuple):
     """What loading a checkpoint did."""
 
-    messages: list[str]
-    """One line for the user for each thing worth knowing."""
-    changed: frozenset[str]
-    """Dotted names of the settings, and facts of the data, that differ from the checkpoint's."""
+    messages: list[str]  # one line for the user for each thing worth knowing
+    changed: frozenset[str]  # dotted names of settings, and facts of the data, that differ from the checkpoint's
 
 
 class RunState:

@@ -17,16 +17,11 @@ class Parameters(NamedTuple):
     """Numbers of parameters; tied ones count once."""
 
     total: int
-    without_tables: int
-    """Without embedding table and output projection."""
-    multiplied: int
-    """Parameters that each token is multiplied with: all matrices except the embedding table."""
-    block: int
-    """Of one block, norms included."""
-    matrices: int
-    """Of one block, norms excluded."""
-    table: int
-    """Of the output projection."""
+    without_tables: int  # without embedding table and output projection
+    multiplied: int  # that each token is multiplied with: all matrices except the embedding table
+    block: int  # of one block, norms included
+    matrices: int  # of one block, norms excluded
+    table: int  # of the output projection
     tensors: int
 
 

@@ -26,12 +26,9 @@ class Memory(NamedTuple):
     weights: int
     gradients: int
     optimizer: int
-    activations: int
-    """Kept by the forward pass of a micro-batch, without logits."""
-    logits: int
-    """Logits, log-probabilities and their gradients, all in float32."""
-    gathered: int
-    """FSDP2: blocks gathered for computing, and gradients to be scattered."""
+    activations: int  # kept by the forward pass of a micro-batch, without logits
+    logits: int  # logits, log-probabilities and their gradients, all in float32
+    gathered: int  # FSDP2: blocks gathered for computing, and gradients to be scattered
     peak: int
 
 
