@@ -127,10 +127,6 @@ def launch_problems(
     if launched != "no":  # which `accelerate launch` sets by default
         where = f" of {launch.config_file}" if launch is not None and launch.config_file else ""
         problems += precision_problems("accelerate_config.mixed_precision", launched, mixed_precision or "no", where)
-    for name, setting in (("downcast_bf16", "mixed_precision"), ("gradient_clipping", "gradient_clip_norm")):
-        value = environment.get(f"ACCELERATE_{name.upper()}", "no")
-        if value.lower() not in (*OFF, "none", "auto"):
-            problems.append(Problem(f"accelerate_config.{name}", value, "unset", f"Set training.{setting} instead."))
     return problems
 
 

@@ -147,9 +147,9 @@ class ModelGuard:
         if unused:
             raise ConfigError(
                 f"{_listed(unused)}: no gradient from the last micro-batch of a step, after which several processes "
-                "exchange the gradients of all parameters. Freeze them (training.parameter_groups) if they have no part "
-                "in the loss; otherwise give the Trainer an Accelerator with kwargs_handlers="
-                "[DistributedDataParallelKwargs(find_unused_parameters=True)]."
+                "exchange the gradients of all parameters. Freeze parameters without a part in the loss "
+                "(training.parameter_groups), or give the Trainer an Accelerator with "
+                "kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]."
             )
         if self._reports and (num_micro_batches > 1 or self._num_processes > 1):
             self._reports = False
