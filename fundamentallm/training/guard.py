@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
+from typing import TypeAlias
 
 import torch
 from accelerate import Accelerator
@@ -99,6 +101,20 @@ class Guard:
         self._recent.copy_(state["recent"])
 
 
+BufferCopy: TypeAlias = tuple[nn.Module, str, Tensor, Tensor]
+"""Module, name of the buffer in it, buffer, copy of its values."""
+
+
+def copied_buffers(modules: Iterable[nn.Module]) -> list[BufferCopy]:
+    """Returns a copy of each buffer of the modules, except of expanded ones, which cannot be written to."""
+    return [
+        (module, name, buffer, buffer.detach().clone())
+        for module in modules
+        for name, buffer in module.named_buffers(recurse=False)
+        if all(buffer.stride())
+    ]
+
+
 class ModelGuard:
     """Undoes what a skipped step did to buffers, and names what makes a run depend on its layout.
 
@@ -109,7 +125,7 @@ class ModelGuard:
         self.model: nn.Module = accelerator.unwrap_model(model)
         self._reports, self._num_processes = accelerator.is_main_process, accelerator.num_processes
         self._with_buffers = [module for module in self.model.modules() if list(module.buffers(recurse=False))]
-        self._before: list[tuple[nn.Module, str, Tensor]] = []
+        self._before: list[BufferCopy] = []
         self._needed: list[str] = []
         self._reached: set[str] = set()
         ddp = accelerator.ddp_handler
@@ -126,15 +142,9 @@ class ModelGuard:
                 self._needed.append(name)
                 parameter.register_post_accumulate_grad_hook(lambda _, name=name: reached.add(name))
 
-    @torch.no_grad()
     def begin(self) -> None:
         """Remembers the buffers, any of which the step may change."""
-        self._before = [
-            (module, name, buffer.clone())
-            for module in self._with_buffers
-            for name, buffer in module.named_buffers(recurse=False)
-            if all(buffer.stride())  # an expanded one cannot be written to
-        ]
+        self._before = copied_buffers(self._with_buffers)
 
     def check(self, num_micro_batches: int) -> None:
         """Checks the model after the backward pass of a step. The host waits for the device once in a run.
@@ -163,7 +173,7 @@ class ModelGuard:
 
     def _layers_with_statistics(self, num_micro_batches: int) -> list[str]:
         """Returns the layers that normalise over a batch, or whose buffers the step has changed."""
-        changed = {module for module, name, before in self._before if _differ(before, getattr(module, name))}
+        changed = {module for module, name, _, before in self._before if _differ(before, getattr(module, name))}
         layers = []
         for path, module in self.model.named_modules():
             normalises = isinstance(module, BATCH_NORMS) and module.training
@@ -175,7 +185,7 @@ class ModelGuard:
     @torch.no_grad()
     def end(self, skip: Tensor) -> None:
         """Sets the buffers back if the step was skipped (`skip`, a boolean scalar)."""
-        for module, name, before in self._before:
+        for module, name, _, before in self._before:
             buffer = getattr(module, name)
             if buffer is not None and buffer.shape == before.shape:
                 buffer.copy_(before.where(skip, buffer))

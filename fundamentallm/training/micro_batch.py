@@ -20,6 +20,7 @@ from fundamentallm.distributed.batches import StepBatch, take_rows
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.models.with_loss import ModelWithLoss
+from fundamentallm.training.guard import copied_buffers
 from fundamentallm.training.metrics import Metric
 from fundamentallm.training.step import OptimizerStep
 
@@ -152,15 +153,16 @@ def _fits(
 @contextmanager
 def restored(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Set random numbers, buffers and training modes back on exit."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = copied_buffers(model.modules())
     modes = {module: module.training for module in model.modules()}
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
         try:
             yield
         finally:
-            for buffer, before in buffers:
+            for module, name, buffer, before in buffers:
                 buffer.copy_(before)
+                setattr(module, name, buffer)  # a forward pass may have replaced it
             for module, mode in modes.items():
                 module.training = mode
 
