@@ -108,18 +108,11 @@ def read_launch(arguments: Sequence[str], folder: str) -> Launch:
 
 
 def launch_problems(
-    environment: Mapping[str, str],
-    has_device: bool,
-    mixed_precision: str | None = None,
-    launch: Launch | None = None,
+    environment: Mapping[str, str], has_device: bool, mixed_precision: str | None = None, launch: Launch | None = None
 ) -> list[Problem]:
-    """Returns what the launcher asks for that contradicts the config, is not supported or would not happen.
+    """Returns what a launch, by its environment variables, asks for that is not supported or would not happen.
 
-    Args:
-        environment: the launcher's environment variables.
-        has_device: whether there is a GPU, and the launcher does not ask for the CPU.
-        mixed_precision: `training.mixed_precision`.
-        launch: the launch, if it is known.
+    `has_device` says whether there is a GPU, and the launcher does not ask for the CPU.
     """
     problems = [engine_problem(name) for name in ENGINES if _is_set(environment, f"ACCELERATE_USE_{name}")]
     problems += _process_problems(environment, has_device, launch)
