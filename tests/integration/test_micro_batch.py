@@ -146,6 +146,10 @@ def test_nothing_fits_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
 
 
 def test_another_error_is_not_taken_for_a_lack_of_memory(tmp_path: Path) -> None:
+    def fail(model: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        if len(inputs[0]) > 4:  # the search, not the check of the first batch
+            raise RuntimeError("planted")
+
     trainer = made(tmp_path)
     trainer.model.register_forward_hook(lambda *_: 1 // 0)
     with pytest.raises(ZeroDivisionError):
