@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -140,7 +141,8 @@ class ModelGuard:
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 self._needed.append(name)
-                parameter.register_post_accumulate_grad_hook(lambda _, name=name: reached.add(name))
+                note = partial(_note, reached, name)
+                parameter.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
 
     def begin(self) -> None:
         """Remembers the buffers, any of which the step may change."""
@@ -189,6 +191,10 @@ class ModelGuard:
             buffer = getattr(module, name)
             if buffer is not None and buffer.shape == before.shape:
                 buffer.copy_(before.where(skip, buffer))
+
+
+def _note(names: set[str], name: str, _: Tensor) -> None:
+    names.add(name)
 
 
 def _differ(before: Tensor, now: Tensor | None) -> bool:
