@@ -222,7 +222,7 @@ class Trainer(TrainerView):
             first = self.global_step
             self.saver.check_room(saves_left(self.config.training, self.total_steps - first, self.steps_per_epoch))
             if self.micro_batch is not None:
-                batches = self._first_batches.load(self.train_loader, self.samples, first, first + 1)
+                batches = self._first_batches.load(self.train_loader, self.samples, first, self.total_steps)
                 samplers = [sampler for sampler in (self.samples, self.val_samples) if sampler is not None]
                 found = self.micro_batch.settle(
                     self.optimizer_step, batches, samplers, self.group, self.validation_metrics
@@ -249,7 +249,7 @@ class Trainer(TrainerView):
             return
         log_every = self.config.training.log_every_n_steps
         self.phase = Phase.LOADING
-        for batch in self._first_batches.load(self.train_loader, self.samples, progress.step, self.total_steps, True):
+        for batch in self._first_batches.load(self.train_loader, self.samples, progress.step, self.total_steps):
             self.phase = Phase.COMPUTING
             if self._is_at_epoch or progress.step == self._first_step:
                 callbacks.on_epoch_begin(self)
