@@ -42,6 +42,28 @@ def test_own_losses_are_the_same_on_three_processes(tmp_path: Path) -> None:
     assert max(json.loads((tmp_path / "found-0.json").read_text()).values()) < 1e-5
 
 
+def count_labels(count: int, folder: str) -> None:
+    """The labels of the last process's first rows are all ignored."""
+    rows = [torch.full((6,), 5) for _ in range(4)]
+
+    def half_ignored(rows: list[Tensor]) -> dict[str, Any]:
+        batch = causal(rows)
+        batch["labels"][rows[0].sum() < 30] = -100
+        return batch
+
+    if torch.distributed.get_rank() == count - 1:
+        rows = [row * 0 for row in rows]
+    loader = DataLoader(rows, batch_size=4, collate_fn=half_ignored)
+    trainer = Trainer(CASES["own"].make(), TrainingConfig(max_steps=1), loader, callbacks=[])
+    trainer.train()
+    Path(folder, "tokens").write_text(str(trainer.metrics.get_latest("tokens")))
+
+
+def test_processes_agree_on_whether_a_model_shifts_its_labels(tmp_path: Path) -> None:
+    on_processes(2, count_labels, str(tmp_path))
+    assert int((tmp_path / "tokens").read_text()) == 2 * 5
+
+
 def test_run_on_mappings_resumes_to_the_bit(tmp_path: Path) -> None:
     assert objectives.resumes_to_the_bit("gpt2", 6, tmp_path)
 
