@@ -62,7 +62,7 @@ class OptimizerStep:
         self.objective: ModelWithLoss = accelerator.unwrap_model(model_with_loss)
         self.max_norm = math.inf if max_norm is None else max_norm
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self._of_model = list(model_with_loss.parameters())  # also those that a caller's optimizer leaves out
+        self.model_parameters = list(model_with_loss.parameters())  # also those that a caller's optimizer leaves out
         self.is_updating = False
         self.model_guard = ModelGuard(accelerator, self.objective)
 
@@ -99,7 +99,7 @@ class OptimizerStep:
         self.is_updating = True
         self._update(skip)
         self.model_guard.end(skip)
-        for parameter in self._of_model:  # model.zero_grad() would walk all modules
+        for parameter in self.model_parameters:  # model.zero_grad() would walk all modules
             parameter.grad = None
         return StepResult(loss, num_targets, norm)
 

@@ -336,11 +336,10 @@ class Trainer(TrainerView):
     def _evaluate(self, is_interrupted: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
         if self.val_loader is None or self.val_samples is None:
             raise ConfigError("There is no val_loader; give the Trainer one.")
-        data = self.val_loader, self.val_samples, self.accelerator
+        loader, metrics = self.val_loader, self.validation_metrics
+        batches = self._first_batches.load(loader, self.val_samples, 0, self.val_samples.steps_per_epoch)
         with self.averaged_weights():
-            return evaluate(
-                self.model_with_loss, *data, is_interrupted, self.validation_metrics, self._first_batches.load
-            )
+            return evaluate(self.model_with_loss, loader, batches, self.accelerator, metrics, is_interrupted)
 
     def _validate_in_training(self) -> bool:
         """Validates. Returns False if a signal or the clock interrupted it; it then comes first on resume."""

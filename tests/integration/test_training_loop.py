@@ -474,12 +474,6 @@ def test_a_sampler_that_gives_each_process_a_share_is_refused() -> None:
     on_processes(2, refuse_shares)
 
 
-def test_samples_that_are_no_pairs_are_refused() -> None:
-    loader = DataLoader(torch.arange(10), batch_size=5)
-    with pytest.raises(ConfigError, match="inputs, targets"):
-        Trainer(Bigram(), TrainingConfig(), loader, callbacks=[]).train()
-
-
 # ---- the host does not wait ----------------------------------------------------------------------------------------
 
 
