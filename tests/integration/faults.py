@@ -78,8 +78,10 @@ def own_generator_data(config: Config) -> Trainer:
 
 
 class _Unseeded(Small):
+    draws = random.Random()
+
     def disturb(self, logits: Tensor) -> Tensor:
-        return logits * random.uniform(0.9, 1.1) if self.training else logits
+        return logits * self.draws.uniform(0.9, 1.1) if self.training else logits
 
 
 def unseeded_model(config: Config) -> Trainer:

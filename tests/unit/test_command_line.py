@@ -86,7 +86,7 @@ def another_value(name: str) -> Any:
         return ["a:b"]
     if hint == str | None:
         return "elsewhere"
-    if "Literal" in str(hint):
+    if "tokens" in str(hint):
         return "text"  # data.special_tokens
     return 0.5 if "float" in str(hint) else 2 * (field.default or 1)
 
