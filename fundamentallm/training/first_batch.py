@@ -62,10 +62,8 @@ class CheckedArguments(TorchFunctionMode):
                 _check_ids(given["input"], given["weight"], self.names.get(given["weight"], "an embedding"))
             elif func not in DISTANCES:
                 _check_targets(given["input"], given["target"], given.get("ignore_index", IGNORE_INDEX))
-            elif given["input"].shape != given["target"].shape:  # torch would compare each with each
-                found, allowed = (f"of shape {tuple(given[name].shape)}" for name in ("target", "input"))
-                advice = "Give both one shape, by outputs.squeeze(-1) or targets.unsqueeze(-1)."
-                raise _refuse("targets", found, f"{allowed}, as the outputs", advice)
+            else:
+                _check_distance(given["input"], given["target"])
         return func(*args, **kwargs)
 
 
@@ -97,6 +95,14 @@ def _check_targets(logits: Tensor, targets: Tensor, ignored: int) -> None:
         advice = f"Give the model as many classes as there are, or {IGNORE_INDEX} to targets that do not count."
         found = f"{int(counted.min())} to {int(counted.max())}"
         raise _refuse("targets", found, f"0 to {classes - 1}, the model's {classes} classes", advice)
+
+
+def _check_distance(outputs: Tensor, targets: Tensor) -> None:
+    """Refuses (N, 1) outputs for (N,) targets, of which torch would compare each with each."""
+    if outputs.shape != targets.shape and outputs.numel() == targets.numel():
+        advice = "Give both one shape, by outputs.squeeze(-1) or targets.unsqueeze(-1)."
+        allowed = f"of shape {tuple(outputs.shape)}, as the outputs"
+        raise _refuse("targets", f"of shape {tuple(targets.shape)}", allowed, advice)
 
 
 class FirstBatches:
