@@ -138,9 +138,9 @@ class OwnLoss:
 
     def __init__(self, model: nn.Module, loss_fn: Any) -> None:
         parameters = inspect.signature(model.forward).parameters
-        names = [name for name, each in parameters.items() if each.kind != each.VAR_KEYWORD]
+        takes_all = any(each.kind == each.VAR_KEYWORD for each in parameters.values())
+        names = [name for name, each in parameters.items() if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
         self.required = [name for name in names if parameters[name].default is inspect.Parameter.empty]
-        takes_all = len(names) < len(parameters)
         self.loss_fn, self._names, self._options = loss_fn, None if takes_all else names, _without_cache(model)
         self.computes_loss, self.shifts = takes_all or LABELS in names, _shifts_labels(model)
         # transformers' models that take any argument hand the count on to their loss function.

@@ -207,6 +207,21 @@ def test_entries_that_the_model_does_not_take_are_reported(capsys: pytest.Captur
     assert capsys.readouterr().out.count("does not take token_type_ids") == 1
 
 
+def test_model_that_hands_all_arguments_on_is_given_them() -> None:
+    """As `PeftModel` does."""
+
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = WithLabels(with_loss)
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.inner(*args, **kwargs)
+
+    losses = [trainer(model(), mappings()).train() for model in (Wrapper, lambda: WithLabels(with_loss))]
+    assert losses[0]["train_loss"] == losses[1]["train_loss"]
+
+
 def test_objective_takes_a_dataclass() -> None:
     @dataclasses.dataclass
     class Two:
