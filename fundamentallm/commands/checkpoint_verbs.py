@@ -21,7 +21,7 @@ from fundamentallm.config.schema import Config, flat_settings
 from fundamentallm.config.units import size_text
 from fundamentallm.config.yaml_format import to_yaml
 from fundamentallm.errors import CheckpointError, CheckpointNotFoundError, ConfigError, Problem, printable
-from fundamentallm.run.step_samples import samples_of_step, text_of_step, texts, why_no_text
+from fundamentallm.run.step_samples import samples_of_step, text_of_step, why_no_text
 
 
 def list_command(options: argparse.Namespace) -> int:
@@ -123,7 +123,10 @@ def samples_command(options: argparse.Namespace) -> int:
         return 0
     say(f"{count:,} samples, by their index and their first and last token in the training text:\n")
     rows = []
-    for index, tokens, text in texts(dataset, found.indices):
+    for index in found.indices:
+        tokens, inputs = dataset.locate(index)
+        assert dataset.tokenizer is not None
+        text = dataset.tokenizer.decode(inputs.tolist(), skip_special_tokens=False)
         if options.full:
             say(f"---- sample {index}, tokens {tokens} ----\n{text}")
         else:

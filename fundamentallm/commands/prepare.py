@@ -28,10 +28,13 @@ def main(arguments: Sequence[str], program: str) -> int:
         from fundamentallm.run.initial_weights import completed
 
         config = completed(config, find_pretrained(config.model.pretrained))
-    from fundamentallm.data.corpus import describe, load_corpus  # the import takes half a second
+    from fundamentallm.data.corpus import describe, load_corpus  # the imports take half a second
+    from fundamentallm.run.resume import learned_tokenizer
 
+    if learned := learned_tokenizer(config):
+        say(f"the run in {config.output_dir} keeps its tokenizer; for a new one, name another output_dir")
     try:
-        corpus = load_corpus(config.data)
+        corpus = load_corpus(config.data, tokenizer=learned)
     except KeyboardInterrupt as interrupt:
         print("\nStopped. Sources that are finished are kept. Rerun the same command for the others.", file=sys.stderr)
         return exit_code(interrupt)

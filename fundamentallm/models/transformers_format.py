@@ -19,7 +19,7 @@ from torch import nn
 from fundamentallm.config.schema import END_OF_TEXT, ModelConfig
 from fundamentallm.config.validation import expand_user
 from fundamentallm.data.datasets import TokenSamples
-from fundamentallm.data.tokenizers import SPLIT, make_detector
+from fundamentallm.data.tokenizers import SPLIT, num_ids, with_unknown
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.models.transformer import Transformer
 
@@ -121,8 +121,8 @@ def _special_tokens(dataset: TokenSamples) -> dict[str, Any]:
     end = dataset.tokenizer.token_to_id(END_OF_TEXT) if dataset.end_of_text is None else dataset.end_of_text
     if end is not None:  # as in GPT-2: it precedes each document too, and stands in for tokens that are missing
         found |= dict.fromkeys(("eos_token", "bos_token", "pad_token", "unk_token"), dataset.tokenizer.id_to_token(end))
-    detector, unknown = make_detector(dataset.tokenizer)
-    if unknown is not None and detector is dataset.tokenizer:
+    _, unknown = with_unknown(dataset.tokenizer)
+    if unknown is not None and unknown < num_ids(dataset.tokenizer):
         found["unk_token"] = dataset.tokenizer.id_to_token(unknown)
     return {"pad_token": found["unk_token"]} | found if "unk_token" in found else found
 
