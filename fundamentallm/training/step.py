@@ -62,6 +62,7 @@ class OptimizerStep:
         self.objective: ModelWithLoss = accelerator.unwrap_model(model_with_loss)
         self.max_norm = math.inf if max_norm is None else max_norm
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.model_parameters = list(model_with_loss.parameters())  # also those that a caller's optimizer leaves out
         self.is_updating = False
         self.model_guard = ModelGuard(accelerator, model_with_loss)
 
@@ -98,7 +99,8 @@ class OptimizerStep:
         self.is_updating = True
         self._update(skip)
         self.model_guard.end(skip)
-        model.zero_grad()  # also of parameters that a caller's optimizer leaves out
+        for parameter in self.model_parameters:  # model.zero_grad() would walk all modules
+            parameter.grad = None
         return StepResult(loss, num_targets, norm)
 
     def raise_if_updating(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -446,10 +447,31 @@ def test_a_whole_config_without_a_batch_size_has_the_loaders(tmp_path: Path) -> 
     assert (trainer.batch_size, trainer.config.training.batch_size) == (7, 7)
 
 
-def test_samples_that_are_no_pairs_are_refused() -> None:
-    loader = DataLoader(torch.arange(10), batch_size=5)
-    with pytest.raises(ConfigError, match="inputs, targets"):
-        Trainer(Bigram(), TrainingConfig(), loader, callbacks=[]).train()
+def test_a_batch_sampler_decides_about_the_batch_size(tmp_path: Path) -> None:
+    loader = DataLoader(PartlyIgnored(), batch_sampler=[[0, 1, 2], [3, 4]])
+    trainer = Trainer(Bigram(), make_config(tmp_path, batch_size=None), loader)
+    assert trainer.config.training.batch_size is None
+    with pytest.raises(ConfigError) as error:
+        Trainer(Bigram(), TrainingConfig(batch_size=4), loader)
+    assert [problem.setting for problem in error.value.problems] == ["training.batch_size"]
+
+
+class Share:
+    """Yields every second index, from this process's rank on, and does not say so."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(torch.distributed.get_rank(), 20, 2))
+
+
+def refuse_shares(count: int) -> None:
+    assert torch.distributed.get_world_size() == count
+    with pytest.raises(ConfigError) as error:
+        Trainer(Bigram(), TrainingConfig(), DataLoader(PartlyIgnored(), sampler=Share(), batch_size=4))
+    assert error.value.problems[0].setting == "train_loader"
+
+
+def test_a_sampler_that_gives_each_process_a_share_is_refused() -> None:
+    on_processes(2, refuse_shares)
 
 
 # ---- the host does not wait ----------------------------------------------------------------------------------------
