@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from fundamentallm import Callback, CheckpointError, Trainer, train
 from fundamentallm.checkpoint import manager as checkpoint_module
 from fundamentallm.errors import RunInProgressError
+from fundamentallm.run.folder import locked
 from fundamentallm.training.callbacks import VisualizationCallback
 from tests.conftest import reset_accelerate
 from tests.integration.runs import assert_same_weights, lines, make_config, make_trainer, timeless, weights
@@ -403,6 +404,29 @@ def test_train_ends_at_the_step_after_a_failed_save(tmp_path: Path) -> None:
     assert trainer.global_step == 9
     assert json.loads((tmp_path / "status.json").read_text())["exit_code"] == 1
     assert names(tmp_path / "checkpoints") == [".fundamentallm.lock", "step_00000004", "step_00000008"]
+
+
+def test_train_again_waits_for_the_save_that_ctrl_c_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    goes_on, write = threading.Event(), checkpoint_module.write_manifest
+
+    class Interrupt(Callback):
+        def on_step_begin(self, trainer: Trainer) -> None:
+            if trainer.global_step == 4:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint_module, "write_manifest", lambda *a, **b: goes_on.wait(60) and write(*a, **b))
+    trainer = make_trainer(make_config(tmp_path, **RUN))
+    trainer.callbacks.add(Interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    with pytest.raises(RunInProgressError), locked([tmp_path]):
+        pass
+    goes_on.set()
+    again = make_trainer(make_config(tmp_path, **RUN))
+    again.train()
+    assert again.resumed_from == tmp_path / "checkpoints" / "step_00000004"
+    with locked([tmp_path]):
+        pass
 
 
 def spoil(trainer: Trainer) -> None:
