@@ -29,7 +29,6 @@ from fundamentallm.errors import (
 from fundamentallm.run.folder import locked, read_status, write_start, write_status
 from fundamentallm.run.stopping import StopSwitch
 
-
 _unlocking: list[threading.Thread] = []
 """Threads of this process that keep the folders of an interrupted launch locked until its checkpoint is written."""
 
@@ -166,7 +165,7 @@ def _open_folders(
 
 
 def _unlock(locks: ExitStack, manager: CheckpointManager | None) -> None:
-    """Unlocks the folders of a run: at once, or as soon as the checkpoint is written that Ctrl-C left in the background."""
+    """Unlocks the folders of a run once no checkpoint is written any more, without waiting for it."""
     writer = None if manager is None else manager.writer
     if writer is None or not writer.is_alive():
         locks.close()
