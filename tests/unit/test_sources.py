@@ -21,6 +21,7 @@ from fundamentallm.commands import prepare
 from fundamentallm.config.schema import BUILT_IN_CORPUS, DataConfig
 from fundamentallm.data import encoding, sources
 from fundamentallm.data.corpus import Corpus, describe, load_corpus
+from fundamentallm.data.tokenizers import create_tokenizer
 from fundamentallm.errors import ConfigError
 from tests.conftest import problem_of
 
@@ -412,15 +413,37 @@ def test_several_sources_use_one_tokenizer(tmp_path: Path) -> None:
     assert [(source.folder / "train.bin").stat().st_ino for source in again.sources] == inodes
 
 
-def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("others", [DOCUMENTS[:-1], DOCUMENTS[::-1]])  # shorter, and of equal length
+def test_a_source_that_changes_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: list[str]
+) -> None:
     source = as_jsonl(tmp_path)
     real = encoding.read_source
 
-    def shorter(*arguments: Any) -> Any:
-        write_rows(Path(source), [{"text": text} for text in DOCUMENTS[:-1]])
+    def read_others(*arguments: Any) -> Any:
+        write_rows(Path(source), [{"text": text} for text in others])
         return real(*arguments)
 
-    monkeypatch.setattr(encoding, "read_source", shorter)
-    assert "changed" in problem_of(load, tmp_path, source).reason
+    monkeypatch.setattr(encoding, "read_source", read_others)
+    for tokenizer in ("byte", "bpe:300"):
+        as_jsonl(tmp_path)
+        assert "changed" in problem_of(load, tmp_path, source, tokenizer=tokenizer).reason
     monkeypatch.undo()
-    assert decode(load(tmp_path, source)) == "".join(text + END for text in DOCUMENTS[:-1])
+    assert decode(load(tmp_path, source)) == "".join(text + END for text in others)
+
+
+def test_token_files_that_change_while_they_are_read_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = create_tokenizer("byte", "")
+    tokenizer.save(str(tmp_path / "t.json"))
+    np.save(tmp_path / "a.npy", np.arange(200))
+    real = encoding.token_blocks
+
+    def read_others(*arguments: Any) -> Any:
+        np.save(tmp_path / "a.npy", np.arange(200)[::-1])
+        return real(*arguments)
+
+    monkeypatch.setattr(encoding, "token_blocks", read_others)
+    settings = {"tokenizer": str(tmp_path / "t.json"), "end_of_text": None}
+    assert "changed" in problem_of(load, tmp_path, str(tmp_path / "a.npy"), **settings).reason
