@@ -21,12 +21,13 @@ DATASETS = "datasets:"
 """Prefix of a source that the datasets library opens."""
 PREPARED = ("meta.json", "tokenizer.json", "train.bin", "validation.bin")
 """Files of a prepared source."""
-ROWS, TOKENS = (".jsonl", ".ndjson", ".json", ".parquet"), (".bin", ".npy")
+ROWS, TOKENS = (".jsonl", ".jsonlines", ".jl", ".ndjson", ".json", ".parquet"), (".bin", ".npy")
 """Suffixes of files with rows of fields, and of files with tokens."""
 NOT_TEXT = (
     ".csv", ".tsv", ".arrow", ".feather", ".orc", ".avro", ".xls", ".xlsx", ".ods", ".db", ".sqlite", ".sqlite3",
     ".h5", ".hdf5", ".npz", ".pkl", ".pickle", ".pt", ".pth", ".safetensors", ".gz", ".tgz", ".bz2", ".xz", ".zst",
     ".zip", ".7z", ".rar", ".tar", ".pdf", ".doc", ".docx", ".odt", ".epub",
+    ".ipynb",
 )  # fmt: skip
 """Suffixes of files that are refused, although some could be decoded as text. Files with any other suffix are text."""
 ENDINGS = 5
