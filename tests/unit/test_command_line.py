@@ -157,6 +157,7 @@ def test_from_yaml_reads_the_scalars_of_yaml_1_2(text: str, value: Any) -> None:
         ("output_dir: !!bool x", "'x'"),
         ("output_dir: \0", "character #x0000"),
         (b"output_dir: \xe9", "'utf-8' codec"),
+        ("[" * 5000, "nested too deeply"),
         ("- model", "mapping"),
         ("7", "mapping"),
     ],
@@ -247,6 +248,21 @@ def test_parse_config_names_the_setting_that_others_call_so(write: Write, name: 
     (of_file,) = problems("--config", write(content))
     for found in (*problems(f"--{name}=1"), *problems(f"--{name.replace('_', '-')}", "1"), of_file):
         assert f"{meant}'" in found.advice
+
+
+def test_parse_config_of_a_dotted_key_says_to_nest_it(write: Write) -> None:
+    (found,) = problems("--config", write("training.log_every_n_steps: 7"))
+    assert (found.setting, found.value) == ("training.log_every_n_steps", 7)
+    assert "training: {log_every_n_steps: " in found.advice
+
+
+@pytest.mark.parametrize("name", ["output_dir", "training.checkpoint_dir", "data.cache_dir", "data.source"])
+def test_parse_config_refuses_a_null_character_in_a_path(write: Write, name: str) -> None:
+    section, _, key = name.rpartition(".")
+    line = f'{key}: "a\\0b"'
+    assert name in {
+        found.setting for found in problems("--config", write(f"{section}: {{{line}}}" if section else line))
+    }
 
 
 @pytest.mark.parametrize("text", ["-1", "-0.5", "-1e-4"])
