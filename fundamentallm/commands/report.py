@@ -57,18 +57,20 @@ def read_run(folder: Path) -> dict[str, Any]:
         ]
         starts, restarted, status = read_starts(folder), restarts(folder), read_status(folder)
         count_seconds(lines, starts)
-    except (OSError, ValueError) as error:
-        raise FundamentaLLMError(f"{folder} cannot be read: {error}.") from error
-    start = starts[-1] if starts else {}
+        start = starts[-1] if starts else {}
+        data = (start.get("data") or [None])[-1]  # fingerprint of the validation data
+        config = flat_settings(start["config"]) if start.get("config") else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise FundamentaLLMError(f"{folder} cannot be read: {error!r}. Its files are damaged.") from error
     return {
         "name": str(folder),
         "state": status.get("state"),
         "total_steps": status.get("total_steps"),
-        "data": (start.get("data") or [None])[-1],  # fingerprint of the validation data
+        "data": data,
         "curves": curves(lines),
         "restarts": restarted,
         "samples": samples,
-        "config": flat_settings(start["config"]) if start.get("config") else None,
+        "config": config,
         "environment": start.get("environment"),
     }
 
@@ -114,6 +116,7 @@ def thinned(points: list[tuple[int, float | None]]) -> list[tuple[int, float | N
 def make_page(runs: list[dict[str, Any]]) -> str:
     """Returns the HTML of runs from `read_run`."""
     data = {"made": datetime.now().astimezone().isoformat(" ", "minutes"), "runs": runs}
+    data = json.loads(json.dumps(data), parse_constant=str)  # options may be NaN, which JSON lacks
     # In <script>, HTML gives a meaning to "</script" and "<!--", and runs may contain any text.
     text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")

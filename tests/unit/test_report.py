@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -174,6 +175,24 @@ def test_report_refuses_other_folders_and_files(run: Path, tmp_path: Path) -> No
     assert mine.read_text() == "<p>mine"
     assert report(run, "--output", tmp_path / "r.html") == report(run, "--output", tmp_path / "r.html") == 0
     assert "report" in VERBS
+
+
+@pytest.mark.parametrize("options", [math.nan, -math.inf])
+def test_report_shows_options_that_json_lacks(tmp_path: Path, options: float) -> None:
+    folder = write_log(tmp_path / "run", {"step": 1, "train_loss": 2.0, "time": 2.0})
+    start = {"step": 0, "time": "2026-01-01T00:00:00+00:00", "config": {"training": {"loss_options": {"x": options}}}}
+    (folder / "starts.jsonl").write_text(json.dumps(start) + "\n")
+    assert report(folder, "--output", tmp_path / "r.html") == 0
+    (found,) = data_of(tmp_path / "r.html")
+    assert str(found["config"]["training.loss_options"]["x"]).lower()[:4] == str(options)[:4]
+
+
+@pytest.mark.parametrize("start", [{"step": 0}, {"step": 0, "time": 3}, {"step": 0, "time": math.nan}])
+def test_report_of_a_damaged_launch_names_the_folder(tmp_path: Path, start: dict[str, Any]) -> None:
+    folder = write_log(tmp_path / "run", {"step": 1, "train_loss": 2.0, "time": 2.0})
+    (folder / "starts.jsonl").write_text(json.dumps(start) + "\n")
+    with pytest.raises(FundamentaLLMError, match="run"):
+        report(folder, "--output", tmp_path / "r.html")
 
 
 # ---- in a browser ------------------------------------------------------------------------------------------
