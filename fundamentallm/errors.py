@@ -135,12 +135,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def writing(path: object) -> Iterator[None]:
+def writing(path: object, advice: str = "") -> Iterator[None]:
     """Turn an OSError in the block into a FundamentaLLMError that names the file; a full disk's own names none."""
     try:
         yield
     except OSError as error:
-        raise FundamentaLLMError(f"{path} cannot be written: {error}.") from error
+        raise FundamentaLLMError(f"{path} cannot be written: {error}. {advice}".rstrip()) from error
 
 
 # Exit codes besides 0. 75 is EX_TEMPFAIL of sysexits.h, "try again later". 130 is a shell's code for Ctrl-C.

@@ -126,7 +126,7 @@ def load_corpus(config: DataConfig, show_progress: bool = True, tokenizer: Token
             if (source.files[0] / CHECKSUMS).exists() and not _is_ready(source.files[0], cache):
                 raise source_error(source.name, "which is damaged", advice="Prepare it again.")
     if missing := [source for source in raw if not _is_ready(folders[source.name], cache)]:
-        with writing(cache):
+        with writing(cache, "Choose another data.cache_dir."):
             tokenizer = tokenizer or _make_tokenizer(config, raw, facts, list(folders.values()), show_progress)
             tokenizer.encode_special_tokens = special_tokens_are(config) == "text"
             for source in missing:

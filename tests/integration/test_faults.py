@@ -14,6 +14,7 @@ import sys
 import threading
 from collections import namedtuple
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,13 +22,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fundamentallm import Callback, CheckpointError, Trainer, train
+from fundamentallm import Callback, CheckpointError, DataConfig, Trainer, train
 from fundamentallm.checkpoint import manager as checkpoint_module
 from fundamentallm.errors import RunInProgressError
 from fundamentallm.run.folder import locked
-from fundamentallm.training.callbacks import VisualizationCallback
 from tests.conftest import reset_accelerate
-from tests.integration.runs import assert_same_weights, lines, make_config, make_trainer, timeless, weights
+from tests.integration.runs import assert_same_weights, lines, make_config, make_trainer, prose, timeless, weights
 from tests.unit.checkpoint_files import flip_middle_bit, rewrite, truncate
 
 RUN: dict[str, Any] = {"dropout": 0.2, "save_every_n_steps": 4}
@@ -262,11 +262,13 @@ def test_save_of_too_large_a_file_keeps_the_older_one(tmp_path: Path) -> None:
 
 def test_train_with_unwritable_curves_continues(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "curves.png").mkdir()
-    curves = VisualizationCallback(tmp_path / "curves.png")
-    trainer = make_trainer(make_config(tmp_path, max_steps=2), callbacks=[curves])
-    trainer.train()
-    assert trainer.is_finished
-    assert "curves.png cannot be drawn" in capsys.readouterr().out
+    (tmp_path / "a.txt").write_text(prose())
+    data = DataConfig(str(tmp_path / "a.txt"), cache_dir=str(tmp_path / "cache"), sequence_length=16)
+    config = replace(make_config(tmp_path, max_steps=2), data=data, sample_tokens=0)
+    assert train.run(config).is_finished
+    said = capsys.readouterr().out
+    assert "curves.png cannot be drawn" in said
+    assert "metrics and checkpoints are in" in said
 
 
 def test_train_with_too_little_room_fails_at_once(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
