@@ -8,7 +8,15 @@ import sys
 from importlib.metadata import version
 
 from fundamentallm.config.registry import did_you_mean
-from fundamentallm.errors import ConfigError, FundamentaLLMError, Problem, ended_by_signals, exit_code, report
+from fundamentallm.errors import (
+    ConfigError,
+    FundamentaLLMError,
+    Problem,
+    ended_by_signals,
+    exit_code,
+    open_output,
+    report,
+)
 
 VERBS = {
     "train": ("fundamentallm.train", "train a language model from a config"),
@@ -34,6 +42,7 @@ VERBS = {
 
 def main() -> int:
     """Run the command that the command line names, and return the exit code."""
+    open_output()
     verb, *arguments = sys.argv[1:] or ["--help"]
     try:
         with ended_by_signals():

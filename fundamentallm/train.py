@@ -28,6 +28,7 @@ from fundamentallm.errors import (
     Problem,
     ended_by_signals,
     exit_code,
+    open_output,
     print_last,
     report,
 )
@@ -50,6 +51,7 @@ FEW_STEPS = 100
 
 def main(arguments: Sequence[str] | None = None, program: str = "python -m fundamentallm.train") -> int:
     """Runs the command line and returns the exit code."""
+    open_output(drops=True)
     config = None
     arguments = sys.argv[1:] if arguments is None else arguments
     try:

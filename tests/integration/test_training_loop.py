@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import itertools
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -538,3 +540,14 @@ def test_parameters_added_to_the_optimizer_are_refused_before_the_update(tmp_pat
     with pytest.raises(ConfigError, match="optimizer"):
         trainer.train()
     assert (trainer.global_step, trainer.optimizer_step.is_updating) == (2, False)
+
+
+@pytest.mark.parametrize("output", ["closed", "full", "latin-1"])
+def test_trainer_goes_on_if_its_output_cannot_be_written(monkeypatch: pytest.MonkeyPatch, output: str) -> None:
+    files = {"full": open("/dev/full", "wb", buffering=0), "latin-1": io.BytesIO()}  # noqa: SIM115
+    stream = None if output == "closed" else io.TextIOWrapper(files[output], "latin-1", write_through=True)
+    trainer = make_trainer(make_config("unused", max_steps=1), callbacks=[])
+    monkeypatch.setattr(sys, "stdout", stream)
+    trainer.say("漢字 und Wörter")
+    if output == "latin-1":
+        assert files[output].getvalue() == b"\\u6f22\\u5b57 und W\xf6rter\n"

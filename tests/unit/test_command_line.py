@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -485,6 +486,37 @@ def test_main_ends_quietly_if_its_reader_closes_the_pipe() -> None:
     ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
     os.close(writer)
     assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+def shell(line: str, folder: Path, *command: str) -> str:
+    """The exit code of COMMAND within a line of bash."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(train.__file__).parents[1]), "PYTHONIOENCODING": "ascii"}
+    line = f"exec 3>code; {line.replace('COMMAND', shlex.join([sys.executable, *command]))}"
+    done = subprocess.run(["bash", "-c", line], env=environment, cwd=folder, capture_output=True, text=True)
+    assert done.stderr == ""
+    return (folder / "code").read_text()
+
+
+PRINT = """
+import sys
+from fundamentallm.errors import open_output
+open_output(drops=True)
+for stream in (sys.stdout, sys.stderr):
+    print("\u6f22" * 9999, file=stream, flush=True)
+    stream.isatty()
+"""
+
+
+@pytest.mark.parametrize("output", ["2>&1 | true", ">/dev/full 2>&1", "<&- >&- 2>&-", "2>&1 | cat"])
+def test_open_output_lets_a_run_print_into_anything(tmp_path: Path, output: str) -> None:
+    assert shell(f"{{ COMMAND; echo $? >&3; }} {output}", tmp_path, "-c", PRINT) == "0\n"
+
+
+def test_train_without_a_reader_of_its_output_ends_its_run(write: Write, tmp_path: Path) -> None:
+    write("Wörter und 漢字 " * 100, "text.txt")
+    command = ["-m", "fundamentallm", "train", *TINY, "--sample_tokens=9", "--output_dir=run", "--callbacks=[]"]
+    assert shell("{ COMMAND; echo $? >&3; } 2>&1 | sed 1q", tmp_path, *command) == "0\n"
+    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "finished"
 
 
 def test_main_interrupted_has_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
