@@ -30,7 +30,7 @@ OPTIMIZER_NAMES = ("adamw", "adam", "sgd", "muon")
 SCHEDULE_NAMES = ("constant", "linear", "cosine", "cosine_with_restarts", "wsd")
 METRIC_NAMES = ("val_loss", "val_perplexity", "val_bits_per_byte")
 LOSS_NAMES = ("cross_entropy", "label_smoothing", "focal", "z_loss")
-CALLBACK_NAMES = ("curves", "samples", "profiler", "ratios")
+CALLBACK_NAMES = ("curves", "samples", "profiler")
 
 # Metadata of fields: may the setting differ from the checkpoint's on resume? Unmarked ones only if named in
 # training.resume_changes.
@@ -363,7 +363,7 @@ class Config(Section):
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     callbacks: list[str] = field(default_factory=list, metadata=FREE)
-    """samples, profiler, ratios, curves (always on), or 'module:name' of Callback classes."""
+    """samples, profiler, curves (always on), or 'module:name' of Callback classes."""
     callback_options: dict[str, Any] = field(default_factory=dict, metadata=FREE)
     """Keyword arguments of callbacks by name, such as {samples: {prompts: [Once]}, curves: {theme: dark}}."""
     trackers: list[str] = field(default_factory=list, metadata=FREE)
@@ -421,11 +421,20 @@ AFFECTS_SCHEDULE = frozenset(name for name, kind in ON_RESUME.items() if kind ==
 """Settings, and facts of the data, that change the learning-rate curve."""
 
 
+def saved_data_settings(data: dict[str, Any]) -> dict[str, Any]:
+    """Returns the section `data` of a checkpoint's config, with what earlier versions did without a setting."""
+    if "special_tokens" in data or data.get("end_of_text") is None or not str(data.get("tokenizer")).endswith(".json"):
+        return data
+    return {**data, "special_tokens": "text"}
+
+
 def flat_settings(config: dict[str, Any]) -> dict[str, Any]:
     """Returns {dotted name: value} of a config as a plain dict; settings without sections belong to the training."""
     sections = ("model", "data", "training")
     nested = config if "training" in config else {"training": config}
     flat = {name: value for name, value in nested.items() if name not in sections}
     for section in sections:
-        flat |= {f"{section}.{name}": value for name, value in nested.get(section, {}).items()}
+        values = nested.get(section, {})
+        values = saved_data_settings(values) if section == "data" else values
+        flat |= {f"{section}.{name}": value for name, value in values.items()}
     return flat

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
+from functools import partial
+from typing import TypeAlias
 
 import torch
 from accelerate import Accelerator
@@ -99,70 +102,99 @@ class Guard:
         self._recent.copy_(state["recent"])
 
 
+BufferCopy: TypeAlias = tuple[nn.Module, str, Tensor, Tensor]
+"""Module, name of the buffer in it, buffer, copy of its values."""
+
+
+def copied_buffers(modules: Iterable[nn.Module]) -> list[BufferCopy]:
+    """Returns a copy of each buffer of the modules, except of expanded ones, which cannot be written to."""
+    return [
+        (module, name, buffer, buffer.detach().clone())
+        for module in modules
+        for name, buffer in module.named_buffers(recurse=False)
+        if all(buffer.stride())
+    ]
+
+
 class ModelGuard:
     """Undoes what a skipped step did to buffers, and names what makes a run depend on its layout.
 
-    The first step shows which buffers training changes, such as the running statistics of BatchNorm; the host waits for
-    the device there. The others cost nothing in later steps. `model` has no wrapper that exchanges gradients.
+    `model` is the module with its loss, as `prepare_model` returned it.
     """
 
     def __init__(self, accelerator: Accelerator, model: nn.Module) -> None:
-        self.model, self._is_first, self._reports = model, True, accelerator.is_main_process
-        self.num_processes = accelerator.num_processes
-        finds_unused = getattr(accelerator.ddp_handler, "find_unused_parameters", False)
-        self._needs_gradients = self.num_processes > 1 and not accelerator.is_fsdp2 and not finds_unused
-        self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._modules = dict(model.named_modules())
-        self._buffers = [(at, name) for at, m in self._modules.items() for name, _ in m.named_buffers(recurse=False)]
-        self._before: list[Tensor] = []
+        self.model: nn.Module = accelerator.unwrap_model(model)
+        self._reports, self._num_processes = accelerator.is_main_process, accelerator.num_processes
+        self._with_buffers = [module for module in self.model.modules() if list(module.buffers(recurse=False))]
+        self._before: list[BufferCopy] = []
+        self._needed: list[str] = []
+        self._reached: set[str] = set()
+        ddp = accelerator.ddp_handler
+        finds_unused = ddp is not None and (ddp.find_unused_parameters or ddp.static_graph)
+        if self._num_processes > 1 and not accelerator.is_fsdp2 and not finds_unused:
+            self._watch_gradients(model)
 
-    def _buffer(self, path: str, name: str) -> Tensor:
-        return getattr(self._modules[path], name)  # type: ignore[no-any-return]
+    def _watch_gradients(self, model: nn.Module) -> None:
+        """Have `_reached` name the parameters that got a gradient from the last micro-batch."""
+        reached = self._reached  # the hooks refer to names alone: no reference cycle holds a tensor
+        model.register_forward_pre_hook(lambda *_: reached.clear())
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                self._needed.append(name)
+                note = partial(_note, reached, name)
+                parameter.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
 
     def begin(self) -> None:
-        """Remembers the buffers that the step may change."""
-        self._before = [self._buffer(*at).clone() for at in self._buffers]
+        """Remembers the buffers, any of which the step may change."""
+        self._before = copied_buffers(self._with_buffers)
 
     def check(self, num_micro_batches: int) -> None:
-        """Checks the model after the backward pass of a step.
+        """Checks the model after the backward pass of a step. The host waits for the device once in a run.
 
         Raises:
-            ConfigError: if DistributedDataParallel would wait for the gradient of a parameter that got none.
+            ConfigError: if DistributedDataParallel would wait for the gradient of a parameter that got none from the
+                last micro-batch, after which gradients are exchanged.
         """
-        unused = [name for name, p in self._trained.items() if p.grad is None] if self._needs_gradients else []
+        unused = [name for name in self._needed if name not in self._reached]
         if unused:
             raise ConfigError(
-                f"{_listed(unused)}: no part in the loss, and several processes exchange the gradients of all "
-                "parameters. Freeze them (training.parameter_groups), or give the Trainer an Accelerator with "
+                f"{_listed(unused)}: no gradient from the last micro-batch of a step, after which several processes "
+                "exchange the gradients of all parameters. Freeze parameters without a part in the loss "
+                "(training.parameter_groups), or give the Trainer an Accelerator with "
                 "kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]."
             )
-        if self._is_first:
-            pairs = [
-                (at, b) for at, b in zip(self._buffers, self._before, strict=True) if _differ(b, self._buffer(*at))
-            ]
-            self._buffers, self._before = [at for at, _ in pairs], [before for _, before in pairs]
-            self._is_first = False
-        if self._reports and (num_micro_batches > 1 or self.num_processes > 1):
+        if self._reports and (num_micro_batches > 1 or self._num_processes > 1):
             self._reports = False
-            layers = {path for path, module in self._modules.items() if isinstance(module, BATCH_NORMS)}
-            layers = {path for path in layers if self._modules[path].training} | {path for path, _ in self._buffers}
-            kinds = {path: type(self._modules[path]) for path in sorted(layers)}
-            if num_micro_batches == 1:  # it has the statistics of all processes
-                kinds = {path: kind for path, kind in kinds.items() if not issubclass(kind, nn.SyncBatchNorm)}
-            if kinds:
+            layers = self._layers_with_statistics(num_micro_batches)
+            if layers:
                 logger.warning(
                     "The loss curve depends on micro_batch_size and on the number of processes, since these layers use "
                     "statistics of one micro-batch on one process: %s. LayerNorm and GroupNorm do not.",
-                    _listed([f"{path} ({kind.__name__})" for path, kind in kinds.items()]),
+                    _listed(layers),
                 )
+
+    def _layers_with_statistics(self, num_micro_batches: int) -> list[str]:
+        """Returns the layers that normalise over a batch, or whose buffers the step has changed."""
+        changed = {module for module, name, _, before in self._before if _differ(before, getattr(module, name))}
+        layers = []
+        for path, module in self.model.named_modules():
+            normalises = isinstance(module, BATCH_NORMS) and module.training
+            has_all = isinstance(module, nn.SyncBatchNorm) and num_micro_batches == 1  # statistics of all processes
+            if (normalises or module in changed) and not has_all:
+                layers.append(f"{path} ({type(module).__name__})")
+        return layers
 
     @torch.no_grad()
     def end(self, skip: Tensor) -> None:
         """Sets the buffers back if the step was skipped (`skip`, a boolean scalar)."""
-        for at, before in zip(self._buffers, self._before, strict=True):
-            buffer = self._buffer(*at)
-            if buffer.shape == before.shape:
+        for module, name, _, before in self._before:
+            buffer = getattr(module, name)
+            if buffer is not None and buffer.shape == before.shape:
                 buffer.copy_(before.where(skip, buffer))
+
+
+def _note(names: set[str], name: str, _: Tensor) -> None:
+    names.add(name)
 
 
 def _differ(before: Tensor, now: Tensor | None) -> bool:
@@ -171,7 +203,6 @@ def _differ(before: Tensor, now: Tensor | None) -> bool:
 
 
 def _listed(names: list[str]) -> str:
-    names = [name.removeprefix("model.") for name in names]  # of the model, not of the module with its loss
-    return ", ".join(names[:MAX_NAMES_SHOWN]) + (
-        f" and {more} more" if (more := len(names) - MAX_NAMES_SHOWN) > 0 else ""
-    )
+    shown = ", ".join(name.removeprefix("model.") for name in names[:MAX_NAMES_SHOWN])  # not of the module with loss
+    more = len(names) - MAX_NAMES_SHOWN
+    return f"{shown} and {more} more" if more > 0 else shown
