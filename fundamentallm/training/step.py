@@ -15,7 +15,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from fundamentallm.data.sampler import derive_seed
 from fundamentallm.distributed.batches import StepBatch
 from fundamentallm.distributed.dtensor import full, seed_device
-from fundamentallm.errors import CheckpointError
+from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.models.with_loss import ModelWithLoss
 from fundamentallm.training.guard import Guard, ModelGuard
 from fundamentallm.training.muon import Muon
@@ -67,7 +67,17 @@ class OptimizerStep:
         self.model_guard = ModelGuard(accelerator, model_with_loss)
 
     def __call__(self, step: int, batch: StepBatch) -> StepResult:
-        """Train on this process's share of the batch of `step`, in micro-batches."""
+        """Train on this process's share of the batch of `step`, in micro-batches.
+
+        Raises:
+            ConfigError: if parameters were added to the optimizer. They would not be clipped, have no place in the
+                schedule, and be missing from the optimizer that a resumed run makes.
+        """
+        if sum(len(group["params"]) for group in self.optimizer.param_groups) > len(self.parameters):
+            raise ConfigError(
+                "Parameters were added to the optimizer after the Trainer was made. Give the Trainer an optimizer that "
+                "has all of them."
+            )
         accelerator, model = self.accelerator, self.model_with_loss
         # Derived from the step, not carried on: a resumed run draws the same dropout masks.
         seed_device(derive_seed(self.seed, step, accelerator.process_index), accelerator.device)

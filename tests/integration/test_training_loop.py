@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import itertools
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -548,3 +550,26 @@ def test_final_save_holds_the_last_validation_after_a_save_on_log(tmp_path: Path
     newest = trainer.checkpoint_manager.get_latest()
     assert newest is not None
     assert trainer.checkpoint_manager.load(newest)["metrics_state_dict"]["latest"]["val_step"] == 4
+
+
+def test_parameters_added_to_the_optimizer_are_refused_before_the_update(tmp_path: Path) -> None:
+    class Unfreeze(Callback):
+        def on_step_begin(self, trainer: Trainer) -> None:
+            if trainer.global_step == 2:
+                trainer.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+
+    trainer = make_trainer(make_config(tmp_path), callbacks=[Unfreeze()])
+    with pytest.raises(ConfigError, match="optimizer"):
+        trainer.train()
+    assert (trainer.global_step, trainer.optimizer_step.is_updating) == (2, False)
+
+
+@pytest.mark.parametrize("output", ["closed", "full", "latin-1"])
+def test_trainer_goes_on_if_its_output_cannot_be_written(monkeypatch: pytest.MonkeyPatch, output: str) -> None:
+    files = {"full": open("/dev/full", "wb", buffering=0), "latin-1": io.BytesIO()}  # noqa: SIM115
+    stream = None if output == "closed" else io.TextIOWrapper(files[output], "latin-1", write_through=True)
+    trainer = make_trainer(make_config("unused", max_steps=1), callbacks=[])
+    monkeypatch.setattr(sys, "stdout", stream)
+    trainer.say("漢字 und Wörter")
+    if output == "latin-1":
+        assert files[output].getvalue() == b"\\u6f22\\u5b57 und W\xf6rter\n"
