@@ -55,7 +55,7 @@ class ListedOrder:
 
     def _list(self, epoch: int, global_seed: int = 0) -> list[Any]:
         limit = 100 * self.num_samples + 1
-        with _seeded(self.sampler, derive_seed(self.seed, epoch), epoch), _global_states(global_seed):
+        with _seeded(self.sampler, derive_seed(self.seed, epoch), epoch), global_states(global_seed):
             order = list(itertools.islice(iter(self.sampler), limit))
         is_batched = bool(order) and isinstance(order[0], (list, tuple))
         order = [[int(i) for i in batch] for batch in order] if is_batched else [int(i) for i in order]
@@ -101,7 +101,7 @@ def _seeded(sampler: Any, seed: int, epoch: int) -> Iterator[None]:
 
 
 @contextmanager
-def _global_states(seed: int) -> Iterator[None]:
+def global_states(seed: int) -> Iterator[None]:
     """Seed the global generators on entry, and set them back on exit."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     torch.default_generator.manual_seed(seed)

@@ -39,6 +39,7 @@ from fundamentallm.run.saving import Saver, open_manager, saves_left
 from fundamentallm.run.session import Record, session
 from fundamentallm.run.state import RunState
 from fundamentallm.run.stopping import Stop, StopSwitch
+from fundamentallm.training.alike import check_alike
 from fundamentallm.training.arguments import (
     check_arguments,
     count_steps,
@@ -132,6 +133,8 @@ class Trainer(TrainerView):
         self.accelerator, self.config = use_accelerator(accelerator, config, self.output_dir, batch_size)
         accelerator, training = self.accelerator, self.config.training
         self.train_loader, self.val_loader = train_loader, val_loader
+        self.group = HostGroup()
+        check_alike(self.group, asdict(self.config), optimizer, train_loader=train_loader, val_loader=val_loader)
         self.samples, self.val_samples = make_samplers(training, accelerator, train_loader, val_loader)
         self.batch_size, self.steps_per_epoch = self.samples.batch_size, self.samples.steps_per_epoch
         self.total_steps = count_steps(training, self.samples)
@@ -153,7 +156,6 @@ class Trainer(TrainerView):
             accelerator, self.model_with_loss, self.optimizer, self._guard, training.gradient_clip_norm, training.seed
         )
 
-        self.group = HostGroup()
         self._first_batches = FirstBatches(with_loss, accelerator, self.group, self.say)
         self.early_stopping, self.micro_batch = make_early_stopping(training), make_micro_batch(training, accelerator)
         default = default_callbacks(self.config, self.output_dir, val_loader is not None)
@@ -203,10 +205,8 @@ class Trainer(TrainerView):
             TrainingError: after `max_bad_steps` consecutive steps whose loss or gradient was not finite.
         """
         self.optimizer_step.raise_if_updating()
-        hang_minutes = self.config.training.hang_minutes
-        watchdog = Watchdog(
-            lambda: Place(self.global_step, self.stop_switch.polls, self.phase), hang_minutes, self.group
-        )
+        place = lambda: Place(self.global_step, self.stop_switch.polls, self.phase)  # noqa: E731
+        watchdog = Watchdog(place, self.config.training.hang_minutes, self.group)
         with session(self._record, self.checkpoint_manager, self.group, self.stop_switch, watchdog, self.say) as launch:
             resumed_from = None if self._started else self._resume()
             self._started = True
