@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from fundamentallm.config.schema import flat_settings
 from fundamentallm.data.datasets import fingerprint
-from fundamentallm.data.listed_order import global_states
+from fundamentallm.data.listed_order import global_states, unwrapped
 from fundamentallm.distributed.batches import tensors
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import ConfigError, Problem
@@ -39,6 +39,9 @@ def check_alike(
     for name, loader in loaders.items():
         given[name] = "given" if loader is not None else "not given"
         if loader is not None:
+            sampler, batch_size, drop_last = unwrapped(loader)
+            batches = f"batch_size={batch_size}, drop_last={drop_last}, sampler={type(sampler).__name__}"
+            given[f"the batches of {name}"] = batches
             given[f"the number of samples of {name}"] = str(len(loader.dataset))  # type: ignore[arg-type]
             given[f"the content of {name}"] = fingerprint(loader.dataset) or _sampled(loader)
     first, *others = group.all_gather(given)

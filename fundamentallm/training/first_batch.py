@@ -140,6 +140,7 @@ class FirstBatches:
             exchange = nullcontext() if accelerator.is_fsdp2 else self.group.barrier_with_errors()
             with exchange, accelerator.autocast():
                 _check_output(model, batch)
+                _check_sum(model, batch)
         for line in (*_copies(model, batch.own), *_padding(model.model, collate_fn)):
             self.say(f"warning: {line}")
 
@@ -182,6 +183,22 @@ def _check_output(model: ModelWithLoss, batch: StepBatch) -> None:
             raise _refuse("the loss", describe(loss), "a scalar: the sum over the targets")
         if number == 0 and model.objective is None and is_mapping and model.has_own_loss:
             _find_shift(model, float(loss), outputs, content)
+
+
+def _check_sum(model: ModelWithLoss, batch: StepBatch) -> None:
+    """Checks that a caller's loss is a sum over the targets: of rows given twice, a mean is the same."""
+    if isinstance(model.loss_fn, CrossEntropy) and not model.trims:
+        return
+    rows = range(max(min(batch.rows, batch.size // batch.num_micro_batches) // 2, 1))
+    try:
+        parts = [take_rows(batch.content, batch.size, [*rows] * times) for times in (1, 2)]
+        counts, losses = [int(model.num_targets(part)) for part in parts], [float(model(part)) for part in parts]
+    except Exception:  # this batch cannot be cut, or this model takes one size only
+        return
+    if counts[1] == 2 * counts[0] and losses[0] and abs(losses[1] / losses[0] - 1) < 0.01:
+        found = "has the same value for rows given twice as for the rows themselves, as a mean has"
+        advice = 'Return the sum, by reduction="sum". It is divided once, by the targets of the whole step.'
+        raise _refuse("the loss", found, "the sum over the targets", advice)
 
 
 def _check_output_of_pair(model: ModelWithLoss, inputs: Any, targets: Tensor) -> None:

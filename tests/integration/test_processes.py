@@ -319,10 +319,10 @@ def unlike_processes(processes: int) -> None:
     rank = torch.distributed.get_rank()
     assert torch.distributed.get_world_size() == processes
 
-    def named(size: int = 44, flipped: bool = False, dataset: Any = None, **training: Any) -> list[str]:
+    def named(size: int = 44, rows: int = 8, flipped: bool = False, dataset: Any = None, **training: Any) -> list[str]:
         data = dataset or PartlyIgnored(size)
         data.tokens = data.tokens.flip(0) if flipped else data.tokens
-        loader, model = DataLoader(data, batch_size=8), Bigram()
+        loader, model = DataLoader(data, batch_size=rows), Bigram()
         rate = training.pop("rate", None)
         optimizer = torch.optim.SGD(model.parameters(), lr=rate) if rate else None
         try:
@@ -334,6 +334,7 @@ def unlike_processes(processes: int) -> None:
     different = ["training.learning_rate", "training.seed"]
     assert named(learning_rate=0.1 + 0.1 * rank, seed=rank) == different
     assert named(size=44 + rank) == ["the number of samples of train_loader", "the content of train_loader"]
+    assert named(rows=8 - rank) == ["the batches of train_loader"]
     assert named(flipped=bool(rank)) == ["the content of train_loader"]
     assert named(rate=0.1 + 0.1 * rank) == ["optimizer"]
     assert named(checkpoint_dir=f"folder_{rank}", dataset=Drawing()) == []

@@ -213,3 +213,29 @@ def test_a_loss_beside_the_models_own_is_refused() -> None:
     with pytest.raises(ConfigError) as error:
         trainer(WithLabels(with_loss), mappings(), training={"loss": "focal"}).train()
     assert error.value.problems[0].setting == "training.loss"
+
+
+def summed(logits: Tensor, labels: Tensor) -> Tensor:
+    return loss(logits, labels, "sum")
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 1])
+@pytest.mark.parametrize(
+    ("given", "is_sum"),
+    [
+        ({"loss_fn": loss}, False),
+        ({"loss_fn": summed}, True),
+        ({"objective": lambda model, batch: loss(model(batch[0]), batch[1])}, False),
+        ({"objective": lambda model, batch: summed(model(batch[0]), batch[1])}, True),
+    ],
+    ids=["mean", "sum", "objective's mean", "objective's sum"],
+)
+def test_a_mean_is_refused_as_a_loss(given: Any, is_sum: bool, micro_batch_size: int | None) -> None:
+    made = trainer(Model(), pairs(), training={"micro_batch_size": micro_batch_size}, **given)
+    if is_sum:
+        made.train()
+        return
+    with pytest.raises(ConfigError, match="reduction=") as error:
+        made.train()
+    assert error.value.problems[0].setting == "the loss"
+    assert made.global_step == 0
