@@ -21,6 +21,8 @@ LEAST_DEVIATION = 1e-3
 MAD_TO_STD = 1.4826
 """Ratio of the standard deviation to the median absolute deviation of normally distributed numbers."""
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+LARGE = 2**24
+"""Bytes of a buffer from which it is copied in each step only if the first step has changed it."""
 MAX_NAMES_SHOWN = 5
 """Most names of layers and parameters that a message lists."""
 
@@ -103,7 +105,9 @@ class ModelGuard:
     """Undoes what a skipped step did to buffers, and names what makes a run depend on its layout.
 
     The first step shows which buffers training changes, such as the running statistics of BatchNorm; the host waits for
-    the device there. The others cost nothing in later steps. `model` has no wrapper that exchanges gradients.
+    the device there. Others that may change later, such as those of a layer in evaluation mode, are copied in each step
+    too: persistent ones of floating-point numbers, up to `LARGE` bytes. The rest costs nothing after the first step.
+    `model` has no wrapper that exchanges gradients.
     """
 
     def __init__(self, accelerator: Accelerator, model: nn.Module) -> None:
@@ -113,15 +117,18 @@ class ModelGuard:
         self._needs_gradients = self.num_processes > 1 and not accelerator.is_fsdp2 and not finds_unused
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._modules = dict(model.named_modules())
+        self._changed: set[tuple[str, str]] = set()
         self._buffers = [(at, name) for at, m in self._modules.items() for name, _ in m.named_buffers(recurse=False)]
-        self._before: list[Tensor] = []
+        self._before: list[Tensor | None] = []
+        self._saved = {name for name in model.state_dict() if name.startswith("model.")}  # of the model, not the loss
 
-    def _buffer(self, path: str, name: str) -> Tensor:
-        return getattr(self._modules[path], name)  # type: ignore[no-any-return]
+    def _buffer(self, path: str, name: str) -> Tensor | None:
+        return getattr(self._modules[path], name, None)
 
     def begin(self) -> None:
         """Remembers the buffers that the step may change."""
-        self._before = [self._buffer(*at).clone() for at in self._buffers]
+        now = (self._buffer(*at) for at in self._buffers)
+        self._before = [None if buffer is None else buffer.clone() for buffer in now]
 
     def check(self, num_micro_batches: int) -> None:
         """Checks the model after the backward pass of a step.
@@ -137,15 +144,12 @@ class ModelGuard:
                 "kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]."
             )
         if self._is_first:
-            pairs = [
-                (at, b) for at, b in zip(self._buffers, self._before, strict=True) if _differ(b, self._buffer(*at))
-            ]
-            self._buffers, self._before = [at for at, _ in pairs], [before for _, before in pairs]
             self._is_first = False
+            self._narrow()
         if self._reports and (num_micro_batches > 1 or self.num_processes > 1):
             self._reports = False
             layers = {path for path, module in self._modules.items() if isinstance(module, BATCH_NORMS)}
-            layers = {path for path in layers if self._modules[path].training} | {path for path, _ in self._buffers}
+            layers = {path for path in layers if self._modules[path].training} | {path for path, _ in self._changed}
             kinds = {path: type(self._modules[path]) for path in sorted(layers)}
             if num_micro_batches == 1:  # it has the statistics of all processes
                 kinds = {path: kind for path, kind in kinds.items() if not issubclass(kind, nn.SyncBatchNorm)}
@@ -156,18 +160,34 @@ class ModelGuard:
                     _listed([f"{path} ({kind.__name__})" for path, kind in kinds.items()]),
                 )
 
+    def _narrow(self) -> None:
+        """Keeps the buffers that the step has changed, or that a later one may change."""
+        before = dict(zip(self._buffers, self._before, strict=True))
+        names = {at: ".".join(filter(None, at)) for at in before}
+        self._changed = {at for at, value in before.items() if _differ(value, self._buffer(*at))}
+        unsaved = [names[at] for at in before if at in self._changed and names[at] not in self._saved]
+        if unsaved and self._reports:
+            logger.warning(
+                "Training changes buffers that no checkpoint holds, so that a resumed run starts with other values: "
+                "%s. Register them in the model, with persistent=True.",
+                _listed(unsaved),
+            )
+        floats = {at: b for at, b in before.items() if b is not None and b.is_floating_point() and b.nbytes <= LARGE}
+        self._buffers = [at for at in before if at in self._changed or (at in floats and names[at] in self._saved)]
+        self._before = [before[at] for at in self._buffers]
+
     @torch.no_grad()
     def end(self, skip: Tensor) -> None:
         """Sets the buffers back if the step was skipped (`skip`, a boolean scalar)."""
         for at, before in zip(self._buffers, self._before, strict=True):
             buffer = self._buffer(*at)
-            if buffer.shape == before.shape:
+            if before is not None and buffer is not None and buffer.shape == before.shape:
                 buffer.copy_(before.where(skip, buffer))
 
 
-def _differ(before: Tensor, now: Tensor | None) -> bool:
+def _differ(before: Tensor | None, now: Tensor | None) -> bool:
     """Returns whether a buffer has other values; one that grew or went away, such as a cache, is not compared."""
-    return now is not None and now.shape == before.shape and not torch.equal(before, now)
+    return before is not None and now is not None and now.shape == before.shape and not torch.equal(before, now)
 
 
 def _listed(names: list[str]) -> str:
