@@ -15,7 +15,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from fundamentallm.data.sampler import derive_seed
 from fundamentallm.distributed.batches import StepBatch
 from fundamentallm.distributed.dtensor import full, seed_device
-from fundamentallm.errors import CheckpointError
+from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.models.with_loss import ModelWithLoss
 from fundamentallm.training.guard import Guard, ModelGuard
 from fundamentallm.training.muon import Muon
@@ -68,6 +68,8 @@ class OptimizerStep:
     def __call__(self, step: int, batch: StepBatch) -> StepResult:
         """Train on this process's share of the batch of `step`, in micro-batches."""
         accelerator, model = self.accelerator, self.model_with_loss
+        if not torch.is_grad_enabled():
+            raise ConfigError("gradients are turned off (torch.no_grad or inference_mode); call train() outside of it.")
         # Derived from the step, not carried on: a resumed run draws the same dropout masks.
         seed_device(derive_seed(self.seed, step, accelerator.process_index), accelerator.device)
 
