@@ -476,3 +476,18 @@ def test_resume_repeats_draws_in_forward(tmp_path: Path, draw: Any) -> None:
             trainer.train()
         ends.append(weights(trainer))
     assert_same_weights(*ends)
+
+
+@pytest.mark.parametrize("before", [None, torch.zeros(3)])
+def test_buffers_of_another_shape_after_a_step_are_refused(tmp_path: Path, before: Any) -> None:
+    class Late(Bigram):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            self.mean = torch.zeros(12)
+            return super().forward(ids)
+
+    model = Late()
+    model.register_buffer("mean", before)
+    config = TrainingConfig(max_steps=2, checkpoint_dir=str(tmp_path))
+    with pytest.raises(CheckpointError, match="mean"):
+        Trainer(model, config, DataLoader(PartlyIgnored(), batch_size=8), callbacks=[]).train()
+    assert not list(tmp_path.glob("step_*"))
