@@ -58,7 +58,7 @@ from fundamentallm.training.guard import Guard
 from fundamentallm.training.loss import make_objective
 from fundamentallm.training.metrics import Metric, MetricTracker, further_metrics, peak_memory_gb
 from fundamentallm.training.micro_batch import make_micro_batch
-from fundamentallm.training.optimizers import check_layouts, freeze, make_optimizer
+from fundamentallm.training.optimizers import check_optimizer, freeze, make_optimizer
 from fundamentallm.training.schedulers import CallersSchedule, advance, describe_curve, make_schedule
 from fundamentallm.training.step import OptimizerStep
 from fundamentallm.training.throughput import Throughput, make_throughput
@@ -146,7 +146,7 @@ class Trainer(TrainerView):
         freeze(model, training.parameter_groups)
         self.model, with_loss = model, ModelWithLoss(model, *make_objective(training, loss_fn, objective))
         place_model(accelerator, model, training.seed, training.activation_checkpointing, self.say)
-        self.optimizer = check_layouts(model, optimizer or make_optimizer(training, model))
+        self.optimizer = check_optimizer(model, optimizer or make_optimizer(training, model))
         self.model_with_loss = prepare_model(accelerator, with_loss, self.optimizer, bool(training.compile))
         self.average = make_average(training, model, self.optimizer)
         self._has_own_schedule = scheduler is None
