@@ -1,14 +1,6 @@
-"""Save, find, load and delete checkpoints. A checkpoint is a directory that is complete or absent.
+"""Save, find, load and delete checkpoints. docs/checkpoint-format.md describes their files.
 
-    step_00001000/
-      model.safetensors      the entry `model_state_dict`, under transformers' parameter names
-      training.safetensors   every other tensor by its path in the state (`tensor_files` has sharded tensors)
-      state.json             everything that is not a tensor, and where each tensor belongs
-      config.json ...        further text files from the caller (transformers' config, tokenizer.json)
-      manifest.json          written last: size and SHA-256 of every file
-
-It is staged in a hidden sibling directory, synced, and renamed. Which one is newest or best is read from the disk.
-Nothing is a pickle: loading a stranger's checkpoint runs no code of theirs.
+It is staged in a hidden sibling directory, synced, and renamed. The newest and the best are found on the disk.
 """
 
 from __future__ import annotations
@@ -27,8 +19,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fundamentallm.atomic import sync, sync_pending
-from fundamentallm.checkpoint.manifest import MANIFEST, NAME, describe, read_manifest, write_manifest
-from fundamentallm.checkpoint.reading import check_checkpoint, is_ours, load_checkpoint
+from fundamentallm.checkpoint.manifest import MANIFEST, NAME, describe, is_ours, read_manifest, write_manifest
+from fundamentallm.checkpoint.reading import check_checkpoint, load_checkpoint
 from fundamentallm.checkpoint.snapshot import Snapshot, take_snapshot
 from fundamentallm.checkpoint.tensor_files import write_tensors
 from fundamentallm.config.schema import TrainingConfig
@@ -237,7 +229,7 @@ class CheckpointManager:
         """Rename a staged checkpoint to its name. An existing checkpoint is moved aside first, and deleted last."""
         aside = None
         if path.exists() or path.is_symlink():
-            if not is_ours(path):
+            if path.is_symlink() or not is_ours(path):
                 raise CheckpointError(f"{path} is in the way, and is not a checkpoint to replace; move it away.")
             aside = self._hidden_folder(f"replaced-{path.name}")
             path.rename(aside / path.name)  # a process that is killed here leaves it to `recover`
@@ -269,9 +261,10 @@ class CheckpointManager:
     def _delete_old(self) -> None:
         found = self._found()
         last_finite = [path for path, manifest in found if manifest["is_finite"]][-1:]
-        keep = {path for path, _ in found[-self.keep_last_n :]} | {self.get_best(), *last_finite, self.origin}
+        keep = {path for path, _ in found[-self.keep_last_n :]} | {self.get_best(), *last_finite}
+        origin = self.origin and self.origin.resolve()
         for path, manifest in found:
-            if path in keep:
+            if path in keep or path.resolve() == origin:
                 continue
             if others := sorted({entry.name for entry in path.iterdir()} - {*manifest["files"], MANIFEST}):
                 logger.warning("%s is kept: it holds files that are not the checkpoint's: %r", path, others[0])
@@ -315,7 +308,7 @@ class CheckpointManager:
         """Returns checkpoints and their manifests, oldest first; adds to `skipped` why some have no good manifest."""
         found = []
         for path in self._entries():
-            if NAME.fullmatch(path.name) and is_ours(path):
+            if NAME.fullmatch(path.name) and not path.is_symlink() and is_ours(path):
                 try:
                     found.append((path, read_manifest(path)))
                 except CheckpointError as error:

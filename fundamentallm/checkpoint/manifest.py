@@ -31,6 +31,15 @@ _FIELDS: dict[str, Any] = {
 }
 
 
+def is_ours(path: Path) -> bool:
+    """Returns True if a folder is a checkpoint, even one that lacks a file.
+
+    Other programs write a model.safetensors, a manifest.json or a state.json too.
+    """
+    has_training = any(TENSORS.fullmatch(file.name) for file in path.glob("training*.safetensors"))
+    return has_training or all(os.path.lexists(path / name) for name in (STATE, MANIFEST))
+
+
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -124,25 +133,15 @@ def verify(checkpoint: Path, hashed: Collection[str] | None = None) -> dict[str,
         CheckpointError: if a file is missing or differs, with its name.
     """
     manifest = read_manifest(checkpoint)
+
+    def check(item: tuple[str, dict[str, Any]]) -> None:
+        name, entry = item
+        _check_file(checkpoint, name, entry, hashed is None or name in hashed)
+
     with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
-        checks = [
-            pool.submit(_check_file, checkpoint, name, entry, hashed is None or name in hashed)
-            for name, entry in manifest["files"].items()
-        ]
-        try:
-            for check in checks:
-                check.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for _ in pool.map(check, manifest["files"].items()):
+            pass  # raises the first error, and cancels the checks that have not begun
     return manifest
-
-
-def verify_if_ours(folder: Path) -> bool:
-    """Verify a model folder if it is a checkpoint, even one whose manifest is gone, and return whether it is one."""
-    is_ours = any(os.path.lexists(folder / name) for name in (MANIFEST, STATE, "training.safetensors"))
-    if is_ours:
-        verify(folder)
-    return is_ours
 
 
 def _check_file(checkpoint: Path, name: str, entry: dict[str, Any], is_hashed: bool) -> None:

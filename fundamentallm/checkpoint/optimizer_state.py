@@ -77,7 +77,8 @@ class NamedOptimizerState:
         parameters = [p for group in groups for p in group["params"]]
         trained = dict(zip((name for of in names for name in of), parameters, strict=True))
         # Other optimizers, such as 8-bit ones, keep state of any shape and type.
-        is_torchs = type(self.optimizer).__module__.startswith("torch.optim")
+        module = type(self.optimizer).__module__
+        is_torchs, is_known = module.startswith("torch.optim"), module.startswith(("torch.optim", "fundamentallm"))
         by_torch = {n for of, group in zip(names, groups, strict=True) for n in of if is_torchs or group.get("fused")}
         if problems := _problems(saved, trained, by_torch):
             more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
@@ -90,7 +91,11 @@ class NamedOptimizerState:
         present, new = self.optimizer.state_dict(), dict(saved.get("other", {}))  # earlier versions saved no other
         if "param_groups" in present:  # otherwise a wrapper of another optimizer, all of whose state is in "other"
             for group, of, initial in zip(present["param_groups"], names, self._initial, strict=True):
-                group.update(copy.deepcopy(initial) | _settings_of(of, saved.get("groups", [])))
+                changed = _settings_of(of, saved.get("groups", []))
+                for key, value in changed.items():
+                    if is_known and not _is_like(value, initial.get(key)):
+                        raise CheckpointError(f"{key} of a parameter group is {value!r} and was {initial.get(key)!r}.")
+                group.update(copy.deepcopy(initial) | changed)
             numbers = [number for group in present["param_groups"] for number in group["params"]]
             numbered = {n: by_name[name] for n, name in zip(numbers, trained, strict=True) if name in by_name}
             new |= {"state": numbered | new.get("state", {}), "param_groups": present["param_groups"]}
@@ -129,10 +134,17 @@ def _is_same(value: Any, other: Any) -> bool:
     return type(value) is type(other) and bool(value == other)
 
 
+def _is_like(value: Any, initial: Any) -> bool:
+    """Returns True if a schedule may have made `value` of a number, or of a tuple of numbers such as betas."""
+    if isinstance(initial, tuple):
+        return isinstance(value, tuple) and len(value) == len(initial) and all(map(_is_like, value, initial))
+    return all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in (value, initial))
+
+
 def _settings_of(names: list[str], groups: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns the changed settings that a checkpoint has for a group of these parameters."""
     found = [_settings(group) for group in groups if not set(names).isdisjoint(group["params"])]
-    if any(_changes(one, found[0]) for one in found):
+    if any(_changes(one, found[0]) or _changes(found[0], one) for one in found):
         raise CheckpointError(f"The parameters of the group of {names[0]} were in groups of different settings.")
     return found[0] if found else {}
 
@@ -142,7 +154,7 @@ def _problems(saved: dict[str, Any], trained: dict[str, nn.Parameter], by_torch:
     problems = [f"{name} is not trained here" for name in sorted(by_name.keys() - trained.keys())]
     problems += [f"{name} is missing" for name in sorted(trained.keys() - by_name.keys())]
     problems += [
-        f"{key} of {name} has {_shape(value)}, the parameter {tuple(trained[name].shape)}"
+        f"{key} does not fit {name}, of shape {tuple(trained[name].shape)}"
         for name, state in by_name.items()
         for key, value in state.items()
         if name in by_torch and not _fits(key, value, trained[name])
@@ -159,10 +171,6 @@ def _problems(saved: dict[str, Any], trained: dict[str, nn.Parameter], by_torch:
 
 def _count_entries(by_name: dict[str, dict[str, Any]]) -> dict[str, int]:
     return dict(Counter(key for state in by_name.values() for key in state))
-
-
-def _shape(value: Any) -> str:
-    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"the value {value!r}"
 
 
 def _fits(key: str, value: Any, parameter: Tensor) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 
 from fundamentallm.atomic import sync
-from fundamentallm.checkpoint.manifest import MANIFEST, STATE, TENSORS, read_manifest, verify
+from fundamentallm.checkpoint.manifest import STATE, TENSORS, read_manifest, verify
 from fundamentallm.checkpoint.snapshot import AVERAGE_KEY, WEIGHTS
 from fundamentallm.checkpoint.state_json import decode
 from fundamentallm.checkpoint.tensor_files import Like, TensorFiles, write_tensors
@@ -28,14 +27,6 @@ from fundamentallm.errors import CheckpointError, FundamentaLLMError
 MISFIT = f"{STATE} does not fit the tensors of the other files"
 RAW_WEIGHTS = f"{AVERAGE_KEY}/weights/"
 """Prefix of the weights as trained, in a checkpoint whose model weights are their average."""
-
-
-def is_ours(path: Path) -> bool:
-    """Returns True if a folder is a checkpoint, even an incomplete one."""
-    if not path.is_dir() or path.is_symlink():
-        return False
-    has_texts = any(os.path.lexists(path / file) for file in (STATE, MANIFEST))
-    return has_texts or any(TENSORS.fullmatch(entry.name) for entry in path.glob("*.safetensors"))
 
 
 def load_checkpoint(path: Path, like: Like | None = None, is_verified: bool = False) -> dict[str, Any]:
@@ -72,7 +63,7 @@ def export_weights(path: Path, folder: Path, raw: bool = False) -> None:
     """
     manifest = verify(path)
     with explained(path, MISFIT), contextlib.ExitStack() as stack:
-        tensors = TensorFiles(path, manifest["files"], WEIGHTS, stack)
+        tensors = TensorFiles(path, filter(TENSORS.fullmatch, manifest["files"]), WEIGHTS, stack)
         names = {name.removeprefix(WEIGHTS): name for name in tensors if name.startswith(WEIGHTS)}
         if raw:
             trained = {name.removeprefix(RAW_WEIGHTS): name for name in tensors if name.startswith(RAW_WEIGHTS)}
@@ -104,6 +95,8 @@ def load_weights(path: Path, files: Collection[str], model: nn.Module, like: Lik
     with explained(path, "its weights cannot be read"), contextlib.ExitStack() as stack, torch.no_grad():
         tensors = TensorFiles(path, files, WEIGHTS, stack, like=like)
         given = {name.removeprefix(WEIGHTS): shape for name, shape in tensors.shapes.items()}
+        # Older versions of transformers saved what follows from the config, Llama 2 among others.
+        given = {name: shape for name, shape in given.items() if not name.endswith(".rotary_emb.inv_freq")}
         present = {id(own[name]) for name in given.keys() & own.keys()}  # one of several tied names is enough
         problems = [f"lacks {name}" for name in own if id(own[name]) not in present]
         problems += [f"has {name}, which is not in the model" for name in sorted(given.keys() - own.keys())]
@@ -131,7 +124,8 @@ def _opened(
     """Yields a checkpoint's encoded state and its tensors by name; closes the files on exit."""
     with explained(path, MISFIT), contextlib.ExitStack() as stack:
         saved = json.loads((path / STATE).read_text(encoding="utf-8"))
-        tensors = TensorFiles(path, manifest["files"], WEIGHTS, stack, saved["same_as"], like)
+        files = filter(TENSORS.fullmatch, manifest["files"])
+        tensors = TensorFiles(path, files, WEIGHTS, stack, saved["same_as"], like)
         if not isinstance(saved["state"], dict):
             raise TypeError(f"the state is a {type(saved['state']).__name__}")
         yield saved["state"], tensors
@@ -146,7 +140,7 @@ def explained(path: Path, what: str = "it cannot be read or used") -> Iterator[N
     """
     try:
         yield
-    except (FundamentaLLMError, BrokenPipeError):  # a broken pipe is of the output
+    except (FundamentaLLMError, BrokenPipeError, torch.OutOfMemoryError):  # not of the checkpoint
         raise
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":

@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fundamentallm.checkpoint.manifest import TENSORS
 from fundamentallm.distributed.dtensor import is_sharded, local
 
 SHARDING_INFO, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"  # torch's names
@@ -83,8 +82,8 @@ class TensorFiles(Mapping[str, Tensor]):
 
     Args:
         folder: of the checkpoint.
-        files: names of its files; files without tensors are ignored.
-        prefix: put before the names of weights.
+        files: names of its tensor files.
+        prefix: put before the names of weights, which are all tensors outside of training*.safetensors.
         stack: closes the files.
         same_as: {further name of a tensor: name it is stored under}.
         like: see `Like`; None: read all tensors in full.
@@ -107,12 +106,11 @@ class TensorFiles(Mapping[str, Tensor]):
         self.shapes: dict[str, tuple[int, ...]] = {}
         """Of the full tensors, by name."""
         for file in files:
-            if match := TENSORS.fullmatch(file):
-                try:
-                    handle = stack.enter_context(safe_open(folder / file, "pt"))
-                except SafetensorError as error:
-                    raise ValueError(f"{file} is not a safetensors file: {error}") from error
-                self._add(handle, prefix if match[1] == "model" else "")
+            try:
+                handle = stack.enter_context(safe_open(folder / file, "pt"))
+            except SafetensorError as error:
+                raise ValueError(f"{file} is not a safetensors file: {error}") from error
+            self._add(handle, "" if file.startswith("training") else prefix)
         for name, shards in self._shards.items():
             shards.sort(key=lambda shard: shard.offsets)
             if not _is_complete(self.shapes[name], shards):
@@ -130,11 +128,6 @@ class TensorFiles(Mapping[str, Tensor]):
             self._shards.setdefault(name, []).append(_Shard(offsets, size, file, key))
             if self.shapes.setdefault(name, shape) != shape:
                 raise ValueError(f"shards of {name} have different full shapes")
-
-    def dtype(self, name: str) -> str:
-        """Returns the type as safetensors names it, such as F32."""
-        shard = self._shards[name][0]
-        return str(shard.file.get_slice(shard.key).get_dtype())
 
     def __getitem__(self, name: str) -> Tensor:
         shape = self.shapes[name]

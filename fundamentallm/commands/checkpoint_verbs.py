@@ -14,19 +14,19 @@ from typing import Any
 from safetensors import SafetensorError
 
 from fundamentallm.checkpoint.manager import HIDDEN, CheckpointManager, checkpoints_folder
-from fundamentallm.checkpoint.manifest import MANIFEST, NAME, read_manifest, verify
-from fundamentallm.checkpoint.reading import export_weights, is_ours, load_parts
+from fundamentallm.checkpoint.manifest import MANIFEST, NAME, is_ours, read_manifest, verify
+from fundamentallm.checkpoint.reading import export_weights, load_parts
 from fundamentallm.commands.output import WIDTH, say, say_table, shortened
 from fundamentallm.config.schema import Config, flat_settings
 from fundamentallm.config.units import size_text
 from fundamentallm.config.yaml_format import to_yaml
 from fundamentallm.errors import CheckpointError, CheckpointNotFoundError, ConfigError, Problem, printable
-from fundamentallm.run.step_samples import samples_of_step, text_of_step, texts, why_no_text
+from fundamentallm.run.step_samples import samples_of_step, text_of_step, why_no_text
 
 
 def list_command(options: argparse.Namespace) -> int:
     """`checkpoints list`: print a line for each checkpoint, from its manifest and its history of metrics."""
-    if is_ours(_existing(options.checkpoint).resolve()):
+    if is_ours(_existing(options.checkpoint)):
         raise CheckpointError(f"{options.checkpoint} is a checkpoint; give the folder that contains it, or use show.")
     folder = checkpoints_folder(options.checkpoint)
     manager, rows, others = CheckpointManager(folder), [], []
@@ -62,7 +62,7 @@ def verify_command(options: argparse.Namespace) -> int:
     """`checkpoints verify`: print a line for each checkpoint."""
     folder = _existing(options.checkpoint)
     paths = [folder]
-    if not is_ours(folder.resolve()):
+    if not is_ours(folder):
         paths = [path for path in _subfolders(checkpoints_folder(folder)) if _why_not_checkpoint(path) is None]
     if not paths:
         raise _nothing_in(folder)
@@ -123,7 +123,10 @@ def samples_command(options: argparse.Namespace) -> int:
         return 0
     say(f"{count:,} samples, by their index and their first and last token in the training text:\n")
     rows = []
-    for index, tokens, text in texts(dataset, found.indices):
+    for index in found.indices:
+        tokens, inputs = dataset.locate(index)
+        assert dataset.tokenizer is not None
+        text = dataset.tokenizer.decode(inputs.tolist(), skip_special_tokens=False)
         if options.full:
             say(f"---- sample {index}, tokens {tokens} ----\n{text}")
         else:
@@ -198,7 +201,7 @@ def _nothing_in(folder: Path) -> CheckpointNotFoundError:
 
 def _checkpoint(folder: Path) -> Path:
     """Returns the checkpoint at `folder`, or the newest one in it."""
-    if is_ours(_existing(folder).resolve()):
+    if is_ours(_existing(folder)):
         return folder
     newest = CheckpointManager(checkpoints_folder(folder)).get_latest()
     if newest is None:

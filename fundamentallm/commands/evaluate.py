@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from fundamentallm.checkpoint.manifest import MANIFEST
+from fundamentallm.checkpoint.manifest import is_ours
 from fundamentallm.checkpoint.reading import explained, load_parts
 from fundamentallm.commands.options import add_checkpoint, option_problems
 from fundamentallm.commands.output import say, say_table
@@ -121,8 +121,7 @@ def _text_of_run(loaded: LoadedModel, options: argparse.Namespace) -> Text:
     def refusal(reason: str) -> ConfigError:
         return ConfigError(Problem("--checkpoint", str(loaded.folder), "", OTHER_TEXT, reason))
 
-    is_ours = (loaded.folder / MANIFEST).exists()
-    saved = load_parts(loaded.folder, ("config", "progress_state_dict")) if is_ours else {}
+    saved = load_parts(loaded.folder, ("config", "progress_state_dict")) if is_ours(loaded.folder) else {}
     if not isinstance(saved.get("config"), dict) or not isinstance(saved["config"].get("data"), dict):
         raise refusal("which does not record its text")
     try:

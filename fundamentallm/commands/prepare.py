@@ -24,14 +24,16 @@ def main(arguments: Sequence[str], program: str) -> int:
     _, rest = parser.parse_known_args(arguments)
     config = parse_config(rest, program)
     if config.model.pretrained is not None:  # a run would use its tokenizer
-        from fundamentallm.models.transformers_format import find_pretrained
-        from fundamentallm.run.initial_weights import completed
+        from fundamentallm.run.initial_weights import find_completed
 
-        config = completed(config, find_pretrained(config.model.pretrained))
-    from fundamentallm.data.corpus import describe, load_corpus  # the import takes half a second
+        config, _ = find_completed(config, config.model.pretrained)
+    from fundamentallm.data.corpus import describe, load_corpus  # the imports take half a second
+    from fundamentallm.run.resume import learned_tokenizer
 
+    if learned := learned_tokenizer(config):
+        say(f"the run in {config.output_dir} keeps its tokenizer; for a new one, name another output_dir")
     try:
-        corpus = load_corpus(config.data)
+        corpus = load_corpus(config.data, tokenizer=learned)
     except KeyboardInterrupt as interrupt:
         print("\nStopped. Sources that are finished are kept. Rerun the same command for the others.", file=sys.stderr)
         return exit_code(interrupt)

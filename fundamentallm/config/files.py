@@ -50,11 +50,6 @@ def is_prepared(source: str) -> bool:
     return all(os.path.isfile(os.path.join(expand_user(source), name)) for name in PREPARED)
 
 
-def is_checkpoint(folder: str) -> bool:
-    """Returns whether a folder is a checkpoint, without verifying it."""
-    return os.path.isfile(os.path.join(expand_user(folder), "manifest.json"))
-
-
 def find_sources(data: DataConfig) -> list[SourceFiles]:
     """Looks up the files of all sources.
 
@@ -91,8 +86,6 @@ def find_source(data: DataConfig, name: str) -> SourceFiles:
     if name.startswith(DATASETS):
         return SourceFiles(name, "dataset", [])
     path, left_out = expand_user(name), collections.Counter[str]()
-    if reason := why_endless(path):
-        raise ConfigError(Problem("data.source", name, "files, or folders and globs of them", reason=reason))
     if os.path.isdir(path):
         suffixes, found = tuple(suffix.lower() for suffix in data.suffixes), []
         for file in _walk(name, path, left_out):
@@ -122,25 +115,6 @@ def kind_of_file(file: Path) -> str:
     return next((kind for kind, suffixes in kinds.items() if suffix in suffixes), "text")
 
 
-def why_endless(path: str) -> str:
-    """Returns why reading a path, or the matches of a glob, might never end, or "" if it should."""
-    folder, pattern = (path, ()) if os.path.lexists(path) else _split_glob(path)
-    real = os.path.realpath(folder) if "\0" not in folder else folder
-    if real == os.path.dirname(real) and ("**" in pattern or len(pattern) not in (1, 2)):
-        return "which is the whole file system"
-    if f"{real}/".startswith(("/proc/", "/sys/")):
-        return "which the kernel generates"
-    is_special = os.path.exists(real) and not os.path.isfile(real) and not os.path.isdir(real)
-    return "which is a device or a pipe" if is_special or real == "/dev" else ""
-
-
-def _split_glob(path: str) -> tuple[str, tuple[str, ...]]:
-    """Returns the folder before the first wildcard, and the parts of the path from there on."""
-    parts = Path(path).parts
-    fixed = list(itertools.takewhile(lambda part: glob.escape(part) == part, parts))
-    return os.path.join("", *fixed) or ".", parts[len(fixed) :]
-
-
 def _matches(source: str, path: str) -> list[str]:
     """Returns what matches a glob."""
 
@@ -151,10 +125,12 @@ def _matches(source: str, path: str) -> list[str]:
             return len(pattern) == 1 or any(matches(parts[i:], pattern[1:]) for i in range(len(parts)))
         return fnmatch.fnmatchcase(parts[0], pattern[0]) and matches(parts[1:], pattern[1:])
 
-    folder, pattern = _split_glob(path)
-    if "**" not in pattern:
-        return glob.glob(path)
+    parts = Path(path).parts
+    if "**" not in parts:
+        return [] if "\0" in path else glob.glob(path)  # which would raise a bare ValueError
     # `glob` itself would not end in circles of links, and skips folders that it cannot read.
+    fixed = list(itertools.takewhile(lambda part: glob.escape(part) == part, parts))
+    folder, pattern = os.path.join("", *fixed) or ".", parts[len(fixed) :]
     files = _walk(source, folder, collections.Counter()) if os.path.isdir(folder) else ()
     return [file for file in files if matches(Path(file).relative_to(folder).parts, pattern)]
 
@@ -171,8 +147,10 @@ def _walk(source: str, root: str, left_out: collections.Counter[str]) -> Iterato
 
     roots, seen = [root], set[tuple[int, ...]]()
     for top in roots:
-        if reason := why_endless(top):
-            raise ConfigError(Problem("data.source", source, reason=f"and links to {os.path.realpath(top)}, {reason}"))
+        real = os.path.realpath(top)
+        if real in ("/", "/proc", "/sys", "/dev"):
+            reason = f"which {'links to' if top != root else 'is'} {real}, where reading would hardly end"
+            raise ConfigError(Problem("data.source", source, "a folder of texts", reason=reason))
         for folder, folders, names in os.walk(top, onerror=refuse):
             status = os.stat(folder)
             if (identity := (status.st_dev, status.st_ino)) in seen:
@@ -232,8 +210,9 @@ def file_problems(config: Config) -> list[Problem]:
     has_own = glob.glob(os.path.join(glob.escape(config.folder_of_checkpoints()), "*", "manifest.json"))
     initial = {"model.init_from": config.model.init_from, "training.resume": config.training.resume}
     for name, folder in initial.items():
-        if folder not in (None, "auto", "never") and not is_checkpoint(folder) and not has_own:
-            problems.append(
-                Problem(name, folder, reason="which is not a checkpoint", advice="Give a checkpoint's folder.")
-            )
+        if folder in (None, "auto", "never") or has_own:
+            continue
+        if not os.path.isfile(os.path.join(expand_user(folder), "manifest.json")):
+            advice, reason = "Give a checkpoint's folder.", "which is not a checkpoint"
+            problems.append(Problem(name, folder, advice=advice, reason=reason))
     return problems

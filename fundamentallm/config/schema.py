@@ -421,11 +421,20 @@ AFFECTS_SCHEDULE = frozenset(name for name, kind in ON_RESUME.items() if kind ==
 """Settings, and facts of the data, that change the learning-rate curve."""
 
 
+def saved_data_settings(data: dict[str, Any]) -> dict[str, Any]:
+    """Returns the section `data` of a checkpoint's config, with what earlier versions did without a setting."""
+    if "special_tokens" in data or data.get("end_of_text") is None or not str(data.get("tokenizer")).endswith(".json"):
+        return data
+    return {**data, "special_tokens": "text"}
+
+
 def flat_settings(config: dict[str, Any]) -> dict[str, Any]:
     """Returns {dotted name: value} of a config as a plain dict; settings without sections belong to the training."""
     sections = ("model", "data", "training")
     nested = config if "training" in config else {"training": config}
     flat = {name: value for name, value in nested.items() if name not in sections}
     for section in sections:
-        flat |= {f"{section}.{name}": value for name, value in nested.get(section, {}).items()}
+        values = nested.get(section, {})
+        values = saved_data_settings(values) if section == "data" else values
+        flat |= {f"{section}.{name}": value for name, value in values.items()}
     return flat

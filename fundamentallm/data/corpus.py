@@ -29,7 +29,6 @@ from fundamentallm.data.encoding import (
     Facts,
     progress_bar,
     settings_of_tokens,
-    special_tokens_are,
     split_pieces,
     token_dtype,
     write_source,
@@ -38,6 +37,7 @@ from fundamentallm.data.sources import (
     check_bad_rows,
     file_states,
     read_source,
+    reads_special_tokens,
     source_error,
     source_states,
     token_blocks,
@@ -125,8 +125,10 @@ def load_corpus(config: DataConfig, show_progress: bool = True, tokenizer: Token
                 raise source_error(source.name, "which is damaged", advice="Prepare it again.")
     if missing := [source for source in raw if not _is_ready(folders[source.name], cache)]:
         with writing(cache):
-            tokenizer = tokenizer or _make_tokenizer(config, raw, facts, list(folders.values()), show_progress)
-            tokenizer.encode_special_tokens = special_tokens_are(config) == "text"
+            if tokenizer is None:
+                ready = [folders[source.name] for source in raw if source not in missing]
+                tokenizer = _make_tokenizer(config, raw, facts, ready, show_progress)
+            tokenizer.encode_special_tokens = not reads_special_tokens(config)
             for source in missing:
                 _encode(config, source, facts[source.name], tokenizer, folders[source.name], show_progress)
     sources = []
@@ -139,7 +141,7 @@ def load_corpus(config: DataConfig, show_progress: bool = True, tokenizer: Token
         reason = "which were prepared with different tokenizers"
         raise ConfigError(Problem("data.source", list(weights), "", "Prepare them together.", reason))
     tokenizer = sources[0].tokenizer
-    tokenizer.encode_special_tokens = special_tokens_are(config) == "text"
+    tokenizer.encode_special_tokens = not reads_special_tokens(config)
     end = None if config.end_of_text is None else tokenizer.token_to_id(config.end_of_text)
     return Corpus(tokenizer, sources, end)
 
@@ -189,7 +191,7 @@ def _opened_note(name: str) -> Path:
 
 
 def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fundamentallm"
+    return Path(os.environ.get("XDG_CACHE_HOME") or expand_user("~/.cache")) / "fundamentallm"
 
 
 # ---- content of the sources ---------------------------------------------------------------------------------
@@ -199,10 +201,11 @@ def _cached_facts(config: DataConfig, source: SourceFiles, cache: Path, show_pro
     """Returns the facts of a source, from the cache if its files are unchanged since they were found."""
     states, note = source_states(source), None
     if states is not None:
-        settings = config.text_field, config.prompt_field, config.end_of_text, config.max_bad_rows
+        settings = [config.text_field, config.prompt_field, config.end_of_text, config.max_bad_rows]
+        settings += [reads_special_tokens(config), config.tokenizer == "char"]
         # The type of the tokens in a .bin, and so their number, follows from the tokenizer.
         width = token_dtype(read_tokenizer(config.tokenizer)).name if source.kind == "tokens" else None
-        note = cache / "known" / _hash(CACHE_FORMAT, states, settings, config.tokenizer == "char", width)
+        note = cache / "known" / _hash(CACHE_FORMAT, states, settings, width)
         with contextlib.suppress(OSError, ValueError, TypeError):
             facts, checksum = json.loads(note.read_text(encoding="utf-8"))
             if _hash(facts) == checksum:
@@ -247,20 +250,20 @@ def _keys(config: DataConfig, facts: dict[str, Facts], given: Tokenizer | None =
         tokenizer = read_tokenizer(config.tokenizer).to_str()
     elif config.tokenizer != "byte":  # the vocabulary depends on the text of all sources
         tokenizer = [config.tokenizer, *(found.sha256 for found in facts.values())]
-    reading = special_tokens_are(config), config.unknown_tokens
+    settings = settings_of_tokens(config)
+    reading = settings["special_tokens"], settings["unknown_tokens"]
     shared = CACHE_FORMAT, tokenizers.__version__, tokenizer, config.train_split, config.end_of_text, reading
     return {name: _hash(*shared, config.prompt_field is not None, found.sha256) for name, found in facts.items()}
 
 
 def _make_tokenizer(
-    config: DataConfig, sources: list[SourceFiles], facts: dict[str, Facts], folders: list[Path], show_progress: bool
+    config: DataConfig, sources: list[SourceFiles], facts: dict[str, Facts], ready: list[Path], show_progress: bool
 ) -> Tokenizer:
-    """Make the tokenizer, or take one from the cache that was trained on the same text."""
+    """Make the tokenizer, or take it from a source that is `ready`."""
+    if ready:
+        return read_tokenizer(ready[0] / "tokenizer.json")
     if not config.tokenizer.startswith("bpe:"):
         return create_tokenizer(config.tokenizer, (found.alphabet for found in facts.values()), config.end_of_text)
-    for folder in folders:
-        with contextlib.suppress(ConfigError):
-            return read_tokenizer(folder / "tokenizer.json")
 
     def training_text() -> Iterator[str]:
         for source in sources:
@@ -287,7 +290,8 @@ def _encode(
         (new / CHECKSUMS).write_text(json.dumps(_checksums(sorted(new.iterdir()))))
         try:
             new.rename(folder)
-        except OSError:  # the folder is damaged, or another process has just made it
+        except OSError:  # the folder is damaged, or another process has just made or replaced it
+            _lock(folder.parent, stack, fcntl.LOCK_EX)
             if not _is_ready(folder, folder.parent):
                 shutil.rmtree(folder)
                 new.rename(folder)
@@ -391,10 +395,8 @@ def _check_settings(source: SourceFiles, config: DataConfig) -> None:
     """Refuse settings that differ from those a source was prepared with."""
     (folder,) = source.files
     made_with = json.loads((folder / "meta.json").read_text())["settings"]
-    if "special_tokens" not in made_with:  # before there was a setting
-        as_text = made_with["end_of_text"] is not None
-        made_with |= {"special_tokens": "text" if as_text else "tokens", "unknown_tokens": False}
-    different = {key: made_with[key] for key, value in settings_of_tokens(config).items() if made_with[key] != value}
+    settings = settings_of_tokens(config).items()
+    different = {key: made_with[key] for key, value in settings if made_with.get(key, value) != value}
     if config.tokenizer.endswith(".json") and "tokenizer" in different:
         given, prepared = (read_tokenizer(path).to_str() for path in (config.tokenizer, folder / "tokenizer.json"))
         if given == prepared:

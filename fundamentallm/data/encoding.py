@@ -1,11 +1,4 @@
-"""Encodes a source into files of tokens, on all cores.
-
-tokenizer.json                          the tokenizer
-train.bin, validation.bin               token ids, in the smallest unsigned integers that hold the vocabulary
-train.rows.bin, validation.rows.bin     for each pair, the index of its answer's first token and of its end
-bad_rows.txt                            the rows that were skipped, one a line
-meta.json                               type and number of the tokens, and the settings they were made with
-"""
+"""Encodes a source into files of tokens, on all cores. `meta.json` says of what type and how many they are."""
 
 from __future__ import annotations
 
@@ -30,8 +23,16 @@ from tqdm import tqdm
 
 from fundamentallm.config.files import SourceFiles
 from fundamentallm.config.schema import DataConfig
-from fundamentallm.data.sources import PIECE, Piece, check_bad_rows, read_source, source_error, token_blocks
-from fundamentallm.data.tokenizers import find_unknown, make_detector, num_bytes, num_ids, plain_copy, special_tokens
+from fundamentallm.data.sources import (
+    PIECE,
+    Piece,
+    check_bad_rows,
+    read_source,
+    reads_special_tokens,
+    source_error,
+    token_blocks,
+)
+from fundamentallm.data.tokenizers import find_unknown, num_bytes, num_ids, plain_copy, with_unknown
 from fundamentallm.errors import printable
 
 PIECES_AT_ONCE = max(16, 2 * (os.cpu_count() or 1))
@@ -163,14 +164,10 @@ def write_source(
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def special_tokens_are(config: DataConfig) -> str:
-    """Returns how special tokens in the text are read: as 'tokens' or as 'text'."""
-    return config.special_tokens or ("tokens" if config.tokenizer.endswith(".json") else "text")
-
-
 def settings_of_tokens(config: DataConfig) -> dict[str, Any]:
     """Returns the settings that decide what the tokens are and mean."""
-    return {name: getattr(config, name) for name in SETTINGS} | {"special_tokens": special_tokens_are(config)}
+    special_tokens = "tokens" if reads_special_tokens(config) else "text"
+    return {name: getattr(config, name) for name in SETTINGS} | {"special_tokens": special_tokens}
 
 
 def _encode(config: DataConfig, source: SourceFiles, pieces: Iterator[tuple[int, Piece]], writer: Writer) -> None:
@@ -179,8 +176,12 @@ def _encode(config: DataConfig, source: SourceFiles, pieces: Iterator[tuple[int,
     Rows with something that the vocabulary lacks are skipped, unless the config allows it.
     """
     has_rows, tokenizer = source.kind in ("rows", "dataset"), writer.tokenizer
-    has_unknown = make_detector(tokenizer)[0] is tokenizer
-    names = special_tokens(tokenizer) if tokenizer.encode_special_tokens else []
+    unknown = with_unknown(tokenizer)[1]
+    has_unknown = unknown is not None and unknown < num_ids(tokenizer)
+    added = tokenizer.get_added_tokens_decoder().values() if tokenizer.encode_special_tokens else ()
+    names = sorted(
+        (token.content for token in added if token.special), key=len, reverse=True
+    )  # none hides a longer one
     special = re.compile("|".join(map(re.escape, names)))
     held, why = list[tuple[int, Piece, Encoded]](), ""
     pieces, ahead = itertools.tee(pieces)
@@ -211,7 +212,7 @@ def _encode(config: DataConfig, source: SourceFiles, pieces: Iterator[tuple[int,
 def _why_unknown(piece: Piece, encoded: Encoded) -> str:
     """Returns the place in the source, and what the vocabulary lacks there."""
     line = piece.line + encoded.text.count("\n", 0, encoded.unknown[0][0])
-    where = f"{piece.where}, line {line:,}" if piece.line else piece.where
+    where = f"{piece.where}, line {line:,}" if piece.line else piece.where or "empty line between documents"
     return f"{where} has {encoded.named_unknown()}, which the vocabulary lacks"
 
 
@@ -258,27 +259,21 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[str]) -> Generator[Enco
     Special tokens in the text are those tokens, or ordinary text if the tokenizer's `encode_special_tokens` is set.
     """
     dtype = token_dtype(tokenizer)
-    tokenizer = plain_copy(tokenizer)
-    detector = make_detector(tokenizer)
-    is_apart, unknown = detector[0] is not tokenizer, detector[1]
+    tokenizer, unknown = with_unknown(plain_copy(tokenizer))
     encode = functools.partial(tokenizer.encode_batch_fast, add_special_tokens=False)
 
-    def submitted() -> Iterator[tuple[list[str], list[list[tuple[int, str]]], Any]]:
+    def submitted() -> Iterator[tuple[list[str], Any]]:
         for batch in _batches(pieces):
-            lacking = [find_unknown(detector, piece) if is_apart else [] for piece in batch]
-            # The tokenizer itself may raise for such a piece.
-            texts = ["" if found else piece for piece, found in zip(batch, lacking, strict=True)]
-            yield batch, lacking, executor.submit(encode, texts)
-        yield [], [], None
+            yield batch, executor.submit(encode, batch)
+        yield [], None
 
     with ThreadPoolExecutor(1) as executor:
         # The library's threads encode a batch while this thread converts the previous one to arrays.
-        for (batch, lacking, encodings), _ in itertools.pairwise(submitted()):
-            for piece, found, encoding in zip(batch, lacking, encodings.result(), strict=True):
-                ids = np.array(encoding.ids, dtype=dtype)
-                if not is_apart and unknown is not None and (ids == unknown).any():
-                    found = find_unknown(detector, piece)
-                yield Encoded(piece, ids, found)
+        for (batch, encodings), _ in itertools.pairwise(submitted()):
+            for piece, encoding in zip(batch, encodings.result(), strict=True):
+                ids = np.array(encoding.ids, np.int64)
+                has_unknown = unknown is not None and bool((ids == unknown).any())
+                yield Encoded(piece, ids.astype(dtype), find_unknown(tokenizer, unknown, piece) if has_unknown else [])
 
 
 def _batches(pieces: Iterable[str]) -> Iterator[list[str]]:

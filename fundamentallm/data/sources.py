@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from fundamentallm.config.files import DATASETS, why_endless
+from fundamentallm.config.files import DATASETS
 from fundamentallm.config.files import SourceFiles as SourceFiles
 from fundamentallm.config.schema import DataConfig
 from fundamentallm.errors import ConfigError, Problem
@@ -67,6 +67,11 @@ def source_error(source: str, reason: str, allowed: str = "", advice: str = "") 
     return ConfigError(Problem("data.source", source, allowed, advice, reason))
 
 
+def reads_special_tokens(config: DataConfig) -> bool:
+    """Returns whether special tokens in the text are read as tokens."""
+    return config.special_tokens == "tokens" or (config.special_tokens is None and config.tokenizer.endswith(".json"))
+
+
 def read_source(config: DataConfig, source: SourceFiles, bad: list[str]) -> Iterator[Piece]:
     """Yield the text of a source in pieces, and append what cannot be read to `bad`.
 
@@ -75,7 +80,7 @@ def read_source(config: DataConfig, source: SourceFiles, bad: list[str]) -> Iter
     Raises:
         ConfigError: if a file cannot be opened, or more than `config.max_bad_rows` rows are bad.
     """
-    has_ended = False
+    has_ended, end = False, config.end_of_text if reads_special_tokens(config) else None
     for piece in _pieces(config, source):
         if isinstance(piece, BadRow):
             bad.append(piece)
@@ -84,7 +89,8 @@ def read_source(config: DataConfig, source: SourceFiles, bad: list[str]) -> Iter
         if config.end_of_text is None and has_ended:
             yield Piece(BETWEEN)
         has_ended = piece.ends
-        yield piece
+        # The end-of-text token comes after each document, and once if the document ends with it already.
+        yield piece if end is None or not has_ended else piece._replace(text=piece.text.removesuffix(end))
 
 
 def check_bad_rows(config: DataConfig, source: str, bad: list[str]) -> None:
@@ -248,10 +254,7 @@ def _table_rows(config: DataConfig, path: Path) -> Iterator[tuple[str, Row]]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = _columns(config, str(path), file.schema_arrow.names)
-            batches = file.iter_batches(ROWS_AT_ONCE, columns=columns)
-            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-            for number, row in enumerate(rows):
-                yield f"row {number:,}", row
+            yield from _numbered(file.iter_batches(ROWS_AT_ONCE, columns=columns))
     except pyarrow.ArrowException as error:
         raise source_error(str(path), f"which cannot be read as Parquet: {error}") from error
 
@@ -259,11 +262,13 @@ def _table_rows(config: DataConfig, path: Path) -> Iterator[tuple[str, Row]]:
 def _dataset_rows(config: DataConfig, source: str) -> Iterator[tuple[str, Row]]:
     dataset = open_dataset(source)
     columns = _columns(config, source, dataset.column_names)
-    # By the batch: iterating over rows takes a hundred times as long.
-    batches = dataset.select_columns(columns).iter(ROWS_AT_ONCE)
-    rows = itertools.chain.from_iterable(zip(*(batch[name] for name in columns), strict=True) for batch in batches)
-    for number, values in enumerate(rows):
-        yield f"row {number:,}", dict(zip(columns, values, strict=True))
+    yield from _numbered(dataset.select_columns(columns).with_format("arrow").iter(ROWS_AT_ONCE))
+
+
+def _numbered(tables: Iterable[Any]) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of Arrow tables. Asking `datasets` for one row at a time takes a hundred times as long."""
+    rows = itertools.chain.from_iterable(table.to_pylist() for table in tables)
+    return ((f"row {number:,}", row) for number, row in enumerate(rows))
 
 
 def _columns(config: DataConfig, name: str, existing: list[str]) -> list[str]:
@@ -293,9 +298,6 @@ def open_dataset(source: str) -> Any:
     split = options.pop("split", "train")
     if path in UNPICKLES:
         raise source_error(source, "whose files can run code when they are opened", "Parquet, CSV, JSON or Arrow files")
-    for name in (path, options.get("data_files", ""), options.get("data_dir", "")):
-        if name and (reason := why_endless(name)):
-            raise source_error(source, f"and {name} is a path {reason}")
     try:
         if any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
             found = datasets.load_from_disk(path)

@@ -19,7 +19,7 @@ UNKNOWN = "<unk>"
 SPLIT = "split_special_tokens"
 """Setting of a tokenizer_config.json: special tokens in a text are read as text."""
 MISSING = "\ue000missing\ue000"
-"""Name, in private-use characters, of the unknown token that `make_detector` gives to a vocabulary without one."""
+"""Name, in private-use characters, of the unknown token that `with_unknown` gives to a vocabulary without one."""
 
 
 def create_tokenizer(spec: str, text: str | Iterable[str] = (), end_of_text: str | None = None) -> Tokenizer:
@@ -128,49 +128,47 @@ def same_tokenizer(one: Tokenizer, other: Tokenizer) -> bool:
     return plain_copy(one).to_str() == plain_copy(other).to_str()
 
 
-def special_tokens(tokenizer: Tokenizer) -> list[str]:
-    """Returns the special tokens, longest first, so that none hides a longer one in a search."""
-    names = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
-    return sorted(names, key=len, reverse=True)
+def with_unknown(tokenizer: Tokenizer) -> tuple[Tokenizer, int | None]:
+    """Returns a tokenizer that encodes what the vocabulary lacks as an unknown token, and this token's id.
 
-
-def make_detector(tokenizer: Tokenizer) -> tuple[Tokenizer, int | None]:
-    """Returns a tokenizer that encodes what the vocabulary lacks to an unknown token, and this token.
-
-    That is the given one, with None if it lacks nothing, or a copy whose ids mean nothing else: without an unknown
-    token, BPE drops what its vocabulary lacks, and other models raise errors.
+    That is the given one if it does so, with None if it lacks nothing. Otherwise it is a copy with one more token,
+    whose id is `num_ids(tokenizer)`: BPE would drop what its vocabulary lacks, and other models would raise errors.
     """
     saved = json.loads(tokenizer.to_str())
     model, alphabet = saved["model"], list[str]()
-    name, unknown = model.get("unk_token"), model.get("unk_id")
-    if unknown is None and name:
-        unknown = tokenizer.token_to_id(name)
+    vocabulary, name = model["vocab"], model.get("unk_token") or MISSING
+    if model.get("unk_id") is not None:
+        return tokenizer, model["unk_id"]
+    if name in vocabulary:
+        return tokenizer, vocabulary[name]
     if model.get("byte_fallback"):
         alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
     elif '"ByteLevel"' in json.dumps([saved["pre_tokenizer"], saved["normalizer"]]):
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-    has_all = bool(alphabet) and all(tokenizer.token_to_id(byte) is not None for byte in alphabet)
-    if unknown is not None or has_all:
-        return tokenizer, unknown
-    if isinstance(model["vocab"], list):
-        model["unk_id"] = len(model["vocab"])
-        model["vocab"].append([MISSING, 0.0])
+    if alphabet and all(tokenizer.token_to_id(byte) is not None for byte in alphabet):
+        return tokenizer, tokenizer.token_to_id(name)
+    # Added tokens that the model does not know would get new ids in the copy.
+    tokens, are_text = tokenizer.get_added_tokens_decoder().items(), tokenizer.encode_special_tokens
+    added = {index: token.content for index, token in tokens if not (token.special and are_text)}
+    unknown = next((index for index, content in added.items() if content == name), num_ids(tokenizer))
+    added[unknown] = name
+    if isinstance(vocabulary, list):  # Unigram: ids are indices, and so low a score is never chosen
+        vocabulary += [[added.get(i, f"{MISSING}{i}"), -1e4] for i in range(len(vocabulary), max(added) + 1)]
+        model["unk_id"] = unknown
     else:
-        model["unk_token"] = name or MISSING
-        model["vocab"][model["unk_token"]] = num_ids(tokenizer)
+        vocabulary |= {content: index for index, content in added.items()}
+        model["unk_token"] = name
     copy = Tokenizer.from_str(json.dumps(saved))
     copy.encode_special_tokens = tokenizer.encode_special_tokens
-    return copy, model.get("unk_id", copy.token_to_id(name or MISSING))
+    return copy, unknown
 
 
-def find_unknown(detector: tuple[Tokenizer, int | None], text: str) -> list[tuple[int, str]]:
-    """Lists position and text of what the vocabulary lacks. A text that names the unknown token is not listed."""
-    tokenizer, unknown = detector
+def find_unknown(tokenizer: Tokenizer, unknown: int | None, text: str) -> list[tuple[int, str]]:
+    """Lists position and text of what is encoded as unknown. A text that names the unknown token is not listed."""
     if unknown is None:
         return []
-    encoding = tokenizer.encode(text, add_special_tokens=False)
+    encoding, name = tokenizer.encode(text, add_special_tokens=False), tokenizer.id_to_token(unknown)
     spans = [span for index, span in zip(encoding.ids, encoding.offsets, strict=True) if index == unknown]
-    name = tokenizer.id_to_token(unknown)
     return [(start, text[start:end]) for start, end in spans if text[start:end].strip() != name]
 
 
@@ -200,8 +198,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     shown = prompt[:40]
     if any("\ud800" <= character <= "\udfff" for character in prompt):  # from invalid bytes on the command line
         raise ConfigError(Problem("prompt", shown, "UTF-8 text"))
-    if lacking := sorted({part for _, part in find_unknown(make_detector(tokenizer), prompt)}):
+    if lacking := sorted({part for _, part in find_unknown(*with_unknown(tokenizer), prompt)}):
         reason = f"which has {', '.join(map(repr, lacking))}"
         raise ConfigError(Problem("prompt", shown, "characters of the model's vocabulary", reason=reason))
-    ids: list[int] = tokenizer.encode(prompt, add_special_tokens=False).ids
-    return ids
+    return list(tokenizer.encode(prompt, add_special_tokens=False).ids)

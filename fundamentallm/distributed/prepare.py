@@ -259,8 +259,7 @@ def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
     Raises:
         ConfigError: if it has state, or trains parameters that are not the model's.
     """
-    if type(optimizer) is SGD and not any(state["momentum_buffer"].any() for state in optimizer.state.values()):
-        optimizer.state.clear()  # momentum of zero, as without state
+    if type(optimizer) is SGD:
         for group in optimizer.param_groups:
             group["fused"] = False  # torch's fused kernel for SGD does not know DTensors
     of_model = set(model.parameters())

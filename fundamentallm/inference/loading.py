@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+
+from fundamentallm.checkpoint.manager import CheckpointManager, checkpoints_folder
+from fundamentallm.checkpoint.manifest import is_ours, verify
+from fundamentallm.checkpoint.reading import explained, load_weights
+from fundamentallm.data.tokenizers import read_tokenizer
 from fundamentallm.errors import CheckpointError, CheckpointNotFoundError
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-    from torch import nn
+from fundamentallm.models.transformer import Transformer
+from fundamentallm.models.transformers_format import CONFIG, TOKENIZER, find_pretrained, transformers_model
 
 CHECKPOINT_HELP = (
     "a checkpoint, a run's output_dir or a folder of checkpoints (uses the best, otherwise the newest), or a model "
@@ -59,40 +65,25 @@ def load_model(checkpoint: str | Path) -> LoadedModel:
         >>> len(loaded.tokenizer.decode(list(ids)))
         5
     """
-    import torch
-
-    from fundamentallm.checkpoint.reading import explained
-
     folder = find_checkpoint(Path(os.path.expanduser(checkpoint)))
     with explained(folder):
-        loaded = _open(folder)
+        is_checkpoint = is_ours(folder)
+        if is_checkpoint:
+            verify(folder)
+        found = find_pretrained(str(folder), "checkpoint")
+        if found.shape is not None:
+            model: nn.Module = Transformer(found.shape)
+            load_weights(folder, found.weights, model)
+        elif is_checkpoint and len(found.weights) > 1:
+            raise CheckpointError(
+                f"{folder} holds a sharded {found.config.get('model_type')} model. Consolidate it first: "
+                f"fundamentallm checkpoints consolidate {folder} OUT."
+            )
+        else:
+            model = transformers_model(found)
+        tokenizer = read_tokenizer(folder / TOKENIZER)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    return loaded._replace(model=loaded.model.to(device))
-
-
-def _open(folder: Path) -> LoadedModel:
-    from fundamentallm.checkpoint.manifest import verify_if_ours
-    from fundamentallm.checkpoint.reading import load_weights
-    from fundamentallm.data.tokenizers import read_tokenizer
-    from fundamentallm.models.transformer import Transformer
-    from fundamentallm.models.transformers_format import find_pretrained, transformers_model
-
-    is_ours = verify_if_ours(folder)
-    found = find_pretrained(str(folder), "checkpoint")
-    if found.shape is not None:
-        model: nn.Module = Transformer(found.shape)
-        load_weights(folder, found.weights, model)
-    elif is_ours and len(found.weights) > 1:
-        raise CheckpointError(
-            f"{folder} holds a sharded {found.config.get('model_type')} model. Consolidate it first: "
-            f"fundamentallm checkpoints consolidate {folder} OUT."
-        )
-    else:
-        model = transformers_model(found)
-    tokenizer = read_tokenizer(folder / "tokenizer.json")
-    if not all(type(number) is int for number in (*found.stop, found.context or 1)) or (found.context or 1) < 1:
-        raise CheckpointError(f"{folder}: the context or the end-of-text token of its config is not a whole number.")
-    return LoadedModel(model.eval(), tokenizer, found.context, found.stop, folder)
+    return LoadedModel(model.eval().to(device), tokenizer, found.context, found.stop, folder)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -101,15 +92,12 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         CheckpointNotFoundError: if there is none, or one without the files that its use needs.
     """
-    from fundamentallm.checkpoint.manager import CheckpointManager, checkpoints_folder
-    from fundamentallm.checkpoint.manifest import MANIFEST
-
     manager = CheckpointManager(checkpoints_folder(path))
-    is_model = (path / MANIFEST).exists() or (path / "config.json").exists()
+    is_model = is_ours(path) or (path / CONFIG).exists()
     folder = path if is_model else manager.get_best() or manager.get_latest()
     if folder is None:
         raise CheckpointNotFoundError(f"there is no checkpoint in {path}; give a checkpoint, or a run's output_dir.")
-    for name in ("config.json", "tokenizer.json"):
+    for name in (CONFIG, TOKENIZER):
         if not (folder / name).exists():
             raise CheckpointNotFoundError(f"{folder} has no {name}, which the use of its model needs.")
     return folder

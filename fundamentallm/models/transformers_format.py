@@ -5,7 +5,6 @@ Nothing is downloaded, no code that comes with a model is run, and no pickled we
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
@@ -19,7 +18,7 @@ from torch import nn
 from fundamentallm.config.schema import END_OF_TEXT, ModelConfig
 from fundamentallm.config.validation import expand_user
 from fundamentallm.data.datasets import TokenSamples
-from fundamentallm.data.tokenizers import SPLIT, make_detector
+from fundamentallm.data.tokenizers import SPLIT, num_ids, with_unknown
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.models.transformer import Transformer
 
@@ -77,11 +76,12 @@ class Pretrained(NamedTuple):
     @property
     def stop(self) -> frozenset[int]:
         """Tokens that end a text."""
-        generation = self.folder / GENERATION
-        for settings in (_read_json(generation) if generation.is_file() else {}, self.config):
-            if (ids := settings.get("eos_token_id")) is not None:
-                return frozenset(ids if isinstance(ids, list) else [ids])
-        return frozenset()
+        generation, ids = self.folder / GENERATION, None
+        if generation.is_file():
+            ids = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
+        if ids is None:
+            ids = self.config.get("eos_token_id")
+        return frozenset(_listed(ids))
 
     @property
     def vocab_size(self) -> int | None:
@@ -104,10 +104,16 @@ class Pretrained(NamedTuple):
         return texts
 
 
+def _listed(eos: Any) -> list[Any]:
+    """Returns the value of an `eos_token_id`, which is null, a number or a list, as a list."""
+    if eos is None:
+        return []
+    return eos if isinstance(eos, list) else [eos]
+
+
 def _eos(saved: dict[str, Any], end_of_text: int | None) -> dict[str, Any]:
     """Returns the `eos_token_id` of a config, with the end-of-text token first; nothing if it has none."""
-    eos = saved.get("eos_token_id")
-    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    ids = _listed(saved.get("eos_token_id"))
     return {} if end_of_text is None or end_of_text in ids else {"eos_token_id": [end_of_text, *ids]}
 
 
@@ -121,25 +127,24 @@ def _special_tokens(dataset: TokenSamples) -> dict[str, Any]:
     end = dataset.tokenizer.token_to_id(END_OF_TEXT) if dataset.end_of_text is None else dataset.end_of_text
     if end is not None:  # as in GPT-2: it precedes each document too, and stands in for tokens that are missing
         found |= dict.fromkeys(("eos_token", "bos_token", "pad_token", "unk_token"), dataset.tokenizer.id_to_token(end))
-    detector, unknown = make_detector(dataset.tokenizer)
-    if unknown is not None and detector is dataset.tokenizer:
+    _, unknown = with_unknown(dataset.tokenizer)
+    if unknown is not None and unknown < num_ids(dataset.tokenizer):
         found["unk_token"] = dataset.tokenizer.id_to_token(unknown)
     return {"pad_token": found["unk_token"]} | found if "unk_token" in found else found
-
-
-def _refusal(setting: str, value: str, reason: str, advice: str = "", allowed: str = "") -> ConfigError:
-    return ConfigError(Problem(setting, value, allowed, advice, reason))
 
 
 def find_pretrained(name: str, setting: str = "model.pretrained") -> Pretrained:
     """Find the folder `name`, or what the local Hugging Face cache holds under that name.
 
-    Errors name the `setting` that gave it.
+    Errors name the `setting` that gave it. Call it in `explained`: its files may hold anything.
 
     Raises:
         ConfigError: if there is neither, or it cannot be used without running, unpickling or downloading anything.
     """
-    refusal = functools.partial(_refusal, setting, name)
+
+    def refusal(reason: str, advice: str = "", allowed: str = "") -> ConfigError:
+        return ConfigError(Problem(setting, name, allowed, advice, reason))
+
     folder = Path(expand_user(name))
     if not os.path.isdir(folder):
         if os.path.lexists(folder) or folder.is_absolute() or name.startswith((".", "~")):
@@ -148,15 +153,15 @@ def find_pretrained(name: str, setting: str = "model.pretrained") -> Pretrained:
     _refuse_links(folder, refusal)
     if not (folder / CONFIG).is_file():
         raise refusal(f"which has no {CONFIG}", allowed="a model folder in Hugging Face format")
-    config = _read_json(folder / CONFIG)
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     if "quantization_config" in config:
         raise refusal("whose weights are quantized", "Give the model before quantization.")
-    weights = sorted(path.name for path in folder.glob("*.safetensors") if WEIGHTS.fullmatch(path.name))
-    if (folder / INDEX).is_file():  # without it a missing file would go unnoticed
-        indexed = _read_json(folder / INDEX).get("weight_map")
-        weights = sorted(map(str, set(indexed.values()))) if isinstance(indexed, dict) else weights
+    weights = [path.name for path in folder.glob("*.safetensors") if WEIGHTS.fullmatch(path.name)]
     if "model.safetensors" in weights:  # transformers prefers it too
         weights = ["model.safetensors"]
+    elif (folder / INDEX).is_file():  # without it a missing file would go unnoticed
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        weights = list(set(index["weight_map"].values()))
     if missing := [file for file in weights if os.path.basename(file) != file or not (folder / file).is_file()]:
         raise refusal(f"which lacks {', '.join(missing)}", "Copy the folder again.")
     if not weights:
@@ -164,10 +169,16 @@ def find_pretrained(name: str, setting: str = "model.pretrained") -> Pretrained:
         convert = "If you trust it, convert it by from_pretrained(...).save_pretrained(...) of transformers."
         reason = f"whose weights are pickled, so that reading {pickled} may run code" if pickled else "without weights"
         raise refusal(reason, convert if pickled else "", "weights as safetensors")
+    shape, why_not = None, ""
     try:
-        return Pretrained(folder, config, shape_of(config), "", tuple(weights))
+        shape = shape_of(config)
     except ConfigError as error:
-        return Pretrained(folder, config, None, str(error), tuple(weights))
+        why_not = str(error)
+    found = Pretrained(folder, config, shape, why_not, tuple(sorted(weights)))
+    sizes = found.context or 1, found.vocab_size or 1
+    if not all(type(number) is int for number in (*found.stop, *sizes)) or min(sizes) < 1:
+        raise refusal("whose context, vocabulary size or end-of-text token is not a whole number")
+    return found
 
 
 def _refuse_links(folder: Path, refusal: Callable[..., ConfigError]) -> None:
@@ -190,16 +201,6 @@ def _cached_folder(name: str, refusal: Callable[..., ConfigError]) -> Path:
     except (HFValidationError, LocalEntryNotFoundError) as error:
         reason = "which is neither a folder nor in the local Hugging Face cache"
         raise refusal(reason, f"Nothing is downloaded during a run: first run `hf download {name}`.") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(Problem("", path, advice=f"{path} cannot be read as JSON: {error}.")) from error
-    if not isinstance(value, dict):
-        raise ConfigError(Problem("", value, advice=f"{path} holds a {type(value).__name__}; allowed: a mapping."))
-    return value
 
 
 def shape_of(saved: dict[str, Any]) -> ModelConfig:
@@ -244,7 +245,10 @@ def transformers_model(pretrained: Pretrained) -> nn.Module:
     Raises:
         ConfigError: if transformers is not installed or does not know the model, or weights are missing.
     """
-    refusal = functools.partial(_refusal, "model.pretrained", str(pretrained.folder))
+
+    def refusal(reason: str, advice: str = "", allowed: str = "") -> ConfigError:
+        return ConfigError(Problem("model.pretrained", str(pretrained.folder), allowed, advice, reason))
+
     try:
         import transformers
     except ImportError as error:
@@ -260,7 +264,7 @@ def transformers_model(pretrained: Pretrained) -> nn.Module:
     model: nn.Module
     try:
         model, found = make(pretrained.folder, dtype=torch.float32, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except Exception as error:  # a stranger's config.json may hold anything
         raise refusal(f"which transformers cannot open: {error}") from error
     if lacking := sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}):
         reason = f"which lacks weights of {len(lacking)} tensors, such as {lacking[0]}, or has them in other shapes"

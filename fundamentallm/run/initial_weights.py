@@ -8,14 +8,14 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from torch import nn
 
-from fundamentallm.checkpoint.manifest import TENSORS, read_manifest, verify_if_ours
+from fundamentallm.checkpoint.manifest import is_ours, read_manifest, verify
 from fundamentallm.checkpoint.reading import check_checkpoint, explained, load_weights
 from fundamentallm.config.schema import Config, DataConfig, ModelConfig
 from fundamentallm.config.validation import expand_user
 from fundamentallm.data.tokenizers import create_tokenizer, read_tokenizer, same_tokenizer
 from fundamentallm.distributed.host_group import HostGroup
-from fundamentallm.errors import CheckpointError, ConfigError, Problem
-from fundamentallm.models.transformers_format import TOKENIZER, Pretrained, find_pretrained, transformers_model
+from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.models.transformers_format import TOKENIZER, WEIGHTS, Pretrained, find_pretrained, transformers_model
 from fundamentallm.run.state import RunState
 
 BESIDE = ("init_from", "pretrained", "dropout")
@@ -25,20 +25,28 @@ BESIDE = ("init_from", "pretrained", "dropout")
 def open_pretrained(config: Config) -> tuple[Config, Pretrained | None, nn.Module | None]:
     """Opens the folder that `model.pretrained` names, if any, on all processes together.
 
-    Returns:
-        The config completed from the folder, the folder, and the model if transformers makes it.
-
-    Raises:
-        ConfigError: if it cannot be opened, or contradicts other settings.
-        FundamentaLLMError: on the other processes.
+    Returns the config completed from the folder, the folder, and the model if transformers makes it. Errors are those
+    of `find_completed`, and a FundamentaLLMError on the other processes.
     """
     if config.model.pretrained is None:
         return config, None, None
     with HostGroup().barrier_with_errors():
-        pretrained = find_pretrained(config.model.pretrained)
-        verify_if_ours(pretrained.folder)
-        config = completed(config, pretrained)
+        config, pretrained = find_completed(config, config.model.pretrained)
         return config, pretrained, None if pretrained.shape is not None else transformers_model(pretrained)
+
+
+def find_completed(config: Config, name: str) -> tuple[Config, Pretrained]:
+    """Returns the config completed from the model folder `name`, and the folder.
+
+    Raises:
+        CheckpointError: if it is damaged.
+        ConfigError: if it cannot be used, or contradicts other settings.
+    """
+    with explained(Path(name)):
+        pretrained = find_pretrained(name)
+        if is_ours(pretrained.folder):
+            verify(pretrained.folder)
+        return completed(config, pretrained), pretrained
 
 
 def completed(config: Config, pretrained: Pretrained) -> Config:
@@ -118,10 +126,5 @@ def begin_from_checkpoint(state: RunState, group: HostGroup, init_from: str, tok
         reason = "which was trained with another tokenizer than data.tokenizer"
         advice = f"Set data.tokenizer to {str(theirs)!r}."
         raise ConfigError(Problem("model.init_from", str(checkpoint), advice=advice, reason=reason))
-    files = [
-        name for name in read_manifest(checkpoint)["files"] if TENSORS.fullmatch(name) and name.startswith("model")
-    ]
-    try:
-        load_weights(checkpoint, files, state.model, state.like())
-    except CheckpointError as error:
-        raise CheckpointError(f"model.init_from: {error}") from error
+    files = [name for name in read_manifest(checkpoint)["files"] if WEIGHTS.fullmatch(name)]
+    load_weights(checkpoint, files, state.model, state.like())

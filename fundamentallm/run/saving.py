@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +120,20 @@ class Saver:
         return {name: getattr(value, "shape", None) for name, value in self.state.model.state_dict().items()}
 
     def _expected_bytes(self) -> int:
+        """Returns the size of a checkpoint. Before the first step, Adam's two numbers a parameter are assumed.
+
+        Raises CheckpointError if the state, or a text file, cannot be saved. No tensor is copied.
+        """
         # On all processes: reading its state makes a sharded model drop what a validation left gathered. If only
         # some processes did so, the next forward pass would wait forever.
         with self.group.barrier_with_errors():
-            return expected_bytes(self.state, self.files())
+            _, tensors = plan(self.state.state_dict(), self.files())
+        if self.state.progress.step:
+            return _bytes(tensors)
+        moments = {name: tensor for name, tensor in tensors.items() if name.startswith(OPTIMIZER_KEY)}
+        groups = self.state.optimizer.optimizer.param_groups
+        trained = sum(p.numel() * p.element_size() for group in groups for p in group["params"])
+        return _bytes(tensors) - _bytes(moments) + 2 * int(trained)
 
     def _on_savers(self, action: Callable[[], object]) -> None:
         """Runs `action` on every process that saves; errors are raised on all processes."""
@@ -152,20 +162,6 @@ def saves_left(config: TrainingConfig, steps_left: int, steps_per_epoch: int) ->
     by_epochs = steps_left // ((config.save_every_n_epochs or never) * steps_per_epoch)
     by_validations = steps_left // min(config.eval_every_n_steps or never, steps_per_epoch)  # the best
     return by_steps + by_epochs + by_validations + 2
-
-
-def expected_bytes(state: RunState, files: Collection[str] = ()) -> int:
-    """Size of a checkpoint. Before the first step the optimizer is assumed to hold two numbers a parameter, as Adam.
-
-    Raises CheckpointError if the state, or one of the text `files`, cannot be saved. No tensor is copied.
-    """
-    tensors = plan(state.state_dict(), files)[1]
-    if state.progress.step:
-        return _bytes(tensors)
-    moments = {name: tensor for name, tensor in tensors.items() if name.startswith(OPTIMIZER_KEY)}
-    groups = state.optimizer.optimizer.param_groups
-    trained = sum(p.numel() * p.element_size() for group in groups for p in group["params"])
-    return _bytes(tensors) - _bytes(moments) + 2 * int(trained)
 
 
 def _bytes(tensors: dict[str, Tensor]) -> int:

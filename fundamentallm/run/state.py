@@ -6,6 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fundamentallm.checkpoint.optimizer_state import NamedOptimizerState
@@ -15,7 +16,7 @@ from fundamentallm.checkpoint.state_json import encode
 from fundamentallm.checkpoint.tensor_files import Like
 from fundamentallm.config.schema import NEVER_ON_RESUME, flat_settings
 from fundamentallm.distributed.dtensor import is_sharded
-from fundamentallm.errors import CheckpointError, ConfigError, Problem
+from fundamentallm.errors import CheckpointError, ConfigError, FundamentaLLMError, Problem
 from fundamentallm.run.environment import versions
 from fundamentallm.run.progress import Progress
 
@@ -83,8 +84,11 @@ class RunState:
                 if "training.parameter_groups" in changed:
                     self._refit(name, saved)
                 part.load_state_dict(saved[f"{name}{SUFFIX}"])
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:  # a checkpoint from elsewhere may hold anything
-                raise CheckpointError(f"{where}: its {name} does not fit this run: {error}") from error
+                reason = error if isinstance(error, FundamentaLLMError) else f"{type(error).__name__}: {error}"
+                raise CheckpointError(f"{where}: its {name} does not fit this run: {reason}") from error
         self.loaded_from = where
         inventory = self._inventory(saved, reset, where)
         messages.append(f"resumed from {where} at step {self.progress.step}: {inventory}")
@@ -111,11 +115,7 @@ class RunState:
         def like(name: str, shape: tuple[int, ...]) -> Tensor | None:
             # What an optimizer keeps of a parameter is sharded as the parameter is.
             tensor = tensors.get(name, parameters.get(name.rpartition("/")[0]))
-            if tensor is None or not is_sharded(tensor) or len(shape) == 0:
-                return None
-            if tensor.shape != shape:
-                raise ValueError(f"{name} has shape {shape} and this run's tensor has {tuple(tensor.shape)}")
-            return tensor
+            return tensor if tensor is not None and is_sharded(tensor) and tensor.shape == shape else None
 
         return like
 
@@ -201,6 +201,9 @@ def _refuse_changes(
     for name in refused:
         before, now = changed[name]
         advice = "Set it back: the weights have that shape." if name in NEVER_ON_RESUME else allow
+        if name == "data.content" and "data.special_tokens" in changed:
+            special_tokens = changed["data.special_tokens"][0] or "null"
+            advice = f"Set data.special_tokens: {special_tokens}, as in the checkpoint. {advice}"
         problems.append(Problem(name, now, _short(before), advice, reason))
     if problems:
         raise ConfigError(problems)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import socket
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fundamentallm.checkpoint.manifest import STATE, read_manifest, verify
 from fundamentallm.checkpoint.reading import explained, load_parts
-from fundamentallm.config.schema import DataConfig
+from fundamentallm.config.schema import DataConfig, saved_data_settings
 from fundamentallm.config.validation import from_dict
 from fundamentallm.data.corpus import Corpus, load_corpus, was_opened
 from fundamentallm.data.datasets import TokenSamples
@@ -20,8 +17,6 @@ from fundamentallm.data.loaders import corpus_samples
 from fundamentallm.data.sampler import StepSampler
 from fundamentallm.data.tokenizers import read_tokenizer
 from fundamentallm.errors import ConfigError, Problem
-from fundamentallm.run.folder import STARTS
-from fundamentallm.run.json_lines import read
 from fundamentallm.run.progress import sampler_of
 
 TOKENIZER = "tokenizer.json"
@@ -104,9 +99,9 @@ def corpus_of_run(checkpoint: Path, settings: dict[str, Any], source: str | None
     `settings` is the section `data` of its config. `source` is the present location of the text, if it has moved.
     Raises ConfigError if the settings are malformed, the text cannot be read, or only the checkpoint names it.
     """
-    data = from_dict(DataConfig, settings)
-    if source is None and not was_opened(data) and not _has_trained_here(checkpoint, settings):
-        reason = "which the checkpoint names, but no run on this machine is known to have read it"
+    data = from_dict(DataConfig, saved_data_settings(settings))
+    if source is None and not was_opened(data):
+        reason = "which the checkpoint names, but which you have not opened before"
         advice = "If you trust the checkpoint, allow it by: fundamentallm prepare --data.source TEXT."
         raise ConfigError(Problem("data.source", data.source, "", advice, reason))
     # The run's cache folder may be on another machine, and that of a checkpoint from elsewhere could be anywhere.
@@ -117,25 +112,6 @@ def corpus_of_run(checkpoint: Path, settings: dict[str, Any], source: str | None
     corpus = load_corpus(data, sys.stderr.isatty(), tokenizer)
     # Samples are compared by their ids, which only the run's own tokenizer decodes to their text.
     return data, corpus._replace(tokenizer=tokenizer)
-
-
-def _has_trained_here(checkpoint: Path, settings: dict[str, Any]) -> bool:
-    """Returns whether the run's folder, around the checkpoint, records a launch on this machine with these data."""
-    for folder in list(checkpoint.absolute().parents)[:2]:
-        if (folder / STARTS).is_file():
-            for start in read(folder / STARTS):
-                with contextlib.suppress(LookupError, TypeError):  # a stranger's
-                    if start["environment"]["host"] == socket.gethostname() and start["config"]["data"] == settings:
-                        return True
-    return False
-
-
-def texts(dataset: TokenSamples, indices: Sequence[int]) -> Iterator[tuple[int, str, str]]:
-    """Yields (index, first and last token, text) of each sample's inputs. Its targets are shifted by one token."""
-    assert dataset.tokenizer is not None
-    for index in indices:
-        where, inputs = dataset.locate(index)
-        yield index, where, dataset.tokenizer.decode(inputs.tolist(), skip_special_tokens=False)
 
 
 def _planned(config: dict[str, Any], sampler: StepSampler) -> int:

@@ -28,16 +28,13 @@ class WeightAverage:
         decay: between 0 and 1.
 
     Raises:
-        ConfigError: if there is nothing to average, or weights are not float32, the precision of the average.
+        ConfigError: if there is nothing to average.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, decay: float) -> None:
         self._set_parameters(model, optimizer)
         if not self._parameters:
             raise ConfigError("training.ema_decay is set and the optimizer trains nothing of the model; give it one.")
-        if wrong := [f"{names[0]} is {p.dtype}" for p, names in self._parameters.items() if p.dtype != torch.float32]:
-            advice = "Allowed: weights in float32 (training.mixed_precision computes in 16 bits all the same)."
-            raise ConfigError(Problem("training.ema_decay", decay, reason=f"and {wrong[0]}", advice=advice))
         self.decay = decay
         self._average: dict[nn.Parameter, Tensor] = {}  # empty until the first step, before which weights are loaded
         self._updates = torch.zeros((), dtype=torch.int64, device=next(iter(self._parameters)).device)
@@ -68,7 +65,7 @@ class WeightAverage:
         weight = (9 / (10 + self._updates)).clamp(min=1 - self.decay) * taken  # 1 - d
         self._updates += taken.to(torch.int64)
         for parameter, average in self._average.items():
-            local(average).lerp_(local(parameter), weight)
+            local(average).lerp_(local(parameter), weight.to(average.dtype))
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
@@ -84,7 +83,7 @@ def _create(model: nn.Module, optimizer_type: str, numbers: dict[str, Any], opti
     if kind == "adam":
         return Adam(groups, lr=lr, **adam)
     if kind == "sgd":
-        return _sgd(groups, lr, numbers["momentum"], fused)
+        return SGD(groups, lr=lr, momentum=numbers["momentum"], fused=fused)
     if kind == "muon":
         groups = _muon_groups(model, parameters, weight_decay, numbers["adam_learning_rate"] or lr)
         return Muon(groups, lr, momentum=numbers["muon_momentum"], **adam)
@@ -118,16 +117,6 @@ def _decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> li
         (matrices if parameter.ndim >= 2 else vectors).append(parameter)
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
-
-
-def _sgd(groups: list[dict[str, Any]], lr: float, momentum: float, fused: bool) -> SGD:
-    sgd = SGD(groups, lr=lr, momentum=momentum, fused=fused)
-    if momentum and fused:
-        # Otherwise torch's fused kernel takes uninitialised memory for the momentum if the first step is skipped.
-        for group in groups:
-            for parameter in group["params"]:
-                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return sgd
 
 
 def _muon_groups(
@@ -175,8 +164,8 @@ def make_optimizer(config: TrainingConfig, model: nn.Module) -> Optimizer:
 def check_optimizer(model: nn.Module, optimizer: Optimizer) -> Optimizer:
     """Returns the optimizer, unless it needs more than `step()`, or would update some parameters wrongly.
 
-    Elements of an expanded tensor share memory. torch's fused kernels walk through memory, where a slice has gaps. A
-    parameter that occurs twice is updated twice, and its state could not be read from a checkpoint.
+    torch's fused kernels walk through memory, where a slice has gaps. (Other optimizers raise an error of torch if
+    elements share memory.) A parameter that occurs twice is updated twice, and no checkpoint of its state would load.
 
     Raises:
         ConfigError: naming the optimizer or the parameters.
@@ -190,12 +179,11 @@ def check_optimizer(model: nn.Module, optimizer: Optimizer) -> Optimizer:
         )
     name_of = {parameter: name for name, parameter in model.named_parameters()}
     problems = [
-        f"the parameter {name_of.get(p, '')} has shape {tuple(p.shape)} and strides {p.stride()}, which "
-        + ("a fused optimizer cannot update" if group.get("fused") else "share memory")
-        + "; make it of tensor.contiguous()."
+        f"the parameter {name_of.get(p, '')} has shape {tuple(p.shape)} and strides {p.stride()}, which a fused "
+        "optimizer cannot update; make it of tensor.contiguous()."
         for group in optimizer.param_groups
         for p in group["params"]
-        if not is_dense(p) and (group.get("fused") or _overlaps(p))
+        if group.get("fused") and not is_dense(p)
     ]
     counts = Counter(p for group in optimizer.param_groups for p in group["params"])
     problems += [
@@ -206,19 +194,6 @@ def check_optimizer(model: nn.Module, optimizer: Optimizer) -> Optimizer:
     if problems:
         raise ConfigError(problems)
     return optimizer
-
-
-def _overlaps(tensor: Tensor) -> bool:
-    reach = 0  # of the dimensions so far, from the one with the smallest stride
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1 and stride <= reach:
-            return True
-        reach += stride * (size - 1)
-    return False
-
-
-MAX_NAMES_SHOWN = 3
-"""Most parameter names that an error lists."""
 
 
 def freeze(model: nn.Module, entries: Sequence[dict[str, Any]]) -> None:
@@ -283,5 +258,4 @@ def _assigned(model: nn.Module, entries: Sequence[dict[str, Any]]) -> dict[Tenso
 
 
 def _near(pattern: str, names: Sequence[str]) -> str:
-    shown = ", ".join(names[:MAX_NAMES_SHOWN])
-    return did_you_mean(pattern, names).strip() or f"There are {len(names)} names, such as {shown}."
+    return did_you_mean(pattern, names).strip() or f"There are {len(names)} names, such as {', '.join(names[:3])}."

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from fundamentallm import Callback, Config, ConfigError, Trainer
+from fundamentallm import Callback, Config, Trainer
 from fundamentallm.checkpoint.manager import CheckpointManager
 from fundamentallm.checkpoint.reading import load_checkpoint
 from fundamentallm.checkpoint.snapshot import MODEL_KEY
@@ -158,13 +158,11 @@ def test_it_can_be_given_up_and_begun_in_the_middle(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, expected[name])
 
 
-def test_weights_in_16_bits_are_refused(tmp_path: Path) -> None:
-    model = make_trainer(of(tmp_path)).model.to(torch.bfloat16)
-    with pytest.raises(ConfigError) as caught:
-        Trainer(model, of(tmp_path), make_trainer(of(tmp_path)).train_loader)
-    (problem,) = caught.value.problems
-    assert (problem.setting, problem.value) == ("training.ema_decay", 0.6)
-    assert "model.embed_tokens.weight is torch.bfloat16" in problem.reason
+def test_it_has_the_precision_of_the_weights(tmp_path: Path) -> None:
+    parts = make_trainer(of(tmp_path / "unused"))
+    trainer = Trainer(parts.model.double(), of(tmp_path, max_steps=2), parts.train_loader, callbacks=[])
+    trainer.train()
+    assert {average.dtype for average in averages(trainer).values()} == {torch.float64}
 
 
 def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

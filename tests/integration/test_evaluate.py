@@ -49,10 +49,7 @@ def evaluate(capsys: pytest.CaptureFixture[str], path: Path, *arguments: str) ->
     return json.loads(capsys.readouterr().out)
 
 
-def test_evaluate_of_a_run_gives_its_validation_loss(
-    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(run.parent))
+def test_evaluate_of_a_run_gives_its_validation_loss(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     last = lines(run)[-1]
     found = evaluate(capsys, run)
     assert found["targets"] == 2999
@@ -138,8 +135,7 @@ def test_evaluate_refuses_other_than_texts_of_the_model(
     assert named in problem.allowed + problem.reason
 
 
-def test_evaluate_refuses_a_changed_validation_text(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_evaluate_refuses_a_changed_validation_text(run: Path) -> None:
     text = run.parent / "text.txt"
     before = text.read_text()
     try:

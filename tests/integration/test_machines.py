@@ -126,7 +126,7 @@ def test_slurm_script_is_one_run_and_requeues_it(tmp_path: Path, monkeypatch: py
         SLURM_JOB_NODELIST="two",
     )
     read_up_to("2 processes on cpu", process)
-    read_up_to("step 10 ", process)
+    read_up_to("10/100000 |", process)
     process.send_signal(signal.SIGUSR1)
     code, output = end(process)
     assert code == 1, output

@@ -391,17 +391,6 @@ def test_train_with_resume_never_refuses_a_used_folder(write: Write, tmp_path: P
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_train_as_a_module_reports_all_mistakes(write: Write, tmp_path: Path) -> None:
-    config = write(EVERYTHING_WRONG)
-    command = [sys.executable, "-m", "fundamentallm.train", "--config", config, "--training.sed=1"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(train.__file__).parents[1])}
-    done = subprocess.run([*command, "--sample_tokens=many"], env=environment, capture_output=True, text=True)
-    title, *lines = done.stderr.splitlines()
-    assert (done.returncode, done.stdout, title) == (2, "", f"{len(WRONG_SETTINGS)} settings are wrong:")
-    assert len(lines) == len(WRONG_SETTINGS)
-    assert [path.name for path in tmp_path.rglob("*")] == [config]
-
-
 @pytest.mark.parametrize(
     ("arguments", "code", "facts"),
     [

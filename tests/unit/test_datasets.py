@@ -31,16 +31,6 @@ def test_every_token_but_the_first_is_a_target_once(length: int) -> None:
         assert inputs[-1].tolist() == list(range(count - 1 - length, count - 1))
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 7])
-def test_last_window_masks_only_what_it_repeats(length: int) -> None:
-    for count, dataset in datasets_of_all_sizes(length):
-        _, targets = dataset.__getitems__(range(len(dataset)))
-        masked = targets == IGNORE_INDEX
-        assert not masked[:-1].any()
-        repeated = length * len(dataset) - (count - 1)
-        assert masked[-1].tolist() == [True] * repeated + [False] * (length - repeated)
-
-
 @pytest.mark.parametrize("indices", [[4], [1, 1, 4, 0]])
 def test_a_batch_is_its_items_stacked(indices: list[int]) -> None:
     dataset = TokenDataset(np.random.default_rng(0).integers(0, 50, 33), 7)

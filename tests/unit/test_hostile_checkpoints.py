@@ -19,14 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fundamentallm import LoggingCallback, SaveBestCallback
+from fundamentallm import Config, LoggingCallback, ModelConfig, SaveBestCallback
 from fundamentallm.checkpoint.manager import CheckpointManager
 from fundamentallm.checkpoint.reading import explained
 from fundamentallm.commands import checkpoints, evaluate, generate
 from fundamentallm.errors import CheckpointError, FundamentaLLMError
+from fundamentallm.run.initial_weights import open_pretrained
 from tests.conftest import reset_accelerate
 from tests.integration.runs import make_config, make_trainer
 from tests.unit.checkpoint_files import make_true, pairs, write_manifest
@@ -246,26 +248,13 @@ def test_resume_with_anything_in_place_of_a_file(kind: str, name: str) -> None:
         assert_opens_or_is_refused(run)
 
 
-@pytest.mark.parametrize(
-    ("text", "file"),
-    pairs(
-        ["[" * 100_000, '{"a":' * 100_000, "[" * 900 + "]" * 900, '{"state": null, "same_as": {}}'],
-        ["manifest.json", "state.json"],
-    ),
-)
-def test_load_refuses_deeply_nested_json(file: str, text: str) -> None:
-    with copy_of_run() as run:
-        path = run / "checkpoints" / "step_00000003"
-        (path / file).write_text(text)
-        if file != "manifest.json":
-            make_true(path)
-        with time_limit(), pytest.raises(CheckpointError, match=file):
-            CheckpointManager(run).load(path)
-
-
 DEEP = "[" * 100_000
 HOSTILE: list[tuple[str, Any]] = [
-    *(("config.json", text) for text in (DEEP, "[]", "{}", "\xff")),
+    *(
+        (file, DEEP)
+        for file in ("config.json", "tokenizer.json", "generation_config.json", "state.json", "manifest.json")
+    ),
+    *(("config.json", text) for text in ("[]", "{}", "\xff")),
     *(
         ("config.json", {name: value})
         for name, value in [
@@ -287,8 +276,7 @@ HOSTILE: list[tuple[str, Any]] = [
             ("rms_norm_eps", None),
         ]
     ),
-    *(("generation_config.json", value) for value in (DEEP, "[1]", {"eos_token_id": [[1]]}, {"eos_token_id": "end"})),
-    ("tokenizer.json", DEEP),
+    *(("generation_config.json", value) for value in ("[1]", {"eos_token_id": [[1]]}, {"eos_token_id": "end"})),
     (
         "tokenizer.json",
         {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}},
@@ -305,7 +293,8 @@ def test_use_of_hostile_text_files_works_or_is_refused(file: str, content: Any) 
             path = checkpoint / file
             content = json.dumps((json.loads(path.read_text()) if path.exists() else {}) | content)
         (checkpoint / file).write_text(content, encoding="latin-1")
-        make_true(checkpoint)
+        if file != "manifest.json":
+            make_true(checkpoint)
         text = run.parent / "run" / "text.txt"
         text.write_text("to be or not to be")
         for command, arguments in [
@@ -316,12 +305,15 @@ def test_use_of_hostile_text_files_works_or_is_refused(file: str, content: Any) 
         ]:
             with time_limit(), contextlib.suppress(FundamentaLLMError):
                 command.main(arguments, "test")
+        with time_limit(), contextlib.suppress(FundamentaLLMError):
+            open_pretrained(Config(model=ModelConfig(pretrained=str(checkpoint))))
 
 
-def test_explained_takes_a_panic_and_leaves_an_interruption(tmp_path: Path) -> None:
+def test_explained_takes_a_panic_but_no_interruption(tmp_path: Path) -> None:
     panic = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})
     for error, expected in ((panic("regex"), CheckpointError), (RecursionError(), CheckpointError)):
         with pytest.raises(expected), explained(tmp_path):
             raise error
-    with pytest.raises(KeyboardInterrupt), explained(tmp_path):
-        raise KeyboardInterrupt
+    for passed in (KeyboardInterrupt, torch.OutOfMemoryError):
+        with pytest.raises(passed), explained(tmp_path):
+            raise passed

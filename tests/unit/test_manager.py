@@ -207,8 +207,10 @@ def test_save_replaces_a_checkpoint_of_the_same_name(tmp_path: Path) -> None:
             empty(path / "model.safetensors")
 
 
-def test_save_does_not_replace_what_is_not_a_checkpoint(tmp_path: Path) -> None:
-    mine = tmp_path / "best" / "thesis.tex"
+@pytest.mark.parametrize("file", ["thesis.tex", "model.safetensors", "manifest.json", "state.json"])
+def test_save_does_not_replace_what_is_not_a_checkpoint(tmp_path: Path, file: str) -> None:
+    """A model folder in Hugging Face format has model.safetensors, and other programs write a manifest.json."""
+    mine = tmp_path / "best" / file
     mine.parent.mkdir()
     mine.write_text("mine")
     with pytest.raises(CheckpointError, match="best"):
@@ -306,6 +308,14 @@ def test_save_keeps_the_best_and_deletes_a_former_best(tmp_path: Path) -> None:
     CheckpointManager(tmp_path, 1).save(state(6), "step_6")  # a new manager reads the disk
     assert names(tmp_path) == ["step_3", "step_6"]
     assert manager.get_best() == tmp_path / "step_3"
+
+
+def test_save_keeps_the_origin_of_a_restart_by_either_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    manager = CheckpointManager("checkpoints", 1)
+    manager.origin = manager.save(state(), "origin").absolute()
+    save_steps(manager, 3)
+    assert names(tmp_path / "checkpoints") == ["origin", "step_2"]
 
 
 def test_save_deletes_nothing_that_is_not_a_checkpoint(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from fundamentallm.config.schema import ModelConfig
 from fundamentallm.data.datasets import TokenDataset
 from fundamentallm.data.tokenizers import create_tokenizer, num_ids
 from fundamentallm.errors import CheckpointError, ConfigError
+from fundamentallm.inference.loading import load_model
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.models.transformers_format import find_pretrained, model_files, shape_of, transformers_model
 from tests.unit.test_transformer import SHAPES
@@ -157,6 +158,14 @@ def test_load_weights_names_what_does_not_fit(tmp_path: Path, change: dict, name
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_load_weights_ignores_frequencies_that_older_versions_saved(tmp_path: Path) -> None:
+    llama(tmp_path, mlp_bias=False)
+    weights, found = load_file(tmp_path / "model.safetensors"), find_pretrained(str(tmp_path))
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(weights, tmp_path / "model.safetensors")
+    load_weights(tmp_path, found.weights, Transformer(found.shape))
+
+
 def test_load_weights_needs_equal_tied_weights(tmp_path: Path) -> None:
     llama(tmp_path, mlp_bias=False, tie_word_embeddings=True)
     weights, found = load_file(tmp_path / "model.safetensors"), find_pretrained(str(tmp_path))
@@ -168,20 +177,30 @@ def test_load_weights_needs_equal_tied_weights(tmp_path: Path) -> None:
         load_weights(tmp_path, found.weights, Transformer(found.shape))
 
 
+def test_weights_are_read_from_files_of_any_name_in_the_index(tmp_path: Path) -> None:
+    """Such as those of large models, whose number of files has six digits."""
+    theirs = llama(tmp_path)
+    index = (tmp_path / "model.safetensors.index.json").read_text()
+    (tmp_path / "model.safetensors.index.json").write_text(index.replace("-of-0", "-of-00"))
+    for file in tmp_path.glob("model-*"):
+        file.rename(tmp_path / file.name.replace("-of-0", "-of-00"))
+    found = find_pretrained(str(tmp_path))
+    ours = Transformer(found.shape)
+    load_weights(tmp_path, found.weights, ours)
+    assert torch.equal(ours.get_input_embeddings().weight, theirs.get_input_embeddings().weight)
+
+
 def test_find_pretrained_refuses_unsafe_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(named: str, name: str = str(tmp_path)) -> None:
         with pytest.raises(ConfigError, match=named) as error:
             find_pretrained(name)
-        if named != "holds a list":
-            assert (error.value.problems[0].setting, error.value.problems[0].value) == ("model.pretrained", name)
+        assert (error.value.problems[0].setting, error.value.problems[0].value) == ("model.pretrained", name)
 
     refused("no config.json")
     refused("is not a folder", str(tmp_path / "nowhere"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     refused("hf download somebody/something", "somebody/something")
     refused("Hugging Face cache", "no such name!")
-    (tmp_path / "config.json").write_text("[]")
-    refused("holds a list")
     llama(tmp_path)
     (tmp_path / "model-00002-of-00006.safetensors").unlink(missing_ok=True)
     for file in list(tmp_path.glob("model-*"))[1:]:
@@ -194,6 +213,13 @@ def test_find_pretrained_refuses_unsafe_folders(tmp_path: Path, monkeypatch: pyt
     refused(r"pickled.*pytorch_model\.bin")
     write(tmp_path, quantization_config={"bits": 4})
     refused("quantized")
+
+
+def test_load_model_of_a_folder_with_another_programs_manifest(tmp_path: Path) -> None:
+    llama(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"name": "a web page"}')
+    create_tokenizer("byte").save(str(tmp_path / "tokenizer.json"))
+    assert load_model(tmp_path).folder == tmp_path
 
 
 @pytest.mark.parametrize("name", ["chat_template.jinja", "model.safetensors", "config.json", "other"])

@@ -149,19 +149,6 @@ def test_start_within_an_epoch_continues_its_order(
         )
 
 
-@shapes
-def test_start_between_two_epochs_changes_no_batch(samples: int, batch_size: int) -> None:
-    whole, started = StepSampler(samples, batch_size, 7), StepSampler(samples, batch_size, 7)
-    steps = whole.steps_per_epoch
-    started.start = Start(2 * steps, 2, 0, whole.samples_before(2 * steps))
-    for step in range(2 * steps, 4 * steps):
-        assert started.batch(step) == whole.batch(step)
-        assert started.place(step) == whole.place(step)
-        assert started.samples_before(step) == whole.samples_before(step)
-    for epoch in (3, 4):
-        assert started.steps_before_epoch(epoch) == whole.steps_before_epoch(epoch) == epoch * steps
-
-
 def test_order_differs_between_epochs_and_seeds() -> None:
     orders = [StepSampler(100, 100, seed).batch(epoch) for seed in (0, 1) for epoch in (0, 1, 2)]
     assert len({tuple(order) for order in orders}) == len(orders)

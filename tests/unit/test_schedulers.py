@@ -99,22 +99,10 @@ def test_first_peak_and_last_rate_are_exact(name: str, options: Any, floor: floa
             assert seen[-1] == floor * PEAK, length
 
 
-@pytest.mark.parametrize("warmup", [0, 1, 5])
-def test_constant_stays_at_the_peak(warmup: int) -> None:
-    seen = rates(create_scheduler(optimizer(), "constant", 1, 20, warmup, min_lr_ratio=0.0), 20)
-    assert set(seen[max(warmup, 1) - 1 :]) == {PEAK}
-
-
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_rates_after_the_end_stay_at_the_last(name: str) -> None:
     seen = rates(create_scheduler(optimizer(), name, 1, 10, 3), 15)
     assert set(seen[10:]) == {seen[9]}
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_epochs_and_steps_in_them_count_only_by_their_product(name: str) -> None:
-    by_epochs, in_one = (create_scheduler(optimizer(), name, *shape, 4) for shape in ((5, 8), (1, 40)))
-    assert rates(by_epochs, 40) == rates(in_one, 40)
 
 
 # With 22 cycles of one step each, 15 / 22 * 22 is a hair below 15.

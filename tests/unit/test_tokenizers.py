@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
+from fundamentallm.data.encoding import encode_pieces
 from fundamentallm.data.tokenizers import UNKNOWN, create_tokenizer, encode_prompt, read_tokenizer
 from fundamentallm.errors import ConfigError
 from tests.conftest import problem_of
@@ -161,3 +162,26 @@ def test_read_tokenizer_switches_truncation_and_padding_off(tmp_path: Path) -> N
 def test_create_tokenizer_refuses_unknown_specs(spec: str) -> None:
     with pytest.raises(ConfigError, match=f"tokenizer is '{spec}'"):
         create_tokenizer(spec, "abc")
+
+
+def unigram_without_unknown_token(characters: str) -> Tokenizer:
+    return Tokenizer(models.Unigram([(c, -1.0) for c in characters]))
+
+
+def unknown_token_that_is_added(characters: str) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(characters)}, merges=[], unk_token="[UNK]"))
+    tokenizer.add_special_tokens(["[UNK]"])
+    return tokenizer
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+@pytest.mark.parametrize(
+    "make_vocabulary", [without_unknown_token, unigram_without_unknown_token, unknown_token_that_is_added]
+)
+def test_encode_pieces_keeps_ids_beside_an_unknown_token(make_vocabulary, as_text: bool) -> None:
+    tokenizer = make_vocabulary("abc<>")
+    tokenizer.add_special_tokens(["<a>"])
+    tokenizer.encode_special_tokens = as_text
+    known, unknown = encode_pieces(tokenizer, ["a<a>b", "azb"])
+    assert (known.ids.tolist(), known.unknown) == (tokenizer.encode("a<a>b").ids, [])
+    assert unknown.unknown == [(1, "z")]

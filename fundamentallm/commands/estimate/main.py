@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from fundamentallm.commands.estimate import counts
 from fundamentallm.commands.estimate.memory import memory
@@ -52,9 +53,11 @@ def main(arguments: Sequence[str], program: str) -> int:
 def _with_vocabulary(config: Config) -> Config:
     """Returns the config with the shape of a pretrained model, or with the vocabulary of its data."""
     if (pretrained := config.model.pretrained) is not None:
+        from fundamentallm.checkpoint.reading import explained
         from fundamentallm.models.transformers_format import find_pretrained
 
-        found = find_pretrained(pretrained)
+        with explained(Path(pretrained)):
+            found = find_pretrained(pretrained)
         if found.shape is None:
             raise ConfigError([Problem("model.pretrained", pretrained, "a Transformer", reason=str(found.why_not))])
         return dataclasses.replace(config, model=dataclasses.replace(found.shape, dropout=config.model.dropout))
