@@ -43,7 +43,7 @@ GROUPS = {
     "Settings": "Config TrainingConfig ModelConfig DataConfig",
     "Data and model": "create_dataloaders create_tokenizer load_corpus shift_labels TokenDataset Transformer",
     "Callbacks": "Callback CallbackList LoggingCallback ProgressCallback SaveBestCallback VisualizationCallback "
-    "SampleCallback ProfilerCallback RatioCallback",
+    "SampleCallback ProfilerCallback",
     "Parts of a run": "CheckpointManager MetricTracker EarlyStopping create_optimizer create_scheduler create_loss "
     "create_accelerator",
     "Errors": "FundamentaLLMError ConfigError CheckpointError TrainingError RunInProgressError",

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from fundamentallm.training.callbacks.profiler import ProfilerCallback as ProfilerCallback
     from fundamentallm.training.callbacks.samples import SampleCallback as SampleCallback
     from fundamentallm.training.callbacks.save_best import SaveBestCallback as SaveBestCallback
-    from fundamentallm.training.callbacks.update_ratios import RatioCallback as RatioCallback
     from fundamentallm.training.early_stopping import EarlyStopping as EarlyStopping
     from fundamentallm.training.loss import create_loss as create_loss
     from fundamentallm.training.metrics import MetricTracker as MetricTracker
@@ -63,7 +62,6 @@ _MODULES = {
     ),
     "training.callbacks.profiler": ("ProfilerCallback",),
     "training.callbacks.samples": ("SampleCallback",),
-    "training.callbacks.update_ratios": ("RatioCallback",),
     "training.early_stopping": ("EarlyStopping",),
     "training.loss": ("create_loss",),
     "training.metrics": ("MetricTracker",),

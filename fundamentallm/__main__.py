@@ -8,7 +8,8 @@ import sys
 from importlib.metadata import version
 
 from fundamentallm.config.registry import did_you_mean
-from fundamentallm.errors import ConfigError, FundamentaLLMError, Problem, ended_by_signals, exit_code, report
+from fundamentallm.errors import ConfigError, FundamentaLLMError, Problem, exit_code, report
+from fundamentallm.signals import ended_by_signals
 
 VERBS = {
     "train": ("fundamentallm.train", "train a language model from a config"),
@@ -20,10 +21,7 @@ VERBS = {
         "list, verify, show and export checkpoints; show the samples of a step",
     ),
     "report": ("fundamentallm.commands.report", "compare runs on one HTML page"),
-    "estimate": (
-        "fundamentallm.commands.estimate.main",
-        "estimate memory, FLOPs, time and bytes sent, for any model size",
-    ),
+    "estimate": ("fundamentallm.commands.estimate.main", "estimate memory, FLOPs and time, for any model size"),
     "find_lr": ("fundamentallm.commands.find_lr", "suggest a learning rate by a range test"),
     "doctor": (
         "fundamentallm.commands.doctor.main",

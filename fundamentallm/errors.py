@@ -7,14 +7,10 @@ import itertools
 import multiprocessing
 import os
 import signal
-import stat
 import subprocess
 import sys
-import threading
-import time
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
-from types import FrameType
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 
@@ -183,8 +179,8 @@ def report(error: FundamentaLLMError) -> int:
     if os.environ.get("RANK", "0") == str(printing):
         text = printable(text)
         print(text, file=sys.stderr)
-        counts = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RESTART_COUNT", "MAX_RESTARTS"))
-        if len({*counts}) == 1:  # no restart follows
+        restarts, most = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+        if restarts == most:  # the launcher will not restart the processes
             print_last(text)
     return exit_code(error)
 
@@ -202,63 +198,3 @@ def print_last(text: str) -> None:
         wait = f"import select, sys; select.select([{launcher}], [], [], 60)[0] and print(sys.argv[1], file=sys.stderr)"
         command = [sys.executable, "-I", "-S", "-c", wait, text[:10_000].replace("\0", "")]
         subprocess.Popen(command, pass_fds=[launcher], stdout=subprocess.DEVNULL, start_new_session=True)
-
-
-SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
-"""Signals that end a command, and a run after its current step. Schedulers send SIGTERM or SIGUSR1 some time before
-SIGKILL. SIGHUP means that the terminal was closed, or its connection lost."""
-ECHO_SECONDS = 1.0
-"""A launcher forwards Ctrl-C to processes that got it from the terminal too. A signal within this time is that copy."""
-_received: list[tuple[int, float]] = []
-"""(number, time) of the last signal that raised. An exception in a destructor is lost, but not this."""
-
-
-@contextlib.contextmanager
-def handling_signals(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handles `SIGNALS` in the block. Off the main thread, where Python allows no handlers, it does nothing."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = [getattr(signal, name) for name in SIGNALS]
-    # An ignored signal stays ignored: a shell ignores Ctrl-C for its background jobs, and nohup ignores SIGHUP.
-    previous = {n: signal.signal(n, handle) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-
-
-@contextlib.contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """Raises Interrupted in the block when one of `SIGNALS` arrives, so that temporary files are removed."""
-    try:
-        with handling_signals(_raise_interrupted):
-            yield
-    finally:
-        _received.clear()
-
-
-def _raise_interrupted(number: int, frame: FrameType | None) -> None:
-    now = time.monotonic()
-    if not _received or now - _received[-1][1] >= ECHO_SECONDS:
-        _received[:] = [(number, now)]
-        leave_closed_terminal()
-        raise Interrupted(number)
-
-
-def raise_if_interrupted() -> None:
-    """Raises Interrupted if the one that a signal raised in `ended_by_signals` was lost."""
-    if _received:
-        raise Interrupted(_received.pop()[0])
-
-
-def leave_closed_terminal() -> None:
-    """Sends output nowhere if its terminal is gone: printing to it would raise an OSError."""
-    for stream in (1, 2):
-        with contextlib.suppress(OSError):
-            # A terminal that hung up is still a character device, but not a terminal any more.
-            if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, stream)
-                os.close(nowhere)

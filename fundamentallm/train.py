@@ -26,13 +26,13 @@ from fundamentallm.errors import (
     FundamentaLLMError,
     Interrupted,
     Problem,
-    ended_by_signals,
     exit_code,
     print_last,
     report,
 )
 from fundamentallm.run.environment import command
 from fundamentallm.run.folder import LOG, note_interruption
+from fundamentallm.signals import ended_by_signals
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -62,14 +62,15 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m funda
     except FundamentaLLMError as error:
         return report(error)
     except KeyboardInterrupt as interrupt:
-        is_main = os.environ.get("RANK", "0") == "0"
-        if is_main and config is not None and isinstance(interrupt, Interrupted):
-            note_interruption(Path(config.output_dir), str(interrupt))
-        if is_main:
-            end = f"{interrupt} before the first step" if str(interrupt) else "ended without saving"
-            print(f"\n{end}; to resume: {command()}", file=sys.stderr)
-            print_last(f"{end}; to resume: {command()}")
-        return _started_again() if isinstance(interrupt, Interrupted) else exit_code(interrupt)
+        is_signal = isinstance(interrupt, Interrupted)  # otherwise a second Ctrl-C
+        if os.environ.get("RANK", "0") == "0":
+            if is_signal and config is not None:
+                note_interruption(Path(config.output_dir), str(interrupt))
+            end = f"{interrupt} before the first step" if is_signal else "ended without saving"
+            text = f"{end}; to resume: {command()}"
+            print(f"\n{text}", file=sys.stderr)
+            print_last(text)
+        return _started_again() if is_signal else exit_code(interrupt)
     if trainer.was_interrupted and trainer.is_main_process:
         print_last(trainer.describe_stop())
     return _started_again() if trainer.was_interrupted else 0
@@ -84,8 +85,7 @@ def _started_again() -> int:
 def run(config: Config) -> Trainer:
     """Trains as `config` says and returns the trainer.
 
-    Raises:
-        FundamentaLLMError: for any mistake or failure that the package knows.
+    Raises FundamentaLLMError for any mistake or failure that the package knows.
     """
     if config.training.resume == "never" and (Path(config.output_dir) / LOG).exists():
         advice = "Choose another output_dir, or set resume: auto to resume that run."
@@ -103,8 +103,7 @@ def run(config: Config) -> Trainer:
 def make_trainer(config: Config) -> Trainer:
     """Returns a Trainer with everything that `config` describes.
 
-    Raises:
-        FundamentaLLMError: for any mistake or failure that the package knows.
+    Raises FundamentaLLMError for any mistake or failure that the package knows.
     """
     # Imported here, so that --help and config errors do not wait for torch.
     import torch
@@ -191,8 +190,7 @@ def _check_names(config: Config) -> list[Callback]:
 
     All wrong names and options are found together, before anything is read or written.
 
-    Raises:
-        ConfigError: listing what is wrong.
+    Raises ConfigError, listing what is wrong.
     """
     from torch import nn
 

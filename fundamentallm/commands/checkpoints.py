@@ -11,11 +11,7 @@ from fundamentallm.errors import ConfigError, FundamentaLLMError, printable
 
 
 def main(arguments: Sequence[str], program: str) -> int:
-    """Run the command line and return the exit code.
-
-    Raises:
-        FundamentaLLMError: if there is no checkpoint, it is damaged, or an argument is wrong.
-    """
+    """Run the command line and return the exit code."""
     options = _parser(program).parse_args(arguments)
     from fundamentallm.checkpoint.reading import explained  # imports torch, which --help need not wait for
     from fundamentallm.commands import checkpoint_verbs

@@ -39,17 +39,12 @@ class Point(NamedTuple):
     """One step of the test."""
 
     learning_rate: float
-    loss: float
-    """Nats per target, of the batch of this step."""
+    loss: float  # nats per target, of the batch of this step
     smoothed: float
 
 
 def main(arguments: Sequence[str], program: str) -> int:
-    """Run the command line and return the exit code: 0 with a suggestion, 1 without.
-
-    Raises:
-        FundamentaLLMError: if a setting or an option is wrong, or training fails.
-    """
+    """Run the command line and return the exit code: 0 with a suggestion, 1 without."""
     parser = settings_parser(
         program,
         "[--steps N] [--plot FILE] [--json FILE] [--verbose] ...",

@@ -13,11 +13,7 @@ from fundamentallm.errors import exit_code
 
 
 def main(arguments: Sequence[str], program: str) -> int:
-    """Run the command line and return its exit code.
-
-    Raises:
-        ConfigError: if the settings are wrong, or a source cannot be read.
-    """
+    """Run the command line and return its exit code."""
     runs = "Runs find the tokens in data.cache_dir."
     moved = "The folders printed at the end can be moved to other machines and given as data.source there."
     parser = settings_parser(program, "", f"{__doc__} {runs} {moved}")

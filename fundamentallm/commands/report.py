@@ -20,11 +20,7 @@ MOST_POINTS = 2000  # of a curve; screens have no more columns
 
 
 def main(arguments: Sequence[str], program: str) -> int:
-    """Run the command line and return the exit code.
-
-    Raises:
-        FundamentaLLMError: if a folder holds no run, or the page cannot be written.
-    """
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(prog=program, description=__doc__, allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output_dir of a run")
     parser.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE", help="[report.html]")
@@ -38,39 +34,37 @@ def main(arguments: Sequence[str], program: str) -> int:
 def read_run(folder: Path) -> dict[str, Any]:
     """Returns what the page shows of a run; parts that the run lacks are None or empty.
 
-    Raises:
-        FundamentaLLMError: if the folder has no metrics.jsonl, or it cannot be read.
+    Raises FundamentaLLMError if the folder has no metrics.jsonl, or its files are not those of a run.
     """
     # Imported here, so that --help need not wait for torch.
     from fundamentallm.run.folder import LOG, SAMPLES, read_starts, read_status, restarts
     from fundamentallm.run.json_lines import numbers, read
 
-    log = folder / LOG
+    if not (folder / LOG).is_file():
+        raise FundamentaLLMError(f"{folder} has no {LOG}; give the output_dir of a run.")
     try:
-        if not log.is_file():
-            raise FundamentaLLMError(f"{folder} has no metrics.jsonl; give the output_dir of a run.")
-        lines = [numbers(line) for line in read(log)]
+        lines = [numbers(line) for line in read(folder / LOG)]
         samples = [
             {key: line[key] for key in ("step", "prompt", "text")}
             for line in read(folder / SAMPLES)
             if all(isinstance(line.get(key), str) for key in ("prompt", "text"))
         ]
-        starts, restarted, status = read_starts(folder), restarts(folder), read_status(folder)
+        starts, status = read_starts(folder), read_status(folder)
         count_seconds(lines, starts)
-    except (OSError, ValueError) as error:
-        raise FundamentaLLMError(f"{folder} cannot be read: {error}.") from error
-    start = starts[-1] if starts else {}
-    return {
-        "name": str(folder),
-        "state": status.get("state"),
-        "total_steps": status.get("total_steps"),
-        "data": (start.get("data") or [None])[-1],  # fingerprint of the validation data
-        "curves": curves(lines),
-        "restarts": restarted,
-        "samples": samples,
-        "config": flat_settings(start["config"]) if start.get("config") else None,
-        "environment": start.get("environment"),
-    }
+        start = starts[-1] if starts else {}
+        return {
+            "name": str(folder),
+            "state": status.get("state"),
+            "total_steps": status.get("total_steps"),
+            "data": (start.get("data") or [None])[-1],  # fingerprint of the validation data
+            "curves": curves(lines),
+            "restarts": restarts(folder),
+            "samples": samples,
+            "config": flat_settings(start["config"]) if start.get("config") else None,
+            "environment": start.get("environment"),
+        }
+    except Exception as error:  # the files of a run from elsewhere may hold anything
+        raise FundamentaLLMError(f"{folder} cannot be read ({type(error).__name__}: {error}).") from error
 
 
 def count_seconds(lines: list[dict[str, float]], starts: list[dict[str, Any]]) -> None:
@@ -123,8 +117,7 @@ def make_page(runs: list[dict[str, Any]]) -> str:
 def write_page(page: str, path: Path) -> None:
     """Write the page, replacing an older report but no other file.
 
-    Raises:
-        FundamentaLLMError: if another file is in the way, or the page cannot be written.
+    Raises FundamentaLLMError if another file is in the way, or the page cannot be written.
     """
     with writing(path):
         if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace")[:2000]:

@@ -23,7 +23,6 @@ from fundamentallm.training.callbacks.console import LoggingCallback, ProgressCa
 from fundamentallm.training.callbacks.curves import VisualizationCallback
 from fundamentallm.training.trainer import Trainer
 
-DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 VALIDATION_ROWS = 48
 
 
@@ -48,8 +47,7 @@ def trial_config(config: Config, folder: Path, **training: Any) -> Config:
 def make_trainer(name: str, config: Config) -> Trainer:
     """Returns the Trainer that the function `name` (`--trainer`) makes of a trial's config.
 
-    Raises:
-        ConfigError: if it returns something else, or a Trainer that ignores the trial's config.
+    Raises ConfigError if it returns something else, or a Trainer that ignores the trial's config.
     """
     trainer = resolve("--trainer", name, {})(config)
     allowed = "a function from a Config to a fundamentallm.Trainer"
@@ -69,12 +67,11 @@ def make_trainer(name: str, config: Config) -> Trainer:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set the probability of torch's dropout modules, and every float attribute with dropout in its name, to 0."""
+    """Set the probability of dropout modules, and every float attribute with dropout in its name, to 0."""
     for module in model.modules():
-        if isinstance(module, DROPOUT):
-            module.p = 0.0
+        is_dropout = "Dropout" in type(module).__name__
         for name, value in list(vars(module).items()):
-            if "dropout" in name and isinstance(value, float):
+            if isinstance(value, float) and ("dropout" in name or (is_dropout and name == "p")):
                 setattr(module, name, 0.0)
 
 

@@ -30,7 +30,7 @@ OPTIMIZER_NAMES = ("adamw", "adam", "sgd", "muon")
 SCHEDULE_NAMES = ("constant", "linear", "cosine", "cosine_with_restarts", "wsd")
 METRIC_NAMES = ("val_loss", "val_perplexity", "val_bits_per_byte")
 LOSS_NAMES = ("cross_entropy", "label_smoothing", "focal", "z_loss")
-CALLBACK_NAMES = ("curves", "samples", "profiler", "ratios")
+CALLBACK_NAMES = ("curves", "samples", "profiler")
 
 # Metadata of fields: may the setting differ from the checkpoint's on resume? Unmarked ones only if named in
 # training.resume_changes.
@@ -363,7 +363,7 @@ class Config(Section):
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     callbacks: list[str] = field(default_factory=list, metadata=FREE)
-    """samples, profiler, ratios, curves (always on), or 'module:name' of Callback classes."""
+    """samples, profiler, curves (always on), or 'module:name' of Callback classes."""
     callback_options: dict[str, Any] = field(default_factory=dict, metadata=FREE)
     """Keyword arguments of callbacks by name, such as {samples: {prompts: [Once]}, curves: {theme: dark}}."""
     trackers: list[str] = field(default_factory=list, metadata=FREE)

@@ -77,13 +77,17 @@ def create_accelerator(
     join_group(cpu)
     # Gradients lie in the buffers that are exchanged, instead of beside them.
     data_parallel = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    accelerator = Accelerator(
-        cpu=cpu,
-        mixed_precision=mixed_precision or "no",
-        kwargs_handlers=[data_parallel],
-        log_with=trackers or None,
-        project_config=ProjectConfiguration(output_dir, output_dir and os.path.join(output_dir, "tensorboard")),
-    )
+    project = ProjectConfiguration(output_dir, output_dir and os.path.join(output_dir, "tensorboard"))
+    try:
+        accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision=mixed_precision or "no",
+            kwargs_handlers=[data_parallel],
+            log_with=trackers or None,
+            project_config=project,
+        )
+    except (ValueError, ImportError) as error:  # such as parallel sizes that do not multiply to num_processes
+        raise ConfigError(f"accelerate refuses this launch: {error}") from error
     check_accelerator(accelerator, mixed_precision, batch_size, compiles)
     return accelerator
 
@@ -114,7 +118,10 @@ def check_accelerator(
         problems.append(checks.engine_problem(kind))
     # accelerate silently ignores FSDP on a CPU, and in a process that no launcher started.
     if parse_flag_from_env("ACCELERATE_USE_FSDP") and not accelerator.is_fsdp2:
-        advice = "FSDP was requested: set fsdp_version to 2, and use accelerate launch or torchrun on GPUs."
+        advice = (
+            "FSDP was requested: set fsdp_version to 2, and use accelerate launch or torchrun on GPUs; without a GPU, "
+            "accelerate_configs/cpu_2_processes.yaml."
+        )
         problems.append(Problem("Accelerator.distributed_type", kind, "FSDP (version 2)", advice))
     if accelerator.parallelism_config is not None:
         sizes = {name: getattr(accelerator.parallelism_config, f"{name}_size") for name in checks.PARALLEL}

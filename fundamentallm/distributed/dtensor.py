@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -30,11 +28,6 @@ def is_dense(tensor: Tensor) -> bool:
     """Returns whether the elements fill their memory without gaps or overlaps, in whatever order of dimensions."""
     tensor = local(tensor)
     return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
-
-
-def total_norm(tensors: Iterable[Tensor]) -> Tensor:
-    """Returns the norm of all tensors together as a scalar, over all processes if they are sharded."""
-    return full(get_total_norm(list(tensors)))
 
 
 def device_name(device: torch.device) -> str:

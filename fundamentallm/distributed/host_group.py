@@ -61,17 +61,20 @@ class HostGroup:
         Raises:
             FundamentaLLMError: on the processes that did not raise, with the message of the first one that did.
         """
-        failure = None
+        failure, message = None, None
         try:
             yield
         except BaseException as error:
-            failure = error
-        messages = self.all_gather(None if failure is None else f"{failure}")
-        if failure is not None:
-            raise failure
-        for rank, message in enumerate(messages):
-            if message is not None:
-                raise FundamentaLLMError(f"process {rank} of {self.size} failed: {message}")
+            name = "" if isinstance(error, FundamentaLLMError) else f"{type(error).__name__}: "
+            failure, message = error, f"{name}{error}"
+        try:
+            messages = self.all_gather(message)
+        finally:
+            if failure is not None:
+                raise failure  # also if the exchange fails, since another process has died
+        for rank, text in enumerate(messages):
+            if text is not None:
+                raise FundamentaLLMError(f"process {rank} of {self.size} failed: {text}")
 
     def from_main(self, action: Callable[[], T]) -> T:
         """Runs `action` on the main process and returns its result on all processes.

@@ -28,7 +28,6 @@ ENGINES = {
     "MEGATRON_LM": "Megatron-LM brings its own model, optimizer and loop.",
     "XLA": "TPUs are not supported, and accelerate takes a machine with torch_xla for one: uninstall it.",
 }
-LAUNCHERS = ("accelerate.commands.launch", "accelerate.commands.accelerate_cli")
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Variables by which launchers, and MPI, give the number of processes."""
 PARALLEL = {
@@ -36,7 +35,6 @@ PARALLEL = {
     "cp": "context parallelism splits sequences, but positions and losses are computed over whole ones",
     "sp": "sequence parallelism needs DeepSpeed",
 }
-SIZES = ("dp_replicate", "dp_shard", *PARALLEL)
 REFUSED: dict[str, tuple[object, str]] = {
     "gradient_accumulation_steps": (1, "Set training.micro_batch_size: accumulation follows from it."),
     "device_placement": (True, "The Trainer moves the model and its batches to the device."),
@@ -58,82 +56,86 @@ IGNORED: dict[str, tuple[object, str]] = {
 
 
 class Launch(NamedTuple):
-    """The `accelerate launch` that started this process."""
+    """What the `accelerate launch` that started this process was asked for."""
 
     config_file: str | None = None  # the accelerate config that it read, if any
     use_cpu: bool = False
+    num_processes: int = 1  # at least, if it is left to accelerate
 
 
 def find_launch() -> Launch | None:
     """Returns the `accelerate launch` that started this process, or None if another program did.
 
-    accelerate passes neither the name of its config file on, nor `use_cpu` to the processes of MULTI_GPU and FSDP. So
-    both are taken from the launcher's command line.
+    accelerate passes neither the name of its config file on, nor `use_cpu` to the processes of MULTI_GPU and FSDP, nor
+    a number of processes that it does not start. So they are taken from the launcher's command line.
     """
     with suppress(psutil.Error):  # of another user's process
         for process in psutil.Process().parents():
-            words = process.cmdline()
-            if any(Path(word).name in ("accelerate", "accelerate-launch") or word in LAUNCHERS for word in words):
-                return read_launch(words, process.cwd())
+            arguments = launch_arguments(process.cmdline())
+            if arguments is not None:
+                return read_launch(arguments, process.cwd())
     return None
 
 
-def read_launch(words: Sequence[str], folder: str) -> Launch:
-    """Returns the launch of a command line, whose relative paths start at `folder`."""
-    from accelerate.commands.config.config_args import default_config_file, load_config_from_file  # 50 ms
+def launch_arguments(words: Sequence[str]) -> list[str] | None:
+    """Returns the arguments of `accelerate launch` in a command line, or None if it is another command.
 
-    file, use_cpu, words = default_config_file, False, [part for word in words for part in word.split("=", 1)]
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        if word.endswith(".py") or (word in ("-m", "--module") and following not in LAUNCHERS):
-            break  # the arguments of the training script
-        if word in ("--config_file", "--config-file"):
-            file = os.path.join(folder, following)
-        use_cpu = use_cpu or word in ("--cpu", "--use_cpu")
-    if not os.path.isfile(file):
-        return Launch(None, use_cpu)
-    return Launch(file, use_cpu or bool(load_config_from_file(file).use_cpu))
+    A wrapper such as `uv run` may come before it.
+    """
+    for index, word in enumerate(words):
+        if Path(word).name == "accelerate-launch" or word == "accelerate.commands.launch":
+            return list(words[index + 1 :])
+        is_accelerate = Path(word).name == "accelerate" or word == "accelerate.commands.accelerate_cli"
+        if is_accelerate and words[index + 1 : index + 2] == ["launch"]:
+            return list(words[index + 2 :])
+    return None
+
+
+def read_launch(arguments: Sequence[str], folder: str) -> Launch:
+    """Returns what the arguments of `accelerate launch` ask for. Relative paths start at `folder`."""
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file  # 50 ms
+    from accelerate.commands.launch import launch_command_parser
+
+    asked = launch_command_parser().parse_args(arguments)
+    file = asked.config_file and os.path.join(folder, asked.config_file)
+    if file is None and os.path.isfile(default_config_file) and not asked.cpu:
+        file = default_config_file
+    if file is None:
+        return Launch(None, asked.cpu, max(asked.num_processes or 1, asked.num_machines or 1))
+    config = load_config_from_file(file)
+    num_processes = max(asked.num_processes or config.num_processes, asked.num_machines or config.num_machines)
+    return Launch(file, asked.cpu or config.use_cpu, num_processes)
 
 
 def launch_problems(
-    environment: Mapping[str, str],
-    has_device: bool,
-    mixed_precision: str | None = None,
-    launch: Launch | None = None,
+    environment: Mapping[str, str], has_device: bool, mixed_precision: str | None = None, launch: Launch | None = None
 ) -> list[Problem]:
-    """Returns what the launcher asks for that contradicts the config, is not supported or would not happen.
+    """Returns what a launch, by its environment variables, asks for that is not supported or would not happen.
 
-    Args:
-        environment: the launcher's environment variables.
-        has_device: whether there is a GPU, and the launcher does not ask for the CPU.
-        mixed_precision: `training.mixed_precision`.
-        launch: the launch, if it is known.
+    `has_device` says whether there is a GPU, and the launcher does not ask for the CPU.
     """
     problems = [engine_problem(name) for name in ENGINES if _is_set(environment, f"ACCELERATE_USE_{name}")]
-    problems += _sharding_problems(environment, has_device)
     problems += _process_problems(environment, has_device, launch)
     launched = environment.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched != "no":  # which `accelerate launch` sets by default
         where = f" of {launch.config_file}" if launch is not None and launch.config_file else ""
         problems += precision_problems("accelerate_config.mixed_precision", launched, mixed_precision or "no", where)
-    for name, setting in (("downcast_bf16", "mixed_precision"), ("gradient_clipping", "gradient_clip_norm")):
-        value = environment.get(f"ACCELERATE_{name.upper()}", "no")
-        if value.lower() not in (*OFF, "none", "auto"):
-            problems.append(Problem(f"accelerate_config.{name}", value, "unset", f"Set training.{setting} instead."))
     return problems
 
 
 def _process_problems(environment: Mapping[str, str], has_device: bool, launch: Launch | None) -> list[Problem]:
     """Returns the problems of a launch that would start fewer processes, or on another device, than it asks for."""
+    if launch is None:
+        return []
     is_one = not any(name in environment for name in WORLD_SIZES)
-    if is_one and "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment:
-        # accelerate's launcher sets the address if num_processes or num_machines is above 1.
+    if is_one and launch.num_processes > 1:
         advice = (
             "For several on a CPU, use MULTI_GPU with use_cpu: true, as accelerate_configs/cpu_2_processes.yaml does. "
-            "For one, set num_processes and num_machines to 1, and unset MASTER_ADDR."
+            "For one, set num_processes and num_machines to 1."
         )
-        text = "several processes were asked for, and accelerate launch starts one for MULTI_CPU and --cpu"
-        return [Problem("accelerate_config.num_processes", advice=advice, text=text)]
-    if launch is None or has_device or launch.use_cpu or _is_set(environment, "ACCELERATE_USE_CPU"):
+        reason = "and accelerate launch starts one process for MULTI_CPU, for --cpu and for NO"
+        return [Problem("accelerate_config.num_processes", launch.num_processes, "1", advice, reason)]
+    if has_device or launch.use_cpu or _is_set(environment, "ACCELERATE_USE_CPU"):
         return []
     if is_one and launch.config_file is None:
         return []  # nothing asks for a GPU
@@ -185,28 +187,6 @@ def parallel_problems(sizes: Mapping[str, int]) -> list[Problem]:
         for name, reason in PARALLEL.items()
         if sizes[name] > 1
     ]
-
-
-def _sharding_problems(environment: Mapping[str, str], has_device: bool) -> list[Problem]:
-    problems, shards = [], _is_set(environment, "ACCELERATE_USE_FSDP")
-    version = environment.get("FSDP_VERSION", "1")
-    if shards and version != "2":
-        problems.append(Problem("accelerate_config.fsdp_version", version, "2", "Set it in fsdp_config."))
-    if shards and not has_device:
-        advice = "On a CPU, accelerate silently ignores it. Use accelerate_configs/cpu_2_processes.yaml."
-        problems.append(Problem("accelerate_config.distributed_type", "FSDP", "MULTI_GPU without a GPU", advice))
-    if not _is_set(environment, "ACCELERATE_USE_PARALLELISM_CONFIG"):
-        return problems
-    sizes = {name: int(environment.get(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", "1")) for name in SIZES}
-    problems += parallel_problems(sizes)
-    world, replicas, shards_each = int(environment.get("WORLD_SIZE", "1")), sizes["dp_replicate"], sizes["dp_shard"]
-    allowed = ""
-    if replicas * shards_each > 1 and not shards:
-        allowed = "with distributed_type FSDP and fsdp_version 2 only, as in accelerate_configs/hsdp.yaml"
-    elif replicas * shards_each != world or shards_each == 1:
-        allowed = f"sizes whose product is num_processes, {world}, with a dp_shard_size above 1"
-    value = {"dp_replicate_size": replicas, "dp_shard_size": shards_each}
-    return problems + [Problem("accelerate_config.parallelism_config", value, allowed)] * bool(allowed)
 
 
 def _is_set(environment: Mapping[str, str], name: str) -> bool:

@@ -123,15 +123,13 @@ def read_starts(folder: Path) -> list[dict[str, Any]]:
     return starts
 
 
-def repeats_last_launch(folder: Path) -> bool:
-    """Whether this launch and the one before began at step 0 with the same settings and data, and log the same lines.
+def repeats_all_launches(folder: Path) -> bool:
+    """Whether all launches in a folder began at step 0 with the same settings and data: they log the same lines.
 
-    The launch before was then killed before its first checkpoint.
+    All but the present one were then killed before their first checkpoint.
     """
-    before, now = ([{}, {}, *read(folder / STARTS)])[-2:]
-    return before.get("step") == now.get("step") == 0 and all(
-        before.get(key) == now.get(key) is not None for key in ("config", "data")
-    )
+    starts = [(start["step"], start.get("config"), start.get("data")) for start in read(folder / STARTS)]
+    return len(starts) > 1 and all(start[0] == 0 and start == starts[-1] for start in starts)
 
 
 def restarts(folder: Path) -> list[int]:

@@ -52,8 +52,7 @@ def find_completed(config: Config, name: str) -> tuple[Config, Pretrained]:
 def completed(config: Config, pretrained: Pretrained) -> Config:
     """Returns the run's config with the model's shape and tokenizer taken from the folder.
 
-    Raises:
-        ConfigError: listing every setting that contradicts the folder.
+    Raises ConfigError, listing every setting that contradicts the folder.
     """
     theirs = pretrained.shape or dataclasses.replace(config.model, vocab_size=pretrained.vocab_size)
     problems: list[str] = []

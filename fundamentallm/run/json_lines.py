@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import filecmp
 import hashlib
-import itertools
 import json
 import logging
 import math
@@ -19,7 +17,7 @@ from fundamentallm.errors import writing
 logger = logging.getLogger(__name__)
 
 TEXTS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-"""Texts that stand for the numbers that JSON lacks."""
+"""Texts that stand for the numbers that JSON lacks, and as which they are read if they are written bare."""
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -55,11 +53,7 @@ class LineFile:
         self._expected: dict[str, Any] = {}
 
     def append(self, line: dict[str, Any]) -> None:
-        """Append a line.
-
-        Raises:
-            FundamentaLLMError: if the file cannot be written.
-        """
+        """Append a line. Raises FundamentaLLMError if the file cannot be written."""
         stored = {key: _storable(value) for key, value in line.items()}
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,22 +73,19 @@ class LineFile:
         self._expected = {"lines": int(state["lines"]), "step": int(state["step"]), "sha256": str(state["sha256"])}
 
     def gap(self) -> str | None:
-        """Returns what the file lacks of the lines that the loaded state counts on, or None if it has them all."""
-        expected, found, lines = self._expected, LineFile(self.path, self._unhashed), list(_lines(self.path))
-        if not expected:
-            return None
+        """Returns how the file differs from the lines that the loaded state counts on, or None if it has them all."""
+        expected, found = self._expected, LineFile(self.path, self._unhashed)
+        lines = list(_lines(self.path))
         for _, line in lines:
-            if line is not None and found._count < expected["lines"]:
+            if line is not None and line["step"] <= expected.get("step", 0) and found._count < expected.get("lines", 0):
                 found._count_line(line)
         if found.state_dict() == expected:
             return None
-        damaged = _unreadable(lines)
-        if damaged:
+        if damaged := _unreadable(lines):
             return f"{damaged} of {self.path} cannot be read"
         if found._count < expected["lines"]:
-            end = f"after step {found._step} " if found._count else ""
             lost = f"{expected['lines'] - found._count:,} of {expected['lines']:,} lines"
-            return f"{lost} {end}up to step {expected['step']} are missing in {self.path}"
+            return f"{lost} up to step {expected['step']} are missing in {self.path}"
         return f"the lines up to step {expected['step']} in {self.path} were changed"
 
     def rewind(self, is_kept: Callable[[dict[str, Any]], bool] = lambda line: True, keep_copy: bool = False) -> str:
@@ -108,8 +99,7 @@ class LineFile:
         Returns:
             What was dropped and where the copy is; "" without a copy.
 
-        Raises:
-            FundamentaLLMError: if the file cannot be written.
+        Raises FundamentaLLMError if the file cannot be written.
         """
         path, message = self.path, ""
         self._count, self._step, self._hash, self._expected = 0, 0, hashlib.sha256(), {}
@@ -118,23 +108,20 @@ class LineFile:
             kept = [(text, line) for text, line in lines if line is not None and is_kept(line)]
             for _, line in kept:
                 self._count_line(line)
-            copies = (path.with_name(f"{path.stem}.before-{number}{path.suffix}") for number in itertools.count(1))
-            if not lines:
+            if len(kept) == len(lines):
                 return ""
-            # A copy that equals the file is of a rewind that was interrupted before it replaced the file.
-            copy = next(copy for copy in copies if not copy.exists() or filecmp.cmp(copy, path, shallow=False))
             damaged = _unreadable(lines)
-            if damaged or (keep_copy and len(kept) < len(lines)):
+            if damaged or keep_copy:
+                # Named by its content: if a kill interrupts the rewind, the next one makes the same copy.
+                digest = hashlib.sha256(path.read_bytes()).hexdigest()
+                copy = path.with_name(f"{path.stem}.before-{digest[:8]}{path.suffix}")
                 with replacing(copy) as new:
                     shutil.copy2(path, new)
                 what = (
                     f"{damaged} cannot be read" if damaged else f"{len(lines) - len(kept):,} lines are not this run's"
                 )
                 message = f"{path}: {what}; dropped here and kept in {copy}"
-            else:
-                copy.unlink(missing_ok=True)
-            if len(kept) < len(lines):
-                write_text(path, "".join(text for text, _ in kept))
+            write_text(path, "".join(text for text, _ in kept))
         return message
 
     def _count_line(self, stored: dict[str, Any]) -> None:
@@ -156,7 +143,7 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
         return
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
-            line = json.loads(text)
+            line = json.loads(text, parse_constant=str)
             is_valid = text.endswith("\n") and isinstance(line["step"], int)
         except (ValueError, TypeError, KeyError, RecursionError):
             is_valid = False

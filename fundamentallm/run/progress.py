@@ -12,24 +12,19 @@ from fundamentallm.data.sampler import Start, StepSampler
 
 
 class RunningMean:
-    """A mean kept as (sum, count) on the device, which can be added up over processes. Adding does not wait for it.
+    """A mean kept as `totals` (sum, count) on the device, to add up over processes. Adding does not wait for it.
 
     In float64 if the device has it: a float32 sum stops growing by ones at 2^24.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._totals = torch.zeros(2, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
-        self._sum, self._count = self._totals.unbind()  # views of `_totals`
+        self.totals = torch.zeros(2, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+        self._sum, self._count = self.totals.unbind()  # views
 
     def add(self, total: Tensor, count: Tensor) -> None:
         """Add a sum, and the number of values in it (scalars)."""
         self._sum += total
         self._count += count
-
-    @property
-    def totals(self) -> Tensor:
-        """(sum, count), to add up over processes."""
-        return self._totals
 
 
 class Progress:
@@ -86,8 +81,7 @@ class Progress:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resumes at a saved position: at the next sample if the batch size changed, at the next epoch if the data did.
 
-        Raises:
-            ValueError: if the state is not that of a run.
+        Raises ValueError if the state is not that of a run.
         """
         before, now, step = state["stretches"][-1], self.segments[-1], state["step"]
         saved = sampler_of(before)
@@ -112,8 +106,7 @@ class Progress:
 def sampler_of(segment: dict[str, Any]) -> StepSampler:
     """Returns the batches of a segment, over all processes.
 
-    Raises:
-        ValueError: if no run can start where the segment does.
+    Raises ValueError if no run can start where the segment does.
     """
     sampler = StepSampler(
         segment["num_samples"],

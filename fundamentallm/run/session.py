@@ -35,8 +35,7 @@ class Position(NamedTuple):
     step: int
     total_steps: int
     is_finished: bool
-    was_interrupted: bool
-    """True if a signal or `max_minutes` ended this launch."""
+    was_interrupted: bool  # by a signal or `max_minutes`, which ended this launch
 
 
 class Record:

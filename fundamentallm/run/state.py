@@ -33,10 +33,8 @@ OPTIONAL_PARTS = {
 class Restored(NamedTuple):
     """What loading a checkpoint did."""
 
-    messages: list[str]
-    """One line for the user for each thing worth knowing."""
-    changed: frozenset[str]
-    """Dotted names of the settings, and facts of the data, that differ from the checkpoint's."""
+    messages: list[str]  # one line for the user for each thing worth knowing
+    changed: frozenset[str]  # dotted names of settings, and facts of the data, that differ from the checkpoint's
 
 
 class RunState:
@@ -75,8 +73,8 @@ class RunState:
         with explained(where, "it does not hold a run"):
             changed = self._changes(saved)
             exchange(saved)
+            reset, messages = self._parts_to_reset(saved, changed.keys(), where)
         _refuse_changes(changed, may_change, free, where)
-        reset, messages = self._parts_to_reset(saved, changed.keys(), where)
         for name, part in self.parts.items():
             if name in reset:
                 continue

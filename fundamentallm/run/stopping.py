@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fundamentallm import errors
+from fundamentallm import signals
 
 
 class Stop(IntEnum):
@@ -106,20 +106,20 @@ class StopSwitch:
 
     @contextmanager
     def handling_signals(self) -> Iterator[None]:
-        """Requests a stop when one of `errors.SIGNALS` arrives; restores the previous handlers on exit.
+        """Requests a stop when one of `signals.SIGNALS` arrives; restores the previous handlers on exit.
 
         A second Ctrl-C raises KeyboardInterrupt at once. With `ends_at_once`, whoever started the run handles signals.
         """
-        errors.raise_if_interrupted()
+        signals.raise_if_interrupted()
         if self.ends_at_once:
             yield
             return
         interrupted_at: float | None = None
-        echo_seconds = errors.ECHO_SECONDS if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
+        echo_seconds = signals.ECHO_SECONDS if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
         def handle(number: int, frame: FrameType | None) -> None:
             nonlocal interrupted_at
-            errors.leave_closed_terminal()
+            signals.leave_closed_terminal()
             if number == signal.SIGINT:
                 if interrupted_at is not None and time.monotonic() - interrupted_at >= echo_seconds:
                     raise KeyboardInterrupt
@@ -129,5 +129,5 @@ class StopSwitch:
                 interrupted_at = interrupted_at or time.monotonic()
             self.request(Stop.SIGNAL, f"{signal.Signals(number).name} received")
 
-        with errors.handling_signals(handle):
+        with signals.handling_signals(handle):
             yield

@@ -23,11 +23,7 @@ def improves(value: float, best: float | None, mode: str, min_delta: float = 0.0
 
 
 def saved_best(value: Any) -> float | None:
-    """Returns a saved best value after checking its type.
-
-    Raises:
-        ValueError: if it is neither a number nor None.
-    """
+    """Returns a saved best value after checking its type. Raises ValueError if it is neither a number nor None."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
         raise ValueError(f"the best value is {value!r}; allowed: a number or null.")
     return value if value is None else float(value)

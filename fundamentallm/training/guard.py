@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
+from functools import partial
+from typing import TypeAlias
 
 import torch
 from accelerate import Accelerator
@@ -21,8 +24,6 @@ LEAST_DEVIATION = 1e-3
 MAD_TO_STD = 1.4826
 """Ratio of the standard deviation to the median absolute deviation of normally distributed numbers."""
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-LARGE = 2**24
-"""Bytes of a buffer from which it is copied in each step only if the first step has changed it."""
 MAX_NAMES_SHOWN = 5
 """Most names of layers and parameters that a message lists."""
 
@@ -101,97 +102,128 @@ class Guard:
         self._recent.copy_(state["recent"])
 
 
+BufferCopy: TypeAlias = tuple[nn.Module, str, Tensor, Tensor]
+"""Module, name of the buffer in it, buffer, copy of its values."""
+
+
+def copied_buffers(modules: Iterable[nn.Module]) -> list[BufferCopy]:
+    """Returns a copy of each buffer of the modules, except of expanded ones, which cannot be written to."""
+    return [
+        (module, name, buffer, buffer.detach().clone())
+        for module in modules
+        for name, buffer in module.named_buffers(recurse=False)
+        if all(buffer.stride())
+    ]
+
+
 class ModelGuard:
     """Undoes what a skipped step did to buffers, and names what makes a run depend on its layout.
 
-    The first step shows which buffers training changes, such as the running statistics of BatchNorm; the host waits for
-    the device there. Others that may change later, such as those of a layer in evaluation mode, are copied in each step
-    too: persistent ones of floating-point numbers, up to `LARGE` bytes. The rest costs nothing after the first step.
-    `model` has no wrapper that exchanges gradients.
+    `model` is the module with its loss, as `prepare_model` returned it.
     """
 
     def __init__(self, accelerator: Accelerator, model: nn.Module) -> None:
-        self.model, self._is_first, self._reports = model, True, accelerator.is_main_process
-        self.num_processes = accelerator.num_processes
-        finds_unused = getattr(accelerator.ddp_handler, "find_unused_parameters", False)
-        self._needs_gradients = self.num_processes > 1 and not accelerator.is_fsdp2 and not finds_unused
-        self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._modules = dict(model.named_modules())
-        self._changed: set[tuple[str, str]] = set()
-        self._buffers = [(at, name) for at, m in self._modules.items() for name, _ in m.named_buffers(recurse=False)]
-        self._before: list[Tensor | None] = []
-        self._saved = {name for name in model.state_dict() if name.startswith("model.")}  # of the model, not the loss
+        self.model: nn.Module = accelerator.unwrap_model(model)
+        # All processes read it, as a sharded model requires. A loss and its buffers are not saved.
+        self._saved = {name for name in self.model.state_dict() if name.startswith("model.")}
+        self._names_unsaved = accelerator.is_main_process
+        self._reports, self._num_processes = accelerator.is_main_process, accelerator.num_processes
+        self._with_buffers = [module for module in self.model.modules() if list(module.buffers(recurse=False))]
+        self._before: list[BufferCopy] = []
+        self._needed: list[str] = []
+        self._reached: set[str] = set()
+        ddp = accelerator.ddp_handler
+        finds_unused = ddp is not None and (ddp.find_unused_parameters or ddp.static_graph)
+        if self._num_processes > 1 and not accelerator.is_fsdp2 and not finds_unused:
+            self._watch_gradients(model)
 
-    def _buffer(self, path: str, name: str) -> Tensor | None:
-        return getattr(self._modules[path], name, None)
+    def _watch_gradients(self, model: nn.Module) -> None:
+        """Have `_reached` name the parameters that got a gradient from the last micro-batch."""
+        reached = self._reached  # the hooks refer to names alone: no reference cycle holds a tensor
+        model.register_forward_pre_hook(lambda *_: reached.clear())
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                self._needed.append(name)
+                note = partial(_note, reached, name)
+                parameter.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
 
     def begin(self) -> None:
-        """Remembers the buffers that the step may change."""
-        now = (self._buffer(*at) for at in self._buffers)
-        self._before = [None if buffer is None else buffer.clone() for buffer in now]
+        """Remembers the buffers, any of which the step may change."""
+        self._before = copied_buffers(self._with_buffers)
 
     def check(self, num_micro_batches: int) -> None:
-        """Checks the model after the backward pass of a step.
+        """Checks the model after the backward pass of a step. The host waits for the device in the first step only.
 
         Raises:
-            ConfigError: if DistributedDataParallel would wait for the gradient of a parameter that got none.
+            ConfigError: if DistributedDataParallel would wait for the gradient of a parameter that got none from the
+                last micro-batch, after which gradients are exchanged.
         """
-        unused = [name for name, p in self._trained.items() if p.grad is None] if self._needs_gradients else []
+        unused = [name for name in self._needed if name not in self._reached]
         if unused:
             raise ConfigError(
-                f"{_listed(unused)}: no part in the loss, and several processes exchange the gradients of all "
-                "parameters. Freeze them (training.parameter_groups), or give the Trainer an Accelerator with "
+                f"{_listed(unused)}: no gradient from the last micro-batch of a step, after which several processes "
+                "exchange the gradients of all parameters. Freeze parameters without a part in the loss "
+                "(training.parameter_groups), or give the Trainer an Accelerator with "
                 "kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]."
             )
-        if self._is_first:
-            self._is_first = False
-            self._narrow()
-        if self._reports and (num_micro_batches > 1 or self.num_processes > 1):
+        if self._names_unsaved:
+            self._names_unsaved = False
+            if unsaved := self._unsaved():
+                logger.warning(
+                    "Training changes buffers that no checkpoint holds, so that a resumed run starts with other "
+                    "values: %s. Register them in the model, with persistent=True.",
+                    _listed(unsaved),
+                )
+        if self._reports and (num_micro_batches > 1 or self._num_processes > 1):
             self._reports = False
-            layers = {path for path, module in self._modules.items() if isinstance(module, BATCH_NORMS)}
-            layers = {path for path in layers if self._modules[path].training} | {path for path, _ in self._changed}
-            kinds = {path: type(self._modules[path]) for path in sorted(layers)}
-            if num_micro_batches == 1:  # it has the statistics of all processes
-                kinds = {path: kind for path, kind in kinds.items() if not issubclass(kind, nn.SyncBatchNorm)}
-            if kinds:
+            layers = self._layers_with_statistics(num_micro_batches)
+            if layers:
                 logger.warning(
                     "The loss curve depends on micro_batch_size and on the number of processes, since these layers use "
                     "statistics of one micro-batch on one process: %s. LayerNorm and GroupNorm do not.",
-                    _listed([f"{path} ({kind.__name__})" for path, kind in kinds.items()]),
+                    _listed(layers),
                 )
 
-    def _narrow(self) -> None:
-        """Keeps the buffers that the step has changed, or that a later one may change."""
-        before = dict(zip(self._buffers, self._before, strict=True))
-        names = {at: ".".join(filter(None, at)) for at in before}
-        self._changed = {at for at, value in before.items() if _differ(value, self._buffer(*at))}
-        unsaved = [names[at] for at in before if at in self._changed and names[at] not in self._saved]
-        if unsaved and self._reports:
-            logger.warning(
-                "Training changes buffers that no checkpoint holds, so that a resumed run starts with other values: "
-                "%s. Register them in the model, with persistent=True.",
-                _listed(unsaved),
-            )
-        floats = {at: b for at, b in before.items() if b is not None and b.is_floating_point() and b.nbytes <= LARGE}
-        self._buffers = [at for at in before if at in self._changed or (at in floats and names[at] in self._saved)]
-        self._before = [before[at] for at in self._buffers]
+    def _unsaved(self) -> list[str]:
+        """Returns the buffers that the step has changed, and that are not part of a checkpoint."""
+        paths = {module: path for path, module in self.model.named_modules()}
+        changed = (
+            ".".join(filter(None, (paths[module], name)))
+            for module, name, _, before in self._before
+            if _differ(before, getattr(module, name))
+        )
+        return [name for name in changed if name not in self._saved]
+
+    def _layers_with_statistics(self, num_micro_batches: int) -> list[str]:
+        """Returns the layers that normalise over a batch, or whose buffers the step has changed."""
+        changed = {module for module, name, _, before in self._before if _differ(before, getattr(module, name))}
+        layers = []
+        for path, module in self.model.named_modules():
+            normalises = isinstance(module, BATCH_NORMS) and module.training
+            has_all = isinstance(module, nn.SyncBatchNorm) and num_micro_batches == 1  # statistics of all processes
+            if (normalises or module in changed) and not has_all:
+                layers.append(f"{path} ({type(module).__name__})")
+        return layers
 
     @torch.no_grad()
     def end(self, skip: Tensor) -> None:
         """Sets the buffers back if the step was skipped (`skip`, a boolean scalar)."""
-        for at, before in zip(self._buffers, self._before, strict=True):
-            buffer = self._buffer(*at)
-            if before is not None and buffer is not None and buffer.shape == before.shape:
+        for module, name, _, before in self._before:
+            buffer = getattr(module, name)
+            if buffer is not None and buffer.shape == before.shape:
                 buffer.copy_(before.where(skip, buffer))
 
 
-def _differ(before: Tensor | None, now: Tensor | None) -> bool:
+def _note(names: set[str], name: str, _: Tensor) -> None:
+    names.add(name)
+
+
+def _differ(before: Tensor, now: Tensor | None) -> bool:
     """Returns whether a buffer has other values; one that grew or went away, such as a cache, is not compared."""
-    return before is not None and now is not None and now.shape == before.shape and not torch.equal(before, now)
+    return now is not None and now.shape == before.shape and not torch.equal(before, now)
 
 
 def _listed(names: list[str]) -> str:
-    names = [name.removeprefix("model.") for name in names]  # of the model, not of the module with its loss
-    return ", ".join(names[:MAX_NAMES_SHOWN]) + (
-        f" and {more} more" if (more := len(names) - MAX_NAMES_SHOWN) > 0 else ""
-    )
+    shown = ", ".join(name.removeprefix("model.") for name in names[:MAX_NAMES_SHOWN])  # not of the module with loss
+    more = len(names) - MAX_NAMES_SHOWN
+    return f"{shown} and {more} more" if more > 0 else shown

@@ -38,8 +38,7 @@ def further_metrics(names: Sequence[str], given: Mapping[str, Metric] | None = N
         names: 'module:name' of metrics.
         given: more metrics, by name.
 
-    Raises:
-        ConfigError: listing metrics that cannot be imported or called, and names that are taken.
+    Raises ConfigError, listing metrics that cannot be imported or called, and names that are taken.
     """
     problems: list[str] = []
     found: list[tuple[str, Any]] = [*(given or {}).items()]
@@ -138,8 +137,7 @@ class MetricTracker:
     def get_best(self, metric_name: str, mode: str = "min") -> float | None:
         """Returns the smallest or largest value of a metric that is not NaN, or None if it has none.
 
-        Raises:
-            ValueError: if mode is neither 'min' nor 'max'.
+        Raises ValueError if mode is neither 'min' nor 'max'.
         """
         if mode not in ("min", "max"):
             raise ValueError(f"mode is {mode!r}; allowed: 'min', 'max'.")

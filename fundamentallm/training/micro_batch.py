@@ -19,7 +19,7 @@ from fundamentallm.data.sampler import StepSampler
 from fundamentallm.distributed.batches import StepBatch, take_rows
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import ConfigError, Problem
-from fundamentallm.models.with_loss import ModelWithLoss
+from fundamentallm.training.guard import copied_buffers
 from fundamentallm.training.metrics import Metric
 from fundamentallm.training.step import OptimizerStep
 
@@ -60,12 +60,7 @@ class MicroBatch:
     ) -> str:
         """Finds the size, unless it is known, and has the samplers use it. Returns a line for the user.
 
-        Args:
-            step: the run's step, whose model and optimizer are tried.
-            batches: yields a batch of the training data, whose rows are repeated to each size.
-            samplers: of training, and of validation.
-            group: the processes that agree on each try.
-            metrics: validation metrics, which need the logits.
+        The next batch is tried, with its rows repeated to each size.
 
         Raises:
             ConfigError: if not even one sequence fits.
@@ -88,7 +83,7 @@ class MicroBatch:
         def fits(size: int) -> bool:
             rows = take_rows(batch.content, batch.size, [row % batch.size for row in range(size)])
             with group.barrier_with_errors():
-                fits_here = _fits(step.objective, step.optimizer, rows, 1 + (size < largest), metrics)
+                fits_here = _fits(step, rows, 1 + (size < largest), metrics)
             return all(group.all_gather(fits_here))
 
         # Uncompiled, which needs no less memory: otherwise each size tried would be compiled for.
@@ -115,15 +110,9 @@ def fewest_micro_batches(largest: int, fits: Callable[[int], bool]) -> int | Non
     return counts[found] if found < len(counts) else None
 
 
-def _fits(
-    model: ModelWithLoss,
-    optimizer: torch.optim.Optimizer,
-    batch: Any,
-    num_micro_batches: int,
-    metrics: Mapping[str, Metric],
-) -> bool:
+def _fits(step: OptimizerStep, batch: Any, num_micro_batches: int, metrics: Mapping[str, Metric]) -> bool:
     """Returns whether this process has the memory to train and to validate on a micro-batch."""
-    fits = False
+    model, optimizer, fits = step.objective, step.optimizer, False
     try:
         # The optimizer state of the first step, at most as much as Adam's.
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -152,15 +141,16 @@ def _fits(
 @contextmanager
 def restored(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Set random numbers, buffers and training modes back on exit."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = copied_buffers(model.modules())
     modes = {module: module.training for module in model.modules()}
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
         try:
             yield
         finally:
-            for buffer, before in buffers:
+            for module, name, buffer, before in buffers:
                 buffer.copy_(before)
+                setattr(module, name, buffer)  # a forward pass may have replaced it
             for module, mode in modes.items():
                 module.training = mode
 

@@ -63,7 +63,7 @@ class OptimizerStep:
         self.max_norm = math.inf if max_norm is None else max_norm
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.is_updating = False
-        self.model_guard = ModelGuard(accelerator, self.objective)
+        self.model_guard = ModelGuard(accelerator, model_with_loss)
 
     def __call__(self, step: int, batch: StepBatch) -> StepResult:
         """Train on this process's share of the batch of `step`, in micro-batches."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fundamentallm.config.schema import TrainingConfig
 
-if TYPE_CHECKING:  # `fundamentallm estimate` needs the formula without torch
+if TYPE_CHECKING:  # `fundamentallm estimate` needs the formula without torch and numpy
     from accelerate import Accelerator
     from torch import nn
 
@@ -124,14 +124,28 @@ class Throughput:
 
 
 def make_throughput(config: TrainingConfig, accelerator: Accelerator, model: nn.Module, dataset: Any) -> Throughput:
-    """Returns the clock of a run over sequences. The peak comes from `config`, or from the device's name."""
+    """Returns the clock of a run. The peak comes from `config`, or from the device's name.
+
+    It is left out if a target does not stand for one token, since the cost of such a target is not known.
+    """
     from fundamentallm.distributed.dtensor import device_name
 
     peak = config.peak_tflops or known_peak(device_name(accelerator.device), accelerator.mixed_precision)
     if peak is None:
         return Throughput()
-    sample = dataset[0]
-    inputs: Any = sample.get("input_ids") if isinstance(sample, Mapping) else sample[0]
-    if not hasattr(inputs, "__len__"):  # the cost of a target is not known
+    length = _targets_of(dataset[0])
+    if length is None:
         return Throughput()
-    return Throughput(peak * accelerator.num_processes, model_flops_per_token(model, len(inputs)))
+    return Throughput(peak * accelerator.num_processes, model_flops_per_token(model, length))
+
+
+def _targets_of(sample: Any) -> int | None:
+    """Returns the number of targets of a sample with one for each input token, or None if there are others."""
+    import numpy as np
+
+    if isinstance(sample, Mapping):
+        sample = (sample.get("input_ids"), sample.get("labels"))
+    if not isinstance(sample, (tuple, list)) or len(sample) != 2:
+        return None
+    shapes = [np.shape(part) for part in sample]
+    return shapes[0][0] if shapes[0] == shapes[1] and len(shapes[0]) == 1 else None

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from fundamentallm import Callback, CheckpointError, Trainer, train
 from fundamentallm.checkpoint import manager as checkpoint_module
 from fundamentallm.errors import RunInProgressError
-from fundamentallm.training.callbacks import VisualizationCallback
+from fundamentallm.run.folder import locked
 from tests.conftest import reset_accelerate
 from tests.integration.runs import assert_same_weights, lines, make_config, make_trainer, timeless, weights
 from tests.unit.checkpoint_files import flip_middle_bit, rewrite, truncate
@@ -104,6 +104,7 @@ def test_resume_with_damaged_checkpoints_only_fails(cut: Path) -> None:
 
 LOST: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "the optimizer": (lambda state, _: state.pop("optimizer_state_dict"), ("optimizer_state_dict",)),
+    "all of the optimizer": (lambda state, _: state.update(optimizer_state_dict=[]), ("does not hold a run",)),
     "the state of all parameters": (
         lambda state, _: [entries.clear() for entries in state["optimizer_state_dict"]["state"].values()],
         ("optimizer", "0 of 25 exp_avg"),
@@ -259,15 +260,6 @@ def test_save_of_too_large_a_file_keeps_the_older_one(tmp_path: Path) -> None:
     assert run_command_line(tmp_path).code == 0
 
 
-def test_train_with_unwritable_curves_continues(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "curves.png").mkdir()
-    curves = VisualizationCallback(tmp_path / "curves.png")
-    trainer = make_trainer(make_config(tmp_path, max_steps=2), callbacks=[curves])
-    trainer.train()
-    assert trainer.is_finished
-    assert "curves.png cannot be drawn" in capsys.readouterr().out
-
-
 def test_train_with_too_little_room_fails_at_once(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There are five checkpoints at most, keep_last_n, the best and a new one; one of them is there already."""
     folder = tmp_path / "run" / "checkpoints"
@@ -322,62 +314,13 @@ def test_train_cleans_up_after_a_killed_process(
     assert names(outside) == ["mine"]
 
 
-class Wait(Callback):
-    """Waits in the third step."""
-
-    def __init__(self, waits: Any, goes_on: Any) -> None:
-        self.waits, self.goes_on = waits, goes_on
-
-    def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        if trainer.global_step == 3:
-            self.waits.set()
-            assert self.goes_on.wait(60)
-
-
-def _run_and_wait(folder: Path, callback: Wait) -> None:
-    trainer = make_trainer(make_config(folder, **RUN))
-    trainer.callbacks.add(callback)
-    trainer.train()
-
-
-@contextlib.contextmanager
-def waiting_run(folder: Path) -> Iterator[tuple[Any, Any]]:
-    """Yields a process that waits in the third step of a run, and the event that lets it continue."""
-    context = multiprocessing.get_context("fork")
-    waits, goes_on = context.Event(), context.Event()
-    reset_accelerate()
-    process = context.Process(target=_run_and_wait, args=(folder, Wait(waits, goes_on)))
-    process.start()
-    try:
-        assert waits.wait(60)
-        yield process, goes_on
-    finally:
-        process.kill()
-        process.join()
-
-
-def test_train_refuses_a_folder_in_use_by_another_process(tmp_path: Path, whole: Path) -> None:
-    with waiting_run(tmp_path / "run") as (process, goes_on):
-        before = contents(tmp_path / "run")
-        with pytest.raises(RunInProgressError, match=rf"/run .*process {process.pid} "):
-            make_trainer(make_config(tmp_path / "run", **RUN)).train()
-        elsewhere = make_config(tmp_path / "b", checkpoint_dir=str(tmp_path / "run" / "checkpoints"), **RUN)
-        with pytest.raises(RunInProgressError, match=rf"checkpoints .*process {process.pid} "):
-            make_trainer(elsewhere).train()
-        assert contents(tmp_path / "run") == before
-        goes_on.set()
-        process.join(60)
-        assert process.exitcode == 0
-    assert_ends_as_undisturbed(tmp_path / "run", whole)
-
-
-def test_train_ignores_the_lock_of_a_killed_process(tmp_path: Path, whole: Path) -> None:
-    with waiting_run(tmp_path / "run") as (process, _):
-        process.kill()
-        process.join()
-        assert f"process {process.pid}" in (tmp_path / "run" / ".fundamentallm.lock").read_text()
-        make_trainer(make_config(tmp_path / "run", **RUN)).train()
-    assert_ends_as_undisturbed(tmp_path / "run", whole)
+def test_train_refuses_a_folder_in_use(tmp_path: Path) -> None:
+    """The output folder or the folder of checkpoints."""
+    config = make_config(tmp_path / "run", checkpoint_dir=str(tmp_path / "checkpoints"), **RUN)
+    for used in (tmp_path / "run", tmp_path / "checkpoints"):
+        with locked([used]), pytest.raises(RunInProgressError, match=f"{used} is in use"):
+            make_trainer(config).train()
+    assert names(tmp_path / "run") == names(tmp_path / "checkpoints") == [".fundamentallm.lock"]
 
 
 # ---- background saves and bad weights --------------------------------------------------------------------------

@@ -56,7 +56,8 @@ def test_launch_on_a_gpu_without_a_gpu_is_refused(tmp_path: Path, monkeypatch: p
         pytest.skip("there is a GPU")
     monkeypatch.chdir(tmp_path)
     file = str(ROOT / "accelerate_configs/single_gpu.yaml")
-    done = subprocess.run([*LAUNCH, file, "-m", "fundamentallm.train"], capture_output=True, text=True, timeout=300)
+    command = [*LAUNCH, file, "-m", "fundamentallm.train", "--config", "quickstart"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
     assert f"accelerate_config.use_cpu is False, in {file}" in done.stderr
     assert list(tmp_path.iterdir()) == []

@@ -51,7 +51,7 @@ def _little_to_collect() -> Iterator[None]:
 class Memory(nn.Module):
     """Room for so many sequences at once, and fewer where a gradient is there already: torch's own error beyond.
 
-    Counts the forward passes in a buffer, and draws random numbers, as some models do.
+    Counts the forward passes in a buffer that each one replaces, and draws random numbers, as some models do.
     """
 
     def __init__(self, room: int, room_to_validate: int = 99) -> None:
@@ -59,6 +59,7 @@ class Memory(nn.Module):
         self.room, self.room_to_validate = room, room_to_validate
         self.embedding, self.norm = nn.Embedding(20, 12), nn.BatchNorm1d(12)
         self.head, self.dropout = nn.Linear(12, 20), nn.Dropout(0.2)
+        self.register_buffer("passes", torch.zeros(()))
         self.tried: list[int] = []
         self.trained: set[int] = set()
 
@@ -66,6 +67,7 @@ class Memory(nn.Module):
         has_gradient = self.head.weight.grad is not None
         room = self.room - has_gradient if self.training else self.room_to_validate
         self.tried.append(len(ids))
+        self.passes = self.passes + 1
         self.trained |= {len(ids)} if self.training else set()
         if len(ids) > room:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

@@ -130,19 +130,6 @@ def test_checkpoints_do_not_grow_and_the_history_is_resumed(tmp_path: Path) -> N
     assert len({file.stat().st_size for file in files}) == 1
 
 
-def test_resume_after_a_crash_repeats_and_loses_no_line(tmp_path: Path) -> None:
-    config = make_config(tmp_path / "parts", dropout=0.2, save_every_n_steps=4)
-    trainer = make_trainer(config)
-    trainer.callbacks.add(KillAfter(9))
-    with pytest.raises(KilledError):
-        trainer.train()
-    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 10, "train_l')  # a kill in the middle of a line
-    make_trainer(config).train()
-    make_trainer(dataclasses.replace(config, output_dir=str(tmp_path / "whole"))).train()
-    assert timeless(lines(tmp_path / "parts")) == timeless(lines(tmp_path / "whole"))
-
-
 @pytest.mark.parametrize("where", ["forward", "update", "schedule", "validation"])
 def test_train_again_after_an_exception_repeats_no_step(tmp_path: Path, where: str) -> None:
     """The same Trainer continues, as in a notebook."""
@@ -395,17 +382,6 @@ def test_resume_needs_the_first_checkpoint_only_once(tmp_path: Path) -> None:
     assert [(problem.setting, problem.value) for problem in file_problems(other)] == [("training.resume", str(origin))]
     with pytest.raises(CheckpointError, match="there is no checkpoint directory here"):
         make_trainer(other).train()
-
-
-def test_train_again_after_a_stop_continues(tmp_path: Path) -> None:
-    whole = make_trainer(make_config(tmp_path / "whole"))
-    whole.train()
-    parts = make_trainer(make_config(tmp_path / "parts"))
-    parts.callbacks.add(StopAt(5))
-    parts.train()
-    assert parts.global_step == 5
-    parts.train()
-    assert_same_weights(weights(parts), weights(whole))
 
 
 def test_checkpoint_holds_everything_by_name_and_no_pickle(tmp_path: Path) -> None:

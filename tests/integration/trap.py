@@ -133,5 +133,5 @@ def general(path: str) -> str:
     path = re.sub(r"^cache/\.staging-\w+", "cache/.staging", path)
     path = re.sub(r"^(cache/|cache/\.staging/)[0-9a-f]{32}", r"\1KEY", path)
     path = re.sub(r"step_(\d+)", lambda m: "step_LAST" if int(m[1]) == LAST_STEP else "step_N", path)
-    path = re.sub(r"before-\d+", "before-N", path)
+    path = re.sub(r"before-[0-9a-f]{8}", "before-N", path)
     return re.sub(r"-[0-9a-f]{12}(?=/|$)", "", path)

@@ -43,11 +43,12 @@ ROOMS = (
     "data",
     "distributed",
     "config",
+    "signals",
     "errors",
     "atomic",
 )
 """Imports go down this list only, also those that only a type checker sees."""
-WITHOUT_TORCH = ("config", "errors", "atomic")
+WITHOUT_TORCH = ("config", "signals", "errors", "atomic")
 """Rooms that import nothing but the standard library and YAML, so that --help and config errors answer at once."""
 IMPORTERS_OF_ACCELERATE = ("train", "commands", "training", "distributed")
 MAX_PACKAGE, MAX_FILE, MAX_FUNCTION = 13_800, 450, 60

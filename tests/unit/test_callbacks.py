@@ -275,11 +275,10 @@ def test_save_best_ignores_the_best_of_another_metric(caplog: pytest.LogCaptureF
 
 def test_make_callbacks_makes_the_named_ones_and_curves() -> None:
     options = {"profiler": {"num_steps": 7}, "curves": {"theme": "dark"}}
-    config = Config(callbacks=["profiler", "ratios"], callback_options=options)
-    curves, profiler, ratios = make_callbacks(config)
+    config = Config(callbacks=["profiler"], callback_options=options)
+    curves, profiler = make_callbacks(config)
     assert (type(curves).__name__, curves.theme) == ("VisualizationCallback", "dark")
     assert profiler.num_steps == 7
-    assert type(ratios).__name__ == "RatioCallback"
 
 
 def test_make_callbacks_lists_every_problem() -> None:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 
 from fundamentallm import Config, DataConfig, ModelConfig, Trainer, TrainingConfig, Transformer
-from fundamentallm.commands.estimate.counts import key_features, sent_bytes
+from fundamentallm.commands.estimate.counts import key_features
 from fundamentallm.commands.estimate.memory import memory
 from tests.integration.runs import on_processes, sharded_accelerator
 
@@ -81,38 +77,15 @@ def test_memory_is_close_to_what_torch_allocates(
     assert estimate == pytest.approx(measured_peak(config, tmp_path), rel=0.05)
 
 
-@contextlib.contextmanager
-def counted() -> Iterator[list[int]]:
-    """Bytes that this process sends, by rings of two, in what FSDP2 gathers and scatters."""
-    sent: list[int] = []
-
-    def counting(communicate: Callable[..., Any]) -> Callable[..., Any]:
-        def count(*tensors: Any, **options: Any) -> Any:
-            given = (*tensors, *options.values())
-            sent.append(max(value.nbytes for value in given if isinstance(value, Tensor)) // 2)
-            return communicate(*tensors, **options)
-
-        return count
-
-    since_2_13 = hasattr(dist, "all_gather_single")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("all_gather", "reduce_scatter"):
-            name += "_single" if since_2_13 else "_into_tensor" if name == "all_gather" else "_tensor"
-            patch.setattr(dist, name, counting(getattr(dist, name)))
-        yield sent
-
-
 def _measure_fsdp2(_: int, folder: Path) -> None:
     # Few tokens, so that what is gathered is a third of the peak.
     config = config_of(SMALL | {"d_model": 128}, batch_size=4, micro_batch_size=1)
-    with counted() as sent:
-        accelerator = sharded_accelerator()
-        folder /= str(accelerator.process_index)
-        folder.mkdir()
-        peak = measured_peak(config, folder, accelerator)
-    assert sum(sent) == 2 * sent_bytes(config, 2, "fsdp2")
+    accelerator = sharded_accelerator()
+    folder /= str(accelerator.process_index)
+    folder.mkdir()
+    peak = measured_peak(config, folder, accelerator)
     assert memory(config, 2, "fsdp2").peak + cpu_extra(config) == pytest.approx(peak, rel=0.25)
 
 
-def test_memory_and_sent_bytes_under_fsdp2(tmp_path: Path) -> None:
+def test_memory_under_fsdp2(tmp_path: Path) -> None:
     on_processes(2, _measure_fsdp2, tmp_path)

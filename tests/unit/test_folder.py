@@ -91,14 +91,19 @@ def test_locked_survives_that_its_file_is_opened_and_closed(tmp_path: Path) -> N
 
 def test_locked_ends_with_its_process_and_not_with_its_forks(tmp_path: Path) -> None:
     """A loader worker that outlives a killed run does not hold its lock."""
-    reading, writing = os.pipe()
+    (forked, has_forked), (ends, end) = os.pipe(), os.pipe()
     with locked([tmp_path]):
         if (child := os.fork()) == 0:
-            os.read(reading, 1)
+            os.write(has_forked, b"1")
+            os.read(ends, 1)
             os._exit(0)
-    with locked([tmp_path]):
-        os.write(writing, b"1")
-    os.waitpid(child, 0)
+        os.read(forked, 1)
+    try:
+        with locked([tmp_path]):
+            pass
+    finally:
+        os.write(end, b"1")
+        os.waitpid(child, 0)
 
 
 def test_locked_refuses_a_link_and_leaves_its_target_alone(tmp_path: Path) -> None:

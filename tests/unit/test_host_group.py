@@ -21,7 +21,8 @@ def exchange_and_fail(processes: int, folder: str) -> None:
     group, rank = HostGroup(), dist.get_rank()
     assert group.all_gather(f"value {rank}") == [f"value {other}" for other in range(processes)]
     assert group.from_main(lambda: rank) == 0
-    with pytest.raises(FundamentaLLMError if rank == 0 else ZeroDivisionError), group.barrier_with_errors():  # noqa: PT012
+    expected, text = (FundamentaLLMError, "ZeroDivisionError: of process 1") if rank == 0 else (ZeroDivisionError, "")
+    with pytest.raises(expected, match=text), group.barrier_with_errors():  # noqa: PT012
         if rank == 1:
             raise ZeroDivisionError("of process 1")
     with pytest.raises(FundamentaLLMError if rank == 1 else ZeroDivisionError):
@@ -58,6 +59,13 @@ def test_host_group_does_not_wait_for_a_dead_process(tmp_path: Path) -> None:
     started[1].join(100)
     started[1].kill()
     assert (tmp_path / "raised").exists()
+
+
+def test_host_group_keeps_an_error_if_the_exchange_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = HostGroup()
+    monkeypatch.setattr(group, "all_gather", lambda value: int("of a dead process"))
+    with pytest.raises(ZeroDivisionError):
+        group.from_main(lambda: 1 // 0)
 
 
 def test_host_group_of_one_process_raises_its_own_error() -> None:

@@ -14,13 +14,17 @@ from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from fundamentallm import ConfigError, FundamentaLLMError, create_accelerator
 from fundamentallm.distributed import launch_checks
 from fundamentallm.distributed.accelerator import check_accelerator
-from fundamentallm.distributed.launch_checks import Launch, launch_problems, read_launch, tracker_problems
+from fundamentallm.distributed.launch_checks import (
+    Launch,
+    launch_arguments,
+    launch_problems,
+    read_launch,
+    tracker_problems,
+)
 from tests.integration.runs import make_config, make_trainer, on_processes, sharded_accelerator
 
 CONFIGS = Path(__file__).parents[2] / "accelerate_configs"
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-PARALLEL = {**FSDP, "ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
-SIZE = "PARALLELISM_CONFIG_{}_SIZE"
 
 
 def settings(error: pytest.ExceptionInfo[ConfigError]) -> list[tuple[str, Any]]:
@@ -35,24 +39,7 @@ def settings(error: pytest.ExceptionInfo[ConfigError]) -> list[tuple[str, Any]]:
     [
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "distributed_type", "DEEPSPEED"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "distributed_type", "MEGATRON_LM"),
-        ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version", "1"),
-        (PARALLEL | {SIZE.format("TP"): "4"}, "parallelism_config_tp_size", 4),
-        (PARALLEL | {SIZE.format("SP"): "4"}, "parallelism_config_sp_size", 4),
-        (
-            PARALLEL | {SIZE.format("DP_REPLICATE"): "2", SIZE.format("DP_SHARD"): "2"},
-            *("parallelism_config", {"dp_replicate_size": 2, "dp_shard_size": 2}),
-        ),
-        (
-            PARALLEL | {SIZE.format("DP_REPLICATE"): "8"},
-            *("parallelism_config", {"dp_replicate_size": 8, "dp_shard_size": 1}),
-        ),
-        (
-            {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", SIZE.format("DP_REPLICATE"): "8"},
-            *("parallelism_config", {"dp_replicate_size": 8, "dp_shard_size": 1}),
-        ),
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "mixed_precision", "fp8"),
-        ({"ACCELERATE_DOWNCAST_BF16": "true"}, "downcast_bf16", "true"),
-        ({"ACCELERATE_GRADIENT_CLIPPING": "0.5"}, "gradient_clipping", "0.5"),
     ],
 )
 def test_launch_problems_names_what_is_not_supported(environment: dict[str, str], setting: str, value: object) -> None:
@@ -75,8 +62,6 @@ def test_launch_problems_of_two_precisions_names_both() -> None:
         {"ACCELERATE_MIXED_PRECISION": "fp16"},
         {"ACCELERATE_USE_DEEPSPEED": "false", "ACCELERATE_USE_FSDP": "False"},
         FSDP,
-        PARALLEL | {SIZE.format("DP_REPLICATE"): "2", SIZE.format("DP_SHARD"): "4"},
-        PARALLEL | {SIZE.format("DP_SHARD"): "8"},
     ],
 )
 def test_launch_problems_of_a_supported_launch_is_empty(environment: dict[str, str]) -> None:
@@ -84,17 +69,14 @@ def test_launch_problems_of_a_supported_launch_is_empty(environment: dict[str, s
 
 
 def test_create_accelerator_lists_all_problems_of_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Accelerator() itself would fail since DeepSpeed is not installed, and silently ignore FSDP on a CPU."""
-    wrong = {**FSDP, "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_GRADIENT_CLIPPING": "1.0", "WORLD_SIZE": "3"}
-    for name, value in wrong.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    """Accelerator() itself would fail since DeepSpeed is not installed."""
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     with pytest.raises(ConfigError) as error:
         create_accelerator("no", trackers=["wandbb"])
     assert settings(error) == [
         ("accelerate_config.distributed_type", "DEEPSPEED"),
-        ("accelerate_config.distributed_type", "FSDP"),
-        ("accelerate_config.gradient_clipping", "1.0"),
+        ("accelerate_config.mixed_precision", "fp8"),
         ("trackers", "wandbb"),
     ]
 
@@ -125,29 +107,57 @@ def test_launch_problems_without_a_gpu_accepts(environment: dict[str, str], laun
     assert launch_problems(environment, False, launch=launch) == []
 
 
+def test_create_accelerator_reports_what_accelerate_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv("PARALLELISM_CONFIG_DP_SHARD_SIZE", "0")
+    with pytest.raises(ConfigError, match="dp_shard_size"):
+        create_accelerator()
+
+
 def test_launch_problems_names_processes_that_are_not_started() -> None:
-    started = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    (problem,) = launch_problems(started, False)
-    assert problem.setting == "accelerate_config.num_processes"
-    assert launch_problems({**started, "OMPI_COMM_WORLD_SIZE": "2"}, False) == []
+    launch, started = Launch("two.yaml", use_cpu=True, num_processes=2), {"ACCELERATE_USE_CPU": "True"}
+    (problem,) = launch_problems(started, False, launch=launch)
+    assert (problem.setting, problem.value) == ("accelerate_config.num_processes", 2)
+    assert launch_problems({**started, "OMPI_COMM_WORLD_SIZE": "2"}, False, launch=launch) == []
+
+
+def test_launch_problems_of_one_process_accepts_a_master_address() -> None:
+    """Variables of a cluster, exported to each process."""
+    started = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    assert launch_problems(started, False, launch=Launch(use_cpu=True)) == []
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("words", "arguments"),
     [
-        ("python -m accelerate.commands.launch --config_file={} -m fundamentallm.train --cpu", (True, True)),
-        ("/bin/accelerate launch --config_file {} train.py", (True, True)),
-        ("/bin/accelerate launch --cpu train.py --config_file {}", (False, True)),
-        ("/bin/accelerate launch --multi_gpu -m fundamentallm.train --config x.yaml --cpu", (False, False)),
+        ("python -m accelerate.commands.launch train.py", ["train.py"]),
+        ("uv run --frozen accelerate launch --cpu train.py", ["--cpu", "train.py"]),
+        ("/usr/bin/python /opt/bin/accelerate-launch train.py", ["train.py"]),
+        ("code /home/someone/accelerate", None),
+        ("python train.py --output_dir runs/accelerate", None),
+    ],
+)
+def test_launch_arguments_are_those_of_the_launcher(words: str, arguments: list[str] | None) -> None:
+    assert launch_arguments(words.split()) == arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("--config_file={} -m fundamentallm.train --cpu", (True, True, 2)),
+        ("--config_file {} --num_processes 4 train.py", (True, True, 4)),
+        ("--cpu train.py --config_file {}", (False, True, 1)),
+        ("--no_python train --cpu --num_processes 3", (False, False, 1)),
+        ("--multi_gpu --num-processes 2 -m fundamentallm.train --config x.yaml --cpu", (False, False, 2)),
     ],
 )
 def test_read_launch_reads_the_launchers_own_arguments(
-    words: str, expected: tuple[bool, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: str, expected: tuple[bool, bool, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", str(tmp_path / "none.yaml"))
     shutil.copy(CONFIGS / "cpu_2_processes.yaml", tmp_path / "two.yaml")
-    launch = read_launch(words.format("two.yaml").split(), str(tmp_path))
-    assert (launch.config_file is not None, launch.use_cpu) == expected
+    launch = read_launch(arguments.format("two.yaml").split(), str(tmp_path))
+    assert (launch.config_file is not None, launch.use_cpu, launch.num_processes) == expected
 
 
 @pytest.mark.parametrize(("first", "second"), [("bf16", None), (None, "bf16"), ("bf16", "no")])
@@ -251,6 +261,14 @@ def test_check_accelerator_refuses_fsdp_on_a_cpu(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ConfigError) as error:
         check_accelerator(Accelerator(cpu=True))
     assert settings(error) == [("Accelerator.distributed_type", "NO")]
+
+
+def test_parallel_problems_names_all_that_is_not_data_parallel() -> None:
+    problems = launch_checks.parallel_problems({"tp": 4, "cp": 1, "sp": 2})
+    assert [(problem.setting, problem.value) for problem in problems] == [
+        ("accelerate_config.parallelism_config_tp_size", 4),
+        ("accelerate_config.parallelism_config_sp_size", 2),
+    ]
 
 
 def test_check_accelerator_accepts_fsdp2(monkeypatch: pytest.MonkeyPatch) -> None:

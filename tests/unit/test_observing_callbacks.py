@@ -1,4 +1,4 @@
-"""Samples, profiles and update ratios of real runs: they show what happened and do not change it."""
+"""Samples and profiles of real runs: they show what happened and do not change it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from fundamentallm import Callback, ConfigError, ProfilerCallback, RatioCallback, SampleCallback, Trainer
-from fundamentallm.training.callbacks.update_ratios import block_of
+from fundamentallm import Callback, ConfigError, ProfilerCallback, SampleCallback, Trainer
 from tests.integration.runs import (
     KillAfter,
     KilledError,
@@ -43,11 +41,10 @@ def samples(folder: Path) -> list[dict[str, Any]]:
 def test_callbacks_that_observe_do_not_change_the_run(tmp_path: Path) -> None:
     plain = inspected(tmp_path / "plain")
     plain.train()
-    observed = inspected(tmp_path / "observed", SampleCallback(["The "], 4), ProfilerCallback(2), RatioCallback())
+    observed = inspected(tmp_path / "observed", SampleCallback(["The "], 4), ProfilerCallback(2))
     observed.train()
     assert_same_weights(weights(observed), weights(plain))
-    ours = [{key: value for key, value in line.items() if "/" not in key} for line in lines(observed.output_dir)]
-    assert timeless(ours) == timeless(lines(plain.output_dir))
+    assert timeless(lines(observed.output_dir)) == timeless(lines(plain.output_dir))
 
 
 # ---- samples -----------------------------------------------------------------------------------------------
@@ -95,56 +92,19 @@ def test_profiler_traces_the_chosen_steps_over_a_restart(tmp_path: Path) -> None
         assert "aten::mm" in path.with_suffix(".txt").read_text()
 
 
-# ---- ratios ------------------------------------------------------------------------------------------------
+# ---- sharded models ----------------------------------------------------------------------------------------
 
 
-def _observe(count: int, folder: Path) -> None:
-    settings = {"max_steps": 5, "log_every_n_steps": 2, "optimizer": "muon", "eval_every_n_steps": 3}
+def _sample(count: int, folder: Path) -> None:
+    settings = {"max_steps": 5, "log_every_n_steps": 2, "eval_every_n_steps": 3}
     config = make_config(folder, checkpoint_dir=str(folder / "checkpoints"), **settings)
     trainer = make_trainer(config, accelerator=sharded_accelerator() if count > 1 else None)
-    for callback in (RatioCallback(), SampleCallback(["The "], 4, temperature=0)):
-        trainer.callbacks.add(callback)
+    trainer.callbacks.add(SampleCallback(["The "], 4, temperature=0))
     trainer.train()
     assert trainer.accelerator.num_processes == count
 
 
-def test_update_ratios_are_those_of_the_weights(tmp_path: Path) -> None:
-    plain = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "gradient_clip_norm": 0.1}
-    trainer = inspected(tmp_path, RatioCallback(), max_steps=1, learning_rate=0.05, **plain)
-    before = {name: tensor.detach().clone() for name, tensor in trainer.model.named_parameters()}
-    trainer.train()
-    line = lines(tmp_path)[0]
-    blocks = {block_of(name) for name in before}
-    assert blocks == {"model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "lm_head"}
-    after = {name: tensor.detach() for name, tensor in trainer.model.named_parameters()}
-    for block in blocks:
-        names = [name for name in before if block_of(name) == block]
-        old = torch.cat([before[name].flatten() for name in names]).norm()
-        moved = torch.cat([(after[name] - before[name]).flatten() for name in names]).norm()
-        assert line[f"update_ratio/{block}"] == pytest.approx(float(moved / old), rel=1e-4)
-        # Plain gradient descent moves weights by the gradient, clipped, times the learning rate.
-        assert line[f"grad_norm/{block}"] == pytest.approx(
-            float(moved) / trainer.metrics.metrics["learning_rate"][0], rel=1e-3
-        )
-
-
-def test_update_ratios_are_measured_at_log_lines_only(tmp_path: Path) -> None:
-    measured: list[tuple[int, bool]] = []
-
-    class Measure(Callback):
-        def on_step_end(self, trainer: Trainer, loss: float) -> None:
-            measured.append((trainer.global_step, bool(ratios.measure(trainer))))
-
-    ratios = RatioCallback()
-    inspected(tmp_path, ratios, Measure(), max_steps=5, log_every_n_steps=2).train()
-    assert measured == [(1, False), (2, True), (3, False), (4, True), (5, True)]
-
-
-def test_callbacks_see_a_sharded_model_as_a_whole_one(tmp_path: Path) -> None:
-    on_processes(1, _observe, tmp_path / "whole")
-    on_processes(2, _observe, tmp_path / "sharded")
+def test_samples_of_a_sharded_model_are_those_of_a_whole_one(tmp_path: Path) -> None:
+    on_processes(1, _sample, tmp_path / "whole")
+    on_processes(2, _sample, tmp_path / "sharded")
     assert samples(tmp_path / "sharded") == samples(tmp_path / "whole")
-    for one, two in zip(lines(tmp_path / "whole"), lines(tmp_path / "sharded"), strict=True):
-        assert one.keys() == two.keys()
-        for name in (name for name in one if "/" in name):
-            assert two[name] == pytest.approx(one[name], rel=1e-3)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -17,6 +19,7 @@ import pytest
 from fundamentallm import FundamentaLLMError, SampleCallback
 from fundamentallm.__main__ import VERBS
 from fundamentallm.commands.report import main, thinned
+from fundamentallm.run.folder import write_start
 from tests.integration.runs import StopAt, make_config, make_trainer
 
 CHROMIUM = next(
@@ -174,6 +177,23 @@ def test_report_refuses_other_folders_and_files(run: Path, tmp_path: Path) -> No
     assert mine.read_text() == "<p>mine"
     assert report(run, "--output", tmp_path / "r.html") == report(run, "--output", tmp_path / "r.html") == 0
     assert "report" in VERBS
+
+
+def test_report_of_a_config_with_numbers_that_json_lacks(tmp_path: Path) -> None:
+    folder = write_log(tmp_path / "run", {"step": 1, "train_loss": 2.0})
+    options = {"callback_options": {"curves": {"refresh_seconds": math.inf}}, "training": {}}
+    write_start(folder, step=0, time="2026-01-01T00:00:00+00:00", config=options)
+    assert report(folder, "--output", tmp_path / "r.html") == 0
+    assert data_of(tmp_path / "r.html")[0]["config"]["callback_options"] == {"curves": {"refresh_seconds": "Infinity"}}
+
+
+@pytest.mark.parametrize("damage", [{"starts.jsonl": '{"step": 0, "config": 3}\n'}, {"status.json": "[1]"}])
+def test_report_of_damaged_files_shows_the_rest_or_names_the_run(tmp_path: Path, damage: dict[str, str]) -> None:
+    folder = write_log(tmp_path / "run", {"step": 1, "train_loss": 2.0})
+    for name, text in damage.items():
+        (folder / name).write_text(text)
+    with contextlib.suppress(FundamentaLLMError):
+        assert report(folder, "--output", tmp_path / "r.html") == 0
 
 
 # ---- in a browser ------------------------------------------------------------------------------------------

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from fundamentallm import create_accelerator, errors
-from fundamentallm.errors import SIGNALS, Interrupted, ended_by_signals
+from fundamentallm import create_accelerator, signals
+from fundamentallm.errors import Interrupted, exit_code
 from fundamentallm.run import stopping
 from fundamentallm.run.stopping import Stop, StopSwitch
+from fundamentallm.signals import SIGNALS, ended_by_signals
 from tests.integration.runs import on_processes
 
 
@@ -58,7 +59,7 @@ def test_handling_signals_second_interrupt_raises_at_once(capfd: pytest.CaptureF
 
 def test_handling_signals_interrupt_forwarded_by_launcher_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    monkeypatch.setattr(errors, "ECHO_SECONDS", 1e9)
+    monkeypatch.setattr(signals, "ECHO_SECONDS", 1e9)
     with StopSwitch().handling_signals():
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
@@ -69,13 +70,13 @@ def test_ended_by_signals_raises_and_restores_handlers(name: str) -> None:
     before = {other: signal.getsignal(getattr(signal, other)) for other in SIGNALS}
     with pytest.raises(Interrupted) as interrupt, ended_by_signals():
         signal.raise_signal(getattr(signal, name))
-    assert errors.exit_code(interrupt.value) == 128 + getattr(signal, name)
+    assert exit_code(interrupt.value) == 128 + getattr(signal, name)
     assert {other: signal.getsignal(getattr(signal, other)) for other in SIGNALS} == before
 
 
 def test_ended_by_signals_copy_from_the_launcher_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would end the removal of temporary files."""
-    monkeypatch.setattr(errors, "ECHO_SECONDS", 1e9)
+    monkeypatch.setattr(signals, "ECHO_SECONDS", 1e9)
     removed = False
     with contextlib.suppress(Interrupted), ended_by_signals():
         try:
@@ -104,7 +105,7 @@ def test_handling_signals_of_a_trial_ends_at_once() -> None:
 
 CLOSED = """
 import os, pty
-from fundamentallm.errors import leave_closed_terminal
+from fundamentallm.signals import leave_closed_terminal
 user, os_side = pty.openpty()
 os.dup2(os_side, 1)
 os.close(user)

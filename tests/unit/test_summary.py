@@ -15,7 +15,7 @@ configs = st.builds(
     Config,
     data=st.builds(DataConfig, sequence_length=st.integers(1, 999), train_split=st.sampled_from([0.9, 1])),
     training=st.builds(TrainingConfig, max_steps=st.none() | st.integers(1, 9), optimizer=st.sampled_from(["sgd"])),
-    callbacks=st.lists(st.sampled_from(["samples", "ratios"]), max_size=2),
+    callbacks=st.lists(st.sampled_from(["samples", "profiler"]), max_size=2),
 )
 
 

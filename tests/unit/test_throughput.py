@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from fundamentallm import Config, DataConfig, ModelConfig, TrainingConfig, Transformer
+from fundamentallm import Config, DataConfig, ModelConfig, TrainingConfig, Transformer, create_accelerator
 from fundamentallm.commands.estimate.counts import step_flops, tokens_per_step
-from fundamentallm.training.throughput import Throughput, known_peak, model_flops_per_token
+from fundamentallm.training.throughput import Throughput, known_peak, make_throughput, model_flops_per_token
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -51,6 +51,28 @@ def test_of_a_model_without_a_config_attention_is_left_out() -> None:
 )
 def test_the_peak_is_known_by_the_words_of_the_name(name: str, precision: str, peak: float | None) -> None:
     assert known_peak(name, precision) == peak
+
+
+IDS = torch.arange(6)
+
+
+@pytest.mark.parametrize(
+    ("sample", "is_known"),
+    [
+        ((IDS, IDS), True),
+        ({"input_ids": [1, 2, 3], "labels": [1, 2, 3]}, True),
+        ({"input_ids": [1, 2, 3], "label": 1}, False),  # one target for three tokens
+        ((torch.zeros(3, 8, 8), 1), False),
+        (IDS, False),
+        (torch.tensor(1.0), False),
+        ("text", False),
+        (object(), False),
+    ],
+)
+def test_make_throughput_knows_the_cost_of_a_target_for_each_token(sample: object, is_known: bool) -> None:
+    config = TrainingConfig(max_steps=1, peak_tflops=1.0)
+    throughput = make_throughput(config, create_accelerator(), nn.Linear(2, 2), [sample])
+    assert (throughput.peak_tflops is not None) == is_known
 
 
 def test_speed_utilisation_and_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

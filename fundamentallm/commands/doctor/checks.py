@@ -24,7 +24,7 @@ from fundamentallm.commands.doctor.forecast import Measured, measure
 from fundamentallm.commands.output import plural
 from fundamentallm.config.schema import Config
 from fundamentallm.distributed.batches import to_device
-from fundamentallm.errors import raise_if_interrupted
+from fundamentallm.signals import raise_if_interrupted
 from fundamentallm.training.metrics import MEASURED
 from fundamentallm.training.trainer import Trainer
 

@@ -22,12 +22,10 @@ WARMUP_STEPS = 2
 class Measured(NamedTuple):
     """What a trial run of a few steps measured."""
 
-    total_steps: int
-    """Of the whole run."""
+    total_steps: int  # of the whole run
     step_seconds: float
     micro_batch_size: int
-    forecast: list[tuple[str, str]]
-    """(title, text) of each line of the estimate for the whole run."""
+    forecast: list[tuple[str, str]]  # (title, text) of each line of the estimate for the whole run
 
 
 def measure(trainer: Trainer, training: TrainingConfig) -> Measured:

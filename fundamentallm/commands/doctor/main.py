@@ -19,11 +19,7 @@ WORDS = {"pass": "passed", "fail": "failed", "skipped": "skipped"}
 
 
 def main(arguments: Sequence[str], program: str) -> int:
-    """Run the command line and return the exit code: 0 if no check failed, 1 if one did.
-
-    Raises:
-        ConfigError: with everything that is wrong with the settings or with --trainer.
-    """
+    """Run the command line and return the exit code: 0 if no check failed, 1 if one did."""
     about = f"{__doc__} Runs are made in temporary folders; nothing is written to output_dir."
     codes = "Exit code 0: no check failed, 1: a check failed, 2: a setting is wrong."
     parser = settings_parser(program, "[--trainer MODULE:NAME]", f"{about} {codes}")

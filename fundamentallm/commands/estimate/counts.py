@@ -1,4 +1,4 @@
-"""Exact counts of a run, from its settings alone: parameters, FLOPs, and bytes to keep, save and send.
+"""Exact counts of a run, from its settings alone: parameters, FLOPs, and bytes to keep and to save.
 
 Configs are resolved here, and their model has a vocab_size.
 """
@@ -11,24 +11,17 @@ from fundamentallm.config.schema import Config, ModelConfig
 
 WIDE, NARROW = 4, 2
 """Bytes of a float32, in which weights, gradients and optimizer state are kept; and of a bfloat16 or float16."""
-LAYOUTS = ("ddp", "fsdp2")
-"""A replica on each device, or one replica sharded over all devices."""
 
 
 class Parameters(NamedTuple):
     """Numbers of parameters; tied ones count once."""
 
     total: int
-    without_tables: int
-    """Without embedding table and output projection."""
-    multiplied: int
-    """Parameters that each token is multiplied with: all matrices except the embedding table."""
-    block: int
-    """Of one block, norms included."""
-    matrices: int
-    """Of one block, norms excluded."""
-    table: int
-    """Of the output projection."""
+    without_tables: int  # without embedding table and output projection
+    multiplied: int  # that each token is multiplied with: all matrices except the embedding table
+    block: int  # of one block, norms included
+    matrices: int  # of one block, norms excluded
+    table: int  # of the output projection
     tensors: int
 
 
@@ -54,12 +47,12 @@ def key_features(model: ModelConfig) -> int:
     return (model.num_kv_heads or model.num_heads) * (model.d_model // model.num_heads)
 
 
-def micro_batches(config: Config, devices: int) -> tuple[int, int, int]:
-    """Returns (sequences, micro-batches, sequences of the largest micro-batch) of a step on the busiest device."""
+def micro_batches(config: Config, devices: int) -> tuple[int, int]:
+    """Returns (micro-batches, sequences of the largest one) of a step on the busiest device."""
     rows = -(-(config.training.batch_size or 0) // devices)
     size = config.training.micro_batch_size
     count = -(-rows // (rows if size is None or size == "auto" else size))
-    return rows, count, -(-rows // count)
+    return count, -(-rows // count)
 
 
 def tokens_per_step(config: Config) -> int:
@@ -69,10 +62,11 @@ def tokens_per_step(config: Config) -> int:
 
 def tokens_of_run(config: Config, steps: int) -> int:
     """Returns the tokens of the first `steps` optimizer steps, following `batch_size_schedule`."""
-    changes = [(0, config.training.batch_size or 0), *config.training.batch_size_schedule]
-    ends = [*(step for step, _ in changes[1:]), steps]
-    sequences = sum(size * max(min(end, steps) - step, 0) for (step, size), end in zip(changes, ends, strict=True))
-    return sequences * config.data.sequence_length
+    from fundamentallm.data.sampler import StepSampler  # imports numpy
+
+    training, endless = config.training, 2**62
+    sampler = StepSampler(endless, training.batch_size or 0, None, schedule=training.batch_size_schedule)
+    return sampler.samples_before(steps) * config.data.sequence_length
 
 
 def step_flops(config: Config) -> int:
@@ -102,23 +96,6 @@ def optimizer_bytes(config: Config) -> int:
 def checkpoint_bytes(config: Config) -> int:
     """Returns the size of one checkpoint: weights and optimizer state."""
     return WIDE * count_parameters(config.model).total + optimizer_bytes(config)
-
-
-def sent_bytes(config: Config, devices: int, layout: str) -> int:
-    """Returns the bytes that each device sends in an optimizer step, by ring algorithms, which send the least.
-
-    A ring over N devices sends (N - 1) / N of what it gathers or scatters, and an all-reduce does both (Patarasuk and
-    Yuan, J. Parallel Distrib. Comput. 69, 2009). DDP all-reduces float32 gradients once. FSDP2, for each micro-batch,
-    gathers the weights twice (output projection and last norm once), in the precision of the computation, and scatters
-    float32 gradients.
-    """
-    p = count_parameters(config.model)
-    gradients = WIDE * p.total
-    if layout == "ddp":
-        return 2 * gradients * (devices - 1) // devices
-    _, count, _ = micro_batches(config, devices)
-    gathered = compute_size(config) * (2 * p.total - p.table - config.model.d_model)
-    return count * (gathered + gradients) * (devices - 1) // devices
 
 
 def compute_size(config: Config) -> int:

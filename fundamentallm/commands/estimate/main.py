@@ -1,4 +1,4 @@
-"""Estimate memory, FLOPs, time and bytes sent of a run, for any model size."""
+"""Estimate memory, FLOPs and time of a run, for any model size."""
 
 from __future__ import annotations
 
@@ -25,16 +25,10 @@ UTILISATION = 0.4
 
 
 def main(arguments: Sequence[str], program: str) -> int:
-    """Run the command line and return the exit code.
-
-    Raises:
-        ConfigError: with everything that is wrong with the settings or the options.
-    """
+    """Run the command line and return the exit code."""
     about = f"{__doc__} Nothing is allocated. The data is read only to count the characters of a character-level model."
-    parser = settings_parser(program, "[--devices N] [--layout LAYOUT] [--gpu NAME]", about)
+    parser = settings_parser(program, "[--devices N] [--gpu NAME]", about)
     parser.add_argument("--devices", type=int, metavar="N", help="number of devices; default: a table up to thousands")
-    layouts = "ddp: a replica on each device; fsdp2: one sharded over all; default: both"
-    parser.add_argument("--layout", choices=counts.LAYOUTS, help=layouts)
     parser.add_argument("--gpu", default="H100", metavar="NAME", help=f"{', '.join(PEAK_TFLOPS)} [H100]")
     rate = f"10^12 operations per second of one device [{UTILISATION:.0%}% of the GPU's peak in bfloat16]"
     parser.add_argument("--tflops", type=float, metavar="X", help=rate)
@@ -97,35 +91,24 @@ def _run_rows(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _show_devices(config: Config, options: argparse.Namespace) -> None:
-    """Print memory and time of each device, by number of devices and layout."""
-    batch_size, tflops = config.training.batch_size or 0, options.tflops or UTILISATION * PEAK_TFLOPS[options.gpu]
+    """Print memory and time of each device: as replicas (DDP), and sharded over all of them (FSDP2)."""
+    training, steps = config.training, config.training.max_steps
+    batch_size, tflops = training.batch_size or 0, options.tflops or UTILISATION * PEAK_TFLOPS[options.gpu]
     rate = f"{tflops:g} TFLOP/s"
     if options.tflops is None:
         rate = f"{tflops:.0f} TFLOP/s, {UTILISATION:.0%} of the peak of one {options.gpu}; --gpu or --tflops for others"
-    sizes: list[tuple[str, ...]] = [("devices", "layout", *COLUMNS)]
-    times: list[tuple[str, ...]] = [("devices", "layout", "sequences", "micro-batches", "sent", "step", "run")]
-    for devices, layout in _layouts(options, batch_size):
-        sizes.append((f"{devices:,}", layout, *map(size_text, memory(config, devices, layout))))
-        rows, micro, _ = counts.micro_batches(config, devices)
-        # Activation checkpointing repeats the forward pass, a third of the FLOPs of a step.
-        flops = counts.step_flops(config) * (4 / 3 if config.training.activation_checkpointing else 1)
-        seconds, steps = flops / devices / tflops / 1e12, config.training.max_steps
-        run = "-"
+    # Activation checkpointing repeats the forward pass, a third of the FLOPs of a step.
+    flops = counts.step_flops(config) * (4 / 3 if training.activation_checkpointing else 1)
+    rows: list[tuple[str, ...]] = [("devices", "layout", *COLUMNS, "step", "run")]
+    for devices in [options.devices] if options.devices else [n for n in DEVICES if n <= batch_size]:
+        seconds, run = flops / devices / tflops / 1e12, "-"
         if steps is not None:
             run = duration_text(seconds * counts.tokens_of_run(config, steps) / counts.tokens_per_step(config))
-        sent = size_text(counts.sent_bytes(config, devices, layout))
-        times.append((f"{devices:,}", layout, f"{rows:,}", f"{micro:,}", sent, duration_text(seconds), run))
-    say("\nmemory of each device")
-    say_table(sizes, "><" + ">" * len(COLUMNS))
-    say(f"\neach device in one optimizer step, and time to compute ({rate})")
-    say_table(times, "><>>>>>")
+        for layout in ("ddp", "fsdp2") if devices > 1 else ("ddp",):
+            sizes = map(size_text, memory(config, devices, layout))
+            rows.append((f"{devices:,}", layout, *sizes, duration_text(seconds), run))
+    say(f"\nmemory of each device, and time to compute ({rate})")
+    say_table(rows, "><" + ">" * (len(COLUMNS) + 2))
     if options.devices is not None and options.devices > batch_size:
         idle = options.devices - batch_size
         say(f"\n{idle:,} devices have nothing to compute: training.batch_size is {batch_size:,}, over all devices.")
-
-
-def _layouts(options: argparse.Namespace, batch_size: int) -> Iterator[tuple[int, str]]:
-    """Yields (devices, layout) of each row: those asked for, otherwise all that leave no device idle."""
-    for devices in [n for n in DEVICES if n <= batch_size] if options.devices is None else [options.devices]:
-        several = counts.LAYOUTS if devices > 1 else ("ddp",)
-        yield from ((devices, layout) for layout in ([options.layout] if options.layout else several))

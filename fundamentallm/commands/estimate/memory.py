@@ -26,12 +26,9 @@ class Memory(NamedTuple):
     weights: int
     gradients: int
     optimizer: int
-    activations: int
-    """Kept by the forward pass of a micro-batch, without logits."""
-    logits: int
-    """Logits, log-probabilities and their gradients, all in float32."""
-    gathered: int
-    """FSDP2: blocks gathered for computing, and gradients to be scattered."""
+    activations: int  # kept by the forward pass of a micro-batch, without logits
+    logits: int  # logits, log-probabilities and their gradients, all in float32
+    gathered: int  # FSDP2: blocks gathered for computing, and gradients to be scattered
     peak: int
 
 
@@ -42,7 +39,7 @@ def memory(config: Config, devices: int = 1, layout: str = "ddp") -> Memory:
     """
     model, p = config.model, count_parameters(config.model)
     shards = devices if layout == "fsdp2" else 1
-    _, count, rows = micro_batches(config, devices)
+    count, rows = micro_batches(config, devices)
     tokens, size = rows * config.data.sequence_length, compute_size(config)
     is_autocast = size == NARROW and shards == 1  # FSDP2 casts weights and the residual stream instead
     stream = WIDE if is_autocast else size

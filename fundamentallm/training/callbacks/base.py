@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fundamentallm.errors import CheckpointError
-from fundamentallm.run.folder import repeats_last_launch
+from fundamentallm.run.folder import repeats_all_launches
 from fundamentallm.run.json_lines import LineFile
 
 if TYPE_CHECKING:
@@ -229,6 +229,6 @@ def rewind_lines(trainer: RunView, file: LineFile) -> None:
         is_repeated = trainer.validation_due and "train_loss" not in line
         return line["step"] < step or (line["step"] == step and not is_repeated)
 
-    is_repeated = trainer.output_dir is not None and repeats_last_launch(trainer.output_dir)
+    is_repeated = trainer.output_dir is not None and repeats_all_launches(trainer.output_dir)
     if message := file.rewind(is_kept, keep_copy=(step == 0 and not is_repeated) or trainer.was_rewound):
         trainer.say(message)

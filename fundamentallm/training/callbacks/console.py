@@ -146,7 +146,7 @@ def console_line(line: dict[str, float], total_steps: int, seconds_left: float =
     total = f"{total_steps}"
     parts = [f"step {line['step']:>{len(total)}}/{total}"]
     for name, value in line.items():
-        # Names with a slash are measured for each block of the model and would fill the screen.
+        # Names with a slash, such as numbers of each layer, would fill the screen.
         if name not in ("step", "epoch", "samples", "tokens") and "/" not in name:
             parts.append(SHOWN[name](value) if name in SHOWN else f"{name} {value:.4g}")
     if math.isfinite(seconds_left):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from fundamentallm.config.registry import resolve
 from fundamentallm.config.schema import Config
 from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.run.folder import LOG
 from fundamentallm.training.callbacks.base import Callback
 from fundamentallm.training.callbacks.console import LoggingCallback, ProgressCallback
 from fundamentallm.training.callbacks.curves import VisualizationCallback
@@ -19,7 +21,7 @@ from fundamentallm.training.callbacks.save_best import SaveBestCallback
 def default_callbacks(config: Config, output_dir: Path | None, has_validation: bool) -> list[Callback]:
     """Returns a progress bar, log lines (also in `output_dir`), and one that keeps the best checkpoint."""
     training = config.training
-    path = None if output_dir is None else output_dir / "metrics.jsonl"
+    path = None if output_dir is None else output_dir / LOG
     callbacks: list[Callback] = [ProgressCallback(), LoggingCallback(path)]
     if has_validation and training.checkpoint_dir is not None:
         callbacks.append(SaveBestCallback(training.early_stopping_metric, training.early_stopping_mode))
@@ -34,19 +36,16 @@ def log_path(callbacks: Iterable[Callback]) -> Path | None:
 def make_callbacks(config: Config) -> list[Callback]:
     """Make the callbacks that `config` names, and the curves, which need not be named.
 
-    Raises:
-        ConfigError: listing names that cannot be resolved and options that are wrong.
+    Raises ConfigError, listing names that cannot be resolved and options that are wrong.
     """
     # Imported here, so that importing this module does not import torch.
     from fundamentallm.training.callbacks.profiler import ProfilerCallback
     from fundamentallm.training.callbacks.samples import SampleCallback
-    from fundamentallm.training.callbacks.update_ratios import RatioCallback
 
     known: dict[str, type[Callback]] = {
         "curves": VisualizationCallback,
         "samples": SampleCallback,
         "profiler": ProfilerCallback,
-        "ratios": RatioCallback,
     }
     callbacks: list[Callback] = []
     problems: list[str] = []
@@ -56,10 +55,10 @@ def make_callbacks(config: Config) -> list[Callback]:
         try:
             callbacks.append(_make_callback(resolve("callbacks", name, known), name, options))
         except ConfigError as error:
-            if name not in config.callbacks and not options:  # curves that nobody asked for
-                print(f"no curves.png: {error}", file=sys.stderr)
-            else:
+            if name in config.callbacks or options:
                 problems += error.problems
+            elif os.environ.get("RANK", "0") == "0":  # curves that nobody asked for
+                print(f"no curves.png: {error}", file=sys.stderr)
     if problems:
         raise ConfigError(problems)
     return callbacks

@@ -23,8 +23,7 @@ def continuation(
     Returns:
         The prompt and its continuation; None on processes other than the main one, unless the model is sharded.
 
-    Raises:
-        ConfigError: if the training data is not text, or the tokenizer does not know a character of the prompt.
+    Raises ConfigError if the training data is not text, or the tokenizer does not know a character of the prompt.
     """
     dataset = trainer.train_loader.dataset
     if not isinstance(dataset, TokenSamples) or dataset.tokenizer is None:

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 PROJECT, RECORD = "fundamentallm", "trackers.json"
 KINDS = ("step", "val_step")
 """Entries of the record: the last training line and the last validation line that were logged."""
+_variables: dict[str, str] = {}
+"""Values of environment variables that this module set. A later run in this process has its own."""
 
 
 def tracker_names(accelerator: Accelerator) -> list[str]:
@@ -123,16 +125,22 @@ def _arguments(name: str, trainer: RunView, run: dict[str, Any] | None) -> dict[
     if folder is None:
         return {}
     if name == "mlflow":
-        os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{(folder / 'mlflow.db').absolute()}")
+        _set_default("MLFLOW_TRACKING_URI", f"sqlite:///{(folder / 'mlflow.db').absolute()}")
         return {"run_id": run_id, "run_name": folder.name}
     new_id = uuid.uuid4().hex[:8]
     if name == "wandb":
-        os.environ.setdefault("WANDB_DIR", str(folder))
+        _set_default("WANDB_DIR", str(folder))
         return {"id": run_id or new_id, "resume": "allow", "name": folder.name}
     if name == "trackio":  # has no ids: a run is resumed by its name
-        os.environ.setdefault("TRACKIO_DIR", str((folder / "trackio").absolute()))
+        _set_default("TRACKIO_DIR", str((folder / "trackio").absolute()))
         return {"name": run_id or f"{folder.name}-{new_id}", "resume": "allow"}
     return {}
+
+
+def _set_default(variable: str, value: str) -> None:
+    """Sets an environment variable, unless the user has."""
+    if os.environ.get(variable) == _variables.get(variable):  # not set, or by an earlier run
+        os.environ[variable] = _variables[variable] = value
 
 
 def _id_of(tracker: GeneralTracker) -> str | None:

@@ -1,0 +1,73 @@
+"""The signals that end a command, and a run after its current step."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+from fundamentallm.errors import Interrupted
+
+SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+"""Schedulers send SIGTERM or SIGUSR1 some time before SIGKILL. SIGHUP means that the terminal was closed, or its
+connection lost."""
+ECHO_SECONDS = 1.0
+"""A launcher forwards Ctrl-C to processes that got it from the terminal too. A signal within this time is that copy."""
+_received: list[tuple[int, float]] = []
+"""(number, time) of the last signal that raised. An exception in a destructor is lost, but not this."""
+
+
+@contextlib.contextmanager
+def handling_signals(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handles `SIGNALS` in the block. Off the main thread, where Python allows no handlers, it does nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [getattr(signal, name) for name in SIGNALS]
+    # An ignored signal stays ignored: a shell ignores Ctrl-C for its background jobs, and nohup ignores SIGHUP.
+    previous = {n: signal.signal(n, handle) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Raises Interrupted in the block when one of `SIGNALS` arrives, so that temporary files are removed."""
+    try:
+        with handling_signals(_raise_interrupted):
+            yield
+    finally:
+        _received.clear()
+
+
+def _raise_interrupted(number: int, frame: FrameType | None) -> None:
+    now = time.monotonic()
+    if not _received or now - _received[-1][1] >= ECHO_SECONDS:
+        _received[:] = [(number, now)]
+        leave_closed_terminal()
+        raise Interrupted(number)
+
+
+def raise_if_interrupted() -> None:
+    """Raises Interrupted if the one that a signal raised in `ended_by_signals` was lost."""
+    if _received:
+        raise Interrupted(_received.pop()[0])
+
+
+def leave_closed_terminal() -> None:
+    """Sends output nowhere if its terminal is gone: printing to it would raise an OSError."""
+    for stream in (1, 2):
+        with contextlib.suppress(OSError):
+            # A terminal that hung up is still a character device, but not a terminal any more.
+            if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream)
+                os.close(nowhere)
