@@ -56,7 +56,7 @@ class ListedOrder:
 
     def _list(self, epoch: int, global_seed: int = 0) -> list[Any]:
         too_many = 100 * self.num_samples + 1
-        with _seeded(self.sampler, derive_seed(self.seed, epoch), epoch), _global_states(global_seed):
+        with _seeded(self.sampler, derive_seed(self.seed, epoch), epoch), global_states(global_seed):
             order = list(itertools.islice(iter(self.sampler), too_many))
         if not order or len(order) == too_many:
             raise self._problem(f"yields {'no end of' if order else 'no'} indices", "Give it an end.")
@@ -102,7 +102,7 @@ def _seeded(sampler: Any, seed: int, epoch: int) -> Iterator[None]:
 
 
 @contextmanager
-def _global_states(seed: int) -> Iterator[None]:
+def global_states(seed: int) -> Iterator[None]:
     """Seed the global generators on entry, and set them back on exit."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     seed_draws(seed, 0, 0)

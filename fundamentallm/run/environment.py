@@ -14,9 +14,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-
-from fundamentallm.distributed.dtensor import device_name
 from fundamentallm.errors import is_launched
 
 PACKAGES = ("fundamentallm", "torch", "accelerate", "safetensors", "tokenizers")
@@ -30,16 +27,16 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
 
 
-def environment(accelerator: Accelerator) -> dict[str, Any]:
+def environment(device: str, processes: int, mixed_precision: str) -> dict[str, Any]:
     """Returns what may explain why two launches differ: versions, machine, devices, command and commit."""
     return {
         **versions(),
         "platform": platform.platform(),
         "host": socket.gethostname(),
         "cpus": os.cpu_count(),
-        "device": device_name(accelerator.device),
-        "processes": accelerator.num_processes,
-        "mixed_precision": accelerator.mixed_precision,
+        "device": device,
+        "processes": processes,
+        "mixed_precision": mixed_precision,
         "command": command(),
         "commit": commit(),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from fundamentallm.checkpoint.snapshot import OPTIMIZER_KEY, plan
 from fundamentallm.config.schema import TrainingConfig
 from fundamentallm.distributed.dtensor import local
 from fundamentallm.distributed.host_group import HostGroup
-from fundamentallm.errors import ConfigError
+from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.run.state import RunState
 
 
@@ -31,6 +32,7 @@ class Saver:
         self._is_best = False
         self._saved_step = -1
         self._checks_next_step = False
+        self._shapes: dict[str, Any] = {}  # of the model, before the first step of a launch
 
     @property
     def is_sharded(self) -> bool:
@@ -95,18 +97,27 @@ class Saver:
         self._saved_step = saved
 
     def check_first_step(self) -> None:
-        """Raises CheckpointError if what the first step of a launch made, such as moments, cannot be saved."""
+        """Raises CheckpointError if what the first step of a launch made cannot be saved, or not be loaded again."""
         if self._checks_next_step:
             self._checks_next_step = False
             self._expected_bytes()
+            before, now = self._shapes, self._shapes_of_model()
+            if changed := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
+                raise CheckpointError(
+                    f"{', '.join(changed)}: made or reshaped by the first step, so that no checkpoint would fit a new "
+                    "model. Register each as a tensor of its final shape, or with persistent=False."
+                )
 
     def check_room(self, saves_left: int) -> None:
         """Raises CheckpointError before the first step if the state cannot be saved or the disk has no room for it."""
         if (manager := self.manager) is None:
             return
-        self._checks_next_step = True
+        self._checks_next_step, self._shapes = True, self._shapes_of_model()
         num_bytes = self._expected_bytes()
         self.group.from_main(lambda: manager.check_space_of_run(num_bytes, saves_left))
+
+    def _shapes_of_model(self) -> dict[str, Any]:
+        return {name: getattr(value, "shape", None) for name, value in self.state.model.state_dict().items()}
 
     def _expected_bytes(self) -> int:
         """Returns the size of a checkpoint. Before the first step, Adam's two numbers a parameter are assumed.

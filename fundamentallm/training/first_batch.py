@@ -160,6 +160,7 @@ class FirstBatches:
         ):
             model.eval()
             shifts = _check_output(model, batch)
+            _check_sum(model, batch)
         # The targets of one process may not show it, and all have to count alike.
         known = [each for each in self.group.all_gather(shifts) if each is not None]
         if known:
@@ -202,6 +203,22 @@ def _check_output(model: ModelWithLoss, batch: StepBatch) -> bool | None:
         if isinstance(objective, OwnLoss) and objective.computes_loss and shifts is None:
             shifts = _find_shift(float(loss), int(objective.num_targets(content)), outputs, content)
     return shifts
+
+
+def _check_sum(model: ModelWithLoss, batch: StepBatch) -> None:
+    """Checks that a caller's loss is a sum over the targets: of rows given twice, a mean is the same."""
+    if isinstance(model.loss_fn, CrossEntropy) and not model.trims:
+        return
+    rows = range(max(min(batch.rows, batch.size // batch.num_micro_batches) // 2, 1))
+    try:
+        parts = [take_rows(batch.content, batch.size, [*rows] * times) for times in (1, 2)]
+        counts, losses = [int(model.num_targets(part)) for part in parts], [float(model(part)) for part in parts]
+    except Exception:  # this batch cannot be cut, or this model takes one size only
+        return
+    if counts[1] == 2 * counts[0] and losses[0] and abs(losses[1] / losses[0] - 1) < 0.01:
+        found = "has the same value for rows given twice as for the rows themselves, as a mean has"
+        advice = 'Return the sum, by reduction="sum". It is divided once, by the targets of the whole step.'
+        raise _refuse("the loss", found, "the sum over the targets", advice)
 
 
 def _check_logits(model: ModelWithLoss, objective: PairLoss, batch: Any) -> None:

@@ -124,6 +124,9 @@ class ModelGuard:
 
     def __init__(self, accelerator: Accelerator, model: nn.Module) -> None:
         self.model: nn.Module = accelerator.unwrap_model(model)
+        # All processes read it, as a sharded model requires. A loss and its buffers are not saved.
+        self._saved = {name for name in self.model.state_dict() if name.startswith("model.")}
+        self._names_unsaved = accelerator.is_main_process
         self._reports, self._num_processes = accelerator.is_main_process, accelerator.num_processes
         self._with_buffers = [module for module in self.model.modules() if list(module.buffers(recurse=False))]
         self._before: list[BufferCopy] = []
@@ -149,7 +152,7 @@ class ModelGuard:
         self._before = copied_buffers(self._with_buffers)
 
     def check(self, num_micro_batches: int) -> None:
-        """Checks the model after the backward pass of a step. The host waits for the device once in a run.
+        """Checks the model after the backward pass of a step. The host waits for the device in the first step only.
 
         Raises:
             ConfigError: if DistributedDataParallel would wait for the gradient of a parameter that got none from the
@@ -163,6 +166,14 @@ class ModelGuard:
                 "(training.parameter_groups), or give the Trainer an Accelerator with "
                 "kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]."
             )
+        if self._names_unsaved:
+            self._names_unsaved = False
+            if unsaved := self._unsaved():
+                logger.warning(
+                    "Training changes buffers that no checkpoint holds, so that a resumed run starts with other "
+                    "values: %s. Register them in the model, with persistent=True.",
+                    _listed(unsaved),
+                )
         if self._reports and (num_micro_batches > 1 or self._num_processes > 1):
             self._reports = False
             layers = self._layers_with_statistics(num_micro_batches)
@@ -172,6 +183,16 @@ class ModelGuard:
                     "statistics of one micro-batch on one process: %s. LayerNorm and GroupNorm do not.",
                     _listed(layers),
                 )
+
+    def _unsaved(self) -> list[str]:
+        """Returns the buffers that the step has changed, and that are not part of a checkpoint."""
+        paths = {module: path for path, module in self.model.named_modules()}
+        changed = (
+            ".".join(filter(None, (paths[module], name)))
+            for module, name, _, before in self._before
+            if _differ(before, getattr(module, name))
+        )
+        return [name for name in changed if name not in self._saved]
 
     def _layers_with_statistics(self, num_micro_batches: int) -> list[str]:
         """Returns the layers that normalise over a batch, or whose buffers the step has changed."""

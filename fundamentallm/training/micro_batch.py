@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -138,11 +139,23 @@ def _fits(step: OptimizerStep, batch: Any, num_micro_batches: int, metrics: Mapp
     return fits
 
 
+UNCHANGEABLE = (bool, int, float, complex, str, bytes, tuple, type(None))
+"""Types of attributes that can be set back without a copy."""
+
+
 @contextmanager
 def restored(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Set random numbers, buffers and training modes back on exit."""
+    """Set random numbers, buffers, training modes and what modules count otherwise back on exit."""
     buffers = copied_buffers(model.modules())
-    modes = {module: module.training for module in model.modules()}
+    attributes = [
+        (vars(module), {name: value for name, value in vars(module).items() if isinstance(value, UNCHANGEABLE)})
+        for module in model.modules()
+    ]
+    extra = [
+        (module, copy.deepcopy(module.get_extra_state()))
+        for module in model.modules()
+        if type(module).get_extra_state is not nn.Module.get_extra_state
+    ]
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
         try:
@@ -151,8 +164,10 @@ def restored(model: nn.Module, device: torch.device) -> Iterator[None]:
             for module, name, buffer, before in buffers:
                 buffer.copy_(before)
                 setattr(module, name, buffer)  # a forward pass may have replaced it
-            for module, mode in modes.items():
-                module.training = mode
+            for own, before_it in attributes:
+                own.update(before_it)
+            for module, state in extra:
+                module.set_extra_state(state)
 
 
 def make_micro_batch(config: TrainingConfig, accelerator: Accelerator) -> MicroBatch | None:

@@ -15,7 +15,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from fundamentallm.data.sampler import derive_seed
 from fundamentallm.distributed.batches import StepBatch
 from fundamentallm.distributed.dtensor import full, seed_device
-from fundamentallm.errors import CheckpointError, ConfigError
+from fundamentallm.errors import CheckpointError, ConfigError, Problem
 from fundamentallm.models.with_loss import ModelWithLoss
 from fundamentallm.training.guard import Guard, ModelGuard
 from fundamentallm.training.muon import Muon
@@ -79,6 +79,8 @@ class OptimizerStep:
                 "has all of them."
             )
         accelerator, model = self.accelerator, self.model_with_loss
+        if not torch.is_grad_enabled():
+            raise ConfigError("gradients are turned off (torch.no_grad or inference_mode); call train() outside of it.")
         # Derived from the step, not carried on: a resumed run draws the same dropout masks.
         seed_device(derive_seed(self.seed, step, accelerator.process_index), accelerator.device)
 
@@ -131,7 +133,14 @@ class OptimizerStep:
             finally:
                 del optimizer.found_inf
         elif not skip:  # the host waits for the device
-            optimizer.step()
+            try:
+                optimizer.step()
+            except Exception as error:
+                if "closure" not in str(error) and "does not require grad" not in str(error):
+                    raise
+                kind, allowed = type(optimizer).__name__, "an optimizer whose step() takes no closure"
+                reason = f"which needs a closure or second derivatives: {error}"
+                raise ConfigError(Problem("the optimizer", kind, allowed, reason=reason)) from error
         if self.accelerator.scaler is not None:  # fp16
             self.accelerator.scaler.update()
 

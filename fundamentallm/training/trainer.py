@@ -25,6 +25,7 @@ from fundamentallm.config.schema import AFFECTS_SCHEDULE, FREE_ON_RESUME, Config
 from fundamentallm.data.datasets import fingerprint
 from fundamentallm.data.listed_order import unwrapped
 from fundamentallm.distributed.accelerator import leave_group
+from fundamentallm.distributed.dtensor import device_name
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.distributed.prepare import place_model, prepare_model
 from fundamentallm.distributed.watchdog import Phase, Place, Watchdog
@@ -38,6 +39,7 @@ from fundamentallm.run.saving import Saver, open_manager, saves_left
 from fundamentallm.run.session import Record, session
 from fundamentallm.run.state import RunState
 from fundamentallm.run.stopping import Stop, StopSwitch
+from fundamentallm.training.alike import check_alike
 from fundamentallm.training.arguments import (
     check_arguments,
     count_steps,
@@ -56,7 +58,7 @@ from fundamentallm.training.guard import Guard
 from fundamentallm.training.loss import make_objective
 from fundamentallm.training.metrics import Metric, MetricTracker, further_metrics, peak_memory_gb
 from fundamentallm.training.micro_batch import make_micro_batch
-from fundamentallm.training.optimizers import check_layouts, freeze, make_optimizer
+from fundamentallm.training.optimizers import check_optimizer, freeze, make_optimizer
 from fundamentallm.training.schedulers import CallersSchedule, advance, describe_curve, make_schedule
 from fundamentallm.training.step import OptimizerStep
 from fundamentallm.training.throughput import Throughput, make_throughput
@@ -132,6 +134,7 @@ class Trainer(TrainerView):
         accelerator, training = self.accelerator, self.config.training
         self.train_loader, self.val_loader = train_loader, val_loader
         self.group = HostGroup()
+        check_alike(self.group, asdict(self.config), optimizer, train_loader=train_loader, val_loader=val_loader)
         self.samples, self.val_samples = make_samplers(training, accelerator, self.group, train_loader, val_loader)
         self.batch_size, self.steps_per_epoch = self.samples.batch_size, self.samples.steps_per_epoch
         self.total_steps = count_steps(training, self.samples)
@@ -143,7 +146,7 @@ class Trainer(TrainerView):
         freeze(model, training.parameter_groups)
         self.model, with_loss = model, ModelWithLoss(model, *make_objective(training, loss_fn, objective))
         place_model(accelerator, model, training.seed, training.activation_checkpointing, self.say)
-        self.optimizer = check_layouts(model, optimizer or make_optimizer(training, model))
+        self.optimizer = check_optimizer(model, optimizer or make_optimizer(training, model))
         self.model_with_loss = prepare_model(accelerator, with_loss, self.optimizer, bool(training.compile))
         self.average = make_average(training, model, self.optimizer)
         self._has_own_schedule = scheduler is None
@@ -220,7 +223,9 @@ class Trainer(TrainerView):
             self.saver.check_room(saves_left(self.config.training, steps_left, self.steps_per_epoch))
             self._settle_micro_batch()
             content = self._progress.segments[-1]["content"]
-            self._record.launch(resumed_from, self.config, environment(self.accelerator), content)
+            accelerator, device = self.accelerator, device_name(self.accelerator.device)
+            about = environment(device, accelerator.num_processes, accelerator.mixed_precision)
+            self._record.launch(resumed_from, self.config, about, content)
             self.stop_switch.begin()
             launch.enter_context(self.stop_switch.handling_signals())
             try:

@@ -301,3 +301,48 @@ def test_only_the_main_process_prints_and_writes(tmp_path: Path) -> None:
     assert printed.count("---- sample") == 1
     assert [(tmp_path / f"{name}_{rank}").read_text() for name in ("out", "err") for rank in (1, 2)] == [""] * 4
     assert written[1:] == [[], []]
+
+
+# ---- what all processes are given ------------------------------------------------------------------
+
+
+class Drawing(PartlyIgnored):
+    """Each sample is another one each time, drawn from a generator of the dataset's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(torch.distributed.get_rank())
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        ids = torch.randint(20, (16,), generator=self.generator)
+        return ids, ids
+
+
+def unlike_processes(processes: int) -> None:
+    rank = torch.distributed.get_rank()
+    assert torch.distributed.get_world_size() == processes
+
+    def named(size: int = 44, rows: int = 8, flipped: bool = False, dataset: Any = None, **training: Any) -> list[str]:
+        data = dataset or PartlyIgnored(size)
+        data.tokens = data.tokens.flip(0) if flipped else data.tokens
+        loader, model = DataLoader(data, batch_size=rows), Bigram()
+        rate = training.pop("rate", None)
+        optimizer = torch.optim.SGD(model.parameters(), lr=rate) if rate else None
+        try:
+            Trainer(model, TrainingConfig(max_steps=2, **training), loader, callbacks=[], optimizer=optimizer)
+        except ConfigError as error:
+            return [problem.setting for problem in error.problems]
+        return []
+
+    different = ["training.learning_rate", "training.seed"]
+    assert named(learning_rate=0.1 + 0.1 * rank, seed=rank) == different
+    assert named(size=44 + rank) == ["the number of samples of train_loader", "the content of train_loader"]
+    assert named(rows=8 - rank) == ["the batches of train_loader"]
+    assert named(flipped=bool(rank)) == ["the content of train_loader"]
+    assert named(rate=0.1 + 0.1 * rank) == ["optimizer"]
+    assert named(checkpoint_dir=f"folder_{rank}", dataset=Drawing()) == []
+    assert named(rate=0.1) == []
+
+
+def test_processes_given_different_settings_or_data_stop() -> None:
+    on_processes(2, unlike_processes)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import random
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -432,3 +434,36 @@ def test_trainer_made_again_says_how_to_start_over(tmp_path: Path, capsys: pytes
     model = Bigram()
     assert "start over" not in said(Trainer(model, in_memory, loader))
     assert "new model" in said(Trainer(model, in_memory, loader)).partition("start over")[2]
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["python", "numpy"])
+def test_resume_repeats_draws_in_forward(tmp_path: Path, draw: Any) -> None:
+    class LayerDrop(Bigram):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return super().forward(ids) * float(draw())
+
+    ends = []
+    for stops in ((), (3, None)):
+        for stop in stops or (None,):
+            torch.manual_seed(0)
+            config = TrainingConfig(max_steps=6, checkpoint_dir=str(tmp_path / str(bool(stops))))
+            callbacks = [StopAt(stop)] if stop else []
+            trainer = Trainer(LayerDrop(), config, DataLoader(PartlyIgnored(), batch_size=8), callbacks=callbacks)
+            trainer.train()
+        ends.append(weights(trainer))
+    assert_same_weights(*ends)
+
+
+@pytest.mark.parametrize("before", [None, torch.zeros(3)])
+def test_buffers_of_another_shape_after_a_step_are_refused(tmp_path: Path, before: Any) -> None:
+    class Late(Bigram):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            self.mean = torch.zeros(12)
+            return super().forward(ids)
+
+    model = Late()
+    model.register_buffer("mean", before)
+    config = TrainingConfig(max_steps=2, checkpoint_dir=str(tmp_path))
+    with pytest.raises(CheckpointError, match="mean"):
+        Trainer(model, config, DataLoader(PartlyIgnored(), batch_size=8), callbacks=[]).train()
+    assert not list(tmp_path.glob("step_*"))

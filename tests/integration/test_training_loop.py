@@ -228,7 +228,7 @@ def test_a_users_optimizer_schedule_and_loss_are_used(tmp_path: Path) -> None:
     trainer = Trainer(model, config, loader, callbacks=[], optimizer=optimizer, scheduler=scheduler, loss_fn=loss_fn)
     assert trainer.train()["learning_rate"] == [0.5, 0.25, 0.125, 0.0625]
     assert trainer.optimizer is optimizer
-    assert seen == [11] * 5  # the first batch is checked before the first step
+    assert seen[-4:] == [11] * 4  # after those that check the first batch
 
 
 def test_an_epoch_visits_every_sample_once_in_an_order_of_its_own(tmp_path: Path) -> None:
@@ -310,6 +310,37 @@ def test_a_frozen_model_in_16_bits_stays_if_autocast_computes_in_them() -> None:
     Trainer(model, config, DataLoader(PartlyIgnored(), 8), callbacks=[]).train()
     assert model.embedding.weight.dtype == torch.bfloat16
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_weights_that_share_memory_in_16_bits_share_it_afterwards() -> None:
+    model = Bigram().bfloat16()
+    model.transposed = nn.Parameter(model.head.weight.data.t())
+    before = model.head.weight.detach().float()
+    Trainer(model, TrainingConfig(max_steps=1), DataLoader(PartlyIgnored(), 8), callbacks=[])
+    assert torch.equal(model.head.weight, before)
+    assert model.transposed.data_ptr() == model.head.weight.data_ptr()
+    assert torch.equal(model.transposed, before.t())
+
+
+@pytest.mark.parametrize("kind", ["sparse", "lazy", "inference"])
+def test_weights_that_cannot_be_trained_are_named(kind: str) -> None:
+    model = Bigram()
+    with torch.inference_mode(kind == "inference"):
+        made = {
+            "sparse": lambda: nn.Embedding(20, 12, sparse=True),
+            "lazy": lambda: nn.LazyLinear(20),
+            "inference": lambda: nn.Linear(12, 20),
+        }
+        setattr(model, "embedding" if kind == "sparse" else "head", made[kind]())
+    with pytest.raises(ConfigError, match="embedding" if kind == "sparse" else "head"):
+        Trainer(model, TrainingConfig(max_steps=1), DataLoader(PartlyIgnored(), 8), callbacks=[])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_train_without_gradients_is_refused(mode: Any) -> None:
+    trainer = bigram_trainer_in_memory()
+    with mode(), pytest.raises(ConfigError, match="no_grad"):
+        trainer.train()
 
 
 class Quantized(nn.Parameter):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fundamentallm import Callback, LoggingCallback, Trainer, TrainingConfig, TrainingError, create_loss
-from fundamentallm.errors import CheckpointError
+from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.training.optimizers import create_optimizer
 from fundamentallm.training.step import skips_on_device
 from tests.integration.runs import PartlyIgnored, assert_same_weights, lines, make_config, make_trainer, on_processes
@@ -253,6 +254,49 @@ def test_a_bad_step_changes_no_buffer(bad_step: int, optimizer: str) -> None:
     for name in ("norm.running_mean", "norm.num_batches_tracked", "codebook"):
         assert not torch.equal(taken[bad_step + 1][name], taken[bad_step][name])
     assert (taken[-1]["late"], taken[-1]["constant"].tolist()) == (2, [1, 1, 1])
+
+
+class SecondOrder(torch.optim.SGD):
+    """Differentiates the gradients, as AdaHessian does."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        (group,) = self.param_groups
+        torch.autograd.grad([p.grad.sum() for p in group["params"]], group["params"])
+
+
+def test_an_optimizer_of_second_derivatives_is_named() -> None:
+    model = Bigram()
+    optimizer = SecondOrder(model.parameters(), lr=0.1)
+    trainer = Trainer(
+        model, TrainingConfig(max_steps=1), DataLoader(PartlyIgnored(), 8), callbacks=[], optimizer=optimizer
+    )
+    with pytest.raises(ConfigError, match="SecondOrder"):
+        trainer.train()
+
+
+class Thawing(Callback):
+    """Freezes the running statistics for the first two steps."""
+
+    def on_step_begin(self, trainer: Trainer) -> None:
+        trainer.model.norm.train(trainer.global_step >= 2)
+
+
+def test_a_bad_step_changes_no_buffer_that_changed_late() -> None:
+    torch.manual_seed(0)
+    buffers, loader = Buffers(), DataLoader(PartlyIgnored(), batch_size=8)
+    loss = SpoiledLoss("loss", {4})
+    Trainer(Normed(), TrainingConfig(max_steps=5), loader, None, [Thawing(), buffers], loss_fn=loss).train()
+    means = [taken["norm.running_mean"] for taken in buffers.taken]
+    assert [torch.equal(*pair) for pair in itertools.pairwise(means)] == [True, False, True, False]
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_buffer_that_no_checkpoint_holds_is_named(persistent: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model = Normed()
+    model.register_buffer("codebook", torch.zeros(12), persistent=persistent)
+    Trainer(model, TrainingConfig(max_steps=1), DataLoader(PartlyIgnored(), 8), callbacks=[]).train()
+    named = [record for record in caplog.records if "codebook" in record.getMessage()]
+    assert len(named) == (not persistent)
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # before the skipped optimizer step

@@ -238,13 +238,21 @@ def test_objective_takes_a_dataclass() -> None:
     assert trainer(Model(), data, collate, objective=sum_of, training=training).train()["train_loss"][0] > 0
 
 
-def test_check_changes_neither_buffers_nor_gradients_nor_modes() -> None:
+def test_check_of_the_first_batch_leaves_no_trace() -> None:
     class Noisy(Model):
         def __init__(self) -> None:
             super().__init__()
-            self.norm = nn.BatchNorm1d(8)
+            self.norm, self.calls, self.counts = nn.BatchNorm1d(8), 0, [0]
+
+        def get_extra_state(self) -> list[int]:
+            return self.counts
+
+        def set_extra_state(self, state: list[int]) -> None:
+            self.counts = state
 
         def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.counts[0] += 1
             return self.head(self.norm(self.embedding(x).transpose(1, 2)).transpose(1, 2))
 
     class AtFirstStep(Callback):
@@ -254,13 +262,15 @@ def test_check_changes_neither_buffers_nor_gradients_nor_modes() -> None:
             model = trainer.model
             buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
             grads = [parameter.grad for parameter in model.parameters()]
-            self.found = self.found or (buffers, grads, [module.training for module in model.modules()])
+            modes, counts = [module.training for module in model.modules()], (model.calls, *model.counts)
+            self.found = self.found or (buffers, grads, modes, counts)
 
     callback = AtFirstStep()
     made = trainer(Noisy(), pairs(), callbacks=[callback])
     before = {name: buffer.clone() for name, buffer in made.model.named_buffers()}
     made.train()
-    buffers, grads, modes = callback.found
+    buffers, grads, modes, counts = callback.found
+    assert counts == (0, 0)
     assert all(torch.equal(buffers[name], before[name]) for name in before)
     assert grads == [None] * len(grads)
     assert all(modes)
@@ -270,3 +280,29 @@ def test_a_loss_beside_the_models_own_is_refused() -> None:
     with pytest.raises(ConfigError) as error:
         trainer(WithLabels(with_loss), mappings(), training={"loss": "focal"}).train()
     assert error.value.problems[0].setting == "training.loss"
+
+
+def summed(logits: Tensor, labels: Tensor) -> Tensor:
+    return loss(logits, labels, "sum")
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 1])
+@pytest.mark.parametrize(
+    ("given", "is_sum"),
+    [
+        ({"loss_fn": loss}, False),
+        ({"loss_fn": summed}, True),
+        ({"objective": lambda model, batch: loss(model(batch[0]), batch[1])}, False),
+        ({"objective": lambda model, batch: summed(model(batch[0]), batch[1])}, True),
+    ],
+    ids=["mean", "sum", "objective's mean", "objective's sum"],
+)
+def test_a_mean_is_refused_as_a_loss(given: Any, is_sum: bool, micro_batch_size: int | None) -> None:
+    made = trainer(Model(), pairs(), training={"micro_batch_size": micro_batch_size}, **given)
+    if is_sum:
+        made.train()
+        return
+    with pytest.raises(ConfigError, match="reduction=") as error:
+        made.train()
+    assert error.value.problems[0].setting == "the loss"
+    assert made.global_step == 0

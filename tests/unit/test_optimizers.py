@@ -16,7 +16,7 @@ from fundamentallm.config.schema import ModelConfig
 from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.training.muon import Muon, orthogonalize
-from fundamentallm.training.optimizers import check_layouts, create_optimizer
+from fundamentallm.training.optimizers import check_optimizer, create_optimizer
 from fundamentallm.training.schedulers import create_scheduler
 
 KINDS = ("adamw", "adam", "sgd", "muon")
@@ -543,10 +543,32 @@ def test_moments_of_a_contiguous_run_fit_another_layout(tmp_path: Any) -> None:
     torch.testing.assert_close(strided.weight, plain.weight, rtol=1e-6, atol=1e-6)
 
 
-def test_check_layouts_names_a_slice_that_a_fused_optimizer_trains() -> None:
+def test_check_optimizer_names_a_slice_that_a_fused_optimizer_trains() -> None:
     model = OneParameter(torch.ones(4, 5)[:, :3])
     with pytest.raises(ConfigError, match="weight"):
-        check_layouts(model, torch.optim.AdamW(model.parameters(), fused=True))
+        check_optimizer(model, torch.optim.AdamW(model.parameters(), fused=True))
+
+
+class LikeSAM(torch.optim.SGD):
+    """Has the two steps of the SAM family."""
+
+    def first_step(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("kind", [torch.optim.LBFGS, LikeSAM])
+def test_check_optimizer_names_one_that_needs_a_closure(kind: Any) -> None:
+    model = Tiny()
+    with pytest.raises(ConfigError, match=kind.__name__):
+        check_optimizer(model, kind(model.parameters(), lr=0.1))
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_check_optimizer_names_a_parameter_given_twice() -> None:
+    model = Tiny()
+    (name, twice), *_ = model.named_parameters()
+    with pytest.raises(ConfigError, match=name):
+        check_optimizer(model, torch.optim.SGD([*model.parameters(), twice], lr=0.1))
 
 
 class Counting(torch.optim.SGD):
