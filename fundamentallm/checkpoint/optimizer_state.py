@@ -149,12 +149,16 @@ def _settings_of(names: list[str], groups: list[dict[str, Any]]) -> dict[str, An
     return found[0] if found else {}
 
 
+def _described(value: Any) -> str:
+    return f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
 def _problems(saved: dict[str, Any], trained: dict[str, nn.Parameter], by_torch: set[str]) -> list[str]:
     by_name, counts = saved["state"], _count_entries(saved["state"])
     problems = [f"{name} is not trained here" for name in sorted(by_name.keys() - trained.keys())]
     problems += [f"{name} is missing" for name in sorted(trained.keys() - by_name.keys())]
     problems += [
-        f"{key} does not fit {name}, of shape {tuple(trained[name].shape)}"
+        f"{key} of {name} is {_described(value)}, and the weight has the shape {tuple(trained[name].shape)}"
         for name, state in by_name.items()
         for key, value in state.items()
         if name in by_torch and not _fits(key, value, trained[name])

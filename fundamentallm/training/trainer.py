@@ -222,10 +222,9 @@ class Trainer(TrainerView):
             steps_left = self.total_steps - self.global_step
             self.saver.check_room(saves_left(self.config.training, steps_left, self.steps_per_epoch))
             self._settle_micro_batch()
-            content = self._progress.segments[-1]["content"]
             accelerator, device = self.accelerator, device_name(self.accelerator.device)
             about = environment(device, accelerator.num_processes, accelerator.mixed_precision)
-            self._record.launch(resumed_from, self.config, about, content)
+            self._record.launch(resumed_from, self.config, about, self._progress.segments[-1]["content"])
             self.stop_switch.begin()
             launch.enter_context(self.stop_switch.handling_signals())
             try:
