@@ -8,7 +8,7 @@ import sys
 from importlib.metadata import version
 
 from fundamentallm.config.registry import did_you_mean
-from fundamentallm.errors import ConfigError, FundamentaLLMError, Problem, exit_code, report
+from fundamentallm.errors import ConfigError, FundamentaLLMError, Problem, exit_code, open_output, report
 from fundamentallm.signals import ended_by_signals
 
 VERBS = {
@@ -32,6 +32,7 @@ VERBS = {
 
 def main() -> int:
     """Run the command that the command line names, and return the exit code."""
+    open_output()
     verb, *arguments = sys.argv[1:] or ["--help"]
     try:
         with ended_by_signals():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import multiprocessing
 import os
@@ -131,12 +132,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def writing(path: object) -> Iterator[None]:
+def writing(path: object, advice: str = "") -> Iterator[None]:
     """Turn an OSError in the block into a FundamentaLLMError that names the file; a full disk's own names none."""
     try:
         yield
     except OSError as error:
-        raise FundamentaLLMError(f"{path} cannot be written: {error}.") from error
+        raise FundamentaLLMError(f"{path} cannot be written: {error}. {advice}".rstrip()) from error
 
 
 # Exit codes besides 0. 75 is EX_TEMPFAIL of sysexits.h, "try again later". 130 is a shell's code for Ctrl-C.
@@ -164,6 +165,38 @@ def printable(text: str, keep: str = "\n\t") -> str:
         return c.isprintable() or c in keep or c in "\u200c\u200d\u00ad" or unicodedata.category(c) == "Zs"
 
     return "".join(c if is_shown(c) else ascii(c)[1:-1] for c in text)
+
+
+class _Dropping(io.FileIO):
+    """An open file that drops what it cannot take: its reader is gone, or the disk is full."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or len(data)
+        except OSError:
+            return len(data)
+
+
+def open_output(drops: bool = False) -> None:
+    """Makes stdout and stderr of a command take any text: what they cannot encode is escaped.
+
+    If they are closed, the text goes nowhere. With `drops`, it also does if they cannot be written, so that printing
+    does not end a run.
+    """
+    for number in range(3):  # otherwise a file of the run would get the number, and what libraries print
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        is_own = isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__")  # not a notebook's
+        if is_own:
+            stream.reconfigure(errors="backslashreplace")
+        if stream is None or (drops and is_own):
+            file = io.BufferedWriter(_Dropping(number, "w", closefd=False))
+            encoding = "utf-8" if stream is None else stream.encoding
+            setattr(sys, name, io.TextIOWrapper(file, encoding, "backslashreplace", line_buffering=True))
 
 
 def report(error: FundamentaLLMError) -> int:

@@ -27,6 +27,7 @@ from fundamentallm.errors import (
     Interrupted,
     Problem,
     exit_code,
+    open_output,
     print_last,
     report,
 )
@@ -50,6 +51,7 @@ FEW_STEPS = 100
 
 def main(arguments: Sequence[str] | None = None, program: str = "python -m fundamentallm.train") -> int:
     """Runs the command line and returns the exit code."""
+    open_output(drops=True)
     config = None
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
@@ -259,11 +261,12 @@ def _report_end(trainer: Trainer, config: Config, seconds: float) -> None:
         with suppress(Interrupted):  # the run is finished
             if written := continuation(trainer, None, config.sample_tokens):
                 trainer.say(f"---- sample: {written[0]!r} continued ----\n{written[1]}")
+    curves = ", curves" if (Path(config.output_dir) / "curves.png").is_file() else ""
     best, folder = trainer.metrics.get_best("val_loss"), shlex.quote(config.output_dir)
     trainer.say(
         f"finished at step {trainer.global_step}/{trainer.total_steps} after {duration_text(seconds)}"
         + (f", best val_loss {best:.4f}" if best is not None else "")
-        + f"\nmetrics, curves and checkpoints are in {config.output_dir}; next:"
+        + f"\nmetrics{curves} and checkpoints are in {config.output_dir}; next:"
         f"\n  fundamentallm generate --checkpoint {folder}"
         f"\n  fundamentallm report {folder}"
     )

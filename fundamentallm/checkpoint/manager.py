@@ -48,6 +48,7 @@ class CheckpointManager:
     Attributes:
         seconds: time that the last save took to write.
         origin: a checkpoint that is never deleted, because a restart needs it; None: there is none.
+        writer: the thread of the last save in the background; None: `wait` has seen its end.
 
     Raises:
         ConfigError: if keep_last_n is below 1.
@@ -77,7 +78,7 @@ class CheckpointManager:
         self.group = group or HostGroup(alone=True)
         self.seconds = 0.0
         self.origin: Path | None = None
-        self._writer: threading.Thread | None = None
+        self.writer: threading.Thread | None = None
         self._error: BaseException | None = None
         self._buffers: Mapping[str, Tensor] = {}
 
@@ -124,8 +125,8 @@ class CheckpointManager:
         snapshot = self._snapshot(checkpoint, name, is_best, files)
         self._buffers = snapshot.copies
         # A daemon does not keep a process alive that is to end at once. What it leaves unfinished costs no checkpoint.
-        self._writer = threading.Thread(target=self._try_to_write, args=(snapshot,), name="checkpoint", daemon=True)
-        self._writer.start()
+        self.writer = threading.Thread(target=self._try_to_write, args=(snapshot,), name="checkpoint", daemon=True)
+        self.writer.start()
 
     @property
     def has_failed(self) -> bool:
@@ -138,9 +139,9 @@ class CheckpointManager:
         Raises:
             CheckpointError: if it failed.
         """
-        if self._writer is not None:
-            self._writer.join()
-            self._writer = None
+        if self.writer is not None:
+            self.writer.join()
+            self.writer = None
         error, self._error = self._error, None
         if error is not None:
             raise error

@@ -105,7 +105,8 @@ def _print_all(tokenizer: Tokenizer, prompts: list[str], drawn: Iterator[dict[in
     for index, (prompt, ids) in enumerate(zip(prompts, texts, strict=True)):
         text = tokenizer.decode(ids)
         if as_json:
-            escaped = sys.stdout.isatty()  # JSON leaves some control characters as they are otherwise
+            # Otherwise JSON leaves some control characters as they are, and what the encoding lacks.
+            escaped = sys.stdout.isatty() or sys.stdout.encoding.lower() != "utf-8"
             print(json.dumps({"prompt": prompt, "text": text, "tokens": len(ids)}, ensure_ascii=escaped))
         else:
             _print(f"{'' if index == 0 else chr(10)}---- {index} ----\n{prompt}{text}")

@@ -21,12 +21,13 @@ DATASETS = "datasets:"
 """Prefix of a source that the datasets library opens."""
 PREPARED = ("meta.json", "tokenizer.json", "train.bin", "validation.bin")
 """Files of a prepared source."""
-ROWS, TOKENS = (".jsonl", ".ndjson", ".json", ".parquet"), (".bin", ".npy")
+ROWS, TOKENS = (".jsonl", ".jsonlines", ".jl", ".ndjson", ".json", ".parquet"), (".bin", ".npy")
 """Suffixes of files with rows of fields, and of files with tokens."""
 NOT_TEXT = (
     ".csv", ".tsv", ".arrow", ".feather", ".orc", ".avro", ".xls", ".xlsx", ".ods", ".db", ".sqlite", ".sqlite3",
     ".h5", ".hdf5", ".npz", ".pkl", ".pickle", ".pt", ".pth", ".safetensors", ".gz", ".tgz", ".bz2", ".xz", ".zst",
     ".zip", ".7z", ".rar", ".tar", ".pdf", ".doc", ".docx", ".odt", ".epub",
+    ".ipynb",
 )  # fmt: skip
 """Suffixes of files that are refused, although some could be decoded as text. Files with any other suffix are text."""
 ENDINGS = 5
@@ -189,6 +190,8 @@ def _folder_problems(setting: str, path: str | None) -> list[Problem]:
     """Returns the problem with a folder to be made: it, or a parent, is something else."""
     if path is None:
         return []
+    if "\0" in path:
+        return [Problem(setting, path, "a path without null characters")]
     absolute = Path(expand_user(path)).absolute()
     existing = next(folder for folder in (absolute, *absolute.parents) if os.path.lexists(folder))
     return [] if existing.is_dir() else [Problem(setting, path, reason="which is not a folder", advice="Give another.")]
@@ -207,7 +210,8 @@ def file_problems(config: Config) -> list[Problem]:
     problems += _folder_problems("output_dir", config.output_dir)
     problems += _folder_problems("training.checkpoint_dir", config.training.checkpoint_dir)
     # A resumed run takes its weights from its own newest checkpoint, and the one it started from may be gone.
-    has_own = glob.glob(os.path.join(glob.escape(config.folder_of_checkpoints()), "*", "manifest.json"))
+    own = os.path.join(glob.escape(config.folder_of_checkpoints()), "*", "manifest.json")
+    has_own = "\0" not in own and glob.glob(own)
     initial = {"model.init_from": config.model.init_from, "training.resume": config.training.resume}
     for name, folder in initial.items():
         if folder in (None, "auto", "never") or has_own:

@@ -120,7 +120,9 @@ def _hints(section: Any) -> dict[str, Any]:
 
 
 def _unknown_setting(name: str, value: Any, known: Collection[str]) -> Problem:
-    return Problem(name, value, "", setting_meant(name, known), text="unknown setting")
+    section, _, key = name.partition(".")
+    advice = f"Nest it: '{section}: {{{key}: ...}}'." if key and section in known else setting_meant(name, known)
+    return Problem(name, value, "", advice, text="unknown setting")
 
 
 class Section:

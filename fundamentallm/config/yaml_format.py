@@ -79,6 +79,8 @@ def from_yaml(text: str, only_text: bool = False) -> Any:
         raise ValueError(" ".join(str(error).split())) from error
     except LookupError as error:  # what PyYAML raises for `!!bool x`
         raise ValueError(f"a value does not fit its tag ({error})") from error
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def to_yaml(config: Config | dict[str, Any]) -> str:

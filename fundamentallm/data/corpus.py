@@ -27,7 +27,9 @@ from fundamentallm.config.validation import expand_user
 from fundamentallm.data.encoding import (
     PARTS,
     Facts,
+    digested,
     progress_bar,
+    read_again,
     settings_of_tokens,
     split_pieces,
     token_dtype,
@@ -124,7 +126,7 @@ def load_corpus(config: DataConfig, show_progress: bool = True, tokenizer: Token
             if (source.files[0] / CHECKSUMS).exists() and not _is_ready(source.files[0], cache):
                 raise source_error(source.name, "which is damaged", advice="Prepare it again.")
     if missing := [source for source in raw if not _is_ready(folders[source.name], cache)]:
-        with writing(cache):
+        with writing(cache, "Choose another data.cache_dir."):
             if tokenizer is None:
                 ready = [folders[source.name] for source in raw if source not in missing]
                 tokenizer = _make_tokenizer(config, raw, facts, ready, show_progress)
@@ -228,10 +230,7 @@ def _read_facts(config: DataConfig, source: SourceFiles, show_progress: bool = F
         return Facts(digest.hexdigest(), size, "", [])
     characters = np.zeros(0x110000, dtype=bool)
     with progress_bar("reading", source, show_progress) as bar:
-        for piece in read_source(config, source, bad):
-            digest.update(piece.text.encode())
-            if config.end_of_text is not None and (piece.ends or piece.is_prompt):
-                digest.update(b"\xff" if piece.ends else b"\xfe")  # bytes that occur in no UTF-8 text
+        for piece in digested(config, read_source(config, source, bad), digest):
             size += len(piece.text) if config.prompt_field is None else piece.ends
             if config.tokenizer == "char":
                 characters[np.frombuffer(piece.text.encode("utf-32-le"), np.uint32)] = True
@@ -268,7 +267,7 @@ def _make_tokenizer(
     def training_text() -> Iterator[str]:
         for source in sources:
             size = int(facts[source.name].size * config.train_split)
-            pieces = split_pieces(read_source(config, source, []), size, config.prompt_field is not None)
+            pieces = split_pieces(read_again(config, source, facts[source.name]), size, config.prompt_field is not None)
             with progress_bar(f"learning {config.tokenizer} from", source, show_progress) as bar:
                 for part, piece in pieces:
                     if part == 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import contextlib
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -33,7 +34,7 @@ from fundamentallm.data.sources import (
     token_blocks,
 )
 from fundamentallm.data.tokenizers import find_unknown, num_bytes, num_ids, plain_copy, with_unknown
-from fundamentallm.errors import printable
+from fundamentallm.errors import ConfigError, printable
 
 PIECES_AT_ONCE = max(16, 2 * (os.cpu_count() or 1))
 """Pieces that the tokenizer's threads encode together. Bounds memory, at about 150 bytes a token."""
@@ -124,13 +125,34 @@ def progress_bar(action: str, source: SourceFiles, is_shown: bool, total: int | 
     return tqdm(desc=title, total=total, unit="", unit_scale=True, delay=1, disable=not is_shown)
 
 
+def digested(config: DataConfig, pieces: Iterable[Piece], digest: Any) -> Iterator[Piece]:
+    """Yield pieces, and add to `digest` their text and where documents end."""
+    for piece in pieces:
+        digest.update(piece.text.encode())
+        if config.end_of_text is not None and (piece.ends or piece.is_prompt):
+            digest.update(b"\xff" if piece.ends else b"\xfe")  # bytes that occur in no UTF-8 text
+        yield piece
+
+
+def read_again(config: DataConfig, source: SourceFiles, facts: Facts) -> Iterator[Piece]:
+    """Yield the pieces of a source. Raises ConfigError at their end if they are not those that `facts` are of."""
+    digest = hashlib.sha256()
+    yield from digested(config, read_source(config, source, []), digest)
+    if digest.hexdigest() != facts.sha256:
+        raise _changed(source)
+
+
+def _changed(source: SourceFiles) -> ConfigError:
+    return source_error(source.name, "which was changed while it was read", advice="Start again.")
+
+
 def write_source(
     config: DataConfig, source: SourceFiles, facts: Facts, tokenizer: Tokenizer, folder: Path, show_progress: bool
 ) -> None:
     """Write the files of a prepared source to an empty folder.
 
     Raises:
-        ConfigError: if the vocabulary lacks some of the characters or tokens.
+        ConfigError: if the vocabulary lacks some of the characters or tokens, or the source is not that of `facts`.
         OSError: if the files cannot be written.
     """
     # Tokenizer.save raises exceptions that are no OSErrors.
@@ -141,12 +163,10 @@ def write_source(
         bar = stack.enter_context(progress_bar("tokenizing", source, show_progress, facts.size))
         files = [stack.enter_context((folder / f"{part}.bin").open("wb")) for part in PARTS]
         written = Writer(tokenizer, end, by_rows, files, bar, [*facts.bad])
-        if source.kind == "tokens":
-            _copy_tokens(source, train_size, written)
-        else:
-            _encode(config, source, split_pieces(read_source(config, source, []), train_size, by_rows), written)
-    if written.done != facts.size:
-        raise source_error(source.name, "which was changed while it was read", advice="Start again.")
+        if source.kind != "tokens":
+            _encode(config, source, split_pieces(read_again(config, source, facts), train_size, by_rows), written)
+        elif _copy_tokens(source, train_size, written) != facts.sha256:
+            raise _changed(source)
     if by_rows:
         for part, rows in zip(PARTS, written.rows, strict=True):
             (folder / f"{part}.rows.bin").write_bytes(rows)
@@ -216,10 +236,12 @@ def _why_unknown(piece: Piece, encoded: Encoded) -> str:
     return f"{where} has {encoded.named_unknown()}, which the vocabulary lacks"
 
 
-def _copy_tokens(source: SourceFiles, train_size: int, writer: Writer) -> None:
-    """Copy ready-made tokens after checking that the vocabulary has them."""
+def _copy_tokens(source: SourceFiles, train_size: int, writer: Writer) -> str:
+    """Copy ready-made tokens after checking that the vocabulary has them. Returns their SHA-256."""
+    digest = hashlib.sha256()
     dtype, vocabulary = token_dtype(writer.tokenizer), num_ids(writer.tokenizer)
     for path, block in token_blocks(source, dtype):
+        digest.update(np.ascontiguousarray(block, np.int64).data)
         if not 0 <= block.min() <= block.max() < vocabulary:
             reason = f"whose file {path} has tokens from {block.min()} to {block.max()}"
             raise source_error(source.name, reason, f"0 to {vocabulary - 1}, the vocabulary of data.tokenizer")
@@ -230,6 +252,7 @@ def _copy_tokens(source: SourceFiles, train_size: int, writer: Writer) -> None:
         for part, ids in enumerate((train, validation)):
             writer.write_ids(part, ids)
         writer.advance(len(block))
+    return digest.hexdigest()
 
 
 def split_pieces(pieces: Iterable[Piece], train_size: int, by_rows: bool = False) -> Iterator[tuple[int, Piece]]:

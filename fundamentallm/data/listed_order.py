@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fundamentallm.data.random_draws import seed_draws
 from fundamentallm.data.sampler import derive_seed
 from fundamentallm.errors import ConfigError, Problem
 
@@ -54,22 +55,22 @@ class ListedOrder:
         return order
 
     def _list(self, epoch: int, global_seed: int = 0) -> list[Any]:
-        limit = 100 * self.num_samples + 1
+        too_many = 100 * self.num_samples + 1
         with _seeded(self.sampler, derive_seed(self.seed, epoch), epoch), global_states(global_seed):
-            order = list(itertools.islice(iter(self.sampler), limit))
-        is_batched = bool(order) and isinstance(order[0], (list, tuple))
-        order = [[int(i) for i in batch] for batch in order] if is_batched else [int(i) for i in order]
-        indices = list(itertools.chain.from_iterable(order)) if is_batched else order
-        if not indices or len(order) == limit:
-            raise self._problem(f"yields {'no end of' if indices else 'no'} indices", "Give it an end.")
-        if not 0 <= min(indices) <= max(indices) < self.num_samples:
-            raise self._problem(
-                f"yields {min(indices)} to {max(indices)}", f"The dataset has {self.num_samples} samples."
-            )
+            order = list(itertools.islice(iter(self.sampler), too_many))
+        if not order or len(order) == too_many:
+            raise self._problem(f"yields {'no end of' if order else 'no'} indices", "Give it an end.")
+        if isinstance(order[0], (list, tuple)):
+            order = [[int(index) for index in batch] for batch in order]
+            indices = list(itertools.chain.from_iterable(order))
+        else:
+            order = indices = [int(index) for index in order]
+        if not all(0 <= index < self.num_samples for index in indices):
+            found = f"yields {min(indices)} to {max(indices)}"
+            raise self._problem(found, f"The dataset has {self.num_samples} samples.")
         if epoch and len(order) != self.length:
-            raise self._problem(
-                f"yields {len(order)} in epoch {epoch} and {self.length} in epoch 0", "Give it one length."
-            )
+            found = f"yields {len(order)} in epoch {epoch} and {self.length} in epoch 0"
+            raise self._problem(found, "Give it one length.")
         return order
 
     def _problem(self, found: str, advice: str) -> ConfigError:
@@ -104,9 +105,7 @@ def _seeded(sampler: Any, seed: int, epoch: int) -> Iterator[None]:
 def global_states(seed: int) -> Iterator[None]:
     """Seed the global generators on entry, and set them back on exit."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    torch.default_generator.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)
+    seed_draws(seed, 0, 0)
     try:
         yield
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,50 +19,53 @@ LABELS = "labels"
 """Key of the targets in a mapping, as transformers names it."""
 
 
-def _rebuild(batch: Any, function: Callable[[Any, str], Any]) -> Any:
-    """Returns a copy of a container with `function` applied to (entry, name). Other objects are returned as they are.
+def _entries(batch: Any) -> dict[Any, Any]:
+    """Returns the entries of a mapping, of a list or tuple by index, or of a dataclass by field; otherwise none."""
+    if isinstance(batch, Mapping):
+        return dict(batch)
+    if hasattr(batch, "to"):  # a tensor, or a packed sequence, which is a named tuple and has no rows
+        return {}
+    if isinstance(batch, (tuple, list)):
+        return dict(enumerate(batch))
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch) if field.init}
+    return {}
 
-    accelerate's `recursively_apply` knows no dataclasses, and makes mappings by constructors that may want more.
+
+def _rebuilt(batch: Any, entries: dict[Any, Any]) -> Any:
+    """Returns a copy of a container with other entries.
+
+    accelerate's `recursively_apply` knows no dataclasses, and its copy of a mapping keeps nothing but the entries.
     """
     if isinstance(batch, Mapping):
-        entries = {key: function(value, f"[{key!r}]") for key, value in batch.items()}
-        if not isinstance(batch, MutableMapping):
-            return type(batch)(entries)  # type: ignore[call-arg]
-        mapping = copy.copy(batch)
-        for key, value in entries.items():
-            mapping[key] = value
-        return mapping
-    if callable(getattr(batch, "to", None)):  # a packed sequence is a named tuple, and has no rows
-        return batch
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        result = copy.copy(batch)
-        for field in dataclasses.fields(batch):
-            # A frozen dataclass has no other way.
-            object.__setattr__(result, field.name, function(getattr(batch, field.name), f".{field.name}"))
+        result: Any = copy.copy(batch) if isinstance(batch, MutableMapping) else dict(batch)
+        for key, entry in entries.items():
+            result[key] = entry
         return result
     if isinstance(batch, (tuple, list)):
-        return honor_type(batch, (function(entry, f"[{index}]") for index, entry in enumerate(batch)))
-    return batch
+        return honor_type(batch, entries.values())
+    return dataclasses.replace(batch, **entries)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """Returns a batch with its tensors on a device, without waiting for it. Other entries are passed through."""
-    result = _rebuild(batch, lambda entry, _: to_device(entry, device))
-    return send_to_device(batch, device, non_blocking=True) if result is batch else result
+    if entries := _entries(batch):
+        return _rebuilt(batch, {key: to_device(entry, device) for key, entry in entries.items()})
+    return send_to_device(batch, device, non_blocking=True)
 
 
 def tensors(batch: Any) -> list[Tensor]:
     """Returns all tensors of a batch."""
-    found = [batch] if isinstance(batch, Tensor) else []
-    _rebuild(batch, lambda entry, _: found.extend(tensors(entry)))
-    return found
+    if isinstance(batch, Tensor):
+        return [batch]
+    return [tensor for entry in _entries(batch).values() for tensor in tensors(entry)]
 
 
-def take_rows(batch: Any, rows: int, index: slice | list[int], name: str = "") -> Any:
+def take_rows(batch: Any, rows: int, index: slice | list[int], name: str = "batch", in_mapping: bool = False) -> Any:
     """Returns the rows `index` of a batch of `rows` samples.
 
-    Tensors and arrays are cut along their first dimension, and so are lists of one entry for each sample. Scalars and
-    other objects are the same in each row.
+    Tensors and arrays are cut along their first dimension, and lists of samples by their entries. Scalars and other
+    objects are the same in each row.
 
     Raises:
         ConfigError: if a tensor does not have one row for each sample.
@@ -71,25 +74,37 @@ def take_rows(batch: Any, rows: int, index: slice | list[int], name: str = "") -
         if batch.ndim and len(batch) != rows:
             raise _not_by_rows(name, f"of shape {tuple(batch.shape)}", rows)
         return batch[index] if batch.ndim else batch
-    if isinstance(batch, (tuple, list)) and len(batch) == rows and not _has_columns(batch, rows, name):
-        return honor_type(batch, (batch[i] for i in np.arange(rows)[index]))
-    result = _rebuild(batch, lambda entry, key: take_rows(entry, rows, index, name + key))
-    if result is batch and hasattr(batch, "to"):
+    if _holds_samples(batch, rows, in_mapping):
+        return honor_type(batch, (batch[row] for row in np.arange(rows)[index]))
+    entries, is_mapping = _entries(batch), isinstance(batch, Mapping)
+    if entries:
+        cut = {key: take_rows(entry, rows, index, f"{name}[{key!r}]", is_mapping) for key, entry in entries.items()}
+        return _rebuilt(batch, cut)
+    if hasattr(batch, "to"):
         raise _not_by_rows(name, f"a {type(batch).__name__}", rows)
-    return result
+    return batch
 
 
-def _has_columns(batch: Any, rows: int, name: str) -> bool:
-    """Returns whether a sequence as long as the batch holds columns, such as (inputs, targets) of two samples.
+def _holds_samples(batch: Any, rows: int, in_mapping: bool) -> bool:
+    """Returns whether a list or tuple has one entry for each sample, and not columns such as (inputs, targets).
 
-    Inside a batch (`name` is not empty), tensors of unlike shapes are samples: they could not be stacked.
+    If there are as many samples as columns, its place and its tensors decide. Detection models are why: transformers'
+    take a list in a mapping, and torchvision's images of unlike sizes beside a mapping for each.
     """
-    found = tensors(batch)
-    if hasattr(batch, "_fields") or not found:
-        return hasattr(batch, "_fields")
-    is_cut = all(tensor.ndim and len(tensor) == rows for tensor in found)
-    is_records = all(isinstance(entry, Mapping) for entry in batch)
-    return is_cut and not is_records and (not name or len({tensor.shape for tensor in found}) == 1)
+    if not isinstance(batch, (tuple, list)) or hasattr(batch, "_fields") or len(batch) != rows:
+        return False
+    if in_mapping or not tensors(batch) or any(isinstance(entry, Mapping) for entry in batch):
+        return True
+    shapes = {entry.shape for entry in batch if isinstance(entry, Tensor) and entry.ndim > 2}
+    return len(shapes) > 1 or not all(_is_column(entry, rows) for entry in batch)
+
+
+def _is_column(entry: Any, rows: int) -> bool:
+    if isinstance(entry, Tensor):
+        return entry.ndim == 0 or len(entry) == rows
+    if isinstance(entry, (tuple, list)):
+        return len(entry) == rows or all(_is_column(each, rows) for each in entry)
+    return True
 
 
 def _not_by_rows(name: str, what: str, rows: int) -> ConfigError:
@@ -98,7 +113,7 @@ def _not_by_rows(name: str, what: str, rows: int) -> ConfigError:
         "give the loader drop_last=True and a batch size of at least the number of processes."
     )
     reason = f"which cannot be cut into rows of {rows} samples"
-    return ConfigError(Problem(f"batch{name}", what, advice=advice, reason=reason))
+    return ConfigError(Problem(name, what, advice=advice, reason=reason))
 
 
 class MicroBatch(NamedTuple):
@@ -153,10 +168,13 @@ def _masked(batch: Any, rows: int) -> Any | None:
 
     A single label of a mapping may be a number to predict, for which -100 is a value like others.
     """
-    is_pair = isinstance(batch, (tuple, list)) and len(batch) == 2
-    labels = batch[1] if is_pair else batch.get(LABELS) if isinstance(batch, Mapping) else None
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or (labels.ndim < 2 and not is_pair):
+    is_mapping, entries = isinstance(batch, Mapping), _entries(batch)
+    key: Any = LABELS if is_mapping else 1
+    labels = entries.get(key)
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        return None
+    if labels.ndim < 2 if is_mapping else len(entries) != 2:
         return None
     masked = labels.clone()
     masked[rows:] = IGNORE_INDEX
-    return _rebuild(batch, lambda entry, _: masked if entry is labels else entry)
+    return _rebuilt(batch, entries | {key: masked})

@@ -24,54 +24,33 @@ Its method `num_targets(batch)` counts the targets before the forward pass. With
 class ModelWithLoss(nn.Module):
     """Model and objective in one forward pass, which returns the loss summed over targets.
 
-    - Pairs (inputs, targets): `loss_fn(model(inputs), targets)`. Inputs may be a tensor, a tuple or a mapping.
-    - Mappings: the model's own loss, or `loss_fn(logits, labels)` if its forward takes no `labels`.
-    - Anything else needs an objective of the user's.
-
-    A loss of a model's own is a mean, which is multiplied by its number of targets. What the model adds to it, such as
-    a router loss, is a mean as well: over micro-batches and processes it is averaged by their numbers of targets.
+    An objective has `num_targets(batch)`, and maps (model, batch) to (sum over targets, outputs). The user's is for all
+    batches; without one, `PairLoss` is for (inputs, targets) and `OwnLoss` for mappings.
 
     The Accelerator wraps this module instead of the model. The logits then stay inside the forward pass: accelerate
     does not cast or copy them, and DistributedDataParallel sees a scalar.
 
     Attributes:
-        required: arguments of the model's forward that have no default.
-        shifts: whether the model compares its outputs with the next label, so that the first one does not count.
         trims: whether padding has to be cut off, since the objective need not know targets that are ignored.
-        gives_targets: whether the model is given the targets too, since it would return only the last logits without.
     """
 
     def __init__(self, model: nn.Module, loss_fn: Any, objective: Objective | None = None) -> None:
         super().__init__()
-        self.model, self.loss_fn, self.objective = model, loss_fn, objective
+        self.model, self.loss_fn = model, loss_fn  # a submodule, which follows train() and eval()
+        self.of_user = None if objective is None else UsersObjective(objective)
+        self.of_pairs, self.of_mappings = PairLoss(model, loss_fn), OwnLoss(model, loss_fn)
         self.trims = objective is not None
-        parameters = inspect.signature(model.forward).parameters
-        self._takes_all = any(each.kind == each.VAR_KEYWORD for each in parameters.values())
-        self._names = [name for name, each in parameters.items() if each.kind != each.VAR_KEYWORD]
-        self.required = [name for name in self._names if parameters[name].default is inspect.Parameter.empty]
-        self._options = cache_option(model, False) if self._takes_all or "use_cache" in parameters else {}
-        # If both can compute the loss from hidden states, the logits of a large vocabulary never exist all at once.
-        self.by_hidden = hasattr(loss_fn, "of_hidden") and "of_hidden" in parameters
-        self.has_own_loss = self._takes_all or LABELS in parameters
-        self.shifts, self.gives_targets = _shifts_labels(model), False
-        self._counts = "num_items_in_batch" in parameters or (
-            self._takes_all and hasattr(model, "loss_type") and getattr(model, "accepts_loss_kwargs", True)
-        )
+
+    def objective(self, batch: Any) -> UsersObjective | PairLoss | OwnLoss:
+        """Returns the objective of a batch."""
+        if self.of_user is not None:
+            return self.of_user
+        return self.of_mappings if isinstance(batch, Mapping) else self.of_pairs
 
     def num_targets(self, batch: Any) -> Tensor:
         """Returns the number of targets of a batch, a scalar on its device."""
-        if self.objective is not None:
-            count = getattr(self.objective, "num_targets", _num_rows)(batch)
-        elif isinstance(batch, Mapping):
-            labels = batch.get(LABELS)
-            if not isinstance(labels, Tensor) or (labels.is_floating_point() and self.has_own_loss):
-                count = labels.numel() if isinstance(labels, Tensor) else _num_rows(batch)
-            else:
-                shifts = self.shifts and self.has_own_loss
-                return ((labels[..., 1:] if shifts else labels) != IGNORE_INDEX).sum()
-        else:
-            return (_pair(batch)[1] != IGNORE_INDEX).sum()
-        return torch.as_tensor(count, device=next((tensor.device for tensor in tensors(batch)), None))
+        device = next((tensor.device for tensor in tensors(batch)), None)
+        return torch.as_tensor(self.objective(batch).num_targets(batch), device=device)
 
     def count(self, batch: StepBatch) -> Tensor:
         """Returns the number of targets of this process in a step. Padding has none."""
@@ -79,62 +58,137 @@ class ModelWithLoss(nn.Module):
         return count if batch.rows else count * 0
 
     def forward(self, batch: Any, with_outputs: bool = False) -> Any:
-        """Returns the loss summed over targets, or (loss, outputs) if `with_outputs`, which only metrics need.
-
-        The outputs of pairs are the logits.
-        """
-        if self.objective is not None:
-            result = self.objective(self.model, batch)
-            loss, outputs = result if isinstance(result, tuple) else (result, None)
-        elif isinstance(batch, Mapping):
-            loss, outputs = self._of_mapping(batch)
-        else:
-            loss, outputs = self._of_pair(*_pair(batch), with_outputs)
+        """Returns the loss summed over targets, or (loss, outputs) if `with_outputs`, which only metrics need."""
+        loss, outputs = self.objective(batch)(self.model, batch, with_outputs)
         return (loss, outputs) if with_outputs else loss
 
     def metric_batch(self, batch: Any) -> Any:
         """Returns what validation metrics are given beside the outputs: the batch, or the targets of a pair."""
-        return batch if self.objective is not None or isinstance(batch, Mapping) else _pair(batch)[1]
+        return batch[1] if self.objective(batch) is self.of_pairs else batch
 
-    def _of_pair(self, inputs: Any, targets: Tensor, with_logits: bool) -> tuple[Tensor, Any]:
-        if self.by_hidden and not with_logits:
+
+class UsersObjective:
+    """Minimises what the user's function or object returns."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+
+    def num_targets(self, batch: Any) -> Any:
+        """Returns the objective's own count, or the number of samples."""
+        return getattr(self.objective, "num_targets", _num_rows)(batch)
+
+    def __call__(self, model: nn.Module, batch: Any, with_outputs: bool) -> tuple[Tensor, Any]:
+        """Returns the loss, and the outputs if the objective returns some."""
+        result = self.objective(model, batch)
+        return result if isinstance(result, tuple) else (result, None)
+
+
+class PairLoss:
+    """Minimises `loss_fn(model(inputs), targets)` over pairs (inputs, targets). The outputs are the logits.
+
+    Attributes:
+        by_hidden: whether model and loss can compute it from hidden states. Then the logits of a large vocabulary
+            never exist all at once.
+        gives_targets: whether the model is given the targets too, since it would return only the last logits without.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: Any) -> None:
+        parameters = inspect.signature(model.forward).parameters
+        self.loss_fn, self.gives_targets, self._options = loss_fn, False, _without_cache(model)
+        self.by_hidden = hasattr(loss_fn, "of_hidden") and "of_hidden" in parameters
+
+    def num_targets(self, batch: Any) -> Tensor:
+        """Returns the number of targets that are not ignored."""
+        return (_pair(batch)[1] != IGNORE_INDEX).sum()
+
+    def __call__(self, model: Any, batch: Any, with_outputs: bool) -> tuple[Tensor, Any]:
+        """Returns the loss, with a router loss of the model's for each target in training, and the logits."""
+        inputs, targets = _pair(batch)
+        if self.by_hidden and not with_outputs:
             of_hidden = lambda hidden, weight: self.loss_fn.of_hidden(hidden, weight, targets)  # noqa: E731
-            return self.model(inputs, of_hidden=of_hidden), None
-        output = self.call(inputs, targets)
+            return model(inputs, of_hidden=of_hidden), None
+        output = self.output(model, inputs, targets)
         logits = logits_of(output)
         loss = self.loss_fn(logits, targets)
-        if self.training and (router_loss := getattr(output, "aux_loss", None)) is not None:
-            loss = loss + self.model.router_aux_loss_coef * router_loss * (targets != IGNORE_INDEX).sum()
+        if model.training and (router_loss := getattr(output, "aux_loss", None)) is not None:
+            loss = loss + model.router_aux_loss_coef * router_loss * (targets != IGNORE_INDEX).sum()
         return loss, logits
 
-    def call(self, inputs: Any, targets: Tensor) -> Any:
-        """Returns the model's output for the inputs of a pair."""
-        options = self._options
+    def output(self, model: nn.Module, inputs: Any, targets: Tensor) -> Any:
+        """Returns the model's output for inputs that are a tensor, several in a tuple or list, or a mapping."""
         if isinstance(inputs, Mapping):
-            return self.model(**inputs, **options)
+            return model(**inputs, **self._options)
         arguments = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
         if self.gives_targets:  # only the logits are used, so any target will do
             arguments = (*arguments, targets.clamp(min=0))
-        return self.model(*arguments, **options)
+        return model(*arguments, **self._options)
 
-    def taken(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the entries of a mapping that the model's forward takes."""
-        return {name: value for name, value in batch.items() if self._takes_all or name in self._names}
 
-    def _of_mapping(self, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
-        arguments: dict[str, Any] = {**self._options, **self.taken(batch)}
-        if not self.has_own_loss:
-            output = self.model(**arguments)
-            return self.loss_fn(logits_of(output), _labels(batch)), output
-        count = self.num_targets(batch)
-        if isinstance(labels := batch.get(LABELS), Tensor) and not labels.is_floating_point():
+class OwnLoss:
+    """Minimises the model's own loss over mappings, or `loss_fn(logits, labels)` if its forward takes no `labels`.
+
+    A loss of a model's own is a mean, which is multiplied by its number of targets. What the model adds to it, such as
+    a router loss, is a mean as well: over micro-batches and processes it is averaged by their numbers of targets.
+
+    Attributes:
+        required: arguments of the model's forward that have no default.
+        computes_loss: whether the model has a loss of its own.
+        shifts: whether the model compares its outputs with the next label, so that the first one does not count.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: Any) -> None:
+        parameters = inspect.signature(model.forward).parameters
+        takes_all = any(each.kind == each.VAR_KEYWORD for each in parameters.values())
+        names = [name for name, each in parameters.items() if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
+        self.required = [name for name in names if parameters[name].default is inspect.Parameter.empty]
+        self.loss_fn, self._names, self._options = loss_fn, None if takes_all else names, _without_cache(model)
+        self.computes_loss, self.shifts = takes_all or LABELS in names, _shifts_labels(model)
+        # transformers' models that take any argument hand the count on to their loss function.
+        hands_on = takes_all and hasattr(model, "loss_type") and getattr(model, "accepts_loss_kwargs", True)
+        self._takes_count = hands_on or "num_items_in_batch" in names
+
+    def unused(self, batch: Mapping[str, Any]) -> list[str]:
+        """Returns the entries of a batch that neither the model's forward nor the loss takes."""
+        return [] if self._names is None else [name for name in batch if name not in (*self._names, LABELS)]
+
+    def num_targets(self, batch: Mapping[str, Any]) -> Any:
+        """Returns the number of labels that count, or of samples if there are no labels."""
+        labels = batch.get(LABELS)
+        if not isinstance(labels, Tensor):
+            return _num_rows(batch)
+        if not self.computes_loss:
+            return (labels != IGNORE_INDEX).sum()
+        if labels.is_floating_point():  # numbers to predict
+            return labels.numel()
+        return ((labels[..., 1:] if self.shifts else labels) != IGNORE_INDEX).sum()
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Any], with_outputs: bool) -> tuple[Tensor, Any]:
+        """Returns the loss and the model's output."""
+        unused, labels = self.unused(batch), batch.get(LABELS)
+        arguments = self._options | {name: entry for name, entry in batch.items() if name not in unused}
+        if not self.computes_loss:
+            arguments.pop(LABELS, None)
+            output = model(**arguments)
+            if not isinstance(labels, Tensor):
+                allowed = f"a mapping with a tensor {LABELS!r}"
+                raise ConfigError(Problem("batch", describe(batch), allowed, OBJECTIVE))
+            return self.loss_fn(logits_of(output), labels), output
+        count = torch.as_tensor(self.num_targets(batch))
+        if isinstance(labels, Tensor) and not labels.is_floating_point():
             # A mean over no targets is 0 / 0. One that does not count makes it finite, and its weight is zero.
             arguments[LABELS] = labels = labels.clone()
             labels[..., -1] = torch.where(count == 0, 0, labels[..., -1])
-        if self._counts:
+        if self._takes_count:
             arguments["num_items_in_batch"] = count.clamp(min=1)
-        output = self.model(**arguments)
+        output = model(**arguments)
         return loss_of(output) * count, output
+
+
+def _without_cache(model: nn.Module) -> dict[str, Any]:
+    """Returns the argument by which a model keeps no keys and values for generating text."""
+    parameters = inspect.signature(model.forward).parameters
+    takes_all = any(each.kind == each.VAR_KEYWORD for each in parameters.values())
+    return cache_option(model, False) if takes_all or "use_cache" in parameters else {}
 
 
 def _pair(batch: Any) -> tuple[Any, Tensor]:
@@ -142,12 +196,6 @@ def _pair(batch: Any) -> tuple[Any, Tensor]:
         return batch[0], batch[1]
     advice = f"Have collate_fn return one of them. {OBJECTIVE}"
     raise ConfigError(Problem("batch", describe(batch), "(inputs, targets), or a mapping", advice))
-
-
-def _labels(batch: Mapping[str, Any]) -> Tensor:
-    if isinstance(labels := batch.get(LABELS), Tensor):
-        return labels
-    raise ConfigError(Problem("batch", describe(batch), f"a mapping with a tensor {LABELS!r}", OBJECTIVE))
 
 
 def _num_rows(batch: Any) -> int:

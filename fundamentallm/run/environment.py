@@ -14,6 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+
+from fundamentallm.distributed.dtensor import device_name
 from fundamentallm.errors import is_launched
 
 PACKAGES = ("fundamentallm", "torch", "accelerate", "safetensors", "tokenizers")
@@ -27,16 +30,16 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
 
 
-def environment(device: str, processes: int, precision: str) -> dict[str, Any]:
+def environment(accelerator: Accelerator) -> dict[str, Any]:
     """Returns what may explain why two launches differ: versions, machine, devices, command and commit."""
     return {
         **versions(),
         "platform": platform.platform(),
         "host": socket.gethostname(),
         "cpus": os.cpu_count(),
-        "device": device,
-        "processes": processes,
-        "mixed_precision": precision,
+        "device": device_name(accelerator.device),
+        "processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
         "command": command(),
         "commit": commit(),
     }

@@ -12,7 +12,7 @@ from fundamentallm.data.sampler import Start, StepSampler
 
 
 class RunningMean:
-    """A mean kept as `totals` (sum, count) on the device, to add up over processes. Adding does not wait for it.
+    """A mean kept as `totals`, (sum, count) on the device, to add up over processes. Adding does not wait for it.
 
     In float64 if the device has it: a float32 sum stops growing by ones at 2^24.
     """

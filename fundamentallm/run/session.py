@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timezone
@@ -27,6 +28,9 @@ from fundamentallm.errors import (
 )
 from fundamentallm.run.folder import locked, read_status, write_start, write_status
 from fundamentallm.run.stopping import StopSwitch
+
+_unlocking: list[threading.Thread] = []
+"""Threads of this process that keep the folders of an interrupted launch locked until its checkpoint is written."""
 
 
 class Position(NamedTuple):
@@ -105,7 +109,8 @@ def session(
     """One launch of a run: locks its folders, watches the other processes, and records the outcome in status.json.
 
     On entry it also cleans up what a killed process left among the checkpoints. On an exception it waits for the
-    checkpoint that is being written. Yields the stack of what is undone once the outcome is recorded.
+    checkpoint that is being written, except on Ctrl-C: then the folders stay locked until it is written. Yields the
+    stack of what is undone once the outcome is recorded.
 
     Raises:
         RunInProgressError: if another process trains in the same folders.
@@ -141,13 +146,33 @@ def _open_folders(
         if str(folder) != str(folder).encode(errors="replace").decode():
             reason = "and safetensors reads no file there"
             raise ConfigError(Problem("output_dir", str(folder), "a path in UTF-8", reason=reason))
+    while _unlocking:
+        _unlocking[-1].join()
+        _unlocking.pop()
     try:
-        stack.enter_context(locked(folders))
+        locks = ExitStack()
+        stack.callback(_unlock, locks, manager)
+        locks.enter_context(locked(folders))
         if manager is None:
             say("training.checkpoint_dir is not set: nothing will be saved.")
         else:
-            manager.wait()  # an interrupted train() in this process may have left a save running
+            manager.wait()  # raises the error of a save that an interrupted train() left running
             for line in manager.recover():
                 say(line)
     except OSError as error:
         raise CheckpointError(f"A folder of this run cannot be used: {error}. Choose another output_dir.") from error
+
+
+def _unlock(locks: ExitStack, manager: CheckpointManager | None) -> None:
+    """Unlocks the folders of a run once no checkpoint is written any more, without waiting for it."""
+    writer = None if manager is None else manager.writer
+    if writer is None or not writer.is_alive():
+        locks.close()
+        return
+
+    def unlock() -> None:
+        writer.join()
+        locks.close()
+
+    _unlocking.append(threading.Thread(target=unlock, daemon=True))  # as the writer, it keeps no process alive
+    _unlocking[-1].start()

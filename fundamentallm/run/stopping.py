@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 from types import FrameType
 from typing import Any
@@ -125,7 +125,8 @@ class StopSwitch:
                     raise KeyboardInterrupt
                 if interrupted_at is None and os.environ.get("RANK", "0") == "0":
                     # os.write, since the signal may interrupt a print.
-                    os.write(2, b"\nfinishing this step, then saving... (Ctrl-C again to quit without saving)\n")
+                    with suppress(OSError):
+                        os.write(2, b"\nfinishing this step, then saving... (Ctrl-C again to quit without saving)\n")
                 interrupted_at = interrupted_at or time.monotonic()
             self.request(Stop.SIGNAL, f"{signal.Signals(number).name} received")
 

@@ -18,6 +18,7 @@ from fundamentallm.data.loaders import step_sampler
 from fundamentallm.data.sampler import StepSampler
 from fundamentallm.distributed.accelerator import check_accelerator, create_accelerator
 from fundamentallm.distributed.compilation import is_compiled
+from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.training.callbacks.trackers import tracker_names
 from fundamentallm.training.evaluation import metric_names
@@ -25,6 +26,8 @@ from fundamentallm.training.evaluation import metric_names
 
 def whole_config(config: Config | TrainingConfig, batch_size: int | None) -> Config:
     """Returns a whole config, resolved, with the loader's batch size if it has none of its own.
+
+    `batch_size` is None if a batch sampler decides.
 
     Raises:
         ConfigError: if it is something else.
@@ -34,9 +37,8 @@ def whole_config(config: Config | TrainingConfig, batch_size: int | None) -> Con
         raise ConfigError(Problem("config", config, "a Config or a TrainingConfig", advice))
     if isinstance(config, TrainingConfig):
         return Config(training=config.resolved())
-    if config.training.batch_size is None:
-        config = replace(config, training=replace(config.training, batch_size=batch_size))
-    return config.resolved()
+    training = replace(config.resolved().training, batch_size=config.training.batch_size or batch_size)
+    return replace(config.resolved(), training=training)
 
 
 def use_accelerator(
@@ -60,18 +62,30 @@ def use_accelerator(
 
 
 def make_samplers(
-    config: TrainingConfig, accelerator: Accelerator, train_loader: DataLoader[Any], val_loader: DataLoader[Any] | None
+    config: TrainingConfig,
+    accelerator: Accelerator,
+    group: HostGroup,
+    train_loader: DataLoader[Any],
+    val_loader: DataLoader[Any] | None,
 ) -> tuple[StepSampler, StepSampler | None]:
     """Returns which samples this process computes in each step, and in validation.
 
     Raises:
-        ConfigError: if the order of a loader cannot be resumed.
+        ConfigError: if the order of a loader cannot be resumed, or is not the same on all processes.
     """
     at_once = None if config.micro_batch_size == "auto" else config.micro_batch_size
     # With compile, micro-batches are padded to one size, so that a compiled model sees one shape.
     process = accelerator.process_index, accelerator.num_processes, at_once, bool(config.compile)
-    samples = step_sampler("train_loader", train_loader, config.seed, *process, config.batch_size_schedule)
-    return samples, None if val_loader is None else step_sampler("val_loader", val_loader, 0, *process)
+    with group.barrier_with_errors():
+        samples = step_sampler("train_loader", train_loader, config.seed, *process, config.batch_size_schedule)
+        val_samples = None if val_loader is None else step_sampler("val_loader", val_loader, 0, *process)
+    for name, each in (("train_loader", samples), ("val_loader", val_samples)):
+        found = group.all_gather(None if each is None else (each.num_samples, each.batch_size, each.sampler))
+        if len(set(found)) > 1:
+            advice = "Give all processes the whole data in one order: each takes its part of every batch by itself."
+            described = "; ".join(f"process {rank}: {data}" for rank, data in enumerate(found))
+            raise ConfigError(Problem(name, described, "the same on all processes", advice, text=described))
+    return samples, val_samples
 
 
 def count_steps(config: TrainingConfig, samples: StepSampler) -> int:
@@ -97,9 +111,11 @@ def check_arguments(
     problems: list[str] = []
     training = config.training
     is_batched = samples.order is not None and samples.order.is_batched
-    if training.batch_size not in (None, samples.batch_size) and not is_batched:
+    if training.batch_size not in (None, None if is_batched else samples.batch_size):
         advice = "Set one of them, or both to the same value."
-        allowed = f"{samples.batch_size}, the train_loader's batch_size"
+        allowed = "null, since the batch sampler decides"
+        if not is_batched:
+            allowed = f"{samples.batch_size}, the train_loader's batch_size"
         problems.append(Problem("training.batch_size", training.batch_size, allowed, advice))
     if scheduler is not None and scheduler.optimizer is not optimizer:
         problems.append("The scheduler was made for another optimizer; pass its optimizer too.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +14,6 @@ from torch.utils.data import DataLoader
 
 from fundamentallm.config.schema import METRIC_NAMES
 from fundamentallm.data.datasets import TokenSamples
-from fundamentallm.data.loaders import device_batches
-from fundamentallm.data.sampler import StepSampler
 from fundamentallm.distributed.batches import StepBatch
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.run.progress import RunningMean
@@ -27,22 +24,20 @@ from fundamentallm.training.metrics import Metric
 def evaluate(
     step_model: nn.Module,
     loader: DataLoader[Any],
-    samples: StepSampler,
+    batches: Iterable[StepBatch],
     accelerator: Accelerator,
-    is_interrupted: Callable[[], bool] = lambda: False,
-    further: Mapping[str, Metric] | None = None,
-    load: Callable[..., Iterable[StepBatch]] | None = None,
+    further: Mapping[str, Metric],
+    is_interrupted: Callable[[], bool],
 ) -> dict[str, float] | None:
     """Returns the loss over all targets of a loader; batch size and number of processes do not affect it.
 
     Args:
         step_model: maps a batch to the loss summed over targets; it is in evaluation mode meanwhile.
         loader: the validation data.
-        samples: decides which samples this process evaluates.
+        batches: this process's part of each of its batches.
         accelerator: adds up the sums of all processes.
-        is_interrupted: called after each batch; True ends the validation. It must agree on all processes.
         further: further metrics by name, which need all outputs of a micro-batch.
-        load: loads the batches of (loader, samples, first step, last step).
+        is_interrupted: called after each batch; True ends the validation. It must agree on all processes.
 
     Returns:
         `val_loss` (mean per target, in nats for our losses), `val_perplexity` (its exponential), for text
@@ -54,10 +49,9 @@ def evaluate(
     was_training, objective = step_model.training, accelerator.unwrap_model(step_model)
     step_model.eval()
     mean = RunningMean(accelerator.device)
-    metrics = {name: _Measured(name, metric, accelerator.device) for name, metric in (further or {}).items()}
-    load = load or partial(device_batches, device=accelerator.device)
+    metrics = {name: _Measured(name, metric, accelerator.device) for name, metric in further.items()}
     try:
-        for batch in load(loader, samples, 0, samples.steps_per_epoch):
+        for batch in batches:
             for content, rows in batch.micro_batches(objective.trims or bool(metrics)):
                 result = step_model(content, with_outputs=bool(metrics))
                 if rows == 0:  # padding only

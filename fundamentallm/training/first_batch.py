@@ -24,11 +24,20 @@ from fundamentallm.data.sampler import StepSampler
 from fundamentallm.distributed.batches import LABELS, StepBatch, take_rows, tensors
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import ConfigError, Problem
-from fundamentallm.models.with_loss import OBJECTIVE, ModelWithLoss, describe, entry_of, logits_of
+from fundamentallm.models.with_loss import (
+    OBJECTIVE,
+    ModelWithLoss,
+    OwnLoss,
+    PairLoss,
+    UsersObjective,
+    describe,
+    entry_of,
+    logits_of,
+)
 from fundamentallm.training.loss import CrossEntropy
 from fundamentallm.training.micro_batch import restored
 
-MOST_WITHOUT_TARGETS = 100
+MAX_BATCHES_WITHOUT_TARGETS = 100
 """Batches without any target that are read before a loader is refused."""
 DISTANCES = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
 
@@ -53,10 +62,8 @@ class CheckedArguments(TorchFunctionMode):
                 _check_ids(given["input"], given["weight"], self.names.get(given["weight"], "an embedding"))
             elif func not in DISTANCES:
                 _check_targets(given["input"], given["target"], given.get("ignore_index", IGNORE_INDEX))
-            elif given["input"].shape != given["target"].shape:  # torch would compare each with each
-                found, allowed = (f"of shape {tuple(given[name].shape)}" for name in ("target", "input"))
-                advice = "Give both one shape, by outputs.squeeze(-1) or targets.unsqueeze(-1)."
-                raise _refuse("targets", found, f"{allowed}, as the outputs", advice)
+            else:
+                _check_distance(given["input"], given["target"])
         return func(*args, **kwargs)
 
 
@@ -90,8 +97,16 @@ def _check_targets(logits: Tensor, targets: Tensor, ignored: int) -> None:
         raise _refuse("targets", found, f"0 to {classes - 1}, the model's {classes} classes", advice)
 
 
+def _check_distance(outputs: Tensor, targets: Tensor) -> None:
+    """Refuses (N, 1) outputs for (N,) targets, of which torch would compare each with each."""
+    if outputs.shape != targets.shape and outputs.numel() == targets.numel():
+        advice = "Give both one shape, by outputs.squeeze(-1) or targets.unsqueeze(-1)."
+        allowed = f"of shape {tuple(outputs.shape)}, as the outputs"
+        raise _refuse("targets", f"of shape {tuple(targets.shape)}", allowed, advice)
+
+
 class FirstBatches:
-    """Loads batches. The first one of each loader is checked, by one forward pass in evaluation mode.
+    """Loads batches. The first one of each loader that has targets is checked, by a forward pass in evaluation mode.
 
     Args:
         model: model and objective, not wrapped.
@@ -106,83 +121,88 @@ class FirstBatches:
         self.model, self.accelerator, self.group, self.say = model, accelerator, group, say
         self._checked: list[DataLoader[Any]] = []
 
-    def load(
-        self, loader: DataLoader[Any], samples: StepSampler, start: int, stop: int, needs_targets: bool = False
-    ) -> Iterator[StepBatch]:
+    def load(self, loader: DataLoader[Any], samples: StepSampler, start: int, stop: int) -> Iterator[StepBatch]:
         """Yields `device_batches`.
 
         Raises:
-            ConfigError: if a batch or the output does not fit the objective, or with `needs_targets` there are none.
+            ConfigError: if a batch or the output does not fit the objective, or no batch has targets.
         """
         device = self.accelerator.device
         for batch in device_batches(loader, samples, start, stop, device):
             if not any(loader is each for each in self._checked):
                 self._checked.append(loader)
-                self._check(batch, loader.collate_fn)
-                if needs_targets:
-                    self._check_count(
-                        itertools.chain([batch], device_batches(loader, samples, start + 1, stop, device))
-                    )
+                later = device_batches(loader, samples, start + 1, stop, device)
+                self._check(self._first_with_targets(itertools.chain([batch], later)), loader.collate_fn)
             yield batch
+
+    def _first_with_targets(self, batches: Iterator[StepBatch]) -> StepBatch:
+        for batch in itertools.islice(batches, MAX_BATCHES_WITHOUT_TARGETS):
+            with self.group.barrier_with_errors():
+                _check_batch(self.model, batch.own)
+                count = self.model.count(batch)
+            if self.accelerator.reduce(count, "sum") > 0:
+                return batch
+        advice = f"Check what is masked with {IGNORE_INDEX}, and whether prompts fill the sequence length."
+        reason = f"in the first {MAX_BATCHES_WITHOUT_TARGETS} batches, or in all if there are fewer"
+        raise ConfigError(Problem("the number of targets", 0, "at least 1", advice, reason))
 
     @torch.no_grad()
     def _check(self, batch: StepBatch, collate_fn: Any) -> None:
         model, accelerator = self.model, self.accelerator
-        with self.group.barrier_with_errors():
-            _check_batch(model, batch.own)
         # Under FSDP2 a process that fails in its forward pass must end: the others wait for its shards.
+        exchange = nullcontext() if accelerator.is_fsdp2 else self.group.barrier_with_errors()
         with (
             restored(model, accelerator.device),
             torch.compiler.set_stance("force_eager"),
             CheckedArguments(model.model),
+            exchange,
+            accelerator.autocast(),
         ):
             model.eval()
-            exchange = nullcontext() if accelerator.is_fsdp2 else self.group.barrier_with_errors()
-            with exchange, accelerator.autocast():
-                _check_output(model, batch)
-                _check_sum(model, batch)
-        for line in (*_copies(model, batch.own), *_padding(model.model, collate_fn)):
+            shifts = _check_output(model, batch)
+            _check_sum(model, batch)
+        # The targets of one process may not show it, and all have to count alike.
+        known = [each for each in self.group.all_gather(shifts) if each is not None]
+        if known:
+            model.of_mappings.shifts = known[0]
+        for line in (*_unused(model, batch.own), *_copies(model, batch.own), *_padding(model.model, collate_fn)):
             self.say(f"warning: {line}")
-
-    def _check_count(self, batches: Iterator[StepBatch]) -> None:
-        for batch in itertools.islice(batches, MOST_WITHOUT_TARGETS):
-            if self.accelerator.reduce(self.model.count(batch), "sum") > 0:
-                return
-        advice = f"Check what is masked with {IGNORE_INDEX}, and whether prompts fill the sequence length."
-        reason = f"in the first {MOST_WITHOUT_TARGETS} batches, or in all if there are fewer"
-        raise ConfigError(Problem("the number of targets", 0, "at least 1", advice, reason))
 
 
 def _check_batch(model: ModelWithLoss, batch: Any) -> None:
     """Checks a batch by itself."""
     if not tensors(batch):
         raise _refuse("batch", describe(batch), "tensors, in any nesting")
-    if isinstance(batch, Mapping) and model.objective is None:
+    objective = model.objective(batch)
+    if isinstance(objective, OwnLoss):
         name = type(model.model).__name__
-        if missing := [each for each in model.required if each not in batch]:
+        if missing := [each for each in objective.required if each not in batch]:
             allowed = f"a mapping with {', '.join(missing)}, which {name}.forward needs"
             raise _refuse("batch", describe(batch), allowed, f"Rename the entries in collate_fn. {OBJECTIVE}")
-        if model.has_own_loss and type(model.loss_fn) is not CrossEntropy:
+        if objective.computes_loss and type(model.loss_fn) is not CrossEntropy:
             loss = type(model.loss_fn).__name__
             raise _refuse("training.loss", loss, f"cross_entropy, since {name} computes its own loss", OBJECTIVE)
-        masks = ((key, mask) for key, mask in batch.items() if str(key).endswith("attention_mask"))
-        for key, mask in masks:
-            if isinstance(mask, Tensor) and mask.ndim == 2 and (hidden := (mask == 0).all(1)).any():
-                found = f"hides every token of sample {int(hidden.int().argmax())} of the first batch"
+        for key, mask in batch.items():
+            is_mask = str(key).endswith("attention_mask") and isinstance(mask, Tensor) and mask.ndim == 2
+            if is_mask and (hidden := (mask == 0).all(1)).any():
+                found = f"hides every token of sample {int(hidden.int().argmax())} of the batch"
                 raise _refuse(f"batch[{key!r}]", found, "at least one token", "Leave empty samples out of the dataset.")
-    model.num_targets(batch)  # raises if it cannot
 
 
-def _check_output(model: ModelWithLoss, batch: StepBatch) -> None:
-    for number, (content, _) in enumerate(batch.micro_batches(model.trims)):
-        is_mapping = isinstance(content, Mapping)
-        if number == 0 and model.objective is None and not is_mapping and not model.by_hidden:
-            _check_output_of_pair(model, *content)
-        loss, outputs = (model(content), None) if model.by_hidden else model(content, with_outputs=True)
+def _check_output(model: ModelWithLoss, batch: StepBatch) -> bool | None:
+    """Computes all micro-batches. Returns whether the model shifts its labels, or None if it does not show."""
+    shifts = None
+    for content, _ in batch.micro_batches(model.trims):
+        objective = model.objective(content)
+        needs_outputs = not (isinstance(objective, PairLoss) and objective.by_hidden)
+        if isinstance(objective, PairLoss) and needs_outputs:
+            _check_logits(model, objective, content)
+        loss, outputs = objective(model.model, content, needs_outputs)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
             raise _refuse("the loss", describe(loss), "a scalar: the sum over the targets")
-        if number == 0 and model.objective is None and is_mapping and model.has_own_loss:
-            _find_shift(model, float(loss), outputs, content)
+        if isinstance(objective, OwnLoss) and objective.computes_loss and shifts is None:
+            shifts = _find_shift(float(loss), int(objective.num_targets(content)), outputs, content)
+    return shifts
 
 
 def _check_sum(model: ModelWithLoss, batch: StepBatch) -> None:
@@ -201,15 +221,14 @@ def _check_sum(model: ModelWithLoss, batch: StepBatch) -> None:
         raise _refuse("the loss", found, "the sum over the targets", advice)
 
 
-def _check_output_of_pair(model: ModelWithLoss, inputs: Any, targets: Tensor) -> None:
+def _check_logits(model: ModelWithLoss, objective: PairLoss, batch: Any) -> None:
     """Checks what the model returns for one sample, and whether it wants its targets."""
-    size = len(targets)
-    inputs, targets = (take_rows(each, size, slice(1)) for each in (inputs, targets))
-    output = model.call(inputs, targets)
+    inputs, targets = take_rows(batch, len(batch[1]), slice(1))
+    output = objective.output(model.model, inputs, targets)
     is_short = logits_of(output).shape[:-1] != targets.shape
     if is_short and "targets" in inspect.signature(model.model.forward).parameters:
-        model.gives_targets = True  # as nanoGPT's model, which otherwise computes the last logits only
-        output = model.call(inputs, targets)
+        objective.gives_targets = True  # as nanoGPT's model, which otherwise computes the last logits only
+        output = objective.output(model.model, inputs, targets)
     elif further := _further_losses(output, model.model):
         allowed = "none, which (inputs, targets) would leave out"
         advice = f"Give mappings with {LABELS!r}, which are trained on the model's own loss. {OBJECTIVE}"
@@ -221,7 +240,7 @@ def _check_output_of_pair(model: ModelWithLoss, inputs: Any, targets: Tensor) ->
 
 
 def _further_losses(output: Any, model: nn.Module) -> list[str]:
-    """Returns the losses in an output that `ModelWithLoss` would leave out."""
+    """Returns the losses in an output that `PairLoss` would leave out."""
     if isinstance(output, (tuple, list)):
         return ["a scalar" for entry in output if isinstance(entry, Tensor) and not entry.ndim]
     names = list(output) if isinstance(output, Mapping) else list(getattr(output, "__dict__", ()))
@@ -230,36 +249,53 @@ def _further_losses(output: Any, model: nn.Module) -> list[str]:
     return [name for name in losses if entry_of(output, name) is not None]
 
 
-def _find_shift(model: ModelWithLoss, loss: float, output: Any, batch: Mapping[str, Any]) -> None:
-    """Finds out whether the model shifts labels, if its loss is the cross entropy of its logits with or without."""
+def _find_shift(loss: float, given: int, output: Any, batch: Mapping[str, Any]) -> bool | None:
+    """Returns whether `loss` is the cross entropy of the logits with each next label, or with its own; None: neither.
+
+    Args:
+        loss: the sum over the targets, which the model divided by their number or by the `given` one.
+    """
     logits, labels = entry_of(output, "logits"), batch.get(LABELS)
     if not isinstance(logits, Tensor) or not isinstance(labels, Tensor) or logits.shape[:-1] != labels.shape:
-        return
+        return None
     if labels.ndim < 2 or labels.is_floating_point():
-        return
-    given, errors = int(model.num_targets(batch)), []
+        return None
+    errors = []
     for x, y in ((logits, labels), (logits[:, :-1], labels[:, 1:])):
         total = float(F.cross_entropy(x.float().flatten(0, -2), y.flatten(), reduction="sum"))
         count = max(int((y != IGNORE_INDEX).sum()), 1)
-        # The model divides by the count that it is given, or by its own.
         errors.append(min(abs(loss - total), abs(loss - total / count * given)) / max(total, 1e-9))
-    if min(errors) < 1e-4 and min(errors) * 10 < max(errors):
-        model.shifts = errors[1] < errors[0]
+    is_clear = min(errors) < 1e-4 and min(errors) * 10 < max(errors)
+    return errors[1] < errors[0] if is_clear else None
+
+
+def _unused(model: ModelWithLoss, batch: Any) -> Iterator[str]:
+    """Yields a warning if the model does not take all entries of a mapping."""
+    objective = model.objective(batch)
+    if isinstance(objective, OwnLoss) and (names := objective.unused(batch)):
+        yield (
+            f"{type(model.model).__name__}.forward does not take {', '.join(map(str, names))} of the batch, which the "
+            "model is trained without. Rename them in collate_fn if it should take them."
+        )
 
 
 def _copies(model: ModelWithLoss, batch: Any) -> Iterator[str]:
     """Yields a warning if the targets are the inputs, or were shifted twice."""
-    is_mapping = isinstance(batch, Mapping)
-    inputs, targets = (batch.get("input_ids"), batch.get(LABELS)) if is_mapping else (batch[0], batch[-1])
-    found = [each for each in (inputs, targets) if isinstance(each, Tensor) and each.ndim > 1]
-    if model.objective is not None or len(found) < 2 or inputs.shape != targets.shape or inputs.is_floating_point():
+    objective = model.objective(batch)
+    if isinstance(objective, UsersObjective):
+        return
+    is_mapping = isinstance(objective, OwnLoss)
+    inputs, targets = (batch.get("input_ids"), batch.get(LABELS)) if is_mapping else batch
+    if not isinstance(inputs, Tensor) or not isinstance(targets, Tensor) or inputs.shape != targets.shape:
+        return
+    if targets.ndim < 2 or inputs.is_floating_point():
         return
 
     def equal(x: Tensor, y: Tensor) -> bool:
         counted = y != IGNORE_INDEX
         return bool(counted.any()) and bool((x == y)[counted].all())
 
-    shifts = is_mapping and model.has_own_loss and model.shifts
+    shifts = isinstance(objective, OwnLoss) and objective.computes_loss and objective.shifts
     if not shifts and equal(inputs, targets):
         yield (
             "the targets of the first batch equal its inputs, so the model learns to copy. To predict the next token, "

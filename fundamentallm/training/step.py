@@ -62,11 +62,22 @@ class OptimizerStep:
         self.objective: ModelWithLoss = accelerator.unwrap_model(model_with_loss)
         self.max_norm = math.inf if max_norm is None else max_norm
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.model_parameters = list(model_with_loss.parameters())  # also those that a caller's optimizer leaves out
         self.is_updating = False
         self.model_guard = ModelGuard(accelerator, model_with_loss)
 
     def __call__(self, step: int, batch: StepBatch) -> StepResult:
-        """Train on this process's share of the batch of `step`, in micro-batches."""
+        """Train on this process's share of the batch of `step`, in micro-batches.
+
+        Raises:
+            ConfigError: if parameters were added to the optimizer. They would not be clipped, have no place in the
+                schedule, and be missing from the optimizer that a resumed run makes.
+        """
+        if sum(len(group["params"]) for group in self.optimizer.param_groups) > len(self.parameters):
+            raise ConfigError(
+                "Parameters were added to the optimizer after the Trainer was made. Give the Trainer an optimizer that "
+                "has all of them."
+            )
         accelerator, model = self.accelerator, self.model_with_loss
         if not torch.is_grad_enabled():
             raise ConfigError("gradients are turned off (torch.no_grad or inference_mode); call train() outside of it.")
@@ -100,7 +111,8 @@ class OptimizerStep:
         self.is_updating = True
         self._update(skip)
         self.model_guard.end(skip)
-        model.zero_grad()  # also of parameters that a caller's optimizer leaves out
+        for parameter in self.model_parameters:  # model.zero_grad() would walk all modules
+            parameter.grad = None
         return StepResult(loss, num_targets, norm)
 
     def raise_if_updating(self) -> None:

@@ -25,7 +25,6 @@ from fundamentallm.config.schema import AFFECTS_SCHEDULE, FREE_ON_RESUME, Config
 from fundamentallm.data.datasets import fingerprint
 from fundamentallm.data.listed_order import unwrapped
 from fundamentallm.distributed.accelerator import leave_group
-from fundamentallm.distributed.dtensor import device_name
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.distributed.prepare import place_model, prepare_model
 from fundamentallm.distributed.watchdog import Phase, Place, Watchdog
@@ -135,7 +134,7 @@ class Trainer(TrainerView):
         self.train_loader, self.val_loader = train_loader, val_loader
         self.group = HostGroup()
         check_alike(self.group, asdict(self.config), optimizer, train_loader=train_loader, val_loader=val_loader)
-        self.samples, self.val_samples = make_samplers(training, accelerator, train_loader, val_loader)
+        self.samples, self.val_samples = make_samplers(training, accelerator, self.group, train_loader, val_loader)
         self.batch_size, self.steps_per_epoch = self.samples.batch_size, self.samples.steps_per_epoch
         self.total_steps = count_steps(training, self.samples)
         self.validation_metrics = further_metrics(training.validation_metrics, validation_metrics)
@@ -219,18 +218,11 @@ class Trainer(TrainerView):
                     self.save_checkpoint()  # which failed when the run ended
                 self.say(self._describe_finished_run())
                 return self.history
-            first = self.global_step
-            self.saver.check_room(saves_left(self.config.training, self.total_steps - first, self.steps_per_epoch))
-            if self.micro_batch is not None:
-                batches = self._first_batches.load(self.train_loader, self.samples, first, first + 1)
-                samplers = [sampler for sampler in (self.samples, self.val_samples) if sampler is not None]
-                found = self.micro_batch.settle(
-                    self.optimizer_step, batches, samplers, self.group, self.validation_metrics
-                )
-                self.say(found)
-            accelerator, device = self.accelerator, device_name(self.accelerator.device)
-            about = environment(device, accelerator.num_processes, accelerator.mixed_precision)
-            self._record.launch(resumed_from, self.config, about, self._progress.segments[-1]["content"])
+            steps_left = self.total_steps - self.global_step
+            self.saver.check_room(saves_left(self.config.training, steps_left, self.steps_per_epoch))
+            self._settle_micro_batch()
+            content = self._progress.segments[-1]["content"]
+            self._record.launch(resumed_from, self.config, environment(self.accelerator), content)
             self.stop_switch.begin()
             launch.enter_context(self.stop_switch.handling_signals())
             try:
@@ -242,6 +234,14 @@ class Trainer(TrainerView):
                 raise
         return self.history
 
+    def _settle_micro_batch(self) -> None:
+        """Finds the size of micro-batches, if it is auto."""
+        if self.micro_batch is None:
+            return
+        first, samplers = self.global_step, [each for each in (self.samples, self.val_samples) if each is not None]
+        batches = self._first_batches.load(self.train_loader, self.samples, first, max(self.total_steps, first + 1))
+        self.say(self.micro_batch.settle(self.optimizer_step, batches, samplers, self.group, self.validation_metrics))
+
     def _train(self) -> None:
         """Takes optimizer steps to the last one, or until all processes agree to stop."""
         progress, callbacks, step = self._progress, self.callbacks, self.optimizer_step
@@ -249,7 +249,7 @@ class Trainer(TrainerView):
             return
         log_every = self.config.training.log_every_n_steps
         self.phase = Phase.LOADING
-        for batch in self._first_batches.load(self.train_loader, self.samples, progress.step, self.total_steps, True):
+        for batch in self._first_batches.load(self.train_loader, self.samples, progress.step, self.total_steps):
             self.phase = Phase.COMPUTING
             if self._is_at_epoch or progress.step == self._first_step:
                 callbacks.on_epoch_begin(self)
@@ -331,18 +331,17 @@ class Trainer(TrainerView):
         Raises:
             ConfigError: if there is no val_loader, or no target in it.
         """
-        metrics = self._evaluate(lambda: False)
+        metrics = self._evaluate()
         assert metrics is not None  # nothing interrupts it
         return metrics
 
-    def _evaluate(self, is_interrupted: Callable[[], bool]) -> dict[str, float] | None:
+    def _evaluate(self, is_interrupted: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
         if self.val_loader is None or self.val_samples is None:
             raise ConfigError("There is no val_loader; give the Trainer one.")
-        data = self.val_loader, self.val_samples, self.accelerator
+        loader, metrics = self.val_loader, self.validation_metrics
+        batches = self._first_batches.load(loader, self.val_samples, 0, self.val_samples.steps_per_epoch)
         with self.averaged_weights():
-            return evaluate(
-                self.model_with_loss, *data, is_interrupted, self.validation_metrics, self._first_batches.load
-            )
+            return evaluate(self.model_with_loss, loader, batches, self.accelerator, metrics, is_interrupted)
 
     def _validate_in_training(self) -> bool:
         """Validates. Returns False if a signal or the clock interrupted it; it then comes first on resume."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import sys
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from weakref import WeakSet
@@ -159,9 +160,11 @@ class TrainerView:
         return self.average.applied() if self.average is not None else nullcontext()
 
     def say(self, text: str) -> None:
-        """Prints a line beside the progress bar, on the main process only."""
+        """Prints a line beside the progress bar, on the main process only. Output that cannot be written is dropped."""
         if self.is_main_process:
-            tqdm.write(printable(text))
+            encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+            with suppress(OSError, ValueError):  # ValueError: it is closed
+                tqdm.write(printable(text).encode(encoding, "backslashreplace").decode(encoding))
 
     def _report_compilation(self, what: str, seconds: float) -> None:
         """Prints how long the first step or validation took, if it was compiled."""

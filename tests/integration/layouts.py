@@ -103,10 +103,12 @@ class Witness(Callback):
         self.data, self.stop_at = data, stop_at
         self.samples: list[list[int]] = []
 
+    def on_step_begin(self, trainer: Trainer) -> None:
+        batch = trainer.samples.rank_batch(trainer.global_step)
+        loaded = self.data.asked[-len(batch.indices) :]  # before it, samples were read for the checks of a launch
+        self.samples.append(loaded[: batch.rows])  # without padding
+
     def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        # What fills up a share that is too small comes last, and has no weight.
-        self.samples.append(self.data.asked[: trainer.samples.rank_batch(trainer.global_step - 1).rows])
-        self.data.asked.clear()
         if trainer.global_step == self.stop_at:
             trainer.request_stop("the next layout's turn")
 

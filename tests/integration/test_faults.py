@@ -14,6 +14,7 @@ import sys
 import threading
 from collections import namedtuple
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +22,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fundamentallm import Callback, CheckpointError, Trainer, train
+from fundamentallm import Callback, CheckpointError, DataConfig, Trainer, train
 from fundamentallm.checkpoint import manager as checkpoint_module
 from fundamentallm.errors import RunInProgressError
 from fundamentallm.run.folder import locked
 from tests.conftest import reset_accelerate
-from tests.integration.runs import assert_same_weights, lines, make_config, make_trainer, timeless, weights
+from tests.integration.runs import assert_same_weights, lines, make_config, make_trainer, prose, timeless, weights
 from tests.unit.checkpoint_files import flip_middle_bit, rewrite, truncate
 
 RUN: dict[str, Any] = {"dropout": 0.2, "save_every_n_steps": 4}
@@ -260,6 +261,17 @@ def test_save_of_too_large_a_file_keeps_the_older_one(tmp_path: Path) -> None:
     assert run_command_line(tmp_path).code == 0
 
 
+def test_train_with_unwritable_curves_continues(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "curves.png").mkdir()
+    (tmp_path / "a.txt").write_text(prose())
+    data = DataConfig(str(tmp_path / "a.txt"), cache_dir=str(tmp_path / "cache"), sequence_length=16)
+    config = replace(make_config(tmp_path, max_steps=2), data=data, sample_tokens=0)
+    assert train.run(config).is_finished
+    said = capsys.readouterr().out
+    assert "curves.png cannot be drawn" in said
+    assert "metrics and checkpoints are in" in said
+
+
 def test_train_with_too_little_room_fails_at_once(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There are five checkpoints at most, keep_last_n, the best and a new one; one of them is there already."""
     folder = tmp_path / "run" / "checkpoints"
@@ -346,6 +358,29 @@ def test_train_ends_at_the_step_after_a_failed_save(tmp_path: Path) -> None:
     assert trainer.global_step == 9
     assert json.loads((tmp_path / "status.json").read_text())["exit_code"] == 1
     assert names(tmp_path / "checkpoints") == [".fundamentallm.lock", "step_00000004", "step_00000008"]
+
+
+def test_train_again_waits_for_the_save_that_ctrl_c_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    goes_on, write = threading.Event(), checkpoint_module.write_manifest
+
+    class Interrupt(Callback):
+        def on_step_begin(self, trainer: Trainer) -> None:
+            if trainer.global_step == 4:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint_module, "write_manifest", lambda *a, **b: goes_on.wait(60) and write(*a, **b))
+    trainer = make_trainer(make_config(tmp_path, **RUN))
+    trainer.callbacks.add(Interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    with pytest.raises(RunInProgressError), locked([tmp_path]):
+        pass
+    goes_on.set()
+    again = make_trainer(make_config(tmp_path, **RUN))
+    again.train()
+    assert again.resumed_from == tmp_path / "checkpoints" / "step_00000004"
+    with locked([tmp_path]):
+        pass
 
 
 def spoil(trainer: Trainer) -> None:

@@ -42,6 +42,27 @@ def test_own_losses_are_the_same_on_three_processes(tmp_path: Path) -> None:
     assert max(json.loads((tmp_path / "found-0.json").read_text()).values()) < 1e-5
 
 
+def count_labels(count: int, folder: str) -> None:
+    """In the first step, the last process has rows without labels only."""
+
+    def collate(rows: list[Tensor]) -> dict[str, Any]:
+        batch = causal(rows)
+        batch["labels"][batch["labels"] == 0] = -100
+        return batch
+
+    rows = [torch.full((6,), 0 if number in (2, 3) else 5) for number in range(8)]
+    loader = DataLoader(rows, batch_size=4, collate_fn=collate)
+    trainer = Trainer(CASES["own"].make(), TrainingConfig(max_steps=2), loader, callbacks=[])
+    assert trainer.accelerator.num_processes == count
+    trainer.train()
+    Path(folder, "tokens").write_text(str(trainer.metrics.get_latest("tokens")))
+
+
+def test_processes_agree_on_whether_a_model_shifts_its_labels(tmp_path: Path) -> None:
+    on_processes(2, count_labels, str(tmp_path))
+    assert int((tmp_path / "tokens").read_text()) == 6 * 5
+
+
 def test_run_on_mappings_resumes_to_the_bit(tmp_path: Path) -> None:
     assert objectives.resumes_to_the_bit("gpt2", 6, tmp_path)
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
 import itertools
 import math
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -477,10 +480,31 @@ def test_a_whole_config_without_a_batch_size_has_the_loaders(tmp_path: Path) -> 
     assert (trainer.batch_size, trainer.config.training.batch_size) == (7, 7)
 
 
-def test_samples_that_are_no_pairs_are_refused() -> None:
-    loader = DataLoader(torch.arange(10), batch_size=5)
-    with pytest.raises(ConfigError, match="inputs, targets"):
-        Trainer(Bigram(), TrainingConfig(), loader, callbacks=[]).train()
+def test_a_batch_sampler_decides_about_the_batch_size(tmp_path: Path) -> None:
+    loader = DataLoader(PartlyIgnored(), batch_sampler=[[0, 1, 2], [3, 4]])
+    trainer = Trainer(Bigram(), make_config(tmp_path, batch_size=None), loader)
+    assert trainer.config.training.batch_size is None
+    with pytest.raises(ConfigError) as error:
+        Trainer(Bigram(), TrainingConfig(batch_size=4), loader)
+    assert [problem.setting for problem in error.value.problems] == ["training.batch_size"]
+
+
+class Share:
+    """Yields every second index, from this process's rank on, and does not say so."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(torch.distributed.get_rank(), 20, 2))
+
+
+def refuse_shares(count: int) -> None:
+    assert torch.distributed.get_world_size() == count
+    with pytest.raises(ConfigError) as error:
+        Trainer(Bigram(), TrainingConfig(), DataLoader(PartlyIgnored(), sampler=Share(), batch_size=4))
+    assert error.value.problems[0].setting == "train_loader"
+
+
+def test_a_sampler_that_gives_each_process_a_share_is_refused() -> None:
+    on_processes(2, refuse_shares)
 
 
 # ---- the host does not wait ----------------------------------------------------------------------------------------
@@ -557,3 +581,26 @@ def test_final_save_holds_the_last_validation_after_a_save_on_log(tmp_path: Path
     newest = trainer.checkpoint_manager.get_latest()
     assert newest is not None
     assert trainer.checkpoint_manager.load(newest)["metrics_state_dict"]["latest"]["val_step"] == 4
+
+
+def test_parameters_added_to_the_optimizer_are_refused_before_the_update(tmp_path: Path) -> None:
+    class Unfreeze(Callback):
+        def on_step_begin(self, trainer: Trainer) -> None:
+            if trainer.global_step == 2:
+                trainer.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+
+    trainer = make_trainer(make_config(tmp_path), callbacks=[Unfreeze()])
+    with pytest.raises(ConfigError, match="optimizer"):
+        trainer.train()
+    assert (trainer.global_step, trainer.optimizer_step.is_updating) == (2, False)
+
+
+@pytest.mark.parametrize("output", ["closed", "full", "latin-1"])
+def test_trainer_goes_on_if_its_output_cannot_be_written(monkeypatch: pytest.MonkeyPatch, output: str) -> None:
+    files = {"full": open("/dev/full", "wb", buffering=0), "latin-1": io.BytesIO()}  # noqa: SIM115
+    stream = None if output == "closed" else io.TextIOWrapper(files[output], "latin-1", write_through=True)
+    trainer = make_trainer(make_config("unused", max_steps=1), callbacks=[])
+    monkeypatch.setattr(sys, "stdout", stream)
+    trainer.say("漢字 und Wörter")
+    if output == "latin-1":
+        assert files[output].getvalue() == b"\\u6f22\\u5b57 und W\xf6rter\n"

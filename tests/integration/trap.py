@@ -90,9 +90,16 @@ class Trap:
 class Marks(Callback):
     """Reports the progress of a run to the trap, if there is one."""
 
+    def __init__(self) -> None:
+        self._watches_model = False
+
     def on_train_begin(self, trainer: Trainer) -> None:
-        trainer.model.register_forward_hook(_on_forward)
         self._mark(RESTORED)
+
+    def on_epoch_begin(self, trainer: Trainer) -> None:
+        if not self._watches_model:  # not earlier: the check of the first batch looks like a validation
+            trainer.model.register_forward_hook(_on_forward)
+            self._watches_model = True
 
     def on_step_end(self, trainer: Trainer, loss: float) -> None:
         self._mark(STEP)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -157,6 +158,7 @@ def test_from_yaml_reads_the_scalars_of_yaml_1_2(text: str, value: Any) -> None:
         ("output_dir: !!bool x", "'x'"),
         ("output_dir: \0", "character #x0000"),
         (b"output_dir: \xe9", "'utf-8' codec"),
+        ("[" * 5000, "nested too deeply"),
         ("- model", "mapping"),
         ("7", "mapping"),
     ],
@@ -247,6 +249,21 @@ def test_parse_config_names_the_setting_that_others_call_so(write: Write, name: 
     (of_file,) = problems("--config", write(content))
     for found in (*problems(f"--{name}=1"), *problems(f"--{name.replace('_', '-')}", "1"), of_file):
         assert f"{meant}'" in found.advice
+
+
+def test_parse_config_of_a_dotted_key_says_to_nest_it(write: Write) -> None:
+    (found,) = problems("--config", write("training.log_every_n_steps: 7"))
+    assert (found.setting, found.value) == ("training.log_every_n_steps", 7)
+    assert "training: {log_every_n_steps: " in found.advice
+
+
+@pytest.mark.parametrize("name", ["output_dir", "training.checkpoint_dir", "data.cache_dir", "data.source"])
+def test_parse_config_refuses_a_null_character_in_a_path(write: Write, name: str) -> None:
+    section, _, key = name.rpartition(".")
+    line = f'{key}: "a\\0b"'
+    assert name in {
+        found.setting for found in problems("--config", write(f"{section}: {{{line}}}" if section else line))
+    }
 
 
 @pytest.mark.parametrize("text", ["-1", "-0.5", "-1e-4"])
@@ -458,6 +475,37 @@ def test_main_ends_quietly_if_its_reader_closes_the_pipe() -> None:
     ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
     os.close(writer)
     assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+def shell(line: str, folder: Path, *command: str) -> str:
+    """The exit code of COMMAND within a line of bash."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(train.__file__).parents[1]), "PYTHONIOENCODING": "ascii"}
+    line = f"exec 3>code; {line.replace('COMMAND', shlex.join([sys.executable, *command]))}"
+    done = subprocess.run(["bash", "-c", line], env=environment, cwd=folder, capture_output=True, text=True)
+    assert done.stderr == ""
+    return (folder / "code").read_text()
+
+
+PRINT = """
+import sys
+from fundamentallm.errors import open_output
+open_output(drops=True)
+for stream in (sys.stdout, sys.stderr):
+    print("\u6f22" * 9999, file=stream, flush=True)
+    stream.isatty()
+"""
+
+
+@pytest.mark.parametrize("output", ["2>&1 | true", ">/dev/full 2>&1", "<&- >&- 2>&-", "2>&1 | cat"])
+def test_open_output_lets_a_run_print_into_anything(tmp_path: Path, output: str) -> None:
+    assert shell(f"{{ COMMAND; echo $? >&3; }} {output}", tmp_path, "-c", PRINT) == "0\n"
+
+
+def test_train_without_a_reader_of_its_output_ends_its_run(write: Write, tmp_path: Path) -> None:
+    write("Wörter und 漢字 " * 100, "text.txt")
+    command = ["-m", "fundamentallm", "train", *TINY, "--sample_tokens=9", "--output_dir=run", "--callbacks=[]"]
+    assert shell("{ COMMAND; echo $? >&3; } 2>&1 | sed 1q", tmp_path, *command) == "0\n"
+    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "finished"
 
 
 def test_main_interrupted_has_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

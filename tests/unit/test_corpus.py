@@ -20,6 +20,7 @@ from fundamentallm.data.corpus import Corpus, load_corpus
 from fundamentallm.data.encoding import split_pieces
 from fundamentallm.data.sources import Piece, read_pieces
 from fundamentallm.data.tokenizers import create_tokenizer
+from fundamentallm.errors import FundamentaLLMError
 from tests.conftest import problem_of
 
 UNICODE = "Grüße,\r\n\tहिन्दी 漢字 🙂\r old Mac\n\n  don't e\u0301\n" * 20
@@ -490,3 +491,10 @@ def test_read_only_cache_still_serves_tokens(tmp_path: Path) -> None:
     known.rename(tmp_path / "moved")
     known.touch()  # where no folder can be made
     assert load_corpus(config, show_progress=False).sources[0].folder == made.sources[0].folder
+
+
+def test_cache_that_cannot_be_made_names_its_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("to be or not to be " * 20)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a.txt"))
+    with pytest.raises(FundamentaLLMError, match=r"data\.cache_dir"):
+        load_corpus(DataConfig(str(tmp_path / "a.txt")), show_progress=False)

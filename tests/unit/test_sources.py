@@ -21,6 +21,7 @@ from fundamentallm.commands import prepare
 from fundamentallm.config.schema import BUILT_IN_CORPUS, DataConfig
 from fundamentallm.data import encoding, sources
 from fundamentallm.data.corpus import Corpus, describe, load_corpus
+from fundamentallm.data.tokenizers import create_tokenizer
 from fundamentallm.errors import ConfigError
 from tests.conftest import problem_of
 
@@ -194,13 +195,36 @@ def test_long_row_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 # ---- what is refused ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.arrow", "a.jsonl.gz", "a.XLSX", "a.pkl"])
+@pytest.mark.parametrize("name", ["a.csv", "a.arrow", "a.jsonl.gz", "a.XLSX", "a.pkl", "a.ipynb"])
 def test_file_that_is_neither_text_nor_rows_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("text\nto be or not to be")
     for source in (tmp_path / name, tmp_path / "a.*"):
         problem = problem_of(load, tmp_path, str(source), text_field="output")
         assert problem.setting == "data.source"
         assert Path(name).suffix in problem.reason
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-16"])
+def test_text_in_another_encoding_is_refused(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.txt").write_bytes(("good\n" * 30_000 + "тоже\n").encode(encoding))
+    (tmp_path / "b.txt").write_text("good\n" * 30)
+    problem = problem_of(load, tmp_path, str(tmp_path), suffixes=[".txt"])
+    assert (problem.setting, "a.txt" in problem.reason) == ("data.source", True)
+    assert load(tmp_path, str(tmp_path), suffixes=[".txt"], max_bad_rows=1).sources[0].bad_rows == 1
+
+
+@pytest.mark.parametrize("suffix", [".jsonlines", ".jl", ".JSONL"])
+def test_json_lines_are_rows_by_their_suffix(tmp_path: Path, suffix: str) -> None:
+    path = Path(as_jsonl(tmp_path)).rename(tmp_path / f"b{suffix}")
+    assert decode(load(tmp_path, str(path))) == "".join(text + END for text in DOCUMENTS)
+
+
+def test_json_lines_with_the_suffix_of_a_text_are_refused(tmp_path: Path) -> None:
+    path = Path(as_jsonl(tmp_path)).rename(tmp_path / "a.jsonl.txt")
+    problem = problem_of(load, tmp_path, str(path))
+    assert (problem.setting, ".jsonl" in problem.advice) == ("data.source", True)
+    path.write_text('{"text": 3}\nThis line is the JSON that the text is about.\n' * 9)
+    assert decode(load(tmp_path, str(path), end_of_text=None)) == path.read_text()
 
 
 def test_text_field_without_rows_is_refused(tmp_path: Path) -> None:
@@ -246,6 +270,7 @@ BAD = {
     '{"text": null}': "has 'None' for 'text'",
     '{"tixt": "a"}': "has no field 'text', only 'tixt'",
     '{"text": "\\ud800"}': "has half a character",
+    '{"text": "a", "text": "b"}': "has the field 'text' twice",
 }
 
 
@@ -403,15 +428,37 @@ def test_several_sources_use_one_tokenizer(tmp_path: Path) -> None:
     assert [(source.folder / "train.bin").stat().st_ino for source in again.sources] == inodes
 
 
-def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("others", [DOCUMENTS[:-1], DOCUMENTS[::-1]])  # shorter, and of equal length
+def test_a_source_that_changes_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: list[str]
+) -> None:
     source = as_jsonl(tmp_path)
     real = encoding.read_source
 
-    def shorter(*arguments: Any) -> Any:
-        write_rows(Path(source), [{"text": text} for text in DOCUMENTS[:-1]])
+    def read_others(*arguments: Any) -> Any:
+        write_rows(Path(source), [{"text": text} for text in others])
         return real(*arguments)
 
-    monkeypatch.setattr(encoding, "read_source", shorter)
-    assert "changed" in problem_of(load, tmp_path, source).reason
+    monkeypatch.setattr(encoding, "read_source", read_others)
+    for tokenizer in ("byte", "bpe:300"):
+        as_jsonl(tmp_path)
+        assert "changed" in problem_of(load, tmp_path, source, tokenizer=tokenizer).reason
     monkeypatch.undo()
-    assert decode(load(tmp_path, source)) == "".join(text + END for text in DOCUMENTS[:-1])
+    assert decode(load(tmp_path, source)) == "".join(text + END for text in others)
+
+
+def test_token_files_that_change_while_they_are_read_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = create_tokenizer("byte", "")
+    tokenizer.save(str(tmp_path / "t.json"))
+    np.save(tmp_path / "a.npy", np.arange(200))
+    real = encoding.token_blocks
+
+    def read_others(*arguments: Any) -> Any:
+        np.save(tmp_path / "a.npy", np.arange(200)[::-1])
+        return real(*arguments)
+
+    monkeypatch.setattr(encoding, "token_blocks", read_others)
+    settings = {"tokenizer": str(tmp_path / "t.json"), "end_of_text": None}
+    assert "changed" in problem_of(load, tmp_path, str(tmp_path / "a.npy"), **settings).reason

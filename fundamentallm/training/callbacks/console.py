@@ -18,7 +18,7 @@ from fundamentallm.training.metrics import MEASURED
 
 def shows_bar() -> bool:
     """Whether a progress bar can move: on a terminal, or in a notebook that has ipywidgets."""
-    return sys.stderr.isatty() or issubclass(tqdm, tqdm_notebook)
+    return (sys.stderr is not None and sys.stderr.isatty()) or issubclass(tqdm, tqdm_notebook)
 
 
 class ProgressCallback(Callback):
