@@ -58,7 +58,7 @@ def step_sampler(
     num_samples, order, order_seed = len(loader.dataset), None, None  # type: ignore[arg-type]
     if _is_shuffled(sampler, num_samples):
         order_seed = seed
-    elif not is_kind(sampler, "SequentialSampler", "DistributedSampler", "StatefulDistributedSampler"):
+    elif not _is_in_order(sampler, num_samples):
         order = ListedOrder(sampler, seed, num_samples)
         num_samples = order.length
     if batch_size is None:
@@ -86,6 +86,10 @@ def _loader_problem(loader: DataLoader[Any]) -> str | None:
     """Returns why a loader's order cannot be reproduced, or None if it can, as far as its class tells."""
     if not isinstance(loader, DataLoader):  # notebooks are not type-checked
         return f"is a {type(loader).__name__}; allowed: a torch DataLoader."  # type: ignore[unreachable]
+    library = type(loader).__iter__.__module__.partition(".")[0]
+    if library not in ("torch", "torchdata", "accelerate"):
+        kind = type(loader).__name__
+        return f"is a {kind} with an __iter__ of its own, which a run would not call; do it in collate_fn instead."
     if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
         kind = "an IterableDataset" if isinstance(loader.dataset, IterableDataset) else type(loader.dataset).__name__
         return f"has {kind}; allowed: a map-style dataset, with __len__ and __getitem__."
@@ -98,6 +102,12 @@ def _loader_problem(loader: DataLoader[Any]) -> str | None:
     if getattr(sampler, "num_replicas", 1) > 1 and not is_known:
         return f"has a {type(sampler).__name__}, which gives each process a share; give one that lists the whole order."
     return None
+
+
+def _is_in_order(sampler: Any, num_samples: int) -> bool:
+    """Returns whether a sampler is what shuffle=False makes."""
+    is_sequential = is_kind(sampler, "SequentialSampler") and len(sampler) == num_samples
+    return is_sequential or is_kind(sampler, "DistributedSampler", "StatefulDistributedSampler")
 
 
 def _is_shuffled(sampler: Any, num_samples: int) -> bool:

@@ -50,6 +50,11 @@ class WithoutLength(Dataset):
         return index
 
 
+class Negated(DataLoader):
+    def __iter__(self) -> Iterator[Any]:
+        return (-batch for batch in super().__iter__())
+
+
 class Sharding(DistributedSampler):
     """Another order than torch's."""
 
@@ -64,6 +69,7 @@ class Sharding(DistributedSampler):
         (DataLoader(WithoutLength()), "__len__"),
         (NUMBERS, "list"),
         (skip_first_batches(DataLoader(NUMBERS, batch_size=2), 1), "skip_first_batches"),
+        (Negated(NUMBERS), "Negated"),
         (DataLoader(NUMBERS, sampler=Sharding(NUMBERS, num_replicas=2, rank=0)), "Sharding"),
     ],
 )
@@ -151,6 +157,12 @@ def test_step_sampler_lists_an_order_that_follows_from_a_seed(make: Any) -> None
     changed = sampler(seed=6)
     assert isinstance(whole.order.sampler, ByEpoch) or [changed.batch(step) for step in range(steps)] != batches
     assert whole.samples_seen(whole.steps_per_epoch) == sum(map(len, epochs[0]))
+
+
+def test_step_sampler_takes_a_sequential_part_of_the_data() -> None:
+    loader = DataLoader(NUMBERS, batch_size=2, sampler=SequentialSampler(range(4)))
+    sampler = step_sampler("train_loader", loader, 0, 0, 1)
+    assert [sampler.rank_batch(step).indices for step in range(3)] == [[0, 1], [2, 3], [0, 1]]
 
 
 def test_step_sampler_refuses_an_order_that_follows_from_nothing() -> None:
