@@ -22,8 +22,8 @@ from fundamentallm import Trainer, TrainingConfig
 smoke = "--smoke" in sys.argv[1:]
 
 
-def sentences(number: int, seed: int) -> list[dict[str, Any]]:
-    """Returns sentences of 8 to 24 words, as ids, and whether word 1 occurs more often than word 2."""
+def sentences(number: int, seed: int) -> Any:
+    """Returns a list of sentences of 8 to 24 words, as ids, and whether word 1 occurs more often than word 2."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(8, 25, (number,), generator=generator).tolist()
     ids = [torch.randint(1, 6, (length,), generator=generator) for length in lengths]

@@ -7,7 +7,7 @@ import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,12 +23,21 @@ MEASURED = frozenset({"tokens_per_second", "mfu", "memory_gb", "time"})
 CLOCKS = ("step", "val_step")
 """Metrics that hold the optimizer step of the metrics logged with them."""
 
-Metric = Callable[[Any, Any], "tuple[Tensor | float, Tensor | float]"]
+
+class CollectingMetric(Protocol):
+    """A metric that collects by itself, as those of torchmetrics. It is reset before, if it has a `reset()`."""
+
+    def update(self, outputs: Any, batch: Any) -> Any:
+        """Called for each micro-batch of this process."""
+
+    def compute(self) -> Any:
+        """Called on all processes at the end. Returns the metric over all of them, a scalar."""
+
+
+Metric = Callable[[Any, Any], "tuple[Tensor | float, Tensor | float]"] | CollectingMetric
 """Maps outputs in float32 and their batch to a sum and the number of its values, which are added up over all rows of
 the validation data. For pairs, these are logits (B, T, V) and targets (B, T), some of them `IGNORE_INDEX`.
-
-An object with `update(outputs, batch)` and `compute()`, as torchmetrics has them, collects by itself instead: `compute`
-is called on all processes at the end, and returns the metric over all of them."""
+An object that collects by itself is a metric too."""
 
 
 def further_metrics(names: Sequence[str], given: Mapping[str, Metric] | None = None) -> dict[str, Metric]:
