@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,10 @@ from fundamentallm.errors import ConfigError, Problem
 # More threads than cores (pytest beside anything else) make OpenMP spin: seconds instead of milliseconds a step.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+# A shell ignores them for background jobs, and nohup for all jobs. Runs would ignore them too, and tests would fail.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Property tests take a second or two each in CI, where the same examples come every time; by hand,
 # HYPOTHESIS_PROFILE=thorough draws new ones, 250 times as many. Examples of both make real runs, and share the

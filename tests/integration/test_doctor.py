@@ -82,7 +82,7 @@ def test_doctor_own_trainer_without_faults_passes(tmp_path: Path) -> None:
         ("dropout_in_evaluation", "model", r"in evaluation mode"),
         ("broken_model", "model", r"ZeroDivisionError: planted \(faults.py, line \d+\)"),
         ("infinite_loss", "model", r"first batch is -?inf"),
-        ("mean_loss", "micro-batches", r"micro-batches of 8 and 2: "),
+        ("mean_loss", "model", r"reduction=.sum."),
         ("batch_statistics", "micro-batches", r"micro-batches of 8 and 2: "),
     ],
 )

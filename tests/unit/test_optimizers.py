@@ -487,7 +487,7 @@ def test_missing_unknown_and_misshapen_state_is_refused_by_name() -> None:
     message = refusal(saved)
     assert "up.wheel is not trained here" in message
     assert "up.weight is missing" in message
-    assert "exp_avg does not fit norm.bias" in message
+    assert "exp_avg of norm.bias" in message
 
 
 LAYOUTS: dict[str, Callable[[], Tensor]] = {
