@@ -267,7 +267,7 @@ def _report_end(trainer: Trainer, config: Config, seconds: float) -> None:
         f"finished at step {trainer.global_step}/{trainer.total_steps} after {duration_text(seconds)}"
         + (f", best val_loss {best:.4f}" if best is not None else "")
         + f"\nmetrics{curves} and checkpoints are in {config.output_dir}; next:"
-        f"\n  fundamentallm generate --checkpoint {folder}"
+        f"\n  fundamentallm generate {folder}"
         f"\n  fundamentallm report {folder}"
     )
 
