@@ -61,11 +61,11 @@ def main(arguments: Sequence[str], program: str) -> int:
     add_checkpoint(parser, CHECKPOINT_HELP)
     source = "text files, folders or globs; each file is a text by itself [the run's own validation text]"
     add("--source", nargs="+", metavar="TEXT", help=source)
-    add("--context", type=int, metavar="N", help="tokens the model sees at once [the run's, or the model's maximum]")
+    add("--context", type=int, metavar="INT", help="tokens the model sees at once [the run's, or the model's maximum]")
     stride = "tokens from one window to the next; less than the context gives tokens more context, but takes longer"
-    add("--stride", type=int, metavar="N", help=f"{stride} [the context, as in validation]")
-    add("--batch_size", type=int, default=8, metavar="N", help="windows computed at once [8]")
-    add("--confidence", type=float, default=0.95, metavar="P", help="probability of the intervals [0.95]")
+    add("--stride", type=int, metavar="INT", help=f"{stride} [the context, as in validation]")
+    add("--batch_size", type=int, default=8, metavar="INT", help="windows computed at once [8]")
+    add("--confidence", type=float, default=0.95, metavar="FLOAT", help="probability of the intervals [0.95]")
     add("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     probability = Interval(low=0, high=1, open_low=True, open_high=True)

@@ -47,15 +47,15 @@ def main(arguments: Sequence[str], program: str) -> int:
     """Run the command line and return the exit code: 0 with a suggestion, 1 without."""
     parser = settings_parser(
         program,
-        "[--steps N] [--plot FILE] [--json FILE] [--verbose] ...",
+        "[--steps INT] [--plot FILE] [--json FILE] [--verbose] ...",
         "Run a learning rate range test: the first steps of the run, at a rate that grows exponentially from --lowest "
         "to --highest, until the loss diverges. Nothing is written to output_dir. It can be launched on several "
         "devices, as the run itself.",
     )
     add_trainer_option(parser)
-    parser.add_argument("--steps", type=int, default=100, metavar="N", help="optimizer steps [100]")
-    parser.add_argument("--lowest", type=float, default=1e-6, metavar="RATE", help="rate of the first step [1e-6]")
-    parser.add_argument("--highest", type=float, default=10.0, metavar="RATE", help="rate of the last step [10]")
+    parser.add_argument("--steps", type=int, default=100, metavar="INT", help="optimizer steps [100]")
+    parser.add_argument("--lowest", type=float, default=1e-6, metavar="FLOAT", help="rate of the first step [1e-6]")
+    parser.add_argument("--highest", type=float, default=10.0, metavar="FLOAT", help="rate of the last step [10]")
     parser.add_argument("--plot", metavar="FILE", help="plot of the curve [find_lr.png, if matplotlib is installed]")
     parser.add_argument("--json", metavar="FILE", help="write all points and the suggestion to this file")
     parser.add_argument("--verbose", action="store_true", help="print a table of the curve")

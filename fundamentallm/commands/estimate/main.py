@@ -27,11 +27,13 @@ UTILISATION = 0.4
 def main(arguments: Sequence[str], program: str) -> int:
     """Run the command line and return the exit code."""
     about = f"{__doc__} Nothing is allocated. The data is read only to count the characters of a character-level model."
-    parser = settings_parser(program, "[--devices N] [--gpu NAME]", about)
-    parser.add_argument("--devices", type=int, metavar="N", help="number of devices; default: a table up to thousands")
+    parser = settings_parser(program, "[--devices INT] [--gpu NAME]", about)
+    parser.add_argument(
+        "--devices", type=int, metavar="INT", help="number of devices; default: a table up to thousands"
+    )
     parser.add_argument("--gpu", default="H100", metavar="NAME", help=f"{', '.join(PEAK_TFLOPS)} [H100]")
     rate = f"10^12 operations per second of one device [{UTILISATION:.0%}% of the GPU's peak in bfloat16]"
-    parser.add_argument("--tflops", type=float, metavar="X", help=rate)
+    parser.add_argument("--tflops", type=float, metavar="FLOAT", help=rate)
     options, rest = parser.parse_known_args(arguments)
     problems = option_problems(options, devices=AT_LEAST_ONE, tflops=POSITIVE)
     options.gpu = " ".join(options.gpu.upper().replace("-", " ").split())
