@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
 from fundamentallm.data.sampler import derive_seed
+from fundamentallm.distributed.dtensor import seed_device
 
 STREAM = 1
 """Makes these seeds other ones than those of the optimizer steps, which derive from the same numbers."""
@@ -18,10 +17,7 @@ STREAM = 1
 
 def seed_draws(seed: int, rank: int, step: int) -> None:
     """Seeds the global generators of torch (on the CPU), numpy and Python for loading this rank's batch of a step."""
-    derived = derive_seed(seed, rank, step, STREAM)
-    torch.default_generator.manual_seed(derived)
-    np.random.seed(derived % 2**32)
-    random.seed(derived)
+    seed_device(derive_seed(seed, rank, step, STREAM), torch.device("cpu"))
 
 
 def seeded(batches: Iterable[list[int]], seed: int, rank: int, first_step: int) -> Iterator[list[int]]:

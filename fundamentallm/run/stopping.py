@@ -108,7 +108,8 @@ class StopSwitch:
     def handling_signals(self) -> Iterator[None]:
         """Requests a stop when one of `signals.SIGNALS` arrives; restores the previous handlers on exit.
 
-        A second Ctrl-C raises KeyboardInterrupt at once. With `ends_at_once`, whoever started the run handles signals.
+        A second Ctrl-C raises KeyboardInterrupt at once. With `ends_at_once`, the command that started the run
+        handles signals.
         """
         signals.raise_if_interrupted()
         if self.ends_at_once:

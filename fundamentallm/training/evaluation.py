@@ -32,7 +32,7 @@ def evaluate(
     """Returns the loss over all targets of a loader; batch size and number of processes do not affect it.
 
     Args:
-        step_model: maps a batch to the loss summed over targets; it is in evaluation mode meanwhile.
+        step_model: maps a batch to the loss summed over targets; it is in evaluation mode until this returns.
         loader: the validation data.
         batches: this process's part of each of its batches.
         accelerator: adds up the sums of all processes.

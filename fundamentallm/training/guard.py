@@ -184,19 +184,19 @@ class ModelGuard:
                     _listed(layers),
                 )
 
+    def _changed(self) -> list[tuple[nn.Module, str]]:
+        """Returns the module and name of each buffer that the step has changed. The host waits for the device."""
+        return [(module, name) for module, name, _, before in self._before if _differ(before, getattr(module, name))]
+
     def _unsaved(self) -> list[str]:
         """Returns the buffers that the step has changed, and that are not part of a checkpoint."""
         paths = {module: path for path, module in self.model.named_modules()}
-        changed = (
-            ".".join(filter(None, (paths[module], name)))
-            for module, name, _, before in self._before
-            if _differ(before, getattr(module, name))
-        )
+        changed = (".".join(filter(None, (paths[module], name))) for module, name in self._changed())
         return [name for name in changed if name not in self._saved]
 
     def _layers_with_statistics(self, num_micro_batches: int) -> list[str]:
         """Returns the layers that normalise over a batch, or whose buffers the step has changed."""
-        changed = {module for module, name, _, before in self._before if _differ(before, getattr(module, name))}
+        changed = {module for module, _ in self._changed()}
         layers = []
         for path, module in self.model.named_modules():
             normalises = isinstance(module, BATCH_NORMS) and module.training
