@@ -83,9 +83,35 @@ def _measure_fsdp2(_: int, folder: Path) -> None:
     accelerator = sharded_accelerator()
     folder /= str(accelerator.process_index)
     folder.mkdir()
-    peak = measured_peak(config, folder, accelerator)
-    assert memory(config, 2, "fsdp2").peak + cpu_extra(config) == pytest.approx(peak, rel=0.25)
+    # How much is gathered at once depends on when the threads of gloo run, so only too small an estimate is an error.
+    measured = measured_peak(config, folder, accelerator)
+    estimate = memory(config, 2, "fsdp2")
+    assert measured <= 1.25 * (estimate.peak + cpu_extra(config))
+    assert estimate.peak < 0.9 * memory(config, 2, "ddp").peak
 
 
 def test_memory_under_fsdp2(tmp_path: Path) -> None:
     on_processes(2, _measure_fsdp2, tmp_path)
+
+
+def _state_under_fsdp2(_: int) -> None:
+    config = config_of(SMALL | {"d_model": 128}, batch_size=4)
+    model = Transformer(config.model)
+    tokens = torch.randint(100, (64, 64))
+    loader = DataLoader(TensorDataset(tokens, tokens), batch_size=4)
+    training = dataclasses.replace(config.training, checkpoint_dir=None)
+    trainer = Trainer(model, training, loader, callbacks=[], accelerator=sharded_accelerator())
+    trainer.train()
+    local = [parameter.to_local() for parameter in trainer.model.parameters()]
+    moments = [
+        value.to_local() if hasattr(value, "to_local") else value
+        for state in trainer.optimizer.state.values()
+        for value in state.values()
+    ]
+    estimate = memory(config, 2, "fsdp2")
+    assert sum(tensor.nbytes for tensor in local) == pytest.approx(estimate.weights, rel=0.01)
+    assert sum(tensor.nbytes for tensor in moments) == pytest.approx(estimate.optimizer, rel=0.01)
+
+
+def test_state_under_fsdp2_has_the_estimated_size() -> None:
+    on_processes(2, _state_under_fsdp2)
