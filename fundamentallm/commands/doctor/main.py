@@ -6,16 +6,15 @@ import os
 import tempfile
 import textwrap
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from fundamentallm.commands.options import add_trainer_option, parse_settings, settings_parser, trainer_problems
-from fundamentallm.errors import Problem, printable
+from fundamentallm.commands.output import say
+from fundamentallm.errors import Problem
 
-NAME_WIDTH = 17
-TEXT_AT = 4 + NAME_WIDTH + 9
-WORDS = {"pass": "passed", "fail": "failed", "skipped": "skipped"}
+INDENT = " " * 30
+"""Where the text of a finding starts."""
 
 
 def main(arguments: Sequence[str], program: str) -> int:
@@ -36,35 +35,24 @@ def main(arguments: Sequence[str], program: str) -> int:
     # Imported here, so that --help and wrong settings need not wait for torch.
     from fundamentallm.commands.doctor.checks import CHECKS, Case, examine
 
-    counts: Counter[str] = Counter()
-    started = time.perf_counter()
+    failed, started = 0, time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="fundamentallm-doctor-") as folder:
         case = Case(config, options.trainer, Path(folder))
         case.make()  # a config that makes no Trainer is a ConfigError, as with every other command
-        print(f"trial runs in temporary folders; {config.output_dir} is not touched\n")
-        for number, (name, check) in enumerate(CHECKS.items(), start=1):
-            print(f"{number:>2}  {name:<{NAME_WIDTH}}", end="", flush=True)
-            finding = examine(check, case)
-            print(f"{finding.status:<9}", end="")
-            _print_text(finding.figure, TEXT_AT)
+        say(f"trial runs in temporary folders; {config.output_dir} is not touched\n")
+        for number, (name, (_, advice)) in enumerate(CHECKS.items(), start=1):
+            print(f"{number:>2}  {name:<17}", end="", flush=True)
+            finding = examine(name, case)
+            say(f"{finding.status:<9}{finding.figure}")
             if finding.status == "fail":
-                first = "Fix the failures above first: they may be the cause. " if counts["fail"] else ""
-                print(" " * TEXT_AT, end="")
-                _print_text(f"-> {first}{check.advice}", TEXT_AT)
-            counts[finding.status] += 1
-        print("\nestimate for the whole run, from a few steps")
+                first = "Fix the failures above first: they may be the cause. " if failed else ""
+                say(textwrap.fill(f"-> {first}{advice}", 120, initial_indent=INDENT, subsequent_indent=INDENT))
+                failed += 1
+        say("\nestimate for the whole run, from a few steps")
         try:
-            for title, text in case.measured.forecast:
-                print(f"    {title:<{NAME_WIDTH}}", end="")
-                _print_text(text, 4 + NAME_WIDTH)
+            for title, text in case.measured.forecast.items():
+                say(f"    {title:<17}{text}")
         except Exception as error:  # the checks have shown it in full
-            print(f"    unknown, since no step could be run ({type(error).__name__})")
-    shown = ", ".join(f"{counts[status]} {word}" for status, word in WORDS.items() if counts[status])
-    print(f"\n{shown}, in {time.perf_counter() - started:.0f} s")
-    return 1 if counts["fail"] else 0
-
-
-def _print_text(text: str, indent: int) -> None:
-    """Print text at `indent`, to which the current line is filled already, on as many lines as it takes."""
-    spaces = " " * indent
-    print(textwrap.fill(printable(text), 120, initial_indent=spaces, subsequent_indent=spaces).lstrip(), flush=True)
+            say(f"    unknown, since no step could be run ({type(error).__name__})")
+    say(f"\n{failed} of {len(CHECKS)} checks failed, in {time.perf_counter() - started:.0f} s")
+    return 1 if failed else 0
