@@ -16,6 +16,16 @@ from fundamentallm.config.validation import AT_LEAST_ONE, NON_NEGATIVE, POSITIVE
 from fundamentallm.errors import ConfigError, FundamentaLLMError, Problem
 from fundamentallm.models.transformer import Transformer, cache_option
 
+ALLOWED = {
+    "max_new_tokens": NON_NEGATIVE,
+    "context": AT_LEAST_ONE,
+    "seed": RANGES["seed"],
+    "repetition_penalty": POSITIVE,
+    "temperature": NON_NEGATIVE,
+    "top_k": AT_LEAST_ONE,
+    "top_p": Interval(low=0, high=1, open_low=True),
+}
+
 
 @dataclass
 class _Sampling:
@@ -97,27 +107,21 @@ def generate(
         >>> len(ids), ids == list(generate(model, [1, 2, 3], max_new_tokens=5, context=16, seed=7))
         (5, True)
     """
-    ranges: dict[str, tuple[float | None, Interval]] = {
-        "max_new_tokens": (max_new_tokens, NON_NEGATIVE),
-        "context": (context, AT_LEAST_ONE),
-        "seed": (seed, RANGES["seed"]),
-        "repetition_penalty": (repetition_penalty, POSITIVE),
-        "temperature": (temperature, NON_NEGATIVE),
-        "top_k": (top_k, AT_LEAST_ONE),
-        "top_p": (top_p, Interval(low=0, high=1, open_low=True)),
+    sampling: dict[str, Any] = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
     }
-    unknown = row_problem(model, "prompt", token_ids, token_ids)
     problems = [] if token_ids else [Problem("prompt", "", "at least one token")]
-    problems += [unknown] if unknown else []
-    problems += [
-        Problem(name, value, str(allowed))
-        for name, (value, allowed) in ranges.items()
-        if value is not None and value not in allowed
-    ]
+    if unknown := row_problem(model, "prompt", token_ids, token_ids):
+        problems.append(unknown)
+    for name, value in {"max_new_tokens": max_new_tokens, "context": context, "seed": seed, **sampling}.items():
+        if value is not None and value not in ALLOWED[name]:
+            problems.append(Problem(name, value, str(ALLOWED[name])))
     if problems:
         raise ConfigError(problems)
-    sampling = _Sampling(repetition_penalty, temperature, top_k, top_p)
-    return _generate(model, token_ids, max_new_tokens, context, sampling, seed, frozenset(stop))
+    return _generate(model, token_ids, max_new_tokens, context, _Sampling(**sampling), seed, frozenset(stop))
 
 
 def row_problem(model: nn.Module, setting: str, value: object, ids: Sequence[int]) -> Problem | None:

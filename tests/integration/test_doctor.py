@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 
 from fundamentallm import Config, ConfigError, TrainingConfig
-from fundamentallm.commands.doctor import checks
+from fundamentallm.commands.doctor import checks, main
 from fundamentallm.commands.doctor.checks import CHECKS, Case, Finding, examine
-from fundamentallm.commands.doctor.main import main
 from fundamentallm.errors import Interrupted
 from fundamentallm.signals import ended_by_signals
 from tests.integration.runs import prose

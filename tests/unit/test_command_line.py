@@ -512,7 +512,7 @@ def test_main_interrupted_has_no_traceback(monkeypatch: pytest.MonkeyPatch, caps
     def interrupted(*_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fundamentallm.commands.estimate.main.main", interrupted)
+    monkeypatch.setattr("fundamentallm.commands.estimate.main", interrupted)
     monkeypatch.setattr(sys, "argv", ["fundamentallm", "estimate"])
     assert commands.main() == 130
     assert capsys.readouterr().err == "\ninterrupted\n"
