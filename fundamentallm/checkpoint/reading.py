@@ -18,14 +18,13 @@ from torch import nn
 
 from fundamentallm.atomic import sync
 from fundamentallm.checkpoint.manifest import STATE, TENSORS, read_manifest, verify
-from fundamentallm.checkpoint.snapshot import AVERAGE_KEY, WEIGHTS
+from fundamentallm.checkpoint.snapshot import WEIGHTS
 from fundamentallm.checkpoint.state_json import decode
 from fundamentallm.checkpoint.tensor_files import Like, TensorFiles, write_tensors
 from fundamentallm.distributed.dtensor import local
 from fundamentallm.errors import CheckpointError, FundamentaLLMError
 
 MISFIT = f"{STATE} does not fit the tensors of the other files"
-RAW_WEIGHTS = f"{AVERAGE_KEY}/weights/"
 """Prefix of the weights as trained, in a checkpoint whose model weights are their average."""
 
 
@@ -52,25 +51,12 @@ def check_checkpoint(path: Path) -> None:
         decode(state, {name: torch.empty(shape, device="meta") for name, shape in tensors.shapes.items()})
 
 
-def export_weights(path: Path, folder: Path, raw: bool = False) -> None:
-    """Write a checkpoint's weights into one file of an empty folder, and copy its text files.
-
-    With `raw`, a run that averages its weights gets them as trained instead of their average.
-
-    Raises:
-        CheckpointError: also if `raw` is given and nothing is averaged.
-        OSError, SafetensorError: if the folder cannot be written to.
-    """
+def export_weights(path: Path, folder: Path) -> None:
+    """Write a checkpoint's weights into one file of an empty folder, and copy its text files."""
     manifest = verify(path)
     with explained(path, MISFIT), contextlib.ExitStack() as stack:
         tensors = TensorFiles(path, filter(TENSORS.fullmatch, manifest["files"]), WEIGHTS, stack)
-        names = {name.removeprefix(WEIGHTS): name for name in tensors if name.startswith(WEIGHTS)}
-        if raw:
-            trained = {name.removeprefix(RAW_WEIGHTS): name for name in tensors if name.startswith(RAW_WEIGHTS)}
-            if not trained:
-                raise CheckpointError(f"{path} has no averaged weights; its weights are those trained.")
-            names |= trained
-        weights = {name: tensors[key] for name, key in names.items()}
+        weights = {name.removeprefix(WEIGHTS): tensors[name] for name in tensors if name.startswith(WEIGHTS)}
     write_tensors(folder / "model.safetensors", weights)
     for name in manifest["files"]:
         if name != STATE and not TENSORS.fullmatch(name):

@@ -55,5 +55,4 @@ def _parser(program: str) -> argparse.ArgumentParser:
         f"a checkpoint, {run} (its newest)",
     )
     merge.add_argument("output", metavar="OUT", type=Path, help="a new folder, for from_pretrained")
-    merge.add_argument("--raw", action="store_true", help="export the trained weights, not their moving average")
     return parser

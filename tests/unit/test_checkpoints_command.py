@@ -234,7 +234,7 @@ def test_list_has_a_line_per_checkpoint_oldest_first(made: Run, command: Command
 
 
 def test_list_is_in_the_order_of_saving(tmp_path: Path, command: Command) -> None:
-    metrics = {"val_step": torch.tensor([1, 3, 4]), "val_loss": torch.tensor([float("nan"), 1.5, 1.75])}
+    metrics = {"latest": {"val_step": 3, "val_loss": 1.5}}
     for name, step in (("z", 2), ("a", 3)):
         state = {"metrics_state_dict": metrics, "progress_state_dict": {"step": step}}
         CheckpointManager(tmp_path).save({"model_state_dict": {"w": torch.ones(1)}, **state}, name)
@@ -247,10 +247,7 @@ def test_list_says_why_a_folder_is_not_complete(copy: Path, command: Command) ->
     (folder / "step_00000004" / MANIFEST).unlink()
     (folder / "step_00000008" / MANIFEST).write_text("{")
     (folder / "step_00000012" / "model.safetensors").write_bytes(b"short")
-    (folder / "step_00000016").rename(folder / "step_00000016~mine")
     (folder / ".staging-step_00000040-0123456789ab").mkdir()
-    (folder / "notes").mkdir()
-    (folder / "link").symlink_to(newest(copy))
     CheckpointManager(folder, 20).save({"model_state_dict": {"w": torch.tensor([float("nan")])}}, "nan")
     code, out, _ = command("list", copy)
     assert code == 0
@@ -258,10 +255,7 @@ def test_list_says_why_a_folder_is_not_complete(copy: Path, command: Command) ->
         ("step_00000004", "incomplete, it has no manifest.json"),
         ("step_00000008", "manifest.json is damaged"),
         ("step_00000012", "model.safetensors has 5 bytes instead of"),
-        ("step_00000016~mine", "does not have the name of a checkpoint"),
-        (".staging-step_00000040-0123456789ab", "step_00000040, staging"),
-        ("notes", "has none of the files of a checkpoint"),
-        ("link", "a link"),
+        (".staging-step_00000040-0123456789ab", "a save in progress"),
         ("nan", "newest, weights not finite"),
     ):
         assert [line for line in out.splitlines() if line.split()[:1] == [name] and reason in line], name
