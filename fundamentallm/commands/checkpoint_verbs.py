@@ -177,12 +177,9 @@ def _saved_at(path: Path) -> str:
 
 
 def _existing(folder: Path) -> Path:
-    if folder.is_dir():
-        return folder
-    what = "is a file" if folder.exists() else "does not exist"
-    raise CheckpointNotFoundError(
-        f"{folder} {what}; give a checkpoint, a folder of checkpoints, or the output_dir of a run."
-    )
+    if not folder.is_dir():
+        raise CheckpointNotFoundError(f"{folder} is not a folder; give a checkpoint or the output_dir of a run.")
+    return folder
 
 
 def _nothing_in(folder: Path) -> CheckpointNotFoundError:

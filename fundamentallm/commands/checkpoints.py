@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fundamentallm.commands.options import add_checkpoint
-from fundamentallm.errors import ConfigError, FundamentaLLMError, printable
 
 
 def main(arguments: Sequence[str], program: str) -> int:
@@ -17,14 +16,8 @@ def main(arguments: Sequence[str], program: str) -> int:
     from fundamentallm.commands import checkpoint_verbs
 
     command: Callable[[argparse.Namespace], int] = getattr(checkpoint_verbs, f"{options.verb}_command")
-    try:
-        with explained(options.checkpoint):
-            return command(options)
-    # Errors may quote an untrusted checkpoint, whose line ends could imitate lines of ours.
-    except ConfigError as error:
-        raise ConfigError([printable(problem, keep="") for problem in error.problems]) from error
-    except FundamentaLLMError as error:
-        raise type(error)(printable(str(error), keep="")) from error
+    with explained(options.checkpoint):
+        return command(options)
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
