@@ -501,13 +501,6 @@ def test_open_output_lets_a_run_print_into_anything(tmp_path: Path, output: str)
     assert shell(f"{{ COMMAND; echo $? >&3; }} {output}", tmp_path, "-c", PRINT) == "0\n"
 
 
-def test_train_without_a_reader_of_its_output_ends_its_run(write: Write, tmp_path: Path) -> None:
-    write("Wörter und 漢字 " * 100, "text.txt")
-    command = ["-m", "fundamentallm", "train", *TINY, "--sample_tokens=9", "--output_dir=run", "--callbacks=[]"]
-    assert shell("{ COMMAND; echo $? >&3; } 2>&1 | sed 1q", tmp_path, *command) == "0\n"
-    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "finished"
-
-
 def test_main_interrupted_has_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(*_: object) -> int:
         raise KeyboardInterrupt
