@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fundamentallm.config.registry import resolve
+from fundamentallm.config.registry import resolve, unknown_options
 from fundamentallm.config.schema import CHUNK, IGNORE_INDEX, LARGE_VOCABULARY, LOSS_NAMES, TrainingConfig
 from fundamentallm.config.validation import FRACTION, NON_NEGATIVE, Interval
 from fundamentallm.errors import ConfigError, Problem
@@ -140,10 +140,8 @@ def create_loss(loss_type: str = "cross_entropy", **options: Any) -> nn.Module:
         tensor(5.5452)
     """
     made_by = resolve("loss", loss_type, LOSSES)
-    known = inspect.signature(made_by).parameters
-    if unknown := sorted(set(options) - set(known)):
-        reason = f"and {loss_type} has no {', '.join(unknown)}"
-        raise ConfigError(Problem("loss_options", options, ", ".join(known) or "none", reason=reason))
+    if problems := unknown_options("loss_options", loss_type, options, inspect.signature(made_by).parameters):
+        raise ConfigError(problems)
     loss = made_by(**options)
     if not callable(loss):
         reason = f"which makes a {type(loss).__name__}"

@@ -165,11 +165,10 @@ class TrainerView:
 
     def _describe_finished_run(self) -> str:
         """Returns that there is nothing to train, and what would change that."""
-        limit = "training.max_steps (or max_epochs)"
-        if self.early_stopping is not None and self.early_stopping.should_stop:
-            limit = "training.early_stopping_patience"
-        return (
-            f"This run is already finished, at step {self.global_step} of {self.total_steps}. To train longer, raise "
-            f"{limit} and name it in training.resume_changes, or call trainer.train(max_steps=...). To start over, "
-            "choose another output_dir, or make a new model and a new Trainer."
-        )
+        advice = "call trainer.train(max_steps=...). To start over, make a new model and a new Trainer."
+        if self.checkpoint_manager is not None:
+            has_steps = self.early_stopping is None or not self.early_stopping.should_stop
+            limit = "training.max_steps (or max_epochs)" if has_steps else "training.early_stopping_patience"
+            advice = f"raise {limit} and name it in training.resume_changes. To start over, choose another output_dir."
+        steps = f"{self.global_step} of {self.total_steps}"
+        return f"This run is already finished, at step {steps}. To train longer, {advice}"
