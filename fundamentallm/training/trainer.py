@@ -38,8 +38,8 @@ from fundamentallm.run.saving import Saver, open_manager, saves_left
 from fundamentallm.run.session import Record, session
 from fundamentallm.run.state import RunState
 from fundamentallm.run.stopping import Stop, StopSwitch
-from fundamentallm.training.alike import check_alike
 from fundamentallm.training.arguments import (
+    check_alike,
     check_arguments,
     count_steps,
     make_samplers,

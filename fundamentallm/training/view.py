@@ -168,7 +168,8 @@ class TrainerView:
         advice = "call trainer.train(max_steps=...). To start over, make a new model and a new Trainer."
         if self.checkpoint_manager is not None:
             has_steps = self.early_stopping is None or not self.early_stopping.should_stop
-            limit = "training.max_steps (or max_epochs)" if has_steps else "training.early_stopping_patience"
-            advice = f"raise {limit} and name it in training.resume_changes. To start over, choose another output_dir."
+            longer = "training.max_steps (or max_epochs), and name it in training.resume_changes"
+            advice = f"raise {longer if has_steps else 'training.early_stopping_patience'}. "
+            advice += "To start over, choose another output_dir."
         steps = f"{self.global_step} of {self.total_steps}"
         return f"This run is already finished, at step {steps}. To train longer, {advice}"
