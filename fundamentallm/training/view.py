@@ -7,13 +7,9 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from accelerate import Accelerator
-from torch import nn
 from tqdm import tqdm
 
 from fundamentallm.checkpoint.manager import CheckpointManager
-from fundamentallm.config.schema import Config
-from fundamentallm.data.sampler import StepSampler
 from fundamentallm.errors import ConfigError, Problem, printable
 from fundamentallm.run.environment import command
 from fundamentallm.run.progress import Progress
@@ -21,27 +17,20 @@ from fundamentallm.run.saving import Saver
 from fundamentallm.run.session import Position
 from fundamentallm.run.state import RunState
 from fundamentallm.run.stopping import Stop, StopSwitch
+from fundamentallm.training.callbacks.base import RunView
 from fundamentallm.training.early_stopping import EarlyStopping
 from fundamentallm.training.ema import WeightAverage
-from fundamentallm.training.metrics import MetricTracker
 from fundamentallm.training.throughput import Throughput
 
 
-class TrainerView:
-    """The side of the Trainer that satisfies `RunView`. Everything it says follows from the run's state."""
+class TrainerView(RunView):
+    """The side of the Trainer that callbacks see. Everything it says follows from the run's state."""
 
-    config: Config
-    output_dir: Path | None
-    accelerator: Accelerator
-    model: nn.Module
-    samples: StepSampler
-    metrics: MetricTracker
     early_stopping: EarlyStopping | None
     average: WeightAverage | None
     state: RunState
     saver: Saver
     stop_switch: StopSwitch
-    total_steps: int
     _throughput: Throughput
 
     @property
