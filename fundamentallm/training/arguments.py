@@ -63,9 +63,12 @@ def use_accelerator(
 
 
 def check_alike(
-    group: HostGroup, config: dict[str, Any], optimizer: Optimizer | None, **loaders: DataLoader[Any] | None
+    group: HostGroup,
+    config: dict[str, Any],
+    optimizer: Optimizer | None,
+    loaders: dict[str, tuple[DataLoader[Any] | None, StepSampler | None]],
 ) -> None:
-    """Compares settings, a caller's optimizer, and the size and a few samples of each dataset over all processes.
+    """Compares settings, a caller's optimizer, and the order and a few samples of each dataset over all processes.
 
     Raises:
         ConfigError: on all processes, naming what differs.
@@ -74,21 +77,21 @@ def check_alike(
         return
     given = {name: repr(value) for name, value in flat_settings(config).items() if name not in OF_ONE_MACHINE}
     given["optimizer"] = repr(optimizer)
-    for name, loader in loaders.items():
-        given[name] = "given" if loader is not None else "not given"
-        if loader is not None:
-            sampler, batch_size, drop_last = unwrapped(loader)
-            batches = f"batch_size={batch_size}, drop_last={drop_last}, sampler={type(sampler).__name__}"
-            given[f"the batches of {name}"] = batches
-            given[f"the number of samples of {name}"] = str(len(loader.dataset))  # type: ignore[arg-type]
+    for name, (loader, samples) in loaders.items():
+        given[name] = "not given"
+        if loader is not None and samples is not None:
+            given[name] = f"{samples.num_samples} samples in batches of {samples.batch_size}"
+            order = samples.sampler or f"drop_last={samples.drop_last}, sampler={type(unwrapped(loader)[0]).__name__}"
+            given[f"the order of {name}"] = order
             given[f"the content of {name}"] = fingerprint(loader.dataset) or _sampled(loader)
     first, *others = group.all_gather(given)
     problems = []
     for name, value in first.items():
         for rank, other in enumerate(others, start=1):
             if name in other and other[name] != value and "" not in (value, other[name]):
-                text = f"{other[name]} on process {rank}"
-                problems.append(Problem(name, text=text, allowed=f"{value}, as on process 0"))
+                text, allowed = f"{other[name]} on process {rank}", f"{value}, as on process 0"
+                advice = "Give all processes the same: each takes its part of every batch by itself."
+                problems.append(Problem(name, text=text, allowed=allowed, advice=advice))
                 break
     if problems:
         raise ConfigError(problems)
@@ -120,12 +123,6 @@ def make_samplers(
     with group.barrier_with_errors():
         samples = step_sampler("train_loader", train_loader, config.seed, *process, config.batch_size_schedule)
         val_samples = None if val_loader is None else step_sampler("val_loader", val_loader, 0, *process)
-    for name, each in (("train_loader", samples), ("val_loader", val_samples)):
-        found = group.all_gather(None if each is None else (each.num_samples, each.batch_size, each.sampler))
-        if len(set(found)) > 1:
-            advice = "Give all processes the whole data in one order: each takes its part of every batch by itself."
-            described = "; ".join(f"process {rank}: {data}" for rank, data in enumerate(found))
-            raise ConfigError(Problem(name, described, "the same on all processes", advice, text=described))
     return samples, val_samples
 
 

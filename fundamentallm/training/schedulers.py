@@ -1,15 +1,14 @@
 """Learning-rate schedules: pure functions of the optimizer step.
 
-Each curve starts above zero. It reaches exactly the peak on the last warm-up step (on the first step without warm-up),
-and exactly `min_lr_ratio` times the peak on the last step; `constant` stays at the peak. A run of one step is at the
-peak.
+Each curve is exactly at the peak on the last warm-up step (without warm-up on the first step), and at `min_lr_ratio`
+times the peak on the last step; `constant` stays at the peak.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -130,9 +129,9 @@ def create_scheduler(
         ConfigError: if a name or option is not known, or a value is outside its range.
 
     Examples:
-        >>> from torch import nn
-        >>> from fundamentallm import create_optimizer, create_scheduler
-        >>> optimizer = create_optimizer(nn.Linear(4, 2), "sgd", learning_rate=1.0)
+        >>> import torch
+        >>> from fundamentallm import create_scheduler
+        >>> optimizer = torch.optim.SGD(torch.nn.Linear(4, 2).parameters(), lr=1.0)
         >>> schedule = create_scheduler(optimizer, "linear", 1, steps_per_epoch=6, warmup_steps=2, min_lr_ratio=0)
         >>> rates = []
         >>> for _ in range(6):
@@ -150,15 +149,13 @@ def create_scheduler(
     elif warmup_steps >= total_steps:
         reason = f"and the run has {total_steps} optimizer steps"
         problems.append(Problem("warmup_steps", warmup_steps, "fewer than the steps of the run", reason=reason))
-    known = list(inspect.signature(decay).parameters)[1:]
-    problems += unknown_options("lr_scheduler_options", scheduler_type, options, known)
+    problems += unknown_options("lr_scheduler_options", scheduler_type, options, [*signature(decay).parameters][1:])
     if problems:
         raise ConfigError(problems)
 
     peak_step, last_step = max(warmup_steps - 1, 0), total_steps - 1
 
-    def factor(step: int) -> float:
-        """Returns the learning rate of a step as a fraction of the peak."""
+    def factor(step: int) -> float:  # of the peak
         if step < peak_step:
             return (step + 1) / warmup_steps
         progress = min((step - peak_step) / max(last_step - peak_step, 1), 1.0)

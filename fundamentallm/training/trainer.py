@@ -130,8 +130,9 @@ class Trainer(TrainerView):
         accelerator, training = self.accelerator, self.config.training
         self.train_loader, self.val_loader = train_loader, val_loader
         self.group = HostGroup()
-        check_alike(self.group, asdict(self.config), optimizer, train_loader=train_loader, val_loader=val_loader)
         self.samples, self.val_samples = make_samplers(training, accelerator, self.group, train_loader, val_loader)
+        loaders = {"train_loader": (train_loader, self.samples), "val_loader": (val_loader, self.val_samples)}
+        check_alike(self.group, asdict(self.config), optimizer, loaders)
         self.batch_size, self.steps_per_epoch = self.samples.batch_size, self.samples.steps_per_epoch
         self.total_steps = count_steps(training, self.samples)
         self.validation_metrics = further_metrics(training.validation_metrics, validation_metrics)
@@ -210,8 +211,6 @@ class Trainer(TrainerView):
                 self._fit_schedule()
             if self.is_finished:
                 self.stop_switch.begin()  # forgets why an earlier train() stopped
-                if self.checkpoint_manager is not None and not self.saver.is_current:
-                    self.save_checkpoint()  # which failed when the run ended
                 self.say(self._describe_finished_run())
                 return self.history
             steps_left = self.total_steps - self.global_step

@@ -333,8 +333,8 @@ def unlike_processes(processes: int) -> None:
 
     different = ["training.learning_rate", "training.seed"]
     assert named(learning_rate=0.1 + 0.1 * rank, seed=rank) == different
-    assert named(size=44 + rank) == ["the number of samples of train_loader", "the content of train_loader"]
-    assert named(rows=8 - rank) == ["the batches of train_loader"]
+    assert named(size=44 + rank) == ["train_loader", "the content of train_loader"]
+    assert named(rows=8 - rank) == ["train_loader"]
     assert named(flipped=bool(rank)) == ["the content of train_loader"]
     assert named(rate=0.1 + 0.1 * rank) == ["optimizer"]
     assert named(checkpoint_dir=f"folder_{rank}", dataset=Drawing()) == []
