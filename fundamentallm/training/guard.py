@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import TypeAlias
 
 import torch
 from accelerate import Accelerator
@@ -38,11 +37,6 @@ class Guard:
     median of the last `WINDOW` steps. (Median and median absolute deviation, since outliers move mean and standard
     deviation: Leys et al., J. Exp. Soc. Psychol. 49, 2013.) Spikes enter the window too, so that a lasting change of
     level is accepted after a while.
-
-    Args:
-        device: the device of the losses.
-        max_bad_steps: bad steps in a row after which every step is skipped.
-        skip_spikes_above: robust z-score of a spike; None: nothing is a spike.
     """
 
     def __init__(self, device: torch.device, max_bad_steps: int, skip_spikes_above: float | None = None) -> None:
@@ -64,14 +58,14 @@ class Guard:
         return bad | spike
 
     def _is_spike(self, step: int, values: Tensor, threshold: float) -> Tensor:
-        median = self._recent.nanmedian(dim=1, keepdim=True).values
-        spread = (self._recent - median).abs().nanmedian(dim=1).values * MAD_TO_STD
-        deviation = spread.maximum(LEAST_DEVIATION * median.squeeze(1).abs())
+        median = self._recent.nanmedian(dim=1).values
+        spread = (self._recent.T - median).abs().nanmedian(dim=0).values * MAD_TO_STD
+        deviation = spread.maximum(LEAST_DEVIATION * median.abs())
         known = (~self._recent.isnan()).sum(dim=1) >= FEWEST
-        above = values - median.squeeze(1) > threshold * deviation
-        slot = step % WINDOW
-        self._recent[:, slot] = values.where(values.isfinite(), self._recent[:, slot])
-        return (above & known).any()
+        is_above = values - median > threshold * deviation
+        slot = self._recent[:, step % WINDOW]
+        slot.copy_(values.where(values.isfinite(), slot))
+        return (is_above & known).any()
 
     def read(self) -> list[int]:
         """Returns the bad steps in a row, all bad steps, and the skipped spikes. The host waits for the device."""
@@ -91,18 +85,14 @@ class Guard:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore saved counts and window. Raises ValueError if they have another shape."""
-        if state["counts"].shape != self.counts.shape or state["recent"].shape != self._recent.shape:
-            raise ValueError(f"the shapes are {state['counts'].shape} and {state['recent'].shape}.")
-        self.counts.copy_(state["counts"])
-        self._recent.copy_(state["recent"])
+        for own, saved in ((self.counts, state["counts"]), (self._recent, state["recent"])):
+            if saved.shape != own.shape:
+                raise ValueError(f"the shape is {saved.shape}; allowed: {own.shape}.")
+            own.copy_(saved)
 
 
-BufferCopy: TypeAlias = tuple[nn.Module, str, Tensor, Tensor]
-"""Module, name of the buffer in it, buffer, copy of its values."""
-
-
-def copied_buffers(modules: Iterable[nn.Module]) -> list[BufferCopy]:
-    """Returns a copy of each buffer of the modules, except of expanded ones, which cannot be written to."""
+def copied_buffers(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
+    """Returns module, name, buffer and a copy of it for each buffer but expanded ones, which cannot be written to."""
     return [
         (module, name, buffer, buffer.detach().clone())
         for module in modules
@@ -124,7 +114,7 @@ class ModelGuard:
         self._is_main, self._num_processes = accelerator.is_main_process, accelerator.num_processes
         self._is_first_step = True
         self._with_buffers = [module for module in self.model.modules() if list(module.buffers(recurse=False))]
-        self._before: list[BufferCopy] = []
+        self._before: list[tuple[nn.Module, str, Tensor, Tensor]] = []
         ddp = accelerator.ddp_handler
         finds_unused = ddp is not None and (ddp.find_unused_parameters or ddp.static_graph)
         needs_all = self._num_processes > 1 and not accelerator.is_fsdp2 and not finds_unused
@@ -154,15 +144,14 @@ class ModelGuard:
 
     def _warn(self, num_micro_batches: int) -> None:
         """Warns of buffers that the first step has changed, and of layers that normalise over a batch."""
-        changed = [(module, name) for module, name, _, before in self._before if _differ(before, getattr(module, name))]
-        modules = {module for module, _ in changed}
         unsaved, layers = [], []
         for path, module in self.model.named_modules():
-            names = [f"{path}.{name}" for owner, name in changed if owner is module]
-            unsaved += [name for name in names if name not in self._saved]
+            of_module = [(name, before) for owner, name, _, before in self._before if owner is module]
+            changed = [name for name, before in of_module if _differ(before, getattr(module, name))]
+            unsaved += [f"{path}.{name}" for name in changed if f"{path}.{name}" not in self._saved]
             normalises = isinstance(module, BATCH_NORMS) and module.training
             has_all = isinstance(module, nn.SyncBatchNorm) and num_micro_batches == 1  # statistics of all processes
-            if (normalises or module in modules) and not has_all:
+            if (normalises or changed) and not has_all:
                 layers.append(f"{path} ({type(module).__name__})")
         if unsaved:
             logger.warning(
@@ -193,5 +182,4 @@ def _differ(before: Tensor, now: Tensor | None) -> bool:
 
 def _listed(names: list[str]) -> str:
     shown = ", ".join(name.removeprefix("model.") for name in names[:MAX_NAMES_SHOWN])  # not of the module with loss
-    more = len(names) - MAX_NAMES_SHOWN
-    return f"{shown} and {more} more" if more > 0 else shown
+    return shown if len(names) <= MAX_NAMES_SHOWN else f"{shown} and {len(names) - MAX_NAMES_SHOWN} more"

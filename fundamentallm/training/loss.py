@@ -1,10 +1,7 @@
 """Losses: modules that map (logits, targets) to the SUM over target tokens, in float32.
 
-The trainer divides the sum once, by the number of targets of the whole optimizer step. Means of micro-batches or
-processes would weigh tokens by where they were computed.
-
-Like dropout, what a loss adds to cross entropy acts in training mode only. In evaluation mode each loss is plain cross
-entropy, so that validation losses are comparable between runs and perplexity is right.
+The trainer divides the sum once, by the number of targets of the whole optimizer step. In evaluation mode each loss is
+plain cross entropy, so that validation losses are comparable between runs and perplexity is right.
 """
 
 from __future__ import annotations
@@ -35,9 +32,8 @@ class CrossEntropy(nn.Module):
 
         With a large vocabulary, logits, log-probabilities and their gradients take most of the memory. In float32,
         torch computes the gradients of a chunk together with its loss (since 2.13). Otherwise the logits of a chunk are
-        recomputed in the backward pass. (From 1024 tokens on, these took 0.5 to 0.9 and 1.0 to 1.5 of the time of whole
-        logits on a CPU; for 65 tokens, twice.) A loss that is not ours gets all logits, since it may combine tokens.
-        So does a compiler: it fuses these operations, and the loop would be unrolled in its graph.
+        recomputed in the backward pass. A loss that is not ours gets all logits, since it may combine tokens. So does a
+        compiler, which fuses these operations.
         """
         hidden, targets = hidden.flatten(0, -2), targets.flatten()
         is_small = len(weight) < LARGE_VOCABULARY or len(hidden) <= CHUNK
@@ -57,7 +53,7 @@ class CrossEntropy(nn.Module):
 
         total = torch.zeros((), device=hidden.device)
         for pair in zip(torch.split(hidden, CHUNK), torch.split(targets, CHUNK), strict=True):
-            total = total + (checkpoint(of_chunk, *pair, use_reentrant=False) if learns else of_chunk(*pair))
+            total = total + checkpoint(of_chunk, *pair, use_reentrant=False)
         return total
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
