@@ -417,8 +417,6 @@ FREE_ON_RESUME = frozenset(name for name, kind in ON_RESUME.items() if kind == "
 """Settings that change no weight, and may differ on resume. (Text and tokenizer may move: their content counts.)"""
 NEVER_ON_RESUME = frozenset(name for name, kind in ON_RESUME.items() if kind == "never")
 """Settings that decide the shape of the weights."""
-AFFECTS_SCHEDULE = frozenset(name for name, kind in ON_RESUME.items() if kind == "schedule") | {"data.num_samples"}
-"""Settings, and facts of the data, that change the learning-rate curve."""
 
 
 def saved_data_settings(data: dict[str, Any]) -> dict[str, Any]:

@@ -90,6 +90,7 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         if self.size > 1 and self._connect():
             self._beat()
+            self._exchange()
             self._thread.start()
         return self
 
@@ -112,23 +113,20 @@ class Watchdog:
     def _connect(self) -> bool:
         """Connects all processes to a store on a free port of process 0; returns whether each could."""
         options: dict[str, Any] = {"wait_for_workers": False, "timeout": timedelta(seconds=STORE_SECONDS)}
-        store: Any = None
-        if self.rank == 0:
-            store = dist.TCPStore("localhost", 0, is_master=True, **options)  # type: ignore[attr-defined]
-        host = socket.gethostname()
         # MASTER_ADDR, from the launcher, is how other machines reach process 0.
-        hosts = self._group.all_gather((host, os.environ.get("MASTER_ADDR", host), store and store.port))
+        host, store, port = socket.gethostname(), None, 0
+        if self.rank == 0:
+            store = dist.TCPStore("localhost", port, is_master=True, **options)  # type: ignore[attr-defined]
+            port = store.port
+        hosts = self._group.all_gather((host, os.environ.get("MASTER_ADDR", host), port))
         self._hosts, (_, address, port) = [host for host, _, _ in hosts], hosts[0]
         with suppress(RuntimeError):
             store = store or dist.TCPStore(address, port, **options)  # type: ignore[attr-defined]
-        self._store = store
-        if all(self._group.all_gather(store is not None)):
-            return True
-        self.size = 1
-        logger.warning("some processes cannot reach %s:%d; a lost process will not be named.", address, port)
-        return False
-
-    # ---- the thread --------------------------------------------------------------------------------------
+        self._store: Any = store
+        if not all(self._group.all_gather(store is not None)):
+            self.size = 1
+            logger.warning("some processes cannot reach %s:%d; a lost process will not be named.", address, port)
+        return self.size > 1
 
     def _watch(self) -> None:
         """Sends and reads heartbeats until this process leaves or another one fails."""
