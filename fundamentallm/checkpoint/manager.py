@@ -47,7 +47,6 @@ class CheckpointManager:
 
     Attributes:
         seconds: time that the last save took to write.
-        origin: a checkpoint that is never deleted, because a restart needs it; None: there is none.
         writer: the thread of the last save in the background; None: `wait` has seen its end.
 
     Raises:
@@ -77,7 +76,6 @@ class CheckpointManager:
         self.checkpoint_dir, self.keep_last_n = Path(checkpoint_dir), keep_last_n
         self.group = group or HostGroup(alone=True)
         self.seconds = 0.0
-        self.origin: Path | None = None
         self.writer: threading.Thread | None = None
         self._error: BaseException | None = None
         self._buffers: Mapping[str, Tensor] = {}
@@ -146,26 +144,20 @@ class CheckpointManager:
         if error is not None:
             raise error
 
-    def check_space_of_run(self, num_bytes: int, num_saves: int) -> None:
-        """Check that the disk has room for all checkpoints that a run keeps at the same time.
-
-        Args:
-            num_bytes: size of a checkpoint.
-            num_saves: how often the run still saves, at most.
-
-        Raises:
-            CheckpointError: if it has not, with both sizes.
-        """
-        at_once = self.keep_last_n + 2  # with the best, and a new one that is written before an old one is deleted
-        copies = min(max(at_once - len(self._found()), 1), max(num_saves, 1))
+    def check_space(self, num_bytes: int) -> None:
+        """Raises CheckpointError if the disk has no room for a checkpoint of this size; warns if not for all kept."""
+        # With the best, and a new one that is written before an old one is deleted.
+        copies = max(self.keep_last_n + 2 - len(self._found()), 1)
         folder = self.checkpoint_dir.absolute()
-        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-        free = shutil.disk_usage(existing).free
+        free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
         if free < num_bytes * copies:
-            raise CheckpointError(
+            message = (
                 f"{self.checkpoint_dir} needs room for {copies} of {size_text(num_bytes)}, and {size_text(free)} are "
-                "free; free some, lower training.keep_last_n, or choose another training.checkpoint_dir."
+                "free. Free some, lower training.keep_last_n, or choose another training.checkpoint_dir."
             )
+            if free < num_bytes:
+                raise CheckpointError(message)
+            logger.warning(message)
 
     def _snapshot(
         self, checkpoint: Mapping[str, Any], name: str, is_best: bool, files: Mapping[str, str] | None
@@ -263,9 +255,8 @@ class CheckpointManager:
         found = self._found()
         last_finite = [path for path, manifest in found if manifest["is_finite"]][-1:]
         keep = {path for path, _ in found[-self.keep_last_n :]} | {self.get_best(), *last_finite}
-        origin = self.origin and self.origin.resolve()
         for path, manifest in found:
-            if path in keep or path.resolve() == origin:
+            if path in keep:
                 continue
             if others := sorted({entry.name for entry in path.iterdir()} - {*manifest["files"], MANIFEST}):
                 logger.warning("%s is kept: it holds files that are not the checkpoint's: %r", path, others[0])

@@ -28,7 +28,9 @@ class RunningMean:
 
 
 class Progress:
-    """The position of a run. Everything else about the data follows from the step; counts stay on the device.
+    """The position of a run over `samples`. Counts stay on the device.
+
+    `content` is the fingerprint of each dataset, training first.
 
     Attributes:
         step: optimizer steps done.
@@ -41,17 +43,13 @@ class Progress:
     """
 
     def __init__(self, samples: StepSampler, content: list[str | None], device: torch.device) -> None:
-        """Starts a run over `samples`; `content` is the fingerprint of each dataset, training first."""
-        self.samples = samples
-        self.step = 0
+        self.samples, self.step = samples, 0
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
         self.loss = RunningMean(device)
         self.validation_due = False
         self.origin: str | None = None
-        order = {
-            name: getattr(samples, name)
-            for name in ("num_samples", "batch_size", "seed", "drop_last", "schedule", "sampler")
-        }
+        names = ("num_samples", "batch_size", "seed", "drop_last", "schedule", "sampler")
+        order = {name: getattr(samples, name) for name in names}
         self.segments = [{**order, "content": content, "start": list(samples.start)}]
 
     def count(self, loss: Tensor, num_targets: Tensor) -> None:

@@ -66,13 +66,11 @@ def choose_checkpoint(wanted: str, manager: CheckpointManager | None) -> Choice:
     if manager is not None and newest is not None:
         progress = load_parts(newest, ["progress_state_dict"]).get("progress_state_dict")
         if isinstance(progress, dict) and progress.get("origin") == str(path):
-            manager.origin = path
             return Choice(newest, origin=path)
         if path.parent.resolve() != manager.checkpoint_dir.resolve():
             advice = "Choose another output_dir (or checkpoint_dir)."
             reason = f"and {manager.checkpoint_dir} holds another run, whose checkpoints would be rotated away"
             raise ConfigError(Problem("training.resume", str(path), advice=advice, reason=reason))
-        manager.origin = manager.checkpoint_dir / path.name
     check_checkpoint(path)
     return Choice(path, origin=path, is_rewound=newest is not None)
 
