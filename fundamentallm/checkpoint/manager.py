@@ -47,7 +47,6 @@ class CheckpointManager:
 
     Attributes:
         seconds: time that the last save took to write.
-        writer: the thread of the last save in the background; None: `wait` has seen its end.
 
     Raises:
         ConfigError: if keep_last_n is below 1.
@@ -76,7 +75,7 @@ class CheckpointManager:
         self.checkpoint_dir, self.keep_last_n = Path(checkpoint_dir), keep_last_n
         self.group = group or HostGroup(alone=True)
         self.seconds = 0.0
-        self.writer: threading.Thread | None = None
+        self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
         self._buffers: Mapping[str, Tensor] = {}
 
@@ -123,8 +122,8 @@ class CheckpointManager:
         snapshot = self._snapshot(checkpoint, name, is_best, files)
         self._buffers = snapshot.copies
         # A daemon does not keep a process alive that is to end at once. What it leaves unfinished costs no checkpoint.
-        self.writer = threading.Thread(target=self._try_to_write, args=(snapshot,), name="checkpoint", daemon=True)
-        self.writer.start()
+        self._writer = threading.Thread(target=self._try_to_write, args=(snapshot,), name="checkpoint", daemon=True)
+        self._writer.start()
 
     @property
     def has_failed(self) -> bool:
@@ -137,9 +136,9 @@ class CheckpointManager:
         Raises:
             CheckpointError: if it failed.
         """
-        if self.writer is not None:
-            self.writer.join()
-            self.writer = None
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
         error, self._error = self._error, None
         if error is not None:
             raise error
@@ -176,7 +175,7 @@ class CheckpointManager:
         """Stage, sync and publish a checkpoint; then delete old ones. Runs on all processes that save together."""
         started, group, staging = time.monotonic(), self.group, None
         try:
-            staging = group.from_main(lambda: self._hidden_folder(f"staging-{snapshot.name}"))
+            staging = group.from_main(lambda: self._stage(snapshot.name))
             with group.barrier_with_errors():
                 mine = self._write_tensors(snapshot, staging), snapshot.is_finite
             written = group.all_gather(mine)
@@ -196,6 +195,11 @@ class CheckpointManager:
         if group.rank == 0:
             self.rotate()
         self.seconds = time.monotonic() - started
+
+    def _stage(self, name: str) -> Path:
+        staging = self._hidden(f"staging-{name}")
+        staging.mkdir(parents=True)  # tempfile.mkdtemp would make the checkpoint unreadable for other users
+        return staging
 
     def _write_tensors(self, snapshot: Snapshot, staging: Path) -> dict[str, Any]:
         """Write this process's tensor files; returns their manifest entries."""
@@ -224,47 +228,38 @@ class CheckpointManager:
         if path.exists() or path.is_symlink():
             if path.is_symlink() or not is_ours(path):
                 raise CheckpointError(f"{path} is in the way, and is not a checkpoint to replace; move it away.")
-            aside = self._hidden_folder(f"replaced-{path.name}")
-            path.rename(aside / path.name)  # a process that is killed here leaves it to `recover`
+            aside = path.rename(self._hidden(f"replaced-{path.name}"))  # a kill here leaves it to `recover`
         try:
             staging.rename(path)
         except BaseException:
             if aside is not None:
-                (aside / path.name).rename(path)
-                aside.rmdir()
+                aside.rename(path)
             raise
         sync(self.checkpoint_dir)
         if aside is not None:
             shutil.rmtree(aside)
 
-    def _hidden_folder(self, purpose: str) -> Path:
-        path = self.checkpoint_dir / f".{purpose}-{uuid.uuid4().hex[:12]}"
-        path.mkdir(parents=True)  # tempfile.mkdtemp would make it, and so the checkpoint, unreadable for other users
-        return path
+    def _hidden(self, purpose: str) -> Path:
+        return self.checkpoint_dir / f".{purpose}-{uuid.uuid4().hex[:12]}"
 
     # ---- deleting and recovering ---------------------------------------------------------------------------
 
     def rotate(self) -> None:
         """Delete old checkpoints. Call it only if the newest one is known to be intact."""
-        try:
-            self._delete_old()
-        except (OSError, CheckpointError) as error:  # the new checkpoint is there all the same
-            logger.warning("an old checkpoint in %s cannot be deleted: %s", self.checkpoint_dir, error)
-
-    def _delete_old(self) -> None:
         found = self._found()
         last_finite = [path for path, manifest in found if manifest["is_finite"]][-1:]
         keep = {path for path, _ in found[-self.keep_last_n :]} | {self.get_best(), *last_finite}
         for path, manifest in found:
             if path in keep:
                 continue
-            if others := sorted({entry.name for entry in path.iterdir()} - {*manifest["files"], MANIFEST}):
-                logger.warning("%s is kept: it holds files that are not the checkpoint's: %r", path, others[0])
-                continue
-            # Renamed first, so that a kill while it is deleted leaves no incomplete checkpoint under its name.
-            hidden = self._hidden_folder(f"deleting-{path.name}")
-            shutil.rmtree(path.rename(hidden / path.name))
-            hidden.rmdir()
+            try:
+                if others := sorted({entry.name for entry in path.iterdir()} - {*manifest["files"], MANIFEST}):
+                    logger.warning("%s is kept: it holds files that are not the checkpoint's: %r", path, others[0])
+                    continue
+                # Renamed first, so that a kill while it is deleted leaves no incomplete checkpoint under its name.
+                shutil.rmtree(path.rename(self._hidden(f"deleting-{path.name}")))
+            except OSError as error:  # the new checkpoint is there all the same
+                logger.warning("the old checkpoint %s cannot be deleted: %s", path, error)
 
     def recover(self) -> list[str]:
         """Clean up after processes that were killed while they saved; returns a message for each folder.
@@ -277,12 +272,12 @@ class CheckpointManager:
             if match is None or folder.is_symlink() or not folder.is_dir():
                 continue
             purpose, name = match.groups()
-            path, kept = self.checkpoint_dir / name, folder / name
-            if purpose == "replaced" and kept.is_dir() and not path.exists():
-                kept.rename(path)
+            if purpose == "replaced" and not (self.checkpoint_dir / name).exists():
+                folder.rename(self.checkpoint_dir / name)
                 messages.append(f"restored {name}, which a killed process was replacing")
-            shutil.rmtree(folder)
-            messages.append(f"removed {folder.name}, left by a killed process")
+            else:
+                shutil.rmtree(folder)
+                messages.append(f"removed {folder.name}, left by a killed process")
         return messages
 
     # ---- finding and loading -----------------------------------------------------------------------------
@@ -324,17 +319,14 @@ class CheckpointManager:
         """
         skipped: list[str] = []
         newest_first = self._found(skipped)[::-1]
-        finite = [path for path, manifest in newest_first if manifest["is_finite"]]
-        others = [path for path, manifest in newest_first if not manifest["is_finite"]]
-        if finite:
-            skipped += [f"{path}: its weights are not finite." for path in others]
-        for path in finite + others:
+        for path, manifest in sorted(newest_first, key=lambda found: not found[1]["is_finite"]):
             try:
                 check_checkpoint(path)
             except CheckpointError as error:
                 skipped.append(str(error))
-            else:
-                return path, skipped
+                continue
+            others = [other for other, its in newest_first if manifest["is_finite"] and not its["is_finite"]]
+            return path, skipped + [f"{other}: its weights are not finite." for other in others]
         return None, skipped
 
     def load(self, path: Path | str) -> dict[str, Any]:

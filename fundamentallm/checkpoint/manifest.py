@@ -80,14 +80,10 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / MANIFEST
     if not checkpoint.is_dir():
         raise CheckpointNotFoundError(f"{checkpoint}: there is no checkpoint directory here.")
-    if not os.path.lexists(path):
-        raise CheckpointError(f"{checkpoint}: incomplete, it has no {MANIFEST}.")
     if path.is_symlink() or not path.is_file():  # reading a pipe would block forever
-        raise CheckpointError(f"{checkpoint}: {MANIFEST} is damaged, it is not a file.")
+        raise CheckpointError(f"{checkpoint}: incomplete, it has no file {MANIFEST}.")
     if path.stat().st_size > MOST_BYTES:
-        raise CheckpointError(
-            f"{checkpoint}: {MANIFEST} has more than {MOST_BYTES:,} bytes, so it is not a checkpoint's."
-        )
+        raise CheckpointError(f"{checkpoint}: {MANIFEST} has more than {MOST_BYTES:,} bytes.")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["format_version"]

@@ -28,11 +28,11 @@ def open_pretrained(config: Config) -> tuple[Config, Pretrained | None, nn.Modul
     if config.model.pretrained is None:
         return config, None, None
     with HostGroup().barrier_with_errors():
-        config, pretrained = find_completed(config, config.model.pretrained)
+        config, pretrained = findcompleted(config, config.model.pretrained)
         return config, pretrained, None if pretrained.shape is not None else transformers_model(pretrained)
 
 
-def find_completed(config: Config, name: str) -> tuple[Config, Pretrained]:
+def findcompleted(config: Config, name: str) -> tuple[Config, Pretrained]:
     """Returns the config with shape and tokenizer of the model folder `name`, and the folder.
 
     Raises:
@@ -43,10 +43,11 @@ def find_completed(config: Config, name: str) -> tuple[Config, Pretrained]:
         pretrained = find_pretrained(name)
         if is_ours(pretrained.folder):
             verify(pretrained.folder)
-        return _completed(config, pretrained), pretrained
+        return completed(config, pretrained), pretrained
 
 
-def _completed(config: Config, pretrained: Pretrained) -> Config:
+def completed(config: Config, pretrained: Pretrained) -> Config:
+    """Returns the config with the folder's shape and tokenizer. See `find_completed`."""
     model, data, folder = config.model, config.data, pretrained.folder
     theirs = pretrained.shape or ModelConfig(vocab_size=pretrained.vocab_size)
     theirs = dataclasses.replace(theirs, pretrained=model.pretrained, dropout=model.dropout)
