@@ -27,7 +27,7 @@ class NamedOptimizerState:
     reinitializes missing state. (`torch.distributed.checkpoint.state_dict` would run a hidden optimizer step instead.)
 
     "groups" has only the settings that training has changed, such as the step count of schedule-free optimizers. All
-    others come from the config, whatever they were in the checkpoint.
+    others come from the config.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
@@ -149,28 +149,26 @@ def _settings_of(names: list[str], groups: list[dict[str, Any]]) -> dict[str, An
     return found[0] if found else {}
 
 
-def _described(value: Any) -> str:
-    return f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-
-
 def _problems(saved: dict[str, Any], trained: dict[str, nn.Parameter], by_torch: set[str]) -> list[str]:
     by_name, counts = saved["state"], _count_entries(saved["state"])
     problems = [f"{name} is not trained here" for name in sorted(by_name.keys() - trained.keys())]
     problems += [f"{name} is missing" for name in sorted(trained.keys() - by_name.keys())]
     problems += [
-        f"{key} of {name} is {_described(value)}, and the weight has the shape {tuple(trained[name].shape)}"
+        f"{key} of {name} has shape {_shape(value)}, and the weight has {_shape(trained[name])}"
         for name, state in by_name.items()
         for key, value in state.items()
         if name in by_torch and not _fits(key, value, trained[name])
     ]
-    if len({type(state["step"]) for name, state in by_name.items() if name in by_torch and "step" in state}) > 1:
-        problems.append("step is a tensor for some parameters and a number for others")  # torch checks only the first
     problems += [
         f"there are {counts.get(key, 0)} of {count} {key}"
         for key, count in saved["entries"].items()
         if counts.get(key, 0) != count
     ]
     return problems
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
 def _count_entries(by_name: dict[str, dict[str, Any]]) -> dict[str, int]:

@@ -28,11 +28,11 @@ def open_pretrained(config: Config) -> tuple[Config, Pretrained | None, nn.Modul
     if config.model.pretrained is None:
         return config, None, None
     with HostGroup().barrier_with_errors():
-        config, pretrained = findcompleted(config, config.model.pretrained)
+        config, pretrained = find_completed(config, config.model.pretrained)
         return config, pretrained, None if pretrained.shape is not None else transformers_model(pretrained)
 
 
-def findcompleted(config: Config, name: str) -> tuple[Config, Pretrained]:
+def find_completed(config: Config, name: str) -> tuple[Config, Pretrained]:
     """Returns the config with shape and tokenizer of the model folder `name`, and the folder.
 
     Raises:

@@ -104,7 +104,7 @@ def test_resume_with_damaged_checkpoints_only_fails(cut: Path) -> None:
 
 
 LOST: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
-    "the optimizer": (lambda state, _: state.pop("optimizer_state_dict"), ("optimizer_state_dict",)),
+    "the optimizer": (lambda state, _: state.pop("optimizer_state_dict"), ("missing ['optimizer']",)),
     "all of the optimizer": (lambda state, _: state.update(optimizer_state_dict=[]), ("does not hold a run",)),
     "the state of all parameters": (
         lambda state, _: [entries.clear() for entries in state["optimizer_state_dict"]["state"].values()],
