@@ -106,8 +106,8 @@ class CheckpointManager:
             CheckpointError: if the name would leave the directory, a value is neither a tensor nor JSON (with its
                 path), or the files cannot be written. Existing checkpoints are unchanged then.
         """
+        self.save_in_background(checkpoint, name, is_best, files)
         self.wait()
-        self._write(self._snapshot(checkpoint, name, is_best, files))
         return self.checkpoint_dir / name
 
     def save_in_background(
@@ -119,7 +119,9 @@ class CheckpointManager:
             CheckpointError: as `save` does, or because the previous save failed.
         """
         self.wait()
-        snapshot = self._snapshot(checkpoint, name, is_best, files)
+        with self.group.barrier_with_errors():
+            rank, size = self.group.rank, self.group.size
+            snapshot = take_snapshot(checkpoint, name, is_best, files or {}, rank, size, self._buffers)
         self._buffers = snapshot.copies
         # A daemon does not keep a process alive that is to end at once. What it leaves unfinished costs no checkpoint.
         self._writer = threading.Thread(target=self._try_to_write, args=(snapshot,), name="checkpoint", daemon=True)
@@ -158,69 +160,52 @@ class CheckpointManager:
                 raise CheckpointError(message)
             logger.warning(message)
 
-    def _snapshot(
-        self, checkpoint: Mapping[str, Any], name: str, is_best: bool, files: Mapping[str, str] | None
-    ) -> Snapshot:
-        with self.group.barrier_with_errors():
-            rank, size = self.group.rank, self.group.size
-            return take_snapshot(checkpoint, name, is_best, files or {}, rank, size, self._buffers)
-
     def _try_to_write(self, snapshot: Snapshot) -> None:
+        started, staging = time.monotonic(), self.checkpoint_dir / f".staging-{snapshot.name}-{_random()}"
         try:
-            self._write(snapshot)
+            self._write(snapshot, self.group.from_main(lambda: staging))
+            if self.group.rank == 0:
+                self.rotate()
         except BaseException as error:  # raised again by `wait` in the training thread
             self._error = error
-
-    def _write(self, snapshot: Snapshot) -> None:
-        """Stage, sync and publish a checkpoint; then delete old ones. Runs on all processes that save together."""
-        started, group, staging = time.monotonic(), self.group, None
-        try:
-            staging = group.from_main(lambda: self._stage(snapshot.name))
-            with group.barrier_with_errors():
-                mine = self._write_tensors(snapshot, staging), snapshot.is_finite
-            written = group.all_gather(mine)
-            files = {name: entry for entries, _ in written for name, entry in entries.items()}
-            is_finite = all(finite for _, finite in written)
-            group.from_main(lambda: self._complete(snapshot, staging, files, is_finite))
-        except BaseException as error:
-            if group.rank == 0 and staging is not None:
+            if isinstance(error, (OSError, SafetensorError)) or type(error) is FundamentaLLMError:  # another process's
+                self._error = CheckpointError(
+                    f"cannot write checkpoint {snapshot.name!r} in {self.checkpoint_dir}: {error}. Free some space, or "
+                    "choose another training.checkpoint_dir."
+                )
+                self._error.__cause__ = error
+            if self.group.rank == 0:
                 shutil.rmtree(staging, ignore_errors=True)
-            expected = (OSError, SafetensorError, FundamentaLLMError)  # the last is of another process
-            if isinstance(error, CheckpointError) or not isinstance(error, expected):
-                raise
-            raise CheckpointError(
-                f"cannot write checkpoint {snapshot.name!r} in {self.checkpoint_dir}: {error}. Free some space, or "
-                "choose another training.checkpoint_dir."
-            ) from error
-        if group.rank == 0:
-            self.rotate()
         self.seconds = time.monotonic() - started
 
-    def _stage(self, name: str) -> Path:
-        staging = self._hidden(f"staging-{name}")
-        staging.mkdir(parents=True)  # tempfile.mkdtemp would make the checkpoint unreadable for other users
-        return staging
+    def _write(self, snapshot: Snapshot, staging: Path) -> None:
+        """Stage, sync and publish a checkpoint. Runs on all processes that save together."""
+        # tempfile.mkdtemp would make the checkpoint unreadable for other users.
+        self.group.from_main(lambda: staging.mkdir(parents=True))
+        with self.group.barrier_with_errors():
+            if not staging.is_dir():
+                raise CheckpointError(
+                    f"{self.checkpoint_dir} is not the same folder on all machines; choose a training.checkpoint_dir "
+                    "(or output_dir) that all machines share, because each process writes its own shards."
+                )
+            for file, tensors in snapshot.tensors.items():
+                write_tensors(staging / file, tensors, snapshot.regions)
+            mine = describe(staging, snapshot.tensors), snapshot.is_finite
+        written = self.group.all_gather(mine)
 
-    def _write_tensors(self, snapshot: Snapshot, staging: Path) -> dict[str, Any]:
-        """Write this process's tensor files; returns their manifest entries."""
-        if not staging.is_dir():
-            raise CheckpointError(
-                f"{self.checkpoint_dir} is not the same folder on all machines; choose a training.checkpoint_dir (or "
-                "output_dir) that all machines share, because each process writes its own shards."
-            )
-        for file, tensors in snapshot.tensors.items():
-            write_tensors(staging / file, tensors, snapshot.regions)
-        return describe(staging, snapshot.tensors)
+        def complete() -> None:
+            for name, text in snapshot.texts.items():
+                (staging / name).write_text(text, encoding="utf-8")
+            files = describe(staging, snapshot.texts)
+            for entries, _ in written:
+                files |= entries
+            sequence = max((manifest["sequence"] for _, manifest in self._found()), default=0) + 1
+            sync_pending()  # the run's log and other files that the checkpoint counts on
+            is_finite = all(finite for _, finite in written)
+            write_manifest(staging, files, sequence=sequence, is_finite=is_finite, **snapshot.about)
+            self._publish(staging, self.checkpoint_dir / snapshot.name)
 
-    def _complete(self, snapshot: Snapshot, staging: Path, files: dict[str, Any], is_finite: bool) -> None:
-        """Add the text files and then the manifest, and publish the checkpoint."""
-        for name, text in snapshot.texts.items():
-            (staging / name).write_text(text, encoding="utf-8")
-        files = files | describe(staging, snapshot.texts)
-        sequence = max((manifest["sequence"] for _, manifest in self._found()), default=0) + 1
-        sync_pending()  # the run's log and other files that the checkpoint counts on
-        write_manifest(staging, files, sequence=sequence, is_finite=is_finite, **snapshot.about)
-        self._publish(staging, self.checkpoint_dir / snapshot.name)
+        self.group.from_main(complete)
 
     def _publish(self, staging: Path, path: Path) -> None:
         """Rename a staged checkpoint to its name. An existing checkpoint is moved aside first, and deleted last."""
@@ -228,7 +213,7 @@ class CheckpointManager:
         if path.exists() or path.is_symlink():
             if path.is_symlink() or not is_ours(path):
                 raise CheckpointError(f"{path} is in the way, and is not a checkpoint to replace; move it away.")
-            aside = path.rename(self._hidden(f"replaced-{path.name}"))  # a kill here leaves it to `recover`
+            aside = path.rename(path.with_name(f".replaced-{path.name}-{_random()}"))  # a kill here: see `recover`
         try:
             staging.rename(path)
         except BaseException:
@@ -238,9 +223,6 @@ class CheckpointManager:
         sync(self.checkpoint_dir)
         if aside is not None:
             shutil.rmtree(aside)
-
-    def _hidden(self, purpose: str) -> Path:
-        return self.checkpoint_dir / f".{purpose}-{uuid.uuid4().hex[:12]}"
 
     # ---- deleting and recovering ---------------------------------------------------------------------------
 
@@ -257,7 +239,7 @@ class CheckpointManager:
                     logger.warning("%s is kept: it holds files that are not the checkpoint's: %r", path, others[0])
                     continue
                 # Renamed first, so that a kill while it is deleted leaves no incomplete checkpoint under its name.
-                shutil.rmtree(path.rename(self._hidden(f"deleting-{path.name}")))
+                shutil.rmtree(path.rename(path.with_name(f".deleting-{path.name}-{_random()}")))
             except OSError as error:  # the new checkpoint is there all the same
                 logger.warning("the old checkpoint %s cannot be deleted: %s", path, error)
 
@@ -337,6 +319,10 @@ class CheckpointManager:
             CheckpointError: if the checkpoint is incomplete or damaged, with the name of the file.
         """
         return load_checkpoint(Path(path))
+
+
+def _random() -> str:
+    return uuid.uuid4().hex[:12]
 
 
 def checkpoints_folder(path: Path) -> Path:

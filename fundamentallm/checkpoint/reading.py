@@ -97,16 +97,17 @@ def load_weights(path: Path, files: Collection[str], model: nn.Module, like: Lik
         given = {name.removeprefix(WEIGHTS): shape for name, shape in tensors.shapes.items()}
         # Older versions of transformers saved what follows from the config, Llama 2 among others.
         given = {name: shape for name, shape in given.items() if not name.endswith(".rotary_emb.inv_freq")}
-        present = {id(own[name]) for name in given.keys() & own.keys()}  # one of several tied names is enough
+        shared = sorted(given.keys() & own.keys())
+        present = {id(own[name]) for name in shared}  # one of several tied names is enough
         problems = [f"lacks {name}" for name in own if id(own[name]) not in present]
         problems += [f"has {name}, which is not in the model" for name in sorted(given.keys() - own.keys())]
         problems += [
             f"has {name} with shape {given[name]} instead of {tuple(own[name].shape)}"
-            for name in sorted(given.keys() & own.keys())
+            for name in shared
             if given[name] != tuple(own[name].shape)
         ]
         filled: set[int] = set()
-        for name in () if problems else given:
+        for name in () if problems else shared:
             tensor = tensors[f"{WEIGHTS}{name}"].to(own[name].device, own[name].dtype)
             if id(own[name]) in filled and not torch.equal(local(own[name]), local(tensor)):
                 problems.append(f"has different values for {name} and the weight that the model ties it to")

@@ -27,16 +27,11 @@ class Snapshot:
     """What one process writes of a checkpoint."""
 
     name: str
-    about: dict[str, Any]
-    """Fields of the manifest: step, is_best."""
-    texts: dict[str, str]
-    """{file: text}; rank 0 writes them."""
-    tensors: dict[str, dict[str, Tensor]]
-    """{file: {name in the file: tensor on the CPU}}."""
-    regions: dict[str, Region] | None
-    """{name in the file: region of the shard}; None if all tensors are full."""
-    copies: dict[str, Tensor]
-    """The tensors by their path in the state."""
+    about: dict[str, Any]  # fields of the manifest: step, is_best
+    texts: dict[str, str]  # {file: text}; rank 0 writes them
+    tensors: dict[str, dict[str, Tensor]]  # {file: {name in the file: tensor on the CPU}}
+    regions: dict[str, Region] | None  # {name in the file: region of the shard}; None if all tensors are full
+    copies: dict[str, Tensor]  # the tensors by their path in the state
 
     @property
     def is_finite(self) -> bool:
