@@ -81,7 +81,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     if not checkpoint.is_dir():
         raise CheckpointNotFoundError(f"{checkpoint}: there is no checkpoint directory here.")
     if path.is_symlink() or not path.is_file():  # reading a pipe would block forever
-        raise CheckpointError(f"{checkpoint}: incomplete, it has no file {MANIFEST}.")
+        raise CheckpointError(f"{checkpoint}: incomplete, it has no {MANIFEST}.")
     if path.stat().st_size > MOST_BYTES:
         raise CheckpointError(f"{checkpoint}: {MANIFEST} has more than {MOST_BYTES:,} bytes.")
     try:

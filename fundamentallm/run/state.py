@@ -176,9 +176,6 @@ def _refuse_changes(
     for name in refused:
         before, now = changed[name]
         advice = "Set it back: the weights have that shape." if name in NEVER_ON_RESUME else allow
-        if name == "data.content" and "data.special_tokens" in changed:
-            special_tokens = changed["data.special_tokens"][0] or "null"
-            advice = f"Set data.special_tokens: {special_tokens}, as in the checkpoint. {advice}"
         problems.append(Problem(name, now, _short(before), advice, reason))
     if problems:
         raise ConfigError(problems)
