@@ -171,7 +171,7 @@ class CheckpointManager:
             if isinstance(error, (OSError, SafetensorError)) or type(error) is FundamentaLLMError:  # another process's
                 self._error = CheckpointError(
                     f"cannot write checkpoint {snapshot.name!r} in {self.checkpoint_dir}: {error}. Free some space, or "
-                    "choose another training.checkpoint_dir."
+                    "choose another training.checkpoint_dir (on several machines, a folder that they share)."
                 )
                 self._error.__cause__ = error
             if self.group.rank == 0:
@@ -183,11 +183,6 @@ class CheckpointManager:
         # tempfile.mkdtemp would make the checkpoint unreadable for other users.
         self.group.from_main(lambda: staging.mkdir(parents=True))
         with self.group.barrier_with_errors():
-            if not staging.is_dir():
-                raise CheckpointError(
-                    f"{self.checkpoint_dir} is not the same folder on all machines; choose a training.checkpoint_dir "
-                    "(or output_dir) that all machines share, because each process writes its own shards."
-                )
             for file, tensors in snapshot.tensors.items():
                 write_tensors(staging / file, tensors, snapshot.regions)
             mine = describe(staging, snapshot.tensors), snapshot.is_finite
@@ -265,13 +260,7 @@ class CheckpointManager:
     # ---- finding and loading -----------------------------------------------------------------------------
 
     def _entries(self) -> list[Path]:
-        """Returns the paths in the directory, sorted; none if it does not exist."""
-        try:
-            return sorted(self.checkpoint_dir.iterdir())
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        except OSError as error:
-            raise CheckpointError(f"{self.checkpoint_dir} cannot be read: {error}.") from error
+        return sorted(self.checkpoint_dir.iterdir()) if self.checkpoint_dir.is_dir() else []
 
     def _found(self, skipped: list[str] | None = None) -> list[tuple[Path, dict[str, Any]]]:
         """Returns checkpoints and their manifests, oldest first; adds to `skipped` why some have no good manifest."""

@@ -35,11 +35,7 @@ class NamedOptimizerState:
         self._initial = [copy.deepcopy(_settings(group)) for group in optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state by name. A parameter that had no gradient yet has an empty state.
-
-        Raises:
-            CheckpointError: if the optimizer trains parameters that are not the model's.
-        """
+        """Returns the state by name. A parameter that had no gradient yet has an empty state."""
         names, other = self._names(), dict(self.optimizer.state_dict())
         state, groups = dict(other.pop("state", {})), other.pop("param_groups", [])
         numbers = [number for group in groups for number in group["params"]]
@@ -63,11 +59,7 @@ class NamedOptimizerState:
         return {**saved, "entries": _count_entries(by_name), "state": by_name}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned.
-
-        Raises:
-            CheckpointError: if type, names or shapes are not those of this model and optimizer, or some are missing.
-        """
+        """Restore what `state_dict` returned. Raises CheckpointError if it is of another model or optimizer."""
         if saved["type"] != type(self.optimizer).__name__:
             raise CheckpointError(
                 f"The checkpoint has the state of {saved['type']} and this run has {type(self.optimizer).__name__}; "
@@ -106,7 +98,6 @@ class NamedOptimizerState:
             loaded.update({key: _as_saved(loaded[key], values[key]) for key in kept})
 
     def _names(self) -> list[list[str]]:
-        """Returns the names of each group's parameters."""
         name_of = {id(parameter): name for name, parameter in self.model.named_parameters()}
         try:
             return [[name_of[id(p)] for p in group["params"]] for group in self.optimizer.param_groups]
@@ -122,7 +113,6 @@ def _settings(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _changes(group: dict[str, Any], initial: dict[str, Any]) -> dict[str, Any]:
-    """Returns the settings of a group that are new, or not what they were initially."""
     return {k: v for k, v in _settings(group).items() if k not in initial or not _is_same(v, initial[k])}
 
 

@@ -42,11 +42,7 @@ def locked(folders: Iterable[Path]) -> Iterator[None]:
 
     The lock belongs to the open file (`flock`). A POSIX record lock would end when any code of this process closes the
     lock file, such as a callback that copies the folder. The lock file stays: if it was removed, two processes could
-    each lock a file of their own.
-
-    Raises:
-        RunInProgressError: if another run uses a folder.
-        OSError: if a folder cannot be created or written to.
+    each lock a file of their own. Raises RunInProgressError if another run uses a folder.
     """
     me = f"process {os.getpid()} on {socket.gethostname()}"
     with contextlib.ExitStack() as stack:

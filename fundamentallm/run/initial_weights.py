@@ -20,10 +20,9 @@ from fundamentallm.run.state import RunState
 
 
 def open_pretrained(config: Config) -> tuple[Config, Pretrained | None, nn.Module | None]:
-    """Opens the folder that `model.pretrained` names, if any, on all processes together.
+    """Opens the folder that `model.pretrained` names, if any, on all processes together; see `find_completed`.
 
-    Returns the config completed from the folder, the folder, and the model if transformers makes it. Errors are those
-    of `find_completed`, and a FundamentaLLMError on the other processes.
+    Returns the config completed from the folder, the folder, and the model if transformers makes it.
     """
     if config.model.pretrained is None:
         return config, None, None
@@ -35,9 +34,7 @@ def open_pretrained(config: Config) -> tuple[Config, Pretrained | None, nn.Modul
 def find_completed(config: Config, name: str) -> tuple[Config, Pretrained]:
     """Returns the config with shape and tokenizer of the model folder `name`, and the folder.
 
-    Raises:
-        CheckpointError: if it is damaged.
-        ConfigError: if it cannot be used, or contradicts other settings, listing all of them.
+    Raises CheckpointError if it is damaged; ConfigError if it cannot be used, or contradicts other settings.
     """
     with explained(Path(name)):
         pretrained = find_pretrained(name)
@@ -98,12 +95,7 @@ def _tokenizer(spec: str, theirs: Path) -> str:
 
 
 def begin_from_checkpoint(state: RunState, group: HostGroup, init_from: str, tokenizer: Tokenizer) -> None:
-    """Loads the weights of the checkpoint `init_from`.
-
-    Raises:
-        CheckpointError: if it is damaged, or its model has another shape.
-        ConfigError: if it was trained with another tokenizer.
-    """
+    """Loads the weights of the checkpoint `init_from`. Raises ConfigError if it was trained with another tokenizer."""
     checkpoint = Path(expand_user(init_from))
     group.from_main(lambda: check_checkpoint(checkpoint))
     theirs = checkpoint / TOKENIZER

@@ -77,10 +77,7 @@ class Progress:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resumes at a saved position: at the next sample if the batch size changed, at the next epoch if the data did.
-
-        Raises ValueError if the state is not that of a run.
-        """
+        """Resumes at a saved step: at the next sample if the batch size changed, at the next epoch if the data did."""
         before, now, step = state["stretches"][-1], self.segments[-1], state["step"]
         saved = sampler_of(before)
         if not isinstance(step, int) or step < saved.start.step:
@@ -102,10 +99,7 @@ class Progress:
 
 
 def sampler_of(segment: dict[str, Any]) -> StepSampler:
-    """Returns the batches of a segment, over all processes.
-
-    Raises ValueError if no run can start where the segment does.
-    """
+    """Returns the batches of a segment, over all processes. Raises ValueError if no run can start where it does."""
     sampler = StepSampler(
         segment["num_samples"],
         segment["batch_size"],

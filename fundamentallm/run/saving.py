@@ -51,12 +51,7 @@ class Saver:
         self._saved_step = progress.step if is_saved and not progress.validation_due else -1
 
     def save(self, name: str | None = None, is_best: bool = False) -> Path:
-        """Saves now, on every process together; the checkpoint is complete when this returns.
-
-        Raises:
-            ConfigError: if there is no checkpoint_dir.
-            CheckpointError: if it cannot be written.
-        """
+        """Saves now, on every process together; see `Trainer.save_checkpoint`."""
         manager, default = self.manager, self._name
         if manager is None:
             raise ConfigError("There is no checkpoint_dir; set training.checkpoint_dir.")
@@ -91,11 +86,7 @@ class Saver:
         self._shapes = self._shapes_of_model() if self.manager is not None else None
 
     def check_first_step(self) -> None:
-        """Checks once per launch, after its first step, that what it changed can be saved and loaded again.
-
-        Raises:
-            CheckpointError: if the state cannot be saved, would not fit a new model, or finds no room on the disk.
-        """
+        """Raises CheckpointError if after a launch's first step its state cannot be saved, or loaded by a new model."""
         manager, before, self._shapes = self.manager, self._shapes, None
         if manager is None or before is None:
             return

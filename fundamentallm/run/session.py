@@ -42,13 +42,10 @@ class Record:
     def __init__(self, folder: Path | None, position: Callable[[], Position]) -> None:
         self.folder, self.position = folder, position
 
-    @property
-    def state(self) -> str | None:
-        """The state that status.json holds, such as "running"; None if there is none."""
-        return None if self.folder is None else read_status(self.folder).get("state")
+    def _was(self, *states: str) -> bool:
+        return self.folder is not None and read_status(self.folder).get("state") in states
 
-    def status(self, state: str, **more: Any) -> None:
-        """Writes status.json."""
+    def _write(self, state: str, **more: Any) -> None:
         if self.folder is not None:
             now = self.position()
             about = {"step": now.step, "total_steps": now.total_steps, "pid": os.getpid()}
@@ -56,7 +53,7 @@ class Record:
 
     def launch(self, resumed_from: Path | None, **about: Any) -> None:
         """Notes in status.json that the run is running, and in starts.jsonl when, where and with what."""
-        self.status("running")
+        self._write("running")
         if self.folder is not None:
             now, source = datetime.now(timezone.utc), None if resumed_from is None else str(resumed_from)
             time = now.isoformat(timespec="seconds")
@@ -64,20 +61,20 @@ class Record:
 
     def failure(self, error: BaseException) -> None:
         """Notes which error ended the launch."""
-        # A launch that was refused leaves the run as it was, unless a scheduler would relaunch it again and again.
         if isinstance(error, Interrupted):
             return  # the run is where it was, which only the command knows if it was not restored yet
-        if not isinstance(error, ConfigError) or self.state in ("running", "interrupted"):
+        # A launch that was refused leaves the run as it was, unless a scheduler would relaunch it again and again.
+        if not isinstance(error, ConfigError) or self._was("running", "interrupted"):
             state = "diverged" if isinstance(error, TrainingError) else "failed"
             with suppress(FundamentaLLMError):  # on a full disk, the first error is the one to raise
-                self.status(state, exit_code=exit_code(error), reason=f"{type(error).__name__}: {error}")
+                self._write(state, exit_code=exit_code(error), reason=f"{type(error).__name__}: {error}")
 
     def end(self, reason: str) -> None:
         """Notes how the launch ended."""
         now = self.position()
         state = "finished" if now.is_finished else "interrupted" if now.was_interrupted else "stopped"
-        if state != "finished" or self.state != state:  # launching a finished run again changes nothing
-            self.status(state, exit_code=START_AGAIN if now.was_interrupted else 0, reason=reason)
+        if state != "finished" or not self._was(state):  # launching a finished run again changes nothing
+            self._write(state, exit_code=START_AGAIN if now.was_interrupted else 0, reason=reason)
 
 
 @contextmanager
@@ -93,12 +90,8 @@ def session(
 
     On entry it also cleans up what a killed process left among the checkpoints. On an exception it waits for the
     checkpoint that is being written; another Ctrl-C ends the wait. Yields the stack of what is undone once the outcome
-    is recorded.
-
-    Raises:
-        RunInProgressError: if another process trains in the same folders.
-        ProcessLostError: if another process of the run died.
-        CheckpointError: if a folder cannot be used.
+    is recorded. Raises RunInProgressError if another process trains in the same folders, ProcessLostError if another
+    process of the run died, and CheckpointError if a folder cannot be used.
     """
     with ExitStack() as stack:
         stack.enter_context(watchdog)

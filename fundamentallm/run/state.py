@@ -53,20 +53,12 @@ class RunState:
     def load(
         self, saved: dict[str, Any], where: Path, may_change: Collection[str], free: Collection[str]
     ) -> tuple[list[str], set[str]]:
-        """Gives every part its saved state.
+        """Gives every part its state from the checkpoint at `where`.
 
-        Args:
-            saved: what `state_dict` returned, as read from a checkpoint.
-            where: the checkpoint, for messages.
-            may_change: settings or sections that the user allows to differ although they change the run.
-            free: settings that change no weight, and may always differ.
-
-        Returns:
-            Lines for the user, and the names of settings and facts of the data that differ from the checkpoint's.
-
-        Raises:
-            CheckpointError: if a part is missing, unknown, or does not fit.
-            ConfigError: naming each setting that differs, changes the run, and is not in `may_change`.
+        `may_change` names settings or sections that the user allows to differ although they change the run, and `free`
+        those that change no weight. Returns lines for the user, and the names of settings and facts of the data that
+        differ. Raises CheckpointError if a part is missing, unknown, or does not fit; ConfigError with each setting
+        that may not differ.
         """
         with explained(where, "it does not hold a run"):
             changed = self._changes(saved)
@@ -93,10 +85,7 @@ class RunState:
         return messages, {*changed}
 
     def like(self) -> Like | None:
-        """Returns a function from a stored tensor's name and shape to the DTensor whose local shard is to be read.
-
-        The function returns None for a tensor that is read in full. If all are, there is no function.
-        """
+        """Returns which shards of the checkpoint's tensors this process reads; None: it reads all tensors in full."""
         weights = self.model.state_dict()
         if not any(is_sharded(tensor) for tensor in weights.values()):
             return None
@@ -123,10 +112,7 @@ class RunState:
     def _parts_to_reset(
         self, saved: dict[str, Any], changed: Collection[str], where: Path
     ) -> tuple[set[str], list[str]]:
-        """Returns the parts that a changed setting makes new, and a message for each.
-
-        Raises CheckpointError if a part is missing or unknown and no setting explains it.
-        """
+        """Returns the parts that a changed setting makes new, and messages. Others may not be missing or unknown."""
         had = {key.removesuffix(SUFFIX) for key in saved.keys() - {"config", "versions"}}
         missing, unknown = sorted(self.parts.keys() - had), sorted(had - self.parts.keys())
         explained = {name for name, settings in OPTIONAL_PARTS.items() if {*settings} & {*changed}}

@@ -38,11 +38,7 @@ def samples_of_step(checkpoint: Path, step: int) -> StepSamples:
     """Returns the samples of a run's `step`-th optimizer step, counted from 1 as in metrics.jsonl.
 
     Every checkpoint holds all segments of its run, each with batches of its own. For a step after the checkpoint, the
-    answer is what the run will train on if its settings stay as they are.
-
-    Raises:
-        CheckpointError: if the checkpoint is damaged, or does not hold a run.
-        ConfigError: if the step is not positive.
+    answer is what the run will train on if its settings stay as they are. Raises ConfigError if the step is below 1.
     """
     if step < 1:
         raise ConfigError(Problem("step", step, "at least 1"))
@@ -71,9 +67,7 @@ def why_no_text(checkpoint: Path, samples: StepSamples) -> str | None:
 def text_of_step(checkpoint: Path, samples: StepSamples, source: str | None = None) -> TokenSamples:
     """Opens the dataset that the samples are from; `source` is the present location of its text, if it has moved.
 
-    Raises:
-        CheckpointError: if the checkpoint is damaged.
-        ConfigError: if the text cannot be read, or is not the one that the step was trained on.
+    Raises ConfigError if the text cannot be read, or is not the one that the step was trained on.
     """
     verify(checkpoint, hashed=[STATE, TOKENIZER])
     try:
@@ -90,10 +84,9 @@ def text_of_step(checkpoint: Path, samples: StepSamples, source: str | None = No
 
 
 def corpus_of_run(checkpoint: Path, settings: dict[str, Any], source: str | None = None) -> tuple[DataConfig, Corpus]:
-    """Opens the text that a run was trained on, with the tokenizer of its checkpoint.
+    """Opens the text that a run with these `data` settings was trained on, with the tokenizer of its checkpoint.
 
-    `settings` is the section `data` of its config; for `source` see `text_of_step`.
-    Raises ConfigError if the settings are malformed, the text cannot be read, or only the checkpoint names it.
+    For `source` see `text_of_step`. Raises ConfigError if the text cannot be read, or only the checkpoint names it.
     """
     data = from_dict(DataConfig, saved_data_settings(settings))
     if source is None and not was_opened(data):
