@@ -123,7 +123,7 @@ class DataConfig(Section):
     """Field with the prompt; loss is computed on text_field only (SFT), one row per sample; null: no prompts."""
     end_of_text: str | None = None
     """Token after each document, such as '<|endoftext|>'; null: an empty line between documents."""
-    special_tokens: Literal["tokens", "text"] | None = field(default=None, metadata=FREE)
+    special_tokens: Literal["tokens", "text"] | None = None
     """Read special tokens in the text as 'tokens' or 'text' (untrusted); null: as tokens of a tokenizer.json only."""
     unknown_tokens: bool = field(default=False, metadata=FREE)
     """Encode what the vocabulary lacks as its unknown token, counted; false: an error, or a bad row."""
