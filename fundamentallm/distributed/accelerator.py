@@ -21,7 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from fundamentallm.distributed import launch_checks as checks
 from fundamentallm.distributed.compilation import compile_problems
 from fundamentallm.distributed.prepare import NARROW
-from fundamentallm.distributed.rendezvous import join_group
+from fundamentallm.distributed.host_group import join_group
 from fundamentallm.errors import ConfigError, FundamentaLLMError, Problem
 
 logger = logging.getLogger(__name__)
