@@ -1,4 +1,4 @@
-"""torch.compile: whether and how to compile a model, and what this machine lacks for it.
+"""torch.compile: whether and how to compile a model.
 
 Modules are compiled in place, so parameters keep their names. Each shape gets its own kernels (`dynamic=False`). The
 kernels of a batch then depend on its shape alone, not on earlier batches, and a resumed run is bit-identical.
@@ -8,13 +8,7 @@ kernels of a batch then depend on its shape alone, not on earlier batches, and a
 from __future__ import annotations
 
 import inspect
-import os
-import shutil
-import sys
-import sysconfig
 from collections.abc import Iterable
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,39 +28,13 @@ def is_compiled(accelerator: Accelerator, wanted: bool | None) -> bool:
     return accelerator.state.dynamo_plugin.backend != DynamoBackend.NO if wanted is None else wanted
 
 
-def compile_problems(accelerator: Accelerator, wanted: bool | None) -> list[str]:
-    """Returns the reasons why a model cannot be compiled as `training.compile` (`wanted`) says."""
-    backend = accelerator.state.dynamo_plugin.backend
-    if wanted is False and backend != DynamoBackend.NO:
-        reason = f"and dynamo_backend in the accelerate config is {backend.value.lower()!r}"
-        return [Problem("training.compile", False, reason=reason, advice="Set only one of them, or both alike.")]
-    generates_code = backend == DynamoBackend.INDUCTOR or backend == DynamoBackend.NO
-    if not (is_compiled(accelerator, wanted) and generates_code):
+def compile_problems(accelerator: Accelerator, wanted: bool | None) -> list[Problem]:
+    """Returns the problem of a `training.compile` (`wanted`) that the accelerate config contradicts, if it does."""
+    if wanted is not False or not is_compiled(accelerator, None):
         return []
-    return [
-        Problem("training.compile", True, reason=f"and {lack}", advice=f"{advice}, or set it to false.")
-        for lack, advice in _missing_tools(accelerator.device.type)
-    ]
-
-
-def _missing_tools(device_type: str) -> list[tuple[str, str]]:
-    """Returns what inductor needs to make kernels for a device and does not find, each with what to do."""
-    missing = []
-    if device_type == "cpu":
-        compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-        if shutil.which(compiler) is None:
-            missing.append((f"there is no C++ compiler {compiler!r}", "Install it, or set CXX to another"))
-    elif device_type in ("cuda", "xpu"):
-        if find_spec("triton") is None:
-            missing.append(("the package triton is not installed", "Install the version that your torch was built for"))
-        if not any(shutil.which(name) for name in [os.environ.get("CC") or "gcc", "clang"]):
-            missing.append(("there is no C compiler", "Install gcc, or set CC to another"))
-    else:
-        return []  # the needs of other devices are not known here
-    header = Path(sysconfig.get_path("include"), "Python.h")
-    if not header.is_file():
-        missing.append((f"there is no {header}", "Install Python's headers (such as the package python3-dev)"))
-    return missing
+    backend = accelerator.state.dynamo_plugin.backend.value.lower()
+    reason = f"and dynamo_backend in the accelerate config is {backend!r}"
+    return [Problem("training.compile", False, reason=reason, advice="Set only one of them, or both alike.")]
 
 
 def compile_in_place(accelerator: Accelerator, modules: Iterable[nn.Module]) -> None:
