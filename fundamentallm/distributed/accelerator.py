@@ -14,9 +14,8 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from fundamentallm.distributed import launch_checks as checks
-from fundamentallm.distributed.compilation import compile_problems
 from fundamentallm.distributed.host_group import join_group
-from fundamentallm.distributed.prepare import NARROW
+from fundamentallm.distributed.prepare import NARROW, compile_problems
 from fundamentallm.errors import ConfigError, FundamentaLLMError, Problem
 
 logger = logging.getLogger(__name__)
