@@ -133,10 +133,10 @@ def samples_command(options: argparse.Namespace) -> int:
         text = dataset.tokenizer.decode(inputs.tolist(), skip_special_tokens=False)
         rows.append((f"{index:,}", tokens, text))
     if options.full:
-        for index, tokens, text in rows:
-            say(f"---- sample {index}, tokens {tokens} ----\n{text}")
+        for name, tokens, text in rows:
+            say(f"---- sample {name}, tokens {tokens} ----\n{text}")
     else:
-        say_table([(index, tokens, shortened(text, WIDTH // 2)) for index, tokens, text in rows], ">><")
+        say_table([(name, tokens, shortened(text, WIDTH // 2)) for name, tokens, text in rows], ">><")
     return 0
 
 

@@ -137,7 +137,7 @@ def check_model(case: Case) -> Finding:
         return Finding("fail", f"the model was made twice, and {problem}")
     if not math.isfinite(logs[0][0]["train_loss"]):
         return Finding("fail", f"the loss of the first batch is {logs[0][0]['train_loss']}")
-    if problem := _difference(*logs) or _changed_weights(*ends):
+    if problem := _difference(logs[0], logs[1]) or _changed_weights(*ends):
         return Finding("fail", f"the same run was made twice, and {problem}")
     if len(losses := _losses_by_seed(trainer, training=False)) > 1:
         return Finding("fail", f"in evaluation mode, one batch has the losses {' and '.join(map(str, losses))}")
