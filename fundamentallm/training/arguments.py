@@ -80,9 +80,8 @@ def check_alike(
     for name, (loader, samples) in loaders.items():
         given[name] = "not given"
         if loader is not None and samples is not None:
-            given[name] = f"{samples.num_samples} samples in batches of {samples.batch_size}"
             order = samples.sampler or f"drop_last={samples.drop_last}, sampler={type(unwrapped(loader)[0]).__name__}"
-            given[f"the order of {name}"] = order
+            given[name] = f"{samples.num_samples} samples in batches of {samples.batch_size}, {order}"
             given[f"the content of {name}"] = fingerprint(loader.dataset) or _sampled(loader)
     first, *others = group.all_gather(given)
     problems = []
