@@ -44,7 +44,7 @@ def unknown_metric(name: str, known: Collection[str]) -> Problem:
     return not_one_of("early_stopping_metric", name, known)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class ModelConfig(Section):
     """Shape of the `Transformer`.
 
@@ -101,7 +101,7 @@ class ModelConfig(Section):
         )
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class DataConfig(Section):
     """The text, and how it becomes samples.
 
@@ -123,7 +123,7 @@ class DataConfig(Section):
     """Field with the prompt; loss is computed on text_field only (SFT), one row per sample; null: no prompts."""
     end_of_text: str | None = None
     """Token after each document, such as '<|endoftext|>'; null: an empty line between documents."""
-    special_tokens: Literal["tokens", "text"] | None = field(default=None, metadata=FREE)
+    special_tokens: Literal["tokens", "text"] | None = None
     """Read special tokens in the text as 'tokens' or 'text' (untrusted); null: as tokens of a tokenizer.json only."""
     unknown_tokens: bool = field(default=False, metadata=FREE)
     """Encode what the vocabulary lacks as its unknown token, counted; false: an error, or a bad row."""
@@ -166,7 +166,7 @@ class DataConfig(Section):
         return self.source if isinstance(self.source, dict) else {self.source: 1.0}
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class ParameterGroup(Section):
     """Options of some parameters; an entry of `training.parameter_groups`."""
 
@@ -186,7 +186,7 @@ class ParameterGroup(Section):
             yield Problem("frozen", True, "frozen without learning_rate_scale and weight_decay")
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class TrainingConfig(Section):
     """How the model is trained. Intervals count optimizer steps, or epochs if their name says so.
 
@@ -346,7 +346,7 @@ class TrainingConfig(Section):
         )
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Config(Section):
     """One run.
 

@@ -21,8 +21,8 @@ from fundamentallm.data.loaders import step_sampler
 from fundamentallm.data.sampler import StepSampler
 from fundamentallm.distributed.accelerator import check_accelerator, create_accelerator
 from fundamentallm.distributed.batches import tensors
-from fundamentallm.distributed.compilation import is_compiled
 from fundamentallm.distributed.host_group import HostGroup
+from fundamentallm.distributed.prepare import is_compiled
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.training.callbacks.trackers import tracker_names
 from fundamentallm.training.evaluation import metric_names

@@ -30,7 +30,7 @@ from fundamentallm.models.with_loss import ModelWithLoss, Objective
 from fundamentallm.run.environment import environment
 from fundamentallm.run.progress import Progress
 from fundamentallm.run.resume import check_tokenizer, resume
-from fundamentallm.run.saving import Saver, open_manager, saves_left
+from fundamentallm.run.saving import Saver, open_manager
 from fundamentallm.run.session import Record, session
 from fundamentallm.run.state import RunState
 from fundamentallm.run.stopping import Stop, StopSwitch
@@ -207,13 +207,12 @@ class Trainer(TrainerView):
                 self.stop_switch.begin()  # forgets why an earlier train() stopped
                 self.say(self._describe_finished_run())
                 return self.history
-            steps_left = self.total_steps - self.global_step
-            self.saver.check_room(saves_left(self.config.training, steps_left, self.steps_per_epoch))
             if self.micro_batch is not None:
                 self._settle_micro_batch(self.micro_batch)
             accelerator, device = self.accelerator, device_name(self.accelerator.device)
             about = environment(device, accelerator.num_processes, accelerator.mixed_precision)
-            self._record.launch(resumed_from, self.config, about, self._progress.segments[-1]["content"])
+            content = self._progress.segments[-1]["content"]
+            self._record.launch(resumed_from, environment=about, config=asdict(self.config), data=content)
             self.stop_switch.begin()
             launch.enter_context(self.stop_switch.handling_signals())
             try:
@@ -337,7 +336,7 @@ class Trainer(TrainerView):
         # The clock does not interrupt the same validation twice: otherwise no launch would ever get past it.
         interrupting = Stop.SIGNAL if self._progress.validation_due else Stop.OUT_OF_TIME
         self._progress.validation_due = True  # also if an exception ends it
-        self.saver.mark_changed()
+        self.saver.mark_saved(False)
         metrics = self._evaluate(is_interrupted=lambda: self.stop_switch.poll() >= interrupting)
         if metrics is None:
             return False
@@ -384,10 +383,10 @@ class Trainer(TrainerView):
 
     def _restore(self, saved: dict[str, Any], where: Path) -> None:
         check_tokenizer(where, self.train_loader.dataset)
-        restored = self.state.load(saved, where, self.config.training.resume_changes, FREE_ON_RESUME)
-        self.say("\n".join(restored.messages))
+        messages, changed = self.state.load(saved, where, self.config.training.resume_changes, FREE_ON_RESUME)
+        self.say("\n".join(messages))
         self._fit_schedule()
-        if self.micro_batch is not None and restored.changed:
+        if self.micro_batch is not None and changed:
             self.micro_batch.size = None  # another one may fit
         self.saver.mark_saved()
         self.optimizer_step.is_updating = False
@@ -405,7 +404,7 @@ class Trainer(TrainerView):
             group["lr"] = lr
 
     def _begin(self) -> None:
-        self.saver.forget_requests()
+        self.saver.begin()
         self.model_with_loss.train()
         switch_to_training(self.optimizer)
         self.model.zero_grad()  # what a caller, or a step that raised, may have left

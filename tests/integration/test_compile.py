@@ -14,8 +14,7 @@ from accelerate import Accelerator
 from torch._dynamo.utils import counters
 
 from fundamentallm import LoggingCallback, ModelConfig, Trainer, Transformer, create_loss
-from fundamentallm.distributed.compilation import compile_in_place
-from fundamentallm.distributed.prepare import prepare_model
+from fundamentallm.distributed.prepare import compile_in_place, prepare_model
 from fundamentallm.errors import ConfigError
 from fundamentallm.inference.generation import generate
 from fundamentallm.models.with_loss import ModelWithLoss

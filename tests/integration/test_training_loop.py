@@ -292,30 +292,6 @@ def test_a_frozen_model_in_16_bits_stays_if_autocast_computes_in_them() -> None:
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
-def test_weights_that_share_memory_in_16_bits_share_it_afterwards() -> None:
-    model = Bigram().bfloat16()
-    model.transposed = nn.Parameter(model.head.weight.data.t())
-    before = model.head.weight.detach().float()
-    Trainer(model, TrainingConfig(max_steps=1), DataLoader(PartlyIgnored(), 8), callbacks=[])
-    assert torch.equal(model.head.weight, before)
-    assert model.transposed.data_ptr() == model.head.weight.data_ptr()
-    assert torch.equal(model.transposed, before.t())
-
-
-@pytest.mark.parametrize("kind", ["sparse", "lazy", "inference"])
-def test_weights_that_cannot_be_trained_are_named(kind: str) -> None:
-    model = Bigram()
-    with torch.inference_mode(kind == "inference"):
-        made = {
-            "sparse": lambda: nn.Embedding(20, 12, sparse=True),
-            "lazy": lambda: nn.LazyLinear(20),
-            "inference": lambda: nn.Linear(12, 20),
-        }
-        setattr(model, "embedding" if kind == "sparse" else "head", made[kind]())
-    with pytest.raises(ConfigError, match="embedding" if kind == "sparse" else "head"):
-        Trainer(model, TrainingConfig(max_steps=1), DataLoader(PartlyIgnored(), 8), callbacks=[])
-
-
 class Quantized(nn.Parameter):
     """As quantized weights are: a class of its own."""
 
