@@ -44,7 +44,7 @@ def unknown_metric(name: str, known: Collection[str]) -> Problem:
     return not_one_of("early_stopping_metric", name, known)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class ModelConfig(Section):
     """Shape of the `Transformer`.
 
@@ -101,7 +101,7 @@ class ModelConfig(Section):
         )
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class DataConfig(Section):
     """The text, and how it becomes samples.
 
@@ -166,7 +166,7 @@ class DataConfig(Section):
         return self.source if isinstance(self.source, dict) else {self.source: 1.0}
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class ParameterGroup(Section):
     """Options of some parameters; an entry of `training.parameter_groups`."""
 
@@ -186,7 +186,7 @@ class ParameterGroup(Section):
             yield Problem("frozen", True, "frozen without learning_rate_scale and weight_decay")
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class TrainingConfig(Section):
     """How the model is trained. Intervals count optimizer steps, or epochs if their name says so.
 
@@ -346,7 +346,7 @@ class TrainingConfig(Section):
         )
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Config(Section):
     """One run.
 
@@ -417,8 +417,6 @@ FREE_ON_RESUME = frozenset(name for name, kind in ON_RESUME.items() if kind == "
 """Settings that change no weight, and may differ on resume. (Text and tokenizer may move: their content counts.)"""
 NEVER_ON_RESUME = frozenset(name for name, kind in ON_RESUME.items() if kind == "never")
 """Settings that decide the shape of the weights."""
-AFFECTS_SCHEDULE = frozenset(name for name, kind in ON_RESUME.items() if kind == "schedule") | {"data.num_samples"}
-"""Settings, and facts of the data, that change the learning-rate curve."""
 
 
 def saved_data_settings(data: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -172,10 +171,7 @@ class CallbackList:
 
     def measure(self, trainer: RunView) -> dict[str, float]:
         """Returns the numbers of all callbacks."""
-        measured: dict[str, float] = {}
-        for callback in tuple(self.callbacks):
-            measured |= callback.measure(trainer)
-        return measured
+        return {name: value for callback in self.callbacks for name, value in callback.measure(trainer).items()}
 
     @property
     def wants_step_loss(self) -> bool:
@@ -184,12 +180,11 @@ class CallbackList:
 
     def _by_name(self) -> dict[str, Callback]:
         """Returns the callbacks by class name; the second one of a class is numbered _2, and so on."""
-        counts: Counter[str] = Counter()
         named: dict[str, Callback] = {}
         for callback in self.callbacks:
+            number = sum(type(other) is type(callback) for other in named.values()) + 1
             name = type(callback).__name__
-            counts[name] += 1
-            named[name if counts[name] == 1 else f"{name}_{counts[name]}"] = callback
+            named[name if number == 1 else f"{name}_{number}"] = callback
         return named
 
     def state_dict(self) -> dict[str, Any]:
