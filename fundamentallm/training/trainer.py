@@ -382,7 +382,7 @@ class Trainer(TrainerView):
         return choice.path
 
     def _restore(self, saved: dict[str, Any], where: Path) -> None:
-        check_tokenizer(where, self.train_loader.dataset)
+        check_tokenizer(where, getattr(self.train_loader.dataset, "tokenizer", None))
         messages, changed = self.state.load(saved, where, self.config.training.resume_changes, FREE_ON_RESUME)
         self.say("\n".join(messages))
         self._fit_schedule()
