@@ -50,7 +50,7 @@ def use_accelerator(
         ConfigError: if the two contradict each other, or the launch is not one run.
     """
     training = config.training
-    launch = training.mixed_precision, training.smallest_batch_size(batch_size), training.compile
+    launch = training.mixed_precision, training.smallest_batch_size(batch_size)
     if accelerator is not None:
         check_accelerator(accelerator, *launch)
     else:

@@ -155,15 +155,6 @@ def test_compile_in_place_compiles_each_shape_and_sets_no_global_limit() -> None
     assert limits == (torch.compiler.config.recompile_limit, torch.compiler.config.fail_on_recompile_limit_hit)
 
 
-def test_contradicting_settings_are_refused(tmp_path: Path) -> None:
-    config = make_config(tmp_path, compile=False)
-    with pytest.raises(ConfigError) as caught:
-        make_trainer(config, accelerator=accelerator_for("aot_eager", False))
-    (problem,) = caught.value.problems
-    assert (problem.setting, problem.value) == ("training.compile", False)
-    assert "'aot_eager'" in problem.reason
-
-
 def without_blocks(_: int) -> None:
     model = torch.nn.Linear(2, 2)
     with_loss, optimizer = ModelWithLoss(model, torch.nn.Identity()), create_optimizer(model, "adamw", 0.1)
