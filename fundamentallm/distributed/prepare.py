@@ -203,10 +203,9 @@ def _can_load_efficiently(model: nn.Module) -> bool:
 
     It fails for persistent buffers, and unties parameters unless the model has a method `tie_weights`.
     """
-    persistent = set(model.state_dict().keys()) - {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    num_names = len(list(model.named_parameters(remove_duplicate=False)))
-    is_tied = num_names > len(list(model.parameters()))
-    return not persistent and (not is_tied or hasattr(model, "tie_weights"))
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    is_tied = len(names) > len(list(model.parameters()))
+    return names >= model.state_dict().keys() and (not is_tied or hasattr(model, "tie_weights"))
 
 
 @torch.no_grad()

@@ -132,10 +132,6 @@ def _special_tokens(dataset: TokenSamples) -> dict[str, Any]:
     return {"pad_token": found["unk_token"]} | found if "unk_token" in found else found
 
 
-def _refusal(setting: str, name: str, reason: str, advice: str = "", allowed: str = "") -> ConfigError:
-    return ConfigError(Problem(setting, name, allowed, advice, reason))
-
-
 def find_pretrained(name: str, setting: str = "model.pretrained") -> Pretrained:
     """Find the folder `name`, or what the local Hugging Face cache holds under that name.
 
@@ -174,6 +170,10 @@ def find_pretrained(name: str, setting: str = "model.pretrained") -> Pretrained:
     if not all(type(number) is int for number in (*found.stop, *sizes)) or min(sizes) < 1:
         raise refusal("whose context, vocabulary size or end-of-text token is not a whole number")
     return found
+
+
+def _refusal(setting: str, name: str, reason: str, advice: str = "", allowed: str = "") -> ConfigError:
+    return ConfigError(Problem(setting, name, allowed, advice, reason))
 
 
 def _refuse_links(folder: Path, refusal: Callable[..., ConfigError]) -> None:
