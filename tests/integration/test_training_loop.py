@@ -312,13 +312,6 @@ def test_a_frozen_model_in_16_bits_stays_if_autocast_computes_in_them() -> None:
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_train_without_gradients_is_refused(mode: Any) -> None:
-    trainer = bigram_trainer_in_memory()
-    with mode(), pytest.raises(ConfigError, match="no_grad"):
-        trainer.train()
-
-
 class Quantized(nn.Parameter):
     """As quantized weights are: a class of its own."""
 
@@ -557,18 +550,6 @@ def test_final_save_holds_the_last_validation_after_a_save_on_log(tmp_path: Path
     newest = trainer.checkpoint_manager.get_latest()
     assert newest is not None
     assert trainer.checkpoint_manager.load(newest)["metrics_state_dict"]["latest"]["val_step"] == 4
-
-
-def test_parameters_added_to_the_optimizer_are_refused_before_the_update(tmp_path: Path) -> None:
-    class Unfreeze(Callback):
-        def on_step_begin(self, trainer: Trainer) -> None:
-            if trainer.global_step == 2:
-                trainer.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
-
-    trainer = make_trainer(make_config(tmp_path), callbacks=[Unfreeze()])
-    with pytest.raises(ConfigError, match="optimizer"):
-        trainer.train()
-    assert (trainer.global_step, trainer.optimizer_step.is_updating) == (2, False)
 
 
 @pytest.mark.parametrize("output", ["closed", "full", "latin-1"])
