@@ -112,8 +112,6 @@ def test_a_stopped_compiled_run_goes_on_to_the_bit(tmp_path: Path, capsys: pytes
 
     whole = trainer_in(tmp_path / "whole")
     history = whole.train()
-    said = capsys.readouterr().out
-    assert said.count("the first step took ") == 1
     assert not any("_orig_mod" in name for name in weights(whole))
     shutil.copytree(tmp_path / "whole/checkpoints/step_00000003", tmp_path / "broken/checkpoints/step_00000003")
     torch._dynamo.reset()  # what a process that begins has not got either

@@ -298,7 +298,7 @@ def test_estimate_takes_the_shape_of_the_folder(tmp_path: Path, capsys: pytest.C
 
     model = llama(tmp_path)
     assert main(["--model.pretrained", str(tmp_path), "--devices", "1"], "estimate") == 0
-    assert f"{sum(parameter.numel() for parameter in model.parameters()):,};" in capsys.readouterr().out
+    assert f"{sum(parameter.numel() for parameter in model.parameters()):,}," in capsys.readouterr().out
     write(tmp_path, mlp_bias=True)
     with pytest.raises(ConfigError, match="mlp_bias"):
         main(["--model.pretrained", str(tmp_path)], "estimate")
