@@ -114,7 +114,7 @@ def make_trainer(config: Config) -> Trainer:
 
     config = config.resolved()
     training = config.training
-    launch = training.mixed_precision, training.smallest_batch_size(training.batch_size), training.compile
+    launch = training.mixed_precision, training.smallest_batch_size(training.batch_size)
     accelerator = create_accelerator(*launch, config.trackers, config.output_dir)
     callbacks = _check_names(config)
     config, pretrained, model = open_pretrained(config)

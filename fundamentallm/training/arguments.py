@@ -51,7 +51,7 @@ def use_accelerator(
 ) -> tuple[Accelerator, Config]:
     """Makes or checks the Accelerator. What its launcher decided becomes part of the config."""
     training = config.training
-    launch = training.mixed_precision, training.smallest_batch_size(batch_size), training.compile
+    launch = training.mixed_precision, training.smallest_batch_size(batch_size)
     if accelerator is not None:
         check_accelerator(accelerator, *launch)
     else:
