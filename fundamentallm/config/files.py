@@ -51,13 +51,40 @@ def is_prepared(source: str) -> bool:
     return all(os.path.isfile(os.path.join(expand_user(source), name)) for name in PREPARED)
 
 
+def row_fields(data: DataConfig) -> dict[str, str]:
+    """Returns the fields that are read from each row, by the settings that name them; the prompt comes first."""
+    if data.messages_field is not None:
+        return {"data.messages_field": data.messages_field}
+    prompt = {} if data.prompt_field is None else {"data.prompt_field": data.prompt_field}
+    return {**prompt, "data.text_field": data.text_field}
+
+
+def are_samples(data: DataConfig) -> bool:
+    """Returns whether each row is a sample of its own: a prompt with its answer, or a chat."""
+    return data.prompt_field is not None or data.messages_field is not None
+
+
+def _field_problems(data: DataConfig) -> Iterator[Problem]:
+    """Yields what is wrong with the settings of rows."""
+    chats, reason = data.messages_field, f"and data.messages_field is {data.messages_field!r}"
+    if chats is not None:
+        for name in ("prompt_field", "text_field"):
+            if getattr(data, name) != getattr(DataConfig, name):
+                yield Problem(f"data.{name}", getattr(data, name), advice="Omit one of them.", reason=reason)
+        if data.chat_template is False:
+            yield Problem("data.chat_template", False, "true or null", reason=reason)
+    elif data.chat_template and data.prompt_field is None:
+        allowed = "null, or with a data.prompt_field or data.messages_field"
+        yield Problem("data.chat_template", True, allowed)
+
+
 def find_sources(data: DataConfig) -> list[SourceFiles]:
     """Looks up the files of all sources.
 
     Raises:
         ConfigError: listing missing files, and files that do not fit together or the settings.
     """
-    found, problems = list[SourceFiles](), list[Problem]()
+    found, problems = list[SourceFiles](), list(_field_problems(data))
     for name in data.sources():
         try:
             found.append(find_source(data, name))
@@ -83,7 +110,10 @@ def find_source(data: DataConfig, name: str) -> SourceFiles:
     if is_prepared(name):
         return SourceFiles(name, "prepared", [Path(expand_user(name))])
     if name == BUILT_IN_CORPUS:
-        return SourceFiles(name, "built-in", [Path(str(find_spec("pydoc_data.topics").origin))])  # type: ignore[union-attr]
+        text = Path(str(find_spec("pydoc_data.topics").origin))  # type: ignore[union-attr]
+        if problems := _kind_problems(data, name, [text]):
+            raise ConfigError(problems)
+        return SourceFiles(name, "built-in", [text])
     if name.startswith(DATASETS):
         return SourceFiles(name, "dataset", [])
     path, left_out = expand_user(name), collections.Counter[str]()
@@ -177,9 +207,10 @@ def _kind_problems(data: DataConfig, name: str, files: list[Path]) -> list[Probl
         return [Problem("data.source", name, "files of one kind", "Name them as several sources.", reason)]
     if kinds <= {"rows"}:
         return []
-    if data.prompt_field is not None:
-        allowed = f"with data.prompt_field, rows ({', '.join(ROWS)} or {DATASETS}NAME)"
-        return [Problem("data.source", name, allowed, "Set data.prompt_field to null.", reason)]
+    if are_samples(data):
+        setting = next(iter(row_fields(data)))
+        allowed = f"with {setting}, rows ({', '.join(ROWS)} or {DATASETS}NAME)"
+        return [Problem("data.source", name, allowed, f"Set {setting} to null.", reason)]
     if kinds == {"tokens"} and not data.tokenizer.endswith(".json"):
         advice = "Set data.tokenizer to the tokenizer.json that made the tokens."
         return [Problem("data.source", name, "", advice, f"{reason}, and tokenizer is {data.tokenizer!r}")]
