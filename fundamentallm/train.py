@@ -110,7 +110,7 @@ def make_trainer(config: Config) -> Trainer:
     # Imported here, so that --help and config errors do not wait for torch.
     import torch
 
-    from fundamentallm.data.chat import applied_template
+    from fundamentallm.data.chat import TEMPLATE, applied_template
     from fundamentallm.data.corpus import describe, load_corpus
     from fundamentallm.data.loaders import create_dataloaders
     from fundamentallm.distributed.accelerator import create_accelerator
@@ -141,7 +141,7 @@ def make_trainer(config: Config) -> Trainer:
         trainer.files = pretrained.files(train_loader.dataset)
         trainer.say(f"{config.model.pretrained}: {pretrained}")
     if template := applied_template(config.data):
-        trainer.files |= template
+        trainer.files = template | trainer.files | {name: template[name] for name in (TEMPLATE,) if name in template}
         trainer.say(f"the rows are rendered by the chat template beside {config.data.tokenizer}")
     _load_initial_weights(trainer, pretrained, corpus.tokenizer)
     for callback in callbacks:

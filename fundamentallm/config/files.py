@@ -65,17 +65,16 @@ def are_samples(data: DataConfig) -> bool:
 
 
 def _field_problems(data: DataConfig) -> Iterator[Problem]:
-    """Yields what is wrong with the settings of rows."""
-    chats, reason = data.messages_field, f"and data.messages_field is {data.messages_field!r}"
-    if chats is not None:
-        for name in ("prompt_field", "text_field"):
-            if getattr(data, name) != getattr(DataConfig, name):
-                yield Problem(f"data.{name}", getattr(data, name), advice="Omit one of them.", reason=reason)
-        if data.chat_template is False:
-            yield Problem("data.chat_template", False, "true or null", reason=reason)
-    elif data.chat_template and data.prompt_field is None:
-        allowed = "null, or with a data.prompt_field or data.messages_field"
-        yield Problem("data.chat_template", True, allowed)
+    """Yields what does not fit `data.messages_field`, or lacks it."""
+    if data.messages_field is None:
+        if data.chat_template and data.prompt_field is None:
+            yield Problem("data.chat_template", True, "null, or with a data.prompt_field or data.messages_field")
+        return
+    allowed = {"prompt_field": (None,), "text_field": (DataConfig.text_field,), "chat_template": (None, True)}
+    for name in allowed:
+        if (value := getattr(data, name)) not in allowed[name]:
+            reason = f"and data.messages_field is {data.messages_field!r}"
+            yield Problem(f"data.{name}", value, "", "Omit one of them.", reason)
 
 
 def find_sources(data: DataConfig) -> list[SourceFiles]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -30,25 +29,8 @@ class BadChat(Exception):
     """A row is not a chat, or the template cannot render it."""
 
 
-def template_files(tokenizer: str | Path) -> dict[str, str]:
-    """Returns the text of the `TEMPLATE_FILES` beside a tokenizer.json; empty if there is no chat template.
-
-    Raises:
-        ConfigError: if they cannot be read.
-    """
-    path = Path(expand_user(str(tokenizer)))
-    paths = [path.with_name(name) for name in TEMPLATE_FILES if path.name == "tokenizer.json"]
-    try:
-        texts = {path.name: path.read_text("utf-8") for path in paths if path.is_file()}
-        has_one = TEMPLATE in texts or json.loads(texts.get(TOKENIZER_CONFIG, "{}")).get("chat_template")
-    except (OSError, ValueError, AttributeError) as error:
-        reason = f"whose {TOKENIZER_CONFIG} or {TEMPLATE} cannot be read: {error}"
-        raise ConfigError(Problem("data.tokenizer", str(tokenizer), reason=reason)) from error
-    return texts if has_one else {}
-
-
 def applied_template(config: DataConfig) -> dict[str, str]:
-    """Returns the `template_files` that render the rows of `config`; empty if no template is applied to them.
+    """Returns the `TEMPLATE_FILES` whose template renders the rows of `config`; empty if none is applied to them.
 
     Raises:
         ConfigError: if there is no template, or it does not fit the other settings.
@@ -56,11 +38,15 @@ def applied_template(config: DataConfig) -> dict[str, str]:
     is_needed = config.messages_field is not None or config.chat_template is True
     if not is_needed and (config.prompt_field is None or config.chat_template is False):
         return {}
-    files = template_files(config.tokenizer)
-    if is_needed and not files:
-        allowed = f"the tokenizer.json of a chat model, beside its {TEMPLATE} or {TOKENIZER_CONFIG}"
-        raise ConfigError(Problem("data.tokenizer", config.tokenizer, allowed, reason="which has no chat template"))
-    unfit = {"special_tokens": "text", "mask_documents": True} if files else {}
+    path = Path(expand_user(config.tokenizer))
+    paths = [path.with_name(name) for name in TEMPLATE_FILES if path.name == "tokenizer.json"]
+    files = {path.name: path.read_text("utf-8", "replace") for path in paths if path.is_file()}
+    if TEMPLATE not in files and '"chat_template"' not in files.get(TOKENIZER_CONFIG, ""):
+        if is_needed:
+            allowed = f"the tokenizer.json of a chat model, beside its {TEMPLATE} or {TOKENIZER_CONFIG}"
+            raise ConfigError(Problem("data.tokenizer", config.tokenizer, allowed, reason="which has no chat template"))
+        return {}
+    unfit = {"special_tokens": "text", "mask_documents": True}
     given = {name: value for name, value in unfit.items() if getattr(config, name) == value}
     if given:
         reason = "and the chat template of data.tokenizer renders each row as a sample"
@@ -85,8 +71,8 @@ class ChatTemplate:
             self.template = opened.get_chat_template()
         except Exception as error:  # its files may hold anything
             is_lacking = isinstance(error, ImportError)
+            reason = "whose chat template " + ("needs transformers" if is_lacking else f"cannot be opened: {error}")
             advice = "Run: pip install 'fundamentallm[hf]'." if is_lacking else ""
-            reason = f"whose chat template {'needs transformers' if is_lacking else f'cannot be opened: {error}'}"
             raise ConfigError(Problem("data.tokenizer", str(tokenizer), "", advice, reason)) from error
         # `apply_chat_template` renders by this function too, but returns no positions in the text.
         fixed = {"chat_template": self.template, **opened.special_tokens_map}
@@ -115,7 +101,7 @@ class ChatTemplate:
             text.encode()
         except ConfigError:
             raise
-        except Exception as error:  # whatever a template raises, and for half a character
+        except Exception as error:  # whatever a template raises; UnicodeError for half a character
             raise BadChat(f"cannot be rendered by its chat template: {error}") from error
         if not any(start < stop for start, stop in turns):
             raise BadChat("has no answer left in the text of its chat template")
@@ -124,20 +110,14 @@ class ChatTemplate:
     def _turn(self, messages: list[dict[str, Any]], index: int, text: str) -> tuple[int, int]:
         """Returns where the prompt of a turn ends and where the text up to it ends: between is what the model writes.
 
-        Both have to be beginnings of the whole text. Otherwise the model is asked another thing than it is trained on.
+        Both have to be beginnings of the whole text. Otherwise the turn is not trained as it would be generated.
         """
         prompt, until = self.text(messages[:index], is_prompt=True), self.text(messages[: index + 1])
         if not (text.startswith(until) and until.startswith(prompt)):
-            reason = f"which renders a turn in another way if others follow, as in {text[:200]!r}"
-            advice = "Give one row for each answer, or mark its turns by {% generation %} and {% endgeneration %}."
-            raise ConfigError(Problem("data.tokenizer", self.folder, "a chat template", advice, reason))
+            reason = f"whose chat template renders a turn in another way if others follow, as in {text[:200]!r}"
+            advice = "Give one row for each answer, or mark turns by {% generation %} and {% endgeneration %}."
+            raise ConfigError(Problem("data.tokenizer", self.folder, "", advice, reason))
         return len(prompt), len(until)
-
-
-@functools.lru_cache(maxsize=2)
-def open_template(tokenizer: str, files: tuple[tuple[str, str], ...]) -> ChatTemplate:
-    """Open the chat template beside a tokenizer.json, once for the same `template_files`."""
-    return ChatTemplate(tokenizer)
 
 
 def _check(messages: Any) -> None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from fundamentallm.config.files import DATASETS, are_samples, row_fields
 from fundamentallm.config.files import SourceFiles as SourceFiles
 from fundamentallm.config.schema import DataConfig
-from fundamentallm.data.chat import ROLES, BadChat, applied_template, open_template
+from fundamentallm.data.chat import ROLES, BadChat, ChatTemplate, applied_template
 from fundamentallm.errors import ConfigError, Problem
 
 PIECE = 65_536
@@ -121,8 +121,9 @@ def _pieces(config: DataConfig, source: SourceFiles) -> Iterator[Piece | BadRow]
         end, has_token = ("", True) if config.end_of_text is not None else (BETWEEN, False)
         yield from (Piece(text + end, ends=has_token) for text in topics.values())
         return
+    template = ChatTemplate(config.tokenizer) if applied_template(config) else None
     if source.kind == "dataset":
-        yield from _documents(config, _dataset_rows(config, source.name), source.name)
+        yield from _documents(config, _dataset_rows(config, source.name), source.name, template)
         return
     for path in source.files:
         try:
@@ -130,7 +131,7 @@ def _pieces(config: DataConfig, source: SourceFiles) -> Iterator[Piece | BadRow]
                 yield from _text_pieces(config, path)
             else:
                 read = _table_rows if path.suffix.lower() == ".parquet" else _json_rows
-                yield from _documents(config, read(config, path), str(path))
+                yield from _documents(config, read(config, path), str(path), template)
         except OSError as error:
             raise source_error(source.name, f"whose file {path} cannot be read: {error}") from error
         except UnicodeError as error:
@@ -224,11 +225,11 @@ def token_blocks(
             yield path, np.asarray(tokens[begin : begin + TOKENS_AT_ONCE])
 
 
-def _documents(config: DataConfig, rows: Iterable[tuple[str, Row]], name: str) -> Iterator[Piece | BadRow]:
+def _documents(
+    config: DataConfig, rows: Iterable[tuple[str, Row]], name: str, template: ChatTemplate | None
+) -> Iterator[Piece | BadRow]:
     """Turn rows, each with its position for people to read, into documents."""
     fields = list(row_fields(config).values())
-    files = applied_template(config)
-    template = open_template(config.tokenizer, tuple(files.items())) if files else None
     for position, row in rows:
         where = f"{name}, {position}"
         if isinstance(row, str):
