@@ -1,7 +1,7 @@
 """Fine-tune a chat model on chats, by the config beside this script, and ask it something.
 
-    python examples/finetune_chat.py Qwen/Qwen2.5-0.5B-Instruct chats.jsonl   a model name or folder, and chats
-    python examples/finetune_chat.py --smoke                                  a tiny random model, on sums
+python examples/finetune_chat.py Qwen/Qwen2.5-0.5B-Instruct chats.jsonl   a model name or folder, and chats
+python examples/finetune_chat.py --smoke                                  a tiny random model, on sums
 """
 
 import json

@@ -160,7 +160,7 @@ class DataConfig(Section):
             yield Problem("end_of_text", "", "the text of a token, or null")
         for name in ("mask_documents", "prompt_field"):
             if getattr(self, name) and self.end_of_text is None and not self.chat_template:
-                allowed = f"with an end_of_text such as {END_OF_TEXT!r}, which marks where documents end"
+                allowed = f"with an end_of_text such as {END_OF_TEXT!r}; for a prompt_field, or chat_template: true"
                 yield self._conflict(name, "end_of_text", allowed)
         if self.prompt_field == self.text_field:
             yield self._conflict("prompt_field", "text_field", "another field")

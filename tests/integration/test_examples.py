@@ -42,6 +42,7 @@ def test_train_from_python_lowers_the_loss(tmp_path: Path, capsys: pytest.Captur
 
 EXPECTED_OUTPUT = {
     "custom_optimizer": r"validation loss [23]\.\d+ after 20 steps",
+    "finetune_chat": r"answer: \d",
     "finetune_transformers": r"opened in transformers: LlamaForCausalLM",
     "classification": r"'val_accuracy': 0\.[4-9]",
     "python_sources": r"def __init__\(self.+",
