@@ -20,7 +20,6 @@ TEMPLATE_FILES = (TEMPLATE, TOKENIZER_CONFIG, "special_tokens_map.json")
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """Marks an assistant turn in a template, as transformers reads it."""
 ROLES = ("user", "assistant")
-"""Roles of a prompt and its answer."""
 Turns = tuple[tuple[int, int], ...]
 """The first character of each assistant turn, and the one after its last."""
 
@@ -70,10 +69,8 @@ class ChatTemplate:
             opened: Any = PreTrainedTokenizerFast.from_pretrained(self.folder, local_files_only=True)
             self.template = opened.get_chat_template()
         except Exception as error:  # its files may hold anything
-            is_lacking = isinstance(error, ImportError)
-            reason = "whose chat template " + ("needs transformers" if is_lacking else f"cannot be opened: {error}")
-            advice = "Run: pip install 'fundamentallm[hf]'." if is_lacking else ""
-            raise ConfigError(Problem("data.tokenizer", str(tokenizer), "", advice, reason)) from error
+            reason = f"whose chat template transformers (the extra hf) cannot open: {error}"
+            raise ConfigError(Problem("data.tokenizer", str(tokenizer), reason=reason)) from error
         # `apply_chat_template` renders by this function too, but returns no positions in the text.
         fixed = {"chat_template": self.template, **opened.special_tokens_map}
         self._render = functools.partial(render_jinja_template, **fixed)
@@ -134,13 +131,14 @@ def _check(messages: Any) -> None:
         raise BadChat(f"has no message of the role {ROLES[1]!r}")
 
 
-def token_turns(offsets: NDArray[np.int64], turns: Turns) -> NDArray[np.int64]:
+def token_turns(offsets: Any, turns: Turns) -> NDArray[np.int64]:
     """Returns the first token of each turn and the one after its last, one after the other.
 
-    A token that only partly belongs to a turn is in it, as in transformers' own mask. `offsets` is (tokens, 2): the
-    first character of each token, and the one after its last.
+    `offsets` has the first character of each token, and the one after its last. A token that only partly belongs to a
+    turn is in it, as in transformers' own mask.
     """
-    inside = np.zeros(len(offsets) + 2, np.int8)
+    starts, stops = np.array(offsets).T
+    inside = np.zeros(len(starts) + 2, np.int8)
     for start, stop in turns:
-        inside[1:-1] |= (offsets[:, 0] < stop) & (offsets[:, 1] > start)
+        inside[1:-1] |= (starts < stop) & (stops > start)
     return np.flatnonzero(np.diff(inside))

@@ -21,15 +21,7 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from fundamentallm.config.files import (
-    DATASETS,
-    PREPARED,
-    SourceFiles,
-    are_samples,
-    find_sources,
-    is_prepared,
-    row_fields,
-)
+from fundamentallm.config.files import DATASETS, PREPARED, SourceFiles, are_samples, find_sources, is_prepared
 from fundamentallm.config.schema import BUILT_IN_CORPUS, DataConfig
 from fundamentallm.config.validation import expand_user
 from fundamentallm.data.chat import applied_template
@@ -215,8 +207,9 @@ def _cached_facts(config: DataConfig, source: SourceFiles, cache: Path, show_pro
     """Returns the facts of a source, from the cache if its files are unchanged since they were found."""
     states, note = source_states(source), None
     if states is not None:
-        settings: list[Any] = [row_fields(config), applied_template(config), config.end_of_text, config.max_bad_rows]
+        settings: list[Any] = [config.text_field, config.prompt_field, config.end_of_text, config.max_bad_rows]
         settings += [reads_special_tokens(config), config.tokenizer == "char"]
+        settings += [config.messages_field, applied_template(config)] if are_samples(config) else []
         # The type of the tokens in a .bin, and so their number, follows from the tokenizer.
         width = token_dtype(read_tokenizer(config.tokenizer)).name if source.kind == "tokens" else None
         note = cache / "known" / _hash(CACHE_FORMAT, states, settings, width)

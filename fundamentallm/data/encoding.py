@@ -42,10 +42,7 @@ PIECES_AT_ONCE = max(16, 2 * (os.cpu_count() or 1))
 ROWS_AT_ONCE = 8192
 """Most pieces encoded together if they are small."""
 PARTS = ("train", "validation")
-SETTINGS = (
-    *("tokenizer", "train_split", "end_of_text", "prompt_field", "messages_field", "chat_template"),
-    *("special_tokens", "unknown_tokens"),
-)
+SETTINGS = ("tokenizer", "train_split", "end_of_text", "prompt_field", "messages_field", "unknown_tokens")
 """Settings that decide what the tokens are and mean."""
 AS_TEXT, UNKNOWN_TOKENS = "special tokens read as text", "unknown tokens, for what the vocabulary lacks"
 NAMED = 10
@@ -98,29 +95,21 @@ class Writer:
 
     def write(self, part: int, piece: Piece, encoded: Encoded) -> None:
         """Write a piece's tokens to the file of its part."""
-        ids = encoded.ids
+        ids, text = encoded.ids, encoded.text
         if piece.turns:
-            self._write_chat(part, piece, encoded)
-            return
+            turns = self.tokens[part] + token_turns(encoded.offsets, piece.turns)
+            self.turns[part].extend(turns)
+            self._answer, text = turns[0], "".join(text[start:stop] for start, stop in piece.turns)
         if part == 1 and not piece.is_prompt:
             first = ids[: self.tokens[1] == 0 and not self.by_rows]  # the first token is not a target
-            self.validation_bytes += len(encoded.text.encode()) - num_bytes(self.tokenizer, first)
+            self.validation_bytes += len(text.encode()) - num_bytes(self.tokenizer, first)
         self.write_ids(part, ids)
-        if piece.ends and self.end is not None:
+        if piece.ends and self.end is not None and not piece.turns:
             self.write_ids(part, np.array([self.end], ids.dtype))
         if piece.is_prompt:
             self._answer = self.tokens[part]
         elif self.by_rows:
             self.rows[part].extend((self._answer, self.tokens[part]))
-
-    def _write_chat(self, part: int, piece: Piece, encoded: Encoded) -> None:
-        assert encoded.offsets is not None
-        turns = self.tokens[part] + token_turns(encoded.offsets, piece.turns)
-        self.write_ids(part, encoded.ids)
-        self.rows[part].extend((turns[0], self.tokens[part]))
-        self.turns[part].extend(turns)
-        if part == 1:
-            self.validation_bytes += sum(len(piece.text[start:stop].encode()) for start, stop in piece.turns)
 
 
 class Encoded(NamedTuple):
@@ -129,8 +118,8 @@ class Encoded(NamedTuple):
     text: str
     ids: NDArray[np.integer]
     unknown: list[tuple[int, str]]
-    offsets: NDArray[np.int64] | None = None
-    """(tokens, 2): each token's first character and the one after its last, if they were asked for."""
+    offsets: list[tuple[int, int]] | None = None
+    """Each token's first character and the one after its last, if they were asked for."""
 
     def named_unknown(self) -> str:
         """Returns the parts that the vocabulary lacks, for people to read; empty if there are none."""
@@ -230,11 +219,10 @@ def _encode(config: DataConfig, source: SourceFiles, pieces: Iterator[tuple[int,
     )  # none hides a longer one
     special = re.compile("|".join(map(re.escape, names)))
     held, why = list[tuple[int, Piece, Encoded]](), ""
-    (pieces, ahead), has_turns = itertools.tee(pieces), bool(applied_template(config))
+    pieces, ahead = itertools.tee(pieces)
+    texts, has_turns = (piece.text for _, piece in ahead), bool(applied_template(config))
     # Closed here: if garbage collection does it, within the start of some other thread, joining its threads deadlocks.
-    with contextlib.closing(
-        encode_pieces(tokenizer, (piece.text for _, piece in ahead), with_offsets=has_turns)
-    ) as encoded_pieces:
+    with contextlib.closing(encode_pieces(tokenizer, texts, with_offsets=has_turns)) as encoded_pieces:
         for (part, piece), encoded in zip(pieces, encoded_pieces, strict=True):
             is_of_row = has_rows and bool(piece.where)
             if encoded.unknown and not (config.unknown_tokens and has_unknown):
@@ -328,8 +316,7 @@ def encode_pieces(
                 ids = np.array(encoding.ids, np.int64)
                 has_unknown = unknown is not None and bool((ids == unknown).any())
                 lacking = find_unknown(tokenizer, unknown, piece) if has_unknown else []
-                offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2) if with_offsets else None
-                yield Encoded(piece, ids.astype(dtype), lacking, offsets)
+                yield Encoded(piece, ids.astype(dtype), lacking, encoding.offsets if with_offsets else None)
 
 
 def _batches(pieces: Iterable[str]) -> Iterator[list[str]]:
