@@ -109,7 +109,8 @@ class ChatTemplate:
 
         Both have to be beginnings of the whole text. Otherwise the turn is not trained as it would be generated.
         """
-        prompt, until = self.text(messages[:index], is_prompt=True), self.text(messages[: index + 1])
+        prompt = self.text(messages[:index], is_prompt=True)
+        until = text if index + 1 == len(messages) else self.text(messages[: index + 1])
         if not (text.startswith(until) and until.startswith(prompt)):
             reason = f"whose chat template renders a turn in another way if others follow, as in {text[:200]!r}"
             advice = "Give one row for each answer, or mark turns by {% generation %} and {% endgeneration %}."
