@@ -8,7 +8,9 @@ import json
 import sys
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fundamentallm import create_tokenizer
 from fundamentallm.train import main
@@ -40,6 +42,7 @@ def tiny_model(folder: str, text: str) -> str:
         vocab_size=301, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         eos_token_id=tokenizer.token_to_id("<|end|>"),
     )  # fmt: skip
+    torch.manual_seed(0)
     LlamaForCausalLM(shape).save_pretrained(folder)
     special = {"eos_token": "<|end|>", "pad_token": "<|end|>", "chat_template": TEMPLATE}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
@@ -52,7 +55,7 @@ if arguments == ["--smoke"]:
     chats, output = tiny_chats("runs/tiny_chats.jsonl"), "runs/chat_smoke"
     model = tiny_model("runs/tiny_chat_model", Path(chats).read_text(encoding="utf-8"))
     fast = {"training.max_steps": "30", "training.learning_rate": "1e-2", "training.mixed_precision": "no"}
-    fast |= {"data.sequence_length": "128", "sample_tokens": "0"}
+    fast |= {"training.micro_batch_size": "16", "data.sequence_length": "128", "sample_tokens": "0"}
 elif len(arguments) == 2:
     model, chats = arguments
     fast = {}
@@ -64,9 +67,9 @@ code = main(["--config", CONFIG, *(word for name, value in settings.items() for 
 if code:
     sys.exit(code)
 
-# The checkpoint opens in transformers, with the chat template.
+# The checkpoint opens in peft and transformers, with the chat template.
 (checkpoint, *_) = sorted(Path(output, "checkpoints").glob("step_*"), reverse=True)
-tokenizer, trained = AutoTokenizer.from_pretrained(checkpoint), AutoModelForCausalLM.from_pretrained(checkpoint)
+tokenizer, trained = AutoTokenizer.from_pretrained(checkpoint), AutoPeftModelForCausalLM.from_pretrained(checkpoint)
 question = [{"role": "system", "content": "Add the numbers."}, {"role": "user", "content": "3 + 4?"}]
 prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 answer = trained.generate(**prompt, do_sample=False, max_new_tokens=10)[0, prompt["input_ids"].shape[1] :]
