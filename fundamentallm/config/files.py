@@ -109,10 +109,10 @@ def find_source(data: DataConfig, name: str) -> SourceFiles:
     if is_prepared(name):
         return SourceFiles(name, "prepared", [Path(expand_user(name))])
     if name == BUILT_IN_CORPUS:
-        text = Path(str(find_spec("pydoc_data.topics").origin))  # type: ignore[union-attr]
-        if problems := _kind_problems(data, name, [text]):
+        topics = Path(str(find_spec("pydoc_data.topics").origin))  # type: ignore[union-attr]
+        if problems := _kind_problems(data, name, [topics]):
             raise ConfigError(problems)
-        return SourceFiles(name, "built-in", [text])
+        return SourceFiles(name, "built-in", [topics])
     if name.startswith(DATASETS):
         return SourceFiles(name, "dataset", [])
     path, left_out = expand_user(name), collections.Counter[str]()

@@ -73,7 +73,7 @@ class ChatTemplate:
             raise ConfigError(Problem("data.tokenizer", str(tokenizer), reason=reason)) from error
         # `apply_chat_template` renders by this function too, but returns no positions in the text.
         fixed = {"chat_template": self.template, **opened.special_tokens_map}
-        self._render = functools.partial(render_jinja_template, **fixed)
+        self._render: Any = functools.partial(render_jinja_template, **fixed)
 
     def text(self, messages: list[dict[str, Any]], is_prompt: bool = False) -> str:
         """Returns messages as text; `is_prompt` adds what comes before an answer. Raises what the template raises."""

@@ -295,7 +295,7 @@ class MixedDataset(TokenSamples):
 
 def _within(turns: NDArray[np.int64], positions: Indices) -> NDArray[np.bool_]:
     """Returns whether each position is in one of the turns."""
-    return np.searchsorted(turns, positions, side="right") % 2 == 1
+    return np.asarray(np.searchsorted(turns, positions, side="right") % 2, bool)
 
 
 def _digest(header: str, *arrays: NDArray[np.integer]) -> str:

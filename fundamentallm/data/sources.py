@@ -101,8 +101,9 @@ def read_source(config: DataConfig, source: SourceFiles, bad: list[str]) -> Iter
             yield Piece(BETWEEN)
         has_ended = piece.ends
         # The end-of-text token comes after each document, and once if the document ends with it already.
-        is_added = end is not None and has_ended and not piece.turns
-        yield piece._replace(text=piece.text.removesuffix(end)) if is_added else piece
+        if end is not None and has_ended and not piece.turns:
+            piece = piece._replace(text=piece.text.removesuffix(end))
+        yield piece
 
 
 def check_bad_rows(config: DataConfig, source: str, bad: list[str]) -> None:
