@@ -15,7 +15,7 @@ from fundamentallm.commands.options import add_checkpoint
 from fundamentallm.data.chat import ChatTemplate
 from fundamentallm.data.tokenizers import encode_prompt
 from fundamentallm.errors import ConfigError, Problem, printable
-from fundamentallm.inference.generation import Sampling, generate_batch
+from fundamentallm.inference.generation import generate
 from fundamentallm.inference.loading import CHECKPOINT_HELP, LoadedModel, load_model
 from fundamentallm.models.transformers_format import TOKENIZER
 
@@ -48,26 +48,39 @@ def main(arguments: Sequence[str], program: str) -> int:
 
 
 def _generate(loaded: LoadedModel, prompts: list[str], options: argparse.Namespace) -> int:
-    texts = prompts
+    stop, asked = () if options.ignore_end else loaded.stop, prompts
     if options.chat:
         template = ChatTemplate(loaded.folder / TOKENIZER)
-        texts = [template.text([{"role": "user", "content": prompt}], is_prompt=True) for prompt in prompts]
-    drawn = generate_batch(
-        loaded.model,
-        [encode_prompt(loaded.tokenizer, text) for text in texts],
-        options.max_new_tokens,
-        loaded.context,
-        Sampling(options.repetition_penalty, options.temperature, options.top_k, options.top_p),
-        options.seed,
-        () if options.ignore_end else loaded.stop,
-    )
-    if len(prompts) > 1 or options.json:
-        _print_all(loaded.tokenizer, prompts, drawn, options.json)
-        return 0
-    _print(prompts[0], end="")
-    for piece in pieces(loaded.tokenizer, (row[0] for row in drawn)):
-        _print(piece, end="")
-    print()
+        asked = [template.text([{"role": "user", "content": prompt}], is_prompt=True) for prompt in prompts]
+    texts = [
+        generate(
+            loaded.model,
+            encode_prompt(loaded.tokenizer, text),
+            options.max_new_tokens,
+            loaded.context,
+            options.temperature,
+            options.top_k,
+            options.seed + index,
+            top_p=options.top_p,
+            repetition_penalty=options.repetition_penalty,
+            stop=stop,
+        )
+        for index, text in enumerate(asked)
+    ]
+    for index, (prompt, ids) in enumerate(zip(prompts, texts, strict=True)):
+        if options.json:
+            drawn = list(ids)
+            line = {"prompt": prompt, "text": loaded.tokenizer.decode(drawn), "tokens": len(drawn)}
+            # Otherwise JSON leaves some control characters as they are, and what the encoding lacks.
+            escaped = sys.stdout.isatty() or sys.stdout.encoding.lower() != "utf-8"
+            print(json.dumps(line, ensure_ascii=escaped), flush=True)
+            continue
+        if len(prompts) > 1:
+            _print("\n" * (index > 0) + f"---- {index} ----\n")
+        _print(prompt)
+        for piece in pieces(loaded.tokenizer, ids):
+            _print(piece)
+        print()
     return 0
 
 
@@ -103,22 +116,6 @@ def pieces(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
     yield tokenizer.decode(window)[len(done) :]
 
 
-def _print_all(tokenizer: Tokenizer, prompts: list[str], drawn: Iterator[dict[int, int]], as_json: bool) -> None:
-    """Print all texts once they are complete."""
-    texts: list[list[int]] = [[] for _ in prompts]
-    for row in drawn:
-        for index, token in row.items():
-            texts[index].append(token)
-    for index, (prompt, ids) in enumerate(zip(prompts, texts, strict=True)):
-        text = tokenizer.decode(ids)
-        if as_json:
-            # Otherwise JSON leaves some control characters as they are, and what the encoding lacks.
-            escaped = sys.stdout.isatty() or sys.stdout.encoding.lower() != "utf-8"
-            print(json.dumps({"prompt": prompt, "text": text, "tokens": len(ids)}, ensure_ascii=escaped))
-        else:
-            _print(f"{'' if index == 0 else chr(10)}---- {index} ----\n{prompt}{text}")
-
-
-def _print(text: str, end: str = "\n") -> None:
+def _print(text: str) -> None:
     """Print text: for a terminal without control characters, otherwise exactly."""
-    print(printable(text) if sys.stdout.isatty() else text, end=end, flush=True)
+    print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)

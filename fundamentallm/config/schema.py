@@ -44,7 +44,7 @@ def unknown_metric(name: str, known: Collection[str]) -> Problem:
     return not_one_of("early_stopping_metric", name, known)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class ModelConfig(Section):
     """Shape of the `Transformer`.
 
@@ -101,7 +101,7 @@ class ModelConfig(Section):
         )
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class DataConfig(Section):
     """The text, and how it becomes samples.
 
@@ -127,7 +127,7 @@ class DataConfig(Section):
     """Render prompts and answers by the tokenizer's chat template, in place of end_of_text; null: if it has one."""
     end_of_text: str | None = None
     """Token after each document, such as '<|endoftext|>'; null: an empty line between documents."""
-    special_tokens: Literal["tokens", "text"] | None = field(default=None, metadata=FREE)
+    special_tokens: Literal["tokens", "text"] | None = None
     """Read special tokens in the text as 'tokens' or 'text' (untrusted); null: as tokens of a tokenizer.json only."""
     unknown_tokens: bool = field(default=False, metadata=FREE)
     """Encode what the vocabulary lacks as its unknown token, counted; false: an error, or a bad row."""
@@ -170,7 +170,7 @@ class DataConfig(Section):
         return self.source if isinstance(self.source, dict) else {self.source: 1.0}
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class ParameterGroup(Section):
     """Options of some parameters; an entry of `training.parameter_groups`."""
 
@@ -190,7 +190,7 @@ class ParameterGroup(Section):
             yield Problem("frozen", True, "frozen without learning_rate_scale and weight_decay")
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class TrainingConfig(Section):
     """How the model is trained. Intervals count optimizer steps, or epochs if their name says so.
 
@@ -350,7 +350,7 @@ class TrainingConfig(Section):
         )
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Config(Section):
     """One run.
 
@@ -421,8 +421,6 @@ FREE_ON_RESUME = frozenset(name for name, kind in ON_RESUME.items() if kind == "
 """Settings that change no weight, and may differ on resume. (Text and tokenizer may move: their content counts.)"""
 NEVER_ON_RESUME = frozenset(name for name, kind in ON_RESUME.items() if kind == "never")
 """Settings that decide the shape of the weights."""
-AFFECTS_SCHEDULE = frozenset(name for name, kind in ON_RESUME.items() if kind == "schedule") | {"data.num_samples"}
-"""Settings, and facts of the data, that change the learning-rate curve."""
 
 
 def saved_data_settings(data: dict[str, Any]) -> dict[str, Any]:
