@@ -47,8 +47,10 @@ class ModelWithLoss(nn.Module):
 
     def num_targets(self, batch: Any) -> Tensor:
         """Returns the number of targets of a batch, a scalar on its device."""
-        device = next((tensor.device for tensor in tensors(batch)), None)
-        return torch.as_tensor(self.objective(batch).num_targets(batch), device=device)
+        count = self.objective(batch).num_targets(batch)
+        if isinstance(count, Tensor):
+            return count
+        return torch.as_tensor(count, device=next((tensor.device for tensor in tensors(batch)), None))
 
     def count(self, batch: StepBatch) -> Tensor:
         """Returns the number of targets of this process in a step. Padding has none."""
@@ -125,14 +127,12 @@ class OwnLoss:
     a router loss, is a mean as well: over micro-batches and processes it is averaged by their numbers of targets.
 
     Attributes:
-        required: arguments of the model's forward that have no default.
         computes_loss: whether the model has a loss of its own.
         shifts: whether the model compares its outputs with the next label, so that the first one does not count.
     """
 
     def __init__(self, model: nn.Module, loss_fn: Any) -> None:
         self._names, self._takes_all, self._options = _arguments(model)
-        self.required = [name for name, has_default in self._names.items() if not has_default]
         self.loss_fn, self.computes_loss = loss_fn, self._takes_all or LABELS in self._names
         # As the function of a transformers model's loss says.
         is_causal = getattr(getattr(model, "loss_function", None), "__name__", "") == "ForCausalLMLoss"
@@ -177,15 +177,14 @@ class OwnLoss:
         return loss_of(output) * count, output
 
 
-def _arguments(model: nn.Module) -> tuple[dict[str, bool], bool, dict[str, Any]]:
-    """Returns which arguments a model's forward takes, with whether each has a default, and whether it takes any other.
+def _arguments(model: nn.Module) -> tuple[list[str], bool, dict[str, Any]]:
+    """Returns which arguments a model's forward takes, and whether it takes any other.
 
     The third is the argument by which a transformers model keeps no keys and values for generating text.
     """
     parameters = inspect.signature(model.forward).parameters.values()
     takes_all = any(each.kind == each.VAR_KEYWORD for each in parameters)
-    named = [each for each in parameters if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
-    names = {each.name: each.default is not each.empty for each in named}
+    names = [each.name for each in parameters if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
     return names, takes_all, cache_option(model, False) if takes_all or "use_cache" in names else {}
 
 

@@ -1,4 +1,4 @@
-"""Checks the first batch and the first output before the first step: shapes, types, ranges, and known traps."""
+"""Checks the first batch, and what the model makes of it, before the first step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from fundamentallm.config.schema import IGNORE_INDEX
 from fundamentallm.data.loaders import device_batches
 from fundamentallm.data.sampler import StepSampler
-from fundamentallm.distributed.batches import LABELS, StepBatch, take_rows, tensors
+from fundamentallm.distributed.batches import LABELS, StepBatch, take_rows
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.models.with_loss import (
@@ -61,32 +61,34 @@ class CheckedArguments(TorchFunctionMode):
 
 
 def _check_ids(ids: Tensor, rows: int, name: str) -> None:
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise _refuse("inputs", f"{ids.dtype}", f"integers, which {name} looks up", "Convert token ids: ids.long().")
     advice = (
         "Check that the tokenizer is the model's, and that samples are no longer than the model's context, or give the "
         "model more rows (resize_token_embeddings in transformers)."
     )
-    _check_range("inputs", ids, rows, f"the rows of {name}", advice)
+    if ids.is_floating_point():
+        advice = "Convert token ids: ids.long()."
+    _check_indices("inputs", ids, rows, f"the rows of {name}", advice)
 
 
 def _check_targets(logits: Tensor, targets: Tensor, ignored: int) -> None:
     if targets.is_floating_point() and targets.shape == logits.shape:  # probabilities
         return
-    if targets.dtype not in (torch.int64, torch.uint8):
-        advice = "Convert class indices (targets.long()), or set training.loss to a loss for numbers."
-        raise _refuse("targets", f"{targets.dtype}", "torch.int64, for a cross entropy", advice)
     if logits.ndim > 1 and targets.shape != (len(logits), *logits.shape[2:]):
-        allowed = f"one for each of the logits, of shape {tuple(logits.shape)}"
+        allowed = f"one for each of the logits, of shape {tuple(logits.shape)}. {OBJECTIVE}"
         raise _refuse("targets", f"of shape {tuple(targets.shape)}", allowed)
     advice = f"Give the model as many classes as there are, or {IGNORE_INDEX} to targets that do not count."
+    if targets.is_floating_point():
+        advice = "Convert class indices (targets.long()), or set training.loss to a loss for numbers."
     classes = logits.shape[min(1, logits.ndim - 1)]
-    _check_range("targets", targets[targets != ignored], classes, "the model's classes", advice)
+    _check_indices("targets", targets[targets != ignored], classes, "the model's classes", advice)
 
 
-def _check_range(name: str, indices: Tensor, size: int, meaning: str, advice: str) -> None:
+def _check_indices(name: str, indices: Tensor, size: int, meaning: str, advice: str) -> None:
+    allowed = f"integers, 0 to {size - 1}, {meaning}"
+    if indices.is_floating_point():
+        raise _refuse(name, f"{indices.dtype}", allowed, advice)
     if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < size:
-        raise _refuse(name, f"{int(indices.min())} to {int(indices.max())}", f"0 to {size - 1}, {meaning}", advice)
+        raise _refuse(name, f"{int(indices.min())} to {int(indices.max())}", allowed, advice)
 
 
 @contextmanager
@@ -135,7 +137,6 @@ class FirstBatches:
     def _first_with_targets(self, batches: Iterator[StepBatch]) -> StepBatch:
         for batch in itertools.islice(batches, MAX_BATCHES_WITHOUT_TARGETS):
             with self.group.barrier_with_errors():
-                _check_batch(self.model, batch.own)
                 count = self.model.count(batch)
             if self.accelerator.reduce(count, "sum") > 0:
                 return batch
@@ -148,6 +149,7 @@ class FirstBatches:
         model, accelerator = self.model, self.accelerator
         # Under FSDP2 a process that fails in its forward pass must end: the others wait for its shards.
         exchange = nullcontext() if accelerator.is_fsdp2 else self.group.barrier_with_errors()
+        shifts = None
         with (
             restored(model, accelerator.device),
             torch.compiler.set_stance("force_eager"),
@@ -156,30 +158,28 @@ class FirstBatches:
             accelerator.autocast(),
         ):
             model.eval()
-            shifts = [_check_output(model, content) for content, _ in batch.micro_batches(model.trims)]
+            _check_batch(model, batch.own)
+            for content, _ in batch.micro_batches(model.trims):
+                _check_loss(model(content))
+                shifts = _find_shift(model, content) if shifts is None else shifts
             _check_sum(model, batch)
         # The targets of one process may not show it, and all have to count alike.
-        known = [each for found in self.group.all_gather(shifts) for each in found if each is not None]
-        if known:
+        if known := [each for each in self.group.all_gather(shifts) if each is not None]:
             model.of_mappings.shifts = known[0]
-        for line in (*_warnings(model, batch.own), *_padding(model.model, collate_fn)):
+        for line in _warnings(model, batch.own, collate_fn):
             self.say(f"warning: {line}")
 
 
 def _check_batch(model: ModelWithLoss, batch: Any) -> None:
-    """Checks a batch by itself."""
-    if not tensors(batch):
-        raise _refuse("batch", describe(batch), "tensors, in any nesting")
+    """Checks what no function of torch would notice in a batch, or in the output for its first sample."""
     objective = model.objective(batch)
+    if isinstance(objective, PairLoss) and not objective.by_hidden:
+        _check_output(model.model, objective, batch)
     if not isinstance(objective, OwnLoss):
         return
-    name = type(model.model).__name__
-    if missing := [each for each in objective.required if each not in batch]:
-        allowed = f"a mapping with {', '.join(missing)}, which {name}.forward needs"
-        raise _refuse("batch", describe(batch), allowed, f"Rename the entries in collate_fn. {OBJECTIVE}")
     if objective.computes_loss and type(model.loss_fn) is not CrossEntropy:
-        loss = type(model.loss_fn).__name__
-        raise _refuse("training.loss", loss, f"cross_entropy, since {name} computes its own loss", OBJECTIVE)
+        allowed = f"cross_entropy, since {type(model.model).__name__} computes its own loss"
+        raise _refuse("training.loss", type(model.loss_fn).__name__, allowed, OBJECTIVE)
     for key, mask in batch.items():
         is_mask = str(key).endswith("attention_mask") and isinstance(mask, Tensor) and mask.ndim == 2
         if is_mask and (hidden := (mask == 0).all(1)).any():
@@ -187,29 +187,46 @@ def _check_batch(model: ModelWithLoss, batch: Any) -> None:
             raise _refuse(f"batch[{key!r}]", found, "at least one token", "Leave empty samples out of the dataset.")
 
 
-def _check_output(model: ModelWithLoss, batch: Any) -> bool | None:
-    """Computes a micro-batch. Returns whether the model shifts its labels, or None if it does not show."""
-    objective = model.objective(batch)
-    by_hidden = isinstance(objective, PairLoss) and objective.by_hidden
-    if isinstance(objective, PairLoss) and not by_hidden:
-        _check_logits(model, objective, batch)
-    loss, _ = objective(model.model, batch, not by_hidden)
+def _check_output(model: nn.Module, objective: PairLoss, batch: Any) -> None:
+    """Checks whether a model wants its targets, and whether its output has losses that `PairLoss` would leave out."""
+    inputs, targets = take_rows(batch, len(batch[1]), slice(1))
+    output = objective.output(model, inputs, targets)
+    takes_targets = "targets" in inspect.signature(model.forward).parameters
+    if takes_targets and logits_of(output).shape[:-1] != targets.shape:
+        objective.gives_targets = True  # as nanoGPT's model, which otherwise computes the last logits only
+        return
+    if isinstance(output, (tuple, list)):
+        losses = ["a scalar" for entry in output if isinstance(entry, Tensor) and not entry.ndim]
+    else:
+        entries = output if isinstance(output, Mapping) else getattr(output, "__dict__", {})
+        losses = [str(name) for name, entry in entries.items() if str(name).endswith("loss") and entry is not None]
+        if hasattr(model, "router_aux_loss_coef"):
+            losses = [name for name in losses if name != "aux_loss"]
+    if losses:
+        allowed = "none, which (inputs, targets) would leave out"
+        advice = f"Give mappings with {LABELS!r}, which are trained on the model's own loss. {OBJECTIVE}"
+        raise _refuse("the model's output", f"has further losses ({', '.join(losses)})", allowed, advice)
+
+
+def _check_loss(loss: Any) -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
         raise _refuse("the loss", describe(loss), "a scalar: the sum over the targets")
-    return _find_shift(model.model, objective, batch) if isinstance(objective, OwnLoss) else None
 
 
-def _find_shift(model: nn.Module, objective: OwnLoss, batch: Mapping[str, Any]) -> bool | None:
+def _find_shift(model: ModelWithLoss, batch: Any) -> bool | None:
     """Returns whether the model's own loss leaves out the first label of each row; None if it does not show."""
+    objective = model.objective(batch)
+    if not isinstance(objective, OwnLoss) or objective.shifts or not objective.computes_loss:
+        return None
     labels = batch.get(LABELS)
-    if objective.shifts or not objective.computes_loss or not _are_indices(labels):
+    if not _are_indices(labels):
         return None
     losses = []
     for column in (slice(0), slice(1), slice(-1, None)):  # with other labels in no column, the first, the last
         others = labels.clone()
         others[:, column] = (labels[:, column] == 0).long()
         given = {**batch, LABELS: others}
-        losses.append(float(objective(model, given, False)[0]) / max(int(objective.num_targets(given)), 1))
+        losses.append(float(model(given)) / max(int(model.num_targets(given)), 1))
     loss, of_first, of_last = losses
     return of_first == loss if of_last != loss else None
 
@@ -236,47 +253,29 @@ def _check_sum(model: ModelWithLoss, batch: StepBatch) -> None:
         raise _refuse("the loss", found, "the sum over the targets", advice)
 
 
-def _check_logits(model: ModelWithLoss, objective: PairLoss, batch: Any) -> None:
-    """Checks what the model returns for one sample, and whether it wants its targets."""
-    inputs, targets = take_rows(batch, len(batch[1]), slice(1))
-    output = objective.output(model.model, inputs, targets)
-    is_short = logits_of(output).shape[:-1] != targets.shape
-    if is_short and "targets" in inspect.signature(model.model.forward).parameters:
-        objective.gives_targets = True  # as nanoGPT's model, which otherwise computes the last logits only
-        output = objective.output(model.model, inputs, targets)
-    elif further := _further_losses(output, model.model):
-        allowed = "none, which (inputs, targets) would leave out"
-        advice = f"Give mappings with {LABELS!r}, which are trained on the model's own loss. {OBJECTIVE}"
-        raise _refuse("the model's output", f"has further losses ({', '.join(further)})", allowed, advice)
-    shape = tuple(logits_of(output).shape)
-    if hasattr(model.loss_fn, "of_hidden") and shape[:-1] != tuple(targets.shape):
-        allowed = f"logits of shape {(*targets.shape, 'classes')} for targets of shape {tuple(targets.shape)}"
-        raise _refuse("the model's output", f"of shape {shape}", allowed, OBJECTIVE)
-
-
-def _further_losses(output: Any, model: nn.Module) -> list[str]:
-    """Returns the losses in an output that `PairLoss` would leave out."""
-    if isinstance(output, (tuple, list)):
-        return ["a scalar" for entry in output if isinstance(entry, Tensor) and not entry.ndim]
-    entries = output if isinstance(output, Mapping) else getattr(output, "__dict__", {})
-    losses = [name for name, entry in entries.items() if str(name).endswith("loss") and entry is not None]
-    return [name for name in losses if name != "aux_loss" or not hasattr(model, "router_aux_loss_coef")]
-
-
-def _warnings(model: ModelWithLoss, batch: Any) -> Iterator[str]:
-    """Yields what a batch would silently train on: unused entries, copied inputs, and labels that are shifted twice."""
+def _warnings(model: ModelWithLoss, batch: Any, collate_fn: Any) -> Iterator[str]:
+    """Yields what a batch would silently train on."""
+    tokenizer = getattr(collate_fn, "tokenizer", None) or getattr(collate_fn, "processing_class", None)
+    own = getattr(model.model, "config", None)
+    given, expected = (getattr(each, "pad_token_id", None) for each in (tokenizer, own))
+    if None not in (given, expected) and given != expected:
+        yield (
+            f"the tokenizer pads with token {given}, and the model's config.pad_token_id is {expected}. Set "
+            "model.config.pad_token_id = tokenizer.pad_token_id."
+        )
     objective = model.objective(batch)
     if isinstance(objective, UsersObjective):
         return
-    if isinstance(objective, OwnLoss) and (names := objective.unused(batch)):
+    is_mapping = isinstance(objective, OwnLoss)
+    if is_mapping and (names := objective.unused(batch)):
         yield (
             f"{type(model.model).__name__}.forward does not take {', '.join(map(str, names))} of the batch, which the "
             "model is trained without. Rename them in collate_fn if it should take them."
         )
-    inputs, targets = (batch.get("input_ids"), batch.get(LABELS)) if isinstance(objective, OwnLoss) else batch
+    inputs, targets = (batch.get("input_ids"), batch.get(LABELS)) if is_mapping else batch
     if not _are_indices(inputs) or not _are_indices(targets) or inputs.shape != targets.shape:
         return
-    shifts = isinstance(objective, OwnLoss) and objective.computes_loss and objective.shifts
+    shifts = is_mapping and objective.computes_loss and objective.shifts
     if shifts:
         inputs, targets = inputs[:, 1:], targets[:, :-1]
     counted = targets != IGNORE_INDEX
@@ -291,15 +290,4 @@ def _warnings(model: ModelWithLoss, batch: Any) -> Iterator[str]:
         yield (
             "the targets of the first batch equal its inputs, so the model learns to copy. To predict the next token, "
             "give the loader collate_fn=fundamentallm.shift_labels."
-        )
-
-
-def _padding(model: nn.Module, collate_fn: Any) -> Iterator[str]:
-    """Yields a warning if the collator pads with another token than the model expects."""
-    tokenizer = getattr(collate_fn, "tokenizer", None) or getattr(collate_fn, "processing_class", None)
-    given, expected = (getattr(each, "pad_token_id", None) for each in (tokenizer, getattr(model, "config", None)))
-    if None not in (given, expected) and given != expected:
-        yield (
-            f"the tokenizer pads with token {given}, and the model's config.pad_token_id is {expected}. Set "
-            "model.config.pad_token_id = tokenizer.pad_token_id."
         )

@@ -226,6 +226,7 @@ class Trainer(TrainerView):
 
     def _settle_micro_batch(self, micro_batch: MicroBatch) -> None:
         first, largest = self.global_step, self.samples.largest_rank_batch
+        self.samples.micro_batch_size = 1  # so that the check of the first batch fits
         batches = self._first_batches.load(self.train_loader, self.samples, first, max(self.total_steps, first + 1))
         size = micro_batch.settle(self.optimizer_step, batches, largest, self.group, bool(self.validation_metrics))
         for sampler in filter(None, (self.samples, self.val_samples)):

@@ -88,6 +88,12 @@ def test_training_with_gradients_there_and_validation_both_fit(
     assert trainer.model.trained == set(trainer.model.tried)
 
 
+def test_check_of_the_first_batch_fits_too(tmp_path: Path) -> None:
+    trainer = made(tmp_path, room_to_validate=2)
+    trainer.train()
+    assert (trainer.global_step, trainer.samples.micro_batch_size) == (5, 2)
+
+
 class Clock:
     """A clock that goes on with each forward pass in evaluation mode, as the search makes them, and not otherwise."""
 

@@ -80,12 +80,12 @@ def with_loss(logits: Tensor, labels: Tensor) -> Any:
         (Model(), pairs(IDS.float()), "inputs", "embedding.weight"),
         (Model(), pairs(targets=NEXT.float()), "targets", "targets.long()"),
         (Model(lambda logits: {"hidden": logits}), pairs(), "the model's output", "a dict of hidden"),
-        (Model(lambda logits: logits.mean(1)), pairs(), "the model's output", "(1, 8, 'classes')"),
+        (Model(lambda logits: logits.mean(1)), pairs(), "targets", "objective"),
         (Model(lambda logits: (logits, logits.mean())), pairs(), "the model's output", "objective"),
         (Model(lambda logits: {"logits": logits, "z_loss": logits.mean()}), pairs(), "the model's output", "z_loss"),
         (Model(), TensorDataset(IDS, IDS, IDS), "batch", "objective"),
         (Model(), list(IDS), "batch", "objective"),
-        (Model(), ["text"] * 10, "batch", "tensors"),
+        (Model(), ["text"] * 10, "batch", "inputs, targets"),
         (WithLabels(lambda logits, labels: {"hidden": logits}), mappings(), "the model's output", "loss"),
         (
             WithLabels(lambda logits, labels: {"loss": loss(logits, labels, "none")}),
@@ -101,7 +101,6 @@ def with_loss(logits: Tensor, labels: Tensor) -> Any:
             "batch['attention_mask']",
             "sample 0",
         ),
-        (WithLabels(with_loss), [{"ids": row} for row in IDS], "batch", "input_ids"),
         (Model(), [{"x": row} for row in IDS], "batch", "labels"),
     ],
 )
