@@ -47,10 +47,8 @@ class ModelWithLoss(nn.Module):
 
     def num_targets(self, batch: Any) -> Tensor:
         """Returns the number of targets of a batch, a scalar on its device."""
-        count = self.objective(batch).num_targets(batch)
-        if isinstance(count, Tensor):
-            return count
-        return torch.as_tensor(count, device=next((tensor.device for tensor in tensors(batch)), None))
+        device = next((tensor.device for tensor in tensors(batch)), None)
+        return torch.as_tensor(self.objective(batch).num_targets(batch), device=device)
 
     def count(self, batch: StepBatch) -> Tensor:
         """Returns the number of targets of this process in a step. Padding has none."""

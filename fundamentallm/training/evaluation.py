@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from fundamentallm.config.schema import METRIC_NAMES
 from fundamentallm.data.datasets import TokenSamples
 from fundamentallm.distributed.batches import StepBatch
-from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.errors import ConfigError
 from fundamentallm.models.with_loss import describe
 from fundamentallm.run.progress import RunningMean
 from fundamentallm.training.metrics import Metric
@@ -46,29 +46,43 @@ def evaluate(
     was_training, objective = step_model.training, accelerator.unwrap_model(step_model)
     step_model.eval()
     mean = RunningMean(accelerator.device)
-    metrics = {name: _Measured(name, metric, accelerator.device) for name, metric in further.items()}
+    means = {name: RunningMean(accelerator.device) for name in further}
+    collecting = {name: metric for name, metric in further.items() if hasattr(metric, "compute")}
+    for metric in collecting.values():
+        if hasattr(metric, "reset"):  # an interrupted validation may have left something
+            metric.reset()
     try:
         for batch in batches:
-            for content, rows in batch.micro_batches(objective.trims or bool(metrics)):
-                result = step_model(content, with_outputs=bool(metrics))
+            for content, rows in batch.micro_batches(objective.trims or bool(further)):
+                result = step_model(content, with_outputs=bool(further))
                 if rows == 0:  # padding only
                     continue
-                mean.add(result[0] if metrics else result, objective.num_targets(content))
-                for metric in metrics.values():
-                    metric.update(convert_to_fp32(result[1]), objective.metric_batch(content))
+                mean.add(result[0] if further else result, objective.num_targets(content))
+                for name, metric in further.items():
+                    if result[1] is None:
+                        raise ConfigError(
+                            f"the metric {name} needs outputs; have the objective return (loss, outputs)."
+                        )
+                    pair = convert_to_fp32(result[1]), objective.metric_batch(content)
+                    if name in collecting:
+                        metric.update(*pair)
+                    else:
+                        means[name].add(*_sum_and_count(name, metric(*pair)))
             if is_interrupted():
                 return None
     finally:
         step_model.train(was_training)
-    own = [metric.mean.totals for metric in metrics.values()]
-    (total, count), *others = accelerator.reduce(torch.cat([mean.totals, *own]), "sum").view(-1, 2).tolist()
+    totals = torch.stack([each.totals for each in (mean, *means.values())])
+    (total, count), *others = accelerator.reduce(totals, "sum").tolist()
     if count == 0:
         raise ConfigError("val_loader has only ignored targets; give it some that count.")
     loss = total / count
     values = {"val_loss": loss, "val_perplexity": math.exp(loss) if loss < 700 else math.inf}
     if num_bytes := _num_bytes(loader):
         values["val_bits_per_byte"] = total / math.log(2) / num_bytes
-    return values | {name: metrics[name].value(s, n) for name, (s, n) in zip(metrics, others, strict=True)}
+    for name, (total, count) in zip(means, others, strict=True):
+        values[name] = total / count if count else math.nan
+    return values | {name: float(metric.compute()) for name, metric in collecting.items()}
 
 
 def metric_names(loader: DataLoader[Any] | None, further: Collection[str] = ()) -> list[str]:
@@ -82,34 +96,10 @@ def _num_bytes(loader: DataLoader[Any]) -> int | None:
     return loader.dataset.num_bytes if isinstance(loader.dataset, TokenSamples) else None
 
 
-class _Measured:
-    """A metric over all batches: the mean of its (sum, count), or what it computes itself if it has `compute`."""
-
-    def __init__(self, name: str, metric: Any, device: torch.device) -> None:
-        self.name, self.metric, self.mean = name, metric, RunningMean(device)
-        self.collects = callable(getattr(metric, "compute", None))
-        if hasattr(metric, "reset"):  # an interrupted validation may have left something
-            metric.reset()
-
-    def update(self, outputs: Any, batch: Any) -> None:
-        if outputs is None:
-            advice = "Have it return (loss, outputs)."
-            raise ConfigError(
-                Problem("objective", "a loss without outputs", advice=advice, reason=f"and {self.name} needs them")
-            )
-        if self.collects:
-            self.metric.update(outputs, batch)
-            return
-        result = self.metric(outputs, batch)
-        try:
-            total, count = (torch.as_tensor(value).reshape(()) for value in result)
-        except (TypeError, ValueError, RuntimeError) as error:
-            text = f"the metric {self.name} returned {describe(result)}; allowed: (sum, count), two scalars."
-            raise ConfigError(text) from error
-        self.mean.add(total, count)
-
-    def value(self, total: float, count: float) -> float:
-        """Returns the metric over all processes, whose sums and counts were added up."""
-        if self.collects:
-            return float(self.metric.compute())
-        return total / count if count else math.nan
+def _sum_and_count(name: str, result: Any) -> list[torch.Tensor]:
+    try:
+        total, count = (torch.as_tensor(value).reshape(()) for value in result)
+    except (TypeError, ValueError, RuntimeError) as error:
+        text = f"the metric {name} returned {describe(result)}; allowed: (sum, count), two scalars."
+        raise ConfigError(text) from error
+    return [total, count]

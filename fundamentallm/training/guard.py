@@ -109,43 +109,54 @@ class ModelGuard:
         self.model: nn.Module = accelerator.unwrap_model(model)
         # All processes read it, as a sharded model requires. A loss and its buffers are not saved.
         self._saved = {name for name in self.model.state_dict() if name.startswith("model.")}
-        self._is_main, self._num_processes = accelerator.is_main_process, accelerator.num_processes
-        self._is_first_step = True
+        self._warns, self._num_processes = accelerator.is_main_process, accelerator.num_processes
         self._with_buffers = [module for module in self.model.modules() if list(module.buffers(recurse=False))]
         self._before: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+        self._needed: list[str] = []  # parameters whose gradients DistributedDataParallel waits for
+        self.reached: set[str] = set()  # those that got one since the set was cleared
         ddp = accelerator.ddp_handler
         finds_unused = ddp is not None and (ddp.find_unused_parameters or ddp.static_graph)
-        needs_all = self._num_processes > 1 and not accelerator.is_fsdp2 and not finds_unused
-        self._needed = [(name, p) for name, p in self.model.named_parameters() if needs_all and p.requires_grad]
+        if self._num_processes > 1 and not accelerator.is_fsdp2 and not finds_unused:
+            self._watch_gradients()
+
+    def _watch_gradients(self) -> None:
+        reached = self.reached  # a hook that held a parameter would be a reference cycle
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                self._needed.append(name)
+                parameter.register_post_accumulate_grad_hook(lambda _, name=name: reached.add(name))
 
     def begin(self) -> None:
-        """Remembers the buffers, any of which the step may change."""
+        """Copies the buffers, any of which the step may change."""
         self._before = copied_buffers(self._with_buffers)
 
     def check(self, num_micro_batches: int) -> None:
         """Checks the model after the backward pass of a step. The host waits for the device in the first step only.
 
         Raises:
-            ConfigError: if DistributedDataParallel would wait for the gradient of a parameter that has none.
+            ConfigError: if DistributedDataParallel would wait for the gradient of a parameter that got none from the
+                last micro-batch, after which gradients are exchanged.
         """
-        unused = [name for name, parameter in self._needed if parameter.grad is None]
-        if unused:
+        if unused := [name for name in self._needed if name not in self.reached]:
             raise ConfigError(
-                f"{_listed(unused)}: no gradient, although several processes exchange the gradients of all parameters. "
+                f"{_listed(unused)}: no gradient from the last micro-batch, after which processes exchange them. "
                 "Freeze parameters without a part in the loss (training.parameter_groups), or give the Trainer an "
                 "Accelerator with kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]."
             )
-        if self._is_first_step:
-            self._is_first_step = False
-            if self._is_main:
-                self._warn(num_micro_batches)
+        if self._warns:
+            self._warns = False
+            self._warn(num_micro_batches)
 
     def _warn(self, num_micro_batches: int) -> None:
         """Warns of buffers that the first step has changed, and of layers that normalise over a batch."""
         unsaved, layers = [], []
         for path, module in self.model.named_modules():
-            of_module = [(name, before) for owner, name, _, before in self._before if owner is module]
-            changed = [name for name, before in of_module if _differ(before, getattr(module, name))]
+            of_module = [
+                (name, before, getattr(module, name)) for owner, name, _, before in self._before if owner is module
+            ]
+            changed = [
+                name for name, before, now in of_module if _is_kept(before, now) and not torch.equal(before, now)
+            ]
             unsaved += [f"{path}.{name}" for name in changed if f"{path}.{name}" not in self._saved]
             normalises = isinstance(module, BATCH_NORMS) and module.training
             has_all = isinstance(module, nn.SyncBatchNorm) and num_micro_batches == 1  # statistics of all processes
@@ -169,13 +180,13 @@ class ModelGuard:
         """Sets the buffers back if the step was skipped (`skip`, a boolean scalar)."""
         for module, name, _, before in self._before:
             buffer = getattr(module, name)
-            if buffer is not None and buffer.shape == before.shape:
+            if _is_kept(before, buffer):
                 buffer.copy_(before.where(skip, buffer))
 
 
-def _differ(before: Tensor, now: Tensor | None) -> bool:
-    """Returns whether a buffer has other values; one that grew or went away, such as a cache, is not compared."""
-    return now is not None and now.shape == before.shape and not torch.equal(before, now)
+def _is_kept(before: Tensor, now: Tensor | None) -> bool:
+    """Returns whether a buffer neither grew nor went away, as a cache does."""
+    return now is not None and now.shape == before.shape
 
 
 def _listed(names: list[str]) -> str:

@@ -35,7 +35,7 @@ class MicroBatch:
         self.hardware = f"{num_processes} x {name}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns size and hardware."""
+        """Returns size and hardware (key "place" in format 2)."""
         return {"size": self.size, "place": self.hardware}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -105,11 +105,7 @@ def _fits(step: OptimizerStep, batch: Any, num_micro_batches: int, has_metrics: 
 
 
 def make_micro_batch(config: TrainingConfig, accelerator: Accelerator) -> MicroBatch | None:
-    """Returns what finds the micro-batch size, or None if `config` gives it.
-
-    Raises:
-        ConfigError: if the model is sharded.
-    """
+    """Returns what finds the micro-batch size, or None if `config` gives it. Raises ConfigError for a sharded model."""
     if config.micro_batch_size != "auto":
         return None
     if accelerator.is_fsdp2:

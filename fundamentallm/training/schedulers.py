@@ -54,9 +54,8 @@ def wsd(progress: float, decay_fraction: float = 0.2) -> float:
     return min(1.0, (1 - progress) / decay_fraction)
 
 
-SCHEDULES: dict[str, Callable[..., float]] = dict(
-    zip(SCHEDULE_NAMES, (constant, linear, cosine, cosine_with_restarts, wsd), strict=True)
-)
+_ALL = constant, linear, cosine, cosine_with_restarts, wsd
+SCHEDULES: dict[str, Callable[..., float]] = dict(zip(SCHEDULE_NAMES, _ALL, strict=True))
 
 
 class StepSchedule(LambdaLR):

@@ -59,6 +59,7 @@ class OptimizerStep:
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.model_parameters = list(model_with_loss.parameters())  # also those that a caller's optimizer leaves out
         self.is_updating = False
+        self._num_processes, self._is_sharded = accelerator.num_processes, accelerator.is_fsdp2
         self.model_guard = ModelGuard(accelerator, model_with_loss)
 
     def __call__(self, step: int, batch: StepBatch) -> StepResult:
@@ -69,14 +70,15 @@ class OptimizerStep:
 
         # Losses are sums over targets, divided once by the targets of the whole step, over all processes and
         # micro-batches. DDP and FSDP average gradients over processes, which num_processes undoes.
-        num_targets = accelerator.reduce(self.objective.count(batch), "sum")
+        num_targets = self._reduced(self.objective.count(batch))
         divisor = num_targets.masked_fill(num_targets == 0, 1)
-        scale = accelerator.num_processes / divisor
+        scale = self._num_processes / divisor
         total = torch.zeros((), device=accelerator.device)
         self.model_guard.begin()
         for index, micro_batch in enumerate(batch.micro_batches(self.objective.trims), start=1):
             # Sharded gradients are exchanged with each micro-batch: kept until the last, they would be unsharded.
-            is_exchanged = index == batch.num_micro_batches or accelerator.is_fsdp2
+            is_exchanged = index == batch.num_micro_batches or self._is_sharded
+            self.model_guard.reached.clear()
             with nullcontext() if is_exchanged else accelerator.no_sync(model):
                 loss = model(micro_batch.content)
                 if micro_batch.rows == 0:  # padding only
@@ -84,7 +86,7 @@ class OptimizerStep:
                 accelerator.backward(loss * scale)
             total += loss.detach()
         self.model_guard.check(batch.num_micro_batches)
-        loss = accelerator.reduce(total, "sum")
+        loss = self._reduced(total)
 
         # What accelerator.clip_grad_norm_ does. That method itself compares the parameters with those of each prepared
         # model under FSDP2, which raises if there are two models, or if some parameters are frozen.
@@ -97,6 +99,10 @@ class OptimizerStep:
         for parameter in self.model_parameters:  # model.zero_grad() would walk all modules
             parameter.grad = None
         return StepResult(loss, num_targets, norm)
+
+    def _reduced(self, value: Tensor) -> Tensor:
+        """Returns the sum over all processes. On a single one, accelerate's `reduce` would make a copy."""
+        return value if self._num_processes == 1 else self.accelerator.reduce(value, "sum")  # type: ignore[no-any-return]
 
     def raise_if_updating(self) -> None:
         """Raises CheckpointError if an exception ended the last step within the optimizer's update."""

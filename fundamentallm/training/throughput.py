@@ -31,7 +31,7 @@ From NVIDIA's data sheets; half of what they state with sparsity."""
 
 
 def known_peak(device_name: str, precision: str) -> float | None:
-    """Returns the peak TFLOP/s of a device, or None if it is not known (other devices; float32, which may use TF32)."""
+    """Returns the peak TFLOP/s of a device, or None if it is not known (as in float32, which may use TF32)."""
     words = device_name.upper().replace("-", " ").split()
     if precision not in ("bf16", "fp16") or "NVIDIA" not in words:
         return None
@@ -79,10 +79,9 @@ class Throughput:
 
     def begin(self, step: int, tokens: int) -> None:
         """Start the clock, with so many steps and tokens done."""
-        now = time.perf_counter()
-        self._window_start, self._window_tokens = now, tokens
-        self._first_step, self._started, self._is_warm = step, now, False
-        self._seconds_per_step = math.nan
+        self._window_start = self._started = time.perf_counter()
+        self._window_tokens, self._first_step = tokens, step
+        self._is_warm, self._seconds_per_step = False, math.nan
 
     def pause(self, seconds: float) -> None:
         """Leave so many seconds out of the speed."""
@@ -107,10 +106,7 @@ class Throughput:
 
 
 def make_throughput(config: TrainingConfig, accelerator: Accelerator, model: nn.Module, dataset: Any) -> Throughput:
-    """Returns the clock of a run. The peak comes from `config`, or from the device's name.
-
-    It is left out if a target does not stand for one token, since the cost of such a target is not known.
-    """
+    """Returns the clock of a run: without a peak if a target does not stand for one token, whose cost is not known."""
     from fundamentallm.distributed.dtensor import device_name
 
     peak = config.peak_tflops or known_peak(device_name(accelerator.device), accelerator.mixed_precision)

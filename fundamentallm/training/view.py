@@ -105,10 +105,10 @@ class TrainerView(RunView):
         return self.metrics.by_step()
 
     def _set_max_steps(self, max_steps: int) -> None:
-        """Gives the run another end. Raises ConfigError if it is not a number of steps, or lies behind the run."""
-        training = replace(self.config.training, max_steps=max_steps, max_epochs=None)
+        """Gives the run another end. Raises ConfigError if it lies behind the run."""
         if max_steps < self.global_step:
             raise ConfigError(Problem("max_steps", max_steps, f"at least {self.global_step}, the steps done"))
+        training = replace(self.config.training, max_steps=max_steps, max_epochs=None)
         self.config = replace(self.config, training=training)
         self.state.config = asdict(training if self.output_dir is None else self.config)
 
@@ -156,11 +156,10 @@ class TrainerView(RunView):
 
     def _describe_finished_run(self) -> str:
         """Returns that there is nothing to train, and what would change that."""
-        advice = "call trainer.train(max_steps=...). To start over, make a new model and a new Trainer."
-        if self.checkpoint_manager is not None:
-            has_steps = self.early_stopping is None or not self.early_stopping.should_stop
-            longer = "training.max_steps (or max_epochs), and name it in training.resume_changes"
-            advice = f"raise {longer if has_steps else 'training.early_stopping_patience'}. "
-            advice += "To start over, choose another output_dir."
-        steps = f"{self.global_step} of {self.total_steps}"
-        return f"This run is already finished, at step {steps}. To train longer, {advice}"
+        where = f"This run is already finished, at step {self.global_step} of {self.total_steps}. To train longer,"
+        if self.checkpoint_manager is None:
+            return f"{where} call trainer.train(max_steps=...). To start over, make a new model and a new Trainer."
+        longer = "training.max_steps (or max_epochs), and name it in training.resume_changes"
+        if self.global_step < self.total_steps:
+            longer = "training.early_stopping_patience"
+        return f"{where} raise {longer}. To start over, choose another output_dir."

@@ -94,7 +94,11 @@ def test_gradients_are_exchanged_once_per_step(tmp_path: Path) -> None:
     assert others == [one] * 3
     parameters = sum(parameter.numel() for parameter in Bigram().parameters())
     assert one[json.dumps([parameters])] == 5
-    assert one.keys() == {"[]", "[2]", json.dumps([parameters])}  # the others: counts, losses and sums of a validation
+    assert one.keys() == {
+        "[]",
+        "[1, 2]",
+        json.dumps([parameters]),
+    }  # the others: counts, losses and sums of a validation
 
 
 # ---- decisions and checkpoints ---------------------------------------------------------------------------------
@@ -193,14 +197,17 @@ def test_resume_does_not_depend_on_what_a_process_sees(tmp_path: Path) -> None:
 
 
 class PartlyUsed(Bigram):
-    """Has parameters that have no part in the loss: at all, and on the second rank."""
+    """Has parameters that have no part in the loss: at all, on the second rank, and in the last micro-batch."""
 
     def __init__(self) -> None:
         super().__init__()
         self.unused, self.sometimes = torch.nn.Linear(2, 2), torch.nn.Parameter(torch.zeros(()))
+        self.early, self.is_early = torch.nn.Parameter(torch.zeros(())), False
 
     def forward(self, ids: Tensor) -> Tensor:
         logits = super().forward(ids)
+        self.is_early = self.training and not self.is_early
+        logits = logits + self.early if self.is_early else logits
         return logits + self.sometimes if torch.distributed.get_rank() == 0 else logits
 
 
@@ -209,7 +216,7 @@ def train_partly_used(processes: int) -> None:
     model = PartlyUsed()
     with pytest.raises(ConfigError) as error:
         Trainer(model, config, loader, callbacks=[]).train()
-    names = ("unused.weight", "unused.bias", *["sometimes"] * torch.distributed.get_rank())
+    names = ("unused.weight", "unused.bias", "early", *["sometimes"] * torch.distributed.get_rank())
     assert all(name in str(error.value) for name in names)
     finding = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(cpu=True, kwargs_handlers=[finding])

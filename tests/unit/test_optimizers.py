@@ -519,20 +519,6 @@ def test_check_optimizer_names_a_slice_that_a_fused_optimizer_trains() -> None:
         check_optimizer(model, torch.optim.AdamW(model.parameters(), fused=True))
 
 
-class LikeSAM(torch.optim.SGD):
-    """Has the two steps of the SAM family."""
-
-    def first_step(self) -> None:
-        pass
-
-
-@pytest.mark.parametrize("kind", [torch.optim.LBFGS, LikeSAM])
-def test_check_optimizer_names_one_that_needs_a_closure(kind: Any) -> None:
-    model = Tiny()
-    with pytest.raises(ConfigError, match=kind.__name__):
-        check_optimizer(model, kind(model.parameters(), lr=0.1))
-
-
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
 class Counting(torch.optim.SGD):
     """Keeps what it needs in its groups, in integers, in lists and beside the parameters, as optimizers do."""
