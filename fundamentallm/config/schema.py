@@ -405,7 +405,7 @@ class Config(Section):
         )
 
 
-DATA_FACTS = ("data.num_samples", "data.shuffle", "data.drop_last", "data.content", "log")
+DATA_FACTS = ("data.num_samples", "data.shuffle", "data.drop_last", "data.content", "data.sampler", "log")
 """Facts of the data and the log that checkpoints record; `resume_changes` may name them like settings."""
 
 ON_RESUME = {

@@ -14,7 +14,7 @@ from fundamentallm.checkpoint.reading import check_checkpoint, load_checkpoint, 
 from fundamentallm.checkpoint.tensor_files import Like
 from fundamentallm.config.schema import Config
 from fundamentallm.config.validation import expand_user
-from fundamentallm.data.datasets import TokenSamples
+from fundamentallm.data.datasets import Tokenized
 from fundamentallm.data.tokenizers import read_tokenizer, same_tokenizer
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import CheckpointError, ConfigError, Problem
@@ -137,7 +137,7 @@ def learned_tokenizer(config: Config) -> Tokenizer | None:
 
 def check_tokenizer(checkpoint: Path, dataset: object) -> None:
     """Raises ConfigError if a checkpoint has another tokenizer than the run's dataset."""
-    path, tokenizer = checkpoint / TOKENIZER, dataset.tokenizer if isinstance(dataset, TokenSamples) else None
+    path, tokenizer = checkpoint / TOKENIZER, dataset.tokenizer if isinstance(dataset, Tokenized) else None
     if tokenizer is None or not path.is_file() or same_tokenizer(read_tokenizer(path), tokenizer):
         return
     text = f"{checkpoint} was trained with another tokenizer or end_of_text"

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from fundamentallm.config.schema import flat_settings
 from fundamentallm.data.datasets import fingerprint
 from fundamentallm.data.listed_order import global_states, unwrapped
-from fundamentallm.distributed.batches import tensors
+from fundamentallm.data.streams import is_stream
+from fundamentallm.distributed.batches import digest_of
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import ConfigError, Problem
 
@@ -42,6 +41,7 @@ def check_alike(
             sampler, batch_size, drop_last = unwrapped(loader)
             batches = f"batch_size={batch_size}, drop_last={drop_last}, sampler={type(sampler).__name__}"
             given[f"the batches of {name}"] = batches
+        if loader is not None and not is_stream(loader.dataset):  # `make_samplers` compares the beginning of a stream
             given[f"the number of samples of {name}"] = str(len(loader.dataset))  # type: ignore[arg-type]
             given[f"the content of {name}"] = fingerprint(loader.dataset) or _sampled(loader)
     first, *others = group.all_gather(given)
@@ -69,9 +69,4 @@ def _digest(loader: DataLoader[Any]) -> str:
     places = sorted({0, len(dataset) // 2, len(dataset) - 1})
     with global_states(0):
         get = getattr(dataset, "__getitems__", lambda indices: [dataset[index] for index in indices])
-        batch = loader.collate_fn(get(places))
-    digest = hashlib.blake2b(digest_size=8)
-    for tensor in tensors(batch):
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        return digest_of(loader.collate_fn(get(places)))

@@ -89,7 +89,16 @@ def make_samplers(
 
 
 def count_steps(config: TrainingConfig, samples: StepSampler) -> int:
-    """Returns the step at which the run ends: max_steps or the end of max_epochs, whichever comes first."""
+    """Returns the step at which the run ends: max_steps or the end of max_epochs, whichever comes first.
+
+    Raises ConfigError for a stream, of which nobody knows where it ends, without max_steps or with max_epochs.
+    """
+    if samples.stream is not None:
+        reason = "and the length of a stream is not known"
+        if config.max_steps is None:
+            raise ConfigError(Problem("training.max_steps", None, "a number of optimizer steps", reason=reason))
+        if config.max_epochs is not None:
+            raise ConfigError(Problem("training.max_epochs", config.max_epochs, "null", reason=reason))
     ends = [math.inf if config.max_steps is None else config.max_steps]
     if config.max_epochs is not None:
         # If the passes were made before these batches begin, the run ends at their beginning.

@@ -133,7 +133,7 @@ def make_throughput(config: TrainingConfig, accelerator: Accelerator, model: nn.
     peak = config.peak_tflops or known_peak(device_name(accelerator.device), accelerator.mixed_precision)
     if peak is None:
         return Throughput()
-    length = _targets_of(dataset[0])
+    length = _targets_of(dataset[0])  # a `Stream` has its first sample
     if length is None:
         return Throughput()
     return Throughput(peak * accelerator.num_processes, model_flops_per_token(model, length))

@@ -205,12 +205,13 @@ class TrainerView:
         processes = self.accelerator.num_processes
         latest = {name: self.metrics.get_latest(name) for name in ("train_loss", "val_loss")}
         rate = f"learning rate {float(self.scheduler.get_last_lr()[0]):.3g}"
+        amount = "a stream" if self.samples.stream is not None else f"{self.samples.num_samples:,} samples"
         is_own = isinstance(self.scheduler, StepSchedule)
         schedule = training.lr_scheduler if is_own else type(self.scheduler).__name__
         lines = {
             "model": f"{type(self.model).__name__}, {parameters:,} parameters, precision {training.mixed_precision}",
             "device": f"{self.accelerator.device}, {processes} process{'es' * (processes > 1)}",
-            "data": f"{self.samples.num_samples:,} samples, {self.samples.sizes_from(self.global_step)} in a step"
+            "data": f"{amount}, {self.samples.sizes_from(self.global_step)} in a step"
             + ("" if validation is None else f"; validation {validation.num_samples:,}"),
             "optimizer": f"{type(self.optimizer).__name__}, {schedule}, {rate}",
             "latest": ", ".join(f"{name} {value:.4g}" for name, value in latest.items() if value is not None)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fundamentallm.config.validation import allowed_values, fits
-from fundamentallm.data.datasets import TokenSamples
+from fundamentallm.data.datasets import Tokenized
 from fundamentallm.data.tokenizers import encode_prompt
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.inference.generation import generate
@@ -26,7 +26,7 @@ def continuation(
     Raises ConfigError if the training data is not text, or the tokenizer does not know a character of the prompt.
     """
     dataset = trainer.train_loader.dataset
-    if not isinstance(dataset, TokenSamples) or dataset.tokenizer is None:
+    if not isinstance(dataset, Tokenized) or dataset.tokenizer is None:
         raise ConfigError(
             "the train_loader's dataset has no tokenizer, so no text can be generated; use a TokenDataset."
         )
