@@ -112,6 +112,7 @@ def make_trainer(config: Config) -> Trainer:
 
     from fundamentallm.data.corpus import describe, load_corpus
     from fundamentallm.data.loaders import create_dataloaders
+    from fundamentallm.data.text_stream import TextStream, stream_loaders
     from fundamentallm.distributed.accelerator import create_accelerator
     from fundamentallm.models.transformer import Transformer
     from fundamentallm.run.initial_weights import open_pretrained
@@ -125,25 +126,35 @@ def make_trainer(config: Config) -> Trainer:
     callbacks = _check_names(config)
     config, pretrained, model = open_pretrained(config)
     is_main = accelerator.is_main_process
-    learned = learned_tokenizer(config)
-    corpus = _local_main_process_first(accelerator, lambda: load_corpus(config.data, is_main, learned))
-    config = replace(config, model=_with_vocabulary(config.model, corpus))
-    train_loader, val_loader = create_dataloaders(corpus, corpus.tokenizer, config)
+    corpus = None
+    if config.data.streaming:
+        train_loader, val_loader, lines = _local_main_process_first(
+            accelerator, lambda: stream_loaders(config, is_main)
+        )
+    else:
+        learned = learned_tokenizer(config)
+        corpus = _local_main_process_first(accelerator, lambda: load_corpus(config.data, is_main, learned))
+        train_loader, val_loader = create_dataloaders(corpus, corpus.tokenizer, config)
+        lines = describe(corpus)
+    data: Any = train_loader.dataset
+    config = replace(config, model=_with_vocabulary(config.model, data.tokenizer, corpus))
     torch.manual_seed(config.training.seed)
     if model is None:
-        document_start = corpus.end_of_text if config.data.mask_documents else None
+        document_start = data.end_of_text if config.data.mask_documents else None
         # Under FSDP2 a model may be larger than a device, so it gets its memory when it is sharded.
         with torch.device("meta") if accelerator.is_fsdp2 else nullcontext():
             model = Transformer(config.model, document_start)
     trainer = Trainer(model, config, train_loader, val_loader, accelerator=accelerator)
     if pretrained is not None:
-        trainer.files = pretrained.files(train_loader.dataset)
+        trainer.files = pretrained.files(data)
         trainer.say(f"{config.model.pretrained}: {pretrained}")
-    _load_initial_weights(trainer, pretrained, corpus.tokenizer)
+    _load_initial_weights(trainer, pretrained, data.tokenizer)
     for callback in callbacks:
         trainer.callbacks.add(callback)
-    for line in describe(corpus):
+    for line in lines:
         trainer.say(line)
+    if isinstance(data, TextStream):
+        data.say = trainer.say if is_main else None
     if training.max_steps is None and trainer.total_steps < FEW_STEPS:
         few = f"warning: {trainer.total_steps} optimizer steps are few, with {training.warmup_steps} of warm-up"
         trainer.say(f"{few}; more come from more training.max_epochs, or a smaller training.batch_size")
@@ -230,16 +241,17 @@ def _check_names(config: Config) -> list[Callback]:
     return callbacks
 
 
-def _with_vocabulary(model: ModelConfig, corpus: Corpus) -> ModelConfig:
-    """Returns the shape with a row for each token. Tokens of the vocabulary that do not occur may have none."""
+def _with_vocabulary(model: ModelConfig, tokenizer: Tokenizer, corpus: Corpus | None) -> ModelConfig:
+    """Returns the shape with a row for each token. Tokens that do not occur in a corpus may have none."""
     from fundamentallm.data.tokenizers import num_ids
 
-    size = num_ids(corpus.tokenizer)
+    size = num_ids(tokenizer)
     if model.vocab_size is not None and model.vocab_size < size:
-        parts = [part.ids for source in corpus.sources for part in (source.train, source.validation) if len(part.ids)]
-        largest = max(int(ids.max()) for ids in parts)
+        sources = () if corpus is None else (*corpus.sources, *corpus.validation)
+        parts = [part.ids for source in sources for part in (source.train, source.validation) if len(part.ids)]
+        largest = max((int(ids.max()) for ids in parts), default=size - 1)
         if model.vocab_size <= largest:
-            reason = f"and the text has the token {corpus.tokenizer.id_to_token(largest)!r} with the id {largest}"
+            reason = f"and the text may have the token {tokenizer.id_to_token(largest)!r} with the id {largest}"
             raise ConfigError(Problem("model.vocab_size", model.vocab_size, f"at least {largest + 1}", "", reason))
     return replace(model, vocab_size=model.vocab_size or size)
 

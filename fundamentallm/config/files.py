@@ -197,15 +197,26 @@ def _folder_problems(setting: str, path: str | None) -> list[Problem]:
     return [] if existing.is_dir() else [Problem(setting, path, reason="which is not a folder", advice="Give another.")]
 
 
+def _renamed(problem: Problem, setting: str) -> Problem:
+    """Returns a problem of `data.source` as one of `setting`."""
+    name = setting if problem.setting == "data.source" else problem.setting
+    return Problem(name, problem.value, problem.allowed, problem.advice, problem.reason, problem.text)
+
+
 def file_problems(config: Config) -> list[Problem]:
     """Returns what is wrong with the files and folders of a run. Creates none."""
     data, problems = config.data, list[Problem]()
     if data.tokenizer.endswith(".json") and not os.path.isfile(expand_user(data.tokenizer)):
         problems.append(Problem("data.tokenizer", data.tokenizer, text=f"file {data.tokenizer!r} not found"))
-    try:
-        find_sources(data)
-    except ConfigError as error:
-        problems += error.problems
+    for each, setting in ((data, "data.source"), (data.validation_only(), "data.validation_source")):
+        try:
+            found = [] if each is None else find_sources(each)
+        except ConfigError as error:
+            problems += [_renamed(problem, setting) for problem in error.problems]
+            continue
+        if data.streaming and each is data and found[0].kind in ("tokens", "prepared"):
+            reason = f"and {found[0].name} holds tokens already, which are not loaded before they are used"
+            problems.append(Problem("data.streaming", True, "false", reason=reason))
     problems += _folder_problems("data.cache_dir", data.cache_dir)
     problems += _folder_problems("output_dir", config.output_dir)
     problems += _folder_problems("training.checkpoint_dir", config.training.checkpoint_dir)

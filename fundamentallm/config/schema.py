@@ -20,6 +20,8 @@ from fundamentallm.errors import ConfigError, Problem
 LARGE_VOCABULARY, CHUNK = 1024, 512
 """Vocabulary size, in tokens, from which logits are computed in chunks, and positions per chunk."""
 BUILT_IN_CORPUS = "python-docs"
+NO_TRAINING = 1e-18
+"""The `train_split` that leaves no character for training."""
 IGNORE_INDEX = -100
 """Target that the loss ignores: the convention of torch and transformers."""
 END_OF_TEXT = "<|endoftext|>"
@@ -117,6 +119,14 @@ class DataConfig(Section):
     """'char' (model.pretrained: its own), 'byte', 'bpe:<size>' trained on the training text, or a tokenizer.json."""
     train_split: float = 0.9
     """Leading fraction of the text used for training; the rest is for validation (1: no validation)."""
+    validation_source: str | None = field(default=None, metadata=FREE)
+    """File, folder, glob or 'datasets:NAME' for validation, in place of a part of the source; null: train_split."""
+    streaming: bool = False
+    """Tokenize the source as it is read, in its own order, in place of once before; needs training.max_steps."""
+    shuffle_buffer: int | None = None
+    """Samples of a stream that are held in memory, of which a random one comes next; null: the stream's order."""
+    validation_tokens: int | None = None
+    """Tokens at the beginning of a stream that are held out for validation; null: none."""
     text_field: str = "text"
     """Field of a row (.jsonl, .parquet, datasets) with the text."""
     prompt_field: str | None = None
@@ -158,8 +168,34 @@ class DataConfig(Section):
             if getattr(self, name) and self.end_of_text is None:
                 allowed = f"with an end_of_text such as {END_OF_TEXT!r}, which marks where documents end"
                 yield self._conflict(name, "end_of_text", allowed)
+        yield from self._stream_problems()
         if self.prompt_field == self.text_field:
             yield self._conflict("prompt_field", "text_field", "another field")
+
+    def _stream_problems(self) -> Iterator[Problem]:
+        defaults = {entry.name: entry.default for entry in dataclasses.fields(self)}
+        other = "streaming" if self.streaming else "validation_source"
+        names = ("prompt_field", "num_workers", "train_split") if self.streaming else ()
+        if self.validation_source is not None:
+            names = (*names, "train_split", "validation_tokens")
+        for name in sorted({*names}):
+            if getattr(self, name) != defaults[name]:
+                yield self._conflict(name, other, f"{defaults[name]}, the default")
+        if self.streaming and isinstance(self.source, dict):
+            yield self._conflict("source", "streaming", "one source")
+        for name in () if self.streaming else ("shuffle_buffer", "validation_tokens"):
+            if getattr(self, name) is not None:
+                yield self._conflict(name, "streaming", "null, except for a stream")
+        if self.validation_tokens is not None and self.validation_tokens <= self.sequence_length:
+            yield self._conflict("validation_tokens", "sequence_length", "more than one sample")
+
+    def validation_only(self) -> DataConfig | None:
+        """Returns the settings that read all of `validation_source` for validation; None if there is none."""
+        if self.validation_source is None:
+            return None
+        unset = dict.fromkeys(("validation_source", "shuffle_buffer", "validation_tokens"))
+        split = {"train_split": NO_TRAINING, "streaming": False}
+        return dataclasses.replace(self, source=self.validation_source, **split, **unset)
 
     def sources(self) -> dict[str, float]:
         """Returns each source with its weight."""
@@ -374,6 +410,12 @@ class Config(Section):
     """Tokens of each generated sample, after training and by the callback samples; 0: no sample after training."""
 
     def _relations(self) -> Iterator[Problem]:
+        tokenizer = self.data.tokenizer
+        is_theirs = tokenizer == DataConfig.tokenizer and self.model.pretrained is not None
+        if self.data.streaming and not (is_theirs or tokenizer == "byte" or tokenizer.endswith(".json")):
+            advice = "`fundamentallm prepare` on a part of the text writes a tokenizer.json."
+            allowed = "'byte' or a tokenizer.json: the others are made from the whole text"
+            yield Problem("data.tokenizer", tokenizer, allowed, advice, "and data.streaming is true")
         if not self.output_dir:  # a shell variable that is not set
             yield Problem("output_dir", "", "the path of a folder ('.' is this one)")
         for name in self.callbacks:

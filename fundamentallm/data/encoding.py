@@ -210,7 +210,7 @@ def _encode(config: DataConfig, source: SourceFiles, pieces: Iterator[tuple[int,
         for (part, piece), encoded in zip(pieces, encoded_pieces, strict=True):
             is_of_row = has_rows and bool(piece.where)
             if encoded.unknown and not (config.unknown_tokens and has_unknown):
-                why = why or _why_unknown(piece, encoded)
+                why = why or why_unknown(piece, encoded)
                 if not is_of_row:
                     allow = ", set data.unknown_tokens: true," if has_unknown else ""
                     advice = f"Remove it{allow} or start a new run with another data.tokenizer."
@@ -229,7 +229,7 @@ def _encode(config: DataConfig, source: SourceFiles, pieces: Iterator[tuple[int,
             held, why = [], ""
 
 
-def _why_unknown(piece: Piece, encoded: Encoded) -> str:
+def why_unknown(piece: Piece, encoded: Encoded) -> str:
     """Returns the place in the source, and what the vocabulary lacks there."""
     line = piece.line + encoded.text.count("\n", 0, encoded.unknown[0][0])
     where = f"{piece.where}, line {line:,}" if piece.line else piece.where or "empty line between documents"

@@ -280,7 +280,9 @@ def create_dataloaders(
     validation: TokenSamples | None
     if isinstance(text_or_tokens, Corpus):
         corpus = text_or_tokens._replace(tokenizer=tokenizer or text_or_tokens.tokenizer)
-        train, validation = corpus_samples(corpus, length, train_split < 1)
+        samples, validation = corpus_samples(corpus, length, train_split < 1)
+        assert samples is not None
+        train = samples
     else:
         split = _encode_text if isinstance(text_or_tokens, str) else _split_tokens
         parts = split(text_or_tokens, tokenizer, train_split)
@@ -296,8 +298,10 @@ def create_dataloaders(
 
 def corpus_samples(
     corpus: Corpus, sequence_length: int, has_validation: bool = True
-) -> tuple[TokenSamples, TokenSamples | None]:
+) -> tuple[TokenSamples | None, TokenSamples | None]:
     """Returns training samples, mixed by the sources' weights, and validation samples, each once.
+
+    If `corpus.validation` has sources, they are the validation samples, and there may be none for training.
 
     Raises:
         ConfigError: if a part of a source is too short for one sample.
@@ -313,9 +317,10 @@ def corpus_samples(
             raise ConfigError([_of_source(problem, source.name) for problem in error.problems]) from error
 
     train = {source.name: samples(source, source.train) for source in corpus.sources}
-    validation = {source.name: samples(source, source.validation) for source in corpus.sources if has_validation}
-    if len(train) == 1:
-        return next(iter(train.values())), next(iter(validation.values()), None)
+    held_out = corpus.validation or (corpus.sources if has_validation else ())
+    validation = {source.name: samples(source, source.validation) for source in held_out}
+    if len(train) <= 1:
+        return next(iter(train.values()), None), next(iter(validation.values()), None)
     mixed = MixedDataset(train, [source.weight for source in corpus.sources])
     return mixed, MixedDataset(validation) if validation else None
 

@@ -34,7 +34,7 @@ class Stream:
     """Reads a dataset by position. Positions count all samples of the run; a dataset that ends is iterated again.
 
     Every process reads the whole stream and computes its rows of each batch. So the batches do not depend on the number
-    of processes, and nothing has to be sent. Before each sample, the global generators are seeded from (seed, position).
+    of processes, and nothing has to be sent. Before each sample, the generators are seeded from (seed, position).
 
     Args:
         dataset: iterable. `set_epoch`, if it has one, is called before each pass. A run resumes by `state_dict` and
@@ -140,6 +140,8 @@ class Stream:
         has_state = all(hasattr(self.dataset, name) for name in ("state_dict", "load_state_dict"))
         if not has_state or _has_shuffle_buffer(self.dataset):
             return False
+        if getattr(self.dataset, "restores_exactly", False):
+            return True
 
         def take(iterator: Iterator[Any], start: int, stop: int) -> list[Any]:
             taken = []

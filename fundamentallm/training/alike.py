@@ -17,7 +17,7 @@ from fundamentallm.errors import ConfigError, Problem
 
 OF_ONE_MACHINE = {
     *("output_dir", "trackers", "tracker_options", "model.init_from", "model.pretrained"),
-    *("data.source", "data.tokenizer", "data.cache_dir", "data.num_workers"),
+    *("data.source", "data.validation_source", "data.tokenizer", "data.cache_dir", "data.num_workers"),
     *("training.checkpoint_dir", "training.resume", "training.peak_tflops"),
 }
 """Settings that may differ between processes: folders of a machine, and what its hardware allows."""
