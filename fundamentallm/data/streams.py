@@ -22,6 +22,7 @@ HEAD, COMPARED = 3, 9
 """Positions between which samples are compared to find out whether a dataset's state restores its place."""
 OF_SAMPLES = -1
 """Stands in for the rank in the seeds of samples, which all processes read alike."""
+START: dict[str, Any] = {"position": 0, "epoch": 0, "index": 0, "dataset": None}
 END = object()
 
 
@@ -54,12 +55,14 @@ class Stream:
 
     def __init__(self, dataset: Any, collate_fn: Callable[[Any], Any], seed: int, is_main: bool = True) -> None:
         self.dataset, self.collate_fn, self.seed, self.is_main = dataset, collate_fn, seed, is_main
-        self._saved: dict[str, Any] = {"position": 0, "epoch": 0, "index": 0, "dataset": None}
+        self._saved = START
         self.description = ""
         with global_states(0):
             self.restores = self._restores_exactly()
-            self._open(self._saved)
+            self._open(START)
             self.first = self._window[0]
+            if self.restores:  # the first sample is kept, so everything can be read again from here
+                self._saved = self.state_dict(1)
 
     def __getitem__(self, index: int) -> Any:
         """Returns the first sample."""
@@ -83,6 +86,8 @@ class Stream:
 
     def state_dict(self, position: int) -> dict[str, Any]:
         """Returns the place before the sample at `position`."""
+        if position == 0:
+            return START
         if self._saved["position"] != position:
             self.read(position, position)
             if self._window:  # it has read ahead
@@ -97,9 +102,13 @@ class Stream:
         numbers = [saved[name] for name in ("position", "epoch", "index")]
         if not all(type(number) is int and 0 <= number < ENDLESS for number in numbers):
             raise ValueError(f"{numbers} is not a place in a stream.")
-        self._saved = dict(saved) if self.restores else {**saved, "dataset": None}
-        if self._saved["dataset"] is not None:
-            self._open(self._saved)
+        if not self.restores:
+            saved = {**saved, "dataset": None}
+        elif saved["position"] == 0:
+            saved = self._saved if self._saved["position"] == 1 else saved
+        self._saved = saved
+        if saved["dataset"] is not None:
+            self._open(saved)
         elif self.is_main and saved["position"]:
             has_state = hasattr(self.dataset, "state_dict")
             why = "has a state_dict that does not restore the next samples" if has_state else "has no state_dict"
@@ -109,10 +118,12 @@ class Stream:
     def _open(self, place: dict[str, Any]) -> None:
         """Begins to read at a place if its dataset's state is known, otherwise at the start."""
         state = place["dataset"]
-        begin = {"position": 0, "epoch": 0, "index": 0} if state is None else place
+        begin = START if state is None else place
         self._first, self.epoch, self._index = begin["position"], begin["epoch"], begin["index"]
         self._iterator, self._window = _iterate(self.dataset, self.epoch, state), []
-        if state is None:
+        if self._first == 1 and state is not None:
+            self._first, self._window = 0, [self.first]
+        elif state is None:
             self._window.append(self._next())
             description = f"{type(self.dataset).__name__} {self._digest(self._window)}"
             if self.description not in ("", description):
