@@ -112,7 +112,7 @@ def make_trainer(config: Config) -> Trainer:
 
     from fundamentallm.data.corpus import describe, load_corpus
     from fundamentallm.data.loaders import create_dataloaders
-    from fundamentallm.data.text_stream import TextStream, stream_loaders
+    from fundamentallm.data.text_stream import stream_loaders
     from fundamentallm.distributed.accelerator import create_accelerator
     from fundamentallm.models.transformer import Transformer
     from fundamentallm.run.initial_weights import open_pretrained
@@ -125,12 +125,10 @@ def make_trainer(config: Config) -> Trainer:
     accelerator = create_accelerator(*launch, config.trackers, config.output_dir)
     callbacks = _check_names(config)
     config, pretrained, model = open_pretrained(config)
-    is_main = accelerator.is_main_process
-    corpus = None
+    is_main, corpus = accelerator.is_main_process, None
     if config.data.streaming:
-        train_loader, val_loader, lines = _local_main_process_first(
-            accelerator, lambda: stream_loaders(config, is_main)
-        )
+        made = _local_main_process_first(accelerator, lambda: stream_loaders(config, is_main))
+        train_loader, val_loader, lines = made
     else:
         learned = learned_tokenizer(config)
         corpus = _local_main_process_first(accelerator, lambda: load_corpus(config.data, is_main, learned))
@@ -151,15 +149,14 @@ def make_trainer(config: Config) -> Trainer:
     _load_initial_weights(trainer, pretrained, data.tokenizer)
     for callback in callbacks:
         trainer.callbacks.add(callback)
-    for line in lines:
-        trainer.say(line)
-    if isinstance(data, TextStream):
-        data.say = trainer.say if is_main else None
+    trainer.say("\n".join(lines))
+    if config.data.streaming and is_main:
+        data.say = trainer.say
     if training.max_steps is None and trainer.total_steps < FEW_STEPS:
         few = f"warning: {trainer.total_steps} optimizer steps are few, with {training.warmup_steps} of warm-up"
         trainer.say(f"{few}; more come from more training.max_epochs, or a smaller training.batch_size")
-    datasets = [loader.dataset for loader in (train_loader, val_loader) if loader is not None]
-    cut, dropped = (sum(getattr(dataset, name, 0) for dataset in datasets) for name in ("num_cut", "num_lost"))
+    loaders, names = [loader for loader in (train_loader, val_loader) if loader is not None], ("num_cut", "num_lost")
+    cut, dropped = (sum(getattr(loader.dataset, name, 0) for loader in loaders) for name in names)
     if cut:
         trainer.say(f"{cut:,} pairs are longer than data.sequence_length and were cut")
     if dropped:

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fundamentallm.config.entries import ParameterGroup
 from fundamentallm.config.registry import not_one_of, unknown_name
 from fundamentallm.config.validation import Section, expand_user, from_dict, range_problems
 from fundamentallm.errors import ConfigError, Problem
@@ -20,8 +21,6 @@ from fundamentallm.errors import ConfigError, Problem
 LARGE_VOCABULARY, CHUNK = 1024, 512
 """Vocabulary size, in tokens, from which logits are computed in chunks, and positions per chunk."""
 BUILT_IN_CORPUS = "python-docs"
-NO_TRAINING = 1e-18
-"""The `train_split` that leaves no character for training."""
 IGNORE_INDEX = -100
 """Target that the loss ignores: the convention of torch and transformers."""
 END_OF_TEXT = "<|endoftext|>"
@@ -46,7 +45,7 @@ def unknown_metric(name: str, known: Collection[str]) -> Problem:
     return not_one_of("early_stopping_metric", name, known)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class ModelConfig(Section):
     """Shape of the `Transformer`.
 
@@ -103,7 +102,7 @@ class ModelConfig(Section):
         )
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class DataConfig(Section):
     """The text, and how it becomes samples.
 
@@ -133,7 +132,7 @@ class DataConfig(Section):
     """Field with the prompt; loss is computed on text_field only (SFT), one row per sample; null: no prompts."""
     end_of_text: str | None = None
     """Token after each document, such as '<|endoftext|>'; null: an empty line between documents."""
-    special_tokens: Literal["tokens", "text"] | None = field(default=None, metadata=FREE)
+    special_tokens: Literal["tokens", "text"] | None = None
     """Read special tokens in the text as 'tokens' or 'text' (untrusted); null: as tokens of a tokenizer.json only."""
     unknown_tokens: bool = field(default=False, metadata=FREE)
     """Encode what the vocabulary lacks as its unknown token, counted; false: an error, or a bad row."""
@@ -173,56 +172,25 @@ class DataConfig(Section):
             yield self._conflict("prompt_field", "text_field", "another field")
 
     def _stream_problems(self) -> Iterator[Problem]:
-        defaults = {entry.name: entry.default for entry in dataclasses.fields(self)}
-        other = "streaming" if self.streaming else "validation_source"
-        names = ("prompt_field", "num_workers", "train_split") if self.streaming else ()
+        of_streams = ("shuffle_buffer", "validation_tokens")
+        others = dict.fromkeys(("prompt_field", "num_workers", "train_split"), "streaming")
+        others = others if self.streaming else dict.fromkeys(of_streams, "streaming")
         if self.validation_source is not None:
-            names = (*names, "train_split", "validation_tokens")
-        for name in sorted({*names}):
-            if getattr(self, name) != defaults[name]:
-                yield self._conflict(name, other, f"{defaults[name]}, the default")
+            others |= dict.fromkeys(("train_split", "validation_tokens"), "validation_source")
+        for name, other in others.items():
+            if getattr(self, name) != (default := getattr(DataConfig, name)):
+                yield self._conflict(name, other, f"{'null' if default is None else default}")
         if self.streaming and isinstance(self.source, dict):
             yield self._conflict("source", "streaming", "one source")
-        for name in () if self.streaming else ("shuffle_buffer", "validation_tokens"):
-            if getattr(self, name) is not None:
-                yield self._conflict(name, "streaming", "null, except for a stream")
         if self.validation_tokens is not None and self.validation_tokens <= self.sequence_length:
             yield self._conflict("validation_tokens", "sequence_length", "more than one sample")
-
-    def validation_only(self) -> DataConfig | None:
-        """Returns the settings that read all of `validation_source` for validation; None if there is none."""
-        if self.validation_source is None:
-            return None
-        unset = dict.fromkeys(("validation_source", "shuffle_buffer", "validation_tokens"))
-        split = {"train_split": NO_TRAINING, "streaming": False}
-        return dataclasses.replace(self, source=self.validation_source, **split, **unset)
 
     def sources(self) -> dict[str, float]:
         """Returns each source with its weight."""
         return self.source if isinstance(self.source, dict) else {self.source: 1.0}
 
 
-@dataclass(frozen=True, repr=False)
-class ParameterGroup(Section):
-    """Options of some parameters; an entry of `training.parameter_groups`."""
-
-    pattern: str = ""
-    """Glob over parameter names, such as '*.embed_tokens.*'."""
-    learning_rate_scale: float = 1.0
-    """Factor of the learning rate, at every step."""
-    weight_decay: float | None = None
-    """Weight decay for the group (including vectors); null: unchanged."""
-    frozen: bool = False
-    """Do not train these parameters."""
-
-    def _relations(self) -> Iterator[Problem]:
-        if not self.pattern:
-            yield Problem("pattern", "", "a glob over the parameters' names, such as 'model.layers.0.*'")
-        if self.frozen and (self.learning_rate_scale != 1 or self.weight_decay is not None):
-            yield Problem("frozen", True, "frozen without learning_rate_scale and weight_decay")
-
-
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class TrainingConfig(Section):
     """How the model is trained. Intervals count optimizer steps, or epochs if their name says so.
 
@@ -382,7 +350,7 @@ class TrainingConfig(Section):
         )
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Config(Section):
     """One run.
 
@@ -459,8 +427,6 @@ FREE_ON_RESUME = frozenset(name for name, kind in ON_RESUME.items() if kind == "
 """Settings that change no weight, and may differ on resume. (Text and tokenizer may move: their content counts.)"""
 NEVER_ON_RESUME = frozenset(name for name, kind in ON_RESUME.items() if kind == "never")
 """Settings that decide the shape of the weights."""
-AFFECTS_SCHEDULE = frozenset(name for name, kind in ON_RESUME.items() if kind == "schedule") | {"data.num_samples"}
-"""Settings, and facts of the data, that change the learning-rate curve."""
 
 
 def saved_data_settings(data: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from fundamentallm.config.files import DATASETS, PREPARED, SourceFiles, find_sources, is_prepared
+from fundamentallm.config.files import DATASETS, PREPARED, SourceFiles, find_sources, is_prepared, validation_only
 from fundamentallm.config.schema import BUILT_IN_CORPUS, DataConfig
 from fundamentallm.config.validation import expand_user
 from fundamentallm.data.encoding import (
@@ -115,9 +115,8 @@ def load_corpus(config: DataConfig, show_progress: bool = True, tokenizer: Token
         ('to be or not to be', 190)
     """
     if config.streaming:
-        advice = "Set it to false to tokenize the whole text before."
-        raise ConfigError(Problem("data.streaming", True, "false where the whole text is needed", advice))
-    if (only := config.validation_only()) is not None:
+        raise ConfigError(Problem("data.streaming", True, "false, since the whole text is needed"))
+    if (only := validation_only(config)) is not None:
         whole = replace(config, validation_source=None, train_split=1.0)
         corpus = load_corpus(whole, show_progress, tokenizer)
         return corpus._replace(validation=load_corpus(only, show_progress, corpus.tokenizer).sources)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
 from fundamentallm.data.listed_order import global_states
 from fundamentallm.data.random_draws import seed_draws
-from fundamentallm.distributed.batches import digest_of
+from fundamentallm.distributed.batches import tensors
 from fundamentallm.errors import ConfigError, Problem
 
 ENDLESS = 2**62
@@ -175,7 +177,11 @@ class Stream:
 
     def _digest(self, samples: list[Any]) -> str:
         self._seed(0)  # the collate function may draw
-        return digest_of(self.collate_fn(list(samples)))
+        digest = hashlib.sha256()
+        for tensor in tensors(self.collate_fn(list(samples))):
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
 
 
 def _has_shuffle_buffer(dataset: Any) -> bool:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
-from fundamentallm.config.files import find_source
+from fundamentallm.config.files import find_source, validation_only
 from fundamentallm.config.schema import Config, DataConfig
 from fundamentallm.data.corpus import load_corpus
 from fundamentallm.data.datasets import Batch, TokenDataset, Tokenized, TokenSamples
@@ -91,6 +91,7 @@ class TextStream(Tokenized, IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         """Yields (inputs, targets), each of `sequence_length` tokens, to the end of the pass."""
+        self._bad.clear()  # those of the pass before, or of what was read for validation
         for window in self._shuffled() if self.config.shuffle_buffer else self._windows():
             if self._opening is None:
                 self._opening = window[:32]
@@ -143,7 +144,6 @@ class TextStream(Tokenized, IterableDataset[Batch]):
                 self._rest = np.concatenate([self._rest, ids[held_out:]])
                 held_out = max(held_out - len(ids), 0)
         self._file = self._pieces = 0
-        self._bad.clear()
 
     def _encoded(self) -> Iterator[tuple[int, int, NDArray[np.int32]]]:
         """Yields the tokens of each row, or piece of a text, and the place after it: file, and pieces in this file."""
@@ -206,7 +206,7 @@ def stream_loaders(
     stream = TextStream(data, config.training.seed)
     assert stream.tokenizer is not None
     validation: TokenSamples | None = None
-    if (only := data.validation_only()) is not None:
+    if (only := validation_only(data)) is not None:
         corpus = load_corpus(only, show_progress, stream.tokenizer)
         _, validation = corpus_samples(corpus._replace(sources=[], validation=corpus.sources), data.sequence_length)
     elif data.validation_tokens:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any, NamedTuple
 
@@ -60,15 +59,6 @@ def tensors(batch: Any) -> list[Tensor]:
     if isinstance(batch, Tensor):
         return [batch]
     return [tensor for entry in _entries(batch).values() for tensor in tensors(entry)]
-
-
-def digest_of(batch: Any) -> str:
-    """Returns 16 hexadecimal digits for the tensors of a batch."""
-    digest = hashlib.blake2b(digest_size=8)
-    for tensor in tensors(batch):
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def take_rows(batch: Any, rows: int, index: slice | list[int], name: str = "batch", in_mapping: bool = False) -> Any:

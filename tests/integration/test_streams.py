@@ -79,7 +79,8 @@ def test_stream_without_a_state_resumes_to_the_bit(tmp_path: Path) -> None:
     with pytest.raises(KilledError):
         train(tmp_path / "killed", KillAfter(5))
     resumed = train(tmp_path / "killed")
-    assert resumed.resumed_from is not None and whole.epochs_done > 1
+    assert resumed.resumed_from is not None
+    assert whole.epochs_done > 1
     assert_same_weights(weights(whole), weights(resumed))
     assert timeless(lines(tmp_path / "whole")) == timeless(lines(tmp_path / "killed"))
 
@@ -97,7 +98,7 @@ def killed_and_resumed_in_micro_batches(world: int, folder: str) -> None:
 def refused(world: int, folder: str) -> None:
     with pytest.raises(ConfigError) as error:
         train(folder, dataset=Samples(shards=True))
-    assert error.value.problems[0].setting == "train_loader"
+    assert error.value.problems[0].setting == "the order of train_loader"
     assert dist.get_world_size() == world
 
 
