@@ -276,13 +276,16 @@ def split_pieces(pieces: Iterable[Piece], train_size: int, by_rows: bool = False
             yield int(cut == 0), piece
 
 
-def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[str]) -> Generator[Encoded, None, None]:
+def encode_pieces(
+    tokenizer: Tokenizer, pieces: Iterable[str], copied: tuple[Tokenizer, int | None] | None = None
+) -> Generator[Encoded, None, None]:
     """Yield each piece with its tokens. What the vocabulary lacks is the caller's to refuse.
 
     Special tokens in the text are those tokens, or ordinary text if the tokenizer's `encode_special_tokens` is set.
     """
     dtype = token_dtype(tokenizer)
-    tokenizer, unknown = with_unknown(plain_copy(tokenizer))
+    # A caller that encodes again and again gives `copied`: the library keeps some megabytes of each copy that was used.
+    tokenizer, unknown = copied or with_unknown(plain_copy(tokenizer))
     encode = functools.partial(tokenizer.encode_batch_fast, add_special_tokens=False)
 
     def submitted() -> Iterator[tuple[list[str], Any]]:

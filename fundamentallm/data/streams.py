@@ -58,6 +58,7 @@ class Stream:
     def __init__(self, dataset: Any, collate_fn: Callable[[Any], Any], seed: int, is_main: bool = True) -> None:
         self.dataset, self.collate_fn, self.seed, self.is_main = dataset, collate_fn, seed, is_main
         self._saved = START
+        self._first, self._window = 0, list[Any]()  # samples that may be asked for, from position _first on
         self.description = ""
         with global_states(0):
             self.restores = self._restores_exactly()
@@ -157,7 +158,7 @@ class Stream:
             return True
 
         def take(iterator: Iterator[Any], start: int, stop: int) -> list[Any]:
-            taken = []
+            taken = list[Any]()
             for position in range(start, stop):
                 self._seed(position)
                 taken += itertools.islice(iterator, 1)
@@ -180,7 +181,7 @@ class Stream:
         digest = hashlib.sha256()
         for tensor in tensors(self.collate_fn(list(samples))):
             digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from fundamentallm.data.encoding import encode_pieces, why_unknown
 from fundamentallm.data.loaders import collate, corpus_samples
 from fundamentallm.data.sampler import derive_seed
 from fundamentallm.data.sources import BETWEEN, Piece, check_bad_rows, read_source, reads_special_tokens, source_error
-from fundamentallm.data.tokenizers import create_tokenizer, num_bytes, num_ids, with_unknown
+from fundamentallm.data.tokenizers import create_tokenizer, num_bytes, num_ids, plain_copy, with_unknown
 from fundamentallm.errors import ConfigError, Problem
 
 
@@ -47,6 +47,7 @@ class TextStream(Tokenized, IterableDataset[Batch]):
         self.sequence_length = config.sequence_length
         self.tokenizer = tokenizer = create_tokenizer(config.tokenizer, (), config.end_of_text)
         tokenizer.encode_special_tokens = not reads_special_tokens(config)
+        self._copied = with_unknown(plain_copy(tokenizer))
         self.end_of_text = None if config.end_of_text is None else tokenizer.token_to_id(config.end_of_text)
         self.epoch = self._file = self._pieces = self._drawn = 0
         self._rest, self._buffer = np.empty(0, np.int32), list[NDArray[np.int32]]()
@@ -136,7 +137,7 @@ class TextStream(Tokenized, IterableDataset[Batch]):
         with contextlib.closing(self._encoded()) as encoded:
             while True:
                 while len(self._rest) > length:
-                    window, self._rest = self._rest[: length + 1], self._rest[length:]
+                    window, self._rest = self._rest[: length + 1].copy(), self._rest[length:]
                     yield window
                 if (found := next(encoded, None)) is None:
                     break
@@ -145,16 +146,17 @@ class TextStream(Tokenized, IterableDataset[Batch]):
                 held_out = max(held_out - len(ids), 0)
         self._file = self._pieces = 0
 
-    def _encoded(self) -> Iterator[tuple[int, int, NDArray[np.int32]]]:
+    def _encoded(self) -> Generator[tuple[int, int, NDArray[np.int32]], None, None]:
         """Yields the tokens of each row, or piece of a text, and the place after it: file, and pieces in this file."""
         config, tokenizer = self.config, self.tokenizer
         assert tokenizer is not None
-        unknown = with_unknown(tokenizer)[1]
+        _, unknown = self._copied
         allows_unknown = config.unknown_tokens and unknown is not None and unknown < num_ids(tokenizer)
         end = [] if self.end_of_text is None else [self.end_of_text]
         pieces, ahead = itertools.tee(self._read())
+        texts = (piece.text for _, _, piece in ahead)
         held, why = [np.empty(0, np.int32)], ""
-        with contextlib.closing(encode_pieces(tokenizer, (piece.text for _, _, piece in ahead))) as encoded_pieces:
+        with contextlib.closing(encode_pieces(tokenizer, texts, self._copied)) as encoded_pieces:
             for (file, number, piece), encoded in zip(pieces, encoded_pieces, strict=True):
                 is_row = self.source.kind in ("rows", "dataset")
                 if encoded.unknown and not allows_unknown:
@@ -188,8 +190,8 @@ class TextStream(Tokenized, IterableDataset[Batch]):
                 yield file, number, piece
 
     def _report_bad(self) -> None:
-        for row in self._bad if self.say is not None else ():
-            if row not in self._reported:
+        for row in self._bad:
+            if self.say is not None and row not in self._reported:
                 self._reported.add(row)
                 self.say(f"warning: a bad row is skipped: {row}")
 
