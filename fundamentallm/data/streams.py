@@ -195,9 +195,8 @@ def _has_shuffle_buffer(dataset: Any) -> bool:
         each = pending.pop()
         if type(each).__name__ == "BufferShuffledExamplesIterable":
             return True
-        values = [*each] if isinstance(each, (list, tuple)) else [*getattr(each, "__dict__", {}).values()]
-        is_part = lambda value: isinstance(value, (list, tuple)) or hasattr(value, "shard_data_sources")  # noqa: E731
-        pending += [value for value in values if is_part(value)]
+        values = each if isinstance(each, (list, tuple)) else getattr(each, "__dict__", {}).values()
+        pending += [part for part in values if isinstance(part, (list, tuple)) or hasattr(part, "shard_data_sources")]
     return False
 
 
