@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fundamentallm.config.entries import ParameterGroup
 from fundamentallm.config.registry import not_one_of, unknown_name
 from fundamentallm.config.validation import Section, expand_user, from_dict, range_problems
 from fundamentallm.errors import ConfigError, Problem
@@ -117,6 +118,14 @@ class DataConfig(Section):
     """'char' (model.pretrained: its own), 'byte', 'bpe:<size>' trained on the training text, or a tokenizer.json."""
     train_split: float = 0.9
     """Leading fraction of the text used for training; the rest is for validation (1: no validation)."""
+    validation_source: str | None = field(default=None, metadata=FREE)
+    """File, folder, glob or 'datasets:NAME' for validation, in place of a part of the source; null: train_split."""
+    streaming: bool = False
+    """Tokenize the source as it is read, in its own order, in place of once before; needs training.max_steps."""
+    shuffle_buffer: int | None = None
+    """Samples of a stream that are held in memory, of which a random one comes next; null: the stream's order."""
+    validation_tokens: int | None = None
+    """Tokens at the beginning of a stream that are held out for validation; null: none."""
     text_field: str = "text"
     """Field of a row (.jsonl, .parquet, datasets) with the text."""
     prompt_field: str | None = None
@@ -160,32 +169,27 @@ class DataConfig(Section):
             if getattr(self, name) and self.end_of_text is None and not self.chat_template:
                 allowed = f"with an end_of_text such as {END_OF_TEXT!r}; for a prompt_field, or chat_template: true"
                 yield self._conflict(name, "end_of_text", allowed)
+        yield from self._stream_problems()
         if self.prompt_field == self.text_field:
             yield self._conflict("prompt_field", "text_field", "another field")
+
+    def _stream_problems(self) -> Iterator[Problem]:
+        of_streams = ("shuffle_buffer", "validation_tokens")
+        others = dict.fromkeys(("prompt_field", "messages_field", "num_workers", "train_split"), "streaming")
+        others = others if self.streaming else dict.fromkeys(of_streams, "streaming")
+        if self.validation_source is not None:
+            others |= dict.fromkeys(("train_split", "validation_tokens"), "validation_source")
+        for name, other in others.items():
+            if getattr(self, name) != (default := getattr(DataConfig, name)):
+                yield self._conflict(name, other, f"{'null' if default is None else default}")
+        if self.streaming and isinstance(self.source, dict):
+            yield self._conflict("source", "streaming", "one source")
+        if self.validation_tokens is not None and self.validation_tokens <= self.sequence_length:
+            yield self._conflict("validation_tokens", "sequence_length", "more than one sample")
 
     def sources(self) -> dict[str, float]:
         """Returns each source with its weight."""
         return self.source if isinstance(self.source, dict) else {self.source: 1.0}
-
-
-@dataclass(frozen=True)
-class ParameterGroup(Section):
-    """Options of some parameters; an entry of `training.parameter_groups`."""
-
-    pattern: str = ""
-    """Glob over parameter names, such as '*.embed_tokens.*'."""
-    learning_rate_scale: float = 1.0
-    """Factor of the learning rate, at every step."""
-    weight_decay: float | None = None
-    """Weight decay for the group (including vectors); null: unchanged."""
-    frozen: bool = False
-    """Do not train these parameters."""
-
-    def _relations(self) -> Iterator[Problem]:
-        if not self.pattern:
-            yield Problem("pattern", "", "a glob over the parameters' names, such as 'model.layers.0.*'")
-        if self.frozen and (self.learning_rate_scale != 1 or self.weight_decay is not None):
-            yield Problem("frozen", True, "frozen without learning_rate_scale and weight_decay")
 
 
 @dataclass(frozen=True)
@@ -376,6 +380,12 @@ class Config(Section):
     """Tokens of each generated sample, after training and by the callback samples; 0: no sample after training."""
 
     def _relations(self) -> Iterator[Problem]:
+        tokenizer = self.data.tokenizer
+        is_theirs = tokenizer == DataConfig.tokenizer and self.model.pretrained is not None
+        if self.data.streaming and not (is_theirs or tokenizer == "byte" or tokenizer.endswith(".json")):
+            advice = "`fundamentallm prepare` on a part of the text writes a tokenizer.json."
+            allowed = "'byte' or a tokenizer.json: the others are made from the whole text"
+            yield Problem("data.tokenizer", tokenizer, allowed, advice, "and data.streaming is true")
         if not self.output_dir:  # a shell variable that is not set
             yield Problem("output_dir", "", "the path of a folder ('.' is this one)")
         for name in self.callbacks:
@@ -407,7 +417,7 @@ class Config(Section):
         )
 
 
-DATA_FACTS = ("data.num_samples", "data.shuffle", "data.drop_last", "data.content", "log")
+DATA_FACTS = ("data.num_samples", "data.shuffle", "data.drop_last", "data.content", "data.sampler", "log")
 """Facts of the data and the log that checkpoints record; `resume_changes` may name them like settings."""
 
 ON_RESUME = {

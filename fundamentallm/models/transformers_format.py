@@ -18,7 +18,8 @@ from torch import nn
 
 from fundamentallm.config.schema import END_OF_TEXT, ModelConfig
 from fundamentallm.config.validation import expand_user
-from fundamentallm.data.datasets import TokenSamples
+from fundamentallm.data.datasets import Tokenized
+from fundamentallm.data.streams import Stream
 from fundamentallm.data.tokenizers import SPLIT, num_ids, with_unknown
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.models.transformer import Transformer
@@ -88,7 +89,7 @@ class Pretrained(NamedTuple):
         return self.config.get("vocab_size")
 
     def files(self, dataset: Any) -> dict[str, str]:
-        """Returns the text files, by name, that checkpoints get if this model is trained on a `TokenSamples`."""
+        """Returns the text files, by name, that checkpoints get if this model is trained on a `Tokenized`."""
         paths = [self.folder / name for name in KEPT]
         texts = {path.name: path.read_text(encoding="utf-8") for path in paths if path.is_file()}
         eos, named = _eos({"eos_token_id": sorted(self.stop)}, dataset.end_of_text), _special_tokens(dataset)
@@ -116,7 +117,7 @@ def _eos(saved: dict[str, Any], end_of_text: int | None) -> dict[str, Any]:
     return {} if end_of_text is None or end_of_text in ids else {"eos_token_id": [end_of_text, *ids]}
 
 
-def _special_tokens(dataset: TokenSamples) -> dict[str, Any]:
+def _special_tokens(dataset: Tokenized) -> dict[str, Any]:
     """Returns what a tokenizer_config.json says of a dataset's special tokens, as far as its tokenizer has any."""
     assert dataset.tokenizer is not None
     found: dict[str, Any] = {
@@ -266,10 +267,11 @@ def transformers_model(pretrained: Pretrained) -> nn.Module:
 def model_files(model: nn.Module, dataset: Any) -> dict[str, str]:
     """Returns the text files, by name, that transformers needs beside the weights, as far as they are known.
 
-    A dataset that is a `TokenSamples` knows the tokenizer and the end-of-text token.
+    A dataset that is a `Tokenized` knows the tokenizer and the end-of-text token.
     """
     files: dict[str, str] = {}
-    ours, end_of_text = dataset if isinstance(dataset, TokenSamples) else None, None
+    source = dataset.dataset if isinstance(dataset, Stream) else dataset
+    ours, end_of_text = source if isinstance(source, Tokenized) else None, None
     if ours is not None and ours.tokenizer is not None:
         end_of_text = ours.tokenizer.token_to_id(END_OF_TEXT) if ours.end_of_text is None else ours.end_of_text
         files[TOKENIZER] = ours.tokenizer.to_str()

@@ -29,7 +29,7 @@ from fundamentallm.training.evaluation import metric_names
 
 OF_ONE_MACHINE = {
     *("output_dir", "trackers", "tracker_options", "model.init_from", "model.pretrained"),
-    *("data.source", "data.tokenizer", "data.cache_dir", "data.num_workers"),
+    *("data.source", "data.validation_source", "data.tokenizer", "data.cache_dir", "data.num_workers"),
     *("training.checkpoint_dir", "training.resume", "training.peak_tflops"),
 }
 """Settings that may differ between processes: folders of a machine, and what its hardware allows."""
@@ -82,7 +82,8 @@ def check_alike(
         if loader is not None and samples is not None:
             order = samples.sampler or f"drop_last={samples.drop_last}, sampler={type(unwrapped(loader)[0]).__name__}"
             given[name] = f"{samples.num_samples} samples in batches of {samples.batch_size}, {order}"
-            given[f"the content of {name}"] = fingerprint(loader.dataset) or _sampled(loader)
+            if samples.stream is None:  # the order of a stream names its first sample
+                given[f"the content of {name}"] = fingerprint(loader.dataset) or _sampled(loader)
     first, *others = group.all_gather(given)
     problems = []
     for name, value in first.items():
@@ -126,7 +127,16 @@ def make_samplers(
 
 
 def count_steps(config: TrainingConfig, samples: StepSampler) -> int:
-    """Returns the step at which the run ends: max_steps or the end of max_epochs, whichever comes first."""
+    """Returns the step at which the run ends: max_steps or the end of max_epochs, whichever comes first.
+
+    Raises ConfigError for a stream, of which nobody knows where it ends, without max_steps or with max_epochs.
+    """
+    if samples.stream is not None:
+        reason = "and the length of a stream is not known"
+        if config.max_steps is None:
+            raise ConfigError(Problem("training.max_steps", None, "a number of optimizer steps", reason=reason))
+        if config.max_epochs is not None:
+            raise ConfigError(Problem("training.max_epochs", config.max_epochs, "null", reason=reason))
     ends = [math.inf if config.max_steps is None else config.max_steps]
     if config.max_epochs is not None:
         # If the passes were made before these batches begin, the run ends at their beginning.

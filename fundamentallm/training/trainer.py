@@ -157,7 +157,7 @@ class Trainer(TrainerView):
             self.callbacks.add(TrackerCallback())
         self.files: dict[str, str] = {}  # further text files of each checkpoint, which replace those made for it
         self.state = RunState(self._parts(), asdict(self.config if self.output_dir else training))
-        files = lambda: model_files(model, train_loader.dataset) | self.files  # noqa: E731
+        files = lambda: model_files(model, self.samples.stream or train_loader.dataset) | self.files  # noqa: E731
         self.saver = Saver(open_manager(training, self.is_sharded), self.state, self.group, files)
         self.stop_switch, self.phase = StopSwitch(training.max_minutes), Phase.STARTING
         self.was_rewound = False  # True if the run returned to an earlier checkpoint and replaces what came after it
@@ -409,7 +409,7 @@ class Trainer(TrainerView):
         switch_to_training(self.optimizer)
         self.model.zero_grad()  # what a caller, or a step that raised, may have left
         self.callbacks.on_train_begin(self)
-        training, data = self.config.training, self.train_loader.dataset
+        training, data = self.config.training, self.samples.stream or self.train_loader.dataset
         self._throughput = make_throughput(training, self.accelerator, self.model, data)
         self._throughput.begin(self.global_step, int(self._progress.tokens))
 

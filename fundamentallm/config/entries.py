@@ -1,0 +1,29 @@
+"""Mappings that single settings hold, as frozen dataclasses: each is a value of one setting, or an entry of a list."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fundamentallm.config.validation import Section
+from fundamentallm.errors import Problem
+
+
+@dataclass(frozen=True)
+class ParameterGroup(Section):
+    """Options of some parameters; an entry of `training.parameter_groups`."""
+
+    pattern: str = ""
+    """Glob over parameter names, such as '*.embed_tokens.*'."""
+    learning_rate_scale: float = 1.0
+    """Factor of the learning rate, at every step."""
+    weight_decay: float | None = None
+    """Weight decay for the group (including vectors); null: unchanged."""
+    frozen: bool = False
+    """Do not train these parameters."""
+
+    def _relations(self) -> Iterator[Problem]:
+        if not self.pattern:
+            yield Problem("pattern", "", "a glob over the parameters' names, such as 'model.layers.0.*'")
+        if self.frozen and (self.learning_rate_scale != 1 or self.weight_decay is not None):
+            yield Problem("frozen", True, "frozen without learning_rate_scale and weight_decay")
