@@ -98,7 +98,7 @@ def killed_and_resumed_in_micro_batches(world: int, folder: str) -> None:
 def refused(world: int, folder: str) -> None:
     with pytest.raises(ConfigError) as error:
         train(folder, dataset=Samples(shards=True))
-    assert error.value.problems[0].setting == "the order of train_loader"
+    assert error.value.problems[0].setting == "train_loader"
     assert dist.get_world_size() == world
 
 
