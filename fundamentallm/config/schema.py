@@ -45,6 +45,24 @@ def unknown_metric(name: str, known: Collection[str]) -> Problem:
 
 
 @dataclass(frozen=True, repr=False)
+class LoraSettings(Section):
+    """Low-rank adapters (LoRA, arXiv:2106.09685) of a pretrained model; `model.lora`. The defaults are peft's."""
+
+    r: int = 8
+    """Rank of the adapters."""
+    alpha: float = 8.0
+    """Scale of the adapters: their output is multiplied by alpha / r."""
+    dropout: float = 0.0
+    """Dropout probability of the adapters' inputs."""
+    targets: list[str] | Literal["all-linear"] | None = None
+    """Names of the modules that get adapters, such as q_proj; all-linear: all but the head; null: peft's choice."""
+
+    def _relations(self) -> Iterator[Problem]:
+        if self.targets == []:
+            yield Problem("targets", [], "at least one name, 'all-linear' or null")
+
+
+@dataclass(frozen=True, repr=False)
 class ModelConfig(Section):
     """Shape of the `Transformer`.
 
@@ -78,6 +96,8 @@ class ModelConfig(Section):
     """Checkpoint whose weights initialise a new run; null: random weights."""
     pretrained: str | None = field(default=None, metadata=FREE)
     """Fine-tune this model: a folder or cached name in transformers format; overrides the shape; null: a new model."""
+    lora: dict[str, Any] | None = None
+    """Train LoRA adapters of model.pretrained and nothing else: {r: 8, alpha: 8, dropout: 0, targets: [q_proj]}."""
     qk_norm: bool = field(default=True, metadata=SHAPE)
     """RMS-normalise queries and keys for each head (true exports to transformers as Qwen3, false as Llama)."""
     zero_init_residual: bool = field(default=False, metadata=FREE)
@@ -89,11 +109,19 @@ class ModelConfig(Section):
             yield self._conflict("d_model", "num_heads", allowed)
         if self.num_kv_heads and self.num_heads % self.num_kv_heads:
             yield self._conflict("num_kv_heads", "num_heads", "a divisor of num_heads")
+        if self.lora is not None:
+            try:
+                from_dict(LoraSettings, self.lora)
+            except ConfigError as error:
+                yield from (problem.within("lora") for problem in error.problems)
+            if self.pretrained is None:
+                yield self._conflict("lora", "pretrained", "with model.pretrained, the model that gets the adapters")
 
     def resolved(self) -> ModelConfig:
         """Returns the shape with derived defaults filled in; with `pretrained`, they are not known yet."""
         if self.pretrained is not None:
-            return self
+            lora = None if self.lora is None else dataclasses.asdict(from_dict(LoraSettings, self.lora))
+            return dataclasses.replace(self, lora=lora)
         return dataclasses.replace(
             self,
             num_kv_heads=self.num_kv_heads or self.num_heads,

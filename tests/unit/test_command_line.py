@@ -44,6 +44,7 @@ CHOSEN = {
     "training.warmup_steps": 1,
     "training.batch_size_schedule": [[5, 4], [9, 8]],
     "training.parameter_groups": [{"pattern": "*.bias", "frozen": True}],
+    "model.lora": {"r": 4, "alpha": 8.0, "dropout": 0.1, "targets": ["q_proj"]},
 }
 
 Write = Callable[..., str]
