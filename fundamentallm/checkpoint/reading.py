@@ -18,7 +18,7 @@ from torch import nn
 
 from fundamentallm.atomic import sync
 from fundamentallm.checkpoint.manifest import STATE, TENSORS, read_manifest, verify
-from fundamentallm.checkpoint.snapshot import AVERAGE_KEY, WEIGHTS
+from fundamentallm.checkpoint.snapshot import ADAPTER_KEY, AVERAGE_KEY, WEIGHTS
 from fundamentallm.checkpoint.state_json import decode
 from fundamentallm.checkpoint.tensor_files import Like, TensorFiles, write_tensors
 from fundamentallm.distributed.dtensor import local
@@ -64,14 +64,18 @@ def export_weights(path: Path, folder: Path, raw: bool = False) -> None:
     manifest = verify(path)
     with explained(path, MISFIT), contextlib.ExitStack() as stack:
         tensors = TensorFiles(path, filter(TENSORS.fullmatch, manifest["files"]), WEIGHTS, stack)
-        names = {name.removeprefix(WEIGHTS): name for name in tensors if name.startswith(WEIGHTS)}
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))["state"]
+        adapter = decode(state.get(ADAPTER_KEY, {}).get("names", {}), {})
+        exported = {f"{WEIGHTS}{name}" for name in adapter.values()}
+        names = {name.removeprefix(WEIGHTS): name for name in exported or tensors if name.startswith(WEIGHTS)}
         if raw:
             trained = {name.removeprefix(RAW_WEIGHTS): name for name in tensors if name.startswith(RAW_WEIGHTS)}
+            trained = {adapter.get(name, name): key for name, key in trained.items()}
             if not trained:
                 raise CheckpointError(f"{path} has no averaged weights; its weights are those trained.")
             names |= trained
         weights = {name: tensors[key] for name, key in names.items()}
-    write_tensors(folder / "model.safetensors", weights)
+    write_tensors(folder / ("adapter_model.safetensors" if adapter else "model.safetensors"), weights)
     for name in manifest["files"]:
         if name != STATE and not TENSORS.fullmatch(name):
             shutil.copyfile(path / name, folder / name)

@@ -57,10 +57,6 @@ class LoraSettings(Section):
     targets: list[str] | Literal["all-linear"] | None = None
     """Names of the modules that get adapters, such as q_proj; all-linear: all but the head; null: peft's choice."""
 
-    def _relations(self) -> Iterator[Problem]:
-        if self.targets == []:
-            yield Problem("targets", [], "at least one name, 'all-linear' or null")
-
 
 @dataclass(frozen=True, repr=False)
 class ModelConfig(Section):

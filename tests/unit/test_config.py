@@ -94,7 +94,7 @@ def test_from_dict_reports_all_mistakes_at_once() -> None:
     assert sorted(found.setting for found in problems(given)) == sorted(given)
 
 
-@pytest.mark.parametrize(("key", "value"), [("r", 0), ("alpha", 0), ("dropout", 1), ("targets", []), ("rank", 8)])
+@pytest.mark.parametrize(("key", "value"), [("r", 0), ("alpha", 0), ("dropout", 1), ("targets", "q_proj"), ("rank", 8)])
 def test_lora_setting_that_is_wrong_is_named(key: str, value: Any) -> None:
     (found,) = problems({"model.pretrained": "somewhere", "model.lora": {key: value}})
     assert (found.setting, found.value) == (f"model.lora.{key}", value)
