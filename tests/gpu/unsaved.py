@@ -9,6 +9,6 @@ from fundamentallm.train import make_trainer
 
 if __name__ == "__main__":
     trainer = make_trainer(parse_config(sys.argv[1:]))
-    trainer.checkpoint_manager = None
+    trainer.saver.manager = None
     trainer.train()
     trainer.leave_group()

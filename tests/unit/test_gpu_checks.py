@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.benchmarks.gpu import main as measure_speed
 from tests.gpu.__main__ import main
 from tests.gpu.checks import CHECKS, described
 from tests.gpu.runs import Runs
@@ -28,6 +29,15 @@ def test_run_on_a_cpu_reports_the_checks(tmp_path: Path) -> None:
     found = {finding["name"]: finding["status"] for finding in results["checks"]}
     assert found == {"overflow": "passed", "sharded": "skipped"}
     assert all(f"\n{name} " in done.stdout for name in found)
+
+
+@pytest.mark.slow
+def test_speed_on_a_cpu_is_measured(tmp_path: Path) -> None:
+    output = tmp_path / "gpu_speed.json"
+    assert measure_speed(["--device", "cpu", "--output", str(output), "GPT-2 124M, uncompiled"]) == 0
+    (row,) = json.loads(output.read_text())["rows"].values()
+    assert row["tokens_per_second"] > 0
+    assert 0 < row["utilisation"] < 1
 
 
 def test_main_reports_a_failed_check_and_runs_the_others(
