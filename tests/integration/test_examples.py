@@ -44,6 +44,7 @@ EXPECTED_OUTPUT = {
     "custom_optimizer": r"validation loss [23]\.\d+ after 20 steps",
     "finetune_transformers": r"opened in transformers: LlamaForCausalLM",
     "classification": r"'val_accuracy': 0\.[4-9]",
+    "lora": r"opened in peft: .*\n(.*\n)*merged: Qwen3ForCausalLM",
     "python_sources": r"def __init__\(self.+",
     "supervised_pairs": r"97\+70=\d+",
     "sweep": r"best val_loss\n +[0-9.]+  \w+_5e-3\n +[0-9.]+  \w+_5e-3",
@@ -55,6 +56,8 @@ EXPECTED_OUTPUT = {
 def test_script_with_smoke_prints_its_result(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if name == "lora":
+        pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--smoke"])
     runpy.run_path(str(ROOT / f"examples/{name}.py"), run_name="__main__")
