@@ -12,21 +12,15 @@ from fundamentallm.errors import ConfigError, FundamentaLLMError, Problem, exit_
 from fundamentallm.signals import ended_by_signals
 
 VERBS = {
-    "train": ("fundamentallm.train", "train a language model from a config"),
-    "prepare": ("fundamentallm.commands.prepare", "tokenize a config's data ahead of training; can be resumed"),
-    "generate": ("fundamentallm.commands.generate", "generate text with a trained model"),
-    "evaluate": ("fundamentallm.commands.evaluate", "measure the loss of a trained model on a text"),
-    "checkpoints": (
-        "fundamentallm.commands.checkpoints",
-        "list, verify, show and export checkpoints; show the samples of a step",
-    ),
-    "report": ("fundamentallm.commands.report", "compare runs on one HTML page"),
-    "estimate": ("fundamentallm.commands.estimate.main", "estimate memory, FLOPs and time, for any model size"),
-    "find_lr": ("fundamentallm.commands.find_lr", "suggest a learning rate by a range test"),
-    "doctor": (
-        "fundamentallm.commands.doctor.main",
-        "check that runs are reproducible with your config, data and machine",
-    ),
+    "train": "train a language model from a config",
+    "prepare": "tokenize a config's data ahead of training; can be resumed",
+    "generate": "generate text with a trained model",
+    "evaluate": "measure the loss of a trained model on a text",
+    "checkpoints": "list, verify, show and export checkpoints; show the samples of a step",
+    "report": "compare runs on one HTML page",
+    "estimate": "estimate memory, FLOPs and time, for any model size",
+    "find_lr": "suggest a learning rate by a range test",
+    "doctor": "check that runs are reproducible with your config, data and machine",
 }
 
 
@@ -54,7 +48,7 @@ def main() -> int:
 def _run(verb: str, arguments: list[str]) -> int:
     if verb in ("-h", "--help"):
         print("usage: fundamentallm COMMAND [--help] ...\n       fundamentallm --version\n")
-        print("\n".join(f"  {name:<12} {text}" for name, (_, text) in VERBS.items()))
+        print("\n".join(f"  {name:<12} {text}" for name, text in VERBS.items()))
         return 0
     if verb in ("-V", "--version"):
         print(f"fundamentallm {version('fundamentallm')}")
@@ -62,7 +56,8 @@ def _run(verb: str, arguments: list[str]) -> int:
     if verb not in VERBS:
         text, advice = f"unknown command {verb!r}", did_you_mean(verb, VERBS)
         raise ConfigError(Problem("", verb, ", ".join(VERBS), advice, text=text))
-    return importlib.import_module(VERBS[verb][0]).main(arguments, f"fundamentallm {verb}")  # type: ignore[no-any-return]
+    module = importlib.import_module("fundamentallm.train" if verb == "train" else f"fundamentallm.commands.{verb}")
+    return module.main(arguments, f"fundamentallm {verb}")  # type: ignore[no-any-return]
 
 
 if __name__ == "__main__":

@@ -38,12 +38,6 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield the path of a new file. On exit it is synced and renamed to `path`.
 
     If the block raises, the new file is deleted and `path` is unchanged. Only one process may write `path` at a time.
-
-    Examples:
-        >>> with replacing(Path("numbers.txt")) as new:
-        ...     _ = new.write_text("1 2 3")
-        >>> Path("numbers.txt").read_text()
-        '1 2 3'
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f"{path.name}.new")

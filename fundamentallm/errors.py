@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import multiprocessing
 import os
 import signal
@@ -178,25 +177,14 @@ class _Dropping(io.FileIO):
 
 
 def open_output(drops: bool = False) -> None:
-    """Makes stdout and stderr of a command take any text: what they cannot encode is escaped.
-
-    If they are closed, the text goes nowhere. With `drops`, it also does if they cannot be written, so that printing
-    does not end a run.
-    """
-    for number in range(3):  # otherwise a file of the run would get the number, and what libraries print
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
-    for number, name in ((1, "stdout"), (2, "stderr")):
+    """Let stdout and stderr escape what they cannot encode and, with `drops`, drop what cannot be written."""
+    for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        is_own = isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__")  # not a notebook's
-        if is_own:
+        if isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__"):  # not a notebook's
             stream.reconfigure(errors="backslashreplace")
-        if stream is None or (drops and is_own):
-            file = io.BufferedWriter(_Dropping(number, "w", closefd=False))
-            encoding = "utf-8" if stream is None else stream.encoding
-            setattr(sys, name, io.TextIOWrapper(file, encoding, "backslashreplace", line_buffering=True))
+            if drops:
+                file = io.BufferedWriter(_Dropping(stream.fileno(), "w", closefd=False))
+                setattr(sys, name, io.TextIOWrapper(file, stream.encoding, "backslashreplace", line_buffering=True))
 
 
 def report(error: FundamentaLLMError) -> int:
@@ -208,8 +196,7 @@ def report(error: FundamentaLLMError) -> int:
     if isinstance(error, ConfigError) and len(error.problems) > 1:
         text = f"{len(error.problems)} settings are wrong:" + "".join(f"\n  - {one}" for one in error.problems)
     lost = error.ranks if isinstance(error, ProcessLostError) else []
-    printing = next(rank for rank in itertools.count() if rank not in lost)
-    if os.environ.get("RANK", "0") == str(printing):
+    if int(os.environ.get("RANK", "0")) == min({*range(len(lost) + 1)} - {*lost}):
         text = printable(text)
         print(text, file=sys.stderr)
         restarts, most = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RESTART_COUNT", "MAX_RESTARTS"))

@@ -47,8 +47,6 @@ class CheckpointManager:
 
     Attributes:
         seconds: time that the last save took to write.
-        origin: a checkpoint that is never deleted, because a restart needs it; None: there is none.
-        writer: the thread of the last save in the background; None: `wait` has seen its end.
 
     Raises:
         ConfigError: if keep_last_n is below 1.
@@ -77,8 +75,7 @@ class CheckpointManager:
         self.checkpoint_dir, self.keep_last_n = Path(checkpoint_dir), keep_last_n
         self.group = group or HostGroup(alone=True)
         self.seconds = 0.0
-        self.origin: Path | None = None
-        self.writer: threading.Thread | None = None
+        self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
         self._buffers: Mapping[str, Tensor] = {}
 
@@ -109,8 +106,8 @@ class CheckpointManager:
             CheckpointError: if the name would leave the directory, a value is neither a tensor nor JSON (with its
                 path), or the files cannot be written. Existing checkpoints are unchanged then.
         """
+        self.save_in_background(checkpoint, name, is_best, files)
         self.wait()
-        self._write(self._snapshot(checkpoint, name, is_best, files))
         return self.checkpoint_dir / name
 
     def save_in_background(
@@ -122,11 +119,13 @@ class CheckpointManager:
             CheckpointError: as `save` does, or because the previous save failed.
         """
         self.wait()
-        snapshot = self._snapshot(checkpoint, name, is_best, files)
+        with self.group.barrier_with_errors():
+            rank, size = self.group.rank, self.group.size
+            snapshot = take_snapshot(checkpoint, name, is_best, files or {}, rank, size, self._buffers)
         self._buffers = snapshot.copies
         # A daemon does not keep a process alive that is to end at once. What it leaves unfinished costs no checkpoint.
-        self.writer = threading.Thread(target=self._try_to_write, args=(snapshot,), name="checkpoint", daemon=True)
-        self.writer.start()
+        self._writer = threading.Thread(target=self._try_to_write, args=(snapshot,), name="checkpoint", daemon=True)
+        self._writer.start()
 
     @property
     def has_failed(self) -> bool:
@@ -139,92 +138,69 @@ class CheckpointManager:
         Raises:
             CheckpointError: if it failed.
         """
-        if self.writer is not None:
-            self.writer.join()
-            self.writer = None
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
         error, self._error = self._error, None
         if error is not None:
             raise error
 
-    def check_space_of_run(self, num_bytes: int, num_saves: int) -> None:
-        """Check that the disk has room for all checkpoints that a run keeps at the same time.
-
-        Args:
-            num_bytes: size of a checkpoint.
-            num_saves: how often the run still saves, at most.
-
-        Raises:
-            CheckpointError: if it has not, with both sizes.
-        """
-        at_once = self.keep_last_n + 2  # with the best, and a new one that is written before an old one is deleted
-        copies = min(max(at_once - len(self._found()), 1), max(num_saves, 1))
+    def check_space(self, num_bytes: int) -> None:
+        """Raises CheckpointError if the disk has no room for a checkpoint of this size; warns if not for all kept."""
+        # With the best, and a new one that is written before an old one is deleted.
+        copies = max(self.keep_last_n + 2 - len(self._found()), 1)
         folder = self.checkpoint_dir.absolute()
-        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-        free = shutil.disk_usage(existing).free
+        free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
         if free < num_bytes * copies:
-            raise CheckpointError(
+            message = (
                 f"{self.checkpoint_dir} needs room for {copies} of {size_text(num_bytes)}, and {size_text(free)} are "
-                "free; free some, lower training.keep_last_n, or choose another training.checkpoint_dir."
+                "free. Free some, lower training.keep_last_n, or choose another training.checkpoint_dir."
             )
-
-    def _snapshot(
-        self, checkpoint: Mapping[str, Any], name: str, is_best: bool, files: Mapping[str, str] | None
-    ) -> Snapshot:
-        with self.group.barrier_with_errors():
-            rank, size = self.group.rank, self.group.size
-            return take_snapshot(checkpoint, name, is_best, files or {}, rank, size, self._buffers)
+            if free < num_bytes:
+                raise CheckpointError(message)
+            logger.warning(message)
 
     def _try_to_write(self, snapshot: Snapshot) -> None:
+        started, staging = time.monotonic(), self.checkpoint_dir / f".staging-{snapshot.name}-{_random()}"
         try:
-            self._write(snapshot)
+            self._write(snapshot, self.group.from_main(lambda: staging))
+            if self.group.rank == 0:
+                self.rotate()
         except BaseException as error:  # raised again by `wait` in the training thread
             self._error = error
-
-    def _write(self, snapshot: Snapshot) -> None:
-        """Stage, sync and publish a checkpoint; then delete old ones. Runs on all processes that save together."""
-        started, group, staging = time.monotonic(), self.group, None
-        try:
-            staging = group.from_main(lambda: self._hidden_folder(f"staging-{snapshot.name}"))
-            with group.barrier_with_errors():
-                mine = self._write_tensors(snapshot, staging), snapshot.is_finite
-            written = group.all_gather(mine)
-            files = {name: entry for entries, _ in written for name, entry in entries.items()}
-            is_finite = all(finite for _, finite in written)
-            group.from_main(lambda: self._complete(snapshot, staging, files, is_finite))
-        except BaseException as error:
-            if group.rank == 0 and staging is not None:
+            if isinstance(error, (OSError, SafetensorError)) or type(error) is FundamentaLLMError:  # another process's
+                self._error = CheckpointError(
+                    f"cannot write checkpoint {snapshot.name!r} in {self.checkpoint_dir}: {error}. Free some space, or "
+                    "choose another training.checkpoint_dir (on several machines, a folder that they share)."
+                )
+                self._error.__cause__ = error
+            if self.group.rank == 0:
                 shutil.rmtree(staging, ignore_errors=True)
-            expected = (OSError, SafetensorError, FundamentaLLMError)  # the last is of another process
-            if isinstance(error, CheckpointError) or not isinstance(error, expected):
-                raise
-            raise CheckpointError(
-                f"cannot write checkpoint {snapshot.name!r} in {self.checkpoint_dir}: {error}. Free some space, or "
-                "choose another training.checkpoint_dir."
-            ) from error
-        if group.rank == 0:
-            self.rotate()
         self.seconds = time.monotonic() - started
 
-    def _write_tensors(self, snapshot: Snapshot, staging: Path) -> dict[str, Any]:
-        """Write this process's tensor files; returns their manifest entries."""
-        if not staging.is_dir():
-            raise CheckpointError(
-                f"{self.checkpoint_dir} is not the same folder on all machines; choose a training.checkpoint_dir (or "
-                "output_dir) that all machines share, because each process writes its own shards."
-            )
-        for file, tensors in snapshot.tensors.items():
-            write_tensors(staging / file, tensors, snapshot.regions)
-        return describe(staging, snapshot.tensors)
+    def _write(self, snapshot: Snapshot, staging: Path) -> None:
+        """Stage, sync and publish a checkpoint. Runs on all processes that save together."""
+        # tempfile.mkdtemp would make the checkpoint unreadable for other users.
+        self.group.from_main(lambda: staging.mkdir(parents=True))
+        with self.group.barrier_with_errors():
+            for file, tensors in snapshot.tensors.items():
+                write_tensors(staging / file, tensors, snapshot.regions)
+            mine = describe(staging, snapshot.tensors), snapshot.is_finite
+        written = self.group.all_gather(mine)
 
-    def _complete(self, snapshot: Snapshot, staging: Path, files: dict[str, Any], is_finite: bool) -> None:
-        """Add the text files and then the manifest, and publish the checkpoint."""
-        for name, text in snapshot.texts.items():
-            (staging / name).write_text(text, encoding="utf-8")
-        files = files | describe(staging, snapshot.texts)
-        sequence = max((manifest["sequence"] for _, manifest in self._found()), default=0) + 1
-        sync_pending()  # the run's log and other files that the checkpoint counts on
-        write_manifest(staging, files, sequence=sequence, is_finite=is_finite, **snapshot.about)
-        self._publish(staging, self.checkpoint_dir / snapshot.name)
+        def complete() -> None:
+            for name, text in snapshot.texts.items():
+                (staging / name).write_text(text, encoding="utf-8")
+            files = describe(staging, snapshot.texts)
+            for entries, _ in written:
+                files |= entries
+            sequence = max((manifest["sequence"] for _, manifest in self._found()), default=0) + 1
+            sync_pending()  # the run's log and other files that the checkpoint counts on
+            is_finite = all(finite for _, finite in written)
+            write_manifest(staging, files, sequence=sequence, is_finite=is_finite, **snapshot.about)
+            self._publish(staging, self.checkpoint_dir / snapshot.name)
+
+        self.group.from_main(complete)
 
     def _publish(self, staging: Path, path: Path) -> None:
         """Rename a staged checkpoint to its name. An existing checkpoint is moved aside first, and deleted last."""
@@ -232,48 +208,35 @@ class CheckpointManager:
         if path.exists() or path.is_symlink():
             if path.is_symlink() or not is_ours(path):
                 raise CheckpointError(f"{path} is in the way, and is not a checkpoint to replace; move it away.")
-            aside = self._hidden_folder(f"replaced-{path.name}")
-            path.rename(aside / path.name)  # a process that is killed here leaves it to `recover`
+            aside = path.rename(path.with_name(f".replaced-{path.name}-{_random()}"))  # a kill here: see `recover`
         try:
             staging.rename(path)
         except BaseException:
             if aside is not None:
-                (aside / path.name).rename(path)
-                aside.rmdir()
+                aside.rename(path)
             raise
         sync(self.checkpoint_dir)
         if aside is not None:
             shutil.rmtree(aside)
 
-    def _hidden_folder(self, purpose: str) -> Path:
-        path = self.checkpoint_dir / f".{purpose}-{uuid.uuid4().hex[:12]}"
-        path.mkdir(parents=True)  # tempfile.mkdtemp would make it, and so the checkpoint, unreadable for other users
-        return path
-
     # ---- deleting and recovering ---------------------------------------------------------------------------
 
     def rotate(self) -> None:
         """Delete old checkpoints. Call it only if the newest one is known to be intact."""
-        try:
-            self._delete_old()
-        except (OSError, CheckpointError) as error:  # the new checkpoint is there all the same
-            logger.warning("an old checkpoint in %s cannot be deleted: %s", self.checkpoint_dir, error)
-
-    def _delete_old(self) -> None:
         found = self._found()
         last_finite = [path for path, manifest in found if manifest["is_finite"]][-1:]
         keep = {path for path, _ in found[-self.keep_last_n :]} | {self.get_best(), *last_finite}
-        origin = self.origin and self.origin.resolve()
         for path, manifest in found:
-            if path in keep or path.resolve() == origin:
+            if path in keep:
                 continue
-            if others := sorted({entry.name for entry in path.iterdir()} - {*manifest["files"], MANIFEST}):
-                logger.warning("%s is kept: it holds files that are not the checkpoint's: %r", path, others[0])
-                continue
-            # Renamed first, so that a kill while it is deleted leaves no incomplete checkpoint under its name.
-            hidden = self._hidden_folder(f"deleting-{path.name}")
-            shutil.rmtree(path.rename(hidden / path.name))
-            hidden.rmdir()
+            try:
+                if others := sorted({entry.name for entry in path.iterdir()} - {*manifest["files"], MANIFEST}):
+                    logger.warning("%s is kept: it holds files that are not the checkpoint's: %r", path, others[0])
+                    continue
+                # Renamed first, so that a kill while it is deleted leaves no incomplete checkpoint under its name.
+                shutil.rmtree(path.rename(path.with_name(f".deleting-{path.name}-{_random()}")))
+            except OSError as error:  # the new checkpoint is there all the same
+                logger.warning("the old checkpoint %s cannot be deleted: %s", path, error)
 
     def recover(self) -> list[str]:
         """Clean up after processes that were killed while they saved; returns a message for each folder.
@@ -286,24 +249,18 @@ class CheckpointManager:
             if match is None or folder.is_symlink() or not folder.is_dir():
                 continue
             purpose, name = match.groups()
-            path, kept = self.checkpoint_dir / name, folder / name
-            if purpose == "replaced" and kept.is_dir() and not path.exists():
-                kept.rename(path)
+            if purpose == "replaced" and not (self.checkpoint_dir / name).exists():
+                folder.rename(self.checkpoint_dir / name)
                 messages.append(f"restored {name}, which a killed process was replacing")
-            shutil.rmtree(folder)
-            messages.append(f"removed {folder.name}, left by a killed process")
+            else:
+                shutil.rmtree(folder)
+                messages.append(f"removed {folder.name}, left by a killed process")
         return messages
 
     # ---- finding and loading -----------------------------------------------------------------------------
 
     def _entries(self) -> list[Path]:
-        """Returns the paths in the directory, sorted; none if it does not exist."""
-        try:
-            return sorted(self.checkpoint_dir.iterdir())
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        except OSError as error:
-            raise CheckpointError(f"{self.checkpoint_dir} cannot be read: {error}.") from error
+        return sorted(self.checkpoint_dir.iterdir()) if self.checkpoint_dir.is_dir() else []
 
     def _found(self, skipped: list[str] | None = None) -> list[tuple[Path, dict[str, Any]]]:
         """Returns checkpoints and their manifests, oldest first; adds to `skipped` why some have no good manifest."""
@@ -333,17 +290,14 @@ class CheckpointManager:
         """
         skipped: list[str] = []
         newest_first = self._found(skipped)[::-1]
-        finite = [path for path, manifest in newest_first if manifest["is_finite"]]
-        others = [path for path, manifest in newest_first if not manifest["is_finite"]]
-        if finite:
-            skipped += [f"{path}: its weights are not finite." for path in others]
-        for path in finite + others:
+        for path, manifest in sorted(newest_first, key=lambda found: not found[1]["is_finite"]):
             try:
                 check_checkpoint(path)
             except CheckpointError as error:
                 skipped.append(str(error))
-            else:
-                return path, skipped
+                continue
+            others = [other for other, its in newest_first if manifest["is_finite"] and not its["is_finite"]]
+            return path, skipped + [f"{other}: its weights are not finite." for other in others]
         return None, skipped
 
     def load(self, path: Path | str) -> dict[str, Any]:
@@ -354,6 +308,10 @@ class CheckpointManager:
             CheckpointError: if the checkpoint is incomplete or damaged, with the name of the file.
         """
         return load_checkpoint(Path(path))
+
+
+def _random() -> str:
+    return uuid.uuid4().hex[:12]
 
 
 def checkpoints_folder(path: Path) -> Path:

@@ -49,7 +49,6 @@ def _sha256(path: Path) -> str:
 
 
 def _own_sha256(manifest: dict[str, Any]) -> str:
-    """Returns the SHA-256 of a manifest without its field `sha256`."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -73,21 +72,15 @@ def write_manifest(folder: Path, files: Mapping[str, dict[str, Any]], **about: A
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """Read a checkpoint's manifest and check its own SHA-256 and its form.
 
-    Raises:
-        CheckpointNotFoundError: if there is no directory at the path.
-        CheckpointError: if the manifest is missing or damaged, or its format has another version.
+    Raises CheckpointNotFoundError if there is no directory at the path; CheckpointError if there is no good manifest.
     """
     path = checkpoint / MANIFEST
     if not checkpoint.is_dir():
         raise CheckpointNotFoundError(f"{checkpoint}: there is no checkpoint directory here.")
-    if not os.path.lexists(path):
-        raise CheckpointError(f"{checkpoint}: incomplete, it has no {MANIFEST}.")
     if path.is_symlink() or not path.is_file():  # reading a pipe would block forever
-        raise CheckpointError(f"{checkpoint}: {MANIFEST} is damaged, it is not a file.")
+        raise CheckpointError(f"{checkpoint}: incomplete, it has no {MANIFEST}.")
     if path.stat().st_size > MOST_BYTES:
-        raise CheckpointError(
-            f"{checkpoint}: {MANIFEST} has more than {MOST_BYTES:,} bytes, so it is not a checkpoint's."
-        )
+        raise CheckpointError(f"{checkpoint}: {MANIFEST} has more than {MOST_BYTES:,} bytes.")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["format_version"]
@@ -128,20 +121,17 @@ def _has_form(manifest: dict[str, Any]) -> bool:
 def verify(checkpoint: Path, hashed: Collection[str] | None = None) -> dict[str, Any]:
     """Check the files of a checkpoint against its manifest, which is returned.
 
-    `hashed` names the files whose SHA-256 is checked; None: all. Sizes are always checked.
-
-    Raises:
-        CheckpointError: if a file is missing or differs, with its name.
+    `hashed` names the files whose SHA-256 is checked; None: all. Sizes are always checked. Raises CheckpointError with
+    the name of a file that is missing or differs.
     """
     manifest = read_manifest(checkpoint)
-
-    def check(item: tuple[str, dict[str, Any]]) -> None:
-        name, entry = item
-        _check_file(checkpoint, name, entry, hashed is None or name in hashed)
-
     with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
-        for _ in pool.map(check, manifest["files"].items()):
-            pass  # raises the first error, and cancels the checks that have not begun
+        checks = [
+            pool.submit(_check_file, checkpoint, name, entry, hashed is None or name in hashed)
+            for name, entry in manifest["files"].items()
+        ]
+        for check in checks:
+            check.result()
     return manifest
 
 

@@ -27,7 +27,7 @@ class NamedOptimizerState:
     reinitializes missing state. (`torch.distributed.checkpoint.state_dict` would run a hidden optimizer step instead.)
 
     "groups" has only the settings that training has changed, such as the step count of schedule-free optimizers. All
-    others come from the config, whatever they were in the checkpoint.
+    others come from the config.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
@@ -35,11 +35,7 @@ class NamedOptimizerState:
         self._initial = [copy.deepcopy(_settings(group)) for group in optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state by name. A parameter that had no gradient yet has an empty state.
-
-        Raises:
-            CheckpointError: if the optimizer trains parameters that are not the model's.
-        """
+        """Returns the state by name. A parameter that had no gradient yet has an empty state."""
         names, other = self._names(), dict(self.optimizer.state_dict())
         state, groups = dict(other.pop("state", {})), other.pop("param_groups", [])
         numbers = [number for group in groups for number in group["params"]]
@@ -63,11 +59,7 @@ class NamedOptimizerState:
         return {**saved, "entries": _count_entries(by_name), "state": by_name}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned.
-
-        Raises:
-            CheckpointError: if type, names or shapes are not those of this model and optimizer, or some are missing.
-        """
+        """Restore what `state_dict` returned. Raises CheckpointError if it is of another model or optimizer."""
         if saved["type"] != type(self.optimizer).__name__:
             raise CheckpointError(
                 f"The checkpoint has the state of {saved['type']} and this run has {type(self.optimizer).__name__}; "
@@ -106,7 +98,6 @@ class NamedOptimizerState:
             loaded.update({key: _as_saved(loaded[key], values[key]) for key in kept})
 
     def _names(self) -> list[list[str]]:
-        """Returns the names of each group's parameters."""
         name_of = {id(parameter): name for name, parameter in self.model.named_parameters()}
         try:
             return [[name_of[id(p)] for p in group["params"]] for group in self.optimizer.param_groups]
@@ -122,7 +113,6 @@ def _settings(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _changes(group: dict[str, Any], initial: dict[str, Any]) -> dict[str, Any]:
-    """Returns the settings of a group that are new, or not what they were initially."""
     return {k: v for k, v in _settings(group).items() if k not in initial or not _is_same(v, initial[k])}
 
 
@@ -149,28 +139,26 @@ def _settings_of(names: list[str], groups: list[dict[str, Any]]) -> dict[str, An
     return found[0] if found else {}
 
 
-def _described(value: Any) -> str:
-    return f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-
-
 def _problems(saved: dict[str, Any], trained: dict[str, nn.Parameter], by_torch: set[str]) -> list[str]:
     by_name, counts = saved["state"], _count_entries(saved["state"])
     problems = [f"{name} is not trained here" for name in sorted(by_name.keys() - trained.keys())]
     problems += [f"{name} is missing" for name in sorted(trained.keys() - by_name.keys())]
     problems += [
-        f"{key} of {name} is {_described(value)}, and the weight has the shape {tuple(trained[name].shape)}"
+        f"{key} of {name} has shape {_shape(value)}, and the weight has {_shape(trained[name])}"
         for name, state in by_name.items()
         for key, value in state.items()
         if name in by_torch and not _fits(key, value, trained[name])
     ]
-    if len({type(state["step"]) for name, state in by_name.items() if name in by_torch and "step" in state}) > 1:
-        problems.append("step is a tensor for some parameters and a number for others")  # torch checks only the first
     problems += [
         f"there are {counts.get(key, 0)} of {count} {key}"
         for key, count in saved["entries"].items()
         if counts.get(key, 0) != count
     ]
     return problems
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
 def _count_entries(by_name: dict[str, dict[str, Any]]) -> dict[str, int]:

@@ -55,11 +55,7 @@ def check_checkpoint(path: Path) -> None:
 def export_weights(path: Path, folder: Path, raw: bool = False) -> None:
     """Write a checkpoint's weights into one file of an empty folder, and copy its text files.
 
-    With `raw`, a run that averages its weights gets them as trained instead of their average.
-
-    Raises:
-        CheckpointError: also if `raw` is given and nothing is averaged.
-        OSError, SafetensorError: if the folder cannot be written to.
+    With `raw`, weights that the run averages are written as trained; if there are none, that is a CheckpointError.
     """
     manifest = verify(path)
     with explained(path, MISFIT), contextlib.ExitStack() as stack:
@@ -84,16 +80,10 @@ def export_weights(path: Path, folder: Path, raw: bool = False) -> None:
 
 
 def load_weights(path: Path, files: Collection[str], model: nn.Module, like: Like | None = None) -> None:
-    """Copy weights from files into a model, one tensor at a time and in the model's precision.
+    """Copy weights from `files` in a checkpoint, or another folder in transformers' format, into a model on its device.
 
-    Args:
-        path: a checkpoint, or another folder in transformers' format.
-        files: names of the files with weights.
-        model: on its device, sharded or not.
-        like: see `load_checkpoint`.
-
-    Raises:
-        CheckpointError: also if they are not the weights of this model.
+    One tensor at a time is converted to the model's precision. For `like` see `load_checkpoint`. Raises CheckpointError
+    also if they are not the weights of this model.
     """
     own = model.state_dict(keep_vars=True)
     with explained(path, "its weights cannot be read"), contextlib.ExitStack() as stack, torch.no_grad():
@@ -101,16 +91,17 @@ def load_weights(path: Path, files: Collection[str], model: nn.Module, like: Lik
         given = {name.removeprefix(WEIGHTS): shape for name, shape in tensors.shapes.items()}
         # Older versions of transformers saved what follows from the config, Llama 2 among others.
         given = {name: shape for name, shape in given.items() if not name.endswith(".rotary_emb.inv_freq")}
-        present = {id(own[name]) for name in given.keys() & own.keys()}  # one of several tied names is enough
+        shared = sorted(given.keys() & own.keys())
+        present = {id(own[name]) for name in shared}  # one of several tied names is enough
         problems = [f"lacks {name}" for name in own if id(own[name]) not in present]
         problems += [f"has {name}, which is not in the model" for name in sorted(given.keys() - own.keys())]
         problems += [
             f"has {name} with shape {given[name]} instead of {tuple(own[name].shape)}"
-            for name in sorted(given.keys() & own.keys())
+            for name in shared
             if given[name] != tuple(own[name].shape)
         ]
         filled: set[int] = set()
-        for name in () if problems else given:
+        for name in () if problems else shared:
             tensor = tensors[f"{WEIGHTS}{name}"].to(own[name].device, own[name].dtype)
             if id(own[name]) in filled and not torch.equal(local(own[name]), local(tensor)):
                 problems.append(f"has different values for {name} and the weight that the model ties it to")
@@ -137,10 +128,9 @@ def _opened(
 
 @contextlib.contextmanager
 def explained(path: Path, what: str = "it cannot be read or used") -> Iterator[None]:
-    """Raises CheckpointError for whatever reading a checkpoint raises; our own errors pass.
+    """Raises CheckpointError for whatever reading a stranger's checkpoint raises; our own errors pass.
 
-    A stranger's checkpoint may hold anything, and the libraries that read it raise anything: RecursionError,
-    ZeroDivisionError, and the panics of tokenizers, which are no `Exception`.
+    Libraries raise anything: RecursionError, ZeroDivisionError, and tokenizers' panics, which are no `Exception`.
     """
     try:
         yield

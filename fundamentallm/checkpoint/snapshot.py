@@ -28,16 +28,11 @@ class Snapshot:
     """What one process writes of a checkpoint."""
 
     name: str
-    about: dict[str, Any]
-    """Fields of the manifest: step, is_best."""
-    texts: dict[str, str]
-    """{file: text}; rank 0 writes them."""
-    tensors: dict[str, dict[str, Tensor]]
-    """{file: {name in the file: tensor on the CPU}}."""
-    regions: dict[str, Region] | None
-    """{name in the file: region of the shard}; None if all tensors are full."""
-    copies: dict[str, Tensor]
-    """The tensors by their path in the state."""
+    about: dict[str, Any]  # fields of the manifest: step, is_best
+    texts: dict[str, str]  # {file: text}; rank 0 writes them
+    tensors: dict[str, dict[str, Tensor]]  # {file: {name in the file: tensor on the CPU}}
+    regions: dict[str, Region] | None  # {name in the file: region of the shard}; None if all tensors are full
+    copies: dict[str, Tensor]  # the tensors by their path in the state
 
     @property
     def is_finite(self) -> bool:
@@ -53,9 +48,7 @@ class Snapshot:
 def plan(checkpoint: Mapping[str, Any], names: Iterable[str]) -> tuple[str, dict[str, Tensor]]:
     """Returns a state without its tensors, as JSON, and its tensors, weights first. Copies no tensor.
 
-    Raises:
-        CheckpointError: if one of `names` would leave the directory, or a value is neither JSON nor a tensor that
-            safetensors can store.
+    Raises CheckpointError if one of `names` would leave the directory, or a value cannot be stored.
     """
     for text in names:
         if not NAME.fullmatch(text) or text in (STATE, MANIFEST) or TENSORS.fullmatch(text):
@@ -84,10 +77,7 @@ def take_snapshot(
     """Copy a state to memory: as JSON, and as tensors on the CPU. See `CheckpointManager.save`.
 
     Each of `num_ranks` processes takes its shards of sharded tensors, and rank 0 everything else too. Copies go to the
-    memory in `buffers` that fits, which are the copies of an earlier snapshot.
-
-    Raises:
-        CheckpointError: as `plan` does.
+    memory in `buffers` that fits, which are the copies of an earlier snapshot. Raises as `plan` does.
     """
     state, tensors = plan(checkpoint, (name, *files))
     # An adapter has peft's names, which peft reads unsharded. It is small, so rank 0 writes all of it.
@@ -117,7 +107,6 @@ def take_snapshot(
 
 
 def _is_written_by(rank: int, num_ranks: int, name: str, tensor: Tensor) -> bool:
-    """Returns True if this process writes the tensor, or its shard of it."""
     if not is_sharded(tensor):
         return rank == 0
     placements = tensor.placements  # type: ignore[attr-defined]

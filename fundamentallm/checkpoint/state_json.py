@@ -87,12 +87,8 @@ def copy_to_cpu(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Copy tensors to dense CPU memory, each to its own, as safetensors wants them.
 
-    Args:
-        tensors: by name.
-        buffers: memory by name, used if shape and type match: allocating new memory takes as long as copying.
-
-    Returns:
-        (copies by name, {name: name of the same tensor}). A tied weight is copied once, under its first name.
+    Memory in `buffers` is used if it fits: allocating new memory takes as long as copying.
+    Returns (copies by name, {name: name of the same tensor}). A tied weight is copied once, under its first name.
     """
     first_name: dict[Any, str] = {}
     copies: dict[str, Tensor] = {}

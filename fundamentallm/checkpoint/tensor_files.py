@@ -1,8 +1,7 @@
 """Tensors in safetensors files: full ones in model.safetensors and training.safetensors, shards in files of each rank.
 
-A file's metadata says where its shards lie, in the form of torch.distributed.checkpoint's Hugging Face storage, which
-can read the weights too. It is not used to write them, because it verifies nothing, and needs the optimizer's state to
-exist before it is loaded.
+A file's metadata says where its shards lie, as in torch.distributed.checkpoint's Hugging Face storage. That does not
+write them, because it verifies nothing, and needs the optimizer's state to exist before it is loaded.
 """
 
 from __future__ import annotations
@@ -88,8 +87,7 @@ class TensorFiles(Mapping[str, Tensor]):
         same_as: {further name of a tensor: name it is stored under}.
         like: see `Like`; None: read all tensors in full.
 
-    Raises:
-        ValueError: if a file cannot be opened, or shards of a tensor are missing or overlap.
+    Raises ValueError if a file cannot be opened, or shards of a tensor are missing or overlap.
     """
 
     def __init__(
@@ -103,6 +101,7 @@ class TensorFiles(Mapping[str, Tensor]):
     ) -> None:
         self._like = like
         self._shards: dict[str, list[_Shard]] = {}
+        self._dims: dict[str, int] = {}  # along which the shards follow each other
         self.shapes: dict[str, tuple[int, ...]] = {}
         """Of the full tensors, by name."""
         for file in files:
@@ -110,29 +109,35 @@ class TensorFiles(Mapping[str, Tensor]):
                 handle = stack.enter_context(safe_open(folder / file, "pt"))
             except SafetensorError as error:
                 raise ValueError(f"{file} is not a safetensors file: {error}") from error
-            self._add(handle, "" if file.startswith("training") else prefix)
+            info = json.loads((handle.metadata() or {}).get(SHARDING_INFO, "{}"))
+            for key in handle.keys():  # noqa: SIM118
+                size = tuple(handle.get_slice(key).get_shape())
+                full = {OFFSETS: (0,) * len(size), "shape": size}
+                offsets, shape = (tuple(info.get(key, full)[entry]) for entry in (OFFSETS, "shape"))
+                name = key if file.startswith("training") else f"{prefix}{key}"
+                self._shards.setdefault(name, []).append(_Shard(offsets, size, handle, key))
+                if self.shapes.setdefault(name, shape) != shape:
+                    raise ValueError(f"shards of {name} have different full shapes")
         for name, shards in self._shards.items():
             shards.sort(key=lambda shard: shard.offsets)
-            if not _is_complete(self.shapes[name], shards):
+            dim = _sharded_dim(self.shapes[name], shards)
+            if dim is None:
                 raise ValueError(f"shards of {name} are missing or overlap")
+            self._dims[name] = dim
         for name, stored_as in (same_as or {}).items():
-            self._shards[name], self.shapes[name] = self._shards[stored_as], self.shapes[stored_as]
-
-    def _add(self, file: Any, prefix: str) -> None:
-        info = json.loads((file.metadata() or {}).get(SHARDING_INFO, "{}"))
-        for key in file.keys():  # noqa: SIM118
-            size = tuple(file.get_slice(key).get_shape())
-            shape = tuple(info[key]["shape"]) if key in info else size
-            offsets = tuple(info[key][OFFSETS]) if key in info else (0,) * len(size)
-            name = f"{prefix}{key}"
-            self._shards.setdefault(name, []).append(_Shard(offsets, size, file, key))
-            if self.shapes.setdefault(name, shape) != shape:
-                raise ValueError(f"shards of {name} have different full shapes")
+            for values in (self._shards, self._dims, self.shapes):
+                values[name] = values[stored_as]  # type: ignore[index]
 
     def __getitem__(self, name: str) -> Tensor:
         shape = self.shapes[name]
         like = None if self._like is None else self._like(name, shape)
-        return self.read(name, (0,) * len(shape), shape) if like is None else self._read_shard(name, like)
+        if like is None:
+            return self.read(name, (0,) * len(shape), shape)
+        from torch.distributed.tensor import DTensor  # takes half a second to import
+
+        here, mesh, placements = local(like), like.device_mesh, like.placements  # type: ignore[attr-defined]
+        shard = self.read(name, region_of(like).offsets, tuple(here.shape)).to(here.device)
+        return DTensor.from_local(shard, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shards)
@@ -140,44 +145,33 @@ class TensorFiles(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._shards)
 
-    def _read_shard(self, name: str, like: Tensor) -> Tensor:
-        from torch.distributed.tensor import DTensor  # takes half a second to import
-
-        here, mesh, placements = local(like), like.device_mesh, like.placements  # type: ignore[attr-defined]
-        shard = self.read(name, region_of(like).offsets, tuple(here.shape)).to(here.device)
-        return DTensor.from_local(shard, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
-
     def read(self, name: str, offsets: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
         """Read the box of a tensor that starts at `offsets`, from all shards that overlap it."""
-        shards = self._shards[name]
-        first = shards[0]
+        shards, dim = self._shards[name], self._dims[name]
         if len(shards) == 1 and size == self.shapes[name]:
-            return first.file.get_tensor(first.key)  # type: ignore[no-any-return]
-        box = torch.empty(size, dtype=first.file.get_slice(first.key)[:0].dtype)
+            return shards[0].file.get_tensor(shards[0].key)  # type: ignore[no-any-return]
+        box = [slice(start, start + length) for start, length in zip(offsets, size, strict=True)]
+        pieces = []
         for shard in shards:
-            starts = [max(o, s) for o, s in zip(offsets, shard.offsets, strict=True)]
-            ends = [min(o + n, s + m) for o, n, s, m in zip(offsets, size, shard.offsets, shard.size, strict=True)]
-            if all(start < end for start, end in zip(starts, ends, strict=True)):
-                source = tuple(slice(a - s, b - s) for a, b, s in zip(starts, ends, shard.offsets, strict=True))
-                target = tuple(slice(a - o, b - o) for a, b, o in zip(starts, ends, offsets, strict=True))
-                box[target] = shard.file.get_slice(shard.key)[source]
-        return box
+            begin, length = shard.offsets[dim], shard.size[dim]
+            start = min(max(offsets[dim] - begin, 0), length)
+            box[dim] = slice(start, max(min(offsets[dim] + size[dim] - begin, length), start))
+            pieces.append(shard.file.get_slice(shard.key)[tuple(box)])
+        return torch.cat(pieces, dim)
 
 
-def _is_complete(shape: tuple[int, ...], shards: list[_Shard]) -> bool:
-    """Returns True if the sorted shards are the full tensor, or follow each other along one dimension of it."""
-    zeros = (0,) * len(shape)
-    if len(shards) == 1 and (shards[0].offsets, shards[0].size) == (zeros, shape):
-        return True
-    if not shape or any(len(shard.size) != len(shape) for shard in shards):
-        return False
-    dim = next((dim for dim, size in enumerate(shards[0].size) if size != shape[dim]), 0)
+def _sharded_dim(shape: tuple[int, ...], shards: list[_Shard]) -> int | None:
+    """Returns the dimension along which the sorted shards follow each other to the full tensor, or None."""
+    first, zeros = shards[0], (0,) * len(shape)
+    if len(shards) == 1:
+        return 0 if (first.offsets, first.size) == (zeros, shape) else None
+    dim = next((dim for dim, pair in enumerate(zip(first.size, shape, strict=False)) if pair[0] != pair[1]), 0)
     end = 0
     for shard in shards:
-        length = shard.size[dim]
-        if length < 1 or shard.offsets != (*zeros[:dim], end, *zeros[dim + 1 :]):
-            return False
-        if shard.size != (*shape[:dim], length, *shape[dim + 1 :]):
-            return False
-        end += length
-    return end == shape[dim]
+        if len(shard.size) != len(shape) or not shape or shard.size[dim] < 1:
+            return None
+        offsets, size = (*zeros[:dim], end, *zeros[dim + 1 :]), (*shape[:dim], shard.size[dim], *shape[dim + 1 :])
+        if (shard.offsets, shard.size) != (offsets, size):
+            return None
+        end += shard.size[dim]
+    return dim if end == shape[dim] else None

@@ -1,4 +1,4 @@
-"""Measure a trained model on text: loss, perplexity and bits per byte, each with a confidence interval."""
+"""Measure a trained model on text: loss, perplexity and bits per byte."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ from fundamentallm.commands.options import BASE_HELP, add_checkpoint, option_pro
 from fundamentallm.commands.output import say, say_table
 from fundamentallm.config.files import find_source
 from fundamentallm.config.schema import IGNORE_INDEX, DataConfig
-from fundamentallm.config.validation import AT_LEAST_ONE, Interval
+from fundamentallm.config.validation import AT_LEAST_ONE
 from fundamentallm.data.datasets import TokenDataset
 from fundamentallm.data.encoding import encode_pieces
 from fundamentallm.data.loaders import collate, corpus_samples
@@ -32,7 +33,7 @@ from fundamentallm.data.tokenizers import num_bytes
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.inference.generation import row_problem
 from fundamentallm.inference.loading import CHECKPOINT_HELP, LoadedModel, load_model
-from fundamentallm.inference.scoring import Window, interval, score, windows
+from fundamentallm.inference.scoring import Window, score, windows
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.run.step_samples import corpus_of_run
 
@@ -43,8 +44,8 @@ class Text(NamedTuple):
     """A text to evaluate."""
 
     name: str
-    batches: Iterator[tuple[Tensor, Tensor]]
-    """Inputs and targets, each (B, T), in the order of the text. Targets that do not count are `IGNORE_INDEX`."""
+    batches: Iterable[tuple[Tensor, Tensor]]
+    """Inputs and targets, each (B, T). Targets that do not count are `IGNORE_INDEX`."""
     num_windows: int
     num_bytes: int | None
     """UTF-8 bytes of all targets, or None if unknown."""
@@ -66,54 +67,40 @@ def main(arguments: Sequence[str], program: str) -> int:
     stride = "tokens from one window to the next; less than the context gives tokens more context, but takes longer"
     add("--stride", type=int, metavar="INT", help=f"{stride} [the context, as in validation]")
     add("--batch_size", type=int, default=8, metavar="INT", help="windows computed at once [8]")
-    add("--confidence", type=float, default=0.95, metavar="FLOAT", help="probability of the intervals [0.95]")
     add("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
-    probability = Interval(low=0, high=1, open_low=True, open_high=True)
-    counts = dict.fromkeys(("context", "stride", "batch_size"), AT_LEAST_ONE)
-    if problems := option_problems(options, **counts, confidence=probability):
+    if problems := option_problems(options, context=AT_LEAST_ONE, stride=AT_LEAST_ONE, batch_size=AT_LEAST_ONE):
         raise ConfigError(problems)
     loaded = load_model(options.checkpoint, options.base)
     with explained(loaded.folder):
         text = _text_of_files(loaded, options) if options.source else _text_of_run(loaded, options)
-        result = _evaluate(loaded, text, options.confidence)
+        result = _evaluate(loaded, text)
     if options.json:
         print(json.dumps(result))
-    else:
-        _show(result)
+        return 0
+    say(f"{result['checkpoint']} on {text.name}: {result['targets']:,} tokens in {text.num_windows:,} windows")
+    units = {"loss": "nats per token", "perplexity": "", "bits_per_byte": ""}
+    say_table([(name.replace("_", " "), f"{result[name]:.4f}", units[name]) for name in units if name in result], "<><")
     return 0
 
 
-def _evaluate(loaded: LoadedModel, text: Text, confidence: float) -> dict[str, Any]:
+def _evaluate(loaded: LoadedModel, text: Text) -> dict[str, Any]:
     device = next(loaded.model.parameters()).device
-    losses: list[float] = []
-    counts: list[int] = []
+    total, count = 0.0, 0
     with tqdm(total=text.num_windows, unit="window", disable=not sys.stderr.isatty()) as bar:
         for inputs, targets in text.batches:
             inputs, targets = inputs.to(device), targets.to(device)
-            losses += score(loaded.model, inputs, targets).sum(-1, dtype=torch.float64).tolist()
-            counts += (targets != IGNORE_INDEX).sum(-1).tolist()
+            total += float(score(loaded.model, inputs, targets).sum(dtype=torch.float64))
+            count += int((targets != IGNORE_INDEX).sum())
             bar.update(len(inputs))
-    count = sum(counts)
     if count == 0:
         raise ConfigError(Problem("--source", text.name, "at least two tokens", reason="which has no target"))
-
-    def measures(loss: float) -> dict[str, float]:
-        found = {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
-        return found | ({"bits_per_byte": loss * count / math.log(2) / text.num_bytes} if text.num_bytes else {})
-
-    mean = measures(math.fsum(losses) / count)
-    bounds = [measures(bound) for bound in interval(losses, counts, confidence) or ()]
-    return {
-        "checkpoint": str(loaded.folder),
-        "text": text.name,
-        "targets": count,
-        "bytes": text.num_bytes,
-        "windows": len(losses),
-        **mean,
-        "confidence": confidence,
-        "intervals": {name: [bound[name] for bound in bounds] for name in mean} if bounds else None,
-    }
+    loss = total / count
+    result = {"checkpoint": str(loaded.folder), "text": text.name, "targets": count, "bytes": text.num_bytes}
+    result |= {"windows": text.num_windows, "loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+    if text.num_bytes:
+        result["bits_per_byte"] = total / math.log(2) / text.num_bytes
+    return result
 
 
 def _text_of_run(loaded: LoadedModel, options: argparse.Namespace) -> Text:
@@ -132,34 +119,26 @@ def _text_of_run(loaded: LoadedModel, options: argparse.Namespace) -> Text:
         raise ConfigError([*error.problems, Problem("", advice=f"If the text has moved: {OTHER_TEXT}")]) from error
     if dataset is None:
         raise refusal("whose run had no validation text")
-    if data.mask_documents and isinstance(loaded.model, Transformer):
-        loaded.model.document_start = corpus.end_of_text
     name = ", ".join(data.sources())
     segments = saved.get("progress_state_dict", {}).get("stretches") or [{}]
     if segments[-1].get("content", [None, None])[1] not in (None, dataset.fingerprint()):
         raise refusal(f"whose validation text was another than {name} is now")
-    if options.context is not None or options.stride is not None:
-        if not isinstance(dataset, TokenDataset):
-            given = "--stride" if options.context is None else "--context"
+    if data.mask_documents and isinstance(loaded.model, Transformer):
+        loaded.model.document_start = corpus.end_of_text
+    if isinstance(dataset, TokenDataset):
+        return _windowed(loaded, options, name, [dataset.tokens], dataset.num_bytes, data.sequence_length)
+    for given in ("context", "stride"):
+        if (value := getattr(options, given)) is not None:
             reason = "and the validation samples are pairs or of several sources, so their size is fixed"
-            raise ConfigError(Problem(given, options.context or options.stride, "", "Omit it.", reason))
-        context = options.context or data.sequence_length
-        return _windowed(loaded, options, name, [dataset.tokens], dataset.num_bytes, context)
+            raise ConfigError(Problem(f"--{given}", value, "", "Omit it.", reason))
     batches = DataLoader(dataset, batch_size=options.batch_size, collate_fn=collate)
-    return Text(f"{name} (validation)", iter(batches), len(dataset), dataset.num_bytes)
+    return Text(name, batches, len(dataset), dataset.num_bytes)
 
 
 def _text_of_files(loaded: LoadedModel, options: argparse.Namespace) -> Text:
     """Returns text files, each a text by itself."""
-    paths, texts, size = [], [], 0
-    for source in options.source:
-        try:
-            found = find_source(DataConfig(), source)
-        except ConfigError:
-            found = None
-        if found is None or found.kind != "text":  # rows and tokens are not text
-            raise ConfigError(Problem("--source", source, "text files, folders with .txt or .md files, and globs"))
-        paths += found.files
+    paths = [path for source in options.source for path in _text_files(source)]
+    texts, size = [], 0
     for path in paths:
         try:
             with open_text(path) as file:
@@ -175,8 +154,18 @@ def _text_of_files(loaded: LoadedModel, options: argparse.Namespace) -> Text:
         texts.append(ids)
         size += sum(len(piece.text.encode()) for piece in pieces) - num_bytes(loaded.tokenizer, ids[:1])
     name = options.source[0] if len(options.source) == 1 else f"{len(paths)} files"
-    context = options.context or loaded.context or max(map(len, texts))
-    return _windowed(loaded, options, name, texts, size, context)
+    return _windowed(loaded, options, name, texts, size, loaded.context or max(map(len, texts)))
+
+
+def _text_files(source: str) -> list[Path]:
+    """Returns the text files that a `--source` names. Raises ConfigError if it names rows, tokens or nothing."""
+    try:
+        found = find_source(DataConfig(), source)
+    except ConfigError:
+        found = None
+    if found is None or found.kind != "text":
+        raise ConfigError(Problem("--source", source, "text files, folders with .txt or .md files, and globs"))
+    return found.files
 
 
 def _windowed(
@@ -185,10 +174,11 @@ def _windowed(
     name: str,
     texts: Sequence[NDArray[np.integer]],
     num_bytes: int | None,
-    context: int,
+    default_context: int,
 ) -> Text:
     """Split texts, given as token ids, into windows."""
-    stride, problems = options.stride or context, []
+    context, problems = options.context or default_context, []
+    stride = options.stride or context
     if loaded.context is not None and context > loaded.context:
         allowed = f"at most {loaded.context}, which the model was trained with"
         problems.append(Problem("--context", context, allowed))
@@ -211,16 +201,3 @@ def _padded(found: Sequence[tuple[NDArray[np.integer], Window]]) -> tuple[Tensor
         targets[-1][: window.counted] = IGNORE_INDEX
     padded = pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX)
     return pad_sequence(inputs, batch_first=True), padded
-
-
-def _show(result: dict[str, Any]) -> None:
-    say(f"{result['checkpoint']} on {result['text']}: {result['targets']:,} tokens in {result['windows']:,} windows")
-    intervals = result["intervals"]
-    rows = [("", "", f"{result['confidence']:.0%} interval" if intervals else "", "")]
-    for name, unit in {"loss": "nats per token", "perplexity": "", "bits_per_byte": ""}.items():
-        if name in result:
-            bounds = f"{intervals[name][0]:.4f} to {intervals[name][1]:.4f}" if intervals else ""
-            rows.append((name.replace("_", " "), f"{result[name]:.4f}", bounds, unit))
-    say_table(rows, "<><<")
-    if not intervals:
-        say("No intervals: the text is too short.")

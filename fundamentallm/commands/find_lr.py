@@ -6,15 +6,12 @@ The test is that of Smith (arXiv:1506.01186), smoothed and stopped as in fastai.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
 
-from fundamentallm.atomic import write_text
 from fundamentallm.commands.options import (
     add_trainer_option,
     option_problems,
@@ -22,7 +19,7 @@ from fundamentallm.commands.options import (
     settings_parser,
     trainer_problems,
 )
-from fundamentallm.commands.output import say, say_table
+from fundamentallm.commands.output import say
 from fundamentallm.config.schema import Config
 from fundamentallm.config.validation import POSITIVE, Interval
 from fundamentallm.errors import Problem, TrainingError, writing
@@ -31,23 +28,13 @@ SMOOTHING = 0.9
 """Weight of the earlier steps in the smoothed loss."""
 DIVERGED = 4.0
 """The test stops when the smoothed loss exceeds its minimum by this factor."""
-FEWEST_STEPS, ROWS = 20, 20
-"""Least steps of a test; about as many rows are printed."""
-
-
-class Point(NamedTuple):
-    """One step of the test."""
-
-    learning_rate: float
-    loss: float  # nats per target, of the batch of this step
-    smoothed: float
 
 
 def main(arguments: Sequence[str], program: str) -> int:
     """Run the command line and return the exit code: 0 with a suggestion, 1 without."""
     parser = settings_parser(
         program,
-        "[--steps INT] [--plot FILE] [--json FILE] [--verbose] ...",
+        "[--steps INT] [--plot FILE] ...",
         "Run a learning rate range test: the first steps of the run, at a rate that grows exponentially from --lowest "
         "to --highest, until the loss diverges. Nothing is written to output_dir. It can be launched on several "
         "devices, as the run itself.",
@@ -56,35 +43,27 @@ def main(arguments: Sequence[str], program: str) -> int:
     parser.add_argument("--steps", type=int, default=100, metavar="INT", help="optimizer steps [100]")
     parser.add_argument("--lowest", type=float, default=1e-6, metavar="FLOAT", help="rate of the first step [1e-6]")
     parser.add_argument("--highest", type=float, default=10.0, metavar="FLOAT", help="rate of the last step [10]")
-    parser.add_argument("--plot", metavar="FILE", help="plot of the curve [find_lr.png, if matplotlib is installed]")
-    parser.add_argument("--json", metavar="FILE", help="write all points and the suggestion to this file")
-    parser.add_argument("--verbose", action="store_true", help="print a table of the curve")
+    plot = "plot of the curve, if matplotlib is installed [find_lr.png]"
+    parser.add_argument("--plot", type=Path, default=Path("find_lr.png"), metavar="FILE", help=plot)
     options, rest = parser.parse_known_args(arguments)
     problems = trainer_problems(options.trainer)
-    problems += option_problems(options, steps=Interval(low=FEWEST_STEPS), highest=POSITIVE)
+    problems += option_problems(options, steps=Interval(low=20), highest=POSITIVE)
     if options.lowest not in POSITIVE or not options.lowest < options.highest:
         problems.append(Problem("--lowest", options.lowest, allowed="greater than 0 and less than --highest"))
     config = parse_settings(rest, program, problems)
-    if options.plot is not None:
-        from fundamentallm.training.callbacks.curves import check_matplotlib
-
-        check_matplotlib()
-
     with tempfile.TemporaryDirectory(prefix="fundamentallm-find_lr-") as folder:
-        points, is_main = _range_test(config, options, Path(folder))
-    if not math.isfinite(points[0].loss):
+        rates, losses, is_main = range_test(config, options, Path(folder))
+    if not math.isfinite(losses[0]):
         raise TrainingError(f"the loss of the first step, at a learning rate of {options.lowest:g}, is not finite.")
-    found = suggestion(points)
+    found = suggestion(rates, losses)
     if is_main:
-        _show(points, found, options.verbose)
-        if find_spec("matplotlib") is not None:
-            plot = Path(options.plot or "find_lr.png")
-            _draw(points, found, plot)
-            say(f"curve: {plot}")
+        if found is None:
+            say("no suggestion: the loss did not fall. Try another range, or more steps.")
         else:
-            say("no plot: matplotlib is not installed")
-        if options.json is not None:
-            _write_json(points, found, Path(options.json))
+            say(f"suggestion: --training.learning_rate {found:.1e}, where the loss falls fastest")
+        if find_spec("matplotlib") is not None:
+            _draw(rates, losses, found, options.plot)
+            say(f"curve: {options.plot}")
     return 0 if found is not None else 1
 
 
@@ -108,24 +87,23 @@ def has_diverged(losses: Sequence[float]) -> bool:
     return not math.isfinite(losses[-1]) or smoothed[-1] > DIVERGED * min(smoothed)
 
 
-def suggestion(points: Sequence[Point]) -> float | None:
+def suggestion(rates: Sequence[float], losses: Sequence[float]) -> float | None:
     """Returns the learning rate where the smoothed loss falls fastest per decade, or None if it does not fall.
 
     Only rates below that of the smallest smoothed loss count.
     """
-    points = [point for point in points if math.isfinite(point.smoothed)]
-    lowest = min(range(len(points)), key=lambda i: points[i].smoothed)
+    smoothed = [loss for loss in smooth(losses) if math.isfinite(loss)]  # after one that is not finite, none is
+    lowest = smoothed.index(min(smoothed))
 
     def slope(i: int) -> float:
-        decades = math.log10(points[i + 1].learning_rate / points[i - 1].learning_rate)
-        return (points[i + 1].smoothed - points[i - 1].smoothed) / decades
+        return (smoothed[i + 1] - smoothed[i - 1]) / math.log10(rates[i + 1] / rates[i - 1])
 
     falling = [i for i in range(1, lowest) if slope(i) < 0]
-    return points[min(falling, key=slope)].learning_rate if falling else None
+    return rates[min(falling, key=slope)] if falling else None
 
 
-def _range_test(config: Config, options: argparse.Namespace, folder: Path) -> tuple[list[Point], bool]:
-    """Returns the points, and whether this is the main process."""
+def range_test(config: Config, options: argparse.Namespace, folder: Path) -> tuple[list[float], list[float], bool]:
+    """Returns the learning rate and the loss of each step, and whether this is the main process."""
     # Imported here, so that --help and wrong settings need not wait for torch.
     from fundamentallm.commands.trial import make_trainer, run_until, trial_config
 
@@ -138,38 +116,21 @@ def _range_test(config: Config, options: argparse.Namespace, folder: Path) -> tu
     trainer = make_trainer(options.trainer, trial)
     trainer.val_loader = trainer.saver.manager = None  # neither validates nor saves
     lines = run_until(trainer, lambda run: has_diverged(run.losses)).lines
-    is_main = trainer.is_main_process
     trainer.leave_group()
-    losses = [line["train_loss"] for line in lines]
-    rates = [line["learning_rate"] for line in lines]
-    return [Point(*values) for values in zip(rates, losses, smooth(losses), strict=True)], is_main
+    return [line["learning_rate"] for line in lines], [line["train_loss"] for line in lines], trainer.is_main_process
 
 
-def _show(points: Sequence[Point], found: float | None, with_table: bool) -> None:
-    """Print the suggestion, and some of the points."""
-    if found is None:
-        say("no suggestion: the loss did not fall. Try another range, or more steps.")
-    else:
-        say(f"suggestion: --training.learning_rate {found:.1e}, where the loss falls fastest")
-    if with_table:
-        every = max(1, len(points) // ROWS)
-        shown = [point for i, point in enumerate(points) if i % every == 0 or i == len(points) - 1]
-        rows = [(f"{p.learning_rate:.2e}", f"{p.loss:.4f}", f"{p.smoothed:.4f}") for p in shown]
-        say_table([("learning rate", "loss", "smoothed"), *rows], ">>>")
-
-
-def _draw(points: Sequence[Point], found: float | None, path: Path) -> None:
+def _draw(rates: Sequence[float], losses: Sequence[float], found: float | None, path: Path) -> None:
     """Plot the loss over the learning rate."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    rates = [point.learning_rate for point in points]
-    axes.plot(rates, [point.loss for point in points], alpha=0.3, label="loss")
-    axes.plot(rates, [point.smoothed for point in points], color="C0", label="smoothed")
-    lowest, first = min(point.loss for point in points if math.isfinite(point.loss)), points[0].loss
-    room = max(first - lowest, 1e-3)
-    axes.set_ylim(lowest - 0.1 * room, first + 0.5 * room)  # the diverged end would flatten the rest
+    axes.plot(rates, losses, alpha=0.3, label="loss")
+    axes.plot(rates, smooth(losses), color="C0", label="smoothed")
+    lowest = min(loss for loss in losses if math.isfinite(loss))
+    room = max(losses[0] - lowest, 1e-3)
+    axes.set_ylim(lowest - 0.1 * room, losses[0] + 0.5 * room)  # the diverged end would flatten the rest
     if found is not None:
         axes.axvline(found, color="C3", label=f"steepest: {found:.1e}")
     axes.set(xscale="log", xlabel="learning rate", ylabel="loss (nats per token)")
@@ -177,10 +138,3 @@ def _draw(points: Sequence[Point], found: float | None, path: Path) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=130, format="png")
-
-
-def _write_json(points: Sequence[Point], found: float | None, path: Path) -> None:
-    """Write the suggestion and all points; numbers that are not finite become null."""
-    steps = [{k: v if math.isfinite(v) else None for k, v in point._asdict().items()} for point in points]
-    with writing(path):
-        write_text(path, json.dumps({"suggestion": found, "points": steps}, indent=1) + "\n")

@@ -14,7 +14,7 @@ from fundamentallm.checkpoint.reading import explained
 from fundamentallm.commands.options import BASE_HELP, add_checkpoint
 from fundamentallm.data.tokenizers import encode_prompt
 from fundamentallm.errors import ConfigError, Problem, printable
-from fundamentallm.inference.generation import Sampling, generate_batch
+from fundamentallm.inference.generation import generate
 from fundamentallm.inference.loading import CHECKPOINT_HELP, LoadedModel, load_model
 
 
@@ -46,22 +46,36 @@ def main(arguments: Sequence[str], program: str) -> int:
 
 
 def _generate(loaded: LoadedModel, prompts: list[str], options: argparse.Namespace) -> int:
-    drawn = generate_batch(
-        loaded.model,
-        [encode_prompt(loaded.tokenizer, prompt) for prompt in prompts],
-        options.max_new_tokens,
-        loaded.context,
-        Sampling(options.repetition_penalty, options.temperature, options.top_k, options.top_p),
-        options.seed,
-        () if options.ignore_end else loaded.stop,
-    )
-    if len(prompts) > 1 or options.json:
-        _print_all(loaded.tokenizer, prompts, drawn, options.json)
-        return 0
-    _print(prompts[0], end="")
-    for piece in pieces(loaded.tokenizer, (row[0] for row in drawn)):
-        _print(piece, end="")
-    print()
+    stop = () if options.ignore_end else loaded.stop
+    texts = [
+        generate(
+            loaded.model,
+            encode_prompt(loaded.tokenizer, prompt),
+            options.max_new_tokens,
+            loaded.context,
+            options.temperature,
+            options.top_k,
+            options.seed + index,
+            top_p=options.top_p,
+            repetition_penalty=options.repetition_penalty,
+            stop=stop,
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+    for index, (prompt, ids) in enumerate(zip(prompts, texts, strict=True)):
+        if options.json:
+            drawn = list(ids)
+            line = {"prompt": prompt, "text": loaded.tokenizer.decode(drawn), "tokens": len(drawn)}
+            # Otherwise JSON leaves some control characters as they are, and what the encoding lacks.
+            escaped = sys.stdout.isatty() or sys.stdout.encoding.lower() != "utf-8"
+            print(json.dumps(line, ensure_ascii=escaped), flush=True)
+            continue
+        if len(prompts) > 1:
+            _print("\n" * (index > 0) + f"---- {index} ----\n")
+        _print(prompt)
+        for piece in pieces(loaded.tokenizer, ids):
+            _print(piece)
+        print()
     return 0
 
 
@@ -97,22 +111,6 @@ def pieces(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
     yield tokenizer.decode(window)[len(done) :]
 
 
-def _print_all(tokenizer: Tokenizer, prompts: list[str], drawn: Iterator[dict[int, int]], as_json: bool) -> None:
-    """Print all texts once they are complete."""
-    texts: list[list[int]] = [[] for _ in prompts]
-    for row in drawn:
-        for index, token in row.items():
-            texts[index].append(token)
-    for index, (prompt, ids) in enumerate(zip(prompts, texts, strict=True)):
-        text = tokenizer.decode(ids)
-        if as_json:
-            # Otherwise JSON leaves some control characters as they are, and what the encoding lacks.
-            escaped = sys.stdout.isatty() or sys.stdout.encoding.lower() != "utf-8"
-            print(json.dumps({"prompt": prompt, "text": text, "tokens": len(ids)}, ensure_ascii=escaped))
-        else:
-            _print(f"{'' if index == 0 else chr(10)}---- {index} ----\n{prompt}{text}")
-
-
-def _print(text: str, end: str = "\n") -> None:
+def _print(text: str) -> None:
     """Print text: for a terminal without control characters, otherwise exactly."""
-    print(printable(text) if sys.stdout.isatty() else text, end=end, flush=True)
+    print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from fundamentallm.commands.options import settings_parser
 from fundamentallm.commands.output import say
 from fundamentallm.config.command_line import parse_config
 from fundamentallm.config.units import size_text
-from fundamentallm.errors import exit_code
 
 
 def main(arguments: Sequence[str], program: str) -> int:
@@ -28,11 +26,7 @@ def main(arguments: Sequence[str], program: str) -> int:
 
     if learned := learned_tokenizer(config):
         say(f"the run in {config.output_dir} keeps its tokenizer; for a new one, name another output_dir")
-    try:
-        corpus = load_corpus(config.data, tokenizer=learned)
-    except KeyboardInterrupt as interrupt:
-        print("\nStopped. Sources that are finished are kept. Rerun the same command for the others.", file=sys.stderr)
-        return exit_code(interrupt)
+    corpus = load_corpus(config.data, tokenizer=learned)
     for line in describe(corpus):
         say(line)
     for source in corpus.sources:

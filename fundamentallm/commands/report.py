@@ -15,7 +15,6 @@ from fundamentallm.commands.output import plural, say
 from fundamentallm.config.schema import flat_settings
 from fundamentallm.errors import FundamentaLLMError, writing
 
-MARK = '<meta name="generator" content="fundamentallm report">'  # of a report, which may be overwritten
 MOST_POINTS = 2000  # of a curve; screens have no more columns
 
 
@@ -25,9 +24,14 @@ def main(arguments: Sequence[str], program: str) -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output_dir of a run")
     parser.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE", help="[report.html]")
     options = parser.parse_args(arguments)
-    paths = list(dict.fromkeys(options.runs))
-    write_page(make_page([read_run(path) for path in paths]), options.output)
-    say(f"{options.output}: {plural(len(paths), 'run')}")
+    runs = [read_run(path) for path in dict.fromkeys(options.runs)]
+    data = {"made": datetime.now().astimezone().isoformat(" ", "minutes"), "runs": runs}
+    # In <script>, HTML gives a meaning to "</script" and "<!--", and runs may contain any text.
+    text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    with writing(options.output):
+        write_text(options.output, template.replace("/*DATA*/", text))
+    say(f"{options.output}: {plural(len(runs), 'run')}")
     return 0
 
 
@@ -44,11 +48,6 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise FundamentaLLMError(f"{folder} has no {LOG}; give the output_dir of a run.")
     try:
         lines = [numbers(line) for line in read(folder / LOG)]
-        samples = [
-            {key: line[key] for key in ("step", "prompt", "text")}
-            for line in read(folder / SAMPLES)
-            if all(isinstance(line.get(key), str) for key in ("prompt", "text"))
-        ]
         starts, status = read_starts(folder), read_status(folder)
         count_seconds(lines, starts)
         start = starts[-1] if starts else {}
@@ -59,7 +58,7 @@ def read_run(folder: Path) -> dict[str, Any]:
             "data": (start.get("data") or [None])[-1],  # fingerprint of the validation data
             "curves": curves(lines),
             "restarts": restarts(folder),
-            "samples": samples,
+            "samples": [{key: line[key] for key in ("step", "prompt", "text")} for line in read(folder / SAMPLES)],
             "config": flat_settings(start["config"]) if start.get("config") else None,
             "environment": start.get("environment"),
         }
@@ -93,33 +92,15 @@ def curves(lines: list[dict[str, float]]) -> dict[str, tuple[list[int], list[flo
 
 
 def thinned(points: list[tuple[int, float | None]]) -> list[tuple[int, float | None]]:
-    """Returns about MOST_POINTS: of each interval the first, last, smallest and largest point, and the first gap."""
+    """Returns about MOST_POINTS: the first and last, and of each interval a gap or the smallest point, and the largest.
+
+    Short curves stay as they are.
+    """
     if len(points) <= MOST_POINTS:
         return points
-    size, kept = -(-4 * len(points) // MOST_POINTS), []
+    size, kept = 2 * len(points) // MOST_POINTS + 1, {points[0], points[-1]}
     for begin in range(0, len(points), size):
-        interval = range(begin, min(begin + size, len(points)))
-        ordered = sorted((i for i in interval if points[i][1] is not None), key=lambda i: points[i][1] or 0.0)
-        gap = [i for i in interval if points[i][1] is None][:1]
-        kept += sorted({interval[0], interval[-1], *ordered[:1], *ordered[-1:], *gap})
-    return [points[i] for i in kept]
-
-
-def make_page(runs: list[dict[str, Any]]) -> str:
-    """Returns the HTML of runs from `read_run`."""
-    data = {"made": datetime.now().astimezone().isoformat(" ", "minutes"), "runs": runs}
-    # In <script>, HTML gives a meaning to "</script" and "<!--", and runs may contain any text.
-    text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    return template.replace("/*DATA*/", text)
-
-
-def write_page(page: str, path: Path) -> None:
-    """Write the page, replacing an older report but no other file.
-
-    Raises FundamentaLLMError if another file is in the way, or the page cannot be written.
-    """
-    with writing(path):
-        if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace")[:2000]:
-            raise FundamentaLLMError(f"{path} exists and is not a report; choose another --output.")
-        write_text(path, page)
+        interval = points[begin : begin + size]
+        by_value = sorted(interval, key=lambda point: -math.inf if point[1] is None else point[1])
+        kept |= {by_value[0], by_value[-1]}
+    return sorted(kept, key=lambda point: point[0])

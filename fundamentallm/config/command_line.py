@@ -130,14 +130,12 @@ def _read_file(path: str) -> dict[str, Any]:
     if path == "quickstart" and not file.exists():  # the one that comes with the package
         file = Path(__file__).with_name("quickstart.yaml")
     try:
-        if file.exists() and not file.is_file():  # a pipe: of several processes, the first one would empty it
-            raise ValueError("it is not a regular file")
         values = from_yaml(file.read_text(encoding="utf-8"))
-        if not isinstance(values, (dict, type(None))):
-            raise ValueError(f"it holds {values!r:.40} instead of a mapping of settings")
     except (OSError, ValueError) as error:
         reason = f"which cannot be read: {error.strerror if isinstance(error, OSError) else error}"
         raise ConfigError(Problem("--config", path, reason=reason)) from error
+    if not isinstance(values, (dict, type(None))):
+        raise ConfigError(Problem("--config", path, "a mapping of settings", reason=f"which holds {values!r:.40}"))
     return values or {}
 
 
@@ -145,7 +143,7 @@ def parse_config(arguments: Sequence[str], program: str = "fundamentallm.train",
     """Returns the resolved config of a command line. `--help` and `--print_config` print and raise SystemExit(0).
 
     Raises:
-        ConfigError: listing everything that is wrong; with `check_files`, missing data files too.
+        ConfigError: listing everything that is wrong; once all settings are right, with `check_files`, missing files.
     """
     known = {name: hint for name, hint, _, _ in settings(Config)}
     parsed, unknown = _parser(program).parse_known_args(arguments)
@@ -165,28 +163,12 @@ def parse_config(arguments: Sequence[str], program: str = "fundamentallm.train",
             target[key] = _command_line_value(text, known[name])
     try:
         config = from_dict(Config, values)
+        problems += file_problems(config) if check_files else []
     except ConfigError as error:
         problems += error.problems
-        config = _without(values, error.problems)
-    problems += file_problems(config) if check_files else []
     if problems:
         raise ConfigError(problems)
     if show:
         print(to_yaml(config), end="")
         raise SystemExit(0)
     return config.resolved()
-
-
-def _without(values: dict[str, Any], problems: list[Problem]) -> Config:
-    """Returns the config without its wrong settings, so that the files it names are checked in the same report."""
-    wrong = {problem.setting for problem in problems}
-    right: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            value = {key: item for key, item in value.items() if f"{name}.{key}" not in wrong}
-        if name not in wrong:
-            right[name] = value
-    try:
-        return from_dict(Config, right)
-    except ConfigError:  # the default of a wrong setting does not fit the others
-        return Config()

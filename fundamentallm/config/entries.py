@@ -10,7 +10,7 @@ from fundamentallm.config.validation import Section
 from fundamentallm.errors import Problem
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class LoraSettings(Section):
     """Low-rank adapters (LoRA, arXiv:2106.09685) of a pretrained model; `model.lora`. The defaults are peft's."""
 
@@ -24,7 +24,7 @@ class LoraSettings(Section):
     """Names of the modules that get adapters, such as q_proj; all-linear: all but the head; null: peft's choice."""
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class ParameterGroup(Section):
     """Options of some parameters; an entry of `training.parameter_groups`."""
 

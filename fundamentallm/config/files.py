@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import collections
-import fnmatch
 import glob
-import itertools
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -98,12 +96,13 @@ def find_source(data: DataConfig, name: str) -> SourceFiles:
         advice = "data.suffixes chooses the files of a folder."
         problem = Problem("data.source", name, advice=advice, reason=reason)
     else:
-        found = [path] if os.path.isfile(path) else _matches(name, path)
+        found = [path] if os.path.isfile(path) else glob.glob(path, recursive=True)
         allowed = f"a file, a folder, a glob, {DATASETS}NAME, or {BUILT_IN_CORPUS!r}"
         advice, text = did_you_mean(name, [BUILT_IN_CORPUS]), f"file {name!r} not found"
         problem = Problem("data.source", name, allowed, advice, text=text)
-    files = sorted(Path(file) for file in found if os.path.isfile(file))
-    left_out["folders and special files"] += len(found) - len(files)
+    regular = sorted(filter(os.path.isfile, found), reverse=True)
+    left_out["folders and special files"] += len(found) - len(regular)
+    files = sorted({os.path.realpath(file): Path(file) for file in regular}.values())  # links may lead to one twice
     if problems := _kind_problems(data, name, files) if files else [problem]:
         raise ConfigError(problems)
     others = ", ".join(f"{count:,} {why}" for why, count in left_out.most_common(ENDINGS) if count)
@@ -116,52 +115,22 @@ def kind_of_file(file: Path) -> str:
     return next((kind for kind, suffixes in kinds.items() if suffix in suffixes), "text")
 
 
-def _matches(source: str, path: str) -> list[str]:
-    """Returns what matches a glob."""
-
-    def matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-        if not pattern or not parts:
-            return parts == pattern
-        if pattern[0] == "**":
-            return len(pattern) == 1 or any(matches(parts[i:], pattern[1:]) for i in range(len(parts)))
-        return fnmatch.fnmatchcase(parts[0], pattern[0]) and matches(parts[1:], pattern[1:])
-
-    parts = Path(path).parts
-    if "**" not in parts:
-        return [] if "\0" in path else glob.glob(path)  # which would raise a bare ValueError
-    # `glob` itself would not end in circles of links, and skips folders that it cannot read.
-    fixed = list(itertools.takewhile(lambda part: glob.escape(part) == part, parts))
-    folder, pattern = os.path.join("", *fixed) or ".", parts[len(fixed) :]
-    files = _walk(source, folder, collections.Counter()) if os.path.isdir(folder) else ()
-    return [file for file in files if matches(Path(file).relative_to(folder).parts, pattern)]
-
-
 def _walk(source: str, root: str, left_out: collections.Counter[str]) -> Iterator[str]:
-    """Yields all visible files below a folder, in a fixed order of folders: those behind links to folders come last.
-
-    Each folder is read once, since links may form circles.
-    """
+    """Yields all visible files below a folder. Each folder is read once, since links may form circles."""
 
     def refuse(error: OSError) -> None:  # os.walk would skip the folder silently
         reason = f"but {error.filename} cannot be read ({error.strerror})"
         raise ConfigError(Problem("data.source", source, reason=reason))
 
-    roots, seen = [root], set[tuple[int, ...]]()
-    for top in roots:
-        real = os.path.realpath(top)
-        if real in ("/", "/proc", "/sys", "/dev"):
-            reason = f"which {'links to' if top != root else 'is'} {real}, where reading would hardly end"
-            raise ConfigError(Problem("data.source", source, "a folder of texts", reason=reason))
-        for folder, folders, names in os.walk(top, onerror=refuse):
-            status = os.stat(folder)
-            if (identity := (status.st_dev, status.st_ino)) in seen:
-                folders.clear()
-                continue
-            seen.add(identity)
-            left_out["hidden"] += sum(name.startswith(".") for name in (*folders, *names))
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            roots += filter(os.path.islink, (os.path.join(folder, name) for name in folders))
-            yield from (os.path.join(folder, name) for name in names if not name.startswith("."))
+    seen = set[str]()
+    for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        left_out["hidden"] += sum(name.startswith(".") for name in (*folders, *names))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (os.path.join(folder, name) for name in names if not name.startswith("."))
 
 
 def _kind_problems(data: DataConfig, name: str, files: list[Path]) -> list[Problem]:
@@ -190,8 +159,6 @@ def _folder_problems(setting: str, path: str | None) -> list[Problem]:
     """Returns the problem with a folder to be made: it, or a parent, is something else."""
     if path is None:
         return []
-    if "\0" in path:
-        return [Problem(setting, path, "a path without null characters")]
     absolute = Path(expand_user(path)).absolute()
     existing = next(folder for folder in (absolute, *absolute.parents) if os.path.lexists(folder))
     return [] if existing.is_dir() else [Problem(setting, path, reason="which is not a folder", advice="Give another.")]
@@ -211,7 +178,7 @@ def file_problems(config: Config) -> list[Problem]:
     problems += _folder_problems("training.checkpoint_dir", config.training.checkpoint_dir)
     # A resumed run takes its weights from its own newest checkpoint, and the one it started from may be gone.
     own = os.path.join(glob.escape(config.folder_of_checkpoints()), "*", "manifest.json")
-    has_own = "\0" not in own and glob.glob(own)
+    has_own = glob.glob(own)
     initial = {"model.init_from": config.model.init_from, "training.resume": config.training.resume}
     for name, folder in initial.items():
         if folder in (None, "auto", "never") or has_own:

@@ -72,6 +72,14 @@ def unknown_name(setting: str, name: str, known: Iterable[str]) -> Problem | Non
     return not_one_of(setting, name, known, ", ".join([*known, "or 'module:name'"]) if known else "'module:name'")
 
 
+def unknown_options(setting: str, name: str, options: Iterable[str], known: Iterable[str]) -> list[Problem]:
+    """Returns the problem with options that the thing called `name` does not have, if there are any."""
+    known = list(known)
+    unknown = sorted(set(options) - set(known))
+    reason = f"and {name} has no {', '.join(unknown)}"
+    return [Problem(setting, options, ", ".join(known) or "none", reason=reason)] if unknown else []
+
+
 def resolve(setting: str, name: str, known: Mapping[str, Any]) -> Any:
     """Returns the entry of `known` called `name`, or the object that `module:name` imports.
 

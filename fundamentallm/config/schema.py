@@ -45,7 +45,7 @@ def unknown_metric(name: str, known: Collection[str]) -> Problem:
     return not_one_of("early_stopping_metric", name, known)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class ModelConfig(Section):
     """Shape of the `Transformer`.
 
@@ -112,7 +112,7 @@ class ModelConfig(Section):
         )
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class DataConfig(Section):
     """The text, and how it becomes samples.
 
@@ -134,7 +134,7 @@ class DataConfig(Section):
     """Field with the prompt; loss is computed on text_field only (SFT), one row per sample; null: no prompts."""
     end_of_text: str | None = None
     """Token after each document, such as '<|endoftext|>'; null: an empty line between documents."""
-    special_tokens: Literal["tokens", "text"] | None = field(default=None, metadata=FREE)
+    special_tokens: Literal["tokens", "text"] | None = None
     """Read special tokens in the text as 'tokens' or 'text' (untrusted); null: as tokens of a tokenizer.json only."""
     unknown_tokens: bool = field(default=False, metadata=FREE)
     """Encode what the vocabulary lacks as its unknown token, counted; false: an error, or a bad row."""
@@ -177,7 +177,7 @@ class DataConfig(Section):
         return self.source if isinstance(self.source, dict) else {self.source: 1.0}
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class TrainingConfig(Section):
     """How the model is trained. Intervals count optimizer steps, or epochs if their name says so.
 
@@ -337,7 +337,7 @@ class TrainingConfig(Section):
         )
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Config(Section):
     """One run.
 
@@ -408,8 +408,6 @@ FREE_ON_RESUME = frozenset(name for name, kind in ON_RESUME.items() if kind == "
 """Settings that change no weight, and may differ on resume. (Text and tokenizer may move: their content counts.)"""
 NEVER_ON_RESUME = frozenset(name for name, kind in ON_RESUME.items() if kind == "never")
 """Settings that decide the shape of the weights."""
-AFFECTS_SCHEDULE = frozenset(name for name, kind in ON_RESUME.items() if kind == "schedule") | {"data.num_samples"}
-"""Settings, and facts of the data, that change the learning-rate curve."""
 
 
 def saved_data_settings(data: dict[str, Any]) -> dict[str, Any]:

@@ -70,6 +70,7 @@ def range_problems(**values: float | str | None) -> list[Problem]:
     ]
 
 
+expand_user = os.path.expanduser
 _UNIONS = (types.UnionType, typing.Union)  # `int | None`, and `Literal["a"] | None` before Python 3.14
 
 
@@ -146,16 +147,6 @@ class Section:
         if problems:
             raise ConfigError(problems)
 
-    def __repr__(self) -> str:
-        """Returns code that makes an equal section, without the defaults."""
-        given = []
-        for entry in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, entry.name)
-            made = entry.default_factory
-            if value != (entry.default if made is dataclasses.MISSING else made()):
-                given.append(f"{entry.name}={value!r}")
-        return f"{type(self).__name__}({', '.join(given)})"
-
     def _conflict(self, setting: str, other: str, allowed: str) -> Problem:
         """Returns the problem of a setting that does not fit another."""
         return Problem(setting, getattr(self, setting), allowed, reason=f"and {other} is {getattr(self, other)!r}")
@@ -196,11 +187,3 @@ def from_dict(section: type[SectionT], values: dict[str, Any]) -> SectionT:
     if problems:
         raise ConfigError(problems)
     return made
-
-
-def expand_user(path: str) -> str:
-    """Returns a path with its `~` or `~user` expanded; a path with a null character, as it is."""
-    try:
-        return os.path.expanduser(path)
-    except ValueError:
-        return path

@@ -75,12 +75,8 @@ def from_yaml(text: str, only_text: bool = False) -> Any:
         mark = error.problem_mark or error.context_mark
         line = f"line {mark.line + 1}: " if mark else ""
         raise ValueError(line + ", ".join(part for part in (error.context, error.problem) if part)) from error
-    except yaml.YAMLError as error:  # a character that YAML does not allow
+    except (yaml.YAMLError, LookupError, RecursionError) as error:  # such as a character that YAML does not allow
         raise ValueError(" ".join(str(error).split())) from error
-    except LookupError as error:  # what PyYAML raises for `!!bool x`
-        raise ValueError(f"a value does not fit its tag ({error})") from error
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
 
 
 def to_yaml(config: Config | dict[str, Any]) -> str:

@@ -9,19 +9,13 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    ProjectConfiguration,
-    is_torch_xla_available,
-    parse_flag_from_env,
-)
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, parse_flag_from_env
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from fundamentallm.distributed import launch_checks as checks
-from fundamentallm.distributed.compilation import compile_problems
-from fundamentallm.distributed.prepare import NARROW
-from fundamentallm.distributed.rendezvous import join_group
+from fundamentallm.distributed.host_group import join_group
+from fundamentallm.distributed.prepare import NARROW, compile_problems
 from fundamentallm.errors import ConfigError, FundamentaLLMError, Problem
 
 logger = logging.getLogger(__name__)
@@ -70,8 +64,6 @@ def create_accelerator(
         reason = f"but an earlier Trainer or Accelerator of this process uses {used!r}"
         advice = "A process has one precision: start another (in a notebook, restart the kernel), or use the same."
         problems.append(Problem("training.mixed_precision", mixed_precision or "no", used, advice, reason))
-    if is_torch_xla_available():
-        problems.append(checks.engine_problem("XLA"))
     if problems:
         raise ConfigError(problems)
     join_group(cpu)
@@ -123,13 +115,18 @@ def check_accelerator(
             "accelerate_configs/cpu_2_processes.yaml."
         )
         problems.append(Problem("Accelerator.distributed_type", kind, "FSDP (version 2)", advice))
-    if accelerator.parallelism_config is not None:
-        sizes = {name: getattr(accelerator.parallelism_config, f"{name}_size") for name in checks.PARALLEL}
-        problems += checks.parallel_problems(sizes)
+    parallel = accelerator.parallelism_config
+    if parallel is not None and parallel.non_data_parallel_size > 1:
+        advice = "Use dp_shard_size (FSDP2) for a model that is too large for a device."
+        allowed = "tp_size, cp_size and sp_size of 1, since a run is data-parallel"
+        problems.append(Problem("accelerate_config.parallelism_config", f"{parallel}", allowed, advice))
     problems += checks.precision_problems("Accelerator.mixed_precision", precision, mixed_precision)
     problems += checks.device_problems(precision, accelerator.device.type)
     problems += compile_problems(accelerator, compiles)
-    problems += checks.idle_processes(batch_size, count)
+    if batch_size is not None and batch_size < count:
+        reason = f"so that {count - batch_size} of {count} processes would have no sequence in any step"
+        advice = "It counts the sequences of all processes; increase it, or launch fewer processes (num_processes)."
+        problems.append(Problem("training.batch_size", batch_size, f"at least {count}", advice, reason))
     if problems:
         raise ConfigError(problems)
     if accelerator.is_fsdp2:

@@ -1,20 +1,74 @@
-"""A group of processes that exchange values and errors on the host."""
+"""Groups of processes: they find each other, and exchange values and errors on the host."""
 
 from __future__ import annotations
 
+import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from fundamentallm.errors import FundamentaLLMError
 
 T = TypeVar("T")
 
+JOIN_SECONDS = 600.0
+"""Timeout for all processes to start: machines do not start at the same time."""
 FORM_SECONDS = 120.0
 """Timeout for the processes to form a group: one of them may have died since the last exchange."""
+
+
+def join_group(cpu: bool) -> None:
+    """Forms the process group if the launcher keeps one store across restarts; otherwise accelerate forms it.
+
+    In that store torch 2.13 would find the addresses of dead processes, so each start gives its keys another prefix.
+    TORCHELASTIC_RESTART_COUNT cannot be that prefix, since each machine counts for itself.
+
+    Raises:
+        FundamentaLLMError: if a process does not join in time.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if world == 1 or not keeps_store or dist.is_initialized():
+        return
+    rank, address = int(os.environ["RANK"]), (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    store = dist.TCPStore(*address, is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]
+    own = dist.PrefixStore(agree_on_prefix(store, rank, world), store)  # type: ignore[attr-defined]
+    device = None if cpu else torch.accelerator.current_accelerator()
+    backend = "gloo" if device is None else dist.get_default_backend_for_device(device)  # as accelerate chooses it
+    dist.init_process_group(backend, store=own, rank=rank, world_size=world)
+
+
+def agree_on_prefix(store: Any, rank: int, world: int) -> str:
+    """Returns a prefix that all processes of this start agree on, and that no earlier start had.
+
+    Process 0 invents a prefix and confirms it once all others have answered. A process whose rank has already answered
+    to a prefix knows that it belongs to an earlier start, and waits for another.
+
+    Raises:
+        FundamentaLLMError: if a process does not join in time.
+    """
+    deadline, prefix, is_first = time.monotonic() + JOIN_SECONDS, "", False
+    if rank == 0:
+        prefix = uuid.uuid4().hex
+        store.set("start", prefix)
+    while time.monotonic() < deadline:
+        time.sleep(0.05)
+        if rank == 0 and store.check([f"{prefix}/{other}" for other in range(1, world)]):
+            store.set(f"{prefix}/confirmed", "")
+            return prefix
+        newest = str(store.get("start"), "ascii") if rank and store.check(["start"]) else prefix
+        if newest != prefix:
+            prefix, is_first = newest, store.add(f"{newest}/{rank}", 1) == 1
+        if is_first and store.check([f"{prefix}/confirmed"]):
+            return prefix
+    awaited = f"process {rank} waited for process 0" if rank else "process 0 waited for the others"
+    raise FundamentaLLMError(f"{awaited} of {world} for {JOIN_SECONDS:g} s to start.")
 
 
 class HostGroup:
@@ -32,8 +86,7 @@ class HostGroup:
     def __init__(self, alone: bool = False) -> None:
         alone = alone or not dist.is_initialized() or dist.get_world_size() == 1
         if not alone:
-            # torch waits for a dead process as long as for a slow collective, half an hour, so a group with a shorter
-            # timeout goes ahead.
+            # torch waits for a dead process as long as for a slow collective, half an hour: try a shorter timeout first
             try:
                 ahead = dist.new_group(backend="gloo", timeout=timedelta(seconds=FORM_SECONDS))
                 dist.barrier(ahead)
@@ -54,9 +107,7 @@ class HostGroup:
 
     @contextmanager
     def barrier_with_errors(self) -> Iterator[None]:
-        """Barrier with error propagation.
-
-        Returns once every process has left the block, and raises on all of them if one raised.
+        """Returns once every process has left the block, and raises on all of them if one raised.
 
         Raises:
             FundamentaLLMError: on the processes that did not raise, with the message of the first one that did.

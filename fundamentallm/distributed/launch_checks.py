@@ -7,10 +7,10 @@ are checked before `Accelerator()` reads them, since it fails over missing packa
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from operator import attrgetter
-from pathlib import Path
 from typing import NamedTuple
 
 import psutil
@@ -18,11 +18,10 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
-from fundamentallm.config.registry import did_you_mean
+from fundamentallm.config.registry import not_one_of
 from fundamentallm.errors import Problem
 
 PRECISIONS = ("no", "bf16", "fp16")
-OFF = ("", "0", "n", "no", "f", "false", "off")
 ENGINES = {
     "DEEPSPEED": "DeepSpeed steps the optimizer inside backward, out of reach of a run's clipping, guard and schedule.",
     "MEGATRON_LM": "Megatron-LM brings its own model, optimizer and loop.",
@@ -30,11 +29,10 @@ ENGINES = {
 }
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Variables by which launchers, and MPI, give the number of processes."""
-PARALLEL = {
-    "tp": "tensor parallelism needs a model that is made for it, layer by layer",
-    "cp": "context parallelism splits sequences, but positions and losses are computed over whole ones",
-    "sp": "sequence parallelism needs DeepSpeed",
-}
+LAUNCHER = re.compile(
+    r"(?:^|[\0/])(?:accelerate-launch|accelerate\.commands\.launch|accelerate(?:\.commands\.accelerate_cli)?\0launch)\0"
+)
+"""`accelerate launch` in a command line whose words are separated by null characters."""
 REFUSED: dict[str, tuple[object, str]] = {
     "gradient_accumulation_steps": (1, "Set training.micro_batch_size: accumulation follows from it."),
     "device_placement": (True, "The Trainer moves the model and its batches to the device."),
@@ -71,23 +69,9 @@ def find_launch() -> Launch | None:
     """
     with suppress(psutil.Error):  # of another user's process
         for process in psutil.Process().parents():
-            arguments = launch_arguments(process.cmdline())
-            if arguments is not None:
-                return read_launch(arguments, process.cwd())
-    return None
-
-
-def launch_arguments(words: Sequence[str]) -> list[str] | None:
-    """Returns the arguments of `accelerate launch` in a command line, or None if it is another command.
-
-    A wrapper such as `uv run` may come before it.
-    """
-    for index, word in enumerate(words):
-        if Path(word).name == "accelerate-launch" or word == "accelerate.commands.launch":
-            return list(words[index + 1 :])
-        is_accelerate = Path(word).name == "accelerate" or word == "accelerate.commands.accelerate_cli"
-        if is_accelerate and words[index + 1 : index + 2] == ["launch"]:
-            return list(words[index + 2 :])
+            _, *arguments = LAUNCHER.split("\0".join(process.cmdline()), maxsplit=1)
+            if arguments:
+                return read_launch(arguments[0].split("\0"), process.cwd())
     return None
 
 
@@ -114,34 +98,28 @@ def launch_problems(
 
     `has_device` says whether there is a GPU, and the launcher does not ask for the CPU.
     """
-    problems = [engine_problem(name) for name in ENGINES if _is_set(environment, f"ACCELERATE_USE_{name}")]
-    problems += _process_problems(environment, has_device, launch)
+    engines = [name for name in ENGINES if environment.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1")]
+    problems = [engine_problem(name) for name in engines]
     launched = environment.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched != "no":  # which `accelerate launch` sets by default
         where = f" of {launch.config_file}" if launch is not None and launch.config_file else ""
         problems += precision_problems("accelerate_config.mixed_precision", launched, mixed_precision or "no", where)
-    return problems
-
-
-def _process_problems(environment: Mapping[str, str], has_device: bool, launch: Launch | None) -> list[Problem]:
-    """Returns the problems of a launch that would start fewer processes, or on another device, than it asks for."""
     if launch is None:
-        return []
+        return problems
     is_one = not any(name in environment for name in WORLD_SIZES)
+    on_cpu = launch.use_cpu or environment.get("ACCELERATE_USE_CPU", "").lower() == "true"
     if is_one and launch.num_processes > 1:
         advice = (
             "For several on a CPU, use MULTI_GPU with use_cpu: true, as accelerate_configs/cpu_2_processes.yaml does. "
             "For one, set num_processes and num_machines to 1."
         )
         reason = "and accelerate launch starts one process for MULTI_CPU, for --cpu and for NO"
-        return [Problem("accelerate_config.num_processes", launch.num_processes, "1", advice, reason)]
-    if has_device or launch.use_cpu or _is_set(environment, "ACCELERATE_USE_CPU"):
-        return []
-    if is_one and launch.config_file is None:
-        return []  # nothing asks for a GPU
-    advice = "Set it if the run is meant for the CPU (--cpu for one process); otherwise check the driver and torch."
-    reason = f"in {launch.config_file or 'the launch'}, and torch finds no GPU on this machine"
-    return [Problem("accelerate_config.use_cpu", False, "true", advice, reason)]
+        problems.append(Problem("accelerate_config.num_processes", launch.num_processes, "1", advice, reason))
+    elif not (has_device or on_cpu) and (launch.config_file or not is_one):  # otherwise nothing asks for a GPU
+        advice = "Set it if the run is meant for the CPU (--cpu for one process); otherwise check the driver and torch."
+        reason = f"in {launch.config_file or 'the launch'}, and torch finds no GPU on this machine"
+        problems.append(Problem("accelerate_config.use_cpu", False, "true", advice, reason))
+    return problems
 
 
 def engine_problem(name: str) -> Problem:
@@ -157,10 +135,10 @@ def precision_problems(setting: str, value: str, wanted: str | None, where: str 
     """
     if value not in PRECISIONS:
         return [Problem(setting, value, ", ".join(PRECISIONS))]
-    if wanted not in (None, value):
-        advice = "The run's config decides: set it there, and leave the other out."
-        return [Problem("training.mixed_precision", wanted, value, advice, f"but {setting}{where} is {value!r}")]
-    return []
+    if wanted in (None, value):
+        return []
+    advice = "The run's config decides: set it there, and leave the other out."
+    return [Problem("training.mixed_precision", wanted, value, advice, f"but {setting}{where} is {value!r}")]
 
 
 def device_problems(precision: str | None, device_type: str) -> list[Problem]:
@@ -170,36 +148,13 @@ def device_problems(precision: str | None, device_type: str) -> list[Problem]:
     return [Problem("training.mixed_precision", "fp16", "no, bf16", "On a CPU, accelerate computes fp16 as fp32.")]
 
 
-def idle_processes(batch_size: int | None, num_processes: int) -> list[Problem]:
-    """Returns the problem of a batch with fewer sequences than there are processes, if it is one."""
-    if batch_size is None or batch_size >= num_processes:
-        return []
-    idle = f"so that {num_processes - batch_size} of {num_processes} processes would have no sequence in any step"
-    advice = "It counts the sequences of all processes; increase it, or launch fewer processes (num_processes)."
-    return [Problem("training.batch_size", batch_size, f"at least {num_processes}", advice, idle)]
-
-
-def parallel_problems(sizes: Mapping[str, int]) -> list[Problem]:
-    """Returns a problem for each way of parallelism that is not data-parallel."""
-    advice = "Use dp_shard_size (FSDP2) for a model that is too large for a device."
-    return [
-        Problem(f"accelerate_config.parallelism_config_{name}_size", sizes[name], "1", advice, f"but {reason}")
-        for name, reason in PARALLEL.items()
-        if sizes[name] > 1
-    ]
-
-
-def _is_set(environment: Mapping[str, str], name: str) -> bool:
-    return environment.get(name, "false").lower() not in OFF
-
-
 def tracker_problems(names: list[str]) -> list[Problem]:
     """Returns the trackers that accelerate does not know or would leave out, at most with a warning."""
-    known = sorted(kind.value for kind in LoggerType if kind != LoggerType.ALL)
-    installed, problems = set(map(str, get_available_trackers())), []
+    known, installed = sorted({*map(str, LoggerType)} - {"all"}), set(map(str, get_available_trackers()))
+    problems = []
     for name in names:
         if name not in known:
-            problems.append(Problem("trackers", name, ", ".join(known), did_you_mean(name, known).strip()))
+            problems.append(not_one_of("trackers", name, known))
         elif name not in installed:
             problems.append(Problem("trackers", name, "", f"Run: pip install {name}", "which is not installed"))
     return problems

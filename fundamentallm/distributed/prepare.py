@@ -2,10 +2,15 @@
 
 The model stays the caller's object, and its parameters keep their names. Under FSDP2, each decoder block is a unit;
 parameters, gradients and optimizer state are DTensors, of which each process holds a shard.
+
+Modules are compiled in place. Each shape gets its own kernels (`dynamic=False`). The kernels of a batch then depend on
+its shape alone, not on earlier batches, and a resumed run is bit-identical. `StepSampler` pads micro-batches, so there
+is one shape in training and another in validation.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,14 +20,14 @@ from accelerate import Accelerator
 from accelerate.utils import DynamoBackend, broadcast
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
-from torch.nn.parameter import is_lazy
 from torch.optim import SGD, Optimizer
 
-from fundamentallm.distributed.compilation import compile_in_place
-from fundamentallm.distributed.dtensor import is_sharded
 from fundamentallm.errors import ConfigError, Problem
 
 NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
+MAX_SHAPES = 64
+"""Most shapes that one function is compiled for. torch's default of 8 counts over all models of a process; beyond it,
+torch warns and runs the function uncompiled."""
 
 
 def place_model(
@@ -46,7 +51,6 @@ def place_model(
     Raises:
         ConfigError: if the model or the accelerate config does not allow it.
     """
-    _check_model(model)
     if _recomputes(accelerator, activation_checkpointing):
         if not hasattr(model, "gradient_checkpointing_enable"):
             raise ConfigError(
@@ -70,24 +74,6 @@ def place_model(
     _draw_weights(model, seed, accelerator.is_main_process)
 
 
-def _check_model(model: nn.Module) -> None:
-    """Raises ConfigError for weights and layers that cannot be trained here."""
-    sparse = [name for name, module in model.named_modules() if getattr(module, "sparse", None) is True]
-    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
-    frozen = [name for name, p in model.named_parameters() if not is_lazy(p) and p.is_inference()]
-    problems = [
-        f"{', '.join(names)}: {problem}"
-        for names, problem in (
-            (sparse, "an embedding with sparse=True, whose gradients cannot be clipped; set it to False."),
-            (lazy, "a weight without a shape; call the model with a batch before it is given to the Trainer."),
-            (frozen, "a weight made under torch.inference_mode(); make the model outside of it."),
-        )
-        if names
-    ]
-    if problems:
-        raise ConfigError(problems)
-
-
 def _widen(model: nn.Module, computed_in: torch.dtype | None) -> str:
     """Converts 16-bit weights and buffers to float32, in place. Returns a line for the user, or "".
 
@@ -96,26 +82,13 @@ def _widen(model: nn.Module, computed_in: torch.dtype | None) -> str:
     """
     narrow = [p for p in model.parameters() if p.dtype in NARROW.values()]
     wide = [p for p in narrow if p.requires_grad or (type(p) is nn.Parameter and p.dtype != computed_in)]
+    if not wide:
+        return ""
     kinds = sorted({str(p.dtype).removeprefix("torch.") for p in wide})
-    _to_float32([tensor for tensor in (*wide, *(model.buffers() if wide else ())) if tensor.dtype in NARROW.values()])
+    for tensor in (*wide, *(buffer for buffer in model.buffers() if buffer.dtype in NARROW.values())):
+        tensor.data = tensor.data.float()
     was = f"{len(wide)} weights were {' and '.join(kinds)}"
-    return f"{was} and are now float32 (training.mixed_precision computes in 16 bits)" if wide else ""
-
-
-def _to_float32(tensors: Iterable[torch.Tensor]) -> None:
-    """Converts tensors in place. Those that share memory, such as a weight and its transpose, share it afterwards."""
-    by_memory: dict[Any, list[torch.Tensor]] = {}
-    for tensor in tensors:
-        address = 0 if is_sharded(tensor) else tensor.untyped_storage().data_ptr()  # 0: no memory of its own
-        by_memory.setdefault((tensor.dtype, address or id(tensor)), []).append(tensor)
-    for (dtype, _), views in by_memory.items():
-        if len(views) == 1:
-            views[0].data = views[0].data.float()
-            continue
-        storage = views[0].untyped_storage()
-        whole = views[0].data.as_strided((storage.nbytes() // dtype.itemsize,), (1,), 0).float()
-        for view in views:
-            view.data = whole.as_strided(view.shape, view.stride(), view.storage_offset())
+    return f"{was} and are now float32 (training.mixed_precision computes in 16 bits)"
 
 
 def prepare_model(
@@ -268,3 +241,29 @@ def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
             f"the optimizer ({type(optimizer).__name__}) has state, or parameters that are not the model's; allowed "
             "under FSDP2: an optimizer over this model that makes its state in its first step, before that step."
         )
+
+
+def is_compiled(accelerator: Accelerator, wanted: bool | None) -> bool:
+    """Returns whether to compile: `training.compile` (`wanted`), or the accelerate config if that is None."""
+    return accelerator.state.dynamo_plugin.backend != DynamoBackend.NO if wanted is None else wanted
+
+
+def compile_problems(accelerator: Accelerator, wanted: bool | None) -> list[Problem]:
+    """Returns the problem of a `training.compile` (`wanted`) that the accelerate config contradicts, if it does."""
+    if wanted is not False or not is_compiled(accelerator, None):
+        return []
+    backend = accelerator.state.dynamo_plugin.backend.value.lower()
+    reason = f"and dynamo_backend in the accelerate config is {backend!r}"
+    return [Problem("training.compile", False, reason=reason, advice="Set only one of them, or both alike.")]
+
+
+def compile_in_place(accelerator: Accelerator, modules: Iterable[nn.Module]) -> None:
+    """Have modules compiled at their first call, with the backend of the accelerate config, or inductor."""
+    plugin = accelerator.state.dynamo_plugin
+    options: dict[str, Any] = {"dynamic": False, **plugin.to_kwargs()}
+    if plugin.backend == DynamoBackend.NO:
+        options["backend"] = "inductor"
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:  # older versions of torch have none
+        options["recompile_limit"] = MAX_SHAPES
+    for module in modules:
+        module.compile(**options)

@@ -55,16 +55,9 @@ class Beat(NamedTuple):
     """Heartbeat of a process."""
 
     time: float  # by its own clock: an equal beat is an old one
-    place: Place
+    place: list[int]
     error: str = ""  # why the process fails
-    may_follow: bool = False  # whether the error may follow from the loss of another process
     is_done: bool = False  # whether the process has finished, or knows which processes are lost
-
-
-def furthest_behind(places: list[Place]) -> list[int]:
-    """Returns the ranks of the processes that the furthest one waits for; if none is behind, all ranks."""
-    furthest = max(place[1:] for place in places)
-    return [rank for rank, place in enumerate(places) if place[1:] < furthest] or list(range(len(places)))
 
 
 class Watchdog:
@@ -79,17 +72,15 @@ class Watchdog:
     def __init__(self, place: Callable[[], Place], hang_minutes: float | None, group: HostGroup) -> None:
         self._place, self._group, self.rank, self.size = place, group, group.rank, group.size
         self._hang_seconds = math.inf if hang_minutes is None else 60 * hang_minutes
-        self._places: list[Place] = []
-        self._since = math.inf
         self._error: BaseException | None = None
-        self._lost = [] if self.rank == 0 else [(0, GONE)]  # what is true if the store does not answer
+        self._lost = {0: GONE} if self.rank else {}  # what is true if the store does not answer
         self._leaving = threading.Event()
         # A daemon, joined with a timeout: if the machine of process 0 is lost, a request may never return.
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
         if self.size > 1 and self._connect():
-            self._beat()
+            self._exchange()
             self._thread.start()
         return self
 
@@ -102,95 +93,80 @@ class Watchdog:
         """Ends the watch. Returns a ProcessLostError if the loss of others caused the error, otherwise the error."""
         self._error = error
         self.__exit__()
-        ranks = [rank for rank, _ in self._lost]
-        if self.size == 1 or not isinstance(error, RuntimeError) or self.rank in ranks or not ranks:
+        if self.size == 1 or not isinstance(error, RuntimeError) or self.rank in self._lost or not self._lost:
             return error
-        lost = "; ".join(f"process {rank} of {self.size} (on {self._hosts[rank]}) {what}" for rank, what in self._lost)
+        named = [f"process {rank} of {self.size} (on {self._hosts[rank]}) {what}" for rank, what in self._lost.items()]
         advice = "The run cannot continue without it; run the same command to resume from the last checkpoint."
-        return ProcessLostError(f"at step {self._place().step}, {lost}. {advice}", ranks)
+        return ProcessLostError(f"at step {self._place().step}, {'; '.join(named)}. {advice}", list(self._lost))
 
     def _connect(self) -> bool:
         """Connects all processes to a store on a free port of process 0; returns whether each could."""
         options: dict[str, Any] = {"wait_for_workers": False, "timeout": timedelta(seconds=STORE_SECONDS)}
-        store: Any = None
-        if self.rank == 0:
-            store = dist.TCPStore("localhost", 0, is_master=True, **options)  # type: ignore[attr-defined]
-        host = socket.gethostname()
         # MASTER_ADDR, from the launcher, is how other machines reach process 0.
-        hosts = self._group.all_gather((host, os.environ.get("MASTER_ADDR", host), store and store.port))
+        host, store, port = socket.gethostname(), None, 0
+        if self.rank == 0:
+            store = dist.TCPStore("localhost", port, is_master=True, **options)  # type: ignore[attr-defined]
+            port = store.port
+        hosts = self._group.all_gather((host, os.environ.get("MASTER_ADDR", host), port))
         self._hosts, (_, address, port) = [host for host, _, _ in hosts], hosts[0]
         with suppress(RuntimeError):
             store = store or dist.TCPStore(address, port, **options)  # type: ignore[attr-defined]
-        self._store = store
-        if all(self._group.all_gather(store is not None)):
-            return True
-        self.size = 1
-        logger.warning("some processes cannot reach %s:%d; a lost process will not be named.", address, port)
-        return False
-
-    # ---- the thread --------------------------------------------------------------------------------------
+        self._store: Any = store
+        if not all(self._group.all_gather(store is not None)):
+            self.size = 1
+            logger.warning("some processes cannot reach %s:%d; a lost process will not be named.", address, port)
+        return self.size > 1
 
     def _watch(self) -> None:
-        """Sends and reads heartbeats until this process leaves or another one fails."""
-        is_leaving = has_failed = False
+        """The thread: exchanges heartbeats until this process leaves or another one fails."""
+        places: list[list[int]] = []
+        since, failed, is_leaving = math.inf, False, False
         with suppress(RuntimeError):  # of a store that is lost together with process 0
-            while not is_leaving and not has_failed:
+            while not is_leaving and not failed:
                 is_leaving = self._leaving.wait(BEAT_SECONDS)
                 beats = self._exchange()
-                has_failed = any(beat.error for beat in beats)
-                self._report_hang([beat.place for beat in beats])
-            self._lost = self._find_lost(beats) if has_failed else []
-            self._beat(is_done=True)
+                failed = any(beat.error for beat in beats)
+                now, before, places = time.monotonic(), places, [beat.place for beat in beats]
+                since = since if places == before else now
+                if now - since >= self._hang_seconds:
+                    self._report_hang(places, (now - since) / 60)
+                    since = math.inf  # report it once
+            lost = self._lost = self._find_lost(beats) if failed else {}
             # Process 0 serves the store, so it leaves last. When a failed process leaves, the others fail too: it waits
             # until they know its error.
-            deadline, lost = time.monotonic() + LOST_SECONDS, dict(self._lost)
-            while (self.rank == 0 or has_failed) and time.monotonic() < deadline:
-                if all(beat.is_done for rank, beat in enumerate(self._read()) if rank not in lost):
+            deadline = time.monotonic() + LOST_SECONDS
+            while not all(beat.is_done for rank, beat in enumerate(self._exchange(is_done=True)) if rank not in lost):
+                if time.monotonic() > deadline or not (self.rank == 0 or failed):
                     break
                 time.sleep(BEAT_SECONDS / 10)
 
-    def _find_lost(self, first: list[Beat]) -> list[tuple[int, str]]:
-        """Returns (rank, what happened) of the processes that ended the run: silent ones, otherwise failed ones."""
-        beats, silent = first, [rank for rank in range(self.size) if rank != self.rank]
+    def _find_lost(self, first: list[Beat]) -> dict[int, str]:
+        """Returns what happened to the processes that ended the run: silent ones by rank, otherwise failed ones."""
+        beats, silent = first, set(range(self.size)) - {self.rank}
         deadline = time.monotonic() + LOST_SECONDS
         while silent and time.monotonic() < deadline:
             time.sleep(BEAT_SECONDS / 4)
             beats = self._exchange()
-            silent = [rank for rank in silent if not beats[rank].is_done and beats[rank] == first[rank]]
-        failed = [(rank, beat) for rank, beat in enumerate(beats) if beat.error]
-        causes = [(rank, beat) for rank, beat in failed if not beat.may_follow] or failed
-        return [(rank, GONE) for rank in silent] or [(rank, f"ended by {beat.error}") for rank, beat in causes]
+            silent -= {rank for rank in silent if beats[rank].is_done or beats[rank] != first[rank]}
+        failed = {rank: f"ended by {beat.error}" for rank, beat in enumerate(beats) if beat.error}
+        return dict.fromkeys(sorted(silent), GONE) or failed
 
-    def _report_hang(self, places: list[Place]) -> None:
-        """Prints the stack of this process if nothing moves and the others wait for it."""
-        now = time.monotonic()
-        if places != self._places:
-            self._places, self._since = places, now
-        if (waited := now - self._since) < self._hang_seconds:
-            return
-        self._since = math.inf  # report it once
-        if self.rank in furthest_behind(places):
-            place = places[self.rank]
+    def _report_hang(self, places: list[list[int]], minutes: float) -> None:
+        """Prints the stack of this process if it is the furthest behind."""
+        step, polls, phase = places[self.rank]
+        if [polls, phase] == min(place[1:] for place in places):
             print(
-                f"no process has made progress for {waited / 60:.2g} minutes. Furthest behind: process {self.rank} of "
-                f"{self.size} (on {self._hosts[self.rank]}) at step {place.step}, {Phase(place.phase).name.lower()}. "
+                f"no process has made progress for {minutes:.2g} minutes. Furthest behind: process {self.rank} of "
+                f"{self.size} (on {self._hosts[self.rank]}) at step {step}, {Phase(phase).name.lower()}. "
                 "Its stack follows.",
                 file=sys.stderr,
                 flush=True,
             )
             faulthandler.dump_traceback(file=2)
 
-    def _beat(self, is_done: bool = False) -> None:
+    def _exchange(self, is_done: bool = False) -> list[Beat]:
+        """Sends the heartbeat of this process. Returns those of all."""
         error = self._error
         text = "" if error is None else f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-        # Collectives raise RuntimeErrors.
-        beat = Beat(time.monotonic(), self._place(), text, isinstance(error, RuntimeError), is_done)
-        self._store.set(f"{self.rank}", json.dumps(beat))
-
-    def _read(self) -> list[Beat]:
-        beats = map(json.loads, self._store.multi_get([f"{rank}" for rank in range(self.size)]))
-        return [Beat(sent, Place(*place), *end) for sent, place, *end in beats]
-
-    def _exchange(self) -> list[Beat]:
-        self._beat()
-        return self._read()
+        self._store.set(f"{self.rank}", json.dumps(Beat(time.monotonic(), [*self._place()], text, is_done)))
+        return [Beat(*json.loads(beat)) for beat in self._store.multi_get([f"{rank}" for rank in range(self.size)])]

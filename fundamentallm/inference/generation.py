@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,40 +14,47 @@ from torch import Tensor, nn
 
 from fundamentallm.config.validation import AT_LEAST_ONE, NON_NEGATIVE, POSITIVE, RANGES, Interval
 from fundamentallm.errors import ConfigError, FundamentaLLMError, Problem
-from fundamentallm.models.transformer import LayerCache, Transformer, cache_option
+from fundamentallm.models.transformer import Transformer, cache_option
+
+ALLOWED = {
+    "max_new_tokens": NON_NEGATIVE,
+    "context": AT_LEAST_ONE,
+    "seed": RANGES["seed"],
+    "repetition_penalty": POSITIVE,
+    "temperature": NON_NEGATIVE,
+    "top_k": AT_LEAST_ONE,
+    "top_p": Interval(low=0, high=1, open_low=True),
+}
 
 
-class Sampling(NamedTuple):
+@dataclass
+class _Sampling:
     """How a token is sampled. The settings act in this order, as in transformers' `generate`."""
 
-    repetition_penalty: float = 1.0
-    """Divides positive logits, and multiplies negative ones, of tokens that have occurred (arXiv:1909.05858)."""
-    temperature: float = 1.0
-    """Divides the logits; 0 takes the most probable token."""
-    top_k: int | None = None
-    """Sample among this many most probable tokens only."""
-    top_p: float | None = None
-    """Sample among the fewest most probable tokens that have this probability together (arXiv:1904.09751)."""
+    repetition_penalty: float
+    temperature: float
+    top_k: int | None
+    top_p: float | None
 
-    def draw(self, logits: Tensor, seen: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """Sample a token (B,) from each row of `logits` (B, V), by its generator. `seen` (B, V) marks past tokens."""
+    def draw(self, logits: Tensor, text: Sequence[int], generator: torch.Generator) -> int:
+        """Sample the token after `text` from its logits (V,)."""
         logits = logits.float()  # softmax needs the precision
-        if self.repetition_penalty != 1:
-            penalised = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
-            logits = torch.where(seen, penalised, logits)
+        if self.repetition_penalty != 1:  # arXiv:1909.05858
+            past = torch.tensor(text, device=logits.device)
+            values = logits[past]
+            logits[past] = torch.where(values > 0, values / self.repetition_penalty, values * self.repetition_penalty)
         if self.temperature == 0:
-            return _refuse_nan(logits).argmax(-1)
+            return int(_refuse_nan(logits).argmax())
         logits = logits / self.temperature
-        if self.top_k is not None and self.top_k < logits.shape[-1]:
+        if self.top_k is not None and self.top_k < len(logits):
             likeliest = logits.topk(self.top_k)
             logits = torch.full_like(logits, -torch.inf).scatter(-1, likeliest.indices, likeliest.values)
         probabilities = _refuse_nan(logits.softmax(-1))
-        if self.top_p is not None and self.top_p < 1:
-            ordered, order = probabilities.sort(-1, descending=True)
+        if self.top_p is not None and self.top_p < 1:  # arXiv:1904.09751
+            ordered, order = probabilities.sort(descending=True)
             is_beyond = ordered.cumsum(-1) - ordered >= self.top_p  # the tokens before it suffice
-            probabilities = probabilities.masked_fill(is_beyond.scatter(-1, order, is_beyond), 0.0)
-        rows = zip(probabilities, generators, strict=True)
-        return torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
+            probabilities[order[is_beyond]] = 0.0
+        return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
 def _refuse_nan(values: Tensor) -> Tensor:
@@ -84,7 +92,7 @@ def generate(
         top_k: sample among this many most probable tokens only.
         seed: seed of the samples. The global random state is neither read nor changed.
         top_p: sample among the fewest most probable tokens that have this probability together.
-        repetition_penalty: above 1, makes tokens less probable that have occurred (see `Sampling`).
+        repetition_penalty: above 1, makes tokens less probable that have occurred (arXiv:1909.05858).
         stop: ids that end the text, and are not yielded.
 
     Raises:
@@ -99,42 +107,21 @@ def generate(
         >>> len(ids), ids == list(generate(model, [1, 2, 3], max_new_tokens=5, context=16, seed=7))
         (5, True)
     """
-    sampling = Sampling(repetition_penalty, temperature, top_k, top_p)
-    return (row[0] for row in generate_batch(model, [token_ids], max_new_tokens, context, sampling, seed, stop) if row)
-
-
-def generate_batch(
-    model: nn.Module,
-    prompts: Sequence[list[int]],
-    max_new_tokens: int,
-    context: int | None,
-    sampling: Sampling = Sampling(),  # noqa: B008  # immutable
-    seed: int = 0,
-    stop: Collection[int] = (),
-) -> Iterator[dict[int, int]]:
-    """Yield, token by token, {index of the prompt: the id that continues it} for the prompts that have not ended.
-
-    Each prompt is continued as if alone, with `seed` plus its index. Arguments and errors are those of `generate`.
-    """
-    ranges: dict[str, tuple[float | None, Interval]] = {
-        "max_new_tokens": (max_new_tokens, NON_NEGATIVE),
-        "context": (context, AT_LEAST_ONE),
-        "seed": (seed, RANGES["seed"]),
-        "repetition_penalty": (sampling.repetition_penalty, POSITIVE),
-        "temperature": (sampling.temperature, NON_NEGATIVE),
-        "top_k": (sampling.top_k, AT_LEAST_ONE),
-        "top_p": (sampling.top_p, Interval(low=0, high=1, open_low=True)),
+    sampling: dict[str, Any] = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
     }
-    problems = [] if prompts and all(prompts) else [Problem("prompt", "", "at least one token")]
-    problems += filter(None, (row_problem(model, "prompt", prompt, prompt) for prompt in prompts))
-    problems += [
-        Problem(name, value, str(allowed))
-        for name, (value, allowed) in ranges.items()
-        if value is not None and value not in allowed
-    ]
+    problems = [] if token_ids else [Problem("prompt", "", "at least one token")]
+    if unknown := row_problem(model, "prompt", token_ids, token_ids):
+        problems.append(unknown)
+    for name, value in {"max_new_tokens": max_new_tokens, "context": context, "seed": seed, **sampling}.items():
+        if value is not None and value not in ALLOWED[name]:
+            problems.append(Problem(name, value, str(ALLOWED[name])))
     if problems:
         raise ConfigError(problems)
-    return _generate(model, prompts, max_new_tokens, context, sampling, seed, frozenset(stop))
+    return _generate(model, token_ids, max_new_tokens, context, _Sampling(**sampling), seed, frozenset(stop))
 
 
 def row_problem(model: nn.Module, setting: str, value: object, ids: Sequence[int]) -> Problem | None:
@@ -151,125 +138,53 @@ def row_problem(model: nn.Module, setting: str, value: object, ids: Sequence[int
 @torch.no_grad()
 def _generate(
     model: nn.Module,
-    prompts: Sequence[list[int]],
+    token_ids: list[int],
     max_new_tokens: int,
     context: int | None,
-    sampling: Sampling,
+    sampling: _Sampling,
     seed: int,
     stop: frozenset[int],
-) -> Iterator[dict[int, int]]:
-    device = next(model.parameters()).device
-    generators = [torch.Generator(device).manual_seed(seed + index) for index in range(len(prompts))]
-    longest = max(map(len, prompts)) + max_new_tokens
+) -> Iterator[int]:
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    text, longest = list(token_ids), len(token_ids) + max_new_tokens
     context = longest if context is None else min(context, longest)  # the cache need not be larger than the text
-    reader = _CachedReader(model, context) if isinstance(model, Transformer) else _Reader(model, context)
-    texts, rows, seen = [list(prompt) for prompt in prompts], list(range(len(prompts))), None
+    first, cache = max(len(text) - context, 0), None  # the index of the first token that the model sees
     was_training = model.training
     model.eval()
     try:
         for _ in range(max_new_tokens):
+            if len(text) - first > context:
+                first, cache = len(text) - max(context // 2, 1), None
             with _uncompiled():
-                logits = reader.next_logits([texts[row] for row in rows])
-            if seen is None:
-                seen = torch.zeros_like(logits, dtype=torch.bool)
-                for row, text in enumerate(texts):
-                    seen[row, text] = True
-            tokens = sampling.draw(logits, seen, [generators[row] for row in rows])
-            seen.scatter_(-1, tokens[:, None], True)
-            drawn = dict(zip(rows, tokens.tolist(), strict=True))
-            kept = [index for index, row in enumerate(rows) if drawn[row] not in stop]
-            if len(kept) < len(rows):
-                rows, seen = [rows[index] for index in kept], seen[kept]
-                reader.keep(kept)
-            if not rows:
+                logits, cache = _next_logits(model, text[first:], cache, context)
+            token = sampling.draw(logits, text, generator)
+            if token in stop:
                 return
-            for row in rows:
-                texts[row].append(drawn[row])
-            yield {row: drawn[row] for row in rows}
+            text.append(token)
+            yield token
     finally:
         model.train(was_training)
+
+
+def _next_logits(model: nn.Module, window: list[int], cache: Any, context: int) -> tuple[Tensor, Any]:
+    """Returns the logits (V,) of the token after a window, and the cache of keys and values after it.
+
+    The given cache holds all of the window but its last token; None: nothing is cached.
+    """
+    device = next(model.parameters()).device
+    begin = 0 if cache is None else len(window) - 1
+    ids = torch.tensor([window[begin:]], device=device)
+    if isinstance(model, Transformer):
+        cache = cache or model.new_cache(context)
+        positions = torch.arange(begin, len(window), device=device)[None]
+        # The logits of a whole prompt need much memory.
+        return model(ids, lambda hidden, weight: F.linear(hidden[0, -1], weight), cache, positions), cache
+    output = model(ids, **cache_option(model, True), **({} if cache is None else {"past_key_values": cache}))
+    logits = output if isinstance(output, Tensor) else output.logits
+    return logits[0, -1], getattr(output, "past_key_values", None)
 
 
 def _uncompiled() -> AbstractContextManager[object]:
     """Runs compiled modules (the blocks of a sharded model) uncompiled: every new length would be compiled."""
     # Without torch._dynamo in memory nothing is compiled, and importing it takes a second.
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-
-
-class _Reader:
-    """Computes the logits after growing texts with any model, one text at a time, since not all models take texts of
-    different lengths at once. Reuses what a transformers model caches.
-
-    (transformers' own `generate` has no seed for each text and does not continue beyond the context.)
-    """
-
-    def __init__(self, model: nn.Module, context: int) -> None:
-        self.model, self.context = model, context
-        self.device = next(model.parameters()).device
-        self.options: dict[str, Any] = cache_option(model, True)
-        self.firsts: list[int] = []
-        """Index of the first token of each text that the model sees."""
-        self.caches: list[Any] = []
-
-    def next_logits(self, texts: Sequence[list[int]]) -> Tensor:
-        """Returns the logits (B, V) of the token after each text, which is a token longer than at the last call."""
-        befores, self.firsts = self.firsts, self._windows(texts)
-        rows = []
-        for row, (text, first) in enumerate(zip(texts, self.firsts, strict=True)):
-            cache = self.caches[row] if befores and first == befores[row] else None
-            ids = torch.tensor([text[first:] if cache is None else text[-1:]], device=self.device)
-            output = self.model(ids, **self.options, **({} if cache is None else {"past_key_values": cache}))
-            logits = output if isinstance(output, Tensor) else output.logits
-            rows.append((logits[:, -1], getattr(output, "past_key_values", None)))
-        self.caches = [cache for _, cache in rows]
-        return torch.cat([logits for logits, _ in rows])
-
-    def _windows(self, texts: Sequence[list[int]]) -> list[int]:
-        """Returns the new `firsts`: unchanged while the context holds the text, otherwise its newest half is kept."""
-        firsts = self.firsts or [max(len(text) - self.context, 0) for text in texts]
-        return [
-            first if len(text) - first <= self.context else len(text) - max(self.context // 2, 1)
-            for text, first in zip(texts, firsts, strict=True)
-        ]
-
-    def keep(self, rows: list[int]) -> None:
-        """Drop all texts but those of `rows`."""
-        self.firsts = [self.firsts[row] for row in rows]
-        self.caches = [self.caches[row] for row in rows]
-
-
-class _CachedReader(_Reader):
-    """Computes the logits of a `Transformer` for a batch of texts, with a cache of keys and values.
-
-    Texts of different lengths are aligned at their starts. Padding lies in cache slots that are masked until the text's
-    own tokens replace it.
-    """
-
-    model: Transformer
-
-    def next_logits(self, texts: Sequence[list[int]]) -> Tensor:
-        """Returns the logits (B, V) of the token after each text, which is a token longer than at the last call."""
-        befores, self.firsts = self.firsts, self._windows(texts)
-        windows = [text[first:] for text, first in zip(texts, self.firsts, strict=True)]
-        lengths = torch.tensor([len(window) for window in windows], device=self.device)
-        if self.firsts == befores:
-            ids = torch.tensor([[window[-1]] for window in windows], device=self.device)
-            positions = lengths[:, None] - 1
-        else:  # at the start, or if a window has moved, everything is computed
-            self.caches = self.model.new_cache(self.context)
-            longest = int(lengths.max())
-            ids = torch.tensor([window + [0] * (longest - len(window)) for window in windows], device=self.device)
-            positions = torch.arange(longest, device=self.device).expand(len(ids), -1)
-        last = (lengths - 1 - positions[:, 0])[:, None, None]
-
-        def of_last(hidden: Tensor, weight: Tensor) -> Tensor:  # the logits of a whole prompt need much memory
-            return F.linear(hidden.take_along_dim(last, 1)[:, 0], weight)
-
-        return self.model(ids, of_last, self.caches, positions)  # type: ignore[no-any-return]
-
-    def keep(self, rows: list[int]) -> None:
-        """Drop all texts but those of `rows`."""
-        self.firsts = [self.firsts[row] for row in rows]
-        layer: LayerCache
-        for layer in self.caches:
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]

@@ -43,9 +43,7 @@ class ModelWithLoss(nn.Module):
 
     def objective(self, batch: Any) -> UsersObjective | PairLoss | OwnLoss:
         """Returns the objective of a batch."""
-        if self.of_user is not None:
-            return self.of_user
-        return self.of_mappings if isinstance(batch, Mapping) else self.of_pairs
+        return self.of_user or (self.of_mappings if isinstance(batch, Mapping) else self.of_pairs)
 
     def num_targets(self, batch: Any) -> Tensor:
         """Returns the number of targets of a batch, a scalar on its device."""
@@ -54,8 +52,7 @@ class ModelWithLoss(nn.Module):
 
     def count(self, batch: StepBatch) -> Tensor:
         """Returns the number of targets of this process in a step. Padding has none."""
-        count = self.num_targets(batch.own)
-        return count if batch.rows else count * 0
+        return self.num_targets(batch.own) * bool(batch.rows)
 
     def forward(self, batch: Any, with_outputs: bool = False) -> Any:
         """Returns the loss summed over targets, or (loss, outputs) if `with_outputs`, which only metrics need."""
@@ -72,10 +69,7 @@ class UsersObjective:
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
-
-    def num_targets(self, batch: Any) -> Any:
-        """Returns the objective's own count, or the number of samples."""
-        return getattr(self.objective, "num_targets", _num_rows)(batch)
+        self.num_targets = getattr(objective, "num_targets", _num_rows)
 
     def __call__(self, model: nn.Module, batch: Any, with_outputs: bool) -> tuple[Tensor, Any]:
         """Returns the loss, and the outputs if the objective returns some."""
@@ -93,9 +87,9 @@ class PairLoss:
     """
 
     def __init__(self, model: nn.Module, loss_fn: Any) -> None:
-        parameters = inspect.signature(model.forward).parameters
-        self.loss_fn, self.gives_targets, self._options = loss_fn, False, _without_cache(model)
-        self.by_hidden = hasattr(loss_fn, "of_hidden") and "of_hidden" in parameters
+        names, _, self._options = _arguments(model)
+        self.loss_fn, self.gives_targets = loss_fn, False
+        self.by_hidden = hasattr(loss_fn, "of_hidden") and "of_hidden" in names
 
     def num_targets(self, batch: Any) -> Tensor:
         """Returns the number of targets that are not ignored."""
@@ -137,30 +131,29 @@ class OwnLoss:
     """
 
     def __init__(self, model: nn.Module, loss_fn: Any) -> None:
-        parameters = inspect.signature(model.forward).parameters
-        takes_all = any(each.kind == each.VAR_KEYWORD for each in parameters.values())
-        names = [name for name, each in parameters.items() if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
-        self.required = [name for name in names if parameters[name].default is inspect.Parameter.empty]
-        self.loss_fn, self._names, self._options = loss_fn, None if takes_all else names, _without_cache(model)
-        self.computes_loss, self.shifts = takes_all or LABELS in names, _shifts_labels(model)
+        self._names, self._takes_all, self._options = _arguments(model)
+        self.required = [name for name, has_default in self._names.items() if not has_default]
+        self.loss_fn, self.computes_loss = loss_fn, self._takes_all or LABELS in self._names
+        # As the function of a transformers model's loss says.
+        is_causal = getattr(getattr(model, "loss_function", None), "__name__", "") == "ForCausalLMLoss"
+        self.shifts = is_causal and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         # transformers' models that take any argument hand the count on to their loss function.
-        hands_on = takes_all and hasattr(model, "loss_type") and getattr(model, "accepts_loss_kwargs", True)
-        self._takes_count = hands_on or "num_items_in_batch" in names
+        hands_on = self._takes_all and hasattr(model, "loss_type") and getattr(model, "accepts_loss_kwargs", True)
+        self._takes_count = hands_on or "num_items_in_batch" in self._names
 
     def unused(self, batch: Mapping[str, Any]) -> list[str]:
         """Returns the entries of a batch that neither the model's forward nor the loss takes."""
-        return [] if self._names is None else [name for name in batch if name not in (*self._names, LABELS)]
+        return [] if self._takes_all else [name for name in batch if name not in (*self._names, LABELS)]
 
     def num_targets(self, batch: Mapping[str, Any]) -> Any:
         """Returns the number of labels that count, or of samples if there are no labels."""
         labels = batch.get(LABELS)
         if not isinstance(labels, Tensor):
             return _num_rows(batch)
-        if not self.computes_loss:
-            return (labels != IGNORE_INDEX).sum()
-        if labels.is_floating_point():  # numbers to predict
+        if self.computes_loss and labels.is_floating_point():  # numbers to predict
             return labels.numel()
-        return ((labels[..., 1:] if self.shifts else labels) != IGNORE_INDEX).sum()
+        shifts = self.computes_loss and self.shifts
+        return ((labels[..., 1:] if shifts else labels) != IGNORE_INDEX).sum()
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any], with_outputs: bool) -> tuple[Tensor, Any]:
         """Returns the loss and the model's output."""
@@ -184,11 +177,16 @@ class OwnLoss:
         return loss_of(output) * count, output
 
 
-def _without_cache(model: nn.Module) -> dict[str, Any]:
-    """Returns the argument by which a model keeps no keys and values for generating text."""
-    parameters = inspect.signature(model.forward).parameters
-    takes_all = any(each.kind == each.VAR_KEYWORD for each in parameters.values())
-    return cache_option(model, False) if takes_all or "use_cache" in parameters else {}
+def _arguments(model: nn.Module) -> tuple[dict[str, bool], bool, dict[str, Any]]:
+    """Returns which arguments a model's forward takes, with whether each has a default, and whether it takes any other.
+
+    The third is the argument by which a transformers model keeps no keys and values for generating text.
+    """
+    parameters = inspect.signature(model.forward).parameters.values()
+    takes_all = any(each.kind == each.VAR_KEYWORD for each in parameters)
+    named = [each for each in parameters if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
+    names = {each.name: each.default is not each.empty for each in named}
+    return names, takes_all, cache_option(model, False) if takes_all or "use_cache" in names else {}
 
 
 def _pair(batch: Any) -> tuple[Any, Tensor]:
@@ -202,19 +200,15 @@ def _num_rows(batch: Any) -> int:
     return next((len(tensor) for tensor in tensors(batch) if tensor.ndim), 1)
 
 
-def _shifts_labels(model: nn.Module) -> bool:
-    """Returns whether a transformers model shifts labels, as the function of its loss says."""
-    is_causal = getattr(getattr(model, "loss_function", None), "__name__", "") == "ForCausalLMLoss"
-    return is_causal and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-
-
 def describe(value: Any) -> str:
     """Returns the type of a batch or an output and what it contains, for messages."""
-    if isinstance(value, Mapping):
-        return f"a {type(value).__name__} of {', '.join(map(str, value))}"
-    if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {', '.join(type(entry).__name__ for entry in value)}"
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    content = ""
+    if isinstance(value, (Mapping, tuple, list)):
+        entries = map(str, value) if isinstance(value, Mapping) else [type(entry).__name__ for entry in value]
+        content = f" of {', '.join(entries)}"
+    return f"a {type(value).__name__}{content}"
 
 
 def entry_of(output: Any, name: str) -> Any:
@@ -222,32 +216,26 @@ def entry_of(output: Any, name: str) -> Any:
     return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
 
 
-def logits_of(output: Any) -> Tensor:
-    """Returns the logits of a model's output: a tensor, the entry `logits`, or the first tensor of a tuple.
-
-    Raises:
-        ConfigError: if there are none.
-    """
+def _tensor_of(output: Any, name: str, fits: Callable[[Tensor], bool]) -> Tensor | None:
+    """Returns a model's output if it is a tensor, its entry `name`, or the first tensor of a tuple that fits."""
     if isinstance(output, (tuple, list)):
-        output = next((entry for entry in output if isinstance(entry, Tensor) and entry.ndim), output)
-    logits = output if isinstance(output, Tensor) else entry_of(output, "logits")
-    if not isinstance(logits, Tensor):
+        output = next((entry for entry in output if isinstance(entry, Tensor) and fits(entry)), output)
+    found = output if isinstance(output, Tensor) else entry_of(output, name)
+    return found if isinstance(found, Tensor) else None
+
+
+def logits_of(output: Any) -> Tensor:
+    """Returns the logits of a model's output, or raises ConfigError if there are none."""
+    logits = _tensor_of(output, "logits", lambda tensor: tensor.ndim > 0)
+    if logits is None:
         raise ConfigError(Problem("the model's output", describe(output), "a tensor, or one with logits", OBJECTIVE))
     return logits
 
 
 def loss_of(output: Any) -> Tensor:
-    """Returns the loss in a model's output: a scalar, the entry `loss`, or the first scalar of a tuple.
-
-    Raises:
-        ConfigError: if there is none.
-    """
-    if isinstance(output, (tuple, list)):
-        output = next((entry for entry in output if isinstance(entry, Tensor) and entry.numel() == 1), output)
-    loss = output if isinstance(output, Tensor) else entry_of(output, "loss")
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        advice = (
-            "Give the batch the labels that the model's loss needs, or say what to minimise: Trainer(objective=...)."
-        )
+    """Returns the loss in a model's output, or raises ConfigError if there is none."""
+    loss = _tensor_of(output, "loss", lambda tensor: tensor.numel() == 1)
+    if loss is None or loss.numel() != 1:
+        advice = f"Give the batch the labels that the model's loss needs. {OBJECTIVE}"
         raise ConfigError(Problem("the model's output", describe(output), "one with a scalar loss", advice))
     return loss.reshape(())

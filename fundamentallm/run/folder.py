@@ -15,7 +15,7 @@ from typing import Any
 
 from fundamentallm.atomic import write_text
 from fundamentallm.errors import START_AGAIN, FundamentaLLMError, RunInProgressError, writing
-from fundamentallm.run.json_lines import LineFile, read
+from fundamentallm.run.json_lines import read
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +29,8 @@ otherwise the lock of a killed run would last as long as its workers."""
 
 
 def _close_in_child() -> None:
-    for descriptor in _lock_files:
-        os.close(descriptor)
-    _lock_files.clear()
+    while _lock_files:
+        os.close(_lock_files.pop())
 
 
 os.register_at_fork(after_in_child=_close_in_child)
@@ -43,11 +42,7 @@ def locked(folders: Iterable[Path]) -> Iterator[None]:
 
     The lock belongs to the open file (`flock`). A POSIX record lock would end when any code of this process closes the
     lock file, such as a callback that copies the folder. The lock file stays: if it was removed, two processes could
-    each lock a file of their own.
-
-    Raises:
-        RunInProgressError: if another run uses a folder.
-        OSError: if a folder cannot be created or written to.
+    each lock a file of their own. Raises RunInProgressError if another run uses a folder.
     """
     me = f"process {os.getpid()} on {socket.gethostname()}"
     with contextlib.ExitStack() as stack:
@@ -65,8 +60,6 @@ def locked(folders: Iterable[Path]) -> Iterator[None]:
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
                     raise
                 holder = os.read(file, 1000).decode(errors="replace").strip() or "another process"
-                if holder == me:
-                    holder = "another Trainer of this process"
                 raise RunInProgressError(
                     f"{folder} is in use by {holder}. Wait until it ends, stop it, or choose another output_dir."
                 ) from None
@@ -92,31 +85,25 @@ def read_status(folder: Path) -> dict[str, Any]:
 
 
 def note_interruption(folder: Path, reason: str) -> None:
-    """Notes in `status.json` that a signal ended a launch before its run was resumed. The run is where it was.
+    """Notes in `status.json` that a signal ended a launch outside of training. The run is where it was.
 
     If another launch uses the folder, its status stays.
     """
     with contextlib.suppress(FundamentaLLMError, OSError), locked([folder]):
-        status = read_status(folder)
-        has_ended = status.get("pid") == os.getpid() and status.get("state") != "running"
-        if status.get("state") != "finished" and not has_ended:
-            status = {"step": 0, "total_steps": None, **status, "pid": os.getpid(), "host": socket.gethostname()}
-            reason = f"{reason} while the run was being prepared"
-            write_status(folder, **status | {"state": "interrupted", "exit_code": START_AGAIN, "reason": reason})
+        status = {"step": 0, "total_steps": None} | read_status(folder)
+        if status.get("state") != "finished":
+            ended = {"state": "interrupted", "exit_code": START_AGAIN, "reason": f"{reason} outside of training"}
+            write_status(folder, **status | ended | {"pid": os.getpid(), "host": socket.gethostname()})
 
 
 def write_start(folder: Path, **start: Any) -> None:
     """Appends a launch to `starts.jsonl`, not to metrics.jsonl, which is the same with and without restarts."""
-    starts = LineFile(folder / STARTS)
-    starts.rewind()  # drops a line that a kill left incomplete
-    starts.append(start)
+    with writing(folder / STARTS):
+        write_text(folder / STARTS, "".join(json.dumps(one) + "\n" for one in [*read(folder / STARTS), start]))
 
 
 def read_starts(folder: Path) -> list[dict[str, Any]]:
-    """Returns the launches that led to the present log, oldest first.
-
-    If the run went back to an earlier step, the launches after that step are left out.
-    """
+    """Returns the launches that led to the present log, oldest first: none that a return to an earlier step undid."""
     starts: list[dict[str, Any]] = []
     for start in read(folder / STARTS):
         starts = [earlier for earlier in starts if earlier["step"] <= start["step"]] + [start]
@@ -124,10 +111,7 @@ def read_starts(folder: Path) -> list[dict[str, Any]]:
 
 
 def repeats_all_launches(folder: Path) -> bool:
-    """Whether all launches in a folder began at step 0 with the same settings and data: they log the same lines.
-
-    All but the present one were then killed before their first checkpoint.
-    """
+    """Whether all launches in a folder began at step 0 with the same settings and data: they log the same lines."""
     starts = [(start["step"], start.get("config"), start.get("data")) for start in read(folder / STARTS)]
     return len(starts) > 1 and all(start[0] == 0 and start == starts[-1] for start in starts)
 

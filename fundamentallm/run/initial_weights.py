@@ -20,15 +20,11 @@ from fundamentallm.models.adapters import add_lora
 from fundamentallm.models.transformers_format import TOKENIZER, WEIGHTS, Pretrained, find_pretrained, transformers_model
 from fundamentallm.run.state import RunState
 
-BESIDE = ("init_from", "pretrained", "dropout", "lora")
-"""Settings of the model that do not belong to its shape."""
-
 
 def open_pretrained(config: Config) -> tuple[Config, Pretrained | None, nn.Module | None]:
-    """Opens the folder that `model.pretrained` names, if any, on all processes together.
+    """Opens the folder that `model.pretrained` names, if any, on all processes together; see `find_completed`.
 
-    Returns the config completed from the folder, the folder, and the model if transformers makes it. Errors are those
-    of `find_completed`, and a FundamentaLLMError on the other processes.
+    Returns the config completed from the folder, the folder, and the model if transformers makes it.
     """
     if config.model.pretrained is None:
         return config, None, None
@@ -43,11 +39,9 @@ def open_pretrained(config: Config) -> tuple[Config, Pretrained | None, nn.Modul
 
 
 def find_completed(config: Config, name: str) -> tuple[Config, Pretrained]:
-    """Returns the config completed from the model folder `name`, and the folder.
+    """Returns the config with shape and tokenizer of the model folder `name`, and the folder.
 
-    Raises:
-        CheckpointError: if it is damaged.
-        ConfigError: if it cannot be used, or contradicts other settings.
+    Raises CheckpointError if it is damaged; ConfigError if it cannot be used, or contradicts other settings.
     """
     with explained(Path(name)):
         pretrained = find_pretrained(name)
@@ -59,43 +53,34 @@ def find_completed(config: Config, name: str) -> tuple[Config, Pretrained]:
 
 
 def completed(config: Config, pretrained: Pretrained) -> Config:
-    """Returns the run's config with the model's shape and tokenizer taken from the folder.
-
-    Raises ConfigError, listing every setting that contradicts the folder.
-    """
-    theirs = pretrained.shape or dataclasses.replace(config.model, vocab_size=pretrained.vocab_size)
+    """Returns the config with the folder's shape and tokenizer. See `find_completed`."""
+    model, data, folder = config.model, config.data, pretrained.folder
+    theirs = pretrained.shape or ModelConfig(vocab_size=pretrained.vocab_size)
+    theirs = dataclasses.replace(theirs, pretrained=model.pretrained, dropout=model.dropout, lora=model.lora)
     problems: list[str] = []
     for entry in dataclasses.fields(ModelConfig):
-        value, known = getattr(config.model, entry.name), pretrained.shape is not None or entry.name == "vocab_size"
-        if entry.name in BESIDE or value == entry.default or (known and value == getattr(theirs, entry.name)):
-            continue
-        has = f"has {getattr(theirs, entry.name)}" if known else f"is a {pretrained.config.get('model_type')} model"
-        advice = "Leave it out: the shape is the folder's."
-        problems.append(Problem(f"model.{entry.name}", value, advice=advice, reason=f"and {pretrained.folder} {has}"))
-    if config.model.init_from is not None:
-        reason = f"and model.pretrained is {config.model.pretrained!r}"
-        advice = "Set one of them. (A checkpoint of ours is a pretrained model too.)"
-        problems.append(Problem("model.init_from", config.model.init_from, advice=advice, reason=reason))
-    length, most = config.data.sequence_length, pretrained.context
+        value = getattr(model, entry.name)
+        if value not in (entry.default, getattr(theirs, entry.name)):
+            advice, reason = "Leave it out.", f"and model.pretrained sets it: {folder} has its own"
+            problems.append(Problem(f"model.{entry.name}", value, advice=advice, reason=reason))
     if pretrained.shape is None:
-        reason = f"and {pretrained.folder} is trained through transformers"
-        if config.model.dropout:
+        reason = f"and {folder} is trained through transformers"
+        if model.dropout:
             advice = "Set the dropout in its config.json, under its own names."
-            problems.append(Problem("model.dropout", config.model.dropout, "0", advice, reason))
-        if config.data.mask_documents:
+            problems.append(Problem("model.dropout", model.dropout, "0", advice, reason))
+        if data.mask_documents:
             problems.append(Problem("data.mask_documents", True, "false", reason=reason))
-        if most is not None and length > most:
-            allowed = f"at most {most}, the context of {pretrained.folder}"
-            problems.append(Problem("data.sequence_length", length, allowed))
-    spec = config.data.tokenizer
+        if pretrained.context is not None and data.sequence_length > pretrained.context:
+            allowed = f"at most {pretrained.context}, the context of {folder}"
+            problems.append(Problem("data.sequence_length", data.sequence_length, allowed))
+    spec = data.tokenizer
     try:
-        spec = _tokenizer(spec, pretrained.folder / TOKENIZER)
+        spec = _tokenizer(spec, folder / TOKENIZER)
     except ConfigError as error:
         problems += error.problems
     if problems:
         raise ConfigError(problems)
-    model = dataclasses.replace(theirs, pretrained=config.model.pretrained, dropout=config.model.dropout)
-    return dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, tokenizer=spec))
+    return dataclasses.replace(config, model=theirs, data=dataclasses.replace(data, tokenizer=spec))
 
 
 def _tokenizer(spec: str, theirs: Path) -> str:
@@ -119,12 +104,7 @@ def _tokenizer(spec: str, theirs: Path) -> str:
 
 
 def begin_from_checkpoint(state: RunState, group: HostGroup, init_from: str, tokenizer: Tokenizer) -> None:
-    """Loads the weights of the checkpoint `init_from`.
-
-    Raises:
-        CheckpointError: if it is damaged, or its model has another shape.
-        ConfigError: if it was trained with another tokenizer.
-    """
+    """Loads the weights of the checkpoint `init_from`. Raises ConfigError if it was trained with another tokenizer."""
     checkpoint = Path(expand_user(init_from))
     group.from_main(lambda: check_checkpoint(checkpoint))
     theirs = checkpoint / TOKENIZER

@@ -28,7 +28,9 @@ class RunningMean:
 
 
 class Progress:
-    """The position of a run. Everything else about the data follows from the step; counts stay on the device.
+    """The position of a run over `samples`. Counts stay on the device.
+
+    `content` is the fingerprint of each dataset, training first.
 
     Attributes:
         step: optimizer steps done.
@@ -41,17 +43,13 @@ class Progress:
     """
 
     def __init__(self, samples: StepSampler, content: list[str | None], device: torch.device) -> None:
-        """Starts a run over `samples`; `content` is the fingerprint of each dataset, training first."""
-        self.samples = samples
-        self.step = 0
+        self.samples, self.step = samples, 0
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
         self.loss = RunningMean(device)
         self.validation_due = False
         self.origin: str | None = None
-        order = {
-            name: getattr(samples, name)
-            for name in ("num_samples", "batch_size", "seed", "drop_last", "schedule", "sampler")
-        }
+        names = ("num_samples", "batch_size", "seed", "drop_last", "schedule", "sampler")
+        order = {name: getattr(samples, name) for name in names}
         self.segments = [{**order, "content": content, "start": list(samples.start)}]
 
     def count(self, loss: Tensor, num_targets: Tensor) -> None:
@@ -79,10 +77,7 @@ class Progress:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resumes at a saved position: at the next sample if the batch size changed, at the next epoch if the data did.
-
-        Raises ValueError if the state is not that of a run.
-        """
+        """Resumes at a saved step: at the next sample if the batch size changed, at the next epoch if the data did."""
         before, now, step = state["stretches"][-1], self.segments[-1], state["step"]
         saved = sampler_of(before)
         if not isinstance(step, int) or step < saved.start.step:
@@ -104,10 +99,7 @@ class Progress:
 
 
 def sampler_of(segment: dict[str, Any]) -> StepSampler:
-    """Returns the batches of a segment, over all processes.
-
-    Raises ValueError if no run can start where the segment does.
-    """
+    """Returns the batches of a segment, over all processes. Raises ValueError if no run can start where it does."""
     sampler = StepSampler(
         segment["num_samples"],
         segment["batch_size"],

@@ -26,25 +26,16 @@ class Choice(NamedTuple):
     """What a run resumes from."""
 
     path: Path | None = None  # the checkpoint, verified; None: the run begins
-    skipped: tuple[str, ...] = ()  # why newer checkpoints cannot be used
     origin: Path | None = None  # the checkpoint that `resume` names, if this run began from it
     is_rewound: bool = False  # returns to an earlier checkpoint of its own
 
 
-def choose_checkpoint(wanted: str, manager: CheckpointManager | None) -> Choice:
-    """Chooses the checkpoint to resume from.
+def choose_checkpoint(wanted: str, manager: CheckpointManager | None, say: Callable[[str], None]) -> Choice:
+    """Chooses the checkpoint to resume from; `wanted` is `training.resume`: auto, never, or a path.
 
-    The same command launches and relaunches a run, so a path in `resume` applies only until the run has saved a
-    checkpoint of its own.
-
-    Args:
-        wanted: `training.resume`: auto, never, or a path.
-        manager: the run's own checkpoints; None: it saves none.
-
-    Raises:
-        ConfigError: if `wanted` is 'never' and the checkpoint folder is in use, or a path and the folder holds
-            another run, whose checkpoints would be deleted as new ones come.
-        CheckpointError: if there are checkpoints but none is intact.
+    The same command launches and relaunches a run, so a path applies only until the run has saved a checkpoint of its
+    own. Raises ConfigError if the folder is in use, or holds another run whose checkpoints would be deleted as new ones
+    come; CheckpointError if there are checkpoints but none is intact.
     """
     if wanted == "never":
         folder = None if manager is None else manager.checkpoint_dir
@@ -54,27 +45,26 @@ def choose_checkpoint(wanted: str, manager: CheckpointManager | None) -> Choice:
             raise ConfigError(Problem("training.resume", "never", advice=advice, reason=reason))
         return Choice()
     newest, skipped = manager.newest_intact() if manager is not None else (None, [])
+    for reason in skipped:
+        say(f"skipping checkpoint {reason}")
     if wanted == "auto":
         if newest is None and skipped and manager is not None:
             raise CheckpointError(
                 f"All checkpoints in {manager.checkpoint_dir} are damaged. Starting from scratch in this folder would "
-                "mix two runs: choose another output_dir, or move the checkpoints away."
-                + "".join(f"\n  {reason}" for reason in skipped)
+                "mix two runs: choose another output_dir, or move the checkpoints away.\n  " + "\n  ".join(skipped)
             )
-        return Choice(newest, tuple(skipped))
+        return Choice(newest)
     path = Path(expand_user(wanted)).absolute()
     if manager is not None and newest is not None:
         progress = load_parts(newest, ["progress_state_dict"]).get("progress_state_dict")
         if isinstance(progress, dict) and progress.get("origin") == str(path):
-            manager.origin = path
-            return Choice(newest, origin=path)
+            return Choice(newest, path)
         if path.parent.resolve() != manager.checkpoint_dir.resolve():
             advice = "Choose another output_dir (or checkpoint_dir)."
             reason = f"and {manager.checkpoint_dir} holds another run, whose checkpoints would be rotated away"
             raise ConfigError(Problem("training.resume", str(path), advice=advice, reason=reason))
-        manager.origin = manager.checkpoint_dir / path.name
     check_checkpoint(path)
-    return Choice(path, origin=path, is_rewound=newest is not None)
+    return Choice(path, path, is_rewound=newest is not None)
 
 
 def resume(
@@ -85,19 +75,12 @@ def resume(
     restore: Callable[[dict[str, Any], Path], None],
     say: Callable[[str], None],
 ) -> Choice:
-    """Chooses the checkpoint to resume from and restores it, on all processes together.
+    """Chooses the checkpoint to resume from and restores it, on all processes together. See `choose_checkpoint`.
 
-    `like` returns which shards of the tensors to read (see `RunState.like`). `restore` gives the run what was read. For
-    `wanted` and `manager` see `choose_checkpoint`.
-
-    Raises:
-        CheckpointError: if no checkpoint is intact, or it does not fit the run.
-        ConfigError: if the folder may not be used, or settings that change the run differ.
-        FundamentaLLMError: on the other processes, if one of them failed.
+    `like` returns which shards of the tensors to read (see `RunState.like`). `restore` gives the run what was read. If
+    one process fails, the others raise FundamentaLLMError.
     """
-    choice = group.from_main(lambda: choose_checkpoint(wanted, manager))
-    for reason in choice.skipped:
-        say(f"skipping checkpoint {reason}")
+    choice = group.from_main(lambda: choose_checkpoint(wanted, manager, say))
     path = choice.path
     if path is None:
         return choice

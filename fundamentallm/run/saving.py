@@ -6,10 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from fundamentallm.checkpoint.manager import CheckpointManager
-from fundamentallm.checkpoint.snapshot import OPTIMIZER_KEY, plan
+from fundamentallm.checkpoint.snapshot import plan
 from fundamentallm.config.schema import TrainingConfig
 from fundamentallm.distributed.dtensor import local
 from fundamentallm.distributed.host_group import HostGroup
@@ -31,8 +29,7 @@ class Saver:
         self.requested = False  # a checkpoint at the end of this step
         self._is_best = False
         self._saved_step = -1
-        self._checks_next_step = False
-        self._shapes: dict[str, Any] = {}  # of the model, before the first step of a launch
+        self._shapes: dict[str, Any] | None = None  # of the model, before the first step of a launch
 
     @property
     def is_sharded(self) -> bool:
@@ -48,26 +45,13 @@ class Saver:
         """Asks for a checkpoint at the end of this step. All processes have to ask alike."""
         self.requested, self._is_best = True, self._is_best or is_best
 
-    def forget_requests(self) -> None:
-        """Drops what was requested but not saved."""
-        self.requested = self._is_best = False
-
-    def mark_saved(self) -> None:
-        """Notes that the present state is on disk, unless a validation is still due, which changes it."""
+    def mark_saved(self, is_saved: bool = True) -> None:
+        """Notes whether the present state is on disk. A validation that is due changes it."""
         progress = self.state.progress
-        self._saved_step = -1 if progress.validation_due else progress.step
-
-    def mark_changed(self) -> None:
-        """Notes that the present state is not on disk, although its step may be: a validation changes it."""
-        self._saved_step = -1
+        self._saved_step = progress.step if is_saved and not progress.validation_due else -1
 
     def save(self, name: str | None = None, is_best: bool = False) -> Path:
-        """Saves now, on every process together; the checkpoint is complete when this returns.
-
-        Raises:
-            ConfigError: if there is no checkpoint_dir.
-            CheckpointError: if it cannot be written.
-        """
+        """Saves now, on every process together; see `Trainer.save_checkpoint`."""
         manager, default = self.manager, self._name
         if manager is None:
             raise ConfigError("There is no checkpoint_dir; set training.checkpoint_dir.")
@@ -85,7 +69,7 @@ class Saver:
             if self.is_sharded or (self.group.rank == 0 and not manager.has_failed):
                 manager.save_in_background(self.state.state_dict(), self._name, self._is_best, self.files())
             self._saved_step = self.state.progress.step
-        self.forget_requests()
+        self.requested = self._is_best = False
 
     def finish(self) -> None:
         """Saves the present state and waits until it is on disk. Raises CheckpointError if it cannot be written."""
@@ -96,44 +80,31 @@ class Saver:
         self._on_savers(self.manager.wait)
         self._saved_step = saved
 
+    def begin(self) -> None:
+        """Starts a launch: drops requests, and lets `check_first_step` check its first step."""
+        self.requested = self._is_best = False
+        self._shapes = self._shapes_of_model() if self.manager is not None else None
+
     def check_first_step(self) -> None:
-        """Raises CheckpointError if what the first step of a launch made cannot be saved, or not be loaded again."""
-        if self._checks_next_step:
-            self._checks_next_step = False
-            self._expected_bytes()
-            before, now = self._shapes, self._shapes_of_model()
-            if changed := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
-                raise CheckpointError(
-                    f"{', '.join(changed)}: made or reshaped by the first step, so that no checkpoint would fit a new "
-                    "model. Register each as a tensor of its final shape, or with persistent=False."
-                )
-
-    def check_room(self, saves_left: int) -> None:
-        """Raises CheckpointError before the first step if the state cannot be saved or the disk has no room for it."""
-        if (manager := self.manager) is None:
+        """Raises CheckpointError if after a launch's first step its state cannot be saved, or loaded by a new model."""
+        manager, before, self._shapes = self.manager, self._shapes, None
+        if manager is None or before is None:
             return
-        self._checks_next_step, self._shapes = True, self._shapes_of_model()
-        num_bytes = self._expected_bytes()
-        self.group.from_main(lambda: manager.check_space_of_run(num_bytes, saves_left))
-
-    def _shapes_of_model(self) -> dict[str, Any]:
-        return {name: getattr(value, "shape", None) for name, value in self.state.model.state_dict().items()}
-
-    def _expected_bytes(self) -> int:
-        """Returns the size of a checkpoint. Before the first step, Adam's two numbers a parameter are assumed.
-
-        Raises CheckpointError if the state, or a text file, cannot be saved. No tensor is copied.
-        """
+        now = self._shapes_of_model()
+        if changed := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
+            raise CheckpointError(
+                f"{', '.join(changed)}: made or reshaped by the first step, so that no checkpoint would fit a new "
+                "model. Register each as a tensor of its final shape, or with persistent=False."
+            )
         # On all processes: reading its state makes a sharded model drop what a validation left gathered. If only
         # some processes did so, the next forward pass would wait forever.
         with self.group.barrier_with_errors():
             _, tensors = plan(self.state.state_dict(), self.files())
-        if self.state.progress.step:
-            return _bytes(tensors)
-        moments = {name: tensor for name, tensor in tensors.items() if name.startswith(OPTIMIZER_KEY)}
-        groups = self.state.optimizer.optimizer.param_groups
-        trained = sum(p.numel() * p.element_size() for group in groups for p in group["params"])
-        return _bytes(tensors) - _bytes(moments) + 2 * int(trained)
+        num_bytes = sum({(local(t).data_ptr(), t.nbytes): t.nbytes for t in tensors.values()}.values())  # tied: once
+        self.group.from_main(lambda: manager.check_space(num_bytes))
+
+    def _shapes_of_model(self) -> dict[str, Any]:
+        return {name: getattr(value, "shape", None) for name, value in self.state.model.state_dict().items()}
 
     def _on_savers(self, action: Callable[[], object]) -> None:
         """Runs `action` on every process that saves; errors are raised on all processes."""
@@ -153,17 +124,3 @@ def open_manager(config: TrainingConfig, is_sharded: bool) -> CheckpointManager 
         return None
     # Processes that save together need a group of their own, because they save in another thread.
     return CheckpointManager(config.checkpoint_dir, config.keep_last_n, HostGroup() if is_sharded else None)
-
-
-def saves_left(config: TrainingConfig, steps_left: int, steps_per_epoch: int) -> int:
-    """Returns at most how many checkpoints a run is still going to write."""
-    never = steps_left + 1
-    by_steps = steps_left // (config.save_every_n_steps or never)
-    by_epochs = steps_left // ((config.save_every_n_epochs or never) * steps_per_epoch)
-    by_validations = steps_left // min(config.eval_every_n_steps or never, steps_per_epoch)  # the best
-    return by_steps + by_epochs + by_validations + 2
-
-
-def _bytes(tensors: dict[str, Tensor]) -> int:
-    """Sum of all sizes, a tied tensor counted once."""
-    return sum({(local(t).data_ptr(), t.nbytes): t.nbytes for t in tensors.values()}.values())

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timezone
@@ -13,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fundamentallm.checkpoint.manager import CheckpointManager
-from fundamentallm.config.schema import Config
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.distributed.watchdog import Watchdog
 from fundamentallm.errors import (
@@ -28,9 +25,6 @@ from fundamentallm.errors import (
 )
 from fundamentallm.run.folder import locked, read_status, write_start, write_status
 from fundamentallm.run.stopping import StopSwitch
-
-_unlocking: list[threading.Thread] = []
-"""Threads of this process that keep the folders of an interrupted launch locked until its checkpoint is written."""
 
 
 class Position(NamedTuple):
@@ -48,53 +42,39 @@ class Record:
     def __init__(self, folder: Path | None, position: Callable[[], Position]) -> None:
         self.folder, self.position = folder, position
 
-    @property
-    def state(self) -> str | None:
-        """The state that status.json holds, such as "running"; None if there is none."""
-        return None if self.folder is None else read_status(self.folder).get("state")
+    def _was(self, *states: str) -> bool:
+        return self.folder is not None and read_status(self.folder).get("state") in states
 
-    def status(self, state: str, **more: Any) -> None:
-        """Writes status.json."""
+    def _write(self, state: str, **more: Any) -> None:
         if self.folder is not None:
             now = self.position()
             about = {"step": now.step, "total_steps": now.total_steps, "pid": os.getpid()}
             write_status(self.folder, state=state, **more, **about, host=socket.gethostname())
 
-    def launch(
-        self, resumed_from: Path | None, config: Config, environment: dict[str, Any], data: list[str | None]
-    ) -> None:
-        """Notes in status.json that the run is running, and in starts.jsonl when, where and with what.
-
-        `data` is the fingerprint of each dataset.
-        """
-        self.status("running")
+    def launch(self, resumed_from: Path | None, **about: Any) -> None:
+        """Notes in status.json that the run is running, and in starts.jsonl when, where and with what."""
+        self._write("running")
         if self.folder is not None:
-            write_start(
-                self.folder,
-                step=self.position().step,
-                time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                resumed_from=None if resumed_from is None else str(resumed_from),
-                environment=environment,
-                config=dataclasses.asdict(config),
-                data=data,
-            )
+            now, source = datetime.now(timezone.utc), None if resumed_from is None else str(resumed_from)
+            time = now.isoformat(timespec="seconds")
+            write_start(self.folder, step=self.position().step, time=time, resumed_from=source, **about)
 
     def failure(self, error: BaseException) -> None:
         """Notes which error ended the launch."""
-        # A launch that was refused leaves the run as it was, unless a scheduler would relaunch it again and again.
         if isinstance(error, Interrupted):
             return  # the run is where it was, which only the command knows if it was not restored yet
-        if not isinstance(error, ConfigError) or self.state in ("running", "interrupted"):
+        # A launch that was refused leaves the run as it was, unless a scheduler would relaunch it again and again.
+        if not isinstance(error, ConfigError) or self._was("running", "interrupted"):
             state = "diverged" if isinstance(error, TrainingError) else "failed"
             with suppress(FundamentaLLMError):  # on a full disk, the first error is the one to raise
-                self.status(state, exit_code=exit_code(error), reason=f"{type(error).__name__}: {error}")
+                self._write(state, exit_code=exit_code(error), reason=f"{type(error).__name__}: {error}")
 
     def end(self, reason: str) -> None:
         """Notes how the launch ended."""
         now = self.position()
         state = "finished" if now.is_finished else "interrupted" if now.was_interrupted else "stopped"
-        if state != "finished" or self.state != state:  # launching a finished run again changes nothing
-            self.status(state, exit_code=START_AGAIN if now.was_interrupted else 0, reason=reason)
+        if state != "finished" or not self._was(state):  # launching a finished run again changes nothing
+            self._write(state, exit_code=START_AGAIN if now.was_interrupted else 0, reason=reason)
 
 
 @contextmanager
@@ -109,13 +89,9 @@ def session(
     """One launch of a run: locks its folders, watches the other processes, and records the outcome in status.json.
 
     On entry it also cleans up what a killed process left among the checkpoints. On an exception it waits for the
-    checkpoint that is being written, except on Ctrl-C: then the folders stay locked until it is written. Yields the
-    stack of what is undone once the outcome is recorded.
-
-    Raises:
-        RunInProgressError: if another process trains in the same folders.
-        ProcessLostError: if another process of the run died.
-        CheckpointError: if a folder cannot be used.
+    checkpoint that is being written; another Ctrl-C ends the wait. Yields the stack of what is undone once the outcome
+    is recorded. Raises RunInProgressError if another process trains in the same folders, ProcessLostError if another
+    process of the run died, and CheckpointError if a folder cannot be used.
     """
     with ExitStack() as stack:
         stack.enter_context(watchdog)
@@ -124,12 +100,12 @@ def session(
             yield stack
         except BaseException as raised:
             error = watchdog.explain(raised)
-            if manager is not None and not isinstance(error, KeyboardInterrupt):
-                try:
-                    manager.wait()
-                except Exception as failure:  # the first error is the one to raise
-                    say(str(failure))
             record.failure(error)
+            try:
+                if manager is not None:
+                    manager.wait()
+            except Exception as failure:  # the first error is the one to raise
+                say(str(failure))
             if error is not raised:
                 raise error from raised
             raise
@@ -146,13 +122,8 @@ def _open_folders(
         if str(folder) != str(folder).encode(errors="replace").decode():
             reason = "and safetensors reads no file there"
             raise ConfigError(Problem("output_dir", str(folder), "a path in UTF-8", reason=reason))
-    while _unlocking:
-        _unlocking[-1].join()
-        _unlocking.pop()
     try:
-        locks = ExitStack()
-        stack.callback(_unlock, locks, manager)
-        locks.enter_context(locked(folders))
+        stack.enter_context(locked(folders))
         if manager is None:
             say("training.checkpoint_dir is not set: nothing will be saved.")
         else:
@@ -161,18 +132,3 @@ def _open_folders(
                 say(line)
     except OSError as error:
         raise CheckpointError(f"A folder of this run cannot be used: {error}. Choose another output_dir.") from error
-
-
-def _unlock(locks: ExitStack, manager: CheckpointManager | None) -> None:
-    """Unlocks the folders of a run once no checkpoint is written any more, without waiting for it."""
-    writer = None if manager is None else manager.writer
-    if writer is None or not writer.is_alive():
-        locks.close()
-        return
-
-    def unlock() -> None:
-        writer.join()
-        locks.close()
-
-    _unlocking.append(threading.Thread(target=unlock, daemon=True))  # as the writer, it keeps no process alive
-    _unlocking[-1].start()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +30,6 @@ OPTIONAL_PARTS = {
 """Parts that a run may lack, and the settings that decide it."""
 
 
-class Restored(NamedTuple):
-    """What loading a checkpoint did."""
-
-    messages: list[str]  # one line for the user for each thing worth knowing
-    changed: frozenset[str]  # dotted names of settings, and facts of the data, that differ from the checkpoint's
-
-
 class RunState:
     """Every stateful part of a run by name, with the settings it was made with, as a plain dict.
 
@@ -57,18 +50,15 @@ class RunState:
         exchange(state)
         return {**state, "config": self.config, "versions": versions()}
 
-    def load(self, saved: dict[str, Any], where: Path, may_change: Collection[str], free: Collection[str]) -> Restored:
-        """Gives every part its saved state.
+    def load(
+        self, saved: dict[str, Any], where: Path, may_change: Collection[str], free: Collection[str]
+    ) -> tuple[list[str], set[str]]:
+        """Gives every part its state from the checkpoint at `where`.
 
-        Args:
-            saved: what `state_dict` returned, as read from a checkpoint.
-            where: the checkpoint, for messages.
-            may_change: settings or sections that the user allows to differ although they change the run.
-            free: settings that change no weight, and may always differ.
-
-        Raises:
-            CheckpointError: if a part is missing, unknown, or does not fit.
-            ConfigError: naming each setting that differs, changes the run, and is not in `may_change`.
+        `may_change` names settings or sections that the user allows to differ although they change the run, and `free`
+        those that change no weight. Returns lines for the user, and the names of settings and facts of the data that
+        differ. Raises CheckpointError if a part is missing, unknown, or does not fit; ConfigError with each setting
+        that may not differ.
         """
         if "adapter" in self.parts:
             saved.setdefault(ADAPTER_KEY, {})  # earlier versions saved adapters with their whole model
@@ -77,32 +67,27 @@ class RunState:
             exchange(saved)
             reset, messages = self._parts_to_reset(saved, changed.keys(), where)
         _refuse_changes(changed, may_change, free, where)
-        for name, part in self.parts.items():
-            if name in reset:
-                continue
+        restored = [name for name in self.parts if name not in reset]
+        for name in restored:
             try:
                 if "training.parameter_groups" in changed:
                     self._refit(name, saved)
-                part.load_state_dict(saved[f"{name}{SUFFIX}"])
+                self.parts[name].load_state_dict(saved[f"{name}{SUFFIX}"])
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # a checkpoint from elsewhere may hold anything
                 reason = error if isinstance(error, FundamentaLLMError) else f"{type(error).__name__}: {error}"
                 raise CheckpointError(f"{where}: its {name} does not fit this run: {reason}") from error
         self.loaded_from = where
-        inventory = self._inventory(saved, reset, where)
-        messages.append(f"resumed from {where} at step {self.progress.step}: {inventory}")
+        messages.append(f"resumed from {where} at step {self.progress.step}: {', '.join(restored)}")
         messages += [
             f"setting changed since the checkpoint: {name} {_short(before)} -> {_short(now)}"
             for name, (before, now) in changed.items()
         ]
-        return Restored(messages, frozenset(changed))
+        return messages, {*changed}
 
     def like(self) -> Like | None:
-        """Returns a function from a stored tensor's name and shape to the DTensor whose local shard is to be read.
-
-        The function returns None for a tensor that is read in full. If all are, there is no function.
-        """
+        """Returns which shards of the checkpoint's tensors this process reads; None: it reads all tensors in full."""
         weights = self.model.state_dict()
         if not any(is_sharded(tensor) for tensor in weights.values()):
             return None
@@ -129,26 +114,17 @@ class RunState:
     def _parts_to_reset(
         self, saved: dict[str, Any], changed: Collection[str], where: Path
     ) -> tuple[set[str], list[str]]:
-        """Returns the parts that a changed setting makes new, and a message for each.
-
-        Raises CheckpointError if a part is missing or unknown and no setting explains it.
-        """
-        expected = {f"{name}{SUFFIX}" for name in self.parts} | {"config", "versions"}
-        explained = {f"{name}{SUFFIX}" for name, settings in OPTIONAL_PARTS.items() if {*settings} & {*changed}}
-        missing, unknown = expected - saved.keys(), saved.keys() - expected
-        if not missing | unknown <= explained:
-            raise CheckpointError(
-                f"{where} does not fit this run: missing {sorted(missing)}, not expected {sorted(unknown)}."
-            )
-        reset = {name.removesuffix(SUFFIX) for name in missing}
-        saved_type = saved[OPTIMIZER_KEY].get("type")
+        """Returns the parts that a changed setting makes new, and messages. Others may not be missing or unknown."""
+        had = {key.removesuffix(SUFFIX) for key in saved.keys() - {"config", "versions"}}
+        missing, unknown = sorted(self.parts.keys() - had), sorted(had - self.parts.keys())
+        explained = {name for name, settings in OPTIONAL_PARTS.items() if {*settings} & {*changed}}
+        if not {*missing, *unknown} <= explained:
+            raise CheckpointError(f"{where} does not fit this run: missing {missing}, not expected {unknown}.")
+        reset, saved_type = {*missing}, saved[OPTIMIZER_KEY].get("type")
         if "training.optimizer" in changed and saved_type != type(self.optimizer.optimizer).__name__:
             reset.add("optimizer")
         messages = [f"{name} starts new: the checkpoint has no state for it" for name in sorted(reset)]
-        messages += [
-            f"{name.removesuffix(SUFFIX)} is in the checkpoint, and this run has none" for name in sorted(unknown)
-        ]
-        return reset, messages
+        return reset, messages + [f"{name} is in the checkpoint, and this run has none" for name in unknown]
 
     def _refit(self, name: str, saved: dict[str, Any]) -> None:
         """Fits the state of a part to the parameters that are trained from here on: some may have been frozen."""
@@ -156,19 +132,6 @@ class RunState:
             saved[OPTIMIZER_KEY] = self.optimizer.refit(saved[OPTIMIZER_KEY])
         elif name == "average":
             saved[AVERAGE_KEY] = self.parts[name].refit(saved[AVERAGE_KEY], saved[MODEL_KEY])
-
-    def _inventory(self, saved: dict[str, Any], reset: set[str], where: Path) -> str:
-        """Returns what was restored: counts of weights and of parameters with optimizer state, then the other parts.
-
-        Raises CheckpointError if the optimizer took less than the checkpoint holds.
-        """
-        words = [f"weights {len(saved[MODEL_KEY])}/{len(self.parts['model'].state_dict())}"]
-        if "optimizer" not in reset:
-            held, given = self.optimizer.state_dict()["state"], saved[OPTIMIZER_KEY]["state"]
-            if lost := [name for name in given if given[name].keys() != held[name].keys()]:
-                raise CheckpointError(f"{where}: the optimizer did not take the state of {', '.join(lost[:5])}.")
-            words.append(f"optimizer {sum(map(bool, held.values()))}/{len(held)}")
-        return ", ".join([*words, *(name for name in self.parts if name not in ("model", "optimizer", *reset))])
 
 
 def exchange(state: dict[str, Any]) -> None:
@@ -201,9 +164,6 @@ def _refuse_changes(
     for name in refused:
         before, now = changed[name]
         advice = "Set it back: the weights have that shape." if name in NEVER_ON_RESUME else allow
-        if name == "data.content" and "data.special_tokens" in changed:
-            special_tokens = changed["data.special_tokens"][0] or "null"
-            advice = f"Set data.special_tokens: {special_tokens}, as in the checkpoint. {advice}"
         problems.append(Problem(name, now, _short(before), advice, reason))
     if problems:
         raise ConfigError(problems)

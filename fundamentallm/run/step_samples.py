@@ -14,7 +14,6 @@ from fundamentallm.config.validation import from_dict
 from fundamentallm.data.corpus import Corpus, load_corpus, was_opened
 from fundamentallm.data.datasets import TokenSamples
 from fundamentallm.data.loaders import corpus_samples
-from fundamentallm.data.sampler import StepSampler
 from fundamentallm.data.tokenizers import read_tokenizer
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.run.progress import sampler_of
@@ -39,28 +38,21 @@ def samples_of_step(checkpoint: Path, step: int) -> StepSamples:
     """Returns the samples of a run's `step`-th optimizer step, counted from 1 as in metrics.jsonl.
 
     Every checkpoint holds all segments of its run, each with batches of its own. For a step after the checkpoint, the
-    answer is what the run will train on if its settings stay as they are.
-
-    Raises:
-        CheckpointError: if the checkpoint is damaged, or does not hold a run.
-        ConfigError: if the run has no such step.
+    answer is what the run will train on if its settings stay as they are. Raises ConfigError if the step is below 1.
     """
+    if step < 1:
+        raise ConfigError(Problem("step", step, "at least 1"))
     saved = load_parts(checkpoint, ("progress_state_dict", "config"))
     with explained(checkpoint, "it does not hold a run whose samples are known"):
         progress, config = saved["progress_state_dict"], saved["config"]
-        segments = progress["stretches"]
-        done, planned = progress["step"], _planned(config, sampler_of(segments[-1]))
-        last = max(done, planned)
-        if 1 <= step <= last:
-            segment = [segment for segment in segments if segment["start"][0] < step][-1]
-            sampler, content = sampler_of(segment), segment["content"][0]
-            if segment.get("sampler"):
-                raise ValueError(f"its order is that of the caller's own sampler, {segment['sampler']}")
-            if min(sampler.num_samples, max(sampler.sizes)) > MOST_IN_A_BATCH:
-                raise ValueError(f"a batch of more than {MOST_IN_A_BATCH:,} samples")
-            epoch, before = sampler.place(step - 1)[0], sampler.samples_before(step - 1)
-            return StepSamples(sampler.batch(step - 1), epoch, before, done, content, config)
-    raise ConfigError(Problem("step", step, allowed=f"1 to {last}, the last step of this run"))
+        segment = [segment for segment in progress["stretches"] if segment["start"][0] < step][-1]
+        sampler, content = sampler_of(segment), segment["content"][0]
+        if segment.get("sampler"):
+            raise ValueError(f"its order is that of the caller's own sampler, {segment['sampler']}")
+        if min(sampler.num_samples, max(sampler.sizes)) > MOST_IN_A_BATCH:
+            raise ValueError(f"a batch of more than {MOST_IN_A_BATCH:,} samples")
+        epoch, before = sampler.place(step - 1)[0], sampler.samples_before(step - 1)
+        return StepSamples(sampler.batch(step - 1), epoch, before, progress["step"], content, config)
 
 
 def why_no_text(checkpoint: Path, samples: StepSamples) -> str | None:
@@ -75,9 +67,7 @@ def why_no_text(checkpoint: Path, samples: StepSamples) -> str | None:
 def text_of_step(checkpoint: Path, samples: StepSamples, source: str | None = None) -> TokenSamples:
     """Opens the dataset that the samples are from; `source` is the present location of its text, if it has moved.
 
-    Raises:
-        CheckpointError: if the checkpoint is damaged.
-        ConfigError: if the text cannot be read, or is not the one that the step was trained on.
+    Raises ConfigError if the text cannot be read, or is not the one that the step was trained on.
     """
     verify(checkpoint, hashed=[STATE, TOKENIZER])
     try:
@@ -94,10 +84,9 @@ def text_of_step(checkpoint: Path, samples: StepSamples, source: str | None = No
 
 
 def corpus_of_run(checkpoint: Path, settings: dict[str, Any], source: str | None = None) -> tuple[DataConfig, Corpus]:
-    """Opens the text that a run was trained on, with the tokenizer of its checkpoint.
+    """Opens the text that a run with these `data` settings was trained on, with the tokenizer of its checkpoint.
 
-    `settings` is the section `data` of its config. `source` is the present location of the text, if it has moved.
-    Raises ConfigError if the settings are malformed, the text cannot be read, or only the checkpoint names it.
+    For `source` see `text_of_step`. Raises ConfigError if the text cannot be read, or only the checkpoint names it.
     """
     data = from_dict(DataConfig, saved_data_settings(settings))
     if source is None and not was_opened(data):
@@ -112,11 +101,3 @@ def corpus_of_run(checkpoint: Path, settings: dict[str, Any], source: str | None
     corpus = load_corpus(data, sys.stderr.isatty(), tokenizer)
     # Samples are compared by their ids, which only the run's own tokenizer decodes to their text.
     return data, corpus._replace(tokenizer=tokenizer)
-
-
-def _planned(config: dict[str, Any], sampler: StepSampler) -> int:
-    """Returns the last step that a run plans, or 0 if its config does not say."""
-    training = config.get("training", config)
-    steps, epochs = training.get("max_steps"), training.get("max_epochs")
-    by_epochs = None if epochs is None else sampler.steps_before_epoch(epochs)
-    return min((end for end in (steps, by_epochs) if end is not None), default=0)

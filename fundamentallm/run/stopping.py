@@ -37,10 +37,7 @@ REASONS = {
 
 
 class StopSwitch:
-    """Collects requests to stop, and agrees on them with the other processes over gloo, so that no device has to wait.
-
-    `max_minutes` is a time limit, counted from `begin`.
-    """
+    """Collects requests to stop, and agrees on them with the other processes over gloo: no device has to wait."""
 
     def __init__(self, max_minutes: float | None = None) -> None:
         self.wanted = Stop.NO  # the largest reason that this process knows
@@ -106,13 +103,9 @@ class StopSwitch:
 
     @contextmanager
     def handling_signals(self) -> Iterator[None]:
-        """Requests a stop when one of `signals.SIGNALS` arrives; restores the previous handlers on exit.
-
-        A second Ctrl-C raises KeyboardInterrupt at once. With `ends_at_once`, the command that started the run
-        handles signals.
-        """
+        """Requests a stop when one of `signals.SIGNALS` arrives. A second Ctrl-C raises KeyboardInterrupt at once."""
         signals.raise_if_interrupted()
-        if self.ends_at_once:
+        if self.ends_at_once:  # the command that started the run handles signals
             yield
             return
         interrupted_at: float | None = None
@@ -125,8 +118,7 @@ class StopSwitch:
                 if interrupted_at is not None and time.monotonic() - interrupted_at >= echo_seconds:
                     raise KeyboardInterrupt
                 if interrupted_at is None and os.environ.get("RANK", "0") == "0":
-                    # os.write, since the signal may interrupt a print.
-                    with suppress(OSError):
+                    with suppress(OSError):  # os.write, since the signal may interrupt a print
                         os.write(2, b"\nfinishing this step, then saving... (Ctrl-C again to quit without saving)\n")
                 interrupted_at = interrupted_at or time.monotonic()
             self.request(Stop.SIGNAL, f"{signal.Signals(number).name} received")

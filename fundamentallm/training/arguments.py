@@ -1,7 +1,8 @@
-"""What a Trainer is given: completed, checked, and described."""
+"""What a Trainer is given: completed, checked, and compared between processes."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Collection
 from dataclasses import replace
@@ -13,25 +14,29 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
-from fundamentallm.config.schema import Config, TrainingConfig, unknown_metric
+from fundamentallm.config.schema import Config, TrainingConfig, flat_settings, unknown_metric
+from fundamentallm.data.datasets import fingerprint
+from fundamentallm.data.listed_order import global_states, unwrapped
 from fundamentallm.data.loaders import step_sampler
 from fundamentallm.data.sampler import StepSampler
 from fundamentallm.distributed.accelerator import check_accelerator, create_accelerator
-from fundamentallm.distributed.compilation import is_compiled
+from fundamentallm.distributed.batches import tensors
 from fundamentallm.distributed.host_group import HostGroup
+from fundamentallm.distributed.prepare import is_compiled
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.training.callbacks.trackers import tracker_names
 from fundamentallm.training.evaluation import metric_names
 
+OF_ONE_MACHINE = {
+    *("output_dir", "trackers", "tracker_options", "model.init_from", "model.pretrained"),
+    *("data.source", "data.tokenizer", "data.cache_dir", "data.num_workers"),
+    *("training.checkpoint_dir", "training.resume", "training.peak_tflops"),
+}
+"""Settings that may differ between processes: folders of a machine, and what its hardware allows."""
+
 
 def whole_config(config: Config | TrainingConfig, batch_size: int | None) -> Config:
-    """Returns a whole config, resolved, with the loader's batch size if it has none of its own.
-
-    `batch_size` is None if a batch sampler decides.
-
-    Raises:
-        ConfigError: if it is something else.
-    """
+    """Returns a whole config, resolved, with the loader's batch size (None: a batch sampler decides) as default."""
     if not isinstance(config, (Config, TrainingConfig)):
         advice = "TrainingConfig(**settings) makes one of a dict."  # type: ignore[unreachable]  # not in a notebook
         raise ConfigError(Problem("config", config, "a Config or a TrainingConfig", advice))
@@ -44,11 +49,7 @@ def whole_config(config: Config | TrainingConfig, batch_size: int | None) -> Con
 def use_accelerator(
     accelerator: Accelerator | None, config: Config, output_dir: Path | None, batch_size: int | None
 ) -> tuple[Accelerator, Config]:
-    """Makes or checks the Accelerator. What its launcher decided becomes part of the config.
-
-    Raises:
-        ConfigError: if the two contradict each other, or the launch is not one run.
-    """
+    """Makes or checks the Accelerator. What its launcher decided becomes part of the config."""
     training = config.training
     launch = training.mixed_precision, training.smallest_batch_size(batch_size), training.compile
     if accelerator is not None:
@@ -61,6 +62,53 @@ def use_accelerator(
     return accelerator, replace(config, training=training)
 
 
+def check_alike(
+    group: HostGroup,
+    config: dict[str, Any],
+    optimizer: Optimizer | None,
+    loaders: dict[str, tuple[DataLoader[Any] | None, StepSampler | None]],
+) -> None:
+    """Compares settings, a caller's optimizer, and the order and a few samples of each dataset over all processes.
+
+    Raises:
+        ConfigError: on all processes, naming what differs.
+    """
+    if group.size == 1:
+        return
+    given = {name: repr(value) for name, value in flat_settings(config).items() if name not in OF_ONE_MACHINE}
+    given["optimizer"] = repr(optimizer)
+    for name, (loader, samples) in loaders.items():
+        given[name] = "not given"
+        if loader is not None and samples is not None:
+            given[name] = f"{samples.num_samples} samples in batches of {samples.batch_size}"
+            order = samples.sampler or f"drop_last={samples.drop_last}, sampler={type(unwrapped(loader)[0]).__name__}"
+            given[f"the order of {name}"] = order
+            given[f"the content of {name}"] = fingerprint(loader.dataset) or _sampled(loader)
+    first, *others = group.all_gather(given)
+    problems = []
+    for name, value in first.items():
+        for rank, other in enumerate(others, start=1):
+            if name in other and other[name] != value and "" not in (value, other[name]):
+                text, allowed = f"{other[name]} on process {rank}", f"{value}, as on process 0"
+                advice = "Give all processes the same: each takes its part of every batch by itself."
+                problems.append(Problem(name, text=text, allowed=allowed, advice=advice))
+                break
+    if problems:
+        raise ConfigError(problems)
+
+
+def _sampled(loader: DataLoader[Any]) -> str:
+    """Returns the digest of the first, middle and last sample as printed, or "" if they are others each time."""
+    dataset: Any = loader.dataset
+    places = sorted({0, len(dataset) // 2, len(dataset) - 1})
+    try:
+        with global_states(0):
+            first, second = (repr(tensors(loader.collate_fn([dataset[i] for i in places]))) for _ in range(2))
+    except Exception:  # the first batch will raise it, unless this dataset takes no single index
+        return ""
+    return hashlib.sha256(first.encode()).hexdigest()[:16] if first == second else ""
+
+
 def make_samplers(
     config: TrainingConfig,
     accelerator: Accelerator,
@@ -68,23 +116,13 @@ def make_samplers(
     train_loader: DataLoader[Any],
     val_loader: DataLoader[Any] | None,
 ) -> tuple[StepSampler, StepSampler | None]:
-    """Returns which samples this process computes in each step, and in validation.
-
-    Raises:
-        ConfigError: if the order of a loader cannot be resumed, or is not the same on all processes.
-    """
+    """Returns which samples this process computes in each step, and in validation."""
     at_once = None if config.micro_batch_size == "auto" else config.micro_batch_size
     # With compile, micro-batches are padded to one size, so that a compiled model sees one shape.
     process = accelerator.process_index, accelerator.num_processes, at_once, bool(config.compile)
     with group.barrier_with_errors():
         samples = step_sampler("train_loader", train_loader, config.seed, *process, config.batch_size_schedule)
         val_samples = None if val_loader is None else step_sampler("val_loader", val_loader, 0, *process)
-    for name, each in (("train_loader", samples), ("val_loader", val_samples)):
-        found = group.all_gather(None if each is None else (each.num_samples, each.batch_size, each.sampler))
-        if len(set(found)) > 1:
-            advice = "Give all processes the whole data in one order: each takes its part of every batch by itself."
-            described = "; ".join(f"process {rank}: {data}" for rank, data in enumerate(found))
-            raise ConfigError(Problem(name, described, "the same on all processes", advice, text=described))
     return samples, val_samples
 
 

@@ -23,10 +23,8 @@ def improves(value: float, best: float | None, mode: str, min_delta: float = 0.0
 
 
 def saved_best(value: Any) -> float | None:
-    """Returns a saved best value after checking its type. Raises ValueError if it is neither a number nor None."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-        raise ValueError(f"the best value is {value!r}; allowed: a number or null.")
-    return value if value is None else float(value)
+    """Returns a saved best value. Raises ValueError or TypeError if it is neither a number nor None."""
+    return None if value is None else float(value)
 
 
 class EarlyStopping:
@@ -93,13 +91,8 @@ class EarlyStopping:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the best value and the count, with metric and mode."""
-        return {
-            "metric": self.metric,
-            "mode": self.mode,
-            "best_value": self._best,
-            "counter": self.counter,
-            "is_best": self.is_best,
-        }
+        about = {"metric": self.metric, "mode": self.mode}
+        return {**about, "best_value": self._best, "counter": self.counter, "is_best": self.is_best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a saved state, unless it is about another metric. Raises ValueError if it is not such a state."""

@@ -16,6 +16,7 @@ from fundamentallm.config.schema import METRIC_NAMES
 from fundamentallm.data.datasets import TokenSamples
 from fundamentallm.distributed.batches import StepBatch
 from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.models.with_loss import describe
 from fundamentallm.run.progress import RunningMean
 from fundamentallm.training.metrics import Metric
 
@@ -29,19 +30,15 @@ def evaluate(
     further: Mapping[str, Metric],
     is_interrupted: Callable[[], bool],
 ) -> dict[str, float] | None:
-    """Returns the loss over all targets of a loader; batch size and number of processes do not affect it.
+    """Returns the metrics over all targets of a loader; batch size and number of processes do not affect them.
 
     Args:
-        step_model: maps a batch to the loss summed over targets; it is in evaluation mode until this returns.
+        step_model: maps a batch to the loss summed over targets.
         loader: the validation data.
         batches: this process's part of each of its batches.
         accelerator: adds up the sums of all processes.
-        further: further metrics by name, which need all outputs of a micro-batch.
-        is_interrupted: called after each batch; True ends the validation. It must agree on all processes.
-
-    Returns:
-        `val_loss` (mean per target, in nats for our losses), `val_perplexity` (its exponential), for text
-        `val_bits_per_byte`, and the `further` metrics, NaN if they counted nothing; None if interrupted.
+        further: further metrics by name, which need all outputs of a micro-batch. NaN if they counted nothing.
+        is_interrupted: called after each batch; True ends the validation with None. It must agree on all processes.
 
     Raises:
         ConfigError: if all targets are ignored, or a metric does not return (sum, count).
@@ -104,14 +101,12 @@ class _Measured:
             self.metric.update(outputs, batch)
             return
         result = self.metric(outputs, batch)
-        if not isinstance(result, tuple) or len(result) != 2:
-            kind = type(result).__name__
-            raise ConfigError(f"the metric {self.name} returned {kind}; allowed: (sum, count), two scalars.")
-        total, count = (torch.as_tensor(value) for value in result)
-        if total.numel() != 1 or count.numel() != 1:
-            shapes = f"{tuple(total.shape)} and {tuple(count.shape)}"
-            raise ConfigError(f"the metric {self.name} returned shapes {shapes}; allowed: (sum, count), two scalars.")
-        self.mean.add(total.reshape(()), count.reshape(()))
+        try:
+            total, count = (torch.as_tensor(value).reshape(()) for value in result)
+        except (TypeError, ValueError, RuntimeError) as error:
+            text = f"the metric {self.name} returned {describe(result)}; allowed: (sum, count), two scalars."
+            raise ConfigError(text) from error
+        self.mean.add(total, count)
 
     def value(self, total: float, count: float) -> float:
         """Returns the metric over all processes, whose sums and counts were added up."""

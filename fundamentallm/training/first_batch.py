@@ -1,14 +1,11 @@
-"""Checks the first batch and the first output before the first step: shapes, types, ranges, and known traps.
-
-Otherwise a run would end in an error of torch that names no setting, or silently train on something else.
-"""
+"""Checks the first batch and the first output before the first step: shapes, types, ranges, and known traps."""
 
 from __future__ import annotations
 
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -31,11 +28,10 @@ from fundamentallm.models.with_loss import (
     PairLoss,
     UsersObjective,
     describe,
-    entry_of,
     logits_of,
 )
+from fundamentallm.training.guard import copied_buffers
 from fundamentallm.training.loss import CrossEntropy
-from fundamentallm.training.micro_batch import restored
 
 MAX_BATCHES_WITHOUT_TARGETS = 100
 """Batches without any target that are read before a loader is refused."""
@@ -59,29 +55,26 @@ class CheckedArguments(TorchFunctionMode):
         if func in (F.embedding, F.cross_entropy, F.nll_loss, *DISTANCES):
             given = inspect.signature(func).bind(*args, **kwargs).arguments
             if func is F.embedding:
-                _check_ids(given["input"], given["weight"], self.names.get(given["weight"], "an embedding"))
-            elif func not in DISTANCES:
-                _check_targets(given["input"], given["target"], given.get("ignore_index", IGNORE_INDEX))
-            else:
+                name = self.names.get(given["weight"], "an embedding")
+                _check_ids(given["input"], len(given["weight"]), name)
+            elif func in DISTANCES:
                 _check_distance(given["input"], given["target"])
+            else:
+                _check_targets(given["input"], given["target"], given.get("ignore_index", IGNORE_INDEX))
         return func(*args, **kwargs)
 
 
-def _check_ids(ids: Tensor, weight: Tensor, name: str) -> None:
+def _check_ids(ids: Tensor, rows: int, name: str) -> None:
     if ids.dtype not in (torch.int64, torch.int32):
         raise _refuse("inputs", f"{ids.dtype}", f"integers, which {name} looks up", "Convert token ids: ids.long().")
-    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < len(weight):
-        advice = (
-            "Check that the tokenizer is the model's, and that samples are no longer than the model's context, or give "
-            "the model more rows (resize_token_embeddings in transformers)."
-        )
-        raise _refuse(
-            "inputs", f"{int(ids.min())} to {int(ids.max())}", f"0 to {len(weight) - 1}, the rows of {name}", advice
-        )
+    advice = (
+        "Check that the tokenizer is the model's, and that samples are no longer than the model's context, or give the "
+        "model more rows (resize_token_embeddings in transformers)."
+    )
+    _check_range("inputs", ids, rows, f"the rows of {name}", advice)
 
 
 def _check_targets(logits: Tensor, targets: Tensor, ignored: int) -> None:
-    classes = logits.shape[min(1, logits.ndim - 1)]
     if targets.is_floating_point() and targets.shape == logits.shape:  # probabilities
         return
     if targets.dtype not in (torch.int64, torch.uint8):
@@ -90,11 +83,14 @@ def _check_targets(logits: Tensor, targets: Tensor, ignored: int) -> None:
     if logits.ndim > 1 and targets.shape != (len(logits), *logits.shape[2:]):
         shapes = tuple(targets.shape), tuple(logits.shape)
         raise _refuse("targets", f"of shape {shapes[0]}", f"one for each of the logits, of shape {shapes[1]}")
-    counted = targets[targets != ignored]
-    if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < classes:
-        advice = f"Give the model as many classes as there are, or {IGNORE_INDEX} to targets that do not count."
-        found = f"{int(counted.min())} to {int(counted.max())}"
-        raise _refuse("targets", found, f"0 to {classes - 1}, the model's {classes} classes", advice)
+    advice = f"Give the model as many classes as there are, or {IGNORE_INDEX} to targets that do not count."
+    classes = logits.shape[min(1, logits.ndim - 1)]
+    _check_range("targets", targets[targets != ignored], classes, "the model's classes", advice)
+
+
+def _check_range(name: str, indices: Tensor, size: int, meaning: str, advice: str) -> None:
+    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < size:
+        raise _refuse(name, f"{int(indices.min())} to {int(indices.max())}", f"0 to {size - 1}, {meaning}", advice)
 
 
 def _check_distance(outputs: Tensor, targets: Tensor) -> None:
@@ -105,14 +101,27 @@ def _check_distance(outputs: Tensor, targets: Tensor) -> None:
         raise _refuse("targets", f"of shape {tuple(targets.shape)}", allowed, advice)
 
 
+@contextmanager
+def restored(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Set random numbers, buffers and training modes back on exit."""
+    buffers = copied_buffers(model.modules())
+    modes = [(module, module.training) for module in model.modules()]
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        try:
+            yield
+        finally:
+            for module, name, buffer, before in buffers:
+                buffer.copy_(before)
+                setattr(module, name, buffer)  # a forward pass may have replaced it
+            for module, mode in modes:
+                module.training = mode
+
+
 class FirstBatches:
     """Loads batches. The first one of each loader that has targets is checked, by a forward pass in evaluation mode.
 
-    Args:
-        model: model and objective, not wrapped.
-        accelerator: adds up the number of targets.
-        group: the processes, which all fail if one does.
-        say: prints a warning.
+    If a check fails on one process of `group`, it fails on all. `say` prints a warning.
     """
 
     def __init__(
@@ -159,13 +168,13 @@ class FirstBatches:
             accelerator.autocast(),
         ):
             model.eval()
-            shifts = _check_output(model, batch)
+            shifts = [_check_output(model, content) for content, _ in batch.micro_batches(model.trims)]
             _check_sum(model, batch)
         # The targets of one process may not show it, and all have to count alike.
-        known = [each for each in self.group.all_gather(shifts) if each is not None]
+        known = [each for found in self.group.all_gather(shifts) for each in found if each is not None]
         if known:
             model.of_mappings.shifts = known[0]
-        for line in (*_unused(model, batch.own), *_copies(model, batch.own), *_padding(model.model, collate_fn)):
+        for line in (*_warnings(model, batch.own), *_padding(model.model, collate_fn)):
             self.say(f"warning: {line}")
 
 
@@ -174,35 +183,51 @@ def _check_batch(model: ModelWithLoss, batch: Any) -> None:
     if not tensors(batch):
         raise _refuse("batch", describe(batch), "tensors, in any nesting")
     objective = model.objective(batch)
-    if isinstance(objective, OwnLoss):
-        name = type(model.model).__name__
-        if missing := [each for each in objective.required if each not in batch]:
-            allowed = f"a mapping with {', '.join(missing)}, which {name}.forward needs"
-            raise _refuse("batch", describe(batch), allowed, f"Rename the entries in collate_fn. {OBJECTIVE}")
-        if objective.computes_loss and type(model.loss_fn) is not CrossEntropy:
-            loss = type(model.loss_fn).__name__
-            raise _refuse("training.loss", loss, f"cross_entropy, since {name} computes its own loss", OBJECTIVE)
-        for key, mask in batch.items():
-            is_mask = str(key).endswith("attention_mask") and isinstance(mask, Tensor) and mask.ndim == 2
-            if is_mask and (hidden := (mask == 0).all(1)).any():
-                found = f"hides every token of sample {int(hidden.int().argmax())} of the batch"
-                raise _refuse(f"batch[{key!r}]", found, "at least one token", "Leave empty samples out of the dataset.")
+    if not isinstance(objective, OwnLoss):
+        return
+    name = type(model.model).__name__
+    if missing := [each for each in objective.required if each not in batch]:
+        allowed = f"a mapping with {', '.join(missing)}, which {name}.forward needs"
+        raise _refuse("batch", describe(batch), allowed, f"Rename the entries in collate_fn. {OBJECTIVE}")
+    if objective.computes_loss and type(model.loss_fn) is not CrossEntropy:
+        loss = type(model.loss_fn).__name__
+        raise _refuse("training.loss", loss, f"cross_entropy, since {name} computes its own loss", OBJECTIVE)
+    for key, mask in batch.items():
+        is_mask = str(key).endswith("attention_mask") and isinstance(mask, Tensor) and mask.ndim == 2
+        if is_mask and (hidden := (mask == 0).all(1)).any():
+            found = f"hides every token of sample {int(hidden.int().argmax())} of the batch"
+            raise _refuse(f"batch[{key!r}]", found, "at least one token", "Leave empty samples out of the dataset.")
 
 
-def _check_output(model: ModelWithLoss, batch: StepBatch) -> bool | None:
-    """Computes all micro-batches. Returns whether the model shifts its labels, or None if it does not show."""
-    shifts = None
-    for content, _ in batch.micro_batches(model.trims):
-        objective = model.objective(content)
-        needs_outputs = not (isinstance(objective, PairLoss) and objective.by_hidden)
-        if isinstance(objective, PairLoss) and needs_outputs:
-            _check_logits(model, objective, content)
-        loss, outputs = objective(model.model, content, needs_outputs)
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
-            raise _refuse("the loss", describe(loss), "a scalar: the sum over the targets")
-        if isinstance(objective, OwnLoss) and objective.computes_loss and shifts is None:
-            shifts = _find_shift(float(loss), int(objective.num_targets(content)), outputs, content)
-    return shifts
+def _check_output(model: ModelWithLoss, batch: Any) -> bool | None:
+    """Computes a micro-batch. Returns whether the model shifts its labels, or None if it does not show."""
+    objective = model.objective(batch)
+    needs_outputs = not (isinstance(objective, PairLoss) and objective.by_hidden)
+    if isinstance(objective, PairLoss) and needs_outputs:
+        _check_logits(model, objective, batch)
+    loss, _ = objective(model.model, batch, needs_outputs)
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
+        raise _refuse("the loss", describe(loss), "a scalar: the sum over the targets")
+    return _find_shift(model.model, objective, batch) if isinstance(objective, OwnLoss) else None
+
+
+def _find_shift(model: nn.Module, objective: OwnLoss, batch: Mapping[str, Any]) -> bool | None:
+    """Returns whether the model's own loss leaves out the first label of each row; None if it does not show."""
+    labels = batch.get(LABELS)
+    if objective.shifts or not objective.computes_loss or not isinstance(labels, Tensor):
+        return None
+    if labels.ndim < 2 or labels.is_floating_point():
+        return None
+
+    def mean_with_others(column: int | None) -> float:
+        others = labels.clone()
+        if column is not None:
+            others[:, column] = (labels[:, column] == 0).long()
+        given = {**batch, LABELS: others}
+        return float(objective(model, given, False)[0]) / max(int(objective.num_targets(given)), 1)
+
+    loss, of_first, of_last = (mean_with_others(column) for column in (None, 0, -1))
+    return of_first == loss if of_last != loss else None
 
 
 def _check_sum(model: ModelWithLoss, batch: StepBatch) -> None:
@@ -243,68 +268,42 @@ def _further_losses(output: Any, model: nn.Module) -> list[str]:
     """Returns the losses in an output that `PairLoss` would leave out."""
     if isinstance(output, (tuple, list)):
         return ["a scalar" for entry in output if isinstance(entry, Tensor) and not entry.ndim]
-    names = list(output) if isinstance(output, Mapping) else list(getattr(output, "__dict__", ()))
+    entries = output if isinstance(output, Mapping) else getattr(output, "__dict__", {})
     known = "aux_loss" if hasattr(model, "router_aux_loss_coef") else ""
-    losses = [name for name in names if str(name).endswith("loss") and name != known]
-    return [name for name in losses if entry_of(output, name) is not None]
+    losses = [name for name, entry in entries.items() if str(name).endswith("loss") and entry is not None]
+    return [name for name in losses if name != known]
 
 
-def _find_shift(loss: float, given: int, output: Any, batch: Mapping[str, Any]) -> bool | None:
-    """Returns whether `loss` is the cross entropy of the logits with each next label, or with its own; None: neither.
-
-    Args:
-        loss: the sum over the targets, which the model divided by their number or by the `given` one.
-    """
-    logits, labels = entry_of(output, "logits"), batch.get(LABELS)
-    if not isinstance(logits, Tensor) or not isinstance(labels, Tensor) or logits.shape[:-1] != labels.shape:
-        return None
-    if labels.ndim < 2 or labels.is_floating_point():
-        return None
-    errors = []
-    for x, y in ((logits, labels), (logits[:, :-1], labels[:, 1:])):
-        total = float(F.cross_entropy(x.float().flatten(0, -2), y.flatten(), reduction="sum"))
-        count = max(int((y != IGNORE_INDEX).sum()), 1)
-        errors.append(min(abs(loss - total), abs(loss - total / count * given)) / max(total, 1e-9))
-    is_clear = min(errors) < 1e-4 and min(errors) * 10 < max(errors)
-    return errors[1] < errors[0] if is_clear else None
-
-
-def _unused(model: ModelWithLoss, batch: Any) -> Iterator[str]:
-    """Yields a warning if the model does not take all entries of a mapping."""
+def _warnings(model: ModelWithLoss, batch: Any) -> Iterator[str]:
+    """Yields what a batch would silently train on: unused entries, copied inputs, and labels that are shifted twice."""
     objective = model.objective(batch)
+    if isinstance(objective, UsersObjective):
+        return
     if isinstance(objective, OwnLoss) and (names := objective.unused(batch)):
         yield (
             f"{type(model.model).__name__}.forward does not take {', '.join(map(str, names))} of the batch, which the "
             "model is trained without. Rename them in collate_fn if it should take them."
         )
-
-
-def _copies(model: ModelWithLoss, batch: Any) -> Iterator[str]:
-    """Yields a warning if the targets are the inputs, or were shifted twice."""
-    objective = model.objective(batch)
-    if isinstance(objective, UsersObjective):
-        return
-    is_mapping = isinstance(objective, OwnLoss)
-    inputs, targets = (batch.get("input_ids"), batch.get(LABELS)) if is_mapping else batch
+    inputs, targets = (batch.get("input_ids"), batch.get(LABELS)) if isinstance(objective, OwnLoss) else batch
     if not isinstance(inputs, Tensor) or not isinstance(targets, Tensor) or inputs.shape != targets.shape:
         return
     if targets.ndim < 2 or inputs.is_floating_point():
         return
-
-    def equal(x: Tensor, y: Tensor) -> bool:
-        counted = y != IGNORE_INDEX
-        return bool(counted.any()) and bool((x == y)[counted].all())
-
     shifts = isinstance(objective, OwnLoss) and objective.computes_loss and objective.shifts
-    if not shifts and equal(inputs, targets):
-        yield (
-            "the targets of the first batch equal its inputs, so the model learns to copy. To predict the next token, "
-            "give the loader collate_fn=fundamentallm.shift_labels."
-        )
-    if shifts and equal(inputs[:, 1:], targets[:, :-1]):
+    if shifts:
+        inputs, targets = inputs[:, 1:], targets[:, :-1]
+    counted = targets != IGNORE_INDEX
+    if not counted.any() or (inputs != targets)[counted].any():
+        return
+    if shifts:
         yield (
             "the labels of the first batch are the next tokens already, and this model shifts labels itself. Give it "
             "labels that equal input_ids."
+        )
+    else:
+        yield (
+            "the targets of the first batch equal its inputs, so the model learns to copy. To predict the next token, "
+            "give the loader collate_fn=fundamentallm.shift_labels."
         )
 
 

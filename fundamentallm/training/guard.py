@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from functools import partial
-from typing import TypeAlias
 
 import torch
 from accelerate import Accelerator
@@ -39,11 +37,6 @@ class Guard:
     median of the last `WINDOW` steps. (Median and median absolute deviation, since outliers move mean and standard
     deviation: Leys et al., J. Exp. Soc. Psychol. 49, 2013.) Spikes enter the window too, so that a lasting change of
     level is accepted after a while.
-
-    Args:
-        device: the device of the losses.
-        max_bad_steps: bad steps in a row after which every step is skipped.
-        skip_spikes_above: robust z-score of a spike; None: nothing is a spike.
     """
 
     def __init__(self, device: torch.device, max_bad_steps: int, skip_spikes_above: float | None = None) -> None:
@@ -65,25 +58,21 @@ class Guard:
         return bad | spike
 
     def _is_spike(self, step: int, values: Tensor, threshold: float) -> Tensor:
-        median = self._recent.nanmedian(dim=1, keepdim=True).values
-        spread = (self._recent - median).abs().nanmedian(dim=1).values * MAD_TO_STD
-        deviation = spread.maximum(LEAST_DEVIATION * median.squeeze(1).abs())
+        median = self._recent.nanmedian(dim=1).values
+        spread = (self._recent.T - median).abs().nanmedian(dim=0).values * MAD_TO_STD
+        deviation = spread.maximum(LEAST_DEVIATION * median.abs())
         known = (~self._recent.isnan()).sum(dim=1) >= FEWEST
-        above = values - median.squeeze(1) > threshold * deviation
-        slot = step % WINDOW
-        self._recent[:, slot] = values.where(values.isfinite(), self._recent[:, slot])
-        return (above & known).any()
+        is_above = values - median > threshold * deviation
+        slot = self._recent[:, step % WINDOW]
+        slot.copy_(values.where(values.isfinite(), slot))
+        return (is_above & known).any()
 
     def read(self) -> list[int]:
         """Returns the bad steps in a row, all bad steps, and the skipped spikes. The host waits for the device."""
         return self.counts.tolist()
 
     def raise_if_stopped(self, bad_in_a_row: int | None = None) -> None:
-        """Raises TrainingError if `max_bad_steps` steps in a row were bad. The host waits for the device.
-
-        Args:
-            bad_in_a_row: the count, if the caller has read it already.
-        """
+        """Raises TrainingError if `max_bad_steps` steps in a row were bad. Without the count, the host waits for it."""
         if (int(self._in_a_row) if bad_in_a_row is None else bad_in_a_row) >= self.max_bad_steps:
             raise TrainingError(
                 f"The loss or the gradient was not finite in {self.max_bad_steps} consecutive optimizer steps; none of "
@@ -91,23 +80,19 @@ class Guard:
             )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns the counts and the window."""
+        """Returns counts and window."""
         return {"counts": self.counts, "recent": self._recent}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore saved counts and window. Raises ValueError if they have another shape."""
-        if state["counts"].shape != self.counts.shape or state["recent"].shape != self._recent.shape:
-            raise ValueError(f"the shapes are {state['counts'].shape} and {state['recent'].shape}.")
-        self.counts.copy_(state["counts"])
-        self._recent.copy_(state["recent"])
+        for own, saved in ((self.counts, state["counts"]), (self._recent, state["recent"])):
+            if saved.shape != own.shape:
+                raise ValueError(f"the shape is {saved.shape}; allowed: {own.shape}.")
+            own.copy_(saved)
 
 
-BufferCopy: TypeAlias = tuple[nn.Module, str, Tensor, Tensor]
-"""Module, name of the buffer in it, buffer, copy of its values."""
-
-
-def copied_buffers(modules: Iterable[nn.Module]) -> list[BufferCopy]:
-    """Returns a copy of each buffer of the modules, except of expanded ones, which cannot be written to."""
+def copied_buffers(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
+    """Returns module, name, buffer and a copy of it for each buffer but expanded ones, which cannot be written to."""
     return [
         (module, name, buffer, buffer.detach().clone())
         for module in modules
@@ -126,26 +111,14 @@ class ModelGuard:
         self.model: nn.Module = accelerator.unwrap_model(model)
         # All processes read it, as a sharded model requires. A loss and its buffers are not saved.
         self._saved = {name for name in self.model.state_dict() if name.startswith("model.")}
-        self._names_unsaved = accelerator.is_main_process
-        self._reports, self._num_processes = accelerator.is_main_process, accelerator.num_processes
+        self._is_main, self._num_processes = accelerator.is_main_process, accelerator.num_processes
+        self._is_first_step = True
         self._with_buffers = [module for module in self.model.modules() if list(module.buffers(recurse=False))]
-        self._before: list[BufferCopy] = []
-        self._needed: list[str] = []
-        self._reached: set[str] = set()
+        self._before: list[tuple[nn.Module, str, Tensor, Tensor]] = []
         ddp = accelerator.ddp_handler
         finds_unused = ddp is not None and (ddp.find_unused_parameters or ddp.static_graph)
-        if self._num_processes > 1 and not accelerator.is_fsdp2 and not finds_unused:
-            self._watch_gradients(model)
-
-    def _watch_gradients(self, model: nn.Module) -> None:
-        """Have `_reached` name the parameters that got a gradient from the last micro-batch."""
-        reached = self._reached  # the hooks refer to names alone: no reference cycle holds a tensor
-        model.register_forward_pre_hook(lambda *_: reached.clear())
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                self._needed.append(name)
-                note = partial(_note, reached, name)
-                parameter.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
+        needs_all = self._num_processes > 1 and not accelerator.is_fsdp2 and not finds_unused
+        self._needed = [(name, p) for name, p in self.model.named_parameters() if needs_all and p.requires_grad]
 
     def begin(self) -> None:
         """Remembers the buffers, any of which the step may change."""
@@ -155,55 +128,43 @@ class ModelGuard:
         """Checks the model after the backward pass of a step. The host waits for the device in the first step only.
 
         Raises:
-            ConfigError: if DistributedDataParallel would wait for the gradient of a parameter that got none from the
-                last micro-batch, after which gradients are exchanged.
+            ConfigError: if DistributedDataParallel would wait for the gradient of a parameter that has none.
         """
-        unused = [name for name in self._needed if name not in self._reached]
+        unused = [name for name, parameter in self._needed if parameter.grad is None]
         if unused:
             raise ConfigError(
-                f"{_listed(unused)}: no gradient from the last micro-batch of a step, after which several processes "
-                "exchange the gradients of all parameters. Freeze parameters without a part in the loss "
-                "(training.parameter_groups), or give the Trainer an Accelerator with "
-                "kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]."
+                f"{_listed(unused)}: no gradient, although several processes exchange the gradients of all parameters. "
+                "Freeze parameters without a part in the loss (training.parameter_groups), or give the Trainer an "
+                "Accelerator with kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]."
             )
-        if self._names_unsaved:
-            self._names_unsaved = False
-            if unsaved := self._unsaved():
-                logger.warning(
-                    "Training changes buffers that no checkpoint holds, so that a resumed run starts with other "
-                    "values: %s. Register them in the model, with persistent=True.",
-                    _listed(unsaved),
-                )
-        if self._reports and (num_micro_batches > 1 or self._num_processes > 1):
-            self._reports = False
-            layers = self._layers_with_statistics(num_micro_batches)
-            if layers:
-                logger.warning(
-                    "The loss curve depends on micro_batch_size and on the number of processes, since these layers use "
-                    "statistics of one micro-batch on one process: %s. LayerNorm and GroupNorm do not.",
-                    _listed(layers),
-                )
+        if self._is_first_step:
+            self._is_first_step = False
+            if self._is_main:
+                self._warn(num_micro_batches)
 
-    def _changed(self) -> list[tuple[nn.Module, str]]:
-        """Returns the module and name of each buffer that the step has changed. The host waits for the device."""
-        return [(module, name) for module, name, _, before in self._before if _differ(before, getattr(module, name))]
-
-    def _unsaved(self) -> list[str]:
-        """Returns the buffers that the step has changed, and that are not part of a checkpoint."""
-        paths = {module: path for path, module in self.model.named_modules()}
-        changed = (".".join(filter(None, (paths[module], name))) for module, name in self._changed())
-        return [name for name in changed if name not in self._saved]
-
-    def _layers_with_statistics(self, num_micro_batches: int) -> list[str]:
-        """Returns the layers that normalise over a batch, or whose buffers the step has changed."""
-        changed = {module for module, _ in self._changed()}
-        layers = []
+    def _warn(self, num_micro_batches: int) -> None:
+        """Warns of buffers that the first step has changed, and of layers that normalise over a batch."""
+        unsaved, layers = [], []
         for path, module in self.model.named_modules():
+            of_module = [(name, before) for owner, name, _, before in self._before if owner is module]
+            changed = [name for name, before in of_module if _differ(before, getattr(module, name))]
+            unsaved += [f"{path}.{name}" for name in changed if f"{path}.{name}" not in self._saved]
             normalises = isinstance(module, BATCH_NORMS) and module.training
             has_all = isinstance(module, nn.SyncBatchNorm) and num_micro_batches == 1  # statistics of all processes
-            if (normalises or module in changed) and not has_all:
+            if (normalises or changed) and not has_all:
                 layers.append(f"{path} ({type(module).__name__})")
-        return layers
+        if unsaved:
+            logger.warning(
+                "Training changes buffers that no checkpoint holds, so that a resumed run starts with other values: "
+                "%s. Register them in the model, with persistent=True.",
+                _listed(unsaved),
+            )
+        if layers and (num_micro_batches > 1 or self._num_processes > 1):
+            logger.warning(
+                "The loss curve depends on micro_batch_size and on the number of processes, since these layers use "
+                "statistics of one micro-batch on one process: %s. LayerNorm and GroupNorm do not.",
+                _listed(layers),
+            )
 
     @torch.no_grad()
     def end(self, skip: Tensor) -> None:
@@ -214,10 +175,6 @@ class ModelGuard:
                 buffer.copy_(before.where(skip, buffer))
 
 
-def _note(names: set[str], name: str, _: Tensor) -> None:
-    names.add(name)
-
-
 def _differ(before: Tensor, now: Tensor | None) -> bool:
     """Returns whether a buffer has other values; one that grew or went away, such as a cache, is not compared."""
     return now is not None and now.shape == before.shape and not torch.equal(before, now)
@@ -225,5 +182,4 @@ def _differ(before: Tensor, now: Tensor | None) -> bool:
 
 def _listed(names: list[str]) -> str:
     shown = ", ".join(name.removeprefix("model.") for name in names[:MAX_NAMES_SHOWN])  # not of the module with loss
-    more = len(names) - MAX_NAMES_SHOWN
-    return f"{shown} and {more} more" if more > 0 else shown
+    return shown if len(names) <= MAX_NAMES_SHOWN else f"{shown} and {len(names) - MAX_NAMES_SHOWN} more"

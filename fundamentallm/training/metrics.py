@@ -41,13 +41,10 @@ An object that collects by itself is a metric too."""
 
 
 def further_metrics(names: Sequence[str], given: Mapping[str, Metric] | None = None) -> dict[str, Metric]:
-    """Returns validation metrics by the name under which they are logged: val_ and the name of the function.
+    """Returns metrics, from 'module:name' and `given` by name, by the name under which they are logged: val_NAME.
 
-    Args:
-        names: 'module:name' of metrics.
-        given: more metrics, by name.
-
-    Raises ConfigError, listing metrics that cannot be imported or called, and names that are taken.
+    Raises:
+        ConfigError: listing metrics that cannot be imported or called, and names that are taken.
     """
     problems: list[str] = []
     found: list[tuple[str, Any]] = [*(given or {}).items()]
@@ -70,18 +67,6 @@ def further_metrics(names: Sequence[str], given: Mapping[str, Metric] | None = N
     return metrics
 
 
-class History(dict[str, list[float]]):
-    """The numbers of a run as columns of equal length, as `pandas.DataFrame` takes them. Missing values are NaN."""
-
-    def __repr__(self) -> str:
-        """Returns the first, the smallest and the last value of each column, instead of pages of numbers."""
-        rows: list[tuple[str, ...]] = [(f"History of {len(self.get('step', ()))} rows", "first", "smallest", "last")]
-        for name, values in self.items():
-            known = [value for value in values if not math.isnan(value)] or [math.nan]
-            rows.append((f"  {name}", *(f"{value:.6g}" for value in (known[0], min(known), known[-1]))))
-        return "\n".join(f"{row[0]:19}" + "".join(f" {cell:>10}" for cell in row[1:]) for row in rows)
-
-
 class MetricTracker:
     """The history of a run: a list of values for each metric.
 
@@ -96,10 +81,7 @@ class MetricTracker:
         >>> metrics.get_history()
         {'step': [10, 20], 'train_loss': [2.0, 1.0], 'val_step': [20], 'val_loss': [1.5]}
         >>> metrics.by_step()
-        History of 2 rows        first   smallest       last
-          step                      10         10         20
-          train_loss                 2          1          1
-          val_loss                 1.5        1.5        1.5
+        {'step': [10, 20], 'train_loss': [2.0, 1.0], 'val_loss': [nan, 1.5]}
     """
 
     def __init__(self, log: Path | None = None) -> None:
@@ -118,20 +100,20 @@ class MetricTracker:
             values += [math.nan] * (before - len(values))
             values.append(value)
 
-    def by_step(self) -> History:
+    def by_step(self) -> dict[str, list[float]]:
         """Returns the history as columns of equal length, with a row for each step that was logged or validated.
 
         Missing values are NaN. The column `step` holds the steps of log lines and of validations (`val_step`).
         """
-        clocks = {clock: self.metrics.get(clock, []) for clock in CLOCKS}
-        rows = {step: row for row, step in enumerate(sorted({step for steps in clocks.values() for step in steps}))}
-        table = History(step=list(rows))
+        steps = sorted({step for clock in CLOCKS for step in self.metrics.get(clock, ())})
+        rows = {step: row for row, step in enumerate(steps)}
+        table = {"step": steps}
         for key, values in self.metrics.items():
-            if key not in clocks:
-                column = table[key] = [math.nan] * len(rows)
-                # A metric that a changed setting turned off is shorter than its steps.
-                for step, value in zip(clocks["val_step" if key.startswith("val_") else "step"], values, strict=False):
-                    column[rows[step]] = value
+            if key not in CLOCKS:
+                table[key] = [math.nan] * len(steps)
+                clock = self.metrics.get("val_step" if key.startswith("val_") else "step", [])
+                for step, value in zip(clock, values, strict=False):  # shorter if a changed setting turned it off
+                    table[key][rows[step]] = value
         return table
 
     def get_history(self) -> dict[str, list[float]]:
@@ -185,25 +167,19 @@ class MetricTracker:
         if any(type(value) not in (int, float) for value in latest.values()):
             raise ValueError(f"the latest values are {latest}; allowed: numbers.")
         self.metrics = {}
-        of_clock = {
-            clock: {key: value for key, value in latest.items() if key.startswith("val_") == (clock == "val_step")}
-            for clock in CLOCKS
-        }
-        for line in [] if self.log is None else map(numbers, read(self.log)):
-            clock = "step" if "train_loss" in line else "val_step"
-            line[clock] = line["step"]
-            if clock in latest and line[clock] <= latest[clock]:
-                self.update({key: line[key] for key in of_clock[clock] if key in line})
-        for clock, values in of_clock.items():
-            if clock in values and self.get_latest(clock) != values[clock]:
-                self.update(values)
+        log = [] if self.log is None else [numbers(line) for line in read(self.log)]
+        for clock in CLOCKS:
+            last = {key: value for key, value in latest.items() if key.startswith("val_") == (clock == "val_step")}
+            for line in log:
+                line[clock] = line["step"]
+                if ("train_loss" in line) == (clock == "step") and line[clock] <= last.get(clock, -1):
+                    self.update({key: line[key] for key in last if key in line})
+            if clock in last and self.get_latest(clock) != last[clock]:
+                self.update(last)
 
 
 def peak_memory_gb(device: torch.device) -> float | None:
-    """Returns the peak memory of this process in 10^9 bytes: allocated on the device, or resident on a CPU.
-
-    None if the device does not count it. The host does not wait for the device.
-    """
+    """Returns the peak memory of this process in GB: on the device (None: not counted), or resident on a CPU."""
     if device.type == "cpu":
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak * (1 if sys.platform == "darwin" else 1024) / 1e9

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import platform
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import convert_to_fp32
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from torch import nn
 
 from fundamentallm.config.schema import TrainingConfig
-from fundamentallm.data.sampler import StepSampler
 from fundamentallm.distributed.batches import StepBatch, take_rows
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import ConfigError, Problem
-from fundamentallm.training.guard import copied_buffers
-from fundamentallm.training.metrics import Metric
+from fundamentallm.training.first_batch import restored
 from fundamentallm.training.step import OptimizerStep
 
 
@@ -52,82 +46,53 @@ class MicroBatch:
         self.size = size if state["place"] == self.hardware else None
 
     def settle(
-        self,
-        step: OptimizerStep,
-        batches: Iterator[StepBatch],
-        samplers: Sequence[StepSampler],
-        group: HostGroup,
-        metrics: Mapping[str, Metric],
-    ) -> str:
-        """Finds the size, unless it is known, and has the samplers use it. Returns a line for the user.
+        self, step: OptimizerStep, batches: Iterator[StepBatch], largest: int, group: HostGroup, has_metrics: bool
+    ) -> int:
+        """Returns the size. Unless it is known, the next batch is tried, with its rows repeated to each size.
 
-        The next batch is tried, with its rows repeated to each size.
+        A batch of `largest` sequences is split evenly, into the fewest micro-batches that fit on every process. A try
+        exchanges nothing, so that a process that runs out of memory leaves no other one waiting.
 
         Raises:
             ConfigError: if not even one sequence fits.
         """
-        largest = samplers[0].largest_rank_batch
-        size = self.size or self._find(step, next(batches), largest, group, metrics)
-        self.size = size
-        for sampler in samplers:
-            sampler.micro_batch_size = size
-        return f"micro_batch_size is auto: {size} of {largest} sequences at once fit"
+        if self.size is not None:
+            return self.size
+        batch = next(batches)
 
-    def _find(
-        self, step: OptimizerStep, batch: StepBatch, largest: int, group: HostGroup, metrics: Mapping[str, Metric]
-    ) -> int:
-        """Returns the largest size that fits on every process.
-
-        A try exchanges nothing, so that a process that runs out of memory leaves no other one waiting.
-        """
-
-        def fits(size: int) -> bool:
-            rows = take_rows(batch.content, batch.size, [row % batch.size for row in range(size)])
+        def fits(count: int) -> bool:
+            rows = [row % batch.size for row in range(-(-largest // count))]
             with group.barrier_with_errors():
-                fits_here = _fits(step, rows, 1 + (size < largest), metrics)
+                fits_here = _fits(step, take_rows(batch.content, batch.size, rows), min(count, 2), has_metrics)
             return all(group.all_gather(fits_here))
 
         # Uncompiled, which needs no less memory: otherwise each size tried would be compiled for.
         with torch.compiler.set_stance("force_eager"), restored(step.objective, step.accelerator.device):
-            count = fewest_micro_batches(largest, fits)
-        if count is None:
+            # Often the whole batch fits, which bisection alone would try last.
+            count = 1 if fits(1) else 2 + bisect_left(range(2, largest + 1), True, key=fits)
+        if count > largest:
             advice = (
                 "Not even one sequence fits into the memory of the device: try a smaller model, a shorter "
                 "data.sequence_length, training.activation_checkpointing, or FSDP2."
             )
             raise ConfigError(Problem("training.micro_batch_size", "auto", advice=advice))
-        return -(-largest // count)
+        self.size = -(-largest // count)
+        return self.size
 
 
-def fewest_micro_batches(largest: int, fits: Callable[[int], bool]) -> int | None:
-    """Returns the smallest number of micro-batches of which one fits, if `largest` sequences are split evenly.
-
-    None: not even one sequence fits.
-    """
-    if fits(largest):  # often
-        return 1
-    counts = range(2, largest + 1)
-    found = bisect_left(counts, True, key=lambda count: fits(-(-largest // count)))
-    return counts[found] if found < len(counts) else None
-
-
-def _fits(step: OptimizerStep, batch: Any, num_micro_batches: int, metrics: Mapping[str, Metric]) -> bool:
+def _fits(step: OptimizerStep, batch: Any, num_micro_batches: int, has_metrics: bool) -> bool:
     """Returns whether this process has the memory to train and to validate on a micro-batch."""
     model, optimizer, fits = step.objective, step.optimizer, False
     try:
         # The optimizer state of the first step, at most as much as Adam's.
-        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        state = [] if any(optimizer.state.values()) else [torch.empty_like(p) for p in trained for _ in range(2)]
+        state = [] if any(optimizer.state.values()) else [torch.empty_like(p) for p in step.parameters * 2]
         model.train()
         for _ in range(num_micro_batches):  # the second one runs beside the gradients of the first
             model(batch).backward()
         model.eval()
         with torch.no_grad():
-            result = model(batch, with_outputs=bool(metrics))
-            for metric in metrics.values():
-                if callable(metric):
-                    metric(convert_to_fp32(result[1]), model.metric_batch(batch))
-        del state, result
+            model(batch, with_outputs=has_metrics)
+        del state
         fits = True
     except Exception as error:  # accelerate knows the errors by which torch says that memory is short
         if not should_reduce_batch_size(error):
@@ -137,37 +102,6 @@ def _fits(step: OptimizerStep, batch: Any, num_micro_batches: int, metrics: Mapp
         # Frees cached memory, and the tensors that the frames of an error hold in reference cycles.
         clear_device_cache(garbage_collection=not fits)
     return fits
-
-
-UNCHANGEABLE = (bool, int, float, complex, str, bytes, tuple, type(None))
-"""Types of attributes that can be set back without a copy."""
-
-
-@contextmanager
-def restored(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Set random numbers, buffers, training modes and what modules count otherwise back on exit."""
-    buffers = copied_buffers(model.modules())
-    attributes = [
-        (vars(module), {name: value for name, value in vars(module).items() if isinstance(value, UNCHANGEABLE)})
-        for module in model.modules()
-    ]
-    extra = [
-        (module, copy.deepcopy(module.get_extra_state()))
-        for module in model.modules()
-        if type(module).get_extra_state is not nn.Module.get_extra_state
-    ]
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-        try:
-            yield
-        finally:
-            for module, name, buffer, before in buffers:
-                buffer.copy_(before)
-                setattr(module, name, buffer)  # a forward pass may have replaced it
-            for own, before_it in attributes:
-                own.update(before_it)
-            for module, state in extra:
-                module.set_extra_state(state)
 
 
 def make_micro_batch(config: TrainingConfig, accelerator: Accelerator) -> MicroBatch | None:

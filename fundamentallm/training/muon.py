@@ -59,11 +59,8 @@ class Muon(Optimizer):
 
     The update of a matrix is its Nesterov momentum, orthogonalized, times 0.2 sqrt(max(rows, columns)). Its root mean
     square is that of AdamW's updates, so one learning rate and one decay serve both (Liu et al., arXiv:2502.16982).
-    `torch.optim.Muon` orthogonalizes in bfloat16 on every device and one matrix at a time; here matrices of one shape
-    go through one batched product.
-
-    As torch's fused optimizers, it reads two attributes that GradScaler sets: gradients are divided by `grad_scale`,
-    and the step is skipped if `found_inf` is 1.
+    `torch.optim.Muon` takes one matrix at a time; here matrices of one shape go through one batched product. As torch's
+    fused optimizers, it divides gradients by `grad_scale` and skips the step if `found_inf` is 1.
     """
 
     def __init__(
@@ -127,23 +124,22 @@ class Muon(Optimizer):
         gradients = [p.grad for p in parameters if p.grad is not None]
         if not group["fused"] and grad_scale is not None:
             gradients = [gradient / grad_scale for gradient in gradients]
+        moments = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+        (beta1, beta2), steps = group["betas"], [state["step"] for state in states]
+        options = {name: group[name] for name in ("lr", "weight_decay", "eps", "fused")}
+        if group["fused"]:
+            options |= {"grad_scale": grad_scale, "found_inf": found_inf}
         adamw(
             parameters,
             gradients,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            *moments,
             [],
-            [state["step"] for state in states],
-            fused=group["fused"],
-            grad_scale=grad_scale if group["fused"] else None,
-            found_inf=found_inf if group["fused"] else None,
+            steps,
             amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
+            beta1=beta1,
+            beta2=beta2,
             maximize=False,
+            **options,
         )
 
 

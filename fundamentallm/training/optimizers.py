@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from fundamentallm.config.entries import ParameterGroup
-from fundamentallm.config.registry import did_you_mean, resolve
+from fundamentallm.config.registry import did_you_mean, resolve, unknown_options
 from fundamentallm.config.schema import OPTIMIZER_NAMES, TrainingConfig
 from fundamentallm.config.validation import from_dict, range_problems
 from fundamentallm.distributed.dtensor import is_dense
@@ -68,13 +67,18 @@ def create_optimizer(
     rates = {"learning_rate": learning_rate, "adam_learning_rate": adam_learning_rate, "weight_decay": weight_decay}
     adam = {"adam_beta1": adam_beta1, "adam_beta2": adam_beta2, "adam_epsilon": adam_epsilon}
     numbers = {**rates, **adam, "momentum": momentum, "muon_momentum": muon_momentum}
+    problems: list[str] = [*range_problems(**numbers)]
+    if optimizer_type.lower() in OPTIMIZER_NAMES:
+        problems += unknown_options("optimizer_options", optimizer_type, options, numbers)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        problems.append("the model has no parameter that requires a gradient; unfreeze some.")
+    if problems:
+        raise ConfigError(problems)
     return _create(model, optimizer_type, numbers, options)
 
 
 def _create(model: nn.Module, optimizer_type: str, numbers: dict[str, Any], options: dict[str, Any]) -> Optimizer:
-    kind = optimizer_type.lower()
-    _check(model, kind, numbers, options)
-    lr, weight_decay = numbers["learning_rate"], numbers["weight_decay"]
+    kind, lr, weight_decay = optimizer_type.lower(), numbers["learning_rate"], numbers["weight_decay"]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = _decay_groups(parameters, weight_decay)
     fused = all(p.device.type in FUSED_DEVICES and p.is_floating_point() and is_dense(p) for p in parameters)
@@ -97,26 +101,11 @@ def _create(model: nn.Module, optimizer_type: str, numbers: dict[str, Any], opti
         ) from error
 
 
-def _check(model: nn.Module, kind: str, numbers: dict[str, Any], options: dict[str, Any]) -> None:
-    """Raise ConfigError if a number is outside its range, an option is not known, or nothing is trainable."""
-    problems: list[str] = [*range_problems(**numbers)]
-    if options and kind in OPTIMIZER_NAMES:
-        known = ", ".join(name for name in inspect.signature(create_optimizer).parameters if name in numbers)
-        reason = f"and {kind} has no {', '.join(sorted(options))}"
-        problems.append(Problem("optimizer_options", options, known, reason=reason))
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        problems.append("the model has no parameter that requires a gradient; unfreeze some.")
-    if problems:
-        raise ConfigError(problems)
-
-
 def _decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """Returns a group of matrices with decay and one of vectors (norms, biases) without, leaving out an empty one."""
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
+    groups: list[dict[str, Any]] = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
     for parameter in parameters:
-        (matrices if parameter.ndim >= 2 else vectors).append(parameter)
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        groups[parameter.ndim < 2]["params"].append(parameter)
     return [group for group in groups if group["params"]]
 
 
@@ -166,31 +155,22 @@ def check_optimizer(model: nn.Module, optimizer: Optimizer) -> Optimizer:
     """Returns the optimizer, unless it needs more than `step()`, or would update some parameters wrongly.
 
     torch's fused kernels walk through memory, where a slice has gaps. (Other optimizers raise an error of torch if
-    elements share memory.) A parameter that occurs twice is updated twice, and no checkpoint of its state would load.
+    elements share memory.)
 
     Raises:
         ConfigError: naming the optimizer or the parameters.
     """
-    kind, allowed = type(optimizer).__name__, "an optimizer whose step() takes no closure"
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     needs_closure = closure is not None and closure.default is closure.empty
     if needs_closure or any(hasattr(optimizer, name) for name in TWO_PASSES):
-        raise ConfigError(
-            Problem("the optimizer", kind, allowed, reason="which needs a closure, or a backward pass of its own")
-        )
-    name_of = {parameter: name for name, parameter in model.named_parameters()}
+        allowed, reason = "an optimizer whose step() takes no closure", "which needs one, or a backward pass of its own"
+        raise ConfigError(Problem("the optimizer", type(optimizer).__name__, allowed, reason=reason))
+    fused = {p for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
     problems = [
-        f"the parameter {name_of.get(p, '')} has shape {tuple(p.shape)} and strides {p.stride()}, which a fused "
-        "optimizer cannot update; make it of tensor.contiguous()."
-        for group in optimizer.param_groups
-        for p in group["params"]
-        if group.get("fused") and not is_dense(p)
-    ]
-    counts = Counter(p for group in optimizer.param_groups for p in group["params"])
-    problems += [
-        f"the parameter {name_of.get(p, '')} occurs {count} times in the optimizer's groups; give it once."
-        for p, count in counts.items()
-        if count > 1
+        f"the parameter {name} has shape {tuple(p.shape)} and strides {p.stride()}, which a fused optimizer cannot "
+        "update; make it of tensor.contiguous()."
+        for name, p in model.named_parameters()
+        if p in fused and not is_dense(p)
     ]
     if problems:
         raise ConfigError(problems)
@@ -198,11 +178,7 @@ def check_optimizer(model: nn.Module, optimizer: Optimizer) -> Optimizer:
 
 
 def freeze(model: nn.Module, entries: Sequence[dict[str, Any]]) -> None:
-    """Turn off gradients of the parameters that `entries` freeze.
-
-    Args:
-        model: not wrapped yet, since DistributedDataParallel waits for the gradient of each trainable parameter.
-        entries: `training.parameter_groups`.
+    """Turn off gradients of the parameters that `training.parameter_groups` freezes, in a model not wrapped yet.
 
     Raises:
         ConfigError: listing the entries that match no parameter.
@@ -215,16 +191,12 @@ def freeze(model: nn.Module, entries: Sequence[dict[str, Any]]) -> None:
 def split_groups(optimizer: Optimizer, model: nn.Module, entries: Sequence[dict[str, Any]]) -> None:
     """Split an optimizer's groups so that parameters get the learning rate and the decay of their entry.
 
-    Args:
-        optimizer: an optimizer of any class over the model's parameters, before its first step.
-        model: the model whose parameter names the patterns match.
-        entries: `training.parameter_groups`.
-
     Raises:
         ConfigError: listing the entries that match no parameter.
     """
     assigned = _assigned(model, entries)
-    split: list[tuple[bool, dict[str, Any]]] = []
+    same_rate: list[dict[str, Any]] = []
+    scaled: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
         by_entry: dict[ParameterGroup | None, list[Tensor]] = {}
         for parameter in group["params"]:
@@ -234,9 +206,8 @@ def split_groups(optimizer: Optimizer, model: nn.Module, entries: Sequence[dict[
             if entry is not None:
                 new["lr"] = group["lr"] * entry.learning_rate_scale
                 new["weight_decay"] = group["weight_decay"] if entry.weight_decay is None else entry.weight_decay
-            split.append((new["lr"] != group["lr"], new))
-    # Log lines show the learning rate of the first group, so the unscaled groups come first.
-    optimizer.param_groups[:] = [group for _, group in sorted(split, key=lambda item: item[0])]
+            (same_rate if new["lr"] == group["lr"] else scaled).append(new)
+    optimizer.param_groups[:] = [*same_rate, *scaled]  # log lines show the learning rate of the first group
 
 
 def _assigned(model: nn.Module, entries: Sequence[dict[str, Any]]) -> dict[Tensor, ParameterGroup]:
@@ -245,18 +216,16 @@ def _assigned(model: nn.Module, entries: Sequence[dict[str, Any]]) -> dict[Tenso
     assigned: dict[Tensor, ParameterGroup] = {}
     problems = []
     for index, group in enumerate(from_dict(ParameterGroup, entry) for entry in entries):
-        matched = {parameter: name for name, parameter in named if fnmatchcase(name, group.pattern)}
-        new = matched.keys() - assigned.keys()
+        matched = [parameter for name, parameter in named if fnmatchcase(name, group.pattern)]
+        new = set(matched) - assigned.keys()
         if not new:
+            names = [name for name, _ in named]
+            some = f"There are {len(names)} names, such as {', '.join(names[:3])}."
             reason = "which matches " + ("only parameters of earlier entries" if matched else "no parameter")
-            advice = "" if matched else _near(group.pattern, [name for name, _ in named])
+            advice = "" if matched else did_you_mean(group.pattern, names) or some
             setting = f"training.parameter_groups[{index}].pattern"
             problems.append(Problem(setting, group.pattern, reason=reason, advice=advice))
         assigned |= dict.fromkeys(new, group)
     if problems:
         raise ConfigError(problems)
     return assigned
-
-
-def _near(pattern: str, names: Sequence[str]) -> str:
-    return did_you_mean(pattern, names).strip() or f"There are {len(names)} names, such as {', '.join(names[:3])}."

@@ -1,22 +1,21 @@
 """Learning-rate schedules: pure functions of the optimizer step.
 
-Each curve starts above zero. It reaches exactly the peak on the last warm-up step (on the first step without warm-up),
-and exactly `min_lr_ratio` times the peak on the last step; `constant` stays at the peak. A run of one step is at the
-peak.
+Each curve is exactly at the peak on the last warm-up step (without warm-up on the first step), and at `min_lr_ratio`
+times the peak on the last step; `constant` stays at the peak.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from fundamentallm.config.registry import resolve
+from fundamentallm.config.registry import resolve, unknown_options
 from fundamentallm.config.schema import SCHEDULE_NAMES, TrainingConfig
 from fundamentallm.config.validation import Interval, range_problems
 from fundamentallm.errors import ConfigError, Problem
@@ -94,9 +93,6 @@ class CallersSchedule:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a saved state."""
         self.scheduler.load_state_dict(state["schedule"])
-        # Earlier versions saved momenta here. torch's schedules set them one step too late after a resume.
-        for group, momenta in zip(self.scheduler.optimizer.param_groups, state.get("momenta", ()), strict=False):
-            group.update({name: momenta[name] for name in ("momentum", "betas") if name in momenta})
 
 
 def advance(scheduler: LRScheduler, metric: float | None = None) -> None:
@@ -133,9 +129,9 @@ def create_scheduler(
         ConfigError: if a name or option is not known, or a value is outside its range.
 
     Examples:
-        >>> from torch import nn
-        >>> from fundamentallm import create_optimizer, create_scheduler
-        >>> optimizer = create_optimizer(nn.Linear(4, 2), "sgd", learning_rate=1.0)
+        >>> import torch
+        >>> from fundamentallm import create_scheduler
+        >>> optimizer = torch.optim.SGD(torch.nn.Linear(4, 2).parameters(), lr=1.0)
         >>> schedule = create_scheduler(optimizer, "linear", 1, steps_per_epoch=6, warmup_steps=2, min_lr_ratio=0)
         >>> rates = []
         >>> for _ in range(6):
@@ -153,44 +149,22 @@ def create_scheduler(
     elif warmup_steps >= total_steps:
         reason = f"and the run has {total_steps} optimizer steps"
         problems.append(Problem("warmup_steps", warmup_steps, "fewer than the steps of the run", reason=reason))
-    known = list(inspect.signature(decay).parameters)[1:]
-    if unknown := sorted(set(options) - set(known)):
-        reason = f"and {scheduler_type} has no {', '.join(unknown)}"
-        problems.append(Problem("lr_scheduler_options", options, ", ".join(known) or "none", reason=reason))
+    problems += unknown_options("lr_scheduler_options", scheduler_type, options, [*signature(decay).parameters][1:])
     if problems:
         raise ConfigError(problems)
 
-    factor = _factor(decay, options, warmup_steps, total_steps, min_lr_ratio)
-    factor(total_steps - 1)  # raises ConfigError for an option outside its range
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]  # otherwise torch keeps that of an earlier schedule
-    return StepSchedule(optimizer, factor)
-
-
-def _factor(
-    decay: Callable[..., float], options: dict[str, Any], warmup_steps: int, total_steps: int, min_lr_ratio: float
-) -> Callable[[int], float]:
-    """Returns the learning rate of a step as a fraction of the peak."""
     peak_step, last_step = max(warmup_steps - 1, 0), total_steps - 1
 
-    def factor(step: int) -> float:
+    def factor(step: int) -> float:  # of the peak
         if step < peak_step:
             return (step + 1) / warmup_steps
         progress = min((step - peak_step) / max(last_step - peak_step, 1), 1.0)
         return float(min_lr_ratio + (1 - min_lr_ratio) * decay(progress, **options))
 
-    return factor
-
-
-def describe_curve(scheduler: LRScheduler, step: int, total_steps: int, previous: float | None) -> str:
-    """Returns the learning rate from `step` to the end, at seven steps; `previous` is the last one logged."""
-    last = total_steps - 1
-    if not isinstance(scheduler, StepSchedule) or step > last:
-        return "the learning-rate curve changes from here"
-    base, factor = scheduler.base_lrs[0], scheduler.lr_lambdas[0]
-    steps = sorted({step + (last - step) * sixth // 6 for sixth in range(7)})
-    was = f" (it was {previous:.3g})" if previous is not None else ""
-    return f"learning rate from here{was}: " + ", ".join(f"step {s + 1} {base * factor(s):.3g}" for s in steps)
+    factor(last_step)  # raises ConfigError for an option outside its range
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]  # otherwise torch keeps that of an earlier schedule
+    return StepSchedule(optimizer, factor)
 
 
 def make_schedule(config: TrainingConfig, optimizer: Optimizer, total_steps: int) -> LRScheduler:

@@ -15,7 +15,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from fundamentallm.data.sampler import derive_seed
 from fundamentallm.distributed.batches import StepBatch
 from fundamentallm.distributed.dtensor import full, seed_device
-from fundamentallm.errors import CheckpointError, ConfigError, Problem
+from fundamentallm.errors import CheckpointError
 from fundamentallm.models.with_loss import ModelWithLoss
 from fundamentallm.training.guard import Guard, ModelGuard
 from fundamentallm.training.muon import Muon
@@ -35,13 +35,8 @@ class StepResult(NamedTuple):
 class OptimizerStep:
     """Takes optimizer steps. The host waits for the device only if the optimizer cannot skip a step on the device.
 
-    Args:
-        accelerator: runs the backward pass and exchanges gradients.
-        model_with_loss: maps a batch to the loss summed over targets, as `prepare_model` returned it.
-        optimizer: trains some or all of its parameters.
-        guard: decides which steps to skip.
-        max_norm: largest gradient norm; None: do not clip.
-        seed: seed of the run.
+    `model_with_loss` maps a batch to the loss summed over targets, as `prepare_model` returned it. `max_norm` is the
+    largest gradient norm; None: do not clip.
 
     Attributes:
         is_updating: True from just before `optimizer.step()` until the trainer has counted the step. Still True after
@@ -67,20 +62,8 @@ class OptimizerStep:
         self.model_guard = ModelGuard(accelerator, model_with_loss)
 
     def __call__(self, step: int, batch: StepBatch) -> StepResult:
-        """Train on this process's share of the batch of `step`, in micro-batches.
-
-        Raises:
-            ConfigError: if parameters were added to the optimizer. They would not be clipped, have no place in the
-                schedule, and be missing from the optimizer that a resumed run makes.
-        """
-        if sum(len(group["params"]) for group in self.optimizer.param_groups) > len(self.parameters):
-            raise ConfigError(
-                "Parameters were added to the optimizer after the Trainer was made. Give the Trainer an optimizer that "
-                "has all of them."
-            )
+        """Train on this process's share of the batch of `step`, in micro-batches."""
         accelerator, model = self.accelerator, self.model_with_loss
-        if not torch.is_grad_enabled():
-            raise ConfigError("gradients are turned off (torch.no_grad or inference_mode); call train() outside of it.")
         # Derived from the step, not carried on: a resumed run draws the same dropout masks.
         seed_device(derive_seed(self.seed, step, accelerator.process_index), accelerator.device)
 
@@ -133,14 +116,7 @@ class OptimizerStep:
             finally:
                 del optimizer.found_inf
         elif not skip:  # the host waits for the device
-            try:
-                optimizer.step()
-            except Exception as error:
-                if "closure" not in str(error) and "does not require grad" not in str(error):
-                    raise
-                kind, allowed = type(optimizer).__name__, "an optimizer whose step() takes no closure"
-                reason = f"which needs a closure or second derivatives: {error}"
-                raise ConfigError(Problem("the optimizer", kind, allowed, reason=reason)) from error
+            optimizer.step()
         if self.accelerator.scaler is not None:  # fp16
             self.accelerator.scaler.update()
 

@@ -42,22 +42,12 @@ def known_peak(device_name: str, precision: str) -> float | None:
 def flops_per_token(multiplied: int, layers: int, width: int, sequence_length: int) -> int:
     """Returns the floating-point operations of a training step per token: 6 N + 12 L H Q T.
 
-    (PaLM, arXiv:2204.02311, appendix B.) A multiplication and its addition are two operations, forward once and
-    backward twice. As in PaLM's model FLOPs utilisation, attention counts in full, although a causal kernel may skip
-    half of it, and recomputation in the backward pass does not count.
-
-    Args:
-        multiplied: N, the parameters that take part in matrix products.
-        layers: L, the number of blocks.
-        width: H Q, the features of all attention heads together.
-        sequence_length: T.
+    (PaLM, arXiv:2204.02311, appendix B.) N is the number of parameters that take part in matrix products, L that of
+    blocks, H Q the features of all attention heads, and T the sequence length. A multiplication and its addition are
+    two operations, forward once and backward twice. Attention counts in full, although a causal kernel may skip half of
+    it, and recomputation in the backward pass does not count.
     """
     return 6 * multiplied + 12 * layers * width * sequence_length
-
-
-LAYERS = ("num_layers", "num_hidden_layers")
-WIDTHS = ("d_model", "hidden_size")
-"""Names of these settings in our config and in transformers' configs."""
 
 
 def model_flops_per_token(model: nn.Module, sequence_length: int) -> int:
@@ -72,22 +62,15 @@ def model_flops_per_token(model: nn.Module, sequence_length: int) -> int:
     looked_up = tables - others  # a tied table is the output projection too
     multiplied = sum(p.numel() for p in model.parameters() if p.ndim >= 2 and p not in looked_up)
     config: Any = getattr(model, "config", None)
-    layers, width = (_first_integer(config, names) for names in (LAYERS, WIDTHS))
+    layers = getattr(config, "num_layers", None) or getattr(config, "num_hidden_layers", 0)  # ours, transformers'
+    width = getattr(config, "d_model", None) or getattr(config, "hidden_size", 0)
     return flops_per_token(multiplied, layers, width, sequence_length)
 
 
-def _first_integer(config: Any, names: tuple[str, ...]) -> int:
-    return next((value for name in names if isinstance(value := getattr(config, name, None), int)), 0)
-
-
 class Throughput:
-    """Measures training speed.
+    """Measures training speed. Speeds leave out the time of validations and checkpoints; the time left includes it.
 
-    Speeds leave out the time of validations and checkpoints; the time left includes it.
-
-    Args:
-        peak_tflops: peak of all devices together; None: not known.
-        flops_of_token: operations of a training step per token; see `flops_per_token`.
+    `peak_tflops` is that of all devices together (None: not known), `flops_of_token` is `flops_per_token`.
     """
 
     def __init__(self, peak_tflops: float | None = None, flops_of_token: int = 0) -> None:
@@ -131,10 +114,8 @@ def make_throughput(config: TrainingConfig, accelerator: Accelerator, model: nn.
     from fundamentallm.distributed.dtensor import device_name
 
     peak = config.peak_tflops or known_peak(device_name(accelerator.device), accelerator.mixed_precision)
-    if peak is None:
-        return Throughput()
-    length = _targets_of(dataset[0])
-    if length is None:
+    length = None if peak is None else _targets_of(dataset[0])
+    if peak is None or length is None:
         return Throughput()
     return Throughput(peak * accelerator.num_processes, model_flops_per_token(model, length))
 

@@ -1,8 +1,7 @@
 """The trainer: one pass of its loop is one batch is one optimizer step, which `step.py` shows.
 
-`Accelerator` owns the hardware: placement, precision, gradient exchange, clipping, process identity. Accumulation,
-schedule, data order and file format are plain code here: accelerate weighs tokens by where they were computed, steps
-the schedule once for each process, and pickles.
+`Accelerator` owns the hardware: placement, precision, gradient exchange. Accumulation, schedule, data order and files
+are plain code here: accelerate weighs tokens by where they were computed, steps the schedule per process, and pickles.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from fundamentallm.checkpoint.optimizer_state import NamedOptimizerState
 from fundamentallm.checkpoint.reading import load_checkpoint
-from fundamentallm.config.schema import AFFECTS_SCHEDULE, FREE_ON_RESUME, Config, TrainingConfig
+from fundamentallm.config.schema import FREE_ON_RESUME, Config, TrainingConfig
 from fundamentallm.data.datasets import fingerprint
 from fundamentallm.data.listed_order import unwrapped
 from fundamentallm.distributed.accelerator import leave_group
@@ -36,12 +35,12 @@ from fundamentallm.models.with_loss import ModelWithLoss, Objective
 from fundamentallm.run.environment import environment
 from fundamentallm.run.progress import Progress
 from fundamentallm.run.resume import check_tokenizer, resume
-from fundamentallm.run.saving import Saver, open_manager, saves_left
+from fundamentallm.run.saving import Saver, open_manager
 from fundamentallm.run.session import Record, session
 from fundamentallm.run.state import RunState
 from fundamentallm.run.stopping import Stop, StopSwitch
-from fundamentallm.training.alike import check_alike
 from fundamentallm.training.arguments import (
+    check_alike,
     check_arguments,
     count_steps,
     make_samplers,
@@ -60,7 +59,7 @@ from fundamentallm.training.loss import make_objective
 from fundamentallm.training.metrics import Metric, MetricTracker, further_metrics, peak_memory_gb
 from fundamentallm.training.micro_batch import make_micro_batch
 from fundamentallm.training.optimizers import check_optimizer, freeze, make_optimizer
-from fundamentallm.training.schedulers import CallersSchedule, advance, describe_curve, make_schedule
+from fundamentallm.training.schedulers import CallersSchedule, advance, make_schedule
 from fundamentallm.training.step import OptimizerStep
 from fundamentallm.training.throughput import Throughput, make_throughput
 from fundamentallm.training.view import TrainerView
@@ -108,9 +107,6 @@ class Trainer(TrainerView):
         step 10/40 | loss ...
         >>> history["step"], history["train_loss"][-1] < 0.1
         ([10, 20, 30, 40], True)
-        >>> trainer
-        Trainer at step 40 of 40, epoch 20
-        ...
     """
 
     def __init__(
@@ -135,8 +131,9 @@ class Trainer(TrainerView):
         accelerator, training = self.accelerator, self.config.training
         self.train_loader, self.val_loader = train_loader, val_loader
         self.group = HostGroup()
-        check_alike(self.group, asdict(self.config), optimizer, train_loader=train_loader, val_loader=val_loader)
         self.samples, self.val_samples = make_samplers(training, accelerator, self.group, train_loader, val_loader)
+        loaders = {"train_loader": (train_loader, self.samples), "val_loader": (val_loader, self.val_samples)}
+        check_alike(self.group, asdict(self.config), optimizer, loaders)
         self.batch_size, self.steps_per_epoch = self.samples.batch_size, self.samples.steps_per_epoch
         self.total_steps = count_steps(training, self.samples)
         self.validation_metrics = further_metrics(training.validation_metrics, validation_metrics)
@@ -170,7 +167,7 @@ class Trainer(TrainerView):
         self.stop_switch, self.phase = StopSwitch(training.max_minutes), Phase.STARTING
         self.was_rewound = False  # True if the run returned to an earlier checkpoint and replaces what came after it
         self._record = Record(self.output_dir if self.is_main_process else None, self._position)
-        self._throughput, self._started, self._first_step, self._compiled = Throughput(), False, 0, set()
+        self._throughput, self._started = Throughput(), False
 
     def _parts(self) -> dict[str, Any]:
         """Returns everything that changes because of training, by name."""
@@ -215,16 +212,13 @@ class Trainer(TrainerView):
                 self._fit_schedule()
             if self.is_finished:
                 self.stop_switch.begin()  # forgets why an earlier train() stopped
-                if self.checkpoint_manager is not None and not self.saver.is_current:
-                    self.save_checkpoint()  # which failed when the run ended
                 self.say(self._describe_finished_run())
                 return self.history
-            steps_left = self.total_steps - self.global_step
-            self.saver.check_room(saves_left(self.config.training, steps_left, self.steps_per_epoch))
             self._settle_micro_batch()
             accelerator, device = self.accelerator, device_name(self.accelerator.device)
             about = environment(device, accelerator.num_processes, accelerator.mixed_precision)
-            self._record.launch(resumed_from, self.config, about, self._progress.segments[-1]["content"])
+            content = self._progress.segments[-1]["content"]
+            self._record.launch(resumed_from, environment=about, config=asdict(self.config), data=content)
             self.stop_switch.begin()
             launch.enter_context(self.stop_switch.handling_signals())
             try:
@@ -238,28 +232,31 @@ class Trainer(TrainerView):
 
     def _settle_micro_batch(self) -> None:
         """Finds the size of micro-batches, if it is auto."""
-        if self.micro_batch is None:
-            return
-        first, samplers = self.global_step, [each for each in (self.samples, self.val_samples) if each is not None]
-        batches = self._first_batches.load(self.train_loader, self.samples, first, max(self.total_steps, first + 1))
-        self.say(self.micro_batch.settle(self.optimizer_step, batches, samplers, self.group, self.validation_metrics))
+        if self.micro_batch is not None:
+            first, last = self.global_step, max(self.total_steps, self.global_step + 1)
+            batches = self._first_batches.load(self.train_loader, self.samples, first, last)
+            largest, has_metrics = self.samples.largest_rank_batch, bool(self.validation_metrics)
+            size = self.micro_batch.settle(self.optimizer_step, batches, largest, self.group, has_metrics)
+            for sampler in filter(None, (self.samples, self.val_samples)):
+                sampler.micro_batch_size = size
+            self.say(f"micro_batch_size is auto: {size} of {largest} sequences at once fit")
 
     def _train(self) -> None:
         """Takes optimizer steps to the last one, or until all processes agree to stop."""
         progress, callbacks, step = self._progress, self.callbacks, self.optimizer_step
-        if progress.validation_due and self._finish_step():
+        if progress.validation_due and self._finish_step(is_logged=True):
             return
         log_every = self.config.training.log_every_n_steps
+        is_epoch_begun = False
         self.phase = Phase.LOADING
         for batch in self._first_batches.load(self.train_loader, self.samples, progress.step, self.total_steps):
             self.phase = Phase.COMPUTING
-            if self._is_at_epoch or progress.step == self._first_step:
+            if self._is_at_epoch or not is_epoch_begun:
                 callbacks.on_epoch_begin(self)
+                is_epoch_begun = True
             callbacks.on_step_begin(self)
             learning_rate = float(self.scheduler.get_last_lr()[0])
-            started = time.perf_counter()
             result = step(progress.step, batch)
-            self._report_compilation("step", time.perf_counter() - started)
             advance(self.scheduler)
             progress.count(result.loss, result.num_targets)
             step.is_updating = False
@@ -273,18 +270,18 @@ class Trainer(TrainerView):
                 return
             self.phase = Phase.LOADING
 
-    def _finish_step(self, is_logged: bool = True) -> bool:
+    def _finish_step(self, is_logged: bool) -> bool:
         """Validates and saves, if due. Returns True if all processes have agreed to stop."""
         training, progress, manager = self.config.training, self._progress, self.checkpoint_manager
         started = time.perf_counter()
-        is_last = progress.step == self.total_steps
+        is_last, is_at_epoch = progress.step == self.total_steps, self._is_at_epoch
         is_due = is_last or self._is_due(training.eval_every_n_steps, training.eval_every_n_epochs)
         validates = self.val_loader is not None and (progress.validation_due or is_due)
         self.phase = Phase.FINISHING
         if validates and not self._validate_in_training():
             return True
         progress.validation_due = False  # it may have been due in a checkpoint, and this run has no val_loader
-        if self._is_at_epoch:
+        if is_at_epoch:
             self.callbacks.on_epoch_end(self)
         if self.saver.requested or self._is_due(training.save_every_n_steps, training.save_every_n_epochs):
             self._guard.raise_if_stopped()
@@ -295,7 +292,7 @@ class Trainer(TrainerView):
             if manager.has_failed:
                 self.stop_switch.request(Stop.FAILED, "a checkpoint could not be written")
         # A stop that hooks ask for at these steps takes effect at once on all processes, otherwise one step later.
-        if is_logged or validates or self._is_at_epoch:
+        if is_logged or validates or is_at_epoch:
             return self.stop_switch.settle() != Stop.NO
         return self.stop_switch.poll() != Stop.NO
 
@@ -322,13 +319,10 @@ class Trainer(TrainerView):
         self._guard.raise_if_stopped(bad_in_a_row)
 
     def validate(self) -> dict[str, float]:
-        """Returns the loss over every target of the validation data, whatever its batch size and the device count.
+        """Returns the metrics of the validation data, whatever its batch size and the device count.
 
-        With `training.ema_decay`, the averaged weights are validated.
-
-        Returns:
-            `val_loss` (mean per target, in nats for our losses), `val_perplexity` (its exponential), for text
-            `val_bits_per_byte`, and the further metrics.
+        These are `val_loss` (mean per target, in nats for our losses), `val_perplexity` (its exponential), for text
+        `val_bits_per_byte`, and further metrics. With `training.ema_decay`, the averaged weights are validated.
 
         Raises:
             ConfigError: if there is no val_loader, or no target in it.
@@ -350,10 +344,8 @@ class Trainer(TrainerView):
         # The clock does not interrupt the same validation twice: otherwise no launch would ever get past it.
         interrupting = Stop.SIGNAL if self._progress.validation_due else Stop.OUT_OF_TIME
         self._progress.validation_due = True  # also if an exception ends it
-        self.saver.mark_changed()
-        started = time.perf_counter()
+        self.saver.mark_saved(False)
         metrics = self._evaluate(is_interrupted=lambda: self.stop_switch.poll() >= interrupting)
-        self._report_compilation("validation", time.perf_counter() - started)
         if metrics is None:
             return False
         self._progress.validation_due = False
@@ -396,21 +388,17 @@ class Trainer(TrainerView):
         if choice.origin is not None:
             self._progress.origin = str(choice.origin)
         self.was_rewound = choice.is_rewound
-        self._say_how_to_start_over(is_resumed=choice.path is not None)
         return choice.path
 
     def _restore(self, saved: dict[str, Any], where: Path) -> None:
         check_tokenizer(where, self.train_loader.dataset)
-        restored = self.state.load(saved, where, self.config.training.resume_changes, FREE_ON_RESUME)
-        self.say("\n".join(restored.messages))
+        messages, changed = self.state.load(saved, where, self.config.training.resume_changes, FREE_ON_RESUME)
+        self.say("\n".join(messages))
         self._fit_schedule()
-        if self.micro_batch is not None and restored.changed:
+        if self.micro_batch is not None and changed:
             self.micro_batch.size = None  # another one may fit
         self.saver.mark_saved()
         self.optimizer_step.is_updating = False
-        if restored.changed & AFFECTS_SCHEDULE:
-            rate = self.metrics.get_latest("learning_rate")
-            self.say(describe_curve(self.scheduler, self.global_step, self.total_steps, rate))
 
     def _fit_schedule(self) -> None:
         """Fits the run's length and its schedule to where its batches begin: another batch size changes both."""
@@ -425,8 +413,7 @@ class Trainer(TrainerView):
             group["lr"] = lr
 
     def _begin(self) -> None:
-        self._first_step = self.global_step
-        self.saver.forget_requests()
+        self.saver.begin()
         self.model_with_loss.train()
         switch_to_training(self.optimizer)
         self.model.zero_grad()  # what a caller, or a step that raised, may have left
@@ -436,7 +423,7 @@ class Trainer(TrainerView):
         self._throughput.begin(self.global_step, int(self._progress.tokens))
 
     def _finish(self) -> None:
-        """Saves the end, whatever the reason for it, and waits until it is on disk."""
+        """Saves the last state, and waits until it is on disk."""
         if self.checkpoint_manager is not None:
             self._guard.raise_if_stopped()
             self.saver.finish()

@@ -6,17 +6,10 @@ import sys
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from weakref import WeakSet
 
-from accelerate import Accelerator
-from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from fundamentallm.checkpoint.manager import CheckpointManager
-from fundamentallm.config.schema import Config
-from fundamentallm.data.sampler import StepSampler
 from fundamentallm.errors import ConfigError, Problem, printable
 from fundamentallm.run.environment import command
 from fundamentallm.run.progress import Progress
@@ -24,35 +17,21 @@ from fundamentallm.run.saving import Saver
 from fundamentallm.run.session import Position
 from fundamentallm.run.state import RunState
 from fundamentallm.run.stopping import Stop, StopSwitch
+from fundamentallm.training.callbacks.base import RunView
 from fundamentallm.training.early_stopping import EarlyStopping
 from fundamentallm.training.ema import WeightAverage
-from fundamentallm.training.metrics import MetricTracker
-from fundamentallm.training.schedulers import StepSchedule
 from fundamentallm.training.throughput import Throughput
 
-_trained: WeakSet[nn.Module] = WeakSet()  # models of all runs of this process
 
+class TrainerView(RunView):
+    """The side of the Trainer that callbacks see. Everything it says follows from the run's state."""
 
-class TrainerView:
-    """The side of the Trainer that satisfies `RunView`. Everything it says follows from the run's state."""
-
-    config: Config
-    output_dir: Path | None
-    accelerator: Accelerator
-    model: nn.Module
-    optimizer: Optimizer
-    scheduler: LRScheduler
-    samples: StepSampler
-    val_samples: StepSampler | None
-    metrics: MetricTracker
     early_stopping: EarlyStopping | None
     average: WeightAverage | None
     state: RunState
     saver: Saver
     stop_switch: StopSwitch
-    total_steps: int
     _throughput: Throughput
-    _compiled: set[str]  # of "step" and "validation", those whose compilation was reported
 
     @property
     def _progress(self) -> Progress:
@@ -166,20 +145,6 @@ class TrainerView:
             with suppress(OSError, ValueError):  # ValueError: it is closed
                 tqdm.write(printable(text).encode(encoding, "backslashreplace").decode(encoding))
 
-    def _report_compilation(self, what: str, seconds: float) -> None:
-        """Prints how long the first step or validation took, if it was compiled."""
-        if self.config.training.compile and what not in self._compiled:
-            self._compiled.add(what)
-            self.say(f"the first {what} took {seconds:.1f} s, with compilation")
-
-    def _say_how_to_start_over(self, is_resumed: bool) -> None:
-        """Says so if the run does not start from scratch: a notebook's cell may have been run again."""
-        if is_resumed and not self.is_finished:
-            self.say("To start over, choose another output_dir (or checkpoint_dir).")
-        elif self.model in _trained and not is_resumed:
-            self.say("This model was trained before: the run starts from its weights. To start over, make a new model.")
-        _trained.add(self.model)
-
     def describe_stop(self) -> str:
         """Returns where and why the run stopped, where it is saved, and how to resume it."""
         text = f"stopped at step {self.global_step}/{self.total_steps}: {self.stop_switch.reason}"
@@ -191,31 +156,9 @@ class TrainerView:
         """Returns that there is nothing to train, and what would change that."""
         advice = "call trainer.train(max_steps=...). To start over, make a new model and a new Trainer."
         if self.checkpoint_manager is not None:
+            has_steps = self.early_stopping is None or not self.early_stopping.should_stop
             longer = "training.max_steps (or max_epochs), and name it in training.resume_changes"
-            advice = f"raise {longer}. To start over, choose another output_dir."
-        if self.early_stopping is not None and self.early_stopping.should_stop:
-            advice = "raise training.early_stopping_patience, which ended it."
+            advice = f"raise {longer if has_steps else 'training.early_stopping_patience'}. "
+            advice += "To start over, choose another output_dir."
         steps = f"{self.global_step} of {self.total_steps}"
         return f"This run is already finished, at step {steps}. To train longer, {advice}"
-
-    def __repr__(self) -> str:
-        """Returns where the run is, and what it trains, on what and how. The host does not wait for the device."""
-        training, validation = self.config.training, self.val_samples
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        processes = self.accelerator.num_processes
-        latest = {name: self.metrics.get_latest(name) for name in ("train_loss", "val_loss")}
-        rate = f"learning rate {float(self.scheduler.get_last_lr()[0]):.3g}"
-        is_own = isinstance(self.scheduler, StepSchedule)
-        schedule = training.lr_scheduler if is_own else type(self.scheduler).__name__
-        lines = {
-            "model": f"{type(self.model).__name__}, {parameters:,} parameters, precision {training.mixed_precision}",
-            "device": f"{self.accelerator.device}, {processes} process{'es' * (processes > 1)}",
-            "data": f"{self.samples.num_samples:,} samples, {self.samples.sizes_from(self.global_step)} in a step"
-            + ("" if validation is None else f"; validation {validation.num_samples:,}"),
-            "optimizer": f"{type(self.optimizer).__name__}, {schedule}, {rate}",
-            "latest": ", ".join(f"{name} {value:.4g}" for name, value in latest.items() if value is not None)
-            or "nothing",
-            "saved in": training.checkpoint_dir or "nothing is saved",
-        }
-        head = f"Trainer at step {self.global_step:,} of {self.total_steps:,}, epoch {self.epochs_done:.3g}"
-        return "\n".join([head, *(f"  {name:9}  {text}" for name, text in lines.items())])

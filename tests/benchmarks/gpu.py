@@ -26,8 +26,7 @@ from typing import Any
 
 import torch
 
-from fundamentallm.commands.estimate.counts import count_parameters, step_flops, tokens_per_step
-from fundamentallm.commands.estimate.memory import memory
+from fundamentallm.commands.estimate.counts import count, memory
 from fundamentallm.commands.output import say, say_table
 from fundamentallm.config.schema import Config
 from tests.gpu.__main__ import machine
@@ -55,10 +54,11 @@ def config_of(runs: Runs, name: str, memory_bytes: int) -> Config:
     folder = name.replace(" ", "-").replace(",", "")
     if not runs.on_gpu:
         return runs.config(folder, TINY, **training, sequence_length=64, batch_size=4, micro_batch_size=2)
-    size = batch
+    size, counts = batch, None
     while True:
         config = runs.config(folder, model, **training, sequence_length=length, batch_size=batch, micro_batch_size=size)
-        if size == 1 or memory(config).peak < 0.85 * memory_bytes:
+        counts = counts or count(config)
+        if size == 1 or memory(config, counts).peak < 0.85 * memory_bytes:
             return config
         size //= 2
 
@@ -66,17 +66,17 @@ def config_of(runs: Runs, name: str, memory_bytes: int) -> Config:
 def measured(config: Config, folder: Path) -> dict[str, Any]:
     """The figures of a run that has ended."""
     rate = statistics.median(line["tokens_per_second"] for line in lines(folder)[2:])
-    tokens, flops = tokens_per_step(config), step_flops(config)
+    counts, tokens = count(config), (config.training.batch_size or 0) * config.data.sequence_length
     facts, alone = seen(folder, "Facts"), seen(folder, "ModelAlone")["seconds"]
     product = seen(folder, "MatrixProduct")["flops_per_second"]
     return {
-        "parameters": count_parameters(config.model).total,
+        "parameters": counts.parameters,
         "micro_batch_size": config.training.micro_batch_size,
         "first_step_seconds": facts["first_step_seconds"],
         "tokens_per_second": rate,
-        "flops_per_second": rate * flops / tokens,
+        "flops_per_second": rate * counts.flops_per_token,
         "product_flops_per_second": product,
-        "utilisation": rate * flops / tokens / product,
+        "utilisation": rate * counts.flops_per_token / product,
         "outside_the_model": 1 - alone * rate / tokens,
         "peak_bytes": facts["peak_bytes"],
     }

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from fundamentallm import Callback, Config, DataConfig, ModelConfig, Trainer, TrainingConfig, Transformer
-from fundamentallm.commands.estimate.counts import step_flops
+from fundamentallm.commands.estimate.counts import count
 from fundamentallm.data.loaders import create_dataloaders
 from tests.integration.runs import on_processes
 
@@ -105,7 +105,9 @@ def measure(axis: str, value: int, seconds: float) -> Point:
         on_processes(values["processes"], run, values, seconds, folder)
         found = [json.loads(path.read_text()) for path in Path(folder).iterdir()]
     assert len(found) == values["processes"]
-    return Point(value, sum(cpu for cpu, _ in found), max(wall for _, wall in found), step_flops(config_of(values)))
+    config = config_of(values)
+    flops = count(config).flops_per_token * (config.training.batch_size or 0) * config.data.sequence_length
+    return Point(value, sum(cpu for cpu, _ in found), max(wall for _, wall in found), flops)
 
 
 def exponent(values: Sequence[float], costs: Sequence[float]) -> float:

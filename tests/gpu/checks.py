@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from fundamentallm.commands.estimate.counts import step_flops, tokens_per_step
-from fundamentallm.commands.estimate.memory import memory
+from fundamentallm.commands.estimate.counts import count, memory
 from fundamentallm.config.schema import Config
 from fundamentallm.config.units import size_text
 from tests.gpu.hooks import STOP_AT
@@ -126,7 +125,7 @@ def memory_estimated(runs: Runs) -> str:
             given = {"micro_batch_size": None, **options, "mixed_precision": precision, "max_steps": 10}
             config = runs.config(f"memory-{name}-{precision}", **given)
             measured = seen(runs.run(config), "Facts")["peak_bytes"]
-            off = memory(config).peak / measured - 1
+            off = memory(config, count(config)).peak / measured - 1
             right &= abs(off) < 0.15
             found.append(f"{name} {precision} {size_text(measured)} ({off:+.1%})")
     text = "measured (and estimated): " + ", ".join(found)
@@ -169,7 +168,7 @@ def speed(runs: Runs) -> str:
     config = _large(runs, "speed", mixed_precision="bf16", hooks=["MatrixProduct"])
     folder = runs.run(config)
     rate, product = lines(folder)[-2]["tokens_per_second"], seen(folder, "MatrixProduct")["flops_per_second"]
-    used = rate * step_flops(config) / tokens_per_step(config)
+    used = rate * count(config).flops_per_token
     return (
         f"{rate:,.0f} tokens/s, {used / 1e12:,.1f} TFLOP/s, {used / product:.1%} of a product's {product / 1e12:,.1f}"
     )

@@ -216,7 +216,7 @@ class Case:
         """Check that every checkpoint is intact, and that the newest is not older than before."""
         folder, newest = self.folder / "run" / "checkpoints", -1
         # One that was being replaced is in a hidden folder, and is restored by the next start.
-        for path in [*folder.glob("step_*"), *folder.glob(".replaced-*/step_*")]:
+        for path in [*folder.glob("step_*"), *folder.glob(".replaced-step_*")]:
             try:
                 newest = max(newest, verify(path)["step"])
             except Exception as error:
@@ -324,15 +324,15 @@ WINDOWS = {
     "the manifest is written": Instant(f"write {STAGED}/manifest.json"),
     "the rewound metrics.jsonl gets its name": Instant(f"rename {METRICS}.new -> {METRICS}"),
     "a validation": Instant(VALIDATION_FORWARD, 2),
-    "an old checkpoint is half deleted": Instant(f"remove {DELETING}/step_N/model.safetensors"),
+    "an old checkpoint is half deleted": Instant(f"remove {DELETING}/model.safetensors"),
     "the last checkpoint is there": Instant(f"read {LAST_SAVED}/manifest.json"),
-    "a finished run deletes an old checkpoint": Instant(f"rename {SAVED} -> {DELETING}/step_N"),
+    "a finished run deletes an old checkpoint": Instant(f"rename {SAVED} -> {DELETING}"),
 }
 WINDOWS_OF_REPLACING = {
     # A run that is stopped while it validates saves. The next start validates, finds its best, and saves the same step.
     "a validation is stopped": Instant(VALIDATION_FORWARD, number=signal.SIGTERM),
     "the other takes its name": Instant(PUBLISHES),
-    "the first is restored": Instant(f"rename {REPLACED}/step_N -> {SAVED}"),
+    "the first is restored": Instant(f"rename {REPLACED} -> {SAVED}"),
 }
 WINDOWS_OF_ADAPTER = {
     "a checkpoint gets its name": Instant(PUBLISHES, 2),

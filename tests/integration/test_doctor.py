@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 
 from fundamentallm import Config, ConfigError, TrainingConfig
-from fundamentallm.commands.doctor import checks
+from fundamentallm.commands.doctor import checks, main
 from fundamentallm.commands.doctor.checks import CHECKS, Case, Finding, examine
-from fundamentallm.commands.doctor.main import main
 from fundamentallm.errors import Interrupted
 from fundamentallm.signals import ended_by_signals
 from tests.integration.runs import prose
@@ -36,9 +35,9 @@ def a_case(folder: Path, fault: str, **training: Any) -> Case:
 
 
 def first_failure(case: Case) -> tuple[str, Finding] | None:
-    for name, check in CHECKS.items():
+    for name in CHECKS:
         if name != "kill and resume":  # it starts a process
-            finding = examine(check, case)
+            finding = examine(name, case)
             if finding.status == "fail":
                 return name, finding
     return None
@@ -61,7 +60,7 @@ def test_doctor_sound_run_passes_and_leaves_nothing_behind(tmp_path: Path) -> No
     rows = re.findall(r"^ (\d)  (\w.*?)  +(\w+) ", done.stdout, re.MULTILINE)
     assert rows == [(str(number), name, "pass") for number, name in enumerate(CHECKS, start=1)]
     assert re.search(r"killed at step 5, resumed from [24]", done.stdout)
-    for title in ("parameters", "speed", "whole run", "peak memory", "checkpoint", "disk"):
+    for title in ("speed", "whole run", "peak memory"):
         assert f"\n    {title}" in done.stdout
     assert not (tmp_path / "run").exists()
     assert list((tmp_path / "temporary").glob("fundamentallm*")) == []
@@ -77,7 +76,7 @@ def test_doctor_own_trainer_without_faults_passes(tmp_path: Path) -> None:
     [
         ("global_random_data", "data", r"training sample \d+ "),
         ("own_generator_data", "data", r"training sample \d+ "),
-        ("unseeded_weights", "model", r"initial weights in embedding.weight"),
+        ("unseeded_weights", "model", r"such as embedding.weight"),
         ("unseeded_model", "model", r"train_loss of step 1|grad_norm of step 1"),
         ("dropout_in_evaluation", "model", r"in evaluation mode"),
         ("broken_model", "model", r"ZeroDivisionError: planted \(faults.py, line \d+\)"),
@@ -96,36 +95,31 @@ def test_doctor_fault_is_found_by_its_check(tmp_path: Path, fault: str, check: s
 @pytest.mark.parametrize("fault", ["signalled_model", "deaf_model"])
 def test_doctor_check_that_a_signal_ends_has_no_result(tmp_path: Path, fault: str) -> None:
     with pytest.raises(Interrupted), ended_by_signals():
-        examine(CHECKS["model"], a_case(tmp_path, fault))
+        examine("model", a_case(tmp_path, fault))
 
 
 def test_doctor_rows_that_influence_each_other_fail_evaluation(tmp_path: Path) -> None:
-    assert examine(CHECKS["evaluation"], a_case(tmp_path, "batch_statistics")).status == "fail"
+    assert examine("evaluation", a_case(tmp_path, "batch_statistics")).status == "fail"
 
 
 @pytest.mark.slow
 def test_doctor_state_outside_the_checkpoint_fails_resume(tmp_path: Path) -> None:
-    finding = examine(CHECKS["kill and resume"], a_case(tmp_path, "forgetful_model"))
+    finding = examine("kill and resume", a_case(tmp_path, "forgetful_model"))
     assert finding.status == "fail"
     assert re.match(r"killed at step 5, resumed from [24]: ", finding.figure)
 
 
 def test_doctor_without_validation_skips_evaluation(tmp_path: Path) -> None:
     case = a_case(tmp_path, "no_validation")
-    found = {name: examine(CHECKS[name], case).status for name in ("data", "evaluation")}
+    found = {name: examine(name, case).status for name in ("data", "evaluation")}
     assert found == {"data": "pass", "evaluation": "skipped"}
 
 
-def test_forecast_counts_steps_validations_and_checkpoints(tmp_path: Path) -> None:
-    case = a_case(tmp_path, "sound", eval_every_n_steps=16, keep_last_n=2)
-    shown = dict(case.measured.forecast)
-    assert shown["parameters"] == "660"  # 20 x 16, and 16 x 20 + 20
+def test_forecast_counts_steps_and_validations(tmp_path: Path) -> None:
+    shown = a_case(tmp_path, "sound", eval_every_n_steps=16).measured.forecast
     assert "40 steps of " in shown["whole run"]
     # At 16 and 32, at the ends of 6 epochs of 6 steps, and at 40.
     assert ", 9 validations of " in shown["whole run"]
-    # float32 weights and two moments, and JSON.
-    assert 3 * 660 * 4 <= float(shown["checkpoint"].removesuffix(" kB")) * 1000 < 30_000
-    assert " up to 4 checkpoints (last 2, the best, the one being written)" in shown["disk"]
 
 
 def test_doctor_failure_is_in_the_table_and_the_exit_code(
@@ -137,26 +131,17 @@ def test_doctor_failure_is_in_the_table_and_the_exit_code(
     output = capsys.readouterr().out
     assert re.search(r"^ 1  data             fail     training sample \d+ ", output, re.MULTILINE)
     assert re.search(r"^ 2  evaluation  +fail (.*\n)+? +-> Fix the failures above first", output, re.MULTILINE)
-    assert "2 failed, in " in output
+    assert "2 of 2 checks failed, in " in output
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("trainer", "fact"),
-    [
-        ("make_trainer", "module:name"),
-        ("tests.integration.faults:sund", "cannot be imported"),
-        ("tests.integration.faults:not_callable", "type int"),
-        ("tests.integration.faults:not_a_trainer", "returned a dict"),
-        ("tests.integration.faults:elsewhere", "ignores output_dir, checkpoint_dir"),
-    ],
-)
-def test_doctor_wrong_trainer_is_a_config_error(tmp_path: Path, trainer: str, fact: str) -> None:
+@pytest.mark.parametrize("trainer", ["faults:sund", "faults:not_callable", "faults:not_a_trainer", "faults:elsewhere"])
+def test_doctor_wrong_trainer_is_a_config_error(tmp_path: Path, trainer: str) -> None:
+    trainer = f"tests.integration.{trainer}"
     with pytest.raises(ConfigError) as caught:
         main(arguments(tmp_path, "--training.batch_size", "8", "--trainer", trainer), "doctor")
     (problem,) = caught.value.problems
-    assert problem.startswith(f"--trainer is {trainer!r}")
-    assert fact in problem
+    assert (problem.setting, problem.value) == ("--trainer", trainer)
 
 
 def test_doctor_reports_all_mistakes_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,14 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fundamentallm import ConfigError, LoggingCallback, Trainer, TrainingConfig, create_accelerator
 from fundamentallm.data.loaders import device_batches
 from fundamentallm.run import stopping
-from fundamentallm.training.micro_batch import fewest_micro_batches
 from tests.integration.runs import (
     PartlyIgnored,
     StopAt,
@@ -29,15 +26,6 @@ from tests.integration.runs import (
     timeless,
     weights,
 )
-
-
-def settle(trainer: Trainer) -> None:
-    """Finds the micro-batch size as `train` does."""
-    assert trainer.micro_batch is not None
-    batches = device_batches(trainer.train_loader, trainer.samples, 0, 1, trainer.accelerator.device)
-    samplers = [sampler for sampler in (trainer.samples, trainer.val_samples) if sampler is not None]
-    metrics = trainer.validation_metrics
-    trainer.micro_batch.settle(trainer.optimizer_step, batches, samplers, trainer.group, metrics)
 
 
 @pytest.fixture(autouse=True)
@@ -86,20 +74,6 @@ def made(folder: Path, room: int = 6, room_to_validate: int = 99, rows: int = 16
     return Trainer(model, TrainingConfig(**{**training, "micro_batch_size": "auto", **arguments}), *loaders, **options)
 
 
-@given(st.integers(1, 300), st.integers(0, 300))
-def test_the_search_finds_the_fewest_parts_and_asks_little(largest: int, room: int) -> None:
-    asked: list[int] = []
-
-    def fits(size: int) -> bool:
-        asked.append(size)
-        return size <= room
-
-    parts = fewest_micro_batches(largest, fits)
-    expected = next((n for n in range(1, largest + 1) if -(-largest // n) <= room), None)
-    assert parts == expected
-    assert len(asked) <= 2 * largest.bit_length() + 1
-
-
 @pytest.mark.parametrize(
     ("room", "room_to_validate", "size"),
     [(16, 99, 16), (9, 99, 8), (8, 99, 6), (2, 99, 1), (99, 4, 4)],
@@ -108,9 +82,9 @@ def test_training_with_gradients_there_and_validation_both_fit(
     tmp_path: Path, room: int, room_to_validate: int, size: int
 ) -> None:
     trainer = made(tmp_path, room, room_to_validate)
+    batches = device_batches(trainer.train_loader, trainer.samples, 0, 1, trainer.accelerator.device)
     assert trainer.micro_batch is not None
-    settle(trainer)
-    assert trainer.samples.micro_batch_size == trainer.val_samples.micro_batch_size == size  # type: ignore[union-attr]
+    assert trainer.micro_batch.settle(trainer.optimizer_step, batches, 16, trainer.group, has_metrics=False) == size
     assert trainer.model.trained == set(trainer.model.tried)
 
 
@@ -175,25 +149,6 @@ def test_the_run_is_the_one_that_is_given_the_number(tmp_path: Path, kind: str) 
     assert_same_weights(weights(found), weights(told))
     assert repr(found.state.optimizer.state_dict()) == repr(told.state.optimizer.state_dict())
     assert timeless(lines(tmp_path / "found")) == timeless(lines(tmp_path / "told"))
-
-
-def test_finding_changes_neither_state_nor_random_numbers(tmp_path: Path) -> None:
-    trainer = made(tmp_path)
-    trainer.model.eval()
-    next(iter(device_batches(trainer.train_loader, trainer.samples, 0, 1, trainer.accelerator.device)))  # seeds
-    before, state, modes = (
-        weights(trainer),
-        torch.get_rng_state(),
-        [m.training for m in trainer.model_with_loss.modules()],
-    )
-    assert trainer.micro_batch is not None
-    settle(trainer)
-    assert trainer.micro_batch.size == 4
-    assert_same_weights(weights(trainer), before)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert [m.training for m in trainer.model_with_loss.modules()] == modes
-    assert not trainer.optimizer.state
-    assert all(parameter.grad is None for parameter in trainer.model.parameters())
 
 
 def test_a_resumed_run_goes_on_with_what_was_found(tmp_path: Path) -> None:

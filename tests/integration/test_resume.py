@@ -281,9 +281,7 @@ def test_resume_with_more_steps_says_what_changed(tmp_path: Path, capsys: pytest
         make_config(tmp_path, max_steps=12, lr_scheduler="constant", resume_changes=["training.max_steps"])
     )
     longer.train()
-    said = capsys.readouterr().out
-    assert "training.max_steps 6 -> 12" in said
-    assert "learning rate from here (it was 0.01): step 7 0.01, step 8 0.01" in said
+    assert "training.max_steps 6 -> 12" in capsys.readouterr().out
     whole = make_trainer(make_config(tmp_path / "whole", max_steps=12, lr_scheduler="constant"))
     whole.train()
     assert_same_weights(weights(longer), weights(whole))
@@ -417,23 +415,6 @@ def test_save_checkpoint_without_a_folder_is_refused() -> None:
     trainer = Trainer(Bigram(), TrainingConfig(), DataLoader(PartlyIgnored(), batch_size=8), callbacks=[])
     with pytest.raises(ConfigError, match="checkpoint_dir"):
         trainer.save_checkpoint("x")
-
-
-def test_trainer_made_again_says_how_to_start_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def said(trainer: Trainer) -> str:
-        trainer.train()
-        return capsys.readouterr().out
-
-    config = make_config(tmp_path, **SETTINGS)
-    first = make_trainer(config)
-    first.callbacks.add(StopAt(4))
-    assert "start over" not in said(first)
-    assert "output_dir" in said(make_trainer(config)).partition("start over")[2]
-    in_memory = TrainingConfig(max_steps=2)
-    loader = DataLoader(PartlyIgnored(), batch_size=8)
-    model = Bigram()
-    assert "start over" not in said(Trainer(model, in_memory, loader))
-    assert "new model" in said(Trainer(model, in_memory, loader)).partition("start over")[2]
 
 
 @pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["python", "numpy"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -106,18 +105,6 @@ def test_mlflow_has_one_run_with_each_step_once(tmp_path: Path, monkeypatch: pyt
     for name in ("train_loss", "val_loss"):
         history = sorted((metric.step, metric.value) for metric in client.get_metric_history(found.info.run_id, name))
         assert history == expected(folder, name)
-
-
-def test_mlflow_of_a_second_run_in_a_process_is_in_its_own_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("mlflow")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    for name in ("one", "two"):
-        with contextlib.suppress(FundamentaLLMError):  # mlflow-skinny cannot write a database
-            run(tracked_config(tmp_path / name, "mlflow", max_steps=1))
-        assert str(tmp_path / name) in os.environ["MLFLOW_TRACKING_URI"]
 
 
 # ---- any other ---------------------------------------------------------------------------------------------

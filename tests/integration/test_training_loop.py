@@ -312,37 +312,6 @@ def test_a_frozen_model_in_16_bits_stays_if_autocast_computes_in_them() -> None:
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
-def test_weights_that_share_memory_in_16_bits_share_it_afterwards() -> None:
-    model = Bigram().bfloat16()
-    model.transposed = nn.Parameter(model.head.weight.data.t())
-    before = model.head.weight.detach().float()
-    Trainer(model, TrainingConfig(max_steps=1), DataLoader(PartlyIgnored(), 8), callbacks=[])
-    assert torch.equal(model.head.weight, before)
-    assert model.transposed.data_ptr() == model.head.weight.data_ptr()
-    assert torch.equal(model.transposed, before.t())
-
-
-@pytest.mark.parametrize("kind", ["sparse", "lazy", "inference"])
-def test_weights_that_cannot_be_trained_are_named(kind: str) -> None:
-    model = Bigram()
-    with torch.inference_mode(kind == "inference"):
-        made = {
-            "sparse": lambda: nn.Embedding(20, 12, sparse=True),
-            "lazy": lambda: nn.LazyLinear(20),
-            "inference": lambda: nn.Linear(12, 20),
-        }
-        setattr(model, "embedding" if kind == "sparse" else "head", made[kind]())
-    with pytest.raises(ConfigError, match="embedding" if kind == "sparse" else "head"):
-        Trainer(model, TrainingConfig(max_steps=1), DataLoader(PartlyIgnored(), 8), callbacks=[])
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_train_without_gradients_is_refused(mode: Any) -> None:
-    trainer = bigram_trainer_in_memory()
-    with mode(), pytest.raises(ConfigError, match="no_grad"):
-        trainer.train()
-
-
 class Quantized(nn.Parameter):
     """As quantized weights are: a class of its own."""
 
@@ -581,18 +550,6 @@ def test_final_save_holds_the_last_validation_after_a_save_on_log(tmp_path: Path
     newest = trainer.checkpoint_manager.get_latest()
     assert newest is not None
     assert trainer.checkpoint_manager.load(newest)["metrics_state_dict"]["latest"]["val_step"] == 4
-
-
-def test_parameters_added_to_the_optimizer_are_refused_before_the_update(tmp_path: Path) -> None:
-    class Unfreeze(Callback):
-        def on_step_begin(self, trainer: Trainer) -> None:
-            if trainer.global_step == 2:
-                trainer.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
-
-    trainer = make_trainer(make_config(tmp_path), callbacks=[Unfreeze()])
-    with pytest.raises(ConfigError, match="optimizer"):
-        trainer.train()
-    assert (trainer.global_step, trainer.optimizer_step.is_updating) == (2, False)
 
 
 @pytest.mark.parametrize("output", ["closed", "full", "latin-1"])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fundamentallm import Callback, LoggingCallback, Trainer, TrainingConfig, TrainingError, create_loss
-from fundamentallm.errors import CheckpointError, ConfigError
+from fundamentallm.errors import CheckpointError
 from fundamentallm.training.optimizers import create_optimizer
 from fundamentallm.training.step import skips_on_device
 from tests.integration.runs import PartlyIgnored, assert_same_weights, lines, make_config, make_trainer, on_processes
@@ -254,24 +254,6 @@ def test_a_bad_step_changes_no_buffer(bad_step: int, optimizer: str) -> None:
     for name in ("norm.running_mean", "norm.num_batches_tracked", "codebook"):
         assert not torch.equal(taken[bad_step + 1][name], taken[bad_step][name])
     assert (taken[-1]["late"], taken[-1]["constant"].tolist()) == (2, [1, 1, 1])
-
-
-class SecondOrder(torch.optim.SGD):
-    """Differentiates the gradients, as AdaHessian does."""
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        (group,) = self.param_groups
-        torch.autograd.grad([p.grad.sum() for p in group["params"]], group["params"])
-
-
-def test_an_optimizer_of_second_derivatives_is_named() -> None:
-    model = Bigram()
-    optimizer = SecondOrder(model.parameters(), lr=0.1)
-    trainer = Trainer(
-        model, TrainingConfig(max_steps=1), DataLoader(PartlyIgnored(), 8), callbacks=[], optimizer=optimizer
-    )
-    with pytest.raises(ConfigError, match="SecondOrder"):
-        trainer.train()
 
 
 class Thawing(Callback):

@@ -12,7 +12,6 @@ import pytest
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from fundamentallm import Callback, Trainer
-from fundamentallm.distributed.watchdog import Phase, Place, furthest_behind
 from fundamentallm.errors import ProcessLostError
 from tests.integration.runs import lines, make_config, make_trainer, on_processes
 
@@ -97,15 +96,3 @@ def test_watchdog_names_a_failed_process_with_its_error(tmp_path: Path, fault: s
     errors = errors_after(tmp_path, fault, rank, processes=2)
     assert errors.keys() == {f"error_{1 - rank}"}
     assert f"process {rank} of 2 (on {os.uname().nodename}) ended by {cause}" in errors[f"error_{1 - rank}"]
-
-
-@pytest.mark.parametrize(
-    ("places", "ranks"),
-    [
-        ([(3, Phase.LOADING), (2, Phase.FINISHING), (3, Phase.LOADING)], [1]),
-        ([(3, Phase.LOADING), (3, Phase.COMPUTING), (3, Phase.LOADING)], [0, 2]),
-        ([(3, Phase.COMPUTING)] * 3, [0, 1, 2]),
-    ],
-)
-def test_furthest_behind_compares_polls_then_phases(places: list[tuple[int, Phase]], ranks: list[int]) -> None:
-    assert furthest_behind([Place(7, polls, phase) for polls, phase in places]) == ranks

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fundamentallm.commands.estimate.memory import memory
+from fundamentallm.commands.estimate.counts import count, memory
 from tests.benchmarks.gpu import ROWS, config_of, measured
 from tests.benchmarks.growth import Point, exponent, table
 from tests.gpu.runs import Runs
@@ -29,9 +29,9 @@ def test_only_what_outgrows_its_flops_is_marked() -> None:
 def test_a_gpu_computes_the_largest_micro_batch_that_fits(tmp_path: Path, name: str, memory_bytes: int) -> None:
     config = config_of(Runs(tmp_path, "cuda"), name, memory_bytes)
     rows, batch = config.training.micro_batch_size or 0, config.training.batch_size
-    assert rows == 1 or memory(config).peak < 0.85 * memory_bytes
+    assert rows == 1 or memory(config, count(config)).peak < 0.85 * memory_bytes
     twice = dataclasses.replace(config.training, micro_batch_size=2 * rows)
-    needed = memory(dataclasses.replace(config, training=twice)).peak
+    needed = memory(dataclasses.replace(config, training=twice), count(config)).peak
     assert rows == batch or needed > 0.85 * memory_bytes
 
 

@@ -296,7 +296,6 @@ def test_make_callbacks_lists_every_problem() -> None:
         ("callback_options.profiler.first_step", "ten"),
         ("callback_options.profiler.num_steps", 0),
         ("callback_options.samples.prompts", "Once"),
-        ("callback_options.samples.num_tokens", "ten"),
         ("callbacks", "tests.unit.test_callbacks:make_trainer"),
     ]
     assert problems[1].allowed == "an integer, at least 1"

@@ -23,7 +23,7 @@ from fundamentallm.config.schema import ModelConfig
 from fundamentallm.data.datasets import TokenDataset
 from fundamentallm.data.tokenizers import create_tokenizer, num_ids
 from fundamentallm.errors import CheckpointError, CheckpointNotFoundError, ConfigError, FundamentaLLMError, report
-from fundamentallm.inference.generation import Sampling, generate, generate_batch
+from fundamentallm.inference.generation import generate
 from fundamentallm.inference.loading import find_checkpoint, load_model
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.models.transformers_format import model_files
@@ -128,21 +128,6 @@ def test_stop_ends_the_text(model: Transformer) -> None:
     assert list(generate(model, PROMPT, 40, CONTEXT, seed=1, stop={end})) == text[: text.index(end)]
 
 
-@pytest.mark.parametrize("stop", [(), (10,)])
-def test_generate_batch_equals_each_prompt_alone(model: Transformer, stop: tuple[int, ...]) -> None:
-    """Of different lengths, up to more than the context, of which some end and others go on past the context."""
-    prompts = [PROMPT, [7], PROMPT * 3, [9, 9]]
-    sampling = Sampling(1.3, 0.9, 12, 0.95)
-    texts: dict[int, list[int]] = {index: [] for index in range(4)}
-    for row in generate_batch(model, prompts, 30, CONTEXT, sampling, seed=5, stop=stop):
-        for index, token in row.items():
-            texts[index].append(token)
-    options = {"temperature": 0.9, "top_k": 12, "top_p": 0.95, "repetition_penalty": 1.3, "stop": stop}
-    alone = [list(generate(model, p, 30, CONTEXT, seed=5 + index, **options)) for index, p in enumerate(prompts)]
-    assert list(texts.values()) == alone
-    assert len(set(map(len, alone))) == (4 if stop else 1)
-
-
 def test_generate_computes_each_token_once(model: Transformer) -> None:
     computed = []
     model.get_input_embeddings().register_forward_pre_hook(lambda _, ids: computed.append(ids[0].numel()))
@@ -185,8 +170,6 @@ def test_generate_of_a_transformers_model_equals_its_own(is_cached: bool) -> Non
     model.get_input_embeddings().register_forward_pre_hook(lambda _, ids: computed.append(ids[0].numel()))
     assert PROMPT + list(generate(model, PROMPT, 30, 40, temperature=0)) == theirs
     assert computed == ([5] + [1] * 29 if is_cached else list(range(5, 35)))
-    texts = {row[1] for row in generate_batch(model, [PROMPT, [2, 3]], 60, 40, Sampling(temperature=0))}
-    assert len(texts) > 3
 
 
 def test_token_frequencies_follow_the_temperature() -> None:

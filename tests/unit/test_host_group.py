@@ -1,9 +1,10 @@
-"""Processes exchange values, and fail together."""
+"""Processes find each other, exchange values, and fail together."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch.distributed as dist
 
 from fundamentallm import create_accelerator
 from fundamentallm.distributed import host_group
-from fundamentallm.distributed.host_group import HostGroup
+from fundamentallm.distributed.host_group import HostGroup, agree_on_prefix
 from fundamentallm.errors import FundamentaLLMError
 from tests.integration.runs import on_processes
 
@@ -68,8 +69,32 @@ def test_host_group_keeps_an_error_if_the_exchange_fails(monkeypatch: pytest.Mon
         group.from_main(lambda: 1 // 0)
 
 
-def test_host_group_of_one_process_raises_its_own_error() -> None:
-    group = HostGroup()
-    assert group.all_gather(3) == [3]
-    with pytest.raises(ZeroDivisionError):
-        group.from_main(lambda: 1 // 0)
+# ---- restarted processes find each other, and not the processes that ran before them
+
+WORLD = 3
+
+
+def start(store: dist.Store, *ranks: int) -> list[str]:
+    """Returns the prefix that each of these processes agrees on."""
+    with ThreadPoolExecutor(WORLD) as pool:
+        return list(pool.map(lambda rank: agree_on_prefix(store, rank, WORLD), ranks))
+
+
+def test_agree_on_prefix_is_common_and_new_for_each_start() -> None:
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    prefixes = [start(store, *order) for order in ((0, 1, 2), (2, 1, 0))]
+    assert [len(set(agreed)) for agreed in prefixes] == [1, 1]
+    assert prefixes[0][0] != prefixes[1][0]
+
+
+def test_agree_on_prefix_refuses_an_old_or_incomplete_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    start(store, 0, 1, 2)
+    with monkeypatch.context() as shorter:
+        shorter.setattr(host_group, "JOIN_SECONDS", 0.3)
+        with pytest.raises(FundamentaLLMError):
+            start(store, 1)
+        with pytest.raises(FundamentaLLMError):
+            start(store, 0, 1)
+    # Process 2 answers to the incomplete start first, which process 0 never confirms.
+    assert len(set(start(store, 2, 1, 0))) == 1

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -151,9 +150,3 @@ def test_parse_config_of_a_yaml_tag_runs_no_code(folder: Path) -> None:
             parse_config(["--config", "config.yaml"])
         parse(f"--output_dir={tag}", f"--training.loss_options={tag}")
     assert [path.name for path in folder.iterdir()] == ["config.yaml"]
-
-
-def test_parse_config_refuses_what_is_not_a_regular_file(folder: Path) -> None:
-    os.mkfifo(folder / "config.yaml")
-    with time_limit(10), pytest.raises(ConfigError, match=r"config\.yaml"):
-        parse_config(["--config", "config.yaml"])

@@ -5,20 +5,26 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    GradientAccumulationPlugin,
+    ParallelismConfig,
+    ProjectConfiguration,
+)
 
 from fundamentallm import ConfigError, FundamentaLLMError, create_accelerator
 from fundamentallm.distributed import launch_checks
 from fundamentallm.distributed.accelerator import check_accelerator
 from fundamentallm.distributed.launch_checks import (
     Launch,
-    launch_arguments,
+    find_launch,
     launch_problems,
-    read_launch,
     tracker_problems,
 )
 from tests.integration.runs import make_config, make_trainer, on_processes, sharded_accelerator
@@ -48,12 +54,6 @@ def test_launch_problems_names_what_is_not_supported(environment: dict[str, str]
     assert problem.allowed
 
 
-def test_launch_problems_of_two_precisions_names_both() -> None:
-    (problem,) = launch_problems({"ACCELERATE_MIXED_PRECISION": "bf16"}, True, "no")
-    assert (problem.setting, problem.value, problem.allowed) == ("training.mixed_precision", "no", "bf16")
-    assert "accelerate_config.mixed_precision" in problem.reason
-
-
 @pytest.mark.parametrize(
     "environment",
     [
@@ -81,10 +81,10 @@ def test_create_accelerator_lists_all_problems_of_a_launch(monkeypatch: pytest.M
     ]
 
 
-def test_launch_problems_of_a_precision_outside_the_config_names_the_file() -> None:
+def test_launch_problems_of_two_precisions_names_both_and_the_file() -> None:
     (problem,) = launch_problems({"ACCELERATE_MIXED_PRECISION": "bf16"}, True, None, Launch("/etc/default_config.yaml"))
     assert (problem.setting, problem.value, problem.allowed) == ("training.mixed_precision", "no", "bf16")
-    assert "/etc/default_config.yaml" in problem.reason
+    assert "accelerate_config.mixed_precision of /etc/default_config.yaml" in problem.reason
 
 
 @pytest.mark.parametrize("launch", [Launch("gpu.yaml"), Launch()])
@@ -128,36 +128,27 @@ def test_launch_problems_of_one_process_accepts_a_master_address() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "arguments"),
+    ("words", "expected"),
     [
-        ("python -m accelerate.commands.launch train.py", ["train.py"]),
-        ("uv run --frozen accelerate launch --cpu train.py", ["--cpu", "train.py"]),
-        ("/usr/bin/python /opt/bin/accelerate-launch train.py", ["train.py"]),
+        ("python -m accelerate.commands.launch --config_file={} -m fundamentallm.train --cpu", (True, True, 2)),
+        ("uv run --frozen accelerate launch --config_file {} --num_processes 4 train.py", (True, True, 4)),
+        ("/usr/bin/python /opt/bin/accelerate-launch --cpu train.py --config_file {}", (False, True, 1)),
+        ("accelerate launch --no_python train --cpu --num_processes 3", (False, False, 1)),
+        ("accelerate launch --multi_gpu --num-processes 2 -m train --config x.yaml --cpu", (False, False, 2)),
         ("code /home/someone/accelerate", None),
         ("python train.py --output_dir runs/accelerate", None),
     ],
 )
-def test_launch_arguments_are_those_of_the_launcher(words: str, arguments: list[str] | None) -> None:
-    assert launch_arguments(words.split()) == arguments
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ("--config_file={} -m fundamentallm.train --cpu", (True, True, 2)),
-        ("--config_file {} --num_processes 4 train.py", (True, True, 4)),
-        ("--cpu train.py --config_file {}", (False, True, 1)),
-        ("--no_python train --cpu --num_processes 3", (False, False, 1)),
-        ("--multi_gpu --num-processes 2 -m fundamentallm.train --config x.yaml --cpu", (False, False, 2)),
-    ],
-)
-def test_read_launch_reads_the_launchers_own_arguments(
-    arguments: str, expected: tuple[bool, bool, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_find_launch_reads_the_launchers_own_arguments(
+    words: str, expected: tuple[bool, bool, int] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", str(tmp_path / "none.yaml"))
     shutil.copy(CONFIGS / "cpu_2_processes.yaml", tmp_path / "two.yaml")
-    launch = read_launch(arguments.format("two.yaml").split(), str(tmp_path))
-    assert (launch.config_file is not None, launch.use_cpu, launch.num_processes) == expected
+    parent = SimpleNamespace(cmdline=words.format("two.yaml").split, cwd=lambda: str(tmp_path))
+    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(parents=lambda: [parent]))
+    launch = find_launch()
+    found = None if launch is None else (launch.config_file is not None, launch.use_cpu, launch.num_processes)
+    assert found == expected
 
 
 @pytest.mark.parametrize(("first", "second"), [("bf16", None), (None, "bf16"), ("bf16", "no")])
@@ -243,16 +234,11 @@ def test_check_accelerator_refuses_processes_without_a_group(monkeypatch: pytest
     assert settings(error) == [("Accelerator.num_processes", 1)]
 
 
-def test_check_accelerator_refuses_two_precisions() -> None:
+@pytest.mark.parametrize(("made", "wanted"), [("bf16", "no"), ("fp16", "fp16")])
+def test_check_accelerator_refuses_another_precision_and_fp16_on_a_cpu(made: str, wanted: str) -> None:
     with pytest.raises(ConfigError) as error:
-        check_accelerator(Accelerator(cpu=True, mixed_precision="bf16"), "no")
-    assert settings(error) == [("training.mixed_precision", "no")]
-
-
-def test_check_accelerator_refuses_fp16_on_a_cpu() -> None:
-    with pytest.raises(ConfigError) as error:
-        check_accelerator(Accelerator(cpu=True, mixed_precision="fp16"))
-    assert settings(error) == [("training.mixed_precision", "fp16")]
+        check_accelerator(Accelerator(cpu=True, mixed_precision=made), wanted)
+    assert settings(error) == [("training.mixed_precision", wanted)]
 
 
 def test_check_accelerator_refuses_fsdp_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,12 +249,12 @@ def test_check_accelerator_refuses_fsdp_on_a_cpu(monkeypatch: pytest.MonkeyPatch
     assert settings(error) == [("Accelerator.distributed_type", "NO")]
 
 
-def test_parallel_problems_names_all_that_is_not_data_parallel() -> None:
-    problems = launch_checks.parallel_problems({"tp": 4, "cp": 1, "sp": 2})
-    assert [(problem.setting, problem.value) for problem in problems] == [
-        ("accelerate_config.parallelism_config_tp_size", 4),
-        ("accelerate_config.parallelism_config_sp_size", 2),
-    ]
+def test_check_accelerator_refuses_what_is_not_data_parallel() -> None:
+    accelerator = Accelerator(cpu=True)
+    accelerator.state.parallelism_config = ParallelismConfig(tp_size=4)
+    with pytest.raises(ConfigError) as error:
+        check_accelerator(accelerator)
+    assert [name for name, _ in settings(error)] == ["accelerate_config.parallelism_config"]
 
 
 def test_check_accelerator_accepts_fsdp2(monkeypatch: pytest.MonkeyPatch) -> None:

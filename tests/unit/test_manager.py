@@ -131,16 +131,14 @@ def test_save_of_a_view_stores_what_it_shows(tmp_path: Path) -> None:
 
 
 def test_save_writes_further_files_and_no_pickle(tmp_path: Path) -> None:
-    written = contents(CheckpointManager(tmp_path).save(state(), files={"config.json": "«é»\n"}))
+    (tmp_path / "ordinary").mkdir()
+    path = CheckpointManager(tmp_path).save(state(), files={"config.json": "«é»\n"})
+    assert path.stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+    written = contents(path)
     assert sorted(written) == sorted(FILES)
     assert written["config.json"].decode() == "«é»\n"
     for name, content in written.items():
         assert not content.startswith((b"\x80", b"PK")), name
-
-
-def test_save_makes_a_folder_with_usual_permissions(tmp_path: Path) -> None:
-    (tmp_path / "ordinary").mkdir()
-    assert CheckpointManager(tmp_path).save(state()).stat().st_mode == (tmp_path / "ordinary").stat().st_mode
 
 
 # ---- refused states and names ----------------------------------------------------------------------------------
@@ -308,14 +306,6 @@ def test_save_keeps_the_best_and_deletes_a_former_best(tmp_path: Path) -> None:
     CheckpointManager(tmp_path, 1).save(state(6), "step_6")  # a new manager reads the disk
     assert names(tmp_path) == ["step_3", "step_6"]
     assert manager.get_best() == tmp_path / "step_3"
-
-
-def test_save_keeps_the_origin_of_a_restart_by_either_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    manager = CheckpointManager("checkpoints", 1)
-    manager.origin = manager.save(state(), "origin").absolute()
-    save_steps(manager, 3)
-    assert names(tmp_path / "checkpoints") == ["origin", "step_2"]
 
 
 def test_save_deletes_nothing_that_is_not_a_checkpoint(tmp_path: Path) -> None:

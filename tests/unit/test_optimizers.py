@@ -564,13 +564,6 @@ def test_check_optimizer_names_one_that_needs_a_closure(kind: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
-def test_check_optimizer_names_a_parameter_given_twice() -> None:
-    model = Tiny()
-    (name, twice), *_ = model.named_parameters()
-    with pytest.raises(ConfigError, match=name):
-        check_optimizer(model, torch.optim.SGD([*model.parameters(), twice], lr=0.1))
-
-
 class Counting(torch.optim.SGD):
     """Keeps what it needs in its groups, in integers, in lists and beside the parameters, as optimizers do."""
 

@@ -302,7 +302,7 @@ def test_find_pretrained_looks_into_the_local_cache(tmp_path: Path, monkeypatch:
 
 
 def test_estimate_takes_the_shape_of_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from fundamentallm.commands.estimate.main import main
+    from fundamentallm.commands.estimate import main
 
     model = llama(tmp_path)
     assert main(["--model.pretrained", str(tmp_path), "--devices", "1"], "estimate") == 0

@@ -235,13 +235,10 @@ def test_text_field_without_rows_is_refused(tmp_path: Path) -> None:
     assert len(load(tmp_path, {text: 1.0, rows: 1.0}, text_field="output").sources) == 2
 
 
-@pytest.mark.parametrize("source", ["/", "/**/*.txt", "/dev/zero", "/dev", "/sys", "pipe", "root", "circle/**/*.txt"])
+@pytest.mark.parametrize("source", ["/dev/zero", "/dev", "pipe"])
 def test_source_that_might_never_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
     monkeypatch.chdir(tmp_path)
     os.mkfifo("pipe")
-    for name in ("root", "circle/root"):
-        Path(name).parent.mkdir(exist_ok=True)
-        Path(name).symlink_to("/")
     assert problem_of(load, tmp_path, source).setting == "data.source"
 
 

@@ -1,1 +1,58 @@
-"""`fundamentallm doctor`."""
+"""Check by short trial runs, in about a minute, that runs are reproducible with your config, data and machine."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import textwrap
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from fundamentallm.commands.options import add_trainer_option, parse_settings, settings_parser, trainer_problems
+from fundamentallm.commands.output import say
+from fundamentallm.errors import Problem
+
+INDENT = " " * 30
+"""Where the text of a finding starts."""
+
+
+def main(arguments: Sequence[str], program: str) -> int:
+    """Run the command line and return the exit code: 0 if no check failed, 1 if one did."""
+    about = f"{__doc__} Runs are made in temporary folders; nothing is written to output_dir."
+    codes = "Exit code 0: no check failed, 1: a check failed, 2: a setting is wrong."
+    parser = settings_parser(program, "[--trainer MODULE:NAME]", f"{about} {codes}")
+    add_trainer_option(parser)
+    options, rest = parser.parse_known_args(arguments)
+    problems = trainer_problems(options.trainer)
+    if (launched := os.environ.get("WORLD_SIZE", "1")) != "1":
+        advice = "Run doctor on one process: it starts the others that it needs."
+        problems.append(Problem("WORLD_SIZE", launched, allowed="1", advice=advice))
+    config = parse_settings(rest, program, problems)
+
+    # A killed run cannot free its semaphores, which Python would report at exit, long after the checks.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
+    # Imported here, so that --help and wrong settings need not wait for torch.
+    from fundamentallm.commands.doctor.checks import CHECKS, Case, examine
+
+    failed, started = 0, time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="fundamentallm-doctor-") as folder:
+        case = Case(config, options.trainer, Path(folder))
+        case.make()  # a config that makes no Trainer is a ConfigError, as with every other command
+        say(f"trial runs in temporary folders; {config.output_dir} is not touched\n")
+        for number, (name, (_, advice)) in enumerate(CHECKS.items(), start=1):
+            print(f"{number:>2}  {name:<17}", end="", flush=True)
+            finding = examine(name, case)
+            say(f"{finding.status:<9}{finding.figure}")
+            if finding.status == "fail":
+                first = "Fix the failures above first: they may be the cause. " if failed else ""
+                say(textwrap.fill(f"-> {first}{advice}", 120, initial_indent=INDENT, subsequent_indent=INDENT))
+                failed += 1
+        say("\nestimate for the whole run, from a few steps")
+        try:
+            for title, text in case.measured.forecast.items():
+                say(f"    {title:<17}{text}")
+        except Exception as error:  # the checks have shown it in full
+            say(f"    unknown, since no step could be run ({type(error).__name__})")
+    say(f"\n{failed} of {len(CHECKS)} checks failed, in {time.perf_counter() - started:.0f} s")
+    return 1 if failed else 0

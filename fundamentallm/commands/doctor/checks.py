@@ -5,26 +5,35 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import itertools
 import math
-import random
+import multiprocessing
+import os
+import signal
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from accelerate.utils import release_memory
-from torch import Tensor
+from accelerate.utils import release_memory, set_seed
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from fundamentallm.commands import trial
-from fundamentallm.commands.doctor.forecast import Measured, measure
-from fundamentallm.commands.output import plural
-from fundamentallm.config.schema import Config
+from fundamentallm.checkpoint.manager import CheckpointManager
+from fundamentallm.commands.trial import Record, make_trainer, run_until, trial_config
+from fundamentallm.config.schema import Config, TrainingConfig
+from fundamentallm.config.units import duration_text, size_text
+from fundamentallm.data.sampler import StepSampler
 from fundamentallm.distributed.batches import to_device
 from fundamentallm.signals import raise_if_interrupted
+from fundamentallm.training.callbacks.base import Callback, RunView
+from fundamentallm.training.callbacks.console import LoggingCallback, ProgressCallback
+from fundamentallm.training.callbacks.curves import VisualizationCallback
 from fundamentallm.training.metrics import MEASURED
 from fundamentallm.training.trainer import Trainer
 
@@ -34,6 +43,10 @@ STOP_AT, KILL_AT, SAVE_EVERY, LOG_EVERY, EVAL_EVERY = 9, 5, 2, 3, 4
 """Steps of kill and resume. A log line averages over steps before and after the kill, which follows a validation."""
 SLOW_STEP, START_SECONDS = 10.0, 120.0
 """Seconds per step above which no run is killed and resumed; seconds that a process may take to start."""
+MIN_STEPS, MAX_STEPS, SECONDS = 4, 30, 3.0
+WARMUP_STEPS = 2
+"""Steps that are not timed: allocations and kernel selection make them slower."""
+VALIDATION_ROWS = 48
 
 
 class Finding(NamedTuple):
@@ -43,34 +56,36 @@ class Finding(NamedTuple):
     figure: str
 
 
-class Check(NamedTuple):
-    """A check, and what to do if it fails."""
+class Measured(NamedTuple):
+    """What a trial run of a few steps measured."""
 
-    make: Callable[[Case], Finding]
-    advice: str
+    total_steps: int  # of the whole run
+    step_seconds: float
+    micro_batch_size: int
+    forecast: dict[str, str]  # of the whole run
 
 
+@dataclass
 class Case:
-    """The run that is checked: its config, 'module:name' of the function that makes its Trainer, and an empty folder.
+    """The run that is checked. Each trial run gets a folder of its own in `folder`."""
 
-    Each trial run gets a folder of its own in it.
-    """
-
-    def __init__(self, config: Config, trainer: str, folder: Path) -> None:
-        self.config, self.trainer, self.folder = config, trainer, folder
+    config: Config
+    trainer: str
+    """'module:name' of the function that makes the Trainer."""
+    folder: Path
 
     def new_config(self, **training: Any) -> Config:
         """Returns the config of a new trial."""
-        return trial.trial_config(self.config, Path(tempfile.mkdtemp(dir=self.folder)), **training)
+        return trial_config(self.config, Path(tempfile.mkdtemp(dir=self.folder)), **training)
 
     def make(self, **training: Any) -> Trainer:
         """Returns the Trainer of a new trial. Raises ConfigError if the function makes no usable one."""
-        return trial.make_trainer(self.trainer, self.new_config(**training))
+        return make_trainer(self.trainer, self.new_config(**training))
 
     @functools.cached_property
     def measured(self) -> Measured:
         """Measurements of a trial run, made once."""
-        return measure(self.make(), self.config.training)
+        return _measure(self.make(), self.config.training)
 
 
 def check_data(case: Case) -> Finding:
@@ -82,9 +97,9 @@ def check_data(case: Case) -> Finding:
         last = len(loader.dataset) - 1  # type: ignore[arg-type]
         indices = sorted({0, min(1, last), last // 3, last // 2, last})
         num_read += len(indices)
-        _seed_globals(1)
+        set_seed(1)
         first = {index: _read(loader, [index]) for index in indices}
-        _seed_globals(2)
+        set_seed(2)
         for index in reversed(indices):
             if not _are_equal(first[index], _read(loader, [index])):
                 return Finding("fail", f"{name} sample {index} changes when it is read again")
@@ -95,20 +110,20 @@ def check_model(case: Case) -> Finding:
     """Two runs are equal to the bit, and evaluation mode draws no random numbers."""
     begins, logs, ends = [], [], []
     for seed in (1, 2):
-        _seed_globals(seed)
+        set_seed(seed)
         trainer = case.make()
         begins.append(_weights(trainer))
-        logs.append(trial.run_until(trainer, lambda run: len(run.losses) >= STEPS).lines)
+        logs.append(run_until(trainer, lambda run: len(run.losses) >= STEPS).lines)
         ends.append(_weights(trainer))
-    if names := _differing(begins[0], begins[1]):
-        return Finding("fail", f"made twice, the model has other initial weights in {names}")
+    if problem := _changed_weights(*begins):
+        return Finding("fail", f"the model was made twice, and {problem}")
     if not math.isfinite(logs[0][0]["train_loss"]):
         return Finding("fail", f"the loss of the first batch is {logs[0][0]['train_loss']}")
-    if problem := _compare(logs[0], logs[1])[1] or _differing(ends[0], ends[1], "the weights differ in "):
-        return Finding("fail", f"the same run made twice: {problem}")
+    if problem := _difference(*logs) or _changed_weights(*ends):
+        return Finding("fail", f"the same run was made twice, and {problem}")
     if len(losses := _losses_by_seed(trainer, training=False)) > 1:
         return Finding("fail", f"in evaluation mode, one batch has the losses {' and '.join(map(str, losses))}")
-    return Finding("pass", f"two runs of {plural(len(logs[0]), 'step')}: losses and weights equal to the bit")
+    return Finding("pass", f"two runs of {len(logs[0])} steps: losses and weights equal to the bit")
 
 
 def check_micro_batches(case: Case) -> Finding:
@@ -120,14 +135,14 @@ def check_micro_batches(case: Case) -> Finding:
     logs = []
     for size in (largest, smaller):
         trainer = case.make(micro_batch_size=size)
-        trial.disable_dropout(trainer.model)
+        _disable_dropout(trainer.model)
         if len(_losses_by_seed(trainer, training=True)) > 1:
             return Finding("skipped", "the model draws random numbers besides dropout: runs agree only on average")
-        logs.append(trial.run_until(trainer, lambda run: len(run.losses) >= STEPS).lines)
-    error, problem = _compare(logs[0], logs[1], _tolerance(trainer, 1e-5))
-    if problem:
+        logs.append(run_until(trainer, lambda run: len(run.losses) >= STEPS).lines)
+    tolerance = _tolerance(trainer, 1e-5)
+    if problem := _difference(logs[0], logs[1], tolerance):
         return Finding("fail", f"micro-batches of {largest} and {smaller}: {problem}")
-    return Finding("pass", f"of {largest} and {smaller}: losses of {plural(len(logs[0]), 'step')} {_within(error)}")
+    return Finding("pass", f"of {largest} and {smaller}: losses of {len(logs[0])} steps equal within {tolerance:.0e}")
 
 
 def check_evaluation(case: Case) -> Finding:
@@ -135,45 +150,80 @@ def check_evaluation(case: Case) -> Finding:
     trainer = case.make()
     if trainer.val_samples is None:
         return Finding("skipped", "there is no validation data")
-    losses = {}
+    losses, tolerance = {}, _tolerance(trainer, 1e-6)
     for size in sorted({1, 5, trainer.val_samples.batch_size}):
-        trial.limit_validation(trainer, batch_size=size)
+        _limit_validation(trainer, batch_size=size)
         losses[size] = trainer.validate()["val_loss"]
-    error = max(_distance(loss, losses[1]) for loss in losses.values())
-    if not error <= _tolerance(trainer, 1e-6):
+    if not all(math.isclose(loss, losses[1], rel_tol=tolerance) for loss in losses.values()):
         by_size = ", ".join(f"{loss:.6f} with batch size {size}" for size, loss in losses.items())
         return Finding("fail", f"val_loss is {by_size}")
-    return Finding("pass", f"val_loss with batch sizes {', '.join(map(str, losses))} {_within(error)}")
+    return Finding("pass", f"val_loss with batch sizes {', '.join(map(str, losses))} equal within {tolerance:.0e}")
 
 
 def check_resume(case: Case) -> Finding:
     """A run that is killed and resumed equals an uninterrupted run to the bit."""
-    measured = case.measured
-    if measured.total_steps <= SAVE_EVERY:
-        return Finding("skipped", f"the run has only {plural(measured.total_steps, 'step')}")
-    if measured.step_seconds > SLOW_STEP:
-        return Finding("skipped", f"a step takes {measured.step_seconds:.0f} s")
-    stop_at, kill_at = min(STOP_AT, measured.total_steps), min(KILL_AT, measured.total_steps)
+    total_steps, step_seconds = case.measured.total_steps, case.measured.step_seconds
+    if total_steps <= SAVE_EVERY:
+        return Finding("skipped", f"the run has only {total_steps} steps")
+    if step_seconds > SLOW_STEP:
+        return Finding("skipped", f"a step takes {step_seconds:.0f} s")
+    stop_at, kill_at = min(STOP_AT, total_steps), min(KILL_AT, total_steps)
     every = {"save_every_n_steps": SAVE_EVERY, "log_every_n_steps": LOG_EVERY, "eval_every_n_steps": EVAL_EVERY}
     whole, killed = case.new_config(**every), case.new_config(**every)
-    timeout = START_SECONDS + 10 * kill_at * measured.step_seconds
-    if problem := trial.run_killed(case.trainer, killed, kill_at, timeout):
-        return Finding("fail", f"the run to be killed at step {kill_at}: {problem}")
+    child = multiprocessing.get_context("spawn").Process(target=_run_killed, args=(case.trainer, killed, kill_at))
+    try:
+        child.start()
+        child.join(START_SECONDS + 10 * kill_at * step_seconds)
+    finally:
+        is_killed = child.exitcode == -signal.SIGKILL
+        child.kill()
+        child.join()  # until then it may write to the folder that is about to be removed
+    if not is_killed:
+        return Finding("fail", f"the run that kills itself at step {kill_at} ended otherwise: {child.exitcode}")
     records, weights = [], []
     for config in (whole, killed):
-        trainer = trial.make_trainer(case.trainer, config)
-        trial.limit_validation(trainer)
-        records.append(trial.run_to(trainer, stop_at))
+        trainer = make_trainer(case.trainer, config)
+        records.append(_run_to(stop_at, trainer))
         weights.append(_weights(trainer))
     resumed_from = records[1].first_step
     later = [line for line in records[0].lines if line["step"] > resumed_from]
-    problem = _compare(later, records[1].lines)[1]
-    problem = problem or _differing(weights[0], weights[1], "the weights differ in ")
-    if resumed_from == 0:
-        problem = "it started from scratch, not from a checkpoint"
+    problem = "it started from scratch, not from a checkpoint" if resumed_from == 0 else ""
+    problem = problem or _difference(later, records[1].lines) or _changed_weights(*weights)
     if problem:
         return Finding("fail", f"killed at step {kill_at}, resumed from {resumed_from}: {problem}")
     return Finding("pass", f"killed at step {kill_at}, resumed from {resumed_from}: weights and log equal to the bit")
+
+
+class _Kill(Callback):
+    """Kills the process at a step, once a checkpoint is there."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, run: RunView, loss: float) -> None:
+        if run.global_step == self.step:
+            manager = CheckpointManager(run.config.training.checkpoint_dir or "")
+            while manager.get_latest() is None:  # it is written in the background
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _run_killed(name: str, config: Config, kill_at: int) -> None:
+    silent = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silent, 1)
+    os.dup2(silent, 2)
+    _run_to(kill_at, make_trainer(name, config), _Kill(kill_at))
+
+
+def _run_to(last_step: int, trainer: Trainer, *more: Callback) -> Record:
+    """Train to `last_step` with the run's own callbacks, whose state a resumed run restores, and return the record."""
+    _limit_validation(trainer)
+    record = Record(lambda record: record.first_step + len(record.losses) >= last_step)
+    writers = (ProgressCallback, VisualizationCallback, LoggingCallback)  # they have no state
+    own = [callback for callback in trainer.callbacks.callbacks if not isinstance(callback, writers)]
+    trainer.callbacks.callbacks = [*own, record, *more]
+    trainer.train()
+    return record
 
 
 ROWS = (
@@ -181,33 +231,34 @@ ROWS = (
     "and the loss of a row must depend on that row alone. Look for means, batch normalisation and other statistics "
     "over the batch, and padding that depends on the other rows or is attended to."
 )
-CHECKS = {
-    "data": Check(
+CHECKS: dict[str, tuple[Callable[[Case], Finding], str]] = {
+    "data": (
         check_data,
         "The dataset or collate_fn uses a random state or counts its calls. Derive its randomness from (seed, index), "
         "as in np.random.default_rng((seed, index)): otherwise a resumed run sees other data.",
     ),
-    "model": Check(
+    "model": (
         check_model,
         "Call torch.manual_seed(config.training.seed) just before the model is made. Use torch's functions for "
         "randomness, which the trainer seeds at each step, and none in evaluation mode: F.dropout needs "
         "training=self.training. torch.use_deterministic_algorithms(True) finds non-deterministic backward passes.",
     ),
-    "micro-batches": Check(check_micro_batches, ROWS),
-    "evaluation": Check(check_evaluation, ROWS),
-    "kill and resume": Check(
+    "micro-batches": (check_micro_batches, ROWS),
+    "evaluation": (check_evaluation, ROWS),
+    "kill and resume": (
         check_resume,
         "Something changes during training that is neither in the checkpoint nor a function of (seed, step): a buffer "
         "with persistent=False, a callback or schedule without state_dict(), a generator of your own.",
     ),
 }
+"""Each check, and what to do if it fails."""
 
 
-def examine(check: Check, case: Case) -> Finding:
+def examine(name: str, case: Case) -> Finding:
     """Make a check without its output. A check that raises has failed, and one that a signal ended has no result."""
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            finding = check.make(case)
+            finding = CHECKS[name][0](case)
     except Exception as error:
         raised_at = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(raised_at.filename).name}, line {raised_at.lineno}"
@@ -218,13 +269,47 @@ def examine(check: Check, case: Case) -> Finding:
     return finding
 
 
-# ---- helpers ---------------------------------------------------------------------------------------------
+def _measure(trainer: Trainer, training: TrainingConfig) -> Measured:
+    """Run a few steps and part of a validation; `training` has the intervals of the whole run."""
+    run = run_until(trainer, lambda run: len(run.losses) >= (MIN_STEPS if run.seconds > SECONDS else MAX_STEPS))
+    durations = [after - before for before, after in itertools.pairwise(run.times)]
+    step_seconds, steps, line = median(durations[WARMUP_STEPS:] or durations), trainer.total_steps, run.lines[-1]
+    seconds, text = steps * step_seconds, f"{steps:,} steps of {duration_text(step_seconds)}"
+    if trainer.val_samples is not None:
+        all_rows, rows, started = trainer.val_samples.num_samples, _limit_validation(trainer), time.perf_counter()
+        trainer.validate()
+        once = (time.perf_counter() - started) / rows * all_rows
+        intervals = training.eval_every_n_steps, (training.eval_every_n_epochs or 0) * trainer.steps_per_epoch
+        validations = 1 + sum((steps - 1) // interval for interval in intervals if interval)  # the last step's too
+        seconds += validations * once
+        text += f", {validations:,} validations of {duration_text(once)}"
+    tokens, device = line["tokens"] / line["step"], trainer.accelerator.device.type
+    forecast = {
+        "speed": f"{tokens / step_seconds:,.0f} tokens per second on {device}, 1 process",
+        "whole run": f"{duration_text(seconds)}: {text}",
+        "peak memory": f"{size_text(line.get('memory_gb', 0.0) * 1e9)} on {device}",
+    }
+    return Measured(steps, step_seconds, trainer.samples.micro_batch_size, forecast)
 
 
-def _seed_globals(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+def _limit_validation(trainer: Trainer, batch_size: int | None = None) -> int:
+    """Validate on the first few samples only; returns their number, or 0 if there is no validation data."""
+    loader, samples = trainer.val_loader, trainer.val_samples
+    if loader is None or samples is None:
+        return 0
+    size = loader.batch_size or 1
+    rows = min(len(loader.dataset), 2 * size + 1, VALIDATION_ROWS)  # type: ignore[arg-type]
+    trainer.val_samples = StepSampler(rows, batch_size or size, None, micro_batch_size=samples.micro_batch_size)
+    return rows
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    """Set the probability of dropout modules, and every float attribute with dropout in its name, to 0."""
+    for module in model.modules():
+        is_dropout = "Dropout" in type(module).__name__
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("dropout" in name or (is_dropout and name == "p")):
+                setattr(module, name, 0.0)
 
 
 def _read(loader: DataLoader[Any], indices: Sequence[int]) -> Any:
@@ -256,45 +341,30 @@ def _weights(trainer: Trainer) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
 
 
-def _differing(one: Mapping[str, Tensor], other: Mapping[str, Tensor], before: str = "") -> str:
-    """Returns the first few names of tensors that are not equal to the bit, or "" if all are equal."""
+def _changed_weights(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str:
+    """Returns how many tensors are not equal to the bit, in words, or "" if all are equal."""
     names = [name for name in one if not torch.equal(one[name], other[name])]
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return before + ", ".join(names[:4]) + more if names else ""
+    return f"{len(names)} of {len(one)} weights differ, such as {names[0]}" if names else ""
 
 
-def _compare(
-    expected: Sequence[Mapping[str, float]], got: Sequence[Mapping[str, float]], allowed: float = 0.0
-) -> tuple[float, str]:
-    """Returns the largest relative difference of the losses in two logs, and the first number that differs, in words.
+def _difference(
+    expected: Sequence[Mapping[str, float]], got: Sequence[Mapping[str, float]], tolerance: float = 0.0
+) -> str:
+    """Returns the first number that differs in two logs, in words, or "" if there is none.
 
-    Without an allowed difference, all numbers that do not depend on the clock must be equal to the bit.
+    Without a tolerance, all numbers that do not depend on the clock must be equal to the bit.
     """
     if len(expected) != len(got):
-        return math.inf, f"{len(expected)} log lines and {len(got)}"
-    largest = 0.0
+        return f"there are {len(expected)} log lines and {len(got)}"
     for one, other in zip(expected, got, strict=True):
-        for name in ("train_loss", "grad_norm") if allowed else sorted(one.keys() - MEASURED):
-            if one[name] == other.get(name):
-                continue
-            apart = _distance(one[name], other.get(name, math.nan))
+        for name in ("train_loss", "grad_norm") if tolerance else sorted(one.keys() - MEASURED):
             # The gradient norm shows a wrong scale of the gradients, which optimizers that normalise them hide.
-            if not apart <= allowed * (100 if name == "grad_norm" else 1):
-                return apart, f"{name} of step {one['step']} is {one[name]} and {other.get(name)}"
-            largest = max(largest, apart if name != "grad_norm" else 0.0)
-    return largest, ""
+            allowed = tolerance * (100 if name == "grad_norm" else 1)
+            if not math.isclose(one[name], other.get(name, math.nan), rel_tol=allowed):
+                return f"{name} of step {one['step']} is {one[name]} and {other.get(name)}"
+    return ""
 
 
 def _tolerance(trainer: Trainer, exact: float) -> float:
     """Returns the allowed relative difference: `exact` in float32, otherwise the rounding error of 16 bits."""
     return exact if trainer.accelerator.mixed_precision == "no" else 1e-2
-
-
-def _distance(one: float, other: float) -> float:
-    """Returns the relative difference of two numbers, or infinity if one of them is not finite."""
-    result = 0.0 if one == other else abs(one - other) / max(abs(one), abs(other))
-    return result if math.isfinite(result) else math.inf
-
-
-def _within(error: float) -> str:
-    return f"within {error:.0e}" if error else "to the bit"

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fundamentallm.errors import CheckpointError
 from fundamentallm.run.folder import repeats_all_launches
 from fundamentallm.run.json_lines import LineFile
 
@@ -173,10 +171,7 @@ class CallbackList:
 
     def measure(self, trainer: RunView) -> dict[str, float]:
         """Returns the numbers of all callbacks."""
-        measured: dict[str, float] = {}
-        for callback in tuple(self.callbacks):
-            measured |= callback.measure(trainer)
-        return measured
+        return {name: value for callback in self.callbacks for name, value in callback.measure(trainer).items()}
 
     @property
     def wants_step_loss(self) -> bool:
@@ -185,12 +180,11 @@ class CallbackList:
 
     def _by_name(self) -> dict[str, Callback]:
         """Returns the callbacks by class name; the second one of a class is numbered _2, and so on."""
-        counts: Counter[str] = Counter()
         named: dict[str, Callback] = {}
         for callback in self.callbacks:
+            number = sum(type(other) is type(callback) for other in named.values()) + 1
             name = type(callback).__name__
-            counts[name] += 1
-            named[name if counts[name] == 1 else f"{name}_{counts[name]}"] = callback
+            named[name if number == 1 else f"{name}_{number}"] = callback
         return named
 
     def state_dict(self) -> dict[str, Any]:
@@ -210,25 +204,15 @@ class CallbackList:
 
 
 def rewind_lines(trainer: RunView, file: LineFile) -> None:
-    """Drop the lines of a file that the resumed run writes again.
-
-    If the run starts from scratch or from an older checkpoint, they belong to another run, so a copy is kept.
+    """Drop the lines of a file that the run writes again. A copy is kept of lines that belong to another run.
 
     Raises:
         CheckpointError: if the file lacks lines that the checkpoint counts on, and `resume_changes` does not allow it.
     """
-    step, training = trainer.global_step, trainer.config.training
-    is_own = trainer.resumed_from is not None and trainer.resumed_from.parent == Path(training.checkpoint_dir or "")
-    if is_own and (gap := file.gap()):  # a checkpoint of another folder counts on the log there
-        if "log" not in training.resume_changes:
-            advice = "Restore the file, or continue without these lines by --training.resume_changes '[log]'."
-            raise CheckpointError(f"{trainer.resumed_from} cannot be resumed: {gap}. {advice}")
-        trainer.say(f"continuing although {gap}")
-
-    def is_kept(line: dict[str, Any]) -> bool:
-        is_repeated = trainer.validation_due and "train_loss" not in line
-        return line["step"] < step or (line["step"] == step and not is_repeated)
-
+    step, training, resumed_from = trainer.global_step, trainer.config.training, trainer.resumed_from
+    # A checkpoint of another folder counts on the log there.
+    is_own = resumed_from is None or resumed_from.parent == Path(training.checkpoint_dir or "")
     is_repeated = trainer.output_dir is not None and repeats_all_launches(trainer.output_dir)
-    if message := file.rewind(is_kept, keep_copy=(step == 0 and not is_repeated) or trainer.was_rewound):
+    keep_copy = (step == 0 and not is_repeated) or trainer.was_rewound
+    if message := file.rewind(step, is_own, "log" in training.resume_changes, keep_copy):
         trainer.say(message)

@@ -16,11 +16,6 @@ from fundamentallm.training.callbacks.base import Callback, RunView, rewind_line
 from fundamentallm.training.metrics import MEASURED
 
 
-def shows_bar() -> bool:
-    """Whether a progress bar can move: on a terminal, or in a notebook that has ipywidgets."""
-    return (sys.stderr is not None and sys.stderr.isatty()) or issubclass(tqdm, tqdm_notebook)
-
-
 class ProgressCallback(Callback):
     """Shows a progress bar over the optimizer steps on the main process, if the output is a terminal or a notebook.
 
@@ -36,13 +31,14 @@ class ProgressCallback(Callback):
 
     def on_train_begin(self, trainer: RunView) -> None:
         """Open the bar at the step that the run resumes from."""
+        can_move = (sys.stderr is not None and sys.stderr.isatty()) or issubclass(tqdm, tqdm_notebook)
         self._bar = tqdm(
             total=trainer.total_steps,
             initial=trainer.global_step,
             desc="training",
             unit="step",
             dynamic_ncols=True,
-            disable=not (trainer.is_main_process and shows_bar()),
+            disable=not (trainer.is_main_process and can_move),
         )
 
     def on_step_begin(self, trainer: RunView) -> None:
@@ -67,9 +63,8 @@ class ProgressCallback(Callback):
 class LoggingCallback(Callback):
     """Prints log lines on the main process and, with a path, appends them to a file of JSON lines in full precision.
 
-    A resumed run continues the file: lines after the step it resumes from are dropped, because those steps are
-    repeated. A checkpoint counts on the lines up to its step, and a resume fails if they are missing. Numbers that JSON
-    lacks are stored as the texts "NaN", "Infinity" and "-Infinity".
+    A resumed run continues the file: lines after the step it resumes from are dropped. A resume fails if lines that the
+    checkpoint counts on are missing. Numbers that JSON lacks are the texts "NaN", "Infinity" and "-Infinity".
 
     Examples:
         >>> from fundamentallm import LoggingCallback
@@ -155,8 +150,5 @@ def console_line(line: dict[str, float], total_steps: int, seconds_left: float =
 
 
 def _short(number: float) -> str:
-    """Returns 1.2M for 1234567, and 120 for 119.9."""
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.1f}{letter}"
-    return f"{number:.0f}"
+    """Returns 1.23M for 1234567, and 120 for 119.9."""
+    return tqdm.format_sizeof(number).replace("G", "B")

@@ -17,16 +17,16 @@ from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.run.folder import restarts
 from fundamentallm.training.callbacks.base import Callback, RunView
 
-THEMES = {
-    "light": {
-        "paper": "#ffffff", "ink": "#25303b", "faint": "#8a96a3", "grid": "#e4e8ec",
-        "training": "#33658a", "validation": "#d1495b", "other": "#4d7c6f", "bad": "#c77d00",
-    },
-    "dark": {
-        "paper": "#14181d", "ink": "#e3e8ee", "faint": "#7d8996", "grid": "#2a313a",
-        "training": "#6fb1e0", "validation": "#ff8595", "other": "#7fc8ad", "bad": "#f2b04a",
-    },
-}  # fmt: skip
+THEMES = {"light": "default", "dark": "dark_background"}
+"""Styles of matplotlib."""
+STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.titlesize": "medium",
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+}
 SMALL = {
     "learning_rate": "learning rate",
     "grad_norm": "gradient norm, before clipping",
@@ -94,7 +94,7 @@ class VisualizationCallback(Callback):
         title = f"{name.decode(errors='replace')}step {trainer.global_step:,} of {trainer.total_steps:,}"
         path = self.path or (trainer.output_dir or Path()) / "curves.png"
         try:
-            figure = draw(history, self._restarts, trainer.total_steps, THEMES[self.theme], title)
+            figure = draw(history, self._restarts, trainer.total_steps, self.theme, title)
             with replacing(path) as new:  # so that a viewer never sees half a picture
                 figure.savefig(new, dpi=130, format="png")
         except Exception as error:  # does not end the run, because the numbers are stored elsewhere
@@ -102,81 +102,53 @@ class VisualizationCallback(Callback):
         self._drawn_at = time.monotonic()
 
 
-def draw(
-    history: dict[str, list[float]], restarts: list[int], total_steps: int, colors: dict[str, str], title: str
-) -> Any:
+def draw(history: dict[str, list[float]], restarts: list[int], total_steps: int, theme: str, title: str) -> Any:
     """Returns a matplotlib Figure of the history of a run (see `MetricTracker`)."""
-    import matplotlib
+    from matplotlib import style
     from matplotlib.figure import Figure  # not pyplot, which would change the user's backend
     from matplotlib.ticker import MaxNLocator
 
-    with matplotlib.rc_context(_style(colors)):
+    with style.context(["default", THEMES[theme], STYLE]):
         figure = Figure(figsize=(10, 7), layout="constrained")
         # A text between dollar signs would be read as a formula.
-        figure.suptitle(title.replace("$", r"\$"), fontsize=12, fontweight="bold", x=0.01, ha="left")
+        figure.suptitle(title.replace("$", r"\$"), fontweight="bold")
         layout: Any = [["loss"] * 3, list(SMALL)]
-        axes = figure.subplot_mosaic(layout, height_ratios=[1.9, 1])
-        for name, axis in axes.items():
-            axis.set_xlim(0, max(total_steps, history["step"][-1]))
-            axis.xaxis.set_major_locator(MaxNLocator(5 if name == "loss" else 3, integer=True))
-            axis.xaxis.set_major_formatter("{x:,.0f}")
-            for step in restarts:
-                axis.axvline(step, color=colors["faint"], linewidth=1, linestyle=(0, (4, 3)))
-        if restarts:
-            axes["loss"].lines[0].set_label(f"restarted ({len(restarts)})")
-        _draw_losses(axes["loss"], history, colors)
+        axes = figure.subplot_mosaic(layout, height_ratios=[2, 1])
+        _draw_losses(axes["loss"], history, restarts)
         for name, label in SMALL.items():
-            _draw_small(axes[name], history, name, label, colors)
+            axes[name].plot(history["step"], history[name], color="C2", linewidth=1)
+            axes[name].set_title(label)
+            axes[name].set_ylim(0, None)
+        for axis in axes.values():
+            axis.set_xlim(0, max(total_steps, history["step"][-1]))
+            axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     return figure
 
 
-def _style(colors: dict[str, str]) -> Any:
-    """Returns the settings of matplotlib (rcParams) for a theme."""
-    paper, ink, faint = colors["paper"], colors["ink"], colors["faint"]
-    style: dict[str, Any] = {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
-    style |= {"axes.grid": True, "grid.color": colors["grid"], "grid.linewidth": 0.7, "axes.titlelocation": "left"}
-    style |= {"axes.titlesize": 9.5, "legend.frameon": False, "legend.fontsize": 9, "lines.linewidth": 1.7}
-    style |= dict.fromkeys(("figure.facecolor", "savefig.facecolor", "axes.facecolor"), paper)
-    style |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), ink)
-    return style | dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), faint)
-
-
-def _draw_losses(axis: Any, history: dict[str, list[float]], colors: dict[str, str]) -> None:
-    steps, losses = history["step"], history["train_loss"]
-    validation = history.get("val_loss", [])
+def _draw_losses(axis: Any, history: dict[str, list[float]], restarts: list[int]) -> None:
+    steps, losses, validation = history["step"], history["train_loss"], history.get("val_loss", [])
     if len(steps) >= MANY:
-        axis.plot(steps, losses, color=colors["training"], linewidth=0.8, alpha=0.35)
-        axis.plot(steps, smoothed(losses), color=colors["training"], label="training (smoothed)")
+        axis.plot(steps, losses, color="C0", linewidth=0.8, alpha=0.35)
+        axis.plot(steps, smoothed(losses), color="C0", label="training (smoothed)")
         finite = sorted(value for value in (*losses, *validation) if math.isfinite(value))
         if finite and (high := finite[int(0.97 * (len(finite) - 1))]) > finite[0]:
             margin = 0.06 * (high - finite[0])
             axis.set_ylim(finite[0] - margin, high + margin)
     else:
-        axis.plot(steps, losses, color=colors["training"], label="training")
+        axis.plot(steps, losses, color="C0", label="training")
     if validation:
         label = f"validation ({validation[-1]:.4g})"
-        axis.plot(history["val_step"], validation, "o-", color=colors["validation"], markersize=3.5, label=label)
+        axis.plot(history["val_step"], validation, "o-", color="C1", markersize=3.5, label=label)
     for name, marker, label in (("bad_steps", "x", "not finite"), ("skipped_spikes", "^", "skipped spikes")):
         if marked := rises(steps, history.get(name, [])):
             label = f"{label} ({history[name][-1]:,.0f})"
-            at_bottom = {"transform": axis.get_xaxis_transform(), "clip_on": False}
-            axis.plot(marked, [0.03] * len(marked), marker, color=colors["bad"], label=label, **at_bottom)
+            axis.plot(marked, [0.03] * len(marked), f"C3{marker}", label=label, transform=axis.get_xaxis_transform())
+    for step in restarts:
+        label = f"restarted ({len(restarts)})" if step == restarts[0] else ""
+        axis.axvline(step, color="C7", linewidth=1, linestyle="--", label=label)
     axis.set_ylabel("loss (nats per token)")
     axis.set_xlabel("optimizer step")
     axis.legend(loc="upper right")
-
-
-def _draw_small(axis: Any, history: dict[str, list[float]], name: str, title: str, colors: dict[str, str]) -> None:
-    from matplotlib.ticker import EngFormatter
-
-    axis.plot(history["step"], history[name], color=colors["other"], linewidth=1)
-    axis.set_title(title)
-    positive = [value for value in history[name] if math.isfinite(value) and value > 0]
-    if name == "grad_norm" and positive and max(positive) > 20 * min(positive):
-        axis.set_yscale("log")
-    else:
-        axis.set_ylim(0, None)
-        axis.yaxis.set_major_formatter(EngFormatter(sep="") if name == "tokens_per_second" else "{x:.3g}")
 
 
 def smoothed(values: list[float]) -> list[float]:

@@ -15,6 +15,8 @@ from fundamentallm.run.folder import LOG
 from fundamentallm.training.callbacks.base import Callback
 from fundamentallm.training.callbacks.console import LoggingCallback, ProgressCallback
 from fundamentallm.training.callbacks.curves import VisualizationCallback
+from fundamentallm.training.callbacks.profiler import ProfilerCallback
+from fundamentallm.training.callbacks.samples import SampleCallback
 from fundamentallm.training.callbacks.save_best import SaveBestCallback
 
 
@@ -38,15 +40,7 @@ def make_callbacks(config: Config) -> list[Callback]:
 
     Raises ConfigError, listing names that cannot be resolved and options that are wrong.
     """
-    # Imported here, so that importing this module does not import torch.
-    from fundamentallm.training.callbacks.profiler import ProfilerCallback
-    from fundamentallm.training.callbacks.samples import SampleCallback
-
-    known: dict[str, type[Callback]] = {
-        "curves": VisualizationCallback,
-        "samples": SampleCallback,
-        "profiler": ProfilerCallback,
-    }
+    known = {"curves": VisualizationCallback, "samples": SampleCallback, "profiler": ProfilerCallback}
     callbacks: list[Callback] = []
     problems: list[str] = []
     names = config.callbacks if "curves" in config.callbacks else ["curves", *config.callbacks]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fundamentallm.config.validation import allowed_values, fits
+from fundamentallm.config.validation import fits
 from fundamentallm.data.datasets import TokenSamples
 from fundamentallm.data.tokenizers import encode_prompt
 from fundamentallm.errors import ConfigError, Problem
@@ -48,7 +48,7 @@ class SampleCallback(Callback):
         temperature: divides the logits; 0 takes the most probable token.
 
     Raises:
-        ConfigError: listing values of a wrong type.
+        ConfigError: if `prompts` is not a list of texts.
 
     Examples:
         >>> from fundamentallm import SampleCallback
@@ -59,9 +59,8 @@ class SampleCallback(Callback):
         self, prompts: list[str] | None = None, num_tokens: int | None = None, temperature: float = 0.7
     ) -> None:
         # `generate` checks the values at the start of training. It would take a text for a list of characters.
-        types = {"prompts": (prompts, list[str] | None), "num_tokens": (num_tokens, int | None)}
-        if wrong := {name: pair for name, pair in types.items() if not fits(*pair)}:
-            raise ConfigError([Problem(name, value, allowed_values(hint)) for name, (value, hint) in wrong.items()])
+        if not fits(prompts, list[str] | None):
+            raise ConfigError([Problem("prompts", prompts, "a list of text")])
         self.prompts: list[str | None] = [*prompts] if prompts else [None]
         self.num_tokens, self.temperature = num_tokens, temperature
         self._file = LineFile(Path(SAMPLES))

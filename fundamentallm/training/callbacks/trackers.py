@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import uuid
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,6 @@ logger = logging.getLogger(__name__)
 PROJECT, RECORD = "fundamentallm", "trackers.json"
 KINDS = ("step", "val_step")
 """Entries of the record: the last training line and the last validation line that were logged."""
-_variables: dict[str, str] = {}
-"""Values of environment variables that this module set. A later run in this process has its own."""
 
 
 def tracker_names(accelerator: Accelerator) -> list[str]:
@@ -36,9 +33,8 @@ class TrackerCallback(Callback):
     """Hands the lines of metrics.jsonl to the Accelerator's trackers, on the main process.
 
     `trackers.json` in the output folder holds the ids of the tracker runs and the last steps logged. A resumed run
-    continues those runs and skips lines that they already have, because a repeated step gives the same numbers. A run
-    that starts from scratch or from an older checkpoint begins new ones. If a tracker refuses a line, it is a warning.
-    Trackers that were started before the training are used and left open.
+    continues those runs and skips lines that they already have. A run that starts from scratch or from an older
+    checkpoint begins new ones. Trackers that were started before the training are used and left open.
     """
 
     def __init__(self) -> None:
@@ -52,16 +48,30 @@ class TrackerCallback(Callback):
         if not trainer.is_main_process:
             return
         self._path = None if trainer.output_dir is None else trainer.output_dir / RECORD
-        is_resumed = trainer.global_step > 0 and not trainer.was_rewound
         runs: dict[str, dict[str, Any]] = {}
-        if is_resumed and self._path is not None and self._path.exists():
+        if trainer.global_step > 0 and not trainer.was_rewound and self._path is not None and self._path.exists():
             runs = json.loads(self._path.read_text(encoding="utf-8"))
         self._owns = not trainer.accelerator.trackers
         if self._owns:
-            _start(trainer, runs)
+            self._start(trainer, runs)
         self._logged = {kind: max((run[kind] for run in runs.values()), default=0) for kind in KINDS}
         self._ids = {tracker.name: _id_of(tracker) for tracker in trainer.accelerator.trackers}
         self._write()
+
+    def _start(self, trainer: RunView, runs: dict[str, dict[str, Any]]) -> None:
+        accelerator, options = trainer.accelerator, dict(trainer.config.tracker_options)
+        project, names = options.pop("project", PROJECT), tracker_names(accelerator)
+        # Only for a new run: MLflow refuses settings that changed, and TensorBoard would list each launch as a run.
+        settings = {} if runs else flat_settings(dataclasses.asdict(trainer.config))
+        settings = {key: v if isinstance(v, (str, int, float)) else json.dumps(v) for key, v in settings.items()}
+        try:
+            arguments = {name: _arguments(name, trainer, runs.get(name)) | options.get(name, {}) for name in names}
+            accelerator.init_trackers(project, settings or None, arguments)
+        except Exception as error:  # trackers raise errors of any class
+            accelerator.trackers.clear()  # one that did not start may fail to finish
+            raise FundamentaLLMError(
+                f"trackers {', '.join(names)} cannot be started: {error}; solve this, or remove it from trackers."
+            ) from error
 
     def on_log(self, trainer: RunView, metrics: dict[str, float]) -> None:
         """Log a training line."""
@@ -96,59 +106,25 @@ class TrackerCallback(Callback):
     on_train_abort = on_train_end
 
 
-def _start(trainer: RunView, runs: dict[str, dict[str, Any]]) -> None:
-    accelerator, options = trainer.accelerator, dict(trainer.config.tracker_options)
-    project, names = options.pop("project", PROJECT), tracker_names(accelerator)
-    # Only for a new run: MLflow refuses settings that changed, and TensorBoard would list each launch as a run.
-    settings = {} if runs else flat_settings(dataclasses.asdict(trainer.config))
-    for name, value in settings.items():
-        if not isinstance(value, (str, int, float)):
-            settings[name] = json.dumps(value)
-    try:
-        arguments = {name: _arguments(name, trainer, runs.get(name)) | options.get(name, {}) for name in names}
-        accelerator.init_trackers(project, settings or None, arguments)
-    except Exception as error:  # trackers raise errors of any class
-        accelerator.trackers.clear()  # one that did not start may fail to finish
-        raise FundamentaLLMError(
-            f"trackers {', '.join(names)} cannot be started: {error}; solve this, or remove it from trackers."
-        ) from error
-
-
 def _arguments(name: str, trainer: RunView, run: dict[str, Any] | None) -> dict[str, Any]:
-    """Returns arguments for a tracker that name its run, or resume `run` if it is given.
-
-    Files that it would write elsewhere go to the output folder, unless its own variable says otherwise.
-    """
-    folder, run_id = trainer.output_dir, None if run is None else run["id"]
+    """Returns arguments for a tracker that name its run, or resume `run` if it is given."""
     if name == "tensorboard":  # hides the events that another run in the same folder logged for later steps
         return {"purge_step": trainer.global_step + 1} if run is None else {}
-    if folder is None:
+    if trainer.output_dir is None:
         return {}
+    folder, new_id = trainer.output_dir, uuid.uuid4().hex[:8]
     if name == "mlflow":
-        _set_default("MLFLOW_TRACKING_URI", f"sqlite:///{(folder / 'mlflow.db').absolute()}")
-        return {"run_id": run_id, "run_name": folder.name}
-    new_id = uuid.uuid4().hex[:8]
+        return {"run_id": run and run["id"], "run_name": folder.name}
     if name == "wandb":
-        _set_default("WANDB_DIR", str(folder))
-        return {"id": run_id or new_id, "resume": "allow", "name": folder.name}
+        return {"id": run["id"] if run else new_id, "resume": "allow", "name": folder.name, "dir": str(folder)}
     if name == "trackio":  # has no ids: a run is resumed by its name
-        _set_default("TRACKIO_DIR", str((folder / "trackio").absolute()))
-        return {"name": run_id or f"{folder.name}-{new_id}", "resume": "allow"}
+        return {"name": run["id"] if run else f"{folder.name}-{new_id}", "resume": "allow"}
     return {}
-
-
-def _set_default(variable: str, value: str) -> None:
-    """Sets an environment variable, unless the user has."""
-    if os.environ.get(variable) == _variables.get(variable):  # not set, or by an earlier run
-        os.environ[variable] = _variables[variable] = value
 
 
 def _id_of(tracker: GeneralTracker) -> str | None:
     """Returns what a later launch resumes the tracker's run by, or None if there is nothing."""
     if tracker.name == "mlflow":
         return str(tracker.tracker.info.run_id)
-    if tracker.name == "wandb":
-        return str(tracker.tracker.id)
-    if tracker.name == "trackio":
-        return str(tracker.tracker.name)
-    return None
+    attribute = {"wandb": "id", "trackio": "name"}.get(tracker.name)
+    return None if attribute is None else str(getattr(tracker.tracker, attribute))
