@@ -22,7 +22,13 @@ from fundamentallm.config.validation import expand_user, from_dict
 from fundamentallm.data.corpus import opened_note, touch_note
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import CheckpointError, ConfigError, Problem
-from fundamentallm.models.transformers_format import ADAPTER_CONFIG, Pretrained, find_pretrained, transformers_model
+from fundamentallm.models.transformers_format import (
+    ADAPTER_CONFIG,
+    Pretrained,
+    find_pretrained,
+    refuse_links,
+    transformers_model,
+)
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 INSTALL = "Run: pip install 'fundamentallm[peft]'."
@@ -156,6 +162,7 @@ def open_adapter(folder: Path, base: str | Path | None) -> tuple[Any, Pretrained
         import peft
     except ImportError as error:
         raise refusal("whose adapter needs peft", INSTALL) from error
+    refuse_links(folder, refusal)
     saved = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     known = {"init_lora_weights": saved.get("init_lora_weights") in (True, False, "gaussian", "orthogonal")}
     defaults = peft.LoraConfig().to_dict()

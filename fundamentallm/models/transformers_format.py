@@ -150,7 +150,7 @@ def find_pretrained(name: str, setting: str = "model.pretrained", revision: str 
         if os.path.lexists(folder) or folder.is_absolute() or name.startswith((".", "~")):
             raise refusal("which is not a folder", allowed="a model folder in Hugging Face format")
         folder = _cached_folder(name, revision, refusal)
-    _refuse_links(folder, refusal)
+    refuse_links(folder, refusal)
     if not (folder / CONFIG).is_file():
         if (folder / ADAPTER_CONFIG).is_file():
             advice = f"Merge it into its model: fundamentallm checkpoints consolidate {name} OUT --merge."
@@ -184,7 +184,7 @@ def find_pretrained(name: str, setting: str = "model.pretrained", revision: str 
     return found
 
 
-def _refuse_links(folder: Path, refusal: Callable[..., ConfigError]) -> None:
+def refuse_links(folder: Path, refusal: Callable[..., ConfigError]) -> None:
     """Refuse symbolic links out of the folder: what they name would get into the checkpoints of a run."""
     root = Path(os.path.realpath(folder))
     if root.parent.name == "snapshots":  # of the Hugging Face cache, whose files are links to its own blobs

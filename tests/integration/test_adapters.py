@@ -309,8 +309,11 @@ def test_open_adapter_reads_a_base_only_if_the_user_knows_it(finished: Trainer, 
         with pytest.raises(ConfigError):
             load_model(folder, base)
     write()
-    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").rename(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError):
+        load_model(folder, base)
+    (folder / "adapter_model.safetensors").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError):
         load_model(folder, base)
 
 
