@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from fundamentallm.config.command_line import parse_config, print_help
 from fundamentallm.config.schema import METRIC_NAMES, Config, ModelConfig, unknown_metric
@@ -85,10 +85,7 @@ def _started_again() -> int:
 
 
 def run(config: Config) -> Trainer:
-    """Trains as `config` says and returns the trainer.
-
-    Raises FundamentaLLMError for any mistake or failure that the package knows.
-    """
+    """Trains as `config` says and returns the trainer. Raises FundamentaLLMError for any mistake that is known."""
     if config.training.resume == "never" and (Path(config.output_dir) / LOG).exists():
         advice = "Choose another output_dir, or set resume: auto to resume that run."
         reason = f"and {config.output_dir} already holds a run"
@@ -103,10 +100,7 @@ def run(config: Config) -> Trainer:
 
 
 def make_trainer(config: Config) -> Trainer:
-    """Returns a Trainer with everything that `config` describes.
-
-    Raises FundamentaLLMError for any mistake or failure that the package knows.
-    """
+    """Returns a Trainer with everything that `config` describes. Raises FundamentaLLMError for what is wrong in it."""
     # Imported here, so that --help and config errors do not wait for torch.
     import torch
 
@@ -120,7 +114,7 @@ def make_trainer(config: Config) -> Trainer:
 
     config = config.resolved()
     training = config.training
-    launch = training.mixed_precision, training.smallest_batch_size(training.batch_size), training.compile
+    launch = training.mixed_precision, training.smallest_batch_size(training.batch_size)
     accelerator = create_accelerator(*launch, config.trackers, config.output_dir)
     callbacks = _check_names(config)
     config, pretrained, model = open_pretrained(config)
@@ -190,9 +184,7 @@ def _local_main_process_first(accelerator: Accelerator, build: Callable[[], T]) 
 def _check_names(config: Config) -> list[Callback]:
     """Makes everything that the config names once, over a dummy parameter, and returns the callbacks.
 
-    All wrong names and options are found together, before anything is read or written.
-
-    Raises ConfigError, listing what is wrong.
+    So all wrong names and options are found together, before anything is read or written. Raises ConfigError.
     """
     from torch import nn
 
@@ -203,22 +195,21 @@ def _check_names(config: Config) -> list[Callback]:
     from fundamentallm.training.schedulers import create_scheduler
 
     training, dummy, problems = config.training, nn.Linear(1, 1), []
-    steps = training.max_steps or training.warmup_steps + 1
+    optimizer, steps = create_optimizer(dummy, "sgd", 1.0), training.max_steps or training.warmup_steps + 1
+    schedule, warmup = training.lr_scheduler, training.warmup_steps
 
-    def schedule(kind: str, options: dict[str, Any]) -> object:
-        return create_scheduler(create_optimizer(dummy, "sgd", 1.0), kind, 1, steps, training.warmup_steps, **options)
-
-    def check_metric(further: dict[str, Any]) -> None:
-        if training.early_stopping_metric not in (known := (*METRIC_NAMES, *further)):
+    def check_metrics() -> None:
+        known = (*METRIC_NAMES, *further_metrics(training.validation_metrics))
+        if training.early_stopping_metric not in known:
             raise ConfigError(unknown_metric(training.early_stopping_metric, known))
 
     callbacks: list[Callback] = []
     makers: list[Callable[[], object]] = [
         lambda: create_optimizer(dummy, training.optimizer, training.learning_rate, **training.optimizer_options),
-        lambda: schedule(training.lr_scheduler, training.lr_scheduler_options),
+        lambda: create_scheduler(optimizer, schedule, 1, steps, warmup, **training.lr_scheduler_options),
         lambda: create_loss(training.loss, **training.loss_options),
         lambda: callbacks.extend(make_callbacks(config)),
-        lambda: check_metric(further_metrics(training.validation_metrics)),
+        check_metrics,
     ]
     for make in makers:
         try:

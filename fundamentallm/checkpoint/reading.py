@@ -18,14 +18,13 @@ from torch import nn
 
 from fundamentallm.atomic import sync
 from fundamentallm.checkpoint.manifest import STATE, TENSORS, read_manifest, verify
-from fundamentallm.checkpoint.snapshot import ADAPTER_KEY, AVERAGE_KEY, WEIGHTS
+from fundamentallm.checkpoint.snapshot import WEIGHTS
 from fundamentallm.checkpoint.state_json import decode
 from fundamentallm.checkpoint.tensor_files import Like, TensorFiles, write_tensors
 from fundamentallm.distributed.dtensor import local
 from fundamentallm.errors import CheckpointError, FundamentaLLMError
 
 MISFIT = f"{STATE} does not fit the tensors of the other files"
-RAW_WEIGHTS = f"{AVERAGE_KEY}/weights/"
 """Prefix of the weights as trained, in a checkpoint whose model weights are their average."""
 
 
@@ -52,26 +51,15 @@ def check_checkpoint(path: Path) -> None:
         decode(state, {name: torch.empty(shape, device="meta") for name, shape in tensors.shapes.items()})
 
 
-def export_weights(path: Path, folder: Path, raw: bool = False) -> None:
-    """Write a checkpoint's weights into one file of an empty folder, and copy its text files.
-
-    With `raw`, weights that the run averages are written as trained; if there are none, that is a CheckpointError.
-    """
+def export_weights(path: Path, folder: Path) -> None:
+    """Write a checkpoint's weights into one file of an empty folder, and copy its text files."""
     manifest = verify(path)
     with explained(path, MISFIT), contextlib.ExitStack() as stack:
-        tensors = TensorFiles(path, filter(TENSORS.fullmatch, manifest["files"]), WEIGHTS, stack)
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))["state"]
-        adapter = decode(state.get(ADAPTER_KEY, {}).get("names", {}), {})
-        exported = {f"{WEIGHTS}{name}" for name in adapter.values()}
-        names = {name.removeprefix(WEIGHTS): name for name in exported or tensors if name.startswith(WEIGHTS)}
-        if raw:
-            trained = {name.removeprefix(RAW_WEIGHTS): name for name in tensors if name.startswith(RAW_WEIGHTS)}
-            trained = {adapter.get(name, name): key for name, key in trained.items()}
-            if not trained:
-                raise CheckpointError(f"{path} has no averaged weights; its weights are those trained.")
-            names |= trained
-        weights = {name: tensors[key] for name, key in names.items()}
-    write_tensors(folder / ("adapter_model.safetensors" if adapter else "model.safetensors"), weights)
+        files = [name for name in manifest["files"] if TENSORS.fullmatch(name) and not name.startswith("training")]
+        tensors = TensorFiles(path, files, WEIGHTS, stack)
+        weights = {name.removeprefix(WEIGHTS): tensors[name] for name in tensors}
+    kind = files[0].partition(".")[0].partition("-")[0]  # model or adapter_model
+    write_tensors(folder / f"{kind}.safetensors", weights)
     for name in manifest["files"]:
         if name != STATE and not TENSORS.fullmatch(name):
             shutil.copyfile(path / name, folder / name)

@@ -125,8 +125,9 @@ class TensorFiles(Mapping[str, Tensor]):
                 raise ValueError(f"shards of {name} are missing or overlap")
             self._dims[name] = dim
         for name, stored_as in (same_as or {}).items():
-            for values in (self._shards, self._dims, self.shapes):
-                values[name] = values[stored_as]  # type: ignore[index]
+            self._shards[name] = self._shards[stored_as]
+            self._dims[name] = self._dims[stored_as]
+            self.shapes[name] = self.shapes[stored_as]
 
     def __getitem__(self, name: str) -> Tensor:
         shape = self.shapes[name]

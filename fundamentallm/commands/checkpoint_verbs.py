@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from fundamentallm.atomic import sync
 from fundamentallm.checkpoint.manager import HIDDEN, CheckpointManager, checkpoints_folder
 from fundamentallm.checkpoint.manifest import MANIFEST, NAME, is_ours, read_manifest, verify
-from fundamentallm.checkpoint.reading import export_weights, load_parts
+from fundamentallm.checkpoint.reading import explained, export_weights, load_parts
 from fundamentallm.commands.output import WIDTH, say, say_table, shortened
 from fundamentallm.config.schema import Config, flat_settings
 from fundamentallm.config.units import size_text
@@ -28,15 +28,16 @@ from fundamentallm.run.step_samples import samples_of_step, text_of_step, why_no
 
 
 def list_command(options: argparse.Namespace) -> int:
-    """`checkpoints list`: print a line for each checkpoint, from its manifest and its history of metrics."""
+    """`checkpoints list`: print a line for each checkpoint, from its manifest and its validation loss."""
     if is_ours(_existing(options.checkpoint)):
         raise CheckpointError(f"{options.checkpoint} is a checkpoint; give the folder that contains it, or use show.")
     folder = checkpoints_folder(options.checkpoint)
     manager, rows, others = CheckpointManager(folder), [], []
     best, newest = manager.get_best(), manager.get_latest()
     for path in _subfolders(folder):
-        if reason := _why_not_checkpoint(path):
-            others.append((path.name, reason))
+        if HIDDEN.fullmatch(path.name):
+            others.append((f"  {path.name}", "a save in progress, or left by a run that ended"))
+        if not _is_checkpoint(path):
             continue
         try:
             manifest = read_manifest(path)
@@ -48,16 +49,16 @@ def list_command(options: argparse.Namespace) -> int:
             rows.append((manifest["sequence"], (*row, *about)))
         except (CheckpointError, OSError) as error:
             if path.exists():  # otherwise the run has just deleted it
-                others.append((path.name, _reason(error, path)))
-    if not rows and not any(is_ours(folder / name) or HIDDEN.fullmatch(name) for name, _ in others):
+                others.append((f"  {path.name}", _reason(error, path)))
+    if not rows and not others:
         raise _nothing_in(options.checkpoint)
     if rows:
-        table = [row for _, row in sorted(rows, key=lambda item: item[0])]
-        say_table([("checkpoint", "step", "val_loss", "size", "saved", ""), *table], "<>>>><")
+        header = ("checkpoint", "step", "val_loss", "size", "saved", "")
+        say_table([header, *(row for _, row in sorted(rows))], "<>>>><")
         say("\nonly sizes were checked; `fundamentallm checkpoints verify` compares every byte")
     if others:
         say("\nnot complete checkpoints:")
-        say_table([(f"  {name}", reason) for name, reason in others], "<<")
+        say_table(others, "<<")
     return 0
 
 
@@ -66,7 +67,7 @@ def verify_command(options: argparse.Namespace) -> int:
     folder = _existing(options.checkpoint)
     paths = [folder]
     if not is_ours(folder):
-        paths = [path for path in _subfolders(checkpoints_folder(folder)) if _why_not_checkpoint(path) is None]
+        paths = [path for path in _subfolders(checkpoints_folder(folder)) if _is_checkpoint(path)]
     if not paths:
         raise _nothing_in(folder)
     damaged = 0
@@ -92,8 +93,11 @@ def show_command(options: argparse.Namespace) -> int:
     manifest = verify(path) if options.verify else read_manifest(path)
     step, loss = manifest["step"], _val_loss(path, manifest["step"])
     parts = load_parts(path, ("config", "versions"))
-    config, versions = parts.get("config"), parts.get("versions")
-    config_texts = _config_texts(config) if isinstance(config, dict) else []  # before anything is printed
+    config, versions = parts.get("config") or {}, parts.get("versions") or {}
+    defaults = flat_settings(dataclasses.asdict(Config(output_dir=str(config.get("output_dir") or ".")).resolved()))
+    changed = {name: value for name, value in flat_settings(config).items() if value != defaults.get(name, value)}
+    texts = to_yaml(changed), to_yaml(config)  # before anything is printed
+    made_with = ", ".join(f"{name} {version}" for name, version in versions.items())
 
     say(f"{path}: {size_text(_num_bytes(manifest))}, saved {_saved_at(path)}")
     best = "saved as the best" if manifest["is_best"] else "not saved as the best"
@@ -101,11 +105,11 @@ def show_command(options: argparse.Namespace) -> int:
     say(f"number {manifest['sequence']} in its folder, {best}, weights {finite}")
     if step is not None:
         say(f"step {step:,}" + ("" if loss is None else f", val_loss {loss:.4f}"))
-    if isinstance(versions, dict):
-        say(textwrap.fill(f"made with {', '.join(f'{name} {version}' for name, version in versions.items())}", WIDTH))
+    say(textwrap.fill(f"made with {made_with}", WIDTH))
     say(f"\nfiles ({'SHA-256 verified' if options.verify else 'sizes verified; --verify compares every byte'})")
     say_table([(f"  {name}", size_text(entry["size"])) for name, entry in manifest["files"].items()], "<>")
-    for title, text in config_texts:
+    of_python = "" if "training" in config else " (a TrainingConfig, of a run from Python)"
+    for title, text in zip(("settings that differ from the defaults", f"all settings{of_python}"), texts, strict=True):
         say(f"\n{title}\n{textwrap.indent(text, '  ').rstrip()}")
     return 0
 
@@ -125,17 +129,17 @@ def samples_command(options: argparse.Namespace) -> int:
         say(", ".join(map(str, found.indices)))
         return 0
     say(f"{count:,} samples, by their index and their first and last token in the training text:\n")
+    assert dataset.tokenizer is not None
     rows = []
     for index in found.indices:
         tokens, inputs = dataset.locate(index)
-        assert dataset.tokenizer is not None
         text = dataset.tokenizer.decode(inputs.tolist(), skip_special_tokens=False)
-        if options.full:
-            say(f"---- sample {index}, tokens {tokens} ----\n{text}")
-        else:
-            rows.append((f"{index:,}", tokens, shortened(text, WIDTH // 2)))
-    if rows:
-        say_table(rows, ">><")
+        rows.append((f"{index:,}", tokens, text))
+    if options.full:
+        for name, tokens, text in rows:
+            say(f"---- sample {name}, tokens {tokens} ----\n{text}")
+    else:
+        say_table([(name, tokens, shortened(text, WIDTH // 2)) for name, tokens, text in rows], ">><")
     return 0
 
 
@@ -144,15 +148,15 @@ def consolidate_command(options: argparse.Namespace) -> int:
     source, output = _checkpoint(options.checkpoint), options.output
     if os.path.lexists(output):
         raise ConfigError([Problem("OUT", str(output), allowed="a new folder", reason="which exists already")])
-    if options.merge and (options.raw or not (source / ADAPTER_CONFIG).exists()):
-        raise ConfigError([Problem("--merge", True, "with the checkpoint of an adapter, without --raw")])
+    if options.merge and not (source / ADAPTER_CONFIG).exists():
+        raise ConfigError([Problem("--merge", True, "with the checkpoint of an adapter")])
     staging = output.with_name(f".{output.name}-{os.getpid()}")
     try:
         staging.mkdir(parents=True)
         if options.merge:
             _export_merged(source, staging, options.base)
         else:
-            export_weights(source, staging, options.raw)
+            export_weights(source, staging)
         staging.rename(output)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{output} cannot be written: {error}.") from error
@@ -174,15 +178,10 @@ def _export_merged(source: Path, folder: Path, base: str | None) -> None:
 
 def _val_loss(path: Path, step: int | None) -> float | None:
     """Returns the validation loss of a step, or None if the checkpoint has none. Raises CheckpointError if damaged."""
-    metrics = load_parts(path, ["metrics_state_dict"]).get("metrics_state_dict")
-    try:
-        if "latest" in metrics:  # type: ignore[operator]
-            latest = metrics["latest"]  # type: ignore[index]
-            return float(latest["val_loss"]) if latest["val_step"] == step else None
-        steps, losses = metrics["val_step"].tolist(), metrics["val_loss"].tolist()  # type: ignore[index]
-        return float(losses[steps.index(step)])
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # a stranger's may hold anything
-        return None
+    with explained(path):
+        metrics = load_parts(path, ["metrics_state_dict"]).get("metrics_state_dict") or {}
+        latest = metrics.get("latest") or {name: values[-1] for name, values in metrics.items()}  # without a log, all
+        return float(latest["val_loss"]) if "val_loss" in latest and latest.get("val_step") == step else None
 
 
 def _num_bytes(manifest: dict[str, Any]) -> int:
@@ -195,22 +194,10 @@ def _saved_at(path: Path) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime((path / MANIFEST).stat().st_mtime))
 
 
-def _config_texts(config: dict[str, Any]) -> list[tuple[str, str]]:
-    """Returns a title and YAML for the settings of a run that differ from the defaults, and for all."""
-    title = "all settings" if "training" in config else "all settings (a TrainingConfig, of a run from Python)"
-    default = Config(output_dir=str(config.get("output_dir") or ".")).resolved()
-    defaults = flat_settings(dataclasses.asdict(default))
-    changed = {name: value for name, value in flat_settings(config).items() if value != defaults.get(name, value)}
-    return [("settings that differ from the defaults", to_yaml(changed)), (title, to_yaml(config))]
-
-
 def _existing(folder: Path) -> Path:
-    if folder.is_dir():
-        return folder
-    what = "is a file" if folder.exists() else "does not exist"
-    raise CheckpointNotFoundError(
-        f"{folder} {what}; give a checkpoint, a folder of checkpoints, or the output_dir of a run."
-    )
+    if not folder.is_dir():
+        raise CheckpointNotFoundError(f"{folder} is not a folder; give a checkpoint or the output_dir of a run.")
+    return folder
 
 
 def _nothing_in(folder: Path) -> CheckpointNotFoundError:
@@ -231,18 +218,9 @@ def _subfolders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir())
 
 
-def _why_not_checkpoint(path: Path) -> str | None:
-    """Returns why a folder is not even a damaged checkpoint, or None if it is a checkpoint."""
-    if match := HIDDEN.fullmatch(path.name):
-        purpose, name = match.groups()
-        return f"{name}, {purpose}: a save in progress, or left by a run that ended"
-    if path.is_symlink():
-        return "a link, which is not followed"
-    if not is_ours(path):
-        return "has none of the files of a checkpoint"
-    if not NAME.fullmatch(path.name):
-        return "does not have the name of a checkpoint"
-    return None
+def _is_checkpoint(path: Path) -> bool:
+    """Returns whether a folder is a checkpoint, damaged or not. Links are not followed."""
+    return is_ours(path) and not path.is_symlink() and NAME.fullmatch(path.name) is not None
 
 
 def _reason(error: Exception, path: Path) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fundamentallm.commands.options import BASE_HELP, add_checkpoint
-from fundamentallm.errors import ConfigError, FundamentaLLMError, printable
 
 
 def main(arguments: Sequence[str], program: str) -> int:
@@ -17,14 +16,8 @@ def main(arguments: Sequence[str], program: str) -> int:
     from fundamentallm.commands import checkpoint_verbs
 
     command: Callable[[argparse.Namespace], int] = getattr(checkpoint_verbs, f"{options.verb}_command")
-    try:
-        with explained(options.checkpoint):
-            return command(options)
-    # Errors may quote an untrusted checkpoint, whose line ends could imitate lines of ours.
-    except ConfigError as error:
-        raise ConfigError([printable(problem, keep="") for problem in error.problems]) from error
-    except FundamentaLLMError as error:
-        raise type(error)(printable(str(error), keep="")) from error
+    with explained(options.checkpoint):
+        return command(options)
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
@@ -55,7 +48,6 @@ def _parser(program: str) -> argparse.ArgumentParser:
         f"a checkpoint, {run} (its newest)",
     )
     merge.add_argument("output", metavar="OUT", type=Path, help="a new folder, for from_pretrained")
-    merge.add_argument("--raw", action="store_true", help="export the trained weights, not their moving average")
     merge.add_argument("--merge", action="store_true", help="merge an adapter into its base model")
     merge.add_argument("--base", metavar="DIR", help=BASE_HELP)
     return parser

@@ -52,11 +52,7 @@ class Text(NamedTuple):
 
 
 def main(arguments: Sequence[str], program: str) -> int:
-    """Run the command line and return its exit code.
-
-    Raises:
-        FundamentaLLMError: if the checkpoint or the text cannot be opened, or a value is outside its range.
-    """
+    """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(prog=program, description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add_checkpoint(parser, CHECKPOINT_HELP)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 
 from fundamentallm.checkpoint.reading import explained
 from fundamentallm.commands.options import BASE_HELP, add_checkpoint
@@ -19,11 +20,7 @@ from fundamentallm.inference.loading import CHECKPOINT_HELP, LoadedModel, load_m
 
 
 def main(arguments: Sequence[str], program: str) -> int:
-    """Run the command line and return its exit code.
-
-    Raises:
-        FundamentaLLMError: if the checkpoint cannot be opened, or a value is outside its range.
-    """
+    """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(prog=program, description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add_checkpoint(parser, CHECKPOINT_HELP)
@@ -94,21 +91,14 @@ def _prompts(options: argparse.Namespace) -> list[str]:
 
 
 def pieces(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
-    """Yield the text of tokens as they come, and a character that consists of several tokens as a whole.
-
-    The text of a token depends on those before it. So the last few are decoded together, and what that adds to their
-    text is new. Decoding all tokens each time would cost the square of their number.
-    """
-    window: list[int] = []
-    done = ""  # the part of the window's text that was yielded
+    """Yield the text of tokens as they come, and a character that consists of several tokens as a whole."""
+    stream, drawn, length = DecodeStream(skip_special_tokens=True), list[int](), 0
     for token in ids:
-        window.append(token)
-        text = tokenizer.decode(window)
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):
-            continue
-        yield text[len(done) :]
-        window, done = (window[-1:], tokenizer.decode(window[-1:])) if text[len(done) :] else (window, text)
-    yield tokenizer.decode(window)[len(done) :]
+        drawn.append(token)
+        if text := stream.step(tokenizer, token):
+            length += len(text)
+            yield text
+    yield tokenizer.decode(drawn)[length:]
 
 
 def _print(text: str) -> None:

@@ -51,8 +51,8 @@ class ModelConfig(Section):
 
     Examples:
         >>> from fundamentallm import ModelConfig
-        >>> ModelConfig(d_model=512, num_heads=8).resolved()  # shows what is not the default
-        ModelConfig(d_model=512, num_kv_heads=8, d_ff=1368)
+        >>> ModelConfig(d_model=512, num_heads=8).resolved().d_ff
+        1368
     """
 
     vocab_size: int | None = field(default=None, metadata=SHAPE)
@@ -118,8 +118,8 @@ class DataConfig(Section):
 
     Examples:
         >>> from fundamentallm import DataConfig
-        >>> DataConfig(source="my_text", tokenizer="bpe:4096", sequence_length=512)
-        DataConfig(source='my_text', tokenizer='bpe:4096', sequence_length=512)
+        >>> DataConfig(source={"my_text": 1, "python-docs": 0.5}, tokenizer="bpe:4096").sources()
+        {'my_text': 1, 'python-docs': 0.5}
     """
 
     source: str | dict[str, float] = field(default=BUILT_IN_CORPUS, metadata=FREE)
@@ -163,8 +163,6 @@ class DataConfig(Section):
                 yield Problem("source", self.source, "greater than 0", text=f"{source!r} has the weight {weight}")
         if not self.sources():
             yield Problem("source", {}, "at least one source with its weight")
-        if self.end_of_text == "":
-            yield Problem("end_of_text", "", "the text of a token, or null")
         for name in ("mask_documents", "prompt_field"):
             if getattr(self, name) and self.end_of_text is None:
                 allowed = f"with an end_of_text such as {END_OF_TEXT!r}, which marks where documents end"

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from fundamentallm.distributed import launch_checks as checks
 from fundamentallm.distributed.host_group import join_group
-from fundamentallm.distributed.prepare import NARROW, compile_problems
+from fundamentallm.distributed.prepare import NARROW
 from fundamentallm.errors import ConfigError, FundamentaLLMError, Problem
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,6 @@ them while holding the GIL, which can deadlock with a gloo thread that is freein
 def create_accelerator(
     mixed_precision: str | None = None,
     batch_size: int | None = None,
-    compiles: bool | None = None,
     trackers: list[str] | None = None,
     output_dir: str | None = None,
 ) -> Accelerator:
@@ -38,7 +37,6 @@ def create_accelerator(
     Args:
         mixed_precision: `training.mixed_precision`; None: no.
         batch_size: sequences per optimizer step, over all processes; None: not known yet.
-        compiles: `training.compile`; None: not set.
         trackers: accelerate's names of the trackers that get the log lines (`log_with`).
         output_dir: folder for the files of trackers.
 
@@ -80,7 +78,7 @@ def create_accelerator(
         )
     except (ValueError, ImportError) as error:  # such as parallel sizes that do not multiply to num_processes
         raise ConfigError(f"accelerate refuses this launch: {error}") from error
-    check_accelerator(accelerator, mixed_precision, batch_size, compiles)
+    check_accelerator(accelerator, mixed_precision, batch_size)
     return accelerator
 
 
@@ -88,7 +86,6 @@ def check_accelerator(
     accelerator: Accelerator,
     mixed_precision: str | None = None,
     batch_size: int | None = None,
-    compiles: bool | None = None,
 ) -> None:
     """Refuses an Accelerator with which a run would silently not be what its config says.
 
@@ -122,7 +119,6 @@ def check_accelerator(
         problems.append(Problem("accelerate_config.parallelism_config", f"{parallel}", allowed, advice))
     problems += checks.precision_problems("Accelerator.mixed_precision", precision, mixed_precision)
     problems += checks.device_problems(precision, accelerator.device.type)
-    problems += compile_problems(accelerator, compiles)
     if batch_size is not None and batch_size < count:
         reason = f"so that {count - batch_size} of {count} processes would have no sequence in any step"
         advice = "It counts the sequences of all processes; increase it, or launch fewer processes (num_processes)."

@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.optim import SGD, Optimizer
 
-from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.errors import ConfigError
 
 NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_SHAPES = 64
@@ -51,7 +51,10 @@ def place_model(
     Raises:
         ConfigError: if the model or the accelerate config does not allow it.
     """
-    if _recomputes(accelerator, activation_checkpointing):
+    fsdp = accelerator.state.fsdp_plugin if accelerator.is_fsdp2 else None
+    if activation_checkpointing is None:
+        activation_checkpointing = fsdp is not None and fsdp.activation_checkpointing
+    if activation_checkpointing:
         if not hasattr(model, "gradient_checkpointing_enable"):
             raise ConfigError(
                 f"training.activation_checkpointing is true, and the model ({type(model).__name__}) has no method "
@@ -145,16 +148,6 @@ def _changed(settings: Any, **values: Any) -> Iterator[None]:
             setattr(settings, name, value)
 
 
-def _recomputes(accelerator: Accelerator, wanted: bool | None) -> bool:
-    plugin = accelerator.state.fsdp_plugin if accelerator.is_fsdp2 else None
-    launched = plugin is not None and plugin.activation_checkpointing
-    if wanted is False and launched:
-        reason = "and fsdp_activation_checkpointing in the accelerate config is True"
-        advice = "Set only one of them, or both alike."
-        raise ConfigError(Problem("training.activation_checkpointing", False, reason=reason, advice=advice))
-    return bool(wanted or launched)
-
-
 def _blocks(model: nn.Module) -> list[nn.Module]:
     kinds = getattr(model, "_no_split_modules", None) or ()
     blocks = [module for module in model.modules() if type(module).__name__ in kinds]
@@ -210,10 +203,9 @@ def _can_load_efficiently(model: nn.Module) -> bool:
 
     It fails for persistent buffers, and unties parameters unless the model has a method `tie_weights`.
     """
-    persistent = set(model.state_dict().keys()) - {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    num_names = len(list(model.named_parameters(remove_duplicate=False)))
-    is_tied = num_names > len(list(model.parameters()))
-    return not persistent and (not is_tied or hasattr(model, "tie_weights"))
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    is_tied = len(names) > len(list(model.parameters()))
+    return names >= model.state_dict().keys() and (not is_tied or hasattr(model, "tie_weights"))
 
 
 @torch.no_grad()
@@ -246,15 +238,6 @@ def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
 def is_compiled(accelerator: Accelerator, wanted: bool | None) -> bool:
     """Returns whether to compile: `training.compile` (`wanted`), or the accelerate config if that is None."""
     return accelerator.state.dynamo_plugin.backend != DynamoBackend.NO if wanted is None else wanted
-
-
-def compile_problems(accelerator: Accelerator, wanted: bool | None) -> list[Problem]:
-    """Returns the problem of a `training.compile` (`wanted`) that the accelerate config contradicts, if it does."""
-    if wanted is not False or not is_compiled(accelerator, None):
-        return []
-    backend = accelerator.state.dynamo_plugin.backend.value.lower()
-    reason = f"and dynamo_backend in the accelerate config is {backend!r}"
-    return [Problem("training.compile", False, reason=reason, advice="Set only one of them, or both alike.")]
 
 
 def compile_in_place(accelerator: Accelerator, modules: Iterable[nn.Module]) -> None:

@@ -5,6 +5,7 @@ Nothing is downloaded, no code that comes with a model is run, and no pickled we
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -76,12 +77,10 @@ class Pretrained(NamedTuple):
     @property
     def stop(self) -> frozenset[int]:
         """Tokens that end a text."""
-        generation, ids = self.folder / GENERATION, None
+        generation, saved = self.folder / GENERATION, self.config
         if generation.is_file():
-            ids = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
-        if ids is None:
-            ids = self.config.get("eos_token_id")
-        return frozenset(_listed(ids))
+            saved = saved | json.loads(generation.read_text(encoding="utf-8"))
+        return frozenset(_listed(saved.get("eos_token_id")))
 
     @property
     def vocab_size(self) -> int | None:
@@ -141,10 +140,7 @@ def find_pretrained(name: str, setting: str = "model.pretrained", revision: str 
     Raises:
         ConfigError: if there is neither, or it cannot be used without running, unpickling or downloading anything.
     """
-
-    def refusal(reason: str, advice: str = "", allowed: str = "") -> ConfigError:
-        return ConfigError(Problem(setting, name, allowed, advice, reason))
-
+    refusal = functools.partial(_refusal, setting, name)
     folder = Path(expand_user(name))
     if not os.path.isdir(folder):
         if os.path.lexists(folder) or folder.is_absolute() or name.startswith((".", "~")):
@@ -172,16 +168,15 @@ def find_pretrained(name: str, setting: str = "model.pretrained", revision: str 
         convert = "If you trust it, convert it by from_pretrained(...).save_pretrained(...) of transformers."
         reason = f"whose weights are pickled, so that reading {pickled} may run code" if pickled else "without weights"
         raise refusal(reason, convert if pickled else "", "weights as safetensors")
-    shape, why_not = None, ""
-    try:
-        shape = shape_of(config)
-    except ConfigError as error:
-        why_not = str(error)
-    found = Pretrained(folder, config, shape, why_not, tuple(sorted(weights)))
+    found = Pretrained(folder, config, *shape_of(config), tuple(sorted(weights)))
     sizes = found.context or 1, found.vocab_size or 1
     if not all(type(number) is int for number in (*found.stop, *sizes)) or min(sizes) < 1:
         raise refusal("whose context, vocabulary size or end-of-text token is not a whole number")
     return found
+
+
+def _refusal(setting: str, name: str, reason: str, advice: str = "", allowed: str = "") -> ConfigError:
+    return ConfigError(Problem(setting, name, allowed, advice, reason))
 
 
 def refuse_links(folder: Path, refusal: Callable[..., ConfigError]) -> None:
@@ -206,40 +201,39 @@ def _cached_folder(name: str, revision: str | None, refusal: Callable[..., Confi
         raise refusal(reason, f"Nothing is downloaded during a run: first run `hf download {name}`.") from error
 
 
-def shape_of(saved: dict[str, Any]) -> ModelConfig:
+def shape_of(saved: dict[str, Any]) -> tuple[ModelConfig | None, str]:
     """Returns the shape of the `Transformer` that computes the same as transformers does by this config.json.
 
-    Raises:
-        ConfigError: if there is none, with the reasons.
+    If there is none, the second value says why.
     """
-    if saved.get("model_type") not in ("qwen3", "llama"):
-        raise ConfigError(f"its type is {saved.get('model_type')!r}, and the Transformer's are 'qwen3' and 'llama'")
+    kind = saved.get("model_type")
+    if kind not in ("qwen3", "llama"):
+        return None, f"its type is {kind!r}, and the Transformer's are 'qwen3' and 'llama'"
     if lacking := [name for name in REQUIRED if name not in saved]:
-        raise ConfigError(f"its {CONFIG} lacks {', '.join(lacking)}")
+        return None, f"its {CONFIG} lacks {', '.join(lacking)}"
     rope = saved.get("rope_parameters") or saved.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
     head_dim = saved["hidden_size"] // max(saved["num_attention_heads"], 1)
+    values: dict[str, Any] = {"head_dim": 128 if kind == "qwen3" else head_dim} | saved  # Qwen3's default
+    values["the type of its rotary positions"] = rope.get("rope_type", rope.get("type", "default"))
+    supported = SUPPORTED | {"head_dim": (head_dim, None), "the type of its rotary positions": ("default",)}
     problems = [
-        f"its {name} is {saved[name]!r}, and the Transformer's {allowed[0]!r}"
-        for name, allowed in {**SUPPORTED, "head_dim": (head_dim, None)}.items()
-        if name in saved and saved[name] not in allowed
+        f"{name} is {values[name]!r}, and the Transformer's {allowed[0]!r}"
+        for name, allowed in supported.items()
+        if name in values and values[name] not in allowed
     ]
-    if saved["model_type"] == "qwen3" and "head_dim" not in saved and head_dim != 128:
-        problems.append(f"its head_dim is 128, Qwen3's default, and the Transformer's {head_dim}")
-    if kind != "default":
-        problems.append(f"its rotary positions are of the type {kind!r}, and the Transformer's 'default'")
     if set(saved.get("layer_types") or []) - {"full_attention"}:
-        problems.append("its layer_types has others than 'full_attention', the Transformer's only one")
+        problems.append("layer_types has others than 'full_attention', the Transformer's only one")
     if problems:
-        raise ConfigError("; ".join(problems))
-    return ModelConfig(
+        return None, "; ".join(problems)
+    shape = ModelConfig(
         **{ours: saved[theirs] for theirs, ours in REQUIRED.items()},
         num_kv_heads=saved.get("num_key_value_heads") or saved["num_attention_heads"],
         tie_embeddings=saved.get("tie_word_embeddings", False),
         rope_theta=float(rope.get("rope_theta", saved.get("rope_theta", ModelConfig.rope_theta))),
         norm_epsilon=saved.get("rms_norm_eps", ModelConfig.norm_epsilon),
-        qk_norm=saved["model_type"] == "qwen3",
+        qk_norm=kind == "qwen3",
     )
+    return shape, ""
 
 
 def transformers_model(pretrained: Pretrained) -> nn.Module:
@@ -248,10 +242,7 @@ def transformers_model(pretrained: Pretrained) -> nn.Module:
     Raises:
         ConfigError: if transformers is not installed or does not know the model, or weights are missing.
     """
-
-    def refusal(reason: str, advice: str = "", allowed: str = "") -> ConfigError:
-        return ConfigError(Problem("model.pretrained", str(pretrained.folder), allowed, advice, reason))
-
+    refusal = functools.partial(_refusal, "model.pretrained", str(pretrained.folder))
     try:
         import transformers
     except ImportError as error:

@@ -56,11 +56,7 @@ def command() -> str:
 
 def commit() -> str | None:
     """Returns the commit of the working directory, with "+" if files differ from it; None if there is none."""
+    describe = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return _git("rev-parse", "HEAD") + "+" * bool(_git("status", "--porcelain", "--untracked-files=no"))
+        return subprocess.run(describe, capture_output=True, text=True, check=True, timeout=GIT_SECONDS).stdout.strip()
     return None
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, timeout=GIT_SECONDS)
-    return done.stdout.strip()

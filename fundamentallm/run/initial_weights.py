@@ -18,6 +18,7 @@ from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.models.adapters import add_lora
 from fundamentallm.models.transformers_format import TOKENIZER, WEIGHTS, Pretrained, find_pretrained, transformers_model
+from fundamentallm.run.resume import check_tokenizer
 from fundamentallm.run.state import RunState
 
 
@@ -107,12 +108,7 @@ def begin_from_checkpoint(state: RunState, group: HostGroup, init_from: str, tok
     """Loads the weights of the checkpoint `init_from`. Raises ConfigError if it was trained with another tokenizer."""
     checkpoint = Path(expand_user(init_from))
     group.from_main(lambda: check_checkpoint(checkpoint))
-    theirs = checkpoint / TOKENIZER
-    with explained(checkpoint, f"its {TOKENIZER} cannot be read"):
-        is_other = theirs.exists() and not same_tokenizer(read_tokenizer(theirs), tokenizer)
-    if is_other:
-        reason = "which was trained with another tokenizer than data.tokenizer"
-        advice = f"Set data.tokenizer to {str(theirs)!r}."
-        raise ConfigError(Problem("model.init_from", str(checkpoint), advice=advice, reason=reason))
+    with explained(checkpoint):
+        check_tokenizer(checkpoint, tokenizer)
     files = [name for name in read_manifest(checkpoint)["files"] if WEIGHTS.fullmatch(name)]
     load_weights(checkpoint, files, state.model, state.like())

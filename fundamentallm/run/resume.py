@@ -14,7 +14,6 @@ from fundamentallm.checkpoint.reading import check_checkpoint, load_checkpoint, 
 from fundamentallm.checkpoint.tensor_files import Like
 from fundamentallm.config.schema import Config
 from fundamentallm.config.validation import expand_user
-from fundamentallm.data.datasets import TokenSamples
 from fundamentallm.data.tokenizers import read_tokenizer, same_tokenizer
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import CheckpointError, ConfigError, Problem
@@ -118,11 +117,10 @@ def learned_tokenizer(config: Config) -> Tokenizer | None:
     return read_tokenizer(path / TOKENIZER) if is_same else None
 
 
-def check_tokenizer(checkpoint: Path, dataset: object) -> None:
-    """Raises ConfigError if a checkpoint has another tokenizer than the run's dataset."""
-    path, tokenizer = checkpoint / TOKENIZER, dataset.tokenizer if isinstance(dataset, TokenSamples) else None
-    if tokenizer is None or not path.is_file() or same_tokenizer(read_tokenizer(path), tokenizer):
-        return
-    text = f"{checkpoint} was trained with another tokenizer or end_of_text"
-    advice = f"Set it back, or give a copy of {path}. A run keeps its tokenizer."
-    raise ConfigError(Problem("data.tokenizer", None, advice=advice, text=text))
+def check_tokenizer(checkpoint: Path, tokenizer: Tokenizer | None) -> None:
+    """Raises ConfigError if a checkpoint has another tokenizer than the one that the run reads its text with."""
+    path = checkpoint / TOKENIZER
+    if tokenizer is not None and path.is_file() and not same_tokenizer(read_tokenizer(path), tokenizer):
+        text = f"{checkpoint} was trained with another tokenizer or end_of_text"
+        advice = f"Set it back, or give a copy of {path}: a tokenizer belongs to the weights."
+        raise ConfigError(Problem("data.tokenizer", None, advice=advice, text=text))

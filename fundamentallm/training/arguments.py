@@ -51,7 +51,7 @@ def use_accelerator(
 ) -> tuple[Accelerator, Config]:
     """Makes or checks the Accelerator. What its launcher decided becomes part of the config."""
     training = config.training
-    launch = training.mixed_precision, training.smallest_batch_size(batch_size), training.compile
+    launch = training.mixed_precision, training.smallest_batch_size(batch_size)
     if accelerator is not None:
         check_accelerator(accelerator, *launch)
     else:
@@ -80,9 +80,8 @@ def check_alike(
     for name, (loader, samples) in loaders.items():
         given[name] = "not given"
         if loader is not None and samples is not None:
-            given[name] = f"{samples.num_samples} samples in batches of {samples.batch_size}"
             order = samples.sampler or f"drop_last={samples.drop_last}, sampler={type(unwrapped(loader)[0]).__name__}"
-            given[f"the order of {name}"] = order
+            given[name] = f"{samples.num_samples} samples in batches of {samples.batch_size}, {order}"
             given[f"the content of {name}"] = fingerprint(loader.dataset) or _sampled(loader)
     first, *others = group.all_gather(given)
     problems = []
@@ -150,11 +149,9 @@ def check_arguments(
     training = config.training
     is_batched = samples.order is not None and samples.order.is_batched
     if training.batch_size not in (None, None if is_batched else samples.batch_size):
-        advice = "Set one of them, or both to the same value."
-        allowed = "null, since the batch sampler decides"
-        if not is_batched:
-            allowed = f"{samples.batch_size}, the train_loader's batch_size"
-        problems.append(Problem("training.batch_size", training.batch_size, allowed, advice))
+        allowed = f"{samples.batch_size}, the train_loader's batch_size"
+        allowed = "null, since the batch sampler decides" if is_batched else allowed
+        problems.append(Problem("training.batch_size", training.batch_size, allowed, "Set one of them."))
     if scheduler is not None and scheduler.optimizer is not optimizer:
         problems.append("The scheduler was made for another optimizer; pass its optimizer too.")
     if isinstance(scheduler, ReduceLROnPlateau) and val_loader is None:
@@ -165,10 +162,9 @@ def check_arguments(
     metrics = metric_names(val_loader, validation_metrics)
     if training.early_stopping_metric not in metrics:
         problems.append(unknown_metric(training.early_stopping_metric, metrics))
-    if training.early_stopping_patience and val_loader is None:
+    if (patience := training.early_stopping_patience) and val_loader is None:
         advice = "There is no val_loader: give one, or set early_stopping_patience to null."
-        value = training.early_stopping_patience
-        problems.append(Problem("training.early_stopping_patience", value, allowed="null", advice=advice))
+        problems.append(Problem("training.early_stopping_patience", patience, allowed="null", advice=advice))
     given = tracker_names(accelerator)
     if not set(config.trackers) <= set(given):
         advice = "Make the Accelerator with all of them (create_accelerator does), or set trackers to []."

@@ -107,11 +107,5 @@ class EarlyStopping:
 
 def make_early_stopping(config: TrainingConfig) -> EarlyStopping | None:
     """Returns the early stopping of `config`, or None if its patience is not set."""
-    if config.early_stopping_patience is None:
-        return None
-    return EarlyStopping(
-        config.early_stopping_patience,
-        config.early_stopping_metric,
-        config.early_stopping_mode,
-        config.early_stopping_min_delta,
-    )
+    patience, metric, mode = config.early_stopping_patience, config.early_stopping_metric, config.early_stopping_mode
+    return None if patience is None else EarlyStopping(patience, metric, mode, config.early_stopping_min_delta)

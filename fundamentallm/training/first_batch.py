@@ -6,7 +6,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,6 @@ from fundamentallm.training.loss import CrossEntropy
 
 MAX_BATCHES_WITHOUT_TARGETS = 100
 """Batches without any target that are read before a loader is refused."""
-DISTANCES = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
 
 
 def _refuse(name: str, found: str, allowed: str, advice: str = "") -> ConfigError:
@@ -52,13 +51,10 @@ class CheckedArguments(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Check the arguments of the functions that look up by an index, and call the function."""
         kwargs = kwargs or {}
-        if func in (F.embedding, F.cross_entropy, F.nll_loss, *DISTANCES):
+        if func in (F.embedding, F.cross_entropy, F.nll_loss):
             given = inspect.signature(func).bind(*args, **kwargs).arguments
             if func is F.embedding:
-                name = self.names.get(given["weight"], "an embedding")
-                _check_ids(given["input"], len(given["weight"]), name)
-            elif func in DISTANCES:
-                _check_distance(given["input"], given["target"])
+                _check_ids(given["input"], len(given["weight"]), self.names.get(given["weight"], "an embedding"))
             else:
                 _check_targets(given["input"], given["target"], given.get("ignore_index", IGNORE_INDEX))
         return func(*args, **kwargs)
@@ -81,8 +77,8 @@ def _check_targets(logits: Tensor, targets: Tensor, ignored: int) -> None:
         advice = "Convert class indices (targets.long()), or set training.loss to a loss for numbers."
         raise _refuse("targets", f"{targets.dtype}", "torch.int64, for a cross entropy", advice)
     if logits.ndim > 1 and targets.shape != (len(logits), *logits.shape[2:]):
-        shapes = tuple(targets.shape), tuple(logits.shape)
-        raise _refuse("targets", f"of shape {shapes[0]}", f"one for each of the logits, of shape {shapes[1]}")
+        allowed = f"one for each of the logits, of shape {tuple(logits.shape)}"
+        raise _refuse("targets", f"of shape {tuple(targets.shape)}", allowed)
     advice = f"Give the model as many classes as there are, or {IGNORE_INDEX} to targets that do not count."
     classes = logits.shape[min(1, logits.ndim - 1)]
     _check_range("targets", targets[targets != ignored], classes, "the model's classes", advice)
@@ -91,14 +87,6 @@ def _check_targets(logits: Tensor, targets: Tensor, ignored: int) -> None:
 def _check_range(name: str, indices: Tensor, size: int, meaning: str, advice: str) -> None:
     if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < size:
         raise _refuse(name, f"{int(indices.min())} to {int(indices.max())}", f"0 to {size - 1}, {meaning}", advice)
-
-
-def _check_distance(outputs: Tensor, targets: Tensor) -> None:
-    """Refuses (N, 1) outputs for (N,) targets, of which torch would compare each with each."""
-    if outputs.shape != targets.shape and outputs.numel() == targets.numel():
-        advice = "Give both one shape, by outputs.squeeze(-1) or targets.unsqueeze(-1)."
-        allowed = f"of shape {tuple(outputs.shape)}, as the outputs"
-        raise _refuse("targets", f"of shape {tuple(targets.shape)}", allowed, advice)
 
 
 @contextmanager
@@ -202,10 +190,10 @@ def _check_batch(model: ModelWithLoss, batch: Any) -> None:
 def _check_output(model: ModelWithLoss, batch: Any) -> bool | None:
     """Computes a micro-batch. Returns whether the model shifts its labels, or None if it does not show."""
     objective = model.objective(batch)
-    needs_outputs = not (isinstance(objective, PairLoss) and objective.by_hidden)
-    if isinstance(objective, PairLoss) and needs_outputs:
+    by_hidden = isinstance(objective, PairLoss) and objective.by_hidden
+    if isinstance(objective, PairLoss) and not by_hidden:
         _check_logits(model, objective, batch)
-    loss, _ = objective(model.model, batch, needs_outputs)
+    loss, _ = objective(model.model, batch, not by_hidden)
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
         raise _refuse("the loss", describe(loss), "a scalar: the sum over the targets")
     return _find_shift(model.model, objective, batch) if isinstance(objective, OwnLoss) else None
@@ -214,33 +202,35 @@ def _check_output(model: ModelWithLoss, batch: Any) -> bool | None:
 def _find_shift(model: nn.Module, objective: OwnLoss, batch: Mapping[str, Any]) -> bool | None:
     """Returns whether the model's own loss leaves out the first label of each row; None if it does not show."""
     labels = batch.get(LABELS)
-    if objective.shifts or not objective.computes_loss or not isinstance(labels, Tensor):
+    if objective.shifts or not objective.computes_loss or not _are_indices(labels):
         return None
-    if labels.ndim < 2 or labels.is_floating_point():
-        return None
-
-    def mean_with_others(column: int | None) -> float:
+    losses = []
+    for column in (slice(0), slice(1), slice(-1, None)):  # with other labels in no column, the first, the last
         others = labels.clone()
-        if column is not None:
-            others[:, column] = (labels[:, column] == 0).long()
+        others[:, column] = (labels[:, column] == 0).long()
         given = {**batch, LABELS: others}
-        return float(objective(model, given, False)[0]) / max(int(objective.num_targets(given)), 1)
-
-    loss, of_first, of_last = (mean_with_others(column) for column in (None, 0, -1))
+        losses.append(float(objective(model, given, False)[0]) / max(int(objective.num_targets(given)), 1))
+    loss, of_first, of_last = losses
     return of_first == loss if of_last != loss else None
+
+
+def _are_indices(labels: Any) -> TypeGuard[Tensor]:
+    """Returns whether labels are class indices, several in a row."""
+    return isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point()
 
 
 def _check_sum(model: ModelWithLoss, batch: StepBatch) -> None:
     """Checks that a caller's loss is a sum over the targets: of rows given twice, a mean is the same."""
     if isinstance(model.loss_fn, CrossEntropy) and not model.trims:
         return
-    rows = range(max(min(batch.rows, batch.size // batch.num_micro_batches) // 2, 1))
+    rows = [*range(max(min(batch.rows, batch.size // batch.num_micro_batches) // 2, 1))]
     try:
-        parts = [take_rows(batch.content, batch.size, [*rows] * times) for times in (1, 2)]
-        counts, losses = [int(model.num_targets(part)) for part in parts], [float(model(part)) for part in parts]
+        once, twice = (take_rows(batch.content, batch.size, rows * times) for times in (1, 2))
+        is_doubled = model.num_targets(twice) == 2 * model.num_targets(once)
+        before, after = float(model(once)), float(model(twice))
     except Exception:  # this batch cannot be cut, or this model takes one size only
         return
-    if counts[1] == 2 * counts[0] and losses[0] and abs(losses[1] / losses[0] - 1) < 0.01:
+    if is_doubled and before and abs(after / before - 1) < 0.01:
         found = "has the same value for rows given twice as for the rows themselves, as a mean has"
         advice = 'Return the sum, by reduction="sum". It is divided once, by the targets of the whole step.'
         raise _refuse("the loss", found, "the sum over the targets", advice)
@@ -269,9 +259,8 @@ def _further_losses(output: Any, model: nn.Module) -> list[str]:
     if isinstance(output, (tuple, list)):
         return ["a scalar" for entry in output if isinstance(entry, Tensor) and not entry.ndim]
     entries = output if isinstance(output, Mapping) else getattr(output, "__dict__", {})
-    known = "aux_loss" if hasattr(model, "router_aux_loss_coef") else ""
     losses = [name for name, entry in entries.items() if str(name).endswith("loss") and entry is not None]
-    return [name for name in losses if name != known]
+    return [name for name in losses if name != "aux_loss" or not hasattr(model, "router_aux_loss_coef")]
 
 
 def _warnings(model: ModelWithLoss, batch: Any) -> Iterator[str]:
@@ -285,9 +274,7 @@ def _warnings(model: ModelWithLoss, batch: Any) -> Iterator[str]:
             "model is trained without. Rename them in collate_fn if it should take them."
         )
     inputs, targets = (batch.get("input_ids"), batch.get(LABELS)) if isinstance(objective, OwnLoss) else batch
-    if not isinstance(inputs, Tensor) or not isinstance(targets, Tensor) or inputs.shape != targets.shape:
-        return
-    if targets.ndim < 2 or inputs.is_floating_point():
+    if not _are_indices(inputs) or not _are_indices(targets) or inputs.shape != targets.shape:
         return
     shifts = isinstance(objective, OwnLoss) and objective.computes_loss and objective.shifts
     if shifts:
@@ -311,7 +298,7 @@ def _padding(model: nn.Module, collate_fn: Any) -> Iterator[str]:
     """Yields a warning if the collator pads with another token than the model expects."""
     tokenizer = getattr(collate_fn, "tokenizer", None) or getattr(collate_fn, "processing_class", None)
     given, expected = (getattr(each, "pad_token_id", None) for each in (tokenizer, getattr(model, "config", None)))
-    if given is not None and expected is not None and given != expected:
+    if None not in (given, expected) and given != expected:
         yield (
             f"the tokenizer pads with token {given}, and the model's config.pad_token_id is {expected}. Set "
             "model.config.pad_token_id = tokenizer.pad_token_id."

@@ -19,11 +19,9 @@ FEWEST = 32
 """Steps that the window must hold before a step can be a spike."""
 LEAST_DEVIATION = 1e-3
 """Smallest deviation, as a fraction of the median. Otherwise any value above a window of equal ones is a spike."""
-MAD_TO_STD = 1.4826
-"""Ratio of the standard deviation to the median absolute deviation of normally distributed numbers."""
+MAD_TO_STD = 1.4826  # of normally distributed numbers
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-MAX_NAMES_SHOWN = 5
-"""Most names of layers and parameters that a message lists."""
+MAX_NAMES_SHOWN = 5  # in a message
 
 
 class Guard:

@@ -7,7 +7,7 @@ import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,20 +24,11 @@ CLOCKS = ("step", "val_step")
 """Metrics that hold the optimizer step of the metrics logged with them."""
 
 
-class CollectingMetric(Protocol):
-    """A metric that collects by itself, as those of torchmetrics. It is reset before, if it has a `reset()`."""
-
-    def update(self, outputs: Any, batch: Any) -> Any:
-        """Called for each micro-batch of this process."""
-
-    def compute(self) -> Any:
-        """Called on all processes at the end. Returns the metric over all of them, a scalar."""
-
-
-Metric = Callable[[Any, Any], "tuple[Tensor | float, Tensor | float]"] | CollectingMetric
+Metric = Callable[[Any, Any], "tuple[Tensor | float, Tensor | float]"] | Any
 """Maps outputs in float32 and their batch to a sum and the number of its values, which are added up over all rows of
 the validation data. For pairs, these are logits (B, T, V) and targets (B, T), some of them `IGNORE_INDEX`.
-An object that collects by itself is a metric too."""
+Or an object that collects by itself, as those of torchmetrics: it has `update(outputs, batch)`, called for each
+micro-batch, `compute()`, called on all processes at the end, and perhaps `reset()`."""
 
 
 def further_metrics(names: Sequence[str], given: Mapping[str, Metric] | None = None) -> dict[str, Metric]:
@@ -59,8 +50,8 @@ def further_metrics(names: Sequence[str], given: Mapping[str, Metric] | None = N
         if not callable(metric) and not hasattr(metric, "compute"):
             problems.append(Problem("validation_metrics", name, "functions", reason=f"a {type(metric).__name__}"))
         if key in metrics or key in METRIC_NAMES:
-            reason, advice = f"and there is a {key} already", "Give it another name."
-            problems.append(Problem("validation_metrics", name, reason=reason, advice=advice))
+            reason = f"and there is a {key} already"
+            problems.append(Problem("validation_metrics", name, reason=reason, advice="Give it another name."))
         metrics[key] = metric
     if problems:
         raise ConfigError(problems)

@@ -124,23 +124,14 @@ class Muon(Optimizer):
         gradients = [p.grad for p in parameters if p.grad is not None]
         if not group["fused"] and grad_scale is not None:
             gradients = [gradient / grad_scale for gradient in gradients]
-        moments = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+        averages = [state["exp_avg"] for state in states]
+        squares = [state["exp_avg_sq"] for state in states]
         (beta1, beta2), steps = group["betas"], [state["step"] for state in states]
         options = {name: group[name] for name in ("lr", "weight_decay", "eps", "fused")}
+        options |= {"beta1": beta1, "beta2": beta2, "amsgrad": False, "maximize": False}
         if group["fused"]:
             options |= {"grad_scale": grad_scale, "found_inf": found_inf}
-        adamw(
-            parameters,
-            gradients,
-            *moments,
-            [],
-            steps,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            maximize=False,
-            **options,
-        )
+        adamw(parameters, gradients, averages, squares, [], steps, **options)
 
 
 def _update_matrices(pairs: list[tuple[Tensor, Tensor]], size: Tensor | float, kept: Tensor | float) -> None:

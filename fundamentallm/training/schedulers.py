@@ -152,7 +152,6 @@ def create_scheduler(
     problems += unknown_options("lr_scheduler_options", scheduler_type, options, [*signature(decay).parameters][1:])
     if problems:
         raise ConfigError(problems)
-
     peak_step, last_step = max(warmup_steps - 1, 0), total_steps - 1
 
     def factor(step: int) -> float:  # of the peak

@@ -62,8 +62,8 @@ def model_flops_per_token(model: nn.Module, sequence_length: int) -> int:
     looked_up = tables - others  # a tied table is the output projection too
     multiplied = sum(p.numel() for p in model.parameters() if p.ndim >= 2 and p not in looked_up)
     config: Any = getattr(model, "config", None)
-    layers = getattr(config, "num_layers", None) or getattr(config, "num_hidden_layers", 0)  # ours, transformers'
-    width = getattr(config, "d_model", None) or getattr(config, "hidden_size", 0)
+    layers: int = getattr(config, "num_layers", 0) or getattr(config, "num_hidden_layers", 0)  # ours, transformers'
+    width: int = getattr(config, "d_model", 0) or getattr(config, "hidden_size", 0)
     return flops_per_token(multiplied, layers, width, sequence_length)
 
 

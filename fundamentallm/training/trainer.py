@@ -1,8 +1,4 @@
-"""The trainer: one pass of its loop is one batch is one optimizer step, which `step.py` shows.
-
-`Accelerator` owns the hardware: placement, precision, gradient exchange. Accumulation, schedule, data order and files
-are plain code here: accelerate weighs tokens by where they were computed, steps the schedule per process, and pickles.
-"""
+"""The trainer: one pass of its loop is one batch is one optimizer step, which `step.py` shows."""
 
 from __future__ import annotations
 
@@ -57,7 +53,7 @@ from fundamentallm.training.first_batch import FirstBatches
 from fundamentallm.training.guard import Guard
 from fundamentallm.training.loss import make_objective
 from fundamentallm.training.metrics import Metric, MetricTracker, further_metrics, peak_memory_gb
-from fundamentallm.training.micro_batch import make_micro_batch
+from fundamentallm.training.micro_batch import MicroBatch, make_micro_batch
 from fundamentallm.training.optimizers import check_optimizer, freeze, make_optimizer
 from fundamentallm.training.schedulers import CallersSchedule, advance, make_schedule
 from fundamentallm.training.step import OptimizerStep
@@ -194,10 +190,8 @@ class Trainer(TrainerView):
         SIGTERM, SIGINT and SIGUSR1 stop the run after the present step, saved. A second Ctrl-C stops it at once.
 
         Raises:
-            ConfigError: if `resume` is 'never' and the checkpoint folder is in use, or if settings that change the
-                run differ from the checkpoint's.
-            CheckpointError: if there are checkpoints but none can be restored, if one cannot be written, or if an
-                exception ended the last step within the optimizer's update.
+            ConfigError: if settings that change the run differ from the checkpoint's, or `resume` forbids it.
+            CheckpointError: if no checkpoint can be restored or one cannot be written.
             RunInProgressError: if another process trains in the same folders.
             TrainingError: after `max_bad_steps` consecutive steps whose loss or gradient was not finite.
         """
@@ -214,7 +208,8 @@ class Trainer(TrainerView):
                 self.stop_switch.begin()  # forgets why an earlier train() stopped
                 self.say(self._describe_finished_run())
                 return self.history
-            self._settle_micro_batch()
+            if self.micro_batch is not None:
+                self._settle_micro_batch(self.micro_batch)
             accelerator, device = self.accelerator, device_name(self.accelerator.device)
             about = environment(device, accelerator.num_processes, accelerator.mixed_precision)
             content = self._progress.segments[-1]["content"]
@@ -230,16 +225,13 @@ class Trainer(TrainerView):
                 raise
         return self.history
 
-    def _settle_micro_batch(self) -> None:
-        """Finds the size of micro-batches, if it is auto."""
-        if self.micro_batch is not None:
-            first, last = self.global_step, max(self.total_steps, self.global_step + 1)
-            batches = self._first_batches.load(self.train_loader, self.samples, first, last)
-            largest, has_metrics = self.samples.largest_rank_batch, bool(self.validation_metrics)
-            size = self.micro_batch.settle(self.optimizer_step, batches, largest, self.group, has_metrics)
-            for sampler in filter(None, (self.samples, self.val_samples)):
-                sampler.micro_batch_size = size
-            self.say(f"micro_batch_size is auto: {size} of {largest} sequences at once fit")
+    def _settle_micro_batch(self, micro_batch: MicroBatch) -> None:
+        first, largest = self.global_step, self.samples.largest_rank_batch
+        batches = self._first_batches.load(self.train_loader, self.samples, first, max(self.total_steps, first + 1))
+        size = micro_batch.settle(self.optimizer_step, batches, largest, self.group, bool(self.validation_metrics))
+        for sampler in filter(None, (self.samples, self.val_samples)):
+            sampler.micro_batch_size = size
+        self.say(f"micro_batch_size is auto: {size} of {largest} sequences at once fit")
 
     def _train(self) -> None:
         """Takes optimizer steps to the last one, or until all processes agree to stop."""
@@ -327,17 +319,18 @@ class Trainer(TrainerView):
         Raises:
             ConfigError: if there is no val_loader, or no target in it.
         """
-        metrics = self._evaluate()
-        assert metrics is not None  # nothing interrupts it
+        metrics = self._evaluate(is_interrupted=lambda: False)
+        assert metrics is not None
         return metrics
 
-    def _evaluate(self, is_interrupted: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
+    def _evaluate(self, is_interrupted: Callable[[], bool]) -> dict[str, float] | None:
         if self.val_loader is None or self.val_samples is None:
             raise ConfigError("There is no val_loader; give the Trainer one.")
-        loader, metrics = self.val_loader, self.validation_metrics
-        batches = self._first_batches.load(loader, self.val_samples, 0, self.val_samples.steps_per_epoch)
+        loader, stop = self.val_loader, self.val_samples.steps_per_epoch
+        batches = self._first_batches.load(loader, self.val_samples, 0, stop)
+        further = self.validation_metrics
         with self.averaged_weights():
-            return evaluate(self.model_with_loss, loader, batches, self.accelerator, metrics, is_interrupted)
+            return evaluate(self.model_with_loss, loader, batches, self.accelerator, further, is_interrupted)
 
     def _validate_in_training(self) -> bool:
         """Validates. Returns False if a signal or the clock interrupted it; it then comes first on resume."""
@@ -365,8 +358,7 @@ class Trainer(TrainerView):
             is_best: whether it is the best so far.
 
         Raises:
-            ConfigError: if there is no checkpoint_dir.
-            CheckpointError: if it cannot be written.
+            CheckpointError: if it cannot be written. (ConfigError: if there is no checkpoint_dir.)
         """
         self.optimizer_step.raise_if_updating()
         return self.saver.save(name, is_best)
@@ -391,7 +383,7 @@ class Trainer(TrainerView):
         return choice.path
 
     def _restore(self, saved: dict[str, Any], where: Path) -> None:
-        check_tokenizer(where, self.train_loader.dataset)
+        check_tokenizer(where, getattr(self.train_loader.dataset, "tokenizer", None))
         messages, changed = self.state.load(saved, where, self.config.training.resume_changes, FREE_ON_RESUME)
         self.say("\n".join(messages))
         self._fit_schedule()

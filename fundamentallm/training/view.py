@@ -10,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fundamentallm.checkpoint.manager import CheckpointManager
+from fundamentallm.config.schema import Config
 from fundamentallm.errors import ConfigError, Problem, printable
 from fundamentallm.run.environment import command
 from fundamentallm.run.progress import Progress
@@ -26,6 +27,7 @@ from fundamentallm.training.throughput import Throughput
 class TrainerView(RunView):
     """The side of the Trainer that callbacks see. Everything it says follows from the run's state."""
 
+    config: Config
     early_stopping: EarlyStopping | None
     average: WeightAverage | None
     state: RunState

@@ -179,6 +179,3 @@ def not_a_trainer(config: Config) -> dict[str, int]:
 
 def elsewhere(config: Config) -> Trainer:
     return _trainer(Config(output_dir="elsewhere", training=TrainingConfig(batch_size=config.training.batch_size)))
-
-
-not_callable = 7

@@ -119,20 +119,11 @@ def test_validation_is_of_the_average(tmp_path: Path) -> None:
     assert plain.validate()["val_loss"] == loss
 
 
-def test_a_checkpoint_opens_as_the_average_and_gives_the_weights_as_trained_too(whole: Trainer, tmp_path: Path) -> None:
+def test_a_checkpoint_opens_and_is_exported_as_the_average(whole: Trainer, tmp_path: Path) -> None:
     newest = CheckpointManager(whole.config.training.checkpoint_dir or "").get_latest()
     assert_same_weights(dict(AutoModelForCausalLM.from_pretrained(newest).state_dict()), averages(whole))
-    for words, expected in (([], averages(whole)), (["--raw"], weights(whole))):
-        out = tmp_path / f"out{len(words)}"
-        assert checkpoints.main(["consolidate", str(newest), str(out), *words], "checkpoints") == 0
-        assert_same_weights(dict(AutoModelForCausalLM.from_pretrained(out).state_dict()), expected)
-
-
-def test_without_an_average_there_is_nothing_else_to_export(tmp_path: Path) -> None:
-    make_trainer(make_config(tmp_path, max_steps=1)).train()
-    with pytest.raises(CheckpointError, match="no averaged weights"):
-        checkpoints.main(["consolidate", str(tmp_path), str(tmp_path / "out"), "--raw"], "checkpoints")
-    assert not (tmp_path / "out").exists()
+    assert checkpoints.main(["consolidate", str(newest), str(tmp_path / "out")], "checkpoints") == 0
+    assert_same_weights(dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()), averages(whole))
 
 
 def test_a_stopped_run_goes_on_to_the_bit(whole: Trainer, tmp_path: Path) -> None:

@@ -266,7 +266,7 @@ def test_init_from_refuses_what_does_not_fit(tmp_path: Path) -> None:
     make_from_config(old).train()
     checkpoint = tmp_path / "old" / "checkpoints" / "step_00000005"
     new = with_init_from(old, checkpoint)
-    with pytest.raises(ConfigError, match=r"data\.tokenizer to '.*tokenizer\.json'"):
+    with pytest.raises(ConfigError, match=r"data\.tokenizer: .*tokenizer\.json"):
         make_from_config(dataclasses.replace(new, data=dataclasses.replace(new.data, tokenizer="byte")))
     with pytest.raises(CheckpointError, match="do not fit the model"):
         make_from_config(dataclasses.replace(new, model=dataclasses.replace(new.model, d_ff=8)))

@@ -135,7 +135,7 @@ def test_doctor_failure_is_in_the_table_and_the_exit_code(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("trainer", ["faults:sund", "faults:not_callable", "faults:not_a_trainer", "faults:elsewhere"])
+@pytest.mark.parametrize("trainer", ["faults:sund", "faults:not_a_trainer", "faults:elsewhere"])
 def test_doctor_wrong_trainer_is_a_config_error(tmp_path: Path, trainer: str) -> None:
     trainer = f"tests.integration.{trainer}"
     with pytest.raises(ConfigError) as caught:

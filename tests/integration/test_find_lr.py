@@ -119,7 +119,7 @@ def test_find_lr_on_two_processes_equals_one(config: Path, capsys: pytest.Captur
 
 def test_find_lr_reports_every_mistake_at_once(config: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        find(config, "--steps=3", "--lowest=1", "--highest=0.1", "--trainer=os:sep", "--training.max_steps=0")
+        find(config, "--steps=3", "--lowest=1", "--highest=0.1", "--trainer=os:nowhere", "--training.max_steps=0")
     found = {problem.split(" ")[0] for problem in caught.value.problems}
     assert found == {"training.max_steps", "--steps", "--lowest", "--trainer"}
 

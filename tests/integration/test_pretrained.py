@@ -147,15 +147,12 @@ def test_checkpoint_is_a_pretrained_model(run: Run, folders: dict[str, Path], tm
     assert trainer.global_step == 0
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "manifest.json"])
-def test_damaged_checkpoint_is_no_pretrained_model(
-    run: Run, folders: dict[str, Path], tmp_path: Path, name: str
-) -> None:
+def test_damaged_checkpoint_is_no_pretrained_model(run: Run, folders: dict[str, Path], tmp_path: Path) -> None:
     damaged = shutil.copytree(run.checkpoint, tmp_path / "damaged")
-    content = bytearray((damaged / name).read_bytes())
+    content = bytearray((damaged / "config.json").read_bytes())
     content[-3] ^= 1
-    (damaged / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=name):
+    (damaged / "config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
         start(config({**folders, "old": damaged}, "old", tmp_path / "new"))
     (damaged / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match=r"manifest\.json"):

@@ -142,12 +142,6 @@ def test_callback_list_calls_in_the_order_added() -> None:
     assert seen == [("on_epoch_begin", first), ("on_epoch_begin", third)]
 
 
-def test_callback_list_copies_the_list_given() -> None:
-    given: list[Callback] = []
-    CallbackList(given).add(Callback())
-    assert given == []
-
-
 def test_measure_adds_to_the_line_but_not_to_the_history(tmp_path: Path) -> None:
     class Thermometer(Callback):
         def measure(self, trainer: RunView) -> dict[str, float]:
@@ -169,19 +163,15 @@ def test_remove_in_a_hook_skips_no_other_callback() -> None:
     assert [step for hook, step, _ in recorder.calls if hook == "on_epoch_begin"] == [0, 3]
 
 
-@pytest.mark.parametrize("hook", ["on_train_begin", "on_log", "on_train_end"])
-def test_hook_that_raises_ends_the_training(hook: str) -> None:
+def test_hook_that_raises_ends_the_training() -> None:
     class Broken(Callback):
-        pass
+        def on_log(self, trainer: RunView, metrics: dict[str, float]) -> None:
+            raise LookupError("broken")
 
-    def fail(*_: Any) -> None:
-        raise LookupError(hook)
-
-    setattr(Broken, hook, fail)
     later = Recorder()
-    with pytest.raises(LookupError, match=hook):
+    with pytest.raises(LookupError, match="broken"):
         make_trainer([Broken(), later]).train()
-    assert hook not in {name for name, _, _ in later.calls}
+    assert "on_log" not in {name for name, _, _ in later.calls}
 
 
 def test_wants_step_loss_only_if_the_hook_is_overridden() -> None:
@@ -256,13 +246,6 @@ def test_save_best_by_an_unknown_metric_is_refused() -> None:
     assert (problem.setting, problem.value, problem.allowed) == ("metric", "accuracy", "val_loss, val_perplexity")
 
 
-def test_save_best_by_an_unknown_mode_is_refused() -> None:
-    with pytest.raises(ConfigError) as error:
-        SaveBestCallback(mode="least")
-    (problem,) = error.value.problems
-    assert (problem.setting, problem.value, problem.allowed) == ("mode", "least", "min, max")
-
-
 def test_save_best_ignores_the_best_of_another_metric(caplog: pytest.LogCaptureFixture) -> None:
     callback = SaveBestCallback("score", "max")
     callback.load_state_dict({"metric": "val_loss", "mode": "min", "best_value": 2.0})
@@ -284,7 +267,7 @@ def test_make_callbacks_makes_the_named_ones_and_curves() -> None:
 def test_make_callbacks_lists_every_problem() -> None:
     options = {
         "profiler": {"first_step": "ten", "num_steps": 0},
-        "samples": {"prompts": "Once", "num_tokens": "ten"},
+        "samples": {"prompts": "Once"},
         "curves": {"color": 1},
     }
     names = ["profiler", "samples", "tests.unit.test_callbacks:make_trainer"]

@@ -159,7 +159,6 @@ def test_from_yaml_reads_the_scalars_of_yaml_1_2(text: str, value: Any) -> None:
         ("output_dir: !!bool x", "'x'"),
         ("output_dir: \0", "character #x0000"),
         (b"output_dir: \xe9", "'utf-8' codec"),
-        ("[" * 5000, "recursion"),
         ("- model", "mapping"),
         ("7", "mapping"),
     ],
@@ -204,10 +203,15 @@ def test_to_yaml_writes_text_and_numbers_that_read_back_equal(write: Write) -> N
 # ---- options
 
 
-@pytest.mark.parametrize("text", ["7", "null", "true", "1e3", "[", "a: b", "*a", "2024-99-99", "!!int x", "no", ""])
-def test_parse_config_keeps_the_text_of_a_text_setting(write: Write, text: str) -> None:
-    for arguments in (["--data.text_field", text], [f"--data.text_field={text}"]):
-        assert parse_config(arguments, check_files=False).data.text_field == text
+AS_IT_IS = ("7", "null", "true", "1e3", "[", "a: b", "*a", "2024-99-99", "!!int x", "no", "", "try #2", "'a:b'", " a")
+
+
+def test_parse_config_keeps_the_text_of_a_text_setting(write: Write) -> None:
+    for text in AS_IT_IS:
+        for arguments in (["--data.text_field", text], [f"--data.text_field={text}"]):
+            assert parse_config(arguments, check_files=False).data.text_field == text
+    for name in ("output_dir", "data.source", "data.cache_dir", "model.init_from", "training.loss"):
+        assert value_of(parse_config([f"--{name}", "[a: b] #2"], check_files=False), name) == "[a: b] #2"
 
 
 @pytest.mark.parametrize(
@@ -227,13 +231,6 @@ def test_parse_config_keeps_the_text_of_a_text_setting(write: Write, text: str) 
 )
 def test_parse_config_reads_an_option_as_yaml(write: Write, name: str, text: str, value: Any) -> None:
     assert value_of(parse_config([f"--{name}={text}"], check_files=False), name) == value
-
-
-@pytest.mark.parametrize("name", ["output_dir", "data.source", "data.cache_dir", "model.init_from", "training.loss"])
-@pytest.mark.parametrize("text", ["try #2", "'a:b'", "a: b", " a:b ", "[a:b]", "~a:b", "a:null", "Null:a", "- a:b"])
-def test_parse_config_takes_text_as_it_is(write: Write, name: str, text: str) -> None:
-    text = text if ":" in text else f"a:{text}"
-    assert value_of(parse_config([f"--{name}", text], check_files=False), name) == text
 
 
 @pytest.mark.parametrize(
@@ -368,13 +365,8 @@ TINY = [
         "--data.source=empty.txt",
         "--data.source=binary.txt",
         "--data.tokenizer=text.json",
-        "--training.mixed_precision=fp16",
         "--training.loss=os:getcwd",
-        "--training.loss_options={gamma: 1}",
-        "--training.lr_scheduler_options={cycles: 1}",
         "--training.early_stopping_metric=val_accuracy",
-        "--training.validation_metrics=[no_such_module:x]",
-        "--callbacks=[json:dumps]",
         "--callback_options={curves: {colour: red}}",
         "--output_dir=text.txt",
     ],
@@ -493,13 +485,6 @@ for stream in (sys.stdout, sys.stderr):
 @pytest.mark.parametrize("output", ["2>&1 | true", ">/dev/full 2>&1", "2>&1 | cat"])
 def test_open_output_lets_a_run_print_into_anything(tmp_path: Path, output: str) -> None:
     assert shell(f"{{ COMMAND; echo $? >&3; }} {output}", tmp_path, "-c", PRINT) == "0\n"
-
-
-def test_train_without_a_reader_of_its_output_ends_its_run(write: Write, tmp_path: Path) -> None:
-    write("Wörter und 漢字 " * 100, "text.txt")
-    command = ["-m", "fundamentallm", "train", *TINY, "--sample_tokens=9", "--output_dir=run", "--callbacks=[]"]
-    assert shell("{ COMMAND; echo $? >&3; } 2>&1 | sed 1q", tmp_path, *command) == "0\n"
-    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "finished"
 
 
 def test_main_interrupted_has_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

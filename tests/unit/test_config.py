@@ -69,7 +69,6 @@ MISTAKES = [
     ("data.source", {}, "at least one source with its weight"),
     ("data.tokenizer", "wordpiece", "'char', 'byte', 'bpe:<vocabulary size>', or the path of a tokenizer.json"),
     ("data.tokenizer", "bpe:256", "'bpe:<vocabulary size>' with a size above 256"),
-    ("data.end_of_text", "", "the text of a token, or null"),
     ("training.learning_rate", "3e-4", "a number"),
     ("training.max_steps", 1.0, "an integer or null"),
     ("training.mixed_precision", False, "one of no, bf16, fp16 or null"),

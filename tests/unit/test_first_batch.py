@@ -124,25 +124,6 @@ def test_first_batch_of_validation_is_checked_too() -> None:
     assert error.value.problems[0].setting == "targets"
 
 
-def test_distances_of_unlike_shapes_are_refused() -> None:
-    """(4, 1) outputs and (4,) targets: torch would compare each output with each target."""
-
-    def squared(outputs: Tensor, targets: Tensor) -> Tensor:
-        return F.mse_loss(outputs, targets, reduction="sum")
-
-    data = TensorDataset(torch.rand(10, 3), torch.rand(10))
-    with pytest.raises(ConfigError, match="squeeze"):
-        trainer(nn.Linear(3, 1), data, loss_fn=squared).train()
-    data = TensorDataset(torch.rand(10, 3), torch.rand(10, 1))
-    trainer(nn.Linear(3, 1), data, loss_fn=squared).train()
-
-    def towards_zero(outputs: Tensor, targets: Tensor) -> Tensor:
-        return F.mse_loss(outputs, torch.zeros(1), reduction="sum")
-
-    with pytest.warns(UserWarning, match="broadcasting"):  # torch's own, and no reason to refuse
-        trainer(nn.Linear(3, 1), data, loss_fn=towards_zero).train()
-
-
 @pytest.mark.parametrize("as_mapping", [False, True])
 def test_copied_inputs_are_reported_and_shift_labels_helps(
     as_mapping: bool, capsys: pytest.CaptureFixture[str]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fundamentallm.data.sampler import Start, StepSampler
 from fundamentallm.run.progress import Progress, sampler_of
+from tests.unit.test_hostile_input import scaled
 
 CPU = torch.device("cpu")
 
@@ -99,6 +100,7 @@ def size_at(step: int, batch_size: int, schedule: list[list[int]]) -> int:
     return [size for begins, size in [[0, batch_size], *schedule] if begins <= step][-1]
 
 
+@scaled(0.3)
 @given(st.integers(1, 30), st.integers(1, 9), schedules, st.integers(1, 4), st.booleans())
 def test_batches_follow_the_schedule_over_all_processes(
     samples: int, batch_size: int, schedule: list[list[int]], processes: int, drop_last: bool
@@ -124,6 +126,7 @@ def test_batches_follow_the_schedule_over_all_processes(
         assert seen == [index for epoch in range(len(epochs)) for index in order.batch(epoch)][: len(seen)]
 
 
+@scaled(0.3)
 @given(st.integers(1, 30), st.integers(1, 9), schedules, st.integers(1, 3), st.none() | st.integers(1, 9))
 def test_padded_micro_batches_follow_the_schedule(
     samples: int, batch_size: int, schedule: list[list[int]], processes: int, micro_batch_size: int | None

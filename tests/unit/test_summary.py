@@ -24,10 +24,6 @@ def test_config_repr_is_code_that_makes_an_equal_config(config: Config) -> None:
     assert eval(repr(config), {name: getattr(fundamentallm, name) for name in fundamentallm.__all__}) == config
 
 
-def test_config_repr_leaves_defaults_out() -> None:
-    assert repr(Config(training=TrainingConfig(max_steps=3))) == "Config(training=TrainingConfig(max_steps=3))"
-
-
 def test_checkpoint_manager_repr_names_the_newest(tmp_path: Path) -> None:
     trainer = make_trainer(make_config(tmp_path, max_steps=1))
     trainer.train()

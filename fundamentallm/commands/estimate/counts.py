@@ -53,7 +53,7 @@ def count(config: Config) -> Counts:
             state_bytes += 2 * size + WIDE * len(group["params"])  # two moments, and the number of steps
         elif group["momentum"]:
             state_bytes += size
-    block = list(model.model.layers[0].parameters())
+    block = [parameter for name, parameter in model.named_parameters() if ".layers.0." in name]
     return Counts(
         parameters=sum(p.numel() for p in model.parameters()),
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),

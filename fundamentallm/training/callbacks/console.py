@@ -79,10 +79,10 @@ class LoggingCallback(Callback):
         """Print what is about to run, and rewind the file to the step that the run resumes from."""
         if not trainer.is_main_process:
             return
+        accelerator, group = trainer.accelerator, trainer.optimizer.param_groups[0]
         parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-        device, processes = trainer.accelerator.device.type, trainer.accelerator.num_processes
-        precision = {"no": "float32"}.get(trainer.accelerator.mixed_precision, trainer.accelerator.mixed_precision)
-        group = trainer.optimizer.param_groups[0]
+        device, processes = accelerator.device.type, accelerator.num_processes
+        precision = accelerator.mixed_precision.replace("no", "float32")
         rate = float(group.get("initial_lr", group["lr"]))  # which the schedule multiplies
         output = "" if trainer.output_dir is None else f"; everything is written to {trainer.output_dir}"
         trainer.say(

@@ -41,9 +41,9 @@ class ProfilerCallback(Callback):
         self, first_step: int | None = None, num_steps: int = 3, all_processes: bool = False, with_stack: bool = False
     ) -> None:
         steps = {"first_step": 1 if first_step is None else first_step, "num_steps": num_steps}
-        wrong = {name: number for name, number in steps.items() if not fits(number, int) or number < 1}
+        wrong = [name for name, number in steps.items() if not fits(number, int) or number < 1]
         if wrong:
-            raise ConfigError([Problem(name, number, "an integer, at least 1") for name, number in wrong.items()])
+            raise ConfigError([Problem(name, steps[name], "an integer, at least 1") for name in wrong])
         self.first_step, self.num_steps = first_step, num_steps
         self.all_processes, self.with_stack = all_processes, with_stack
         self._start_step = self._last_step = 0
@@ -52,15 +52,15 @@ class ProfilerCallback(Callback):
 
     def on_train_begin(self, trainer: RunView) -> None:
         """Start a profiler that waits for the chosen steps, if this launch makes any of them."""
-        self._start_step = trainer.global_step
-        first = self.first_step or self._start_step + 10
+        self._start_step = start = trainer.global_step
+        first = self.first_step or start + 10
         self._last_step = first + self.num_steps - 1
-        first = max(first, self._start_step + 2)
+        first = max(first, start + 2)
         if first > self._last_step or not (self.all_processes or trainer.is_main_process):
             return
-        waiting, active = first - self._start_step - 2, self._last_step - first + 1
+        active = self._last_step - first + 1
         options = ProfileKwargs(
-            schedule_option={"skip_first": waiting, "wait": 0, "warmup": 1, "active": active, "repeat": 1},
+            schedule_option={"skip_first": first - start - 2, "wait": 0, "warmup": 1, "active": active, "repeat": 1},
             on_trace_ready=lambda profile: self._write(trainer, profile, first),
             record_shapes=True,
             profile_memory=True,

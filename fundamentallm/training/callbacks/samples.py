@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from fundamentallm.config.validation import fits
 from fundamentallm.data.datasets import TokenSamples
@@ -18,12 +17,12 @@ from fundamentallm.training.callbacks.base import Callback, RunView, rewind_line
 def continuation(
     trainer: RunView, prompt: str | None, num_tokens: int, temperature: float = 0.7
 ) -> tuple[str, str] | None:
-    """Continue a prompt, or the beginning of the training text if it is None. The same weights give the same text.
+    """Returns a prompt (None: the beginning of the training text) and its continuation. Same weights, same text.
 
-    Returns:
-        The prompt and its continuation; None on processes other than the main one, unless the model is sharded.
+    None on processes other than the main one, unless the model is sharded.
 
-    Raises ConfigError if the training data is not text, or the tokenizer does not know a character of the prompt.
+    Raises:
+        ConfigError: if the training data is not text, or the tokenizer does not know a character of the prompt.
     """
     dataset = trainer.train_loader.dataset
     if not isinstance(dataset, TokenSamples) or dataset.tokenizer is None:
@@ -77,14 +76,6 @@ class SampleCallback(Callback):
         if trainer.output_dir is not None and trainer.is_main_process:
             self._file.path = trainer.output_dir / SAMPLES
             rewind_lines(trainer, self._file)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns what the checkpoint counts on in samples.jsonl."""
-        return self._file.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Note what the file is to be compared with."""
-        self._file.load_state_dict(state)
 
     def on_validation_end(self, trainer: RunView, metrics: dict[str, float]) -> None:
         """Generate, print and store a text for each prompt."""

@@ -54,7 +54,4 @@ class SaveBestCallback(Callback):
         if (state["metric"], state["mode"]) == (self.metric, self.mode):
             self.best_value = best
         else:
-            logger.warning(
-                "best metric reset: the saved best value is of %s (%s), this run uses %s (%s).",
-                *(state["metric"], state["mode"], self.metric, self.mode),
-            )
+            logger.warning("best metric reset: the saved value is of %s (%s).", state["metric"], state["mode"])
