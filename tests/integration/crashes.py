@@ -337,7 +337,7 @@ WINDOWS_OF_REPLACING = {
 WINDOWS_OF_ADAPTER = {
     "a checkpoint gets its name": Instant(PUBLISHES, 2),
     "a validation": Instant(VALIDATION_FORWARD, 2),
-    "an old checkpoint is half deleted": Instant(f"remove {DELETING}/step_N/adapter_model.safetensors"),
+    "an old checkpoint is half deleted": Instant(f"remove {DELETING}/adapter_model.safetensors"),
 }
 WINDOWS_OF_TWO = {
     "a checkpoint gets its name": Instant(PUBLISHES, 2, rank=0),
