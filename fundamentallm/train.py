@@ -104,6 +104,7 @@ def make_trainer(config: Config) -> Trainer:
     # Imported here, so that --help and config errors do not wait for torch.
     import torch
 
+    from fundamentallm.data.chat import TEMPLATE, applied_template
     from fundamentallm.data.corpus import describe, load_corpus
     from fundamentallm.data.loaders import create_dataloaders
     from fundamentallm.distributed.accelerator import create_accelerator
@@ -133,6 +134,9 @@ def make_trainer(config: Config) -> Trainer:
     if pretrained is not None:
         trainer.files = pretrained.files(train_loader.dataset)
         trainer.say(f"{config.model.pretrained}: {pretrained}")
+    if template := applied_template(config.data):
+        trainer.files = template | trainer.files | {name: template[name] for name in (TEMPLATE,) if name in template}
+        trainer.say(f"the rows are rendered by the chat template beside {config.data.tokenizer}")
     _load_initial_weights(trainer, pretrained, corpus.tokenizer)
     for callback in callbacks:
         trainer.callbacks.add(callback)
@@ -143,10 +147,11 @@ def make_trainer(config: Config) -> Trainer:
         trainer.say(f"{few}; more come from more training.max_epochs, or a smaller training.batch_size")
     datasets = [loader.dataset for loader in (train_loader, val_loader) if loader is not None]
     cut, dropped = (sum(getattr(dataset, name, 0) for dataset in datasets) for name in ("num_cut", "num_lost"))
+    kind = "pairs" if config.data.messages_field is None else "chats"
     if cut:
-        trainer.say(f"{cut:,} pairs are longer than data.sequence_length and were cut")
+        trainer.say(f"{cut:,} {kind} are longer than data.sequence_length and were cut")
     if dropped:
-        trainer.say(f"{dropped:,} pairs were dropped: their prompts fill data.sequence_length")
+        trainer.say(f"{dropped:,} {kind} were dropped: their prompts fill data.sequence_length")
     return trainer
 
 

@@ -13,10 +13,12 @@ from tokenizers.decoders import DecodeStream
 
 from fundamentallm.checkpoint.reading import explained
 from fundamentallm.commands.options import BASE_HELP, add_checkpoint
+from fundamentallm.data.chat import ChatTemplate
 from fundamentallm.data.tokenizers import encode_prompt
 from fundamentallm.errors import ConfigError, Problem, printable
 from fundamentallm.inference.generation import generate
 from fundamentallm.inference.loading import CHECKPOINT_HELP, LoadedModel, load_model
+from fundamentallm.models.transformers_format import TOKENIZER
 
 
 def main(arguments: Sequence[str], program: str) -> int:
@@ -33,6 +35,7 @@ def main(arguments: Sequence[str], program: str) -> int:
     add("--top_p", type=float, metavar="FLOAT", help="sample among the fewest tokens with this total probability")
     add("--repetition_penalty", type=float, default=1.0, metavar="R", help="above 1: fewer repeated tokens [1]")
     add("--seed", type=int, default=0, help="seed of the first prompt; each further prompt adds 1 [0]")
+    add("--chat", action="store_true", help="give each prompt as a user's message, by the model's chat template")
     add("--ignore_end", action="store_true", help="continue after the model's end-of-text token")
     add("--json", action="store_true", help='print {"prompt": ..., "text": ..., "tokens": N} for each prompt')
     options = parser.parse_args(arguments)
@@ -43,11 +46,14 @@ def main(arguments: Sequence[str], program: str) -> int:
 
 
 def _generate(loaded: LoadedModel, prompts: list[str], options: argparse.Namespace) -> int:
-    stop = () if options.ignore_end else loaded.stop
+    stop, asked = () if options.ignore_end else loaded.stop, prompts
+    if options.chat:
+        template = ChatTemplate(loaded.folder / TOKENIZER)
+        asked = [template.text([{"role": "user", "content": prompt}], is_prompt=True) for prompt in prompts]
     texts = [
         generate(
             loaded.model,
-            encode_prompt(loaded.tokenizer, prompt),
+            encode_prompt(loaded.tokenizer, text),
             options.max_new_tokens,
             loaded.context,
             options.temperature,
@@ -57,7 +63,7 @@ def _generate(loaded: LoadedModel, prompts: list[str], options: argparse.Namespa
             repetition_penalty=options.repetition_penalty,
             stop=stop,
         )
-        for index, prompt in enumerate(prompts)
+        for index, text in enumerate(asked)
     ]
     for index, (prompt, ids) in enumerate(zip(prompts, texts, strict=True)):
         if options.json:

@@ -49,13 +49,39 @@ def is_prepared(source: str) -> bool:
     return all(os.path.isfile(os.path.join(expand_user(source), name)) for name in PREPARED)
 
 
+def row_fields(data: DataConfig) -> dict[str, str]:
+    """Returns the fields that are read from each row, by the settings that name them; the prompt comes first."""
+    if data.messages_field is not None:
+        return {"data.messages_field": data.messages_field}
+    prompt = {} if data.prompt_field is None else {"data.prompt_field": data.prompt_field}
+    return {**prompt, "data.text_field": data.text_field}
+
+
+def are_samples(data: DataConfig) -> bool:
+    """Returns whether each row is a sample of its own: a prompt with its answer, or a chat."""
+    return data.prompt_field is not None or data.messages_field is not None
+
+
+def _field_problems(data: DataConfig) -> Iterator[Problem]:
+    """Yields what does not fit `data.messages_field`, or lacks it."""
+    if data.messages_field is None:
+        if data.chat_template and data.prompt_field is None:
+            yield Problem("data.chat_template", True, "null, or with a data.prompt_field or data.messages_field")
+        return
+    allowed = {"prompt_field": (None,), "text_field": (DataConfig.text_field,), "chat_template": (None, True)}
+    for name in allowed:
+        if (value := getattr(data, name)) not in allowed[name]:
+            reason = f"and data.messages_field is {data.messages_field!r}"
+            yield Problem(f"data.{name}", value, "", "Omit one of them.", reason)
+
+
 def find_sources(data: DataConfig) -> list[SourceFiles]:
     """Looks up the files of all sources.
 
     Raises:
         ConfigError: listing missing files, and files that do not fit together or the settings.
     """
-    found, problems = list[SourceFiles](), list[Problem]()
+    found, problems = list[SourceFiles](), list(_field_problems(data))
     for name in data.sources():
         try:
             found.append(find_source(data, name))
@@ -81,7 +107,10 @@ def find_source(data: DataConfig, name: str) -> SourceFiles:
     if is_prepared(name):
         return SourceFiles(name, "prepared", [Path(expand_user(name))])
     if name == BUILT_IN_CORPUS:
-        return SourceFiles(name, "built-in", [Path(str(find_spec("pydoc_data.topics").origin))])  # type: ignore[union-attr]
+        topics = Path(str(find_spec("pydoc_data.topics").origin))  # type: ignore[union-attr]
+        if problems := _kind_problems(data, name, [topics]):
+            raise ConfigError(problems)
+        return SourceFiles(name, "built-in", [topics])
     if name.startswith(DATASETS):
         return SourceFiles(name, "dataset", [])
     path, left_out = expand_user(name), collections.Counter[str]()
@@ -146,9 +175,10 @@ def _kind_problems(data: DataConfig, name: str, files: list[Path]) -> list[Probl
         return [Problem("data.source", name, "files of one kind", "Name them as several sources.", reason)]
     if kinds <= {"rows"}:
         return []
-    if data.prompt_field is not None:
-        allowed = f"with data.prompt_field, rows ({', '.join(ROWS)} or {DATASETS}NAME)"
-        return [Problem("data.source", name, allowed, "Set data.prompt_field to null.", reason)]
+    if are_samples(data):
+        setting = next(iter(row_fields(data)))
+        allowed = f"with {setting}, rows ({', '.join(ROWS)} or {DATASETS}NAME)"
+        return [Problem("data.source", name, allowed, f"Set {setting} to null.", reason)]
     if kinds == {"tokens"} and not data.tokenizer.endswith(".json"):
         advice = "Set data.tokenizer to the tokenizer.json that made the tokens."
         return [Problem("data.source", name, "", advice, f"{reason}, and tokenizer is {data.tokenizer!r}")]

@@ -132,6 +132,10 @@ class DataConfig(Section):
     """Field of a row (.jsonl, .parquet, datasets) with the text."""
     prompt_field: str | None = None
     """Field with the prompt; loss is computed on text_field only (SFT), one row per sample; null: no prompts."""
+    messages_field: str | None = None
+    """Field with a chat, a list of {role, content}; loss is computed on assistant turns only; null: no chats."""
+    chat_template: bool | None = field(default=None, metadata=FREE)
+    """Render prompts and answers by the tokenizer's chat template, in place of end_of_text; null: if it has one."""
     end_of_text: str | None = None
     """Token after each document, such as '<|endoftext|>'; null: an empty line between documents."""
     special_tokens: Literal["tokens", "text"] | None = None
@@ -164,8 +168,8 @@ class DataConfig(Section):
         if not self.sources():
             yield Problem("source", {}, "at least one source with its weight")
         for name in ("mask_documents", "prompt_field"):
-            if getattr(self, name) and self.end_of_text is None:
-                allowed = f"with an end_of_text such as {END_OF_TEXT!r}, which marks where documents end"
+            if getattr(self, name) and self.end_of_text is None and not self.chat_template:
+                allowed = f"with an end_of_text such as {END_OF_TEXT!r}; for a prompt_field, or chat_template: true"
                 yield self._conflict(name, "end_of_text", allowed)
         if self.prompt_field == self.text_field:
             yield self._conflict("prompt_field", "text_field", "another field")
@@ -410,6 +414,7 @@ NEVER_ON_RESUME = frozenset(name for name, kind in ON_RESUME.items() if kind == 
 
 def saved_data_settings(data: dict[str, Any]) -> dict[str, Any]:
     """Returns the section `data` of a checkpoint's config, with what earlier versions did without a setting."""
+    data = {"chat_template": False, **data} if data else data
     if "special_tokens" in data or data.get("end_of_text") is None or not str(data.get("tokenizer")).endswith(".json"):
         return data
     return {**data, "special_tokens": "text"}

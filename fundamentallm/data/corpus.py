@@ -21,9 +21,10 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from fundamentallm.config.files import DATASETS, PREPARED, SourceFiles, find_sources, is_prepared
+from fundamentallm.config.files import DATASETS, PREPARED, SourceFiles, are_samples, find_sources, is_prepared
 from fundamentallm.config.schema import BUILT_IN_CORPUS, DataConfig
 from fundamentallm.config.validation import expand_user
+from fundamentallm.data.chat import applied_template
 from fundamentallm.data.encoding import (
     PARTS,
     Facts,
@@ -67,6 +68,8 @@ class Tokens(NamedTuple):
     """For pairs, (pairs, 2): the index of each answer's first token, and of the one after its end."""
     num_bytes: int | None
     """UTF-8 bytes of the text of all targets, or None if unknown."""
+    turns: NDArray[np.int64] | None = None
+    """For chats, the index of each assistant turn's first token and of the one after its last, one after the other."""
 
 
 class Source(NamedTuple):
@@ -154,7 +157,8 @@ def describe(corpus: Corpus) -> list[str]:
     for source in corpus.sources:
         sizes = f"{len(source.train.ids):,} training and {len(source.validation.ids):,} validation tokens"
         if source.train.rows is not None and source.validation.rows is not None:
-            sizes += f", {len(source.train.rows):,} and {len(source.validation.rows):,} pairs"
+            kind = "pairs" if source.train.turns is None else "chats"
+            sizes += f", {len(source.train.rows):,} and {len(source.validation.rows):,} {kind}"
         weight = f", weight {source.weight / total:.3g}" if len(corpus.sources) > 1 else ""
         lines.append(f"{source.name}: {sizes}{weight}, vocabulary {num_ids(corpus.tokenizer):,}")
         lines += [f"{source.name}: {count:,} {what}" for what, count in source.counts.items()]
@@ -204,8 +208,9 @@ def _cached_facts(config: DataConfig, source: SourceFiles, cache: Path, show_pro
     """Returns the facts of a source, from the cache if its files are unchanged since they were found."""
     states, note = source_states(source), None
     if states is not None:
-        settings = [config.text_field, config.prompt_field, config.end_of_text, config.max_bad_rows]
+        settings: list[Any] = [config.text_field, config.prompt_field, config.end_of_text, config.max_bad_rows]
         settings += [reads_special_tokens(config), config.tokenizer == "char"]
+        settings += [config.messages_field, applied_template(config)] if are_samples(config) else []
         # The type of the tokens in a .bin, and so their number, follows from the tokenizer.
         width = token_dtype(read_tokenizer(config.tokenizer)).name if source.kind == "tokens" else None
         note = cache / "known" / _hash(CACHE_FORMAT, states, settings, width)
@@ -232,7 +237,7 @@ def _read_facts(config: DataConfig, source: SourceFiles, show_progress: bool = F
     characters = np.zeros(0x110000, dtype=bool)
     with progress_bar("reading", source, show_progress) as bar:
         for piece in digested(config, read_source(config, source, bad), digest):
-            size += len(piece.text) if config.prompt_field is None else piece.ends
+            size += len(piece.text) if not are_samples(config) else piece.ends
             if config.tokenizer == "char":
                 characters[np.frombuffer(piece.text.encode("utf-32-le"), np.uint32)] = True
             bar.update(len(piece.text))
@@ -253,7 +258,7 @@ def _keys(config: DataConfig, facts: dict[str, Facts], given: Tokenizer | None =
     settings = settings_of_tokens(config)
     reading = settings["special_tokens"], settings["unknown_tokens"]
     shared = CACHE_FORMAT, tokenizers.__version__, tokenizer, config.train_split, config.end_of_text, reading
-    return {name: _hash(*shared, config.prompt_field is not None, found.sha256) for name, found in facts.items()}
+    return {name: _hash(*shared, are_samples(config), found.sha256) for name, found in facts.items()}
 
 
 def _make_tokenizer(
@@ -268,7 +273,7 @@ def _make_tokenizer(
     def training_text() -> Iterator[str]:
         for source in sources:
             size = int(facts[source.name].size * config.train_split)
-            pieces = split_pieces(read_again(config, source, facts[source.name]), size, config.prompt_field is not None)
+            pieces = split_pieces(read_again(config, source, facts[source.name]), size, are_samples(config))
             with progress_bar(f"learning {config.tokenizer} from", source, show_progress) as bar:
                 for part, piece in pieces:
                     if part == 0:
@@ -375,9 +380,12 @@ def _open(folder: Path, name: str, weight: float) -> Source:
     meta, parts = json.loads((folder / "meta.json").read_text()), list[Tokens]()
     for index, part in enumerate(PARTS):
         ids, rows = _map_file(folder / f"{part}.bin", np.dtype(meta["dtype"]), meta["tokens"][index]), None
+        turns = None
         if meta["rows"] is not None:
             rows = _map_file(folder / f"{part}.rows.bin", np.dtype(np.int64), 2 * meta["rows"][index]).reshape(-1, 2)
-        parts.append(Tokens(ids, rows, meta["validation_bytes"] if part == "validation" else None))
+        if meta.get("turns") is not None:
+            turns = _map_file(folder / f"{part}.turns.bin", np.dtype(np.int64), meta["turns"][index])
+        parts.append(Tokens(ids, rows, meta["validation_bytes"] if part == "validation" else None, turns))
     train, validation = parts
     if train.ids.nbytes > RANDOM_ACCESS_ABOVE and hasattr(mmap, "MADV_RANDOM"):
         train.ids.base.madvise(mmap.MADV_RANDOM)  # type: ignore[union-attr]
@@ -395,7 +403,7 @@ def _map_file(path: Path, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
 def _check_settings(source: SourceFiles, config: DataConfig) -> None:
     """Refuse settings that differ from those a source was prepared with."""
     (folder,) = source.files
-    made_with = json.loads((folder / "meta.json").read_text())["settings"]
+    made_with = {"chat_template": False, **json.loads((folder / "meta.json").read_text())["settings"]}
     settings = settings_of_tokens(config).items()
     different = {key: made_with[key] for key, value in settings if made_with.get(key, value) != value}
     if config.tokenizer.endswith(".json") and "tokenizer" in different:

@@ -37,9 +37,12 @@ class TokenSamples(Dataset[Batch]):
         end_of_text: the token after each document; None if there is none.
         num_cut: number of pairs that are cut off.
         num_lost: number of those that have no target left.
+        turns: the first target of each turn of a chat and the token after its last one, one after the other; None: all
+            tokens from a sample's first target on are targets.
     """
 
     num_cut = num_lost = 0
+    turns: NDArray[np.int64] | None = None
     tokens: NDArray[np.integer]
     sequence_length: int
     tokenizer: Tokenizer | None
@@ -73,6 +76,8 @@ class TokenSamples(Dataset[Batch]):
         pair = np.empty((2, len(starts), width), np.int64)
         pair[0], pair[1] = windows[:, :-1], windows[:, 1:]
         is_target = (positions >= firsts[:, None]) & (positions < stops[:, None])
+        if self.turns is not None:
+            is_target &= _within(self.turns, positions)
         pair[1][~is_target[:, 1:]] = IGNORE_INDEX
         inputs, targets = torch.from_numpy(pair).unbind()
         return inputs, targets
@@ -166,6 +171,7 @@ class PairDataset(TokenSamples):
     Args:
         tokens: the tokens of all pairs, one after the other.
         rows: (pairs, 2): the index of each answer's first token, and of the one after its end.
+        turns: of chats, the targets from each answer's first token on (see `TokenSamples`).
 
     The other arguments are the attributes of `TokenSamples`.
 
@@ -181,12 +187,13 @@ class PairDataset(TokenSamples):
         tokenizer: Tokenizer | None = None,
         num_bytes: int | None = None,
         end_of_text: int | None = None,
+        turns: NDArray[np.int64] | None = None,
     ) -> None:
         if len(rows) == 0:
             advice = "Give more pairs, or another data.train_split."
             raise ConfigError(Problem("the number of pairs in a part", 0, "at least 1", advice))
         self.tokens, self.rows, self.sequence_length = tokens, rows, sequence_length
-        self.tokenizer, self.end_of_text = tokenizer, end_of_text
+        self.tokenizer, self.end_of_text, self.turns = tokenizer, end_of_text, turns
         _, answers, stops = self._segments(np.arange(len(rows)))
         ends = rows[:, 1]
         cut = np.flatnonzero(stops < ends)
@@ -196,7 +203,8 @@ class PairDataset(TokenSamples):
             raise ConfigError(Problem("data.sequence_length", sequence_length, "more than the prompts", "", reason))
         self.num_bytes = num_bytes
         if num_bytes is not None and tokenizer is not None and len(cut):
-            lost = np.concatenate([tokens[max(stops[i], answers[i]) : ends[i]] for i in cut])
+            positions = np.concatenate([np.arange(max(stops[i], answers[i]), ends[i]) for i in cut])
+            lost = tokens[positions if turns is None else positions[_within(turns, positions)]]
             # One call for all, since each call goes through the whole vocabulary.
             self.num_bytes = num_bytes - count_bytes(tokenizer, lost, end_of_text)
 
@@ -213,7 +221,8 @@ class PairDataset(TokenSamples):
 
     def fingerprint(self) -> str:
         """Returns the fingerprint of the tokens, the pairs' positions and the sequence length."""
-        return _digest(f"pairs {len(self.rows)} {self.sequence_length} ", self.rows.reshape(-1), self.tokens)
+        turns = () if self.turns is None else (self.turns,)
+        return _digest(f"pairs {len(self.rows)} {self.sequence_length} ", self.rows.reshape(-1), self.tokens, *turns)
 
     def opening(self) -> NDArray[np.integer]:
         """Returns the first prompt."""
@@ -282,6 +291,11 @@ class MixedDataset(TokenSamples):
         for number, (x, y) in batches.items():
             inputs[rows[number], : x.shape[1]], targets[rows[number], : x.shape[1]] = x, y
         return inputs, targets
+
+
+def _within(turns: NDArray[np.int64], positions: Indices) -> NDArray[np.bool_]:
+    """Returns whether each position is in one of the turns."""
+    return np.asarray(np.searchsorted(turns, positions, side="right") % 2, bool)
 
 
 def _digest(header: str, *arrays: NDArray[np.integer]) -> str:

@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from fundamentallm.config.files import SourceFiles
+from fundamentallm.config.files import SourceFiles, are_samples
 from fundamentallm.config.schema import DataConfig
+from fundamentallm.data.chat import applied_template, token_turns
 from fundamentallm.data.sources import (
     PIECE,
     Piece,
@@ -41,7 +42,7 @@ PIECES_AT_ONCE = max(16, 2 * (os.cpu_count() or 1))
 ROWS_AT_ONCE = 8192
 """Most pieces encoded together if they are small."""
 PARTS = ("train", "validation")
-SETTINGS = ("tokenizer", "train_split", "end_of_text", "prompt_field", "special_tokens", "unknown_tokens")
+SETTINGS = ("tokenizer", "train_split", "end_of_text", "prompt_field", "messages_field", "unknown_tokens")
 """Settings that decide what the tokens are and mean."""
 AS_TEXT, UNKNOWN_TOKENS = "special tokens read as text", "unknown tokens, for what the vocabulary lacks"
 NAMED = 10
@@ -76,6 +77,7 @@ class Writer:
     """Characters; for pairs and tokens, their number."""
     tokens: list[int] = field(default_factory=lambda: [0, 0])
     rows: list[array.array[int]] = field(default_factory=lambda: [array.array("q"), array.array("q")])
+    turns: list[array.array[int]] = field(default_factory=lambda: [array.array("q"), array.array("q")])
     validation_bytes: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     """What to report, by its name: `AS_TEXT` and `UNKNOWN_TOKENS`."""
@@ -93,12 +95,16 @@ class Writer:
 
     def write(self, part: int, piece: Piece, encoded: Encoded) -> None:
         """Write a piece's tokens to the file of its part."""
-        ids = encoded.ids
+        ids, text = encoded.ids, encoded.text
+        if piece.turns:
+            turns = self.tokens[part] + token_turns(encoded.offsets, piece.turns)
+            self.turns[part].extend(turns)
+            self._answer, text = turns[0], "".join(text[start:stop] for start, stop in piece.turns)
         if part == 1 and not piece.is_prompt:
             first = ids[: self.tokens[1] == 0 and not self.by_rows]  # the first token is not a target
-            self.validation_bytes += len(encoded.text.encode()) - num_bytes(self.tokenizer, first)
+            self.validation_bytes += len(text.encode()) - num_bytes(self.tokenizer, first)
         self.write_ids(part, ids)
-        if piece.ends and self.end is not None:
+        if piece.ends and self.end is not None and not piece.turns:
             self.write_ids(part, np.array([self.end], ids.dtype))
         if piece.is_prompt:
             self._answer = self.tokens[part]
@@ -112,6 +118,8 @@ class Encoded(NamedTuple):
     text: str
     ids: NDArray[np.integer]
     unknown: list[tuple[int, str]]
+    offsets: list[tuple[int, int]] | None = None
+    """Each token's first character and the one after its last, if they were asked for."""
 
     def named_unknown(self) -> str:
         """Returns the parts that the vocabulary lacks, for people to read; empty if there are none."""
@@ -129,7 +137,9 @@ def digested(config: DataConfig, pieces: Iterable[Piece], digest: Any) -> Iterat
     """Yield pieces, and add to `digest` their text and where documents end."""
     for piece in pieces:
         digest.update(piece.text.encode())
-        if config.end_of_text is not None and (piece.ends or piece.is_prompt):
+        if piece.turns:
+            digest.update(b"\xff" + repr(piece.turns).encode())
+        elif config.end_of_text is not None and (piece.ends or piece.is_prompt):
             digest.update(b"\xff" if piece.ends else b"\xfe")  # bytes that occur in no UTF-8 text
         yield piece
 
@@ -157,7 +167,7 @@ def write_source(
     """
     # Tokenizer.save raises exceptions that are no OSErrors.
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    train_size, by_rows = int(facts.size * config.train_split), config.prompt_field is not None
+    train_size, by_rows = int(facts.size * config.train_split), are_samples(config)
     end = None if config.end_of_text is None else tokenizer.token_to_id(config.end_of_text)
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(progress_bar("tokenizing", source, show_progress, facts.size))
@@ -170,12 +180,16 @@ def write_source(
     if by_rows:
         for part, rows in zip(PARTS, written.rows, strict=True):
             (folder / f"{part}.rows.bin").write_bytes(rows)
+    if has_turns := any(written.turns):
+        for part, turns in zip(PARTS, written.turns, strict=True):
+            (folder / f"{part}.turns.bin").write_bytes(turns)
     if written.bad:
         (folder / "bad_rows.txt").write_text("".join(f"{row}\n" for row in written.bad), encoding="utf-8")
     meta = {
         "dtype": token_dtype(tokenizer).name,
         "tokens": written.tokens,
         "rows": [len(rows) // 2 for rows in written.rows] if by_rows else None,
+        "turns": list(map(len, written.turns)) if has_turns else None,
         "validation_bytes": written.validation_bytes,
         "bad_rows": len(written.bad),
         "counts": +written.counts,  # without those that are 0
@@ -187,7 +201,8 @@ def write_source(
 def settings_of_tokens(config: DataConfig) -> dict[str, Any]:
     """Returns the settings that decide what the tokens are and mean."""
     special_tokens = "tokens" if reads_special_tokens(config) else "text"
-    return {name: getattr(config, name) for name in SETTINGS} | {"special_tokens": special_tokens}
+    derived = {"special_tokens": special_tokens, "chat_template": bool(applied_template(config))}
+    return {name: getattr(config, name) for name in SETTINGS} | derived
 
 
 def _encode(config: DataConfig, source: SourceFiles, pieces: Iterator[tuple[int, Piece]], writer: Writer) -> None:
@@ -205,8 +220,9 @@ def _encode(config: DataConfig, source: SourceFiles, pieces: Iterator[tuple[int,
     special = re.compile("|".join(map(re.escape, names)))
     held, why = list[tuple[int, Piece, Encoded]](), ""
     pieces, ahead = itertools.tee(pieces)
+    texts, has_turns = (piece.text for _, piece in ahead), bool(applied_template(config))
     # Closed here: if garbage collection does it, within the start of some other thread, joining its threads deadlocks.
-    with contextlib.closing(encode_pieces(tokenizer, (piece.text for _, piece in ahead))) as encoded_pieces:
+    with contextlib.closing(encode_pieces(tokenizer, texts, with_offsets=has_turns)) as encoded_pieces:
         for (part, piece), encoded in zip(pieces, encoded_pieces, strict=True):
             is_of_row = has_rows and bool(piece.where)
             if encoded.unknown and not (config.unknown_tokens and has_unknown):
@@ -276,14 +292,17 @@ def split_pieces(pieces: Iterable[Piece], train_size: int, by_rows: bool = False
             yield int(cut == 0), piece
 
 
-def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[str]) -> Generator[Encoded, None, None]:
+def encode_pieces(
+    tokenizer: Tokenizer, pieces: Iterable[str], with_offsets: bool = False
+) -> Generator[Encoded, None, None]:
     """Yield each piece with its tokens. What the vocabulary lacks is the caller's to refuse.
 
     Special tokens in the text are those tokens, or ordinary text if the tokenizer's `encode_special_tokens` is set.
     """
     dtype = token_dtype(tokenizer)
     tokenizer, unknown = with_unknown(plain_copy(tokenizer))
-    encode = functools.partial(tokenizer.encode_batch_fast, add_special_tokens=False)
+    encode_batch = tokenizer.encode_batch if with_offsets else tokenizer.encode_batch_fast
+    encode = functools.partial(encode_batch, add_special_tokens=False)
 
     def submitted() -> Iterator[tuple[list[str], Any]]:
         for batch in _batches(pieces):
@@ -296,7 +315,8 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[str]) -> Generator[Enco
             for piece, encoding in zip(batch, encodings.result(), strict=True):
                 ids = np.array(encoding.ids, np.int64)
                 has_unknown = unknown is not None and bool((ids == unknown).any())
-                yield Encoded(piece, ids.astype(dtype), find_unknown(tokenizer, unknown, piece) if has_unknown else [])
+                lacking = find_unknown(tokenizer, unknown, piece) if has_unknown else []
+                yield Encoded(piece, ids.astype(dtype), lacking, encoding.offsets if with_offsets else None)
 
 
 def _batches(pieces: Iterable[str]) -> Iterator[list[str]]:

@@ -278,7 +278,7 @@ def corpus_samples(
         about = sequence_length, corpus.tokenizer, tokens.num_bytes, corpus.end_of_text
         try:
             if tokens.rows is not None:
-                return PairDataset(tokens.ids, tokens.rows, *about)
+                return PairDataset(tokens.ids, tokens.rows, *about, turns=tokens.turns)
             return TokenDataset(tokens.ids, *about)
         except ConfigError as error:
             raise ConfigError([_of_source(problem, source.name) for problem in error.problems]) from error

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from fundamentallm.config.files import DATASETS
+from fundamentallm.config.files import DATASETS, are_samples, row_fields
 from fundamentallm.config.files import SourceFiles as SourceFiles
 from fundamentallm.config.schema import DataConfig
+from fundamentallm.data.chat import ROLES, BadChat, ChatTemplate, applied_template
 from fundamentallm.errors import ConfigError, Problem
 
 PIECE = 65_536
@@ -52,6 +53,8 @@ class Piece(NamedTuple):
     """The file, or the row, that it is from."""
     line: int = 0
     """Number of its first line in the file, from 1; 0 for rows."""
+    turns: tuple[tuple[int, int], ...] = ()
+    """The assistant turns of a chat (see `Chat`)."""
 
 
 class BadRow(str):
@@ -94,11 +97,13 @@ def read_source(config: DataConfig, source: SourceFiles, bad: list[str]) -> Iter
             bad.append(piece)
             check_bad_rows(config, source.name, bad)
             continue
-        if config.end_of_text is None and has_ended:
+        if config.end_of_text is None and has_ended and not are_samples(config):
             yield Piece(BETWEEN)
         has_ended = piece.ends
         # The end-of-text token comes after each document, and once if the document ends with it already.
-        yield piece if end is None or not has_ended else piece._replace(text=piece.text.removesuffix(end))
+        if end is not None and has_ended and not piece.turns:
+            piece = piece._replace(text=piece.text.removesuffix(end))
+        yield piece
 
 
 def check_bad_rows(config: DataConfig, source: str, bad: list[str]) -> None:
@@ -117,8 +122,9 @@ def _pieces(config: DataConfig, source: SourceFiles) -> Iterator[Piece | BadRow]
         end, has_token = ("", True) if config.end_of_text is not None else (BETWEEN, False)
         yield from (Piece(text + end, ends=has_token) for text in topics.values())
         return
+    template = ChatTemplate(config.tokenizer) if applied_template(config) else None
     if source.kind == "dataset":
-        yield from _documents(config, _dataset_rows(config, source.name), source.name)
+        yield from _documents(config, _dataset_rows(config, source.name), source.name, template)
         return
     for path in source.files:
         try:
@@ -126,7 +132,7 @@ def _pieces(config: DataConfig, source: SourceFiles) -> Iterator[Piece | BadRow]
                 yield from _text_pieces(config, path)
             else:
                 read = _table_rows if path.suffix.lower() == ".parquet" else _json_rows
-                yield from _documents(config, read(config, path), str(path))
+                yield from _documents(config, read(config, path), str(path), template)
         except OSError as error:
             raise source_error(source.name, f"whose file {path} cannot be read: {error}") from error
         except UnicodeError as error:
@@ -220,31 +226,43 @@ def token_blocks(
             yield path, np.asarray(tokens[begin : begin + TOKENS_AT_ONCE])
 
 
-def _documents(config: DataConfig, rows: Iterable[tuple[str, Row]], name: str) -> Iterator[Piece | BadRow]:
+def _documents(
+    config: DataConfig, rows: Iterable[tuple[str, Row]], name: str, template: ChatTemplate | None
+) -> Iterator[Piece | BadRow]:
     """Turn rows, each with its position for people to read, into documents."""
-    fields = [config.text_field] if config.prompt_field is None else [config.prompt_field, config.text_field]
+    fields = list(row_fields(config).values())
     for position, row in rows:
+        where = f"{name}, {position}"
         if isinstance(row, str):
-            yield BadRow(f"{name}, {position} {row}")
-        elif why := _why_bad(row, fields):
-            yield BadRow(f"{name}, {position} {why}")
+            yield BadRow(f"{where} {row}")
+        elif why := _why_bad(config, row, fields):
+            yield BadRow(f"{where} {why}")
+        elif template is not None:
+            pair = [{"role": role, "content": row[field]} for role, field in zip(ROLES, fields, strict=False)]
+            try:
+                text, turns = template.chat(pair if config.messages_field is None else row[config.messages_field])
+                yield Piece(text, ends=True, where=where, turns=turns)
+            except BadChat as error:
+                yield BadRow(f"{where} {error}")
         elif len(fields) == 2:
-            yield Piece(row[fields[0]], is_prompt=True, where=f"{name}, {position}")
-            yield Piece(row[fields[1]], ends=True, where=f"{name}, {position}")
+            yield Piece(row[fields[0]], is_prompt=True, where=where)
+            yield Piece(row[fields[1]], ends=True, where=where)
         else:  # an empty text is no document
             *pieces, last = [row[fields[0]]]
             if len(last) > LONG:
                 *pieces, last = read_pieces(io.StringIO(last, newline=""))
-            yield from (Piece(text, where=f"{name}, {position}") for text in pieces)
+            yield from (Piece(text, where=where) for text in pieces)
             if last:
-                yield Piece(last, ends=True, where=f"{name}, {position}")
+                yield Piece(last, ends=True, where=where)
 
 
-def _why_bad(row: dict[str, Any], fields: list[str]) -> str | None:
+def _why_bad(config: DataConfig, row: dict[str, Any], fields: list[str]) -> str | None:
     for name in fields:
         if name not in row:
             return f"has no field {name!r}, only {', '.join(map(repr, row)) or 'no fields at all'}"
         text = row[name]
+        if name == config.messages_field:  # checked when it is rendered
+            return None
         if not isinstance(text, str):
             return f"has {str(text)[:40]!r} for {name!r}, which is not text"
         if not text and len(fields) == 2:
@@ -312,9 +330,8 @@ def _numbered(tables: Iterable[Any]) -> Iterator[tuple[str, Row]]:
 
 
 def _columns(config: DataConfig, name: str, existing: list[str]) -> list[str]:
-    wanted = {"data.text_field": config.text_field, "data.prompt_field": config.prompt_field}
+    given = row_fields(config)
     allowed = f"a column of {name}: {', '.join(map(repr, existing))}"
-    given = {setting: column for setting, column in wanted.items() if column is not None}
     if problems := [Problem(*entry, allowed) for entry in given.items() if entry[1] not in existing]:
         raise ConfigError(problems)
     return list(given.values())

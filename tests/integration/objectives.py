@@ -48,13 +48,19 @@ def causal(rows: list[Tensor]) -> dict[str, Any]:
 
 
 def masked(rows: list[Tensor]) -> Any:
-    """As `DataCollatorForLanguageModeling` does, with masks that follow from the row: no process draws its own."""
-    from transformers import BatchEncoding
+    """Masks each row by itself, seeded by the row: the collator would draw other masks on other processes."""
+    from tokenizers import Tokenizer, models
+    from transformers import BatchEncoding, DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
-    chosen = [(row * 7 + torch.arange(len(row))) % 5 == 0 for row in rows]
-    labels = [torch.where(mask, row, IGNORED) for row, mask in zip(rows, chosen, strict=True)]
-    hidden = [torch.where(mask, 3, row) for row, mask in zip(rows, chosen, strict=True)]
-    return BatchEncoding(texts(hidden, padded(labels, IGNORED)))
+    names = {name: number for number, name in enumerate(["[PAD]", "[MASK]", *map(str, range(2, VOCABULARY))])}
+    words = Tokenizer(models.WordLevel(names, unk_token="[PAD]"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", mask_token="[MASK]")
+    collator, made = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.3), []
+    for row in rows:
+        torch.manual_seed(int(row.sum()))
+        made.append(collator([{"input_ids": row}]))
+    ids, labels = ([batch[name][0] for batch in made] for name in ("input_ids", "labels"))
+    return BatchEncoding(texts(ids, padded(labels, IGNORED)))
 
 
 def classes(rows: list[Tensor]) -> dict[str, Any]:

@@ -42,6 +42,7 @@ def test_train_from_python_lowers_the_loss(tmp_path: Path, capsys: pytest.Captur
 
 EXPECTED_OUTPUT = {
     "custom_optimizer": r"validation loss [23]\.\d+ after 20 steps",
+    "finetune_chat": r"answer: ",
     "finetune_transformers": r"opened in transformers: LlamaForCausalLM",
     "classification": r"'val_accuracy': 0\.[4-9]",
     "lora": r"opened in peft: .*\n(.*\n)*merged: Qwen3ForCausalLM",
@@ -56,7 +57,7 @@ EXPECTED_OUTPUT = {
 def test_script_with_smoke_prints_its_result(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if name == "lora":
+    if name in ("lora", "finetune_chat"):
         pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--smoke"])
