@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Literal
 
-from fundamentallm.config.validation import Section
-from fundamentallm.errors import Problem
+from fundamentallm.config.validation import Section, from_dict
+from fundamentallm.errors import ConfigError, Problem
+
+
+@dataclass(frozen=True)
+class LoraSettings(Section):
+    """Low-rank adapters (LoRA, arXiv:2106.09685) of a pretrained model; `model.lora`. The defaults are peft's."""
+
+    r: int = 8
+    """Rank of the adapters."""
+    alpha: float = 8.0
+    """Scale of the adapters: their output is multiplied by alpha / r."""
+    dropout: float = 0.0
+    """Dropout probability of the adapters' inputs."""
+    targets: list[str] | Literal["all-linear"] | None = None
+    """Names of the modules that get adapters, such as q_proj; all-linear: all but the head; null: peft's choice."""
+
+
+def lora_problems(lora: dict[str, Any]) -> Iterator[Problem]:
+    """Yields what is wrong in `model.lora`."""
+    try:
+        from_dict(LoraSettings, lora)
+    except ConfigError as error:
+        yield from (problem.within("lora") for problem in error.problems)
+
+
+def with_defaults(lora: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Returns `model.lora` with every setting."""
+    return None if lora is None else dataclasses.asdict(from_dict(LoraSettings, lora))
 
 
 @dataclass(frozen=True)

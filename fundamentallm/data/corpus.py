@@ -158,7 +158,7 @@ def load_corpus(config: DataConfig, show_progress: bool = True, tokenizer: Token
         sources.append(_open(folders[name], name, weights[name])._replace(left_out=source.left_out))
         if name in facts and sources[-1].bad_rows > config.max_bad_rows:  # encoded when more were allowed
             check_bad_rows(config, name, (folders[name] / "bad_rows.txt").read_text("utf-8").splitlines())
-        _touch(_opened_note(name))  # so that checkpoints of this run may open it
+        touch_note(opened_note(name))  # so that checkpoints of this run may open it
     if len({(source.folder / "tokenizer.json").read_text(encoding="utf-8") for source in sources}) > 1:
         reason = "which were prepared with different tokenizers"
         raise ConfigError(Problem("data.source", list(weights), "", "Prepare them together.", reason))
@@ -206,10 +206,11 @@ def vocabulary_size(config: DataConfig) -> int:
 def was_opened(config: DataConfig) -> bool:
     """Returns whether this user has loaded every source of `config` before, by a config of their own."""
     names = [*config.sources(), *([config.validation_source] if config.validation_source is not None else [])]
-    return all(name == BUILT_IN_CORPUS or _opened_note(name).exists() for name in names)
+    return all(name == BUILT_IN_CORPUS or opened_note(name).exists() for name in names)
 
 
-def _opened_note(name: str) -> Path:
+def opened_note(name: str) -> Path:
+    """Returns the file by whose existence a run of this user's has opened a source or a base model's folder."""
     where = name if name.startswith(DATASETS) else os.path.abspath(expand_user(name))
     return _user_cache() / "known" / _hash("opened", where)
 
@@ -342,7 +343,8 @@ def _lock(folder: Path, stack: contextlib.ExitStack, kind: int) -> bool:
     return False
 
 
-def _touch(note: Path) -> None:
+def touch_note(note: Path) -> None:
+    """Makes a note in the user's cache."""
     with contextlib.suppress(OSError):  # a read-only cache still serves its tokens
         note.parent.mkdir(parents=True, exist_ok=True)
         note.touch()
@@ -374,7 +376,7 @@ def _is_ready(folder: Path, cache: Path) -> bool:
             return True
         if set(PREPARED) <= saved.keys() and saved == _checksums(files):
             if states is not None:
-                _touch(note)
+                touch_note(note)
             return True
     return False
 

@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
-from fundamentallm.config.schema import Config, TrainingConfig, flat_settings, unknown_metric
+from fundamentallm.config.registry import not_one_of
+from fundamentallm.config.schema import Config, TrainingConfig, flat_settings
 from fundamentallm.data.datasets import fingerprint
 from fundamentallm.data.listed_order import global_states, unwrapped
 from fundamentallm.data.loaders import step_sampler
@@ -171,7 +172,7 @@ def check_arguments(
         problems.append(Problem("training.parameter_groups", training.parameter_groups, advice=advice))
     metrics = metric_names(val_loader, validation_metrics)
     if training.early_stopping_metric not in metrics:
-        problems.append(unknown_metric(training.early_stopping_metric, metrics))
+        problems.append(not_one_of("early_stopping_metric", training.early_stopping_metric, metrics))
     if (patience := training.early_stopping_patience) and val_loader is None:
         advice = "There is no val_loader: give one, or set early_stopping_patience to null."
         problems.append(Problem("training.early_stopping_patience", patience, allowed="null", advice=advice))
