@@ -71,8 +71,7 @@ def check_alike(
 ) -> None:
     """Compares settings, a caller's optimizer, and the order and a few samples of each dataset over all processes.
 
-    Raises:
-        ConfigError: on all processes, naming what differs.
+    Raises ConfigError on all processes, naming what differs.
     """
     if group.size == 1:
         return

@@ -32,16 +32,9 @@ def evaluate(
 ) -> dict[str, float] | None:
     """Returns the metrics over all targets of a loader; batch size and number of processes do not affect them.
 
-    Args:
-        step_model: maps a batch to the loss summed over targets.
-        loader: the validation data.
-        batches: this process's part of each of its batches.
-        accelerator: adds up the sums of all processes.
-        further: further metrics by name, which need all outputs of a micro-batch. NaN if they counted nothing.
-        is_interrupted: called after each batch; True ends the validation with None. It must agree on all processes.
-
-    Raises:
-        ConfigError: if all targets are ignored, or a metric does not return (sum, count).
+    `batches` are this process's parts. `further` metrics by name are NaN if they counted nothing. If `is_interrupted`,
+    called after each batch, returns True (on all processes alike), the result is None. Raises ConfigError if all
+    targets are ignored, or a metric does not return (sum, count).
     """
     was_training, objective = step_model.training, accelerator.unwrap_model(step_model)
     step_model.eval()

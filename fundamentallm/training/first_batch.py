@@ -121,11 +121,7 @@ class FirstBatches:
         self._checked: list[DataLoader[Any]] = []
 
     def load(self, loader: DataLoader[Any], samples: StepSampler, start: int, stop: int) -> Iterator[StepBatch]:
-        """Yields `device_batches`.
-
-        Raises:
-            ConfigError: if a batch or the output does not fit the objective, or no batch has targets.
-        """
+        """Yields `device_batches`. Raises ConfigError if batch or output do not fit, or no batch has targets."""
         device = self.accelerator.device
         for batch in device_batches(loader, samples, start, stop, device):
             if not any(loader is each for each in self._checked):

@@ -46,7 +46,8 @@ class Guard:
     def skips(self, step: int, loss: Tensor, norm: Tensor) -> Tensor:
         """Returns whether to skip `step` (a boolean scalar), given its mean loss and gradient norm (scalars)."""
         has_stopped = self._in_a_row >= self.max_bad_steps
-        bad = ~(loss + norm).isfinite() | has_stopped
+        both = loss + norm
+        bad = (both - both != 0) | has_stopped  # as ~isfinite(), which takes three kernels more
         self._in_a_row.add_(1).mul_(bad)
         self._in_all.add_(bad & ~has_stopped)
         if self.skip_spikes_above is None:

@@ -150,8 +150,7 @@ def make_objective(
 ) -> tuple[Any, Objective | None]:
     """Returns the loss function, and the objective that replaces it, if there is one: the caller's, or the config's.
 
-    Raises:
-        ConfigError: if an objective and a loss are given, or one of them has weights, which would not be trained.
+    Raises ConfigError if an objective and a loss are given, or one of them has weights, which would not be trained.
     """
     if objective is None and config.objective is not None:
         objective = resolve("training.objective", config.objective, {})

@@ -34,8 +34,7 @@ micro-batch, `compute()`, called on all processes at the end, and perhaps `reset
 def further_metrics(names: Sequence[str], given: Mapping[str, Metric] | None = None) -> dict[str, Metric]:
     """Returns metrics, from 'module:name' and `given` by name, by the name under which they are logged: val_NAME.
 
-    Raises:
-        ConfigError: listing metrics that cannot be imported or called, and names that are taken.
+    Raises ConfigError listing metrics that cannot be imported or called, and names that are taken.
     """
     problems: list[str] = []
     found: list[tuple[str, Any]] = [*(given or {}).items()]

@@ -51,10 +51,8 @@ class MicroBatch:
         """Returns the size. Unless it is known, the next batch is tried, with its rows repeated to each size.
 
         A batch of `largest` sequences is split evenly, into the fewest micro-batches that fit on every process. A try
-        exchanges nothing, so that a process that runs out of memory leaves no other one waiting.
-
-        Raises:
-            ConfigError: if not even one sequence fits.
+        exchanges nothing, so that a process that runs out of memory leaves no other one waiting. Raises ConfigError if
+        not even one sequence fits.
         """
         if self.size is not None:
             return self.size

@@ -274,20 +274,6 @@ def test_a_layer_that_shares_an_embedding_is_kept_from_muon_wherever_it_stands()
     assert taken == {"hidden.weight"}
 
 
-def test_muon_runs_a_closure_with_gradients_on() -> None:
-    model = Tiny()
-    optimizer = create_optimizer(model, "muon", 0.01)
-    before = weights(model)
-
-    def closure() -> float:
-        loss = sum(parameter.square().sum() for parameter in model.parameters())
-        loss.backward()
-        return loss.item()
-
-    assert optimizer.step(closure) == pytest.approx(sum(value.square().sum().item() for value in before.values()))
-    assert all(not torch.equal(value, before[name]) for name, value in weights(model).items())
-
-
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     state = NamedOptimizerState(model, optimizer).state_dict()["state"]
     flat = {f"{name}.{key}": value.clone() for name, entry in state.items() for key, value in entry.items()}
