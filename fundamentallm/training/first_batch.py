@@ -62,11 +62,9 @@ class CheckedArguments(TorchFunctionMode):
 
 def _check_ids(ids: Tensor, rows: int, name: str) -> None:
     advice = (
-        "Check that the tokenizer is the model's, and that samples are no longer than the model's context, or give the "
-        "model more rows (resize_token_embeddings in transformers)."
+        "Token ids are integers (ids.long()). Check that the tokenizer is the model's, and that samples are no longer "
+        "than the model's context, or give the model more rows (resize_token_embeddings in transformers)."
     )
-    if ids.is_floating_point():
-        advice = "Convert token ids: ids.long()."
     _check_indices("inputs", ids, rows, f"the rows of {name}", advice)
 
 
@@ -76,9 +74,10 @@ def _check_targets(logits: Tensor, targets: Tensor, ignored: int) -> None:
     if logits.ndim > 1 and targets.shape != (len(logits), *logits.shape[2:]):
         allowed = f"one for each of the logits, of shape {tuple(logits.shape)}. {OBJECTIVE}"
         raise _refuse("targets", f"of shape {tuple(targets.shape)}", allowed)
-    advice = f"Give the model as many classes as there are, or {IGNORE_INDEX} to targets that do not count."
-    if targets.is_floating_point():
-        advice = "Convert class indices (targets.long()), or set training.loss to a loss for numbers."
+    advice = (
+        "Class indices are integers (targets.long()); numbers need another training.loss. Give the model as many "
+        f"classes as there are, or {IGNORE_INDEX} to targets that do not count."
+    )
     classes = logits.shape[min(1, logits.ndim - 1)]
     _check_indices("targets", targets[targets != ignored], classes, "the model's classes", advice)
 
@@ -156,7 +155,9 @@ class FirstBatches:
             model.eval()
             _check_batch(model, batch.own)
             for content, _ in batch.micro_batches(model.trims):
-                _check_loss(model(content))
+                loss = model(content)
+                if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
+                    raise _refuse("the loss", describe(loss), "a scalar: the sum over the targets")
                 shifts = _find_shift(model, content) if shifts is None else shifts
             _check_sum(model, batch)
         # The targets of one process may not show it, and all have to count alike.
@@ -204,18 +205,12 @@ def _check_output(model: nn.Module, objective: PairLoss, batch: Any) -> None:
         raise _refuse("the model's output", f"has further losses ({', '.join(losses)})", allowed, advice)
 
 
-def _check_loss(loss: Any) -> None:
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
-        raise _refuse("the loss", describe(loss), "a scalar: the sum over the targets")
-
-
 def _find_shift(model: ModelWithLoss, batch: Any) -> bool | None:
     """Returns whether the model's own loss leaves out the first label of each row; None if it does not show."""
     objective = model.objective(batch)
     if not isinstance(objective, OwnLoss) or objective.shifts or not objective.computes_loss:
         return None
-    labels = batch.get(LABELS)
-    if not _are_indices(labels):
+    if not _are_indices(labels := batch.get(LABELS)):
         return None
     losses = []
     for column in (slice(0), slice(1), slice(-1, None)):  # with other labels in no column, the first, the last

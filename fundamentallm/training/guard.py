@@ -191,5 +191,5 @@ def _is_kept(before: Tensor, now: Tensor | None) -> bool:
 
 
 def _listed(names: list[str]) -> str:
-    shown = ", ".join(name.removeprefix("model.") for name in names[:MAX_NAMES_SHOWN])  # not of the module with loss
-    return shown if len(names) <= MAX_NAMES_SHOWN else f"{shown} and {len(names) - MAX_NAMES_SHOWN} more"
+    shown = [name.removeprefix("model.") for name in names[:MAX_NAMES_SHOWN]]  # not of the module with loss
+    return ", ".join([*shown, "..."] if len(names) > len(shown) else shown)

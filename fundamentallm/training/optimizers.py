@@ -125,9 +125,19 @@ def _muon_groups(
 
 def make_optimizer(config: TrainingConfig, model: nn.Module) -> Optimizer:
     """Returns the optimizer of `config` over a model on its device."""
-    names = ("adam_learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "momentum", "muon_momentum")
-    options = {name: getattr(config, name) for name in names} | config.optimizer_options
-    optimizer = create_optimizer(model, config.optimizer, config.learning_rate, config.weight_decay, **options)
+    optimizer = create_optimizer(
+        model,
+        config.optimizer,
+        config.learning_rate,
+        config.weight_decay,
+        adam_learning_rate=config.adam_learning_rate,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_epsilon=config.adam_epsilon,
+        momentum=config.momentum,
+        muon_momentum=config.muon_momentum,
+        **config.optimizer_options,
+    )
     if config.parameter_groups:
         split_groups(optimizer, model, config.parameter_groups)
     return optimizer

@@ -238,16 +238,15 @@ class Trainer(TrainerView):
     def _train(self) -> None:
         """Takes optimizer steps to the last one, or until all processes agree to stop."""
         progress, callbacks, step = self._progress, self.callbacks, self.optimizer_step
-        if progress.validation_due and self._finish_step(is_logged=True):
+        if progress.validation_due and self._finish_step(is_logged=True, is_at_epoch=self._is_at_epoch):
             return
         log_every = self.config.training.log_every_n_steps
-        is_epoch_begun = False
+        is_at_epoch = True  # or resumes within one
         self.phase = Phase.LOADING
         for batch in self._first_batches.load(self.train_loader, self.samples, progress.step, self.total_steps):
             self.phase = Phase.COMPUTING
-            if self._is_at_epoch or not is_epoch_begun:
+            if is_at_epoch:
                 callbacks.on_epoch_begin(self)
-                is_epoch_begun = True
             callbacks.on_step_begin(self)
             learning_rate = float(self.scheduler.get_last_lr()[0])
             result = step(progress.step, batch)
@@ -260,17 +259,18 @@ class Trainer(TrainerView):
             is_logged = progress.step % log_every == 0 or progress.step == self.total_steps
             if is_logged:
                 self._log(result.norm, learning_rate)
-            if self._finish_step(is_logged):
+            is_at_epoch = self._is_at_epoch
+            if self._finish_step(is_logged, is_at_epoch):
                 return
             self.phase = Phase.LOADING
 
-    def _finish_step(self, is_logged: bool) -> bool:
+    def _finish_step(self, is_logged: bool, is_at_epoch: bool) -> bool:
         """Validates and saves, if due. Returns True if all processes have agreed to stop."""
         training, progress, manager = self.config.training, self._progress, self.checkpoint_manager
         started = time.perf_counter()
-        is_last, is_at_epoch = progress.step == self.total_steps, self._is_at_epoch
-        is_due = is_last or self._is_due(training.eval_every_n_steps, training.eval_every_n_epochs)
-        validates = self.val_loader is not None and (progress.validation_due or is_due)
+        is_due = self._is_due(training.eval_every_n_steps, training.eval_every_n_epochs)
+        is_due = is_due or progress.validation_due or progress.step == self.total_steps
+        validates = is_due and self.val_loader is not None
         self.phase = Phase.FINISHING
         if validates and not self._validate_in_training():
             return True

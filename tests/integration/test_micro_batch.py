@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from fundamentallm import ConfigError, LoggingCallback, Trainer, TrainingConfig, create_accelerator
 from fundamentallm.data.loaders import device_batches
-from fundamentallm.run import stopping
 from tests.integration.runs import (
     PartlyIgnored,
     StopAt,
@@ -92,31 +91,6 @@ def test_check_of_the_first_batch_fits_too(tmp_path: Path) -> None:
     trainer = made(tmp_path, room_to_validate=2)
     trainer.train()
     assert (trainer.global_step, trainer.samples.micro_batch_size) == (5, 2)
-
-
-class Clock:
-    """A clock that goes on with each forward pass in evaluation mode, as the search makes them, and not otherwise."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
-def test_max_minutes_does_not_count_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock()
-    monkeypatch.setattr(stopping, "time", clock)
-    trainer = made(tmp_path, max_minutes=1.0)
-
-    def advance(model: nn.Module, _: object) -> None:
-        clock.now += 0.0 if model.training else 100.0
-
-    trainer.model.register_forward_pre_hook(advance)
-    trainer.val_loader = trainer.val_samples = None
-    trainer.train()
-    assert clock.now >= 100
-    assert trainer.is_finished
 
 
 def test_nothing_fits_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
