@@ -40,7 +40,7 @@ def evaluate(
     step_model.eval()
     mean = RunningMean(accelerator.device)
     means = {name: RunningMean(accelerator.device) for name in further}
-    collecting = {name: metric for name, metric in further.items() if hasattr(metric, "compute")}
+    collecting: dict[str, Any] = {name: metric for name, metric in further.items() if hasattr(metric, "compute")}
     for metric in collecting.values():
         if hasattr(metric, "reset"):  # an interrupted validation may have left something
             metric.reset()
@@ -58,7 +58,7 @@ def evaluate(
                         )
                     pair = convert_to_fp32(result[1]), objective.metric_batch(content)
                     if name in collecting:
-                        metric.update(*pair)
+                        collecting[name].update(*pair)
                     else:
                         means[name].add(*_sum_and_count(name, metric(*pair)))
             if is_interrupted():

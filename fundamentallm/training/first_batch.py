@@ -257,16 +257,22 @@ def _warnings(model: ModelWithLoss, batch: Any, collate_fn: Any) -> Iterator[str
     objective = model.objective(batch)
     if isinstance(objective, UsersObjective):
         return
-    is_mapping = isinstance(objective, OwnLoss)
-    if is_mapping and (names := objective.unused(batch)):
-        yield (
-            f"{type(model.model).__name__}.forward does not take {', '.join(map(str, names))} of the batch, which the "
-            "model is trained without. Rename them in collate_fn if it should take them."
+    shifts = False
+    if isinstance(objective, OwnLoss):
+        inputs, targets, shifts = (
+            batch.get("input_ids"),
+            batch.get(LABELS),
+            objective.computes_loss and objective.shifts,
         )
-    inputs, targets = (batch.get("input_ids"), batch.get(LABELS)) if is_mapping else batch
+        if names := objective.unused(batch):
+            yield (
+                f"{type(model.model).__name__}.forward does not take {', '.join(map(str, names))} of the batch, which "
+                "the model is trained without. Rename them in collate_fn if it should take them."
+            )
+    else:
+        inputs, targets = batch
     if not _are_indices(inputs) or not _are_indices(targets) or inputs.shape != targets.shape:
         return
-    shifts = is_mapping and objective.computes_loss and objective.shifts
     if shifts:
         inputs, targets = inputs[:, 1:], targets[:, :-1]
     counted = targets != IGNORE_INDEX

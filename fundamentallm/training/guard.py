@@ -125,7 +125,8 @@ class ModelGuard:
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 self._needed.append(name)
-                parameter.register_post_accumulate_grad_hook(lambda _, name=name: reached.add(name))
+                note = lambda _, name=name: reached.add(name)  # noqa: E731
+                parameter.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
 
     def begin(self) -> None:
         """Copies the buffers, any of which the step may change."""

@@ -102,7 +102,7 @@ class OptimizerStep:
 
     def _reduced(self, value: Tensor) -> Tensor:
         """Returns the sum over all processes. On a single one, accelerate's `reduce` would make a copy."""
-        return value if self._num_processes == 1 else self.accelerator.reduce(value, "sum")  # type: ignore[no-any-return]
+        return value if self._num_processes == 1 else self.accelerator.reduce(value, "sum")
 
     def raise_if_updating(self) -> None:
         """Raises CheckpointError if an exception ended the last step within the optimizer's update."""
