@@ -52,7 +52,8 @@ class ModelWithLoss(nn.Module):
 
     def count(self, batch: StepBatch) -> Tensor:
         """Returns the number of targets of this process in a step. Padding has none."""
-        return self.num_targets(batch.own) * bool(batch.rows)
+        count = self.num_targets(batch.own)
+        return count if batch.rows else count * 0
 
     def forward(self, batch: Any, with_outputs: bool = False) -> Any:
         """Returns the loss summed over targets, or (loss, outputs) if `with_outputs`, which only metrics need."""
