@@ -76,8 +76,7 @@ def resume(
 ) -> Choice:
     """Chooses the checkpoint to resume from and restores it, on all processes together. See `choose_checkpoint`.
 
-    `like` returns which shards of the tensors to read (see `RunState.like`). `restore` gives the run what was read. If
-    one process fails, the others raise FundamentaLLMError.
+    `like` returns which shards of the tensors to read (see `RunState.like`). `restore` gives the run what was read.
     """
     choice = group.from_main(lambda: choose_checkpoint(wanted, manager, say))
     path = choice.path
