@@ -87,7 +87,7 @@ class RunState:
         return messages, {*changed}
 
     def like(self) -> Like | None:
-        """Returns which shards of the checkpoint's tensors this process reads; None: it reads all tensors in full."""
+        """Returns which shards of the checkpoint's tensors this process reads; None: it reads all in full."""
         weights = self.model.state_dict()
         if not any(is_sharded(tensor) for tensor in weights.values()):
             return None

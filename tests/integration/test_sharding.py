@@ -583,10 +583,10 @@ def test_a_damaged_part_is_found_by_all_processes(run: Path, tmp_path: Path) -> 
     damaged = newest(copy)
     flip_middle_bit(damaged / "model-00002-of-00002.safetensors")
     on_processes(2, resume_and_say, str(copy))
-    for index in (0, 1):
-        said = "\n".join(json.loads((copy / f"said_{index}.json").read_text()))
-        assert f"skipping checkpoint {damaged}: model-00002-of-00002.safetensors " in said
-        assert "at step 6:" in said
+    first, second = ("\n".join(json.loads((copy / f"said_{index}.json").read_text())) for index in (0, 1))
+    assert f"skipping checkpoint {damaged}: model-00002-of-00002.safetensors " in first
+    assert "at step 6:" in first
+    assert "at step 6:" in second
 
 
 def full_disk(processes: int, folder: str) -> None:
