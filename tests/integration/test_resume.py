@@ -239,14 +239,6 @@ def test_train_out_of_patience_names_the_setting(tmp_path: Path, capsys: Any) ->
     assert more.global_step == 6
 
 
-def test_train_of_a_run_killed_after_its_last_save_is_finished(tmp_path: Path) -> None:
-    make_trainer(make_config(tmp_path)).train()
-    (tmp_path / "status.json").write_text('{"state": "running"}')
-    make_trainer(make_config(tmp_path)).train()
-    status = json.loads((tmp_path / "status.json").read_text())
-    assert (status["state"], status["exit_code"], status["step"]) == ("finished", 0, 12)
-
-
 def test_resume_deletes_checkpoints_beyond_keep_last_n(tmp_path: Path) -> None:
     """A kill between a save and the rotation leaves as many as a larger keep_last_n."""
     settings = {"save_every_n_steps": 4, "eval_every_n_steps": None, "eval_every_n_epochs": None, "learning_rate": 1e-3}
@@ -412,11 +404,10 @@ def test_save_checkpoint_without_a_folder_is_refused() -> None:
         trainer.save_checkpoint("x")
 
 
-@pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["python", "numpy"])
-def test_resume_repeats_draws_in_forward(tmp_path: Path, draw: Any) -> None:
+def test_resume_repeats_draws_in_forward(tmp_path: Path) -> None:
     class LayerDrop(Bigram):
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            return super().forward(ids) * float(draw())
+            return super().forward(ids) * random.random() * float(np.random.rand())
 
     ends = []
     for stops in ((), (3, None)):

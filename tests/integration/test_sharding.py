@@ -17,14 +17,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator, debug_launcher
-from accelerate.utils import DynamoBackend
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.multiprocessing import ProcessExitedException
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import fundamentallm.checkpoint.manager as checkpoint_module
 import fundamentallm.checkpoint.reading as stored
@@ -231,24 +230,6 @@ def with_own_parts(processes: int, folder: str) -> None:
 
 def test_an_optimizer_made_before_follows_the_sharded_weights(tmp_path: Path) -> None:
     on_processes(2, with_own_parts, str(tmp_path))
-
-
-def blocks_compiled(_: int, folder: str) -> None:
-    accelerator = sharded_accelerator()
-    accelerator.state.dynamo_plugin.backend = DynamoBackend.EAGER
-    trainer = make_trainer(make_config(folder, max_steps=3), accelerator=accelerator)
-    assert {name.split(".")[0] for name in trainer.model.state_dict()} == {"model", "lm_head"}
-    trainer.train()
-
-
-def test_compiled_blocks_keep_their_names_and_losses(tmp_path: Path) -> None:
-    on_processes(2, blocks_compiled, str(tmp_path / "compiled"))
-    on_processes(1, fit, str(tmp_path / "plain"), {"max_steps": 3}, False)
-    losses = [
-        [line["train_loss"] for line in lines(tmp_path / name) if "train_loss" in line]
-        for name in ("plain", "compiled")
-    ]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 # ---- a step that must not be taken ---------------------------------------------------------------------------------
@@ -632,40 +613,6 @@ def test_folders_of_their_own_are_told(tmp_path: Path) -> None:
 
 
 # ---- somebody else's model -----------------------------------------------------------------------------------------
-
-
-def gpt2(processes: int, folder: str, is_sharded: bool, steps: int) -> None:
-    torch.manual_seed(0)
-    text_trainer = make_trainer(make_config(folder))
-    vocabulary = text_trainer.model.config.vocab_size
-    sizes = {"n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
-    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    torch.manual_seed(0)
-    trainer = Trainer(
-        GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, **sizes, **dropouts)),
-        make_config(
-            folder, **{**RUN, "max_steps": steps, "lr_scheduler": "constant", "resume_changes": ["training.max_steps"]}
-        ),
-        text_trainer.train_loader,
-        text_trainer.val_loader,
-        accelerator=sharded_accelerator() if is_sharded else text_trainer.accelerator,
-    )
-    assert (trainer.accelerator.num_processes, trainer.is_sharded) == (processes, is_sharded)
-    trainer.train()
-    trainer.leave_group()
-
-
-def test_a_transformers_model_is_sharded_and_goes_on_unsharded(tmp_path: Path) -> None:
-    """Its embedding table is its output projection too."""
-    on_processes(1, gpt2, str(tmp_path / "one"), False, 6)
-    on_processes(2, gpt2, str(tmp_path / "two"), True, 3)
-    with safe_open(newest(tmp_path / "two") / "model-00001-of-00002.safetensors", "pt") as file:
-        assert "lm_head.weight" not in file.keys()  # noqa: SIM118
-    on_processes(1, gpt2, str(tmp_path / "two"), False, 6)
-    losses = [
-        [line["train_loss"] for line in lines(tmp_path / name) if "train_loss" in line] for name in ("one", "two")
-    ]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def qwen3(processes: int, folder: str, recomputes: bool) -> None:
