@@ -34,7 +34,14 @@ LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 _lock_files: set[int] = set()
 """Descriptors of the locks that this process holds. A forked process, such as a loader worker, closes its copies:
 otherwise the lock of a killed run would last as long as its workers."""
-os.register_at_fork(after_in_child=lambda: [os.close(_lock_files.pop()) for _ in range(len(_lock_files))])
+
+
+def _close_in_child() -> None:
+    while _lock_files:
+        os.close(_lock_files.pop())
+
+
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 @contextlib.contextmanager
