@@ -32,8 +32,7 @@ from fundamentallm.errors import (
     print_last,
     report,
 )
-from fundamentallm.run.environment import command
-from fundamentallm.run.folder import LOG, note_interruption
+from fundamentallm.run.folder import LOG, command, note_interruption
 from fundamentallm.signals import ended_by_signals
 
 if TYPE_CHECKING:

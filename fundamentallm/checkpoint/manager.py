@@ -103,8 +103,8 @@ class CheckpointManager:
             files: further text files, by name.
 
         Raises:
-            CheckpointError: if the name would leave the directory, a value is neither a tensor nor JSON (with its
-                path), or the files cannot be written. Existing checkpoints are unchanged then.
+            CheckpointError: if the name would leave the directory, a value is neither a tensor nor JSON, or the files
+                cannot be written. Existing checkpoints are unchanged then.
         """
         self.save_in_background(checkpoint, name, is_best, files)
         self.wait()
@@ -113,11 +113,7 @@ class CheckpointManager:
     def save_in_background(
         self, checkpoint: Mapping[str, Any], name: str, is_best: bool = False, files: Mapping[str, str] | None = None
     ) -> None:
-        """Copy the state to memory, and write it as `save` does in a thread. Waits for the previous save first.
-
-        Raises:
-            CheckpointError: as `save` does, or because the previous save failed.
-        """
+        """Copy the state to memory, and write it as `save` does in a thread. Waits for the previous save first."""
         self.wait()
         with self.group.barrier_with_errors():
             rank, size = self.group.rank, self.group.size
@@ -133,11 +129,7 @@ class CheckpointManager:
         return self._error is not None
 
     def wait(self) -> None:
-        """Wait for the save in the background.
-
-        Raises:
-            CheckpointError: if it failed.
-        """
+        """Wait for the save in the background. Raises CheckpointError if it failed."""
         if self._writer is not None:
             self._writer.join()
             self._writer = None
@@ -146,22 +138,17 @@ class CheckpointManager:
             raise error
 
     def check_space(self, num_bytes: int) -> None:
-        """Raises CheckpointError if the disk has no room for a checkpoint of this size; warns if not for all kept."""
-        # With the best, and a new one that is written before an old one is deleted.
-        copies = max(self.keep_last_n + 2 - len(self._found()), 1)
-        folder = self.checkpoint_dir.absolute()
-        free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
-        if free < num_bytes * copies:
-            message = (
-                f"{self.checkpoint_dir} needs room for {copies} of {size_text(num_bytes)}, and {size_text(free)} are "
-                "free. Free some, lower training.keep_last_n, or choose another training.checkpoint_dir."
+        """Raises CheckpointError if the disk has no room for a checkpoint of this size."""
+        self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.checkpoint_dir).free
+        if free < num_bytes:
+            raise CheckpointError(
+                f"{self.checkpoint_dir} needs room for {size_text(num_bytes)}, and {size_text(free)} are free. Free "
+                "some, or choose another training.checkpoint_dir."
             )
-            if free < num_bytes:
-                raise CheckpointError(message)
-            logger.warning(message)
 
     def _try_to_write(self, snapshot: Snapshot) -> None:
-        started, staging = time.monotonic(), self.checkpoint_dir / f".staging-{snapshot.name}-{_random()}"
+        started, staging = time.monotonic(), _hidden("staging", self.checkpoint_dir / snapshot.name)
         try:
             self._write(snapshot, self.group.from_main(lambda: staging))
             if self.group.rank == 0:
@@ -208,7 +195,7 @@ class CheckpointManager:
         if path.exists() or path.is_symlink():
             if path.is_symlink() or not is_ours(path):
                 raise CheckpointError(f"{path} is in the way, and is not a checkpoint to replace; move it away.")
-            aside = path.rename(path.with_name(f".replaced-{path.name}-{_random()}"))  # a kill here: see `recover`
+            aside = path.rename(_hidden("replaced", path))  # a kill here: see `recover`
         try:
             staging.rename(path)
         except BaseException:
@@ -234,7 +221,7 @@ class CheckpointManager:
                     logger.warning("%s is kept: it holds files that are not the checkpoint's: %r", path, others[0])
                     continue
                 # Renamed first, so that a kill while it is deleted leaves no incomplete checkpoint under its name.
-                shutil.rmtree(path.rename(path.with_name(f".deleting-{path.name}-{_random()}")))
+                shutil.rmtree(path.rename(_hidden("deleting", path)))
             except OSError as error:  # the new checkpoint is there all the same
                 logger.warning("the old checkpoint %s cannot be deleted: %s", path, error)
 
@@ -289,15 +276,17 @@ class CheckpointManager:
         A checkpoint whose weights are not finite is taken only if no other is intact.
         """
         skipped: list[str] = []
-        newest_first = self._found(skipped)[::-1]
-        for path, manifest in sorted(newest_first, key=lambda found: not found[1]["is_finite"]):
+        found = self._found(skipped)[::-1]
+        not_finite = [path for path, manifest in found if not manifest["is_finite"]]
+        for path in [path for path, _ in found if path not in not_finite] + not_finite:
             try:
                 check_checkpoint(path)
             except CheckpointError as error:
                 skipped.append(str(error))
                 continue
-            others = [other for other, its in newest_first if manifest["is_finite"] and not its["is_finite"]]
-            return path, skipped + [f"{other}: its weights are not finite." for other in others]
+            if path not in not_finite:
+                skipped += [f"{other}: its weights are not finite." for other in not_finite]
+            return path, skipped
         return None, skipped
 
     def load(self, path: Path | str) -> dict[str, Any]:
@@ -310,8 +299,8 @@ class CheckpointManager:
         return load_checkpoint(Path(path))
 
 
-def _random() -> str:
-    return uuid.uuid4().hex[:12]
+def _hidden(purpose: str, path: Path) -> Path:
+    return path.with_name(f".{purpose}-{path.name}-{uuid.uuid4().hex[:12]}")
 
 
 def checkpoints_folder(path: Path) -> Path:

@@ -70,10 +70,7 @@ def write_manifest(folder: Path, files: Mapping[str, dict[str, Any]], **about: A
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """Read a checkpoint's manifest and check its own SHA-256 and its form.
-
-    Raises CheckpointNotFoundError if there is no directory at the path; CheckpointError if there is no good manifest.
-    """
+    """Read a checkpoint's manifest and check its own SHA-256 and its form."""
     path = checkpoint / MANIFEST
     if not checkpoint.is_dir():
         raise CheckpointNotFoundError(f"{checkpoint}: there is no checkpoint directory here.")
@@ -84,11 +81,10 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["format_version"]
-        is_good = type(version) is int and (version != FORMAT_VERSION or _has_form(manifest))
+        if type(version) is not int or (version == FORMAT_VERSION and not _has_form(manifest)):
+            raise ValueError("it does not match its SHA-256 or has another form")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{checkpoint}: {MANIFEST} is damaged ({type(error).__name__}: {error}).") from error
-    if not is_good:
-        raise CheckpointError(f"{checkpoint}: {MANIFEST} is damaged.")
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{checkpoint}: its format is {version!r}; allowed: {FORMAT_VERSION}. Use the version of fundamentallm "
@@ -99,22 +95,18 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 def _has_form(manifest: dict[str, Any]) -> bool:
     """Returns True if the manifest matches its own SHA-256, has all fields, and names files in its own folder only."""
+    if manifest["sha256"] != _own_sha256(manifest):
+        return False
+    files = manifest["files"]
+    kinds = {match[1] for match in map(TENSORS.fullmatch, files) if match}
     return (
-        manifest["sha256"] == _own_sha256(manifest)
-        and all(isinstance(manifest[field], kind) for field, kind in _FIELDS.items())
+        all(isinstance(manifest[field], kind) for field, kind in _FIELDS.items())
         and 0 < manifest["sequence"] < 2**63
-        and STATE in manifest["files"]
-        and {match[1] for match in map(TENSORS.fullmatch, manifest["files"]) if match}
-        in ({"model", "training"}, {"adapter_model", "training"})
-        and all(
-            NAME.fullmatch(name)
-            and name != MANIFEST
-            and isinstance(entry, dict)
-            and type(entry["size"]) is int
-            and 0 <= entry["size"] < 2**63
-            and isinstance(entry["sha256"], str)
-            for name, entry in manifest["files"].items()
-        )
+        and STATE in files
+        and MANIFEST not in files
+        and kinds in ({"model", "training"}, {"adapter_model", "training"})
+        and all(map(NAME.fullmatch, files))
+        and all(type(entry["size"]) is int and 0 <= entry["size"] < 2**63 for entry in files.values())
     )
 
 
@@ -143,7 +135,7 @@ def _check_file(checkpoint: Path, name: str, entry: dict[str, Any], is_hashed: b
         size = path.stat().st_size
         if size != entry["size"]:
             raise CheckpointError(f"{checkpoint}: {name} has {size} bytes instead of {entry['size']}.")
-        if is_hashed and _sha256(path) != entry["sha256"]:
+        if is_hashed and _sha256(path) != entry.get("sha256"):
             raise CheckpointError(f"{checkpoint}: {name} is damaged, its SHA-256 differs from the manifest's.")
     except OSError as error:
         raise CheckpointError(f"{checkpoint}: {name} cannot be read: {error}.") from error

@@ -35,7 +35,7 @@ class NamedOptimizerState:
         self._initial = [copy.deepcopy(_settings(group)) for group in optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state by name. A parameter that had no gradient yet has an empty state."""
+        """Returns the state by name. A parameter that had no gradient yet has an empty one."""
         names, other = self._names(), dict(self.optimizer.state_dict())
         state, groups = dict(other.pop("state", {})), other.pop("param_groups", [])
         numbers = [number for group in groups for number in group["params"]]
@@ -69,8 +69,7 @@ class NamedOptimizerState:
         parameters = [p for group in groups for p in group["params"]]
         trained = dict(zip((name for of in names for name in of), parameters, strict=True))
         # Other optimizers, such as 8-bit ones, keep state of any shape and type.
-        module = type(self.optimizer).__module__
-        is_torchs, is_known = module.startswith("torch.optim"), module.startswith(("torch.optim", "fundamentallm"))
+        is_torchs = type(self.optimizer).__module__.startswith("torch.optim")
         by_torch = {n for of, group in zip(names, groups, strict=True) for n in of if is_torchs or group.get("fused")}
         if problems := _problems(saved, trained, by_torch):
             more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
@@ -83,11 +82,7 @@ class NamedOptimizerState:
         present, new = self.optimizer.state_dict(), dict(saved.get("other", {}))  # earlier versions saved no other
         if "param_groups" in present:  # otherwise a wrapper of another optimizer, all of whose state is in "other"
             for group, of, initial in zip(present["param_groups"], names, self._initial, strict=True):
-                changed = _settings_of(of, saved.get("groups", []))
-                for key, value in changed.items():
-                    if is_known and not _is_like(value, initial.get(key)):
-                        raise CheckpointError(f"{key} of a parameter group is {value!r} and was {initial.get(key)!r}.")
-                group.update(copy.deepcopy(initial) | changed)
+                group.update(copy.deepcopy(initial) | _settings_of(of, saved.get("groups", [])))
             numbers = [number for group in present["param_groups"] for number in group["params"]]
             numbered = {n: by_name[name] for n, name in zip(numbers, trained, strict=True) if name in by_name}
             new |= {"state": numbered | new.get("state", {}), "param_groups": present["param_groups"]}
@@ -122,13 +117,6 @@ def _is_same(value: Any, other: Any) -> bool:
     if isinstance(value, (list, tuple)) and type(value) is type(other):
         return len(value) == len(other) and all(map(_is_same, value, other))
     return type(value) is type(other) and bool(value == other)
-
-
-def _is_like(value: Any, initial: Any) -> bool:
-    """Returns True if a schedule may have made `value` of a number, or of a tuple of numbers such as betas."""
-    if isinstance(initial, tuple):
-        return isinstance(value, tuple) and len(value) == len(initial) and all(map(_is_like, value, initial))
-    return all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in (value, initial))
 
 
 def _settings_of(names: list[str], groups: list[dict[str, Any]]) -> dict[str, Any]:

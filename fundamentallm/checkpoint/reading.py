@@ -25,7 +25,6 @@ from fundamentallm.distributed.dtensor import local
 from fundamentallm.errors import CheckpointError, FundamentaLLMError
 
 MISFIT = f"{STATE} does not fit the tensors of the other files"
-"""Prefix of the weights as trained, in a checkpoint whose model weights are their average."""
 
 
 def load_checkpoint(path: Path, like: Like | None = None, is_verified: bool = False) -> dict[str, Any]:

@@ -86,8 +86,8 @@ def take_snapshot(
     mine = {path: local(tensor) for path, tensor in tensors.items() if _is_written_by(rank, num_ranks, path, tensor)}
     copies, same_as = copy_to_cpu(mine, buffers)
 
-    model, training = (file_name(kind, rank, num_ranks) for kind in ("model", "training"))
-    model = "adapter_model.safetensors" if adapter else model
+    model = "adapter_model.safetensors" if adapter else file_name("model", rank, num_ranks)
+    training = file_name("training", rank, num_ranks)
     by_file: dict[str, dict[str, Tensor]] = {model: {}, training: {}}
     in_file = {path: adapter.get(path, path if adapter else path.removeprefix(WEIGHTS)) for path in copies}
     for path, tensor in copies.items():

@@ -79,15 +79,9 @@ class _Shard(NamedTuple):
 class TensorFiles(Mapping[str, Tensor]):
     """The tensors of a checkpoint by their path in its state. A tensor is read when it is looked up.
 
-    Args:
-        folder: of the checkpoint.
-        files: names of its tensor files.
-        prefix: put before the names of weights, which are all tensors outside of training*.safetensors.
-        stack: closes the files.
-        same_as: {further name of a tensor: name it is stored under}.
-        like: see `Like`; None: read all tensors in full.
-
-    Raises ValueError if a file cannot be opened, or shards of a tensor are missing or overlap.
+    `prefix` is put before the names of weights, which are all tensors outside of training*.safetensors. `stack` closes
+    the files. `same_as` is {further name of a tensor: name it is stored under}. Raises ValueError if a file cannot be
+    opened, or shards of a tensor are missing or overlap.
     """
 
     def __init__(
@@ -166,13 +160,12 @@ def _sharded_dim(shape: tuple[int, ...], shards: list[_Shard]) -> int | None:
     first, zeros = shards[0], (0,) * len(shape)
     if len(shards) == 1:
         return 0 if (first.offsets, first.size) == (zeros, shape) else None
-    dim = next((dim for dim, pair in enumerate(zip(first.size, shape, strict=False)) if pair[0] != pair[1]), 0)
+    dim = next((dim for dim, size in enumerate(first.size[: len(shape)]) if size != shape[dim]), 0)
     end = 0
     for shard in shards:
-        if len(shard.size) != len(shape) or not shape or shard.size[dim] < 1:
+        length = shard.size[dim] if len(shard.size) == len(shape) > 0 else 0
+        offsets, size = (*zeros[:dim], end, *zeros[dim + 1 :]), (*shape[:dim], length, *shape[dim + 1 :])
+        if length == 0 or (shard.offsets, shard.size) != (offsets, size):
             return None
-        offsets, size = (*zeros[:dim], end, *zeros[dim + 1 :]), (*shape[:dim], shard.size[dim], *shape[dim + 1 :])
-        if (shard.offsets, shard.size) != (offsets, size):
-            return None
-        end += shard.size[dim]
+        end += length
     return dim if end == shape[dim] else None

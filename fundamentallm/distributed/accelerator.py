@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 
 import torch
@@ -17,8 +16,6 @@ from fundamentallm.distributed import launch_checks as checks
 from fundamentallm.distributed.host_group import join_group
 from fundamentallm.distributed.prepare import NARROW
 from fundamentallm.errors import ConfigError, FundamentaLLMError, Problem
-
-logger = logging.getLogger(__name__)
 
 kept_groups: list[object] = []
 """Keeps process groups alive until `Trainer.leave_group`. Otherwise DDP is their last owner, and torch 2.13 destroys
@@ -41,8 +38,8 @@ def create_accelerator(
         output_dir: folder for the files of trackers.
 
     Raises:
-        ConfigError: listing what the launcher was asked for that contradicts the config, is not supported or would be
-            ignored, and trackers that are unknown or not installed.
+        ConfigError: listing what the launcher was asked for that contradicts the config or is not supported, and
+            trackers that are unknown or not installed.
 
     Examples:
         >>> from fundamentallm import create_accelerator
@@ -83,14 +80,11 @@ def create_accelerator(
 
 
 def check_accelerator(
-    accelerator: Accelerator,
-    mixed_precision: str | None = None,
-    batch_size: int | None = None,
+    accelerator: Accelerator, mixed_precision: str | None = None, batch_size: int | None = None
 ) -> None:
     """Refuses an Accelerator with which a run would silently not be what its config says.
 
-    Warns of options that do nothing in a Trainer, and makes `accelerator.save_state` and `load_state` raise.
-    The other arguments are those of `create_accelerator`.
+    It also makes `accelerator.save_state` and `load_state` raise. For the other arguments see `create_accelerator`.
 
     Raises:
         ConfigError: listing what to change.
@@ -99,7 +93,7 @@ def check_accelerator(
         kept_groups.append(dist.group.WORLD)
     kind, precision = accelerator.distributed_type.value, accelerator.mixed_precision
     count, launched = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
-    problems: list[str] = [*checks.option_problems(accelerator, checks.REFUSED)]
+    problems: list[str] = [*checks.option_problems(accelerator)]
     if count != launched:
         advice = "Create it before anything else of accelerate, with cpu=True on a machine without GPUs."
         problems.append(Problem("Accelerator.num_processes", count, f"{launched}, as launched", advice))
@@ -129,9 +123,6 @@ def check_accelerator(
         # accelerate's default policy reduces gradients in the precision of the forward pass.
         policy = MixedPrecisionPolicy(param_dtype=NARROW.get(accelerator.mixed_precision), reduce_dtype=torch.float32)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
-    if accelerator.is_main_process:
-        for ignored in checks.option_problems(accelerator, checks.IGNORED):
-            logger.warning("The Trainer ignores an option of the Accelerator: %s", ignored)
     accelerator.register_save_state_pre_hook(_refuse_states)
     accelerator.register_load_state_pre_hook(_refuse_states)
 

@@ -17,10 +17,8 @@ from fundamentallm.errors import FundamentaLLMError
 
 T = TypeVar("T")
 
-JOIN_SECONDS = 600.0
-"""Timeout for all processes to start: machines do not start at the same time."""
-FORM_SECONDS = 120.0
-"""Timeout for the processes to form a group: one of them may have died since the last exchange."""
+JOIN_SECONDS = 600.0  # for all processes to start: machines do not start at the same time
+FORM_SECONDS = 120.0  # for the processes to form a group: one of them may have died since the last exchange
 
 
 def join_group(cpu: bool) -> None:
@@ -28,9 +26,6 @@ def join_group(cpu: bool) -> None:
 
     In that store torch 2.13 would find the addresses of dead processes, so each start gives its keys another prefix.
     TORCHELASTIC_RESTART_COUNT cannot be that prefix, since each machine counts for itself.
-
-    Raises:
-        FundamentaLLMError: if a process does not join in time.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -48,10 +43,8 @@ def agree_on_prefix(store: Any, rank: int, world: int) -> str:
     """Returns a prefix that all processes of this start agree on, and that no earlier start had.
 
     Process 0 invents a prefix and confirms it once all others have answered. A process whose rank has already answered
-    to a prefix knows that it belongs to an earlier start, and waits for another.
-
-    Raises:
-        FundamentaLLMError: if a process does not join in time.
+    to a prefix knows that it belongs to an earlier start, and waits for another. Raises FundamentaLLMError if a process
+    does not join in time.
     """
     deadline, prefix, is_first = time.monotonic() + JOIN_SECONDS, "", False
     if rank == 0:
@@ -74,13 +67,8 @@ def agree_on_prefix(store: Any, rank: int, world: int) -> str:
 class HostGroup:
     """All processes of the run, connected by a gloo group of their own, so that no device has to wait.
 
-    Each thread needs its own HostGroup, since collectives of two threads in one group would mix.
-
-    Args:
-        alone: use this process only, even if it belongs to a process group.
-
-    Raises:
-        FundamentaLLMError: if another process has died.
+    Each thread needs its own HostGroup, since collectives of two threads in one group would mix. With `alone`, it has
+    this process only. Raises FundamentaLLMError if another process has died.
     """
 
     def __init__(self, alone: bool = False) -> None:
@@ -109,8 +97,7 @@ class HostGroup:
     def barrier_with_errors(self) -> Iterator[None]:
         """Returns once every process has left the block, and raises on all of them if one raised.
 
-        Raises:
-            FundamentaLLMError: on the processes that did not raise, with the message of the first one that did.
+        Those that did not raise get a FundamentaLLMError with the message of the first one that did.
         """
         failure, message = None, None
         try:
@@ -128,11 +115,7 @@ class HostGroup:
                 raise FundamentaLLMError(f"process {rank} of {self.size} failed: {text}")
 
     def from_main(self, action: Callable[[], T]) -> T:
-        """Runs `action` on the main process and returns its result on all processes.
-
-        Raises:
-            FundamentaLLMError: as `barrier_with_errors` does.
-        """
+        """Runs `action` on the main process and returns its result on all processes. Errors as in the barrier."""
         result: T | None = None
         with self.barrier_with_errors():
             if self.rank == 0:

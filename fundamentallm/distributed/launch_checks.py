@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from operator import attrgetter
 from typing import NamedTuple
@@ -42,15 +42,6 @@ REFUSED: dict[str, tuple[object, str]] = {
 }
 """{argument of a caller's Accelerator: (default, advice)}: with another value, the caller would expect another run. The
 order of samples of `split_batches=True` and `even_batches=False` is what a Trainer does anyway."""
-IGNORED: dict[str, tuple[object, str]] = {
-    "dataloader_config.dispatch_batches": (None, "Each process loads its own samples."),
-    "dataloader_config.use_seedable_sampler": (False, "The order of samples follows from training.seed."),
-    "dataloader_config.use_stateful_dataloader": (False, "A resumed run continues with the next sample without it."),
-    "rng_types": (["generator"], "Random states follow from training.seed, the step and the rank."),
-    "project_configuration.total_limit": (None, "Set training.keep_last_n."),
-    "project_configuration.save_on_each_node": (False, "The processes write one checkpoint together."),
-}
-"""The same for arguments that do nothing here and change no result."""
 
 
 class Launch(NamedTuple):
@@ -58,7 +49,7 @@ class Launch(NamedTuple):
 
     config_file: str | None = None  # the accelerate config that it read, if any
     use_cpu: bool = False
-    num_processes: int = 1  # at least, if it is left to accelerate
+    num_processes: int = 1
 
 
 def find_launch() -> Launch | None:
@@ -67,37 +58,29 @@ def find_launch() -> Launch | None:
     accelerate passes neither the name of its config file on, nor `use_cpu` to the processes of MULTI_GPU and FSDP, nor
     a number of processes that it does not start. So they are taken from the launcher's command line.
     """
-    with suppress(psutil.Error):  # of another user's process
-        for process in psutil.Process().parents():
-            _, *arguments = LAUNCHER.split("\0".join(process.cmdline()), maxsplit=1)
-            if arguments:
-                return read_launch(arguments[0].split("\0"), process.cwd())
-    return None
-
-
-def read_launch(arguments: Sequence[str], folder: str) -> Launch:
-    """Returns what the arguments of `accelerate launch` ask for. Relative paths start at `folder`."""
     from accelerate.commands.config.config_args import default_config_file, load_config_from_file  # 50 ms
     from accelerate.commands.launch import launch_command_parser
 
-    asked = launch_command_parser().parse_args(arguments)
-    file = asked.config_file and os.path.join(folder, asked.config_file)
-    if file is None and os.path.isfile(default_config_file) and not asked.cpu:
-        file = default_config_file
-    if file is None:
-        return Launch(None, asked.cpu, max(asked.num_processes or 1, asked.num_machines or 1))
-    config = load_config_from_file(file)
-    num_processes = max(asked.num_processes or config.num_processes, asked.num_machines or config.num_machines)
-    return Launch(file, asked.cpu or config.use_cpu, num_processes)
+    with suppress(psutil.Error):  # of another user's process
+        for process in psutil.Process().parents():
+            _, *arguments = LAUNCHER.split("\0".join(process.cmdline()), maxsplit=1)
+            if not arguments:
+                continue
+            asked = launch_command_parser().parse_args(arguments[0].split("\0"))
+            file = asked.config_file and os.path.join(process.cwd(), asked.config_file)
+            if file is None and os.path.isfile(default_config_file) and not asked.cpu:
+                file = default_config_file
+            if file is None:
+                return Launch(None, asked.cpu, asked.num_processes or 1)
+            config = load_config_from_file(file)
+            return Launch(file, asked.cpu or config.use_cpu, asked.num_processes or config.num_processes)
+    return None
 
 
 def launch_problems(
     environment: Mapping[str, str], has_device: bool, mixed_precision: str | None = None, launch: Launch | None = None
 ) -> list[Problem]:
-    """Returns what a launch, by its environment variables, asks for that is not supported or would not happen.
-
-    `has_device` says whether there is a GPU, and the launcher does not ask for the CPU.
-    """
+    """Returns what a launch, by its environment variables, asks for that is not supported or would not happen."""
     engines = [name for name in ENGINES if environment.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1")]
     problems = [engine_problem(name) for name in engines]
     launched = environment.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -129,10 +112,7 @@ def engine_problem(name: str) -> Problem:
 
 
 def precision_problems(setting: str, value: str, wanted: str | None, where: str = "") -> list[Problem]:
-    """Returns the problem with a mixed precision that is not supported, or is not the config's (`wanted`), if any.
-
-    `where` names the setting's file.
-    """
+    """Returns the problem with a mixed precision that is not supported, or is not the config's (`wanted`), if any."""
     if value not in PRECISIONS:
         return [Problem(setting, value, ", ".join(PRECISIONS))]
     if wanted in (None, value):
@@ -151,20 +131,17 @@ def device_problems(precision: str | None, device_type: str) -> list[Problem]:
 def tracker_problems(names: list[str]) -> list[Problem]:
     """Returns the trackers that accelerate does not know or would leave out, at most with a warning."""
     known, installed = sorted({*map(str, LoggerType)} - {"all"}), set(map(str, get_available_trackers()))
-    problems = []
-    for name in names:
-        if name not in known:
-            problems.append(not_one_of("trackers", name, known))
-        elif name not in installed:
-            problems.append(Problem("trackers", name, "", f"Run: pip install {name}", "which is not installed"))
-    return problems
+    missing = [name for name in names if name in known and name not in installed]
+    return [not_one_of("trackers", name, known) for name in names if name not in known] + [
+        Problem("trackers", name, "", f"Run: pip install {name}", "which is not installed") for name in missing
+    ]
 
 
-def option_problems(accelerator: Accelerator, options: Mapping[str, tuple[object, str]]) -> list[Problem]:
-    """Returns a problem for each of `options` whose value in a caller's Accelerator is not the default."""
-    values = {name: attrgetter(name)(accelerator) for name in options}
+def option_problems(accelerator: Accelerator) -> list[Problem]:
+    """Returns the options of a caller's Accelerator with which it would expect another run."""
+    values = {name: attrgetter(name)(accelerator) for name in REFUSED}
     return [
         Problem(f"Accelerator.{name}", values[name], f"{default}", advice)
-        for name, (default, advice) in options.items()
+        for name, (default, advice) in REFUSED.items()
         if values[name] != default
     ]

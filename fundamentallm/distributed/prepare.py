@@ -39,17 +39,10 @@ def place_model(
 ) -> None:
     """Give a model its memory, before an optimizer is made for its parameters.
 
-    Args:
-        accelerator: decides on the device.
-        model: maps inputs to logits. Under FSDP2 it may be on the meta device, so that only the main process holds a
-            full copy of the weights, which come from its `initial_weights()`.
-        seed: seeds weights that are drawn here.
-        activation_checkpointing: whether to recompute each block in the backward pass; None: as the accelerate config
-            says.
-        say: prints a line if weights were converted.
-
-    Raises:
-        ConfigError: if the model or the accelerate config does not allow it.
+    Under FSDP2 the model may be on the meta device, so that only the main process holds a full copy of the weights.
+    They come from its `initial_weights()`, and those that are drawn follow from `seed`. If `activation_checkpointing`
+    is None, the accelerate config decides. `say` prints a line if weights were converted. Raises ConfigError if the
+    model or the accelerate config does not allow it.
     """
     fsdp = accelerator.state.fsdp_plugin if accelerator.is_fsdp2 else None
     if activation_checkpointing is None:
@@ -99,15 +92,9 @@ def prepare_model(
 ) -> nn.Module:
     """Returns model and loss distributed as the processes were launched.
 
-    Args:
-        accelerator: wraps or shards the model, and is given the optimizer.
-        model_with_loss: model and loss in one module, whose attribute `model` is as `place_model` left it.
-        optimizer: trains the model's parameters. Under FSDP2 its groups hold the sharded parameters afterwards.
-        compiles: whether to compile the model. Under FSDP2 each block is compiled by itself, since its weights are
-            gathered for its forward pass only.
-
-    Raises:
-        ConfigError: if the model, the optimizer or the accelerate config does not allow it.
+    `model_with_loss.model` is as `place_model` left it. Under FSDP2 the groups of the optimizer hold the sharded
+    parameters afterwards, and each block is compiled by itself, since its weights are gathered for its forward pass
+    only. Raises ConfigError if the model, the optimizer or the accelerate config does not allow it.
     """
     dynamo = accelerator.state.dynamo_plugin
     if not accelerator.is_fsdp2:
@@ -175,27 +162,15 @@ def _leave_meta(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _draw_weights(model: nn.Module, seed: int, is_main_process: bool) -> None:
-    """Give the main process the weights that a single process would have drawn.
-
-    Raises:
-        ConfigError: on all processes, if `initial_weights()` leaves out a parameter.
-    """
+    """Give the main process the weights that a single process would have drawn."""
     torch.manual_seed(seed)
     if is_main_process:
         for layer in model.modules():
             if isinstance(layer, (nn.Linear, nn.Embedding)):
                 layer.reset_parameters()  # draws as the constructor on a CPU does
-    missing = {parameter: name for name, parameter in model.named_parameters()}
     for name, values in model.initial_weights():  # type: ignore[operator]
-        parameter = model.get_parameter(name)
-        missing.pop(parameter, None)
         if is_main_process:
-            parameter.copy_(values)
-    if missing:
-        raise ConfigError(
-            f"initial_weights() of the model yields nothing for {', '.join(missing.values())}; allowed: a value for "
-            "each parameter."
-        )
+            model.get_parameter(name).copy_(values)
 
 
 def _can_load_efficiently(model: nn.Module) -> bool:
@@ -210,20 +185,13 @@ def _can_load_efficiently(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def _copy_from_main(accelerator: Accelerator, model: nn.Module) -> None:
-    """Give all processes the parameters and buffers of the main one, as DistributedDataParallel does.
-
-    Otherwise shards of different weights would be put together.
-    """
+    """Give all processes the parameters and buffers of the main one, as DistributedDataParallel does."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.copy_(broadcast(tensor.detach().to(accelerator.device).contiguous()))
 
 
 def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
-    """Make sure that accelerate can move an optimizer to sharded parameters: it takes over groups, but no state.
-
-    Raises:
-        ConfigError: if it has state, or trains parameters that are not the model's.
-    """
+    """Make sure that accelerate can move an optimizer to sharded parameters: it takes over groups, but no state."""
     if type(optimizer) is SGD:
         for group in optimizer.param_groups:
             group["fused"] = False  # torch's fused kernel for SGD does not know DTensors

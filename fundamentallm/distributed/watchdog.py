@@ -29,10 +29,8 @@ from fundamentallm.errors import ProcessLostError
 logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 1.0
-LOST_SECONDS = 5.0
-"""A process that sends no heartbeat for so long is lost. Only asked after a process has failed."""
-STORE_SECONDS = 10.0
-"""Timeout of a request to the store."""
+LOST_SECONDS = 5.0  # without a heartbeat, once a process has failed
+STORE_SECONDS = 10.0  # timeout of a request
 GONE = "is gone: killed, or its machine is lost"
 
 
@@ -51,9 +49,7 @@ class Place(NamedTuple):
     phase: int = Phase.STARTING
 
 
-class Beat(NamedTuple):
-    """Heartbeat of a process."""
-
+class _Beat(NamedTuple):
     time: float  # by its own clock: an equal beat is an old one
     place: list[int]
     error: str = ""  # why the process fails
@@ -63,16 +59,14 @@ class Beat(NamedTuple):
 class Watchdog:
     """Watches the processes of a group from entering to leaving its context.
 
-    Args:
-        place: returns the place of this process; called from another thread.
-        hang_minutes: time without progress on any process after which a hang is reported; None: never.
-        group: the processes.
+    `place` returns the place of this process, and is called from another thread. A hang is reported after
+    `hang_minutes` without progress on any process; None: never.
     """
 
     def __init__(self, place: Callable[[], Place], hang_minutes: float | None, group: HostGroup) -> None:
         self._place, self._group, self.rank, self.size = place, group, group.rank, group.size
         self._hang_seconds = math.inf if hang_minutes is None else 60 * hang_minutes
-        self._error: BaseException | None = None
+        self._error = ""  # of this process
         self._lost = {0: GONE} if self.rank else {}  # what is true if the store does not answer
         self._leaving = threading.Event()
         # A daemon, joined with a timeout: if the machine of process 0 is lost, a request may never return.
@@ -91,7 +85,7 @@ class Watchdog:
 
     def explain(self, error: BaseException) -> BaseException:
         """Ends the watch. Returns a ProcessLostError if the loss of others caused the error, otherwise the error."""
-        self._error = error
+        self._error = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
         self.__exit__()
         if self.size == 1 or not isinstance(error, RuntimeError) or self.rank in self._lost or not self._lost:
             return error
@@ -140,7 +134,7 @@ class Watchdog:
                     break
                 time.sleep(BEAT_SECONDS / 10)
 
-    def _find_lost(self, first: list[Beat]) -> dict[int, str]:
+    def _find_lost(self, first: list[_Beat]) -> dict[int, str]:
         """Returns what happened to the processes that ended the run: silent ones by rank, otherwise failed ones."""
         beats, silent = first, set(range(self.size)) - {self.rank}
         deadline = time.monotonic() + LOST_SECONDS
@@ -155,18 +149,12 @@ class Watchdog:
         """Prints the stack of this process if it is the furthest behind."""
         step, polls, phase = places[self.rank]
         if [polls, phase] == min(place[1:] for place in places):
-            print(
-                f"no process has made progress for {minutes:.2g} minutes. Furthest behind: process {self.rank} of "
-                f"{self.size} (on {self._hosts[self.rank]}) at step {step}, {Phase(phase).name.lower()}. "
-                "Its stack follows.",
-                file=sys.stderr,
-                flush=True,
-            )
+            behind = f"process {self.rank} of {self.size} (on {self._hosts[self.rank]}) at step {step}"
+            text = f"no process has made progress for {minutes:.2g} minutes. Furthest behind: {behind}, "
+            print(f"{text}{Phase(phase).name.lower()}. Its stack follows.", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(file=2)
 
-    def _exchange(self, is_done: bool = False) -> list[Beat]:
+    def _exchange(self, is_done: bool = False) -> list[_Beat]:
         """Sends the heartbeat of this process. Returns those of all."""
-        error = self._error
-        text = "" if error is None else f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-        self._store.set(f"{self.rank}", json.dumps(Beat(time.monotonic(), [*self._place()], text, is_done)))
-        return [Beat(*json.loads(beat)) for beat in self._store.multi_get([f"{rank}" for rank in range(self.size)])]
+        self._store.set(f"{self.rank}", json.dumps(_Beat(time.monotonic(), [*self._place()], self._error, is_done)))
+        return [_Beat(*json.loads(beat)) for beat in self._store.multi_get([f"{rank}" for rank in range(self.size)])]

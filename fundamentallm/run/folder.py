@@ -1,26 +1,34 @@
-"""Files that one launch of a run leaves for other processes: its lock, its status and the record of its launches."""
+"""Files that one launch of a run leaves for other processes: its lock, its status, and when, where and with what."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import fcntl
+import functools
 import json
 import logging
 import os
+import platform
+import shlex
 import socket
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from fundamentallm.atomic import write_text
-from fundamentallm.errors import START_AGAIN, FundamentaLLMError, RunInProgressError, writing
+from fundamentallm.errors import START_AGAIN, FundamentaLLMError, RunInProgressError, is_launched, writing
 from fundamentallm.run.json_lines import read
 
 logger = logging.getLogger(__name__)
 
 LOCK, STATUS, LOG = ".fundamentallm.lock", "status.json", "metrics.jsonl"
 STARTS, SAMPLES = "starts.jsonl", "samples.jsonl"
+PACKAGES = ("fundamentallm", "torch", "accelerate", "safetensors", "tokenizers")
+GIT_SECONDS = 5.0  # on a file system that is slower, the commit is not recorded
 LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 """Errors of file systems without locks, such as Lustre mounted without `flock`."""
 _lock_files: set[int] = set()
@@ -44,7 +52,6 @@ def locked(folders: Iterable[Path]) -> Iterator[None]:
     lock file, such as a callback that copies the folder. The lock file stays: if it was removed, two processes could
     each lock a file of their own. Raises RunInProgressError if another run uses a folder.
     """
-    me = f"process {os.getpid()} on {socket.gethostname()}"
     with contextlib.ExitStack() as stack:
         for folder in dict.fromkeys(path.resolve() for path in folders):
             folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +64,7 @@ def locked(folders: Iterable[Path]) -> Iterator[None]:
                 if error.errno in LOCKS_UNSUPPORTED:
                     logger.warning("%s cannot be locked (%s); make sure that no other run uses it.", folder, error)
                     continue
-                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                if not isinstance(error, BlockingIOError):
                     raise
                 holder = os.read(file, 1000).decode(errors="replace").strip() or "another process"
                 raise RunInProgressError(
@@ -66,7 +73,7 @@ def locked(folders: Iterable[Path]) -> Iterator[None]:
             _lock_files.add(file)
             stack.callback(_lock_files.discard, file)
             os.truncate(file, 0)
-            os.write(file, me.encode())
+            os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
             stack.callback(os.truncate, file, 0)
         yield
 
@@ -94,6 +101,47 @@ def note_interruption(folder: Path, reason: str) -> None:
         if status.get("state") != "finished":
             ended = {"state": "interrupted", "exit_code": START_AGAIN, "reason": f"{reason} outside of training"}
             write_status(folder, **status | ended | {"pid": os.getpid(), "host": socket.gethostname()})
+
+
+@functools.cache  # asked at each save; reading the packages' metadata takes 2 ms
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that influence the results."""
+    return {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
+
+
+def environment(device: str, processes: int, mixed_precision: str) -> dict[str, Any]:
+    """Returns what may explain why two launches differ: versions, machine, devices, command and commit."""
+    return {
+        **versions(),
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "cpus": os.cpu_count(),
+        "device": device,
+        "processes": processes,
+        "mixed_precision": mixed_precision,
+        "command": command(),
+        "commit": commit(),
+    }
+
+
+def command() -> str:
+    """Returns the command line that started this process, or its launcher if it has one."""
+    words = sys.orig_argv
+    if is_launched():
+        with contextlib.suppress(OSError):  # without /proc, the launcher's own options are not known
+            parent = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+            words = parent if {*sys.argv[1:]} <= {*parent} else words
+    if len(words) > 1 and os.access(words[1], os.X_OK) and not words[1].endswith(".py"):
+        words = words[1:]  # a console script, which its first line runs with Python
+    return shlex.join([os.path.basename(words[0]), *words[1:]])
+
+
+def commit() -> str | None:
+    """Returns the commit of the working directory, with "+" if files differ from it; None if there is none."""
+    describe = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(describe, capture_output=True, text=True, check=True, timeout=GIT_SECONDS).stdout.strip()
+    return None
 
 
 def write_start(folder: Path, **start: Any) -> None:

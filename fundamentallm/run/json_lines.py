@@ -17,7 +17,7 @@ from fundamentallm.errors import CheckpointError, writing
 logger = logging.getLogger(__name__)
 
 TEXTS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-"""Texts that stand for the numbers that JSON lacks, and as which they are read if they are written bare."""
+"""Texts that stand for the numbers that JSON lacks."""
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -72,11 +72,8 @@ class LineFile:
         """Drop the lines that a run writes again when it continues after `step`, and a torn last line.
 
         The loaded state is ignored unless it `is_own`. With `keep_copy`, the file is copied before a line is dropped.
-        Returns what the user should know; "" if there is nothing.
-
-        Raises:
-            CheckpointError: if lines that the loaded state counts on are missing, unless it `may_lack` them.
-            FundamentaLLMError: if the file cannot be written.
+        Returns what the user should know; "" if there is nothing. Raises CheckpointError if lines that the loaded state
+        counts on are missing, unless it `may_lack` them.
         """
         expected, path, message = self._expected if is_own else {}, self.path, ""
         self._count, self._hash, self._expected = 0, hashlib.sha256(), {}

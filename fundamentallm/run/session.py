@@ -90,8 +90,7 @@ def session(
 
     On entry it also cleans up what a killed process left among the checkpoints. On an exception it waits for the
     checkpoint that is being written; another Ctrl-C ends the wait. Yields the stack of what is undone once the outcome
-    is recorded. Raises RunInProgressError if another process trains in the same folders, ProcessLostError if another
-    process of the run died, and CheckpointError if a folder cannot be used.
+    is recorded. Raises ProcessLostError if another process of the run died.
     """
     with ExitStack() as stack:
         stack.enter_context(watchdog)

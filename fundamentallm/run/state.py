@@ -17,7 +17,7 @@ from fundamentallm.checkpoint.tensor_files import Like
 from fundamentallm.config.schema import NEVER_ON_RESUME, flat_settings
 from fundamentallm.distributed.dtensor import is_sharded
 from fundamentallm.errors import CheckpointError, ConfigError, FundamentaLLMError, Problem
-from fundamentallm.run.environment import versions
+from fundamentallm.run.folder import versions
 from fundamentallm.run.progress import Progress
 
 SUFFIX = "_state_dict"
@@ -87,7 +87,7 @@ class RunState:
         return messages, {*changed}
 
     def like(self) -> Like | None:
-        """Returns which shards of the checkpoint's tensors this process reads; None: it reads all tensors in full."""
+        """Returns which shards of the checkpoint's tensors this process reads; None: it reads all in full."""
         weights = self.model.state_dict()
         if not any(is_sharded(tensor) for tensor in weights.values()):
             return None

@@ -28,7 +28,7 @@ from fundamentallm.errors import ConfigError
 from fundamentallm.models.adapters import weight_parts
 from fundamentallm.models.transformers_format import model_files
 from fundamentallm.models.with_loss import ModelWithLoss, Objective
-from fundamentallm.run.environment import environment
+from fundamentallm.run.folder import environment
 from fundamentallm.run.progress import Progress
 from fundamentallm.run.resume import check_tokenizer, resume
 from fundamentallm.run.saving import Saver, open_manager

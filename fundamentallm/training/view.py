@@ -12,7 +12,7 @@ from tqdm import tqdm
 from fundamentallm.checkpoint.manager import CheckpointManager
 from fundamentallm.config.schema import Config
 from fundamentallm.errors import ConfigError, Problem, printable
-from fundamentallm.run.environment import command
+from fundamentallm.run.folder import command
 from fundamentallm.run.progress import Progress
 from fundamentallm.run.saving import Saver
 from fundamentallm.run.session import Position

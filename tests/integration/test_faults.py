@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import resource
 import shutil
 import threading
-from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +22,7 @@ from fundamentallm.checkpoint import manager as checkpoint_module
 from fundamentallm.errors import RunInProgressError
 from fundamentallm.run.folder import locked
 from tests.integration.runs import assert_same_weights, lines, make_config, make_trainer, prose, timeless, weights
-from tests.unit.checkpoint_files import flip_middle_bit, rewrite, truncate
+from tests.unit.checkpoint_files import flip_middle_bit, rewrite
 
 RUN: dict[str, Any] = {"dropout": 0.2, "save_every_n_steps": 4}
 
@@ -60,28 +59,19 @@ def contents(folder: Path) -> dict[str, bytes]:
 def assert_ends_as_undisturbed(run: Path, whole: Path) -> None:
     for file in ("model.safetensors", "training.safetensors"):
         ours, theirs = (load_file(folder / "checkpoints" / "step_00000012" / file) for folder in (run, whole))
-        timeless_ours, timeless_theirs = (
-            {name: tensor for name, tensor in tensors.items() if "tokens_per_second" not in name}
-            for tensors in (ours, theirs)
-        )
-        assert timeless_ours.keys() == timeless_theirs.keys()
-        for name, tensor in timeless_ours.items():
-            torch.testing.assert_close(tensor, timeless_theirs[name], rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
     assert timeless(lines(run)) == timeless(lines(whole))
 
 
 # ---- damaged checkpoints ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("damage", "file"),
-    [(flip_middle_bit, "model.safetensors"), (Path.unlink, "tokenizer.json"), (truncate, "manifest.json")],
-)
+@pytest.mark.parametrize("file", ["model.safetensors", "manifest.json"])
 def test_resume_skips_a_damaged_checkpoint(
-    cut: Path, whole: Path, damage: Callable[[Path], Any], file: str, capsys: pytest.CaptureFixture[str]
+    cut: Path, whole: Path, file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The damage is reported with checkpoint and file, and the checkpoint before it is taken."""
-    damage(newest(cut) / file)
+    flip_middle_bit(newest(cut) / file)
     make_trainer(make_config(cut, **RUN)).train()
     (reason,) = [line for line in capsys.readouterr().out.splitlines() if f"{newest(cut)}: " in line]
     assert file in reason
@@ -100,7 +90,6 @@ def test_resume_with_damaged_checkpoints_only_fails(cut: Path) -> None:
 
 LOST: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "the optimizer": (lambda state, _: state.pop("optimizer_state_dict"), ("missing ['optimizer']",)),
-    "all of the optimizer": (lambda state, _: state.update(optimizer_state_dict=[]), ("does not hold a run",)),
     "the state of all parameters": (
         lambda state, _: [entries.clear() for entries in state["optimizer_state_dict"]["state"].values()],
         ("optimizer", "0 of 25 exp_avg"),
@@ -109,12 +98,7 @@ LOST: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
         lambda _, tensors: tensors.pop("optimizer_state_dict/state/lm_head.weight/exp_avg"),
         ("state.json", "lm_head.weight/exp_avg"),
     ),
-    "most of a moment": (
-        lambda _, tensors: tensors.update({"optimizer_state_dict/state/lm_head.weight/exp_avg": torch.zeros(1)}),
-        ("exp_avg of lm_head.weight", "(1,)"),
-    ),
     "the schedule's step": (lambda state, _: state["scheduler_state_dict"].clear(), ("scheduler",)),
-    "a weight": (lambda state, _: state["model_state_dict"].popitem(), ("model",)),
 }
 
 
@@ -187,21 +171,12 @@ def test_train_with_unwritable_curves_continues(tmp_path: Path, capsys: pytest.C
     assert "metrics and checkpoints are in" in said
 
 
-def test_train_with_too_little_room_fails_at_once(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """There are five checkpoints at most, keep_last_n, the best and a new one; one of them is there already."""
-    folder = tmp_path / "run" / "checkpoints"
-    shutil.copytree(whole / "checkpoints" / "step_00000004", folder / "step_00000004")
-    shutil.copy(whole / "metrics.jsonl", tmp_path / "run")
-    usage = namedtuple("usage", "total used free")
-    for free in (100_000, 400_000):
-        monkeypatch.setattr(checkpoint_module.shutil, "disk_usage", lambda folder, free=free: usage(0, 0, free))
-        trainer = make_trainer(make_config(tmp_path / "run", **RUN))
-        with pytest.raises(CheckpointError, match=r"4 of 1.* kB") if free < 200_000 else contextlib.nullcontext():
-            trainer.train()
-        assert trainer.global_step == (5 if free < 200_000 else 12)
-    assert "4 of 1" in caplog.text
+def test_train_with_too_little_room_fails_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100_000))
+    trainer = make_trainer(make_config(tmp_path, **RUN))
+    with pytest.raises(CheckpointError, match=r"needs room for 1.* kB"):
+        trainer.train()
+    assert trainer.global_step == 1
 
 
 # ---- killed and concurrent processes --------------------------------------------------------------------------------
@@ -218,13 +193,11 @@ def test_train_cleans_up_after_a_killed_process(
     shutil.copytree(newest(cut), folder / ".deleting-step_00000001-0123456789ab")
     newest(cut).rename(folder / ".replaced-step_00000008-0123456789ab")
     shutil.copytree(folder / "step_00000004", folder / ".replaced-step_00000004-0123456789ab")
-    foreign = [".staging-mine", ".staging-step_1-0123", ".git", ".replaced-step_00000008-0123456789abc", "staging-x"]
+    foreign = [".staging-mine", ".git", ".replaced-step_00000008-0123456789abc"]
     for name in foreign:
         (folder / name).mkdir()
         (folder / name / "mine").write_text("mine")
-    (folder / ".staging-file-0123456789ab").write_text("mine")
     (folder / ".deleting-link-0123456789ab").symlink_to(outside)
-    (folder / ".replaced-link-0123456789ab").symlink_to(outside)
 
     make_trainer(make_config(cut, **RUN)).train()
     output = capsys.readouterr().out
@@ -233,10 +206,8 @@ def test_train_cleans_up_after_a_killed_process(
         assert f"removed .{name}-0123456789ab" in output
     assert "step_00000008 at step 8" in output
     assert_ends_as_undisturbed(cut, whole)
-    links = [".deleting-link-0123456789ab", ".replaced-link-0123456789ab", ".staging-file-0123456789ab"]
-    assert names(folder) == sorted(
-        [".fundamentallm.lock", "step_00000004", "step_00000008", "step_00000012", *foreign, *links]
-    )
+    steps = [f"step_{step:08d}" for step in (4, 8, 12)]
+    assert names(folder) == sorted([".fundamentallm.lock", *steps, *foreign, ".deleting-link-0123456789ab"])
     assert all((folder / name / "mine").read_text() == "mine" for name in foreign)
     assert names(outside) == ["mine"]
 

@@ -22,7 +22,7 @@ import fundamentallm.train
 from fundamentallm import Callback, ConfigError, LoggingCallback, SaveBestCallback, Trainer, TrainingConfig
 from fundamentallm.checkpoint.reading import load_checkpoint
 from fundamentallm.training.metrics import MEASURED
-from tests.integration.runs import PartlyIgnored, StopAt, lines, on_processes, prose
+from tests.integration.runs import PartlyIgnored, StopAt, on_processes, prose
 from tests.integration.test_training_loop import Bigram
 
 GROUP = 4
@@ -228,36 +228,6 @@ def train_partly_used(processes: int) -> None:
 
 def test_parameters_without_a_gradient_are_named_or_found(tmp_path: Path) -> None:
     on_processes(2, train_partly_used)
-
-
-# ---- very little data ------------------------------------------------------------------------------------------
-
-
-def almost_nothing(processes: int, folder: str) -> None:
-    """Batches of four samples, the second of an epoch of one; one sample to validate on."""
-    torch.manual_seed(0)
-    train, validation = DataLoader(PartlyIgnored(5), batch_size=4), DataLoader(PartlyIgnored(1), batch_size=5)
-    config = TrainingConfig(max_epochs=3, learning_rate=1e-2, log_every_n_steps=1)
-    trainer = Trainer(Bigram(), config, train, validation, [LoggingCallback(Path(folder) / "metrics.jsonl")])
-    assert trainer.accelerator.num_processes == processes
-    before = trainer.validate()
-    trainer.train()
-    written = {"before": before, "after": trainer.validate()}
-    (Path(folder) / f"validated_{trainer.accelerator.process_index}.json").write_text(json.dumps(written))
-
-
-def test_more_processes_than_samples_train_the_same(tmp_path: Path) -> None:
-    for processes in (1, 4):
-        (tmp_path / str(processes)).mkdir()
-        on_processes(processes, almost_nothing, str(tmp_path / str(processes)))
-    expected = json.loads((tmp_path / "1" / "validated_0.json").read_text())
-    for index in range(4):
-        validated = json.loads((tmp_path / "4" / f"validated_{index}.json").read_text())
-        for when, metrics in expected.items():
-            assert validated[when] == pytest.approx(metrics, rel=1e-5)
-    losses = [[line["train_loss"] for line in lines(tmp_path / name) if "train_loss" in line] for name in ("1", "4")]
-    assert len(losses[0]) == 6
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 # ---- output ----------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
 @pytest.mark.parametrize(
     ("processes", "settings", "stops"),
     [
-        *((1, {"optimizer": optimizer}, (1, 5, 6, 9, 13)) for optimizer in ("adamw", "adam", "sgd", "muon")),
+        *((1, {"optimizer": optimizer}, (1, 6, 13)) for optimizer in ("adamw", "sgd", "muon")),
         (2, {"optimizer": "muon", "micro_batch_size": 20}, (4, 8)),
     ],
 )
@@ -130,7 +130,7 @@ def test_checkpoints_do_not_grow_and_the_history_is_resumed(tmp_path: Path) -> N
     assert len({file.stat().st_size for file in files}) == 1
 
 
-@pytest.mark.parametrize("where", ["forward", "update", "schedule", "validation"])
+@pytest.mark.parametrize("where", ["forward", "update", "validation"])
 def test_train_again_after_an_exception_repeats_no_step(tmp_path: Path, where: str) -> None:
     """The same Trainer continues, as in a notebook."""
     config = make_config(tmp_path / "parts", dropout=0.2, save_every_n_steps=4, eval_every_n_steps=3)
@@ -147,14 +147,11 @@ def test_train_again_after_an_exception_repeats_no_step(tmp_path: Path, where: s
 
     if where in ("forward", "validation"):
         trainer.model.register_forward_pre_hook(fail_once)
-    elif where == "update":
-        trainer.optimizer.register_step_post_hook(fail_once)
     else:
-        step = trainer.scheduler.step
-        trainer.scheduler.step = lambda: (fail_once(), step())  # type: ignore[assignment]
+        trainer.optimizer.register_step_post_hook(fail_once)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    if where in ("update", "schedule"):
+    if where == "update":
         for action in (trainer.train, trainer.save_checkpoint):
             with pytest.raises(CheckpointError, match="optimizer changed the weights"):
                 action()
@@ -242,21 +239,12 @@ def test_train_out_of_patience_names_the_setting(tmp_path: Path, capsys: Any) ->
     assert more.global_step == 6
 
 
-def test_train_of_a_run_killed_after_its_last_save_is_finished(tmp_path: Path) -> None:
-    make_trainer(make_config(tmp_path)).train()
-    (tmp_path / "status.json").write_text('{"state": "running"}')
-    make_trainer(make_config(tmp_path)).train()
-    status = json.loads((tmp_path / "status.json").read_text())
-    assert (status["state"], status["exit_code"], status["step"]) == ("finished", 0, 12)
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_resume_deletes_checkpoints_beyond_keep_last_n(tmp_path: Path, processes: int) -> None:
+def test_resume_deletes_checkpoints_beyond_keep_last_n(tmp_path: Path) -> None:
     """A kill between a save and the rotation leaves as many as a larger keep_last_n."""
     settings = {"save_every_n_steps": 4, "eval_every_n_steps": None, "eval_every_n_epochs": None, "learning_rate": 1e-3}
-    on_processes(processes, run, str(tmp_path), {**settings, "keep_last_n": 4})
+    on_processes(2, run, str(tmp_path), {**settings, "keep_last_n": 4})
     assert _steps(tmp_path) == [4, 8, 12, 14]
-    on_processes(processes, run, str(tmp_path), {**settings, "keep_last_n": 2})
+    on_processes(2, run, str(tmp_path), {**settings, "keep_last_n": 2})
     assert _steps(tmp_path) == [12, 14]
 
 
@@ -396,10 +384,9 @@ def test_checkpoint_holds_everything_by_name_and_no_pickle(tmp_path: Path) -> No
     assert moments == names
 
 
-@pytest.mark.parametrize("spec", ["char", "bpe:300"])
-def test_checkpoint_opens_in_transformers(tmp_path: Path, spec: str) -> None:
+def test_checkpoint_opens_in_transformers(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    trainer = make_trainer(make_config(tmp_path, max_steps=2), tokenizer_spec=spec)
+    trainer = make_trainer(make_config(tmp_path, max_steps=2), tokenizer_spec="bpe:300")
     trainer.train()
     folder = tmp_path / "checkpoints" / "step_00000002"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -417,11 +404,10 @@ def test_save_checkpoint_without_a_folder_is_refused() -> None:
         trainer.save_checkpoint("x")
 
 
-@pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["python", "numpy"])
-def test_resume_repeats_draws_in_forward(tmp_path: Path, draw: Any) -> None:
+def test_resume_repeats_draws_in_forward(tmp_path: Path) -> None:
     class LayerDrop(Bigram):
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            return super().forward(ids) * float(draw())
+            return super().forward(ids) * random.random() * float(np.random.rand())
 
     ends = []
     for stops in ((), (3, None)):
@@ -435,15 +421,14 @@ def test_resume_repeats_draws_in_forward(tmp_path: Path, draw: Any) -> None:
     assert_same_weights(*ends)
 
 
-@pytest.mark.parametrize("before", [None, torch.zeros(3)])
-def test_buffers_of_another_shape_after_a_step_are_refused(tmp_path: Path, before: Any) -> None:
+def test_buffers_of_another_shape_after_a_step_are_refused(tmp_path: Path) -> None:
     class Late(Bigram):
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
             self.mean = torch.zeros(12)
             return super().forward(ids)
 
     model = Late()
-    model.register_buffer("mean", before)
+    model.register_buffer("mean", None)
     config = TrainingConfig(max_steps=2, checkpoint_dir=str(tmp_path))
     with pytest.raises(CheckpointError, match="mean"):
         Trainer(model, config, DataLoader(PartlyIgnored(), batch_size=8), callbacks=[]).train()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fundamentallm.run.environment import command
+from fundamentallm.run.folder import command
 
 
 def test_command_is_what_the_user_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
