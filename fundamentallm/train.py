@@ -15,10 +15,11 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fundamentallm.config.command_line import parse_config, print_help
-from fundamentallm.config.schema import METRIC_NAMES, Config, ModelConfig, unknown_metric
+from fundamentallm.config.registry import not_one_of
+from fundamentallm.config.schema import METRIC_NAMES, Config, ModelConfig
 from fundamentallm.config.units import duration_text
 from fundamentallm.errors import (
     START_AGAIN,
@@ -38,6 +39,7 @@ from fundamentallm.signals import ended_by_signals
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from tokenizers import Tokenizer
+    from torch.utils.data import DataLoader
 
     from fundamentallm.data.corpus import Corpus
     from fundamentallm.models.transformers_format import Pretrained
@@ -105,12 +107,9 @@ def make_trainer(config: Config) -> Trainer:
     import torch
 
     from fundamentallm.data.chat import TEMPLATE, applied_template
-    from fundamentallm.data.corpus import describe, load_corpus
-    from fundamentallm.data.loaders import create_dataloaders
     from fundamentallm.distributed.accelerator import create_accelerator
     from fundamentallm.models.transformer import Transformer
     from fundamentallm.run.initial_weights import open_pretrained
-    from fundamentallm.run.resume import learned_tokenizer
     from fundamentallm.training.trainer import Trainer
 
     config = config.resolved()
@@ -119,40 +118,63 @@ def make_trainer(config: Config) -> Trainer:
     accelerator = create_accelerator(*launch, config.trackers, config.output_dir)
     callbacks = _check_names(config)
     config, pretrained, model = open_pretrained(config)
-    is_main = accelerator.is_main_process
-    learned = learned_tokenizer(config)
-    corpus = _local_main_process_first(accelerator, lambda: load_corpus(config.data, is_main, learned))
-    config = replace(config, model=_with_vocabulary(config.model, corpus))
-    train_loader, val_loader = create_dataloaders(corpus, corpus.tokenizer, config)
+    train_loader, val_loader, corpus, lines = _load_data(config, accelerator)
+    data: Any = train_loader.dataset
+    config = replace(config, model=_with_vocabulary(config.model, data.tokenizer, corpus))
     torch.manual_seed(config.training.seed)
     if model is None:
-        document_start = corpus.end_of_text if config.data.mask_documents else None
+        document_start = data.end_of_text if config.data.mask_documents else None
         # Under FSDP2 a model may be larger than a device, so it gets its memory when it is sharded.
         with torch.device("meta") if accelerator.is_fsdp2 else nullcontext():
             model = Transformer(config.model, document_start)
     trainer = Trainer(model, config, train_loader, val_loader, accelerator=accelerator)
     if pretrained is not None:
-        trainer.files = pretrained.files(train_loader.dataset)
+        trainer.files = pretrained.files(data)
         trainer.say(f"{config.model.pretrained}: {pretrained}")
     if template := applied_template(config.data):
         trainer.files = template | trainer.files | {name: template[name] for name in (TEMPLATE,) if name in template}
         trainer.say(f"the rows are rendered by the chat template beside {config.data.tokenizer}")
-    _load_initial_weights(trainer, pretrained, corpus.tokenizer)
+    _load_initial_weights(trainer, pretrained, data.tokenizer)
     for callback in callbacks:
         trainer.callbacks.add(callback)
-    for line in describe(corpus):
-        trainer.say(line)
+    trainer.say("\n".join(lines))
+    if config.data.streaming and accelerator.is_main_process:
+        data.say = trainer.say
+    _warn(trainer)
+    return trainer
+
+
+def _load_data(
+    config: Config, accelerator: Accelerator
+) -> tuple[DataLoader[Any], DataLoader[Any] | None, Corpus | None, list[str]]:
+    """Returns both loaders, the corpus (None for a stream), and lines that describe the data."""
+    from fundamentallm.data.corpus import describe, load_corpus
+    from fundamentallm.data.loaders import create_dataloaders
+    from fundamentallm.data.text_stream import stream_loaders
+    from fundamentallm.run.resume import learned_tokenizer
+
+    is_main = accelerator.is_main_process
+    if config.data.streaming:
+        train, val, lines = _local_main_process_first(accelerator, lambda: stream_loaders(config, is_main))
+        return train, val, None, lines
+    learned = learned_tokenizer(config)
+    corpus = _local_main_process_first(accelerator, lambda: load_corpus(config.data, is_main, learned))
+    return *create_dataloaders(corpus, corpus.tokenizer, config), corpus, describe(corpus)
+
+
+def _warn(trainer: Trainer) -> None:
+    """Says if the run has few steps, and how many samples were cut or dropped."""
+    training, data = trainer.config.training, trainer.config.data
     if training.max_steps is None and trainer.total_steps < FEW_STEPS:
         few = f"warning: {trainer.total_steps} optimizer steps are few, with {training.warmup_steps} of warm-up"
         trainer.say(f"{few}; more come from more training.max_epochs, or a smaller training.batch_size")
-    datasets = [loader.dataset for loader in (train_loader, val_loader) if loader is not None]
-    cut, dropped = (sum(getattr(dataset, name, 0) for dataset in datasets) for name in ("num_cut", "num_lost"))
-    kind = "pairs" if config.data.messages_field is None else "chats"
+    loaders = [loader for loader in (trainer.train_loader, trainer.val_loader) if loader is not None]
+    cut, dropped = (sum(getattr(each.dataset, name, 0) for each in loaders) for name in ("num_cut", "num_lost"))
+    kind = "pairs" if data.messages_field is None else "chats"
     if cut:
         trainer.say(f"{cut:,} {kind} are longer than data.sequence_length and were cut")
     if dropped:
         trainer.say(f"{dropped:,} {kind} were dropped: their prompts fill data.sequence_length")
-    return trainer
 
 
 def _load_initial_weights(trainer: Trainer, pretrained: Pretrained | None, tokenizer: Tokenizer) -> None:
@@ -206,7 +228,7 @@ def _check_names(config: Config) -> list[Callback]:
     def check_metrics() -> None:
         known = (*METRIC_NAMES, *further_metrics(training.validation_metrics))
         if training.early_stopping_metric not in known:
-            raise ConfigError(unknown_metric(training.early_stopping_metric, known))
+            raise ConfigError(not_one_of("early_stopping_metric", training.early_stopping_metric, known))
 
     callbacks: list[Callback] = []
     makers: list[Callable[[], object]] = [
@@ -226,16 +248,17 @@ def _check_names(config: Config) -> list[Callback]:
     return callbacks
 
 
-def _with_vocabulary(model: ModelConfig, corpus: Corpus) -> ModelConfig:
-    """Returns the shape with a row for each token. Tokens of the vocabulary that do not occur may have none."""
+def _with_vocabulary(model: ModelConfig, tokenizer: Tokenizer, corpus: Corpus | None) -> ModelConfig:
+    """Returns the shape with a row for each token. Tokens that do not occur in a corpus may have none."""
     from fundamentallm.data.tokenizers import num_ids
 
-    size = num_ids(corpus.tokenizer)
+    size = num_ids(tokenizer)
     if model.vocab_size is not None and model.vocab_size < size:
-        parts = [part.ids for source in corpus.sources for part in (source.train, source.validation) if len(part.ids)]
-        largest = max(int(ids.max()) for ids in parts)
+        sources = () if corpus is None else (*corpus.sources, *corpus.validation)
+        parts = [part.ids for source in sources for part in (source.train, source.validation) if len(part.ids)]
+        largest = max((int(ids.max()) for ids in parts), default=size - 1)
         if model.vocab_size <= largest:
-            reason = f"and the text has the token {corpus.tokenizer.id_to_token(largest)!r} with the id {largest}"
+            reason = f"and the text may have the token {tokenizer.id_to_token(largest)!r} with the id {largest}"
             raise ConfigError(Problem("model.vocab_size", model.vocab_size, f"at least {largest + 1}", "", reason))
     return replace(model, vocab_size=model.vocab_size or size)
 

@@ -16,7 +16,7 @@ from fundamentallm.errors import CheckpointError, CheckpointNotFoundError
 
 FORMAT_VERSION = 2
 STATE, MANIFEST = "state.json", "manifest.json"
-TENSORS = re.compile(r"(model|training)(-\d{5}-of-\d{5})?\.safetensors")
+TENSORS = re.compile(r"(model|adapter_model|training)(-\d{5}-of-\d{5})?\.safetensors")
 """Names of tensor files: those with full tensors, and those with the shards of one process."""
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 """Allowed names of checkpoints and of their files: not hidden, and without a path to another folder."""
@@ -104,7 +104,8 @@ def _has_form(manifest: dict[str, Any]) -> bool:
         and all(isinstance(manifest[field], kind) for field, kind in _FIELDS.items())
         and 0 < manifest["sequence"] < 2**63
         and STATE in manifest["files"]
-        and {"model", "training"} == {match[1] for match in map(TENSORS.fullmatch, manifest["files"]) if match}
+        and {match[1] for match in map(TENSORS.fullmatch, manifest["files"]) if match}
+        in ({"model", "training"}, {"adapter_model", "training"})
         and all(
             NAME.fullmatch(name)
             and name != MANIFEST

@@ -55,9 +55,11 @@ def export_weights(path: Path, folder: Path) -> None:
     """Write a checkpoint's weights into one file of an empty folder, and copy its text files."""
     manifest = verify(path)
     with explained(path, MISFIT), contextlib.ExitStack() as stack:
-        tensors = TensorFiles(path, filter(TENSORS.fullmatch, manifest["files"]), WEIGHTS, stack)
-        weights = {name.removeprefix(WEIGHTS): tensors[name] for name in tensors if name.startswith(WEIGHTS)}
-    write_tensors(folder / "model.safetensors", weights)
+        files = [name for name in manifest["files"] if TENSORS.fullmatch(name) and not name.startswith("training")]
+        tensors = TensorFiles(path, files, WEIGHTS, stack)
+        weights = {name.removeprefix(WEIGHTS): tensors[name] for name in tensors}
+    kind = files[0].partition(".")[0].partition("-")[0]  # model or adapter_model
+    write_tensors(folder / f"{kind}.safetensors", weights)
     for name in manifest["files"]:
         if name != STATE and not TENSORS.fullmatch(name):
             shutil.copyfile(path / name, folder / name)

@@ -14,10 +14,11 @@ from torch import Tensor
 from fundamentallm.checkpoint.manifest import MANIFEST, NAME, STATE, TENSORS
 from fundamentallm.checkpoint.state_json import copy_to_cpu, encode
 from fundamentallm.checkpoint.tensor_files import Region, file_name, is_first_holder, region_of
-from fundamentallm.distributed.dtensor import is_sharded, local
+from fundamentallm.distributed.dtensor import full, is_sharded, local
 from fundamentallm.errors import CheckpointError
 
 MODEL_KEY, OPTIMIZER_KEY, AVERAGE_KEY = "model_state_dict", "optimizer_state_dict", "average_state_dict"
+ADAPTER_KEY = "adapter_state_dict"
 WEIGHTS = f"{MODEL_KEY}/"
 """Prefix of the weights' paths in the state. In model.safetensors they have the names of transformers instead."""
 
@@ -79,20 +80,28 @@ def take_snapshot(
     memory in `buffers` that fits, which are the copies of an earlier snapshot. Raises as `plan` does.
     """
     state, tensors = plan(checkpoint, (name, *files))
+    # An adapter has peft's names, which peft reads unsharded. It is small, so rank 0 writes all of it.
+    adapter = {f"{WEIGHTS}{own}": peft for own, peft in checkpoint.get(ADAPTER_KEY, {}).get("names", {}).items()}
+    tensors = {path: full(tensor) if path in adapter else tensor for path, tensor in tensors.items()}
     mine = {path: local(tensor) for path, tensor in tensors.items() if _is_written_by(rank, num_ranks, path, tensor)}
     copies, same_as = copy_to_cpu(mine, buffers)
 
     model, training = (file_name(kind, rank, num_ranks) for kind in ("model", "training"))
+    model = "adapter_model.safetensors" if adapter else model
     by_file: dict[str, dict[str, Tensor]] = {model: {}, training: {}}
+    in_file = {path: adapter.get(path, path if adapter else path.removeprefix(WEIGHTS)) for path in copies}
     for path, tensor in copies.items():
-        by_file[model if path.startswith(WEIGHTS) else training][path.removeprefix(WEIGHTS)] = tensor
+        is_model = path in adapter if adapter else path.startswith(WEIGHTS)
+        by_file[model if is_model else training][in_file[path]] = tensor
+    same_as = {path: f"{WEIGHTS}{adapter[first]}" if first in adapter else first for path, first in same_as.items()}
+    same_as |= {path: f"{WEIGHTS}{peft}" for path, peft in adapter.items() if path in copies}
     return Snapshot(
         name=name,
         about={"step": checkpoint.get("progress_state_dict", {}).get("step"), "is_best": is_best},
         texts={**files, STATE: f'{{"state": {state},\n"same_as": {json.dumps(same_as)}}}'},
         # Rank 0 writes both files even if they are empty, because a manifest must have both.
         tensors={file: content for file, content in by_file.items() if content or rank == 0},
-        regions={path.removeprefix(WEIGHTS): region_of(tensors[path]) for path in copies} if num_ranks > 1 else None,
+        regions={in_file[path]: region_of(tensors[path]) for path in copies} if num_ranks > 1 else None,
         copies=copies,
     )
 

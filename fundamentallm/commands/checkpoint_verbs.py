@@ -13,6 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from fundamentallm.atomic import sync
 from fundamentallm.checkpoint.manager import HIDDEN, CheckpointManager, checkpoints_folder
 from fundamentallm.checkpoint.manifest import MANIFEST, NAME, is_ours, read_manifest, verify
 from fundamentallm.checkpoint.reading import explained, export_weights, load_parts
@@ -21,6 +22,8 @@ from fundamentallm.config.schema import Config, flat_settings
 from fundamentallm.config.units import size_text
 from fundamentallm.config.yaml_format import to_yaml
 from fundamentallm.errors import CheckpointError, CheckpointNotFoundError, ConfigError, Problem, printable
+from fundamentallm.inference.loading import load_model
+from fundamentallm.models.transformers_format import ADAPTER_CONFIG, KEPT
 from fundamentallm.run.step_samples import samples_of_step, text_of_step, why_no_text
 
 
@@ -145,10 +148,15 @@ def consolidate_command(options: argparse.Namespace) -> int:
     source, output = _checkpoint(options.checkpoint), options.output
     if os.path.lexists(output):
         raise ConfigError([Problem("OUT", str(output), allowed="a new folder", reason="which exists already")])
+    if options.merge and not (source / ADAPTER_CONFIG).exists():
+        raise ConfigError([Problem("--merge", True, "with the checkpoint of an adapter")])
     staging = output.with_name(f".{output.name}-{os.getpid()}")
     try:
         staging.mkdir(parents=True)
-        export_weights(source, staging)
+        if options.merge:
+            _export_merged(source, staging, options.base)
+        else:
+            export_weights(source, staging)
         staging.rename(output)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{output} cannot be written: {error}.") from error
@@ -156,6 +164,16 @@ def consolidate_command(options: argparse.Namespace) -> int:
         shutil.rmtree(staging, ignore_errors=True)
     say(f"{source} -> {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
     return 0
+
+
+def _export_merged(source: Path, folder: Path, base: str | None) -> None:
+    """Write an adapter's base model with the adapter merged into its weights, in float32, and the text files."""
+    model: Any = load_model(source, base).model
+    model.merge_and_unload().cpu().save_pretrained(folder)
+    for name in {*KEPT} & {path.name for path in source.iterdir()}:
+        shutil.copyfile(source / name, folder / name)
+    for file in (*folder.iterdir(), folder):
+        sync(file)
 
 
 def _val_loss(path: Path, step: int | None) -> float | None:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fundamentallm.commands.options import add_checkpoint
+from fundamentallm.commands.options import BASE_HELP, add_checkpoint
 
 
 def main(arguments: Sequence[str], program: str) -> int:
@@ -48,4 +48,6 @@ def _parser(program: str) -> argparse.ArgumentParser:
         f"a checkpoint, {run} (its newest)",
     )
     merge.add_argument("output", metavar="OUT", type=Path, help="a new folder, for from_pretrained")
+    merge.add_argument("--merge", action="store_true", help="merge an adapter into its base model")
+    merge.add_argument("--base", metavar="DIR", help=BASE_HELP)
     return parser

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from fundamentallm.checkpoint.manifest import is_ours
 from fundamentallm.checkpoint.reading import explained, load_parts
-from fundamentallm.commands.options import add_checkpoint, option_problems
+from fundamentallm.commands.options import BASE_HELP, add_checkpoint, option_problems
 from fundamentallm.commands.output import say, say_table
 from fundamentallm.config.files import find_source
 from fundamentallm.config.schema import IGNORE_INDEX, DataConfig
@@ -56,6 +56,7 @@ def main(arguments: Sequence[str], program: str) -> int:
     parser = argparse.ArgumentParser(prog=program, description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add_checkpoint(parser, CHECKPOINT_HELP)
+    add("--base", metavar="DIR", help=BASE_HELP)
     source = "text files, folders or globs; each file is a text by itself [the run's own validation text]"
     add("--source", nargs="+", metavar="TEXT", help=source)
     add("--context", type=int, metavar="INT", help="tokens the model sees at once [the run's, or the model's maximum]")
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str], program: str) -> int:
     options = parser.parse_args(arguments)
     if problems := option_problems(options, context=AT_LEAST_ONE, stride=AT_LEAST_ONE, batch_size=AT_LEAST_ONE):
         raise ConfigError(problems)
-    loaded = load_model(options.checkpoint)
+    loaded = load_model(options.checkpoint, options.base)
     with explained(loaded.folder):
         text = _text_of_files(loaded, options) if options.source else _text_of_run(loaded, options)
         result = _evaluate(loaded, text)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from fundamentallm.checkpoint.reading import explained
-from fundamentallm.commands.options import add_checkpoint
+from fundamentallm.commands.options import BASE_HELP, add_checkpoint
 from fundamentallm.data.chat import ChatTemplate
 from fundamentallm.data.tokenizers import encode_prompt
 from fundamentallm.errors import ConfigError, Problem, printable
@@ -26,6 +26,7 @@ def main(arguments: Sequence[str], program: str) -> int:
     parser = argparse.ArgumentParser(prog=program, description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add_checkpoint(parser, CHECKPOINT_HELP)
+    add("--base", metavar="DIR", help=BASE_HELP)
     add("--prompt", action="append", metavar="TEXT", help="text to continue [a new line]; may be repeated")
     add("--prompts", type=Path, metavar="FILE", help="file with a prompt in each line, in addition to --prompt")
     add("--max_new_tokens", type=int, default=200, metavar="INT", help="maximum number of tokens to generate [200]")
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str], program: str) -> int:
     add("--json", action="store_true", help='print {"prompt": ..., "text": ..., "tokens": N} for each prompt')
     options = parser.parse_args(arguments)
     prompts = _prompts(options)
-    loaded = load_model(options.checkpoint)
+    loaded = load_model(options.checkpoint, options.base)
     with explained(loaded.folder):
         return _generate(loaded, prompts, options)
 

@@ -12,6 +12,7 @@ from fundamentallm.config.schema import Config
 from fundamentallm.config.validation import Interval
 from fundamentallm.errors import ConfigError, Problem
 
+BASE_HELP = "base model of an adapter: a folder or cached name [the one that your run trained, or the cached name]"
 DEFAULT_TRAINER = "fundamentallm.train:make_trainer"
 
 

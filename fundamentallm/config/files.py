@@ -6,9 +6,10 @@ import collections
 import glob
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fundamentallm.config.registry import did_you_mean
 from fundamentallm.config.schema import BUILT_IN_CORPUS, Config, DataConfig
@@ -30,6 +31,10 @@ NOT_TEXT = (
 """Suffixes of files that are refused, although some could be decoded as text. Files with any other suffix are text."""
 ENDINGS = 5
 """Suffixes of left out files that are named."""
+
+
+NO_TRAINING = 1e-18
+"""The `train_split` that leaves no character for training."""
 
 
 class SourceFiles(NamedTuple):
@@ -73,6 +78,15 @@ def _field_problems(data: DataConfig) -> Iterator[Problem]:
         if (value := getattr(data, name)) not in allowed[name]:
             reason = f"and data.messages_field is {data.messages_field!r}"
             yield Problem(f"data.{name}", value, "", "Omit one of them.", reason)
+
+
+def validation_only(data: DataConfig) -> DataConfig | None:
+    """Returns the settings that read all of `validation_source` for validation; None if there is none."""
+    if data.validation_source is None:
+        return None
+    settings: dict[str, Any] = dict.fromkeys(("validation_source", "shuffle_buffer", "validation_tokens"))
+    settings |= {"source": data.validation_source, "train_split": NO_TRAINING, "streaming": False}
+    return replace(data, **settings)
 
 
 def find_sources(data: DataConfig) -> list[SourceFiles]:
@@ -194,15 +208,26 @@ def _folder_problems(setting: str, path: str | None) -> list[Problem]:
     return [] if existing.is_dir() else [Problem(setting, path, reason="which is not a folder", advice="Give another.")]
 
 
+def _renamed(problem: Problem, setting: str) -> Problem:
+    """Returns a problem of `data.source` as one of `setting`."""
+    name = setting if problem.setting == "data.source" else problem.setting
+    return Problem(name, problem.value, problem.allowed, problem.advice, problem.reason, problem.text)
+
+
 def file_problems(config: Config) -> list[Problem]:
     """Returns what is wrong with the files and folders of a run. Creates none."""
     data, problems = config.data, list[Problem]()
     if data.tokenizer.endswith(".json") and not os.path.isfile(expand_user(data.tokenizer)):
         problems.append(Problem("data.tokenizer", data.tokenizer, text=f"file {data.tokenizer!r} not found"))
-    try:
-        find_sources(data)
-    except ConfigError as error:
-        problems += error.problems
+    for each, setting in ((data, "data.source"), (validation_only(data), "data.validation_source")):
+        try:
+            found = [] if each is None else find_sources(each)
+        except ConfigError as error:
+            problems += [_renamed(problem, setting) for problem in error.problems]
+            continue
+        if data.streaming and each is data and found[0].kind in ("tokens", "prepared"):
+            reason = f"and {found[0].name} holds tokens already, which are not loaded before they are used"
+            problems.append(Problem("data.streaming", True, "false", reason=reason))
     problems += _folder_problems("data.cache_dir", data.cache_dir)
     problems += _folder_problems("output_dir", config.output_dir)
     problems += _folder_problems("training.checkpoint_dir", config.training.checkpoint_dir)

@@ -9,10 +9,11 @@ import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fundamentallm.config.entries import ParameterGroup, lora_problems, with_defaults
 from fundamentallm.config.registry import not_one_of, unknown_name
 from fundamentallm.config.validation import Section, expand_user, from_dict, range_problems
 from fundamentallm.errors import ConfigError, Problem
@@ -32,16 +33,9 @@ METRIC_NAMES = ("val_loss", "val_perplexity", "val_bits_per_byte")
 LOSS_NAMES = ("cross_entropy", "label_smoothing", "focal", "z_loss")
 CALLBACK_NAMES = ("curves", "samples", "profiler")
 
-# Metadata of fields: may the setting differ from the checkpoint's on resume? Unmarked ones only if named in
-# training.resume_changes.
+# Metadata of fields: may the setting differ on resume? Unmarked ones only if training.resume_changes names them.
 FREE = {"on_resume": "free"}  # changes no weight, so it may
-SCHEDULE = {"on_resume": "schedule"}  # if named, and changes the learning-rate curve
 SHAPE = {"on_resume": "never"}  # the weights have this shape
-
-
-def unknown_metric(name: str, known: Collection[str]) -> Problem:
-    """Returns the problem with an `early_stopping_metric` that is not known."""
-    return not_one_of("early_stopping_metric", name, known)
 
 
 @dataclass(frozen=True)
@@ -78,6 +72,8 @@ class ModelConfig(Section):
     """Checkpoint whose weights initialise a new run; null: random weights."""
     pretrained: str | None = field(default=None, metadata=FREE)
     """Fine-tune this model: a folder or cached name in transformers format; overrides the shape; null: a new model."""
+    lora: dict[str, Any] | None = None
+    """Train LoRA adapters of model.pretrained and nothing else: {r: 8, alpha: 8, dropout: 0, targets: [q_proj]}."""
     qk_norm: bool = field(default=True, metadata=SHAPE)
     """RMS-normalise queries and keys for each head (true exports to transformers as Qwen3, false as Llama)."""
     zero_init_residual: bool = field(default=False, metadata=FREE)
@@ -89,11 +85,15 @@ class ModelConfig(Section):
             yield self._conflict("d_model", "num_heads", allowed)
         if self.num_kv_heads and self.num_heads % self.num_kv_heads:
             yield self._conflict("num_kv_heads", "num_heads", "a divisor of num_heads")
+        if self.lora is not None:
+            yield from lora_problems(self.lora)
+            if self.pretrained is None:
+                yield self._conflict("lora", "pretrained", "with model.pretrained, the model that gets the adapters")
 
     def resolved(self) -> ModelConfig:
         """Returns the shape with derived defaults filled in; with `pretrained`, they are not known yet."""
         if self.pretrained is not None:
-            return self
+            return dataclasses.replace(self, lora=with_defaults(self.lora))
         return dataclasses.replace(
             self,
             num_kv_heads=self.num_kv_heads or self.num_heads,
@@ -117,6 +117,14 @@ class DataConfig(Section):
     """'char' (model.pretrained: its own), 'byte', 'bpe:<size>' trained on the training text, or a tokenizer.json."""
     train_split: float = 0.9
     """Leading fraction of the text used for training; the rest is for validation (1: no validation)."""
+    validation_source: str | None = field(default=None, metadata=FREE)
+    """File, folder, glob or 'datasets:NAME' for validation, in place of a part of the source; null: train_split."""
+    streaming: bool = False
+    """Tokenize the source as it is read, in its own order, in place of once before; needs training.max_steps."""
+    shuffle_buffer: int | None = None
+    """Samples of a stream that are held in memory, of which a random one comes next; null: the stream's order."""
+    validation_tokens: int | None = None
+    """Tokens at the beginning of a stream that are held out for validation; null: none."""
     text_field: str = "text"
     """Field of a row (.jsonl, .parquet, datasets) with the text."""
     prompt_field: str | None = None
@@ -160,32 +168,27 @@ class DataConfig(Section):
             if getattr(self, name) and self.end_of_text is None and not self.chat_template:
                 allowed = f"with an end_of_text such as {END_OF_TEXT!r}; for a prompt_field, or chat_template: true"
                 yield self._conflict(name, "end_of_text", allowed)
+        yield from self._stream_problems()
         if self.prompt_field == self.text_field:
             yield self._conflict("prompt_field", "text_field", "another field")
+
+    def _stream_problems(self) -> Iterator[Problem]:
+        of_streams = ("shuffle_buffer", "validation_tokens")
+        others = dict.fromkeys(("prompt_field", "messages_field", "num_workers", "train_split"), "streaming")
+        others = others if self.streaming else dict.fromkeys(of_streams, "streaming")
+        if self.validation_source is not None:
+            others |= dict.fromkeys(("train_split", "validation_tokens"), "validation_source")
+        for name, other in others.items():
+            if getattr(self, name) != (default := getattr(DataConfig, name)):
+                yield self._conflict(name, other, f"{'null' if default is None else default}")
+        if self.streaming and isinstance(self.source, dict):
+            yield self._conflict("source", "streaming", "one source")
+        if self.validation_tokens is not None and self.validation_tokens <= self.sequence_length:
+            yield self._conflict("validation_tokens", "sequence_length", "more than one sample")
 
     def sources(self) -> dict[str, float]:
         """Returns each source with its weight."""
         return self.source if isinstance(self.source, dict) else {self.source: 1.0}
-
-
-@dataclass(frozen=True)
-class ParameterGroup(Section):
-    """Options of some parameters; an entry of `training.parameter_groups`."""
-
-    pattern: str = ""
-    """Glob over parameter names, such as '*.embed_tokens.*'."""
-    learning_rate_scale: float = 1.0
-    """Factor of the learning rate, at every step."""
-    weight_decay: float | None = None
-    """Weight decay for the group (including vectors); null: unchanged."""
-    frozen: bool = False
-    """Do not train these parameters."""
-
-    def _relations(self) -> Iterator[Problem]:
-        if not self.pattern:
-            yield Problem("pattern", "", "a glob over the parameters' names, such as 'model.layers.0.*'")
-        if self.frozen and (self.learning_rate_scale != 1 or self.weight_decay is not None):
-            yield Problem("frozen", True, "frozen without learning_rate_scale and weight_decay")
 
 
 @dataclass(frozen=True)
@@ -199,15 +202,15 @@ class TrainingConfig(Section):
         fundamentallm.errors.ConfigError: warmup_steps is 200, and max_steps is 100; allowed: a warm-up shorter than ...
     """
 
-    batch_size: int | None = field(default=None, metadata=SCHEDULE)
+    batch_size: int | None = None
     """Global batch size: sequences per optimizer step, over all devices; default: 32, in Python the loader's."""
-    batch_size_schedule: list[list[int]] = field(default_factory=list, metadata=SCHEDULE)
+    batch_size_schedule: list[list[int]] = field(default_factory=list)
     """Later batch sizes: [[1000, 64], [5000, 128]] is 64 sequences after 1000 optimizer steps, and 128 after 5000."""
     micro_batch_size: int | Literal["auto"] | None = field(default=None, metadata=FREE)
     """Per-device micro-batch size, in sequences; affects no result; auto: the largest that fits; default: no limit."""
-    max_epochs: int | None = field(default=None, metadata=SCHEDULE)
+    max_epochs: int | None = None
     """Passes over the training data; default: 1 without max_steps, otherwise no limit."""
-    max_steps: int | None = field(default=None, metadata=SCHEDULE)
+    max_steps: int | None = None
     """Optimizer steps; the run ends at max_steps or max_epochs, whichever comes first; null: no limit."""
     optimizer: str = "adamw"
     """adamw, adam, sgd, muon (hidden matrices; AdamW for the rest), or 'module:name' of an Optimizer class."""
@@ -215,7 +218,7 @@ class TrainingConfig(Section):
     """Further keyword arguments of a 'module:name' optimizer."""
     parameter_groups: list[dict[str, Any]] = field(default_factory=list)
     """List of {pattern, learning_rate_scale, weight_decay, frozen}; the first pattern that matches a name wins."""
-    learning_rate: float = field(default=3e-4, metadata=SCHEDULE)
+    learning_rate: float = 3e-4
     """Peak learning rate, per optimizer step."""
     adam_learning_rate: float | None = None
     """Peak learning rate of the AdamW parameters if the optimizer is muon; null: learning_rate."""
@@ -231,13 +234,13 @@ class TrainingConfig(Section):
     """Momentum of sgd, per optimizer step."""
     muon_momentum: float = 0.95
     """Momentum of muon, per optimizer step; lower it for runs of a few hundred steps."""
-    lr_scheduler: str = field(default="cosine", metadata=SCHEDULE)
+    lr_scheduler: str = "cosine"
     """constant, linear, cosine, cosine_with_restarts, wsd (warm-up, stable, decay), or 'module:name'."""
-    lr_scheduler_options: dict[str, Any] = field(default_factory=dict, metadata=SCHEDULE)
+    lr_scheduler_options: dict[str, Any] = field(default_factory=dict)
     """Options of the schedule: cycles (cosine_with_restarts, 2), decay_fraction (wsd, 0.2)."""
-    warmup_steps: int = field(default=0, metadata=SCHEDULE)
+    warmup_steps: int = 0
     """Optimizer steps of linear warm-up, the last of them at the peak."""
-    min_lr_ratio: float = field(default=0.1, metadata=SCHEDULE)
+    min_lr_ratio: float = 0.1
     """Learning rate of the last optimizer step, as a fraction of the peak."""
     loss: str = "cross_entropy"
     """cross_entropy, label_smoothing, focal, z_loss, or 'module:name'; validation is cross entropy for all four."""
@@ -303,7 +306,7 @@ class TrainingConfig(Section):
                 yield problem
         # Only the Trainer knows whether a further validation metric of this name exists.
         if self.early_stopping_metric not in METRIC_NAMES and not self.early_stopping_metric.startswith("val_"):
-            yield unknown_metric(self.early_stopping_metric, METRIC_NAMES)
+            yield not_one_of("early_stopping_metric", self.early_stopping_metric, METRIC_NAMES)
         if self.optimizer_options and self.optimizer in OPTIMIZER_NAMES:
             yield self._conflict("optimizer_options", "optimizer", "for 'module:name' only; set adam_beta1 directly")
         if self.adam_learning_rate is not None and self.optimizer in ("adamw", "adam", "sgd"):
@@ -376,6 +379,12 @@ class Config(Section):
     """Tokens of each generated sample, after training and by the callback samples; 0: no sample after training."""
 
     def _relations(self) -> Iterator[Problem]:
+        tokenizer = self.data.tokenizer
+        is_theirs = tokenizer == DataConfig.tokenizer and self.model.pretrained is not None
+        if self.data.streaming and not (is_theirs or tokenizer == "byte" or tokenizer.endswith(".json")):
+            advice = "`fundamentallm prepare` on a part of the text writes a tokenizer.json."
+            allowed = "'byte' or a tokenizer.json: the others are made from the whole text"
+            yield Problem("data.tokenizer", tokenizer, allowed, advice, "and data.streaming is true")
         if not self.output_dir:  # a shell variable that is not set
             yield Problem("output_dir", "", "the path of a folder ('.' is this one)")
         for name in self.callbacks:
@@ -407,7 +416,7 @@ class Config(Section):
         )
 
 
-DATA_FACTS = ("data.num_samples", "data.shuffle", "data.drop_last", "data.content", "log")
+DATA_FACTS = ("data.num_samples", "data.shuffle", "data.drop_last", "data.content", "data.sampler", "log")
 """Facts of the data and the log that checkpoints record; `resume_changes` may name them like settings."""
 
 ON_RESUME = {

@@ -43,12 +43,12 @@ FRACTION = Interval(low=0, high=1)
 BELOW_ONE = Interval(low=0, high=1, open_high=True)
 
 _RANGES = {
-    "vocab_size d_model num_heads num_kv_heads num_layers d_ff sequence_length": AT_LEAST_ONE,
+    "vocab_size d_model num_heads num_kv_heads num_layers d_ff sequence_length r": AT_LEAST_ONE,
     "batch_size micro_batch_size max_epochs max_steps max_bad_steps keep_last_n": AT_LEAST_ONE,
     "save_every_n_epochs save_every_n_steps eval_every_n_epochs eval_every_n_steps": AT_LEAST_ONE,
-    "log_every_n_steps early_stopping_patience": AT_LEAST_ONE,
+    "log_every_n_steps early_stopping_patience shuffle_buffer validation_tokens": AT_LEAST_ONE,
     "learning_rate adam_learning_rate learning_rate_scale adam_epsilon gradient_clip_norm": POSITIVE,
-    "rope_theta norm_epsilon skip_spikes_above max_minutes hang_minutes peak_tflops": POSITIVE,
+    "rope_theta norm_epsilon skip_spikes_above max_minutes hang_minutes peak_tflops alpha": POSITIVE,
     "weight_decay early_stopping_min_delta warmup_steps": NON_NEGATIVE,
     "num_workers sample_tokens max_bad_rows": NON_NEGATIVE,
     "adam_beta1 adam_beta2 momentum muon_momentum dropout": BELOW_ONE,

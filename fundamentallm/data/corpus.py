@@ -11,8 +11,9 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,15 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from fundamentallm.config.files import DATASETS, PREPARED, SourceFiles, are_samples, find_sources, is_prepared
+from fundamentallm.config.files import (
+    DATASETS,
+    PREPARED,
+    SourceFiles,
+    are_samples,
+    find_sources,
+    is_prepared,
+    validation_only,
+)
 from fundamentallm.config.schema import BUILT_IN_CORPUS, DataConfig
 from fundamentallm.config.validation import expand_user
 from fundamentallm.data.chat import applied_template
@@ -93,6 +102,8 @@ class Corpus(NamedTuple):
     sources: list[Source]
     end_of_text: int | None
     """The token after each document."""
+    validation: Sequence[Source] = ()
+    """Sources whose validation parts take the place of those of `sources`."""
 
 
 def load_corpus(config: DataConfig, show_progress: bool = True, tokenizer: Tokenizer | None = None) -> Corpus:
@@ -114,6 +125,12 @@ def load_corpus(config: DataConfig, show_progress: bool = True, tokenizer: Token
         >>> corpus.tokenizer.decode(source.train.ids[:18].tolist()), len(source.validation.ids)
         ('to be or not to be', 190)
     """
+    if config.streaming:
+        raise ConfigError(Problem("data.streaming", True, "false, since the whole text is needed"))
+    if (only := validation_only(config)) is not None:
+        whole = replace(config, validation_source=None, train_split=1.0)
+        corpus = load_corpus(whole, show_progress, tokenizer)
+        return corpus._replace(validation=load_corpus(only, show_progress, corpus.tokenizer).sources)
     cache = Path(expand_user(config.cache_dir)) if config.cache_dir else _user_cache()
     weights, resolved = config.sources(), find_sources(config)
     raw = [source for source in resolved if source.kind != "prepared"]
@@ -141,7 +158,7 @@ def load_corpus(config: DataConfig, show_progress: bool = True, tokenizer: Token
         sources.append(_open(folders[name], name, weights[name])._replace(left_out=source.left_out))
         if name in facts and sources[-1].bad_rows > config.max_bad_rows:  # encoded when more were allowed
             check_bad_rows(config, name, (folders[name] / "bad_rows.txt").read_text("utf-8").splitlines())
-        _touch(_opened_note(name))  # so that checkpoints of this run may open it
+        touch_note(opened_note(name))  # so that checkpoints of this run may open it
     if len({(source.folder / "tokenizer.json").read_text(encoding="utf-8") for source in sources}) > 1:
         reason = "which were prepared with different tokenizers"
         raise ConfigError(Problem("data.source", list(weights), "", "Prepare them together.", reason))
@@ -154,7 +171,7 @@ def load_corpus(config: DataConfig, show_progress: bool = True, tokenizer: Token
 def describe(corpus: Corpus) -> list[str]:
     """Returns a line for each source, and one for the rows that were skipped in it."""
     lines, total = [], sum(source.weight for source in corpus.sources)
-    for source in corpus.sources:
+    for source in (*corpus.sources, *corpus.validation):
         sizes = f"{len(source.train.ids):,} training and {len(source.validation.ids):,} validation tokens"
         if source.train.rows is not None and source.validation.rows is not None:
             kind = "pairs" if source.train.turns is None else "chats"
@@ -188,10 +205,12 @@ def vocabulary_size(config: DataConfig) -> int:
 
 def was_opened(config: DataConfig) -> bool:
     """Returns whether this user has loaded every source of `config` before, by a config of their own."""
-    return all(name == BUILT_IN_CORPUS or _opened_note(name).exists() for name in config.sources())
+    names = [*config.sources(), *([config.validation_source] if config.validation_source is not None else [])]
+    return all(name == BUILT_IN_CORPUS or opened_note(name).exists() for name in names)
 
 
-def _opened_note(name: str) -> Path:
+def opened_note(name: str) -> Path:
+    """Returns the file by whose existence a run of this user's has opened a source or a base model's folder."""
     where = name if name.startswith(DATASETS) else os.path.abspath(expand_user(name))
     return _user_cache() / "known" / _hash("opened", where)
 
@@ -324,7 +343,8 @@ def _lock(folder: Path, stack: contextlib.ExitStack, kind: int) -> bool:
     return False
 
 
-def _touch(note: Path) -> None:
+def touch_note(note: Path) -> None:
+    """Makes a note in the user's cache."""
     with contextlib.suppress(OSError):  # a read-only cache still serves its tokens
         note.parent.mkdir(parents=True, exist_ok=True)
         note.touch()
@@ -356,7 +376,7 @@ def _is_ready(folder: Path, cache: Path) -> bool:
             return True
         if set(PREPARED) <= saved.keys() and saved == _checksums(files):
             if states is not None:
-                _touch(note)
+                touch_note(note)
             return True
     return False
 

@@ -27,14 +27,29 @@ WIDTHS = 64
 """Pairs are padded to a multiple of this many inputs, so that few shapes are compiled and cached."""
 
 
-class TokenSamples(Dataset[Batch]):
-    """Base of datasets of tokens, which make whole batches at once. Samples are segments of one array of tokens.
+class Tokenized:
+    """Base of datasets of tokens.
 
     Attributes:
         sequence_length: maximum number of inputs of a sample.
         tokenizer: the tokenizer of the tokens, stored with checkpoints; None if unknown.
-        num_bytes: UTF-8 bytes of the text of all targets, for bits per byte; None if unknown.
         end_of_text: the token after each document; None if there is none.
+    """
+
+    sequence_length: int
+    tokenizer: Tokenizer | None
+    end_of_text: int | None
+
+    def opening(self) -> NDArray[np.integer]:
+        """Returns a few tokens that a model can continue: the first ones."""
+        raise NotImplementedError
+
+
+class TokenSamples(Tokenized, Dataset[Batch]):
+    """Base of datasets of tokens, which make whole batches at once. Samples are segments of one array of tokens.
+
+    Attributes:
+        num_bytes: UTF-8 bytes of the text of all targets, for bits per byte; None if unknown.
         num_cut: number of pairs that are cut off.
         num_lost: number of those that have no target left.
         turns: the first target of each turn of a chat and the token after its last one, one after the other; None: all
@@ -44,10 +59,7 @@ class TokenSamples(Dataset[Batch]):
     num_cut = num_lost = 0
     turns: NDArray[np.int64] | None = None
     tokens: NDArray[np.integer]
-    sequence_length: int
-    tokenizer: Tokenizer | None
     num_bytes: int | None
-    end_of_text: int | None
 
     def __len__(self) -> int:
         raise NotImplementedError

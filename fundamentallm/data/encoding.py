@@ -226,7 +226,7 @@ def _encode(config: DataConfig, source: SourceFiles, pieces: Iterator[tuple[int,
         for (part, piece), encoded in zip(pieces, encoded_pieces, strict=True):
             is_of_row = has_rows and bool(piece.where)
             if encoded.unknown and not (config.unknown_tokens and has_unknown):
-                why = why or _why_unknown(piece, encoded)
+                why = why or why_unknown(piece, encoded)
                 if not is_of_row:
                     allow = ", set data.unknown_tokens: true," if has_unknown else ""
                     advice = f"Remove it{allow} or start a new run with another data.tokenizer."
@@ -245,7 +245,7 @@ def _encode(config: DataConfig, source: SourceFiles, pieces: Iterator[tuple[int,
             held, why = [], ""
 
 
-def _why_unknown(piece: Piece, encoded: Encoded) -> str:
+def why_unknown(piece: Piece, encoded: Encoded) -> str:
     """Returns the place in the source, and what the vocabulary lacks there."""
     line = piece.line + encoded.text.count("\n", 0, encoded.unknown[0][0])
     where = f"{piece.where}, line {line:,}" if piece.line else piece.where or "empty line between documents"
@@ -293,14 +293,18 @@ def split_pieces(pieces: Iterable[Piece], train_size: int, by_rows: bool = False
 
 
 def encode_pieces(
-    tokenizer: Tokenizer, pieces: Iterable[str], with_offsets: bool = False
+    tokenizer: Tokenizer,
+    pieces: Iterable[str],
+    with_offsets: bool = False,
+    copied: tuple[Tokenizer, int | None] | None = None,
 ) -> Generator[Encoded, None, None]:
     """Yield each piece with its tokens. What the vocabulary lacks is the caller's to refuse.
 
     Special tokens in the text are those tokens, or ordinary text if the tokenizer's `encode_special_tokens` is set.
     """
     dtype = token_dtype(tokenizer)
-    tokenizer, unknown = with_unknown(plain_copy(tokenizer))
+    # A caller that encodes again and again gives `copied`: the library keeps some megabytes of each copy that was used.
+    tokenizer, unknown = copied or with_unknown(plain_copy(tokenizer))
     encode_batch = tokenizer.encode_batch if with_offsets else tokenizer.encode_batch_fast
     encode = functools.partial(encode_batch, add_special_tokens=False)
 

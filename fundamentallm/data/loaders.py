@@ -14,16 +14,17 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 
 from fundamentallm.config.schema import Config
 from fundamentallm.data.corpus import Corpus, Source, Tokens
 from fundamentallm.data.datasets import Batch, MixedDataset, PairDataset, TokenDataset, TokenSamples
 from fundamentallm.data.encoding import encode_pieces
 from fundamentallm.data.listed_order import ListedOrder, is_kind, unwrapped
-from fundamentallm.data.random_draws import SeededWorkers, seeded
+from fundamentallm.data.random_draws import SeededWorkers, seed_draws, seeded
 from fundamentallm.data.sampler import StepSampler
 from fundamentallm.data.sources import read_pieces
+from fundamentallm.data.streams import ENDLESS, Stream, is_stream
 from fundamentallm.data.tokenizers import num_bytes, num_ids
 from fundamentallm.distributed.batches import LABELS, StepBatch, to_device
 from fundamentallm.errors import ConfigError, Problem
@@ -52,9 +53,13 @@ def step_sampler(
     Raises:
         ConfigError: if the loader's order cannot be reproduced on resume, or a training batch is larger than the data.
     """
-    if problem := _loader_problem(loader):
+    if problem := _loader_problem(name, loader):
         raise ConfigError(Problem("", loader, advice=f"{name} {problem}"))
     sampler, batch_size, drop_last = unwrapped(loader)
+    layout = process_index, num_processes, micro_batch_size
+    if is_stream(loader.dataset):
+        stream = Stream(loader.dataset, collate_function(loader), seed, process_index == 0)
+        return StepSampler(ENDLESS, batch_size or 1, None, *layout, pad=pad, schedule=schedule, stream=stream)
     num_samples, order, order_seed = len(loader.dataset), None, None  # type: ignore[arg-type]
     if _is_shuffled(sampler, num_samples):
         order_seed = seed
@@ -76,13 +81,12 @@ def step_sampler(
         raise ConfigError(problems)
     if num_samples < (batch_size if drop_last else 1):
         raise ConfigError(Problem("", loader, advice=f"{name} has {num_samples} samples, too few for one batch."))
-    layout = process_index, num_processes, micro_batch_size
     result = StepSampler(num_samples, batch_size, order_seed, *layout, drop_last, pad, schedule, order)
     result.draw_seed = seed
     return result
 
 
-def _loader_problem(loader: DataLoader[Any]) -> str | None:
+def _loader_problem(name: str, loader: DataLoader[Any]) -> str | None:
     """Returns why a loader's order cannot be reproduced, or None if it can, as far as its class tells."""
     if not isinstance(loader, DataLoader):  # notebooks are not type-checked
         return f"is a {type(loader).__name__}; allowed: a torch DataLoader."  # type: ignore[unreachable]
@@ -90,9 +94,16 @@ def _loader_problem(loader: DataLoader[Any]) -> str | None:
     if library not in ("torch", "torchdata", "accelerate"):
         kind = type(loader).__name__
         return f"is a {kind} with an __iter__ of its own, which a run would not call; do it in collate_fn instead."
-    if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
-        kind = "an IterableDataset" if isinstance(loader.dataset, IterableDataset) else type(loader.dataset).__name__
-        return f"has {kind}; allowed: a map-style dataset, with __len__ and __getitem__."
+    kind = type(loader.dataset).__name__
+    if not is_stream(loader.dataset):
+        if not hasattr(loader.dataset, "__len__"):
+            return f"has {kind}; allowed: a dataset with __len__ and __getitem__, or one that is iterated."
+    elif name != "train_loader":
+        return f"has {kind}, a stream; allowed: a dataset with a length, such as list(itertools.islice(stream, 500))."
+    elif loader.num_workers:
+        return f"has num_workers={loader.num_workers}; allowed: 0 for a stream, which each worker would repeat."
+    elif library == "accelerate" or type(loader.dataset).__module__.startswith("accelerate."):
+        return "was prepared by accelerate; give the loader as it was before: each process takes its rows by itself."
     sampler, _, _ = unwrapped(loader)
     if sampler is None:
         return "has batch_size=None; allowed: a batch_size, or a batch_sampler."
@@ -144,7 +155,7 @@ def load(
     What the dataset and the collate function draw at random follows from `seed`, `rank` and the step.
     """
     dataset, fetch_all = loader.dataset, getattr(loader.dataset, "__getitems__", None)
-    collate_fn = collate if loader.collate_fn is default_collate else loader.collate_fn
+    collate_fn = collate_function(loader)
     pin_memory = pin_memory or loader.pin_memory
     if loader.num_workers == 0 and not pin_memory:
         # The same as torch's loader does, without its overhead, which took half of a small batch's time.
@@ -185,9 +196,27 @@ def device_batches(
     """Yield this process's part of the batch of each step from `start` to `stop`."""
     rank_batches, ahead = itertools.tee(map(sampler.rank_batch, range(start, stop)))  # workers prefetch
     indices = (rank_batch.indices for rank_batch in ahead)
-    batches = load(loader, indices, device.type == "cuda", sampler.draw_seed, sampler.process_index, start)
+    if sampler.stream is not None:
+        batches: Iterable[Any] = _stream_batches(sampler, indices, start)
+    else:
+        batches = load(loader, indices, device.type == "cuda", sampler.draw_seed, sampler.process_index, start)
     for rank_batch, batch in zip(rank_batches, batches, strict=True):
         yield StepBatch(to_device(batch, device), len(rank_batch.indices), rank_batch.rows, rank_batch.micro_batches)
+
+
+def _stream_batches(sampler: StepSampler, batches: Iterable[list[int]], first_step: int) -> Iterator[Any]:
+    """Yields this process's part of each batch of a stream. It is read when it is asked for, not before."""
+    stream = sampler.stream
+    for step, indices in enumerate(batches, first_step):
+        whole = sampler.batch(step)
+        samples = stream.read(whole[0], whole[-1] + 1)
+        seed_draws(stream.seed, sampler.process_index, step)
+        yield stream.collate_fn([samples[index - whole[0]] for index in indices])
+
+
+def collate_function(loader: DataLoader[Any]) -> Callable[[Any], Any]:
+    """Returns a loader's collate function; in place of torch's, ours."""
+    return collate if loader.collate_fn is default_collate else loader.collate_fn
 
 
 def collate(batch: Any) -> Any:
@@ -251,7 +280,9 @@ def create_dataloaders(
     validation: TokenSamples | None
     if isinstance(text_or_tokens, Corpus):
         corpus = text_or_tokens._replace(tokenizer=tokenizer or text_or_tokens.tokenizer)
-        train, validation = corpus_samples(corpus, length, train_split < 1)
+        samples, validation = corpus_samples(corpus, length, train_split < 1)
+        assert samples is not None
+        train = samples
     else:
         split = _encode_text if isinstance(text_or_tokens, str) else _split_tokens
         parts = split(text_or_tokens, tokenizer, train_split)
@@ -267,8 +298,10 @@ def create_dataloaders(
 
 def corpus_samples(
     corpus: Corpus, sequence_length: int, has_validation: bool = True
-) -> tuple[TokenSamples, TokenSamples | None]:
+) -> tuple[TokenSamples | None, TokenSamples | None]:
     """Returns training samples, mixed by the sources' weights, and validation samples, each once.
+
+    If `corpus.validation` has sources, they are the validation samples, and there may be none for training.
 
     Raises:
         ConfigError: if a part of a source is too short for one sample.
@@ -284,9 +317,10 @@ def corpus_samples(
             raise ConfigError([_of_source(problem, source.name) for problem in error.problems]) from error
 
     train = {source.name: samples(source, source.train) for source in corpus.sources}
-    validation = {source.name: samples(source, source.validation) for source in corpus.sources if has_validation}
-    if len(train) == 1:
-        return next(iter(train.values())), next(iter(validation.values()), None)
+    held_out = corpus.validation or (corpus.sources if has_validation else ())
+    validation = {source.name: samples(source, source.validation) for source in held_out}
+    if len(train) <= 1:
+        return next(iter(train.values()), None), next(iter(validation.values()), None)
     mixed = MixedDataset(train, [source.weight for source in corpus.sources])
     return mixed, MixedDataset(validation) if validation else None
 

@@ -118,6 +118,7 @@ class StepSampler:
         schedule: later batch sizes, as pairs of the number of steps done and the size from then on, in order.
         order: a `ListedOrder` of an epoch, which replaces `seed`. If it lists batches, each is one step:
             `num_samples` then counts batches, and `batch_size` is 1.
+        stream: a `Stream`, whose positions take the place of indices.
     """
 
     def __init__(
@@ -132,12 +133,15 @@ class StepSampler:
         pad: bool = False,
         schedule: Sequence[Sequence[int]] = (),
         order: Any = None,
+        stream: Any = None,
     ) -> None:
         self.num_samples, self.batch_size, self.seed, self.drop_last = num_samples, batch_size, seed, drop_last
         self.schedule = [list(pair) for pair in schedule]
         self.sizes = [batch_size, *(size for _, size in self.schedule)]
         self.process_index, self.num_processes, self.pad = process_index, num_processes, pad
-        self.order, self.sampler = order, None if order is None else order.description
+        self.order, self.stream = order, stream
+        described = order or stream
+        self.sampler = None if described is None else described.description
         self._largest_unit = max(map(len, order(0))) if order is not None and order.is_batched else 1
         self.micro_batch_size = micro_batch_size or max(self.sizes) * self._largest_unit
         self.steps_per_epoch = _Segment(Start(), batch_size, num_samples, drop_last).steps_over(num_samples)
@@ -200,7 +204,12 @@ class StepSampler:
         return epoch * sum(map(len, self.order(0))) + sum(map(len, self.order(epoch)[:index]))
 
     def epochs_before(self, step: int) -> float:
-        """Returns the passes over the data before `step`. With `drop_last`, an epoch ends before its last sample."""
+        """Returns the passes over the data before `step`. With `drop_last`, an epoch ends before its last sample.
+
+        Of a stream, it is the number of passes that were read to their end.
+        """
+        if self.stream is not None:
+            return float(self.stream.epoch)
         epoch, index = self.place(step)
         return epoch + index / self.num_samples
 

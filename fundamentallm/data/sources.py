@@ -318,8 +318,8 @@ def _table_rows(config: DataConfig, path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _dataset_rows(config: DataConfig, source: str) -> Iterator[tuple[str, Row]]:
-    dataset = open_dataset(source)
-    columns = _columns(config, source, dataset.column_names)
+    dataset = open_dataset(source, config.streaming)
+    columns = _columns(config, source, dataset.column_names or list(next(iter(dataset), {})))
     yield from _numbered(dataset.select_columns(columns).with_format("arrow").iter(ROWS_AT_ONCE))
 
 
@@ -337,7 +337,7 @@ def _columns(config: DataConfig, name: str, existing: list[str]) -> list[str]:
     return list(given.values())
 
 
-def open_dataset(source: str) -> Any:
+def open_dataset(source: str, streaming: bool = False) -> Any:
     """Open the dataset of 'datasets:NAME[,OPTION=VALUE...]': a folder of `save_to_disk`, or what `load_dataset` finds.
 
     Raises:
@@ -359,7 +359,7 @@ def open_dataset(source: str) -> Any:
         if any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
             found = datasets.load_from_disk(path)
             return found[split] if isinstance(found, dict) else found
-        return datasets.load_dataset(path, split=split, **options)
+        return datasets.load_dataset(path, split=split, streaming=streaming, **options)
     except Exception as error:  # it reads many formats and file systems, each with errors of its own
         raise source_error(source, f"which `datasets` cannot open: {error}") from error
 

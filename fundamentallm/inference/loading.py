@@ -12,11 +12,21 @@ from torch import nn
 
 from fundamentallm.checkpoint.manager import CheckpointManager, checkpoints_folder
 from fundamentallm.checkpoint.manifest import is_ours, verify
-from fundamentallm.checkpoint.reading import explained, load_weights
+from fundamentallm.checkpoint.reading import explained, load_parts, load_weights
+from fundamentallm.checkpoint.snapshot import ADAPTER_KEY, MODEL_KEY
 from fundamentallm.data.tokenizers import read_tokenizer
+from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import CheckpointError, CheckpointNotFoundError
+from fundamentallm.models.adapters import Adapter, open_adapter
 from fundamentallm.models.transformer import Transformer
-from fundamentallm.models.transformers_format import CONFIG, TOKENIZER, find_pretrained, transformers_model
+from fundamentallm.models.transformers_format import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    TOKENIZER,
+    Pretrained,
+    find_pretrained,
+    transformers_model,
+)
 
 CHECKPOINT_HELP = (
     "a checkpoint, a run's output_dir or a folder of checkpoints (uses the best, otherwise the newest), or a model "
@@ -38,12 +48,15 @@ class LoadedModel(NamedTuple):
     """The folder that it was read from."""
 
 
-def load_model(checkpoint: str | Path) -> LoadedModel:
+def load_model(checkpoint: str | Path, base: str | Path | None = None) -> LoadedModel:
     """Load a trained model and its tokenizer.
 
     Args:
         checkpoint: a checkpoint, a run's output folder or its folder of checkpoints (the best is used, otherwise the
             newest), or a model folder in Hugging Face format.
+        base: if the checkpoint holds an adapter of peft: its base model, a folder or a name in the local Hugging Face
+            cache. None: the one that the checkpoint names, if it is a cached name or one of your runs has trained
+            adapters of it.
 
     Raises:
         CheckpointNotFoundError: if there is none, or one without the files that its use needs.
@@ -67,23 +80,41 @@ def load_model(checkpoint: str | Path) -> LoadedModel:
     """
     folder = find_checkpoint(Path(os.path.expanduser(checkpoint)))
     with explained(folder):
-        is_checkpoint = is_ours(folder)
-        if is_checkpoint:
+        if is_ours(folder):
             verify(folder)
-        found = find_pretrained(str(folder), "checkpoint")
-        if found.shape is not None:
-            model: nn.Module = Transformer(found.shape)
-            load_weights(folder, found.weights, model)
-        elif is_checkpoint and len(found.weights) > 1:
-            raise CheckpointError(
-                f"{folder} holds a sharded {found.config.get('model_type')} model. Consolidate it first: "
-                f"fundamentallm checkpoints consolidate {folder} OUT."
-            )
-        else:
-            model = transformers_model(found)
-        tokenizer = read_tokenizer(folder / TOKENIZER)
+        has_adapter = (folder / ADAPTER_CONFIG).exists()
+        model, found = _open_adapter(folder, base) if has_adapter else _open_model(folder)
+        own = folder / TOKENIZER
+        tokenizer = read_tokenizer(own if own.exists() else found.folder / TOKENIZER)
+        stop = found.stop | found._replace(folder=folder).stop
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    return LoadedModel(model.eval().to(device), tokenizer, found.context, found.stop, folder)
+    return LoadedModel(model.eval().to(device), tokenizer, found.context, stop, folder)
+
+
+def _open_model(folder: Path) -> tuple[nn.Module, Pretrained]:
+    found = find_pretrained(str(folder), "checkpoint")
+    if found.shape is not None:
+        model = Transformer(found.shape)
+        load_weights(folder, found.weights, model)
+        return model, found
+    if is_ours(folder) and len(found.weights) > 1:
+        raise CheckpointError(
+            f"{folder} holds a sharded {found.config.get('model_type')} model. Consolidate it first: "
+            f"fundamentallm checkpoints consolidate {folder} OUT."
+        )
+    return transformers_model(found), found
+
+
+def _open_adapter(folder: Path, base: str | Path | None) -> tuple[nn.Module, Pretrained]:
+    """Opens an adapter with its base model; those of a checkpoint with the base weights and buffers of its run."""
+    model, found = open_adapter(folder, base)
+    if is_ours(folder):
+        saved = load_parts(folder, (ADAPTER_KEY, MODEL_KEY))
+        adapter = Adapter(model, HostGroup(alone=True))
+        adapter.load_state_dict(saved[ADAPTER_KEY])
+        buffers = saved[MODEL_KEY].keys() & {*adapter.weights.names} - adapter.names.keys()
+        model.load_state_dict({name: saved[MODEL_KEY][name] for name in buffers}, strict=False)
+    return model, found
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -93,11 +124,12 @@ def find_checkpoint(path: Path) -> Path:
         CheckpointNotFoundError: if there is none, or one without the files that its use needs.
     """
     manager = CheckpointManager(checkpoints_folder(path))
-    is_model = is_ours(path) or (path / CONFIG).exists()
+    is_model = is_ours(path) or any((path / name).exists() for name in (CONFIG, ADAPTER_CONFIG))
     folder = path if is_model else manager.get_best() or manager.get_latest()
     if folder is None:
         raise CheckpointNotFoundError(f"there is no checkpoint in {path}; give a checkpoint, or a run's output_dir.")
-    for name in (CONFIG, TOKENIZER):
+    has_adapter = (folder / ADAPTER_CONFIG).exists()  # whose base model has the other files
+    for name in () if has_adapter else (CONFIG, TOKENIZER):
         if not (folder / name).exists():
             raise CheckpointNotFoundError(f"{folder} has no {name}, which the use of its model needs.")
     return folder

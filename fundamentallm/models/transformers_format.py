@@ -9,7 +9,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,14 +18,15 @@ from torch import nn
 
 from fundamentallm.config.schema import END_OF_TEXT, ModelConfig
 from fundamentallm.config.validation import expand_user
-from fundamentallm.data.datasets import TokenSamples
+from fundamentallm.data.datasets import Tokenized
+from fundamentallm.data.streams import Stream
 from fundamentallm.data.tokenizers import SPLIT, num_ids, with_unknown
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.models.transformer import Transformer
 
 CONFIG, TOKENIZER, GENERATION = "config.json", "tokenizer.json", "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-INDEX = "model.safetensors.index.json"
+INDEX, ADAPTER_CONFIG = "model.safetensors.index.json", "adapter_config.json"
 KEPT = (
     *(TOKENIZER, GENERATION, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json"),
@@ -88,7 +89,7 @@ class Pretrained(NamedTuple):
         return self.config.get("vocab_size")
 
     def files(self, dataset: Any) -> dict[str, str]:
-        """Returns the text files, by name, that checkpoints get if this model is trained on a `TokenSamples`."""
+        """Returns the text files, by name, that checkpoints get if this model is trained on a `Tokenized`."""
         paths = [self.folder / name for name in KEPT]
         texts = {path.name: path.read_text(encoding="utf-8") for path in paths if path.is_file()}
         eos, named = _eos({"eos_token_id": sorted(self.stop)}, dataset.end_of_text), _special_tokens(dataset)
@@ -116,7 +117,7 @@ def _eos(saved: dict[str, Any], end_of_text: int | None) -> dict[str, Any]:
     return {} if end_of_text is None or end_of_text in ids else {"eos_token_id": [end_of_text, *ids]}
 
 
-def _special_tokens(dataset: TokenSamples) -> dict[str, Any]:
+def _special_tokens(dataset: Tokenized) -> dict[str, Any]:
     """Returns what a tokenizer_config.json says of a dataset's special tokens, as far as its tokenizer has any."""
     assert dataset.tokenizer is not None
     found: dict[str, Any] = {
@@ -132,8 +133,8 @@ def _special_tokens(dataset: TokenSamples) -> dict[str, Any]:
     return {"pad_token": found["unk_token"]} | found if "unk_token" in found else found
 
 
-def find_pretrained(name: str, setting: str = "model.pretrained") -> Pretrained:
-    """Find the folder `name`, or what the local Hugging Face cache holds under that name.
+def find_pretrained(name: str, setting: str = "model.pretrained", revision: str | None = None) -> Pretrained:
+    """Find the folder `name`, or what the local Hugging Face cache holds under that name, of a `revision` of it.
 
     Errors name the `setting` that gave it. Call it in `explained`: its files may hold anything.
 
@@ -145,9 +146,12 @@ def find_pretrained(name: str, setting: str = "model.pretrained") -> Pretrained:
     if not os.path.isdir(folder):
         if os.path.lexists(folder) or folder.is_absolute() or name.startswith((".", "~")):
             raise refusal("which is not a folder", allowed="a model folder in Hugging Face format")
-        folder = _cached_folder(name, refusal)
-    _refuse_links(folder, refusal)
+        folder = _cached_folder(name, revision, refusal)
+    refuse_links(folder, refusal)
     if not (folder / CONFIG).is_file():
+        if (folder / ADAPTER_CONFIG).is_file():
+            advice = f"Merge it into its model: fundamentallm checkpoints consolidate {name} OUT --merge."
+            raise refusal("which holds an adapter only", advice)
         raise refusal(f"which has no {CONFIG}", allowed="a model folder in Hugging Face format")
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     if "quantization_config" in config:
@@ -176,7 +180,7 @@ def _refusal(setting: str, name: str, reason: str, advice: str = "", allowed: st
     return ConfigError(Problem(setting, name, allowed, advice, reason))
 
 
-def _refuse_links(folder: Path, refusal: Callable[..., ConfigError]) -> None:
+def refuse_links(folder: Path, refusal: Callable[..., ConfigError]) -> None:
     """Refuse symbolic links out of the folder: what they name would get into the checkpoints of a run."""
     root = Path(os.path.realpath(folder))
     if root.parent.name == "snapshots":  # of the Hugging Face cache, whose files are links to its own blobs
@@ -187,12 +191,12 @@ def _refuse_links(folder: Path, refusal: Callable[..., ConfigError]) -> None:
             raise refusal(reason, "If you trust it, copy the file into the folder.")
 
 
-def _cached_folder(name: str, refusal: Callable[..., ConfigError]) -> Path:
+def _cached_folder(name: str, revision: str | None, refusal: Callable[..., ConfigError]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, local_files_only=True))
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
     except (HFValidationError, LocalEntryNotFoundError) as error:
         reason = "which is neither a folder nor in the local Hugging Face cache"
         raise refusal(reason, f"Nothing is downloaded during a run: first run `hf download {name}`.") from error
@@ -245,8 +249,8 @@ def transformers_model(pretrained: Pretrained) -> nn.Module:
     except ImportError as error:
         reason = f"which needs transformers, since {pretrained.why_not}"
         raise refusal(reason, "Run: pip install 'fundamentallm[hf]'.") from error
-    if (pretrained.folder / "adapter_config.json").exists():  # transformers would open the folder that it names
-        raise refusal("which has an adapter_config.json", "Merge the adapter into its model first.")
+    if (pretrained.folder / ADAPTER_CONFIG).exists():  # transformers would open the folder that it names
+        raise refusal(f"which has an {ADAPTER_CONFIG}", "Merge the adapter into its model first.")
     named = pretrained.config.get("architectures") or []
     if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in named):
         raise refusal(f"with {' '.join(named) or 'no known architecture'}", allowed="a causal language model")
@@ -263,20 +267,24 @@ def transformers_model(pretrained: Pretrained) -> nn.Module:
     return model
 
 
-def model_files(model: nn.Module, dataset: Any) -> dict[str, str]:
+def model_files(model: nn.Module, dataset: Any, parts: Mapping[str, Any] | None = None) -> dict[str, str]:
     """Returns the text files, by name, that transformers needs beside the weights, as far as they are known.
 
-    A dataset that is a `TokenSamples` knows the tokenizer and the end-of-text token.
+    A dataset that is a `Tokenized` knows the tokenizer and the end-of-text token. `parts` are those of `weight_parts`:
+    the checkpoint of an adapter is not a model by itself.
     """
     files: dict[str, str] = {}
-    ours, end_of_text = dataset if isinstance(dataset, TokenSamples) else None, None
+    source = dataset.dataset if isinstance(dataset, Stream) else dataset
+    ours, end_of_text = source if isinstance(source, Tokenized) else None, None
     if ours is not None and ours.tokenizer is not None:
         end_of_text = ours.tokenizer.token_to_id(END_OF_TEXT) if ours.end_of_text is None else ours.end_of_text
         files[TOKENIZER] = ours.tokenizer.to_str()
         # Without this, AutoTokenizer chooses a class by the model's type, which splits words in its own way.
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         files[TOKENIZER_CONFIG] = json.dumps(settings | _special_tokens(ours), indent=2)
-    if isinstance(model, Transformer):
+    if parts and "adapter" in parts:
+        files[ADAPTER_CONFIG] = parts["adapter"].config
+    elif isinstance(model, Transformer):
         length = len(dataset[0][0]) if ours is None else ours.sequence_length
         files[CONFIG] = json.dumps(model.transformers_config(length, end_of_text), indent=2)
     elif to_json := getattr(getattr(model, "config", None), "to_json_string", None):

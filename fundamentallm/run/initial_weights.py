@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer
 from torch import nn
 
@@ -15,6 +16,7 @@ from fundamentallm.config.validation import expand_user
 from fundamentallm.data.tokenizers import create_tokenizer, read_tokenizer, same_tokenizer
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.models.adapters import add_lora
 from fundamentallm.models.transformers_format import TOKENIZER, WEIGHTS, Pretrained, find_pretrained, transformers_model
 from fundamentallm.run.resume import check_tokenizer
 from fundamentallm.run.state import RunState
@@ -28,8 +30,13 @@ def open_pretrained(config: Config) -> tuple[Config, Pretrained | None, nn.Modul
     if config.model.pretrained is None:
         return config, None, None
     with HostGroup().barrier_with_errors():
-        config, pretrained = find_completed(config, config.model.pretrained)
-        return config, pretrained, None if pretrained.shape is not None else transformers_model(pretrained)
+        name, lora = config.model.pretrained, config.model.lora
+        config, pretrained = find_completed(config, name)
+        model = None if pretrained.shape is not None else transformers_model(pretrained)
+        if model is not None and lora is not None:
+            torch.manual_seed(config.training.seed)
+            model = add_lora(model, lora, name, pretrained.folder)
+        return config, pretrained, model
 
 
 def find_completed(config: Config, name: str) -> tuple[Config, Pretrained]:
@@ -39,6 +46,8 @@ def find_completed(config: Config, name: str) -> tuple[Config, Pretrained]:
     """
     with explained(Path(name)):
         pretrained = find_pretrained(name)
+        if config.model.lora is not None:  # peft adapts transformers' modules
+            pretrained = pretrained._replace(shape=None, why_not="model.lora is set")
         if is_ours(pretrained.folder):
             verify(pretrained.folder)
         return completed(config, pretrained), pretrained
@@ -48,7 +57,7 @@ def completed(config: Config, pretrained: Pretrained) -> Config:
     """Returns the config with the folder's shape and tokenizer. See `find_completed`."""
     model, data, folder = config.model, config.data, pretrained.folder
     theirs = pretrained.shape or ModelConfig(vocab_size=pretrained.vocab_size)
-    theirs = dataclasses.replace(theirs, pretrained=model.pretrained, dropout=model.dropout)
+    theirs = dataclasses.replace(theirs, pretrained=model.pretrained, dropout=model.dropout, lora=model.lora)
     problems: list[str] = []
     for entry in dataclasses.fields(ModelConfig):
         value = getattr(model, entry.name)

@@ -66,6 +66,7 @@ class Progress:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything. The key "stretches" is that of checkpoint format 2."""
+        stream = self.samples.stream
         return {
             "step": self.step,
             "samples": self.samples.samples_before(self.step),
@@ -74,7 +75,7 @@ class Progress:
             "validation_due": self.validation_due,
             "origin": self.origin,
             "stretches": self.segments,
-        }
+        } | ({} if stream is None else {"stream": stream.state_dict(self.samples.place(self.step)[1])})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resumes at a saved step: at the next sample if the batch size changed, at the next epoch if the data did."""
@@ -92,6 +93,10 @@ class Progress:
                 epoch, index = epoch + 1, 0
             self.samples.start = Start(step, epoch, index, state["samples"])
             self.segments = [*state["stretches"], {**now, "start": list(self.samples.start)}]
+        if self.samples.stream is not None and _sample_order(before) == _sample_order(now):
+            if state["stream"]["position"] != self.samples.place(step)[1]:
+                raise ValueError(f"step {step} is not at the place {state['stream']['position']} of the stream.")
+            self.samples.stream.load_state_dict(state["stream"])
         self.step, self.validation_due = step, bool(state["validation_due"])
         self.origin = None if state["origin"] is None else str(state["origin"])
         self.tokens.copy_(state["tokens"])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fundamentallm.checkpoint.optimizer_state import NamedOptimizerState
 from fundamentallm.checkpoint.reading import explained
-from fundamentallm.checkpoint.snapshot import AVERAGE_KEY, MODEL_KEY, OPTIMIZER_KEY
+from fundamentallm.checkpoint.snapshot import ADAPTER_KEY, AVERAGE_KEY, MODEL_KEY, OPTIMIZER_KEY
 from fundamentallm.checkpoint.state_json import encode
 from fundamentallm.checkpoint.tensor_files import Like
 from fundamentallm.config.schema import NEVER_ON_RESUME, flat_settings
@@ -40,8 +40,8 @@ class RunState:
     def __init__(self, parts: dict[str, Any], config: dict[str, Any]) -> None:
         self.parts, self.config = parts, config
         self.progress: Progress = parts["progress"]
-        self.model: nn.Module = parts["model"]  # without any wrapper
         self.optimizer: NamedOptimizerState = parts["optimizer"]
+        self.model: nn.Module = self.optimizer.model  # without any wrapper
         self.loaded_from: Path | None = None  # a checkpoint
 
     def state_dict(self) -> dict[str, Any]:
@@ -60,6 +60,8 @@ class RunState:
         differ. Raises CheckpointError if a part is missing, unknown, or does not fit; ConfigError with each setting
         that may not differ.
         """
+        if "adapter" in self.parts:
+            saved.setdefault(ADAPTER_KEY, {})  # earlier versions saved adapters with their whole model
         with explained(where, "it does not hold a run"):
             changed = self._changes(saved)
             exchange(saved)

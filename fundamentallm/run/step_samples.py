@@ -76,6 +76,7 @@ def text_of_step(checkpoint: Path, samples: StepSamples, source: str | None = No
     except ConfigError as error:
         advice = "If the text has moved, name it with --source. To leave it out: --indices_only."
         raise ConfigError([f"{problem} {advice}" for problem in error.problems]) from error
+    assert dataset is not None
     if dataset.fingerprint() != samples.content:
         reason = "whose text is not what this step was trained on: it changed, or the run used another one then"
         advice = "Name that text with --source, or leave it out with --indices_only."

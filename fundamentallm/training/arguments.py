@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
-from fundamentallm.config.schema import Config, TrainingConfig, flat_settings, unknown_metric
+from fundamentallm.config.registry import not_one_of
+from fundamentallm.config.schema import Config, TrainingConfig, flat_settings
 from fundamentallm.data.datasets import fingerprint
 from fundamentallm.data.listed_order import global_states, unwrapped
 from fundamentallm.data.loaders import step_sampler
@@ -29,7 +30,7 @@ from fundamentallm.training.evaluation import metric_names
 
 OF_ONE_MACHINE = {
     *("output_dir", "trackers", "tracker_options", "model.init_from", "model.pretrained"),
-    *("data.source", "data.tokenizer", "data.cache_dir", "data.num_workers"),
+    *("data.source", "data.validation_source", "data.tokenizer", "data.cache_dir", "data.num_workers"),
     *("training.checkpoint_dir", "training.resume", "training.peak_tflops"),
 }
 """Settings that may differ between processes: folders of a machine, and what its hardware allows."""
@@ -82,7 +83,8 @@ def check_alike(
         if loader is not None and samples is not None:
             order = samples.sampler or f"drop_last={samples.drop_last}, sampler={type(unwrapped(loader)[0]).__name__}"
             given[name] = f"{samples.num_samples} samples in batches of {samples.batch_size}, {order}"
-            given[f"the content of {name}"] = fingerprint(loader.dataset) or _sampled(loader)
+            if samples.stream is None:  # the order of a stream names its first sample
+                given[f"the content of {name}"] = fingerprint(loader.dataset) or _sampled(loader)
     first, *others = group.all_gather(given)
     problems = []
     for name, value in first.items():
@@ -126,7 +128,16 @@ def make_samplers(
 
 
 def count_steps(config: TrainingConfig, samples: StepSampler) -> int:
-    """Returns the step at which the run ends: max_steps or the end of max_epochs, whichever comes first."""
+    """Returns the step at which the run ends: max_steps or the end of max_epochs, whichever comes first.
+
+    Raises ConfigError for a stream, of which nobody knows where it ends, without max_steps or with max_epochs.
+    """
+    if samples.stream is not None:
+        reason = "and the length of a stream is not known"
+        if config.max_steps is None:
+            raise ConfigError(Problem("training.max_steps", None, "a number of optimizer steps", reason=reason))
+        if config.max_epochs is not None:
+            raise ConfigError(Problem("training.max_epochs", config.max_epochs, "null", reason=reason))
     ends = [math.inf if config.max_steps is None else config.max_steps]
     if config.max_epochs is not None:
         # If the passes were made before these batches begin, the run ends at their beginning.
@@ -161,7 +172,7 @@ def check_arguments(
         problems.append(Problem("training.parameter_groups", training.parameter_groups, advice=advice))
     metrics = metric_names(val_loader, validation_metrics)
     if training.early_stopping_metric not in metrics:
-        problems.append(unknown_metric(training.early_stopping_metric, metrics))
+        problems.append(not_one_of("early_stopping_metric", training.early_stopping_metric, metrics))
     if (patience := training.early_stopping_patience) and val_loader is None:
         advice = "There is no val_loader: give one, or set early_stopping_patience to null."
         problems.append(Problem("training.early_stopping_patience", patience, allowed="null", advice=advice))

@@ -114,7 +114,7 @@ def make_throughput(config: TrainingConfig, accelerator: Accelerator, model: nn.
     from fundamentallm.distributed.dtensor import device_name
 
     peak = config.peak_tflops or known_peak(device_name(accelerator.device), accelerator.mixed_precision)
-    length = None if peak is None else _targets_of(dataset[0])
+    length = None if peak is None else _targets_of(dataset[0])  # a `Stream` has its first sample
     if peak is None or length is None:
         return Throughput()
     return Throughput(peak * accelerator.num_processes, model_flops_per_token(model, length))

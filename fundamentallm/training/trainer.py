@@ -25,6 +25,7 @@ from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.distributed.prepare import place_model, prepare_model
 from fundamentallm.distributed.watchdog import Phase, Place, Watchdog
 from fundamentallm.errors import ConfigError
+from fundamentallm.models.adapters import weight_parts
 from fundamentallm.models.transformers_format import model_files
 from fundamentallm.models.with_loss import ModelWithLoss, Objective
 from fundamentallm.run.environment import environment
@@ -139,10 +140,10 @@ class Trainer(TrainerView):
         freeze(model, training.parameter_groups)
         self.model, with_loss = model, ModelWithLoss(model, *make_objective(training, loss_fn, objective))
         place_model(accelerator, model, training.seed, training.activation_checkpointing, self.say)
+        self._weights = weight_parts(model, self.group, self.say)
         self.optimizer = check_optimizer(model, optimizer or make_optimizer(training, model))
         self.model_with_loss = prepare_model(accelerator, with_loss, self.optimizer, bool(training.compile))
-        self.average = make_average(training, model, self.optimizer)
-        self._has_own_schedule = scheduler is None
+        self.average, self._has_own_schedule = make_average(training, model, self.optimizer), scheduler is None
         self.scheduler = scheduler or make_schedule(training, self.optimizer, self.total_steps)
         self._guard = Guard(accelerator.device, training.max_bad_steps, training.skip_spikes_above)
         self.optimizer_step = OptimizerStep(
@@ -157,7 +158,8 @@ class Trainer(TrainerView):
             self.callbacks.add(TrackerCallback())
         self.files: dict[str, str] = {}  # further text files of each checkpoint, which replace those made for it
         self.state = RunState(self._parts(), asdict(self.config if self.output_dir else training))
-        files = lambda: model_files(model, train_loader.dataset) | self.files  # noqa: E731
+        dataset = self.samples.stream or train_loader.dataset
+        files = lambda: model_files(model, dataset, self._weights) | self.files  # noqa: E731
         self.saver = Saver(open_manager(training, self.is_sharded), self.state, self.group, files)
         self.stop_switch, self.phase = StopSwitch(training.max_minutes), Phase.STARTING
         self.was_rewound = False  # True if the run returned to an earlier checkpoint and replaces what came after it
@@ -169,7 +171,7 @@ class Trainer(TrainerView):
         content = [None if each is None else fingerprint(each.dataset) for each in (self.train_loader, self.val_loader)]
         parts = {
             "progress": Progress(self.samples, content, self.accelerator.device),
-            "model": self.model,  # before the optimizer: reading it reshards what a validation has left gathered
+            **self._weights,  # before the optimizer: reading them reshards what a validation has left gathered
             "optimizer": NamedOptimizerState(self.model, self.optimizer),
             "scheduler": self.scheduler if self._has_own_schedule else CallersSchedule(self.scheduler),
             "guard": self._guard,
@@ -409,7 +411,7 @@ class Trainer(TrainerView):
         switch_to_training(self.optimizer)
         self.model.zero_grad()  # what a caller, or a step that raised, may have left
         self.callbacks.on_train_begin(self)
-        training, data = self.config.training, self.train_loader.dataset
+        training, data = self.config.training, self.samples.stream or self.train_loader.dataset
         self._throughput = make_throughput(training, self.accelerator, self.model, data)
         self._throughput.begin(self.global_step, int(self._progress.tokens))
 

@@ -30,11 +30,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # with the next two, what a start imports only when it needs it
+import torch._dynamo  # with the next ones, what a start imports only when it needs it
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import fundamentallm.train
 import fundamentallm.training.trainer
-from fundamentallm import CheckpointManager
+from fundamentallm import CheckpointManager, create_tokenizer
 from fundamentallm.checkpoint.manifest import verify
 from fundamentallm.checkpoint.reading import load_checkpoint
 from fundamentallm.errors import START_AGAIN
@@ -50,9 +51,11 @@ from tests.integration.trap import (
 COMMAND = ["--config", "config.yaml"]
 # 6,000 characters, 90 % of them for training, in windows of 16 and batches of 64 make 6 steps an epoch. The largest
 # validation loss counts as the best here, which is the first: a start that forgets it takes a later one.
+WHOLE = "model: {d_model: 16, num_heads: 2, num_layers: 1, dropout: 0.2}"
+ADAPTER = "model: {pretrained: base, lora: {dropout: 0.2, targets: all-linear}}"
 CONFIG = f"""
 output_dir: run
-model: {{d_model: 16, num_heads: 2, num_layers: 1, dropout: 0.2}}
+{WHOLE}
 data: {{source: text.txt, sequence_length: 16, cache_dir: cache}}
 training:
   batch_size: 64
@@ -124,6 +127,9 @@ def train_here(
 class Case:
     """A run in its own folder, started until it is finished."""
 
+    has_adapter = False
+    """Whether the runs train an adapter of peft."""
+
     def __init__(self, folder: Path, processes: int) -> None:
         self.folder, self.processes = folder.resolve(), processes
         self.hits: list[str] = []
@@ -132,7 +138,9 @@ class Case:
         self.counts: list[Counter[str]] = []
         self._newest = -1
         self.folder.mkdir(parents=True)
-        (self.folder / "config.yaml").write_text(CONFIG)
+        (self.folder / "config.yaml").write_text(CONFIG.replace(WHOLE, ADAPTER) if self.has_adapter else CONFIG)
+        if self.has_adapter:
+            write_base(self.folder / "base")
         (self.folder / "text.txt").write_text(prose())
         self._logs = self.folder.with_name(self.folder.name + ".logs")
         self._logs.mkdir()
@@ -260,6 +268,16 @@ class Case:
         raise CrashError(f"{self.folder}, start {self.starts}: {what}\n{history}\n{texts}")
 
 
+def write_base(folder: Path) -> None:
+    """Write a tiny model of transformers."""
+    tokenizer = create_tokenizer("char", prose())
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape = Qwen3Config(vocab_size=tokenizer.get_vocab_size(), num_key_value_heads=2, head_dim=8, **sizes)
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(shape).save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
 def _send(process: ForkProcess, number: signal.Signals) -> None:
     if process.exitcode is None:
         assert process.pid is not None
@@ -316,6 +334,11 @@ WINDOWS_OF_REPLACING = {
     "the other takes its name": Instant(PUBLISHES),
     "the first is restored": Instant(f"rename {REPLACED} -> {SAVED}"),
 }
+WINDOWS_OF_ADAPTER = {
+    "a checkpoint gets its name": Instant(PUBLISHES, 2),
+    "a validation": Instant(VALIDATION_FORWARD, 2),
+    "an old checkpoint is half deleted": Instant(f"remove {DELETING}/adapter_model.safetensors"),
+}
 WINDOWS_OF_TWO = {
     "a checkpoint gets its name": Instant(PUBLISHES, 2, rank=0),
     "rank 1 restores": Instant(f"read {SAVED}/manifest.json", rank=1),
@@ -330,7 +353,8 @@ def kill_in_windows(folder: Path, processes: int) -> list[Case]:
         CrashError: if one is not reached, or a run does not end as the uninterrupted one.
     """
     reference, cases = uninterrupted(folder, processes), list[Case]()
-    for number, windows in enumerate((WINDOWS, WINDOWS_OF_REPLACING) if processes == 1 else (WINDOWS_OF_TWO,)):
+    all_windows = (WINDOWS, WINDOWS_OF_REPLACING) if processes == 1 else (WINDOWS_OF_TWO,)
+    for number, windows in enumerate((WINDOWS_OF_ADAPTER,) if Case.has_adapter else all_windows):
         case = Case(folder / f"case_{number}", processes)
         for index, (name, instant) in enumerate(windows.items()):
             before = len(case.hits)
@@ -415,11 +439,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--windows", action="store_true", help="kill at chosen instants instead of random ones")
     parser.add_argument("--kills", type=int, default=200, help="at random, at least")
+    parser.add_argument("--adapter", action="store_true", help="train an adapter of peft, not a whole model")
     parser.add_argument("--processes", type=int, default=1, help="of each run, in a gloo group")
     parser.add_argument("--seed", type=int, default=None, help="of the instants")
     parser.add_argument("--real", type=float, default=0.05, help="fraction of starts by `python -m`")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.adapter:
+        import peft  # noqa: F401  # once here, rather than in every process that is forked
+
+        Case.has_adapter = True
     seed = random.randrange(10**6) if arguments.seed is None else arguments.seed
     folder = Path(tempfile.mkdtemp(prefix="crashes-"))
     print(f"{'' if arguments.windows else f'seed {seed}, '}in {folder} (kept if a run fails)", flush=True)

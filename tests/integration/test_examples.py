@@ -45,6 +45,7 @@ EXPECTED_OUTPUT = {
     "finetune_chat": r"answer: ",
     "finetune_transformers": r"opened in transformers: LlamaForCausalLM",
     "classification": r"'val_accuracy': 0\.[4-9]",
+    "lora": r"opened in peft: .*\n(.*\n)*merged: Qwen3ForCausalLM",
     "python_sources": r"def __init__\(self.+",
     "supervised_pairs": r"97\+70=\d+",
     "sweep": r"best val_loss\n +[0-9.]+  \w+_5e-3\n +[0-9.]+  \w+_5e-3",
@@ -56,7 +57,7 @@ EXPECTED_OUTPUT = {
 def test_script_with_smoke_prints_its_result(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if name == "finetune_chat":
+    if name in ("lora", "finetune_chat"):
         pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--smoke"])

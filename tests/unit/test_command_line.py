@@ -44,7 +44,17 @@ CHOSEN = {
     "training.warmup_steps": 1,
     "training.batch_size_schedule": [[5, 4], [9, 8]],
     "training.parameter_groups": [{"pattern": "*.bias", "frozen": True}],
+    "model.lora": {"r": 4, "alpha": 8.0, "dropout": 0.1, "targets": ["q_proj"]},
 }
+
+APART = (
+    "data.streaming",
+    "data.shuffle_buffer",
+    "data.validation_tokens",
+    "data.validation_source",
+    "data.messages_field",
+)
+"""Settings that do not fit the others."""
 
 Write = Callable[..., str]
 
@@ -92,21 +102,33 @@ def another_value(name: str) -> Any:
     return 0.5 if "float" in str(hint) else 2 * (field.default or 1)
 
 
-def test_parse_config_takes_every_setting_from_yaml_and_options(write: Write) -> None:
-    write('{"elsewhere": "x"}\n', "rows.jsonl")
-    Path("elsewhere").mkdir()  # among others, model.init_from
-    write("{}", "elsewhere/manifest.json")
-    values = {name: another_value(name) for name in SETTINGS}
+def check_every_way(write: Write, values: dict[str, Any]) -> None:
+    """Checks that a file and both forms of options give these values."""
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
     sections: dict[str, Any] = {}
     for name, value in values.items():
         section, _, key = name.rpartition(".")
         (sections.setdefault(section, {}) if section else sections)[key] = value
     from_file = parse_config(["--config", write(json.dumps(sections))])
-    assert {name: value_of(from_file, name) for name in SETTINGS} == values
-    assert [name for name in SETTINGS if value_of(Config(), name) == values[name]] == []
+    assert {name: value_of(from_file, name) for name in values} == values
+    assert [name for name in values if value_of(Config(), name) == values[name]] == []
     assert parse_config([f"--{name}={text}" for name, text in texts.items()]) == from_file
     assert parse_config([word for name, text in texts.items() for word in (f"--{name}", text)]) == from_file
+
+
+def test_parse_config_takes_every_setting_from_yaml_and_options(write: Write) -> None:
+    write('{"elsewhere": "x"}\n', "rows.jsonl")
+    Path("elsewhere").mkdir()  # among others, model.init_from
+    write("{}", "elsewhere/manifest.json")
+    check_every_way(write, {name: another_value(name) for name in SETTINGS if name not in APART})
+
+
+def test_parse_config_takes_every_setting_of_streams(write: Write) -> None:
+    write('{"text": "x"}\n', "rows.jsonl")
+    needed = {name: CHOSEN[name] for name in ("data.source", "data.tokenizer")} | {"training.max_steps": 5}
+    streaming = {"data.streaming": True, "data.shuffle_buffer": 3, "data.validation_tokens": 999}
+    check_every_way(write, needed | streaming)
+    check_every_way(write, needed | {"data.validation_source": "rows.jsonl"})
 
 
 def test_parse_config_option_overrides_the_file(write: Write) -> None:

@@ -93,6 +93,16 @@ def test_from_dict_reports_all_mistakes_at_once() -> None:
     assert sorted(found.setting for found in problems(given)) == sorted(given)
 
 
+@pytest.mark.parametrize(("key", "value"), [("r", 0), ("alpha", 0), ("dropout", 1), ("targets", "q_proj"), ("rank", 8)])
+def test_lora_setting_that_is_wrong_is_named(key: str, value: Any) -> None:
+    (found,) = problems({"model.pretrained": "somewhere", "model.lora": {key: value}})
+    assert (found.setting, found.value) == (f"model.lora.{key}", value)
+
+
+def test_lora_without_a_pretrained_model_is_refused() -> None:
+    assert problem("model.lora", {}).value == {}
+
+
 def test_from_dict_with_a_misspelt_setting_names_it() -> None:
     for setting in [*HINTS, "model", "data", "training"]:
         found = problem(setting + "x", 1)

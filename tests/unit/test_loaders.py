@@ -62,7 +62,7 @@ class Sharding(DistributedSampler):
 @pytest.mark.parametrize(
     ("loader", "named"),
     [
-        (DataLoader(Endless()), "IterableDataset"),
+        (DataLoader(Endless()), "a stream"),
         (DataLoader(NUMBERS, batch_size=None), "batch_size=None"),
         (DataLoader([]), "0 samples"),
         (DataLoader(NUMBERS, batch_size=11, drop_last=True), "10 samples"),

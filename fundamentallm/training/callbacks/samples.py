@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fundamentallm.data.datasets import TokenSamples
+from fundamentallm.data.datasets import Tokenized
 from fundamentallm.data.tokenizers import encode_prompt
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.inference.generation import generate
@@ -24,7 +24,7 @@ def continuation(
         ConfigError: if the training data is not text, or the tokenizer does not know a character of the prompt.
     """
     dataset = trainer.train_loader.dataset
-    if not isinstance(dataset, TokenSamples) or dataset.tokenizer is None:
+    if not isinstance(dataset, Tokenized) or dataset.tokenizer is None:
         raise ConfigError("No text can be generated: train_loader's dataset has no tokenizer. Use a TokenDataset.")
     if not (trainer.is_main_process or trainer.accelerator.is_fsdp2):  # every process has to compute a sharded model
         return None

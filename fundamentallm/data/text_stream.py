@@ -1,0 +1,224 @@
+"""Text that is tokenized as it is read and packed into windows: `data.streaming`."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm import tqdm
+
+from fundamentallm.config.files import find_source, validation_only
+from fundamentallm.config.schema import Config, DataConfig
+from fundamentallm.data.corpus import load_corpus
+from fundamentallm.data.datasets import Batch, TokenDataset, Tokenized, TokenSamples
+from fundamentallm.data.encoding import encode_pieces, why_unknown
+from fundamentallm.data.loaders import collate, corpus_samples
+from fundamentallm.data.sampler import derive_seed
+from fundamentallm.data.sources import BETWEEN, Piece, check_bad_rows, read_source, reads_special_tokens, source_error
+from fundamentallm.data.tokenizers import create_tokenizer, num_bytes, num_ids, plain_copy, with_unknown
+from fundamentallm.errors import ConfigError, Problem
+
+
+class TextStream(Tokenized, IterableDataset[Batch]):
+    """Yields windows of `data.sequence_length` tokens; every token but the first is a target exactly once.
+
+    What is left of the tokens at the end of a pass begins the next one. The state holds the place in the source, the
+    tokens that are not in a window yet, and the shuffle buffer. A place within a file is found again by reading the
+    file up to it, without tokenizing.
+
+    Args:
+        config: the section `data`.
+        seed: of the shuffle buffer.
+        say: prints a line about a bad row; None: nothing is printed.
+    """
+
+    restores_exactly = True  # so that a run does not try it out
+
+    def __init__(self, config: DataConfig, seed: int, say: Callable[[str], None] | None = None) -> None:
+        self.config, self.seed, self.say = config, seed, say
+        self.source = find_source(config, str(config.source))
+        self.sequence_length = config.sequence_length
+        self.tokenizer = tokenizer = create_tokenizer(config.tokenizer, (), config.end_of_text)
+        tokenizer.encode_special_tokens = not reads_special_tokens(config)
+        self._copied = with_unknown(plain_copy(tokenizer))
+        self.end_of_text = None if config.end_of_text is None else tokenizer.token_to_id(config.end_of_text)
+        self.epoch = self._file = self._pieces = self._drawn = 0
+        self._rest, self._buffer = np.empty(0, np.int32), list[NDArray[np.int32]]()
+        self._bad, self._reported = list[str](), set[str]()
+        self._opening: NDArray[np.int32] | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the number of passes completed."""
+        self.epoch = epoch
+
+    def opening(self) -> NDArray[np.integer]:
+        """Returns the first tokens of the first window."""
+        assert self._opening is not None
+        return self._opening
+
+    def fingerprint(self) -> str:
+        """Returns the digest of what decides about the tokens, apart from the settings and what the files hold."""
+        files = [(file.name, file.stat().st_size) for file in self.source.files]
+        reading = reads_special_tokens(self.config), self.config.unknown_tokens
+        about = repr((self.source.kind, files or self.source.name, reading))
+        assert self.tokenizer is not None
+        return hashlib.blake2b(about.encode() + self.tokenizer.to_str().encode(), digest_size=16).hexdigest()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the place, and the tokens that were read and not yielded."""
+        numbers = {"file": self._file, "pieces": self._pieces, "drawn": self._drawn}
+        buffer = np.array(self._buffer, np.int32).reshape(-1, self.sequence_length + 1)
+        return numbers | {"rest": torch.from_numpy(self._rest.copy()), "buffer": torch.from_numpy(buffer)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores `state_dict`. Raises ValueError if it is not one of this stream."""
+        numbers, (rest, buffer) = (
+            [state[name] for name in ("file", "pieces", "drawn")],
+            (state["rest"], state["buffer"]),
+        )
+        if not all(type(number) is int and number >= 0 for number in numbers) or rest.ndim != 1:
+            raise ValueError(f"{numbers} with {tuple(rest.shape)} tokens is not a place in a text.")
+        if buffer.ndim != 2 or buffer.shape[1] != self.sequence_length + 1:
+            raise ValueError(f"a shuffle buffer of shape {tuple(buffer.shape)} does not fit windows.")
+        self._file, self._pieces, self._drawn = numbers
+        self._rest, self._buffer = rest.numpy().astype(np.int32), [*buffer.numpy().astype(np.int32)]
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yields (inputs, targets), each of `sequence_length` tokens, to the end of the pass."""
+        self._bad.clear()  # those of the pass before, or of what was read for validation
+        for window in self._shuffled() if self.config.shuffle_buffer else self._windows():
+            if self._opening is None:
+                self._opening = window[:32]
+            tokens = torch.from_numpy(window.astype(np.int64))
+            yield tokens[:-1], tokens[1:]
+
+    def head(self, count: int) -> NDArray[np.int32]:
+        """Returns the first tokens of a pass.
+
+        Raises:
+            ConfigError: if there are not more of them.
+        """
+        ids = np.empty(0, np.int32)
+        with contextlib.closing(self._encoded()) as encoded:
+            for _, _, more in encoded:
+                ids = np.concatenate([ids, more])
+                if len(ids) > count:
+                    return ids[:count]
+        raise ConfigError(Problem("data.validation_tokens", count, f"less than the {len(ids):,} tokens of data.source"))
+
+    def _shuffled(self) -> Iterator[NDArray[np.int32]]:
+        """Yields random windows of a buffer, which is kept from pass to pass."""
+        size, has_yielded = self.config.shuffle_buffer or 0, False
+        for window in self._windows():
+            if len(self._buffer) < size:
+                self._buffer.append(window)
+                continue
+            index = derive_seed(self.seed, self._drawn) % size
+            self._drawn += 1
+            drawn, self._buffer[index] = self._buffer[index], window
+            has_yielded = True
+            yield drawn
+        if not has_yielded:
+            allowed = f"less than the {len(self._buffer):,} windows of data.source"
+            raise ConfigError(Problem("data.shuffle_buffer", size, allowed))
+
+    def _windows(self) -> Iterator[NDArray[np.int32]]:
+        """Yields windows of sequence_length + 1 tokens. Each begins with the last token of the one before."""
+        length, held_out = self.sequence_length, self.config.validation_tokens or 0
+        if self._file or self._pieces:  # not at the beginning of a pass
+            held_out = 0
+        with contextlib.closing(self._encoded()) as encoded:
+            while True:
+                while len(self._rest) > length:
+                    window, self._rest = self._rest[: length + 1].copy(), self._rest[length:]
+                    yield window
+                if (found := next(encoded, None)) is None:
+                    break
+                self._file, self._pieces, ids = found
+                self._rest = np.concatenate([self._rest, ids[held_out:]])
+                held_out = max(held_out - len(ids), 0)
+        self._file = self._pieces = 0
+
+    def _encoded(self) -> Generator[tuple[int, int, NDArray[np.int32]], None, None]:
+        """Yields the tokens of each row, or piece of a text, and the place after it: file, and pieces in this file."""
+        config, tokenizer = self.config, self.tokenizer
+        assert tokenizer is not None
+        _, unknown = self._copied
+        allows_unknown = config.unknown_tokens and unknown is not None and unknown < num_ids(tokenizer)
+        end = [] if self.end_of_text is None else [self.end_of_text]
+        pieces, ahead = itertools.tee(self._read())
+        texts = (piece.text for _, _, piece in ahead)
+        held, why = [np.empty(0, np.int32)], ""
+        with contextlib.closing(encode_pieces(tokenizer, texts, copied=self._copied)) as encoded_pieces:
+            for (file, number, piece), encoded in zip(pieces, encoded_pieces, strict=True):
+                is_row = self.source.kind in ("rows", "dataset")
+                if encoded.unknown and not allows_unknown:
+                    why = why or why_unknown(piece, encoded)
+                    if not is_row:
+                        advice = "Remove it, or choose another data.tokenizer."
+                        raise source_error(self.source.name, f"whose {why}", advice=advice)
+                held += [encoded.ids.astype(np.int32), np.array(end if piece.ends else [], np.int32)]
+                if is_row and not piece.ends and piece.where:  # a row is packed in full or not at all
+                    continue
+                if why:
+                    self._bad.append(why)
+                    check_bad_rows(config, self.source.name, self._bad)
+                self._report_bad()
+                yield file, number, np.concatenate(held[:1] if why else held)
+                held, why = held[:1], ""
+
+    def _read(self) -> Iterator[tuple[int, int, Piece]]:
+        """Yields the pieces of text from the place on, each with its file and its number in the file, from 1."""
+        first, done = self._file, self._pieces
+        files = [self.source._replace(files=[file]) for file in self.source.files] or [self.source]
+        for file, source in list(enumerate(files))[first:]:
+            pieces = enumerate(read_source(self.config, source, self._bad), start=1)
+            if file == first and done:
+                title, is_hidden = f"reading up to the place in {source.name}", self.say is None
+                for _ in tqdm(itertools.islice(pieces, done), title, done, delay=1, disable=is_hidden):
+                    pass
+            for number, piece in pieces:
+                if number == 1 and self.config.end_of_text is None and (file or self.epoch):
+                    piece = piece._replace(text=BETWEEN + piece.text)
+                yield file, number, piece
+
+    def _report_bad(self) -> None:
+        for row in self._bad:
+            if self.say is not None and row not in self._reported:
+                self._reported.add(row)
+                self.say(f"warning: a bad row is skipped: {row}")
+
+
+def stream_loaders(
+    config: Config, show_progress: bool = True
+) -> tuple[DataLoader[Batch], DataLoader[Batch] | None, list[str]]:
+    """Returns the loaders of a stream and of its validation data (None: there is none), and lines for the user.
+
+    Raises:
+        ConfigError: if the text cannot be read, or is too short for what is held out.
+    """
+    data = config.data
+    stream = TextStream(data, config.training.seed)
+    assert stream.tokenizer is not None
+    validation: TokenSamples | None = None
+    if (only := validation_only(data)) is not None:
+        corpus = load_corpus(only, show_progress, stream.tokenizer)
+        _, validation = corpus_samples(corpus._replace(sources=[], validation=corpus.sources), data.sequence_length)
+    elif data.validation_tokens:
+        ids = stream.head(data.validation_tokens)
+        size = num_bytes(stream.tokenizer, ids[1:], stream.end_of_text)
+        validation = TokenDataset(ids, data.sequence_length, stream.tokenizer, size, stream.end_of_text)
+    name = data.validation_source or "the first tokens"
+    line = f"{data.source}: a stream in {len(stream.source.files) or 1} files, vocabulary {num_ids(stream.tokenizer):,}"
+    lines = [f"{line}; validation: {'none' if validation is None else f'{len(validation):,} samples of {name}'}"]
+    if stream.source.left_out:
+        lines.append(f"{data.source}: not read: {stream.source.left_out}")
+    options: dict[str, Any] = {"batch_size": config.resolved().training.batch_size, "collate_fn": collate}
+    return DataLoader(stream, **options), None if validation is None else DataLoader(validation, **options), lines

@@ -1,0 +1,249 @@
+"""Adapters of peft: what checkpoints of a run that trains one hold, and how they are opened.
+
+peft decides which weights belong to an adapter and how they are named, so whatever it saves can be trained here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fundamentallm.config.entries import LoraSettings
+from fundamentallm.config.validation import expand_user, from_dict
+from fundamentallm.data.corpus import opened_note, touch_note
+from fundamentallm.distributed.host_group import HostGroup
+from fundamentallm.errors import CheckpointError, ConfigError, Problem
+from fundamentallm.models.transformers_format import (
+    ADAPTER_CONFIG,
+    Pretrained,
+    find_pretrained,
+    refuse_links,
+    transformers_model,
+)
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+INSTALL = "Run: pip install 'fundamentallm[peft]'."
+OPENED = {
+    *("r", "lora_alpha", "lora_dropout", "bias", "lora_bias", "fan_in_fan_out", "use_rslora", "use_dora", "task_type"),
+    *("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "trainable_token_indices"),
+    *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "init_lora_weights"),
+}
+"""Settings of an adapter_config.json that `open_adapter` uses. Others may name files to read or modules to import."""
+DESCRIBING = {"peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"}
+"""Settings of an adapter_config.json that change nothing in the adapter."""
+
+
+class AdapterWeights:
+    """The adapter's weights and all buffers of a model, as a part of a run's state, by their names in the model."""
+
+    def __init__(self, model: nn.Module, adapter: dict[str, str]) -> None:
+        weights, parameters = model.state_dict(), dict(model.named_parameters(remove_duplicate=False))
+        held = {_address(weights[name]) for name in adapter}  # a tied weight has several names
+        self.model = model
+        self.names = [name for name in weights if name not in parameters or _address(weights[name]) in held]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Returns the weights and buffers."""
+        weights = self.model.state_dict()
+        return {name: weights[name] for name in self.names}
+
+    def load_state_dict(self, saved: dict[str, Tensor]) -> None:
+        """Restores them, and base weights, which earlier versions saved too. Raises CheckpointError if some lack."""
+        missing, unknown = self.model.load_state_dict(saved, strict=False)
+        if wrong := [*({*missing} & {*self.names}), *unknown]:
+            raise CheckpointError(f"{len(wrong)} weights are missing or not of this model, such as {min(wrong)}.")
+
+
+class Adapter:
+    """Names of the weights of a PeftModel's adapter, and a digest of its base model, as a part of a run's state.
+
+    Make it before the model is sharded. Raises ConfigError if adapter_model.safetensors could not hold all that is
+    trained.
+    """
+
+    def __init__(self, model: Any, group: HostGroup) -> None:
+        self.names = _names(model)  # {in the model: in adapter_model.safetensors}
+        self.weights = AdapterWeights(model, self.names)
+        self.base = group.from_main(lambda: _digest(model, {*self.weights.names}))
+        self.config = _saved_config(model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns names and digest."""
+        return {"names": self.names, "base": self.base}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Raises CheckpointError if the adapter was trained on other base weights. Earlier versions noted none."""
+        if saved.get("base", self.base) != self.base:
+            raise CheckpointError("it was trained on a base model with other weights; give the one that it began with.")
+
+
+def weight_parts(model: nn.Module, group: HostGroup, say: Callable[[str], None]) -> dict[str, Any]:
+    """Returns the parts of a run's state that hold its weights: "model", and "adapter" if it trains one of peft's.
+
+    The base model's folder is noted as this user's own, so that `open_adapter` may read it.
+
+    Raises:
+        ConfigError: as `Adapter` does, or if the model is not a PeftModel with one active adapter.
+    """
+    peft = sys.modules.get("peft")  # which made any adapter
+    if peft is None or not hasattr(model, "peft_config"):
+        return {"model": model}
+    if not isinstance(model, peft.PeftModel) or len(model.active_adapters) != 1:
+        advice = "Make it by peft's get_peft_model(model, config), and train one adapter at a time."
+        reason = "which is not a PeftModel with one active adapter"
+        raise ConfigError(Problem("model", type(model).__name__, advice=advice, reason=reason))
+    adapter = Adapter(model, group)
+    base = json.loads(adapter.config)["base_model_name_or_path"]
+    if not base:
+        advice = "To open its checkpoints, save that model by save_pretrained and name its folder."
+        say(f"warning: the adapter's base model came from no folder, so {ADAPTER_CONFIG} names none. {advice}")
+    elif group.rank == 0 and os.path.isdir(base):
+        touch_note(opened_note(base))
+    if buffers := [name for name in adapter.weights.names if name not in adapter.names]:
+        say(f"buffers such as {buffers[0]} are saved beside the adapter; peft itself opens the base model's")
+    return {"adapter": adapter, "model": adapter.weights}
+
+
+def add_lora(model: nn.Module, settings: dict[str, Any], name: str, folder: Path) -> nn.Module:
+    """Returns a transformers model with the adapter that `model.lora` describes. Its weights are drawn here.
+
+    `folder` is what the model was read from, and `name` what the config says of it.
+
+    Raises:
+        ConfigError: if peft is not installed, or a target matches nothing.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ConfigError(Problem("model.lora", settings, advice=INSTALL, reason="which needs peft")) from error
+    lora, modules = from_dict(LoraSettings, settings), dict(model.named_modules())
+    options = {"r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "target_modules": lora.targets}
+    config = LoraConfig(**options, task_type="CAUSAL_LM")
+    targets = lora.targets if isinstance(lora.targets, list) else []
+    unknown = [each for each in targets if not any(f".{module}".endswith(f".{each}") for module in modules)]
+    reason = f"and the model has no module {', '.join(unknown)}"
+    try:
+        adapted: Any = None if unknown else get_peft_model(model, config)
+    except ValueError as error:  # modules of another kind, or a model for which peft has no default
+        reason = f"with which peft makes no adapter: {error}"
+        adapted = None
+    if adapted is None:
+        linear = {each.rpartition(".")[2] for each, module in modules.items() if isinstance(module, nn.Linear)}
+        raise ConfigError(Problem("model.lora.targets", lora.targets, ", ".join(sorted(linear)), reason=reason))
+    if folder.parent.name == "snapshots":  # of the Hugging Face cache, whose folders are revisions
+        config.base_model_name_or_path, config.revision = name, folder.name
+    return adapted  # type: ignore[no-any-return]
+
+
+def open_adapter(folder: Path, base: str | Path | None) -> tuple[Any, Pretrained]:
+    """Opens the LoRA adapter in a folder with its base model. Returns a PeftModel, and the base model's folder.
+
+    The folder may come from a stranger. So only settings that read and import nothing are used, and the base model is
+    the one given; otherwise a folder that a run of this user's trained adapters of, or a name in the local cache.
+
+    Raises:
+        ConfigError: if peft is not installed, the adapter is of another kind, or the given base cannot be used.
+        CheckpointError: if a file is missing, or the base model is not given and cannot be opened.
+    """
+
+    def refusal(reason: str, advice: str) -> ConfigError:
+        return ConfigError(Problem("checkpoint", str(folder), advice=advice, reason=reason))
+
+    try:
+        import peft
+    except ImportError as error:
+        raise refusal("whose adapter needs peft", INSTALL) from error
+    refuse_links(folder, refusal)
+    saved = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    known = {"init_lora_weights": saved.get("init_lora_weights") in (True, False, "gaussian", "orthogonal")}
+    defaults = peft.LoraConfig().to_dict()
+    others = [name for name, value in saved.items() if value and value != defaults.get(name)]
+    if further := sorted(name for name in others if not known.get(name, name in OPENED | DESCRIBING)):
+        advice = "If you trust it, open it by PeftModel.from_pretrained of peft."
+        raise refusal(f"whose {ADAPTER_CONFIG} has a {further[0]} of {saved[further[0]]!r}", advice)
+    if not (folder / ADAPTER_WEIGHTS).is_file():  # peft would go on to a pickled file, or to the Hub
+        raise CheckpointError(f"{folder}: {ADAPTER_WEIGHTS} is missing.")
+    found = find_pretrained(str(base), "base") if base is not None else _named_base(folder, saved)
+    config = peft.LoraConfig(**{name: saved[name] for name in OPENED & saved.keys()})
+    return peft.PeftModel.from_pretrained(transformers_model(found), str(folder), config=config), found
+
+
+def _named_base(folder: Path, saved: dict[str, Any]) -> Pretrained:
+    """Returns the base model that an adapter_config.json names. Raises CheckpointError if it may not be opened."""
+    name, revision = saved.get("base_model_name_or_path"), saved.get("revision")
+    advice = "Give the base model: --base FOLDER, in Python load_model(..., base=FOLDER)."
+    if not isinstance(name, str) or not name:
+        raise CheckpointError(f"{folder}: its {ADAPTER_CONFIG} names no base model. {advice}")
+    is_name = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) and not os.path.lexists(expand_user(name))
+    if not is_name and not opened_note(name).exists():
+        raise CheckpointError(f"{folder}: its base model {name} is outside of the folder. {advice}")
+    try:
+        is_commit = isinstance(revision, str) and re.fullmatch(r"[0-9a-f]{40}", revision)
+        return find_pretrained(name, "base", revision if is_commit else None)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder}: its base model cannot be opened: {error} {advice}") from error
+
+
+def _names(model: Any) -> dict[str, str]:
+    """Maps names of weights in the model to their names in adapter_model.safetensors.
+
+    Raises ConfigError if that file cannot hold all that is trained.
+    """
+    from peft import get_peft_model_state_dict
+
+    def refusal(reason: str, advice: str) -> ConfigError:
+        return ConfigError(Problem("model", f"an adapter of the type {kind}", advice=advice, reason=reason))
+
+    (adapter,), weights = model.active_adapters, model.state_dict()
+    kind = getattr(model.peft_config[adapter].peft_type, "value", None)
+    # Embeddings that are not trained are the base model's. To find out by itself, peft would ask the Hub.
+    exported = get_peft_model_state_dict(model, weights, adapter, save_embedding_layers=False)
+    first = {_address(tensor): name for name, tensor in reversed(weights.items())}
+    names = {first.get(_address(tensor), ""): name for name, tensor in exported.items()}
+    if "" in names or len(names) < len(exported) or kind == "ADALORA":  # whose callers have to step its ranks
+        raise refusal("which has more state than weights of its own", "Use another, such as LORA.")
+    held = {_address(weights[name]) for name in names}
+    if outside := [name for name, p in model.named_parameters() if p.requires_grad and _address(p) not in held]:
+        reason = f"and {ADAPTER_WEIGHTS} does not hold {', '.join(outside[:3])}, which is trained"
+        raise refusal(reason, "Name its module in modules_to_save of the adapter's config, or freeze it.")
+    return names
+
+
+def _saved_config(model: Any) -> str:
+    """Returns the content of adapter_config.json, as peft's save_pretrained writes it."""
+    config = model.peft_config[model.active_adapters[0]]
+    saved = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    if config.task_type is None:
+        base = type(model.get_base_model())
+        saved["auto_mapping"] = {"base_model_class": base.__name__, "parent_library": base.__module__}
+    name = config.base_model_name_or_path
+    path = os.path.abspath(name) if name and os.path.isdir(name) else name
+    return json.dumps({**saved, "base_model_name_or_path": path, "inference_mode": True}, indent=2, sort_keys=True)
+
+
+@torch.no_grad()
+def _digest(model: nn.Module, left_out: set[str]) -> str:
+    """Returns a digest of all weights that are not left out: of names, shapes, and sums of the bits of the values.
+
+    A sum of integers is the same on all devices. Values are taken as float32, so that weights in 16 bits equal their
+    conversion.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if name not in left_out:
+            bits = parameter.float().contiguous().view(torch.int32)
+            digest.update(f"{name} {tuple(parameter.shape)} {int(bits.sum(dtype=torch.int64))}\n".encode())
+    return digest.hexdigest()
+
+
+def _address(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.shape
