@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from fundamentallm.commands.options import add_trainer_option, parse_settings, settings_parser, trainer_problems
+from fundamentallm.commands.options import add_trainer_option, parse_settings, settings_parser
 from fundamentallm.commands.output import say
 from fundamentallm.errors import Problem
 
@@ -24,10 +24,10 @@ def main(arguments: Sequence[str], program: str) -> int:
     parser = settings_parser(program, "[--trainer MODULE:NAME]", f"{about} {codes}")
     add_trainer_option(parser)
     options, rest = parser.parse_known_args(arguments)
-    problems = trainer_problems(options.trainer)
+    problems = []
     if (launched := os.environ.get("WORLD_SIZE", "1")) != "1":
         problems.append(Problem("WORLD_SIZE", launched, allowed="1", advice="Run doctor on one process."))
-    config = parse_settings(rest, program, problems)
+    config = parse_settings(rest, program, problems, trainer=options.trainer)
 
     # Imported here, so that --help and wrong settings need not wait for torch.
     from fundamentallm.commands.doctor.checks import CHECKS, Case, examine, forecast
