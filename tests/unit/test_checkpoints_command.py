@@ -302,7 +302,7 @@ def test_verify_does_not_call_a_rotated_checkpoint_damaged(
 
     monkeypatch.setattr(checkpoint_verbs, "verify", verify)
     code, out, _ = command("verify", copy)
-    assert (code, "damaged" in out, len(out.splitlines())) == (0, False, 5)
+    assert (code, "damaged" in out, len(out.splitlines())) == (0, False, 4)
 
 
 def test_every_verb_takes_the_checkpoint_as_an_option(made: Run, command: Command) -> None:
@@ -410,11 +410,11 @@ def test_verbs_wrong_path_is_an_error_with_the_path(tmp_path: Path, command: Com
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
     for path, problem in (
-        (tmp_path / "nothing", "is not a folder"),
-        (tmp_path / "file", "is not a folder"),
+        (tmp_path / "nothing", "there is no checkpoint in"),
+        (tmp_path / "file", "there is no checkpoint in"),
         (tmp_path / "empty", "there is no checkpoint in"),
         (tmp_path / ("x" * 300), "cannot be read"),
-        (tmp_path / "x\x1b[2J", "is not a folder"),
+        (tmp_path / "x\x1b[2J", "there is no checkpoint in"),
     ):
         code, out, err = command(verb[0], path, *verb[1:])
         assert (code, out) == (1, "")
