@@ -69,7 +69,8 @@ def generate(
         >>> len(ids), ids == list(generate(model, [1, 2, 3], max_new_tokens=5, context=16, seed=7))
         (5, True)
     """
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
+    sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    sampling["repetition_penalty"] = repetition_penalty
     problems = [] if token_ids else [Problem("prompt", "", "at least one token")]
     if unknown := row_problem(model, "prompt", token_ids, token_ids):
         problems.append(unknown)
