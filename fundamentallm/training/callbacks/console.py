@@ -30,7 +30,6 @@ class ProgressCallback(Callback):
         self._bar: tqdm[Any] = tqdm(disable=True)
 
     def on_train_begin(self, trainer: RunView) -> None:
-        """Open the bar at the step that the run resumes from."""
         can_move = (sys.stderr is not None and sys.stderr.isatty()) or issubclass(tqdm, tqdm_notebook)
         self._bar = tqdm(
             total=trainer.total_steps,
@@ -42,15 +41,13 @@ class ProgressCallback(Callback):
         )
 
     def on_step_begin(self, trainer: RunView) -> None:
-        """Move the bar. `on_step_end` would make the host wait for the device."""
+        # `on_step_end` would make the host wait for the device.
         self._bar.update(trainer.global_step - self._bar.n)
 
     def on_log(self, trainer: RunView, metrics: dict[str, float]) -> None:
-        """Show the loss, once the bar is drawn again."""
         self._bar.set_postfix_str(f"loss {metrics['train_loss']:.3f}", refresh=False)
 
     def on_train_end(self, trainer: RunView) -> None:
-        """Close the bar."""
         self._bar.update(trainer.global_step - self._bar.n)
         self._bar.close()
 
@@ -73,7 +70,6 @@ class LoggingCallback(Callback):
         self._file = LineFile(self.path, MEASURED) if self.path else None
 
     def on_train_begin(self, trainer: RunView) -> None:
-        """Print what is about to run, and rewind the file to the step that the run resumes from."""
         if not trainer.is_main_process:
             return
         accelerator, group, step = trainer.accelerator, trainer.optimizer.param_groups[0], trainer.global_step
@@ -91,19 +87,15 @@ class LoggingCallback(Callback):
             rewind_lines(trainer, self._file)
 
     def on_log(self, trainer: RunView, metrics: dict[str, float]) -> None:
-        """Write a training line."""
         self._write(trainer, metrics, trainer.seconds_left)
 
     def on_validation_end(self, trainer: RunView, metrics: dict[str, float]) -> None:
-        """Write a validation line."""
         self._write(trainer, {"step": trainer.global_step, "epoch": trainer.epochs_done, **metrics})
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what the checkpoint counts on in the file."""
         return {} if self._file is None else self._file.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Note what the file is to be compared with."""
         if self._file is not None:
             self._file.load_state_dict(state)
 

@@ -61,21 +61,17 @@ class VisualizationCallback(Callback):
         self._restarts: list[int] = []
 
     def on_train_begin(self, trainer: RunView) -> None:
-        """Look up the steps at which the run was restarted."""
         if trainer.output_dir is not None:
             self._restarts = restarts(trainer.output_dir)
 
     def on_log(self, trainer: RunView, metrics: dict[str, float]) -> None:
-        """Draw, if the last picture is old enough."""
         if time.monotonic() - self._drawn_at >= self.refresh_seconds:
             self._draw(trainer)
 
     def on_validation_end(self, trainer: RunView, metrics: dict[str, float]) -> None:
-        """Draw."""
         self._draw(trainer)
 
     def on_train_end(self, trainer: RunView) -> None:
-        """Draw the whole run."""
         self._draw(trainer)
 
     def _draw(self, trainer: RunView) -> None:

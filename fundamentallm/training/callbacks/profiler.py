@@ -49,7 +49,6 @@ class ProfilerCallback(Callback):
         self._open = ExitStack()
 
     def on_train_begin(self, trainer: RunView) -> None:
-        """Start a profiler that waits for the chosen steps, if this launch makes any of them."""
         step = trainer.global_step
         first = self.first_step or step + 10
         self._last_step = first + self.num_steps - 1
@@ -67,7 +66,6 @@ class ProfilerCallback(Callback):
         self._profile = self._open.enter_context(trainer.accelerator.profile(options))
 
     def on_step_begin(self, trainer: RunView) -> None:
-        """Advance the profiler, and stop it after the last of the steps."""
         # Not in on_step_end: if any callback overrides that hook, the host waits for the device at every step.
         if self._profile is not None:
             self._profile.step()
@@ -75,7 +73,6 @@ class ProfilerCallback(Callback):
                 self.on_train_end(trainer)
 
     def on_train_end(self, trainer: RunView) -> None:
-        """Stop the profiler. If the run ends within the chosen steps, those already traced are written."""
         self._open.close()
         self._profile = None
 

@@ -61,7 +61,6 @@ class SampleCallback(Callback):
         self._file = LineFile(Path(SAMPLES))
 
     def on_train_begin(self, trainer: RunView) -> None:
-        """Check prompts and options, and rewind the file to the step that the run resumes from."""
         if trainer.val_loader is None:
             advice = "Samples follow validations, and there is no val_loader; give one, or leave samples out."
             raise ConfigError([Problem("callbacks", trainer.config.callbacks, advice=advice)])
@@ -74,7 +73,6 @@ class SampleCallback(Callback):
             rewind_lines(trainer, self._file)
 
     def on_validation_end(self, trainer: RunView, metrics: dict[str, float]) -> None:
-        """Generate, print and store a text for each prompt."""
         for prompt in self.prompts:
             written = continuation(trainer, prompt, self.num_tokens or 0, self.temperature)
             if written is None or not trainer.is_main_process:

@@ -44,7 +44,6 @@ class TrackerCallback(Callback):
         self._owns = False
 
     def on_train_begin(self, trainer: RunView) -> None:
-        """Start the trackers, or resume their runs."""
         if not trainer.is_main_process:
             return
         self._path = None if trainer.output_dir is None else trainer.output_dir / RECORD
@@ -59,11 +58,9 @@ class TrackerCallback(Callback):
         self._write()
 
     def on_log(self, trainer: RunView, metrics: dict[str, float]) -> None:
-        """Log a training line."""
         self._log(trainer, metrics, "step")
 
     def on_validation_end(self, trainer: RunView, metrics: dict[str, float]) -> None:
-        """Log a validation line."""
         self._log(trainer, {"epoch": trainer.epochs_done, **metrics}, "val_step")
 
     def _log(self, trainer: RunView, line: dict[str, float], kind: str) -> None:
@@ -84,7 +81,6 @@ class TrackerCallback(Callback):
                 write_text(self._path, json.dumps(runs, indent=1) + "\n")
 
     def on_train_end(self, trainer: RunView) -> None:
-        """Close the trackers that were started here."""
         while self._owns and trainer.accelerator.trackers:
             trainer.accelerator.trackers.pop().finish()
 
