@@ -56,11 +56,6 @@ class Record(Callback):
         self.times: list[float] = []  # at the start and after each step
         self.lines: list[dict[str, float]] = []  # the log
 
-    @property
-    def seconds(self) -> float:
-        """Time since the first step began."""
-        return self.times[-1] - self.times[0]
-
     def on_train_begin(self, run: RunView) -> None:
         self.first_step, self.times = run.global_step, [time.perf_counter()]
 

@@ -241,7 +241,7 @@ def examine(name: str, case: Case) -> Finding:
 def forecast(case: Case) -> dict[str, str]:
     """Returns estimates for the whole run, from a few steps and part of a validation."""
     trainer, training = case.make(), case.config.training
-    run = run_until(trainer, lambda run: len(run.losses) >= (4 if run.seconds > 3 else 30))
+    run = run_until(trainer, lambda run: len(run.losses) >= (4 if run.times[-1] - run.times[0] > 3 else 30))
     durations = [after - before for before, after in itertools.pairwise(run.times)]
     # Allocations and the choice of kernels make the first steps slower.
     step_seconds, steps, line = median(durations[2:] or durations), trainer.total_steps, run.lines[-1]
@@ -263,7 +263,6 @@ def forecast(case: Case) -> dict[str, str]:
 
 
 def _few_steps(trainer: Trainer) -> list[dict[str, float]]:
-    """Train a few steps and return the log."""
     return run_until(trainer, lambda run: len(run.losses) >= STEPS).lines
 
 
