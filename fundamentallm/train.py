@@ -70,9 +70,8 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m funda
             if is_signal and config is not None:
                 note_interruption(Path(config.output_dir), str(interrupt))
             end = f"{interrupt} before the first step" if is_signal else "ended without saving"
-            text = f"{end}; to resume: {command()}"
-            print(f"\n{text}", file=sys.stderr)
-            print_last(text)
+            print(f"\n{end}; to resume: {command()}", file=sys.stderr)
+            print_last(f"{end}; to resume: {command()}")
         return _started_again() if is_signal else exit_code(interrupt)
     if trainer.was_interrupted and trainer.is_main_process:
         print_last(trainer.describe_stop())
@@ -181,9 +180,11 @@ def _load_initial_weights(trainer: Trainer, pretrained: Pretrained | None, token
     from fundamentallm.checkpoint.reading import load_weights
     from fundamentallm.run.initial_weights import begin_from_checkpoint
 
-    config = trainer.config
+    config, manager = trainer.config, trainer.checkpoint_manager
+    assert manager is not None  # the run has a folder
     is_given = config.model.init_from is not None or (pretrained is not None and pretrained.shape is not None)
-    if not is_given or not trainer.group.from_main(lambda: _starts_new(config)):
+    can_begin = is_given and config.training.resume in ("auto", "never")
+    if not can_begin or not trainer.group.from_main(lambda: manager.get_latest() is None):
         return
     with trainer.group.barrier_with_errors():
         if pretrained is not None:
@@ -193,24 +194,20 @@ def _load_initial_weights(trainer: Trainer, pretrained: Pretrained | None, token
 
 
 def _local_main_process_first(accelerator: Accelerator, build: Callable[[], T]) -> T:
-    """Runs `build` on one process of each machine, then on the others, which find the cache filled.
-
-    `accelerator.local_main_process_first` leaves the others waiting if the first one raises. Here they run into the
-    same error.
-    """
+    """Runs `build` on one process of each machine, then on the others, which find the cache filled."""
     if not accelerator.is_local_main_process:
         accelerator.wait_for_everyone()
         return build()
     try:
         return build()
-    finally:
+    finally:  # `accelerator.local_main_process_first` would leave the others waiting if this one raises
         accelerator.wait_for_everyone()
 
 
 def _check_names(config: Config) -> list[Callback]:
-    """Makes everything that the config names once, over a dummy parameter, and returns the callbacks.
+    """Makes everything that the config names over a dummy parameter, to find all mistakes together; returns callbacks.
 
-    So all wrong names and options are found together, before anything is read or written. Raises ConfigError.
+    Raises ConfigError.
     """
     from torch import nn
 
@@ -260,15 +257,6 @@ def _with_vocabulary(model: ModelConfig, tokenizer: Tokenizer, corpus: Corpus | 
             reason = f"and the text may have the token {tokenizer.id_to_token(largest)!r} with the id {largest}"
             raise ConfigError(Problem("model.vocab_size", model.vocab_size, f"at least {largest + 1}", "", reason))
     return replace(model, vocab_size=model.vocab_size or size)
-
-
-def _starts_new(config: Config) -> bool:
-    """Whether the run has no checkpoint to resume from."""
-    from fundamentallm.checkpoint.manager import CheckpointManager
-
-    folder = config.training.checkpoint_dir
-    assert folder is not None  # a resolved config has one
-    return config.training.resume in ("auto", "never") and CheckpointManager(folder).get_latest() is None
 
 
 def _report_end(trainer: Trainer, config: Config, seconds: float) -> None:

@@ -29,7 +29,7 @@ from fundamentallm.run.step_samples import samples_of_step, text_of_step, why_no
 
 def list_command(options: argparse.Namespace) -> int:
     """`checkpoints list`: print a line for each checkpoint, from its manifest and its validation loss."""
-    if is_ours(_existing(options.checkpoint)):
+    if is_ours(options.checkpoint):
         raise CheckpointError(f"{options.checkpoint} is a checkpoint; give the folder that contains it, or use show.")
     folder = checkpoints_folder(options.checkpoint)
     manager, rows, others = CheckpointManager(folder), [], []
@@ -42,14 +42,15 @@ def list_command(options: argparse.Namespace) -> int:
         try:
             manifest = read_manifest(path)
             step, loss = manifest["step"], _val_loss(path, manifest["step"])
-            marks = ["best"] * (path == best) + ["newest"] * (path == newest)
-            marks += ["weights not finite"] * (not manifest["is_finite"])
-            row = path.name, "-" if step is None else f"{step:,}", "-" if loss is None else f"{loss:.4f}"
-            about = size_text(_num_bytes(manifest)), _saved_at(path), ", ".join(marks)
-            rows.append((manifest["sequence"], (*row, *about)))
         except (CheckpointError, OSError) as error:
             if path.exists():  # otherwise the run has just deleted it
                 others.append((f"  {path.name}", _reason(error, path)))
+            continue
+        marks = ["best"] * (path == best) + ["newest"] * (path == newest)
+        marks += ["weights not finite"] * (not manifest["is_finite"])
+        row = path.name, "-" if step is None else f"{step:,}", "-" if loss is None else f"{loss:.4f}"
+        about = size_text(_num_bytes(manifest)), _saved_at(path), ", ".join(marks)
+        rows.append((manifest["sequence"], (*row, *about)))
     if not rows and not others:
         raise _nothing_in(options.checkpoint)
     if rows:
@@ -64,21 +65,20 @@ def list_command(options: argparse.Namespace) -> int:
 
 def verify_command(options: argparse.Namespace) -> int:
     """`checkpoints verify`: print a line for each checkpoint."""
-    folder = _existing(options.checkpoint)
-    paths = [folder]
-    if not is_ours(folder):
-        paths = [path for path in _subfolders(checkpoints_folder(folder)) if _is_checkpoint(path)]
+    paths = [options.checkpoint]
+    if not is_ours(options.checkpoint):
+        paths = [path for path in _subfolders(checkpoints_folder(options.checkpoint)) if _is_checkpoint(path)]
     if not paths:
-        raise _nothing_in(folder)
+        raise _nothing_in(options.checkpoint)
     damaged = 0
     for path in paths:
         try:
             manifest = verify(path)
             extra = sorted({entry.name for entry in path.iterdir()} - {*manifest["files"], MANIFEST})
         except (CheckpointError, OSError) as error:
-            is_damaged = path.exists()
-            damaged += is_damaged
-            say(f"{path.name}  {_reason(error, path) if is_damaged else 'deleted by the run before it was checked'}")
+            if path.exists():  # otherwise the run has just deleted it
+                damaged += 1
+                say(f"{path.name}  {_reason(error, path)}")
             continue
         note = f"; not in the manifest: {printable(', '.join(extra), keep='')}" if extra else ""
         say(f"{path.name}  ok, {len(manifest['files']) + 1} files, {size_text(_num_bytes(manifest))}{note}")
@@ -96,21 +96,21 @@ def show_command(options: argparse.Namespace) -> int:
     config, versions = parts.get("config") or {}, parts.get("versions") or {}
     defaults = flat_settings(dataclasses.asdict(Config(output_dir=str(config.get("output_dir") or ".")).resolved()))
     changed = {name: value for name, value in flat_settings(config).items() if value != defaults.get(name, value)}
-    texts = to_yaml(changed), to_yaml(config)  # before anything is printed
-    made_with = ", ".join(f"{name} {version}" for name, version in versions.items())
-
-    say(f"{path}: {size_text(_num_bytes(manifest))}, saved {_saved_at(path)}")
+    of_python = "" if "training" in config else " (a TrainingConfig, of a run from Python)"
     best = "saved as the best" if manifest["is_best"] else "not saved as the best"
     finite = "finite" if manifest["is_finite"] else "not finite"
-    say(f"number {manifest['sequence']} in its folder, {best}, weights {finite}")
-    if step is not None:
-        say(f"step {step:,}" + ("" if loss is None else f", val_loss {loss:.4f}"))
-    say(textwrap.fill(f"made with {made_with}", WIDTH))
-    say(f"\nfiles ({'SHA-256 verified' if options.verify else 'sizes verified; --verify compares every byte'})")
-    say_table([(f"  {name}", size_text(entry["size"])) for name, entry in manifest["files"].items()], "<>")
-    of_python = "" if "training" in config else " (a TrainingConfig, of a run from Python)"
-    for title, text in zip(("settings that differ from the defaults", f"all settings{of_python}"), texts, strict=True):
-        say(f"\n{title}\n{textwrap.indent(text, '  ').rstrip()}")
+    made_with = ", ".join(f"{name} {version}" for name, version in versions.items())
+    lines = [
+        f"{path}: {size_text(_num_bytes(manifest))}, saved {_saved_at(path)}",
+        f"number {manifest['sequence']} in its folder, {best}, weights {finite}",
+        *([] if step is None else [f"step {step:,}" + ("" if loss is None else f", val_loss {loss:.4f}")]),
+        textwrap.fill(f"made with {made_with}", WIDTH),
+        f"\nfiles ({'SHA-256 verified' if options.verify else 'sizes verified; --verify compares every byte'})",
+        *(f"  {name}  {size_text(entry['size'])}" for name, entry in manifest["files"].items()),
+        f"\nsettings that differ from the defaults\n{textwrap.indent(to_yaml(changed), '  ').rstrip()}",
+        f"\nall settings{of_python}\n{textwrap.indent(to_yaml(config), '  ').rstrip()}",
+    ]
+    say("\n".join(lines))
     return 0
 
 
@@ -147,9 +147,9 @@ def consolidate_command(options: argparse.Namespace) -> int:
     """`checkpoints consolidate`: export weights, config and tokenizer."""
     source, output = _checkpoint(options.checkpoint), options.output
     if os.path.lexists(output):
-        raise ConfigError([Problem("OUT", str(output), allowed="a new folder", reason="which exists already")])
+        raise ConfigError(Problem("OUT", str(output), allowed="a new folder", reason="which exists already"))
     if options.merge and not (source / ADAPTER_CONFIG).exists():
-        raise ConfigError([Problem("--merge", True, "with the checkpoint of an adapter")])
+        raise ConfigError(Problem("--merge", True, "with the checkpoint of an adapter"))
     staging = output.with_name(f".{output.name}-{os.getpid()}")
     try:
         staging.mkdir(parents=True)
@@ -185,7 +185,6 @@ def _val_loss(path: Path, step: int | None) -> float | None:
 
 
 def _num_bytes(manifest: dict[str, Any]) -> int:
-    """Returns the size of all files in a manifest."""
     return sum(entry["size"] for entry in manifest["files"].values())
 
 
@@ -194,28 +193,20 @@ def _saved_at(path: Path) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime((path / MANIFEST).stat().st_mtime))
 
 
-def _existing(folder: Path) -> Path:
-    if not folder.is_dir():
-        raise CheckpointNotFoundError(f"{folder} is not a folder; give a checkpoint or the output_dir of a run.")
-    return folder
-
-
 def _nothing_in(folder: Path) -> CheckpointNotFoundError:
     return CheckpointNotFoundError(f"there is no checkpoint in {folder}; give a checkpoint or the output_dir of a run.")
 
 
 def _checkpoint(folder: Path) -> Path:
     """Returns the checkpoint at `folder`, or the newest one in it."""
-    if is_ours(_existing(folder)):
-        return folder
-    newest = CheckpointManager(checkpoints_folder(folder)).get_latest()
-    if newest is None:
+    found = folder if is_ours(folder) else CheckpointManager(checkpoints_folder(folder)).get_latest()
+    if found is None:
         raise _nothing_in(folder)
-    return newest
+    return found
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir())
+    return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
 
 
 def _is_checkpoint(path: Path) -> bool:

@@ -44,11 +44,9 @@ class Text(NamedTuple):
     """A text to evaluate."""
 
     name: str
-    batches: Iterable[tuple[Tensor, Tensor]]
-    """Inputs and targets, each (B, T). Targets that do not count are `IGNORE_INDEX`."""
+    batches: Iterable[tuple[Tensor, Tensor]]  # inputs and targets (B, T); IGNORE_INDEX: targets that do not count
     num_windows: int
-    num_bytes: int | None
-    """UTF-8 bytes of all targets, or None if unknown."""
+    num_bytes: int | None  # UTF-8 bytes of all targets; None: unknown
 
 
 def main(arguments: Sequence[str], program: str) -> int:
@@ -123,10 +121,8 @@ def _text_of_run(loaded: LoadedModel, options: argparse.Namespace) -> Text:
         loaded.model.document_start = corpus.end_of_text
     if isinstance(dataset, TokenDataset):
         return _windowed(loaded, options, name, [dataset.tokens], dataset.num_bytes, data.sequence_length)
-    for given in ("context", "stride"):
-        if (value := getattr(options, given)) is not None:
-            reason = "and the validation samples are pairs or of several sources, so their size is fixed"
-            raise ConfigError(Problem(f"--{given}", value, "", "Omit it.", reason))
+    if options.context or options.stride:
+        raise ConfigError("Omit --context and --stride: validation samples of pairs or several sources have one size.")
     batches = DataLoader(dataset, batch_size=options.batch_size, collate_fn=collate)
     return Text(name, batches, len(dataset), dataset.num_bytes)
 
@@ -170,14 +166,13 @@ def _windowed(
     name: str,
     texts: Sequence[NDArray[np.integer]],
     num_bytes: int | None,
-    default_context: int,
+    context: int,
 ) -> Text:
-    """Split texts, given as token ids, into windows."""
-    context, problems = options.context or default_context, []
+    """Split texts, given as token ids, into windows of `context` tokens, unless the options say otherwise."""
+    context, problems = options.context or context, []
     stride = options.stride or context
     if loaded.context is not None and context > loaded.context:
-        allowed = f"at most {loaded.context}, which the model was trained with"
-        problems.append(Problem("--context", context, allowed))
+        problems.append(Problem("--context", context, f"at most {loaded.context}, which the model was trained with"))
     if stride > context:
         problems.append(Problem("--stride", stride, f"at most the context, {context}, so that no token is skipped"))
     if problems:

@@ -12,13 +12,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from fundamentallm.commands.options import (
-    add_trainer_option,
-    option_problems,
-    parse_settings,
-    settings_parser,
-    trainer_problems,
-)
+from fundamentallm.commands.options import add_trainer_option, option_problems, parse_settings, settings_parser
 from fundamentallm.commands.output import say
 from fundamentallm.config.schema import Config
 from fundamentallm.config.validation import POSITIVE, Interval
@@ -28,6 +22,7 @@ SMOOTHING = 0.9
 """Weight of the earlier steps in the smoothed loss."""
 DIVERGED = 4.0
 """The test stops when the smoothed loss exceeds its minimum by this factor."""
+INSTALL = "pip install 'fundamentallm[plots]'"
 
 
 def main(arguments: Sequence[str], program: str) -> int:
@@ -43,14 +38,16 @@ def main(arguments: Sequence[str], program: str) -> int:
     parser.add_argument("--steps", type=int, default=100, metavar="INT", help="optimizer steps [100]")
     parser.add_argument("--lowest", type=float, default=1e-6, metavar="FLOAT", help="rate of the first step [1e-6]")
     parser.add_argument("--highest", type=float, default=10.0, metavar="FLOAT", help="rate of the last step [10]")
-    plot = "plot of the curve, if matplotlib is installed [find_lr.png]"
-    parser.add_argument("--plot", type=Path, default=Path("find_lr.png"), metavar="FILE", help=plot)
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="plot of the curve [find_lr.png]")
     options, rest = parser.parse_known_args(arguments)
-    problems = trainer_problems(options.trainer)
-    problems += option_problems(options, steps=Interval(low=20), highest=POSITIVE)
+    problems = option_problems(options, steps=Interval(low=20), highest=POSITIVE)
     if options.lowest not in POSITIVE or not options.lowest < options.highest:
         problems.append(Problem("--lowest", options.lowest, allowed="greater than 0 and less than --highest"))
-    config = parse_settings(rest, program, problems)
+    can_draw = find_spec("matplotlib") is not None
+    if options.plot is not None and not can_draw:
+        reason = "and matplotlib is not installed"
+        problems.append(Problem("--plot", str(options.plot), advice=f"Run: {INSTALL}", reason=reason))
+    config = parse_settings(rest, program, problems, trainer=options.trainer)
     with tempfile.TemporaryDirectory(prefix="fundamentallm-find_lr-") as folder:
         rates, losses, is_main = range_test(config, options, Path(folder))
     if not math.isfinite(losses[0]):
@@ -61,9 +58,10 @@ def main(arguments: Sequence[str], program: str) -> int:
             say("no suggestion: the loss did not fall. Try another range, or more steps.")
         else:
             say(f"suggestion: --training.learning_rate {found:.1e}, where the loss falls fastest")
-        if find_spec("matplotlib") is not None:
-            _draw(rates, losses, found, options.plot)
-            say(f"curve: {options.plot}")
+        path = options.plot or Path("find_lr.png")
+        if can_draw:
+            _draw(rates, losses, found, path)
+        say(f"curve: {path}" if can_draw else f"no curve was drawn, since matplotlib is not installed; run: {INSTALL}")
     return 0 if found is not None else 1
 
 

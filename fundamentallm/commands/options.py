@@ -46,15 +46,6 @@ def add_checkpoint(parser: argparse.ArgumentParser, text: str) -> None:
     group.add_argument("--checkpoint", default=argparse.SUPPRESS, type=Path, metavar="DIR", help="the same")
 
 
-def trainer_problems(name: str) -> list[Problem]:
-    """Returns what is wrong with the value of `--trainer`."""
-    try:
-        resolve("--trainer", name, {})
-    except ConfigError as error:
-        return error.problems
-    return []
-
-
 def option_problems(options: argparse.Namespace, **ranges: Interval) -> list[Problem]:
     """Returns a problem for each option, by name, that is given and outside its range."""
     return [
@@ -65,17 +56,27 @@ def option_problems(options: argparse.Namespace, **ranges: Interval) -> list[Pro
 
 
 def parse_settings(
-    arguments: Sequence[str], program: str, problems: Sequence[Problem], check_files: bool = True
+    arguments: Sequence[str],
+    program: str,
+    problems: Sequence[Problem],
+    check_files: bool = True,
+    trainer: str = DEFAULT_TRAINER,
 ) -> Config:
     """Returns the config of a command line from which the command's own options were removed.
 
     Raises:
-        ConfigError: with every mistake in the settings, then `problems`, the mistakes in the command's own options.
+        ConfigError: with every mistake in the settings, in `trainer`, the value of `--trainer`, and `problems`, the
+            mistakes in the command's other options.
     """
+    found, config = list(problems), Config()
     try:
         config = parse_config(arguments, program, check_files)
     except ConfigError as error:
-        raise ConfigError([*error.problems, *problems]) from error
-    if problems:
-        raise ConfigError(problems)
+        found = [*error.problems, *found]
+    try:
+        resolve("--trainer", trainer, {DEFAULT_TRAINER: None})
+    except ConfigError as error:
+        found += error.problems
+    if found:
+        raise ConfigError(found)
     return config

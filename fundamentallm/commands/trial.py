@@ -56,24 +56,16 @@ class Record(Callback):
         self.times: list[float] = []  # at the start and after each step
         self.lines: list[dict[str, float]] = []  # the log
 
-    @property
-    def seconds(self) -> float:
-        """Time since the first step began."""
-        return self.times[-1] - self.times[0]
-
     def on_train_begin(self, run: RunView) -> None:
-        """Start the clock."""
         self.first_step, self.times = run.global_step, [time.perf_counter()]
 
     def on_step_end(self, run: RunView, loss: float) -> None:
-        """Record the step, and stop if it was the last."""
         self.losses.append(loss)
         self.times.append(time.perf_counter())
         if self.is_enough(self):
             run.request_stop("the trial run is complete")
 
     def on_log(self, run: RunView, metrics: dict[str, float]) -> None:
-        """Record the log line."""
         self.lines.append(dict(metrics))
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,44 +25,6 @@ ALLOWED = {
     "top_k": AT_LEAST_ONE,
     "top_p": Interval(low=0, high=1, open_low=True),
 }
-
-
-@dataclass
-class _Sampling:
-    """How a token is sampled. The settings act in this order, as in transformers' `generate`."""
-
-    repetition_penalty: float
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-
-    def draw(self, logits: Tensor, text: Sequence[int], generator: torch.Generator) -> int:
-        """Sample the token after `text` from its logits (V,)."""
-        logits = logits.float()  # softmax needs the precision
-        if self.repetition_penalty != 1:  # arXiv:1909.05858
-            past = torch.tensor(text, device=logits.device)
-            values = logits[past]
-            logits[past] = torch.where(values > 0, values / self.repetition_penalty, values * self.repetition_penalty)
-        if self.temperature == 0:
-            return int(_refuse_nan(logits).argmax())
-        logits = logits / self.temperature
-        if self.top_k is not None and self.top_k < len(logits):
-            likeliest = logits.topk(self.top_k)
-            logits = torch.full_like(logits, -torch.inf).scatter(-1, likeliest.indices, likeliest.values)
-        probabilities = _refuse_nan(logits.softmax(-1))
-        if self.top_p is not None and self.top_p < 1:  # arXiv:1904.09751
-            ordered, order = probabilities.sort(descending=True)
-            is_beyond = ordered.cumsum(-1) - ordered >= self.top_p  # the tokens before it suffice
-            probabilities[order[is_beyond]] = 0.0
-        return int(torch.multinomial(probabilities, 1, generator=generator))
-
-
-def _refuse_nan(values: Tensor) -> Tensor:
-    if values.isnan().any():
-        raise FundamentaLLMError(
-            "The model's probabilities are NaN: its weights are not finite, or the temperature is too small."
-        )
-    return values
 
 
 def generate(
@@ -97,7 +59,7 @@ def generate(
 
     Raises:
         ConfigError: if a value is outside its range, before anything is sampled.
-        FundamentaLLMError: if the model's logits are NaN.
+        FundamentaLLMError: if the model's logits are NaN or infinite.
 
     Examples:
         >>> import torch
@@ -107,12 +69,8 @@ def generate(
         >>> len(ids), ids == list(generate(model, [1, 2, 3], max_new_tokens=5, context=16, seed=7))
         (5, True)
     """
-    sampling: dict[str, Any] = {
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "repetition_penalty": repetition_penalty,
-    }
+    sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    sampling["repetition_penalty"] = repetition_penalty
     problems = [] if token_ids else [Problem("prompt", "", "at least one token")]
     if unknown := row_problem(model, "prompt", token_ids, token_ids):
         problems.append(unknown)
@@ -121,7 +79,8 @@ def generate(
             problems.append(Problem(name, value, str(ALLOWED[name])))
     if problems:
         raise ConfigError(problems)
-    return _generate(model, token_ids, max_new_tokens, context, _Sampling(**sampling), seed, frozenset(stop))
+    sample = functools.partial(_sample, **sampling)
+    return _generate(model, token_ids, max_new_tokens, context, sample, seed, frozenset(stop))
 
 
 def row_problem(model: nn.Module, setting: str, value: object, ids: Sequence[int]) -> Problem | None:
@@ -141,7 +100,7 @@ def _generate(
     token_ids: list[int],
     max_new_tokens: int,
     context: int | None,
-    sampling: _Sampling,
+    sample: Callable[[Tensor, Sequence[int], torch.Generator], int],
     seed: int,
     stop: frozenset[int],
 ) -> Iterator[int]:
@@ -157,7 +116,7 @@ def _generate(
                 first, cache = len(text) - max(context // 2, 1), None
             with _uncompiled():
                 logits, cache = _next_logits(model, text[first:], cache, context)
-            token = sampling.draw(logits, text, generator)
+            token = sample(logits, text, generator)
             if token in stop:
                 return
             text.append(token)
@@ -171,17 +130,46 @@ def _next_logits(model: nn.Module, window: list[int], cache: Any, context: int) 
 
     The given cache holds all of the window but its last token; None: nothing is cached.
     """
-    device = next(model.parameters()).device
-    begin = 0 if cache is None else len(window) - 1
-    ids = torch.tensor([window[begin:]], device=device)
+    ids = torch.tensor([window if cache is None else window[-1:]], device=next(model.parameters()).device)
     if isinstance(model, Transformer):
         cache = cache or model.new_cache(context)
-        positions = torch.arange(begin, len(window), device=device)[None]
         # The logits of a whole prompt need much memory.
-        return model(ids, lambda hidden, weight: F.linear(hidden[0, -1], weight), cache, positions), cache
+        return model(ids, lambda hidden, weight: F.linear(hidden[0, -1], weight), cache), cache
     output = model(ids, **cache_option(model, True), **({} if cache is None else {"past_key_values": cache}))
     logits = output if isinstance(output, Tensor) else output.logits
     return logits[0, -1], getattr(output, "past_key_values", None)
+
+
+def _sample(
+    logits: Tensor,
+    text: Sequence[int],
+    generator: torch.Generator,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    repetition_penalty: float,
+) -> int:
+    """Sample the token after `text` from its logits (V,). The settings act in the order of transformers' `generate`."""
+    logits = logits.float()  # softmax needs the precision
+    if repetition_penalty != 1:  # arXiv:1909.05858
+        past = torch.tensor(text, device=logits.device)
+        values = logits[past]
+        logits[past] = torch.where(values > 0, values / repetition_penalty, values * repetition_penalty)
+    highest = logits.max()
+    if not highest.isfinite():
+        raise FundamentaLLMError("The model's logits are NaN or infinite: its weights are not finite.")
+    if temperature == 0:
+        return int(logits.argmax())
+    logits = (logits - highest) / temperature  # any temperature leaves the largest one finite
+    if top_k is not None and top_k < len(logits):
+        likeliest = logits.topk(top_k)
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, likeliest.indices, likeliest.values)
+    probabilities = logits.softmax(-1)
+    if top_p is not None and top_p < 1:  # arXiv:1904.09751
+        ordered, order = probabilities.sort(descending=True)
+        is_beyond = ordered.cumsum(-1) - ordered >= top_p  # the tokens before it suffice
+        probabilities[order[is_beyond]] = 0.0
+    return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
 def _uncompiled() -> AbstractContextManager[object]:

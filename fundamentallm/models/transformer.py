@@ -45,20 +45,18 @@ class LayerCache:
     """
 
     def __init__(self, slots: int) -> None:
-        self.slots = slots
+        self.slots, self.used = slots, 0
         self.keys = self.values = torch.empty(0)
-        self.positions = self.mask = torch.empty(0)
-        """Positions (B, T) of the next tokens, and the slots that each of them sees (B, 1, T, used)."""
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Add keys and values (B, H, T, F) of the next tokens and return all of them (B, H, used, F)."""
-        if not self.keys.numel():
+        if self.used == 0:
             b, heads, _, features = keys.shape
             self.keys, self.values = (x.new_zeros(b, heads, self.slots, features) for x in (keys, values))
-        rows, used = torch.arange(len(keys), device=keys.device)[:, None], self.mask.shape[-1]
-        for store, new in ((self.keys, keys), (self.values, values)):
-            store[rows, :, self.positions] = new.transpose(1, 2)
-        return self.keys[:, :, :used], self.values[:, :, :used]
+        begin, self.used = self.used, self.used + keys.shape[2]
+        self.keys[:, :, begin : self.used] = keys
+        self.values[:, :, begin : self.used] = values
+        return self.keys[:, :, : self.used], self.values[:, :, : self.used]
 
 
 def document_mask(input_ids: Tensor, document_start: int, dtype: torch.dtype) -> Tensor:
@@ -112,9 +110,9 @@ class Attention(nn.Module):
             q,
             k,
             v,
-            mask if cache is None else cache.mask,
+            mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and cache is None,
+            is_causal=mask is None and t > 1,  # a single token sees all that is cached
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
         return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))  # type: ignore[no-any-return]
@@ -229,26 +227,19 @@ class Transformer(nn.Module):
         input_ids: Tensor,
         of_hidden: Callable[[Tensor, Tensor], Tensor] | None = None,
         cache: Sequence[LayerCache] | None = None,
-        positions: Tensor | None = None,
     ) -> Tensor:
         """Returns logits (B, T, V) of the token after each of `input_ids` (B, T), or `of_hidden` of the head's input
-        (B, T, D) and weights (V, D). With a cache, the tokens are at `positions` (B, T), after those in the cache.
+        (B, T, D) and weights (V, D). With a cache, the tokens follow those in it: several first, then one at a time.
         """
         x = self.dropout(self.model["embed_tokens"](input_ids))
         config = self.config
+        begin = 0 if cache is None else cache[0].used
+        positions = torch.arange(begin, begin + input_ids.shape[1], device=x.device)
         mask = None
-        if cache is None:
-            positions = torch.arange(input_ids.shape[1], device=x.device)
-            if self.document_start is not None:
-                kind = x.device.type
-                narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-                mask = document_mask(input_ids, self.document_start, narrow)
-        else:  # generated text is one document
-            assert positions is not None
-            used = torch.arange(int(positions.max()) + 1, device=x.device)
-            for layer in cache:
-                layer.positions, layer.mask = positions, used <= positions[:, None, :, None]
-            positions = positions[:, None]  # the same for all heads
+        if self.document_start is not None and cache is None:  # generated text is one document
+            kind = x.device.type
+            narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+            mask = document_mask(input_ids, self.document_start, narrow)
         cos, sin = rotary_table(positions, config.d_model // config.num_heads, config.rope_theta)
         for index, block in enumerate(self.model["layers"].children()):
             if self.gradient_checkpointing and self.training:

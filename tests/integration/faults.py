@@ -8,7 +8,6 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -68,10 +67,6 @@ class _Noisy(Dataset[Batch]):
         return (inputs + self.draw()) % VOCABULARY, targets
 
 
-def global_random_data(config: Config) -> Trainer:
-    return _trainer(config, data=_Noisy(lambda: int(np.random.randint(VOCABULARY))))
-
-
 def own_generator_data(config: Config) -> Trainer:
     generator = torch.Generator().manual_seed(1)
     return _trainer(config, data=_Noisy(lambda: int(torch.randint(VOCABULARY, (), generator=generator))))
@@ -110,10 +105,6 @@ def infinite_loss(config: Config) -> Trainer:
     return _trainer(config, loss_fn=lambda logits, targets: logits.sum() * torch.inf)
 
 
-def mean_loss(config: Config) -> Trainer:
-    return _trainer(config, loss_fn=lambda logits, targets: F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
-
-
 def unseeded_weights(config: Config) -> Trainer:
     model = Small()
     return _trainer(config, lambda: model)
@@ -134,17 +125,6 @@ class _Forgetful(Small):
 
 def forgetful_model(config: Config) -> Trainer:
     return _trainer(config, _Forgetful)
-
-
-class _Signalled(Small):
-    def disturb(self, logits: Tensor) -> Tensor:
-        if self.training:
-            signal.raise_signal(signal.SIGTERM)
-        return logits
-
-
-def signalled_model(config: Config) -> Trainer:
-    return _trainer(config, _Signalled)
 
 
 class _Deaf(Small):

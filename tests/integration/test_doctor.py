@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +11,11 @@ import pytest
 
 from fundamentallm import Config, ConfigError, TrainingConfig
 from fundamentallm.commands.doctor import checks, main
-from fundamentallm.commands.doctor.checks import CHECKS, Case, Finding, examine
+from fundamentallm.commands.doctor.checks import CHECKS, Case, Finding, examine, forecast
 from fundamentallm.errors import Interrupted
 from fundamentallm.signals import ended_by_signals
 from tests.integration.runs import prose
 
-ROOT = Path(__file__).parents[2]
 YAML = """
 output_dir: {folder}/run
 model: {{d_model: 16, num_heads: 2, num_layers: 2, dropout: 0.1}}
@@ -36,10 +33,9 @@ def a_case(folder: Path, fault: str, **training: Any) -> Case:
 
 def first_failure(case: Case) -> tuple[str, Finding] | None:
     for name in CHECKS:
-        if name != "kill and resume":  # it starts a process
-            finding = examine(name, case)
-            if finding.status == "fail":
-                return name, finding
+        finding = examine(name, case)
+        if finding.status == "fail":
+            return name, finding
     return None
 
 
@@ -49,19 +45,18 @@ def arguments(folder: Path, *more: str) -> list[str]:
     return ["--config", str(folder / "config.yaml"), *more]
 
 
-@pytest.mark.slow
-def test_doctor_sound_run_passes_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_doctor_sound_run_passes_and_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "temporary").mkdir()
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE", "WORLD_SIZE"))}
-    environment |= {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path / "temporary")}
-    command = [sys.executable, "-m", "fundamentallm", "doctor", *arguments(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = re.findall(r"^ (\d)  (\w.*?)  +(\w+) ", done.stdout, re.MULTILINE)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    assert main(arguments(tmp_path), "doctor") == 0
+    output = capsys.readouterr().out
+    rows = re.findall(r"^ (\d)  (\w.*?)  +(\w+) ", output, re.MULTILINE)
     assert rows == [(str(number), name, "pass") for number, name in enumerate(CHECKS, start=1)]
-    assert re.search(r"killed at step 5, resumed from [24]", done.stdout)
+    assert re.search(r"crashed at step 5, resumed from [24]", output)
     for title in ("speed", "whole run", "peak memory"):
-        assert f"\n    {title}" in done.stdout
+        assert f"\n    {title}" in output
     assert not (tmp_path / "run").exists()
     assert list((tmp_path / "temporary").glob("fundamentallm*")) == []
 
@@ -74,14 +69,12 @@ def test_doctor_own_trainer_without_faults_passes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "check", "figure"),
     [
-        ("global_random_data", "data", r"training sample \d+ "),
         ("own_generator_data", "data", r"training sample \d+ "),
         ("unseeded_weights", "model", r"such as embedding.weight"),
         ("unseeded_model", "model", r"train_loss of step 1|grad_norm of step 1"),
         ("dropout_in_evaluation", "model", r"in evaluation mode"),
         ("broken_model", "model", r"ZeroDivisionError: planted \(faults.py, line \d+\)"),
         ("infinite_loss", "model", r"first batch is -?inf"),
-        ("mean_loss", "model", r"reduction=.sum."),
         ("batch_statistics", "micro-batches", r"micro-batches of 8 and 2: "),
     ],
 )
@@ -92,21 +85,19 @@ def test_doctor_fault_is_found_by_its_check(tmp_path: Path, fault: str, check: s
     assert re.search(figure, found[1].figure)
 
 
-@pytest.mark.parametrize("fault", ["signalled_model", "deaf_model"])
-def test_doctor_check_that_a_signal_ends_has_no_result(tmp_path: Path, fault: str) -> None:
+def test_doctor_check_that_a_signal_ends_has_no_result(tmp_path: Path) -> None:
     with pytest.raises(Interrupted), ended_by_signals():
-        examine("model", a_case(tmp_path, fault))
+        examine("model", a_case(tmp_path, "deaf_model"))
 
 
 def test_doctor_rows_that_influence_each_other_fail_evaluation(tmp_path: Path) -> None:
     assert examine("evaluation", a_case(tmp_path, "batch_statistics")).status == "fail"
 
 
-@pytest.mark.slow
 def test_doctor_state_outside_the_checkpoint_fails_resume(tmp_path: Path) -> None:
-    finding = examine("kill and resume", a_case(tmp_path, "forgetful_model"))
+    finding = examine("resume", a_case(tmp_path, "forgetful_model"))
     assert finding.status == "fail"
-    assert re.match(r"killed at step 5, resumed from [24]: ", finding.figure)
+    assert re.match(r"crashed at step 5, resumed from [24]: ", finding.figure)
 
 
 def test_doctor_without_validation_skips_evaluation(tmp_path: Path) -> None:
@@ -116,7 +107,7 @@ def test_doctor_without_validation_skips_evaluation(tmp_path: Path) -> None:
 
 
 def test_forecast_counts_steps_and_validations(tmp_path: Path) -> None:
-    shown = a_case(tmp_path, "sound", eval_every_n_steps=16).measured.forecast
+    shown = forecast(a_case(tmp_path, "sound", eval_every_n_steps=16))
     assert "40 steps of " in shown["whole run"]
     # At 16 and 32, at the ends of 6 epochs of 6 steps, and at 40.
     assert ", 9 validations of " in shown["whole run"]
@@ -148,5 +139,5 @@ def test_doctor_reports_all_mistakes_at_once(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError) as caught:
         main(arguments(tmp_path, "--trainer", "nowhere", "--training.max_stepz", "3"), "doctor")
-    assert len(caught.value.problems) == 3
-    assert caught.value.problems[-1].setting == "WORLD_SIZE"
+    settings = [problem.setting for problem in caught.value.problems]
+    assert settings == ["--training.max_stepz", "WORLD_SIZE", "--trainer"]

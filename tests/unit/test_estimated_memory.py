@@ -59,7 +59,6 @@ def cpu_extra(config: Config) -> int:
 @pytest.mark.parametrize(
     ("model", "settings"),
     [
-        ({"vocab_size": 100}, {"batch_size": 2, "sequence_length": 256}),  # the default shape
         (SMALL, {"batch_size": 6, "micro_batch_size": 2}),
         (SMALL, {"batch_size": 4, "mixed_precision": "bf16"}),
         (SMALL, {"batch_size": 16, "activation_checkpointing": True}),
@@ -67,7 +66,7 @@ def cpu_extra(config: Config) -> int:
         (BROAD, {"batch_size": 32}),  # in chunks of the vocabulary
         (HEAVY, {"batch_size": 1, "sequence_length": 32}),
     ],
-    ids=["default", "micro-batches", "bf16", "recomputed", "grouped", "chunks", "heavy"],
+    ids=["micro-batches", "bf16", "recomputed", "grouped", "chunks", "heavy"],
 )
 def test_memory_is_close_to_what_torch_allocates(
     model: dict[str, Any], settings: dict[str, Any], tmp_path: Path

@@ -84,11 +84,11 @@ def test_profiler_traces_the_chosen_steps_over_a_restart(tmp_path: Path) -> None
     inspected(tmp_path, ProfilerCallback(4, 4)).train()
     inspected(tmp_path, ProfilerCallback(4, 4), max_steps=14, resume_changes=["training.max_steps"]).train()
     written = sorted((tmp_path / "traces").glob("*.json"))
-    names = ["step_00000004-00000005.rank0.json", "step_00000007-00000007.rank0.json"]
+    names = ["step_00000004-00000005.rank0.json", "step_00000006-00000007.rank0.json"]
     assert [path.name for path in written] == names
-    for path, steps in zip(written, (2, 1), strict=True):
+    for path in written:
         events = json.loads(path.read_text())["traceEvents"]
-        assert sum(str(event.get("name")).startswith("Optimizer.step") for event in events) == steps
+        assert sum(str(event.get("name")).startswith("Optimizer.step") for event in events) == 2
         assert "aten::mm" in path.with_suffix(".txt").read_text()
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from fundamentallm.commands.options import add_trainer_option, parse_settings, settings_parser, trainer_problems
+from fundamentallm.commands.options import add_trainer_option, parse_settings, settings_parser
 from fundamentallm.commands.output import say
 from fundamentallm.errors import Problem
 
@@ -24,16 +24,13 @@ def main(arguments: Sequence[str], program: str) -> int:
     parser = settings_parser(program, "[--trainer MODULE:NAME]", f"{about} {codes}")
     add_trainer_option(parser)
     options, rest = parser.parse_known_args(arguments)
-    problems = trainer_problems(options.trainer)
+    problems = []
     if (launched := os.environ.get("WORLD_SIZE", "1")) != "1":
-        advice = "Run doctor on one process: it starts the others that it needs."
-        problems.append(Problem("WORLD_SIZE", launched, allowed="1", advice=advice))
-    config = parse_settings(rest, program, problems)
+        problems.append(Problem("WORLD_SIZE", launched, allowed="1", advice="Run doctor on one process."))
+    config = parse_settings(rest, program, problems, trainer=options.trainer)
 
-    # A killed run cannot free its semaphores, which Python would report at exit, long after the checks.
-    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     # Imported here, so that --help and wrong settings need not wait for torch.
-    from fundamentallm.commands.doctor.checks import CHECKS, Case, examine
+    from fundamentallm.commands.doctor.checks import CHECKS, Case, examine, forecast
 
     failed, started = 0, time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="fundamentallm-doctor-") as folder:
@@ -50,7 +47,7 @@ def main(arguments: Sequence[str], program: str) -> int:
                 failed += 1
         say("\nestimate for the whole run, from a few steps")
         try:
-            for title, text in case.measured.forecast.items():
+            for title, text in forecast(case).items():
                 say(f"    {title:<17}{text}")
         except Exception as error:  # the checks have shown it in full
             say(f"    unknown, since no step could be run ({type(error).__name__})")

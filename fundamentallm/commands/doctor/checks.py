@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import itertools
 import math
-import multiprocessing
-import os
-import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -24,7 +20,6 @@ from accelerate.utils import release_memory, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from fundamentallm.checkpoint.manager import CheckpointManager
 from fundamentallm.commands.trial import Record, make_trainer, run_until, trial_config
 from fundamentallm.config.schema import Config
 from fundamentallm.config.units import duration_text, size_text
@@ -39,12 +34,8 @@ from fundamentallm.training.trainer import Trainer
 
 STEPS = 3
 """Length of the runs that are compared."""
-STOP_AT, KILL_AT, SAVE_EVERY, LOG_EVERY, EVAL_EVERY = 9, 5, 2, 3, 4
-"""Steps of kill and resume. A log line averages over steps before and after the kill, which follows a validation."""
-START_SECONDS = 120.0
-"""Seconds that a process may take to start."""
-MIN_STEPS, MAX_STEPS, SECONDS, WARMUP_STEPS = 4, 30, 3.0, 2
-"""Of the measured run. Its first steps are not timed: allocations and kernel selection make them slower."""
+STOP_AT, CRASH_AT, SAVE_EVERY, LOG_EVERY, EVAL_EVERY = 9, 5, 2, 3, 4
+"""Steps of the resumed run. A log line averages over steps before and after the crash, which follows a validation."""
 VALIDATION_ROWS = 48
 
 
@@ -53,15 +44,6 @@ class Finding(NamedTuple):
 
     status: str
     figure: str
-
-
-class Measured(NamedTuple):
-    """What a trial run of a few steps measured."""
-
-    total_steps: int  # of the whole run
-    step_seconds: float
-    micro_batch_size: int
-    forecast: dict[str, str]  # of the whole run
 
 
 @dataclass
@@ -80,30 +62,6 @@ class Case:
     def make(self, **training: Any) -> Trainer:
         """Returns the Trainer of a new trial. Raises ConfigError if the function makes no usable one."""
         return make_trainer(self.trainer, self.new_config(**training))
-
-    @functools.cached_property
-    def measured(self) -> Measured:
-        """Measurements of a trial run of a few steps and part of a validation, made once."""
-        trainer, training = self.make(), self.config.training
-        run = run_until(trainer, lambda run: len(run.losses) >= (MIN_STEPS if run.seconds > SECONDS else MAX_STEPS))
-        durations = [after - before for before, after in itertools.pairwise(run.times)]
-        step_seconds, steps, line = median(durations[WARMUP_STEPS:] or durations), trainer.total_steps, run.lines[-1]
-        seconds, text = steps * step_seconds, f"{steps:,} steps of {duration_text(step_seconds)}"
-        if trainer.val_samples is not None:
-            all_rows, rows, started = trainer.val_samples.num_samples, _limit_validation(trainer), time.perf_counter()
-            trainer.validate()
-            once = (time.perf_counter() - started) / rows * all_rows
-            intervals = training.eval_every_n_steps, (training.eval_every_n_epochs or 0) * trainer.steps_per_epoch
-            validations = 1 + sum((steps - 1) // interval for interval in intervals if interval)  # the last step's too
-            seconds += validations * once
-            text += f", {validations:,} validations of {duration_text(once)}"
-        tokens, device = line["tokens"] / line["step"], trainer.accelerator.device.type
-        forecast = {
-            "speed": f"{tokens / step_seconds:,.0f} tokens per second on {device}, 1 process",
-            "whole run": f"{duration_text(seconds)}: {text}",
-            "peak memory": f"{size_text(line.get('memory_gb', 0.0) * 1e9)} on {device}",
-        }
-        return Measured(steps, step_seconds, trainer.samples.micro_batch_size, forecast)
 
 
 def check_data(case: Case) -> Finding:
@@ -146,21 +104,21 @@ def check_model(case: Case) -> Finding:
 
 def check_micro_batches(case: Case) -> Finding:
     """The size of micro-batches does not change the losses."""
-    largest = min(case.measured.micro_batch_size, case.config.training.batch_size or 1)
-    smaller = max(1, largest // 3)
-    if largest == smaller:
+    trainer = case.make()
+    _disable_dropout(trainer.model)
+    if len(_losses_by_seed(trainer, training=True)) > 1:
+        return Finding("skipped", "the model draws random numbers besides dropout: runs agree only on average")
+    expected = _few_steps(trainer)
+    largest = min(trainer.samples.micro_batch_size, case.config.training.batch_size or 1)
+    if largest == 1:
         return Finding("skipped", "a micro-batch of one sequence cannot be split")
-    logs = []
-    for size in (largest, smaller):
-        trainer = case.make(micro_batch_size=size)
-        _disable_dropout(trainer.model)
-        if len(_losses_by_seed(trainer, training=True)) > 1:
-            return Finding("skipped", "the model draws random numbers besides dropout: runs agree only on average")
-        logs.append(_few_steps(trainer))
+    smaller = max(1, largest // 3)
+    trainer = case.make(micro_batch_size=smaller)
+    _disable_dropout(trainer.model)
     tolerance = _tolerance(trainer, 1e-5)
-    if problem := _difference(logs[0], logs[1], tolerance):
+    if problem := _difference(expected, _few_steps(trainer), tolerance):
         return Finding("fail", f"micro-batches of {largest} and {smaller}: {problem}")
-    return Finding("pass", f"of {largest} and {smaller}: losses of {len(logs[0])} steps equal within {tolerance:.0e}")
+    return Finding("pass", f"of {largest} and {smaller}: losses of {STEPS} steps equal within {tolerance:.0e}")
 
 
 def check_evaluation(case: Case) -> Finding:
@@ -179,56 +137,43 @@ def check_evaluation(case: Case) -> Finding:
 
 
 def check_resume(case: Case) -> Finding:
-    """A run that is killed and resumed equals an uninterrupted run to the bit."""
-    total_steps, step_seconds = case.measured.total_steps, case.measured.step_seconds
-    if total_steps <= SAVE_EVERY:
-        return Finding("skipped", f"the run has only {total_steps} steps")
-    stop_at, kill_at = min(STOP_AT, total_steps), min(KILL_AT, total_steps)
+    """A run that ends without saving and is resumed equals an uninterrupted run to the bit."""
     every = {"save_every_n_steps": SAVE_EVERY, "log_every_n_steps": LOG_EVERY, "eval_every_n_steps": EVAL_EVERY}
-    whole, killed = case.new_config(**every), case.new_config(**every)
-    child = multiprocessing.get_context("spawn").Process(target=_run_killed, args=(case.trainer, killed, kill_at))
-    try:
-        child.start()
-        child.join(START_SECONDS + 10 * kill_at * step_seconds)
-    finally:
-        is_killed = child.exitcode == -signal.SIGKILL
-        child.kill()
-        child.join()  # until then it may write to the folder that is about to be removed
-    if not is_killed:
-        return Finding("fail", f"the run that kills itself at step {kill_at} ended otherwise: {child.exitcode}")
-    records, weights = [], []
-    for config in (whole, killed):
-        trainer = make_trainer(case.trainer, config)
-        records.append(_run_to(stop_at, trainer))
-        weights.append(_weights(trainer))
-    resumed_from = records[1].first_step
-    later = [line for line in records[0].lines if line["step"] > resumed_from]
-    problem = "it started from scratch, not from a checkpoint" if resumed_from == 0 else ""
-    problem = problem or _difference(later, records[1].lines) or _changed_weights(*weights)
+    trainer = case.make(**every)
+    stop_at, crash_at = min(STOP_AT, trainer.total_steps), min(CRASH_AT, trainer.total_steps)
+    if crash_at <= SAVE_EVERY:
+        return Finding("skipped", f"the run has only {crash_at} steps")
+    whole, weights = _run_to(stop_at, trainer), _weights(trainer)
+    config = case.new_config(**every)
+    trainer = make_trainer(case.trainer, config)
+    with contextlib.suppress(_CrashError):
+        _run_to(stop_at, trainer, _Crash(crash_at))
+    assert trainer.checkpoint_manager is not None
+    trainer.checkpoint_manager.wait()
+    trainer = make_trainer(case.trainer, config)
+    resumed = _run_to(stop_at, trainer)
+    later = [line for line in whole.lines if line["step"] > resumed.first_step]
+    problem = "" if resumed.first_step else "it started from scratch, not from a checkpoint"
+    problem = problem or _difference(later, resumed.lines) or _changed_weights(weights, _weights(trainer))
     if problem:
-        return Finding("fail", f"killed at step {kill_at}, resumed from {resumed_from}: {problem}")
-    return Finding("pass", f"killed at step {kill_at}, resumed from {resumed_from}: weights and log equal to the bit")
+        return Finding("fail", f"crashed at step {crash_at}, resumed from {resumed.first_step}: {problem}")
+    figure = f"crashed at step {crash_at}, resumed from {resumed.first_step}: weights and log equal to the bit"
+    return Finding("pass", figure)
 
 
-class _Kill(Callback):
-    """Kills the process at a step, once a checkpoint is there."""
+class _CrashError(Exception):
+    pass
+
+
+class _Crash(Callback):
+    """Ends the training by an exception after a step."""
 
     def __init__(self, step: int) -> None:
         self.step = step
 
     def on_step_end(self, run: RunView, loss: float) -> None:
         if run.global_step == self.step:
-            manager = CheckpointManager(run.config.training.checkpoint_dir or "")
-            while manager.get_latest() is None:  # it is written in the background
-                time.sleep(0.01)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _run_killed(name: str, config: Config, kill_at: int) -> None:
-    silent = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silent, 1)
-    os.dup2(silent, 2)
-    _run_to(kill_at, make_trainer(name, config), _Kill(kill_at))
+            raise _CrashError
 
 
 def _run_to(last_step: int, trainer: Trainer, *more: Callback) -> Record:
@@ -260,7 +205,7 @@ CHECKS: dict[str, tuple[Callable[[Case], Finding], str]] = {
     ),
     "micro-batches": (check_micro_batches, ROWS),
     "evaluation": (check_evaluation, ROWS),
-    "kill and resume": (
+    "resume": (
         check_resume,
         "Something changes during training that is neither in the checkpoint nor a function of (seed, step): a buffer "
         "with persistent=False, a callback or schedule without state_dict(), a generator of your own.",
@@ -269,23 +214,55 @@ CHECKS: dict[str, tuple[Callable[[Case], Finding], str]] = {
 """Each check, and what to do if it fails."""
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Drops all output in the block, and frees the memory of its trainers afterwards."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        release_memory()
+
+
 def examine(name: str, case: Case) -> Finding:
     """Make a check without its output. A check that raises has failed, and one that a signal ended has no result."""
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with _quiet():
             finding = CHECKS[name][0](case)
     except Exception as error:
         raised_at = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(raised_at.filename).name}, line {raised_at.lineno}"
         finding = Finding("fail", f"{type(error).__name__}: {error} ({where})")
-    finally:
-        release_memory()  # of this check's trainers, before the next check and other processes need it
     raise_if_interrupted()  # the code that was checked may have caught it
     return finding
 
 
+@_quiet()
+def forecast(case: Case) -> dict[str, str]:
+    """Returns estimates for the whole run, from a few steps and part of a validation."""
+    trainer, training = case.make(), case.config.training
+    run = run_until(trainer, lambda run: len(run.losses) >= (4 if run.times[-1] - run.times[0] > 3 else 30))
+    durations = [after - before for before, after in itertools.pairwise(run.times)]
+    # Allocations and the choice of kernels make the first steps slower.
+    step_seconds, steps, line = median(durations[2:] or durations), trainer.total_steps, run.lines[-1]
+    seconds, text = steps * step_seconds, f"{steps:,} steps of {duration_text(step_seconds)}"
+    if trainer.val_samples is not None:
+        all_rows, rows, started = trainer.val_samples.num_samples, _limit_validation(trainer), time.perf_counter()
+        trainer.validate()
+        once = (time.perf_counter() - started) / rows * all_rows
+        intervals = training.eval_every_n_steps, (training.eval_every_n_epochs or 0) * trainer.steps_per_epoch
+        validations = 1 + sum((steps - 1) // interval for interval in intervals if interval)  # the last step's too
+        seconds += validations * once
+        text += f", {validations:,} validations of {duration_text(once)}"
+    tokens, device = line["tokens"] / line["step"], trainer.accelerator.device.type
+    return {
+        "speed": f"{tokens / step_seconds:,.0f} tokens per second on {device}, 1 process",
+        "whole run": f"{duration_text(seconds)}: {text}",
+        "peak memory": f"{size_text(line.get('memory_gb', 0.0) * 1e9)} on {device}",
+    }
+
+
 def _few_steps(trainer: Trainer) -> list[dict[str, float]]:
-    """Train a few steps and return the log."""
     return run_until(trainer, lambda run: len(run.losses) >= STEPS).lines
 
 

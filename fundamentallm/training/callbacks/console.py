@@ -27,10 +27,9 @@ class ProgressCallback(Callback):
     """
 
     def __init__(self) -> None:
-        self._bar: tqdm[Any] | None = None
+        self._bar: tqdm[Any] = tqdm(disable=True)
 
     def on_train_begin(self, trainer: RunView) -> None:
-        """Open the bar at the step that the run resumes from."""
         can_move = (sys.stderr is not None and sys.stderr.isatty()) or issubclass(tqdm, tqdm_notebook)
         self._bar = tqdm(
             total=trainer.total_steps,
@@ -42,20 +41,15 @@ class ProgressCallback(Callback):
         )
 
     def on_step_begin(self, trainer: RunView) -> None:
-        """Move the bar. `on_step_end` would make the host wait for the device."""
-        if self._bar is not None:
-            self._bar.update(trainer.global_step - self._bar.n)
+        # `on_step_end` would make the host wait for the device.
+        self._bar.update(trainer.global_step - self._bar.n)
 
     def on_log(self, trainer: RunView, metrics: dict[str, float]) -> None:
-        """Show the loss, once the bar is drawn again."""
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {metrics['train_loss']:.3f}", refresh=False)
+        self._bar.set_postfix_str(f"loss {metrics['train_loss']:.3f}", refresh=False)
 
     def on_train_end(self, trainer: RunView) -> None:
-        """Close the bar."""
-        if self._bar is not None:
-            self._bar.update(trainer.global_step - self._bar.n)
-            self._bar.close()
+        self._bar.update(trainer.global_step - self._bar.n)
+        self._bar.close()
 
     on_train_abort = on_train_end
 
@@ -76,38 +70,32 @@ class LoggingCallback(Callback):
         self._file = LineFile(self.path, MEASURED) if self.path else None
 
     def on_train_begin(self, trainer: RunView) -> None:
-        """Print what is about to run, and rewind the file to the step that the run resumes from."""
         if not trainer.is_main_process:
             return
-        accelerator, group = trainer.accelerator, trainer.optimizer.param_groups[0]
+        accelerator, group, step = trainer.accelerator, trainer.optimizer.param_groups[0], trainer.global_step
         parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-        device, processes = accelerator.device.type, accelerator.num_processes
         precision = accelerator.mixed_precision.replace("no", "float32")
+        processes = f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)}"
         rate = float(group.get("initial_lr", group["lr"]))  # which the schedule multiplies
         output = "" if trainer.output_dir is None else f"; everything is written to {trainer.output_dir}"
         trainer.say(
-            f"{_short(parameters)} parameters in {precision}, {processes} process{'es' * (processes > 1)} on {device}, "
+            f"{_short(parameters)} parameters in {precision}, {processes} on {accelerator.device.type}, "
             f"{type(trainer.optimizer).__name__} with peak learning rate {rate:.1e}\n"
-            f"{trainer.total_steps - trainer.global_step} steps of "
-            f"{trainer.samples.sizes_from(trainer.global_step)} sequences{output}"
+            f"{trainer.total_steps - step} steps of {trainer.samples.sizes_from(step)} sequences{output}"
         )
         if self._file is not None:
             rewind_lines(trainer, self._file)
 
     def on_log(self, trainer: RunView, metrics: dict[str, float]) -> None:
-        """Write a training line."""
         self._write(trainer, metrics, trainer.seconds_left)
 
     def on_validation_end(self, trainer: RunView, metrics: dict[str, float]) -> None:
-        """Write a validation line."""
         self._write(trainer, {"step": trainer.global_step, "epoch": trainer.epochs_done, **metrics})
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what the checkpoint counts on in the file."""
         return {} if self._file is None else self._file.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Note what the file is to be compared with."""
         if self._file is not None:
             self._file.load_state_dict(state)
 

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fundamentallm.atomic import replacing
-from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.errors import ConfigError, Problem, printable
 from fundamentallm.run.folder import restarts
 from fundamentallm.training.callbacks.base import Callback, RunView
 
-THEMES = {"light": "default", "dark": "dark_background"}
-"""Styles of matplotlib."""
+THEMES = {"light": "default", "dark": "dark_background"}  # styles of matplotlib
 STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -35,12 +32,6 @@ SMALL = {
 """The small axes below the losses: the number drawn, and its title."""
 MANY = 60
 """From this number of log lines on, the loss is smoothed, and the axis leaves out the high losses of the start."""
-
-
-def check_matplotlib() -> None:
-    """Raises ConfigError if matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("matplotlib is not installed; run: pip install 'fundamentallm[plots]'.")
 
 
 class VisualizationCallback(Callback):
@@ -60,39 +51,36 @@ class VisualizationCallback(Callback):
     """
 
     def __init__(self, path: Path | str | None = None, refresh_seconds: float = 30.0, theme: str = "light") -> None:
-        check_matplotlib()
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ConfigError("matplotlib is not installed; run: pip install 'fundamentallm[plots]'.")
         if theme not in THEMES:
-            raise ConfigError([Problem("theme", theme, allowed=", ".join(THEMES))])
+            raise ConfigError(Problem("theme", theme, allowed=", ".join(THEMES)))
         self.path = None if path is None else Path(path)
         self.refresh_seconds, self.theme = refresh_seconds, theme
         self._drawn_at = time.monotonic()
         self._restarts: list[int] = []
 
     def on_train_begin(self, trainer: RunView) -> None:
-        """Look up the steps at which the run was restarted."""
         if trainer.output_dir is not None:
             self._restarts = restarts(trainer.output_dir)
 
     def on_log(self, trainer: RunView, metrics: dict[str, float]) -> None:
-        """Draw, if the last drawing is old enough."""
         if time.monotonic() - self._drawn_at >= self.refresh_seconds:
             self._draw(trainer)
 
     def on_validation_end(self, trainer: RunView, metrics: dict[str, float]) -> None:
-        """Draw."""
         self._draw(trainer)
 
     def on_train_end(self, trainer: RunView) -> None:
-        """Draw the whole run."""
         self._draw(trainer)
 
     def _draw(self, trainer: RunView) -> None:
         history = trainer.metrics.get_history()
         if not trainer.is_main_process or "step" not in history:
             return
-        name = b"" if trainer.output_dir is None else os.fsencode(f"{trainer.output_dir.name}: ")
-        title = f"{name.decode(errors='replace')}step {trainer.global_step:,} of {trainer.total_steps:,}"
-        path = self.path or (trainer.output_dir or Path()) / "curves.png"
+        folder = trainer.output_dir or Path()
+        path, name = self.path or folder / "curves.png", f"{folder.name}: " if folder.name else ""
+        title = printable(f"{name}step {trainer.global_step:,} of {trainer.total_steps:,}")
         try:
             figure = draw(history, self._restarts, trainer.total_steps, self.theme, title)
             with replacing(path) as new:  # so that a viewer never sees half a picture
@@ -110,10 +98,8 @@ def draw(history: dict[str, list[float]], restarts: list[int], total_steps: int,
 
     with style.context(["default", THEMES[theme], STYLE]):
         figure = Figure(figsize=(10, 7), layout="constrained")
-        # A text between dollar signs would be read as a formula.
-        figure.suptitle(title.replace("$", r"\$"), fontweight="bold")
-        layout: Any = [["loss"] * 3, list(SMALL)]
-        axes = figure.subplot_mosaic(layout, height_ratios=[2, 1])
+        figure.suptitle(title, fontweight="bold", parse_math=False)
+        axes: Any = figure.subplot_mosaic([["loss"] * 3, list(SMALL)], height_ratios=[2, 1])
         _draw_losses(axes["loss"], history, restarts)
         for name, label in SMALL.items():
             axes[name].plot(history["step"], history[name], color="C2", linewidth=1)
@@ -140,8 +126,12 @@ def _draw_losses(axis: Any, history: dict[str, list[float]], restarts: list[int]
         label = f"validation ({validation[-1]:.4g})"
         axis.plot(history["val_step"], validation, "o-", color="C1", markersize=3.5, label=label)
     for name, marker, label in (("bad_steps", "x", "not finite"), ("skipped_spikes", "^", "skipped spikes")):
-        if marked := rises(steps, history.get(name, [])):
-            label = f"{label} ({history[name][-1]:,.0f})"
+        counts = history.get(name, [])
+        if len(counts) < len(steps):  # it was not counted all the time
+            continue
+        marked = [step for step, before, now in zip(steps, [0, *counts], counts, strict=False) if now > before]
+        if marked:
+            label = f"{label} ({counts[-1]:,.0f})"
             axis.plot(marked, [0.03] * len(marked), f"C3{marker}", label=label, transform=axis.get_xaxis_transform())
     for step in restarts:
         label = f"restarted ({len(restarts)})" if step == restarts[0] else ""
@@ -158,10 +148,3 @@ def smoothed(values: list[float]) -> list[float]:
     sums = np.convolve(np.where(is_finite, values, 0.0), window, mode="same")
     counts = np.convolve(is_finite, window, mode="same")
     return np.where(counts > 0, sums / np.maximum(counts, 1), math.nan).tolist()  # type: ignore[no-any-return]
-
-
-def rises(steps: list[float], counts: list[float]) -> list[float]:
-    """Returns the steps at whose log lines a count had grown; [] if it was not counted all the time."""
-    if len(counts) != len(steps):
-        return []
-    return [step for step, (before, now) in zip(steps, pairwise([0, *counts]), strict=True) if now > before]

@@ -60,12 +60,11 @@ def make_callbacks(config: Config) -> list[Callback]:
 
 def _make_callback(kind: Any, name: str, options: dict[str, Any]) -> Callback:
     if not (isinstance(kind, type) and issubclass(kind, Callback)):
-        raise ConfigError([Problem("callbacks", name, "subclasses of Callback", reason=f"a {type(kind).__name__}")])
+        raise ConfigError(Problem("callbacks", name, "subclasses of Callback", reason=f"a {type(kind).__name__}"))
     setting = f"callback_options.{name}"
     try:
         return kind(**options)
     except TypeError as error:
-        raise ConfigError([Problem(setting, options, reason=f"which does not fit: {error}")]) from error
+        raise ConfigError(Problem(setting, options, reason=f"which does not fit: {error}")) from error
     except ConfigError as error:
-        problems = [p.within(setting) if isinstance(p, Problem) and p.setting else p for p in error.problems]
-        raise ConfigError(problems) from error
+        raise ConfigError([problem.within(setting) for problem in error.problems]) from error

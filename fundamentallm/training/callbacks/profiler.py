@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from accelerate.utils import ProfileKwargs
 
-from fundamentallm.config.validation import fits
 from fundamentallm.errors import ConfigError, Problem, writing
 from fundamentallm.training.callbacks.base import Callback, RunView
 
@@ -19,8 +18,8 @@ if TYPE_CHECKING:
 class ProfilerCallback(Callback):
     """Profiles chosen optimizer steps: a Chrome trace (open it in https://ui.perfetto.dev) and a table of operations.
 
-    The files are in the folder traces of the `output_dir`. The profiler warms up in the step before, so the first step
-    of a launch is never traced. A launch that resumes within the chosen steps traces the remaining ones.
+    The files are in the folder traces of the `output_dir`. A launch that resumes within the chosen steps traces the
+    remaining ones.
 
     Args:
         first_step: number of the first step traced, counted from 1; None: the tenth of this launch, because the first
@@ -40,27 +39,25 @@ class ProfilerCallback(Callback):
     def __init__(
         self, first_step: int | None = None, num_steps: int = 3, all_processes: bool = False, with_stack: bool = False
     ) -> None:
-        steps = {"first_step": 1 if first_step is None else first_step, "num_steps": num_steps}
-        wrong = [name for name, number in steps.items() if not fits(number, int) or number < 1]
-        if wrong:
-            raise ConfigError([Problem(name, steps[name], "an integer, at least 1") for name in wrong])
+        for name, number in (("first_step", first_step), ("num_steps", num_steps)):
+            if number is not None and number < 1:
+                raise ConfigError(Problem(name, number, "at least 1"))
         self.first_step, self.num_steps = first_step, num_steps
         self.all_processes, self.with_stack = all_processes, with_stack
-        self._start_step = self._last_step = 0
+        self._last_step = 0
         self._profile: profile | None = None
         self._open = ExitStack()
 
     def on_train_begin(self, trainer: RunView) -> None:
-        """Start a profiler that waits for the chosen steps, if this launch makes any of them."""
-        self._start_step = start = trainer.global_step
-        first = self.first_step or start + 10
+        step = trainer.global_step
+        first = self.first_step or step + 10
         self._last_step = first + self.num_steps - 1
-        first = max(first, start + 2)
+        first = max(first, step + 1)
         if first > self._last_step or not (self.all_processes or trainer.is_main_process):
             return
         active = self._last_step - first + 1
         options = ProfileKwargs(
-            schedule_option={"skip_first": first - start - 2, "wait": 0, "warmup": 1, "active": active, "repeat": 1},
+            schedule_option={"skip_first": first - step - 1, "wait": 0, "warmup": 1, "active": active, "repeat": 1},
             on_trace_ready=lambda profile: self._write(trainer, profile, first),
             record_shapes=True,
             profile_memory=True,
@@ -69,15 +66,13 @@ class ProfilerCallback(Callback):
         self._profile = self._open.enter_context(trainer.accelerator.profile(options))
 
     def on_step_begin(self, trainer: RunView) -> None:
-        """Advance the profiler, and stop it after the last of the steps."""
         # Not in on_step_end: if any callback overrides that hook, the host waits for the device at every step.
-        if self._profile is not None and trainer.global_step > self._start_step:
+        if self._profile is not None:
             self._profile.step()
             if trainer.global_step >= self._last_step:
                 self.on_train_end(trainer)
 
     def on_train_end(self, trainer: RunView) -> None:
-        """Stop the profiler. If the run ends within the chosen steps, those already traced are written."""
         self._open.close()
         self._profile = None
 

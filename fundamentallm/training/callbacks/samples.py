@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fundamentallm.config.validation import fits
 from fundamentallm.data.datasets import Tokenized
 from fundamentallm.data.tokenizers import encode_prompt
 from fundamentallm.errors import ConfigError, Problem
@@ -26,9 +25,7 @@ def continuation(
     """
     dataset = trainer.train_loader.dataset
     if not isinstance(dataset, Tokenized) or dataset.tokenizer is None:
-        raise ConfigError(
-            "the train_loader's dataset has no tokenizer, so no text can be generated; use a TokenDataset."
-        )
+        raise ConfigError("No text can be generated: train_loader's dataset has no tokenizer. Use a TokenDataset.")
     if not (trainer.is_main_process or trainer.accelerator.is_fsdp2):  # every process has to compute a sharded model
         return None
     ids = dataset.opening().tolist() if prompt is None else encode_prompt(dataset.tokenizer, prompt)
@@ -47,7 +44,7 @@ class SampleCallback(Callback):
         temperature: divides the logits; 0 takes the most probable token.
 
     Raises:
-        ConfigError: if `prompts` is not a list of texts.
+        ConfigError: if `prompts` is a text and not a list of texts.
 
     Examples:
         >>> from fundamentallm import SampleCallback
@@ -57,15 +54,13 @@ class SampleCallback(Callback):
     def __init__(
         self, prompts: list[str] | None = None, num_tokens: int | None = None, temperature: float = 0.7
     ) -> None:
-        # `generate` checks the values at the start of training. It would take a text for a list of characters.
-        if not fits(prompts, list[str] | None):
-            raise ConfigError([Problem("prompts", prompts, "a list of text")])
+        if isinstance(prompts, str):  # it would be taken for a list of characters
+            raise ConfigError(Problem("prompts", prompts, "a list of text"))
         self.prompts: list[str | None] = [*prompts] if prompts else [None]
         self.num_tokens, self.temperature = num_tokens, temperature
         self._file = LineFile(Path(SAMPLES))
 
     def on_train_begin(self, trainer: RunView) -> None:
-        """Check prompts and options, and rewind the file to the step that the run resumes from."""
         if trainer.val_loader is None:
             advice = "Samples follow validations, and there is no val_loader; give one, or leave samples out."
             raise ConfigError([Problem("callbacks", trainer.config.callbacks, advice=advice)])
@@ -78,7 +73,6 @@ class SampleCallback(Callback):
             rewind_lines(trainer, self._file)
 
     def on_validation_end(self, trainer: RunView, metrics: dict[str, float]) -> None:
-        """Generate, print and store a text for each prompt."""
         for prompt in self.prompts:
             written = continuation(trainer, prompt, self.num_tokens or 0, self.temperature)
             if written is None or not trainer.is_main_process:

@@ -37,7 +37,6 @@ class SaveBestCallback(Callback):
         self.best_value: float | None = None
 
     def on_validation_end(self, trainer: RunView, metrics: dict[str, float]) -> None:
-        """Request a checkpoint if the metric improved."""
         if self.metric not in metrics:
             raise ConfigError([Problem("metric", self.metric, allowed=", ".join(metrics))])
         if improves(metrics[self.metric], self.best_value, self.mode):
@@ -45,11 +44,9 @@ class SaveBestCallback(Callback):
             trainer.request_save(is_best=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the best value so far and the metric it belongs to."""
         return {"metric": self.metric, "mode": self.mode, "best_value": self.best_value}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the best value, unless it belongs to another metric."""
         best = saved_best(state["best_value"])
         if (state["metric"], state["mode"]) == (self.metric, self.mode):
             self.best_value = best

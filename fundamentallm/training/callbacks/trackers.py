@@ -44,7 +44,6 @@ class TrackerCallback(Callback):
         self._owns = False
 
     def on_train_begin(self, trainer: RunView) -> None:
-        """Start the trackers, or resume their runs."""
         if not trainer.is_main_process:
             return
         self._path = None if trainer.output_dir is None else trainer.output_dir / RECORD
@@ -53,32 +52,15 @@ class TrackerCallback(Callback):
             runs = json.loads(self._path.read_text(encoding="utf-8"))
         self._owns = not trainer.accelerator.trackers
         if self._owns:
-            self._start(trainer, runs)
+            _start(trainer, runs)
         self._logged = {kind: max((run[kind] for run in runs.values()), default=0) for kind in KINDS}
         self._ids = {tracker.name: _id_of(tracker) for tracker in trainer.accelerator.trackers}
         self._write()
 
-    def _start(self, trainer: RunView, runs: dict[str, dict[str, Any]]) -> None:
-        accelerator, options = trainer.accelerator, dict(trainer.config.tracker_options)
-        project, names = options.pop("project", PROJECT), tracker_names(accelerator)
-        # Only for a new run: MLflow refuses settings that changed, and TensorBoard would list each launch as a run.
-        settings = {} if runs else flat_settings(dataclasses.asdict(trainer.config))
-        settings = {key: v if isinstance(v, (str, int, float)) else json.dumps(v) for key, v in settings.items()}
-        try:
-            arguments = {name: _arguments(name, trainer, runs.get(name)) | options.get(name, {}) for name in names}
-            accelerator.init_trackers(project, settings or None, arguments)
-        except Exception as error:  # trackers raise errors of any class
-            accelerator.trackers.clear()  # one that did not start may fail to finish
-            raise FundamentaLLMError(
-                f"trackers {', '.join(names)} cannot be started: {error}; solve this, or remove it from trackers."
-            ) from error
-
     def on_log(self, trainer: RunView, metrics: dict[str, float]) -> None:
-        """Log a training line."""
         self._log(trainer, metrics, "step")
 
     def on_validation_end(self, trainer: RunView, metrics: dict[str, float]) -> None:
-        """Log a validation line."""
         self._log(trainer, {"epoch": trainer.epochs_done, **metrics}, "val_step")
 
     def _log(self, trainer: RunView, line: dict[str, float], kind: str) -> None:
@@ -99,11 +81,26 @@ class TrackerCallback(Callback):
                 write_text(self._path, json.dumps(runs, indent=1) + "\n")
 
     def on_train_end(self, trainer: RunView) -> None:
-        """Close the trackers that were started here."""
         while self._owns and trainer.accelerator.trackers:
             trainer.accelerator.trackers.pop().finish()
 
     on_train_abort = on_train_end
+
+
+def _start(trainer: RunView, runs: dict[str, dict[str, Any]]) -> None:
+    accelerator, options = trainer.accelerator, dict(trainer.config.tracker_options)
+    project, names = options.pop("project", PROJECT), tracker_names(accelerator)
+    # Only for a new run: MLflow refuses settings that changed, and TensorBoard would list each launch as a run.
+    settings = {} if runs else flat_settings(dataclasses.asdict(trainer.config))
+    settings = {key: v if isinstance(v, (str, int, float)) else json.dumps(v) for key, v in settings.items()}
+    try:
+        arguments = {name: _arguments(name, trainer, runs.get(name)) | options.get(name, {}) for name in names}
+        accelerator.init_trackers(project, settings or None, arguments)
+    except Exception as error:  # trackers raise errors of any class
+        accelerator.trackers.clear()  # one that did not start may fail to finish
+        raise FundamentaLLMError(
+            f"trackers {', '.join(names)} cannot be started: {error}; solve this, or remove it from trackers."
+        ) from error
 
 
 def _arguments(name: str, trainer: RunView, run: dict[str, Any] | None) -> dict[str, Any]:
