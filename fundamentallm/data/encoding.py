@@ -72,8 +72,6 @@ class Writer:
     bar: tqdm[Any]
     bad: list[str]
     """Rows that are skipped."""
-    done: int = 0
-    """Characters; for pairs and tokens, their number."""
     tokens: list[int] = field(default_factory=lambda: [0, 0])
     rows: list[array.array[int]] = field(default_factory=lambda: [array.array("q"), array.array("q")])
     turns: list[array.array[int]] = field(default_factory=lambda: [array.array("q"), array.array("q")])
@@ -81,11 +79,6 @@ class Writer:
     counts: Counter[str] = field(default_factory=Counter)
     """What to report, by its name: `AS_TEXT` and `UNKNOWN_TOKENS`."""
     _answer: int = 0  # index of the first token of the current pair's answer
-
-    def advance(self, count: int) -> None:
-        """Count what was read, as `done` does."""
-        self.done += count
-        self.bar.update(count)
 
     def write_ids(self, part: int, ids: NDArray[np.integer]) -> None:
         """Write tokens to the file of their part."""
@@ -121,7 +114,7 @@ class Encoded(NamedTuple):
     """Each token's first character and the one after its last, if they were asked for."""
 
     def named_unknown(self) -> str:
-        """Returns the parts that the vocabulary lacks, for people to read; empty if there are none."""
+        """Returns the parts that the vocabulary lacks, for people to read."""
         parts = sorted({part for _, part in self.unknown})
         return ", ".join(map(repr, parts[:NAMED])) + (", ..." if len(parts) > NAMED else "")
 
@@ -213,7 +206,7 @@ def _encode(config: DataConfig, source: SourceFiles, pieces: Iterator[tuple[int,
     )  # none hides a longer one
     special = re.compile("|".join(map(re.escape, names)))
     for row, is_used in encode_rows(config, source, tokenizer, pieces, writer.bad):
-        writer.advance(1 if writer.by_rows else sum(len(piece.text) for _, piece, _ in row))
+        writer.bar.update(1 if writer.by_rows else sum(len(piece.text) for _, piece, _ in row))
         for part, piece, encoded in row if is_used else ():
             writer.write(part, piece, encoded)
             writer.counts[AS_TEXT] += len(special.findall(encoded.text)) if names else 0
@@ -275,13 +268,13 @@ def _copy_tokens(source: SourceFiles, train_size: int, writer: Writer) -> str:
         if not 0 <= block.min() <= block.max() < vocabulary:
             reason = f"whose file {path} has tokens from {block.min()} to {block.max()}"
             raise source_error(source.name, reason, f"0 to {vocabulary - 1}, the vocabulary of data.tokenizer")
-        cut = max(0, min(len(block), train_size - writer.done))
+        cut = max(0, min(len(block), train_size - sum(writer.tokens)))
         train, validation = block[:cut].astype(dtype), block[cut:].astype(dtype)
         # Each block is decoded by itself, so a character on the border may count a few bytes too many.
         writer.validation_bytes += num_bytes(writer.tokenizer, validation[writer.tokens[1] == 0 :], writer.end)
         for part, ids in enumerate((train, validation)):
             writer.write_ids(part, ids)
-        writer.advance(len(block))
+        writer.bar.update(len(block))
     return digest.hexdigest()
 
 

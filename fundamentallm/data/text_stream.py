@@ -144,7 +144,10 @@ class TextStream(Tokenized, IterableDataset[Batch]):
         end = [] if self.end_of_text is None else [self.end_of_text]
         pieces = (((file, number), piece) for file, number, piece in self._read())
         for row, is_used in encode_rows(self.config, self.source, self.tokenizer, pieces, self._bad, self._copied):
-            self._report_bad()
+            for bad in self._bad if self.say is not None else ():
+                if bad not in self._reported:
+                    self._reported.add(bad)
+                    self.say(f"warning: a bad row is skipped: {bad}")
             ids = [np.empty(0, np.int32)]
             for _, piece, encoded in row if is_used else ():
                 ids += [encoded.ids.astype(np.int32), np.array(end if piece.ends else [], np.int32)]
@@ -164,12 +167,6 @@ class TextStream(Tokenized, IterableDataset[Batch]):
                 if number == 1 and self.config.end_of_text is None and (file or self.epoch):
                     piece = piece._replace(text=BETWEEN + piece.text)
                 yield file, number, piece
-
-    def _report_bad(self) -> None:
-        for row in self._bad:
-            if self.say is not None and row not in self._reported:
-                self._reported.add(row)
-                self.say(f"warning: a bad row is skipped: {row}")
 
 
 def stream_loaders(

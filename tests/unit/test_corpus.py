@@ -16,8 +16,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from fundamentallm.config.schema import BUILT_IN_CORPUS, DataConfig
 from fundamentallm.data import corpus, encoding, sources
 from fundamentallm.data.corpus import Corpus, load_corpus
-from fundamentallm.data.encoding import split_pieces
-from fundamentallm.data.sources import Piece, read_pieces
+from fundamentallm.data.sources import read_pieces
 from fundamentallm.data.tokenizers import create_tokenizer
 from fundamentallm.errors import FundamentaLLMError
 from tests.conftest import problem_of
@@ -83,11 +82,8 @@ def test_load_corpus_splits_at_a_character(load: Load, tokenizer: str, train_spl
     assert (made.sources[0].validation.num_bytes == 0) == (train_split == 1.0)
 
 
-@pytest.mark.parametrize("piece", [1, 7, 100])
-def test_load_corpus_tokens_do_not_depend_on_the_pieces(
-    load: Load, piece: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sources, "PIECE", piece)
+def test_load_corpus_tokens_do_not_depend_on_the_pieces(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "PIECE", 7)
     monkeypatch.setattr(encoding, "PIECES_AT_ONCE", 2)
     cut = int(len(UNICODE) * 0.7)
     made = load(UNICODE, train_split=0.7)
@@ -113,13 +109,6 @@ def test_read_pieces_cuts_long_lines_at_white_space(text: str, monkeypatch: pyte
     assert max(map(len, pieces)) <= 150
     if " " in text[:50]:
         assert [piece for piece in pieces[1:] if not (piece[0].isspace() or piece[0] == "c")] == []
-
-
-@pytest.mark.parametrize("cut", range(9))
-def test_split_pieces_splits_the_text(cut: int) -> None:
-    pieces = list(split_pieces(map(Piece, ["abc", "", "d", "efg"]), cut))
-    parts = ["".join(piece.text for of, piece in pieces if of == part) for part in (0, 1)]
-    assert parts == ["abcdefg"[:cut], "abcdefg"[cut:]]
 
 
 def test_bpe_learns_nothing_from_the_validation_text(load: Load, text: str) -> None:
