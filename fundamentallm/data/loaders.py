@@ -356,8 +356,8 @@ def _encode_text(text: str, tokenizer: Tokenizer | None) -> NDArray[np.integer]:
     return np.concatenate([np.empty(0, np.uint16), *(piece.ids for piece in pieces)])
 
 
-def _check_tokens(tokens: Any, tokenizer: Tokenizer | None) -> NDArray[np.integer]:
-    tokens = np.asarray(tokens)
+def _check_tokens(data: Any, tokenizer: Tokenizer | None) -> NDArray[np.integer]:
+    tokens: NDArray[Any] = np.asarray(data)
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
         reason = f"of shape {tokens.shape} and type {tokens.dtype}"
         raise ConfigError(Problem("tokens", tokens, "1-D integers", reason=reason))

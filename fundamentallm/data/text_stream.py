@@ -144,8 +144,8 @@ class TextStream(Tokenized, IterableDataset[Batch]):
         end = [] if self.end_of_text is None else [self.end_of_text]
         pieces = (((file, number), piece) for file, number, piece in self._read())
         for row, is_used in encode_rows(self.config, self.source, self.tokenizer, pieces, self._bad, self._copied):
-            for bad in self._bad if self.say is not None else ():
-                if bad not in self._reported:
+            for bad in self._bad:
+                if self.say is not None and bad not in self._reported:
                     self._reported.add(bad)
                     self.say(f"warning: a bad row is skipped: {bad}")
             ids = [np.empty(0, np.int32)]
