@@ -28,7 +28,7 @@ from fundamentallm.config.validation import AT_LEAST_ONE
 from fundamentallm.data.datasets import TokenDataset
 from fundamentallm.data.encoding import encode_pieces
 from fundamentallm.data.loaders import collate, corpus_samples
-from fundamentallm.data.sources import checked_pieces, open_text
+from fundamentallm.data.sources import open_text, read_pieces
 from fundamentallm.data.tokenizers import num_bytes
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.inference.generation import row_problem
@@ -134,7 +134,7 @@ def _text_of_files(loaded: LoadedModel, options: argparse.Namespace) -> Text:
     for path in paths:
         try:
             with open_text(path) as file:
-                pieces = list(encode_pieces(loaded.tokenizer, checked_pieces(file)))
+                pieces = list(encode_pieces(loaded.tokenizer, read_pieces(file)))
         except (OSError, UnicodeError) as error:
             raise ConfigError(Problem("--source", str(path), reason=f"which cannot be encoded: {error}")) from error
         if lacking := [piece for piece in pieces if piece.unknown]:

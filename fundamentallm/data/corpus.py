@@ -9,7 +9,6 @@ import json
 import mmap
 import os
 import shutil
-import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -304,43 +303,23 @@ def _make_tokenizer(
 def _encode(
     config: DataConfig, source: SourceFiles, facts: Facts, tokenizer: Tokenizer, folder: Path, show_progress: bool
 ) -> None:
-    """Make a folder of the cache, completely or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        new = _staging(folder.parent, stack) / folder.name
+    """Make a folder of the cache, completely or not at all, unless another process makes it meanwhile."""
+    new, locks = folder.with_name(f".staging-{folder.name}"), folder.parent / "known"
+    locks.mkdir(parents=True, exist_ok=True)
+    with (locks / f"{folder.name}.lock").open("w") as lock:
+        with contextlib.suppress(OSError):  # some file systems have no locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if _is_ready(folder, folder.parent):
+            return
+        shutil.rmtree(new, ignore_errors=True)  # of a killed process
         new.mkdir()
-        write_source(config, source, facts, tokenizer, new, show_progress)
-        (new / CHECKSUMS).write_text(json.dumps(_checksums(sorted(new.iterdir()))))
         try:
+            write_source(config, source, facts, tokenizer, new, show_progress)
+            (new / CHECKSUMS).write_text(json.dumps(_checksums(sorted(new.iterdir()))))
+            shutil.rmtree(folder, ignore_errors=True)  # a damaged one
             new.rename(folder)
-        except OSError:  # the folder is damaged, or another process has just made or replaced it
-            _lock(folder.parent, stack, fcntl.LOCK_EX)
-            if not _is_ready(folder, folder.parent):
-                shutil.rmtree(folder)
-                new.rename(folder)
-
-
-def _staging(cache: Path, stack: contextlib.ExitStack) -> Path:
-    """Make a temporary folder in the cache until the stack closes, and delete those that killed processes left."""
-    with contextlib.ExitStack() as creation:
-        _lock(cache, creation, fcntl.LOCK_EX)  # otherwise another process could delete the folder before it is locked
-        for left in cache.glob(".staging-*"):
-            with contextlib.suppress(OSError), contextlib.ExitStack() as attempt:
-                if _lock(left, attempt, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                    shutil.rmtree(left)
-        staging = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".staging-", dir=cache)))
-        _lock(staging, stack, fcntl.LOCK_EX)
-    return staging
-
-
-def _lock(folder: Path, stack: contextlib.ExitStack, kind: int) -> bool:
-    """Lock a folder until the stack closes or the process dies. Returns False if that fails, as without `flock`."""
-    handle = os.open(folder, os.O_RDONLY)
-    stack.callback(os.close, handle)
-    with contextlib.suppress(OSError):
-        fcntl.flock(handle, kind)
-        return True
-    return False
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
 
 
 def touch_note(note: Path) -> None:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import array
 import contextlib
-import functools
 import hashlib
 import itertools
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +43,7 @@ PARTS = ("train", "validation")
 SETTINGS = ("tokenizer", "train_split", "end_of_text", "prompt_field", "messages_field", "unknown_tokens")
 """Settings that decide what the tokens are and mean."""
 AS_TEXT, UNKNOWN_TOKENS = "special tokens read as text", "unknown tokens, for what the vocabulary lacks"
+Place = TypeVar("Place")
 NAMED = 10
 """Parts of a text that an error lists."""
 
@@ -73,8 +72,6 @@ class Writer:
     bar: tqdm[Any]
     bad: list[str]
     """Rows that are skipped."""
-    done: int = 0
-    """Characters; for pairs and tokens, their number."""
     tokens: list[int] = field(default_factory=lambda: [0, 0])
     rows: list[array.array[int]] = field(default_factory=lambda: [array.array("q"), array.array("q")])
     turns: list[array.array[int]] = field(default_factory=lambda: [array.array("q"), array.array("q")])
@@ -82,11 +79,6 @@ class Writer:
     counts: Counter[str] = field(default_factory=Counter)
     """What to report, by its name: `AS_TEXT` and `UNKNOWN_TOKENS`."""
     _answer: int = 0  # index of the first token of the current pair's answer
-
-    def advance(self, count: int) -> None:
-        """Count what was read, as `done` does."""
-        self.done += count
-        self.bar.update(count)
 
     def write_ids(self, part: int, ids: NDArray[np.integer]) -> None:
         """Write tokens to the file of their part."""
@@ -122,7 +114,7 @@ class Encoded(NamedTuple):
     """Each token's first character and the one after its last, if they were asked for."""
 
     def named_unknown(self) -> str:
-        """Returns the parts that the vocabulary lacks, for people to read; empty if there are none."""
+        """Returns the parts that the vocabulary lacks, for people to read."""
         parts = sorted({part for _, part in self.unknown})
         return ", ".join(map(repr, parts[:NAMED])) + (", ..." if len(parts) > NAMED else "")
 
@@ -206,46 +198,61 @@ def settings_of_tokens(config: DataConfig) -> dict[str, Any]:
 
 
 def _encode(config: DataConfig, source: SourceFiles, pieces: Iterator[tuple[int, Piece]], writer: Writer) -> None:
-    """Write the tokens of pieces of text, each with its part.
-
-    Rows with something that the vocabulary lacks are skipped, unless the config allows it.
-    """
-    has_rows, tokenizer = source.kind in ("rows", "dataset"), writer.tokenizer
-    unknown = with_unknown(tokenizer)[1]
-    has_unknown = unknown is not None and unknown < num_ids(tokenizer)
+    """Write the tokens of pieces of text, each with its part."""
+    tokenizer = writer.tokenizer
     added = tokenizer.get_added_tokens_decoder().values() if tokenizer.encode_special_tokens else ()
     names = sorted(
         (token.content for token in added if token.special), key=len, reverse=True
     )  # none hides a longer one
     special = re.compile("|".join(map(re.escape, names)))
-    held, why = list[tuple[int, Piece, Encoded]](), ""
+    for row, is_used in encode_rows(config, source, tokenizer, pieces, writer.bad):
+        writer.bar.update(1 if writer.by_rows else sum(len(piece.text) for _, piece, _ in row))
+        for part, piece, encoded in row if is_used else ():
+            writer.write(part, piece, encoded)
+            writer.counts[AS_TEXT] += len(special.findall(encoded.text)) if names else 0
+            writer.counts[UNKNOWN_TOKENS] += len(encoded.unknown)
+
+
+def encode_rows(
+    config: DataConfig,
+    source: SourceFiles,
+    tokenizer: Tokenizer,
+    pieces: Iterable[tuple[Place, Piece]],
+    bad: list[str],
+    copied: tuple[Tokenizer, int | None] | None = None,
+) -> Iterator[tuple[list[tuple[Place, Piece, Encoded]], bool]]:
+    """Yield each row, or piece of a text, with its tokens, and whether it is used: in full or not at all.
+
+    A row with something that the vocabulary lacks is not used, and appended to `bad`, unless the config allows it.
+
+    Raises:
+        ConfigError: if a text has something that the vocabulary lacks, or too many rows are bad.
+    """
+    copied = copied or with_unknown(plain_copy(tokenizer))
+    has_unknown = copied[1] is not None and copied[1] < num_ids(tokenizer)
+    has_rows = source.kind in ("rows", "dataset")
     pieces, ahead = itertools.tee(pieces)
-    texts, has_turns = (piece.text for _, piece in ahead), bool(applied_template(config))
-    # Closed here: if garbage collection does it, within the start of some other thread, joining its threads deadlocks.
-    with contextlib.closing(encode_pieces(tokenizer, texts, with_offsets=has_turns)) as encoded_pieces:
-        for (part, piece), encoded in zip(pieces, encoded_pieces, strict=True):
-            is_of_row = has_rows and bool(piece.where)
-            if encoded.unknown and not (config.unknown_tokens and has_unknown):
-                why = why or why_unknown(piece, encoded)
-                if not is_of_row:
-                    allow = ", set data.unknown_tokens: true," if has_unknown else ""
-                    advice = f"Remove it{allow} or start a new run with another data.tokenizer."
-                    raise source_error(source.name, f"whose {why}", advice=advice)
-            held.append((part, piece, encoded))
-            if is_of_row and not piece.ends:  # a row is written in full or not at all
-                continue
-            writer.advance(1 if writer.by_rows else sum(len(encoded.text) for _, _, encoded in held))
-            if why:
-                writer.bad.append(why)
-                check_bad_rows(config, source.name, writer.bad)
-            for part, piece, encoded in () if why else held:
-                writer.write(part, piece, encoded)
-                writer.counts[AS_TEXT] += len(special.findall(encoded.text)) if names else 0
-                writer.counts[UNKNOWN_TOKENS] += len(encoded.unknown)
-            held, why = [], ""
+    texts, held, why = (piece.text for _, piece in ahead), list[tuple[Place, Piece, Encoded]](), ""
+    encoded_pieces = encode_pieces(tokenizer, texts, copied, bool(applied_template(config)))
+    for (place, piece), encoded in zip(pieces, encoded_pieces, strict=True):
+        is_of_row = has_rows and bool(piece.where)
+        if encoded.unknown and not (config.unknown_tokens and has_unknown):
+            why = why or _why_unknown(piece, encoded)
+            if not is_of_row:
+                allow = ", set data.unknown_tokens: true," if has_unknown else ""
+                advice = f"Remove it{allow} or start a new run with another data.tokenizer."
+                raise source_error(source.name, f"whose {why}", advice=advice)
+        held.append((place, piece, encoded))
+        if is_of_row and not piece.ends:
+            continue
+        if why:
+            bad.append(why)
+            check_bad_rows(config, source.name, bad)
+        yield held, not why
+        held, why = [], ""
 
 
-def why_unknown(piece: Piece, encoded: Encoded) -> str:
+def _why_unknown(piece: Piece, encoded: Encoded) -> str:
     """Returns the place in the source, and what the vocabulary lacks there."""
     line = piece.line + encoded.text.count("\n", 0, encoded.unknown[0][0])
     where = f"{piece.where}, line {line:,}" if piece.line else piece.where or "empty line between documents"
@@ -261,13 +268,13 @@ def _copy_tokens(source: SourceFiles, train_size: int, writer: Writer) -> str:
         if not 0 <= block.min() <= block.max() < vocabulary:
             reason = f"whose file {path} has tokens from {block.min()} to {block.max()}"
             raise source_error(source.name, reason, f"0 to {vocabulary - 1}, the vocabulary of data.tokenizer")
-        cut = max(0, min(len(block), train_size - writer.done))
+        cut = max(0, min(len(block), train_size - sum(writer.tokens)))
         train, validation = block[:cut].astype(dtype), block[cut:].astype(dtype)
         # Each block is decoded by itself, so a character on the border may count a few bytes too many.
         writer.validation_bytes += num_bytes(writer.tokenizer, validation[writer.tokens[1] == 0 :], writer.end)
         for part, ids in enumerate((train, validation)):
             writer.write_ids(part, ids)
-        writer.advance(len(block))
+        writer.bar.update(len(block))
     return digest.hexdigest()
 
 
@@ -295,9 +302,9 @@ def split_pieces(pieces: Iterable[Piece], train_size: int, by_rows: bool = False
 def encode_pieces(
     tokenizer: Tokenizer,
     pieces: Iterable[str],
-    with_offsets: bool = False,
     copied: tuple[Tokenizer, int | None] | None = None,
-) -> Generator[Encoded, None, None]:
+    with_offsets: bool = False,
+) -> Iterator[Encoded]:
     """Yield each piece with its tokens. What the vocabulary lacks is the caller's to refuse.
 
     Special tokens in the text are those tokens, or ordinary text if the tokenizer's `encode_special_tokens` is set.
@@ -305,22 +312,12 @@ def encode_pieces(
     dtype = token_dtype(tokenizer)
     # A caller that encodes again and again gives `copied`: the library keeps some megabytes of each copy that was used.
     tokenizer, unknown = copied or with_unknown(plain_copy(tokenizer))
-    encode_batch = tokenizer.encode_batch if with_offsets else tokenizer.encode_batch_fast
-    encode = functools.partial(encode_batch, add_special_tokens=False)
-
-    def submitted() -> Iterator[tuple[list[str], Any]]:
-        for batch in _batches(pieces):
-            yield batch, executor.submit(encode, batch)
-        yield [], None
-
-    with ThreadPoolExecutor(1) as executor:
-        # The library's threads encode a batch while this thread converts the previous one to arrays.
-        for (batch, encodings), _ in itertools.pairwise(submitted()):
-            for piece, encoding in zip(batch, encodings.result(), strict=True):
-                ids = np.array(encoding.ids, np.int64)
-                has_unknown = unknown is not None and bool((ids == unknown).any())
-                lacking = find_unknown(tokenizer, unknown, piece) if has_unknown else []
-                yield Encoded(piece, ids.astype(dtype), lacking, encoding.offsets if with_offsets else None)
+    encode = tokenizer.encode_batch if with_offsets else tokenizer.encode_batch_fast
+    for batch in _batches(pieces):
+        for piece, encoding in zip(batch, encode(batch, add_special_tokens=False), strict=True):
+            ids = np.array(encoding.ids, np.int64)
+            lacking = find_unknown(tokenizer, unknown, piece) if (ids == unknown).any() else []
+            yield Encoded(piece, ids.astype(dtype), lacking, encoding.offsets if with_offsets else None)
 
 
 def _batches(pieces: Iterable[str]) -> Iterator[list[str]]:

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fundamentallm.data.random_draws import seed_draws
-from fundamentallm.data.sampler import derive_seed
+from fundamentallm.data.sampler import derive_seed, seed_draws
 from fundamentallm.errors import ConfigError, Problem
 
 LISTINGS = 3
@@ -56,7 +55,8 @@ class ListedOrder:
 
     def _list(self, epoch: int, global_seed: int = 0) -> list[Any]:
         too_many = 100 * self.num_samples + 1
-        with _seeded(self.sampler, derive_seed(self.seed, epoch), epoch), global_states(global_seed):
+        _seed(self.sampler, derive_seed(self.seed, epoch), epoch)
+        with global_states(global_seed):
             order = list(itertools.islice(iter(self.sampler), too_many))
         if not order or len(order) == too_many:
             raise self._problem(f"yields {'no end of' if order else 'no'} indices", "Give it an end.")
@@ -77,28 +77,19 @@ class ListedOrder:
         return ConfigError(Problem("sampler", self.sampler, advice=advice, text=f"{self.name} {found}"))
 
 
-@contextmanager
-def _seeded(sampler: Any, seed: int, epoch: int) -> Iterator[None]:
-    """Give a sampler, and those within it, seeded generators and the epoch. Its own generators are set back on exit."""
-    before: list[tuple[Any, str, Any]] = []
+def _seed(sampler: Any, seed: int, epoch: int) -> None:
+    """Give a sampler, and those within it, seeded generators and the epoch."""
     while sampler is not None:
         for name, value in list(getattr(sampler, "__dict__", {}).items()):
             if isinstance(value, torch.Generator) or (name == "generator" and value is None):
-                fresh: Any = torch.Generator().manual_seed(seed)
-            elif isinstance(value, (np.random.Generator, random.Random)):
-                fresh = random.Random(seed) if isinstance(value, random.Random) else np.random.default_rng(seed)
-            else:
-                continue
-            before.append((sampler, name, value))
-            setattr(sampler, name, fresh)
+                setattr(sampler, name, torch.Generator().manual_seed(seed))
+            elif isinstance(value, np.random.Generator):
+                setattr(sampler, name, np.random.default_rng(seed))
+            elif isinstance(value, random.Random):
+                setattr(sampler, name, random.Random(seed))
         if callable(getattr(sampler, "set_epoch", None)):
             sampler.set_epoch(epoch)
         sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
-    try:
-        yield
-    finally:
-        for owner, name, value in before:
-            setattr(owner, name, value)
 
 
 @contextmanager

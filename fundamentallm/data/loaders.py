@@ -7,30 +7,26 @@ import io
 import itertools
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, default_collate, get_worker_info
 
 from fundamentallm.config.schema import Config
 from fundamentallm.data.corpus import Corpus, Source, Tokens
 from fundamentallm.data.datasets import Batch, MixedDataset, PairDataset, TokenDataset, TokenSamples
 from fundamentallm.data.encoding import encode_pieces
 from fundamentallm.data.listed_order import ListedOrder, is_kind, unwrapped
-from fundamentallm.data.random_draws import SeededWorkers, seed_draws, seeded
-from fundamentallm.data.sampler import StepSampler
+from fundamentallm.data.sampler import StepSampler, seed_draws
 from fundamentallm.data.sources import read_pieces
 from fundamentallm.data.streams import ENDLESS, Stream, is_stream
 from fundamentallm.data.tokenizers import num_bytes, num_ids
 from fundamentallm.distributed.batches import LABELS, StepBatch, to_device
 from fundamentallm.errors import ConfigError, Problem
-
-GATHERED_AT_ONCE = 2**12
-"""Tokens that small batches are gathered together up to: 64 kilobytes."""
 
 
 def step_sampler(
@@ -129,6 +125,36 @@ def _is_shuffled(sampler: Any, num_samples: int) -> bool:
     return is_random and not sampler.replacement and sampler.num_samples == num_samples
 
 
+def seeded(batches: Iterable[list[int]], seed: int, rank: int, first_step: int) -> Iterator[list[int]]:
+    """Yields the batches. The process that asks for one is seeded for it."""
+    for step, batch in enumerate(batches, first_step):
+        seed_draws(seed, rank, step)
+        yield batch
+
+
+class SeededWorkers:
+    """A collate function for worker processes. Having collated one batch, it seeds its worker for the next.
+
+    torch gives batches to workers in turn, so each worker knows the step of its next batch.
+    """
+
+    def __init__(self, collate_fn: Callable[[Any], Any], seed: int, rank: int, first_step: int) -> None:
+        self.collate_fn, self.seed, self.rank, self.step = collate_fn, seed, rank, first_step
+
+    def start(self, worker_id: int) -> None:
+        """Seeds a worker for its first batch."""
+        self.step += worker_id
+        seed_draws(self.seed, self.rank, self.step)
+
+    def __call__(self, samples: Any) -> Any:
+        """Returns the collated samples."""
+        batch, worker = self.collate_fn(samples), get_worker_info()
+        assert worker is not None
+        self.step += worker.num_workers
+        seed_draws(self.seed, self.rank, self.step)
+        return batch
+
+
 def _start_worker(init: Callable[[int], None] | None, seeding: SeededWorkers, worker_id: int) -> None:
     """Start a worker process so that signals to the whole process group do not end it: the run decides when.
 
@@ -159,9 +185,8 @@ def load(
     pin_memory = pin_memory or loader.pin_memory
     if loader.num_workers == 0 and not pin_memory:
         # The same as torch's loader does, without its overhead, which took half of a small batch's time.
-        if type(dataset) is TokenDataset and collate_fn is collate:
-            return _gather_ahead(dataset, iter(batches))
-        batches = seeded(batches, seed, rank, first_step)
+        if not (isinstance(dataset, TokenSamples) and collate_fn is collate):  # these draw nothing
+            batches = seeded(batches, seed, rank, first_step)
         return (collate_fn(fetch_all(batch) if fetch_all else [dataset[i] for i in batch]) for batch in batches)
     seeding = SeededWorkers(collate_fn, seed, rank, first_step)
     has_workers = loader.num_workers > 0
@@ -178,16 +203,6 @@ def load(
         # Without a generator of its own, iter() would draw from the global one.
         generator=torch.Generator().manual_seed(seed),
     )
-
-
-def _gather_ahead(dataset: TokenDataset, batches: Iterator[list[int]]) -> Iterator[Batch]:
-    """Yield the batches. Several small ones are gathered at once, which takes about as long as one."""
-    for first in batches:
-        more = GATHERED_AT_ONCE // (len(first) * dataset.sequence_length) - 1
-        several = [first, *itertools.islice(batches, max(more, 0))]
-        sizes = list(map(len, several))
-        inputs, targets = dataset.__getitems__(list(itertools.chain.from_iterable(several)))
-        yield from zip(torch.split(inputs, sizes), torch.split(targets, sizes), strict=True)
 
 
 def device_batches(
@@ -284,12 +299,14 @@ def create_dataloaders(
         assert samples is not None
         train = samples
     else:
-        split = _encode_text if isinstance(text_or_tokens, str) else _split_tokens
-        parts = split(text_or_tokens, tokenizer, train_split)
-        train = TokenDataset(parts.train, length, tokenizer)
-        validation = None
-        if train_split < 1:
-            validation = TokenDataset(parts.validation, length, tokenizer, parts.validation_bytes)
+        cut = int(len(text_or_tokens) * train_split)
+        if isinstance(text_or_tokens, str):
+            train_ids, ids = (_encode_text(part, tokenizer) for part in (text_or_tokens[:cut], text_or_tokens[cut:]))
+        else:
+            train_ids, ids = np.split(_check_tokens(text_or_tokens, tokenizer), [cut])
+        train = TokenDataset(train_ids, length, tokenizer)
+        size = None if tokenizer is None else num_bytes(tokenizer, ids[1:])
+        validation = TokenDataset(ids, length, tokenizer, size) if train_split < 1 else None
     batch_size = config.resolved().training.batch_size
     options: dict[str, Any] = {"batch_size": batch_size, "num_workers": config.data.num_workers, "collate_fn": collate}
     train_loader = DataLoader(train, shuffle=True, **options)
@@ -330,36 +347,21 @@ def _of_source(problem: Problem, name: str) -> Problem:
     return Problem(problem.setting, problem.value, problem.allowed, problem.advice, reason)
 
 
-class Parts(NamedTuple):
-    """A text or token ids, split and encoded."""
-
-    train: NDArray[np.integer]
-    validation: NDArray[np.integer]
-    validation_bytes: int | None
-    """UTF-8 bytes of the text of the validation targets, or None if unknown."""
-
-
-def _encode_text(text: Any, tokenizer: Tokenizer | None, train_split: float) -> Parts:
+def _encode_text(text: str, tokenizer: Tokenizer | None) -> NDArray[np.integer]:
     if tokenizer is None:
         raise ConfigError(Problem("tokenizer", None, "a tokenizer, if the data is a text"))
-    cut = int(len(text) * train_split)
-    parts = []
-    for part in (text[:cut], text[cut:]):
-        pieces = list(encode_pieces(tokenizer, read_pieces(io.StringIO(part, newline=""))))
-        if lacking := sorted({unknown for piece in pieces for _, unknown in piece.unknown}):
-            raise ConfigError(Problem("unknown to the tokenizer", lacking, "text that its vocabulary has"))
-        parts.append(np.concatenate([np.empty(0, np.uint16), *(piece.ids for piece in pieces)]))
-    train, validation = parts
-    return Parts(train, validation, len(text[cut:].encode()) - num_bytes(tokenizer, validation[:1]))
+    pieces = list(encode_pieces(tokenizer, read_pieces(io.StringIO(text, newline=""))))
+    if lacking := sorted({unknown for piece in pieces for _, unknown in piece.unknown}):
+        raise ConfigError(Problem("unknown to the tokenizer", lacking, "text that its vocabulary has"))
+    return np.concatenate([np.empty(0, np.uint16), *(piece.ids for piece in pieces)])
 
 
-def _split_tokens(tokens: Any, tokenizer: Tokenizer | None, train_split: float) -> Parts:
-    tokens = np.asarray(tokens)
+def _check_tokens(data: Any, tokenizer: Tokenizer | None) -> NDArray[np.integer]:
+    tokens: NDArray[Any] = np.asarray(data)
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
         reason = f"of shape {tokens.shape} and type {tokens.dtype}"
         raise ConfigError(Problem("tokens", tokens, "1-D integers", reason=reason))
     if tokenizer is not None and tokens.size and not 0 <= tokens.min() <= tokens.max() < num_ids(tokenizer):
         allowed = f"0 to {num_ids(tokenizer) - 1}, the tokenizer's vocabulary"
         raise ConfigError(Problem("tokens", (int(tokens.min()), int(tokens.max())), allowed))
-    train, validation = np.split(tokens, [int(len(tokens) * train_split)])
-    return Parts(train, validation, None if tokenizer is None else num_bytes(tokenizer, validation[1:]))
+    return tokens

@@ -8,8 +8,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from fundamentallm.distributed.dtensor import seed_device
+
+DRAWS = 1
+"""Makes seeds of what a dataset draws other ones than those of the optimizer steps, which derive from the same numbers.
+"""
 POSITIONS_AT_ONCE = 4096
 """Positions of the order that are computed, and kept, at once."""
 
@@ -18,6 +24,11 @@ def derive_seed(*parts: int) -> int:
     """Derive a 63-bit seed from integers. Different integers give unrelated seeds."""
     text = ":".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+def seed_draws(seed: int, rank: int, step: int) -> None:
+    """Seeds the global generators of torch (on the CPU), numpy and Python for loading this rank's batch of a step."""
+    seed_device(derive_seed(seed, rank, step, DRAWS), torch.device("cpu"))
 
 
 def permute(positions: NDArray[np.int64], size: int, seed: int) -> NDArray[np.int64]:

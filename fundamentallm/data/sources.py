@@ -25,8 +25,6 @@ PIECE = 65_536
 """Characters of a text file that are read and tokenized at once, up to the end of their line."""
 BETWEEN = "\n\n"
 """Separates documents if no token does."""
-ROWS_OF_TEXT = 5
-"""Lines of a text file that are checked for JSON."""
 ROWS_AT_ONCE, TOKENS_AT_ONCE = 1024, 2**22
 LONG = 2**20
 """Characters of a row's text above which it is tokenized in pieces."""
@@ -61,12 +59,6 @@ class BadRow(str):
     """Names a row, or a text file, that cannot be read, and says why."""
 
     __slots__ = ()
-
-
-class Twice(NamedTuple):
-    """A JSON object that has a field twice, so that its value is not clear."""
-
-    name: str
 
 
 Row = dict[str, Any] | str
@@ -157,39 +149,18 @@ def open_text(path: Path) -> TextIO:
     return path.open(encoding="utf-8-sig", newline="")
 
 
-def checked_pieces(file: TextIO) -> Iterator[str]:
-    """Yield what `read_pieces` yields. Raises UnicodeError for null characters, which are valid UTF-8."""
-    for text in read_pieces(file):
-        if "\0" in text:
-            raise UnicodeError("it has null characters, as UTF-16 and UTF-32 have; convert it, or remove them")
-        yield text
-
-
-def _is_rows(text: str) -> bool:
-    """Whether a text begins like a file of JSON lines: its first lines, at least two, are JSON objects."""
-    lines = list(itertools.islice((line for line in text.splitlines() if line.strip()), ROWS_OF_TEXT))
-    try:
-        return len(lines) > 1 and all(isinstance(json.loads(line), dict) for line in lines)
-    except (ValueError, RecursionError):
-        return False
-
-
 def _text_pieces(config: DataConfig, path: Path) -> Iterator[Piece | BadRow]:
     """Yield a text file as one document, with the line ends as they are."""
     with open_text(path) as file:
         if config.max_bad_rows:  # a bad file is skipped as a whole, so check it before using any of it
             try:
-                collections.deque(checked_pieces(file), maxlen=0)
+                collections.deque(read_pieces(file), maxlen=0)
             except UnicodeError as error:
                 yield BadRow(f"{path} is not UTF-8 text: {error}")
                 return
             file.seek(0)
         last, line = None, 1
-        for text in checked_pieces(file):
-            if last is None and _is_rows(text):
-                reason = f"whose file {path} holds JSON objects, one on each line"
-                advice = f"Rename it to .jsonl. To train on the JSON itself: {DATASETS}text,data_files=FILE."
-                raise source_error(str(path), reason, "text", advice)
+        for text in read_pieces(file):
             if last is not None:
                 yield Piece(last, where=str(path), line=line)
                 line += last.count("\n")
@@ -283,24 +254,13 @@ def _json_rows(config: DataConfig, path: Path) -> Iterator[tuple[str, Row]]:
                 continue
             where = "its list" if is_list else f"line {number:,}"
             try:
-                found = json.loads(text, object_pairs_hook=_fields)
+                found = json.loads(text)
             except (ValueError, RecursionError) as error:  # ValueError: also not UTF-8
                 yield where, f"is not JSON: {error}"
                 continue
             for index, row in enumerate(found if is_list else [found]):
                 position = f"row {index:,}" if is_list else where
-                if isinstance(row, Twice):
-                    yield position, f"has the field {row.name!r} twice"
-                else:
-                    yield position, row if isinstance(row, dict) else f"is a {type(row).__name__}, not an object"
-
-
-def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Twice:
-    """Returns the fields of a JSON object, or the name that it has twice."""
-    fields = dict(pairs)
-    if len(fields) == len(pairs):
-        return fields
-    return Twice(next(name for name, count in collections.Counter(name for name, _ in pairs).items() if count > 1))
+                yield position, row if isinstance(row, dict) else f"is a {type(row).__name__}, not an object"
 
 
 def _table_rows(config: DataConfig, path: Path) -> Iterator[tuple[str, Row]]:

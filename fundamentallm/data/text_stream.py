@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,10 +17,10 @@ from fundamentallm.config.files import find_source, validation_only
 from fundamentallm.config.schema import Config, DataConfig
 from fundamentallm.data.corpus import load_corpus
 from fundamentallm.data.datasets import Batch, TokenDataset, Tokenized, TokenSamples
-from fundamentallm.data.encoding import encode_pieces, why_unknown
+from fundamentallm.data.encoding import encode_rows
 from fundamentallm.data.loaders import collate, corpus_samples
 from fundamentallm.data.sampler import derive_seed
-from fundamentallm.data.sources import BETWEEN, Piece, check_bad_rows, read_source, reads_special_tokens, source_error
+from fundamentallm.data.sources import BETWEEN, Piece, read_source, reads_special_tokens
 from fundamentallm.data.tokenizers import create_tokenizer, num_bytes, num_ids, plain_copy, with_unknown
 from fundamentallm.errors import ConfigError, Problem
 
@@ -79,10 +78,7 @@ class TextStream(Tokenized, IterableDataset[Batch]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict`. Raises ValueError if it is not one of this stream."""
-        numbers, (rest, buffer) = (
-            [state[name] for name in ("file", "pieces", "drawn")],
-            (state["rest"], state["buffer"]),
-        )
+        numbers, rest, buffer = [state[name] for name in ("file", "pieces", "drawn")], state["rest"], state["buffer"]
         if not all(type(number) is int and number >= 0 for number in numbers) or rest.ndim != 1:
             raise ValueError(f"{numbers} with {tuple(rest.shape)} tokens is not a place in a text.")
         if buffer.ndim != 2 or buffer.shape[1] != self.sequence_length + 1:
@@ -106,11 +102,10 @@ class TextStream(Tokenized, IterableDataset[Batch]):
             ConfigError: if there are not more of them.
         """
         ids = np.empty(0, np.int32)
-        with contextlib.closing(self._encoded()) as encoded:
-            for _, _, more in encoded:
-                ids = np.concatenate([ids, more])
-                if len(ids) > count:
-                    return ids[:count]
+        for _, _, more in self._encoded():
+            ids = np.concatenate([ids, more])
+            if len(ids) > count:
+                return ids[:count]
         raise ConfigError(Problem("data.validation_tokens", count, f"less than the {len(ids):,} tokens of data.source"))
 
     def _shuffled(self) -> Iterator[NDArray[np.int32]]:
@@ -134,45 +129,29 @@ class TextStream(Tokenized, IterableDataset[Batch]):
         length, held_out = self.sequence_length, self.config.validation_tokens or 0
         if self._file or self._pieces:  # not at the beginning of a pass
             held_out = 0
-        with contextlib.closing(self._encoded()) as encoded:
-            while True:
-                while len(self._rest) > length:
-                    window, self._rest = self._rest[: length + 1].copy(), self._rest[length:]
-                    yield window
-                if (found := next(encoded, None)) is None:
-                    break
-                self._file, self._pieces, ids = found
-                self._rest = np.concatenate([self._rest, ids[held_out:]])
-                held_out = max(held_out - len(ids), 0)
+        for file, pieces, ids in itertools.chain([(self._file, self._pieces, self._rest[:0])], self._encoded()):
+            self._file, self._pieces = file, pieces
+            self._rest = np.concatenate([self._rest, ids[held_out:]])
+            held_out = max(held_out - len(ids), 0)
+            while len(self._rest) > length:
+                window, self._rest = self._rest[: length + 1].copy(), self._rest[length:]
+                yield window
         self._file = self._pieces = 0
 
-    def _encoded(self) -> Generator[tuple[int, int, NDArray[np.int32]], None, None]:
+    def _encoded(self) -> Iterator[tuple[int, int, NDArray[np.int32]]]:
         """Yields the tokens of each row, or piece of a text, and the place after it: file, and pieces in this file."""
-        config, tokenizer = self.config, self.tokenizer
-        assert tokenizer is not None
-        _, unknown = self._copied
-        allows_unknown = config.unknown_tokens and unknown is not None and unknown < num_ids(tokenizer)
+        assert self.tokenizer is not None
         end = [] if self.end_of_text is None else [self.end_of_text]
-        pieces, ahead = itertools.tee(self._read())
-        texts = (piece.text for _, _, piece in ahead)
-        held, why = [np.empty(0, np.int32)], ""
-        with contextlib.closing(encode_pieces(tokenizer, texts, copied=self._copied)) as encoded_pieces:
-            for (file, number, piece), encoded in zip(pieces, encoded_pieces, strict=True):
-                is_row = self.source.kind in ("rows", "dataset")
-                if encoded.unknown and not allows_unknown:
-                    why = why or why_unknown(piece, encoded)
-                    if not is_row:
-                        advice = "Remove it, or choose another data.tokenizer."
-                        raise source_error(self.source.name, f"whose {why}", advice=advice)
-                held += [encoded.ids.astype(np.int32), np.array(end if piece.ends else [], np.int32)]
-                if is_row and not piece.ends and piece.where:  # a row is packed in full or not at all
-                    continue
-                if why:
-                    self._bad.append(why)
-                    check_bad_rows(config, self.source.name, self._bad)
-                self._report_bad()
-                yield file, number, np.concatenate(held[:1] if why else held)
-                held, why = held[:1], ""
+        pieces = (((file, number), piece) for file, number, piece in self._read())
+        for row, is_used in encode_rows(self.config, self.source, self.tokenizer, pieces, self._bad, self._copied):
+            for bad in self._bad:
+                if self.say is not None and bad not in self._reported:
+                    self._reported.add(bad)
+                    self.say(f"warning: a bad row is skipped: {bad}")
+            ids = [np.empty(0, np.int32)]
+            for _, piece, encoded in row if is_used else ():
+                ids += [encoded.ids.astype(np.int32), np.array(end if piece.ends else [], np.int32)]
+            yield *row[-1][0], np.concatenate(ids)
 
     def _read(self) -> Iterator[tuple[int, int, Piece]]:
         """Yields the pieces of text from the place on, each with its file and its number in the file, from 1."""
@@ -188,12 +167,6 @@ class TextStream(Tokenized, IterableDataset[Batch]):
                 if number == 1 and self.config.end_of_text is None and (file or self.epoch):
                     piece = piece._replace(text=BETWEEN + piece.text)
                 yield file, number, piece
-
-    def _report_bad(self) -> None:
-        for row in self._bad:
-            if self.say is not None and row not in self._reported:
-                self._reported.add(row)
-                self.say(f"warning: a bad row is skipped: {row}")
 
 
 def stream_loaders(

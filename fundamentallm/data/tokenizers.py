@@ -131,33 +131,24 @@ def same_tokenizer(one: Tokenizer, other: Tokenizer) -> bool:
 def with_unknown(tokenizer: Tokenizer) -> tuple[Tokenizer, int | None]:
     """Returns a tokenizer that encodes what the vocabulary lacks as an unknown token, and this token's id.
 
-    That is the given one if it does so, with None if it lacks nothing. Otherwise it is a copy with one more token,
-    whose id is `num_ids(tokenizer)`: BPE would drop what its vocabulary lacks, and other models would raise errors.
+    That is the given one if it has an unknown token. Otherwise it is a copy with one more token, whose id is
+    `num_ids(tokenizer)`: BPE would drop what its vocabulary lacks.
     """
     saved = json.loads(tokenizer.to_str())
-    model, alphabet = saved["model"], list[str]()
-    vocabulary, name = model["vocab"], model.get("unk_token") or MISSING
-    if model.get("unk_id") is not None:
+    model, vocabulary = saved["model"], saved["model"]["vocab"]
+    if model["type"] == "Unigram":
         return tokenizer, model["unk_id"]
+    name = model.get("unk_token") or MISSING
     if name in vocabulary:
         return tokenizer, vocabulary[name]
-    if model.get("byte_fallback"):
-        alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
-    elif '"ByteLevel"' in json.dumps([saved["pre_tokenizer"], saved["normalizer"]]):
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if alphabet and all(tokenizer.token_to_id(byte) is not None for byte in alphabet):
-        return tokenizer, tokenizer.token_to_id(name)
+    unknown = tokenizer.token_to_id(name)
+    if unknown is None:
+        unknown = num_ids(tokenizer)
     # Added tokens that the model does not know would get new ids in the copy.
-    tokens, are_text = tokenizer.get_added_tokens_decoder().items(), tokenizer.encode_special_tokens
-    added = {index: token.content for index, token in tokens if not (token.special and are_text)}
-    unknown = next((index for index, content in added.items() if content == name), num_ids(tokenizer))
-    added[unknown] = name
-    if isinstance(vocabulary, list):  # Unigram: ids are indices, and so low a score is never chosen
-        vocabulary += [[added.get(i, f"{MISSING}{i}"), -1e4] for i in range(len(vocabulary), max(added) + 1)]
-        model["unk_id"] = unknown
-    else:
-        vocabulary |= {content: index for index, content in added.items()}
-        model["unk_token"] = name
+    for index, token in tokenizer.get_added_tokens_decoder().items():
+        if not (token.special and tokenizer.encode_special_tokens):
+            vocabulary[token.content] = index
+    vocabulary[name], model["unk_token"] = unknown, name
     copy = Tokenizer.from_str(json.dumps(saved))
     copy.encode_special_tokens = tokenizer.encode_special_tokens
     return copy, unknown

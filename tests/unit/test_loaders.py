@@ -28,7 +28,6 @@ from torch.utils.data import WeightedRandomSampler as Weighted
 from torch.utils.data.distributed import DistributedSampler
 
 from fundamentallm.config.schema import Config, DataConfig, TrainingConfig
-from fundamentallm.data import loaders
 from fundamentallm.data.corpus import load_corpus
 from fundamentallm.data.datasets import TokenDataset
 from fundamentallm.data.loaders import collate, create_dataloaders, device_batches, load, step_sampler
@@ -236,9 +235,7 @@ def step_batches(num_workers: int, start: int = 0) -> list[torch.Tensor]:
     return [torch.stack(tuple(batch.content)) for batch in batches]
 
 
-@pytest.mark.parametrize("tokens_at_once", [2**12, 60, 1])
-def test_device_batches_continue_across_epochs(tokens_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loaders, "GATHERED_AT_ONCE", tokens_at_once)
+def test_device_batches_continue_across_epochs() -> None:
     dataset, sampler = TokenDataset(np.arange(200), 7), StepSampler(29, 4, 1)
     assert len(dataset) == 29
     batches = step_batches(0, start=5)

@@ -18,7 +18,7 @@ shapes = pytest.mark.parametrize(("samples", "batch_size"), SHAPES)
 shuffles = pytest.mark.parametrize("seed", [None, 3])
 
 
-@pytest.mark.parametrize("size", [*range(1, 70), 2**12, 2**16 + 1, 99_991])
+@pytest.mark.parametrize("size", [*range(1, 10), 64, 65, 2**16 + 1])
 def test_permute_is_a_bijection(size: int) -> None:
     assert np.array_equal(np.sort(permute(np.arange(size), size, seed=size)), np.arange(size))
 
@@ -29,12 +29,6 @@ def test_permute_of_a_huge_range_needs_little_memory() -> None:
     assert len(set(results.tolist())) == 1000
     assert results.min() >= 0
     assert size // 2 < results.max() < size
-
-
-def test_permute_of_a_part_equals_part_of_the_whole() -> None:
-    whole = permute(np.arange(1000), 1000, seed=1)
-    for asked in (np.arange(1000)[::-1], np.array([999, 0, 5, 5]), np.arange(250, 750)):
-        assert np.array_equal(permute(asked, 1000, seed=1), whole[asked])
 
 
 def test_permute_orders_of_different_seeds_are_uncorrelated() -> None:

@@ -182,10 +182,10 @@ def test_long_row_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sources, "PIECE", 8)
     longest, real = [], encoding.encode_pieces
 
-    def encode(tokenizer: Any, pieces: Any, **options: Any) -> Any:
+    def encode(tokenizer: Any, pieces: Any, *options: Any) -> Any:
         pieces = list(pieces)
         longest.append(max(map(len, pieces)))
-        return real(tokenizer, pieces, **options)
+        return real(tokenizer, pieces, *options)
 
     monkeypatch.setattr(encoding, "encode_pieces", encode)
     assert decode(load(tmp_path, as_jsonl(tmp_path))) == "".join(text + END for text in DOCUMENTS)
@@ -204,9 +204,8 @@ def test_file_that_is_neither_text_nor_rows_is_refused(tmp_path: Path, name: str
         assert Path(name).suffix in problem.reason
 
 
-@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-16"])
-def test_text_in_another_encoding_is_refused(tmp_path: Path, encoding: str) -> None:
-    (tmp_path / "a.txt").write_bytes(("good\n" * 30_000 + "тоже\n").encode(encoding))
+def test_text_in_another_encoding_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(("good\n" * 30_000 + "тоже\n").encode("utf-16"))
     (tmp_path / "b.txt").write_text("good\n" * 30)
     problem = problem_of(load, tmp_path, str(tmp_path), suffixes=[".txt"])
     assert (problem.setting, "a.txt" in problem.reason) == ("data.source", True)
@@ -217,14 +216,6 @@ def test_text_in_another_encoding_is_refused(tmp_path: Path, encoding: str) -> N
 def test_json_lines_are_rows_by_their_suffix(tmp_path: Path, suffix: str) -> None:
     path = Path(as_jsonl(tmp_path)).rename(tmp_path / f"b{suffix}")
     assert decode(load(tmp_path, str(path))) == "".join(text + END for text in DOCUMENTS)
-
-
-def test_json_lines_with_the_suffix_of_a_text_are_refused(tmp_path: Path) -> None:
-    path = Path(as_jsonl(tmp_path)).rename(tmp_path / "a.jsonl.txt")
-    problem = problem_of(load, tmp_path, str(path))
-    assert (problem.setting, ".jsonl" in problem.advice) == ("data.source", True)
-    path.write_text('{"text": 3}\nThis line is the JSON that the text is about.\n' * 9)
-    assert decode(load(tmp_path, str(path), end_of_text=None)) == path.read_text()
 
 
 def test_text_field_without_rows_is_refused(tmp_path: Path) -> None:
@@ -267,7 +258,6 @@ BAD = {
     '{"text": null}': "has 'None' for 'text'",
     '{"tixt": "a"}': "has no field 'text', only 'tixt'",
     '{"text": "\\ud800"}': "has half a character",
-    '{"text": "a", "text": "b"}': "has the field 'text' twice",
 }
 
 

@@ -164,10 +164,6 @@ def test_create_tokenizer_refuses_unknown_specs(spec: str) -> None:
         create_tokenizer(spec, "abc")
 
 
-def unigram_without_unknown_token(characters: str) -> Tokenizer:
-    return Tokenizer(models.Unigram([(c, -1.0) for c in characters]))
-
-
 def unknown_token_that_is_added(characters: str) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(characters)}, merges=[], unk_token="[UNK]"))
     tokenizer.add_special_tokens(["[UNK]"])
@@ -175,9 +171,7 @@ def unknown_token_that_is_added(characters: str) -> Tokenizer:
 
 
 @pytest.mark.parametrize("as_text", [False, True])
-@pytest.mark.parametrize(
-    "make_vocabulary", [without_unknown_token, unigram_without_unknown_token, unknown_token_that_is_added]
-)
+@pytest.mark.parametrize("make_vocabulary", [without_unknown_token, unknown_token_that_is_added])
 def test_encode_pieces_keeps_ids_beside_an_unknown_token(make_vocabulary, as_text: bool) -> None:
     tokenizer = make_vocabulary("abc<>")
     tokenizer.add_special_tokens(["<a>"])
