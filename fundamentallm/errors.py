@@ -178,8 +178,15 @@ class _Dropping(io.FileIO):
 
 def open_output(drops: bool = False) -> None:
     """Let stdout and stderr escape what they cannot encode and, with `drops`, drop what cannot be written."""
+    for number in range(3):  # a closed one: otherwise a file of the run would get the number, and what libraries print
+        with contextlib.suppress(OSError):
+            os.fstat(number)
+            continue
+        os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         if isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__"):  # not a notebook's
             stream.reconfigure(errors="backslashreplace")
             if drops:

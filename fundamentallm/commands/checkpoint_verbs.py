@@ -180,7 +180,9 @@ def _val_loss(path: Path, step: int | None) -> float | None:
     """Returns the validation loss of a step, or None if the checkpoint has none. Raises CheckpointError if damaged."""
     with explained(path):
         metrics = load_parts(path, ["metrics_state_dict"]).get("metrics_state_dict") or {}
-        latest = metrics.get("latest") or {name: values[-1] for name, values in metrics.items()}  # without a log, all
+        latest = metrics.get("latest")
+        if latest is None:  # without a log, the checkpoint has all values
+            latest = {name: values[-1] for name, values in metrics.items()}
         return float(latest["val_loss"]) if "val_loss" in latest and latest.get("val_step") == step else None
 
 

@@ -432,7 +432,7 @@ NEVER_ON_RESUME = frozenset(name for name, kind in ON_RESUME.items() if kind == 
 
 def saved_data_settings(data: dict[str, Any]) -> dict[str, Any]:
     """Returns the section `data` of a checkpoint's config, with what earlier versions did without a setting."""
-    data = {"chat_template": False, **data} if data else data
+    data = {"chat_template": False, **data} if data.get("prompt_field") else data
     if "special_tokens" in data or data.get("end_of_text") is None or not str(data.get("tokenizer")).endswith(".json"):
         return data
     return {**data, "special_tokens": "text"}

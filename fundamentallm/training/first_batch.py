@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeGuard
@@ -35,6 +36,8 @@ from fundamentallm.training.loss import CrossEntropy
 
 MAX_BATCHES_WITHOUT_TARGETS = 100
 """Batches without any target that are read before a loader is refused."""
+DISTANCES = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
+"""Losses of which torch would compare each of (N, 1) outputs with each of (N,) targets."""
 
 
 def _refuse(name: str, found: str, allowed: str, advice: str = "") -> ConfigError:
@@ -51,12 +54,15 @@ class CheckedArguments(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Check the arguments of the functions that look up by an index, and call the function."""
         kwargs = kwargs or {}
-        if func in (F.embedding, F.cross_entropy, F.nll_loss):
+        if func in (F.embedding, F.cross_entropy, F.nll_loss, *DISTANCES):
             given = inspect.signature(func).bind(*args, **kwargs).arguments
             if func is F.embedding:
                 _check_ids(given["input"], len(given["weight"]), self.names.get(given["weight"], "an embedding"))
-            else:
+            elif func not in DISTANCES:
                 _check_targets(given["input"], given["target"], given.get("ignore_index", IGNORE_INDEX))
+            elif given["input"].shape != given["target"].shape and given["input"].numel() == given["target"].numel():
+                shape, allowed = f"of shape {tuple(given['target'].shape)}", f"of shape {tuple(given['input'].shape)}"
+                raise _refuse("targets", shape, f"{allowed}, as the outputs", "Use outputs.squeeze(-1).")
         return func(*args, **kwargs)
 
 
@@ -218,8 +224,9 @@ def _find_shift(model: ModelWithLoss, batch: Any) -> bool | None:
         others[:, column] = (labels[:, column] == 0).long()
         given = {**batch, LABELS: others}
         losses.append(float(model(given)) / max(int(model.num_targets(given)), 1))
-    loss, of_first, of_last = losses
-    return of_first == loss if of_last != loss else None
+    # The count of the targets may differ, and with it the rounding.
+    as_first, as_last = (math.isclose(losses[0], other, rel_tol=1e-6) for other in losses[1:])
+    return None if as_last else as_first
 
 
 def _are_indices(labels: Any) -> TypeGuard[Tensor]:

@@ -207,6 +207,8 @@ class Trainer(TrainerView):
                 self._fit_schedule()
             if self.is_finished:
                 self.stop_switch.begin()  # forgets why an earlier train() stopped
+                if self.checkpoint_manager is not None and not self.saver.is_current:
+                    self.save_checkpoint()  # which failed when the run ended
                 self.say(self._describe_finished_run())
                 return self.history
             if self.micro_batch is not None:

@@ -246,6 +246,23 @@ def test_train_ends_at_the_step_after_a_failed_save(tmp_path: Path) -> None:
     assert names(tmp_path / "checkpoints") == [".fundamentallm.lock", "step_00000004", "step_00000008"]
 
 
+def test_train_again_makes_the_last_save_that_failed(tmp_path: Path) -> None:
+    obstacle = tmp_path / "checkpoints" / "step_00000012"
+
+    class Obstruct(Callback):
+        def on_step_end(self, trainer: Trainer, loss: float) -> None:
+            if trainer.global_step == 11:
+                obstacle.mkdir()
+
+    trainer = make_trainer(make_config(tmp_path, **RUN))
+    trainer.callbacks.add(Obstruct())
+    with pytest.raises(CheckpointError, match="step_00000012"):
+        trainer.train()
+    obstacle.rmdir()
+    trainer.train()
+    assert (obstacle / "manifest.json").exists()
+
+
 def test_second_interrupt_waits_for_the_save_in_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted, write = threading.Event(), checkpoint_module.write_manifest
 

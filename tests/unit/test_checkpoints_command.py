@@ -230,11 +230,11 @@ def test_list_has_a_line_per_checkpoint_oldest_first(made: Run, command: Command
 def test_list_is_in_the_order_of_saving(tmp_path: Path, command: Command) -> None:
     history = {"val_step": torch.tensor([1, 4]), "val_loss": torch.tensor([float("nan"), 1.75])}
     latest = {"latest": {"val_step": 3, "val_loss": 1.5}}
-    for name, step, metrics in (("z", 2, latest), ("a", 3, latest), ("b", 4, history)):
+    for name, step, metrics in (("new", 1, {"latest": {}}), ("z", 2, latest), ("a", 3, latest), ("b", 4, history)):
         state = {"metrics_state_dict": metrics, "progress_state_dict": {"step": step}}
-        CheckpointManager(tmp_path).save({"model_state_dict": {"w": torch.ones(1)}, **state}, name)
+        CheckpointManager(tmp_path, 4).save({"model_state_dict": {"w": torch.ones(1)}, **state}, name)
     rows = [line.split()[:3] for line in command("list", tmp_path)[1].split("\n\n")[0].splitlines()[1:]]
-    assert rows == [["z", "2", "-"], ["a", "3", "1.5000"], ["b", "4", "1.7500"]]
+    assert rows == [["new", "1", "-"], ["z", "2", "-"], ["a", "3", "1.5000"], ["b", "4", "1.7500"]]
 
 
 def test_list_says_why_a_folder_is_not_complete(copy: Path, command: Command) -> None:

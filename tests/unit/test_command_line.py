@@ -499,7 +499,7 @@ for stream in (sys.stdout, sys.stderr):
 """
 
 
-@pytest.mark.parametrize("output", ["2>&1 | true", ">/dev/full 2>&1", "2>&1 | cat"])
+@pytest.mark.parametrize("output", ["2>&1 | true", ">/dev/full 2>&1", "2>&1 | cat", ">&- 2>&-"])
 def test_open_output_lets_a_run_print_into_anything(tmp_path: Path, output: str) -> None:
     assert shell(f"{{ COMMAND; echo $? >&3; }} {output}", tmp_path, "-c", PRINT) == "0\n"
 

@@ -123,6 +123,19 @@ def test_first_batch_of_validation_is_checked_too() -> None:
     assert error.value.problems[0].setting == "targets"
 
 
+def test_distances_of_unlike_shapes_are_refused() -> None:
+    """(4, 1) outputs and (4,) targets: torch would compare each output with each target."""
+
+    def squared(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.mse_loss(outputs, targets, reduction="sum")
+
+    data = TensorDataset(torch.rand(10, 3), torch.rand(10))
+    with pytest.raises(ConfigError, match="squeeze"):
+        trainer(nn.Linear(3, 1), data, loss_fn=squared).train()
+    data = TensorDataset(torch.rand(10, 3), torch.rand(10, 1))
+    trainer(nn.Linear(3, 1), data, loss_fn=squared).train()
+
+
 @pytest.mark.parametrize("as_mapping", [False, True])
 def test_copied_inputs_are_reported_and_shift_labels_helps(
     as_mapping: bool, capsys: pytest.CaptureFixture[str]
@@ -178,6 +191,16 @@ def test_first_batches_without_targets_are_allowed_if_later_ones_have_some() -> 
     labels[:4] = -100
     history = trainer(WithLabels(shifting), mappings(labels=labels)).train()
     assert history["tokens"] == [0, 4 * 7]
+
+
+@pytest.mark.parametrize("num_masked", range(1, 7))
+def test_masked_prompts_do_not_hide_that_a_model_shifts(num_masked: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Counting the first label changes the number of targets, and so the rounding of the loss."""
+    labels = IDS.clone()
+    labels[:4, :num_masked] = -100
+    history = trainer(WithLabels(shifting), mappings(labels=labels)).train()
+    assert history["tokens"] == [4 * (8 - num_masked), 4 * (8 - num_masked) + 4 * 7]
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_entries_that_the_model_does_not_take_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
