@@ -68,6 +68,22 @@ def _few_objects_to_collect() -> None:
     gc.freeze()
 
 
+class Blank:
+    """A figure without content."""
+
+    def savefig(self, path: Any, **_: Any) -> None:
+        open(path, "wb").close()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _blank_curves(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs write an empty curves.png, except in tests of it: drawing takes longer than a short run."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.stem not in ("test_curves", "test_launching", "test_run_view"):
+            patch.setattr("fundamentallm.training.callbacks.curves.draw", lambda *_: Blank())
+        yield
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Tokenized text of tests never lands in the user's cache; one folder serves the whole session."""

@@ -89,7 +89,6 @@ LAYOUTS: tuple[Layout, ...] = (
     (Part(4, replicas=2), Part(1), Part(3, replicas=1)),
 )
 SHORT: tuple[Layout, ...] = (
-    (Part(4),),
     (Part(4, 2, replicas=2),),
     (Part(2, replicas=1), Part(3)),
 )

@@ -23,7 +23,6 @@ from fundamentallm import (
     Trainer,
     TrainingConfig,
     Transformer,
-    VisualizationCallback,
     create_dataloaders,
     create_tokenizer,
 )
@@ -116,13 +115,6 @@ def make_trainer(config: Config, characters: int = 6_000, tokenizer_spec: str = 
     torch.manual_seed(config.training.seed)
     arguments.setdefault("callbacks", [LoggingCallback(Path(config.output_dir) / "metrics.jsonl")])
     return Trainer(Transformer(config.model), config, train_loader, val_loader, **arguments)
-
-
-def without_curves(trainer: Trainer) -> Trainer:
-    """Remove the callback that draws curves.png, which takes longer than a short run."""
-    callbacks = trainer.callbacks.callbacks
-    trainer.callbacks.callbacks = [one for one in callbacks if not isinstance(one, VisualizationCallback)]
-    return trainer
 
 
 def sharded_accelerator(replicate: int = 1, precision: str | None = None) -> Accelerator:

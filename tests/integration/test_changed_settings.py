@@ -29,7 +29,6 @@ from tests.integration.runs import (
     make_trainer,
     prose,
     weights,
-    without_curves,
 )
 from tests.integration.test_training_loop import Bigram
 
@@ -107,7 +106,7 @@ def test_run_keeps_the_tokenizer_it_began_with(tmp_path: Path, spec: str, capsys
         shape = dataclasses.replace(config.model, **model)
         reset_accelerate()
         trainer = make_from_config(dataclasses.replace(config, data=data, training=training, model=shape).resolved())
-        without_curves(trainer).train()
+        trainer.train()
         return trainer
 
     before = start(spec).train_loader.dataset.tokenizer.to_str()

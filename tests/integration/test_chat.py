@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from fundamentallm import Config, DataConfig, ModelConfig, TrainingConfig
+from fundamentallm import Config, DataConfig, ModelConfig, Trainer, TrainingConfig
 from fundamentallm.commands.generate import main as generate
 from fundamentallm.train import make_trainer, run
+from tests.conftest import reset_accelerate
 from tests.integration.runs import StopAt, assert_same_weights, lines, on_processes, timeless, weights
 from tests.unit.test_chat import PLAIN, chat, model_folder
 
@@ -45,10 +46,15 @@ def on_chats(world: int, folder: Path, output: Path) -> None:
     assert run(config_of(folder, output, micro_batch_size=3)).accelerator.num_processes == world
 
 
-def test_chats_train_the_same_on_two_processes(folder: Path, tmp_path: Path) -> None:
-    run(config_of(folder, tmp_path / "one"))
-    on_processes(2, on_chats, folder, tmp_path / "two")
-    one, two = (timeless(lines(tmp_path / name)) for name in ("one", "two"))
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Trainer:
+    reset_accelerate()
+    return run(config_of(folder, folder / "whole"))
+
+
+def test_chats_train_the_same_on_two_processes(folder: Path, whole: Trainer, tmp_path: Path) -> None:
+    on_processes(2, on_chats, folder, tmp_path)
+    one, two = (timeless(lines(output)) for output in (whole.output_dir, tmp_path))
     assert len(one) == len(two) > STEPS
     for expected, found in zip(one, two, strict=True):
         for key in expected.keys() & {"tokens", "train_loss", "val_loss", "val_bits_per_byte"}:
@@ -56,9 +62,8 @@ def test_chats_train_the_same_on_two_processes(folder: Path, tmp_path: Path) -> 
 
 
 def test_run_on_chats_resumes_and_keeps_its_template(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, whole: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = run(config_of(folder, tmp_path / "whole"))
     first = make_trainer(config_of(folder, tmp_path / "part"))
     first.callbacks.add(StopAt(STEPS // 2))
     first.train()

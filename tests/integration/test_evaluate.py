@@ -23,7 +23,7 @@ from fundamentallm.inference.scoring import score, windows
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.train import make_trainer
 from tests.conftest import reset_accelerate
-from tests.integration.runs import lines, prose, without_curves
+from tests.integration.runs import lines, prose
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sample_tokens=0,
     )
     reset_accelerate()
-    without_curves(make_trainer(config.resolved())).train()
+    make_trainer(config.resolved()).train()
     return folder / "run"
 
 

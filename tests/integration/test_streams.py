@@ -26,7 +26,6 @@ from tests.integration.runs import (
     prose,
     timeless,
     weights,
-    without_curves,
 )
 from tests.integration.test_training_loop import Bigram
 
@@ -66,33 +65,31 @@ def assert_same_curve(one: list[dict[str, Any]], other: list[dict[str, Any]]) ->
             assert first[key] == pytest.approx(second[key], rel=1e-5)
 
 
-def killed_and_resumed(world: int, folder: str, **training: Any) -> None:
+def killed_and_resumed(world: int, folder: Path, micro_batch_size: int | None = None) -> Trainer:
     with pytest.raises(KilledError):
-        train(folder, KillAfter(5), **training)
-    trainer = train(folder, **training)
+        train(folder, KillAfter(5), micro_batch_size=micro_batch_size)
+    trainer = train(folder, micro_batch_size=micro_batch_size)
     assert trainer.accelerator.num_processes == world
     assert trainer.resumed_from is not None
+    return trainer
 
 
-def test_stream_without_a_state_resumes_to_the_bit(tmp_path: Path) -> None:
-    whole = train(tmp_path / "whole")
-    with pytest.raises(KilledError):
-        train(tmp_path / "killed", KillAfter(5))
-    resumed = train(tmp_path / "killed")
-    assert resumed.resumed_from is not None
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    """A run that nothing disturbed."""
+    return train(tmp_path_factory.mktemp("whole"))
+
+
+def test_stream_without_a_state_resumes_to_the_bit(whole: Trainer, tmp_path: Path) -> None:
+    resumed = killed_and_resumed(1, tmp_path)
     assert whole.epochs_done > 1
     assert_same_weights(weights(whole), weights(resumed))
-    assert timeless(lines(tmp_path / "whole")) == timeless(lines(tmp_path / "killed"))
+    assert timeless(lines(whole.output_dir)) == timeless(lines(tmp_path))
 
 
-def test_stream_gives_one_curve_in_any_layout(tmp_path: Path) -> None:
-    train(tmp_path / "one")
-    on_processes(2, killed_and_resumed_in_micro_batches, str(tmp_path / "two"))
-    assert_same_curve(lines(tmp_path / "one"), lines(tmp_path / "two"))
-
-
-def killed_and_resumed_in_micro_batches(world: int, folder: str) -> None:
-    killed_and_resumed(world, folder, micro_batch_size=2)
+def test_stream_gives_one_curve_in_any_layout(whole: Trainer, tmp_path: Path) -> None:
+    on_processes(2, killed_and_resumed, tmp_path, 2)
+    assert_same_curve(lines(whole.output_dir), lines(tmp_path))
 
 
 def refused(world: int, folder: str) -> None:
@@ -122,9 +119,8 @@ def test_stream_with_another_beginning_is_not_resumed(tmp_path: Path) -> None:
     assert "data.sampler" in [problem.setting for problem in error.value.problems]
 
 
-def test_stateful_dataloader_over_a_stream_is_that_stream(tmp_path: Path) -> None:
+def test_stateful_dataloader_over_a_stream_is_that_stream(whole: Trainer) -> None:
     stateful = pytest.importorskip("torchdata.stateful_dataloader")
-    whole = train(tmp_path / "whole")
     torch.manual_seed(0)
     config = TrainingConfig(max_steps=STEPS, learning_rate=0.05)
     trainer = Trainer(Bigram(), config, stateful.StatefulDataLoader(Samples(), batch_size=7), callbacks=[])
@@ -158,21 +154,11 @@ def streamed(source: Path, output: Path | str, *callbacks: Any, data: Any = (), 
         str(output), ModelConfig(d_model=16, num_heads=2, num_layers=1), DataConfig(**settings),
         TrainingConfig(**{**defaults, "save_every_n_steps": 2, "eval_every_n_steps": 4, **training}), sample_tokens=0,
     )  # fmt: skip
-    trainer = without_curves(make_trainer(config))
+    trainer = make_trainer(config)
     for callback in callbacks:
         trainer.callbacks.add(callback)
     trainer.train()
     return trainer
-
-
-def test_streamed_text_resumes_to_the_bit(folder: Path, tmp_path: Path) -> None:
-    whole = streamed(folder, tmp_path / "whole")
-    with pytest.raises(KilledError):
-        streamed(folder, tmp_path / "killed", KillAfter(7))
-    resumed = streamed(folder, tmp_path / "killed")
-    assert resumed.resumed_from is not None
-    assert_same_weights(weights(whole), weights(resumed))
-    assert timeless(lines(tmp_path / "whole")) == timeless(lines(tmp_path / "killed"))
 
 
 def streamed_on(world: int, folder: Path, output: Path) -> None:
@@ -180,10 +166,16 @@ def streamed_on(world: int, folder: Path, output: Path) -> None:
     assert trainer.accelerator.num_processes == world
 
 
-def test_streamed_text_gives_one_curve_in_any_layout(folder: Path, tmp_path: Path) -> None:
-    streamed(folder, tmp_path / "one")
+def test_streamed_text_resumes_and_has_one_curve_in_any_layout(folder: Path, tmp_path: Path) -> None:
+    whole = streamed(folder, tmp_path / "whole")
+    with pytest.raises(KilledError):
+        streamed(folder, tmp_path / "killed", KillAfter(7))
+    resumed = streamed(folder, tmp_path / "killed")
+    assert resumed.resumed_from is not None
+    assert_same_weights(weights(whole), weights(resumed))
+    assert timeless(lines(tmp_path / "whole")) == timeless(lines(tmp_path / "killed"))
     on_processes(2, streamed_on, folder, tmp_path / "two")
-    assert_same_curve(lines(tmp_path / "one"), lines(tmp_path / "two"))
+    assert_same_curve(lines(tmp_path / "whole"), lines(tmp_path / "two"))
 
 
 def test_streamed_text_that_changed_is_not_resumed(folder: Path, tmp_path: Path) -> None:

@@ -53,8 +53,8 @@ def train_batch_smaller_than_group(processes: int, folder: str, micro_batch_size
 
 
 def test_the_loss_curve_depends_on_neither_micro_batches_nor_processes(tmp_path: Path) -> None:
-    layouts: dict[str, tuple[int, int | None]] = {"1": (1, None), "1 accumulated": (1, 2), "1 by 3": (1, 3)}
-    layouts |= {"2": (2, None), "3 accumulated": (3, 1), "4 accumulated": (4, 2)}
+    layouts: dict[str, tuple[int, int | None]] = {"1": (1, None), "1 by 3": (1, 3)}
+    layouts |= {"3 accumulated": (3, 1), "4": (4, None)}
     curves = {}
     for name, (processes, micro_batch_size) in layouts.items():
         on_processes(processes, train_batch_smaller_than_group, str(tmp_path / name), micro_batch_size)
@@ -248,9 +248,13 @@ def test_a_transformers_model_trains(tmp_path: Path) -> None:
     torch.testing.assert_close(again(ids).logits, model(ids).logits)
 
 
-def test_mixed_precision_trains_with_float32_weights(tmp_path: Path) -> None:
+def test_mixed_precision_computes_in_bf16_with_float32_weights(tmp_path: Path) -> None:
+    dtypes = set()
     trainer = make_trainer(make_config(tmp_path, mixed_precision="bf16", max_steps=20))
+    down = trainer.model.model["layers"][0].mlp.down_proj
+    down.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
     history = trainer.train()
+    assert dtypes == {torch.bfloat16}
     assert history["train_loss"][-1] < history["train_loss"][0] - 0.3
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
 
@@ -331,21 +335,6 @@ def test_layers_with_batch_statistics_are_named(
     Trainer(Normalised(norm), config, DataLoader(PartlyIgnored(), 8), callbacks=[]).train()
     named = [record for record in caplog.records if f"norm ({type(norm).__name__})" in record.getMessage()]
     assert len(named) == is_named
-
-
-def test_bf16_really_computes_in_bf16(tmp_path: Path) -> None:
-    dtypes = []
-    trainer = make_trainer(make_config(tmp_path, mixed_precision="bf16", max_steps=1))
-    down = trainer.model.model["layers"][0].mlp.down_proj
-    down.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
-    trainer.train()
-    assert dtypes[0] == torch.bfloat16
-
-
-def test_two_equal_runs_write_equal_lines(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        make_trainer(make_config(tmp_path / name, dropout=0.2)).train()
-    assert timeless(lines(tmp_path / "a")) == timeless(lines(tmp_path / "b"))
 
 
 def test_another_seed_is_another_run(tmp_path: Path) -> None:
@@ -479,7 +468,7 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("settings", [{}, {"optimizer": "muon"}, {"skip_spikes_above": 6.0}, {"micro_batch_size": 3}])
+@pytest.mark.parametrize("settings", [{"skip_spikes_above": 6.0, "micro_batch_size": 3}, {"optimizer": "muon"}])
 def test_the_host_asks_for_no_value_between_log_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:

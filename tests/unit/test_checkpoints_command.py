@@ -24,7 +24,7 @@ from fundamentallm.commands import checkpoint_verbs
 from fundamentallm.commands.output import shortened
 from fundamentallm.train import make_trainer
 from tests.conftest import reset_accelerate
-from tests.integration.runs import PartlyIgnored, lines, prose, without_curves
+from tests.integration.runs import PartlyIgnored, lines, prose
 from tests.integration.test_training_loop import Bigram
 
 ROOT = Path(__file__).parents[2]
@@ -65,7 +65,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Run:
             save_every_n_steps=4, eval_every_n_steps=4, eval_every_n_epochs=None, save_every_n_epochs=None,
             resume_changes=["training.batch_size", "training.max_steps"],
         )  # fmt: skip
-        trainer = without_curves(make_trainer(Config(str(run.folder), model, data, training).resolved()))
+        trainer = make_trainer(Config(str(run.folder), model, data, training).resolved())
         record(trainer, run.seen)
         trainer.train()
     reset_accelerate()

@@ -19,16 +19,32 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_run_on_a_cpu_reports_the_checks(tmp_path: Path) -> None:
-    command = [ROOT / "tests/gpu/run.sh", "--device", "cpu", "--output", tmp_path / "gpu.json", "overflow", "sharded"]
-    environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_main_on_a_cpu_reports_the_checks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["gpu", "--device", "cpu", "--output", str(tmp_path / "gpu.json"), "overflow", "sharded"]
+    monkeypatch.setattr("sys.argv", command)
+    assert main() == 0
     results = json.loads((tmp_path / "gpu.json").read_text())
     assert results["machine"].keys() >= {"device", "torch", "accelerate"}
     found = {finding["name"]: finding["status"] for finding in results["checks"]}
     assert found == {"overflow": "passed", "sharded": "skipped"}
-    assert all(f"\n{name} " in done.stdout for name in found)
+    printed = capsys.readouterr().out
+    assert all(f"\n{name} " in printed for name in found)
+
+
+FAKE_PYTHON = f"""#!/bin/sh
+case $1 in -c) echo 2.11;; -m) echo "$@";; *) exec {sys.executable} "$@";; esac
+"""
+
+
+def test_script_passes_its_arguments_to_a_python_with_torch(tmp_path: Path) -> None:
+    (tmp_path / "python").write_text(FAKE_PYTHON)
+    (tmp_path / "python").chmod(0o755)
+    command = [ROOT / "tests/gpu/run.sh", "overflow"]
+    environment = os.environ | {"PYTHON": str(tmp_path / "python")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "-m tests.gpu overflow\n"
 
 
 @pytest.mark.slow
