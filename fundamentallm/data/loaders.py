@@ -28,6 +28,9 @@ from fundamentallm.data.tokenizers import num_bytes, num_ids
 from fundamentallm.distributed.batches import LABELS, StepBatch, to_device
 from fundamentallm.errors import ConfigError, Problem
 
+GATHERED_AT_ONCE = 2**12
+"""Tokens that small batches are gathered together up to: 64 kilobytes."""
+
 
 def step_sampler(
     name: str,
@@ -185,6 +188,8 @@ def load(
     pin_memory = pin_memory or loader.pin_memory
     if loader.num_workers == 0 and not pin_memory:
         # The same as torch's loader does, without its overhead, which took half of a small batch's time.
+        if type(dataset) is TokenDataset and collate_fn is collate:
+            return _gather_ahead(dataset, iter(batches))
         if not (isinstance(dataset, TokenSamples) and collate_fn is collate):  # these draw nothing
             batches = seeded(batches, seed, rank, first_step)
         return (collate_fn(fetch_all(batch) if fetch_all else [dataset[i] for i in batch]) for batch in batches)
@@ -203,6 +208,16 @@ def load(
         # Without a generator of its own, iter() would draw from the global one.
         generator=torch.Generator().manual_seed(seed),
     )
+
+
+def _gather_ahead(dataset: TokenDataset, batches: Iterator[list[int]]) -> Iterator[Batch]:
+    """Yield the batches. Several small ones are gathered at once, which takes about as long as one."""
+    for first in batches:
+        more = GATHERED_AT_ONCE // (len(first) * dataset.sequence_length) - 1
+        several = [first, *itertools.islice(batches, max(more, 0))]
+        sizes = list(map(len, several))
+        inputs, targets = dataset.__getitems__(list(itertools.chain.from_iterable(several)))
+        yield from zip(torch.split(inputs, sizes), torch.split(targets, sizes), strict=True)
 
 
 def device_batches(

@@ -25,6 +25,8 @@ PIECE = 65_536
 """Characters of a text file that are read and tokenized at once, up to the end of their line."""
 BETWEEN = "\n\n"
 """Separates documents if no token does."""
+ROWS_OF_TEXT = 5
+"""Lines of a text file that are checked for JSON."""
 ROWS_AT_ONCE, TOKENS_AT_ONCE = 1024, 2**22
 LONG = 2**20
 """Characters of a row's text above which it is tokenized in pieces."""
@@ -141,7 +143,18 @@ def read_pieces(file: TextIO) -> Iterator[str]:
             word = "" if text[-1].isspace() else text.rsplit(None, 1)[-1]
             if len(word) < PIECE:
                 text, rest = text[: -1 - len(word)], text[-1 - len(word) :]
+        if "\0" in text:  # which are valid UTF-8
+            raise UnicodeError("it has null characters, as UTF-16 and UTF-32 have; convert it, or remove them")
         yield text
+
+
+def _is_rows(text: str) -> bool:
+    """Returns whether a text begins like a file of JSON lines: its first lines, at least two, are JSON objects."""
+    lines = list(itertools.islice((line for line in text.splitlines() if line.strip()), ROWS_OF_TEXT))
+    try:
+        return len(lines) > 1 and all(isinstance(json.loads(line), dict) for line in lines)
+    except (ValueError, RecursionError):
+        return False
 
 
 def open_text(path: Path) -> TextIO:
@@ -161,6 +174,10 @@ def _text_pieces(config: DataConfig, path: Path) -> Iterator[Piece | BadRow]:
             file.seek(0)
         last, line = None, 1
         for text in read_pieces(file):
+            if last is None and _is_rows(text):
+                reason = f"whose file {path} holds JSON objects, one on each line"
+                advice = f"Rename it to .jsonl. To train on the JSON itself: {DATASETS}text,data_files=FILE."
+                raise source_error(str(path), reason, "text", advice)
             if last is not None:
                 yield Piece(last, where=str(path), line=line)
                 line += last.count("\n")

@@ -168,9 +168,15 @@ def _draw_weights(model: nn.Module, seed: int, is_main_process: bool) -> None:
         for layer in model.modules():
             if isinstance(layer, (nn.Linear, nn.Embedding)):
                 layer.reset_parameters()  # draws as the constructor on a CPU does
+    missing = {parameter: name for name, parameter in model.named_parameters()}
     for name, values in model.initial_weights():  # type: ignore[operator]
+        parameter = model.get_parameter(name)
+        missing.pop(parameter, None)
         if is_main_process:
-            model.get_parameter(name).copy_(values)
+            parameter.copy_(values)
+    if missing:
+        names = ", ".join(missing.values())
+        raise ConfigError(f"initial_weights() of the model yields nothing for {names}; allowed: all parameters.")
 
 
 def _can_load_efficiently(model: nn.Module) -> bool:

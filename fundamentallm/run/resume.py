@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer
 
 from fundamentallm.checkpoint.manager import CheckpointManager
-from fundamentallm.checkpoint.manifest import verify
+from fundamentallm.checkpoint.manifest import read_manifest, verify
 from fundamentallm.checkpoint.reading import check_checkpoint, load_checkpoint, load_parts
 from fundamentallm.checkpoint.tensor_files import Like
 from fundamentallm.config.schema import Config
@@ -82,7 +82,11 @@ def resume(
     path = choice.path
     if path is None:
         return choice
+    sha256 = group.from_main(lambda: read_manifest(path)["sha256"])
     with group.barrier_with_errors():
+        if read_manifest(path)["sha256"] != sha256:
+            advice = "training.checkpoint_dir has to be a folder that all machines share."
+            raise CheckpointError(f"{path} differs between this machine and the first one; {advice}")
         restore(load_checkpoint(path, like(), is_verified=True), path)
     if manager is not None:
         # A process that was killed after its save may not have rotated. All processes call this, whatever they see.

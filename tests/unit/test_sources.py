@@ -204,8 +204,9 @@ def test_file_that_is_neither_text_nor_rows_is_refused(tmp_path: Path, name: str
         assert Path(name).suffix in problem.reason
 
 
-def test_text_in_another_encoding_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(("good\n" * 30_000 + "тоже\n").encode("utf-16"))
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16"])
+def test_text_in_another_encoding_is_refused(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.txt").write_bytes(("good\n" * 30_000 + "тоже\n").encode(encoding))
     (tmp_path / "b.txt").write_text("good\n" * 30)
     problem = problem_of(load, tmp_path, str(tmp_path), suffixes=[".txt"])
     assert (problem.setting, "a.txt" in problem.reason) == ("data.source", True)
@@ -216,6 +217,14 @@ def test_text_in_another_encoding_is_refused(tmp_path: Path) -> None:
 def test_json_lines_are_rows_by_their_suffix(tmp_path: Path, suffix: str) -> None:
     path = Path(as_jsonl(tmp_path)).rename(tmp_path / f"b{suffix}")
     assert decode(load(tmp_path, str(path))) == "".join(text + END for text in DOCUMENTS)
+
+
+def test_json_lines_with_the_suffix_of_a_text_are_refused(tmp_path: Path) -> None:
+    path = Path(as_jsonl(tmp_path)).rename(tmp_path / "a.jsonl.txt")
+    problem = problem_of(load, tmp_path, str(path))
+    assert (problem.setting, ".jsonl" in problem.advice) == ("data.source", True)
+    path.write_text('{"text": 3}\nThis line is the JSON that the text is about.\n' * 9)
+    assert decode(load(tmp_path, str(path), end_of_text=None)) == path.read_text()
 
 
 def test_text_field_without_rows_is_refused(tmp_path: Path) -> None:
