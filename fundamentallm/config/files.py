@@ -102,7 +102,8 @@ def find_sources(data: DataConfig) -> list[SourceFiles]:
         except ConfigError as error:
             problems += error.problems
     has_rows = {source.kind for source in found} & {"rows", "dataset", "prepared"}  # prepared from rows, perhaps
-    if not problems and data.text_field != DataConfig.text_field and not has_rows:
+    is_validation = data.train_split == NO_TRAINING  # the field is that of the training source
+    if not problems and data.text_field != DataConfig.text_field and not (has_rows or is_validation):
         allowed, reason = f"with rows ({', '.join(ROWS)} or {DATASETS}NAME)", f"but data.source is {data.source!r}"
         problems.append(Problem("data.text_field", data.text_field, allowed, "Leave it out, or name rows.", reason))
     if problems:

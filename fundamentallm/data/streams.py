@@ -57,7 +57,7 @@ class Stream:
 
     def __init__(self, dataset: Any, collate_fn: Callable[[Any], Any], seed: int, is_main: bool = True) -> None:
         self.dataset, self.collate_fn, self.seed, self.is_main = dataset, collate_fn, seed, is_main
-        self._saved = START
+        self._saved = self._begin = START
         self._first, self._window = 0, list[Any]()  # samples that may be asked for, from position _first on
         self.description = ""
         with global_states(0):
@@ -65,7 +65,7 @@ class Stream:
             self._open(START)
             self.first = self._window[0]
             if self.restores:  # the first sample is kept, so everything can be read again from here
-                self._saved = self.state_dict(1)
+                self._begin = self.state_dict(1)
 
     def __getitem__(self, index: int) -> Any:
         """Returns the first sample."""
@@ -96,7 +96,7 @@ class Stream:
             if self._window:  # it has read ahead
                 self._open(self._saved)
                 self.read(position, position)
-            state = self.dataset.state_dict() if self.restores else None
+            state = copy.deepcopy(self.dataset.state_dict()) if self.restores else None
             self._saved = {"position": position, "epoch": self.epoch, "index": self._index, "dataset": state}
         return self._saved
 
@@ -108,7 +108,7 @@ class Stream:
         if not self.restores:
             saved = {**saved, "dataset": None}
         elif saved["position"] == 0:
-            saved = self._saved if self._saved["position"] == 1 else saved
+            saved = self._begin
         self._saved = saved
         if saved["dataset"] is not None:
             self._open(saved)
@@ -170,6 +170,8 @@ class Stream:
             take(iterator := _iterate(one, 0, None), 0, HEAD)
             state = copy.deepcopy(one.state_dict())
             samples, again = (take(each, HEAD, COMPARED) for each in (iterator, _iterate(other, 0, state)))
+            for each, taken in ((one, samples), (other, again)):  # the next pass may not begin at the state
+                taken += take(_iterate(each, 1, None), COMPARED, COMPARED + 1)
             return len(samples) == len(again) and (not samples or self._digest(samples) == self._digest(again))
         except Exception:  # it cannot be copied; what else is wrong, reading it will raise
             return False

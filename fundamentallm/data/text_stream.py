@@ -81,7 +81,7 @@ class TextStream(Tokenized, IterableDataset[Batch]):
         numbers, rest, buffer = [state[name] for name in ("file", "pieces", "drawn")], state["rest"], state["buffer"]
         if not all(type(number) is int and number >= 0 for number in numbers) or rest.ndim != 1:
             raise ValueError(f"{numbers} with {tuple(rest.shape)} tokens is not a place in a text.")
-        if buffer.ndim != 2 or buffer.shape[1] != self.sequence_length + 1:
+        if buffer.shape[1:] != (self.sequence_length + 1,) or (len(buffer) and not self.config.shuffle_buffer):
             raise ValueError(f"a shuffle buffer of shape {tuple(buffer.shape)} does not fit windows.")
         self._file, self._pieces, self._drawn = numbers
         self._rest, self._buffer = rest.numpy().astype(np.int32), [*buffer.numpy().astype(np.int32)]
@@ -115,7 +115,7 @@ class TextStream(Tokenized, IterableDataset[Batch]):
             if len(self._buffer) < size:
                 self._buffer.append(window)
                 continue
-            index = derive_seed(self.seed, self._drawn) % size
+            index = derive_seed(self.seed, self._drawn) % len(self._buffer)
             self._drawn += 1
             drawn, self._buffer[index] = self._buffer[index], window
             has_yielded = True

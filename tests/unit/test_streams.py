@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -306,3 +307,88 @@ def test_config_refuses_tokens_as_a_stream(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("")
     data = config_of(str(tmp_path / "a.npy"), tokenizer=str(tmp_path / "tokenizer.json"))
     assert [problem.setting for problem in file_problems(Config(str(tmp_path), data=data))] == ["data.streaming"]
+
+
+class Live(Stateful):
+    """Gives its own state away, which changes while it is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = {"next": 0}
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while self.state["next"] < self.size:
+            self.state["next"] += 1
+            yield torch.tensor(self.state["next"] - 1)
+        self.state["next"] = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state = dict(state)
+
+
+class Stays(Stateful):
+    """Begins each pass at the state that was loaded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begin = 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for self.next in range(self.begin + 1, self.size + 1):
+            yield torch.tensor(self.next - 1)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.begin = state["next"]
+
+
+def test_state_that_changes_while_read_is_saved_as_it_was() -> None:
+    first = stream(Live())
+    first.read(0, 7)
+    saved = first.state_dict(7)
+    first.read(7, 15)
+    second = stream(Live())
+    second.load_state_dict(saved)
+    assert numbers(second.read(7, 12)) == [7, 8, 9, 10, 11]
+
+
+def test_state_that_a_later_pass_begins_at_is_not_trusted() -> None:
+    first, second = stream(Stays()), stream(Stays())
+    first.read(0, 7)
+    second.load_state_dict(first.state_dict(7))
+    assert numbers(second.read(7, 50)) == numbers(stream(Numbers()).read(7, 50))
+
+
+def test_stream_goes_back_to_the_start_after_a_later_save() -> None:
+    for dataset in (Stateful(), Numbers()):
+        moved = stream(dataset)
+        moved.read(0, 9)
+        moved.state_dict(9)
+        moved.load_state_dict(stream(copy.deepcopy(dataset)).state_dict(0))
+        assert numbers(moved.read(0, 30)) == [*range(20), *range(10)]
+
+
+def test_validation_source_of_text_goes_with_rows_of_another_field(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"content": "abc"}')
+    (tmp_path / "held_out.txt").write_text("abc")
+    sources = {"source": str(tmp_path / "rows.jsonl"), "validation_source": str(tmp_path / "held_out.txt")}
+    assert not file_problems(Config(data=DataConfig(**sources, text_field="content")))
+
+
+def test_smaller_shuffle_buffer_keeps_the_windows_of_the_larger(tmp_path: Path) -> None:
+    def opened(size: int | None) -> TextStream:
+        data = {"source": write(tmp_path, "txt"), "tokenizer": "byte", "sequence_length": LENGTH, "streaming": True}
+        return TextStream(DataConfig(**data, shuffle_buffer=size), seed=1)
+
+    first, smaller = opened(8), opened(2)
+    next(iter(first))
+    smaller.load_state_dict(first.state_dict())
+    held = [window.tobytes() for window in smaller._buffer]
+    for _ in itertools.islice(iter(smaller), 20):
+        pass
+    left = {window.tobytes() for window in smaller._buffer}
+    assert not {*held[2:]} <= left
+    with pytest.raises(ValueError, match="buffer"):
+        opened(None).load_state_dict(first.state_dict())

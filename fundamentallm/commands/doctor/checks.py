@@ -24,6 +24,7 @@ from fundamentallm.commands.trial import Record, make_trainer, run_until, trial_
 from fundamentallm.config.schema import Config
 from fundamentallm.config.units import duration_text, size_text
 from fundamentallm.data.sampler import StepSampler
+from fundamentallm.data.streams import is_stream
 from fundamentallm.distributed.batches import to_device
 from fundamentallm.signals import raise_if_interrupted
 from fundamentallm.training.callbacks.base import Callback, RunView
@@ -68,7 +69,7 @@ def check_data(case: Case) -> Finding:
     """A sample is the same whenever it is read, and whatever was read before."""
     trainer, num_read = case.make(), 0
     for name, loader in (("training", trainer.train_loader), ("validation", trainer.val_loader)):
-        if loader is None:
+        if loader is None or is_stream(loader.dataset):  # read in its order alone, as "kill and resume" does
             continue
         last = len(loader.dataset) - 1  # type: ignore[arg-type]
         indices = sorted({0, min(1, last), last // 3, last // 2, last})
@@ -302,7 +303,11 @@ def _are_equal(one: Any, other: Any) -> bool:
 @torch.no_grad()
 def _losses_by_seed(trainer: Trainer, training: bool) -> set[float]:
     """Returns the distinct losses of one batch under three seeds: one if the model draws no random numbers."""
-    batch = _read(trainer.train_loader, range(min(2, trainer.samples.num_samples)))
+    stream = trainer.samples.stream
+    if stream is not None:
+        batch = stream.collate_fn([stream.first])
+    else:
+        batch = _read(trainer.train_loader, range(min(2, trainer.samples.num_samples)))
     batch, losses = to_device(batch, trainer.accelerator.device), set()
     trainer.model_with_loss.train(training)
     for seed in range(3):

@@ -45,6 +45,9 @@ def main(arguments: Sequence[str], program: str) -> int:
 
 def _with_vocabulary(config: Config) -> Config:
     """Returns the config with the shape of a pretrained model, or with the vocabulary of its data."""
+    if config.model.lora is not None:
+        advice = "Leave it out to estimate the training of all weights."
+        raise ConfigError(Problem("model.lora", config.model.lora, "null: adapters are not counted", advice))
     if (pretrained := config.model.pretrained) is not None:
         from fundamentallm.checkpoint.reading import explained
         from fundamentallm.models.transformers_format import find_pretrained

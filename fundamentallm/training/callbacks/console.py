@@ -83,6 +83,12 @@ class LoggingCallback(Callback):
             f"{type(trainer.optimizer).__name__} with peak learning rate {rate:.1e}\n"
             f"{trainer.total_steps - step} steps of {trainer.samples.sizes_from(step)} sequences{output}"
         )
+        used = {"save_every_n_steps": trainer.checkpoint_manager, "eval_every_n_steps": trainer.val_loader}
+        training = trainer.config.training
+        unset = [f"training.{name}" for name, part in used.items() if part and getattr(training, name) is None]
+        if trainer.samples.stream is not None and unset:
+            text = f"a stream has no epochs, so without {' and '.join(unset)} that is done at the end only"
+            trainer.say(f"warning: {text}")
         if self._file is not None:
             rewind_lines(trainer, self._file)
 
