@@ -337,8 +337,9 @@ class Stays(Stateful):
         self.begin = 0
 
     def __iter__(self) -> Iterator[Tensor]:
-        for self.next in range(self.begin + 1, self.size + 1):
-            yield torch.tensor(self.next - 1)
+        for index in range(self.begin, self.size):
+            self.next = index + 1
+            yield torch.tensor(index)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.begin = state["next"]

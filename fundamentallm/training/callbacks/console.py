@@ -83,8 +83,8 @@ class LoggingCallback(Callback):
             f"{type(trainer.optimizer).__name__} with peak learning rate {rate:.1e}\n"
             f"{trainer.total_steps - step} steps of {trainer.samples.sizes_from(step)} sequences{output}"
         )
-        used = {"save_every_n_steps": trainer.checkpoint_manager, "eval_every_n_steps": trainer.val_loader}
         training = trainer.config.training
+        used = {"save_every_n_steps": training.checkpoint_dir, "eval_every_n_steps": trainer.val_loader}
         unset = [f"training.{name}" for name, part in used.items() if part and getattr(training, name) is None]
         if trainer.samples.stream is not None and unset:
             text = f"a stream has no epochs, so without {' and '.join(unset)} that is done at the end only"
