@@ -78,7 +78,7 @@ def numbers(samples: list[Any]) -> list[int]:
     return [int(sample["x"] if isinstance(sample, dict) else sample) for sample in samples]
 
 
-@pytest.mark.parametrize("dataset", [Numbers(), Numbers(noise=True), Stateful(), Stateful(lacks=1)], ids=str)
+@pytest.mark.parametrize("dataset", [Numbers(), Numbers(noise=True), Stateful(), Stateful(lacks=1)], ids=range(4))
 @pytest.mark.parametrize("position", [1, 7, 20, 33])
 def test_stream_restored_continues_with_the_next_sample(dataset: Any, position: int) -> None:
     whole = numbers(stream(copy.deepcopy(dataset)).read(0, 50))
