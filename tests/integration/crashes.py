@@ -53,10 +53,15 @@ COMMAND = ["--config", "config.yaml"]
 # validation loss counts as the best here, which is the first: a start that forgets it takes a later one.
 WHOLE = "model: {d_model: 16, num_heads: 2, num_layers: 1, dropout: 0.2}"
 ADAPTER = "model: {pretrained: base, lora: {dropout: 0.2, targets: all-linear}}"
+TEXT = "data: {source: text.txt, sequence_length: 16, cache_dir: cache}"
+# A pass over the two files takes a little more than 5 steps.
+STREAM = """data:
+  {source: "part*.txt", streaming: true, tokenizer: byte, sequence_length: 16,
+   shuffle_buffer: 20, validation_tokens: 600}"""
 CONFIG = f"""
 output_dir: run
 {WHOLE}
-data: {{source: text.txt, sequence_length: 16, cache_dir: cache}}
+{TEXT}
 training:
   batch_size: 64
   micro_batch_size: 40
@@ -127,8 +132,8 @@ def train_here(
 class Case:
     """A run in its own folder, started until it is finished."""
 
-    has_adapter = False
-    """Whether the runs train an adapter of peft."""
+    kind = ""
+    """What the runs train or read: an adapter of peft, a stream, or "" for a whole model and a text in the cache."""
 
     def __init__(self, folder: Path, processes: int) -> None:
         self.folder, self.processes = folder.resolve(), processes
@@ -138,10 +143,15 @@ class Case:
         self.counts: list[Counter[str]] = []
         self._newest = -1
         self.folder.mkdir(parents=True)
-        (self.folder / "config.yaml").write_text(CONFIG.replace(WHOLE, ADAPTER) if self.has_adapter else CONFIG)
-        if self.has_adapter:
+        config, text = CONFIG, prose()
+        if self.kind == "adapter":
+            config = config.replace(WHOLE, ADAPTER)
             write_base(self.folder / "base")
-        (self.folder / "text.txt").write_text(prose())
+        if self.kind == "stream":
+            config = config.replace(TEXT, STREAM).replace("eval_every_n_epochs: 1", "eval_every_n_epochs: null")
+        (self.folder / "config.yaml").write_text(config)
+        for name, part in {"text": text, "part1": text[:2000], "part2": text[2000:]}.items():
+            (self.folder / f"{name}.txt").write_text(part)
         self._logs = self.folder.with_name(self.folder.name + ".logs")
         self._logs.mkdir()
 
@@ -339,6 +349,10 @@ WINDOWS_OF_ADAPTER = {
     "a validation": Instant(VALIDATION_FORWARD, 2),
     "an old checkpoint is half deleted": Instant(f"remove {DELETING}/adapter_model.safetensors"),
 }
+WINDOWS_OF_STREAM = {
+    "a checkpoint gets its name": Instant(PUBLISHES, 2),
+    "a validation": Instant(VALIDATION_FORWARD, 2),
+}
 WINDOWS_OF_TWO = {
     "a checkpoint gets its name": Instant(PUBLISHES, 2, rank=0),
     "rank 1 restores": Instant(f"read {SAVED}/manifest.json", rank=1),
@@ -354,7 +368,9 @@ def kill_in_windows(folder: Path, processes: int) -> list[Case]:
     """
     reference, cases = uninterrupted(folder, processes), list[Case]()
     all_windows = (WINDOWS, WINDOWS_OF_REPLACING) if processes == 1 else (WINDOWS_OF_TWO,)
-    for number, windows in enumerate((WINDOWS_OF_ADAPTER,) if Case.has_adapter else all_windows):
+    for number, windows in enumerate(
+        {"adapter": (WINDOWS_OF_ADAPTER,), "stream": (WINDOWS_OF_STREAM,)}.get(Case.kind, all_windows)
+    ):
         case = Case(folder / f"case_{number}", processes)
         for index, (name, instant) in enumerate(windows.items()):
             before = len(case.hits)
@@ -439,16 +455,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--windows", action="store_true", help="kill at chosen instants instead of random ones")
     parser.add_argument("--kills", type=int, default=200, help="at random, at least")
-    parser.add_argument("--adapter", action="store_true", help="train an adapter of peft, not a whole model")
+    kinds = "train an adapter of peft, or read a stream, instead of a whole model and a text in the cache"
+    parser.add_argument("--kind", choices=("adapter", "stream"), default="", help=kinds)
     parser.add_argument("--processes", type=int, default=1, help="of each run, in a gloo group")
     parser.add_argument("--seed", type=int, default=None, help="of the instants")
     parser.add_argument("--real", type=float, default=0.05, help="fraction of starts by `python -m`")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if arguments.adapter:
+    Case.kind = arguments.kind
+    if Case.kind == "adapter":
         import peft  # noqa: F401  # once here, rather than in every process that is forked
-
-        Case.has_adapter = True
     seed = random.randrange(10**6) if arguments.seed is None else arguments.seed
     folder = Path(tempfile.mkdtemp(prefix="crashes-"))
     print(f"{'' if arguments.windows else f'seed {seed}, '}in {folder} (kept if a run fails)", flush=True)

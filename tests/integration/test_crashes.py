@@ -27,8 +27,10 @@ def crash(folder: Path, *arguments: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the harness uses what only Linux has")
-@pytest.mark.parametrize("options", [["--processes", "1"], ["--processes", "2"], ["--adapter"]])
+@pytest.mark.parametrize(
+    "options", [["--processes", "1"], ["--processes", "2"], ["--kind", "adapter"], ["--kind", "stream"]]
+)
 def test_train_killed_at_chosen_instants_ends_the_same(tmp_path: Path, options: list[str]) -> None:
-    if "--adapter" in options:
+    if "adapter" in options:
         pytest.importorskip("peft")
     assert "each ended as the uninterrupted one" in crash(tmp_path, "--windows", *options)
