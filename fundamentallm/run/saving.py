@@ -81,9 +81,15 @@ class Saver:
         self._saved_step = saved
 
     def begin(self) -> None:
-        """Starts a launch: drops requests, and lets `check_first_step` check its first step."""
+        """Starts a launch: drops requests, and lets `check_first_step` check its first step.
+
+        Raises:
+            CheckpointError: if the state cannot be saved.
+        """
         self.requested = self._is_best = False
-        self._shapes = self._shapes_of_model() if self.manager is not None else None
+        if self.manager is not None:
+            self._plan()
+            self._shapes = self._shapes_of_model()
 
     def check_first_step(self) -> None:
         """Raises CheckpointError if after a launch's first step its state cannot be saved, or loaded by a new model."""
@@ -96,12 +102,16 @@ class Saver:
                 f"{', '.join(changed)}: made or reshaped by the first step, so that no checkpoint would fit a new "
                 "model. Register each as a tensor of its final shape, or with persistent=False."
             )
+        tensors = self._plan().values()
+        num_bytes = sum({(local(t).data_ptr(), t.nbytes): t.nbytes for t in tensors}.values())  # tied: once
+        self.group.from_main(lambda: manager.check_space(num_bytes))
+
+    def _plan(self) -> dict[str, Any]:
+        """Returns the tensors of a checkpoint. Raises CheckpointError on all processes if it cannot be made."""
         # On all processes: reading its state makes a sharded model drop what a validation left gathered. If only
         # some processes did so, the next forward pass would wait forever.
         with self.group.barrier_with_errors():
-            _, tensors = plan(self.state.state_dict(), self.files())
-        num_bytes = sum({(local(t).data_ptr(), t.nbytes): t.nbytes for t in tensors.values()}.values())  # tied: once
-        self.group.from_main(lambda: manager.check_space(num_bytes))
+            return plan(self.state.state_dict(), self.files())[1]
 
     def _shapes_of_model(self) -> dict[str, Any]:
         return {name: getattr(value, "shape", None) for name, value in self.state.model.state_dict().items()}

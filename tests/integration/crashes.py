@@ -327,7 +327,7 @@ LAST_SAVED = f"{CHECKPOINTS}/step_LAST"
 # The changes of names, and what a kill there leaves to the next start. Killed one after the other in the same run,
 # each in a start of its own; random instants find the others.
 WINDOWS = {
-    "the encoded text gets its name": Instant("rename cache/.staging/KEY -> cache/KEY"),
+    "the encoded text gets its name": Instant("rename cache/.staging -> cache/KEY"),
     "the first checkpoint gets its name": Instant(PUBLISHES),
     "lines without a checkpoint were moved": Instant(f"rename {METRICS}.new -> {METRICS}"),
     "a line is written": Instant(f"write {METRICS}", 3),
