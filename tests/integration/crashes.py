@@ -41,12 +41,7 @@ from fundamentallm.checkpoint.reading import load_checkpoint
 from fundamentallm.errors import START_AGAIN
 from fundamentallm.training.metrics import MEASURED
 from tests.integration.runs import lines, prose, timeless
-from tests.integration.trap import (
-    LAST_STEP,
-    VALIDATION_FORWARD,
-    Instant,
-    Trap,
-)
+from tests.integration.trap import LAST_STEP, VALIDATION_FORWARD, Instant, Trap
 
 COMMAND = ["--config", "config.yaml"]
 # 6,000 characters, 90 % of them for training, in windows of 16 and batches of 64 make 6 steps an epoch. The largest
@@ -111,6 +106,7 @@ def train_here(
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))  # not pytest's
     os.chdir(folder)
     os.environ.update(environment)
     if for_real:
@@ -132,10 +128,8 @@ def train_here(
 class Case:
     """A run in its own folder, started until it is finished."""
 
-    kind = ""
-    """What the runs train or read: an adapter of peft, a stream, or "" for a whole model and a text in the cache."""
-
-    def __init__(self, folder: Path, processes: int) -> None:
+    def __init__(self, folder: Path, processes: int, kind: str = "") -> None:
+        """`kind` is adapter (of peft), stream, or "" for a whole model and a text in the cache."""
         self.folder, self.processes = folder.resolve(), processes
         self.hits: list[str] = []
         """Where kills found it."""
@@ -144,10 +138,10 @@ class Case:
         self._newest = -1
         self.folder.mkdir(parents=True)
         config, text = CONFIG, prose()
-        if self.kind == "adapter":
+        if kind == "adapter":
             config = config.replace(WHOLE, ADAPTER)
             write_base(self.folder / "base")
-        if self.kind == "stream":
+        if kind == "stream":
             config = config.replace(TEXT, STREAM).replace("eval_every_n_epochs: 1", "eval_every_n_epochs: null")
         (self.folder / "config.yaml").write_text(config)
         for name, part in {"text": text, "part1": text[:2000], "part2": text[2000:]}.items():
@@ -318,70 +312,58 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 
 # ---- chosen instants ---------------------------------------------------------------------------------------
 
-METRICS, STATUS, CHECKPOINTS = "run/metrics.jsonl", "run/status.json", "run/checkpoints"
-STAGED, SAVED = f"{CHECKPOINTS}/.staging-step_N", f"{CHECKPOINTS}/step_N"
-DELETING, REPLACED = f"{CHECKPOINTS}/.deleting-step_N", f"{CHECKPOINTS}/.replaced-step_N"
+METRICS, CHECKPOINTS = "run/metrics.jsonl", "run/checkpoints"
+STAGED, SAVED, DELETING = (f"{CHECKPOINTS}/{name}step_N" for name in (".staging-", "", ".deleting-"))
 PUBLISHES = f"rename {STAGED} -> {SAVED}"
-LAST_SAVED = f"{CHECKPOINTS}/step_LAST"
-
-# The changes of names, and what a kill there leaves to the next start. Killed one after the other in the same run,
-# each in a start of its own; random instants find the others.
-WINDOWS = {
-    "the encoded text gets its name": Instant("rename cache/.staging -> cache/KEY"),
-    "the first checkpoint gets its name": Instant(PUBLISHES),
-    "lines without a checkpoint were moved": Instant(f"rename {METRICS}.new -> {METRICS}"),
-    "a line is written": Instant(f"write {METRICS}", 3),
-    "the manifest is written": Instant(f"write {STAGED}/manifest.json"),
-    "the rewound metrics.jsonl gets its name": Instant(f"rename {METRICS}.new -> {METRICS}"),
-    "a validation": Instant(VALIDATION_FORWARD, 2),
-    "an old checkpoint is half deleted": Instant(f"remove {DELETING}/model.safetensors"),
-    "the last checkpoint is there": Instant(f"read {LAST_SAVED}/manifest.json"),
-    "a finished run deletes an old checkpoint": Instant(f"rename {SAVED} -> {DELETING}"),
-}
-WINDOWS_OF_REPLACING = {
+WINDOWS: dict[str, tuple[int, str, list[Instant]]] = {
+    "whole": (1, "", [
+        Instant("rename cache/.staging -> cache/KEY"),
+        Instant(PUBLISHES),  # the first checkpoint gets its name
+        Instant(f"rename {METRICS}.new -> {METRICS}"),  # lines without a checkpoint were moved
+        Instant(f"write {METRICS}", 3),
+        Instant(f"write {STAGED}/manifest.json"),
+        Instant(f"rename {METRICS}.new -> {METRICS}"),  # the log was rewound
+        Instant(VALIDATION_FORWARD, 2),
+        Instant(f"remove {DELETING}/model.safetensors"),  # an old checkpoint is half deleted
+        Instant(f"read {CHECKPOINTS}/step_LAST/manifest.json"),
+        Instant(f"rename {SAVED} -> {DELETING}"),  # by a run that is finished
+    ]),
     # A run that is stopped while it validates saves. The next start validates, finds its best, and saves the same step.
-    "a validation is stopped": Instant(VALIDATION_FORWARD, number=signal.SIGTERM),
-    "the other takes its name": Instant(PUBLISHES),
-    "the first is restored": Instant(f"rename {REPLACED} -> {SAVED}"),
-}
-WINDOWS_OF_ADAPTER = {
-    "a checkpoint gets its name": Instant(PUBLISHES, 2),
-    "a validation": Instant(VALIDATION_FORWARD, 2),
-    "an old checkpoint is half deleted": Instant(f"remove {DELETING}/adapter_model.safetensors"),
-}
-WINDOWS_OF_STREAM = {
-    "a checkpoint gets its name": Instant(PUBLISHES, 2),
-    "a validation": Instant(VALIDATION_FORWARD, 2),
-}
-WINDOWS_OF_TWO = {
-    "a checkpoint gets its name": Instant(PUBLISHES, 2, rank=0),
-    "rank 1 restores": Instant(f"read {SAVED}/manifest.json", rank=1),
-    "rank 1 validates": Instant(VALIDATION_FORWARD, rank=1),
-}
+    "replacing": (1, "", [
+        Instant(VALIDATION_FORWARD, number=signal.SIGTERM),
+        Instant(PUBLISHES),
+        Instant(f"rename {CHECKPOINTS}/.replaced-step_N -> {SAVED}"),
+    ]),
+    "adapter": (1, "adapter", [Instant(PUBLISHES, 2), Instant(VALIDATION_FORWARD, 2)]),
+    "stream": (1, "stream", [Instant(PUBLISHES, 2), Instant(VALIDATION_FORWARD, 2)]),
+    "two processes": (2, "", [
+        Instant(PUBLISHES, 2),
+        Instant(f"read {SAVED}/manifest.json", rank=1),
+        Instant(VALIDATION_FORWARD, rank=1),
+    ]),
+}  # fmt: skip
+"""Processes, kind of run, and instants: changes of names, and what a kill there leaves to the next start.
+
+The kills of a row hit one run, each in a start of its own. Random instants find the others."""
 
 
-def kill_in_windows(folder: Path, processes: int) -> list[Case]:
-    """Kill runs at each of the chosen instants.
+def kill_in_windows(folder: Path, name: str) -> Case:
+    """Kill a run at each of the chosen instants.
 
     Raises:
-        CrashError: if one is not reached, or a run does not end as the uninterrupted one.
+        CrashError: if one is not reached, or the run does not end as the uninterrupted one.
     """
-    reference, cases = uninterrupted(folder, processes), list[Case]()
-    all_windows = (WINDOWS, WINDOWS_OF_REPLACING) if processes == 1 else (WINDOWS_OF_TWO,)
-    for number, windows in enumerate(
-        {"adapter": (WINDOWS_OF_ADAPTER,), "stream": (WINDOWS_OF_STREAM,)}.get(Case.kind, all_windows)
-    ):
-        case = Case(folder / f"case_{number}", processes)
-        for index, (name, instant) in enumerate(windows.items()):
-            before = len(case.hits)
-            done = case.start(instant, as_launcher=index % 3 != 1)
-            if done or (instant.number == signal.SIGKILL and len(case.hits) == before):
-                case.fail(f"it was not killed in the window: {name}")
-        if not case.start():
-            case.fail("it is not finished")
-        case.check(reference)
-        cases.append(case)
-    return cases
+    processes, kind, instants = WINDOWS[name]
+    reference, case = uninterrupted(folder, processes, kind), Case(folder / "case", processes, kind)
+    for index, instant in enumerate(instants):
+        before = len(case.hits)
+        done = case.start(instant, as_launcher=index % 3 != 1)
+        if done or (instant.number == signal.SIGKILL and len(case.hits) == before):
+            case.fail(f"it was not killed in the window: {instant}")
+    if not case.start():
+        case.fail("it is not finished")
+    case.check(reference)
+    return case
 
 
 # ---- random instants ---------------------------------------------------------------------------------------
@@ -404,17 +386,17 @@ def draw(chance: random.Random, counts: list[Counter[str]], seconds: float) -> I
     return Instant(label, chance.randint(1, total), rank, number)
 
 
-def kill_at_random(folder: Path, processes: int, kills: int, seed: int, real: float) -> list[Case]:
+def kill_at_random(folder: Path, processes: int, kind: str, kills: int, seed: int, real: float) -> list[Case]:
     """Kill runs at random instants until they are finished, one run after the other.
 
     Raises:
         CrashError: if one of them does not end as the uninterrupted run.
     """
     chance, cases = random.Random(seed), list[Case]()
-    reference = uninterrupted(folder, processes)
+    reference = uninterrupted(folder, processes, kind)
     counts, seconds, done = [Counter(count) for count in reference.counts], reference.seconds, 0
     while done < kills:
-        case = Case(folder / f"case_{len(cases):03d}", processes)
+        case = Case(folder / f"case_{len(cases):03d}", processes, kind)
         while True:
             instant = draw(chance, counts, seconds) if len(case.hits) < 15 else None
             for_real = instant is not None and chance.random() < real
@@ -432,8 +414,8 @@ def kill_at_random(folder: Path, processes: int, kills: int, seed: int, real: fl
     return cases
 
 
-def uninterrupted(folder: Path, processes: int) -> Case:
-    case = Case(folder / "uninterrupted", processes)
+def uninterrupted(folder: Path, processes: int, kind: str) -> Case:
+    case = Case(folder / "uninterrupted", processes, kind)
     if not case.start():
         raise CrashError("the uninterrupted run is not finished")
     return case
@@ -453,7 +435,7 @@ def summary(cases: list[Case]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--windows", action="store_true", help="kill at chosen instants instead of random ones")
+    parser.add_argument("--windows", action="store_true", help="kill at chosen instants of all kinds of runs instead")
     parser.add_argument("--kills", type=int, default=200, help="at random, at least")
     kinds = "train an adapter of peft, or read a stream, instead of a whole model and a text in the cache"
     parser.add_argument("--kind", choices=("adapter", "stream"), default="", help=kinds)
@@ -462,16 +444,15 @@ def main() -> None:
     parser.add_argument("--real", type=float, default=0.05, help="fraction of starts by `python -m`")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    Case.kind = arguments.kind
-    if Case.kind == "adapter":
+    if arguments.kind == "adapter":
         import peft  # noqa: F401  # once here, rather than in every process that is forked
     seed = random.randrange(10**6) if arguments.seed is None else arguments.seed
     folder = Path(tempfile.mkdtemp(prefix="crashes-"))
     print(f"{'' if arguments.windows else f'seed {seed}, '}in {folder} (kept if a run fails)", flush=True)
     if arguments.windows:
-        cases = kill_in_windows(folder, arguments.processes)
+        cases = [kill_in_windows(folder / name, name) for name in WINDOWS]
     else:
-        cases = kill_at_random(folder, arguments.processes, arguments.kills, seed, arguments.real)
+        cases = kill_at_random(folder, arguments.processes, arguments.kind, arguments.kills, seed, arguments.real)
     print(summary(cases))
     shutil.rmtree(folder)
 

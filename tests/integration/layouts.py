@@ -217,11 +217,13 @@ def markdown(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def compare(layouts: Iterable[Layout], steps: int, folder: Path) -> Iterator[Row]:
+def compare(
+    layouts: Iterable[Layout], steps: int, folder: Path, optimizers: Iterable[str] = OPTIMIZERS
+) -> Iterator[Row]:
     """Run each layout with each optimizer, and the reference first."""
-    references = {name: run(folder / name, REFERENCE, name, steps) for name in OPTIMIZERS}
+    references = {name: run(folder / name, REFERENCE, name, steps) for name in optimizers}
     for number, layout in enumerate(layouts):
-        runs = {name: run(folder / f"{name}_{number}", layout, name, steps) for name in OPTIMIZERS}
+        runs = {name: run(folder / f"{name}_{number}", layout, name, steps) for name in references}
         yield Row(layout, {name: difference(done, references[name]) for name, done in runs.items()})
 
 

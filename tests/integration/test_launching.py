@@ -170,7 +170,7 @@ def test_kubernetes_job_launches_one_run_on_all_pods() -> None:
     pod = job["spec"]["template"]["spec"]
     name, *arguments = pod["containers"][0]["command"]
     given = torchrun.parse_args(arguments)
-    config, module, words = torchrun.config_from_args(given)
+    config, _, words = torchrun.config_from_args(given)
     assert (name, given.module, words[1]) == ("torchrun", True, "-m")
     assert config.min_nodes == config.max_nodes == job["spec"]["completions"] == job["spec"]["parallelism"]
     assert config.nproc_per_node == pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]

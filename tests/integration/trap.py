@@ -1,7 +1,7 @@
 """In a training process: counts what it does, and kills it at a chosen event.
 
-An event is a change in the run's folder, as Python's audit hooks see it, or a mark from the callback below: a forward
-pass, a step, a validation. A file event comes before the operation, so a kill at a rename leaves the old name.
+An event is a forward pass, or a change in the run's folder, as Python's audit hooks see it. A file event comes before
+the operation, so a kill at a rename leaves the old name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from fundamentallm import Callback, Trainer
 LAST_STEP = 22
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 FORWARD, VALIDATION_FORWARD = "forward", "forward in validation"
-RESTORED, STEP, VALIDATED, EPOCH, LOGGED, ENDED = "begin", "step", "validated", "epoch", "logged", "end"
 
 
 class Instant(NamedTuple):
@@ -88,42 +87,20 @@ class Trap:
 
 
 class Marks(Callback):
-    """Reports the progress of a run to the trap, if there is one."""
+    """Reports the forward passes of a run to the trap, if there is one."""
 
     def __init__(self) -> None:
         self._watches_model = False
-
-    def on_train_begin(self, trainer: Trainer) -> None:
-        self._mark(RESTORED)
 
     def on_epoch_begin(self, trainer: Trainer) -> None:
         if not self._watches_model:  # not earlier: the check of the first batch looks like a validation
             trainer.model.register_forward_hook(_on_forward)
             self._watches_model = True
 
-    def on_step_end(self, trainer: Trainer, loss: float) -> None:
-        self._mark(STEP)
-
-    def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        self._mark(LOGGED)
-
-    def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        self._mark(VALIDATED)
-
-    def on_epoch_end(self, trainer: Trainer) -> None:
-        self._mark(EPOCH)
-
-    def on_train_end(self, trainer: Trainer) -> None:
-        self._mark(ENDED)
-
-    @staticmethod
-    def _mark(label: str) -> None:
-        if Trap.armed is not None:
-            Trap.armed.hit(label)
-
 
 def _on_forward(model: nn.Module, inputs: object, outputs: object) -> None:
-    Marks._mark(FORWARD if model.training else VALIDATION_FORWARD)
+    if Trap.armed is not None:
+        Trap.armed.hit(FORWARD if model.training else VALIDATION_FORWARD)
 
 
 def _full_path(path: object, folder_handle: int | None) -> str:
