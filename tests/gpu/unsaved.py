@@ -12,3 +12,4 @@ if __name__ == "__main__":
     trainer.saver.manager = None
     trainer.train()
     trainer.leave_group()
+    sys.exit()
