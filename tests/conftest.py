@@ -37,16 +37,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 ELSEWHERE = {
-    *("test_crashes", "test_layouts", "test_machines", "test_preemption", "test_processes"),
-    *(
-        "test_sharding",
-        "test_watchdog",
-        "test_hostile_input",
-        "test_hostile_checkpoints",
-        "test_estimated_memory",
-        "test_compile",
-        "test_gpu_checks",
-    ),
+    *("test_compile", "test_crashes", "test_estimated_memory", "test_gpu_checks", "test_hostile_checkpoints"),
+    *("test_hostile_input", "test_launching", "test_layouts", "test_preemption", "test_processes", "test_sharding"),
+    "test_watchdog",
 }
 """Modules whose tests work in processes that coverage does not see, or repeat what others cover many times over: it
 would take a third more time."""
@@ -79,7 +72,7 @@ class Blank:
 def _blank_curves(request: pytest.FixtureRequest) -> Iterator[None]:
     """Runs write an empty curves.png, except in tests of it: drawing takes longer than a short run."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.path.stem not in ("test_curves", "test_launching", "test_run_view"):
+        if request.path.stem not in ("test_curves", "test_run_view"):
             patch.setattr("fundamentallm.training.callbacks.curves.draw", lambda *_: Blank())
         yield
 

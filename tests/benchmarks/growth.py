@@ -1,6 +1,6 @@
 """How the cost of an optimizer step grows with layers, width, context, vocabulary and number of processes.
 
-    python -m tests.benchmarks.growth [--plot growth.png] [--axes width context] [--seconds 3]
+    python -m tests.benchmarks.growth [--axes width context] [--seconds 3]
 
 One setting of a small model is varied at a time, in real runs of the Trainer in float32, one thread for each process.
 The cost is CPU time, that of all processes together, of a run's cheapest step (its first two left out), so that
@@ -134,41 +134,19 @@ def table(axis: str, points: Sequence[Point]) -> Iterable[str]:
     yield "| exponent | {:.2f} | | {:.2f} | | | | |".format(*fits)
 
 
-def draw(found: dict[str, list[Point]], path: Path) -> None:
-    """The cost over each axis, both logarithmic, and the FLOPs as the base model computes them."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4 * len(found), 3.6), layout="constrained")
-    for axes, (axis, points) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
-        values = [point.value for point in points]
-        base = min(points, key=lambda point: abs(math.log(point.value / BASE[axis])))
-        rate = base.flops / base.cpu_seconds
-        axes.loglog(values, [1e3 * point.flops / rate for point in points], "--", color="#d1495b", label="by its FLOPs")
-        axes.loglog(values, [1e3 * point.cpu_seconds for point in points], "o-", color="#33658a", label="measured")
-        axes.set(xlabel=axis, ylabel="CPU ms a step")
-        axes.set_xticks(values, [str(value) for value in values], rotation=45)
-        axes.minorticks_off()
-        axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plot", type=Path, default=Path("growth.png"), metavar="PNG", help="[growth.png]")
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), help="all by default")
     parser.add_argument("--seconds", type=float, default=3.0, help="of each run, at least [3]")
     options = parser.parse_args(arguments)
     base = ", ".join(f"{name} {value:,}" for name, value in BASE.items())
     print(f"{base}; {BATCH} sequences a step, AdamW, float32, torch {torch.__version__}")
-    found: dict[str, list[Point]] = {}
     for axis in options.axes:
-        found[axis] = []
+        found = list[Point]()
         for value in AXES[axis]:
             with tempfile.TemporaryFile("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-                found[axis].append(measure(axis, value, options.seconds))
-        print("", *table(axis, found[axis]), sep="\n", flush=True)
-    draw(found, options.plot)
-    print(f"\ndrawn in {options.plot}")
+                found.append(measure(axis, value, options.seconds))
+        print("", *table(axis, found), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,8 @@
     python -m tests.benchmarks.time_to_loss --text my.txt [--recipe examples/shakespeare.yaml] [--threads 2]
 
 The reference is a model like nanoGPT's in its published settings for a CPU (4 layers, 4 heads, width 128, context 64,
-batch 12, 2000 steps, AdamW from 1e-3 to 1e-4, no dropout; github.com/karpathy/nanoGPT, "only have a macbook"), once in
-a loop written by hand and once in our Trainer. Against it run the recipe, and the recipe stretched to as many steps as
-the reference's time allows.
+batch 12, 2000 steps, AdamW from 1e-3 to 1e-4, no dropout; github.com/karpathy/nanoGPT, "only have a macbook"), in our
+Trainer. Against it run the recipe, and the recipe stretched to as many steps as the reference's time allows.
 
 The sides take turns, a twentieth of each run at a time, so that whatever else the machine does meets all of them alike.
 Seconds are those of training alone: reading, validating and saving are left out on every side, and compiling, where a
@@ -35,11 +34,9 @@ from torch import Tensor, nn
 
 from fundamentallm import Callback, Config, DataConfig, Trainer, TrainingConfig, Transformer
 from fundamentallm.config.command_line import parse_config
-from fundamentallm.config.schema import BUILT_IN_CORPUS, IGNORE_INDEX
+from fundamentallm.config.schema import BUILT_IN_CORPUS
 from fundamentallm.data.corpus import Corpus, load_corpus
 from fundamentallm.data.loaders import create_dataloaders
-from fundamentallm.training.optimizers import create_optimizer
-from fundamentallm.training.schedulers import create_scheduler
 
 WIDTH, HEADS, LAYERS, CONTEXT, BATCH = 128, 4, 4, 64, 12
 REFERENCE = TrainingConfig(
@@ -150,50 +147,6 @@ class Pauses(Callback):
             trainer.request_stop("the other sides' turn")
 
 
-class ByHand(Side):
-    """The reference in a loop of its own, on windows that begin anywhere, as nanoGPT takes them."""
-
-    def __init__(self, name: str, corpus: Corpus, turns: int = TURNS) -> None:
-        self.corpus = corpus
-        super().__init__(name, REFERENCE.max_steps or 0, turns)
-
-    def train(self) -> Iterator[None]:
-        settings, generator = REFERENCE, torch.Generator().manual_seed(0)
-        model = reference_model(self.corpus)
-        optimizer = create_optimizer(
-            model, "adamw", settings.learning_rate, settings.weight_decay, adam_beta2=settings.adam_beta2
-        )
-        schedule = create_scheduler(
-            optimizer, "cosine", 1, self.steps, settings.warmup_steps, min_lr_ratio=settings.min_lr_ratio
-        )
-        tokens = torch.from_numpy(self.corpus.sources[0].train.ids.astype("int64"))
-        window = torch.arange(CONTEXT + 1)
-        self.time.start()
-        for step in range(1, self.steps + 1):
-            starts = torch.randint(len(tokens) - CONTEXT, (BATCH, 1), generator=generator)
-            windows = tokens[starts + window]
-            F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten()).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip_norm or math.inf)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            if step in self.pauses:
-                self.time.stop(step)
-                yield
-                self.time.start()
-        self.loss = self._validate(model)
-
-    @torch.no_grad()
-    def _validate(self, model: nn.Module) -> float:
-        _, loader = create_dataloaders(self.corpus, None, reference_config())
-        assert loader is not None
-        total, count = 0.0, 0
-        for inputs, targets in loader:
-            total += float(F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="sum"))
-            count += int((targets != IGNORE_INDEX).sum())
-        return total / count
-
-
 def reference_config() -> Config:
     return Config(data=DataConfig(sequence_length=CONTEXT), training=REFERENCE)
 
@@ -232,7 +185,6 @@ def run(config: Config, cache: str) -> list[Side]:
     longer = steps_in_the_same_time(config, corpus)
     sides = [
         reference(corpus),
-        ByHand("nanoGPT-like, loop by hand", corpus),
         recipe("recipe", config, corpus),
         recipe("recipe, longer", config, corpus, longer),
     ]

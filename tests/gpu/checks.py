@@ -163,20 +163,9 @@ def saving(runs: Runs) -> str:
     return f"waits {waited} s; the last was written in {facts['seconds_written']:.2g} s"
 
 
-def speed(runs: Runs) -> str:
-    """Measures tokens per second, and FLOP/s relative to a large matrix product on the same device."""
-    config = _large(runs, "speed", mixed_precision="bf16", hooks=["MatrixProduct"])
-    folder = runs.run(config)
-    rate, product = lines(folder)[-2]["tokens_per_second"], seen(folder, "MatrixProduct")["flops_per_second"]
-    used = rate * count(config).flops_per_token
-    return (
-        f"{rate:,.0f} tokens/s, {used / 1e12:,.1f} TFLOP/s, {used / product:.1%} of a product's {product / 1e12:,.1f}"
-    )
-
-
 CHECKS: dict[str, Callable[[Runs], str]] = {
     check.__name__: check
-    for check in (precisions, overflow, sharded, compiled, waiting, resuming, memory_estimated, fitting, saving, speed)
+    for check in (precisions, overflow, sharded, compiled, waiting, resuming, memory_estimated, fitting, saving)
 }
 
 

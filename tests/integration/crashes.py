@@ -4,8 +4,7 @@ By hand: `python -m tests.integration.crashes --kills 200 [--processes 2] [--see
 
 A run is killed by SIGKILL at the n-th event (see `trap`) or after a time. After each kill no checkpoint may be gone or
 damaged. In the end weights, state and metrics.jsonl are those of an uninterrupted run, to the bit, and no unfinished
-files are left. Starts are forked from this interpreter, which has imported everything and computed nothing (0.1 s
-instead of 2); some are real command lines.
+files are left. Starts are forked from this interpreter, which has imported everything (0.1 s instead of 2).
 """
 
 from __future__ import annotations
@@ -98,10 +97,8 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def train_here(
-    folder: Path, environment: dict[str, str], log: Path, instant: Instant | None, last: Any, for_real: bool
-) -> None:
-    """Train in this forked process, or let it become the command line that a user types."""
+def train_here(folder: Path, environment: dict[str, str], log: Path, instant: Instant | None, last: Any) -> None:
+    """Train in this forked process."""
     die_with_parent()
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
@@ -109,8 +106,6 @@ def train_here(
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))  # not pytest's
     os.chdir(folder)
     os.environ.update(environment)
-    if for_real:
-        os.execv(sys.executable, [sys.executable, "-m", "fundamentallm.train", *COMMAND])
     faulthandler.dump_traceback_later(START_LIMIT / 2)  # where it hangs, if it does
     sys.modules["matplotlib"] = None  # type: ignore[assignment]  # drawing would take most of the time
     trap = Trap(folder, instant, last)
@@ -149,12 +144,11 @@ class Case:
         self._logs = self.folder.with_name(self.folder.name + ".logs")
         self._logs.mkdir()
 
-    def start(self, instant: Instant | None = None, for_real: bool = False, as_launcher: bool = True) -> bool:
+    def start(self, instant: Instant | None = None, as_launcher: bool = True) -> bool:
         """Start the run on all its processes and wait until they have ended; returns True if the run is finished.
 
         Args:
             instant: when it is killed.
-            for_real: by the command line that a user types.
             as_launcher: send the other processes SIGTERM at once when one is killed, as a launcher does. Otherwise
                 they have to notice by themselves.
 
@@ -164,7 +158,7 @@ class Case:
         self.starts += 1
         began = time.monotonic()
         lasts = [FORK.RawArray("c", 256) for _ in range(self.processes)]
-        started = self._launch(instant, for_real, lasts)
+        started = self._launch(instant, lasts)
         victim = started[instant.rank if instant else 0]
         try:
             victim.join(START_LIMIT if instant is None or instant.label is not None else instant.nth / 1000)
@@ -189,16 +183,16 @@ class Case:
             assert instant is not None
             last = lasts[instant.rank].value.decode(errors="replace") or "nothing"
             where = last if instant.label is not None else f"some time after: {last}"
-            self.hits.append("python -m" if for_real else where)
+            self.hits.append(where)
         elif any(code not in (0, START_AGAIN) for code in codes):
             self.fail(f"exit codes {codes}")
-        elif not for_real:
+        else:
             self.counts = [Counter(json.loads(self._log(rank, "counts").read_text())) for rank in range(self.processes)]
         self.was_stopped |= START_AGAIN in codes
         self._check_checkpoints()
         return not any(codes)
 
-    def _launch(self, instant: Instant | None, for_real: bool, lasts: list[Any]) -> list[ForkProcess]:
+    def _launch(self, instant: Instant | None, lasts: list[Any]) -> list[ForkProcess]:
         port, started = _free_port(), []
         for rank in range(self.processes):
             environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -208,7 +202,7 @@ class Case:
                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
                 }  # fmt: skip
             mine = instant if instant is not None and instant.rank == rank else None
-            arguments = (self.folder, environment, self._log(rank), mine, lasts[rank], for_real)
+            arguments = (self.folder, environment, self._log(rank), mine, lasts[rank])
             started.append(FORK.Process(target=train_here, args=arguments))
             started[-1].start()
         return started
@@ -386,7 +380,7 @@ def draw(chance: random.Random, counts: list[Counter[str]], seconds: float) -> I
     return Instant(label, chance.randint(1, total), rank, number)
 
 
-def kill_at_random(folder: Path, processes: int, kind: str, kills: int, seed: int, real: float) -> list[Case]:
+def kill_at_random(folder: Path, processes: int, kind: str, kills: int, seed: int) -> list[Case]:
     """Kill runs at random instants until they are finished, one run after the other.
 
     Raises:
@@ -399,10 +393,7 @@ def kill_at_random(folder: Path, processes: int, kind: str, kills: int, seed: in
         case = Case(folder / f"case_{len(cases):03d}", processes, kind)
         while True:
             instant = draw(chance, counts, seconds) if len(case.hits) < 15 else None
-            for_real = instant is not None and chance.random() < real
-            if instant is not None and for_real:  # most of its time passes before the first step
-                instant = Instant(None, chance.randrange(1500, 6000), instant.rank)
-            if case.start(instant, for_real, as_launcher=chance.random() < 0.7):
+            if case.start(instant, as_launcher=chance.random() < 0.7):
                 break
         case.check(reference)
         for known, seen in zip(counts, case.counts, strict=False):
@@ -441,7 +432,6 @@ def main() -> None:
     parser.add_argument("--kind", choices=("adapter", "stream"), default="", help=kinds)
     parser.add_argument("--processes", type=int, default=1, help="of each run, in a gloo group")
     parser.add_argument("--seed", type=int, default=None, help="of the instants")
-    parser.add_argument("--real", type=float, default=0.05, help="fraction of starts by `python -m`")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.kind == "adapter":
@@ -452,7 +442,7 @@ def main() -> None:
     if arguments.windows:
         cases = [kill_in_windows(folder / name, name) for name in WINDOWS]
     else:
-        cases = kill_at_random(folder, arguments.processes, arguments.kind, arguments.kills, seed, arguments.real)
+        cases = kill_at_random(folder, arguments.processes, arguments.kind, arguments.kills, seed)
     print(summary(cases))
     shutil.rmtree(folder)
 

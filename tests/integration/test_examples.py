@@ -94,12 +94,6 @@ def test_custom_optimizer_trains_with_its_names_in_a_config(tmp_path: Path, monk
     assert rates == sorted(rates, reverse=True)
 
 
-def test_quickstart_is_a_short_run_on_the_built_in_text() -> None:
-    config = parse_config(["--config", "quickstart"])
-    assert config.data.source == "python-docs"
-    assert config.training.max_steps <= 1000
-
-
 def test_shakespeare_lowers_the_loss_on_another_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "my.txt"
     text.write_text(prose(20_000))

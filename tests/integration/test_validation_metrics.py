@@ -54,8 +54,7 @@ def expected(trainer: Trainer) -> dict[str, float]:
     return {"val_accuracy": float(total / count), "val_rows": float(targets.float().sum() / (SAMPLES / 1000))}
 
 
-@pytest.mark.parametrize("micro", [None, 2])
-@pytest.mark.parametrize("vocabulary", [20, LARGE_VOCABULARY])
+@pytest.mark.parametrize(("micro", "vocabulary"), [(None, 20), (2, LARGE_VOCABULARY)])
 def test_they_are_logged_beside_the_loss(tmp_path: Path, micro: int | None, vocabulary: int) -> None:
     trainer = made(tmp_path, vocabulary=vocabulary, micro_batch_size=micro)
     trainer.train()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fundamentallm.commands.estimate.counts import count, memory
-from tests.benchmarks.gpu import ROWS, config_of, measured
+from tests.benchmarks.gpu import ROWS, config_of
 from tests.benchmarks.growth import Point, exponent, table
 from tests.gpu.runs import Runs
 
@@ -33,20 +33,3 @@ def test_a_gpu_computes_the_largest_micro_batch_that_fits(tmp_path: Path, name: 
     twice = dataclasses.replace(config.training, micro_batch_size=2 * rows)
     needed = memory(dataclasses.replace(config, training=twice), count(config)).peak
     assert rows == batch or needed > 0.85 * memory_bytes
-
-
-def test_figures_follow_from_rate_product_and_time_alone(tmp_path: Path) -> None:
-    config = config_of(Runs(tmp_path, "cpu"), "1B", 0)
-    (tmp_path / "metrics.jsonl").write_text('{"tokens_per_second": 512}\n' * 4)
-    for hook, text in {
-        "Facts": '{"first_step_seconds": 3, "peak_bytes": null}',
-        "ModelAlone": '{"seconds": 0.25}',
-        "MatrixProduct": '{"flops_per_second": 1e9}',
-    }.items():
-        (tmp_path / f"{hook}.json").write_text(text)
-    found = measured(config, tmp_path)
-    tokens = 4 * 64
-    parameters = 2 * (4 * 32 * 32 + 3 * 32 * 88) + 2048 * 32
-    assert found["flops_per_second"] == 512 * (6 * parameters + 12 * 2 * 32 * 64)
-    assert found["utilisation"] == found["flops_per_second"] / 1e9
-    assert found["outside_the_model"] == 1 - 0.25 / (tokens / 512)
