@@ -263,39 +263,12 @@ def by_lightning(clock: Clock) -> None:
         trainer.fit(Module(), clock.stock_loader())
 
 
-def by_pytorch_accelerated(clock: Clock) -> None:
-    from pytorch_accelerated import Trainer as Accelerated
-    from pytorch_accelerated.callbacks import ProgressBarCallback, TrainerCallback
-
-    class Marks(TrainerCallback):
-        steps = 0
-
-        def on_train_step_end(self, trainer: Any, **_: object) -> None:
-            self.steps += 1
-            if self.steps % clock.size.every == 0:
-                clock.mark()
-
-    model, optimizer, scheduler = clock.model_and_optimizer()
-    trainer = Accelerated(
-        model=model,
-        loss_func=lambda logits, targets: F.cross_entropy(logits.flatten(0, 1), targets.flatten()),
-        optimizer=optimizer,
-        callbacks=[ProgressBarCallback(), Marks()],
-    )
-    trainer.train(
-        train_dataset=clock.samples(), num_epochs=ENDLESS, per_device_batch_size=clock.size.batch,
-        gradient_clip_value=1.0, create_scheduler_fn=lambda optimizer: scheduler,
-        train_dataloader_kwargs={"num_workers": 0},
-    )  # fmt: skip
-
-
 SIDES: dict[str, Callable[[Clock], None]] = {
     REFERENCE: by_hand,
     "fundamentallm": ours,
     "accelerate": by_accelerate,
     "transformers": by_transformers,
     "lightning": by_lightning,
-    "pytorch-accelerated": by_pytorch_accelerated,
 }
 
 
@@ -364,7 +337,7 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="[all]")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    sides = [name for name in options.sides if name in list(SIDES)[:3] or find_spec(name.replace("-", "_"))]
+    sides = [name for name in options.sides if name in list(SIDES)[:3] or find_spec(name)]
     if sides[0] != REFERENCE:
         parser.error(f"the first side is {sides[0]!r}; allowed: {REFERENCE!r}, to which the others are compared.")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", *sides[1:]))

@@ -195,7 +195,6 @@ def test_crash_after_a_repeated_validation_repeats_no_line(tmp_path: Path) -> No
 
 
 def test_early_stopping_and_best_value_survive_restarts(tmp_path: Path) -> None:
-    """The run is stopped after every validation."""
     settings = {
         "learning_rate": 0.5, "lr_scheduler": "constant", "max_steps": 40, "eval_every_n_steps": 2,
         "early_stopping_patience": 3, "early_stopping_min_delta": 0.05,
@@ -203,7 +202,7 @@ def test_early_stopping_and_best_value_survive_restarts(tmp_path: Path) -> None:
     run(1, str(tmp_path / "whole"), settings)
     ended_at = int((tmp_path / "whole" / "ended_at").read_text())
     assert 6 < ended_at < 40
-    for stop_at in range(2, ended_at + 1, 2):
+    for stop_at in (4, ended_at - 2):
         run(1, str(tmp_path / "parts"), settings, stop_at)
     run(1, str(tmp_path / "parts"), settings)
     assert (tmp_path / "parts" / "ended_at").read_text() == str(ended_at)
