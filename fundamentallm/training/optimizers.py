@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,13 +55,14 @@ def create_optimizer(
     if not parameters:
         problems.append("the model has no parameter that requires a gradient; unfreeze some.")
     if kind in CLASSES:
-        settings = {name: options.pop(name, getattr(TrainingConfig, name)) for name in SETTINGS}
-        problems += range_problems(**settings) + unknown_options("optimizer_options", kind, options, SETTINGS)
+        numbers = {name: options.pop(name, getattr(TrainingConfig, name)) for name in SETTINGS}
+        problems += range_problems(**numbers) + unknown_options("optimizer_options", kind, options, SETTINGS)
+        settings = SimpleNamespace(**numbers)
         if kind == "muon":
-            groups = _muon_groups(model, parameters, weight_decay, settings["adam_learning_rate"] or learning_rate)
+            groups = _muon_groups(model, parameters, weight_decay, settings.adam_learning_rate or learning_rate)
         fused = all(p.device.type in FUSED_DEVICES and p.is_floating_point() and is_dense(p) for p in parameters)
-        adam = {"betas": (settings["adam_beta1"], settings["adam_beta2"]), "eps": settings["adam_epsilon"]}
-        own = {"sgd": {"momentum": settings["momentum"]}, "muon": {**adam, "momentum": settings["muon_momentum"]}}
+        adam = {"betas": (settings.adam_beta1, settings.adam_beta2), "eps": settings.adam_epsilon}
+        own = {"sgd": {"momentum": settings.momentum}, "muon": {**adam, "momentum": settings.muon_momentum}}
         options = {**own.get(kind, adam), "fused": fused}
     if problems:
         raise ConfigError(problems)
