@@ -62,13 +62,13 @@ IDS = torch.arange(6)
 def test_make_throughput_knows_the_cost_of_a_target_for_each_token(sample: object, is_known: bool) -> None:
     config = TrainingConfig(max_steps=1, peak_tflops=1.0)
     throughput = make_throughput(config, create_accelerator(), nn.Linear(2, 2), [sample])
-    assert (throughput.peak_tflops is not None) == is_known
+    assert (throughput.peak is not None) == is_known
 
 
 def test_speed_utilisation_and_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
-    clock = Throughput(peak_tflops=2.0, flops_of_token=10**9)
+    clock = Throughput(peak=2000.0)
     clock.begin(50, 1000)
     now = 130.0  # the first window, with compilation in it
     assert clock.log(60, 2000) == {"tokens_per_second": pytest.approx(1000 / 30), "mfu": pytest.approx(1 / 60)}
