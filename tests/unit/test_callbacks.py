@@ -228,7 +228,7 @@ def test_save_best_by_an_unknown_metric_is_refused() -> None:
 def test_save_best_ignores_the_best_of_another_metric(caplog: pytest.LogCaptureFixture) -> None:
     callback = SaveBestCallback("score", "max")
     callback.load_state_dict({"metric": "val_loss", "mode": "min", "best_value": 2.0})
-    assert callback.best_value is None
+    assert callback.best_value == -math.inf
     assert "val_loss (min)" in caplog.text
 
 
