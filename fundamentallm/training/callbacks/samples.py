@@ -62,11 +62,11 @@ class SampleCallback(Callback):
 
     def on_train_begin(self, trainer: RunView) -> None:
         if trainer.val_loader is None:
-            advice = "Samples follow validations, and there is no val_loader; give one, or leave samples out."
-            raise ConfigError([Problem("callbacks", trainer.config.callbacks, advice=advice)])
+            advice = "Samples follow validations; give a val_loader, or leave samples out."
+            raise ConfigError(Problem("callbacks", trainer.config.callbacks, advice=advice))
         if self.num_tokens is None:
             self.num_tokens = trainer.config.sample_tokens
-        for prompt in self.prompts:
+        for prompt in self.prompts:  # finds mistakes before the first step
             continuation(trainer, prompt, min(self.num_tokens, 0), self.temperature)
         if trainer.output_dir is not None and trainer.is_main_process:
             self._file.path = trainer.output_dir / SAMPLES
@@ -74,9 +74,8 @@ class SampleCallback(Callback):
 
     def on_validation_end(self, trainer: RunView, metrics: dict[str, float]) -> None:
         for prompt in self.prompts:
-            written = continuation(trainer, prompt, self.num_tokens or 0, self.temperature)
-            if written is None or not trainer.is_main_process:
-                continue
-            trainer.say(f"---- step {trainer.global_step}: {written[0]!r} continued ----\n{written[1]}")
-            if trainer.output_dir is not None:
-                self._file.append({"step": trainer.global_step, "prompt": written[0], "text": written[1]})
+            written, step = continuation(trainer, prompt, self.num_tokens or 0, self.temperature), trainer.global_step
+            if written is not None and trainer.is_main_process:
+                trainer.say(f"---- step {step}: {written[0]!r} continued ----\n{written[1]}")
+                if trainer.output_dir is not None:
+                    self._file.append({"step": step, "prompt": written[0], "text": written[1]})
