@@ -65,7 +65,6 @@ class Stub:
     global_step: int = 0
     epochs_done: float = 0.0
     seconds_left: float = 60.0
-    validation_due: bool = False
     is_main_process: bool = True
     said: list[str] = field(default_factory=list)
     saves: list[tuple[int, bool]] = field(default_factory=list)
