@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from fundamentallm.data.datasets import Tokenized
 from fundamentallm.data.tokenizers import encode_prompt
 from fundamentallm.errors import ConfigError, Problem
@@ -30,7 +32,8 @@ def continuation(
         return None
     ids = dataset.opening().tolist() if prompt is None else encode_prompt(dataset.tokenizer, prompt)
     stop = () if dataset.end_of_text is None else (dataset.end_of_text,)
-    with trainer.averaged_weights():
+    # Compiled blocks of a sharded model would be compiled again for each length.
+    with trainer.averaged_weights(), torch.compiler.set_stance("force_eager"):
         drawn = list(generate(trainer.model, ids, num_tokens, dataset.sequence_length, temperature, stop=stop))
     return dataset.tokenizer.decode(ids) if prompt is None else prompt, dataset.tokenizer.decode(drawn)
 
