@@ -24,7 +24,7 @@ from fundamentallm.data.datasets import TokenDataset
 from fundamentallm.data.tokenizers import create_tokenizer, num_ids
 from fundamentallm.errors import CheckpointError, CheckpointNotFoundError, ConfigError, FundamentaLLMError, report
 from fundamentallm.inference.generation import generate
-from fundamentallm.inference.loading import find_checkpoint, load_model
+from fundamentallm.inference.loading import load_model
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.models.transformers_format import model_files
 from tests.conftest import problem_of
@@ -285,21 +285,19 @@ def test_pieces_are_the_whole_text(spec: str) -> None:
         assert len(found) > len(ids) / 3
 
 
-@pytest.mark.parametrize(("below", "best", "taken"), [("", None, 3), ("checkpoints", None, 3), ("checkpoints", 1, 1)])
-def test_find_checkpoint_takes_the_best_or_the_newest(
+@pytest.mark.parametrize(("below", "best", "taken"), [("", None, 3), ("checkpoints", 1, 1)])
+def test_load_model_takes_the_best_or_the_newest(
     tokenizer: Tokenizer, tmp_path: Path, below: str, best: int | None, taken: int
 ) -> None:
     with pytest.raises(CheckpointNotFoundError, match="no checkpoint"):
-        find_checkpoint(tmp_path)
+        load_model(tmp_path)
     saved = [save(tmp_path / below, tokenizer, seed, is_best=seed == best) for seed in (1, 2, 3)]
-    assert find_checkpoint(tmp_path) == saved[taken - 1]
+    assert load_model(tmp_path).folder == saved[taken - 1]
 
 
-def test_find_checkpoint_takes_the_one_that_is_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_load_model_takes_the_one_that_is_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
     named = save(tmp_path, tokenizer, seed=1)
-    best = save(tmp_path, tokenizer, seed=2, is_best=True)
-    assert find_checkpoint(named) == named
-    assert find_checkpoint(tmp_path) == best
+    save(tmp_path, tokenizer, seed=2, is_best=True)
     loaded = load_model(str(named))
     assert (loaded.folder, loaded.context, loaded.model.training) == (named, CONTEXT, False)
     assert loaded.tokenizer.to_str() == tokenizer.to_str()
@@ -308,10 +306,10 @@ def test_find_checkpoint_takes_the_one_that_is_named(tokenizer: Tokenizer, tmp_p
 
 
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.json"])
-def test_find_checkpoint_names_a_missing_file(tokenizer: Tokenizer, tmp_path: Path, missing: str) -> None:
+def test_load_model_names_a_missing_file(tokenizer: Tokenizer, tmp_path: Path, missing: str) -> None:
     save(tmp_path, tokenizer, seed=1, without=missing)
-    with pytest.raises(CheckpointNotFoundError, match=missing):
-        find_checkpoint(tmp_path)
+    with pytest.raises(FundamentaLLMError, match=missing):
+        load_model(tmp_path)
 
 
 def fails(monkeypatch: pytest.MonkeyPatch, path: Path, *arguments: str) -> int:
