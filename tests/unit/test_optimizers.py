@@ -75,7 +75,6 @@ def reference_groups(model: nn.Module) -> list[dict[str, Any]]:
         ("adamw", BETAS, lambda groups: torch.optim.AdamW(groups, lr=0.01, betas=(0.8, 0.95), eps=1e-6, foreach=False)),
         ("adam", BETAS, lambda groups: torch.optim.Adam(groups, lr=0.01, betas=(0.8, 0.95), eps=1e-6, foreach=False)),
         ("sgd", {"momentum": 0.7}, lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.7, foreach=False)),
-        ("sgd", {"momentum": 0.0}, lambda groups: torch.optim.SGD(groups, lr=0.01, foreach=False)),
     ],
 )
 def test_steps_equal_those_of_torch_with_decay_on_matrices_only(kind: str, options: Any, reference: Any) -> None:
@@ -114,8 +113,7 @@ def test_frozen_parameters_are_left_out(kind: str) -> None:
 @pytest.mark.parametrize(
     ("name", "values", "allowed"),
     [
-        ("learning_rate", (0.0, math.inf, math.nan), "greater than 0"),
-        ("weight_decay", (-0.1, math.nan), "at least 0"),
+        ("learning_rate", (0.0, math.nan), "greater than 0"),
         ("adam_beta1", (-0.1, 1.0), "at least 0 and less than 1"),
     ],
 )
@@ -142,17 +140,14 @@ def test_a_named_optimizer_refuses_unknown_options() -> None:
 
 
 def test_module_and_name_make_any_optimizer_with_its_options() -> None:
+    with pytest.raises(ConfigError, match="bogus"):
+        create_optimizer(Tiny(), "torch.optim:Adagrad", 0.1, bogus=1)
     ours, theirs = Tiny(), Tiny()
     optimizer = create_optimizer(ours, "torch.optim:Adagrad", 0.01, 0.1, lr_decay=0.5)
     assert type(optimizer) is torch.optim.Adagrad
     step(ours, optimizer, 1, 2)
     step(theirs, torch.optim.Adagrad(reference_groups(theirs), lr=0.01, lr_decay=0.5), 1, 2)
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
-
-
-def test_an_option_that_the_class_lacks_is_a_config_error() -> None:
-    with pytest.raises(ConfigError, match="bogus"):
-        create_optimizer(Tiny(), "torch.optim:Adagrad", 0.1, bogus=1)
 
 
 @pytest.mark.parametrize("shape", [(64, 16), (16, 64), (32, 32), (3, 24, 8), (2, 3, 8, 24), (1, 5), (5, 1)])
@@ -167,49 +162,32 @@ def test_orthogonalized_matrices_keep_their_directions_at_length_one(shape: tupl
     inside = left.mT @ result @ right.mT
     torch.testing.assert_close(inside, torch.diag_embed(inside.diagonal(dim1=-2, dim2=-1)), rtol=0, atol=1e-4)
     assert (inside.diagonal(dim1=-2, dim2=-1) > 0).all()
+    assert not orthogonalize(torch.zeros(shape)).any()
 
 
-def test_zero_gradients_orthogonalize_to_zero() -> None:
-    assert not orthogonalize(torch.zeros(4, 3)).any()
-
-
-@pytest.mark.parametrize("shape", [(48, 16), (16, 48), (32, 32)])
 @pytest.mark.parametrize(
     "device",
     ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))],
 )
-def test_muon_steps_equal_those_of_torch_within_bfloat16(shape: tuple[int, int], device: str) -> None:
+def test_muon_steps_equal_those_of_torch_within_bfloat16(device: str) -> None:
+    """Torch's takes one matrix at a time, ours those of one shape together."""
     generator = torch.Generator().manual_seed(0)
-    start, *gradients = (torch.randn(shape, generator=generator).to(device) for _ in range(4))
-    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    shapes = (48, 16), (16, 48), (32, 32), (48, 16)
+    start = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+    ours, theirs = ([nn.Parameter(value.clone()) for value in start] for _ in range(2))
     optimizers = (
-        Muon([{"params": [ours], "weight_decay": 0.1, "muon": True}], lr=0.05, momentum=0.9, fused=True),
-        torch.optim.Muon([theirs], lr=0.05, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw"),
+        Muon([{"params": ours, "weight_decay": 0.1, "muon": True}], lr=0.05, momentum=0.9, fused=True),
+        torch.optim.Muon(theirs, lr=0.05, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw"),
     )
-    for gradient in gradients:
-        for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
-            parameter.grad = gradient.clone()
+    for _ in range(3):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn(one.shape, generator=generator).to(device)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
             optimizer.step()
-    moved = (theirs - start).norm()
-    assert (ours - theirs).norm() < 0.02 * moved
-    assert torch.equal(optimizers[0].state[ours]["momentum_buffer"], optimizers[1].state[theirs]["momentum_buffer"])
-
-
-def test_matrices_of_one_shape_do_not_mix_in_muon() -> None:
-    generator = torch.Generator().manual_seed(0)
-    values = [torch.randn(6, 4, generator=generator) for _ in range(3)]
-    together = [nn.Parameter(value.clone()) for value in values]
-    alone = [nn.Parameter(value.clone()) for value in values]
-    optimizers = [
-        Muon([{"params": params, "weight_decay": 0.1, "muon": True}], lr=0.1)
-        for params in (together, *([p] for p in alone))
-    ]
-    for a, b in zip(together, alone, strict=True):
-        a.grad = torch.randn(6, 4, generator=generator)
-        b.grad = a.grad.clone()
-    for optimizer in optimizers:
-        optimizer.step()
-    torch.testing.assert_close(list(map(torch.Tensor.detach, together)), list(map(torch.Tensor.detach, alone)))
+    for one, other, before in zip(ours, theirs, start, strict=True):
+        assert (one - other).norm() < 0.02 * (other - before).norm()
+        assert torch.equal(optimizers[0].state[one]["momentum_buffer"], optimizers[1].state[other]["momentum_buffer"])
 
 
 def test_muon_steps_other_parameters_as_adamw_at_their_own_rate() -> None:
@@ -248,52 +226,21 @@ def test_muon_takes_hidden_matrices_and_nothing_else(model: Any, tied: bool) -> 
     assert sorted(covered) == sorted(map(id, model.parameters()))
 
 
-def test_a_known_output_projection_is_kept_from_muon_wherever_it_stands() -> None:
+def test_muon_leaves_out_a_known_output_projection_and_a_tied_layer() -> None:
     class HeadFirst(Tiny):
         def get_output_embeddings(self) -> nn.Module:
             return self.up
 
-    model = HeadFirst()
+    model = HeadFirst(tied=True)
     optimizer = create_optimizer(model, "muon", 0.01)
     taken = set().union(*(names_in(model, group) for group in optimizer.param_groups if group["muon"]))
-    assert taken == {"down.weight", "head.weight"}
-
-
-def test_a_layer_that_shares_an_embedding_is_kept_from_muon_wherever_it_stands() -> None:
-    class TiedFirst(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.tied = nn.Linear(4, 11, bias=False)
-            self.table = nn.Embedding(11, 4)
-            self.table.weight = self.tied.weight
-            self.hidden, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    model = TiedFirst()
-    optimizer = create_optimizer(model, "muon", 0.01)
-    taken = set().union(*(names_in(model, group) for group in optimizer.param_groups if group["muon"]))
-    assert taken == {"hidden.weight"}
+    assert taken == {"down.weight"}
 
 
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     state = NamedOptimizerState(model, optimizer).state_dict()["state"]
     flat = {f"{name}.{key}": value.clone() for name, entry in state.items() for key, value in entry.items()}
     return flat | weights(model)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_step_with_found_inf_changes_no_weight_and_no_state(kind: str) -> None:
-    model = Tiny()
-    optimizer = create_optimizer(model, kind, 0.01, 0.1)
-    step(model, optimizer, 1, 2)
-    before = snapshot(model, optimizer)
-    give_gradients(model, 3)
-    for parameter in model.parameters():
-        parameter.grad *= math.nan
-    optimizer.found_inf = torch.tensor(1.0)
-    optimizer.step()
-    after = snapshot(model, optimizer)
-    assert after.keys() == before.keys()
-    assert [name for name in before if not torch.equal(before[name], after[name])] == []
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adam", "muon"])
@@ -345,25 +292,6 @@ def stored(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Any) -> d
     return manager.load(manager.save(NamedOptimizerState(model, optimizer).state_dict()))
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "torch.optim:Adagrad", "torch.optim:Adafactor"])
-def test_a_restored_optimizer_goes_on_bit_for_bit(kind: str, tmp_path: Any) -> None:
-    model = Tiny()
-    optimizer = create_optimizer(model, kind, 0.01, 0.1)
-    step(model, optimizer, 1, 2)
-    again = Tiny()
-    again.load_state_dict(model.state_dict())
-    restored = create_optimizer(again, kind, 0.01, 0.1)
-    NamedOptimizerState(again, restored).load_state_dict(stored(model, optimizer, tmp_path))
-    expected, got = (
-        NamedOptimizerState(*pair).state_dict()["state"] for pair in ((model, optimizer), (again, restored))
-    )
-    torch.testing.assert_close(got, expected, rtol=0, atol=0)
-    assert expected
-    step(model, optimizer, 3, 4, 5)
-    step(again, restored, 3, 4, 5)
-    assert all(torch.equal(value, weights(model)[name]) for name, value in weights(again).items())
-
-
 def test_a_step_count_that_was_saved_as_shared_is_counted_once(tmp_path: Any) -> None:
     """Earlier versions of the package kept one tensor for parameters that had taken as many steps."""
     model, again = Tiny(), Tiny()
@@ -388,16 +316,6 @@ def test_the_state_fits_groups_in_another_order(tmp_path: Any) -> None:
     for (name, p), q in zip(model.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(optimizer.state[p]["exp_avg"], regrouped.state[q]["exp_avg"]), name
     assert {group["lr"] for group in regrouped.param_groups} == {0.5}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_state_before_the_first_step_fits(kind: str) -> None:
-    model = Tiny()
-    optimizer = create_optimizer(model, kind, 0.01)
-    state = NamedOptimizerState(model, optimizer)
-    before = state.state_dict()
-    state.load_state_dict(before)
-    torch.testing.assert_close(state.state_dict()["state"], before["state"], rtol=0, atol=0)
 
 
 def test_the_state_of_a_run_with_an_unused_parameter_fits_the_same_run(tmp_path: Any) -> None:
