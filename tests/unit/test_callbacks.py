@@ -48,7 +48,7 @@ class Recorder(Callback):
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int, Any]] = []
-        for hook in ("on_train_begin", "on_epoch_begin", "on_epoch_end", "on_train_end"):
+        for hook in ("on_train_begin", "on_epoch_begin", "on_epoch_end", "on_train_end", "on_log", "on_validation_end"):
             setattr(self, hook, functools.partial(self._record, hook))
 
     def _record(self, hook: str, trainer: RunView, given: Any = None) -> None:
@@ -57,12 +57,6 @@ class Recorder(Callback):
     def on_step_end(self, trainer: RunView, loss: float) -> None:
         self._record("on_step_end", trainer, loss)
 
-    def on_log(self, trainer: RunView, metrics: dict[str, float]) -> None:
-        self._record("on_log", trainer, dict(metrics))
-
-    def on_validation_end(self, trainer: RunView, metrics: dict[str, float]) -> None:
-        self._record("on_validation_end", trainer, dict(metrics))
-
     def given(self, hook: str) -> list[Any]:
         return [given for name, _, given in self.calls if name == hook]
 
@@ -70,50 +64,28 @@ class Recorder(Callback):
 # ---- when, and with what -------------------------------------------------------------------------------------
 
 
-def test_hooks_are_called_in_order() -> None:
-    recorder = Recorder()
-    make_trainer([recorder], log_every_n_steps=2).train()
-    assert [(hook, step) for hook, step, _ in recorder.calls] == [
-        ("on_train_begin", 0),
-        ("on_epoch_begin", 0),
-        ("on_step_end", 1),
-        ("on_step_end", 2),
-        ("on_log", 2),
-        ("on_step_end", 3),
-        ("on_validation_end", 3),
-        ("on_epoch_end", 3),
-        ("on_epoch_begin", 3),
-        ("on_step_end", 4),
-        ("on_log", 4),
-        ("on_step_end", 5),
-        ("on_step_end", 6),
-        ("on_log", 6),
-        ("on_validation_end", 6),
-        ("on_epoch_end", 6),
-        ("on_train_end", 6),
+def test_hooks_are_called_in_order_also_when_resuming_in_an_epoch(tmp_path: Path) -> None:
+    first, second = Recorder(), Recorder()
+    make_trainer([first, StopAt(2)], checkpoint_dir=str(tmp_path), log_every_n_steps=2).train()
+    make_trainer([second], checkpoint_dir=str(tmp_path), log_every_n_steps=2).train()
+    begin = [("on_train_begin", 0), ("on_epoch_begin", 0), ("on_step_end", 1), ("on_step_end", 2), ("on_log", 2)]
+    assert [(hook, step) for hook, step, _ in first.calls] == [*begin, ("on_train_end", 2)]
+    assert [(hook, step) for hook, step, _ in second.calls] == [
+        ("on_train_begin", 2),
+        ("on_epoch_begin", 2),
+        *[("on_step_end", 3), ("on_validation_end", 3), ("on_epoch_end", 3), ("on_epoch_begin", 3)],
+        *[("on_step_end", 4), ("on_log", 4), ("on_step_end", 5), ("on_step_end", 6), ("on_log", 6)],
+        *[("on_validation_end", 6), ("on_epoch_end", 6), ("on_train_end", 6)],
     ]
 
 
-def test_on_epoch_begin_is_called_when_resuming_in_an_epoch(tmp_path: Path) -> None:
-    make_trainer([StopAt(2)], checkpoint_dir=str(tmp_path)).train()
-    recorder = Recorder()
-    make_trainer([recorder], checkpoint_dir=str(tmp_path)).train()
-    hooks = [(hook, step) for hook, step, _ in recorder.calls]
-    assert hooks[:3] == [("on_train_begin", 2), ("on_epoch_begin", 2), ("on_step_end", 3)]
-
-
-def test_on_step_end_gets_the_mean_loss_as_a_float() -> None:
-    recorder = Recorder()
-    history = make_trainer([recorder]).train()
-    losses = recorder.given("on_step_end")
-    assert list(map(type, losses)) == [float] * 6
-    assert losses == pytest.approx(history["train_loss"], rel=1e-6)
-
-
-def test_on_validation_end_gets_what_validate_returns() -> None:
+def test_hooks_get_the_loss_as_a_float_and_what_validate_returns() -> None:
     recorder = Recorder()
     trainer = make_trainer([recorder])
     history = trainer.train()
+    losses = recorder.given("on_step_end")
+    assert list(map(type, losses)) == [float] * 6
+    assert losses == pytest.approx(history["train_loss"], rel=1e-6)
     first, last = recorder.given("on_validation_end")
     assert last == trainer.validate()
     assert set(last) == {"val_loss", "val_perplexity"}
@@ -317,35 +289,20 @@ def test_logging_without_a_path_only_prints(
 # ---- the bar -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> pytest.CaptureFixture[str]:
-    """What is captured, taken for a terminal."""
-    monkeypatch.setattr(type(sys.stderr), "isatty", lambda stream: True)
-    return capsys
-
-
 def test_progress_on_a_terminal_moves_with_every_step(
-    terminal: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Eager(console.tqdm):
         def __init__(self, **options: Any) -> None:
             super().__init__(mininterval=0, **options)
 
     monkeypatch.setattr(console, "tqdm", Eager)
-    make_trainer([ProgressCallback(), LoggingCallback()], log_every_n_steps=3).train()
-    captured = terminal.readouterr()
-    assert captured.out.count(" | loss ") == 2  # they stay on the screen
-    shown = captured.err.replace("\r", "\n")
-    assert all(f" {step}/6 " in shown for step in range(7))
-    assert "training:" not in captured.out
-
-
-def test_progress_covers_the_steps_of_its_launch(tmp_path: Path, terminal: pytest.CaptureFixture[str]) -> None:
-    def bars(*callbacks: Callback) -> list[str]:
-        make_trainer([ProgressCallback(), *callbacks], checkpoint_dir=str(tmp_path), log_every_n_steps=4).train()
-        return [line for line in terminal.readouterr().err.replace("\r", "\n").splitlines() if line.strip()]
-
-    assert "5/6" in bars(StopAt(5))[-1]
-    resumed = bars()
-    assert "5/6" in resumed[0]
-    assert "6/6" in resumed[-1]
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda stream: True)
+    for stop, steps in ((5, range(6)), (6, (5, 6))):
+        callbacks = [ProgressCallback(), LoggingCallback(), StopAt(stop)]
+        make_trainer(callbacks, checkpoint_dir=str(tmp_path), log_every_n_steps=3).train()
+        captured = capsys.readouterr()
+        assert captured.out.count(" | loss ") > 0  # they stay on the screen
+        shown = captured.err.replace("\r", "\n")
+        assert [step for step in range(7) if f" {step}/6 " in shown] == list(steps)
+        assert "training:" not in captured.out

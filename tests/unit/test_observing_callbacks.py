@@ -82,7 +82,6 @@ def test_samples_that_cannot_be_made_are_refused_at_the_start(tmp_path: Path) ->
 def test_profiler_traces_the_chosen_steps_over_a_restart(tmp_path: Path) -> None:
     inspected(tmp_path, ProfilerCallback(4, 4), StopAt(5)).train()
     inspected(tmp_path, ProfilerCallback(4, 4)).train()
-    inspected(tmp_path, ProfilerCallback(4, 4), max_steps=14, resume_changes=["training.max_steps"]).train()
     written = sorted((tmp_path / "traces").glob("*.json"))
     names = ["step_00000004-00000005.rank0.json", "step_00000006-00000007.rank0.json"]
     assert [path.name for path in written] == names

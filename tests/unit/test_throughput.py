@@ -33,10 +33,8 @@ def test_of_a_model_without_a_config_attention_is_left_out() -> None:
         ("NVIDIA H100 PCIe", "bf16", 756.0),
         ("NVIDIA A100-SXM4-80GB", "fp16", 312.0),
         ("NVIDIA GeForce RTX 4090", "bf16", 165.0),
-        ("NVIDIA L40S", "bf16", 362.0),
         ("NVIDIA H100 80GB HBM3", "no", None),  # with TF32 or without, nobody knows
         ("NVIDIA H1000", "bf16", None),
-        ("cpu", "bf16", None),
     ],
 )
 def test_the_peak_is_known_by_the_words_of_the_name(name: str, precision: str, peak: float | None) -> None:
@@ -54,8 +52,6 @@ IDS = torch.arange(6)
         ({"input_ids": [1, 2, 3], "label": 1}, False),  # one target for three tokens
         ((torch.zeros(3, 8, 8), 1), False),
         (IDS, False),
-        (torch.tensor(1.0), False),
-        ("text", False),
         (object(), False),
     ],
 )
