@@ -103,7 +103,8 @@ def _generate(
     stop: frozenset[int],
     sampling: dict[str, Any],
 ) -> Iterator[int]:
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
     longest = len(text) + max_new_tokens
     context = min(context or longest, longest)  # the cache need not be larger than the text
     first, cache = max(len(text) - context, 0), None  # the index of the first token that the model sees
@@ -113,7 +114,8 @@ def _generate(
         for _ in range(max_new_tokens):
             if len(text) - first > context:
                 first, cache = len(text) - max(context // 2, 1), None
-            logits, cache = _next_logits(model, text[first:], cache, context)
+            new = text[first:] if cache is None else text[-1:]
+            logits, cache = _next_logits(model, torch.tensor([new], device=device), cache, context)
             token = _sample(logits, text, generator, **sampling)
             if token in stop:
                 return
@@ -123,12 +125,8 @@ def _generate(
         model.train(was_training)
 
 
-def _next_logits(model: nn.Module, window: list[int], cache: Any, context: int) -> tuple[Tensor, Any]:
-    """Returns the logits (V,) of the token after a window, and the cache of keys and values after it.
-
-    The given cache holds all of the window but its last token; None: nothing is cached.
-    """
-    ids = torch.tensor([window if cache is None else window[-1:]], device=next(model.parameters()).device)
+def _next_logits(model: nn.Module, ids: Tensor, cache: Any, context: int) -> tuple[Tensor, Any]:
+    """Returns the logits (V,) of the token after ids (1, T) that follow the cached ones, and the cache with them."""
     if isinstance(model, Transformer):
         cache = cache or model.new_cache(context)
         # The logits of a whole prompt need much memory.

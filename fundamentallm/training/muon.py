@@ -112,11 +112,7 @@ class Muon(Optimizer):
             by_shape[p.shape].append((p, gradient.lerp(buffer, beta)))
         for (rows, columns), pairs in by_shape.items():
             size = -lr * 0.2 * math.sqrt(max(rows, columns)) * taken
-            _update_matrices(pairs, size, 1 - lr * group["weight_decay"] * taken)
-
-
-def _update_matrices(pairs: list[tuple[Tensor, Tensor]], size: Tensor | float, kept: Tensor | float) -> None:
-    """Update (parameter, momentum) pairs of one shape. A function, so that its stack is freed before the next one."""
-    updates = _orthogonalize_all(torch.stack([momentum for _, momentum in pairs])).mul_(size)
-    for (p, _), update in zip(pairs, updates.unbind(), strict=True):
-        p.mul_(kept).add_(update)
+            updates = _orthogonalize_all(torch.stack([momentum for _, momentum in pairs])).mul_(size)
+            for (p, _), update in zip(pairs, updates.unbind(), strict=True):
+                p.mul_(1 - lr * group["weight_decay"] * taken).add_(update)
+            del updates, update  # before the next stack is made
