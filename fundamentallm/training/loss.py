@@ -44,7 +44,7 @@ class CrossEntropy(nn.Module):
         is_wide = hidden.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(hidden.device.type)
         if learns and type(self) is CrossEntropy and is_wide and hasattr(F, "linear_cross_entropy"):
             chunks = nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK, chunking_method=None, acc_policy="compact")
-            options = {"reduction": "sum", "ignore_index": IGNORE_INDEX, "options": chunks}
+            options: dict[str, Any] = {"reduction": "sum", "ignore_index": IGNORE_INDEX, "options": chunks}
             return F.linear_cross_entropy(hidden, weight, targets, **options)
         of_chunk = lambda hidden, targets: self(F.linear(hidden, weight), targets)  # noqa: E731
         total = torch.zeros((), device=hidden.device)
