@@ -199,8 +199,7 @@ def test_step_leaves_no_attribute_on_the_optimizer(tmp_path: Path, optimizer: st
     trainer = make_trainer(config, callbacks=[FailsOnce()] if fails else [])
     with pytest.raises(RuntimeError, match="within the update") if fails else nullcontext():
         trainer.train()
-    assert not hasattr(trainer.optimizer, "found_inf")
-    assert not hasattr(trainer.optimizer, "grad_scale")
+    assert not {"found_inf", "grad_scale"} & vars(trainer.optimizer).keys()
     if fails:
         with pytest.raises(CheckpointError):
             trainer.train()
