@@ -58,8 +58,8 @@ class Muon(Optimizer):
 
     The update of a matrix is its Nesterov momentum, orthogonalized, times 0.2 sqrt(max(rows, columns)). Its root mean
     square is that of AdamW's updates, so one learning rate and one decay serve both (Liu et al., arXiv:2502.16982).
-    `torch.optim.Muon` takes one matrix at a time; here matrices of one shape go through one batched product. As torch's
-    fused optimizers, it divides gradients by `grad_scale` and skips the step if `found_inf` is 1.
+    `torch.optim.Muon` takes one matrix at a time; here matrices of one shape go through one batched product. If it is
+    `fused`, it divides gradients by `grad_scale` and skips the step if `found_inf` is 1, as torch's optimizers do.
     """
 
     grad_scale: Tensor | None = None
@@ -74,7 +74,7 @@ class Muon(Optimizer):
         momentum: float = TrainingConfig.muon_momentum,
         fused: bool = False,
     ) -> None:
-        self._step_supports_amp_scaling = True  # torch's flag, by which GradScaler finds such optimizers
+        self._step_supports_amp_scaling = fused  # torch's flag, by which GradScaler finds such optimizers
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "momentum": momentum, "fused": fused})
         self._adamw: Any = AdamW([{"params": []}], fused=fused)  # steps the other groups, on the state of this one
 
@@ -87,12 +87,6 @@ class Muon(Optimizer):
                 self._step_matrices(group)
         adamw.state, adamw.param_groups = self.state, [adamw.defaults | group for group in others]
         adamw.grad_scale, adamw.found_inf = self.grad_scale, self.found_inf
-        if not self.defaults["fused"]:  # torch's other kernels know neither attribute
-            if self.found_inf is not None and self.found_inf.item():
-                return
-            if self.grad_scale is not None:
-                for gradient in (p.grad for group in others for p in group["params"] if p.grad is not None):
-                    gradient.div_(self.grad_scale)
         adamw.step()
 
     def _step_matrices(self, group: dict[str, Any]) -> None:

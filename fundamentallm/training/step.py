@@ -140,4 +140,4 @@ def skips_on_device(optimizer: Optimizer) -> bool:
         for parameter in group["params"]
     ):
         return False  # torch's fused SGD takes uninitialised memory for the momentum if it skips its first step
-    return type(optimizer) is Muon or all(group["fused"] for group in optimizer.param_groups)
+    return all(group["fused"] for group in optimizer.param_groups)

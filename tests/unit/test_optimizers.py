@@ -259,20 +259,6 @@ def test_a_first_step_with_found_inf_is_as_if_it_had_not_been(kind: str) -> None
     torch.testing.assert_close(weights(skipped), weights(fresh), rtol=1e-6, atol=1e-7)
 
 
-def test_muon_without_a_fused_kernel_skips_a_bad_step_too() -> None:
-    model = Tiny()
-    groups = [
-        {"params": [model.up.weight], "weight_decay": 0.1, "muon": True},
-        {"params": [model.up.bias], "weight_decay": 0.0, "muon": False},
-    ]
-    optimizer = Muon(groups, lr=0.01, fused=False)
-    step(model, optimizer, 1)
-    before = weights(model)
-    optimizer.found_inf = torch.tensor(1.0)
-    step(model, optimizer, 2)
-    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
-
-
 def test_muon_divides_gradients_by_the_scale() -> None:
     scaled, plain = Tiny(), Tiny()
     optimizers = [create_optimizer(model, "muon", 0.01, 0.1) for model in (scaled, plain)]
