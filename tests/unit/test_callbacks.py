@@ -30,7 +30,7 @@ from fundamentallm import (
 from fundamentallm.training.callbacks import console
 from fundamentallm.training.callbacks.base import RunView
 from fundamentallm.training.callbacks.from_config import make_callbacks
-from tests.integration.runs import StopAt, lines
+from tests.integration.runs import StopAt
 from tests.unit.stub_run import make_stub
 
 
@@ -183,11 +183,14 @@ def test_save_best_saves_each_improvement(mode: str, saved: list[int]) -> None:
     assert steps_saved(SaveBestCallback("score", mode), math.nan, 3.0, 4.0, 1.0, 5.0, math.nan) == saved
 
 
-def test_save_best_resumes_the_best_value() -> None:
-    first, second = SaveBestCallback("score"), SaveBestCallback("score")
+def test_save_best_resumes_the_best_value_of_its_metric_only(caplog: pytest.LogCaptureFixture) -> None:
+    first, second, other = SaveBestCallback("score"), SaveBestCallback("score"), SaveBestCallback("score", "max")
     assert steps_saved(first, 3.0, 2.0, 2.5) == [1, 2]
     second.load_state_dict(first.state_dict())
     assert steps_saved(second, 2.25, 1.5) == [2]
+    other.load_state_dict(first.state_dict())
+    assert steps_saved(other, 1.0) == [1]
+    assert "score (min)" in caplog.text
 
 
 def test_save_best_by_an_unknown_metric_is_refused() -> None:
@@ -195,13 +198,6 @@ def test_save_best_by_an_unknown_metric_is_refused() -> None:
         make_trainer([SaveBestCallback("accuracy")]).train()
     (problem,) = error.value.problems
     assert (problem.setting, problem.value, problem.allowed) == ("metric", "accuracy", "val_loss, val_perplexity")
-
-
-def test_save_best_ignores_the_best_of_another_metric(caplog: pytest.LogCaptureFixture) -> None:
-    callback = SaveBestCallback("score", "max")
-    callback.load_state_dict({"metric": "val_loss", "mode": "min", "best_value": 2.0})
-    assert callback.best_value == -math.inf
-    assert "val_loss (min)" in caplog.text
 
 
 # ---- from a config -------------------------------------------------------------------------------------------
@@ -243,31 +239,6 @@ def test_make_callbacks_without_matplotlib_needs_no_curves(
 
 
 # ---- log lines -----------------------------------------------------------------------------------------------
-
-
-def columns(lines: list[dict[str, Any]], of: str) -> dict[str, list[float]]:
-    chosen = [line for line in lines if of in line]
-    return {key: [line[key] for line in chosen] for key in chosen[0]}
-
-
-def test_log_file_of_a_resumed_run_has_each_line_once(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-
-    def run(stop: int) -> dict[str, list[float]]:
-        return make_trainer([LoggingCallback(path), StopAt(stop)], checkpoint_dir=str(tmp_path / "c")).train()
-
-    run(stop=4)
-    before = path.read_text()
-    # What a run leaves that was killed after its last checkpoint, in the middle of a line.
-    path.write_text(before + '{"step": 5, "train_loss": 9.0}\n{"step": 6, "val_loss": 9.0}\n{"step": 4, "train_lo')
-    history = run(stop=6)  # in full precision
-    assert path.read_text().startswith(before)
-    training, validation = (columns(lines(tmp_path), of) for of in ("train_loss", "val_loss"))
-    del training["memory_gb"], training["time"]  # which the machine says
-    assert training == {name: values for name, values in history.items() if not name.startswith("val_")}
-    assert training["step"] == [1, 2, 3, 4, 5, 6]
-    assert validation["step"] == [3, 6]
-    assert [file.name for file in tmp_path.iterdir() if file.is_file()] == ["metrics.jsonl"]
 
 
 def test_logging_without_a_path_only_prints(

@@ -52,23 +52,6 @@ def last_logits(model: Transformer, ids: list[int]) -> torch.Tensor:
     return model(torch.tensor([ids]))[0, -1]
 
 
-def windows(prompt: list[int], text: list[int]) -> Iterator[list[int]]:
-    """What the model sees before each token of a text: where it would be more than the context, the newer half."""
-    ids = prompt[-CONTEXT:]
-    for token in text:
-        yield ids
-        ids = [*ids, token]
-        ids = ids if len(ids) <= CONTEXT else ids[-(CONTEXT // 2) :]
-
-
-def most_probable(model: Transformer, count: int, prompt: list[int] = PROMPT) -> list[int]:
-    text: list[int] = []
-    for _ in range(count):
-        *_, seen = windows(prompt, [*text, 0])
-        text.append(int(last_logits(model, seen).argmax()))
-    return text
-
-
 def test_generate_depends_on_its_seed_only(model: Transformer) -> None:
     texts = []
     for global_seed, seed in ((0, 0), (1, 0), (0, 1)):
@@ -80,26 +63,33 @@ def test_generate_depends_on_its_seed_only(model: Transformer) -> None:
 
 
 def test_temperature_zero_takes_the_most_probable_token(model: Transformer) -> None:
-    for count in (0, 1, 40):
-        assert list(generate(model, PROMPT, count, CONTEXT, temperature=0)) == most_probable(model, count)
+    seen = PROMPT
+    text = list(generate(model, PROMPT, 40, CONTEXT, temperature=0))
+    assert len(text) == 40
+    for token in text:
+        assert token == last_logits(model, seen).argmax()
+        seen = [*seen, token] if len(seen) < CONTEXT else [*seen, token][-(CONTEXT // 2) :]  # the newer half
+
+
+@torch.no_grad()
+def drawn(model: Transformer, **options: float) -> Iterator[tuple[int, torch.Tensor]]:
+    """Each token of a text, and the logits that it was drawn by."""
+    text = list(generate(model, PROMPT, 150, None, **options))
+    return zip(text, model(torch.tensor([PROMPT + text]))[0, len(PROMPT) - 1 : -1], strict=True)
 
 
 def test_top_k_draws_among_the_most_probable_tokens(model: Transformer) -> None:
-    text = list(generate(model, PROMPT, 150, CONTEXT, temperature=100.0, top_k=5))
-    pairs = zip(windows(PROMPT, text), text, strict=True)
-    ranks = {last_logits(model, ids).argsort(descending=True).tolist().index(token) for ids, token in pairs}
-    assert ranks == set(range(5))
+    pairs = drawn(model, temperature=100.0, top_k=5)
+    assert {logits.argsort(descending=True).tolist().index(token) for token, logits in pairs} == set(range(5))
 
 
 def test_top_p_draws_among_the_fewest_tokens(model: Transformer) -> None:
-    top_p = 0.7
-    text = list(generate(model, PROMPT, 150, CONTEXT, temperature=2.0, top_p=top_p))
     seen = set()
-    for ids, token in zip(windows(PROMPT, text), text, strict=True):
-        probabilities = (last_logits(model, ids) / 2.0).softmax(0)
+    for token, logits in drawn(model, temperature=2.0, top_p=0.7):
+        probabilities = (logits / 2.0).softmax(0)
         more_probable = probabilities[probabilities > probabilities[token]].sum()
-        assert more_probable < top_p
-        seen.add(bool(more_probable + probabilities[token] >= top_p))
+        assert more_probable < 0.7
+        seen.add(bool(more_probable + probabilities[token] >= 0.7))
     assert True in seen  # the last of the fewest is drawn too
 
 
