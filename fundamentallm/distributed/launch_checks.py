@@ -56,7 +56,7 @@ def find_launch() -> Launch | None:
 
 
 def launch_problems(
-    environment: Mapping[str, str], has_device: bool, precision: str, launch: Launch | None
+    environment: Mapping[str, str], has_device: bool, precision: str = "no", launch: Launch | None = None
 ) -> list[Problem]:
     """Returns what a launch, by its environment variables, asks for that would not happen."""
     problems, file = [], launch and launch.config_file

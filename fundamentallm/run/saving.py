@@ -83,7 +83,7 @@ class Saver:
             self._plan()
 
     def check_first_step(self) -> None:
-        """Raises CheckpointError if the state after a launch's first step cannot be saved, or has no room on the disk."""
+        """Raises CheckpointError if the state after a launch's first step cannot be saved, or the disk has no room."""
         manager, is_first, self._is_first_step = self.manager, self._is_first_step, False
         if is_first and manager is not None:
             num_bytes = sum({(local(t).data_ptr(), t.nbytes): t.nbytes for t in self._plan()}.values())  # tied: once

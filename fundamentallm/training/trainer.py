@@ -23,7 +23,7 @@ from fundamentallm.distributed.accelerator import leave_group
 from fundamentallm.distributed.dtensor import device_name
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.distributed.prepare import place_model, prepare_model
-from fundamentallm.distributed.watchdog import Phase, Place, Watchdog
+from fundamentallm.distributed.watchdog import Phase, Watchdog
 from fundamentallm.errors import ConfigError
 from fundamentallm.models.adapters import weight_parts
 from fundamentallm.models.transformers_format import model_files
@@ -197,7 +197,7 @@ class Trainer(TrainerView):
             TrainingError: after `max_bad_steps` consecutive steps whose loss or gradient was not finite.
         """
         self.optimizer_step.raise_if_updating()
-        place = lambda: Place(self.global_step, self.stop_switch.polls, self.phase)  # noqa: E731
+        place = lambda: (self.global_step, self.stop_switch.polls, self.phase)  # noqa: E731
         watchdog = Watchdog(place, self.config.training.hang_minutes, self.group)
         folder, manager, switch = self._own_folder, self.checkpoint_manager, self.stop_switch
         with session(folder, self._position, manager, self.group, switch, watchdog, self.say) as launch:
