@@ -54,7 +54,7 @@ def completed(config: Config) -> tuple[Config, Pretrained]:
             verify(folder)
         theirs = pretrained.shape or ModelConfig(vocab_size=pretrained.vocab_size)
         theirs = dataclasses.replace(theirs, pretrained=name, dropout=model.dropout, lora=model.lora)
-        problems: list[str] = []
+        problems = []
         for entry in dataclasses.fields(ModelConfig):
             value = getattr(model, entry.name)
             if value not in (entry.default, getattr(theirs, entry.name)):
@@ -70,31 +70,20 @@ def completed(config: Config) -> tuple[Config, Pretrained]:
             if pretrained.context is not None and data.sequence_length > pretrained.context:
                 allowed = f"at most {pretrained.context}, the context of {folder}"
                 problems.append(Problem("data.sequence_length", data.sequence_length, allowed))
-        spec = data.tokenizer
-        try:
-            spec = _tokenizer(spec, folder / TOKENIZER)
-        except ConfigError as error:
-            problems += error.problems
+        spec, theirs_file, reason = data.tokenizer, folder / TOKENIZER, ""
+        is_file = spec.endswith(".json")
+        if not theirs_file.is_file():
+            reason = "" if is_file else f"and {folder} has no {TOKENIZER}"
+        elif spec == DataConfig.tokenizer:
+            spec = str(theirs_file)
+        elif not (is_file or spec == "byte") or not same_tokenizer(create_tokenizer(spec), read_tokenizer(theirs_file)):
+            reason = f"and {folder} was trained with another tokenizer"
+        if reason:
+            advice = "Leave it out, or give the tokenizer.json with which it was trained (AutoTokenizer writes one)."
+            problems.append(Problem("data.tokenizer", spec, advice=advice, reason=reason))
         if problems:
             raise ConfigError(problems)
         return dataclasses.replace(config, model=theirs, data=dataclasses.replace(data, tokenizer=spec)), pretrained
-
-
-def _tokenizer(spec: str, theirs: Path) -> str:
-    """Returns the tokenizer to use with a pretrained model: the model's own, unless `spec` names an equal one."""
-    if not theirs.is_file():
-        if spec.endswith(".json"):
-            return spec
-        reason = f"and {theirs.parent} has no {TOKENIZER}"
-        advice = "Give the tokenizer.json with which it was trained (transformers' save_pretrained writes one)."
-        raise ConfigError(Problem("data.tokenizer", spec, advice=advice, reason=reason))
-    if spec == DataConfig.tokenizer:
-        return str(theirs)
-    known = spec == "byte" or spec.endswith(".json")
-    if not known or not same_tokenizer(create_tokenizer(spec), read_tokenizer(theirs)):
-        reason = f"and {theirs.parent} was trained with another tokenizer"
-        raise ConfigError(Problem("data.tokenizer", spec, advice="Leave it out.", reason=reason))
-    return spec
 
 
 def begin_from_checkpoint(state: RunState, group: HostGroup, init_from: str, tokenizer: Tokenizer) -> None:
