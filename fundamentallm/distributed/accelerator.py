@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from operator import attrgetter
 
 import torch
 import torch.distributed as dist
@@ -19,15 +18,6 @@ from fundamentallm.distributed.prepare import NARROW
 from fundamentallm.errors import ConfigError, FundamentaLLMError, Problem
 
 ENGINES = ("DEEPSPEED", "MEGATRON_LM", "XLA")
-REFUSED: dict[str, tuple[object, str]] = {
-    "gradient_accumulation_steps": (1, "Set training.micro_batch_size: accumulation follows from it."),
-    "device_placement": (True, "The Trainer moves the model and its batches to the device."),
-    "step_scheduler_with_optimizer": (True, "The Trainer steps the schedule after every optimizer step."),
-    "dataloader_config.data_seed": (None, "The order of samples follows from training.seed."),
-    "project_configuration.automatic_checkpoint_naming": (False, "Set training.keep_last_n."),
-}
-"""{argument of a caller's Accelerator: (default, advice)}: with another value, the caller would expect another run. The
-order of samples of `split_batches=True` and `even_batches=False` is what a Trainer does anyway."""
 kept_groups: list[object] = []
 """Keeps process groups alive until `Trainer.leave_group`. Otherwise DDP is their last owner, and torch 2.13 destroys
 them while holding the GIL, which can deadlock with a gloo thread that is freeing a tensor (seen at exit in about 1 of
@@ -104,10 +94,10 @@ def check_accelerator(
         kept_groups.append(dist.group.WORLD)
     kind, precision = accelerator.distributed_type.value, accelerator.mixed_precision
     count, launched = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
-    problems: list[str] = []
-    for name, (default, advice) in REFUSED.items():
-        if (value := attrgetter(name)(accelerator)) != default:
-            problems.append(Problem(f"Accelerator.{name}", value, f"{default}", advice))
+    problems = []
+    if (steps := accelerator.gradient_accumulation_steps) != 1:
+        advice = "Set training.micro_batch_size: accumulation follows from it."
+        problems.append(Problem("Accelerator.gradient_accumulation_steps", steps, "1", advice))
     if count != launched:
         advice = "Create it before anything else of accelerate, with cpu=True on a machine without GPUs."
         problems.append(Problem("Accelerator.num_processes", count, f"{launched}, as launched", advice))

@@ -147,8 +147,9 @@ def _masked(batch: Any, rows: int) -> Any | None:
     is_mapping, entries = isinstance(batch, Mapping), _entries(batch)
     key: Any = LABELS if is_mapping else 1
     labels = entries.get(key)
-    has_labels = isinstance(labels, Tensor) and not labels.is_floating_point()
-    if not has_labels or (labels.ndim < 2 if is_mapping else len(entries) != 2):
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        return None
+    if labels.ndim < 2 if is_mapping else len(entries) != 2:
         return None
     masked = labels.clone()
     masked[rows:] = IGNORE_INDEX

@@ -128,7 +128,6 @@ def prepare_model(
 
 @contextmanager
 def _changed(settings: Any, **values: Any) -> Iterator[None]:
-    """Set attributes of an accelerate plugin on entry, and set them back on exit."""
     before = {name: getattr(settings, name) for name in values}
     for name, value in values.items():
         setattr(settings, name, value)

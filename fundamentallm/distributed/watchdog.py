@@ -89,7 +89,6 @@ class Watchdog:
         return f"process {rank} of {self.size} (on {self._hosts[rank]})"
 
     def _connect(self) -> None:
-        """Connects all processes to a store on a free port of process 0."""
         options: dict[str, Any] = {"wait_for_workers": False, "timeout": timedelta(seconds=STORE_SECONDS)}
         # MASTER_ADDR, from the launcher, is how other machines reach process 0.
         host, port = socket.gethostname(), 0

@@ -20,17 +20,16 @@ from fundamentallm.errors import CheckpointError, ConfigError, Problem
 from fundamentallm.models.transformers_format import TOKENIZER
 from fundamentallm.run.folder import LOCK
 
-Choice = tuple[Path | None, Path | None, bool]
-"""The verified checkpoint to resume from (None: the run begins); the one that `resume` names, if the run began from it;
-and whether the run returns to an earlier checkpoint of its own."""
 
-
-def choose_checkpoint(wanted: str, manager: CheckpointManager | None, say: Callable[[str], None]) -> Choice:
+def choose_checkpoint(
+    wanted: str, manager: CheckpointManager | None, say: Callable[[str], None]
+) -> tuple[Path | None, Path | None, bool]:
     """Chooses the checkpoint to resume from; `wanted` is `training.resume`: auto, never, or a path.
 
     The same command launches and relaunches a run, so a path applies only until the run has saved a checkpoint of its
-    own. Raises ConfigError if the folder is in use, or holds another run whose checkpoints would be deleted as new ones
-    come; CheckpointError if there are checkpoints but none is intact.
+    own. Returns the verified checkpoint (None: the run begins), the one that `resume` names, and whether the run
+    returns to an earlier checkpoint of its own. Raises ConfigError if the folder is in use, or holds another run, whose
+    checkpoints would be rotated away; CheckpointError if there are checkpoints but none is intact.
     """
     if wanted == "never":
         folder = None if manager is None else manager.checkpoint_dir
@@ -44,10 +43,9 @@ def choose_checkpoint(wanted: str, manager: CheckpointManager | None, say: Calla
         say(f"skipping checkpoint {reason}")
     if wanted == "auto":
         if newest is None and skipped and manager is not None:
-            raise CheckpointError(
-                f"All checkpoints in {manager.checkpoint_dir} are damaged. Starting from scratch in this folder would "
-                "mix two runs: choose another output_dir, or move the checkpoints away.\n  " + "\n  ".join(skipped)
-            )
+            advice = "Choose another output_dir, or move the checkpoints away."
+            text = "\n  ".join([f"All checkpoints in {manager.checkpoint_dir} are damaged. {advice}", *skipped])
+            raise CheckpointError(text)
         return newest, None, False
     path = Path(expand_user(wanted)).absolute()
     if manager is not None and newest is not None:
@@ -69,7 +67,7 @@ def resume(
     like: Callable[[], Like | None],
     restore: Callable[[dict[str, Any], Path], None],
     say: Callable[[str], None],
-) -> Choice:
+) -> tuple[Path | None, Path | None, bool]:
     """Chooses the checkpoint to resume from and restores it, on all processes together. See `choose_checkpoint`.
 
     `like` returns which shards of the tensors to read (see `RunState.like`). `restore` gives the run what was read.

@@ -97,7 +97,6 @@ class Saver:
             return list(plan(self.state.state_dict(), self.files())[1].values())
 
     def _on_savers(self, action: Callable[[], object]) -> None:
-        """Runs `action` on every process that saves; errors are raised on all processes."""
         if self.is_sharded:
             action()
         else:

@@ -82,8 +82,8 @@ def _record_failure(folder: Path, position: dict[str, Any], error: BaseException
 def _open_folders(
     stack: ExitStack, output_dir: Path | None, manager: CheckpointManager | None, say: Callable[[str], None]
 ) -> None:
-    """Locks the folders of a run until the stack is closed, and cleans up among its checkpoints."""
-    folders = [folder for folder in (output_dir, manager and manager.checkpoint_dir) if folder is not None]
+    folders = [] if output_dir is None else [output_dir]
+    folders += [] if manager is None else [manager.checkpoint_dir]
     for folder in folders:
         if str(folder) != str(folder).encode(errors="replace").decode():
             reason = "and safetensors reads no file there"

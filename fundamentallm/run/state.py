@@ -130,7 +130,6 @@ def _data_facts(segment: dict[str, Any]) -> dict[str, Any]:
 def _refuse_changes(
     changed: dict[str, tuple[Any, Any]], may_change: Collection[str], free: Collection[str], where: Path
 ) -> None:
-    """Raises ConfigError for each changed setting that neither is free nor was allowed by name or by section."""
     allowed = {name for name in changed if {name, name.partition(".")[0]} & {*may_change}} - NEVER_ON_RESUME
     refused = [name for name in changed if name not in free and name not in allowed]
     names = ", ".join(name for name in refused if name not in NEVER_ON_RESUME)

@@ -97,8 +97,9 @@ def test_resume_with_a_changed_text_is_refused(tmp_path: Path) -> None:
             make_from_config(moved).train()
 
 
-@pytest.mark.parametrize("spec", ["bpe:300", "char"])
-def test_run_keeps_the_tokenizer_it_began_with(tmp_path: Path, spec: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_keeps_the_tokenizer_it_began_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = "bpe:300"
+
     def start(spec: str, *may_change: str, steps: int = 5, **model: Any) -> Trainer:
         config = from_text(tmp_path, tokenizer=spec, suffixes=[".txt"])
         data = dataclasses.replace(config.data, source=str(tmp_path / "*.txt"))
@@ -130,10 +131,6 @@ def test_run_keeps_the_tokenizer_it_began_with(tmp_path: Path, spec: str, capsys
     (problem,) = error.value.problems
     assert problem.setting == "model.vocab_size"
     assert "resume_changes" not in problem.advice
-    if spec == "char":
-        (tmp_path / "more.txt").write_text("漢" * 3_000)
-        with pytest.raises(ConfigError, match=r"more\.txt, line 1 has '漢'"):
-            start(spec, "data")
 
 
 def test_resume_with_special_tokens_read_otherwise_names_them(tmp_path: Path) -> None:
@@ -179,7 +176,7 @@ def test_resume_lists_free_changes_and_accepts_them(tmp_path: Path, capsys: pyte
     assert "early_stopping is in the checkpoint" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"loss": "focal"}, {"mixed_precision": "bf16"}])
+@pytest.mark.parametrize("change", [{"seed": 1}, {"mixed_precision": "bf16"}])
 def test_resume_refuses_other_changes_until_named(tmp_path: Path, change: dict[str, Any]) -> None:
     make_trainer(make_config(tmp_path), callbacks=[StopAt(6)]).train()
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -298,10 +295,9 @@ def test_batch_size_schedule_keeps_the_order_of_samples(tmp_path: Path, capsys: 
     assert ", ".join(map(str, plain[81:86])) in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("stop_at", [3, 4, 8])
-def test_batch_size_schedule_resumes_bit_exactly(tmp_path: Path, stop_at: int) -> None:
+def test_batch_size_schedule_resumes_bit_exactly(tmp_path: Path) -> None:
     whole = part(tmp_path / "whole", 8, max_epochs=2, **SCHEDULED)
-    part(tmp_path / "parts", 8, stop_at=stop_at, max_epochs=2, **SCHEDULED)
+    part(tmp_path / "parts", 8, stop_at=4, max_epochs=2, **SCHEDULED)
     parts = part(tmp_path / "parts", 8, max_epochs=2, **SCHEDULED)
     assert_same_weights(weights(parts), weights(whole))
     assert timeless_history(parts) == timeless_history(whole)
@@ -329,14 +325,13 @@ def test_trainer_with_a_scheduled_batch_above_the_data_raises() -> None:
     assert (problem.setting, problem.value) == ("training.batch_size_schedule", 45)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_resume_freezes_and_unfreezes_parameters(tmp_path: Path, optimizer: str) -> None:
+def test_resume_freezes_and_unfreezes_parameters(tmp_path: Path) -> None:
     """The embeddings are frozen for two steps, trained for two, and frozen again. The rest is trained and averaged."""
     embeddings, frozen = "model.embed_tokens.weight", [{"pattern": "*.embed_tokens.*", "frozen": True}]
     seen: list[dict[str, torch.Tensor]] = []
     for stop_at, groups in ((2, frozen), (4, []), (6, frozen)):
         changes = {"parameter_groups": groups, "resume_changes": ["training.parameter_groups"]}
-        config = make_config(tmp_path, optimizer=optimizer, ema_decay=0.5, **changes)
+        config = make_config(tmp_path, optimizer="muon", ema_decay=0.5, **changes)
         trainer = make_trainer(config, callbacks=[StopAt(stop_at)])
         seen = seen or [weights(trainer)]
         trainer.train()

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import random
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,6 @@ from tests.integration.runs import (
     make_config,
     make_trainer,
     on_processes,
-    prose,
     timeless,
     weights,
 )
@@ -87,7 +85,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
 @pytest.mark.parametrize(
     ("processes", "settings", "stops"),
     [
-        *((1, {"optimizer": optimizer}, (1, 6, 13)) for optimizer in ("adamw", "sgd", "muon")),
+        (1, {"optimizer": "adamw"}, (1, 6, 13)),
         (2, {"optimizer": "muon", "micro_batch_size": 20}, (4, 8)),
     ],
 )
@@ -227,18 +225,6 @@ def test_train_of_a_finished_run_changes_nothing(tmp_path: Path, capsys: pytest.
     assert contents(tmp_path) == before
 
 
-def test_train_out_of_patience_names_the_setting(tmp_path: Path, capsys: Any) -> None:
-    patience = {"early_stopping_patience": 1, "early_stopping_min_delta": 9.0, "eval_every_n_steps": 2}
-    for _ in range(2):
-        trainer = make_trainer(make_config(tmp_path, **patience))
-        trainer.train()
-        assert trainer.global_step == 4
-    assert re.search("finished, at step 4 of 12.* training.early_stopping_patience", capsys.readouterr().out)
-    more = make_trainer(make_config(tmp_path, **{**patience, "early_stopping_patience": 2}))
-    more.train()
-    assert more.global_step == 6
-
-
 def test_resume_past_a_damaged_checkpoint_deletes_none(tmp_path: Path) -> None:
     make_trainer(make_config(tmp_path, save_every_n_steps=4)).train()
     (tmp_path / "checkpoints" / "step_00000012" / "training.safetensors").unlink()
@@ -282,16 +268,6 @@ def test_resume_never_refuses_a_folder_in_use(tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
-def test_resume_from_a_path_in_a_new_folder(tmp_path: Path) -> None:
-    first = make_trainer(make_config(tmp_path / "a", save_every_n_steps=4))
-    first.train()
-    checkpoint = tmp_path / "a" / "checkpoints" / "step_00000004"
-    second = make_trainer(make_config(tmp_path / "b", resume=str(checkpoint)))
-    second.train()
-    assert_same_weights(weights(second), weights(first))
-    assert [line["step"] for line in lines(tmp_path / "b") if "train_loss" in line] == list(range(5, 13))
-
-
 def test_resume_with_changed_settings_lists_them_all(tmp_path: Path) -> None:
     make_trainer(make_config(tmp_path, max_steps=4)).train()
     with pytest.raises(ConfigError) as error:
@@ -312,15 +288,12 @@ def test_resume_with_another_model_is_refused(tmp_path: Path) -> None:
         assert [(problem.setting, problem.value) for problem in error.value.problems] == [("model.d_ff", 99)]
 
 
-@pytest.mark.parametrize("kind", ["ExponentialLR", "OneCycleLR"])  # the second one changes the betas too
-def test_resume_with_own_loader_and_scheduler_is_bit_exact(tmp_path: Path, kind: str) -> None:
-    options = {"ExponentialLR": {"gamma": 0.9}, "OneCycleLR": {"max_lr": 1e-2, "total_steps": 19}}[kind]
-
+def test_resume_with_own_loader_and_scheduler_is_bit_exact(tmp_path: Path) -> None:
     def trainer(folder: str, stop_at: int | None = None) -> Trainer:
         torch.manual_seed(0)
         model = Bigram()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        scheduler = getattr(torch.optim.lr_scheduler, kind)(optimizer, **options)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, 19)  # which changes the betas too
         config = TrainingConfig(max_epochs=3, checkpoint_dir=str(tmp_path / folder))
         loader = DataLoader(PartlyIgnored(), batch_size=8, shuffle=True)
         callbacks: list[Callback] = [StopAt(stop_at)] if stop_at else []
@@ -373,20 +346,6 @@ def test_checkpoint_holds_everything_by_name_and_no_pickle(tmp_path: Path) -> No
     moments = {key for key in load_file(folder / "training.safetensors") if key.endswith("/exp_avg")}
     names = {f"optimizer_state_dict/state/{name}/exp_avg" for name, _ in trainer.model.named_parameters()}
     assert moments == names
-
-
-def test_checkpoint_opens_in_transformers(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    trainer = make_trainer(make_config(tmp_path, max_steps=2), tokenizer_spec="bpe:300")
-    trainer.train()
-    folder = tmp_path / "checkpoints" / "step_00000002"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    text = prose(400)
-    ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    assert ids[0].tolist() == trainer.train_loader.dataset.tokenizer.encode(text).ids
-    assert tokenizer.decode(ids[0]) == text
-    torch.testing.assert_close(model(ids).logits, trainer.model(ids), rtol=1e-5, atol=1e-5)
 
 
 def test_save_checkpoint_without_a_folder_is_refused() -> None:
