@@ -262,16 +262,6 @@ def test_init_from_refuses_what_does_not_fit(tmp_path: Path) -> None:
 # ---- the log of another run --------------------------------------------------------------------------------
 
 
-def test_log_of_another_run_is_kept_as_a_copy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_trainer(make_config(tmp_path)).train()
-    old = (tmp_path / "metrics.jsonl").read_bytes()
-    make_trainer(make_config(tmp_path, checkpoint_dir=str(tmp_path / "others"), seed=1)).train()
-    (kept,) = tmp_path.glob("metrics.before-*.jsonl")
-    assert str(kept) in capsys.readouterr().out
-    assert kept.read_bytes() == old
-    assert [line["step"] for line in lines(tmp_path) if "train_loss" in line] == list(range(1, 13))
-
-
 def test_resume_with_fewer_epochs_than_done_is_finished(tmp_path: Path, capsys: Any) -> None:
     part(tmp_path, 8, stop_at=14)  # in the third epoch
     again = part(tmp_path, 3, max_epochs=1, resume_changes=["training.max_epochs", "training.batch_size"])

@@ -7,9 +7,7 @@ import itertools
 import json
 import multiprocessing
 import os
-import shlex
 import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +28,6 @@ from tests.integration.runs import (
     timeless,
     weights,
 )
-from tests.integration.test_launching import LAUNCH, ROOT
-from tests.integration.test_machines import TINY as MACHINES
 
 SETTINGS: dict[str, Any] = {
     "dropout": 0.2, "batch_size": 64, "max_steps": 14, "log_every_n_steps": 7, "eval_every_n_steps": 3,
@@ -266,35 +262,3 @@ def test_loader_workers_ignore_the_signals(tmp_path: Path) -> None:
     trainer = make_trainer(config, callbacks=[SignalWorkers()])
     trainer.train()
     assert trainer.is_finished
-
-
-PREEMPTED = """
-import os, signal
-from fundamentallm import Callback
-
-class Stopped(Callback):
-    def on_log(self, trainer, metrics):
-        if os.environ["RANK"] == "0" and trainer.global_step == 5:
-            os.kill(os.getppid(), signal.SIGTERM)  # the launcher
-"""
-
-
-@pytest.mark.slow
-def test_launch_of_two_that_is_stopped_says_how_to_resume(tmp_path: Path) -> None:
-    """The exit code of a launcher is 1 whatever its processes return; status.json has theirs."""
-    (tmp_path / "tiny.yaml").write_text(MACHINES)
-    (tmp_path / "preempted.py").write_text(PREEMPTED)
-    command = [*LAUNCH, str(ROOT / "accelerate_configs/cpu_2_processes.yaml")]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE", "WORLD_SIZE"))}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command += ["-m", "fundamentallm.train", "--config", "tiny.yaml", "--output_dir", "run"]
-    command += ["--training.max_steps", "100000", "--callbacks", "[preempted:Stopped]"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=300)
-    assert done.returncode == 1, done.stderr
-    last = done.stderr.splitlines()[-2:]  # after the launcher's traceback
-    assert "SIGTERM received; saved in run/checkpoints/step_" in last[0]
-    assert shlex.join(command[1:]) in last[1]
-    assert done.stdout.count("2 processes on cpu") == 1
-    status = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert (status["state"], status["exit_code"], status["reason"]) == ("interrupted", START_AGAIN, "SIGTERM received")
-    assert checkpoints(tmp_path / "run")[-1] == f"step_{status['step']:08d}"

@@ -100,18 +100,6 @@ def test_resume_after_each_stop_ends_as_the_whole_run(
     assert timeless(lines(tmp_path / "parts")) == timeless(lines(tmp_path / "whole"))
 
 
-def test_resume_on_another_number_of_processes_has_its_losses(tmp_path: Path) -> None:
-    settings = {"dropout": 0.0, "log_every_n_steps": 1}
-    run(1, str(tmp_path / "whole"), settings)
-    on_processes(2, run, str(tmp_path / "parts"), settings, 4)
-    on_processes(3, run, str(tmp_path / "parts"), settings, 9)
-    run(1, str(tmp_path / "parts"), settings)
-    for expected, got in zip(lines(tmp_path / "whole"), lines(tmp_path / "parts"), strict=True):
-        loss = "train_loss" if "train_loss" in expected else "val_loss"
-        assert got[loss] == pytest.approx(expected[loss], rel=1e-5)
-        assert (got["step"], got["epoch"]) == (expected["step"], expected["epoch"])
-
-
 def test_checkpoints_do_not_grow_and_the_history_is_resumed(tmp_path: Path) -> None:
     settings = {"eval_every_n_steps": 3, "save_every_n_steps": 3, "max_steps": 12, "keep_last_n": 9}
     whole = make_trainer(make_config(tmp_path / "whole", **settings))
