@@ -147,13 +147,6 @@ def test_resume_with_special_tokens_read_otherwise_names_them(tmp_path: Path) ->
     assert found["data.special_tokens"] == "'text'"
 
 
-def test_trainer_refuses_a_checkpoint_of_another_tokenizer(tmp_path: Path) -> None:
-    make_trainer(make_config(tmp_path), callbacks=[StopAt(2)]).train()
-    with pytest.raises(ConfigError) as error:
-        make_trainer(make_config(tmp_path, resume_changes=["data", "model"]), tokenizer_spec="byte").train()
-    assert [problem.setting for problem in error.value.problems] == ["data.tokenizer"]
-
-
 def test_resume_lists_free_changes_and_accepts_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_trainer(make_config(tmp_path, save_every_n_steps=6), callbacks=[StopAt(6)]).train()
     free = {"log_every_n_steps": 3, "keep_last_n": 7, "micro_batch_size": 3, "early_stopping_patience": 5}
@@ -295,16 +288,6 @@ def test_batch_size_schedule_resumes_bit_exactly(tmp_path: Path) -> None:
 
 def timeless_history(trainer: Trainer) -> dict[str, list[float]]:
     return {name: values for name, values in trainer.metrics.get_history().items() if name != "tokens_per_second"}
-
-
-def test_resume_with_another_schedule_needs_to_be_allowed(tmp_path: Path) -> None:
-    part(tmp_path, 8, stop_at=4, max_epochs=2, **SCHEDULED)
-    with pytest.raises(ConfigError) as error:
-        part(tmp_path, 8, max_epochs=2)
-    assert [problem.setting for problem in error.value.problems] == ["training.batch_size_schedule"]
-    again = part(tmp_path, 8, max_epochs=2, resume_changes=["training.batch_size_schedule"])
-    assert again.metrics.get_history()["samples"][-1] == 88
-    assert again.global_step == again.total_steps == 4 + 1 + 6
 
 
 def test_trainer_with_a_scheduled_batch_above_the_data_raises() -> None:

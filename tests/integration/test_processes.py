@@ -146,29 +146,6 @@ def unlike(one: object, other: object, path: str = "") -> list[str]:
     return [] if alike else [path]
 
 
-class StopOnRank2(Callback):
-    def on_step_end(self, trainer: Trainer, loss: float) -> None:
-        if trainer.global_step == 6 and trainer.accelerator.process_index == 2:
-            trainer.request_stop("one is enough")
-
-
-def stop_by_one(processes: int, folder: str) -> None:
-    settings = {"eval_every_n_steps": 3, "log_every_n_steps": 2, "checkpoint_dir": f"{folder}/checkpoints"}
-    trainer = bigram_trainer(Path(folder), None, StopOnRank2(), **settings)
-    assert trainer.accelerator.num_processes == processes
-    trainer.train()
-    mine = trainer.accelerator.process_index
-    (Path(folder) / f"{mine}.json").write_text(json.dumps([trainer.global_step, trainer.stop_switch.reason]))
-
-
-def test_stop_requested_by_one_process_stops_all(tmp_path: Path) -> None:
-    on_processes(3, stop_by_one, str(tmp_path))
-    ended = [json.loads((tmp_path / f"{index}.json").read_text()) for index in range(3)]
-    reasons = ["one is enough" if index == 2 else "another process requested it" for index in range(3)]
-    assert ended == [[6, reason] for reason in reasons]
-    assert [path.name for path in (tmp_path / "checkpoints").glob("step_*")] == ["step_00000006"]
-
-
 class PartlyUsed(Bigram):
     """Has parameters that have no part in the loss: at all, on the second rank, and in the last micro-batch."""
 

@@ -240,13 +240,6 @@ def test_resume_with_more_steps_says_what_changed(tmp_path: Path, capsys: pytest
     assert_same_weights(weights(longer), weights(whole))
 
 
-def test_resume_with_another_learning_rate_uses_it(tmp_path: Path) -> None:
-    make_trainer(make_config(tmp_path, lr_scheduler="constant"), callbacks=[StopAt(6)]).train()
-    changes = {"learning_rate": 5e-3, "resume_changes": ["training.learning_rate"]}
-    history = make_trainer(make_config(tmp_path, lr_scheduler="constant", **changes)).train()
-    assert history["learning_rate"] == [1e-2] * 6 + [5e-3] * 6
-
-
 def test_resume_never_refuses_a_folder_in_use(tmp_path: Path) -> None:
     make_trainer(make_config(tmp_path)).train()
     before = contents(tmp_path)
