@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
@@ -23,7 +24,6 @@ from fundamentallm.data.sampler import StepSampler
 from fundamentallm.distributed.accelerator import check_accelerator, create_accelerator
 from fundamentallm.distributed.batches import tensors
 from fundamentallm.distributed.host_group import HostGroup
-from fundamentallm.distributed.prepare import is_compiled
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.training.callbacks.trackers import tracker_names
 from fundamentallm.training.evaluation import metric_names
@@ -58,7 +58,8 @@ def use_accelerator(
     else:
         folder = None if output_dir is None else str(output_dir)
         accelerator = create_accelerator(*launch, config.trackers, folder)
-    compiled = is_compiled(accelerator, training.compile)
+    by_launcher = accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+    compiled = by_launcher if training.compile is None else training.compile
     training = replace(training, mixed_precision=accelerator.mixed_precision, compile=compiled)
     return accelerator, replace(config, training=training)
 

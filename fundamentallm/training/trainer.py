@@ -23,7 +23,7 @@ from fundamentallm.distributed.accelerator import leave_group
 from fundamentallm.distributed.dtensor import device_name
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.distributed.prepare import place_model, prepare_model
-from fundamentallm.distributed.watchdog import Phase, Place, Watchdog
+from fundamentallm.distributed.watchdog import Phase, Watchdog
 from fundamentallm.errors import ConfigError
 from fundamentallm.models.adapters import weight_parts
 from fundamentallm.models.transformers_format import model_files
@@ -31,8 +31,8 @@ from fundamentallm.models.with_loss import ModelWithLoss, Objective
 from fundamentallm.run.folder import environment
 from fundamentallm.run.progress import Progress
 from fundamentallm.run.resume import check_tokenizer, resume
-from fundamentallm.run.saving import Saver, open_manager
-from fundamentallm.run.session import Record, session
+from fundamentallm.run.saving import Saver
+from fundamentallm.run.session import record_launch, session
 from fundamentallm.run.state import RunState
 from fundamentallm.run.stopping import Stop, StopSwitch
 from fundamentallm.training.arguments import (
@@ -160,10 +160,10 @@ class Trainer(TrainerView):
         self.state = RunState(self._parts(), asdict(self.config if self.output_dir else training))
         dataset = self.samples.stream or train_loader.dataset
         files = lambda: model_files(model, dataset, self._weights) | self.files  # noqa: E731
-        self.saver = Saver(open_manager(training, self.is_sharded), self.state, self.group, files)
+        self.saver = Saver(training, self.state, self.group, self.is_sharded, files)
         self.stop_switch, self.phase = StopSwitch(training.max_minutes), Phase.STARTING
         self.was_rewound = False  # True if the run returned to an earlier checkpoint and replaces what came after it
-        self._record = Record(self.output_dir if self.is_main_process else None, self._position)
+        self._own_folder = self.output_dir if self.is_main_process else None
         self._throughput, self._started = Throughput(), False
 
     def _parts(self) -> dict[str, Any]:
@@ -197,9 +197,10 @@ class Trainer(TrainerView):
             TrainingError: after `max_bad_steps` consecutive steps whose loss or gradient was not finite.
         """
         self.optimizer_step.raise_if_updating()
-        place = lambda: Place(self.global_step, self.stop_switch.polls, self.phase)  # noqa: E731
+        place = lambda: (self.global_step, self.stop_switch.polls, self.phase)  # noqa: E731
         watchdog = Watchdog(place, self.config.training.hang_minutes, self.group)
-        with session(self._record, self.checkpoint_manager, self.group, self.stop_switch, watchdog, self.say) as launch:
+        folder, manager, switch = self._own_folder, self.checkpoint_manager, self.stop_switch
+        with session(folder, self._position, manager, self.group, switch, watchdog, self.say) as launch:
             resumed_from = None if self._started else self._resume()
             self._started = True
             if max_steps is not None:
@@ -207,16 +208,18 @@ class Trainer(TrainerView):
                 self._fit_schedule()
             if self.is_finished:
                 self.stop_switch.begin()  # forgets why an earlier train() stopped
-                if self.checkpoint_manager is not None and not self.saver.is_current:
+                if self.checkpoint_manager is not None and self.saver.saved_step != self.global_step:
                     self.save_checkpoint()  # which failed when the run ended
                 self.say(self._describe_finished_run())
                 return self.history
             if self.micro_batch is not None:
                 self._settle_micro_batch(self.micro_batch)
-            accelerator, device = self.accelerator, device_name(self.accelerator.device)
-            about = environment(device, accelerator.num_processes, accelerator.mixed_precision)
-            content = self._progress.segments[-1]["content"]
-            self._record.launch(resumed_from, environment=about, config=asdict(self.config), data=content)
+            if folder is not None:
+                accelerator, content = self.accelerator, self._progress.segments[-1]["content"]
+                device = device_name(accelerator.device)
+                about = environment(device, accelerator.num_processes, accelerator.mixed_precision)
+                config = asdict(self.config)
+                record_launch(folder, self._position(), resumed_from, environment=about, config=config, data=content)
             self.stop_switch.begin()
             launch.enter_context(self.stop_switch.handling_signals())
             try:
@@ -341,7 +344,7 @@ class Trainer(TrainerView):
         # The clock does not interrupt the same validation twice: otherwise no launch would ever get past it.
         interrupting = Stop.SIGNAL if self._progress.validation_due else Stop.OUT_OF_TIME
         self._progress.validation_due = True  # also if an exception ends it
-        self.saver.mark_saved(False)
+        self.saver.saved_step = -1
         metrics = self._evaluate(is_interrupted=lambda: self.stop_switch.poll() >= interrupting)
         if metrics is None:
             return False
@@ -380,11 +383,10 @@ class Trainer(TrainerView):
     def _resume(self) -> Path | None:
         """Restores what `training.resume` says. Returns the checkpoint, or None if the run begins."""
         wanted, manager = self.config.training.resume, self.checkpoint_manager
-        choice = resume(wanted, manager, self.group, self.state.like, self._restore, self.say)
-        if choice.origin is not None:
-            self._progress.origin = str(choice.origin)
-        self.was_rewound = choice.is_rewound
-        return choice.path
+        path, origin, self.was_rewound = resume(wanted, manager, self.group, self.state.like, self._restore, self.say)
+        if origin is not None:
+            self._progress.origin = str(origin)
+        return path
 
     def _restore(self, saved: dict[str, Any], where: Path) -> None:
         check_tokenizer(where, getattr(self.train_loader.dataset, "tokenizer", None))
@@ -393,7 +395,7 @@ class Trainer(TrainerView):
         self._fit_schedule()
         if self.micro_batch is not None and changed:
             self.micro_batch.size = None  # another one may fit
-        self.saver.mark_saved()
+        self.saver.saved_step = -1 if self.validation_due else self.global_step  # a validation changes the state
         self.optimizer_step.is_updating = False
 
     def _fit_schedule(self) -> None:

@@ -6,6 +6,7 @@ import sys
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -15,7 +16,6 @@ from fundamentallm.errors import ConfigError, Problem, printable
 from fundamentallm.run.folder import command
 from fundamentallm.run.progress import Progress
 from fundamentallm.run.saving import Saver
-from fundamentallm.run.session import Position
 from fundamentallm.run.state import RunState
 from fundamentallm.run.stopping import Stop, StopSwitch
 from fundamentallm.training.callbacks.base import RunView
@@ -122,8 +122,10 @@ class TrainerView(RunView):
             return True
         return every_n_epochs is not None and self._is_at_epoch and self.current_epoch % every_n_epochs == 0
 
-    def _position(self) -> Position:
-        return Position(self.global_step, self.total_steps, self.is_finished, self.was_interrupted)
+    def _position(self) -> dict[str, Any]:
+        """Returns how far the run is, and in which state it would end now, for status.json."""
+        state = "finished" if self.is_finished else "interrupted" if self.was_interrupted else "stopped"
+        return {"state": state, "step": self.global_step, "total_steps": self.total_steps}
 
     def request_stop(self, reason: str) -> None:
         """Stops the run at the end of this step, saved, so that the same command resumes it later.

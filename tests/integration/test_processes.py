@@ -22,7 +22,7 @@ import fundamentallm.train
 from fundamentallm import Callback, ConfigError, LoggingCallback, SaveBestCallback, Trainer, TrainingConfig
 from fundamentallm.checkpoint.reading import load_checkpoint
 from fundamentallm.training.metrics import MEASURED
-from tests.integration.runs import PartlyIgnored, StopAt, on_processes, prose
+from tests.integration.runs import PartlyIgnored, on_processes, prose
 from tests.integration.test_training_loop import Bigram
 
 GROUP = 4
@@ -144,57 +144,6 @@ def unlike(one: object, other: object, path: str = "") -> list[str]:
     else:
         alike = one == other
     return [] if alike else [path]
-
-
-class StopOnOne(Callback):
-    """Requests a stop in one hook, on one process only."""
-
-    def __init__(self, hook: str, rank: int) -> None:
-        self.rank = rank
-        setattr(self, hook, self._request)
-
-    def _request(self, trainer: Trainer, value: object) -> None:
-        if trainer.global_step == 6 and trainer.accelerator.process_index == self.rank:
-            trainer.request_stop("one is enough")
-
-    def on_step_end(self, trainer: Trainer, loss: float) -> None:
-        """Overridden, since the trainer calls the hook only if a class defines it."""
-
-
-def stop_by_one(processes: int, folder: str, hook: str, rank: int) -> None:
-    settings = {"eval_every_n_steps": 3, "log_every_n_steps": 2, "checkpoint_dir": f"{folder}/checkpoints"}
-    trainer = bigram_trainer(Path(folder), None, StopOnOne(hook, rank), **settings)
-    assert trainer.accelerator.num_processes == processes
-    trainer.train()
-    mine = trainer.accelerator.process_index
-    (Path(folder) / f"{mine}.json").write_text(json.dumps([trainer.global_step, trainer.stop_switch.reason]))
-
-
-@pytest.mark.parametrize(("hook", "rank"), [("on_step_end", 2), ("on_validation_end", 1)])
-def test_stop_requested_by_one_process_stops_all(tmp_path: Path, hook: str, rank: int) -> None:
-    on_processes(3, stop_by_one, str(tmp_path), hook, rank)
-    ended = [json.loads((tmp_path / f"{index}.json").read_text()) for index in range(3)]
-    reasons = ["one is enough" if index == rank else "another process requested it" for index in range(3)]
-    assert ended == [[6, reason] for reason in reasons]
-    assert [path.name for path in (tmp_path / "checkpoints").glob("step_*")] == ["step_00000006"]
-
-
-def resume_where_folders_look_different(processes: int, folder: str) -> None:
-    """A network file system may show a checkpoint on one machine later than on another."""
-    settings = {"checkpoint_dir": f"{folder}/checkpoints", "save_every_n_steps": 2, "max_steps": 6}
-    bigram_trainer(Path(folder), None, StopAt(4), **settings).train()
-    trainer = bigram_trainer(Path(folder), None, **settings)
-    assert trainer.accelerator.num_processes == processes
-    assert trainer.checkpoint_manager is not None
-    if not trainer.is_main_process:
-        trainer.checkpoint_manager.get_latest = lambda: None  # type: ignore[method-assign]
-    trainer.train()
-    (Path(folder) / f"{trainer.accelerator.process_index}").write_text(str(trainer.global_step))
-
-
-def test_resume_does_not_depend_on_what_a_process_sees(tmp_path: Path) -> None:
-    on_processes(2, resume_where_folders_look_different, str(tmp_path))
-    assert [(tmp_path / f"{rank}").read_text() for rank in range(2)] == ["6", "6"]
 
 
 class PartlyUsed(Bigram):
