@@ -82,6 +82,9 @@ def resume(
             advice = "training.checkpoint_dir has to be a folder that all machines share."
             raise CheckpointError(f"{path} differs between this machine and the first one; {advice}")
         restore(load_checkpoint(path, like(), is_verified=True), path)
+    if manager is not None:
+        # A process that was killed after its save may not have rotated. All processes call this, whatever they see.
+        group.from_main(lambda: manager.rotate() if path == manager.get_latest() else None)
     return choice
 
 
