@@ -70,8 +70,8 @@ class RunState:
         restored = [name for name in self.parts if name not in reset]
         for name in restored:
             try:
-                if "training.parameter_groups" in changed:
-                    self._refit(name, saved)
+                if name == "optimizer" and "training.parameter_groups" in changed:  # some may have been frozen
+                    saved[OPTIMIZER_KEY] = self.optimizer.refit(saved[OPTIMIZER_KEY])
                 self.parts[name].load_state_dict(saved[f"{name}{SUFFIX}"])
             except torch.OutOfMemoryError:
                 raise
@@ -125,13 +125,6 @@ class RunState:
             reset.add("optimizer")
         messages = [f"{name} starts new: the checkpoint has no state for it" for name in sorted(reset)]
         return reset, messages + [f"{name} is in the checkpoint, and this run has none" for name in unknown]
-
-    def _refit(self, name: str, saved: dict[str, Any]) -> None:
-        """Fits the state of a part to the parameters that are trained from here on: some may have been frozen."""
-        if name == "optimizer":
-            saved[OPTIMIZER_KEY] = self.optimizer.refit(saved[OPTIMIZER_KEY])
-        elif name == "average":
-            saved[AVERAGE_KEY] = self.parts[name].refit(saved[AVERAGE_KEY], saved[MODEL_KEY])
 
 
 def exchange(state: dict[str, Any]) -> None:

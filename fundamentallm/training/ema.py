@@ -19,9 +19,8 @@ class WeightAverage:
     """average += (1 - d) (weights - average) after each optimizer step, with d = min(decay, (1 + n) / (10 + n)).
 
     n counts those steps. Early on the average forgets faster; otherwise it would keep the initial weights for long.
-    (The rule of TensorFlow's ExponentialMovingAverage with num_updates.) Hooks of the optimizer update it, without
-    waiting for the device. A skipped step leaves it bit-identical. Only parameters that `optimizer` trains are
-    averaged; each process averages the shards that it holds.
+    (The rule of TensorFlow's ExponentialMovingAverage with num_updates.) Hooks of the optimizer update it on the
+    device. A skipped step leaves it bit-identical. Only parameters that `optimizer` trains are averaged.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, decay: float) -> None:
@@ -44,7 +43,6 @@ class WeightAverage:
     def _begin(self, *_: Any) -> None:
         self._average = self._averages()
 
-    @torch.no_grad()
     def _averages(self) -> dict[nn.Parameter, Tensor]:
         """Returns the averages; before the first step the weights themselves."""
         return self._average or {p: p.detach().clone() for p in self._parameters}
@@ -61,17 +59,14 @@ class WeightAverage:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Swap the averaged weights into the model on entry, and its own back on exit. Nested uses change nothing."""
-        if self._is_applied:
-            yield
-            return
-        averages = self._averages()
+        averages = {} if self._is_applied else self._averages()
         self._swap(averages)
-        self._is_applied = True
+        was_applied, self._is_applied = self._is_applied, True
         try:
             yield
         finally:
             self._swap(averages)
-            self._is_applied = False
+            self._is_applied = was_applied
 
     @torch.no_grad()
     def _swap(self, averages: dict[nn.Parameter, Tensor]) -> None:
@@ -85,29 +80,22 @@ class WeightAverage:
             weight.copy_(averaged)
             averaged.copy_(held)
 
-    def refit(self, saved: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Any]:
-        """Returns a saved state that fits the parameters trained now: new averages start from the saved `weights`."""
-        names = [name for names in self._parameters.values() for name in names]
-        return {**saved, "weights": {name: saved["weights"].get(name, weights[name]) for name in names}}
-
     def state_dict(self) -> dict[str, Any]:
         """Returns the number of updates, and the averages by parameter name. Raises CheckpointError in `applied`."""
         if self._is_applied:
             raise CheckpointError("the model holds its averaged weights; leave averaged_weights() before saving.")
-        averages = self._averages()
-        by_name = {name: averages[p] for p, names in self._parameters.items() for name in names}
-        return {"updates": self._updates, "weights": by_name}
+        weights = {name: average for p, average in self._averages().items() for name in self._parameters[p]}
+        return {"updates": self._updates, "weights": weights}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore saved averages. Raises ValueError if they are not averages of these parameters."""
-        shapes = {name: tuple(p.shape) for p, names in self._parameters.items() for name in names}
-        saved = {name: tuple(tensor.shape) for name, tensor in state["weights"].items()}
-        if shapes != saved:
-            raise ValueError("the saved averages do not fit the parameters trained here.")
-        self._begin()
-        for parameter, names in self._parameters.items():
-            local(self._average[parameter]).copy_(local(state["weights"][names[0]]))
+        """Restore saved averages; one that was not saved starts from the weights. Raises ValueError if one is odd."""
+        self._average = {p: p.detach().clone() for p in self._parameters}
+        for parameter, average in self._average.items():
+            saved = state["weights"].get(self._parameters[parameter][0], average)
+            if saved.shape != average.shape:
+                raise ValueError(f"an average has shape {tuple(saved.shape)}, its weight {tuple(average.shape)}.")
+            local(average).copy_(local(saved))
         self._updates.copy_(state["updates"])
 
 

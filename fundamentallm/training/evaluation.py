@@ -40,8 +40,7 @@ def evaluate(
     step_model.eval()
     mean = RunningMean(accelerator.device)
     means = {name: RunningMean(accelerator.device) for name in further}
-    collecting: dict[str, Any] = {name: metric for name, metric in further.items() if hasattr(metric, "compute")}
-    for metric in collecting.values():
+    for metric in further.values():
         if hasattr(metric, "reset"):  # an interrupted validation may have left something
             metric.reset()
     try:
@@ -53,12 +52,11 @@ def evaluate(
                 mean.add(result[0] if further else result, objective.num_targets(content))
                 for name, metric in further.items():
                     if result[1] is None:
-                        raise ConfigError(
-                            f"the metric {name} needs outputs; have the objective return (loss, outputs)."
-                        )
+                        text = f"the metric {name} needs outputs; have the objective return (loss, outputs)."
+                        raise ConfigError(text)
                     pair = convert_to_fp32(result[1]), objective.metric_batch(content)
-                    if name in collecting:
-                        collecting[name].update(*pair)
+                    if hasattr(metric, "compute"):
+                        metric.update(*pair)
                     else:
                         means[name].add(*_sum_and_count(name, metric(*pair)))
             if is_interrupted():
@@ -73,9 +71,12 @@ def evaluate(
     values = {"val_loss": loss, "val_perplexity": math.exp(loss) if loss < 700 else math.inf}
     if num_bytes := _num_bytes(loader):
         values["val_bits_per_byte"] = total / math.log(2) / num_bytes
-    for name, (total, count) in zip(means, others, strict=True):
-        values[name] = total / count if count else math.nan
-    return values | {name: float(metric.compute()) for name, metric in collecting.items()}
+    for (name, metric), (total, count) in zip(further.items(), others, strict=True):
+        if hasattr(metric, "compute"):
+            values[name] = float(metric.compute())
+        else:
+            values[name] = total / count if count else math.nan
+    return values
 
 
 def metric_names(loader: DataLoader[Any] | None, further: Collection[str] = ()) -> list[str]:

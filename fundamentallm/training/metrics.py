@@ -19,10 +19,8 @@ from fundamentallm.run.json_lines import numbers, read
 
 MEASURED = frozenset({"tokens_per_second", "mfu", "memory_gb", "time"})
 """Numbers of a log line that depend on the machine. Two identical runs differ in nothing else."""
-
 CLOCKS = ("step", "val_step")
 """Metrics that hold the optimizer step of the metrics logged with them."""
-
 
 Metric = Callable[[Any, Any], "tuple[Tensor | float, Tensor | float]"] | Any
 """Maps outputs in float32 and their batch to a sum and the number of its values, which are added up over all rows of
@@ -34,17 +32,11 @@ micro-batch, `compute()`, called on all processes at the end, and perhaps `reset
 def further_metrics(names: Sequence[str], given: Mapping[str, Metric] | None = None) -> dict[str, Metric]:
     """Returns metrics, from 'module:name' and `given` by name, by the name under which they are logged: val_NAME.
 
-    Raises ConfigError listing metrics that cannot be imported or called, and names that are taken.
+    Raises ConfigError if one cannot be imported or called, or its name is taken.
     """
-    problems: list[str] = []
-    found: list[tuple[str, Any]] = [*(given or {}).items()]
-    for name in names:
-        try:
-            found.append((name.rpartition(":")[2], resolve("validation_metrics", name, {})))
-        except ConfigError as error:
-            problems += error.problems
-    metrics: dict[str, Metric] = {}
-    for name, metric in found:
+    problems, metrics = [], {}
+    named = [(name.rpartition(":")[2], resolve("validation_metrics", name, {})) for name in names]
+    for name, metric in (*(given or {}).items(), *named):
         key = f"val_{name}"
         if not callable(metric) and not hasattr(metric, "compute"):
             problems.append(Problem("validation_metrics", name, "functions", reason=f"a {type(metric).__name__}"))
@@ -143,17 +135,15 @@ class MetricTracker:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a saved history, from the log if it is there. Raises ValueError if it is not a history."""
-        if isinstance(latest := state.get("latest"), dict):
-            self._read_log(latest)
-            return
-        for key, values in state.items():
-            if values.ndim != 1:
-                raise ValueError(f"the values of {key} have shape {values.shape}.")
-        self.metrics = {key: values.tolist() for key, values in state.items()}
+        """Restore a saved history: the log up to the latest values, or those if the log has not as many lines.
 
-    def _read_log(self, latest: dict[str, float]) -> None:
-        """Read the log up to the `latest` values, which follow if the log has not as many lines."""
+        Raises ValueError if it is not a history.
+        """
+        if not isinstance(latest := state.get("latest"), dict):  # an earlier version's, or without a log
+            if any(values.ndim != 1 for values in state.values()):
+                raise ValueError("the history is not one list for each metric.")
+            self.metrics = {key: values.tolist() for key, values in state.items()}
+            return
         if any(type(value) not in (int, float) for value in latest.values()):
             raise ValueError(f"the latest values are {latest}; allowed: numbers.")
         self.metrics = {}

@@ -24,12 +24,9 @@ from fundamentallm.training.muon import Muon
 class StepResult(NamedTuple):
     """The numbers of a step over all processes, as scalars on the device."""
 
-    loss: Tensor
-    """Sum over the targets."""
-    num_targets: Tensor
-    """Targets that count."""
-    norm: Tensor
-    """Norm of the gradient before clipping."""
+    loss: Tensor  # sum over the targets
+    num_targets: Tensor  # that count
+    norm: Tensor  # of the gradient, before clipping
 
 
 class OptimizerStep:
@@ -78,7 +75,6 @@ class OptimizerStep:
         for index, micro_batch in enumerate(batch.micro_batches(self.objective.trims), start=1):
             # Sharded gradients are exchanged with each micro-batch: kept until the last, they would be unsharded.
             is_exchanged = index == batch.num_micro_batches or self._is_sharded
-            self.model_guard.reached.clear()
             with nullcontext() if is_exchanged else accelerator.no_sync(model):
                 loss = model(micro_batch.content)
                 if micro_batch.rows == 0:  # padding only
@@ -107,10 +103,8 @@ class OptimizerStep:
     def raise_if_updating(self) -> None:
         """Raises CheckpointError if an exception ended the last step within the optimizer's update."""
         if self.is_updating:
-            raise CheckpointError(
-                "An exception ended the last step while the optimizer changed the weights. Load a checkpoint, or make "
-                "a new Trainer, which resumes from the newest one."
-            )
+            reason = "An exception ended the last step while the optimizer changed the weights."
+            raise CheckpointError(f"{reason} Load a checkpoint, or make a new Trainer, which resumes.")
 
     def _update(self, skip: Tensor) -> None:
         """Let the optimizer step, unless `skip` (a boolean scalar): then no weight and no optimizer state changes."""

@@ -35,14 +35,7 @@ from fundamentallm.run.saving import Saver, open_manager
 from fundamentallm.run.session import Record, session
 from fundamentallm.run.state import RunState
 from fundamentallm.run.stopping import Stop, StopSwitch
-from fundamentallm.training.arguments import (
-    check_alike,
-    check_arguments,
-    count_steps,
-    make_samplers,
-    use_accelerator,
-    whole_config,
-)
+from fundamentallm.training.arguments import check_alike, check_arguments, complete, count_steps, make_samplers
 from fundamentallm.training.callbacks.base import Callback, CallbackList
 from fundamentallm.training.callbacks.from_config import default_callbacks, log_path
 from fundamentallm.training.callbacks.trackers import TrackerCallback
@@ -120,16 +113,13 @@ class Trainer(TrainerView):
         validation_metrics: Mapping[str, Metric] | None = None,
         accelerator: Accelerator | None = None,
     ) -> None:
-        is_whole, batch_size = isinstance(config, Config), unwrapped(train_loader)[1]
-        config = whole_config(config, batch_size)
-        self.output_dir = Path(config.output_dir) if is_whole else None
-        self.accelerator, self.config = use_accelerator(accelerator, config, self.output_dir, batch_size)
-        accelerator, training = self.accelerator, self.config.training
+        self.config, accelerator, self.output_dir = complete(config, accelerator, unwrapped(train_loader)[1])
+        self.accelerator, training = accelerator, self.config.training
         self.train_loader, self.val_loader = train_loader, val_loader
         self.group = HostGroup()
         self.samples, self.val_samples = make_samplers(training, accelerator, self.group, train_loader, val_loader)
-        loaders = {"train_loader": (train_loader, self.samples), "val_loader": (val_loader, self.val_samples)}
-        check_alike(self.group, asdict(self.config), optimizer, loaders)
+        content = [None if each is None else fingerprint(each.dataset) for each in (train_loader, val_loader)]
+        check_alike(self.group, self.config, optimizer, [self.samples, self.val_samples], content)
         self.batch_size, self.steps_per_epoch = self.samples.batch_size, self.samples.steps_per_epoch
         self.total_steps = count_steps(training, self.samples)
         self.validation_metrics = further_metrics(training.validation_metrics, validation_metrics)
@@ -157,7 +147,7 @@ class Trainer(TrainerView):
         if accelerator.log_with:
             self.callbacks.add(TrackerCallback())
         self.files: dict[str, str] = {}  # further text files of each checkpoint, which replace those made for it
-        self.state = RunState(self._parts(), asdict(self.config if self.output_dir else training))
+        self.state = RunState(self._parts(content), asdict(self.config if self.output_dir else training))
         dataset = self.samples.stream or train_loader.dataset
         files = lambda: model_files(model, dataset, self._weights) | self.files  # noqa: E731
         self.saver = Saver(open_manager(training, self.is_sharded), self.state, self.group, files)
@@ -166,9 +156,8 @@ class Trainer(TrainerView):
         self._record = Record(self.output_dir if self.is_main_process else None, self._position)
         self._throughput, self._started = Throughput(), False
 
-    def _parts(self) -> dict[str, Any]:
-        """Returns everything that changes because of training, by name."""
-        content = [None if each is None else fingerprint(each.dataset) for each in (self.train_loader, self.val_loader)]
+    def _parts(self, content: list[str | None]) -> dict[str, Any]:
+        """Returns everything that changes because of training, by name. `content`: the fingerprint of each dataset."""
         parts = {
             "progress": Progress(self.samples, content, self.accelerator.device),
             **self._weights,  # before the optimizer: reading them reshards what a validation has left gathered
@@ -294,7 +283,7 @@ class Trainer(TrainerView):
 
     def _log(self, grad_norm: Tensor, learning_rate: float) -> None:
         """Logs the numbers of the steps since the last line. The host waits for the device here."""
-        step, (tokens, loss), (bad_in_a_row, bad, spikes) = self.global_step, self._progress.read(), self._guard.read()
+        step, (tokens, loss), (_, bad, spikes) = self.global_step, self._progress.read(), self._guard.counts.tolist()
         speed, memory = self._throughput.log(step, tokens), peak_memory_gb(self.accelerator.device)
         line = {
             "step": step,
@@ -312,7 +301,7 @@ class Trainer(TrainerView):
         # What the machine or a callback measures is not part of the state: checkpoints do not depend on it.
         line |= speed | ({} if memory is None else {"memory_gb": memory}) | self.callbacks.measure(self)
         self.callbacks.on_log(self, line)
-        self._guard.raise_if_stopped(bad_in_a_row)
+        self._guard.raise_if_stopped()
 
     def validate(self) -> dict[str, float]:
         """Returns the metrics of the validation data, whatever its batch size and the device count.
