@@ -23,22 +23,21 @@ class WeightAverage:
     device. A skipped step leaves it bit-identical. Only parameters that `optimizer` trains are averaged.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, decay: float) -> None:
-        self._set_parameters(model, optimizer)
-        self.decay = decay
+    def __init__(self, model: nn.Module, optimizer: Optimizer, decay: float = 0.0) -> None:
+        self.model, self.optimizer, self.decay, self._is_applied = model, optimizer, decay, False
         self._average: dict[nn.Parameter, Tensor] = {}  # empty until the first step, before which weights are loaded
-        self._updates = torch.zeros((), dtype=torch.int64, device=next(iter(self._parameters)).device)
-        optimizer.register_step_pre_hook(self._begin)
-        optimizer.register_step_post_hook(self._update)
-
-    def _set_parameters(self, model: nn.Module, optimizer: Optimizer) -> None:
-        self.model, self._is_applied = model, False
         self._parameters: dict[nn.Parameter, list[str]] = {}
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         # A tied parameter has each of its names, as in the model's state dict.
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if id(parameter) in trained:
                 self._parameters.setdefault(parameter, []).append(name)
+        self._updates = torch.zeros((), dtype=torch.int64, device=next(iter(self._parameters)).device)
+        self._add_hooks()
+
+    def _add_hooks(self) -> None:
+        self.optimizer.register_step_pre_hook(self._begin)
+        self.optimizer.register_step_post_hook(self._update)
 
     def _begin(self, *_: Any) -> None:
         self._average = self._averages()
@@ -102,9 +101,8 @@ class WeightAverage:
 class OptimizersAverage(WeightAverage):
     """The average that an optimizer keeps itself, as schedule-free ones do: eval() and train() switch the weights."""
 
-    def __init__(self, model: nn.Module, optimizer: Any) -> None:
-        self._set_parameters(model, optimizer)
-        self.optimizer, self._updates = optimizer, torch.zeros((), dtype=torch.int64)
+    def _add_hooks(self) -> None:
+        """Do nothing: the optimizer averages in its own step."""
 
     @torch.no_grad()
     def _averages(self) -> dict[nn.Parameter, Tensor]:

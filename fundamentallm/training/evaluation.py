@@ -38,8 +38,7 @@ def evaluate(
     """
     was_training, objective = step_model.training, accelerator.unwrap_model(step_model)
     step_model.eval()
-    mean = RunningMean(accelerator.device)
-    means = {name: RunningMean(accelerator.device) for name in further}
+    means = {name: RunningMean(accelerator.device) for name in ("val_loss", *further)}
     for metric in further.values():
         if hasattr(metric, "reset"):  # an interrupted validation may have left something
             metric.reset()
@@ -49,11 +48,10 @@ def evaluate(
                 result = step_model(content, with_outputs=bool(further))
                 if rows == 0:  # padding only
                     continue
-                mean.add(result[0] if further else result, objective.num_targets(content))
+                means["val_loss"].add(result[0] if further else result, objective.num_targets(content))
                 for name, metric in further.items():
                     if result[1] is None:
-                        text = f"the metric {name} needs outputs; have the objective return (loss, outputs)."
-                        raise ConfigError(text)
+                        raise ConfigError(f"the metric {name} needs outputs; have the objective return (loss, outputs)")
                     pair = convert_to_fp32(result[1]), objective.metric_batch(content)
                     if hasattr(metric, "compute"):
                         metric.update(*pair)
@@ -63,7 +61,7 @@ def evaluate(
                 return None
     finally:
         step_model.train(was_training)
-    totals = torch.stack([each.totals for each in (mean, *means.values())])
+    totals = torch.stack([mean.totals for mean in means.values()])
     (total, count), *others = accelerator.reduce(totals, "sum").tolist()
     if count == 0:
         raise ConfigError("val_loader has only ignored targets; give it some that count.")
@@ -94,6 +92,5 @@ def _sum_and_count(name: str, result: Any) -> list[torch.Tensor]:
     try:
         total, count = (torch.as_tensor(value).reshape(()) for value in result)
     except (TypeError, ValueError, RuntimeError) as error:
-        text = f"the metric {name} returned {describe(result)}; allowed: (sum, count), two scalars."
-        raise ConfigError(text) from error
+        raise ConfigError(f"the metric {name} returned {describe(result)}; allowed: (sum, count), scalars") from error
     return [total, count]

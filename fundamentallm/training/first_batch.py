@@ -30,14 +30,6 @@ MAX_BATCHES_WITHOUT_TARGETS = 100
 """Batches without any target that are read before a loader is refused."""
 DISTANCES = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
 """Losses of which torch would compare each of (N, 1) outputs with each of (N,) targets."""
-COPIES = (
-    "warning: the targets of the first batch equal its inputs, so the model learns to copy. To predict the next token, "
-    "give the loader collate_fn=fundamentallm.shift_labels."
-)
-SHIFTED_TWICE = (
-    "warning: the labels of the first batch are the next tokens already, and this model shifts labels itself. Give it "
-    "labels that equal input_ids."
-)
 
 
 def _refuse(name: str, found: str, allowed: str, advice: str = "") -> ConfigError:
@@ -133,7 +125,7 @@ class FirstBatches:
             if self.accelerator.reduce(count, "sum") > 0:
                 return batch
         advice = f"Check what is masked with {IGNORE_INDEX}, and whether prompts fill the sequence length."
-        reason = f"in the first {MAX_BATCHES_WITHOUT_TARGETS} batches, or in all if there are fewer"
+        reason = f"in the first {MAX_BATCHES_WITHOUT_TARGETS} batches"
         raise ConfigError(Problem("the number of targets", 0, "at least 1", advice, reason))
 
     @torch.no_grad()
@@ -177,23 +169,23 @@ class FirstBatches:
                 f"warning: model.config.pad_token_id is {own}, and the tokenizer pads with {given}; set it to that."
             )
         shifts = False
+        inputs, targets = batch if isinstance(objective, PairLoss) else (None, None)
         if isinstance(objective, OwnLoss):
             inputs, targets = batch.get("input_ids"), batch.get(LABELS)
             shifts = objective.computes_loss and objective.shifts
             if names := ", ".join(map(str, objective.unused(batch))):
-                what = f"{type(model).__name__}.forward does not take {names}, which it is trained without"
+                what = f"{type(model).__name__}.forward does not take {names} of the batch"
                 self.say(f"warning: {what}. Rename them in collate_fn if it should take them.")
-        elif isinstance(objective, PairLoss):
-            inputs, targets = batch
-        else:
-            return
         if not _are_indices(inputs) or not _are_indices(targets) or inputs.shape != targets.shape:
             return
         if shifts:
             inputs, targets = inputs[:, 1:], targets[:, :-1]
         counted = targets != IGNORE_INDEX
         if counted.any() and (inputs == targets)[counted].all():
-            self.say(SHIFTED_TWICE if shifts else COPIES)
+            what = "the first batch's labels are the next tokens, and this model shifts labels itself: use input_ids"
+            if not shifts:
+                what = "the first batch's targets equal its inputs: use collate_fn=fundamentallm.shift_labels"
+            self.say(f"warning: {what}, or the model learns another task than the next token.")
 
 
 def _check_mapping(model: ModelWithLoss, objective: OwnLoss, batch: Mapping[str, Any]) -> None:
@@ -220,10 +212,8 @@ def _check_output(model: nn.Module, objective: PairLoss, batch: Any) -> None:
         losses = ["a scalar" for entry in output if isinstance(entry, Tensor) and not entry.ndim]
     else:
         entries = output if isinstance(output, Mapping) else getattr(output, "__dict__", {})
-        losses = [str(name) for name, entry in entries.items() if str(name).endswith("loss") and entry is not None]
-        if hasattr(model, "router_aux_loss_coef"):
-            losses = [name for name in losses if name != "aux_loss"]
-    if losses:
+        losses = [name for name, entry in entries.items() if str(name).endswith("loss") and entry is not None]
+    if losses and not (losses == ["aux_loss"] and hasattr(model, "router_aux_loss_coef")):
         allowed = "none, which (inputs, targets) would leave out"
         advice = f"Give mappings with {LABELS!r}, which are trained on the model's own loss. {OBJECTIVE}"
         raise _refuse("the model's output", f"has further losses ({', '.join(losses)})", allowed, advice)
@@ -254,7 +244,7 @@ def _check_sum(model: ModelWithLoss, batch: StepBatch) -> None:
     """Checks that a caller's loss is a sum over the targets: of rows given twice, a mean is the same."""
     if isinstance(model.loss_fn, CrossEntropy) and not model.trims:
         return
-    rows = [*range(max(min(batch.rows, batch.size // batch.num_micro_batches) // 2, 1))]
+    rows = [*range(max(batch.rows // batch.num_micro_batches // 2, 1))]
     try:
         once, twice = (take_rows(batch.content, batch.size, rows * times) for times in (1, 2))
         is_doubled = model.num_targets(twice) == 2 * model.num_targets(once)
@@ -262,6 +252,5 @@ def _check_sum(model: ModelWithLoss, batch: StepBatch) -> None:
     except Exception:  # this batch cannot be cut, or this model takes one size only
         return
     if is_doubled and before and abs(after / before - 1) < 0.01:
-        found = "has the same value for rows given twice as for the rows themselves, as a mean has"
-        advice = 'Return the sum, by reduction="sum". It is divided once, by the targets of the whole step.'
-        raise _refuse("the loss", found, "the sum over the targets", advice)
+        found = "has the same value for rows given twice, as a mean has"
+        raise _refuse("the loss", found, "the sum over the targets", 'Return the sum, by reduction="sum".')

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from accelerate import Accelerator
@@ -133,40 +133,32 @@ class ModelGuard:
     def _warn(self, num_micro_batches: int) -> None:
         """Warns of buffers that the step has changed, and of layers that normalise over a batch."""
         paths = {module: path for path, module in self.model.named_modules()}
-        layers = [module for module in paths if isinstance(module, BATCH_NORMS) and module.training]
-        unsaved = []
-        for module, name, _, before in self._before:
-            buffer = getattr(module, name)
-            if _is_kept(before, buffer) and not torch.equal(before, buffer):
-                layers.append(module)
-                unsaved.append(f"{paths[module]}.{name}")
+        changed = [(module, name) for module, name, before, now in self._buffers() if not torch.equal(before, now)]
+        unsaved = [f"{paths[module]}.{name}" for module, name in changed]
         if unsaved := [name for name in unsaved if name not in self._saved]:
-            logger.warning(
-                "Training changes buffers that no checkpoint holds, so that a resumed run starts with other values: "
-                "%s. Register them in the model, with persistent=True.",
-                _listed(unsaved),
-            )
-        if num_micro_batches == 1:  # it then uses the statistics of all processes
-            layers = [module for module in layers if not isinstance(module, nn.SyncBatchNorm)]
+            what = "Training changes buffers that no checkpoint holds: %s. Register them with persistent=True."
+            logger.warning(what, _listed(unsaved))
+        norms = [module for module in paths if isinstance(module, BATCH_NORMS) and module.training]
+        layers = dict.fromkeys([*norms, *(module for module, _ in changed)])
+        if num_micro_batches == 1:  # SyncBatchNorm then uses the statistics of all processes
+            layers = {module: None for module in layers if not isinstance(module, nn.SyncBatchNorm)}
         if layers and (num_micro_batches > 1 or self.accelerator.num_processes > 1):
-            logger.warning(
-                "The loss curve depends on micro_batch_size and on the number of processes, since these layers use "
-                "statistics of one micro-batch on one process: %s. LayerNorm and GroupNorm do not.",
-                _listed([f"{paths[module]} ({type(module).__name__})" for module in dict.fromkeys(layers)]),
-            )
+            names = _listed([f"{paths[module]} ({type(module).__name__})" for module in layers])
+            what = f"statistics of one micro-batch on one process, on whose size the loss curve then depends: {names}"
+            logger.warning("These layers use %s. LayerNorm and GroupNorm do not.", what)
 
     @torch.no_grad()
     def end(self, skip: Tensor) -> None:
         """Sets the buffers back if the step was skipped (`skip`, a boolean scalar)."""
+        for _, _, before, buffer in self._buffers():
+            buffer.copy_(before.where(skip, buffer))
+
+    def _buffers(self) -> Iterator[tuple[nn.Module, str, Tensor, Tensor]]:
+        """Yields each buffer before and after the step, except for those that grew or went away, as a cache does."""
         for module, name, _, before in self._before:
             buffer = getattr(module, name)
-            if _is_kept(before, buffer):
-                buffer.copy_(before.where(skip, buffer))
-
-
-def _is_kept(before: Tensor, now: Tensor | None) -> bool:
-    """Returns whether a buffer neither grew nor went away, as a cache does."""
-    return now is not None and now.shape == before.shape
+            if buffer is not None and buffer.shape == before.shape:
+                yield module, name, before, buffer
 
 
 def _listed(names: list[str]) -> str:

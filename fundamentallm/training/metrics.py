@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -128,11 +129,7 @@ class MetricTracker:
         """
         if self.log is not None:
             return {"latest": {key: values[-1] for key, values in self.metrics.items()}}
-        integers = {key for key, values in self.metrics.items() if all(isinstance(value, int) for value in values)}
-        return {
-            key: torch.tensor(values, dtype=torch.int64 if key in integers else torch.float64)
-            for key, values in self.metrics.items()
-        }
+        return {key: torch.from_numpy(np.array(values)) for key, values in self.metrics.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a saved history: the log up to the latest values, or those if the log has not as many lines.

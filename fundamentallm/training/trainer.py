@@ -321,9 +321,9 @@ class Trainer(TrainerView):
             raise ConfigError("There is no val_loader; give the Trainer one.")
         loader, stop = self.val_loader, self.val_samples.steps_per_epoch
         batches = self._first_batches.load(loader, self.val_samples, 0, stop)
-        further = self.validation_metrics
+        model, metrics = self.model_with_loss, self.validation_metrics
         with self.averaged_weights():
-            return evaluate(self.model_with_loss, loader, batches, self.accelerator, further, is_interrupted)
+            return evaluate(model, loader, batches, self.accelerator, metrics, is_interrupted)
 
     def _validate_in_training(self) -> bool:
         """Validates. Returns False if a signal or the clock interrupted it; it then comes first on resume."""
@@ -387,8 +387,8 @@ class Trainer(TrainerView):
 
     def _fit_schedule(self) -> None:
         """Fits the run's length and its schedule to where its batches begin: another batch size changes both."""
-        before, self.total_steps = self.total_steps, count_steps(self.config.training, self.samples)
-        if self._has_own_schedule and before != self.total_steps:
+        self.total_steps = count_steps(self.config.training, self.samples)
+        if self._has_own_schedule:
             for group in self.optimizer.param_groups:
                 group["lr"] = group["initial_lr"]
             schedule = make_schedule(self.config.training, self.optimizer, self.total_steps)

@@ -41,7 +41,6 @@ class TrainerView(RunView):
 
     @property
     def global_step(self) -> int:
-        """Optimizer steps done."""
         return self._progress.step
 
     @property
@@ -51,17 +50,14 @@ class TrainerView(RunView):
 
     @property
     def epochs_done(self) -> float:
-        """Passes over the training data done, in samples."""
         return self.samples.epochs_before(self.global_step)
 
     @property
     def validation_due(self) -> bool:
-        """Whether the last step's validation was interrupted, and comes first when the run resumes."""
         return self._progress.validation_due
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this process is the one that prints, draws and writes."""
         return bool(self.accelerator.is_main_process)
 
     @property
@@ -82,7 +78,6 @@ class TrainerView(RunView):
 
     @property
     def seconds_left(self) -> float:
-        """Seconds to the last step at the present pace; NaN before this launch's second log line."""
         return self._throughput.seconds_left(self.total_steps - self.global_step)
 
     @property
@@ -92,7 +87,6 @@ class TrainerView(RunView):
 
     @property
     def resumed_from(self) -> Path | None:
-        """The checkpoint that the state was restored from, or None."""
         return self.state.loaded_from
 
     @property
@@ -126,22 +120,15 @@ class TrainerView(RunView):
         return Position(self.global_step, self.total_steps, self.is_finished, self.was_interrupted)
 
     def request_stop(self, reason: str) -> None:
-        """Stops the run at the end of this step, saved, so that the same command resumes it later.
-
-        If only some of several processes ask in `on_step_end`, the stop takes effect one step later.
-        """
         self.stop_switch.request(Stop.REQUESTED, reason)
 
     def request_save(self, is_best: bool = False) -> None:
-        """Saves a checkpoint at the end of this step, after all hooks. All processes have to ask alike."""
         self.saver.request(is_best)
 
     def averaged_weights(self) -> AbstractContextManager[None]:
-        """Gives `model` the averaged weights on entry, and its own on exit. Without `ema_decay` it does nothing."""
         return self.average.applied() if self.average is not None else nullcontext()
 
     def say(self, text: str) -> None:
-        """Prints a line beside the progress bar, on the main process only. Output that cannot be written is dropped."""
         if self.is_main_process:
             encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
             with suppress(OSError, ValueError):  # ValueError: it is closed
@@ -158,8 +145,7 @@ class TrainerView(RunView):
         """Returns that there is nothing to train, and what would change that."""
         where = f"This run is already finished, at step {self.global_step} of {self.total_steps}. To train longer,"
         if self.checkpoint_manager is None:
-            return f"{where} call trainer.train(max_steps=...). To start over, make a new model and a new Trainer."
-        longer = "training.max_steps (or max_epochs), and name it in training.resume_changes"
-        if self.global_step < self.total_steps:
-            longer = "training.early_stopping_patience"
-        return f"{where} raise {longer}. To start over, choose another output_dir."
+            return f"{where} call trainer.train(max_steps=...)."
+        longer = "max_steps (or max_epochs), and name it in training.resume_changes"
+        longer = "early_stopping_patience" if self.global_step < self.total_steps else longer
+        return f"{where} raise training.{longer}. To start over, choose another output_dir."
