@@ -28,7 +28,7 @@ from tests.integration.runs import (
 )
 
 BAD_STEP = 5
-RUN: dict[str, Any] = {"ema_decay": 0.6, "eval_every_n_steps": 4, "max_steps": 9}
+RUN: dict[str, Any] = {"ema_decay": 0.6, "eval_every_n_steps": 4, "max_steps": 8}
 
 
 class Watch(Callback):
@@ -149,13 +149,6 @@ def test_it_can_be_given_up_and_begun_in_the_middle(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, expected[name])
 
 
-def test_it_has_the_precision_of_the_weights(tmp_path: Path) -> None:
-    parts = make_trainer(of(tmp_path / "unused"))
-    trainer = Trainer(parts.model.double(), of(tmp_path, max_steps=2), parts.train_loader, callbacks=[])
-    trainer.train()
-    assert {average.dtype for average in averages(trainer).values()} == {torch.float64}
-
-
 def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
 
@@ -177,9 +170,6 @@ def _sharded(count: int, folder: Path) -> None:
     parts = start("parts")
     assert_same_weights(gathered(averages(parts)), gathered(averages(run)))
     assert parts.metrics.get_history()["val_loss"] == run.metrics.get_history()["val_loss"]
-    others = {"parameter_groups": [], "max_steps": 10, "resume_changes": ["training"]}
-    longer, given_up = start("parts", **others), start("parts", **others, ema_decay=None)
-    assert_same_weights(gathered(weights(given_up)), gathered(weights(longer)))
 
 
 def test_sharded_it_is_the_same_also_with_groups_of_parameters(tmp_path: Path) -> None:
