@@ -22,7 +22,7 @@ from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.distributed.prepare import is_compiled
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.training.callbacks.trackers import tracker_names
-from fundamentallm.training.evaluation import metric_names
+from fundamentallm.training.metrics import metric_names
 
 OF_ONE_MACHINE = {
     *("output_dir", "trackers", "tracker_options", "model.init_from", "model.pretrained"),

@@ -41,11 +41,10 @@ from fundamentallm.training.callbacks.from_config import default_callbacks, log_
 from fundamentallm.training.callbacks.trackers import TrackerCallback
 from fundamentallm.training.early_stopping import make_early_stopping
 from fundamentallm.training.ema import make_average, switch_to_training
-from fundamentallm.training.evaluation import evaluate
 from fundamentallm.training.first_batch import FirstBatches
 from fundamentallm.training.guard import Guard
 from fundamentallm.training.loss import make_objective
-from fundamentallm.training.metrics import Metric, MetricTracker, further_metrics, peak_memory_gb
+from fundamentallm.training.metrics import Metric, MetricTracker, evaluate, further_metrics, peak_memory_gb
 from fundamentallm.training.micro_batch import MicroBatch, make_micro_batch
 from fundamentallm.training.optimizers import check_optimizer, freeze, make_optimizer
 from fundamentallm.training.schedulers import CallersSchedule, advance, make_schedule
