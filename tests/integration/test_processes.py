@@ -61,11 +61,7 @@ def test_gradients_are_exchanged_once_per_step(tmp_path: Path) -> None:
     assert others == [one] * 3
     parameters = sum(parameter.numel() for parameter in Bigram().parameters())
     assert one[json.dumps([parameters])] == 5
-    assert one.keys() == {
-        "[]",
-        "[1, 2]",
-        json.dumps([parameters]),
-    }  # the others: counts, losses and sums of a validation
+    assert one.keys() == {"[]", "[1, 2]", json.dumps([parameters])}  # also counts, losses and sums of a validation
 
 
 # ---- decisions and checkpoints ---------------------------------------------------------------------------------
@@ -248,10 +244,10 @@ def unlike_processes(processes: int) -> None:
     rank = torch.distributed.get_rank()
     assert torch.distributed.get_world_size() == processes
 
-    def named(size: int = 44, rows: int = 8, content: str = "a", **training: Any) -> list[str]:
+    def named(size: int = 44, rows: int = 8, content: str = "a", order: Any = None, **training: Any) -> list[str]:
         data, model = PartlyIgnored(size), Bigram()
         data.fingerprint = lambda: content  # type: ignore[attr-defined]
-        loader = DataLoader(data, batch_size=rows)
+        loader = DataLoader(data, batch_size=rows, sampler=order)
         rate = training.pop("rate", None)
         optimizer = torch.optim.SGD(model.parameters(), lr=rate) if rate else None
         try:
@@ -264,6 +260,7 @@ def unlike_processes(processes: int) -> None:
     assert named(learning_rate=0.1 + 0.1 * rank, seed=rank) == different
     assert named(size=44 + rank) == ["train_loader"]
     assert named(rows=8 - rank) == ["train_loader"]
+    assert named(order=range(rank, 44, 2)) == ["train_loader"]  # a share for each process
     assert named(content="ab"[rank]) == ["the content of train_loader"]
     assert named(rate=0.1 + 0.1 * rank) == ["optimizer"]
     assert named(checkpoint_dir=f"folder_{rank}", rate=0.1) == []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from torch.utils.data import DataLoader
 
 from fundamentallm import Callback, LoggingCallback, Trainer, TrainingConfig, TrainingError, create_loss
 from fundamentallm.errors import CheckpointError
-from fundamentallm.training.optimizers import create_optimizer
 from fundamentallm.training.step import skips_on_device
 from tests.integration.runs import PartlyIgnored, assert_same_weights, lines, make_config, make_trainer, on_processes
 from tests.integration.test_training_loop import Bigram
@@ -125,17 +123,6 @@ def test_batches_without_any_target_do_no_harm(tmp_path: Path) -> None:
     assert all(map(math.isfinite, history["train_loss"][1:]))
 
 
-def test_frozen_parameters_stay_as_they_are(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = Bigram()
-    model.embedding.requires_grad_(False)
-    before = model.embedding.weight.clone()
-    loader = DataLoader(PartlyIgnored(), batch_size=8)
-    Trainer(model, TrainingConfig(max_epochs=2, optimizer="muon"), loader, callbacks=[]).train()
-    assert torch.equal(model.embedding.weight, before)
-    assert create_optimizer(model, "adamw", 1e-3).param_groups[0]["params"][0] is model.mix.weight
-
-
 class Flagged(torch.optim.Optimizer):
     """Carries torch's flag for optimizers that skip by `found_inf`, and ignores the attribute."""
 
@@ -180,18 +167,15 @@ class FailsOnce(Callback):
         trainer.optimizer.register_step_post_hook(fail)
 
 
-@pytest.mark.parametrize("fails", [False, True])
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
-def test_step_leaves_no_attribute_on_the_optimizer(tmp_path: Path, optimizer: str, fails: bool) -> None:
-    config = make_config(tmp_path, optimizer=optimizer, max_steps=2)
-    trainer = make_trainer(config, callbacks=[FailsOnce()] if fails else [])
-    with pytest.raises(RuntimeError, match="within the update") if fails else nullcontext():
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_step_that_fails_leaves_no_attribute_and_no_way_on(tmp_path: Path, optimizer: str) -> None:
+    trainer = make_trainer(make_config(tmp_path, optimizer=optimizer, max_steps=2), callbacks=[FailsOnce()])
+    with pytest.raises(RuntimeError, match="within the update"):
         trainer.train()
     assert not hasattr(trainer.optimizer, "found_inf")
     assert not hasattr(trainer.optimizer, "grad_scale")
-    if fails:
-        with pytest.raises(CheckpointError):
-            trainer.train()
+    with pytest.raises(CheckpointError):
+        trainer.train()
 
 
 class Normed(Bigram):
