@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 
 from fundamentallm.config.registry import not_one_of
 from fundamentallm.config.schema import Config, TrainingConfig, flat_settings
-from fundamentallm.data.loaders import step_sampler
 from fundamentallm.data.sampler import StepSampler
 from fundamentallm.distributed.accelerator import check_accelerator, create_accelerator
 from fundamentallm.distributed.host_group import HostGroup
@@ -86,23 +85,6 @@ def check_alike(
             problems[name] = Problem(name, None, allowed, advice, text=f"{other[name]} on process {rank}")
     if problems:
         raise ConfigError([*problems.values()])
-
-
-def make_samplers(
-    config: TrainingConfig,
-    accelerator: Accelerator,
-    group: HostGroup,
-    train_loader: DataLoader[Any],
-    val_loader: DataLoader[Any] | None,
-) -> tuple[StepSampler, StepSampler | None]:
-    """Returns which samples this process computes in each step, and in validation."""
-    at_once = None if config.micro_batch_size == "auto" else config.micro_batch_size
-    # With compile, micro-batches are padded to one size, so that a compiled model sees one shape.
-    process = accelerator.process_index, accelerator.num_processes, at_once, bool(config.compile)
-    with group.barrier_with_errors():
-        samples = step_sampler("train_loader", train_loader, config.seed, *process, config.batch_size_schedule)
-        val_samples = None if val_loader is None else step_sampler("val_loader", val_loader, 0, *process)
-    return samples, val_samples
 
 
 def count_steps(config: TrainingConfig, samples: StepSampler) -> int:

@@ -21,7 +21,7 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 MAX_NAMES_SHOWN = 5  # in a message
 
 
-class Guard:
+class Guard(nn.Module):
     """Decides whether to skip a step before the optimizer takes it. The host does not wait for the answer.
 
     A step is bad if its loss or gradient is not finite. After `max_bad_steps` bad steps in a row, every later one
@@ -33,10 +33,11 @@ class Guard:
     """
 
     def __init__(self, device: torch.device, max_bad_steps: int, skip_spikes_above: float | None = None) -> None:
+        super().__init__()  # a module, whose buffers are its state
         self.max_bad_steps, self.skip_spikes_above = max_bad_steps, skip_spikes_above
-        self.counts = torch.zeros(3, dtype=torch.int64, device=device)  # bad in a row, all bad, skipped spikes
-        self._in_a_row, self._in_all, self._spikes = self.counts.unbind()  # views of `counts`
-        self._recent = torch.full((2, WINDOW), torch.nan, device=device)  # loss and norm; NaN: no step yet
+        self.counts = nn.Buffer(torch.zeros(3, dtype=torch.int64, device=device))  # bad in a row, all bad, spikes
+        self._in_a_row, self._in_all, self._spikes = self.counts.unbind()  # views
+        self.recent = nn.Buffer(torch.full((2, WINDOW), torch.nan, device=device))  # loss and norm; NaN: no step yet
 
     def skips(self, step: int, loss: Tensor, norm: Tensor) -> Tensor:
         """Returns whether to skip `step` (a boolean scalar), given its mean loss and gradient norm (scalars)."""
@@ -52,12 +53,12 @@ class Guard:
         return bad | spike
 
     def _is_spike(self, step: int, values: Tensor, threshold: float) -> Tensor:
-        median = self._recent.nanmedian(dim=1).values
-        spread = (self._recent.T - median).abs().nanmedian(dim=0).values * MAD_TO_STD
+        median = self.recent.nanmedian(dim=1).values
+        spread = (self.recent.T - median).abs().nanmedian(dim=0).values * MAD_TO_STD
         deviation = spread.maximum(LEAST_DEVIATION * median.abs())
-        known = (~self._recent.isnan()).sum(dim=1) >= FEWEST
+        known = (~self.recent.isnan()).sum(dim=1) >= FEWEST
         is_above = values - median > threshold * deviation
-        slot = self._recent[:, step % WINDOW]
+        slot = self.recent[:, step % WINDOW]
         slot.copy_(values.where(values.isfinite(), slot))
         return (is_above & known).any()
 
@@ -68,17 +69,6 @@ class Guard:
                 f"The loss or the gradient was not finite in {self.max_bad_steps} consecutive optimizer steps; none of "
                 "them changed the weights. Lower training.learning_rate, and check the data."
             )
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Returns counts and window."""
-        return {"counts": self.counts, "recent": self._recent}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore saved counts and window. Raises ValueError if they have another shape."""
-        for own, saved in ((self.counts, state["counts"]), (self._recent, state["recent"])):
-            if saved.shape != own.shape:
-                raise ValueError(f"the shape is {saved.shape}; allowed: {own.shape}.")
-            own.copy_(saved)
 
 
 def copied_buffers(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Tensor, Tensor]]:

@@ -19,6 +19,7 @@ from fundamentallm.checkpoint.reading import load_checkpoint
 from fundamentallm.config.schema import FREE_ON_RESUME, Config, TrainingConfig
 from fundamentallm.data.datasets import fingerprint
 from fundamentallm.data.listed_order import unwrapped
+from fundamentallm.data.loaders import step_sampler
 from fundamentallm.distributed.accelerator import leave_group
 from fundamentallm.distributed.dtensor import device_name
 from fundamentallm.distributed.host_group import HostGroup
@@ -35,14 +36,13 @@ from fundamentallm.run.saving import Saver, open_manager
 from fundamentallm.run.session import Record, session
 from fundamentallm.run.state import RunState
 from fundamentallm.run.stopping import Stop, StopSwitch
-from fundamentallm.training.arguments import check_alike, check_arguments, complete, count_steps, make_samplers
+from fundamentallm.training.arguments import check_alike, check_arguments, complete, count_steps
 from fundamentallm.training.callbacks.base import Callback, CallbackList
 from fundamentallm.training.callbacks.from_config import default_callbacks, log_path
 from fundamentallm.training.callbacks.trackers import TrackerCallback
 from fundamentallm.training.early_stopping import make_early_stopping
 from fundamentallm.training.ema import make_average, switch_to_training
 from fundamentallm.training.first_batch import FirstBatches
-from fundamentallm.training.guard import Guard
 from fundamentallm.training.loss import make_objective
 from fundamentallm.training.metrics import Metric, MetricTracker, evaluate, further_metrics, peak_memory_gb
 from fundamentallm.training.micro_batch import MicroBatch, make_micro_batch
@@ -116,7 +116,13 @@ class Trainer(TrainerView):
         self.accelerator, training = accelerator, self.config.training
         self.train_loader, self.val_loader = train_loader, val_loader
         self.group = HostGroup()
-        self.samples, self.val_samples = make_samplers(training, accelerator, self.group, train_loader, val_loader)
+        at_once = None if training.micro_batch_size == "auto" else training.micro_batch_size
+        # With compile, micro-batches are padded to one size, so that a compiled model sees one shape.
+        process = accelerator.process_index, accelerator.num_processes, at_once, bool(training.compile)
+        with self.group.barrier_with_errors():
+            options = training.seed, *process, training.batch_size_schedule
+            self.samples = step_sampler("train_loader", train_loader, *options)
+            self.val_samples = None if val_loader is None else step_sampler("val_loader", val_loader, 0, *process)
         content = [None if each is None else fingerprint(each.dataset) for each in (train_loader, val_loader)]
         check_alike(self.group, self.config, optimizer, [self.samples, self.val_samples], content)
         self.batch_size, self.steps_per_epoch = self.samples.batch_size, self.samples.steps_per_epoch
@@ -134,10 +140,7 @@ class Trainer(TrainerView):
         self.model_with_loss = prepare_model(accelerator, with_loss, self.optimizer, bool(training.compile))
         self.average, self._has_own_schedule = make_average(training, model, self.optimizer), scheduler is None
         self.scheduler = scheduler or make_schedule(training, self.optimizer, self.total_steps)
-        self._guard = Guard(accelerator.device, training.max_bad_steps, training.skip_spikes_above)
-        self.optimizer_step = OptimizerStep(
-            accelerator, self.model_with_loss, self.optimizer, self._guard, training.gradient_clip_norm, training.seed
-        )
+        self.optimizer_step = OptimizerStep(accelerator, self.model_with_loss, self.optimizer, training)
         self._first_batches = FirstBatches(with_loss, accelerator, self.group, self.say)
         self.early_stopping, self.micro_batch = make_early_stopping(training), make_micro_batch(training, accelerator)
         default = default_callbacks(self.config, self.output_dir, val_loader is not None)
@@ -162,7 +165,7 @@ class Trainer(TrainerView):
             **self._weights,  # before the optimizer: reading them reshards what a validation has left gathered
             "optimizer": NamedOptimizerState(self.model, self.optimizer),
             "scheduler": self.scheduler if self._has_own_schedule else CallersSchedule(self.scheduler),
-            "guard": self._guard,
+            "guard": self.optimizer_step.guard,
             "metrics": self.metrics,
             "callbacks": self.callbacks,
             "average": self.average,
@@ -268,7 +271,7 @@ class Trainer(TrainerView):
         if is_at_epoch:
             self.callbacks.on_epoch_end(self)
         if self.saver.requested or self._is_due(training.save_every_n_steps, training.save_every_n_epochs):
-            self._guard.raise_if_stopped()
+            self.optimizer_step.guard.raise_if_stopped()
             self.saver.save_in_background()
         self._throughput.pause(time.perf_counter() - started)
         if manager is not None:
@@ -282,7 +285,8 @@ class Trainer(TrainerView):
 
     def _log(self, grad_norm: Tensor, learning_rate: float) -> None:
         """Logs the numbers of the steps since the last line. The host waits for the device here."""
-        step, (tokens, loss), (_, bad, spikes) = self.global_step, self._progress.read(), self._guard.counts.tolist()
+        step, (tokens, loss), guard = self.global_step, self._progress.read(), self.optimizer_step.guard
+        _, bad, spikes = guard.counts.tolist()
         speed, memory = self._throughput.log(step, tokens), peak_memory_gb(self.accelerator.device)
         line = {
             "step": step,
@@ -300,7 +304,7 @@ class Trainer(TrainerView):
         # What the machine or a callback measures is not part of the state: checkpoints do not depend on it.
         line |= speed | ({} if memory is None else {"memory_gb": memory}) | self.callbacks.measure(self)
         self.callbacks.on_log(self, line)
-        self._guard.raise_if_stopped()
+        guard.raise_if_stopped()
 
     def validate(self) -> dict[str, float]:
         """Returns the metrics of the validation data, whatever its batch size and the device count.
@@ -409,7 +413,7 @@ class Trainer(TrainerView):
     def _finish(self) -> None:
         """Saves the last state, and waits until it is on disk."""
         if self.checkpoint_manager is not None:
-            self._guard.raise_if_stopped()
+            self.optimizer_step.guard.raise_if_stopped()
             self.saver.finish()
         self.callbacks.on_train_end(self)
         if self.stop_switch.reason:

@@ -93,8 +93,7 @@ class TrainerView(RunView):
     def history(self) -> dict[str, list[float]]:
         """The numbers of the run so far, as `pandas.DataFrame(trainer.history)` takes them.
 
-        All columns have the same length, with a row for each step that was logged or validated. A value that a row
-        lacks is NaN.
+        Each step that was logged or validated has a row. A value that a row lacks is NaN.
         """
         return self.metrics.by_step()
 
