@@ -88,16 +88,7 @@ def check_alike(
 
 
 def count_steps(config: TrainingConfig, samples: StepSampler) -> int:
-    """Returns the step at which the run ends: max_steps or the end of max_epochs, whichever comes first.
-
-    Raises ConfigError for a stream, of which nobody knows where it ends, without max_steps or with max_epochs.
-    """
-    if samples.stream is not None:
-        reason = "and the length of a stream is not known"
-        if config.max_steps is None:
-            raise ConfigError(Problem("training.max_steps", None, "a number of optimizer steps", reason=reason))
-        if config.max_epochs is not None:
-            raise ConfigError(Problem("training.max_epochs", config.max_epochs, "null", reason=reason))
+    """Returns the step at which the run ends: max_steps or the end of max_epochs, whichever comes first."""
     last = math.inf if config.max_steps is None else config.max_steps
     if config.max_epochs is None:
         return int(last)
@@ -106,7 +97,7 @@ def count_steps(config: TrainingConfig, samples: StepSampler) -> int:
     return int(min(last, samples.steps_before_epoch(config.max_epochs) if is_ahead else samples.start.step))
 
 
-def check_arguments(
+def check_setup(
     config: Config,
     accelerator: Accelerator,
     samples: StepSampler,
@@ -123,6 +114,14 @@ def check_arguments(
         allowed = f"{samples.batch_size}, the train_loader's batch_size"
         allowed = "null, since the batch sampler decides" if is_batched else allowed
         problems.append(Problem("training.batch_size", training.batch_size, allowed, "Set one of them."))
+    if training.micro_batch_size == "auto" and accelerator.is_fsdp2:
+        reason = "and under FSDP2 a process that runs out of memory would leave the others waiting for its shards"
+        advice = "Set a number; `fundamentallm estimate` predicts what fits."
+        problems.append(Problem("training.micro_batch_size", "auto", advice=advice, reason=reason))
+    if samples.stream is not None and (training.max_steps is None or training.max_epochs is not None):
+        name, allowed = ("max_steps", "a number") if training.max_steps is None else ("max_epochs", "null")
+        reason = "and the length of a stream is not known"
+        problems.append(Problem(f"training.{name}", getattr(training, name), allowed, reason=reason))
     if scheduler is not None and scheduler.optimizer is not optimizer:
         problems.append("The scheduler was made for another optimizer; pass its optimizer too.")
     if isinstance(scheduler, ReduceLROnPlateau) and val_loader is None:

@@ -12,7 +12,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-from fundamentallm.config.schema import TrainingConfig
 from fundamentallm.distributed.batches import StepBatch, take_rows
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import ConfigError, Problem
@@ -26,10 +25,11 @@ class MicroBatch:
     A run that resumes on the same hardware with the same settings keeps its size, so that it is bit-identical.
     """
 
-    def __init__(self, device: torch.device, num_processes: int) -> None:
+    def __init__(self, accelerator: Accelerator) -> None:
+        device = accelerator.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
         self.size: int | None = None  # sequences in a micro-batch; None: not found yet
-        self.hardware = f"{num_processes} x {name}"
+        self.hardware = f"{accelerator.num_processes} x {name}"
 
     def state_dict(self) -> dict[str, Any]:
         """Returns size and hardware (key "place" in format 2)."""
@@ -95,14 +95,3 @@ def _fits(step: OptimizerStep, batch: Any, num_micro_batches: int, has_metrics: 
         # Frees cached memory, and the tensors that the frames of an error hold in reference cycles.
         clear_device_cache(garbage_collection=not fits)
     return fits
-
-
-def make_micro_batch(config: TrainingConfig, accelerator: Accelerator) -> MicroBatch | None:
-    """Returns what finds the micro-batch size, or None if `config` gives it. Raises ConfigError for a sharded model."""
-    if config.micro_batch_size != "auto":
-        return None
-    if accelerator.is_fsdp2:
-        reason = "and under FSDP2 a process that runs out of memory would leave the others waiting for its shards"
-        advice = "Set a number; `fundamentallm estimate` predicts what fits."
-        raise ConfigError(Problem("training.micro_batch_size", "auto", "", advice, reason))
-    return MicroBatch(accelerator.device, accelerator.num_processes)

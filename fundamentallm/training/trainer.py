@@ -36,7 +36,7 @@ from fundamentallm.run.saving import Saver, open_manager
 from fundamentallm.run.session import Record, session
 from fundamentallm.run.state import RunState
 from fundamentallm.run.stopping import Stop, StopSwitch
-from fundamentallm.training.arguments import check_alike, check_arguments, complete, count_steps
+from fundamentallm.training.arguments import check_alike, check_setup, complete, count_steps
 from fundamentallm.training.callbacks.base import Callback, CallbackList
 from fundamentallm.training.callbacks.from_config import default_callbacks, log_path
 from fundamentallm.training.callbacks.trackers import TrackerCallback
@@ -45,7 +45,7 @@ from fundamentallm.training.ema import make_average, switch_to_training
 from fundamentallm.training.first_batch import FirstBatches
 from fundamentallm.training.loss import make_objective
 from fundamentallm.training.metrics import Metric, MetricTracker, evaluate, further_metrics, peak_memory_gb
-from fundamentallm.training.micro_batch import MicroBatch, make_micro_batch
+from fundamentallm.training.micro_batch import MicroBatch
 from fundamentallm.training.optimizers import check_optimizer, freeze, make_optimizer
 from fundamentallm.training.schedulers import CallersSchedule, advance, make_schedule
 from fundamentallm.training.step import OptimizerStep
@@ -116,21 +116,21 @@ class Trainer(TrainerView):
         self.accelerator, training = accelerator, self.config.training
         self.train_loader, self.val_loader = train_loader, val_loader
         self.group = HostGroup()
+        self.micro_batch = MicroBatch(accelerator) if training.micro_batch_size == "auto" else None
         at_once = None if training.micro_batch_size == "auto" else training.micro_batch_size
         # With compile, micro-batches are padded to one size, so that a compiled model sees one shape.
         process = accelerator.process_index, accelerator.num_processes, at_once, bool(training.compile)
         with self.group.barrier_with_errors():
-            options = training.seed, *process, training.batch_size_schedule
-            self.samples = step_sampler("train_loader", train_loader, *options)
+            self.samples = step_sampler(
+                "train_loader", train_loader, training.seed, *process, training.batch_size_schedule
+            )
             self.val_samples = None if val_loader is None else step_sampler("val_loader", val_loader, 0, *process)
         content = [None if each is None else fingerprint(each.dataset) for each in (train_loader, val_loader)]
         check_alike(self.group, self.config, optimizer, [self.samples, self.val_samples], content)
         self.batch_size, self.steps_per_epoch = self.samples.batch_size, self.samples.steps_per_epoch
-        self.total_steps = count_steps(training, self.samples)
         self.validation_metrics = further_metrics(training.validation_metrics, validation_metrics)
-        check_arguments(
-            self.config, accelerator, self.samples, val_loader, self.validation_metrics, optimizer, scheduler
-        )
+        check_setup(self.config, accelerator, self.samples, val_loader, self.validation_metrics, optimizer, scheduler)
+        self.total_steps = count_steps(training, self.samples)
 
         freeze(model, training.parameter_groups)
         self.model, with_loss = model, ModelWithLoss(model, *make_objective(training, loss_fn, objective))
@@ -142,7 +142,7 @@ class Trainer(TrainerView):
         self.scheduler = scheduler or make_schedule(training, self.optimizer, self.total_steps)
         self.optimizer_step = OptimizerStep(accelerator, self.model_with_loss, self.optimizer, training)
         self._first_batches = FirstBatches(with_loss, accelerator, self.group, self.say)
-        self.early_stopping, self.micro_batch = make_early_stopping(training), make_micro_batch(training, accelerator)
+        self.early_stopping = make_early_stopping(training)
         default = default_callbacks(self.config, self.output_dir, val_loader is not None)
         self.callbacks = CallbackList(default if callbacks is None else callbacks)
         self.metrics = MetricTracker(log_path(self.callbacks.callbacks))
