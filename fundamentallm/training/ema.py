@@ -23,7 +23,7 @@ class WeightAverage:
     device. A skipped step leaves it bit-identical. Only parameters that `optimizer` trains are averaged.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, decay: float = 0.0) -> None:
+    def __init__(self, model: nn.Module, optimizer: Any, decay: float = 0.0) -> None:
         self.model, self.optimizer, self.decay, self._is_applied = model, optimizer, decay, False
         self._average: dict[nn.Parameter, Tensor] = {}  # empty until the first step, before which weights are loaded
         self._parameters: dict[nn.Parameter, list[str]] = {}
@@ -33,21 +33,17 @@ class WeightAverage:
             if id(parameter) in trained:
                 self._parameters.setdefault(parameter, []).append(name)
         self._updates = torch.zeros((), dtype=torch.int64, device=next(iter(self._parameters)).device)
-        self._add_hooks()
 
-    def _add_hooks(self) -> None:
-        self.optimizer.register_step_pre_hook(self._begin)
-        self.optimizer.register_step_post_hook(self._update)
-
-    def _begin(self, *_: Any) -> None:
+    def begin(self, *_: Any) -> None:
+        """Copy the weights before the first step."""
         self._average = self._averages()
 
     def _averages(self) -> dict[nn.Parameter, Tensor]:
-        """Returns the averages; before the first step the weights themselves."""
         return self._average or {p: p.detach().clone() for p in self._parameters}
 
     @torch.no_grad()
-    def _update(self, optimizer: Optimizer, *_: Any) -> None:
+    def update(self, optimizer: Optimizer, *_: Any) -> None:
+        """Move the averages towards the weights after a step."""
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)  # 1 if the optimizer has skipped the step
         taken = torch.ones_like(self._updates) if found_inf is None else 1 - found_inf
         weight = (9 / (10 + self._updates)).clamp(min=1 - self.decay) * taken  # 1 - d
@@ -101,9 +97,6 @@ class WeightAverage:
 class OptimizersAverage(WeightAverage):
     """The average that an optimizer keeps itself, as schedule-free ones do: eval() and train() switch the weights."""
 
-    def _add_hooks(self) -> None:
-        """Do nothing: the optimizer averages in its own step."""
-
     @torch.no_grad()
     def _averages(self) -> dict[nn.Parameter, Tensor]:
         self.optimizer.train()  # a caller may have switched it
@@ -121,12 +114,16 @@ class OptimizersAverage(WeightAverage):
 
 def make_average(config: TrainingConfig, model: nn.Module, optimizer: Optimizer) -> WeightAverage | None:
     """Returns the average of the weights, or None. Raises ConfigError if both `config` and `optimizer` average."""
-    if not switch_to_training(optimizer):
-        return None if config.ema_decay is None else WeightAverage(model, optimizer, config.ema_decay)
-    if config.ema_decay is not None:
+    decay, averages_itself = config.ema_decay, switch_to_training(optimizer)
+    if decay is None:
+        return OptimizersAverage(model, optimizer) if averages_itself else None
+    if averages_itself:
         reason = f"and {type(optimizer).__name__} averages the weights itself"
-        raise ConfigError(Problem("training.ema_decay", config.ema_decay, "null", reason=reason))
-    return OptimizersAverage(model, optimizer)
+        raise ConfigError(Problem("training.ema_decay", decay, "null", reason=reason))
+    average = WeightAverage(model, optimizer, decay)
+    optimizer.register_step_pre_hook(average.begin)
+    optimizer.register_step_post_hook(average.update)
+    return average
 
 
 def switch_to_training(optimizer: Any) -> bool:

@@ -26,10 +26,9 @@ from fundamentallm.models.with_loss import OBJECTIVE, ModelWithLoss, OwnLoss, Pa
 from fundamentallm.training.guard import copied_buffers
 from fundamentallm.training.loss import CrossEntropy
 
-MAX_BATCHES_WITHOUT_TARGETS = 100
-"""Batches without any target that are read before a loader is refused."""
+MAX_BATCHES_WITHOUT_TARGETS = 100  # are read before a loader is refused
+# Losses of which torch would compare each of (N, 1) outputs with each of (N,) targets.
 DISTANCES = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
-"""Losses of which torch would compare each of (N, 1) outputs with each of (N,) targets."""
 
 
 def _refuse(name: str, found: str, allowed: str, advice: str = "") -> ConfigError:
@@ -44,7 +43,6 @@ class CheckedArguments(TorchFunctionMode):
         self.names = {parameter: name for name, parameter in model.named_parameters()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Check the arguments of the functions that look up by an index or compare, and call the function."""
         kwargs = kwargs or {}
         if func in (F.embedding, F.cross_entropy, F.nll_loss, *DISTANCES):
             given = inspect.signature(func).bind(*args, **kwargs).arguments
@@ -236,7 +234,6 @@ def _find_shift(model: ModelWithLoss, objective: OwnLoss, batch: Mapping[str, An
 
 
 def _are_indices(labels: Any) -> TypeGuard[Tensor]:
-    """Returns whether labels are class indices, several in a row."""
     return isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point()
 
 
