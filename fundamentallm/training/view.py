@@ -41,6 +41,7 @@ class TrainerView(RunView):
 
     @property
     def global_step(self) -> int:
+        """Optimizer steps done."""
         return self._progress.step
 
     @property
@@ -50,14 +51,17 @@ class TrainerView(RunView):
 
     @property
     def epochs_done(self) -> float:
+        """Passes over the training data done, in samples."""
         return self.samples.epochs_before(self.global_step)
 
     @property
     def validation_due(self) -> bool:
+        """Whether the last step's validation was interrupted, and comes first when the run resumes."""
         return self._progress.validation_due
 
     @property
     def is_main_process(self) -> bool:
+        """Whether this process is the one that prints, draws and writes."""
         return bool(self.accelerator.is_main_process)
 
     @property
@@ -78,6 +82,7 @@ class TrainerView(RunView):
 
     @property
     def seconds_left(self) -> float:
+        """Seconds to the last step at the present pace; NaN before this launch's second log line."""
         return self._throughput.seconds_left(self.total_steps - self.global_step)
 
     @property
@@ -87,6 +92,7 @@ class TrainerView(RunView):
 
     @property
     def resumed_from(self) -> Path | None:
+        """The checkpoint that the state was restored from, or None."""
         return self.state.loaded_from
 
     @property
@@ -119,15 +125,19 @@ class TrainerView(RunView):
         return Position(self.global_step, self.total_steps, self.is_finished, self.was_interrupted)
 
     def request_stop(self, reason: str) -> None:
+        """Stops the run at the end of this step, saved, or one later if not all processes ask in `on_step_end`."""
         self.stop_switch.request(Stop.REQUESTED, reason)
 
     def request_save(self, is_best: bool = False) -> None:
+        """Saves a checkpoint at the end of this step, after all hooks. All processes have to ask alike."""
         self.saver.request(is_best)
 
     def averaged_weights(self) -> AbstractContextManager[None]:
+        """Gives `model` the averaged weights on entry, and its own on exit. Without `ema_decay` it does nothing."""
         return self.average.applied() if self.average is not None else nullcontext()
 
     def say(self, text: str) -> None:
+        """Prints a line beside the progress bar, on the main process only. Output that cannot be written is dropped."""
         if self.is_main_process:
             encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
             with suppress(OSError, ValueError):  # ValueError: it is closed

@@ -49,7 +49,7 @@ class RunView(Protocol):
 
     @property
     def seconds_left(self) -> float:
-        """Estimated seconds to the last step; NaN before this launch's second log line."""
+        """Estimated seconds to the last step; NaN until there is an estimate."""
 
     @property
     def validation_due(self) -> bool:
@@ -64,13 +64,13 @@ class RunView(Protocol):
         """The checkpoint that the state was restored from, or None."""
 
     def say(self, text: str) -> None:
-        """Print a line above the progress bar, on the main process only. What cannot be written is dropped."""
+        """Print a line above the progress bar, on the main process only."""
 
     def request_stop(self, reason: str) -> None:
-        """Save and stop at the end of this step, or one later if not all processes ask in `on_step_end`."""
+        """Save and stop at the end of this step."""
 
     def request_save(self, is_best: bool = False) -> None:
-        """Save a checkpoint at the end of this step, after all hooks. Every process must call it."""
+        """Save a checkpoint at the end of this step. Every process must call it."""
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """Give the model the averaged weights on entry and its own on exit. Does nothing without an average."""
