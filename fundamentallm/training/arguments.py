@@ -51,7 +51,7 @@ def complete(
     if accelerator is not None:
         check_accelerator(accelerator, *launch)
     else:
-        accelerator = create_accelerator(*launch, config.trackers, output_dir and str(output_dir))
+        accelerator = create_accelerator(*launch, config.trackers, None if output_dir is None else str(output_dir))
     compiled = is_compiled(accelerator, training.compile)
     training = replace(training, mixed_precision=accelerator.mixed_precision, compile=compiled)
     return replace(config, training=training), accelerator, output_dir

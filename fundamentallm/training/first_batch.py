@@ -46,7 +46,8 @@ class CheckedArguments(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (F.embedding, F.cross_entropy, F.nll_loss, *DISTANCES):
             given = inspect.signature(func).bind(*args, **kwargs).arguments
-            inputs, targets = given["input"], given.get("target")
+            inputs: Tensor = given["input"]
+            targets: Any = given.get("target")
             if func is F.embedding:
                 rows = f"the rows of {self.names.get(given['weight'], 'an embedding')}"
                 advice = "Check that the tokenizer is the model's, and that samples fit into the model's context."

@@ -63,7 +63,7 @@ def evaluate(
     loader: DataLoader[Any],
     batches: Iterable[StepBatch],
     accelerator: Accelerator,
-    further: Mapping[str, Metric],
+    further: Mapping[str, Any],
     is_interrupted: Callable[[], bool],
 ) -> dict[str, float] | None:
     """Returns the metrics over all targets of a loader; batch size and number of processes do not affect them.
