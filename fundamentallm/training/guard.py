@@ -65,10 +65,10 @@ class Guard(nn.Module):
     def raise_if_stopped(self) -> None:
         """Raises TrainingError if `max_bad_steps` steps in a row were bad. The host waits for the device."""
         if int(self._in_a_row) >= self.max_bad_steps:
-            raise TrainingError(
-                f"The loss or the gradient was not finite in {self.max_bad_steps} consecutive optimizer steps; none of "
-                "them changed the weights. Lower training.learning_rate, and check the data."
+            what = (
+                f"Loss or gradient was not finite in {self.max_bad_steps} consecutive steps, which changed no weight."
             )
+            raise TrainingError(f"{what} Lower training.learning_rate, and check the data.")
 
 
 def copied_buffers(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
