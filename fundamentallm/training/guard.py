@@ -65,9 +65,7 @@ class Guard(nn.Module):
     def raise_if_stopped(self) -> None:
         """Raises TrainingError if `max_bad_steps` steps in a row were bad. The host waits for the device."""
         if int(self._in_a_row) >= self.max_bad_steps:
-            what = (
-                f"Loss or gradient was not finite in {self.max_bad_steps} consecutive steps, which changed no weight."
-            )
+            what = f"Loss or gradient was not finite in {self.max_bad_steps} consecutive steps. None changed a weight."
             raise TrainingError(f"{what} Lower training.learning_rate, and check the data.")
 
 
@@ -134,8 +132,8 @@ class ModelGuard:
             layers = {module: None for module in layers if not isinstance(module, nn.SyncBatchNorm)}
         if layers and (num_micro_batches > 1 or self.accelerator.num_processes > 1):
             names = _listed([f"{paths[module]} ({type(module).__name__})" for module in layers])
-            what = f"statistics of one micro-batch on one process, on whose size the loss curve then depends: {names}"
-            logger.warning("These layers use %s. LayerNorm and GroupNorm do not.", what)
+            what = "The loss curve depends on micro_batch_size and on the processes: %s normalise over a micro-batch."
+            logger.warning(f"{what} LayerNorm and GroupNorm do not.", names)
 
     @torch.no_grad()
     def end(self, skip: Tensor) -> None:
