@@ -69,8 +69,8 @@ class RunState:
         restored = [name for name in self.parts if name not in new]
         for name in restored:
             with explained(where, f"its {name} does not fit this run"):
-                if "training.parameter_groups" in changed:
-                    self._refit(name, saved)
+                if name == "optimizer" and "training.parameter_groups" in changed:  # some may have been frozen
+                    saved[OPTIMIZER_KEY] = self.optimizer.refit(saved[OPTIMIZER_KEY])
                 self.parts[name].load_state_dict(saved[f"{name}{SUFFIX}"])
         self.loaded_from = where
         messages = [f"{name} starts new: the checkpoint has no state for it" for name in new]
@@ -104,13 +104,6 @@ class RunState:
         now = flat_settings(self.config) | _data_facts(self.progress.segments[-1])
         names = sorted(before.keys() & now.keys())
         return {name: (before[name], now[name]) for name in names if before[name] != now[name]}
-
-    def _refit(self, name: str, saved: dict[str, Any]) -> None:
-        """Fits the state of a part to the parameters that are trained from here on: some may have been frozen."""
-        if name == "optimizer":
-            saved[OPTIMIZER_KEY] = self.optimizer.refit(saved[OPTIMIZER_KEY])
-        elif name == "average":
-            saved[AVERAGE_KEY] = self.parts[name].refit(saved[AVERAGE_KEY], saved[MODEL_KEY])
 
 
 def exchange(state: dict[str, Any]) -> None:
