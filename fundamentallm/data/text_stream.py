@@ -38,8 +38,6 @@ class TextStream(Tokenized, IterableDataset[Batch]):
         say: prints a line about a bad row; None: nothing is printed.
     """
 
-    restores_exactly = True  # so that a run does not try it out
-
     def __init__(self, config: DataConfig, seed: int, say: Callable[[str], None] | None = None) -> None:
         self.config, self.seed, self.say = config, seed, say
         self.source = find_source(config, str(config.source))
