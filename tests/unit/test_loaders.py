@@ -18,7 +18,6 @@ from tokenizers import Tokenizer
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
-    Dataset,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
@@ -44,18 +43,9 @@ class Endless(IterableDataset):
         return itertools.count()
 
 
-class WithoutLength(Dataset):
-    def __getitem__(self, index: int) -> int:
-        return index
-
-
 class Negated(DataLoader):
     def __iter__(self) -> Iterator[Any]:
         return (-batch for batch in super().__iter__())
-
-
-class Sharding(DistributedSampler):
-    """Another order than torch's."""
 
 
 @pytest.mark.parametrize(
@@ -65,11 +55,9 @@ class Sharding(DistributedSampler):
         (DataLoader(NUMBERS, batch_size=None), "batch_size=None"),
         (DataLoader([]), "0 samples"),
         (DataLoader(NUMBERS, batch_size=11, drop_last=True), "10 samples"),
-        (DataLoader(WithoutLength()), "__len__"),
         (NUMBERS, "list"),
         (skip_first_batches(DataLoader(NUMBERS, batch_size=2), 1), "skip_first_batches"),
         (Negated(NUMBERS), "Negated"),
-        (DataLoader(NUMBERS, sampler=Sharding(NUMBERS, num_replicas=2, rank=0)), "Sharding"),
     ],
 )
 def test_step_sampler_refuses_an_order_that_cannot_resume(loader: object, named: str) -> None:
