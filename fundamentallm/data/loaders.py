@@ -276,13 +276,10 @@ def create_dataloaders(
         (TokenDataset(90 samples of 19 tokens), TokenDataset(10 samples of 19 tokens))
     """
     length, train_split = config.data.sequence_length, config.data.train_split
-    train: TokenSamples
-    validation: TokenSamples | None
     if isinstance(text_or_tokens, Corpus):
         corpus = text_or_tokens._replace(tokenizer=tokenizer or text_or_tokens.tokenizer)
-        samples, validation = corpus_samples(corpus, length, train_split < 1)
-        assert samples is not None
-        train = samples
+        train, validation = corpus_samples(corpus, length, train_split < 1)
+        assert train is not None
     else:
         cut = int(len(text_or_tokens) * train_split)
         if isinstance(text_or_tokens, str):

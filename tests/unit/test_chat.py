@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fundamentallm.config.schema import IGNORE_INDEX, DataConfig, saved_data_settings
 from fundamentallm.data.corpus import Corpus, describe, load_corpus
-from fundamentallm.data.datasets import TokenSamples
+from fundamentallm.data.datasets import TokenSamples, opening
 from fundamentallm.data.loaders import corpus_samples
 from fundamentallm.data.tokenizers import create_tokenizer
 from fundamentallm.errors import ConfigError
@@ -156,7 +156,7 @@ def test_pairs_use_the_template_unless_switched_off(tmp_path: Path, switch: bool
     corpus = load(tmp_path, PLAIN, [{"q": "1+2?", "text": "3"}], chat_template=switch, **given)
     assert targets_of(corpus, 0) == ["3<|end|>" if switch is False else "3<|end|>\n"]
     prompt = "1+2?" if switch is False else "<|start|>user\n1+2?<|end|>\n<|start|>assistant\n"
-    assert corpus.tokenizer.decode(samples_of(corpus).opening().tolist(), skip_special_tokens=False) == prompt
+    assert corpus.tokenizer.decode(opening(samples_of(corpus)[0]), skip_special_tokens=False) == prompt
 
 
 def test_changed_template_encodes_the_chats_again(tmp_path: Path) -> None:
