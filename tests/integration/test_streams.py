@@ -119,15 +119,6 @@ def test_stream_with_another_beginning_is_not_resumed(tmp_path: Path) -> None:
     assert "data.sampler" in [problem.setting for problem in error.value.problems]
 
 
-def test_stateful_dataloader_over_a_stream_is_that_stream(whole: Trainer) -> None:
-    stateful = pytest.importorskip("torchdata.stateful_dataloader")
-    torch.manual_seed(0)
-    config = TrainingConfig(max_steps=STEPS, learning_rate=0.05)
-    trainer = Trainer(Bigram(), config, stateful.StatefulDataLoader(Samples(), batch_size=7), callbacks=[])
-    trainer.train()
-    assert_same_weights(weights(whole), weights(trainer))
-
-
 # ---- from the config ------------------------------------------------------------------------------------------
 
 
