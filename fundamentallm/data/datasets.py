@@ -270,7 +270,7 @@ def opening(sample: Batch) -> list[int]:
     """Returns the prompt of a sample; if it has none, its first tokens."""
     inputs, targets = sample
     first = int((targets != IGNORE_INDEX).int().argmax())
-    return inputs[: first + 1 if first else 32].tolist()  # type: ignore[no-any-return]
+    return inputs[: first + 1 if first else 32].tolist()
 
 
 def _within(turns: NDArray[np.int64], positions: Indices) -> NDArray[np.bool_]:

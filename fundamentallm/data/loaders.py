@@ -83,7 +83,7 @@ def step_sampler(
 def _check_loader(name: str, loader: DataLoader[Any]) -> None:
     """Refuses what would silently be read in another way than its user expects."""
     if not isinstance(loader, DataLoader):  # notebooks are not type-checked
-        raise ConfigError(Problem("", loader, advice=f"{name} is a {type(loader).__name__}; give a torch DataLoader."))  # type: ignore[unreachable]
+        raise ConfigError(Problem("", loader, advice=f"{name} is a {type(loader).__name__}; give a torch DataLoader."))
     library, sampler = type(loader).__iter__.__module__.partition(".")[0], unwrapped(loader)[0]
     streams = is_stream(loader.dataset)
     is_prepared = library == "accelerate" or type(loader.dataset).__module__.startswith("accelerate.")
