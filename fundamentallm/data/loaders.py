@@ -66,12 +66,11 @@ def step_sampler(
         if schedule:
             raise ConfigError(Problem("training.batch_size_schedule", schedule, "[], since the batch sampler decides"))
         batch_size = 1  # a batch of the sampler's
-    if name == "train_loader":
-        reason = f"more than the {num_samples} samples of the training data"
-        sizes = [("training.batch_size", batch_size), *(("training.batch_size_schedule", size) for _, size in schedule)]
-        large = [(setting, size, f"at most {num_samples}") for setting, size in sizes if size > num_samples]
-        if large:
-            raise ConfigError([Problem(*each, "Lower it, or give more data.", reason) for each in large])
+    allowed = f"at most {num_samples}, the samples of the training data"
+    sizes = [("training.batch_size", batch_size), *(("training.batch_size_schedule", size) for _, size in schedule)]
+    problems = [Problem(setting, size, allowed) for setting, size in sizes if size > num_samples]
+    if problems and name == "train_loader":
+        raise ConfigError(problems)
     if num_samples < (batch_size if drop_last else 1):
         raise ConfigError(Problem("", loader, advice=f"{name} has {num_samples} samples, too few for one batch."))
     order_seed = seed if shuffles else None
@@ -89,15 +88,11 @@ def _check_loader(name: str, loader: DataLoader[Any]) -> None:
     is_prepared = library == "accelerate" or type(loader.dataset).__module__.startswith("accelerate.")
     refused = {
         "has an __iter__ of its own, which a run would not call; do it in collate_fn": library not in LIBRARIES,
-        "has a stream; give a dataset with a length, such as list(itertools.islice(stream, 500))": (
-            streams and name == "val_loader"
-        ),
+        "has a stream; give a list of it, by itertools.islice(stream, 500)": streams and name == "val_loader",
         "has num_workers, each of which would repeat the stream; give 0": streams and loader.num_workers,
         "was prepared by accelerate; give the loader of the stream as it was before": streams and is_prepared,
         "has batch_size=None; give a batch_size, or a batch_sampler": sampler is None,
-        "was made by skip_first_batches; give the whole loader: a run resumes by itself": (
-            getattr(sampler, "skip_batches", 0)
-        ),
+        "was made by skip_first_batches; give the whole loader": getattr(sampler, "skip_batches", 0),
     }
     for text, applies in refused.items():
         if applies:

@@ -175,9 +175,9 @@ def stream_loaders(
         ids = stream.head(data.validation_tokens)
         size = num_bytes(stream.tokenizer, ids[1:], stream.end_of_text)
         validation = TokenDataset(ids, data.sequence_length, stream.tokenizer, size, stream.end_of_text)
-    name = data.validation_source or "the first tokens"
-    line = f"{data.source}: a stream in {len(stream.source.files) or 1} files, vocabulary {num_ids(stream.tokenizer):,}"
-    lines = [f"{line}; validation: {'none' if validation is None else f'{len(validation):,} samples of {name}'}"]
+    held_out = 0 if validation is None else len(validation)
+    about = f"vocabulary {num_ids(stream.tokenizer):,}, {held_out:,} samples for validation"
+    lines = [f"{data.source}: a stream in {len(stream.source.files) or 1} files, {about}"]
     if stream.source.left_out:
         lines.append(f"{data.source}: not read: {stream.source.left_out}")
     options: dict[str, Any] = {"batch_size": config.resolved().training.batch_size, "collate_fn": collate}

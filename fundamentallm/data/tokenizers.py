@@ -45,7 +45,10 @@ def create_tokenizer(spec: str, text: str | Iterable[str] = (), end_of_text: str
     DataConfig(tokenizer=spec)  # raises if spec is wrong
     pieces = [text] if isinstance(text, str) else text
     if spec == "char":
-        tokenizer = _char_tokenizer(pieces)
+        characters = sorted({character for piece in pieces for character in piece})
+        vocabulary = {character: index for index, character in enumerate([*characters, UNKNOWN])}
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN))
+        tokenizer.decoder = decoders.Fuse()
     elif spec == "byte":
         tokenizer = _byte_tokenizer(splits_words=False)
     elif spec.startswith("bpe:"):
@@ -64,16 +67,6 @@ def create_tokenizer(spec: str, text: str | Iterable[str] = (), end_of_text: str
         raise ConfigError(Problem("data.end_of_text", end_of_text, allowed))
     if not is_file:
         tokenizer.add_special_tokens([AddedToken(end_of_text, special=True, normalized=False)])
-    return tokenizer
-
-
-def _char_tokenizer(pieces: Iterable[str]) -> Tokenizer:
-    characters: set[str] = set()
-    for piece in pieces:
-        characters.update(piece)
-    vocabulary = {character: index for index, character in enumerate([*sorted(characters), UNKNOWN])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN))
-    tokenizer.decoder = decoders.Fuse()
     return tokenizer
 
 
