@@ -150,8 +150,7 @@ class Trainer(TrainerView):
             self.callbacks.add(TrackerCallback())
         self.files: dict[str, str] = {}  # further text files of each checkpoint, which replace those made for it
         self.state = RunState(self._parts(content), asdict(self.config if self.output_dir else training))
-        dataset = self.samples.stream or train_loader.dataset
-        files = lambda: model_files(model, dataset, self._weights) | self.files  # noqa: E731
+        files = lambda: model_files(model, self.samples.data, self._weights) | self.files  # noqa: E731
         self.saver = Saver(training, self.state, self.group, self.is_sharded, files)
         self.stop_switch, self.phase = StopSwitch(training.max_minutes), Phase.STARTING
         self.was_rewound = False  # True if the run returned to an earlier checkpoint and replaces what came after it
@@ -223,7 +222,7 @@ class Trainer(TrainerView):
         return self.history
 
     def _settle_micro_batch(self, micro_batch: MicroBatch) -> None:
-        first, largest = self.global_step, self.samples.largest_rank_batch
+        first, largest = self.global_step, self.samples.largest_rank_batch(max(self.samples.sizes))
         self.samples.micro_batch_size = 1  # so that the check of the first batch fits
         batches = self._first_batches.load(self.train_loader, self.samples, first, max(self.total_steps, first + 1))
         size = micro_batch.settle(self.optimizer_step, batches, largest, self.group, bool(self.validation_metrics))
@@ -408,8 +407,7 @@ class Trainer(TrainerView):
         switch_to_training(self.optimizer)
         self.model.zero_grad()  # what a caller, or a step that raised, may have left
         self.callbacks.on_train_begin(self)
-        training, data = self.config.training, self.samples.stream or self.train_loader.dataset
-        self._throughput = make_throughput(training, self.accelerator, self.model, data)
+        self._throughput = make_throughput(self.config.training, self.accelerator, self.model, self.samples.data)
         self._throughput.begin(self.global_step, int(self._progress.tokens))
 
     def _finish(self) -> None:

@@ -70,6 +70,7 @@ class Stub:
     saves: list[tuple[int, bool]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.samples.data = DATASET
         self.optimizer: Optimizer = SGD(self.model.parameters(), lr=0.1)
 
     def say(self, text: str) -> None:

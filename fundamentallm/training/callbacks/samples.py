@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from fundamentallm.data.datasets import Tokenized
+from fundamentallm.data.datasets import Tokenized, opening
 from fundamentallm.data.tokenizers import encode_prompt
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.inference.generation import generate
@@ -30,7 +30,7 @@ def continuation(
         raise ConfigError("No text can be generated: train_loader's dataset has no tokenizer. Use a TokenDataset.")
     if not (trainer.is_main_process or trainer.accelerator.is_fsdp2):  # every process has to compute a sharded model
         return None
-    ids = dataset.opening().tolist() if prompt is None else encode_prompt(dataset.tokenizer, prompt)
+    ids = opening(trainer.samples.data[0]) if prompt is None else encode_prompt(dataset.tokenizer, prompt)
     stop = () if dataset.end_of_text is None else (dataset.end_of_text,)
     # Compiled blocks of a sharded model would be compiled again for each length.
     with trainer.averaged_weights(), torch.compiler.set_stance("force_eager"):
