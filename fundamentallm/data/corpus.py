@@ -126,10 +126,10 @@ def _load(
                 raise source_error(source.name, "which is damaged", advice="Prepare it again.")
         sources.append(_open(folder, source.name, config.sources().get(source.name, 1.0), source.left_out))
         touch_note(opened_note(source.name))  # so that checkpoints of this run may open it
-    tokenizer = sources[0].tokenizer
-    if any(source.tokenizer.to_str() != tokenizer.to_str() for source in sources):
+    if len({(source.folder / TOKENIZER).read_text(encoding="utf-8") for source in sources}) > 1:
         reason = "which were prepared with different tokenizers"
         raise ConfigError(Problem("data.source", list(config.sources()), "", "Prepare them together.", reason))
+    tokenizer = sources[0].tokenizer
     tokenizer.encode_special_tokens = not reads_special_tokens(config)
     end = None if config.end_of_text is None else tokenizer.token_to_id(config.end_of_text)
     return Corpus(tokenizer, sources, end)

@@ -77,8 +77,8 @@ def as_jsonl(folder: Path) -> str:
 
 def as_json_list(folder: Path) -> str:
     rows = [{"n": n, "text": text} for n, text in enumerate(DOCUMENTS)]
-    (folder / "a.json").write_text("\ufeff\n" + json.dumps(rows, indent=1), encoding="utf-8")
-    return str(folder / "a.json")
+    (folder / "a.JSON").write_text("\ufeff\n" + json.dumps(rows, indent=1), encoding="utf-8")
+    return str(folder / "a.JSON")
 
 
 def as_json_lines(folder: Path) -> str:
@@ -96,7 +96,7 @@ def as_links(folder: Path) -> str:
 
 
 def as_recursive_glob(folder: Path) -> str:
-    return f"{as_links(folder)}/**/*.py"
+    return f"{as_texts(folder)}/**/*.py"
 
 
 def as_parquet(folder: Path) -> str:
@@ -207,12 +207,6 @@ def test_text_in_another_encoding_is_refused(tmp_path: Path, encoding: str) -> N
     problem = problem_of(load, tmp_path, str(tmp_path), suffixes=[".txt"])
     assert (problem.setting, "a.txt" in problem.reason) == ("data.source", True)
     assert load(tmp_path, str(tmp_path), suffixes=[".txt"], max_bad_rows=1).sources[0].bad_rows == 1
-
-
-@pytest.mark.parametrize("suffix", [".jl", ".JSONL"])
-def test_json_lines_are_rows_by_their_suffix(tmp_path: Path, suffix: str) -> None:
-    path = Path(as_jsonl(tmp_path)).rename(tmp_path / f"b{suffix}")
-    assert decode(load(tmp_path, str(path))) == "".join(text + END for text in DOCUMENTS)
 
 
 def test_json_lines_with_the_suffix_of_a_text_are_refused(tmp_path: Path) -> None:
