@@ -341,10 +341,11 @@ def _open(folder: Path, name: str, weight: float, left_out: str = "") -> Source:
         if meta.get("turns") is not None:
             turns = _map_file(folder / f"{part}.turns.bin", "int64", meta["turns"][index])
         parts.append(Tokens(ids, rows, meta["validation_bytes"] if part == "validation" else None, turns))
-    ids, tokenizer = parts[0].ids, read_tokenizer(folder / TOKENIZER)
-    if ids.nbytes > RANDOM_ACCESS_ABOVE and hasattr(mmap, "MADV_RANDOM"):
-        ids.base.madvise(mmap.MADV_RANDOM)  # type: ignore[union-attr]
-    return Source(name, weight, *parts, meta["bad_rows"], meta.get("counts", {}), tokenizer, folder, left_out)
+    train, validation = parts
+    if train.ids.nbytes > RANDOM_ACCESS_ABOVE and hasattr(mmap, "MADV_RANDOM"):
+        train.ids.base.madvise(mmap.MADV_RANDOM)  # type: ignore[union-attr]
+    tokenizer, counts = read_tokenizer(folder / TOKENIZER), meta.get("counts", {})
+    return Source(name, weight, train, validation, meta["bad_rows"], counts, tokenizer, folder, left_out)
 
 
 def _map_file(path: Path, dtype: str, count: int) -> NDArray[Any]:

@@ -105,8 +105,8 @@ def write_source(
             special = _special_tokens(tokenizer)
             for row, is_used in encode_rows(config, source, tokenizer, pieces, bad):
                 bar.update(1 if by_rows else sum(len(piece.text) for _, piece, _ in row))
-                for part, piece, encoded in row if is_used else ():
-                    parts[part].write(piece, encoded)
+                for index, piece, encoded in row if is_used else ():
+                    parts[index].write(piece, encoded)
                     counts["special tokens read as text"] += len(special.findall(encoded.text)) if special else 0
                     counts["unknown tokens, for what the vocabulary lacks"] += len(encoded.unknown)
     has_turns = any(part.turns for part in parts)

@@ -301,7 +301,7 @@ def _library(name: str, source: str) -> Any:
 
 def source_states(source: SourceFiles) -> list[Any]:
     """Lists path, size, times and inode of a source's files: equal lists mean unchanged files."""
-    files, about = source.files, source.kind
+    files, about = list(source.files), source.kind
     if source.kind == "dataset":
         files, about = [Path(entry["filename"]) for entry in open_dataset(source.name).cache_files], source.name
     try:
