@@ -271,6 +271,8 @@ class _Cache:
         folder = self.folder / _hash(CACHE_FORMAT, tokenizers.__version__, settings, reading, states)
         if is_intact(folder):
             return folder
+        for source in sources:  # before anything is made: one that cannot be read leaves nothing behind
+            self.measured(source)
         new, locks = self.folder / f".staging-{folder.name}", self.folder / "known"
         with contextlib.ExitStack() as stack:
             stack.enter_context(writing(self.folder, "Choose another data.cache_dir."))
