@@ -157,7 +157,7 @@ def _text_files(source: str) -> list[Path]:
         found = None
     if found is None or found.kind != "text":
         raise ConfigError(Problem("--source", source, "text files, folders with .txt or .md files, and globs"))
-    return found.files
+    return list(found.files)
 
 
 def _windowed(

@@ -8,6 +8,7 @@ from fundamentallm.commands.options import settings_parser
 from fundamentallm.commands.output import say
 from fundamentallm.config.command_line import parse_config
 from fundamentallm.config.units import size_text
+from fundamentallm.errors import ConfigError, Problem
 
 
 def main(arguments: Sequence[str], program: str) -> int:
@@ -21,7 +22,7 @@ def main(arguments: Sequence[str], program: str) -> int:
         from fundamentallm.run.initial_weights import completed
 
         config, _ = completed(config)
-    from fundamentallm.data.corpus import describe, load_corpus  # the imports take half a second
+    from fundamentallm.data.corpus import describe, is_intact, load_corpus  # the imports take half a second
     from fundamentallm.run.resume import learned_tokenizer
 
     if learned := learned_tokenizer(config):
@@ -30,6 +31,9 @@ def main(arguments: Sequence[str], program: str) -> int:
     for line in describe(corpus):
         say(line)
     for source in corpus.sources:
+        if not is_intact(source.folder, is_large_checked=True):
+            reason, advice = f"and {source.folder} is damaged", "Delete this folder, and run the command again."
+            raise ConfigError(Problem("data.source", source.name, advice=advice, reason=reason))
         size = sum(path.stat().st_size for path in source.folder.iterdir())
         say(f"{source.name} is prepared in {source.folder} ({size_text(size)})")
     return 0

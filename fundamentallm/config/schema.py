@@ -150,7 +150,7 @@ class DataConfig(Section):
     num_workers: int = field(default=0, metadata=FREE)
     """Worker processes of the data loader; 0: load in the training process, fastest for memory-mapped text."""
     cache_dir: str | None = field(default=None, metadata=FREE)
-    """Folder for tokenized text, keyed by content and tokenizer; default: the user's cache folder."""
+    """Folder for tokenized text, keyed by files and tokenizer; default: the user's cache folder."""
 
     def _relations(self) -> Iterator[Problem]:
         kind, _, size = self.tokenizer.partition(":")
