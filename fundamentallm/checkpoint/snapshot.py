@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fundamentallm.checkpoint.manifest import MANIFEST, NAME, STATE, TENSORS
 from fundamentallm.checkpoint.state_json import copy_to_cpu, encode
-from fundamentallm.checkpoint.tensor_files import Region, file_name, is_first_holder, region_of
+from fundamentallm.checkpoint.tensor_files import file_name, is_first_holder, sharding_info
 from fundamentallm.distributed.dtensor import full, is_sharded, local
 from fundamentallm.errors import CheckpointError
 
@@ -31,7 +31,7 @@ class Snapshot:
     about: dict[str, Any]  # fields of the manifest: step, is_best
     texts: dict[str, str]  # {file: text}; rank 0 writes them
     tensors: dict[str, dict[str, Tensor]]  # {file: {name in the file: tensor on the CPU}}
-    regions: dict[str, Region] | None  # {name in the file: region of the shard}; None if all tensors are full
+    info: dict[str, Any] | None  # {name in the file: where its shard lies}; None if all tensors are full
     copies: dict[str, Tensor]  # the tensors by their path in the state
 
     @property
@@ -80,28 +80,29 @@ def take_snapshot(
     memory in `buffers` that fits, which are the copies of an earlier snapshot. Raises as `plan` does.
     """
     state, tensors = plan(checkpoint, (name, *files))
-    # An adapter has peft's names, which peft reads unsharded. It is small, so rank 0 writes all of it.
-    adapter = {f"{WEIGHTS}{own}": peft for own, peft in checkpoint.get(ADAPTER_KEY, {}).get("names", {}).items()}
-    tensors = {path: full(tensor) if path in adapter else tensor for path, tensor in tensors.items()}
+    # An adapter is stored under peft's names, which peft reads unsharded. It is small, so rank 0 writes all of it.
+    names = checkpoint.get(ADAPTER_KEY, {}).get("names", {})
+    adapter = {f"{WEIGHTS}{own}": f"{WEIGHTS}{peft}" for own, peft in names.items()}
+    tensors = {adapter.get(path, path): full(t) if path in adapter else t for path, t in tensors.items()}
     mine = {path: local(tensor) for path, tensor in tensors.items() if _is_written_by(rank, num_ranks, path, tensor)}
     copies, same_as = copy_to_cpu(mine, buffers)
 
     model = "adapter_model.safetensors" if adapter else file_name("model", rank, num_ranks)
-    training = file_name("training", rank, num_ranks)
+    training, exported = file_name("training", rank, num_ranks), {*adapter.values()}
     by_file: dict[str, dict[str, Tensor]] = {model: {}, training: {}}
-    in_file = {path: adapter.get(path, path if adapter else path.removeprefix(WEIGHTS)) for path in copies}
+    info = {}
     for path, tensor in copies.items():
-        is_model = path in adapter if adapter else path.startswith(WEIGHTS)
-        by_file[model if is_model else training][in_file[path]] = tensor
-    same_as = {path: f"{WEIGHTS}{adapter[first]}" if first in adapter else first for path, first in same_as.items()}
-    same_as |= {path: f"{WEIGHTS}{peft}" for path, peft in adapter.items() if path in copies}
+        is_model = path in exported if adapter else path.startswith(WEIGHTS)
+        stored_as = path.removeprefix(WEIGHTS) if is_model else path
+        by_file[model if is_model else training][stored_as] = tensor
+        info[stored_as] = sharding_info(tensors[path])
     return Snapshot(
         name=name,
         about={"step": checkpoint.get("progress_state_dict", {}).get("step"), "is_best": is_best},
-        texts={**files, STATE: f'{{"state": {state},\n"same_as": {json.dumps(same_as)}}}'},
-        # Rank 0 writes both files even if they are empty, because a manifest must have both.
+        texts={**files, STATE: f'{{"state": {state},\n"same_as": {json.dumps(same_as | adapter)}}}'},
+        # Rank 0 writes both files even if they are empty, because each kind is always there.
         tensors={file: content for file, content in by_file.items() if content or rank == 0},
-        regions={in_file[path]: region_of(tensors[path]) for path in copies} if num_ranks > 1 else None,
+        info=info if num_ranks > 1 else None,
         copies=copies,
     )
 
@@ -109,10 +110,6 @@ def take_snapshot(
 def _is_written_by(rank: int, num_ranks: int, name: str, tensor: Tensor) -> bool:
     if not is_sharded(tensor):
         return rank == 0
-    placements = tensor.placements  # type: ignore[attr-defined]
     if num_ranks == 1 and tensor.device_mesh.size() > 1:  # type: ignore[attr-defined]
         raise CheckpointError(f"{name} is sharded; all processes that hold shards of it have to save together.")
-    num_sharded = sum(placement.is_shard() for placement in placements)
-    if num_sharded > 1 or num_sharded + sum(placement.is_replicate() for placement in placements) < len(placements):
-        raise CheckpointError(f"{name} has placements {placements}; allowed: sharded along one dimension.")
-    return is_first_holder(tensor) and (local(tensor).numel() > 0 or rank == 0)
+    return is_first_holder(tensor)

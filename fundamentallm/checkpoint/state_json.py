@@ -26,8 +26,8 @@ def encode(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any
     """Returns `value` as JSON and adds its tensors to `tensors` by their path, escaped as in RFC 6901."""
     where = "/".join(key.replace("~", "~0").replace("/", "~1") for key in path)
     if isinstance(value, Tensor):
-        if value.layout is not torch.strided or value.is_conj() or value.is_neg():
-            raise CheckpointError(f"{where} is a {value.layout} tensor or a lazy view; allowed: dense tensors.")
+        if value.layout is not torch.strided:
+            raise CheckpointError(f"{where} is a {value.layout} tensor; allowed: dense tensors.")
         name = "~" if where == "__metadata__" else where  # safetensors reserves this name
         tensors[name] = value.detach()
         if is_sharded(value) or value.is_contiguous():
@@ -37,17 +37,11 @@ def encode(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else {_FLOAT: repr(float(value))}
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and not any(isinstance(key, Tensor) for key in value):
         is_plain = all(isinstance(key, str) and key not in _RESERVED for key in value)
         if is_plain and not isinstance(value, Counter):
             return {key: encode(item, (*path, key), tensors) for key, item in value.items()}
-        in_keys: dict[str, Tensor] = {}
-        items = [
-            [encode(key, (*path, repr(key)), in_keys), encode(item, (*path, repr(key)), tensors)]
-            for key, item in value.items()
-        ]
-        if in_keys:
-            raise CheckpointError(f"{where or 'the state'} has a tensor as a key; allowed: text, numbers and tuples.")
+        items = [[encode(part, (*path, repr(key)), tensors) for part in (key, item)] for key, item in value.items()]
         # A Counter is more than a dict to torch's MultiStepLR, which keeps its milestones in one.
         return {_COUNTER if isinstance(value, Counter) else _DICT: items}
     if isinstance(value, (list, tuple)):
@@ -55,7 +49,7 @@ def encode(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any
         return items if isinstance(value, list) else {_TUPLE: items}
     raise CheckpointError(
         f"{where} is a {type(value).__module__}.{type(value).__name__}; allowed: tensors and JSON (text, numbers, "
-        "true, false, null, lists and dicts). Convert it before saving."
+        "true, false, null, lists, and dicts whose keys are not tensors). Convert it before saving."
     )
 
 
@@ -95,10 +89,9 @@ def copy_to_cpu(
     same_as: dict[str, str] = {}
     for name, tensor in tensors.items():
         identity = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
-        if tensor.numel() and identity in first_name:
+        if tensor.numel() and first_name.setdefault(identity, name) != name:
             same_as[name] = first_name[identity]
             continue
-        first_name[identity] = name
         buffer = buffers.get(name)
         if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype)

@@ -152,7 +152,7 @@ def test_save_writes_further_files_and_no_pickle(tmp_path: Path) -> None:
         ([np.float32(3)], ("value/0", "numpy.float32")),
         (np.zeros(2), ("value", "numpy.ndarray")),
         (b"text", ("value", "builtins.bytes")),
-        ({"a": {(torch.ones(1),): 1}}, ("value/a", "tensor as a key")),
+        ({"a": {torch.ones(1): 1}}, ("value/a", "keys")),
         ([torch.zeros(2, dtype=torch.complex128)], ("value/0", "complex128")),
     ],
 )
