@@ -438,12 +438,12 @@ def test_the_state_of_another_optimizer_is_refused() -> None:
 
 def test_missing_unknown_and_misshapen_state_is_refused_by_name() -> None:
     saved = saved_state()
-    saved["state"]["up.wheel"] = saved["state"].pop("up.weight")
     saved["state"]["norm.bias"]["exp_avg"] = torch.zeros(7)
+    assert "exp_avg of norm.bias" in refusal(saved)
+    saved["state"]["up.wheel"] = saved["state"].pop("up.weight")
     message = refusal(saved)
     assert "up.wheel is not trained here" in message
     assert "up.weight is missing" in message
-    assert "exp_avg of norm.bias" in message
 
 
 LAYOUTS: dict[str, Callable[[], Tensor]] = {
@@ -543,18 +543,6 @@ def test_state_outside_of_tensors_and_shapes_survives(tmp_path: Any) -> None:
         torch.testing.assert_close(after, before, rtol=0, atol=0)
         assert after["seen"].dtype == torch.int64
         assert p.ndim < 2 or after["bases"][0].stride() == before["bases"][0].stride()
-
-
-@pytest.mark.parametrize("changed", [0, 1])
-def test_load_of_groups_that_changed_differently_into_one_is_refused(changed: int) -> None:
-    model = Tiny()
-    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == is_matrix] for is_matrix in (True, False))
-    separate = torch.optim.SGD([{"params": matrices}, {"params": vectors}], lr=0.1, momentum=0.9)
-    named = NamedOptimizerState(model, separate)
-    separate.param_groups[changed]["momentum"] = 0.8
-    together = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    with pytest.raises(CheckpointError, match="different settings"):
-        NamedOptimizerState(model, together).load_state_dict(named.state_dict())
 
 
 def test_state_of_a_parameter_that_the_model_lacks_is_refused() -> None:
