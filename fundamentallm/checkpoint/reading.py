@@ -62,7 +62,8 @@ def export_weights(path: Path, folder: Path) -> None:
     with explained(path, MISFIT), contextlib.ExitStack() as stack:
         tensors = TensorFiles(path, files, WEIGHTS, stack)
         kind = files[0].partition(".")[0].partition("-")[0]  # model or adapter_model
-        write_tensors(folder / f"{kind}.safetensors", {name.removeprefix(WEIGHTS): tensors[name] for name in tensors})
+        weights = {name.removeprefix(WEIGHTS): tensors[name] for name in tensors}
+    write_tensors(folder / f"{kind}.safetensors", weights)
     for name in names:
         if name != STATE and not TENSORS.fullmatch(name):
             shutil.copyfile(path / name, folder / name)
