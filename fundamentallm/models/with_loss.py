@@ -24,8 +24,7 @@ Its method `num_targets(batch)` counts the targets before the forward pass. With
 class ModelWithLoss(nn.Module):
     """Model and objective in one forward pass, which returns the loss summed over targets.
 
-    An objective has `num_targets(batch)`, and maps (model, batch) to (sum over targets, outputs). The user's is for all
-    batches; without one, `PairLoss` is for (inputs, targets) and `OwnLoss` for mappings.
+    A user's objective is for all batches. Without one, `PairLoss` is for (inputs, targets) and `OwnLoss` for mappings.
 
     The Accelerator wraps this module instead of the model. The logits then stay inside the forward pass: accelerate
     does not cast or copy them, and DistributedDataParallel sees a scalar.
@@ -162,8 +161,7 @@ class OwnLoss:
             arguments.pop(LABELS, None)
             output = model(**arguments)
             if not isinstance(labels, Tensor):
-                allowed = f"a mapping with a tensor {LABELS!r}"
-                raise ConfigError(Problem("batch", describe(batch), allowed, OBJECTIVE))
+                raise _misfit("batch", batch, f"a mapping with a tensor {LABELS!r}")
             return self.loss_fn(logits_of(output), labels), output
         count = torch.as_tensor(self.num_targets(batch))
         if isinstance(labels, Tensor) and not labels.is_floating_point():
@@ -190,8 +188,7 @@ def _arguments(model: nn.Module) -> tuple[list[str], bool, dict[str, Any]]:
 def _pair(batch: Any) -> tuple[Any, Tensor]:
     if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor):
         return batch[0], batch[1]
-    advice = f"Have collate_fn return one of them. {OBJECTIVE}"
-    raise ConfigError(Problem("batch", describe(batch), "(inputs, targets), or a mapping", advice))
+    raise _misfit("batch", batch, "(inputs, targets), or a mapping", "Have collate_fn return one of them. ")
 
 
 def _num_rows(batch: Any) -> int:
@@ -202,38 +199,33 @@ def describe(value: Any) -> str:
     """Returns the type of a batch or an output and what it contains, for messages."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
-    content = ""
+    entries: list[str] = []
     if isinstance(value, (Mapping, tuple, list)):
-        entries = map(str, value) if isinstance(value, Mapping) else [type(entry).__name__ for entry in value]
-        content = f" of {', '.join(entries)}"
-    return f"a {type(value).__name__}{content}"
+        entries = [str(entry) if isinstance(value, Mapping) else type(entry).__name__ for entry in value]
+    return f"a {type(value).__name__}" + (f" of {', '.join(entries)}" if entries else "")
 
 
-def entry_of(output: Any, name: str) -> Any:
-    """Returns an entry of a model's output by name, or None if there is none."""
-    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+def _misfit(name: str, value: Any, allowed: str, advice: str = "") -> ConfigError:
+    return ConfigError(Problem(name, describe(value), allowed, f"{advice}{OBJECTIVE}"))
 
 
-def _tensor_of(output: Any, name: str, fits: Callable[[Tensor], bool]) -> Tensor | None:
-    """Returns a model's output if it is a tensor, its entry `name`, or the first tensor of a tuple that fits."""
-    if isinstance(output, (tuple, list)):
-        output = next((entry for entry in output if isinstance(entry, Tensor) and fits(entry)), output)
-    found = output if isinstance(output, Tensor) else entry_of(output, name)
-    return found if isinstance(found, Tensor) else None
+def _tensor_of(output: Any, name: str, fits: Callable[[Tensor], bool]) -> Tensor:
+    """Returns a model's output if it is a tensor, its entry `name`, or the first tensor of a tuple, if it fits."""
+    if isinstance(output, (Tensor, tuple, list)):
+        entries = [output] if isinstance(output, Tensor) else output
+    else:
+        entries = [output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)]
+    for entry in entries:
+        if isinstance(entry, Tensor) and fits(entry):
+            return entry
+    raise _misfit("the model's output", output, f"a tensor, or one with {name}")
 
 
 def logits_of(output: Any) -> Tensor:
     """Returns the logits of a model's output, or raises ConfigError if there are none."""
-    logits = _tensor_of(output, "logits", lambda tensor: tensor.ndim > 0)
-    if logits is None:
-        raise ConfigError(Problem("the model's output", describe(output), "a tensor, or one with logits", OBJECTIVE))
-    return logits
+    return _tensor_of(output, "logits", lambda tensor: tensor.ndim > 0)
 
 
 def loss_of(output: Any) -> Tensor:
     """Returns the loss in a model's output, or raises ConfigError if there is none."""
-    loss = _tensor_of(output, "loss", lambda tensor: tensor.numel() == 1)
-    if loss is None or loss.numel() != 1:
-        advice = f"Give the batch the labels that the model's loss needs. {OBJECTIVE}"
-        raise ConfigError(Problem("the model's output", describe(output), "one with a scalar loss", advice))
-    return loss.reshape(())
+    return _tensor_of(output, "loss", lambda tensor: tensor.numel() == 1).reshape(())
