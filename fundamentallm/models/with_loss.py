@@ -209,7 +209,7 @@ def _misfit(name: str, value: Any, allowed: str, advice: str = "") -> ConfigErro
     return ConfigError(Problem(name, describe(value), allowed, f"{advice}{OBJECTIVE}"))
 
 
-def _tensor_of(output: Any, name: str, fits: Callable[[Tensor], bool]) -> Tensor:
+def _tensor_of(output: Any, name: str, allowed: str, fits: Callable[[Tensor], bool]) -> Tensor:
     """Returns a model's output if it is a tensor, its entry `name`, or the first tensor of a tuple, if it fits."""
     if isinstance(output, (Tensor, tuple, list)):
         entries = [output] if isinstance(output, Tensor) else output
@@ -218,14 +218,14 @@ def _tensor_of(output: Any, name: str, fits: Callable[[Tensor], bool]) -> Tensor
     for entry in entries:
         if isinstance(entry, Tensor) and fits(entry):
             return entry
-    raise _misfit("the model's output", output, f"a tensor, or one with {name}")
+    raise _misfit("the model's output", output, allowed)
 
 
 def logits_of(output: Any) -> Tensor:
     """Returns the logits of a model's output, or raises ConfigError if there are none."""
-    return _tensor_of(output, "logits", lambda tensor: tensor.ndim > 0)
+    return _tensor_of(output, "logits", "a tensor, or one with logits", lambda tensor: tensor.ndim > 0)
 
 
 def loss_of(output: Any) -> Tensor:
     """Returns the loss in a model's output, or raises ConfigError if there is none."""
-    return _tensor_of(output, "loss", lambda tensor: tensor.numel() == 1).reshape(())
+    return _tensor_of(output, "loss", "one with a scalar loss", lambda tensor: tensor.numel() == 1).reshape(())

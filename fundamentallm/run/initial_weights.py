@@ -56,7 +56,7 @@ def find_completed(config: Config, name: str) -> tuple[Config, Pretrained]:
 def completed(config: Config, pretrained: Pretrained) -> Config:
     """Returns the config with the folder's shape and tokenizer. See `find_completed`."""
     model, data, folder = config.model, config.data, pretrained.folder
-    theirs = pretrained.shape or ModelConfig(vocab_size=pretrained.vocab_size)
+    theirs = pretrained.shape or ModelConfig(vocab_size=pretrained.config.get("vocab_size"))
     theirs = dataclasses.replace(theirs, pretrained=model.pretrained, dropout=model.dropout, lora=model.lora)
     problems: list[str] = []
     for entry in dataclasses.fields(ModelConfig):
