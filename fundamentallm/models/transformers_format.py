@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from tokenizers import Tokenizer
 from torch import nn
 
@@ -119,6 +117,9 @@ def find_pretrained(name: str, setting: str = "model.pretrained", revision: str 
     refusal = functools.partial(_refusal, setting, name)
     folder = Path(expand_user(name))
     if not os.path.isdir(folder):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
         try:
             folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
         except (HFValidationError, LocalEntryNotFoundError) as error:
