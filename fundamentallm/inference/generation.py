@@ -105,8 +105,7 @@ def _generate(
     stop: frozenset[int],
 ) -> Iterator[int]:
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
-    text, longest = list(token_ids), len(token_ids) + max_new_tokens
-    context = longest if context is None else min(context, longest)  # the cache need not be larger than the text
+    text, context = list(token_ids), len(token_ids) + max_new_tokens if context is None else context
     first, cache = max(len(text) - context, 0), None  # the index of the first token that the model sees
     was_training = model.training
     model.eval()
@@ -115,7 +114,7 @@ def _generate(
             if len(text) - first > context:
                 first, cache = len(text) - max(context // 2, 1), None
             with _uncompiled():
-                logits, cache = _next_logits(model, text[first:], cache, context)
+                logits, cache = _next_logits(model, text[first:], cache)
             token = sample(logits, text, generator)
             if token in stop:
                 return
@@ -125,14 +124,14 @@ def _generate(
         model.train(was_training)
 
 
-def _next_logits(model: nn.Module, window: list[int], cache: Any, context: int) -> tuple[Tensor, Any]:
+def _next_logits(model: nn.Module, window: list[int], cache: Any) -> tuple[Tensor, Any]:
     """Returns the logits (V,) of the token after a window, and the cache of keys and values after it.
 
     The given cache holds all of the window but its last token; None: nothing is cached.
     """
     ids = torch.tensor([window if cache is None else window[-1:]], device=next(model.parameters()).device)
     if isinstance(model, Transformer):
-        cache = cache or model.new_cache(context)
+        cache = cache or model.new_cache()
         # The logits of a whole prompt need much memory.
         return model(ids, lambda hidden, weight: F.linear(hidden[0, -1], weight), cache), cache
     output = model(ids, **cache_option(model, True), **({} if cache is None else {"past_key_values": cache}))

@@ -118,7 +118,7 @@ def test_dropout_acts_in_training_only(part: str) -> None:
 def test_logits_with_a_cache_equal_those_of_whole_texts(config: ModelConfig) -> None:
     """Five tokens at once, then one at a time."""
     model, ids = make(config), some_ids(2, 12)
-    cache = model.new_cache(12)
+    cache = model.new_cache()
     parts = [model(ids[:, begin:end], cache=cache) for begin, end in ((0, 5), *((n, n + 1) for n in range(5, 12)))]
     torch.testing.assert_close(torch.cat(parts, 1), model(ids), atol=1e-5, rtol=1e-5)
 
