@@ -39,7 +39,7 @@ REQUIRED = {
     "num_hidden_layers": "num_layers",
     "intermediate_size": "d_ff",
 }
-SUPPORTED = {
+SUPPORTED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
     "mlp_bias": (False,),
@@ -181,9 +181,8 @@ def shape_of(saved: dict[str, Any]) -> tuple[ModelConfig | None, str]:
     values: dict[str, Any] = {"head_dim": 128 if kind == "qwen3" else head_dim} | saved  # Qwen3's default
     values["the type of its rotary positions"] = rope.get("rope_type", rope.get("type", "default"))
     values["layer_types"] = [*{*(saved.get("layer_types") or [])} - {"full_attention"}]
-    supported = SUPPORTED | {"head_dim": (head_dim, None), "layer_types": ([],)}
-    supported["the type of its rotary positions"] = ("default",)
-    for name, allowed in supported.items():
+    further = {"head_dim": (head_dim, None), "layer_types": ([],), "the type of its rotary positions": ("default",)}
+    for name, allowed in (SUPPORTED | further).items():
         if name in values and values[name] not in allowed:
             return None, f"{name} is {values[name]!r}, and the Transformer's {allowed[0]!r}"
     shape = ModelConfig(

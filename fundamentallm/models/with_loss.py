@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -30,24 +31,29 @@ class ModelWithLoss(nn.Module):
     does not cast or copy them, and DistributedDataParallel sees a scalar.
 
     Attributes:
-        trims: whether padding has to be cut off, since the objective need not know targets that are ignored.
+        trims: whether padding has to be cut off, since the objective is a user's and need not know ignored targets.
     """
 
     def __init__(self, model: nn.Module, loss_fn: Any, objective: Objective | None = None) -> None:
         super().__init__()
         self.model, self.loss_fn = model, loss_fn  # a submodule, which follows train() and eval()
-        self.of_user = None if objective is None else UsersObjective(objective)
         self.of_pairs, self.of_mappings = PairLoss(model, loss_fn), OwnLoss(model, loss_fn)
         self.trims = objective is not None
+        if objective is not None:
+            self._of_user = functools.partial(objective)  # not a submodule
+            self._count = getattr(objective, "num_targets", _num_rows)
 
-    def objective(self, batch: Any) -> UsersObjective | PairLoss | OwnLoss:
-        """Returns the objective of a batch."""
-        return self.of_user or (self.of_mappings if isinstance(batch, Mapping) else self.of_pairs)
+    def objective(self, batch: Any) -> PairLoss | OwnLoss | None:
+        """Returns the objective of a batch, or None if it is a user's."""
+        if self.trims:
+            return None
+        return self.of_mappings if isinstance(batch, Mapping) else self.of_pairs
 
     def num_targets(self, batch: Any) -> Tensor:
         """Returns the number of targets of a batch, a scalar on its device."""
-        device = next((tensor.device for tensor in tensors(batch)), None)
-        return torch.as_tensor(self.objective(batch).num_targets(batch), device=device)
+        device, objective = next((tensor.device for tensor in tensors(batch)), None), self.objective(batch)
+        count = self._count(batch) if objective is None else objective.num_targets(batch)
+        return torch.as_tensor(count, device=device)
 
     def count(self, batch: StepBatch) -> Tensor:
         """Returns the number of targets of this process in a step. Padding has none."""
@@ -56,7 +62,12 @@ class ModelWithLoss(nn.Module):
 
     def forward(self, batch: Any, with_outputs: bool = False) -> Any:
         """Returns the loss summed over targets, or (loss, outputs) if `with_outputs`, which only metrics need."""
-        loss, outputs = self.objective(batch)(self.model, batch, with_outputs)
+        objective = self.objective(batch)
+        if objective is not None:
+            result = objective(self.model, batch, with_outputs)
+        else:
+            result = self._of_user(self.model, batch)
+        loss, outputs = result if isinstance(result, tuple) else (result, None)
         return (loss, outputs) if with_outputs else loss
 
     def metric_batch(self, batch: Any) -> Any:
@@ -64,20 +75,19 @@ class ModelWithLoss(nn.Module):
         return batch[1] if self.objective(batch) is self.of_pairs else batch
 
 
-class UsersObjective:
-    """Minimises what the user's function or object returns."""
+class _Loss:
+    """A loss of a model, by what its forward takes."""
 
-    def __init__(self, objective: Objective) -> None:
-        self.objective = objective
-        self.num_targets = getattr(objective, "num_targets", _num_rows)
+    def __init__(self, model: nn.Module, loss_fn: Any) -> None:
+        parameters = inspect.signature(model.forward).parameters.values()
+        self._takes_all = any(each.kind == each.VAR_KEYWORD for each in parameters)
+        self._names = [each.name for each in parameters if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
+        caches = self._takes_all or "use_cache" in self._names  # keys and values, for generating text
+        self._options = cache_option(model, False) if caches else {}
+        self.loss_fn = loss_fn
 
-    def __call__(self, model: nn.Module, batch: Any, with_outputs: bool) -> tuple[Tensor, Any]:
-        """Returns the loss, and the outputs if the objective returns some."""
-        result = self.objective(model, batch)
-        return result if isinstance(result, tuple) else (result, None)
 
-
-class PairLoss:
+class PairLoss(_Loss):
     """Minimises `loss_fn(model(inputs), targets)` over pairs (inputs, targets). The outputs are the logits.
 
     Attributes:
@@ -87,9 +97,8 @@ class PairLoss:
     """
 
     def __init__(self, model: nn.Module, loss_fn: Any) -> None:
-        names, _, self._options = _arguments(model)
-        self.loss_fn, self.gives_targets = loss_fn, False
-        self.by_hidden = hasattr(loss_fn, "of_hidden") and "of_hidden" in names
+        super().__init__(model, loss_fn)
+        self.by_hidden, self.gives_targets = hasattr(loss_fn, "of_hidden") and "of_hidden" in self._names, False
 
     def num_targets(self, batch: Any) -> Tensor:
         """Returns the number of targets that are not ignored."""
@@ -118,7 +127,7 @@ class PairLoss:
         return model(*arguments, **self._options)
 
 
-class OwnLoss:
+class OwnLoss(_Loss):
     """Minimises the model's own loss over mappings, or `loss_fn(logits, labels)` if its forward takes no `labels`.
 
     A loss of a model's own is a mean, which is multiplied by its number of targets. What the model adds to it, such as
@@ -130,8 +139,8 @@ class OwnLoss:
     """
 
     def __init__(self, model: nn.Module, loss_fn: Any) -> None:
-        self._names, self._takes_all, self._options = _arguments(model)
-        self.loss_fn, self.computes_loss = loss_fn, self._takes_all or LABELS in self._names
+        super().__init__(model, loss_fn)
+        self.computes_loss = self._takes_all or LABELS in self._names
         # As the function of a transformers model's loss says.
         is_causal = getattr(getattr(model, "loss_function", None), "__name__", "") == "ForCausalLMLoss"
         self.shifts = is_causal and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
@@ -172,17 +181,6 @@ class OwnLoss:
             arguments["num_items_in_batch"] = count.clamp(min=1)
         output = model(**arguments)
         return loss_of(output) * count, output
-
-
-def _arguments(model: nn.Module) -> tuple[list[str], bool, dict[str, Any]]:
-    """Returns which arguments a model's forward takes, and whether it takes any other.
-
-    The third is the argument by which a transformers model keeps no keys and values for generating text.
-    """
-    parameters = inspect.signature(model.forward).parameters.values()
-    takes_all = any(each.kind == each.VAR_KEYWORD for each in parameters)
-    names = [each.name for each in parameters if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
-    return names, takes_all, cache_option(model, False) if takes_all or "use_cache" in names else {}
 
 
 def _pair(batch: Any) -> tuple[Any, Tensor]:
