@@ -22,7 +22,7 @@ from torch import Tensor
 from fundamentallm.atomic import sync, sync_pending
 from fundamentallm.checkpoint.manifest import MANIFEST, NAME, describe, is_ours, read_manifest, verify, write_manifest
 from fundamentallm.checkpoint.reading import load_checkpoint
-from fundamentallm.checkpoint.snapshot import Snapshot, take_snapshot
+from fundamentallm.checkpoint.snapshot import Snapshot
 from fundamentallm.checkpoint.tensor_files import write_tensors
 from fundamentallm.config.schema import TrainingConfig
 from fundamentallm.config.units import size_text
@@ -111,7 +111,7 @@ class CheckpointManager:
         self.wait()
         with self.group.barrier_with_errors():
             rank, size = self.group.rank, self.group.size
-            snapshot = take_snapshot(checkpoint, name, is_best, files or {}, rank, size, self._buffers)
+            snapshot = Snapshot(checkpoint, name, is_best, files or {}, rank, size, self._buffers)
         self._buffers = snapshot.copies
         # A daemon does not keep a process alive that is to end at once. What it leaves unfinished costs no checkpoint.
         self._writer = threading.Thread(target=self._try_to_write, args=(snapshot,), name="checkpoint", daemon=True)

@@ -19,9 +19,8 @@ from torch import nn
 from fundamentallm.atomic import sync
 from fundamentallm.checkpoint.manifest import STATE, TENSORS, verify
 from fundamentallm.checkpoint.manifest import explained as explained
-from fundamentallm.checkpoint.snapshot import WEIGHTS
 from fundamentallm.checkpoint.state_json import decode
-from fundamentallm.checkpoint.tensor_files import Like, TensorFiles, write_tensors
+from fundamentallm.checkpoint.tensor_files import WEIGHTS, Like, TensorFiles, write_tensors
 from fundamentallm.distributed.dtensor import local
 from fundamentallm.errors import CheckpointError
 
@@ -48,19 +47,19 @@ def load_parts(path: Path, parts: Collection[str]) -> dict[str, Any]:
 def _opened(
     path: Path, hashed: Collection[str] | None, like: Like | None = None
 ) -> Iterator[tuple[dict[str, Any], TensorFiles]]:
-    """Yields a checkpoint's encoded state and its tensors by name; closes the files on exit."""
+    """Yields a checkpoint's encoded state and its tensors by name; explains errors."""
     files = filter(TENSORS.fullmatch, verify(path, hashed)["files"])
-    with explained(path, MISFIT), contextlib.ExitStack() as stack:
+    with explained(path, MISFIT):
         saved = json.loads((path / STATE).read_text(encoding="utf-8"))
-        yield saved["state"], TensorFiles(path, files, WEIGHTS, stack, saved["same_as"], like)
+        yield saved["state"], TensorFiles(path, files, saved["same_as"], like)
 
 
 def export_weights(path: Path, folder: Path) -> None:
     """Write a checkpoint's weights into one file of an empty folder, and copy its text files."""
     names = verify(path)["files"]
     files = [name for name in names if TENSORS.fullmatch(name) and not name.startswith("training")]
-    with explained(path, MISFIT), contextlib.ExitStack() as stack:
-        tensors = TensorFiles(path, files, WEIGHTS, stack)
+    with explained(path, MISFIT):
+        tensors = TensorFiles(path, files)
         kind = files[0].partition(".")[0].partition("-")[0]  # model or adapter_model
         weights = {name.removeprefix(WEIGHTS): tensors[name] for name in tensors}
     write_tensors(folder / f"{kind}.safetensors", weights)
@@ -78,8 +77,8 @@ def load_weights(path: Path, files: Collection[str], model: nn.Module, like: Lik
     also if they are not the weights of this model.
     """
     own = model.state_dict(keep_vars=True)
-    with explained(path, "its weights cannot be read"), contextlib.ExitStack() as stack, torch.no_grad():
-        tensors = TensorFiles(path, files, WEIGHTS, stack, like=like)
+    with explained(path, "its weights cannot be read"), torch.no_grad():
+        tensors = TensorFiles(path, files, like=like)
         given = {name.removeprefix(WEIGHTS): tensors.shape(name) for name in tensors}
         # Older versions of transformers saved what follows from the config, Llama 2 among others.
         given = {name: shape for name, shape in given.items() if not name.endswith(".rotary_emb.inv_freq")}

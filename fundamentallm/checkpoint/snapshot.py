@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,36 +12,12 @@ from torch import Tensor
 
 from fundamentallm.checkpoint.manifest import MANIFEST, NAME, STATE, TENSORS
 from fundamentallm.checkpoint.state_json import copy_to_cpu, encode
-from fundamentallm.checkpoint.tensor_files import file_name, is_first_holder, sharding_info
+from fundamentallm.checkpoint.tensor_files import MODEL_KEY as MODEL_KEY
+from fundamentallm.checkpoint.tensor_files import WEIGHTS, file_name, is_first_holder, sharding_info
 from fundamentallm.distributed.dtensor import full, is_sharded, local
 from fundamentallm.errors import CheckpointError
 
-MODEL_KEY, OPTIMIZER_KEY, AVERAGE_KEY = "model_state_dict", "optimizer_state_dict", "average_state_dict"
-ADAPTER_KEY = "adapter_state_dict"
-WEIGHTS = f"{MODEL_KEY}/"
-"""Prefix of the weights' paths in the state. In model.safetensors they have the names of transformers instead."""
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """What one process writes of a checkpoint."""
-
-    name: str
-    about: dict[str, Any]  # fields of the manifest: step, is_best
-    texts: dict[str, str]  # {file: text}; rank 0 writes them
-    tensors: dict[str, dict[str, Tensor]]  # {file: {name in the file: tensor on the CPU}}
-    info: dict[str, Any] | None  # {name in the file: where its shard lies}; None if all tensors are full
-    copies: dict[str, Tensor]  # the tensors by their path in the state
-
-    @property
-    def is_finite(self) -> bool:
-        """True if weights and optimizer state have no NaN or infinity. Minus infinity counts as finite (masks)."""
-        for path, tensor in self.copies.items():
-            if path.startswith((WEIGHTS, f"{OPTIMIZER_KEY}/")) and tensor.is_floating_point() and tensor.numel():
-                wide = tensor if tensor.element_size() > 1 else tensor.float()  # float8 has no amax
-                if not bool(wide.amax() < float("inf")):  # False for NaN too
-                    return False
-        return True
+OPTIMIZER_KEY, AVERAGE_KEY, ADAPTER_KEY = "optimizer_state_dict", "average_state_dict", "adapter_state_dict"
 
 
 def plan(checkpoint: Mapping[str, Any], names: Iterable[str]) -> tuple[str, dict[str, Tensor]]:
@@ -65,46 +40,56 @@ def plan(checkpoint: Mapping[str, Any], names: Iterable[str]) -> tuple[str, dict
     return json.dumps(state, indent=1, allow_nan=False), weights_first
 
 
-def take_snapshot(
-    checkpoint: Mapping[str, Any],
-    name: str,
-    is_best: bool,
-    files: Mapping[str, str],
-    rank: int,
-    num_ranks: int,
-    buffers: Mapping[str, Tensor],
-) -> Snapshot:
-    """Copy a state to memory: as JSON, and as tensors on the CPU. See `CheckpointManager.save`.
+class Snapshot:
+    """What one process writes of a checkpoint: a copy of the state, as JSON, and as tensors on the CPU.
 
-    Each of `num_ranks` processes takes its shards of sharded tensors, and rank 0 everything else too. Copies go to the
-    memory in `buffers` that fits, which are the copies of an earlier snapshot. Raises as `plan` does.
+    See `CheckpointManager.save`. Each of `num_ranks` processes takes its shards of sharded tensors, and rank 0
+    everything else too. Copies go to the memory in `buffers` that fits, which are those of an earlier snapshot. Raises
+    as `plan` does.
     """
-    state, tensors = plan(checkpoint, (name, *files))
-    # An adapter is stored under peft's names, which peft reads unsharded. It is small, so rank 0 writes all of it.
-    names = checkpoint.get(ADAPTER_KEY, {}).get("names", {})
-    adapter = {f"{WEIGHTS}{own}": f"{WEIGHTS}{peft}" for own, peft in names.items()}
-    tensors = {adapter.get(path, path): full(t) if path in adapter else t for path, t in tensors.items()}
-    mine = {path: local(tensor) for path, tensor in tensors.items() if _is_written_by(rank, num_ranks, path, tensor)}
-    copies, same_as = copy_to_cpu(mine, buffers)
 
-    model = "adapter_model.safetensors" if adapter else file_name("model", rank, num_ranks)
-    training, exported = file_name("training", rank, num_ranks), {*adapter.values()}
-    by_file: dict[str, dict[str, Tensor]] = {model: {}, training: {}}
-    info = {}
-    for path, tensor in copies.items():
-        is_model = path in exported if adapter else path.startswith(WEIGHTS)
-        stored_as = path.removeprefix(WEIGHTS) if is_model else path
-        by_file[model if is_model else training][stored_as] = tensor
-        info[stored_as] = sharding_info(tensors[path])
-    return Snapshot(
-        name=name,
-        about={"step": checkpoint.get("progress_state_dict", {}).get("step"), "is_best": is_best},
-        texts={**files, STATE: f'{{"state": {state},\n"same_as": {json.dumps(same_as | adapter)}}}'},
+    def __init__(
+        self,
+        checkpoint: Mapping[str, Any],
+        name: str,
+        is_best: bool,
+        files: Mapping[str, str],
+        rank: int,
+        num_ranks: int,
+        buffers: Mapping[str, Tensor],
+    ) -> None:
+        state, tensors = plan(checkpoint, (name, *files))
+        # An adapter is stored under peft's names, which peft reads unsharded. It is small, so rank 0 writes all of it.
+        names = checkpoint.get(ADAPTER_KEY, {}).get("names", {})
+        adapter = {f"{WEIGHTS}{own}": f"{WEIGHTS}{peft}" for own, peft in names.items()}
+        tensors = {adapter.get(path, path): full(t) if path in adapter else t for path, t in tensors.items()}
+        mine = {path: local(t) for path, t in tensors.items() if _is_written_by(rank, num_ranks, path, t)}
+        self.copies, same_as = copy_to_cpu(mine, buffers)  # by their path in the state
+        model = "adapter_model.safetensors" if adapter else file_name("model", rank, num_ranks)
+        training, exported = file_name("training", rank, num_ranks), {*adapter.values()}
+        by_file: dict[str, dict[str, Tensor]] = {model: {}, training: {}}
+        info = {}  # where shards lie, by name in the file
+        for path, tensor in self.copies.items():
+            is_model = path in exported if adapter else path.startswith(WEIGHTS)
+            stored_as = path.removeprefix(WEIGHTS) if is_model else path
+            by_file[model if is_model else training][stored_as] = tensor
+            info[stored_as] = sharding_info(tensors[path])
         # Rank 0 writes both files even if they are empty, because each kind is always there.
-        tensors={file: content for file, content in by_file.items() if content or rank == 0},
-        info=info if num_ranks > 1 else None,
-        copies=copies,
-    )
+        self.tensors = {file: content for file, content in by_file.items() if content or rank == 0}
+        self.info = info if num_ranks > 1 else None
+        self.name = name
+        self.about = {"step": checkpoint.get("progress_state_dict", {}).get("step"), "is_best": is_best}
+        self.texts = {**files, STATE: f'{{"state": {state},\n"same_as": {json.dumps(same_as | adapter)}}}'}
+
+    @property
+    def is_finite(self) -> bool:
+        """True if weights and optimizer state have no NaN or infinity. Minus infinity counts as finite (masks)."""
+        for path, tensor in self.copies.items():
+            if path.startswith((WEIGHTS, f"{OPTIMIZER_KEY}/")) and tensor.is_floating_point() and tensor.numel():
+                wide = tensor if tensor.element_size() > 1 else tensor.float()  # float8 has no amax
+                if not bool(wide.amax() < float("inf")):  # False for NaN too
+                    return False
+        return True
 
 
 def _is_written_by(rank: int, num_ranks: int, name: str, tensor: Tensor) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +21,9 @@ from torch import Tensor
 from fundamentallm.distributed.dtensor import is_sharded, local
 from fundamentallm.errors import CheckpointError
 
+MODEL_KEY = "model_state_dict"
+WEIGHTS = f"{MODEL_KEY}/"
+"""Prefix of the weights' paths in the state. In model.safetensors they have the names of transformers instead."""
 SHARDING_INFO, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"  # torch's names
 Like = Callable[[str, tuple[int, ...]], "Tensor | None"]
 """Maps a stored tensor's name and shape to the DTensor whose local shard should be read; None means the full tensor."""
@@ -76,24 +78,17 @@ class _Shard(NamedTuple):
 class TensorFiles(Mapping[str, Tensor]):
     """The tensors of a checkpoint by their path in its state. A tensor is read when it is looked up.
 
-    `prefix` is put before the names of weights, which are all tensors outside of training*.safetensors. `stack` closes
-    the files. `same_as` is {further name of a tensor: name it is stored under}. Raises ValueError if a file cannot be
-    opened, or shards of a tensor are missing or overlap.
+    `same_as` is {further name of a tensor: name it is stored under}. Raises ValueError if a file cannot be opened, or
+    shards of a tensor are missing or overlap.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        files: Iterable[str],
-        prefix: str,
-        stack: ExitStack,
-        same_as: Mapping[str, str] | None = None,
-        like: Like | None = None,
+        self, folder: Path, files: Iterable[str], same_as: Mapping[str, str] | None = None, like: Like | None = None
     ) -> None:
         self._like, self._shards = like, dict[str, list[_Shard]]()
         for file in files:
             try:
-                handle = stack.enter_context(safe_open(folder / file, "pt"))
+                handle: Any = safe_open(folder / file, "pt")
             except SafetensorError as error:
                 raise ValueError(f"{file} is not a safetensors file: {error}") from error
             info = json.loads((handle.metadata() or {}).get(SHARDING_INFO, "{}"))
@@ -101,7 +96,8 @@ class TensorFiles(Mapping[str, Tensor]):
                 size = handle.get_slice(key).get_shape()
                 region = info.get(key, {OFFSETS: [0] * len(size), "shape": size})
                 shard = _Shard(region[OFFSETS], region["shape"], size, handle, key)
-                self._shards.setdefault(key if file.startswith("training") else f"{prefix}{key}", []).append(shard)
+                name = key if file.startswith("training") else f"{WEIGHTS}{key}"
+                self._shards.setdefault(name, []).append(shard)
         for name, shards in self._shards.items():
             shards.sort(key=lambda shard: shard.offsets)
             shape, end, is_whole = shards[0].shape, 0, True

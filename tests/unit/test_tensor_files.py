@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +30,21 @@ def write_shards(folder: Path, tensor: Tensor, *bounds: int) -> None:
         write_tensors(folder / file_name("model", rank, 3), {"w": tensor[begin:end].clone(), **others}, info)
 
 
-def opened(folder: Path, stack: ExitStack, **options: Any) -> TensorFiles:
-    return TensorFiles(folder, sorted(path.name for path in folder.glob("*.safetensors")), "model/", stack, **options)
+def opened(folder: Path, **options: Any) -> TensorFiles:
+    return TensorFiles(folder, sorted(path.name for path in folder.glob("*.safetensors")), **options)
 
 
 def test_tensor_files_read_shards_in_full_and_in_any_rows(tmp_path: Path) -> None:
     write_shards(tmp_path, FULL, 1, 4)
-    with ExitStack() as stack:
-        files = opened(tmp_path, stack, same_as={"model/tied": "model/w"})
-        assert set(files) == {"model/w", "model/scalar", "model/tied"}
-        assert torch.equal(files["model/w"], FULL)
-        assert torch.equal(files["model/tied"], FULL)
-        assert files["model/scalar"].item() == 3
-        assert files.shape("model/w") == (7, 5, 3)
-        for begin, end in ((2, 6), (0, 1), (6, 7), (3, 3), (7, 7)):
-            assert torch.equal(files.read("model/w", begin, end), FULL[begin:end])
+    w, scalar, tied = (f"model_state_dict/{name}" for name in ("w", "scalar", "tied"))
+    files = opened(tmp_path, same_as={tied: w})
+    assert set(files) == {w, scalar, tied}
+    assert torch.equal(files[w], FULL)
+    assert torch.equal(files[tied], FULL)
+    assert files[scalar].item() == 3
+    assert files.shape(w) == (7, 5, 3)
+    for begin, end in ((2, 6), (0, 1), (6, 7), (3, 3), (7, 7)):
+        assert torch.equal(files.read(w, begin, end), FULL[begin:end])
 
 
 @given(
@@ -66,12 +65,11 @@ def test_tensor_files_refuse_shards_that_miss_or_overlap(
     intervals.sort()
     follow = [begin for begin, _ in intervals] == [0, *(end for _, end in intervals)][:-1] and intervals[-1][1] == 7
     is_good = follow and shape == [7, 2] and all(column == 0 for _, _, column in regions)
-    with ExitStack() as stack:
-        if is_good:
-            assert torch.equal(opened(folder, stack)["model/w"], full)
-        else:
-            with pytest.raises(ValueError, match="model/w"):
-                opened(folder, stack)
+    if is_good:
+        assert torch.equal(opened(folder)["model_state_dict/w"], full)
+    else:
+        with pytest.raises(ValueError, match="model_state_dict/w"):
+            opened(folder)
 
 
 def save_and_load_uneven_shards(folder: str) -> None:
