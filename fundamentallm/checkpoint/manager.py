@@ -110,8 +110,7 @@ class CheckpointManager:
         """Copy the state to memory, and write it as `save` does in a thread. Waits for the previous save first."""
         self.wait()
         with self.group.barrier_with_errors():
-            rank, size = self.group.rank, self.group.size
-            snapshot = Snapshot(checkpoint, name, is_best, files or {}, rank, size, self._buffers)
+            snapshot = Snapshot(checkpoint, name, is_best, files or {}, self.group, self._buffers)
         self._buffers = snapshot.copies
         # A daemon does not keep a process alive that is to end at once. What it leaves unfinished costs no checkpoint.
         self._writer = threading.Thread(target=self._try_to_write, args=(snapshot,), name="checkpoint", daemon=True)

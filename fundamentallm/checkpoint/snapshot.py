@@ -15,6 +15,7 @@ from fundamentallm.checkpoint.state_json import copy_to_cpu, encode
 from fundamentallm.checkpoint.tensor_files import MODEL_KEY as MODEL_KEY
 from fundamentallm.checkpoint.tensor_files import WEIGHTS, file_name, is_first_holder, sharding_info
 from fundamentallm.distributed.dtensor import full, is_sharded, local
+from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import CheckpointError
 
 OPTIMIZER_KEY, AVERAGE_KEY, ADAPTER_KEY = "optimizer_state_dict", "average_state_dict", "adapter_state_dict"
@@ -43,8 +44,8 @@ def plan(checkpoint: Mapping[str, Any], names: Iterable[str]) -> tuple[str, dict
 class Snapshot:
     """What one process writes of a checkpoint: a copy of the state, as JSON, and as tensors on the CPU.
 
-    See `CheckpointManager.save`. Each of `num_ranks` processes takes its shards of sharded tensors, and rank 0
-    everything else too. Copies go to the memory in `buffers` that fits, which are those of an earlier snapshot. Raises
+    See `CheckpointManager.save`. Each process of the group takes its shards of sharded tensors, and rank 0 everything
+    else too. Copies go to the memory in `buffers` that fits, which are those of an earlier snapshot. Raises
     as `plan` does.
     """
 
@@ -54,10 +55,10 @@ class Snapshot:
         name: str,
         is_best: bool,
         files: Mapping[str, str],
-        rank: int,
-        num_ranks: int,
+        group: HostGroup,
         buffers: Mapping[str, Tensor],
     ) -> None:
+        rank, num_ranks = group.rank, group.size
         state, tensors = plan(checkpoint, (name, *files))
         # An adapter is stored under peft's names, which peft reads unsharded. It is small, so rank 0 writes all of it.
         names = checkpoint.get(ADAPTER_KEY, {}).get("names", {})

@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -42,29 +43,11 @@ DESCRIBING = {"peft_version", "auto_mapping", "base_model_name_or_path", "revisi
 """Settings of an adapter_config.json that change nothing in the adapter."""
 
 
-class AdapterWeights:
-    """The adapter's weights and all buffers of a model, as a part of a run's state, by their names in the model."""
-
-    def __init__(self, model: nn.Module, names: list[str]) -> None:
-        self.model, self.names = model, names
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Returns the weights and buffers."""
-        weights = self.model.state_dict()
-        return {name: weights[name] for name in self.names}
-
-    def load_state_dict(self, saved: dict[str, Tensor]) -> None:
-        """Restores them, and base weights, which earlier versions saved too. Raises CheckpointError if some lack."""
-        missing, unknown = self.model.load_state_dict(saved, strict=False)
-        if wrong := [*({*missing} & {*self.names}), *unknown]:
-            raise CheckpointError(f"{len(wrong)} weights are missing or not of this model, such as {min(wrong)}.")
-
-
 class Adapter:
     """Names of the weights of a PeftModel's adapter, and a digest of its base model, as a part of a run's state.
 
-    Make it before the model is sharded. Raises ConfigError if adapter_model.safetensors could not hold all that is
-    trained.
+    Its weights, and all buffers of the model, are another part. Make it before the model is sharded. Raises ConfigError
+    if adapter_model.safetensors could not hold all that is trained.
     """
 
     def __init__(self, model: Any, group: HostGroup) -> None:
@@ -87,9 +70,8 @@ class Adapter:
         if outside := [name for name, p in parameters.items() if p.requires_grad and _address(p) not in held]:
             reason = f"and {ADAPTER_WEIGHTS} does not hold {', '.join(outside[:3])}, which is trained"
             raise refusal(reason, "Name its module in modules_to_save of the adapter's config, or freeze it.")
-        kept = [name for name in weights if name not in parameters or _address(weights[name]) in held]
-        self.weights = AdapterWeights(model, kept)
-        self.base = group.from_main(lambda: _digest(model, {*kept}))
+        self.saved = [name for name in weights if name not in parameters or _address(weights[name]) in held]
+        self.model, self.base = model, group.from_main(lambda: _digest(model, {*self.saved}))
         self.config = _saved_config(model.peft_config[active], type(model.get_base_model()))
 
     def state_dict(self) -> dict[str, Any]:
@@ -100,6 +82,17 @@ class Adapter:
         """Raises CheckpointError if the adapter was trained on other base weights. Earlier versions noted none."""
         if saved.get("base", self.base) != self.base:
             raise CheckpointError("it was trained on a base model with other weights; give the one that it began with.")
+
+    def weights(self) -> dict[str, Tensor]:
+        """Returns the weights and buffers by their names in the model."""
+        weights = self.model.state_dict()
+        return {name: weights[name] for name in self.saved}
+
+    def load_weights(self, saved: dict[str, Tensor]) -> None:
+        """Restores them, and base weights, which earlier versions saved too. Raises CheckpointError if some lack."""
+        missing, unknown = self.model.load_state_dict(saved, strict=False)
+        if wrong := [*({*missing} & {*self.saved}), *unknown]:
+            raise CheckpointError(f"{len(wrong)} weights are missing or not of this model, such as {min(wrong)}.")
 
 
 def weight_parts(model: nn.Module, group: HostGroup, say: Callable[[str], None]) -> dict[str, Any]:
@@ -123,9 +116,10 @@ def weight_parts(model: nn.Module, group: HostGroup, say: Callable[[str], None])
         say(f"warning: the adapter's base model came from no folder, so {ADAPTER_CONFIG} names none. {advice}")
     elif group.rank == 0 and os.path.isdir(base):
         touch_note(opened_note(base))
-    if buffers := [name for name in adapter.weights.names if name not in adapter.names]:
+    if buffers := [name for name in adapter.saved if name not in adapter.names]:
         say(f"buffers such as {buffers[0]} are saved beside the adapter; peft itself opens the base model's")
-    return {"adapter": adapter, "model": adapter.weights}
+    part = SimpleNamespace(state_dict=adapter.weights, load_state_dict=adapter.load_weights)
+    return {"adapter": adapter, "model": part}
 
 
 def add_lora(model: nn.Module, settings: dict[str, Any], name: str, folder: Path) -> nn.Module:
