@@ -390,16 +390,6 @@ def test_the_state_fits_groups_in_another_order(tmp_path: Any) -> None:
     assert {group["lr"] for group in regrouped.param_groups} == {0.5}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_state_before_the_first_step_fits(kind: str) -> None:
-    model = Tiny()
-    optimizer = create_optimizer(model, kind, 0.01)
-    state = NamedOptimizerState(model, optimizer)
-    before = state.state_dict()
-    state.load_state_dict(before)
-    torch.testing.assert_close(state.state_dict()["state"], before["state"], rtol=0, atol=0)
-
-
 def test_the_state_of_a_run_with_an_unused_parameter_fits_the_same_run(tmp_path: Any) -> None:
     model = Tiny()
     optimizer = create_optimizer(model, "adamw", 0.01)
@@ -469,34 +459,24 @@ class OneParameter(nn.Module):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", [*KINDS, "torch.optim:Adagrad"])
 def test_any_memory_layout_trains_and_resumes_alike(kind: str, layout: str, tmp_path: Any) -> None:
-    """As a contiguous parameter, with and without a resume after two steps."""
+    """As a contiguous parameter, with and without a resume after two steps, also of the contiguous one's state."""
     options = {"fused": True} if kind == "torch.optim:Adagrad" and layout != "slice" else {}
-    plain, strided, resumed = (OneParameter(LAYOUTS[layout]()) for _ in range(3))
+    plain, strided, resumed, other = models = [OneParameter(LAYOUTS[layout]()) for _ in range(4)]
     plain.weight.data = plain.weight.data.contiguous()
-    optimizers = [create_optimizer(model, kind, 0.1, **options) for model in (plain, strided, resumed)]
+    optimizers = [create_optimizer(model, kind, 0.1, **options) for model in models]
     for seed in (1, 2, 3, 4):
         if seed == 3:
-            resumed.load_state_dict(strided.state_dict())
-            NamedOptimizerState(resumed, optimizers[2]).load_state_dict(stored(strided, optimizers[1], tmp_path))
-        for model, optimizer in zip((plain, strided, resumed), optimizers, strict=True):
+            for index, source in ((2, 1), (3, 0)):
+                models[index].load_state_dict(models[source].state_dict())
+                saved = stored(models[source], optimizers[source], tmp_path)
+                NamedOptimizerState(models[index], optimizers[index]).load_state_dict(saved)
+        for model, optimizer in zip(models, optimizers, strict=True):
             model.give_gradient(seed)
             optimizer.step()
     assert strided.weight.stride() == LAYOUTS[layout]().stride()
-    torch.testing.assert_close(strided.weight, plain.weight, rtol=1e-6, atol=1e-6)
+    for model in (strided, other):
+        torch.testing.assert_close(model.weight, plain.weight, rtol=1e-6, atol=1e-6)
     assert torch.equal(resumed.weight, strided.weight)
-
-
-def test_moments_of_a_contiguous_run_fit_another_layout(tmp_path: Any) -> None:
-    plain, strided = OneParameter(LAYOUTS["transposed"]().contiguous()), OneParameter(LAYOUTS["transposed"]())
-    optimizers = [create_optimizer(model, "adamw", 0.1) for model in (plain, strided)]
-    plain.give_gradient(1)
-    optimizers[0].step()
-    strided.load_state_dict(plain.state_dict())
-    NamedOptimizerState(strided, optimizers[1]).load_state_dict(stored(plain, optimizers[0], tmp_path))
-    for model, optimizer in zip((plain, strided), optimizers, strict=True):
-        model.give_gradient(2)
-        optimizer.step()
-    torch.testing.assert_close(strided.weight, plain.weight, rtol=1e-6, atol=1e-6)
 
 
 def test_check_optimizer_names_a_slice_that_a_fused_optimizer_trains() -> None:
