@@ -19,7 +19,7 @@ from torch import nn
 from fundamentallm.atomic import sync
 from fundamentallm.checkpoint.manifest import STATE, TENSORS, verify
 from fundamentallm.checkpoint.manifest import explained as explained
-from fundamentallm.checkpoint.state_json import decode
+from fundamentallm.checkpoint.snapshot import decode
 from fundamentallm.checkpoint.tensor_files import WEIGHTS, Like, TensorFiles, write_tensors
 from fundamentallm.distributed.dtensor import local
 from fundamentallm.errors import CheckpointError
