@@ -161,7 +161,9 @@ class CheckpointManager:
         with self.group.barrier_with_errors():
             for file, tensors in snapshot.tensors.items():
                 write_tensors(staging / file, tensors, snapshot.info)
-            mine = describe(staging, snapshot.tensors), snapshot.is_finite
+            for name, text in snapshot.texts.items():
+                (staging / name).write_text(text, encoding="utf-8")
+            mine = describe(staging, [*snapshot.tensors, *snapshot.texts]), snapshot.is_finite
         written = self.group.all_gather(mine)
         self.group.from_main(lambda: self._publish(snapshot, staging, written))
 
@@ -170,11 +172,7 @@ class CheckpointManager:
 
         `written` has the manifest entries of each process, and whether its tensors are finite.
         """
-        for name, text in snapshot.texts.items():
-            (staging / name).write_text(text, encoding="utf-8")
-        files = describe(staging, snapshot.texts)
-        for entries, _ in written:
-            files |= entries
+        files = {name: entry for entries, _ in written for name, entry in entries.items()}
         sequence = max((manifest["sequence"] for _, manifest in self._found()), default=0) + 1
         sync_pending()  # the run's log and other files that the checkpoint counts on
         is_finite = all(finite for _, finite in written)

@@ -166,7 +166,8 @@ class Snapshot:
         self.info = info if num_ranks > 1 else None
         self.name = name
         self.about = {"step": checkpoint.get("progress_state_dict", {}).get("step"), "is_best": is_best}
-        self.texts = {**files, STATE: f'{{"state": {state},\n"same_as": {json.dumps(same_as | adapter)}}}'}
+        json_text = f'{{"state": {state},\n"same_as": {json.dumps(same_as | adapter)}}}'
+        self.texts = {**files, STATE: json_text} if rank == 0 else {}
 
     @property
     def is_finite(self) -> bool:

@@ -98,7 +98,7 @@ class Pretrained(NamedTuple):
 def _stops(saved: dict[str, Any]) -> frozenset[int]:
     """Returns the tokens in a config's `eos_token_id`, which is null, a number or a list."""
     eos = saved.get("eos_token_id")
-    return frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    return frozenset(token for token in (eos if isinstance(eos, list) else [eos]) if token is not None)
 
 
 def _eos(stops: Collection[int], end_of_text: int | None) -> dict[str, Any]:

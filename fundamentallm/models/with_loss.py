@@ -180,7 +180,8 @@ class OwnLoss(_Loss):
         if self._takes_count:
             arguments["num_items_in_batch"] = count.clamp(min=1)
         output = model(**arguments)
-        return loss_of(output) * count, output
+        loss = _tensor_of(output, "loss", "one with a scalar loss", lambda tensor: tensor.numel() == 1)
+        return loss.reshape(()) * count, output
 
 
 def _pair(batch: Any) -> tuple[Any, Tensor]:
@@ -222,8 +223,3 @@ def _tensor_of(output: Any, name: str, allowed: str, fits: Callable[[Tensor], bo
 def logits_of(output: Any) -> Tensor:
     """Returns the logits of a model's output, or raises ConfigError if there are none."""
     return _tensor_of(output, "logits", "a tensor, or one with logits", lambda tensor: tensor.ndim > 0)
-
-
-def loss_of(output: Any) -> Tensor:
-    """Returns the loss in a model's output, or raises ConfigError if there is none."""
-    return _tensor_of(output, "loss", "one with a scalar loss", lambda tensor: tensor.numel() == 1).reshape(())
