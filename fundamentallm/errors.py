@@ -31,11 +31,6 @@ class Problem(str):
 
     `setting` is a dotted name, or "" if none is to blame. `allowed` says in words which values are, `advice` what to
     do, and `reason` why the value does not fit: "which has 12 bytes". `text` replaces "is VALUE, REASON".
-
-    Examples:
-        >>> from fundamentallm.errors import Problem
-        >>> print(Problem("batch_size", 0, allowed="at least 1").within("training"))
-        training.batch_size is 0; allowed: at least 1.
     """
 
     setting = allowed = advice = reason = text = ""
@@ -140,8 +135,7 @@ def writing(path: object, advice: str = "") -> Iterator[None]:
         raise FundamentaLLMError(f"{path} cannot be written: {error}. {advice}".rstrip()) from error
 
 
-START_AGAIN = 75
-"""Exit code of a run that the same command resumes: EX_TEMPFAIL of sysexits.h."""
+START_AGAIN = 75  # exit code of a run that the same command resumes: EX_TEMPFAIL of sysexits.h
 
 
 def exit_code(error: BaseException) -> int:

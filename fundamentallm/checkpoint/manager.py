@@ -47,9 +47,6 @@ class CheckpointManager:
         group: the processes that save a sharded state together. Each of them calls every method that saves. None: this
             process saves alone.
 
-    Attributes:
-        seconds: time that the last save took to write.
-
     Raises:
         ConfigError: if keep_last_n is below 1.
 
@@ -73,7 +70,7 @@ class CheckpointManager:
             raise ConfigError(problems)
         self.checkpoint_dir, self.keep_last_n = Path(checkpoint_dir), keep_last_n
         self.group = group or HostGroup(alone=True)
-        self.seconds = 0.0
+        self.seconds = 0.0  # that the last save took to write
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
         self._buffers: Mapping[str, Tensor] = {}

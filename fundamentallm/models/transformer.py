@@ -246,6 +246,10 @@ class Transformer(nn.Module):
         """Returns the embedding table, by transformers' name for it."""
         return self.model["embed_tokens"]
 
+    def get_output_embeddings(self) -> nn.Module:
+        """Returns the output projection, by which accelerate finds that it is tied under FSDP2."""
+        return self.lm_head
+
     def transformers_config(self, sequence_length: int, end_of_text: int | None = None) -> dict[str, Any]:
         """Returns the config.json with which transformers opens these weights."""
         config = self.config

@@ -29,16 +29,13 @@ class ModelWithLoss(nn.Module):
 
     The Accelerator wraps this module instead of the model. The logits then stay inside the forward pass: accelerate
     does not cast or copy them, and DistributedDataParallel sees a scalar.
-
-    Attributes:
-        trims: whether padding has to be cut off, since the objective is a user's and need not know ignored targets.
     """
 
     def __init__(self, model: nn.Module, loss_fn: Any, objective: Objective | None = None) -> None:
         super().__init__()
         self.model, self.loss_fn = model, loss_fn  # a submodule, which follows train() and eval()
         self.of_pairs, self.of_mappings = PairLoss(model, loss_fn), OwnLoss(model, loss_fn)
-        self.trims = objective is not None
+        self.trims = objective is not None  # cuts off padding: a user's objective need not know ignored targets
         if objective is not None:
             self._of_user = functools.partial(objective)  # not a submodule
             self._count = getattr(objective, "num_targets", _num_rows)
@@ -88,17 +85,13 @@ class _Loss:
 
 
 class PairLoss(_Loss):
-    """Minimises `loss_fn(model(inputs), targets)` over pairs (inputs, targets). The outputs are the logits.
-
-    Attributes:
-        by_hidden: whether model and loss can compute it from hidden states. Then the logits of a large vocabulary
-            never exist all at once.
-        gives_targets: whether the model is given the targets too, since it would return only the last logits without.
-    """
+    """Minimises `loss_fn(model(inputs), targets)` over pairs (inputs, targets). The outputs are the logits."""
 
     def __init__(self, model: nn.Module, loss_fn: Any) -> None:
         super().__init__(model, loss_fn)
-        self.by_hidden, self.gives_targets = hasattr(loss_fn, "of_hidden") and "of_hidden" in self._names, False
+        # From hidden states, so that the logits of a large vocabulary never exist all at once.
+        self.by_hidden = hasattr(loss_fn, "of_hidden") and "of_hidden" in self._names
+        self.gives_targets = False  # to a model that would return only the last logits without them
 
     def num_targets(self, batch: Any) -> Tensor:
         """Returns the number of targets that are not ignored."""
@@ -132,16 +125,12 @@ class OwnLoss(_Loss):
 
     A loss of a model's own is a mean, which is multiplied by its number of targets. What the model adds to it, such as
     a router loss, is a mean as well: over micro-batches and processes it is averaged by their numbers of targets.
-
-    Attributes:
-        computes_loss: whether the model has a loss of its own.
-        shifts: whether the model compares its outputs with the next label, so that the first one does not count.
     """
 
     def __init__(self, model: nn.Module, loss_fn: Any) -> None:
         super().__init__(model, loss_fn)
         self.computes_loss = self._takes_all or LABELS in self._names
-        # As the function of a transformers model's loss says.
+        # Whether the first label does not count, as the function of a transformers model's loss says.
         is_causal = getattr(getattr(model, "loss_function", None), "__name__", "") == "ForCausalLMLoss"
         self.shifts = is_causal and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         # transformers' models that take any argument hand the count on to their loss function.
