@@ -47,6 +47,8 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "use_sliding_window": (False,),
     "partial_rotary_factor": (1.0,),
     "pretraining_tp": (1,),
+    "layer_types": ("full_attention",),
+    "the type of its rotary positions": ("default",),
 }
 """Values of Llama's and Qwen3's settings that our `Transformer` computes. They are also the defaults."""
 
@@ -180,9 +182,9 @@ def shape_of(saved: dict[str, Any]) -> tuple[ModelConfig | None, str]:
     head_dim = saved["hidden_size"] // max(saved["num_attention_heads"], 1)
     values: dict[str, Any] = {"head_dim": 128 if kind == "qwen3" else head_dim} | saved  # Qwen3's default
     values["the type of its rotary positions"] = rope.get("rope_type", rope.get("type", "default"))
-    values["layer_types"] = [*{*(saved.get("layer_types") or [])} - {"full_attention"}]
-    further = {"head_dim": (head_dim, None), "layer_types": ([],), "the type of its rotary positions": ("default",)}
-    for name, allowed in (SUPPORTED | further).items():
+    others = {*(saved.get("layer_types") or ())} - {"full_attention"}
+    values["layer_types"] = ", ".join(sorted(others)) or "full_attention"
+    for name, allowed in {**SUPPORTED, "head_dim": (head_dim, None)}.items():
         if name in values and values[name] not in allowed:
             return None, f"{name} is {values[name]!r}, and the Transformer's {allowed[0]!r}"
     shape = ModelConfig(
