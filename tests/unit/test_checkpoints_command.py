@@ -188,9 +188,9 @@ def test_samples_own_dataset_has_indices_and_no_text(tmp_path: Path, command: Co
             asked.append(index)
             return super().__getitem__(index)
 
-    for config, reason in (
-        (TrainingConfig(max_steps=12, checkpoint_dir=str(tmp_path / "a")), "started from Python with a TrainingConfig"),
-        (Config(str(tmp_path / "b"), training=TrainingConfig(batch_size=8, max_steps=12)), "with its own dataset"),
+    for config in (
+        TrainingConfig(max_steps=12, checkpoint_dir=str(tmp_path / "a")),
+        Config(str(tmp_path / "b"), training=TrainingConfig(batch_size=8, max_steps=12)),
     ):
         asked.clear()
         loader = DataLoader(Recorded(), batch_size=8, shuffle=True, drop_last=True)
@@ -200,7 +200,7 @@ def test_samples_own_dataset_has_indices_and_no_text(tmp_path: Path, command: Co
         for step in range(1, 13):
             code, out, _ = command("samples", folder, "--step", step)
             assert code == 0
-            assert reason in out
+            assert "no text" in out
             assert out.splitlines()[-1] == ", ".join(map(str, asked[8 * step - 8 : 8 * step]))
         code, out, _ = command("show", folder)
         assert code == 0
