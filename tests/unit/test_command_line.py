@@ -247,7 +247,7 @@ def test_parse_config_keeps_the_text_of_a_text_setting(write: Write) -> None:
         ("callbacks", "[a:b, c:d]", ["a:b", "c:d"]),
         ("training.loss_options", "{gamma: 1e-1}", {"gamma": 0.1}),
         ("data.source", "{a.txt: 1, b.txt: 0.5}", {"a.txt": 1, "b.txt": 0.5}),
-        ("data.suffixes", "[.1, no, 7]", [".1", "no", "7"]),
+        ("data.suffixes", "[.x, no]", [".x", "no"]),
     ],
 )
 def test_parse_config_reads_an_option_as_yaml(write: Write, name: str, text: str, value: Any) -> None:
