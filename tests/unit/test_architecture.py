@@ -213,6 +213,7 @@ def _loaded_after(statement: str, folder: Path) -> set[str]:
         "fundamentallm",
         "fundamentallm.config.command_line",
         "fundamentallm.train",
+        "fundamentallm.commands.checkpoints",
         "fundamentallm.commands.doctor",
         "fundamentallm.commands.estimate",
         "fundamentallm.commands.find_lr",

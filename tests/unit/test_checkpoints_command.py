@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,17 +14,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from fundamentallm import CheckpointManager, Config, DataConfig, ModelConfig, Trainer, TrainingConfig
 from fundamentallm.__main__ import main
 from fundamentallm.checkpoint.manifest import MANIFEST, describe, read_manifest, write_manifest
 from fundamentallm.commands import checkpoint_verbs
-from fundamentallm.commands.output import shortened
 from fundamentallm.train import make_trainer
 from tests.conftest import reset_accelerate
-from tests.integration.runs import PartlyIgnored, lines, prose
-from tests.integration.test_training_loop import Bigram
+from tests.integration.runs import lines, prose
 
 ROOT = Path(__file__).parents[2]
 SEQUENCE = 16
@@ -147,18 +143,6 @@ def test_samples_text_is_one_line_unless_full(made: Run, command: Command) -> No
     assert any("\\n" in row for row in rows)
 
 
-@pytest.mark.parametrize(
-    ("text", "line"),
-    [
-        ("x" * 18 + "\n", "x" * 18 + "\\n"),
-        ("x" * 19 + "\n", "x" * 17 + "..."),
-        ("a\\b\x1b\u202e\ud800", "a\\\\b\\x1b\\u202e\\ud800"),
-    ],
-)
-def test_shortened_cuts_to_the_width(text: str, line: str) -> None:
-    assert shortened(text, 20) == line
-
-
 def test_samples_changed_text_is_refused(made: Run, copy: Path, command: Command, tmp_path: Path) -> None:
     other = tmp_path / "other.txt"
     other.write_text(made.text.read_text()[:50] + "#" + made.text.read_text()[51:])
@@ -178,33 +162,6 @@ def test_samples_text_uses_the_tokenizer_of_the_run(made: Run, command: Command,
     code, _, err = command("samples", made.folder, "--step", 2, "--full", "--source", other)
     assert code == 2
     assert "other.txt, line 1 has" in err
-
-
-def test_samples_own_dataset_has_indices_and_no_text(tmp_path: Path, command: Command) -> None:
-    asked: list[int] = []
-
-    class Recorded(PartlyIgnored):
-        def __getitem__(self, index: int) -> Any:
-            asked.append(index)
-            return super().__getitem__(index)
-
-    for config, reason in (
-        (TrainingConfig(max_steps=12, checkpoint_dir=str(tmp_path / "a")), "started from Python with a TrainingConfig"),
-        (Config(str(tmp_path / "b"), training=TrainingConfig(batch_size=8, max_steps=12)), "with its own dataset"),
-    ):
-        asked.clear()
-        loader = DataLoader(Recorded(), batch_size=8, shuffle=True, drop_last=True)
-        Trainer(Bigram(), config, loader, callbacks=[]).train()
-        reset_accelerate()
-        folder = tmp_path / ("a" if isinstance(config, TrainingConfig) else "b")
-        for step in range(1, 13):
-            code, out, _ = command("samples", folder, "--step", step)
-            assert code == 0
-            assert reason in out
-            assert out.splitlines()[-1] == ", ".join(map(str, asked[8 * step - 8 : 8 * step]))
-        code, out, _ = command("show", folder)
-        assert code == 0
-        assert ("(a TrainingConfig, of a run" in out) == isinstance(config, TrainingConfig)
 
 
 # ---- list -------------------------------------------------------------------------------------------------
@@ -379,20 +336,6 @@ def test_show_reads_no_weights_without_verify(copy: Path, command: Command) -> N
     assert "model.safetensors is damaged" in err
 
 
-@pytest.mark.parametrize(
-    ("file", "verb"),
-    [
-        (MANIFEST, ["show"]),
-        ("tokenizer.json", ["samples", "--step", "1"]),
-    ],
-)
-def test_show_and_samples_refuse_damaged_files(copy: Path, command: Command, verb: list[str], file: str) -> None:
-    flip(newest(copy) / file)
-    code, out, err = command(verb[0], newest(copy), *verb[1:])
-    assert (code, out) == (1, "")
-    assert f"{file} is damaged" in err
-
-
 # ---- whatever it is given ---------------------------------------------------------------------------------
 
 VERBS: list[list[str]] = [["list"], ["verify"], ["show"], ["samples", "--step", "1"]]
@@ -467,25 +410,6 @@ def test_verbs_hostile_state_prints_no_control_characters(copy: Path, command: C
         assert (code, out) == (1, "")
 
 
-@pytest.mark.parametrize(
-    ("file", "content"),
-    [
-        ("training.safetensors", b"\xff" * 64),
-        ("training.safetensors", b"\x04\0\0\0\0\0\0\0\x1b[2J"),
-    ],
-)
-def test_verbs_hostile_tensor_files_raise_no_traceback(copy: Path, command: Command, file: str, content: bytes) -> None:
-    path = newest(copy)
-    (path / file).write_bytes(content)
-    (path / MANIFEST).unlink()
-    write_manifest(path, describe(path, os.listdir(path)), sequence=99, is_best=True, is_finite=True, step=18)
-    for verb in VERBS:
-        code, out, err = command(verb[0], copy, *verb[1:])
-        assert code in (0, 1)
-        assert (code == 0) == (err == "")
-        assert "\x1b" not in out + err
-
-
 def test_verbs_do_not_open_pipes(copy: Path, command: Command) -> None:
     for file in ("model.safetensors", "state.json"):
         (newest(copy) / file).unlink()
@@ -494,17 +418,3 @@ def test_verbs_do_not_open_pipes(copy: Path, command: Command) -> None:
         code, out, err = command(verb[0], copy, *verb[1:])
         assert "is missing" in out + err
         assert code == (0 if verb == ["list"] else 1)
-
-
-def test_help_imports_no_torch(tmp_path: Path) -> None:
-    code = (
-        "import sys\nfrom fundamentallm.commands.checkpoints import main\n"
-        "try:\n    main(['show', '--help'], 'fundamentallm checkpoints')\n"
-        "finally:\n    print(sorted(sys.modules.keys() & {'torch', 'numpy', 'safetensors', 'tokenizers'}))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "usage: fundamentallm checkpoints" in done.stdout
-    assert done.stdout.endswith("\n[]\n")

@@ -8,7 +8,6 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -136,10 +135,6 @@ def test_parse_config_option_overrides_the_file(write: Write) -> None:
     read = parse_config(["--config", config, "--training.seed", "1", "--training.seed", "2"])
     assert (read.training.seed, read.training.warmup_steps, read.sample_tokens) == (2, 6, 7)
     assert read.training.learning_rate == TrainingConfig.learning_rate
-
-
-def test_parse_config_without_arguments_is_the_default(write: Write) -> None:
-    assert parse_config([]) == Config().resolved()
 
 
 # ---- YAML
@@ -276,12 +271,6 @@ def test_parse_config_of_a_dotted_key_says_to_nest_it(write: Write) -> None:
     assert "training: {log_every_n_steps: " in found.advice
 
 
-@pytest.mark.parametrize("text", ["-1", "-0.5", "-1e-4"])
-def test_parse_config_takes_a_negative_number(write: Write, text: str) -> None:
-    (found,) = problems(f"--training.learning_rate={text}")
-    assert (found.setting, found.value) == ("training.learning_rate", float(text))
-
-
 def test_parse_config_of_a_misspelt_option_names_the_right_one(write: Write) -> None:
     found = problems(*[f"--{name}x=1" for name in SETTINGS])
     assert [(one.setting, one.text) for one in found] == [(f"--{name}x", "unknown option") for name in SETTINGS]
@@ -358,18 +347,6 @@ def test_help_shows_every_option_with_its_default(
         type_name, _, rest = options[name].partition(f" {text}")
         assert " " not in type_name
         assert rest.startswith(" (default: ") != ("default:" in text)
-    for name, end in {
-        "training.learning_rate": "(default: 0.0003)",
-        "model.dropout": "(default: 0.0)",  # which equals false
-        "model.tie_embeddings": "(default: false)",
-        "training.warmup_steps": "(default: 0)",
-        "data.suffixes": "(default: [.txt, .md])",
-        "callbacks": "(default: [])",
-        "training.loss_options": "(default: {})",
-        "training.ema_decay": "(default: null)",
-        "output_dir": "(default: runs/default)",
-    }.items():
-        assert options[name].endswith(end)
 
 
 # ---- exit codes, and what is left behind
@@ -435,20 +412,6 @@ def test_main_reports_the_mistakes_of_a_command(
     assert [fact for fact in facts if fact not in err] == []
 
 
-def test_main_shows_the_help_of_all_commands_and_of_one(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["fundamentallm", "--help"])
-    assert commands.main() == 0
-    listed = capsys.readouterr().out
-    assert [command for command in commands.VERBS if f"  {command} " not in listed] == []
-    monkeypatch.setattr(sys, "argv", ["fundamentallm", "generate", "--help"])
-    with pytest.raises(SystemExit) as caught:
-        commands.main()
-    assert caught.value.code == 0
-    assert capsys.readouterr().out.startswith("usage: fundamentallm generate ")
-
-
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_train_without_arguments_shows_the_help_once(
     write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str
@@ -458,12 +421,6 @@ def test_train_without_arguments_shows_the_help_once(
     out, err = capsys.readouterr()
     assert ("--training.max_steps INT" in out, "--config" in err) == (rank == "0", rank == "0")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_main_prints_its_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["fundamentallm", "--version"])
-    assert commands.main() == 0
-    assert capsys.readouterr().out == f"fundamentallm {version('fundamentallm')}\n"
 
 
 def test_package_lists_its_public_names() -> None:
