@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fundamentallm.atomic import write_text
-from fundamentallm.commands.output import plural, say
+from fundamentallm.commands.output import say
 from fundamentallm.config.schema import flat_settings
 from fundamentallm.errors import FundamentaLLMError, writing
 
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str], program: str) -> int:
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     with writing(options.output):
         write_text(options.output, template.replace("/*DATA*/", text))
-    say(f"{options.output}: {plural(len(runs), 'run')}")
+    say(f"{options.output}: {len(runs)} run{'s' * (len(runs) > 1)}")
     return 0
 
 

@@ -9,7 +9,6 @@ import functools
 import inspect
 import itertools
 import json
-import os
 import typing
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -84,12 +83,6 @@ def _parser(program: str) -> _Parser:
             default = "" if "default:" in text else f" (default: {default_text(entry)})"
             described.add_argument(f"--{name}", metavar=_metavar(hint), help=(text + default).replace("%", "%%"))
     return parser
-
-
-def print_help(program: str) -> None:
-    """Prints the help, on the first of all launched processes only."""
-    if os.environ.get("RANK", "0") == "0":
-        _parser(program).print_help()
 
 
 def _unknown_arguments(words: Sequence[str], known: Collection[str]) -> Iterator[Problem]:

@@ -126,14 +126,14 @@ class Section:
 
     def __new__(cls, *_: Any, **settings: Any) -> Any:
         """Refuse unknown names, before the dataclass raises a TypeError that knows no other name."""
-        if problems := _unknown(settings, _hints(cls)):
+        if problems := _unknown(settings, _hints(cls)):  # type: ignore[arg-type]  # classes are hashable
             raise ConfigError(problems)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        problems = []
+        problems, hints = list[Problem](), _hints(type(self))  # type: ignore[arg-type]
         for entry in dataclasses.fields(self):  # type: ignore[arg-type]
-            value, hint = getattr(self, entry.name), _hints(type(self))[entry.name]
+            value, hint = getattr(self, entry.name), hints[entry.name]
             if not fits(value, hint):
                 problems.append(Problem(entry.name, value, allowed_values(hint)))
                 object.__setattr__(self, entry.name, default_of(entry))  # so that the others are checked too
@@ -161,7 +161,7 @@ def from_dict(section: type[SectionT], values: dict[str, Any]) -> SectionT:
 
     Raises ConfigError, which names each unknown key and each wrong value by its dotted path.
     """
-    hints = _hints(section)
+    hints = _hints(section)  # type: ignore[arg-type]
     problems = _unknown(values, hints)
     arguments = {name: values[name] for name in hints if name in values}
     for name, value in arguments.items():
