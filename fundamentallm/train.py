@@ -33,7 +33,7 @@ from fundamentallm.errors import (
     print_last,
     report,
 )
-from fundamentallm.run.folder import LOG, command, note_interruption
+from fundamentallm.run.folder import command, note_interruption
 from fundamentallm.signals import ended_by_signals
 
 if TYPE_CHECKING:
@@ -84,10 +84,6 @@ def _started_again() -> int:
 
 def run(config: Config) -> Trainer:
     """Trains as `config` says and returns the trainer. Raises FundamentaLLMError for any mistake that is known."""
-    if config.training.resume == "never" and (Path(config.output_dir) / LOG).exists():
-        advice = "Choose another output_dir, or set resume: auto to resume that run."
-        reason = f"and {config.output_dir} already holds a run"
-        raise ConfigError(Problem("training.resume", "never", advice=advice, reason=reason))
     started = time.monotonic()
     trainer = make_trainer(config)
     trainer.train()

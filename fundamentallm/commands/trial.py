@@ -30,8 +30,8 @@ def make_trial(name: str, config: Config, folder: Path, **training: Any) -> Trai
         **dict.fromkeys(off.split()),
         **training,
     }
-    settings_of_run = {"output_dir": str(folder), "trackers": [], "tracker_options": {}}
-    trial = dataclasses.replace(config, training=dataclasses.replace(config.training, **settings), **settings_of_run)
+    trained = dataclasses.replace(config.training, **settings)
+    trial = dataclasses.replace(config, output_dir=str(folder), trackers=[], tracker_options={}, training=trained)
     trainer = resolve("--trainer", name, {})(trial)
     if not isinstance(trainer, Trainer) or trainer.config.training.checkpoint_dir != trial.training.checkpoint_dir:
         allowed = "a function from a Config to a fundamentallm.Trainer that uses this Config"

@@ -384,16 +384,6 @@ def test_train_without_arguments_names_what_to_give(write: Write, capsys: pytest
     assert "--config" in capsys.readouterr().err
 
 
-def test_train_with_resume_never_refuses_a_used_folder(write: Write, tmp_path: Path) -> None:
-    write("some words " * 100, "text.txt")
-    used = tmp_path / "run"
-    used.mkdir()
-    (used / "metrics.jsonl").write_text("{}\n")
-    before = sorted(tmp_path.rglob("*"))
-    assert train.main([*TINY, "--output_dir=run", "--training.resume=never"]) == 2
-    assert sorted(tmp_path.rglob("*")) == before
-
-
 @pytest.mark.parametrize(
     ("arguments", "code", "facts"),
     [

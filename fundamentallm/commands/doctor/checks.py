@@ -95,7 +95,7 @@ def check_model(case: Case) -> str:
     _compare_weights("the model was made twice, and ", *begins)
     if not math.isfinite(logs[0][0]["train_loss"]):
         raise Failed(f"the loss of the first batch is {logs[0][0]['train_loss']}")
-    _compare_logs("the same run was made twice, and ", *logs)
+    _compare_logs("the same run was made twice, and ", logs[0], logs[1])
     _compare_weights("the same run was made twice, and ", *ends)
     if len(losses := _losses_by_seed(trainer, training=False)) > 1:
         raise Failed(f"in evaluation mode, one batch has the losses {' and '.join(map(str, losses))}")
@@ -136,7 +136,8 @@ def check_evaluation(case: Case) -> str:
 
 def check_resume(case: Case) -> str:
     """A run that ends without saving and is resumed equals an uninterrupted run to the bit."""
-    every = {"save_every_n_steps": SAVE_EVERY, "log_every_n_steps": LOG_EVERY, "eval_every_n_steps": EVAL_EVERY}
+    every: dict[str, Any] = {"save_every_n_steps": SAVE_EVERY, "eval_every_n_steps": EVAL_EVERY}
+    every["log_every_n_steps"] = LOG_EVERY
     trainer = case.make(**every)
     stop_at, crash_at = min(STOP_AT, trainer.total_steps), min(CRASH_AT, trainer.total_steps)
     if crash_at <= SAVE_EVERY:
