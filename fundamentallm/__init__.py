@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+import re
+import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -45,31 +48,9 @@ if TYPE_CHECKING:
     from fundamentallm.training.schedulers import create_scheduler as create_scheduler
     from fundamentallm.training.trainer import Trainer as Trainer
 
-_MODULES = {
-    "checkpoint.manager": ("CheckpointManager",),
-    "config": ("Config", "DataConfig", "ModelConfig", "TrainingConfig"),
-    "data.corpus": ("load_corpus",),
-    "data.datasets": ("TokenDataset",),
-    "data.loaders": ("create_dataloaders", "shift_labels"),
-    "data.tokenizers": ("create_tokenizer",),
-    "distributed.accelerator": ("create_accelerator",),
-    "errors": ("CheckpointError", "ConfigError", "FundamentaLLMError", "RunInProgressError", "TrainingError"),
-    "inference.generation": ("generate",),
-    "inference.loading": ("load_model",),
-    "models.transformer": ("Transformer",),
-    "training.callbacks": (
-        "Callback", "CallbackList", "LoggingCallback", "ProgressCallback", "SaveBestCallback", "VisualizationCallback",
-    ),
-    "training.callbacks.profiler": ("ProfilerCallback",),
-    "training.callbacks.samples": ("SampleCallback",),
-    "training.early_stopping": ("EarlyStopping",),
-    "training.loss": ("create_loss",),
-    "training.metrics": ("MetricTracker",),
-    "training.optimizers": ("create_optimizer",),
-    "training.schedulers": ("create_scheduler",),
-    "training.trainer": ("Trainer",),
-}  # fmt: skip
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
+# These imports are for type checkers. At run time they are the table of the lazy imports.
+_IMPORTS = re.findall(r"^    from (\S+) import (\w+) as", inspect.getsource(sys.modules[__name__]), re.MULTILINE)
+_HOME = {name: module for module, name in _IMPORTS}
 __all__ = sorted(_HOME)
 
 
@@ -77,7 +58,7 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for: the command line need not wait for torch."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -84,8 +84,6 @@ def _prompts(options: argparse.Namespace) -> list[str]:
             reason = f"which cannot be read: {error}"
             raise ConfigError(Problem("--prompts", str(options.prompts), reason=reason)) from error
         prompts += [line for line in lines if line]
-        if not prompts:
-            raise ConfigError(Problem("--prompts", str(options.prompts), "a prompt in each line"))
     return prompts or ["\n"]
 
 
