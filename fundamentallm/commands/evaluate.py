@@ -6,10 +6,10 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,13 +41,8 @@ from fundamentallm.run.step_samples import corpus_of_run
 OTHER_TEXT = "Give a text with --source."
 
 
-class Text(NamedTuple):
-    """A text to evaluate."""
-
-    name: str
-    batches: Iterable[tuple[Tensor, Tensor]]  # inputs and targets (B, T); IGNORE_INDEX: targets that do not count
-    num_windows: int
-    num_bytes: int | None  # UTF-8 bytes of all targets; None: unknown
+Text = tuple[str, DataLoader[Any], int | None]
+"""A text's name, its inputs and targets (B, T), and the UTF-8 bytes of all targets (None: unknown)."""
 
 
 def main(arguments: Sequence[str], program: str) -> int:
@@ -68,32 +63,30 @@ def main(arguments: Sequence[str], program: str) -> int:
         raise ConfigError(problems)
     loaded = load_model(options.checkpoint, options.base)
     with explained(loaded.folder):
-        text = _text_of_files(loaded, options) if options.source else _text_of_run(loaded, options)
-        total, count = _score(loaded.model, text)
+        name, loader, size = (_text_of_files if options.source else _text_of_run)(loaded, options)
+        total, count = _score(loaded.model, loader)
     if count == 0:
-        raise ConfigError(Problem("--source", text.name, "at least two tokens", reason="which has no target"))
-    loss = total / count
-    result = {"checkpoint": str(loaded.folder), "text": text.name, "targets": count, "bytes": text.num_bytes}
-    result |= {"windows": text.num_windows, "loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
-    if text.num_bytes:
-        result["bits_per_byte"] = total / math.log(2) / text.num_bytes
+        raise ConfigError(Problem("--source", name, "at least two tokens", reason="which has no target"))
+    loss, num_windows = total / count, len(loader.dataset)  # type: ignore[arg-type]
+    result = {"checkpoint": str(loaded.folder), "text": name, "targets": count, "bytes": size, "windows": num_windows}
+    result |= {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+    if size:
+        result["bits_per_byte"] = total / math.log(2) / size
     if options.json:
         print(json.dumps(result))
         return 0
-    say(f"{loaded.folder} on {text.name}: {count:,} tokens in {text.num_windows:,} windows")
+    say(f"{loaded.folder} on {name}: {count:,} tokens in {num_windows:,} windows")
     units = {"loss": "nats per token", "perplexity": "", "bits_per_byte": ""}
     say_table([(name.replace("_", " "), f"{result[name]:.4f}", units[name]) for name in units if name in result], "<><")
     return 0
 
 
-def _score(model: nn.Module, text: Text) -> tuple[float, int]:
+def _score(model: nn.Module, loader: DataLoader[Any]) -> tuple[float, int]:
     """Returns the sum of the losses of all targets, and their number."""
     device, total, count = next(model.parameters()).device, 0.0, 0
-    with tqdm(total=text.num_windows, unit="window", disable=not sys.stderr.isatty()) as bar:
-        for inputs, targets in text.batches:
-            total += float(score(model, inputs.to(device), targets.to(device)).sum(dtype=torch.float64))
-            count += int((targets != IGNORE_INDEX).sum())
-            bar.update(len(inputs))
+    for inputs, targets in tqdm(loader, unit="batch", disable=not sys.stderr.isatty()):
+        total += float(score(model, inputs.to(device), targets.to(device)).sum(dtype=torch.float64))
+        count += int((targets != IGNORE_INDEX).sum())
     return total, count
 
 
@@ -123,8 +116,7 @@ def _text_of_run(loaded: LoadedModel, options: argparse.Namespace) -> Text:
         return _windowed(loaded, options, name, [dataset.tokens], dataset.num_bytes, data.sequence_length)
     if options.context or options.stride:
         raise ConfigError("Omit --context and --stride: validation samples of pairs or several sources have one size.")
-    batches = DataLoader(dataset, batch_size=options.batch_size, collate_fn=collate)
-    return Text(name, batches, len(dataset), dataset.num_bytes)
+    return name, DataLoader(dataset, options.batch_size, collate_fn=collate), dataset.num_bytes
 
 
 def _text_of_files(loaded: LoadedModel, options: argparse.Namespace) -> Text:
@@ -172,8 +164,8 @@ def _windowed(
         problems.append(Problem("--stride", stride, f"at most the context, {context}, so that no token is skipped"))
     if problems:
         raise ConfigError(problems)
-    found = [(ids, window) for ids in texts for window in windows(len(ids), context, stride)]
-    return Text(name, DataLoader(found, options.batch_size, collate_fn=_padded), len(found), num_bytes)  # type: ignore
+    found: Any = [(ids, window) for ids in texts for window in windows(len(ids), context, stride)]
+    return name, DataLoader(found, options.batch_size, collate_fn=_padded), num_bytes
 
 
 def _padded(found: Sequence[tuple[NDArray[np.integer], Window]]) -> tuple[Tensor, Tensor]:

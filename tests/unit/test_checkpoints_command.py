@@ -358,63 +358,22 @@ def test_verbs_wrong_path_is_an_error_with_the_path(tmp_path: Path, command: Com
         assert problem in err
 
 
-def set_stretch(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
-    return lambda state: state["progress_state_dict"]["stretches"][0].update({name: value})
-
-
-def set_part(part: str, value: Any) -> Callable[[dict[str, Any]], None]:
-    return lambda state: state.update({part: value})
-
-
 ESCAPE = "\x1b[2J\ud800\nstep_99999999  ok"
-HOSTILE: dict[str, Callable[[dict[str, Any]], None]] = {
-    **{f"stretch {name} {value!r}": set_stretch(name, value) for name, value in [
-        ("num_samples", 2**70), ("batch_size", None), ("seed", ESCAPE), ("content", ESCAPE),
-        ("start", [0, 0, 10**9, 0]), ("start", {"__tensor__": "no"}),
-    ]},
-    "vast": lambda state: state["progress_state_dict"]["stretches"][0].update(num_samples=2**40, batch_size=2**40),
-    **{f"{part} {str(value)[:20]!r}": set_part(part, value) for part in (
-        "progress_state_dict", "metrics_state_dict", "config", "versions",
-    ) for value in (ESCAPE, {"x": {"__float__": ESCAPE}})},
-    "data": lambda state: state["config"].update(data={ESCAPE: ESCAPE, "source": 7}),
-    "source": lambda state: state["config"]["data"].update(source=ESCAPE),
-    "epochs": lambda state: state["config"]["training"].update(max_steps=None, max_epochs=2**60),
-    "training": lambda state: state["config"].update(training=ESCAPE),
-    "steps": lambda state: state["progress_state_dict"].update(step=[ESCAPE]),
-    "losses": lambda state: state["metrics_state_dict"].update(latest={"val_step": 18, "val_loss": ESCAPE}),
-    "deep": lambda state: state["config"].update(deep=nested(400)),
-}  # fmt: skip
 
 
-def nested(depth: int) -> Any:
-    return {"x": nested(depth - 1)} if depth else 0
-
-
-@pytest.mark.parametrize("case", HOSTILE)
-def test_verbs_hostile_state_prints_no_control_characters(copy: Path, command: Command, case: str) -> None:
-    path, folder = newest(copy), copy / "checkpoints"
-    for other in folder.iterdir():
-        if other != path and other.is_dir():
-            shutil.rmtree(other)
+@pytest.mark.parametrize("part", ["config", "data", "versions", "progress_state_dict", "metrics_state_dict"])
+def test_verbs_hostile_state_prints_no_control_characters(copy: Path, command: Command, part: str) -> None:
+    path = newest(copy)
     saved = json.loads((path / "state.json").read_text())
-    HOSTILE[case](saved["state"])
+    if part == "data":
+        saved["state"]["config"]["data"] |= {ESCAPE: ESCAPE, "source": ESCAPE}
+    else:
+        saved["state"][part] = {ESCAPE: ESCAPE}
     (path / "state.json").write_text(json.dumps(saved))
     (path / MANIFEST).unlink()
-    write_manifest(path, describe(path, os.listdir(path)), sequence=1, is_best=True, is_finite=True, step=18)
+    write_manifest(path, describe(path, os.listdir(path)), sequence=99, is_best=True, is_finite=True, step=18)
     for verb in VERBS:
         code, out, err = command(verb[0], copy, *verb[1:])
         assert code in (0, 1, 2)
         assert (code == 0) == (err == "")
         assert all(character.isprintable() or character == "\n" for character in out + err)
-    if case.startswith("stretch") and not case.startswith("stretch content '"):
-        assert (code, out) == (1, "")
-
-
-def test_verbs_do_not_open_pipes(copy: Path, command: Command) -> None:
-    for file in ("model.safetensors", "state.json"):
-        (newest(copy) / file).unlink()
-        os.mkfifo(newest(copy) / file)
-    for verb in VERBS:
-        code, out, err = command(verb[0], copy, *verb[1:])
-        assert "is missing" in out + err
-        assert code == (0 if verb == ["list"] else 1)
