@@ -45,9 +45,6 @@ if TYPE_CHECKING:
     from fundamentallm.training.callbacks.base import Callback
     from fundamentallm.training.trainer import Trainer
 
-FEW_STEPS = 100
-"""Optimizer steps below which a run whose length follows from the data warns: a default length rarely means so few."""
-
 
 def main(arguments: Sequence[str] | None = None, program: str = "python -m fundamentallm.train") -> int:
     """Runs the command line and returns the exit code."""
@@ -145,24 +142,12 @@ def make_trainer(config: Config) -> Trainer:
     trainer.say("\n".join(lines))
     if config.data.streaming and is_main:
         data.say = trainer.say
-    _warn(trainer)
+    for loader in [train_loader] if val_loader is None else [train_loader, val_loader]:
+        if cut := getattr(loader.dataset, "num_cut", 0):
+            trainer.say(f"{cut:,} samples are longer than data.sequence_length and were cut")
+        if lost := getattr(loader.dataset, "num_lost", 0):
+            trainer.say(f"{lost:,} samples were dropped: their prompts fill data.sequence_length")
     return trainer
-
-
-def _warn(trainer: Trainer) -> None:
-    """Says if the run has few steps, and how many samples were cut or dropped."""
-    training, data = trainer.config.training, trainer.config.data
-    if training.max_steps is None and trainer.total_steps < FEW_STEPS:
-        few = f"warning: {trainer.total_steps} optimizer steps are few, with {training.warmup_steps} of warm-up"
-        trainer.say(f"{few}; more come from more training.max_epochs, or a smaller training.batch_size")
-    kind = "pairs" if data.messages_field is None else "chats"
-    for name, text in {
-        "num_cut": "are longer than data.sequence_length and were cut",
-        "num_lost": "were dropped: their prompts fill data.sequence_length",
-    }.items():
-        loaders = [loader for loader in (trainer.train_loader, trainer.val_loader) if loader is not None]
-        if count := sum(getattr(loader.dataset, name, 0) for loader in loaders):
-            trainer.say(f"{count:,} {kind} {text}")
 
 
 def _load_initial_weights(trainer: Trainer, pretrained: Pretrained | None, tokenizer: Tokenizer) -> None:

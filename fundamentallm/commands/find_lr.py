@@ -71,12 +71,6 @@ def smooth(losses: Sequence[float]) -> list[float]:
     return smoothed
 
 
-def has_diverged(losses: Sequence[float]) -> bool:
-    """Returns True if the last loss is not finite, or the smoothed loss is far above its minimum."""
-    smoothed = smooth(losses)
-    return not math.isfinite(losses[-1]) or smoothed[-1] > DIVERGED * min(smoothed)
-
-
 def suggestion(rates: Sequence[float], losses: Sequence[float]) -> float | None:
     """Returns the learning rate where the smoothed loss falls fastest per decade, or None if it does not fall.
 
@@ -94,7 +88,11 @@ def suggestion(rates: Sequence[float], losses: Sequence[float]) -> float | None:
 
 def range_test(config: Config, options: argparse.Namespace, folder: Path) -> tuple[list[float], list[float], bool]:
     """Returns the learning rate and the loss of each step, and whether this is the main process."""
-    from fundamentallm.commands.trial import make_trial, run_until  # imports torch, which --help need not wait for
+    from fundamentallm.commands.trial import (
+        Record,
+        make_trial,
+        run_until,
+    )  # imports torch, which --help need not wait for
 
     trainer = make_trial(
         options.trainer, config, folder, max_steps=options.steps, max_epochs=None, learning_rate=options.highest,
@@ -103,7 +101,12 @@ def range_test(config: Config, options: argparse.Namespace, folder: Path) -> tup
         skip_spikes_above=None, max_bad_steps=options.steps,  # divergence is part of the test
     )  # fmt: skip
     trainer.val_loader = trainer.saver.manager = None  # neither validates nor saves
-    lines = run_until(trainer, lambda run: has_diverged(run.losses)).lines
+
+    def has_diverged(run: Record) -> bool:
+        smoothed = smooth(run.losses)
+        return not math.isfinite(run.losses[-1]) or smoothed[-1] > DIVERGED * min(smoothed)
+
+    lines = run_until(trainer, has_diverged).lines
     trainer.leave_group()
     return [line["learning_rate"] for line in lines], [line["train_loss"] for line in lines], trainer.is_main_process
 
