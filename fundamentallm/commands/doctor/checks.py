@@ -78,7 +78,7 @@ def check_data(case: Case) -> str:
         set_seed(2)
         for index in reversed(indices):
             again = tensors(_read(loader, [index]))
-            if not all(map(torch.equal, first[index], again)):
+            if not all(torch.equal(one, other) for one, other in zip(first[index], again, strict=True)):
                 raise Failed(f"{name} sample {index} changes when it is read again")
     return f"{num_read} samples read twice, in two orders: the same each time"
 
@@ -264,8 +264,9 @@ def _limit_validation(trainer: Trainer, batch_size: int | None = None) -> None:
 def _disable_dropout(model: nn.Module) -> None:
     """Set the probability of dropout modules, and every float attribute with dropout in its name, to 0."""
     for module in model.modules():
+        is_dropout = "Dropout" in type(module).__name__
         for name, value in list(vars(module).items()):
-            if isinstance(value, float) and (name == "p" or "dropout" in name):
+            if isinstance(value, float) and ("dropout" in name or (is_dropout and name == "p")):
                 setattr(module, name, 0.0)
 
 
