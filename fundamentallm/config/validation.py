@@ -24,10 +24,10 @@ class Interval(NamedTuple):
     open_high: bool = False
 
     def __contains__(self, value: object) -> bool:
-        is_open = (self.open_low and value == self.low) or (self.open_high and value == self.high)
-        return (
-            isinstance(value, (int, float)) and math.isfinite(value) and self.low <= value <= self.high and not is_open
-        )
+        if not isinstance(value, (int, float)) or not -math.inf < value < math.inf:  # isfinite fails for 10**400
+            return False
+        is_bound = (self.open_low and value == self.low) or (self.open_high and value == self.high)
+        return self.low <= value <= self.high and not is_bound
 
     def __str__(self) -> str:
         low = f"{'greater than' if self.open_low else 'at least'} {self.low:g}" if self.low > -math.inf else ""

@@ -135,14 +135,6 @@ def test_samples_of_step_0_is_refused(made: Run, command: Command) -> None:
     assert "step is 0; allowed: at least 1" in err
 
 
-def test_samples_text_is_one_line_unless_full(made: Run, command: Command) -> None:
-    _, out, _ = command("samples", made.folder, "--step", 1)
-    rows = out.splitlines()[3:]
-    assert len(rows) == 32
-    assert max(map(len, out.splitlines()[1:])) <= 100
-    assert any("\\n" in row for row in rows)
-
-
 def test_samples_changed_text_is_refused(made: Run, copy: Path, command: Command, tmp_path: Path) -> None:
     other = tmp_path / "other.txt"
     other.write_text(made.text.read_text()[:50] + "#" + made.text.read_text()[51:])

@@ -190,11 +190,6 @@ def test_parse_config_of_an_empty_file_is_the_default(write: Write, content: str
     assert parse_config(["--config", write(content)]) == Config().resolved()
 
 
-def test_parse_config_refuses_a_section_that_is_not_a_mapping(write: Write) -> None:
-    found = problems("--config", write("model: []"), "--model.d_model", "512")
-    assert [one.setting for one in found] == ["model"]
-
-
 TEXTS = [
     *("no", "7", "null", "~", "a: b", "# a", " a ", "größe✓", "a\nb", "a\n\n b\n", 'it\'s "so"', "1e-4", "2024-01-01"),
     *("\t", "", "- a", "{a}", "[a", "*a", "&a", "!a", "%a", "@a", "a\\nb", "\u2028", "\x07", "word " * 60, "010", "<<"),

@@ -144,11 +144,6 @@ def test_estimate_names_its_assumptions(estimate: Command) -> None:
     assert all(f"\n{name} " in out for name in ("micro-batches", "batches", "optimizer"))
 
 
-def test_estimate_devices_chooses_the_rows(estimate: Command) -> None:
-    _, out, _ = estimate("--model.vocab_size", "9", "--devices", "48")
-    assert rows_of(out) == [("48", "ddp"), ("48", "fsdp2")]
-
-
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe:300", "tokenizer.json"])
 def test_vocabulary_size_equals_the_tokenizer(
     tokenizer: str, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
