@@ -47,10 +47,9 @@ def replacing(path: Path) -> Iterator[Path]:
         sync(new)
         os.replace(new, path)
         sync_later(path.parent)
-    except BaseException:
+    finally:
         with contextlib.suppress(OSError):
             new.unlink(missing_ok=True)
-        raise
 
 
 def write_text(path: Path, text: str) -> None:

@@ -26,7 +26,7 @@ from fundamentallm.config.yaml_format import to_yaml
 from fundamentallm.errors import CheckpointError, CheckpointNotFoundError, ConfigError, Problem, printable
 from fundamentallm.inference.loading import load_model
 from fundamentallm.models.transformers_format import ADAPTER_CONFIG, KEPT
-from fundamentallm.run.step_samples import samples_of_step, text_of_step, why_no_text
+from fundamentallm.run.step_samples import samples_of_step, text_of_step
 
 T = TypeVar("T")
 
@@ -99,14 +99,14 @@ def samples_command(options: argparse.Namespace) -> int:
     """`checkpoints samples`: print indices, and the text if it is available."""
     path = _checkpoint(options.checkpoint)
     found = samples_of_step(path, options.step)
-    no_text = "--indices_only" if options.indices_only else why_no_text(path, found)
-    dataset = None if no_text else text_of_step(path, found, options.source)
+    dataset = None if options.indices_only else text_of_step(path, found, options.source)
     count = f"{len(found.indices):,}"
     say(f"{path}: step {options.step:,} is in epoch {found.epoch:,} (from 0), after {found.samples_before:,} samples")
     if options.step > found.steps_done:
         say(f"not trained yet: the checkpoint has {found.steps_done:,} steps; these samples come if the run resumes")
     if dataset is None:
-        say(f"no text: {no_text}\n\n{count} samples, by their index in the dataset:")
+        reason = "--indices_only" if options.indices_only else "the run has no text of its own, or no tokenizer"
+        say(f"no text: {reason}\n\n{count} samples, by their index in the dataset:")
         say(", ".join(map(str, found.indices)))
         return 0
     say(f"{count} samples, by their index and their first and last token in the training text:\n")

@@ -19,9 +19,9 @@ def main(arguments: Sequence[str], program: str) -> int:
     _, rest = settings_parser(program, "", str(__doc__).strip()).parse_known_args(arguments)
     config = parse_config(rest, program)
     if config.model.pretrained is not None:  # a run would use its tokenizer
-        from fundamentallm.run.initial_weights import find_completed
+        from fundamentallm.run.initial_weights import completed
 
-        config, _ = find_completed(config, config.model.pretrained)
+        config, _ = completed(config)
     from fundamentallm.data.corpus import describe, load_corpus  # the imports take half a second
     from fundamentallm.run.resume import learned_tokenizer
 

@@ -15,8 +15,6 @@ from fundamentallm.config.validation import expand_user
 from fundamentallm.errors import ConfigError, Problem
 
 TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
-TEMPLATE_FILES = (TEMPLATE, TOKENIZER_CONFIG, "special_tokens_map.json")
-"""Files beside a tokenizer.json with its chat template, and with the special tokens that a template names."""
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """Marks an assistant turn in a template, as transformers reads it."""
 ROLES = ("user", "assistant")
@@ -29,27 +27,28 @@ class BadChat(Exception):
 
 
 def applied_template(config: DataConfig) -> dict[str, str]:
-    """Returns the `TEMPLATE_FILES` whose template renders the rows of `config`; empty if none is applied to them.
+    """Returns the files, by name, whose chat template renders the rows of `config`; empty if none is applied to them.
 
-    Raises:
-        ConfigError: if there is no template, or it does not fit the other settings.
+    Besides the template, they hold the special tokens that it names. Raises ConfigError if there is none, or it does
+    not fit the other settings.
     """
     is_needed = config.messages_field is not None or config.chat_template is True
     if not is_needed and (config.prompt_field is None or config.chat_template is False):
         return {}
     path = Path(expand_user(config.tokenizer))
-    paths = [path.with_name(name) for name in TEMPLATE_FILES if path.name == "tokenizer.json"]
+    names = (TEMPLATE, TOKENIZER_CONFIG, "special_tokens_map.json") if path.name == "tokenizer.json" else ()
+    paths = [path.with_name(name) for name in names]
     files = {path.name: path.read_text("utf-8", "replace") for path in paths if path.is_file()}
     if TEMPLATE not in files and '"chat_template"' not in files.get(TOKENIZER_CONFIG, ""):
         if is_needed:
             allowed = f"the tokenizer.json of a chat model, beside its {TEMPLATE} or {TOKENIZER_CONFIG}"
             raise ConfigError(Problem("data.tokenizer", config.tokenizer, allowed, reason="which has no chat template"))
         return {}
-    unfit = {"special_tokens": "text", "mask_documents": True}
-    given = {name: value for name, value in unfit.items() if getattr(config, name) == value}
+    unfit = [("special_tokens", "text"), ("mask_documents", True)]
+    reason = "and the chat template of data.tokenizer renders each row as a sample"
+    given = [Problem(f"data.{name}", value, "", "", reason) for name, value in unfit if getattr(config, name) == value]
     if given:
-        reason = "and the chat template of data.tokenizer renders each row as a sample"
-        raise ConfigError([Problem(f"data.{name}", value, reason=reason) for name, value in given.items()])
+        raise ConfigError(given)
     return files
 
 
@@ -86,22 +85,27 @@ class ChatTemplate:
             BadChat: if it is not a chat, or the template cannot render it.
             ConfigError: if its turns cannot be found in the text.
         """
-        _check(messages)
-        # Tables have a null for each field that a message lacks. Templates expect it to be absent.
-        messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
         try:
+            # Tables have a null for each field that a message lacks. Templates expect it to be absent.
+            messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+            answers = [index for index, message in enumerate(messages) if message["role"] == ROLES[1]]
+            for index, message in enumerate(messages):
+                content, calls = message.get("content"), message.get("tool_calls")
+                is_text = isinstance(content, str) and (content or index not in answers)
+                if not (is_text or (calls and not content)):
+                    raise BadChat(f"has {str(message)[:60]!r} as message {index + 1}, without a text as content")
             if MARKED.search(self.template):
                 (text,), (turns,) = self._render([messages], return_assistant_tokens_mask=True)
             else:
                 text = self.text(messages)
-                turns = [self._turn(messages, i, text) for i, entry in enumerate(messages) if entry["role"] == ROLES[1]]
+                turns = [self._turn(messages, index, text) for index in answers]
             text.encode()
-        except ConfigError:
+        except (BadChat, ConfigError):
             raise
         except Exception as error:  # whatever a template raises; UnicodeError for half a character
-            raise BadChat(f"cannot be rendered by its chat template: {error}") from error
+            raise BadChat(f"is not a list of messages that the chat template can render: {error!r}") from error
         if not any(start < stop for start, stop in turns):
-            raise BadChat("has no answer left in the text of its chat template")
+            raise BadChat(f"has no answer of the role {ROLES[1]!r} in the text of its chat template")
         return text, tuple(turns)
 
     def _turn(self, messages: list[dict[str, Any]], index: int, text: str) -> tuple[int, int]:
@@ -116,20 +120,6 @@ class ChatTemplate:
             advice = "Give one row for each answer, or mark turns by {% generation %} and {% endgeneration %}."
             raise ConfigError(Problem("data.tokenizer", self.folder, "", advice, reason))
         return len(prompt), len(until)
-
-
-def _check(messages: Any) -> None:
-    """Raise BadChat for a value that is not a chat."""
-    if not isinstance(messages, list) or not messages:
-        raise BadChat(f"has {str(messages)[:40]!r}, which is not a list of messages")
-    for number, message in enumerate(messages, start=1):
-        about = message if isinstance(message, dict) else {}
-        role, content, calls = about.get("role"), about.get("content"), about.get("tool_calls")
-        is_text = isinstance(content, str) and (content or role != ROLES[1])
-        if not isinstance(role, str) or not (is_text or (calls and not content)):
-            raise BadChat(f"has {str(message)[:60]!r} as message {number}, without a role or a text as content")
-    if all(message["role"] != ROLES[1] for message in messages):
-        raise BadChat(f"has no message of the role {ROLES[1]!r}")
 
 
 def token_turns(offsets: Any, turns: Turns) -> NDArray[np.int64]:

@@ -22,7 +22,7 @@ Batch = tuple[Tensor, Tensor]
 Indices = NDArray[np.int64]
 
 FINGERPRINT_BLOCK, FINGERPRINT_BLOCKS = 2**16, 2**8
-"""Tokens in a block, and maximum number of blocks, that a fingerprint covers."""
+"""Tokens in a block, and maximum number of blocks, that a fingerprint covers: 16.7 million tokens."""
 WIDTHS = 64
 """Pairs are padded to a multiple of this many inputs, so that few shapes are compiled and cached."""
 
@@ -39,10 +39,6 @@ class Tokenized:
     sequence_length: int
     tokenizer: Tokenizer | None
     end_of_text: int | None
-
-    def opening(self) -> NDArray[np.integer]:
-        """Returns a few tokens that a model can continue: the first ones."""
-        raise NotImplementedError
 
 
 class TokenSamples(Tokenized, Dataset[Batch]):
@@ -68,10 +64,6 @@ class TokenSamples(Tokenized, Dataset[Batch]):
         """Returns each sample's first token, its first target, and the token after its last target."""
         raise NotImplementedError
 
-    def _width(self, longest: int) -> int:
-        """Returns the number of inputs of a batch whose longest sample has `longest` of them."""
-        return self.sequence_length
-
     def __getitem__(self, index: int) -> Batch:
         if not -len(self) <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
@@ -81,7 +73,8 @@ class TokenSamples(Tokenized, Dataset[Batch]):
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """Returns a whole batch by one gather; torch's loader calls this. Shorter samples are padded on the right."""
         starts, firsts, stops = self._segments(np.asarray(indices, dtype=np.int64))
-        width = self._width(int((stops - starts).max()) - 1)
+        longest = max(int((stops - starts).max()) - 1, 1)
+        width = min(-(-longest // WIDTHS) * WIDTHS, self.sequence_length)
         positions = starts[:, None] + np.arange(width + 1)
         # Attention is causal, so any token will do as padding.
         windows = self.tokens[np.minimum(positions, len(self.tokens) - 1)]
@@ -95,21 +88,14 @@ class TokenSamples(Tokenized, Dataset[Batch]):
         return inputs, targets
 
     def locate(self, index: int) -> tuple[str, NDArray[np.integer]]:
-        """Returns the indices of the first and last token of a sample's inputs, for people to read, and the tokens."""
+        """Returns the first and last position of a sample's inputs, for people to read, and their tokens."""
         starts, _, stops = self._segments(np.array([index]))
         start, stop = int(starts[0]), int(min(stops[0], starts[0] + self.sequence_length))
         return f"{start:,}-{stop - 1:,}", self.tokens[start:stop]
 
     def fingerprint(self) -> str:
-        """Returns 32 hexadecimal digits that are equal for equal samples.
-
-        Up to 16.7 million tokens, it covers all of them; otherwise as many in blocks spread evenly, and their number.
-        """
+        """Returns 32 hexadecimal digits that are equal for equal samples."""
         raise NotImplementedError
-
-    def opening(self) -> NDArray[np.integer]:
-        """Returns a few tokens that a model can continue: the first ones."""
-        return self.tokens[: min(32, self.sequence_length)]
 
 
 class TokenDataset(TokenSamples):
@@ -148,13 +134,10 @@ class TokenDataset(TokenSamples):
         num_bytes: int | None = None,
         end_of_text: int | None = None,
     ) -> None:
-        if sequence_length < 1:
-            raise ConfigError(Problem("data.sequence_length", sequence_length, "at least 1"))
-        if len(tokens) < sequence_length + 1:
+        if not 1 <= sequence_length < len(tokens):
             reason = f"and a part of the text has {len(tokens)} tokens"
-            allowed = f"less than the tokens of each part, so at least {sequence_length + 1} tokens"
-            advice = "Give more text, a smaller data.sequence_length, or another data.train_split."
-            raise ConfigError(Problem("data.sequence_length", sequence_length, allowed, advice, reason))
+            advice = "Give more text, or another data.train_split."
+            raise ConfigError(Problem("data.sequence_length", sequence_length, "1 or more, but less", advice, reason))
         self.tokens, self.sequence_length = tokens, sequence_length
         self.tokenizer, self.num_bytes, self.end_of_text = tokenizer, num_bytes, end_of_text
 
@@ -183,12 +166,8 @@ class PairDataset(TokenSamples):
     Args:
         tokens: the tokens of all pairs, one after the other.
         rows: (pairs, 2): the index of each answer's first token, and of the one after its end.
-        turns: of chats, the targets from each answer's first token on (see `TokenSamples`).
 
-    The other arguments are the attributes of `TokenSamples`.
-
-    Raises:
-        ConfigError: if there are no pairs, or none has a target left.
+    The other arguments are the attributes of `TokenSamples`. Raises ConfigError if no pair has a target left.
     """
 
     def __init__(
@@ -201,19 +180,16 @@ class PairDataset(TokenSamples):
         end_of_text: int | None = None,
         turns: NDArray[np.int64] | None = None,
     ) -> None:
-        if len(rows) == 0:
-            advice = "Give more pairs, or another data.train_split."
-            raise ConfigError(Problem("the number of pairs in a part", 0, "at least 1", advice))
-        self.tokens, self.rows, self.sequence_length = tokens, rows, sequence_length
-        self.tokenizer, self.end_of_text, self.turns = tokenizer, end_of_text, turns
+        self.tokens, self.rows, self.sequence_length, self.turns = tokens, rows, sequence_length, turns
+        self.tokenizer, self.num_bytes, self.end_of_text = tokenizer, num_bytes, end_of_text
         _, answers, stops = self._segments(np.arange(len(rows)))
         ends = rows[:, 1]
         cut = np.flatnonzero(stops < ends)
         self.num_cut, self.num_lost = len(cut), int((stops <= answers).sum())
         if self.num_lost == len(rows):
-            reason = "in which no prompt leaves room for an answer"
-            raise ConfigError(Problem("data.sequence_length", sequence_length, "more than the prompts", "", reason))
-        self.num_bytes = num_bytes
+            reason = f"and no answer is left in a part of {len(rows)} pairs"
+            advice = "Give more pairs, or another data.train_split."
+            raise ConfigError(Problem("data.sequence_length", sequence_length, "more than the prompts", advice, reason))
         if num_bytes is not None and tokenizer is not None and len(cut):
             positions = np.concatenate([np.arange(max(stops[i], answers[i]), ends[i]) for i in cut])
             lost = tokens[positions if turns is None else positions[_within(turns, positions)]]
@@ -228,29 +204,18 @@ class PairDataset(TokenSamples):
         answers, ends = self.rows[indices, 0], self.rows[indices, 1]
         return starts, answers, np.minimum(ends, starts + self.sequence_length + 1)
 
-    def _width(self, longest: int) -> int:
-        return min(-(-max(longest, 1) // WIDTHS) * WIDTHS, self.sequence_length)
-
     def fingerprint(self) -> str:
         """Returns the fingerprint of the tokens, the pairs' positions and the sequence length."""
         turns = () if self.turns is None else (self.turns,)
         return _digest(f"pairs {len(self.rows)} {self.sequence_length} ", self.rows.reshape(-1), self.tokens, *turns)
 
-    def opening(self) -> NDArray[np.integer]:
-        """Returns the first prompt."""
-        return self.tokens[: self.rows[0, 0]][-self.sequence_length :]
-
 
 class MixedDataset(TokenSamples):
-    """Several datasets as one, mixed by weight.
+    """Several datasets of one tokenizer as one, mixed by weight; without `weights`, each sample occurs once.
 
     An epoch is the shortest in which each sample of each dataset occurs at least once. Samples of an over-weighted
     dataset are repeated, some once more than others. The sample behind an index is fixed, so shuffling and resuming
     are the sampler's task alone.
-
-    Args:
-        datasets: the datasets by name, all with the same sequence length and tokenizer.
-        weights: relative number of samples from each; None: each sample once.
     """
 
     def __init__(self, datasets: Mapping[str, TokenSamples], weights: Sequence[float] | None = None) -> None:
@@ -288,10 +253,6 @@ class MixedDataset(TokenSamples):
         where, ids = self.datasets[number].locate(sample)
         return f"{self.names[number]} {where}", ids
 
-    def opening(self) -> NDArray[np.integer]:
-        """Returns the opening of the first dataset."""
-        return self.datasets[0].opening()
-
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """Returns a whole batch, by one gather from each dataset, padded to the widest."""
         numbers, samples = self._find(np.asarray(indices, dtype=np.int64))
@@ -305,13 +266,20 @@ class MixedDataset(TokenSamples):
         return inputs, targets
 
 
+def opening(sample: Batch) -> list[int]:
+    """Returns the prompt of a sample; if it has none, its first tokens."""
+    inputs, targets = sample
+    first = int((targets != IGNORE_INDEX).int().argmax())
+    return inputs[: first + 1 if first else 32].tolist()
+
+
 def _within(turns: NDArray[np.int64], positions: Indices) -> NDArray[np.bool_]:
     """Returns whether each position is in one of the turns."""
     return np.asarray(np.searchsorted(turns, positions, side="right") % 2, bool)
 
 
 def _digest(header: str, *arrays: NDArray[np.integer]) -> str:
-    """Returns the digest of a header and of arrays, or of blocks of them (see `TokenSamples.fingerprint`)."""
+    """Returns the digest of a header and of arrays; if they are long, of blocks that are spread evenly."""
     digest: Any = hashlib.blake2b(header.encode(), digest_size=16)
     for array in arrays:
         starts = range(0, len(array), FINGERPRINT_BLOCK)

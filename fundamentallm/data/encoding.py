@@ -32,7 +32,7 @@ from fundamentallm.data.sources import (
     source_error,
     token_blocks,
 )
-from fundamentallm.data.tokenizers import find_unknown, num_bytes, num_ids, plain_copy, with_unknown
+from fundamentallm.data.tokenizers import find_unknown, num_bytes, num_ids, with_unknown
 from fundamentallm.errors import ConfigError, printable
 
 PIECES_AT_ONCE = max(16, 2 * (os.cpu_count() or 1))
@@ -228,7 +228,7 @@ def encode_rows(
     Raises:
         ConfigError: if a text has something that the vocabulary lacks, or too many rows are bad.
     """
-    copied = copied or with_unknown(plain_copy(tokenizer))
+    copied = copied or with_unknown(tokenizer)
     has_unknown = copied[1] is not None and copied[1] < num_ids(tokenizer)
     has_rows = source.kind in ("rows", "dataset")
     pieces, ahead = itertools.tee(pieces)
@@ -311,7 +311,7 @@ def encode_pieces(
     """
     dtype = token_dtype(tokenizer)
     # A caller that encodes again and again gives `copied`: the library keeps some megabytes of each copy that was used.
-    tokenizer, unknown = copied or with_unknown(plain_copy(tokenizer))
+    tokenizer, unknown = copied or with_unknown(tokenizer)
     encode = tokenizer.encode_batch if with_offsets else tokenizer.encode_batch_fast
     for batch in _batches(pieces):
         for piece, encoding in zip(batch, encode(batch, add_special_tokens=False), strict=True):

@@ -16,19 +16,15 @@ import torch
 from fundamentallm.data.sampler import derive_seed, seed_draws
 from fundamentallm.errors import ConfigError, Problem
 
-LISTINGS = 3
-"""Number of times that an epoch is listed, with other global random states, to find out whether it depends on them."""
+LIBRARIES = ("torch", "torchdata", "accelerate")
 
 
 class ListedOrder:
     """Lists what a sampler or batch sampler yields in an epoch, with its generators seeded by (seed, epoch).
 
-    Args:
-        sampler: yields indices, or batches of them.
-        seed: of the run.
-        num_samples: size of the dataset.
-
     Attributes:
+        length: entries of an epoch.
+        is_batched: whether entries are batches of indices.
         description: the class and the digest of the first epoch. Another sampler, or other weights, have another one.
 
     Raises:
@@ -36,17 +32,15 @@ class ListedOrder:
     """
 
     def __init__(self, sampler: Any, seed: int, num_samples: int) -> None:
-        self.sampler, self.seed, self.num_samples = sampler, seed, num_samples
-        self.name = type(sampler).__name__
+        self.sampler, self.seed, self.num_samples, self.length = sampler, seed, num_samples, 0
         self._known = functools.lru_cache(maxsize=2)(self._list)
         first = self(0)
-        for number in range(1, LISTINGS):
-            if self._list(0, global_seed=number) != first:
-                advice = "Have it draw from an attribute `generator`, or from a seed that set_epoch(epoch) sets."
-                raise self._problem("gives another order each time, so that no run can resume", advice)
+        if any(self._list(0, global_seed) != first for global_seed in (1, 2)):
+            advice = "Have it draw from an attribute `generator`, or from a seed that set_epoch(epoch) sets."
+            raise self._problem("gives another order each time, so that no run can resume", advice)
         self.length, self.is_batched = len(first), isinstance(first[0], list)
         digest = hashlib.blake2b(repr(first).encode(), digest_size=8).hexdigest()
-        self.description = f"{self.name} {digest}"
+        self.description = f"{type(sampler).__name__} {digest}"
 
     def __call__(self, epoch: int) -> list[Any]:
         """Returns the indices or batches of an epoch."""
@@ -54,27 +48,25 @@ class ListedOrder:
         return order
 
     def _list(self, epoch: int, global_seed: int = 0) -> list[Any]:
-        too_many = 100 * self.num_samples + 1
+        most = 100 * self.num_samples
         _seed(self.sampler, derive_seed(self.seed, epoch), epoch)
         with global_states(global_seed):
-            order = list(itertools.islice(iter(self.sampler), too_many))
-        if not order or len(order) == too_many:
-            raise self._problem(f"yields {'no end of' if order else 'no'} indices", "Give it an end.")
-        if isinstance(order[0], (list, tuple)):
+            order = list(itertools.islice(iter(self.sampler), most + 1))
+        if order and isinstance(order[0], (list, tuple)):
             order = [[int(index) for index in batch] for batch in order]
             indices = list(itertools.chain.from_iterable(order))
         else:
             order = indices = [int(index) for index in order]
-        if not all(0 <= index < self.num_samples for index in indices):
-            found = f"yields {min(indices)} to {max(indices)}"
-            raise self._problem(found, f"The dataset has {self.num_samples} samples.")
-        if epoch and len(order) != self.length:
-            found = f"yields {len(order)} in epoch {epoch} and {self.length} in epoch 0"
-            raise self._problem(found, "Give it one length.")
+        is_known = all(0 <= index < self.num_samples for index in indices)
+        if not (is_known and 0 < len(order) <= most and len(order) == (self.length or len(order))):
+            about = f"{min(indices, default=None)} to {max(indices, default=None)}"
+            allowed = f"Allowed: indices of the {self.num_samples} samples, an end, and as many in each epoch."
+            raise self._problem(f"yields {len(order)} entries in epoch {epoch}, of {about}", allowed)
         return order
 
     def _problem(self, found: str, advice: str) -> ConfigError:
-        return ConfigError(Problem("sampler", self.sampler, advice=advice, text=f"{self.name} {found}"))
+        text = f"{type(self.sampler).__name__} {found}"
+        return ConfigError(Problem("sampler", self.sampler, advice=advice, text=text))
 
 
 def _seed(sampler: Any, seed: int, epoch: int) -> None:
@@ -113,12 +105,21 @@ def unwrapped(loader: Any) -> tuple[Any, int | None, bool]:
     batch_sampler: Any = getattr(loader, "batch_sampler", None)
     while hasattr(batch_sampler, "batch_sampler") and not getattr(batch_sampler, "skip_batches", 0):
         batch_sampler = batch_sampler.batch_sampler
-    if is_kind(batch_sampler, "BatchSampler"):
+    if _kind(batch_sampler) == "BatchSampler":
         return batch_sampler.sampler, batch_sampler.batch_size, batch_sampler.drop_last
     return batch_sampler, None, False
 
 
-def is_kind(sampler: Any, *names: str) -> bool:
-    """Returns whether a sampler is of one of these classes of torch, torchdata or accelerate, not of a subclass."""
-    package = type(sampler).__module__.partition(".")[0]
-    return type(sampler).__name__ in names and package in ("torch", "torchdata", "accelerate")
+def is_shuffling(sampler: Any, num_samples: int) -> bool | None:
+    """Returns whether a sampler is what shuffle=True makes, or shuffle=False; None if it is another one."""
+    kind = _kind(sampler)
+    if kind in ("DistributedSampler", "StatefulDistributedSampler"):
+        return bool(sampler.shuffle)
+    if kind in ("RandomSampler", "SeedableRandomSampler"):
+        return True if not sampler.replacement and sampler.num_samples == num_samples else None
+    return False if kind == "SequentialSampler" and len(sampler) == num_samples else None
+
+
+def _kind(sampler: Any) -> str:
+    """Returns the name of a sampler's class if it is of a known library, otherwise ""."""
+    return type(sampler).__name__ if type(sampler).__module__.partition(".")[0] in LIBRARIES else ""

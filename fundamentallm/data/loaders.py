@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import itertools
 import signal
@@ -14,13 +13,13 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate, get_worker_info
+from torch.utils.data import DataLoader, default_collate
 
 from fundamentallm.config.schema import Config
 from fundamentallm.data.corpus import Corpus, Source, Tokens
 from fundamentallm.data.datasets import Batch, MixedDataset, PairDataset, TokenDataset, TokenSamples
 from fundamentallm.data.encoding import encode_pieces
-from fundamentallm.data.listed_order import ListedOrder, is_kind, unwrapped
+from fundamentallm.data.listed_order import LIBRARIES, ListedOrder, is_shuffling, unwrapped
 from fundamentallm.data.sampler import StepSampler, seed_draws
 from fundamentallm.data.sources import read_pieces
 from fundamentallm.data.streams import ENDLESS, Stream, is_stream
@@ -52,123 +51,90 @@ def step_sampler(
     Raises:
         ConfigError: if the loader's order cannot be reproduced on resume, or a training batch is larger than the data.
     """
-    if problem := _loader_problem(name, loader):
-        raise ConfigError(Problem("", loader, advice=f"{name} {problem}"))
+    _check_loader(name, loader)
     sampler, batch_size, drop_last = unwrapped(loader)
     layout = process_index, num_processes, micro_batch_size
     if is_stream(loader.dataset):
         stream = Stream(loader.dataset, collate_function(loader), seed, process_index == 0)
         return StepSampler(ENDLESS, batch_size or 1, None, *layout, pad=pad, schedule=schedule, stream=stream)
-    num_samples, order, order_seed = len(loader.dataset), None, None  # type: ignore[arg-type]
-    if _is_shuffled(sampler, num_samples):
-        order_seed = seed
-    elif not _is_in_order(sampler, num_samples):
+    num_samples, order = len(loader.dataset), None  # type: ignore[arg-type]
+    shuffles = is_shuffling(sampler, num_samples)
+    if shuffles is None:
         order = ListedOrder(sampler, seed, num_samples)
         num_samples = order.length
     if batch_size is None:
         if schedule:
             raise ConfigError(Problem("training.batch_size_schedule", schedule, "[], since the batch sampler decides"))
         batch_size = 1  # a batch of the sampler's
+    allowed = f"at most {num_samples}, the samples of the training data"
     sizes = [("training.batch_size", batch_size), *(("training.batch_size_schedule", size) for _, size in schedule)]
-    reason = f"more than the {num_samples} samples of the training data"
-    problems = [
-        Problem(setting, size, f"at most {num_samples}", "Lower it, or give more data.", reason)
-        for setting, size in sizes
-        if name == "train_loader" and size > num_samples
-    ]
-    if problems:
+    problems = [Problem(setting, size, allowed) for setting, size in sizes if size > num_samples]
+    if problems and name == "train_loader":
         raise ConfigError(problems)
     if num_samples < (batch_size if drop_last else 1):
         raise ConfigError(Problem("", loader, advice=f"{name} has {num_samples} samples, too few for one batch."))
+    order_seed = seed if shuffles else None
     result = StepSampler(num_samples, batch_size, order_seed, *layout, drop_last, pad, schedule, order)
-    result.draw_seed = seed
+    result.data, result.draw_seed = loader.dataset, seed
     return result
 
 
-def _loader_problem(name: str, loader: DataLoader[Any]) -> str | None:
-    """Returns why a loader's order cannot be reproduced, or None if it can, as far as its class tells."""
+def _check_loader(name: str, loader: DataLoader[Any]) -> None:
+    """Refuses what would silently be read in another way than its user expects."""
     if not isinstance(loader, DataLoader):  # notebooks are not type-checked
-        return f"is a {type(loader).__name__}; allowed: a torch DataLoader."  # type: ignore[unreachable]
-    library = type(loader).__iter__.__module__.partition(".")[0]
-    if library not in ("torch", "torchdata", "accelerate"):
-        kind = type(loader).__name__
-        return f"is a {kind} with an __iter__ of its own, which a run would not call; do it in collate_fn instead."
-    kind = type(loader.dataset).__name__
-    if not is_stream(loader.dataset):
-        if not hasattr(loader.dataset, "__len__"):
-            return f"has {kind}; allowed: a dataset with __len__ and __getitem__, or one that is iterated."
-    elif name != "train_loader":
-        return f"has {kind}, a stream; allowed: a dataset with a length, such as list(itertools.islice(stream, 500))."
-    elif loader.num_workers:
-        return f"has num_workers={loader.num_workers}; allowed: 0 for a stream, which each worker would repeat."
-    elif library == "accelerate" or type(loader.dataset).__module__.startswith("accelerate."):
-        return "was prepared by accelerate; give the loader as it was before: each process takes its rows by itself."
-    sampler, _, _ = unwrapped(loader)
-    if sampler is None:
-        return "has batch_size=None; allowed: a batch_size, or a batch_sampler."
-    if getattr(sampler, "skip_batches", 0):
-        return "was made by skip_first_batches; give the whole loader, since the run resumes by itself."
-    is_known = is_kind(sampler, "DistributedSampler", "StatefulDistributedSampler")
-    if getattr(sampler, "num_replicas", 1) > 1 and not is_known:
-        return f"has a {type(sampler).__name__}, which gives each process a share; give one that lists the whole order."
-    return None
+        raise ConfigError(Problem("", loader, advice=f"{name} is a {type(loader).__name__}; give a torch DataLoader."))
+    library, sampler = type(loader).__iter__.__module__.partition(".")[0], unwrapped(loader)[0]
+    streams = is_stream(loader.dataset)
+    is_prepared = library == "accelerate" or type(loader.dataset).__module__.startswith("accelerate.")
+    refused = {
+        "has an __iter__ of its own, which a run would not call; do it in collate_fn": library not in LIBRARIES,
+        "has a stream; give a list of it, by itertools.islice(stream, 500)": streams and name == "val_loader",
+        "has num_workers, each of which would repeat the stream; give 0": streams and loader.num_workers,
+        "was prepared by accelerate; give the loader of the stream as it was before": streams and is_prepared,
+        "has batch_size=None; give a batch_size, or a batch_sampler": sampler is None,
+        "was made by skip_first_batches; give the whole loader": getattr(sampler, "skip_batches", 0),
+    }
+    for text, applies in refused.items():
+        if applies:
+            raise ConfigError(Problem("", loader, advice=f"{name}, a {type(loader).__name__}, {text}."))
 
 
-def _is_in_order(sampler: Any, num_samples: int) -> bool:
-    """Returns whether a sampler is what shuffle=False makes."""
-    is_sequential = is_kind(sampler, "SequentialSampler") and len(sampler) == num_samples
-    return is_sequential or is_kind(sampler, "DistributedSampler", "StatefulDistributedSampler")
-
-
-def _is_shuffled(sampler: Any, num_samples: int) -> bool:
-    """Returns whether a sampler is what shuffle=True makes."""
-    if is_kind(sampler, "DistributedSampler", "StatefulDistributedSampler"):
-        return bool(sampler.shuffle)
-    is_random = is_kind(sampler, "RandomSampler", "SeedableRandomSampler")
-    return is_random and not sampler.replacement and sampler.num_samples == num_samples
-
-
-def seeded(batches: Iterable[list[int]], seed: int, rank: int, first_step: int) -> Iterator[list[int]]:
+def _seeded(batches: Iterable[list[int]], seed: int, rank: int, first_step: int) -> Iterator[list[int]]:
     """Yields the batches. The process that asks for one is seeded for it."""
     for step, batch in enumerate(batches, first_step):
         seed_draws(seed, rank, step)
         yield batch
 
 
-class SeededWorkers:
-    """A collate function for worker processes. Having collated one batch, it seeds its worker for the next.
+class Worker:
+    """Starts worker processes, and collates in them. Having collated one batch, it seeds its worker for the next.
 
     torch gives batches to workers in turn, so each worker knows the step of its next batch.
     """
 
-    def __init__(self, collate_fn: Callable[[Any], Any], seed: int, rank: int, first_step: int) -> None:
-        self.collate_fn, self.seed, self.rank, self.step = collate_fn, seed, rank, first_step
+    def __init__(self, loader: DataLoader[Any], seed: int, rank: int, first_step: int) -> None:
+        self.init, self.collate_fn = loader.worker_init_fn, collate_function(loader)
+        self.num_workers, self.seed, self.rank, self.step = loader.num_workers, seed, rank, first_step
 
     def start(self, worker_id: int) -> None:
-        """Seeds a worker for its first batch."""
+        """Starts a worker so that signals to the whole process group do not end it: the run decides when.
+
+        A second SIGTERM ends it, since that is how torch ends a worker that hangs.
+        """
+        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
+        if self.init is not None:
+            self.init(worker_id)
         self.step += worker_id
         seed_draws(self.seed, self.rank, self.step)
 
     def __call__(self, samples: Any) -> Any:
         """Returns the collated samples."""
-        batch, worker = self.collate_fn(samples), get_worker_info()
-        assert worker is not None
-        self.step += worker.num_workers
+        batch = self.collate_fn(samples)
+        self.step += self.num_workers
         seed_draws(self.seed, self.rank, self.step)
         return batch
-
-
-def _start_worker(init: Callable[[int], None] | None, seeding: SeededWorkers, worker_id: int) -> None:
-    """Start a worker process so that signals to the whole process group do not end it: the run decides when.
-
-    A second SIGTERM ends it, since that is how torch ends a worker that hangs.
-    """
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
-    if init is not None:
-        init(worker_id)
-    seeding.start(worker_id)
 
 
 def load(
@@ -183,26 +149,25 @@ def load(
 
     What the dataset and the collate function draw at random follows from `seed`, `rank` and the step.
     """
-    dataset, fetch_all = loader.dataset, getattr(loader.dataset, "__getitems__", None)
-    collate_fn = collate_function(loader)
-    pin_memory = pin_memory or loader.pin_memory
-    if loader.num_workers == 0 and not pin_memory:
+    dataset, collate_fn = loader.dataset, collate_function(loader)
+    pin_memory, has_workers = pin_memory or loader.pin_memory, loader.num_workers > 0
+    if not (has_workers or pin_memory) and type(dataset) is TokenDataset and collate_fn is collate:
+        return _gather_ahead(dataset, iter(batches))
+    if not has_workers:
+        batches = _seeded(batches, seed, rank, first_step)
+    if not (has_workers or pin_memory):
         # The same as torch's loader does, without its overhead, which took half of a small batch's time.
-        if type(dataset) is TokenDataset and collate_fn is collate:
-            return _gather_ahead(dataset, iter(batches))
-        if not (isinstance(dataset, TokenSamples) and collate_fn is collate):  # these draw nothing
-            batches = seeded(batches, seed, rank, first_step)
+        fetch_all = getattr(dataset, "__getitems__", None)
         return (collate_fn(fetch_all(batch) if fetch_all else [dataset[i] for i in batch]) for batch in batches)
-    seeding = SeededWorkers(collate_fn, seed, rank, first_step)
-    has_workers = loader.num_workers > 0
+    worker = Worker(loader, seed, rank, first_step)
     return DataLoader(
         dataset,
-        batch_sampler=batches if has_workers else seeded(batches, seed, rank, first_step),
-        collate_fn=seeding if has_workers else collate_fn,
+        batch_sampler=batches,
+        collate_fn=worker if has_workers else collate_fn,
         num_workers=loader.num_workers,
         pin_memory=pin_memory,
         timeout=loader.timeout,
-        worker_init_fn=functools.partial(_start_worker, loader.worker_init_fn, seeding),
+        worker_init_fn=worker.start,
         multiprocessing_context=loader.multiprocessing_context,
         prefetch_factor=loader.prefetch_factor,
         # Without a generator of its own, iter() would draw from the global one.
@@ -306,13 +271,10 @@ def create_dataloaders(
         (TokenDataset(90 samples of 19 tokens), TokenDataset(10 samples of 19 tokens))
     """
     length, train_split = config.data.sequence_length, config.data.train_split
-    train: TokenSamples
-    validation: TokenSamples | None
     if isinstance(text_or_tokens, Corpus):
         corpus = text_or_tokens._replace(tokenizer=tokenizer or text_or_tokens.tokenizer)
-        samples, validation = corpus_samples(corpus, length, train_split < 1)
-        assert samples is not None
-        train = samples
+        train, validation = corpus_samples(corpus, length, train_split < 1)
+        assert train is not None
     else:
         cut = int(len(text_or_tokens) * train_split)
         if isinstance(text_or_tokens, str):
@@ -346,7 +308,9 @@ def corpus_samples(
                 return PairDataset(tokens.ids, tokens.rows, *about, turns=tokens.turns)
             return TokenDataset(tokens.ids, *about)
         except ConfigError as error:
-            raise ConfigError([_of_source(problem, source.name) for problem in error.problems]) from error
+            (found,) = error.problems
+            reason = f"{found.reason}, in the source {source.name}"
+            raise ConfigError(Problem(found.setting, found.value, found.allowed, found.advice, reason)) from error
 
     train = {source.name: samples(source, source.train) for source in corpus.sources}
     held_out = corpus.validation or (corpus.sources if has_validation else ())
@@ -355,11 +319,6 @@ def corpus_samples(
         return next(iter(train.values()), None), next(iter(validation.values()), None)
     mixed = MixedDataset(train, [source.weight for source in corpus.sources])
     return mixed, MixedDataset(validation) if validation else None
-
-
-def _of_source(problem: Problem, name: str) -> Problem:
-    reason = ", ".join(text for text in (problem.reason, f"in the source {name}") if text)
-    return Problem(problem.setting, problem.value, problem.allowed, problem.advice, reason)
 
 
 def _encode_text(text: str, tokenizer: Tokenizer | None) -> NDArray[np.integer]:

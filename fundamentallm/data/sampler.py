@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -63,52 +65,16 @@ class Start(NamedTuple):
 
     step: int = 0
     epoch: int = 0
-    place: int = 0
-    """Index in the epoch's order of samples."""
-    samples: int = 0
-    """Samples consumed before it."""
+    place: int = 0  # index in the epoch's order of samples
+    samples: int = 0  # consumed before it
 
 
 class RankBatch(NamedTuple):
     """One process's part of a step's batch."""
 
-    indices: list[int]
-    """Indices of its samples, then of padding."""
-    rows: int
-    """Number of its own samples; 0 if the batch has fewer samples than there are processes."""
-    micro_batches: int
-    """Number of micro-batches; the same on all processes."""
-
-
-class _Segment(NamedTuple):
-    """Batches of one size, from a start up to the next segment's."""
-
-    start: Start
-    batch_size: int
-    num_samples: int
-    drop_last: bool
-
-    def steps_over(self, samples: int) -> int:
-        return samples // self.batch_size if self.drop_last else -(-samples // self.batch_size)
-
-    def used(self, samples: int) -> int:
-        return samples - samples % self.batch_size if self.drop_last else samples
-
-    def steps_before_epoch(self, epoch: int) -> int:
-        first_steps = self.steps_over(self.num_samples - self.start.place)
-        return self.start.step + first_steps + (epoch - self.start.epoch - 1) * self.steps_over(self.num_samples)
-
-    def at(self, step: int) -> Start:
-        """Returns where the batches from `step` on start."""
-        start, rest = self.start, self.num_samples - self.start.place
-        since = step - start.step
-        if since < self.steps_over(rest):
-            taken = since * self.batch_size
-            return Start(step, start.epoch, start.place + taken, start.samples + taken)
-        epochs, steps = divmod(since - self.steps_over(rest), self.steps_over(self.num_samples))
-        index = steps * self.batch_size
-        samples = start.samples + self.used(rest) + epochs * self.used(self.num_samples) + index
-        return Start(step, start.epoch + 1 + epochs, index, samples)
+    indices: list[int]  # of its samples, then of padding
+    rows: int  # number of its own samples; 0 if the batch has fewer samples than there are processes
+    micro_batches: int  # number of them; the same on all processes
 
 
 class StepSampler:
@@ -130,6 +96,10 @@ class StepSampler:
         order: a `ListedOrder` of an epoch, which replaces `seed`. If it lists batches, each is one step:
             `num_samples` then counts batches, and `batch_size` is 1.
         stream: a `Stream`, whose positions take the place of indices.
+
+    Attributes:
+        data: the dataset, or the stream. Its entry 0 is the first sample.
+        draw_seed: seed of what the dataset draws at random.
     """
 
     def __init__(
@@ -150,46 +120,52 @@ class StepSampler:
         self.schedule = [list(pair) for pair in schedule]
         self.sizes = [batch_size, *(size for _, size in self.schedule)]
         self.process_index, self.num_processes, self.pad = process_index, num_processes, pad
-        self.order, self.stream = order, stream
-        described = order or stream
-        self.sampler = None if described is None else described.description
-        self._largest_unit = max(map(len, order(0))) if order is not None and order.is_batched else 1
+        self.order, self.stream, self.data, self.draw_seed = order, stream, stream, seed or 0
+        self.sampler = getattr(order or stream, "description", None)
+        self._is_batched = order is not None and order.is_batched
+        self._largest_unit = max(map(len, order(0))) if self._is_batched else 1
         self.micro_batch_size = micro_batch_size or max(self.sizes) * self._largest_unit
-        self.steps_per_epoch = _Segment(Start(), batch_size, num_samples, drop_last).steps_over(num_samples)
-        self.draw_seed = seed or 0  # of what the dataset draws at random, also if the order has no seed
+        self.steps_per_epoch = self._steps_over(num_samples, batch_size)
         self.start = Start()
-        self._block: tuple[tuple[int, int], NDArray[np.int64]] | None = None
-
-    @property
-    def largest_rank_batch(self) -> int:
-        """The maximum number of samples that a process has in a step."""
-        return self._largest_rank_batch(max(self.sizes))
-
-    def _largest_rank_batch(self, batch_size: int) -> int:
-        return -(-min(batch_size, self.num_samples) * self._largest_unit // self.num_processes)
+        self._block = functools.lru_cache(maxsize=2)(self._order_block)
 
     @property
     def start(self) -> Start:
         """Where the batches start. A run whose batch size was changed continues from its last sample."""
-        return self._segments[0].start
+        return self._segments[0][0]
 
     @start.setter
     def start(self, start: Start) -> None:
         size = [size for step, size in [(0, self.batch_size), *self.schedule] if step <= start.step][-1]
-        self._segments = [_Segment(start, size, self.num_samples, self.drop_last)]
+        self._segments = [(start, size)]
         for step, size in self.schedule:
             if step > start.step:  # the order of samples continues, in batches of another size
-                self._segments.append(_Segment(self._at(step), size, self.num_samples, self.drop_last))
+                self._segments.append((self._at(step), size))
 
-    def _segment(self, step: int) -> _Segment:
-        """Returns the segment that contains `step`."""
+    def largest_rank_batch(self, batch_size: int) -> int:
+        """Returns the maximum number of samples that a process has in a batch of this size."""
+        return -(-min(batch_size, self.num_samples) * self._largest_unit // self.num_processes)
+
+    def _segment(self, step: int) -> tuple[Start, int]:
+        """Returns the start of the batches that have the size of those of `step`, and this size."""
         for segment in reversed(self._segments):
-            if segment.start.step <= step:
+            if segment[0].step <= step:
                 return segment
         return self._segments[0]
 
+    def _steps_over(self, samples: int, batch_size: int) -> int:
+        return samples // batch_size if self.drop_last else -(-samples // batch_size)
+
     def _at(self, step: int) -> Start:
-        return self._segment(step).at(step)
+        """Returns where the batches from `step` on start."""
+        start, size = self._segment(step)
+        rest, since = self.num_samples - start.place, step - start.step
+        rest_steps, epoch_steps = self._steps_over(rest, size), self._steps_over(self.num_samples, size)
+        if since < rest_steps:
+            return Start(step, start.epoch, start.place + since * size, start.samples + since * size)
+        epochs, steps = divmod(since - rest_steps, epoch_steps)
+        samples = min(rest_steps * size, rest) + epochs * min(epoch_steps * size, self.num_samples) + steps * size
+        return Start(step, start.epoch + 1 + epochs, steps * size, start.samples + samples)
 
     def place(self, step: int) -> tuple[int, int]:
         """Returns (epoch, index in its order) of the first sample of `step`. Index 0 is the start of an epoch."""
@@ -198,18 +174,17 @@ class StepSampler:
 
     def steps_before_epoch(self, epoch: int) -> int:
         """Returns the number of steps before the first one of `epoch`, which is later than the epoch of `start`."""
-        for segment, following in itertools.pairwise(self._segments):
-            if (step := segment.steps_before_epoch(epoch)) <= following.start.step:
-                return step
-        return self._segments[-1].steps_before_epoch(epoch)
+        first = self.start.step
+        steps = range(first, first + (epoch - self.start.epoch) * self.num_samples)  # batches of one sample at least
+        return first + bisect_left(steps, epoch, key=lambda step: self._at(step).epoch)
 
     def samples_before(self, step: int) -> int:
-        """Returns the samples consumed before `step`, over all processes and epochs."""
+        """Returns the samples consumed before `step`, over all processes and epochs; listed batches count as one."""
         return self._at(step).samples
 
     def samples_seen(self, step: int) -> int:
         """Returns the samples before `step`, if each epoch's batches have as many as those of the first."""
-        if self.order is None or not self.order.is_batched:
+        if not self._is_batched:
             return self.samples_before(step)
         epoch, index = self.place(step)
         return epoch * sum(map(len, self.order(0))) + sum(map(len, self.order(epoch)[:index]))
@@ -219,20 +194,24 @@ class StepSampler:
 
         Of a stream, it is the number of passes that were read to their end.
         """
-        if self.stream is not None:
-            return float(self.stream.epoch)
         epoch, index = self.place(step)
-        return epoch + index / self.num_samples
-
-    def sizes_from(self, step: int) -> str:
-        """Returns the batch size of `step`, and the last one if it differs, for people to read."""
-        now, last = self._segment(step).batch_size, self._segments[-1].batch_size
-        return f"{now}" if now == last else f"{now} to {last}"
+        return epoch + index / self.num_samples if self.stream is None else float(self.stream.epoch)
 
     def batch(self, step: int) -> list[int]:
         """Returns the dataset indices of the whole batch of `step`, over all processes."""
-        indices = self._indices(*self._range(step))
-        return indices if self.order is None or not self.order.is_batched else list(itertools.chain(*indices))
+        epoch, start = self.place(step)
+        stop = min(start + self._segment(step)[1], self.num_samples)
+        if self.order is not None:
+            listed = self.order(epoch)[start:stop]
+            return list(itertools.chain(*listed)) if self._is_batched else listed
+        if self.seed is None:
+            return list(range(start, stop))
+        indices = list[int]()
+        while start < stop:
+            number, offset = divmod(start, POSITIONS_AT_ONCE)
+            indices += self._block(epoch, number)[offset : offset + stop - start].tolist()
+            start = min((number + 1) * POSITIONS_AT_ONCE, stop)
+        return indices
 
     def rank_batch(self, step: int) -> RankBatch:
         """Returns this process's part of the batch of `step`, padded to one sample for each micro-batch.
@@ -243,39 +222,16 @@ class StepSampler:
         batch, rank, count = self.batch(step), self.process_index, self.num_processes
         size = len(batch)
         indices = batch[size * rank // count : size * (rank + 1) // count]
-        rows = len(indices)
         at_most, at_least = self.micro_batch_size, 1
         if self.pad:
-            largest = self._largest_rank_batch(self._segment(step).batch_size)
+            largest = self.largest_rank_batch(self._segment(step)[1])
             at_most = at_least = -(-largest // -(-largest // at_most))
         micro_batches = -(-size // (count * at_most))
-        missing = micro_batches * at_least - len(indices)
-        if missing > 0:
-            indices = indices + batch[:1] * missing
-        return RankBatch(indices, rows, micro_batches)
-
-    def _range(self, step: int) -> tuple[int, int, int]:
-        """Returns the epoch of `step` and the range of its batch in the epoch's order."""
-        epoch, start = self.place(step)
-        return epoch, start, min(start + self._segment(step).batch_size, self.num_samples)
-
-    def _indices(self, epoch: int, start: int, stop: int) -> list[Any]:
-        if self.order is not None:
-            return list(self.order(epoch)[start:stop])
-        if self.seed is None:
-            return list(range(start, stop))
-        indices: list[int] = []
-        while start < stop:
-            number, offset = divmod(start, POSITIONS_AT_ONCE)
-            take = min(POSITIONS_AT_ONCE - offset, stop - start)
-            indices += self._order_block(epoch, number)[offset : offset + take].tolist()
-            start += take
-        return indices
+        missing = max(micro_batches * at_least - len(indices), 0)
+        return RankBatch(indices + batch[:1] * missing, len(indices), micro_batches)
 
     def _order_block(self, epoch: int, number: int) -> NDArray[np.int64]:
-        if self._block is None or self._block[0] != (epoch, number):
-            assert self.seed is not None
-            first = number * POSITIONS_AT_ONCE
-            positions = np.arange(first, min(first + POSITIONS_AT_ONCE, self.num_samples))
-            self._block = (epoch, number), permute(positions, self.num_samples, derive_seed(self.seed, epoch))
-        return self._block[1]
+        assert self.seed is not None
+        first = number * POSITIONS_AT_ONCE
+        positions = np.arange(first, min(first + POSITIONS_AT_ONCE, self.num_samples))
+        return permute(positions, self.num_samples, derive_seed(self.seed, epoch))

@@ -21,16 +21,15 @@ from fundamentallm.data.encoding import encode_rows
 from fundamentallm.data.loaders import collate, corpus_samples
 from fundamentallm.data.sampler import derive_seed
 from fundamentallm.data.sources import BETWEEN, Piece, read_source, reads_special_tokens
-from fundamentallm.data.tokenizers import create_tokenizer, num_bytes, num_ids, plain_copy, with_unknown
+from fundamentallm.data.tokenizers import create_tokenizer, num_bytes, num_ids, with_unknown
 from fundamentallm.errors import ConfigError, Problem
 
 
 class TextStream(Tokenized, IterableDataset[Batch]):
     """Yields windows of `data.sequence_length` tokens; every token but the first is a target exactly once.
 
-    What is left of the tokens at the end of a pass begins the next one. The state holds the place in the source, the
-    tokens that are not in a window yet, and the shuffle buffer. A place within a file is found again by reading the
-    file up to it, without tokenizing.
+    What is left of the tokens at the end of a pass begins the next one. A place within a file is found again by reading
+    the file up to it, without tokenizing.
 
     Args:
         config: the section `data`.
@@ -38,29 +37,20 @@ class TextStream(Tokenized, IterableDataset[Batch]):
         say: prints a line about a bad row; None: nothing is printed.
     """
 
-    restores_exactly = True  # so that a run does not try it out
-
     def __init__(self, config: DataConfig, seed: int, say: Callable[[str], None] | None = None) -> None:
         self.config, self.seed, self.say = config, seed, say
         self.source = find_source(config, str(config.source))
         self.sequence_length = config.sequence_length
         self.tokenizer = tokenizer = create_tokenizer(config.tokenizer, (), config.end_of_text)
         tokenizer.encode_special_tokens = not reads_special_tokens(config)
-        self._copied = with_unknown(plain_copy(tokenizer))
+        self._copied = with_unknown(tokenizer)
         self.end_of_text = None if config.end_of_text is None else tokenizer.token_to_id(config.end_of_text)
         self.epoch = self._file = self._pieces = self._drawn = 0
         self._rest, self._buffer = np.empty(0, np.int32), list[NDArray[np.int32]]()
-        self._bad, self._reported = list[str](), set[str]()
-        self._opening: NDArray[np.int32] | None = None
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the number of passes completed."""
         self.epoch = epoch
-
-    def opening(self) -> NDArray[np.integer]:
-        """Returns the first tokens of the first window."""
-        assert self._opening is not None
-        return self._opening
 
     def fingerprint(self) -> str:
         """Returns the digest of what decides about the tokens, apart from the settings and what the files hold."""
@@ -79,19 +69,15 @@ class TextStream(Tokenized, IterableDataset[Batch]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict`. Raises ValueError if it is not one of this stream."""
         numbers, rest, buffer = [state[name] for name in ("file", "pieces", "drawn")], state["rest"], state["buffer"]
-        if not all(type(number) is int and number >= 0 for number in numbers) or rest.ndim != 1:
-            raise ValueError(f"{numbers} with {tuple(rest.shape)} tokens is not a place in a text.")
-        if buffer.shape[1:] != (self.sequence_length + 1,) or (len(buffer) and not self.config.shuffle_buffer):
-            raise ValueError(f"a shuffle buffer of shape {tuple(buffer.shape)} does not fit windows.")
+        fits = buffer.shape[1:] == (self.sequence_length + 1,) and (self.config.shuffle_buffer or not len(buffer))
+        if not fits or rest.ndim != 1 or not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError(f"{numbers} with a shuffle buffer of {tuple(buffer.shape)} is not a place in this text.")
         self._file, self._pieces, self._drawn = numbers
         self._rest, self._buffer = rest.numpy().astype(np.int32), [*buffer.numpy().astype(np.int32)]
 
     def __iter__(self) -> Iterator[Batch]:
         """Yields (inputs, targets), each of `sequence_length` tokens, to the end of the pass."""
-        self._bad.clear()  # those of the pass before, or of what was read for validation
         for window in self._shuffled() if self.config.shuffle_buffer else self._windows():
-            if self._opening is None:
-                self._opening = window[:32]
             tokens = torch.from_numpy(window.astype(np.int64))
             yield tokens[:-1], tokens[1:]
 
@@ -142,31 +128,32 @@ class TextStream(Tokenized, IterableDataset[Batch]):
         """Yields the tokens of each row, or piece of a text, and the place after it: file, and pieces in this file."""
         assert self.tokenizer is not None
         end = [] if self.end_of_text is None else [self.end_of_text]
-        pieces = (((file, number), piece) for file, number, piece in self._read())
-        for row, is_used in encode_rows(self.config, self.source, self.tokenizer, pieces, self._bad, self._copied):
-            for bad in self._bad:
-                if self.say is not None and bad not in self._reported:
-                    self._reported.add(bad)
-                    self.say(f"warning: a bad row is skipped: {bad}")
+        bad, num_said = list[str](), 0
+        pieces = self._read(bad)
+        for row, is_used in encode_rows(self.config, self.source, self.tokenizer, pieces, bad, self._copied):
+            if self.say is not None and not self.epoch:  # in the first pass
+                for each in bad[num_said:]:
+                    self.say(f"warning: a bad row is skipped: {each}")
+                num_said = len(bad)
             ids = [np.empty(0, np.int32)]
             for _, piece, encoded in row if is_used else ():
                 ids += [encoded.ids.astype(np.int32), np.array(end if piece.ends else [], np.int32)]
             yield *row[-1][0], np.concatenate(ids)
 
-    def _read(self) -> Iterator[tuple[int, int, Piece]]:
+    def _read(self, bad: list[str]) -> Iterator[tuple[tuple[int, int], Piece]]:
         """Yields the pieces of text from the place on, each with its file and its number in the file, from 1."""
         first, done = self._file, self._pieces
         files = [self.source._replace(files=[file]) for file in self.source.files] or [self.source]
         for file, source in list(enumerate(files))[first:]:
-            pieces = enumerate(read_source(self.config, source, self._bad), start=1)
+            pieces = enumerate(read_source(self.config, source, bad), start=1)
             if file == first and done:
-                title, is_hidden = f"reading up to the place in {source.name}", self.say is None
-                for _ in tqdm(itertools.islice(pieces, done), title, done, delay=1, disable=is_hidden):
+                title = f"reading up to the place in {source.name}"
+                for _ in tqdm(itertools.islice(pieces, done), title, done, delay=1, disable=self.say is None):
                     pass
             for number, piece in pieces:
                 if number == 1 and self.config.end_of_text is None and (file or self.epoch):
                     piece = piece._replace(text=BETWEEN + piece.text)
-                yield file, number, piece
+                yield (file, number), piece
 
 
 def stream_loaders(
@@ -188,9 +175,9 @@ def stream_loaders(
         ids = stream.head(data.validation_tokens)
         size = num_bytes(stream.tokenizer, ids[1:], stream.end_of_text)
         validation = TokenDataset(ids, data.sequence_length, stream.tokenizer, size, stream.end_of_text)
-    name = data.validation_source or "the first tokens"
-    line = f"{data.source}: a stream in {len(stream.source.files) or 1} files, vocabulary {num_ids(stream.tokenizer):,}"
-    lines = [f"{line}; validation: {'none' if validation is None else f'{len(validation):,} samples of {name}'}"]
+    held_out = 0 if validation is None else len(validation)
+    about = f"vocabulary {num_ids(stream.tokenizer):,}, {held_out:,} samples for validation"
+    lines = [f"{data.source}: a stream in {len(stream.source.files) or 1} files, {about}"]
     if stream.source.left_out:
         lines.append(f"{data.source}: not read: {stream.source.left_out}")
     options: dict[str, Any] = {"batch_size": config.resolved().training.batch_size, "collate_fn": collate}

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,7 +45,10 @@ def create_tokenizer(spec: str, text: str | Iterable[str] = (), end_of_text: str
     DataConfig(tokenizer=spec)  # raises if spec is wrong
     pieces = [text] if isinstance(text, str) else text
     if spec == "char":
-        tokenizer = _char_tokenizer(pieces)
+        characters = sorted({character for piece in pieces for character in piece})
+        vocabulary = {character: index for index, character in enumerate([*characters, UNKNOWN])}
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN))
+        tokenizer.decoder = decoders.Fuse()
     elif spec == "byte":
         tokenizer = _byte_tokenizer(splits_words=False)
     elif spec.startswith("bpe:"):
@@ -55,26 +59,14 @@ def create_tokenizer(spec: str, text: str | Iterable[str] = (), end_of_text: str
         tokenizer.train_from_iterator(pieces, trainer)
     else:
         tokenizer = read_tokenizer(spec)
-    if end_of_text is not None:
-        is_known = tokenizer.token_to_id(end_of_text) is not None
-        if spec.endswith(".json"):
-            if not is_known:
-                raise ConfigError(Problem("data.end_of_text", end_of_text, f"a token of {spec!r}"))
-        elif is_known:
-            reason = "which is also a token of the text"
-            raise ConfigError(Problem("data.end_of_text", end_of_text, "a name that is not in the text", "", reason))
-        else:
-            tokenizer.add_special_tokens([AddedToken(end_of_text, special=True, normalized=False)])
-    return tokenizer
-
-
-def _char_tokenizer(pieces: Iterable[str]) -> Tokenizer:
-    characters: set[str] = set()
-    for piece in pieces:
-        characters.update(piece)
-    vocabulary = {character: index for index, character in enumerate([*sorted(characters), UNKNOWN])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN))
-    tokenizer.decoder = decoders.Fuse()
+    if end_of_text is None:
+        return tokenizer
+    is_file, is_known = spec.endswith(".json"), tokenizer.token_to_id(end_of_text) is not None
+    if is_file != is_known:
+        allowed = f"a token of {spec!r}" if is_file else "a name that is not a token of the text"
+        raise ConfigError(Problem("data.end_of_text", end_of_text, allowed))
+    if not is_file:
+        tokenizer.add_special_tokens([AddedToken(end_of_text, special=True, normalized=False)])
     return tokenizer
 
 
@@ -96,9 +88,10 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
         ConfigError: if it cannot be read.
     """
-    config = Path(os.path.expanduser(path)).with_name("tokenizer_config.json")
+    file = Path(os.path.expanduser(path))
+    config = file.with_name("tokenizer_config.json")
     try:
-        tokenizer = Tokenizer.from_file(os.path.expanduser(path))
+        tokenizer = Tokenizer.from_file(str(file))
         if config.is_file():
             tokenizer.encode_special_tokens = json.loads(config.read_text("utf-8")).get(SPLIT) is True
     except Exception as error:  # the library raises bare Exception
@@ -114,43 +107,37 @@ def num_ids(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
-def plain_copy(tokenizer: Tokenizer) -> Tokenizer:
-    """Returns a copy without truncation and padding."""
-    copy = Tokenizer.from_str(tokenizer.to_str())
-    copy.no_truncation()
-    copy.no_padding()
-    copy.encode_special_tokens = tokenizer.encode_special_tokens  # not part of the JSON
-    return copy
+def _saved(tokenizer: Tokenizer) -> dict[str, Any]:
+    return json.loads(tokenizer.to_str()) | {"truncation": None, "padding": None}  # type: ignore[no-any-return]
 
 
 def same_tokenizer(one: Tokenizer, other: Tokenizer) -> bool:
     """Returns whether two tokenizers are the same, apart from truncation and padding."""
-    return plain_copy(one).to_str() == plain_copy(other).to_str()
+    return _saved(one) == _saved(other)
 
 
 def with_unknown(tokenizer: Tokenizer) -> tuple[Tokenizer, int | None]:
-    """Returns a tokenizer that encodes what the vocabulary lacks as an unknown token, and this token's id.
+    """Returns a copy that encodes all of a text, and the id of what the vocabulary lacks.
 
-    That is the given one if it has an unknown token. Otherwise it is a copy with one more token, whose id is
-    `num_ids(tokenizer)`: BPE would drop what its vocabulary lacks.
+    A vocabulary without an unknown token gets one, with the id `num_ids(tokenizer)`: BPE would drop what it lacks.
     """
-    saved = json.loads(tokenizer.to_str())
+    saved = _saved(tokenizer)
     model, vocabulary = saved["model"], saved["model"]["vocab"]
-    if model["type"] == "Unigram":
-        return tokenizer, model["unk_id"]
     name = model.get("unk_token") or MISSING
-    if name in vocabulary:
-        return tokenizer, vocabulary[name]
-    unknown = tokenizer.token_to_id(name)
-    if unknown is None:
-        unknown = num_ids(tokenizer)
-    # Added tokens that the model does not know would get new ids in the copy.
-    for index, token in tokenizer.get_added_tokens_decoder().items():
-        if not (token.special and tokenizer.encode_special_tokens):
-            vocabulary[token.content] = index
-    vocabulary[name], model["unk_token"] = unknown, name
+    if model["type"] == "Unigram":
+        unknown = model["unk_id"]
+    elif name in vocabulary:
+        unknown = vocabulary[name]
+    else:
+        known = tokenizer.token_to_id(name)
+        unknown = num_ids(tokenizer) if known is None else known
+        # Added tokens that the model does not know would get new ids in the copy.
+        for index, token in tokenizer.get_added_tokens_decoder().items():
+            if not (token.special and tokenizer.encode_special_tokens):
+                vocabulary[token.content] = index
+        vocabulary[name], model["unk_token"] = unknown, name
     copy = Tokenizer.from_str(json.dumps(saved))
-    copy.encode_special_tokens = tokenizer.encode_special_tokens
+    copy.encode_special_tokens = tokenizer.encode_special_tokens  # not part of the JSON
     return copy, unknown
 
 
@@ -186,10 +173,9 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     Raises:
         ConfigError: if it is not valid text, or the vocabulary lacks some of it.
     """
-    shown = prompt[:40]
     if any("\ud800" <= character <= "\udfff" for character in prompt):  # from invalid bytes on the command line
-        raise ConfigError(Problem("prompt", shown, "UTF-8 text"))
+        raise ConfigError(Problem("prompt", prompt[:40], "UTF-8 text"))
     if lacking := sorted({part for _, part in find_unknown(*with_unknown(tokenizer), prompt)}):
         reason = f"which has {', '.join(map(repr, lacking))}"
-        raise ConfigError(Problem("prompt", shown, "characters of the model's vocabulary", reason=reason))
+        raise ConfigError(Problem("prompt", prompt[:40], "characters of the model's vocabulary", reason=reason))
     return list(tokenizer.encode(prompt, add_special_tokens=False).ids)

@@ -17,6 +17,7 @@ from fundamentallm.distributed.host_group import join_group
 from fundamentallm.distributed.prepare import NARROW
 from fundamentallm.errors import ConfigError, FundamentaLLMError, Problem
 
+ENGINES = ("DEEPSPEED", "MEGATRON_LM", "XLA")
 kept_groups: list[object] = []
 """Keeps process groups alive until `Trainer.leave_group`. Otherwise DDP is their last owner, and torch 2.13 destroys
 them while holding the GIL, which can deadlock with a gloo thread that is freeing a tensor (seen at exit in about 1 of
@@ -50,15 +51,15 @@ def create_accelerator(
     launch = checks.find_launch() if "ACCELERATE_MIXED_PRECISION" in os.environ else None  # set by accelerate launch
     # Without cpu=True on a machine without an accelerator, two launched processes would be two independent runs.
     cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
-    cpu = cpu or (launch is not None and launch.use_cpu)
-    problems = checks.launch_problems(os.environ, not cpu, mixed_precision, launch)
+    cpu, precision = cpu or (launch is not None and launch.use_cpu), mixed_precision or "no"
+    problems = checks.launch_problems(os.environ, not cpu, precision, launch)
     problems += checks.tracker_problems(trackers or [])
     # Before an Accelerator is made: its precision is that of the process, also for the next try.
-    problems += checks.device_problems(mixed_precision, "cpu" if cpu else "")
-    if is_initialized() and (used := AcceleratorState().mixed_precision) != (mixed_precision or "no"):
+    problems += checks.precision_problems("training.mixed_precision", precision, precision, on_cpu=cpu)
+    if is_initialized() and (used := AcceleratorState().mixed_precision) != precision:
         reason = f"but an earlier Trainer or Accelerator of this process uses {used!r}"
         advice = "A process has one precision: start another (in a notebook, restart the kernel), or use the same."
-        problems.append(Problem("training.mixed_precision", mixed_precision or "no", used, advice, reason))
+        problems.append(Problem("training.mixed_precision", precision, used, advice, reason))
     if problems:
         raise ConfigError(problems)
     join_group(cpu)
@@ -68,7 +69,7 @@ def create_accelerator(
     try:
         accelerator = Accelerator(
             cpu=cpu,
-            mixed_precision=mixed_precision or "no",
+            mixed_precision=precision,
             kwargs_handlers=[data_parallel],
             log_with=trackers or None,
             project_config=project,
@@ -93,26 +94,28 @@ def check_accelerator(
         kept_groups.append(dist.group.WORLD)
     kind, precision = accelerator.distributed_type.value, accelerator.mixed_precision
     count, launched = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
-    problems: list[str] = [*checks.option_problems(accelerator)]
+    problems = []
+    if (steps := accelerator.gradient_accumulation_steps) != 1:
+        advice = "Set training.micro_batch_size: accumulation follows from it."
+        problems.append(Problem("Accelerator.gradient_accumulation_steps", steps, "1", advice))
     if count != launched:
         advice = "Create it before anything else of accelerate, with cpu=True on a machine without GPUs."
         problems.append(Problem("Accelerator.num_processes", count, f"{launched}, as launched", advice))
-    if kind in checks.ENGINES:
-        problems.append(checks.engine_problem(kind))
+    if kind in ENGINES:
+        allowed = "MULTI_GPU (accelerate_configs/multi_gpu.yaml), FSDP (fsdp2.yaml or hsdp.yaml)"
+        advice = "It would bring a step of its own. (Where torch_xla is installed, accelerate expects a TPU.)"
+        problems.append(Problem("accelerate_config.distributed_type", kind, allowed, advice))
     # accelerate silently ignores FSDP on a CPU, and in a process that no launcher started.
     if parse_flag_from_env("ACCELERATE_USE_FSDP") and not accelerator.is_fsdp2:
-        advice = (
-            "FSDP was requested: set fsdp_version to 2, and use accelerate launch or torchrun on GPUs; without a GPU, "
-            "accelerate_configs/cpu_2_processes.yaml."
-        )
+        advice = "Set fsdp_version to 2, and launch it on GPUs (without one: accelerate_configs/cpu_2_processes.yaml)."
         problems.append(Problem("Accelerator.distributed_type", kind, "FSDP (version 2)", advice))
     parallel = accelerator.parallelism_config
     if parallel is not None and parallel.non_data_parallel_size > 1:
         advice = "Use dp_shard_size (FSDP2) for a model that is too large for a device."
         allowed = "tp_size, cp_size and sp_size of 1, since a run is data-parallel"
         problems.append(Problem("accelerate_config.parallelism_config", f"{parallel}", allowed, advice))
-    problems += checks.precision_problems("Accelerator.mixed_precision", precision, mixed_precision)
-    problems += checks.device_problems(precision, accelerator.device.type)
+    on_cpu = accelerator.device.type == "cpu"
+    problems += checks.precision_problems("Accelerator.mixed_precision", precision, mixed_precision, on_cpu=on_cpu)
     if batch_size is not None and batch_size < count:
         reason = f"so that {count - batch_size} of {count} processes would have no sequence in any step"
         advice = "It counts the sequences of all processes; increase it, or launch fewer processes (num_processes)."

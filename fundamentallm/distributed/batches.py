@@ -39,8 +39,7 @@ def _rebuilt(batch: Any, entries: dict[Any, Any]) -> Any:
     """
     if isinstance(batch, Mapping):
         result: Any = copy.copy(batch) if isinstance(batch, MutableMapping) else dict(batch)
-        for key, entry in entries.items():
-            result[key] = entry
+        result.update(entries)
         return result
     if isinstance(batch, (tuple, list)):
         return honor_type(batch, entries.values())
@@ -64,8 +63,8 @@ def tensors(batch: Any) -> list[Tensor]:
 def take_rows(batch: Any, rows: int, index: slice | list[int], name: str = "batch", in_mapping: bool = False) -> Any:
     """Returns the rows `index` of a batch of `rows` samples.
 
-    Tensors and arrays are cut along their first dimension, and lists of samples by their entries. Scalars and other
-    objects are the same in each row.
+    Tensors and arrays are cut along their first dimension. A list is cut if it has an entry for each sample: in a
+    mapping, where columns have names, or without tensors. Scalars and other objects are the same in each row.
 
     Raises:
         ConfigError: if a tensor does not have one row for each sample.
@@ -74,37 +73,16 @@ def take_rows(batch: Any, rows: int, index: slice | list[int], name: str = "batc
         if batch.ndim and len(batch) != rows:
             raise _not_by_rows(name, f"of shape {tuple(batch.shape)}", rows)
         return batch[index] if batch.ndim else batch
-    if _holds_samples(batch, rows, in_mapping):
+    is_list = isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields") and len(batch) == rows
+    if is_list and (in_mapping or not tensors(batch)):
         return honor_type(batch, (batch[row] for row in np.arange(rows)[index]))
-    entries, is_mapping = _entries(batch), isinstance(batch, Mapping)
-    if entries:
+    if entries := _entries(batch):
+        is_mapping = isinstance(batch, Mapping)
         cut = {key: take_rows(entry, rows, index, f"{name}[{key!r}]", is_mapping) for key, entry in entries.items()}
         return _rebuilt(batch, cut)
     if hasattr(batch, "to"):
         raise _not_by_rows(name, f"a {type(batch).__name__}", rows)
     return batch
-
-
-def _holds_samples(batch: Any, rows: int, in_mapping: bool) -> bool:
-    """Returns whether a list or tuple has one entry for each sample, and not columns such as (inputs, targets).
-
-    If there are as many samples as columns, its place and its tensors decide. Detection models are why: transformers'
-    take a list in a mapping, and torchvision's images of unlike sizes beside a mapping for each.
-    """
-    if not isinstance(batch, (tuple, list)) or hasattr(batch, "_fields") or len(batch) != rows:
-        return False
-    if in_mapping or not tensors(batch) or any(isinstance(entry, Mapping) for entry in batch):
-        return True
-    shapes = {entry.shape for entry in batch if isinstance(entry, Tensor) and entry.ndim > 2}
-    return len(shapes) > 1 or not all(_is_column(entry, rows) for entry in batch)
-
-
-def _is_column(entry: Any, rows: int) -> bool:
-    if isinstance(entry, Tensor):
-        return entry.ndim == 0 or len(entry) == rows
-    if isinstance(entry, (tuple, list)):
-        return len(entry) == rows or all(_is_column(each, rows) for each in entry)
-    return True
 
 
 def _not_by_rows(name: str, what: str, rows: int) -> ConfigError:
@@ -152,11 +130,9 @@ class StepBatch(NamedTuple):
         end = 0
         for number in range(self.num_micro_batches):
             start, end = end, end + quotient + (number < remainder)
-            own = min(max(self.rows - start, 0), end - start)
-            if own == end - start == self.size:
-                yield MicroBatch(self.content, own)
-                continue
-            content = take_rows(self.content, self.size, slice(start, end))
+            own, content = min(max(self.rows - start, 0), end - start), self.content
+            if end - start < self.size:
+                content = take_rows(content, self.size, slice(start, end))
             if 0 < own < end - start:
                 masked = None if trims else _masked(content, own)
                 content = take_rows(content, end - start, slice(own)) if masked is None else masked

@@ -6,7 +6,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -28,8 +28,7 @@ def join_group(cpu: bool) -> None:
     TORCHELASTIC_RESTART_COUNT cannot be that prefix, since each machine counts for itself.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if world == 1 or not keeps_store or dist.is_initialized():
+    if world == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
         return
     rank, address = int(os.environ["RANK"]), (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     store = dist.TCPStore(*address, is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]
@@ -60,8 +59,7 @@ def agree_on_prefix(store: Any, rank: int, world: int) -> str:
             prefix, is_first = newest, store.add(f"{newest}/{rank}", 1) == 1
         if is_first and store.check([f"{prefix}/confirmed"]):
             return prefix
-    awaited = f"process {rank} waited for process 0" if rank else "process 0 waited for the others"
-    raise FundamentaLLMError(f"{awaited} of {world} for {JOIN_SECONDS:g} s to start.")
+    raise FundamentaLLMError(f"process {rank}: some of {world} processes did not start within {JOIN_SECONDS:g} s.")
 
 
 class HostGroup:
@@ -72,16 +70,15 @@ class HostGroup:
     """
 
     def __init__(self, alone: bool = False) -> None:
-        alone = alone or not dist.is_initialized() or dist.get_world_size() == 1
-        if not alone:
+        self.rank, self.size = 0, 1
+        if not alone and dist.is_initialized() and dist.get_world_size() > 1:
+            self.rank, self.size = dist.get_rank(), dist.get_world_size()
             # torch waits for a dead process as long as for a slow collective, half an hour: try a shorter timeout first
             try:
-                ahead = dist.new_group(backend="gloo", timeout=timedelta(seconds=FORM_SECONDS))
-                dist.barrier(ahead)
+                dist.barrier(dist.new_group(backend="gloo", timeout=timedelta(seconds=FORM_SECONDS)))
             except RuntimeError as error:
                 raise FundamentaLLMError(f"another process has died, or did not start in time: {error}") from error
-        self._group = None if alone else dist.new_group(backend="gloo")
-        self.rank, self.size = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
+            self._group = dist.new_group(backend="gloo")
 
     def all_gather(self, value: T) -> list[T]:
         """Returns the values of all processes, ordered by rank."""
@@ -99,19 +96,15 @@ class HostGroup:
 
         Those that did not raise get a FundamentaLLMError with the message of the first one that did.
         """
-        failure, message = None, None
         try:
             yield
         except BaseException as error:
             name = "" if isinstance(error, FundamentaLLMError) else f"{type(error).__name__}: "
-            failure, message = error, f"{name}{error}"
-        try:
-            messages = self.all_gather(message)
-        finally:
-            if failure is not None:
-                raise failure  # also if the exchange fails, since another process has died
-        for rank, text in enumerate(messages):
-            if text is not None:
+            with suppress(Exception):  # another process may have died
+                self.all_gather(f"{name}{error}")
+            raise
+        for rank, text in enumerate(self.all_gather("")):
+            if text:
                 raise FundamentaLLMError(f"process {rank} of {self.size} failed: {text}")
 
     def from_main(self, action: Callable[[], T]) -> T:

@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.optim import SGD, Optimizer
 
-from fundamentallm.errors import ConfigError
+from fundamentallm.errors import ConfigError, Problem
 
 NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_SHAPES = 64
@@ -49,10 +49,8 @@ def place_model(
         activation_checkpointing = fsdp is not None and fsdp.activation_checkpointing
     if activation_checkpointing:
         if not hasattr(model, "gradient_checkpointing_enable"):
-            raise ConfigError(
-                f"training.activation_checkpointing is true, and the model ({type(model).__name__}) has no method "
-                "gradient_checkpointing_enable(), as transformers' models and our Transformer have; set it to false."
-            )
+            reason = f"and {type(model).__name__} has no method gradient_checkpointing_enable()"
+            raise ConfigError(Problem("training.activation_checkpointing", True, "false", reason=reason))
         model.gradient_checkpointing_enable()  # type: ignore[operator]
     if converted := _widen(model, None if accelerator.is_fsdp2 else NARROW.get(accelerator.mixed_precision)):
         say(converted)
@@ -60,13 +58,9 @@ def place_model(
         if not accelerator.is_fsdp2:  # which moves one block after the other
             model.to(accelerator.device)
         return
-    has_values = hasattr(model, "initial_weights") and not any(buffer.is_meta for buffer in model.buffers())
-    if not (accelerator.is_fsdp2 and has_values):
-        raise ConfigError(
-            f"the model ({type(model).__name__}) has parameters on the meta device; allowed: under FSDP2, a model with "
-            "a method initial_weights() that yields (name, tensor) for each parameter, and without buffers there."
-        )
-    _leave_meta(model)
+    if not accelerator.is_fsdp2 or not hasattr(model, "initial_weights") or any(b.is_meta for b in model.buffers()):
+        allowed = "under FSDP2, one whose initial_weights() yields (name, tensor) of each parameter, without buffers"
+        raise ConfigError(Problem("model", text=f"{type(model).__name__} is on the meta device", allowed=allowed))
     _draw_weights(model, seed, accelerator.is_main_process)
 
 
@@ -100,17 +94,27 @@ def prepare_model(
     if not accelerator.is_fsdp2:
         if compiles:
             compile_in_place(accelerator, [model_with_loss])
-        with _changed(dynamo, backend=DynamoBackend.NO):  # or accelerate would compile it too, in a wrapper
+        with _changed(dynamo, backend=DynamoBackend.NO):  # otherwise accelerate compiles it too, in a wrapper
             return accelerator.prepare(model_with_loss, optimizer)[0]  # type: ignore[no-any-return]
     fsdp = accelerator.state.fsdp_plugin
     if isinstance(fsdp.cpu_offload, CPUOffloadPolicy):
-        raise ConfigError("fsdp_offload_params is true in the accelerate config; allowed: false.")
+        raise ConfigError(Problem("accelerate_config.fsdp_offload_params", True, "false"))
     model: nn.Module = model_with_loss.model  # type: ignore[assignment]
-    _check_optimizer(model, optimizer)
-    for parameter in model.parameters():
+    of_model = set(model.parameters())
+    # accelerate takes over the groups of an optimizer, but no state.
+    if optimizer.state or any(p not in of_model for group in optimizer.param_groups for p in group["params"]):
+        allowed = "under FSDP2, one over this model's parameters that has taken no step"
+        raise ConfigError(Problem("optimizer", type(optimizer).__name__, allowed))
+    for group in optimizer.param_groups if type(optimizer) is SGD else ():
+        group["fused"] = False  # torch's fused kernel for SGD does not know DTensors
+    for parameter in of_model:
         parameter.data = parameter.data.contiguous()  # FSDP2 refuses other layouts
     if compiles:
-        compile_in_place(accelerator, _blocks(model))
+        kinds = getattr(model, "_no_split_modules", None)
+        if not kinds:
+            reason = f"and {type(model).__name__} does not name its blocks' classes in _no_split_modules"
+            raise ConfigError(Problem("training.compile", True, "false under FSDP2", reason=reason))
+        compile_in_place(accelerator, [module for module in model.modules() if type(module).__name__ in kinds])
     loads = fsdp.cpu_ram_efficient_loading and _can_load_efficiently(model)
     if not loads:
         _copy_from_main(accelerator, model)
@@ -124,7 +128,6 @@ def prepare_model(
 
 @contextmanager
 def _changed(settings: Any, **values: Any) -> Iterator[None]:
-    """Set attributes of an accelerate plugin on entry, and set them back on exit."""
     before = {name: getattr(settings, name) for name in values}
     for name, value in values.items():
         setattr(settings, name, value)
@@ -135,21 +138,11 @@ def _changed(settings: Any, **values: Any) -> Iterator[None]:
             setattr(settings, name, value)
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    kinds = getattr(model, "_no_split_modules", None) or ()
-    blocks = [module for module in model.modules() if type(module).__name__ in kinds]
-    if not blocks:
-        raise ConfigError(
-            f"training.compile is true, and the model ({type(model).__name__}) does not name its blocks' classes in "
-            "_no_split_modules, as transformers' models and our Transformer do; set it to false under FSDP2."
-        )
-    return blocks
+@torch.no_grad()
+def _draw_weights(model: nn.Module, seed: int, is_main_process: bool) -> None:
+    """Moves a model from the meta device to the CPU, and draws the weights of a single process on the main one.
 
-
-def _leave_meta(model: nn.Module) -> None:
-    """Replace parameters on the meta device by empty ones on the CPU, and keep tied ones tied (`to_empty` does not).
-
-    The operating system gives memory to an empty tensor only when it is written to.
+    The operating system gives memory to an empty tensor only when it is written to. (`to_empty` unties parameters.)
     """
     replaced: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
@@ -158,16 +151,10 @@ def _leave_meta(model: nn.Module) -> None:
                 empty = torch.empty_like(parameter, device="cpu")
                 replaced[parameter] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
             module.register_parameter(name, replaced[parameter])
-
-
-@torch.no_grad()
-def _draw_weights(model: nn.Module, seed: int, is_main_process: bool) -> None:
-    """Give the main process the weights that a single process would have drawn."""
     torch.manual_seed(seed)
-    if is_main_process:
-        for layer in model.modules():
-            if isinstance(layer, (nn.Linear, nn.Embedding)):
-                layer.reset_parameters()  # draws as the constructor on a CPU does
+    for layer in model.modules() if is_main_process else ():
+        if isinstance(layer, (nn.Linear, nn.Embedding)):
+            layer.reset_parameters()  # draws as the constructor on a CPU does
     missing = {parameter: name for name, parameter in model.named_parameters()}
     for name, values in model.initial_weights():  # type: ignore[operator]
         parameter = model.get_parameter(name)
@@ -175,8 +162,7 @@ def _draw_weights(model: nn.Module, seed: int, is_main_process: bool) -> None:
         if is_main_process:
             parameter.copy_(values)
     if missing:
-        names = ", ".join(missing.values())
-        raise ConfigError(f"initial_weights() of the model yields nothing for {names}; allowed: all parameters.")
+        raise ConfigError(f"initial_weights() of the model yields nothing for {', '.join(missing.values())}.")
 
 
 def _can_load_efficiently(model: nn.Module) -> bool:
@@ -196,31 +182,13 @@ def _copy_from_main(accelerator: Accelerator, model: nn.Module) -> None:
         tensor.copy_(broadcast(tensor.detach().to(accelerator.device).contiguous()))
 
 
-def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
-    """Make sure that accelerate can move an optimizer to sharded parameters: it takes over groups, but no state."""
-    if type(optimizer) is SGD:
-        for group in optimizer.param_groups:
-            group["fused"] = False  # torch's fused kernel for SGD does not know DTensors
-    of_model = set(model.parameters())
-    if optimizer.state or any(p not in of_model for group in optimizer.param_groups for p in group["params"]):
-        raise ConfigError(
-            f"the optimizer ({type(optimizer).__name__}) has state, or parameters that are not the model's; allowed "
-            "under FSDP2: an optimizer over this model that makes its state in its first step, before that step."
-        )
-
-
-def is_compiled(accelerator: Accelerator, wanted: bool | None) -> bool:
-    """Returns whether to compile: `training.compile` (`wanted`), or the accelerate config if that is None."""
-    return accelerator.state.dynamo_plugin.backend != DynamoBackend.NO if wanted is None else wanted
-
-
 def compile_in_place(accelerator: Accelerator, modules: Iterable[nn.Module]) -> None:
     """Have modules compiled at their first call, with the backend of the accelerate config, or inductor."""
     plugin = accelerator.state.dynamo_plugin
     options: dict[str, Any] = {"dynamic": False, **plugin.to_kwargs()}
     if plugin.backend == DynamoBackend.NO:
         options["backend"] = "inductor"
-    if "recompile_limit" in inspect.signature(torch.compile).parameters:  # older versions of torch have none
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:  # which older versions lack
         options["recompile_limit"] = MAX_SHAPES
     for module in modules:
         module.compile(**options)

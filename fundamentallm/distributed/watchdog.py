@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import faulthandler
 import json
-import logging
 import math
 import os
 import socket
@@ -26,8 +25,6 @@ import torch.distributed as dist
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import ProcessLostError
 
-logger = logging.getLogger(__name__)
-
 BEAT_SECONDS = 1.0
 LOST_SECONDS = 5.0  # without a heartbeat, once a process has failed
 STORE_SECONDS = 10.0  # timeout of a request
@@ -35,18 +32,9 @@ GONE = "is gone: killed, or its machine is lost"
 
 
 class Phase(IntEnum):
-    """What a process is doing, in the order of the training loop."""
+    """What a process is doing, in the order of the training loop. The last is validating, saving, agreeing to stop."""
 
-    STARTING, LOADING, COMPUTING = 0, 1, 2
-    FINISHING = 3  # validating, saving, agreeing on whether to stop
-
-
-class Place(NamedTuple):
-    """Where a process is in the training loop."""
-
-    step: int  # finished optimizer steps
-    polls: int  # finished steps and validation batches: the same on processes that are equally far
-    phase: int = Phase.STARTING
+    STARTING, LOADING, COMPUTING, FINISHING = range(4)
 
 
 class _Beat(NamedTuple):
@@ -59,11 +47,14 @@ class _Beat(NamedTuple):
 class Watchdog:
     """Watches the processes of a group from entering to leaving its context.
 
-    `place` returns the place of this process, and is called from another thread. A hang is reported after
+    `place` returns where this process is: its optimizer steps, its polls (steps and validation batches: the same on
+    processes that are equally far) and its phase. It is called from another thread. A hang is reported after
     `hang_minutes` without progress on any process; None: never.
     """
 
-    def __init__(self, place: Callable[[], Place], hang_minutes: float | None, group: HostGroup) -> None:
+    def __init__(
+        self, place: Callable[[], tuple[int, int, Phase]], hang_minutes: float | None, group: HostGroup
+    ) -> None:
         self._place, self._group, self.rank, self.size = place, group, group.rank, group.size
         self._hang_seconds = math.inf if hang_minutes is None else 60 * hang_minutes
         self._error = ""  # of this process
@@ -73,7 +64,8 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        if self.size > 1 and self._connect():
+        if self.size > 1:
+            self._connect()
             self._exchange()
             self._thread.start()
         return self
@@ -89,27 +81,24 @@ class Watchdog:
         self.__exit__()
         if self.size == 1 or not isinstance(error, RuntimeError) or self.rank in self._lost or not self._lost:
             return error
-        named = [f"process {rank} of {self.size} (on {self._hosts[rank]}) {what}" for rank, what in self._lost.items()]
+        named = "; ".join(f"{self._name(rank)} {what}" for rank, what in self._lost.items())
         advice = "The run cannot continue without it; run the same command to resume from the last checkpoint."
-        return ProcessLostError(f"at step {self._place().step}, {'; '.join(named)}. {advice}", list(self._lost))
+        return ProcessLostError(f"at step {self._place()[0]}, {named}. {advice}", list(self._lost))
 
-    def _connect(self) -> bool:
-        """Connects all processes to a store on a free port of process 0; returns whether each could."""
+    def _name(self, rank: int) -> str:
+        return f"process {rank} of {self.size} (on {self._hosts[rank]})"
+
+    def _connect(self) -> None:
         options: dict[str, Any] = {"wait_for_workers": False, "timeout": timedelta(seconds=STORE_SECONDS)}
         # MASTER_ADDR, from the launcher, is how other machines reach process 0.
-        host, store, port = socket.gethostname(), None, 0
+        host, port = socket.gethostname(), 0
         if self.rank == 0:
-            store = dist.TCPStore("localhost", port, is_master=True, **options)  # type: ignore[attr-defined]
-            port = store.port
-        hosts = self._group.all_gather((host, os.environ.get("MASTER_ADDR", host), port))
-        self._hosts, (_, address, port) = [host for host, _, _ in hosts], hosts[0]
-        with suppress(RuntimeError):
-            store = store or dist.TCPStore(address, port, **options)  # type: ignore[attr-defined]
-        self._store: Any = store
-        if not all(self._group.all_gather(store is not None)):
-            self.size = 1
-            logger.warning("some processes cannot reach %s:%d; a lost process will not be named.", address, port)
-        return self.size > 1
+            self._store: Any = dist.TCPStore("localhost", 0, is_master=True, **options)  # type: ignore[attr-defined]
+            port = self._store.port
+        mine = host, os.environ.get("MASTER_ADDR", host), port
+        self._hosts, addresses, ports = zip(*self._group.all_gather(mine), strict=True)
+        if self.rank:
+            self._store = dist.TCPStore(addresses[0], ports[0], **options)  # type: ignore[attr-defined]
 
     def _watch(self) -> None:
         """The thread: exchanges heartbeats until this process leaves or another one fails."""
@@ -128,9 +117,9 @@ class Watchdog:
             lost = self._lost = self._find_lost(beats) if failed else {}
             # Process 0 serves the store, so it leaves last. When a failed process leaves, the others fail too: it waits
             # until they know its error.
-            deadline = time.monotonic() + LOST_SECONDS
+            deadline = time.monotonic() + (LOST_SECONDS if self.rank == 0 or failed else 0)
             while not all(beat.is_done for rank, beat in enumerate(self._exchange(is_done=True)) if rank not in lost):
-                if time.monotonic() > deadline or not (self.rank == 0 or failed):
+                if time.monotonic() > deadline:
                     break
                 time.sleep(BEAT_SECONDS / 10)
 
@@ -149,9 +138,9 @@ class Watchdog:
         """Prints the stack of this process if it is the furthest behind."""
         step, polls, phase = places[self.rank]
         if [polls, phase] == min(place[1:] for place in places):
-            behind = f"process {self.rank} of {self.size} (on {self._hosts[self.rank]}) at step {step}"
-            text = f"no process has made progress for {minutes:.2g} minutes. Furthest behind: {behind}, "
-            print(f"{text}{Phase(phase).name.lower()}. Its stack follows.", file=sys.stderr, flush=True)
+            where = f"{self._name(self.rank)} at step {step}, {Phase(phase).name.lower()}. Its stack follows."
+            text = f"no process has made progress for {minutes:.2g} minutes. Furthest behind: {where}"
+            print(text, file=sys.stderr, flush=True)
             faulthandler.dump_traceback(file=2)
 
     def _exchange(self, is_done: bool = False) -> list[_Beat]:

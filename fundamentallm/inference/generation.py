@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -71,16 +68,18 @@ def generate(
     """
     sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     sampling["repetition_penalty"] = repetition_penalty
+    numbers = {"max_new_tokens": max_new_tokens, "context": context, "seed": seed, **sampling}
     problems = [] if token_ids else [Problem("prompt", "", "at least one token")]
+    problems += [
+        Problem(name, value, str(ALLOWED[name]))
+        for name, value in numbers.items()
+        if value is not None and value not in ALLOWED[name]
+    ]
     if unknown := row_problem(model, "prompt", token_ids, token_ids):
         problems.append(unknown)
-    for name, value in {"max_new_tokens": max_new_tokens, "context": context, "seed": seed, **sampling}.items():
-        if value is not None and value not in ALLOWED[name]:
-            problems.append(Problem(name, value, str(ALLOWED[name])))
     if problems:
         raise ConfigError(problems)
-    sample = functools.partial(_sample, **sampling)
-    return _generate(model, token_ids, max_new_tokens, context, sample, seed, frozenset(stop))
+    return _generate(model, [*token_ids], max_new_tokens, context, seed, frozenset(stop), sampling)
 
 
 def row_problem(model: nn.Module, setting: str, value: object, ids: Sequence[int]) -> Problem | None:
@@ -97,16 +96,17 @@ def row_problem(model: nn.Module, setting: str, value: object, ids: Sequence[int
 @torch.no_grad()
 def _generate(
     model: nn.Module,
-    token_ids: list[int],
+    text: list[int],
     max_new_tokens: int,
     context: int | None,
-    sample: Callable[[Tensor, Sequence[int], torch.Generator], int],
     seed: int,
     stop: frozenset[int],
+    sampling: dict[str, Any],
 ) -> Iterator[int]:
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
-    text, longest = list(token_ids), len(token_ids) + max_new_tokens
-    context = longest if context is None else min(context, longest)  # the cache need not be larger than the text
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    longest = len(text) + max_new_tokens
+    context = min(context or longest, longest)  # the cache need not be larger than the text
     first, cache = max(len(text) - context, 0), None  # the index of the first token that the model sees
     was_training = model.training
     model.eval()
@@ -114,9 +114,9 @@ def _generate(
         for _ in range(max_new_tokens):
             if len(text) - first > context:
                 first, cache = len(text) - max(context // 2, 1), None
-            with _uncompiled():
-                logits, cache = _next_logits(model, text[first:], cache, context)
-            token = sample(logits, text, generator)
+            new = text[first:] if cache is None else text[-1:]
+            logits, cache = _next_logits(model, torch.tensor([new], device=device), cache, context)
+            token = _sample(logits, text, generator, **sampling)
             if token in stop:
                 return
             text.append(token)
@@ -125,12 +125,8 @@ def _generate(
         model.train(was_training)
 
 
-def _next_logits(model: nn.Module, window: list[int], cache: Any, context: int) -> tuple[Tensor, Any]:
-    """Returns the logits (V,) of the token after a window, and the cache of keys and values after it.
-
-    The given cache holds all of the window but its last token; None: nothing is cached.
-    """
-    ids = torch.tensor([window if cache is None else window[-1:]], device=next(model.parameters()).device)
+def _next_logits(model: nn.Module, ids: Tensor, cache: Any, context: int) -> tuple[Tensor, Any]:
+    """Returns the logits (V,) of the token after ids (1, T) that follow the cached ones, and the cache with them."""
     if isinstance(model, Transformer):
         cache = cache or model.new_cache(context)
         # The logits of a whole prompt need much memory.
@@ -170,9 +166,3 @@ def _sample(
         is_beyond = ordered.cumsum(-1) - ordered >= top_p  # the tokens before it suffice
         probabilities[order[is_beyond]] = 0.0
     return int(torch.multinomial(probabilities, 1, generator=generator))
-
-
-def _uncompiled() -> AbstractContextManager[object]:
-    """Runs compiled modules (the blocks of a sharded model) uncompiled: every new length would be compiled."""
-    # Without torch._dynamo in memory nothing is compiled, and importing it takes a second.
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

@@ -59,7 +59,7 @@ def load_model(checkpoint: str | Path, base: str | Path | None = None) -> Loaded
             adapters of it.
 
     Raises:
-        CheckpointNotFoundError: if there is none, or one without the files that its use needs.
+        CheckpointNotFoundError: if there is none.
         CheckpointError: if it is damaged.
         ConfigError: if it cannot be used.
 
@@ -78,7 +78,12 @@ def load_model(checkpoint: str | Path, base: str | Path | None = None) -> Loaded
         >>> len(loaded.tokenizer.decode(list(ids)))
         5
     """
-    folder = find_checkpoint(Path(os.path.expanduser(checkpoint)))
+    path = Path(os.path.expanduser(checkpoint))
+    manager = CheckpointManager(checkpoints_folder(path))
+    is_model = is_ours(path) or any((path / name).exists() for name in (CONFIG, ADAPTER_CONFIG))
+    folder = path if is_model else manager.get_best() or manager.get_latest()
+    if folder is None:
+        raise CheckpointNotFoundError(f"there is no checkpoint in {path}; give a checkpoint, or a run's output_dir.")
     with explained(folder):
         if is_ours(folder):
             verify(folder)
@@ -93,16 +98,14 @@ def load_model(checkpoint: str | Path, base: str | Path | None = None) -> Loaded
 
 def _open_model(folder: Path) -> tuple[nn.Module, Pretrained]:
     found = find_pretrained(str(folder), "checkpoint")
-    if found.shape is not None:
-        model = Transformer(found.shape)
-        load_weights(folder, found.weights, model)
-        return model, found
-    if is_ours(folder) and len(found.weights) > 1:
-        raise CheckpointError(
-            f"{folder} holds a sharded {found.config.get('model_type')} model. Consolidate it first: "
-            f"fundamentallm checkpoints consolidate {folder} OUT."
-        )
-    return transformers_model(found), found
+    if found.shape is None:
+        if is_ours(folder) and len(found.weights) > 1:
+            advice = f"Consolidate it first: fundamentallm checkpoints consolidate {folder} OUT."
+            raise CheckpointError(f"{folder} holds a sharded {found.config.get('model_type')} model. {advice}")
+        return transformers_model(found), found
+    model = Transformer(found.shape)
+    load_weights(folder, found.weights, model)
+    return model, found
 
 
 def _open_adapter(folder: Path, base: str | Path | None) -> tuple[nn.Module, Pretrained]:
@@ -115,21 +118,3 @@ def _open_adapter(folder: Path, base: str | Path | None) -> tuple[nn.Module, Pre
         buffers = saved[MODEL_KEY].keys() & {*adapter.weights.names} - adapter.names.keys()
         model.load_state_dict({name: saved[MODEL_KEY][name] for name in buffers}, strict=False)
     return model, found
-
-
-def find_checkpoint(path: Path) -> Path:
-    """Returns `path` if it is a checkpoint or a model folder, otherwise the best or newest checkpoint below it.
-
-    Raises:
-        CheckpointNotFoundError: if there is none, or one without the files that its use needs.
-    """
-    manager = CheckpointManager(checkpoints_folder(path))
-    is_model = is_ours(path) or any((path / name).exists() for name in (CONFIG, ADAPTER_CONFIG))
-    folder = path if is_model else manager.get_best() or manager.get_latest()
-    if folder is None:
-        raise CheckpointNotFoundError(f"there is no checkpoint in {path}; give a checkpoint, or a run's output_dir.")
-    has_adapter = (folder / ADAPTER_CONFIG).exists()  # whose base model has the other files
-    for name in () if has_adapter else (CONFIG, TOKENIZER):
-        if not (folder / name).exists():
-            raise CheckpointNotFoundError(f"{folder} has no {name}, which the use of its model needs.")
-    return folder

@@ -20,24 +20,20 @@ def score(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     It is 0 for targets of `IGNORE_INDEX`. The model has to be in evaluation mode. The logits of our `Transformer` are
     computed for some positions at a time, since those of a large vocabulary need much memory.
     """
-    losses: list[Tensor] = []
-
-    def add(logits: Tensor, wanted: Tensor) -> None:
-        losses.append(F.cross_entropy(logits.float(), wanted, reduction="none", ignore_index=IGNORE_INDEX))
 
     def of_hidden(hidden: Tensor, weight: Tensor) -> Tensor:
-        chunks = torch.split(hidden.flatten(0, 1), CHUNK), torch.split(targets.flatten(), CHUNK)
-        for rows, wanted in zip(*chunks, strict=True):
-            add(F.linear(rows, weight), wanted)
-        return hidden
+        chunks = zip(torch.split(hidden.flatten(0, 1), CHUNK), torch.split(targets.flatten(), CHUNK), strict=True)
+        return torch.cat([_losses(F.linear(rows, weight), wanted) for rows, wanted in chunks]).view(targets.shape)
 
     if isinstance(model, Transformer):
-        model(inputs, of_hidden)
-    else:
-        output = model(inputs, **cache_option(model, False))
-        for rows, wanted in zip(output if isinstance(output, Tensor) else output.logits, targets, strict=True):
-            add(rows, wanted)
-    return torch.cat(losses).view(targets.shape)
+        return model(inputs, of_hidden)  # type: ignore[no-any-return]
+    output = model(inputs, **cache_option(model, False))
+    logits = output if isinstance(output, Tensor) else output.logits
+    return torch.stack([_losses(rows, wanted) for rows, wanted in zip(logits, targets, strict=True)])
+
+
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), targets, reduction="none", ignore_index=IGNORE_INDEX)
 
 
 class Window(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import functools
 import json
@@ -29,8 +28,6 @@ LOCK, STATUS, LOG = ".fundamentallm.lock", "status.json", "metrics.jsonl"
 STARTS, SAMPLES = "starts.jsonl", "samples.jsonl"
 PACKAGES = ("fundamentallm", "torch", "accelerate", "safetensors", "tokenizers")
 GIT_SECONDS = 5.0  # on a file system that is slower, the commit is not recorded
-LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
-"""Errors of file systems without locks, such as Lustre mounted without `flock`."""
 _lock_files: set[int] = set()
 """Descriptors of the locks that this process holds. A forked process, such as a loader worker, closes its copies:
 otherwise the lock of a killed run would last as long as its workers."""
@@ -60,26 +57,22 @@ def locked(folders: Iterable[Path]) -> Iterator[None]:
             stack.callback(os.close, file)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in LOCKS_UNSUPPORTED:
-                    logger.warning("%s cannot be locked (%s); make sure that no other run uses it.", folder, error)
-                    continue
-                if not isinstance(error, BlockingIOError):
-                    raise
-                holder = os.read(file, 1000).decode(errors="replace").strip() or "another process"
-                raise RunInProgressError(
-                    f"{folder} is in use by {holder}. Wait until it ends, stop it, or choose another output_dir."
-                ) from None
+            except BlockingIOError:
+                holder = os.read(file, 1000).decode(errors="replace")
+                advice = "Wait until it ends, stop it, or choose another output_dir."
+                raise RunInProgressError(f"{folder} is in use by {holder}. {advice}") from None
+            except OSError as error:  # of a file system without locks, such as Lustre mounted without `flock`
+                logger.warning("%s cannot be locked (%s); make sure that no other run uses it.", folder, error)
             _lock_files.add(file)
             stack.callback(_lock_files.discard, file)
             os.truncate(file, 0)
             os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
-            stack.callback(os.truncate, file, 0)
         yield
 
 
 def write_status(folder: Path, **status: Any) -> None:
     """Writes `status.json`, for schedulers: a launcher's own exit code is only 0 or 1."""
+    status |= {"pid": os.getpid(), "host": socket.gethostname()}
     with writing(folder / STATUS):
         write_text(folder / STATUS, json.dumps(status, indent=1) + "\n")
 
@@ -100,7 +93,7 @@ def note_interruption(folder: Path, reason: str) -> None:
         status = {"step": 0, "total_steps": None} | read_status(folder)
         if status.get("state") != "finished":
             ended = {"state": "interrupted", "exit_code": START_AGAIN, "reason": f"{reason} outside of training"}
-            write_status(folder, **status | ended | {"pid": os.getpid(), "host": socket.gethostname()})
+            write_status(folder, **status | ended)
 
 
 @functools.cache  # asked at each save; reading the packages' metadata takes 2 ms
@@ -120,7 +113,7 @@ def environment(device: str, processes: int, mixed_precision: str) -> dict[str, 
         "processes": processes,
         "mixed_precision": mixed_precision,
         "command": command(),
-        "commit": commit(),
+        "commit": _commit(),
     }
 
 
@@ -136,7 +129,7 @@ def command() -> str:
     return shlex.join([os.path.basename(words[0]), *words[1:]])
 
 
-def commit() -> str | None:
+def _commit() -> str | None:
     """Returns the commit of the working directory, with "+" if files differ from it; None if there is none."""
     describe = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):

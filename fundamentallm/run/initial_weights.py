@@ -23,15 +23,15 @@ from fundamentallm.run.state import RunState
 
 
 def open_pretrained(config: Config) -> tuple[Config, Pretrained | None, nn.Module | None]:
-    """Opens the folder that `model.pretrained` names, if any, on all processes together; see `find_completed`.
+    """Opens the folder that `model.pretrained` names, if any, on all processes together; see `completed`.
 
     Returns the config completed from the folder, the folder, and the model if transformers makes it.
     """
-    if config.model.pretrained is None:
+    name, lora = config.model.pretrained, config.model.lora
+    if name is None:
         return config, None, None
     with HostGroup().barrier_with_errors():
-        name, lora = config.model.pretrained, config.model.lora
-        config, pretrained = find_completed(config, name)
+        config, pretrained = completed(config)
         model = None if pretrained.shape is not None else transformers_model(pretrained)
         if model is not None and lora is not None:
             torch.manual_seed(config.training.seed)
@@ -39,69 +39,51 @@ def open_pretrained(config: Config) -> tuple[Config, Pretrained | None, nn.Modul
         return config, pretrained, model
 
 
-def find_completed(config: Config, name: str) -> tuple[Config, Pretrained]:
-    """Returns the config with shape and tokenizer of the model folder `name`, and the folder.
+def completed(config: Config) -> tuple[Config, Pretrained]:
+    """Returns the config with shape and tokenizer of the model folder `model.pretrained`, and the folder.
 
     Raises CheckpointError if it is damaged; ConfigError if it cannot be used, or contradicts other settings.
     """
+    model, data, name = config.model, config.data, config.model.pretrained or ""
     with explained(Path(name)):
         pretrained = find_pretrained(name)
-        if config.model.lora is not None:  # peft adapts transformers' modules
+        if model.lora is not None:  # peft adapts transformers' modules
             pretrained = pretrained._replace(shape=None, why_not="model.lora is set")
-        if is_ours(pretrained.folder):
-            verify(pretrained.folder)
-        return completed(config, pretrained), pretrained
-
-
-def completed(config: Config, pretrained: Pretrained) -> Config:
-    """Returns the config with the folder's shape and tokenizer. See `find_completed`."""
-    model, data, folder = config.model, config.data, pretrained.folder
-    theirs = pretrained.shape or ModelConfig(vocab_size=pretrained.vocab_size)
-    theirs = dataclasses.replace(theirs, pretrained=model.pretrained, dropout=model.dropout, lora=model.lora)
-    problems: list[str] = []
-    for entry in dataclasses.fields(ModelConfig):
-        value = getattr(model, entry.name)
-        if value not in (entry.default, getattr(theirs, entry.name)):
-            advice, reason = "Leave it out.", f"and model.pretrained sets it: {folder} has its own"
-            problems.append(Problem(f"model.{entry.name}", value, advice=advice, reason=reason))
-    if pretrained.shape is None:
-        reason = f"and {folder} is trained through transformers"
-        if model.dropout:
-            advice = "Set the dropout in its config.json, under its own names."
-            problems.append(Problem("model.dropout", model.dropout, "0", advice, reason))
-        if data.mask_documents:
-            problems.append(Problem("data.mask_documents", True, "false", reason=reason))
-        if pretrained.context is not None and data.sequence_length > pretrained.context:
-            allowed = f"at most {pretrained.context}, the context of {folder}"
-            problems.append(Problem("data.sequence_length", data.sequence_length, allowed))
-    spec = data.tokenizer
-    try:
-        spec = _tokenizer(spec, folder / TOKENIZER)
-    except ConfigError as error:
-        problems += error.problems
-    if problems:
-        raise ConfigError(problems)
-    return dataclasses.replace(config, model=theirs, data=dataclasses.replace(data, tokenizer=spec))
-
-
-def _tokenizer(spec: str, theirs: Path) -> str:
-    """Returns the tokenizer to use with a pretrained model: the model's own, unless `spec` names an equal one."""
-    if not theirs.is_file():
-        if spec.endswith(".json"):
-            return spec
-        reason = f"and {theirs.parent} has no {TOKENIZER}"
-        advice = (
-            "Give the tokenizer.json with which it was trained. "
-            "(AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers writes one.)"
-        )
-        raise ConfigError(Problem("data.tokenizer", spec, advice=advice, reason=reason))
-    if spec == DataConfig.tokenizer:
-        return str(theirs)
-    known = spec == "byte" or spec.endswith(".json")
-    if not known or not same_tokenizer(create_tokenizer(spec), read_tokenizer(theirs)):
-        reason = f"and {theirs.parent} was trained with another tokenizer"
-        raise ConfigError(Problem("data.tokenizer", spec, advice="Leave it out.", reason=reason))
-    return spec
+        folder = pretrained.folder
+        if is_ours(folder):
+            verify(folder)
+        theirs = pretrained.shape or ModelConfig(vocab_size=pretrained.vocab_size)
+        theirs = dataclasses.replace(theirs, pretrained=name, dropout=model.dropout, lora=model.lora)
+        problems = []
+        for entry in dataclasses.fields(ModelConfig):
+            value = getattr(model, entry.name)
+            if value not in (entry.default, getattr(theirs, entry.name)):
+                reason = f"and model.pretrained sets it: {folder} has its own"
+                problems.append(Problem(f"model.{entry.name}", value, advice="Leave it out.", reason=reason))
+        if pretrained.shape is None:
+            reason = f"and {folder} is trained through transformers"
+            if model.dropout:
+                advice = "Set the dropout in its config.json, under its own names."
+                problems.append(Problem("model.dropout", model.dropout, "0", advice, reason))
+            if data.mask_documents:
+                problems.append(Problem("data.mask_documents", True, "false", reason=reason))
+            if pretrained.context is not None and data.sequence_length > pretrained.context:
+                allowed = f"at most {pretrained.context}, the context of {folder}"
+                problems.append(Problem("data.sequence_length", data.sequence_length, allowed))
+        spec, theirs_file, reason = data.tokenizer, folder / TOKENIZER, ""
+        is_file = spec.endswith(".json")
+        if not theirs_file.is_file():
+            reason = "" if is_file else f"and {folder} has no {TOKENIZER}"
+        elif spec == DataConfig.tokenizer:
+            spec = str(theirs_file)
+        elif not (is_file or spec == "byte") or not same_tokenizer(create_tokenizer(spec), read_tokenizer(theirs_file)):
+            reason = f"and {folder} was trained with another tokenizer"
+        if reason:
+            advice = "Leave it out, or give the tokenizer.json with which it was trained (AutoTokenizer writes one)."
+            problems.append(Problem("data.tokenizer", spec, advice=advice, reason=reason))
+        if problems:
+            raise ConfigError(problems)
+        return dataclasses.replace(config, model=theirs, data=dataclasses.replace(data, tokenizer=spec)), pretrained
 
 
 def begin_from_checkpoint(state: RunState, group: HostGroup, init_from: str, tokenizer: Tokenizer) -> None:

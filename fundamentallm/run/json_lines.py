@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from fundamentallm.atomic import replacing, sync_later, write_text
+from fundamentallm.atomic import sync, sync_later, write_text
 from fundamentallm.errors import CheckpointError, writing
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class LineFile:
 
     def append(self, line: dict[str, Any]) -> None:
         """Append a line. Raises FundamentaLLMError if the file cannot be written."""
-        stored = {key: _storable(value) for key, value in line.items()}
+        stored = json.loads(json.dumps(line), parse_constant=str)  # JSON lacks NaN and infinities: they become texts
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
@@ -93,8 +93,8 @@ class LineFile:
                 # Named by its content: if a kill interrupts the rewind, the next one makes the same copy.
                 digest = hashlib.sha256(path.read_bytes()).hexdigest()
                 copy = path.with_name(f"{path.stem}.before-{digest[:8]}{path.suffix}")
-                with replacing(copy) as new:
-                    shutil.copy2(path, new)
+                shutil.copy2(path, copy)
+                sync(copy)
                 message += f"{len(lines) - len(kept):,} lines of {path} are in {copy} only."
             write_text(path, "".join(kept))
         return message
@@ -116,9 +116,3 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
         except (ValueError, TypeError, KeyError, RecursionError):
             is_valid = False
         yield text, line if is_valid else None
-
-
-def _storable(value: Any) -> Any:
-    if not isinstance(value, float) or math.isfinite(value):
-        return value
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

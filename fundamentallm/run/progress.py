@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fundamentallm.data.sampler import Start, StepSampler
 
+ORDER = ("num_samples", "seed", "drop_last", "sampler")
+
 
 class RunningMean:
     """A mean kept as `totals`, (sum, count) on the device, to add up over processes. Adding does not wait for it.
@@ -28,9 +30,7 @@ class RunningMean:
 
 
 class Progress:
-    """The position of a run over `samples`. Counts stay on the device.
-
-    `content` is the fingerprint of each dataset, training first.
+    """The position of a run over `samples`. `content` is the fingerprint of each dataset, training first.
 
     Attributes:
         step: optimizer steps done.
@@ -48,8 +48,7 @@ class Progress:
         self.loss = RunningMean(device)
         self.validation_due = False
         self.origin: str | None = None
-        names = ("num_samples", "batch_size", "seed", "drop_last", "schedule", "sampler")
-        order = {name: getattr(samples, name) for name in names}
+        order = {name: getattr(samples, name) for name in (*ORDER, "batch_size", "schedule")}
         self.segments = [{**order, "content": content, "start": list(samples.start)}]
 
     def count(self, loss: Tensor, num_targets: Tensor) -> None:
@@ -81,10 +80,8 @@ class Progress:
         """Resumes at a saved step: at the next sample if the batch size changed, at the next epoch if the data did."""
         before, now, step = state["stretches"][-1], self.segments[-1], state["step"]
         saved = sampler_of(before)
-        if not isinstance(step, int) or step < saved.start.step:
-            raise ValueError(f"step {step!r} is before the start of its segment, {saved.start}.")
-        if state["samples"] != saved.samples_before(step):
-            raise ValueError(f"step {step} comes after {saved.samples_before(step)} samples, not {state['samples']}.")
+        if type(step) is not int or step < saved.start.step or state["samples"] != saved.samples_before(step):
+            raise ValueError(f"step {step!r} does not come after {state['samples']} samples.")
         if _without_start(before) == _without_start(now):
             self.samples.start, self.segments = saved.start, list(state["stretches"])
         else:
@@ -105,13 +102,10 @@ class Progress:
 
 def sampler_of(segment: dict[str, Any]) -> StepSampler:
     """Returns the batches of a segment, over all processes. Raises ValueError if no run can start where it does."""
-    sampler = StepSampler(
-        segment["num_samples"],
-        segment["batch_size"],
-        segment["seed"],
-        drop_last=segment["drop_last"],
-        schedule=segment.get("schedule", ()),  # missing in the earliest checkpoints
-    )
+    # The earliest checkpoints have no schedule.
+    schedule, drop_last = segment.get("schedule", ()), segment["drop_last"]
+    size, batch_size, seed = segment["num_samples"], segment["batch_size"], segment["seed"]
+    sampler = StepSampler(size, batch_size, seed, drop_last=drop_last, schedule=schedule)
     sampler.start = start = Start(*segment["start"])
     # An index outside the epoch's order names no sample, and the permutation would never end.
     is_valid = all(type(number) is int and number >= 0 for number in start) and start.place < sampler.num_samples
@@ -124,6 +118,6 @@ def _without_start(segment: dict[str, Any]) -> dict[str, Any]:
     return {"schedule": [], "sampler": None} | {name: value for name, value in segment.items() if name != "start"}
 
 
-def _sample_order(segment: dict[str, Any]) -> tuple[Any, ...]:
+def _sample_order(segment: dict[str, Any]) -> list[Any]:
     """Returns what an index within an epoch refers to: the order of the training samples."""
-    return segment["num_samples"], segment["seed"], segment["drop_last"], segment.get("sampler"), segment["content"][0]
+    return [*(segment.get(name) for name in ORDER), segment["content"][0]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -21,20 +21,15 @@ from fundamentallm.models.transformers_format import TOKENIZER
 from fundamentallm.run.folder import LOCK
 
 
-class Choice(NamedTuple):
-    """What a run resumes from."""
-
-    path: Path | None = None  # the checkpoint, verified; None: the run begins
-    origin: Path | None = None  # the checkpoint that `resume` names, if this run began from it
-    is_rewound: bool = False  # returns to an earlier checkpoint of its own
-
-
-def choose_checkpoint(wanted: str, manager: CheckpointManager | None, say: Callable[[str], None]) -> Choice:
+def choose_checkpoint(
+    wanted: str, manager: CheckpointManager | None, say: Callable[[str], None]
+) -> tuple[Path | None, Path | None, bool]:
     """Chooses the checkpoint to resume from; `wanted` is `training.resume`: auto, never, or a path.
 
     The same command launches and relaunches a run, so a path applies only until the run has saved a checkpoint of its
-    own. Raises ConfigError if the folder is in use, or holds another run whose checkpoints would be deleted as new ones
-    come; CheckpointError if there are checkpoints but none is intact.
+    own. Returns the verified checkpoint (None: the run begins), the one that `resume` names, and whether the run
+    returns to an earlier checkpoint of its own. Raises ConfigError if the folder is in use, or holds another run, whose
+    checkpoints would be rotated away; CheckpointError if there are checkpoints but none is intact.
     """
     if wanted == "never":
         folder = None if manager is None else manager.checkpoint_dir
@@ -42,28 +37,27 @@ def choose_checkpoint(wanted: str, manager: CheckpointManager | None, say: Calla
             advice = "Choose another output_dir (or checkpoint_dir), or set resume: auto to resume that run."
             reason = f"and {folder} already holds a run"
             raise ConfigError(Problem("training.resume", "never", advice=advice, reason=reason))
-        return Choice()
+        return None, None, False
     newest, skipped = manager.newest_intact() if manager is not None else (None, [])
     for reason in skipped:
         say(f"skipping checkpoint {reason}")
     if wanted == "auto":
         if newest is None and skipped and manager is not None:
-            raise CheckpointError(
-                f"All checkpoints in {manager.checkpoint_dir} are damaged. Starting from scratch in this folder would "
-                "mix two runs: choose another output_dir, or move the checkpoints away.\n  " + "\n  ".join(skipped)
-            )
-        return Choice(newest)
+            advice = "Choose another output_dir, or move the checkpoints away."
+            text = "\n  ".join([f"All checkpoints in {manager.checkpoint_dir} are damaged. {advice}", *skipped])
+            raise CheckpointError(text)
+        return newest, None, False
     path = Path(expand_user(wanted)).absolute()
     if manager is not None and newest is not None:
         progress = load_parts(newest, ["progress_state_dict"]).get("progress_state_dict")
         if isinstance(progress, dict) and progress.get("origin") == str(path):
-            return Choice(newest, path)
+            return newest, path, False
         if path.parent.resolve() != manager.checkpoint_dir.resolve():
             advice = "Choose another output_dir (or checkpoint_dir)."
             reason = f"and {manager.checkpoint_dir} holds another run, whose checkpoints would be rotated away"
             raise ConfigError(Problem("training.resume", str(path), advice=advice, reason=reason))
     check_checkpoint(path)
-    return Choice(path, path, is_rewound=newest is not None)
+    return path, path, newest is not None
 
 
 def resume(
@@ -73,13 +67,13 @@ def resume(
     like: Callable[[], Like | None],
     restore: Callable[[dict[str, Any], Path], None],
     say: Callable[[str], None],
-) -> Choice:
+) -> tuple[Path | None, Path | None, bool]:
     """Chooses the checkpoint to resume from and restores it, on all processes together. See `choose_checkpoint`.
 
     `like` returns which shards of the tensors to read (see `RunState.like`). `restore` gives the run what was read.
     """
     choice = group.from_main(lambda: choose_checkpoint(wanted, manager, say))
-    path = choice.path
+    path = choice[0]
     if path is None:
         return choice
     sha256 = group.from_main(lambda: read_manifest(path)["sha256"])

@@ -16,9 +16,9 @@ from fundamentallm.data.datasets import TokenSamples
 from fundamentallm.data.loaders import corpus_samples
 from fundamentallm.data.tokenizers import read_tokenizer
 from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.models.transformers_format import TOKENIZER
 from fundamentallm.run.progress import sampler_of
 
-TOKENIZER = "tokenizer.json"
 MOST_IN_A_BATCH = 2**24
 """Larger than any batch; the indices of a step have to fit in memory."""
 
@@ -47,47 +47,42 @@ def samples_of_step(checkpoint: Path, step: int) -> StepSamples:
         progress, config = saved["progress_state_dict"], saved["config"]
         segment = [segment for segment in progress["stretches"] if segment["start"][0] < step][-1]
         sampler, content = sampler_of(segment), segment["content"][0]
-        if segment.get("sampler"):
-            raise ValueError(f"its order is that of the caller's own sampler, {segment['sampler']}")
-        if min(sampler.num_samples, max(sampler.sizes)) > MOST_IN_A_BATCH:
-            raise ValueError(f"a batch of more than {MOST_IN_A_BATCH:,} samples")
+        if segment.get("sampler") or min(sampler.num_samples, max(sampler.sizes)) > MOST_IN_A_BATCH:
+            text = (
+                f"its order is that of the caller's own sampler, or a batch has more than {MOST_IN_A_BATCH:,} samples"
+            )
+            raise ValueError(text)
         epoch, before = sampler.place(step - 1)[0], sampler.samples_before(step - 1)
         return StepSamples(sampler.batch(step - 1), epoch, before, progress["step"], content, config)
 
 
-def why_no_text(checkpoint: Path, samples: StepSamples) -> str | None:
-    """Returns why the text of the samples is not known, or None if it is."""
-    if not isinstance(samples.config.get("data"), dict):
-        return "the run was started from Python with a TrainingConfig, which names no text"
-    if samples.content is None or TOKENIZER not in read_manifest(checkpoint)["files"]:
-        return "the run was started from Python with its own dataset, or without a tokenizer"
-    return None
-
-
-def text_of_step(checkpoint: Path, samples: StepSamples, source: str | None = None) -> TokenSamples:
+def text_of_step(checkpoint: Path, samples: StepSamples, source: str | None = None) -> TokenSamples | None:
     """Opens the dataset that the samples are from; `source` is the present location of its text, if it has moved.
 
-    Raises ConfigError if the text cannot be read, or is not the one that the step was trained on.
+    Returns None if the run was started from Python, without a text or a tokenizer. Raises ConfigError if the text
+    cannot be read, or is not the one that the step was trained on.
     """
+    settings, files = samples.config.get("data"), read_manifest(checkpoint)["files"]
+    if not isinstance(settings, dict) or samples.content is None or TOKENIZER not in files:
+        return None
     verify(checkpoint, hashed=[STATE, TOKENIZER])
     try:
-        data, corpus = corpus_of_run(checkpoint, samples.config["data"], source)
+        data, corpus = corpus_of_run(checkpoint, settings, source)
         dataset, _ = corpus_samples(corpus, data.sequence_length, has_validation=False)
+        assert dataset is not None
+        if dataset.fingerprint() != samples.content:
+            reason = "whose text is not what this step was trained on: it changed, or the run used another one then"
+            raise ConfigError(Problem("data.source", data.source, reason=reason))
     except ConfigError as error:
         advice = "If the text has moved, name it with --source. To leave it out: --indices_only."
         raise ConfigError([f"{problem} {advice}" for problem in error.problems]) from error
-    assert dataset is not None
-    if dataset.fingerprint() != samples.content:
-        reason = "whose text is not what this step was trained on: it changed, or the run used another one then"
-        advice = "Name that text with --source, or leave it out with --indices_only."
-        raise ConfigError(Problem("data.source", data.source, advice=advice, reason=reason))
     return dataset
 
 
 def corpus_of_run(checkpoint: Path, settings: dict[str, Any], source: str | None = None) -> tuple[DataConfig, Corpus]:
     """Opens the text that a run with these `data` settings was trained on, with the tokenizer of its checkpoint.
 
-    For `source` see `text_of_step`. Raises ConfigError if the text cannot be read, or only the checkpoint names it.
+    Raises ConfigError if the text cannot be read, or only the checkpoint names it.
     """
     data = from_dict(DataConfig, saved_data_settings(settings))
     if source is None and not was_opened(data):
@@ -95,9 +90,9 @@ def corpus_of_run(checkpoint: Path, settings: dict[str, Any], source: str | None
         advice = "If you trust the checkpoint, allow it by: fundamentallm prepare --data.source TEXT."
         raise ConfigError(Problem("data.source", data.source, "", advice, reason))
     # The run's cache folder may be on another machine, and that of a checkpoint from elsewhere could be anywhere.
-    data = dataclasses.replace(data, source=data.source if source is None else source, cache_dir=None)
-    if data.tokenizer.endswith(".json"):  # a file of the user's, which may be gone
-        data = dataclasses.replace(data, tokenizer=str(checkpoint / TOKENIZER))
+    is_file = data.tokenizer.endswith(".json")  # of the user's, which may be gone
+    spec = str(checkpoint / TOKENIZER) if is_file else data.tokenizer
+    data = dataclasses.replace(data, source=source or data.source, cache_dir=None, tokenizer=spec)
     tokenizer = read_tokenizer(checkpoint / TOKENIZER)
     corpus = load_corpus(data, sys.stderr.isatty(), tokenizer)
     # Samples are compared by their ids, which only the run's own tokenizer decodes to their text.

@@ -21,11 +21,7 @@ from fundamentallm import signals
 class Stop(IntEnum):
     """Reason to stop a run before its end. If there are several, the largest counts."""
 
-    NO = 0
-    REQUESTED = 1
-    OUT_OF_TIME = 2
-    SIGNAL = 3
-    FAILED = 4
+    NO, REQUESTED, OUT_OF_TIME, SIGNAL, FAILED = range(5)
 
 
 REASONS = {
@@ -60,7 +56,7 @@ class StopSwitch:
 
     def begin(self) -> None:
         """Starts the clock and drops every earlier request, so that a stopped run can train again."""
-        self._finish_pending()
+        self._answer()
         self._polled_at = time.monotonic()
         self._deadline = math.inf if self._max_minutes is None else self._polled_at + 60 * self._max_minutes
         self.wanted, self.agreed, self.reason = Stop.NO, Stop.NO, ""
@@ -76,29 +72,25 @@ class StopSwitch:
         if now + since_last + self.seconds_to_save >= self._deadline:
             self.request(Stop.OUT_OF_TIME, REASONS[Stop.OUT_OF_TIME])
         if not self._several:
-            return self._agree(self.wanted)
-        decision = self._finish_pending()
-        wanted = torch.tensor(int(self.wanted))
+            self.agreed = self.wanted
+            return self.agreed
+        decision, wanted = self._answer(), torch.tensor(int(self.wanted))
         self._pending = wanted, dist.all_reduce(wanted, dist.ReduceOp.MAX, self._group, async_op=True)
-        return self._agree(decision)
+        return decision
 
     def settle(self) -> Stop:
         """Polls and waits for the answer, so that a request takes effect at once on all processes."""
         self.poll()
-        return self._agree(self._finish_pending())
+        return self._answer()
 
-    def _finish_pending(self) -> Stop:
-        if self._pending is None:
-            return Stop.NO
-        value, work = self._pending
-        work.wait()
-        self._pending = None
-        return Stop(int(value))
-
-    def _agree(self, stop: Stop) -> Stop:
-        self.agreed = max(self.agreed, stop)
-        if self.agreed > self.wanted:
-            self.wanted, self.reason = self.agreed, REASONS[self.agreed]
+    def _answer(self) -> Stop:
+        """Waits for the all-reduce that the last poll began. Returns the decision."""
+        if self._pending is not None:
+            value, work = self._pending
+            work.wait()
+            self._pending, self.agreed = None, max(self.agreed, Stop(int(value)))
+            if self.agreed > self.wanted:
+                self.request(self.agreed, REASONS[self.agreed])
         return self.agreed
 
     @contextmanager
@@ -108,19 +100,18 @@ class StopSwitch:
         if self.ends_at_once:  # the command that started the run handles signals
             yield
             return
-        interrupted_at: float | None = None
+        interrupted_at: list[float] = []
         echo_seconds = signals.ECHO_SECONDS if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
         def handle(number: int, frame: FrameType | None) -> None:
-            nonlocal interrupted_at
             signals.leave_closed_terminal()
             if number == signal.SIGINT:
-                if interrupted_at is not None and time.monotonic() - interrupted_at >= echo_seconds:
+                if interrupted_at and time.monotonic() - interrupted_at[0] >= echo_seconds:
                     raise KeyboardInterrupt
-                if interrupted_at is None and os.environ.get("RANK", "0") == "0":
+                if not interrupted_at and os.environ.get("RANK", "0") == "0":
                     with suppress(OSError):  # os.write, since the signal may interrupt a print
                         os.write(2, b"\nfinishing this step, then saving... (Ctrl-C again to quit without saving)\n")
-                interrupted_at = interrupted_at or time.monotonic()
+                interrupted_at.append(time.monotonic())
             self.request(Stop.SIGNAL, f"{signal.Signals(number).name} received")
 
         with signals.handling_signals(handle):

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Collection
-from dataclasses import replace
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from fundamentallm.config.registry import not_one_of
 from fundamentallm.config.schema import Config, TrainingConfig, flat_settings
-from fundamentallm.data.datasets import fingerprint
-from fundamentallm.data.listed_order import global_states, unwrapped
-from fundamentallm.data.loaders import step_sampler
 from fundamentallm.data.sampler import StepSampler
 from fundamentallm.distributed.accelerator import check_accelerator, create_accelerator
-from fundamentallm.distributed.batches import tensors
 from fundamentallm.distributed.host_group import HostGroup
-from fundamentallm.distributed.prepare import is_compiled
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.training.callbacks.trackers import tracker_names
-from fundamentallm.training.evaluation import metric_names
+from fundamentallm.training.metrics import metric_names
 
 OF_ONE_MACHINE = {
     *("output_dir", "trackers", "tracker_options", "model.init_from", "model.pretrained"),
@@ -36,116 +31,74 @@ OF_ONE_MACHINE = {
 """Settings that may differ between processes: folders of a machine, and what its hardware allows."""
 
 
-def whole_config(config: Config | TrainingConfig, batch_size: int | None) -> Config:
-    """Returns a whole config, resolved, with the loader's batch size (None: a batch sampler decides) as default."""
+def complete(
+    config: Config | TrainingConfig, accelerator: Accelerator | None, batch_size: int | None
+) -> tuple[Config, Accelerator, Path | None]:
+    """Returns the whole config, resolved; the Accelerator, made or checked; and the folder of the run, if it has one.
+
+    What the launcher decided becomes part of the config, as does the loader's batch size (None: a batch sampler's).
+    """
     if not isinstance(config, (Config, TrainingConfig)):
         advice = "TrainingConfig(**settings) makes one of a dict."  # type: ignore[unreachable]  # not in a notebook
         raise ConfigError(Problem("config", config, "a Config or a TrainingConfig", advice))
-    if isinstance(config, TrainingConfig):
-        return Config(training=config.resolved())
-    training = replace(config.resolved().training, batch_size=config.training.batch_size or batch_size)
-    return replace(config.resolved(), training=training)
-
-
-def use_accelerator(
-    accelerator: Accelerator | None, config: Config, output_dir: Path | None, batch_size: int | None
-) -> tuple[Accelerator, Config]:
-    """Makes or checks the Accelerator. What its launcher decided becomes part of the config."""
-    training = config.training
+    if isinstance(config, Config):
+        given, config = config.training.batch_size, config.resolved()
+        training, output_dir = replace(config.training, batch_size=given or batch_size), Path(config.output_dir)
+    else:
+        training, output_dir = config.resolved(), None
+        config = Config()
     launch = training.mixed_precision, training.smallest_batch_size(batch_size)
     if accelerator is not None:
         check_accelerator(accelerator, *launch)
     else:
-        folder = None if output_dir is None else str(output_dir)
-        accelerator = create_accelerator(*launch, config.trackers, folder)
-    compiled = is_compiled(accelerator, training.compile)
+        accelerator = create_accelerator(*launch, config.trackers, None if output_dir is None else str(output_dir))
+    by_launcher = accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+    compiled = by_launcher if training.compile is None else training.compile
     training = replace(training, mixed_precision=accelerator.mixed_precision, compile=compiled)
-    return accelerator, replace(config, training=training)
+    return replace(config, training=training), accelerator, output_dir
 
 
 def check_alike(
     group: HostGroup,
-    config: dict[str, Any],
+    config: Config,
     optimizer: Optimizer | None,
-    loaders: dict[str, tuple[DataLoader[Any] | None, StepSampler | None]],
+    samples: Sequence[StepSampler | None],
+    content: Sequence[str | None],
 ) -> None:
-    """Compares settings, a caller's optimizer, and the order and a few samples of each dataset over all processes.
+    """Compares settings, a caller's optimizer, and order and content of the data over all processes.
 
-    Raises ConfigError on all processes, naming what differs.
+    Both sequences are of training and validation. Raises ConfigError on all processes, naming what differs.
     """
-    if group.size == 1:
-        return
-    given = {name: repr(value) for name, value in flat_settings(config).items() if name not in OF_ONE_MACHINE}
+    given = {name: repr(value) for name, value in flat_settings(asdict(config)).items() if name not in OF_ONE_MACHINE}
     given["optimizer"] = repr(optimizer)
-    for name, (loader, samples) in loaders.items():
+    for name, sampler, digest in zip(("train_loader", "val_loader"), samples, content, strict=True):
         given[name] = "not given"
-        if loader is not None and samples is not None:
-            order = samples.sampler or f"drop_last={samples.drop_last}, sampler={type(unwrapped(loader)[0]).__name__}"
-            given[name] = f"{samples.num_samples} samples in batches of {samples.batch_size}, {order}"
-            if samples.stream is None:  # the order of a stream names its first sample
-                given[f"the content of {name}"] = fingerprint(loader.dataset) or _sampled(loader)
+        if sampler is not None:
+            order = sampler.sampler or f"drop_last={sampler.drop_last}, seed={sampler.seed}"
+            given[name] = f"{sampler.num_samples} samples in batches of {sampler.batch_size}, {order}"
+        given[f"the content of {name}"] = str(digest)
     first, *others = group.all_gather(given)
-    problems = []
-    for name, value in first.items():
-        for rank, other in enumerate(others, start=1):
-            if name in other and other[name] != value and "" not in (value, other[name]):
-                text, allowed = f"{other[name]} on process {rank}", f"{value}, as on process 0"
-                advice = "Give all processes the same: each takes its part of every batch by itself."
-                problems.append(Problem(name, text=text, allowed=allowed, advice=advice))
-                break
+    problems = {}
+    for rank, other in enumerate(others, start=1):
+        for name in [name for name in first if other[name] != first[name]]:
+            allowed = f"{first[name]}, as on process 0"
+            advice = "Give all processes the same: each takes its part of every batch by itself."
+            problems[name] = Problem(name, None, allowed, advice, text=f"{other[name]} on process {rank}")
     if problems:
-        raise ConfigError(problems)
-
-
-def _sampled(loader: DataLoader[Any]) -> str:
-    """Returns the digest of the first, middle and last sample as printed, or "" if they are others each time."""
-    dataset: Any = loader.dataset
-    places = sorted({0, len(dataset) // 2, len(dataset) - 1})
-    try:
-        with global_states(0):
-            first, second = (repr(tensors(loader.collate_fn([dataset[i] for i in places]))) for _ in range(2))
-    except Exception:  # the first batch will raise it, unless this dataset takes no single index
-        return ""
-    return hashlib.sha256(first.encode()).hexdigest()[:16] if first == second else ""
-
-
-def make_samplers(
-    config: TrainingConfig,
-    accelerator: Accelerator,
-    group: HostGroup,
-    train_loader: DataLoader[Any],
-    val_loader: DataLoader[Any] | None,
-) -> tuple[StepSampler, StepSampler | None]:
-    """Returns which samples this process computes in each step, and in validation."""
-    at_once = None if config.micro_batch_size == "auto" else config.micro_batch_size
-    # With compile, micro-batches are padded to one size, so that a compiled model sees one shape.
-    process = accelerator.process_index, accelerator.num_processes, at_once, bool(config.compile)
-    with group.barrier_with_errors():
-        samples = step_sampler("train_loader", train_loader, config.seed, *process, config.batch_size_schedule)
-        val_samples = None if val_loader is None else step_sampler("val_loader", val_loader, 0, *process)
-    return samples, val_samples
+        raise ConfigError([*problems.values()])
 
 
 def count_steps(config: TrainingConfig, samples: StepSampler) -> int:
-    """Returns the step at which the run ends: max_steps or the end of max_epochs, whichever comes first.
-
-    Raises ConfigError for a stream, of which nobody knows where it ends, without max_steps or with max_epochs.
-    """
-    if samples.stream is not None:
-        reason = "and the length of a stream is not known"
-        if config.max_steps is None:
-            raise ConfigError(Problem("training.max_steps", None, "a number of optimizer steps", reason=reason))
-        if config.max_epochs is not None:
-            raise ConfigError(Problem("training.max_epochs", config.max_epochs, "null", reason=reason))
-    ends = [math.inf if config.max_steps is None else config.max_steps]
-    if config.max_epochs is not None:
-        # If the passes were made before these batches begin, the run ends at their beginning.
-        is_ahead = config.max_epochs > samples.start.epoch
-        ends.append(samples.steps_before_epoch(config.max_epochs) if is_ahead else samples.start.step)
-    return int(min(ends))
+    """Returns the step at which the run ends: max_steps or the end of max_epochs, whichever comes first."""
+    last = math.inf if config.max_steps is None else config.max_steps
+    if config.max_epochs is None:
+        return int(last)
+    # If the passes were made before these batches begin, the run ends at their beginning.
+    is_ahead = config.max_epochs > samples.start.epoch
+    return int(min(last, samples.steps_before_epoch(config.max_epochs) if is_ahead else samples.start.step))
 
 
-def check_arguments(
+def check_setup(
     config: Config,
     accelerator: Accelerator,
     samples: StepSampler,
@@ -162,6 +115,14 @@ def check_arguments(
         allowed = f"{samples.batch_size}, the train_loader's batch_size"
         allowed = "null, since the batch sampler decides" if is_batched else allowed
         problems.append(Problem("training.batch_size", training.batch_size, allowed, "Set one of them."))
+    if training.micro_batch_size == "auto" and accelerator.is_fsdp2:
+        reason = "and under FSDP2 a process that runs out of memory would leave the others waiting for its shards"
+        advice = "Set a number; `fundamentallm estimate` predicts what fits."
+        problems.append(Problem("training.micro_batch_size", "auto", advice=advice, reason=reason))
+    if samples.stream is not None and (training.max_steps is None or training.max_epochs is not None):
+        name, allowed = ("max_steps", "a number") if training.max_steps is None else ("max_epochs", "null")
+        reason = "and the length of a stream is not known"
+        problems.append(Problem(f"training.{name}", getattr(training, name), allowed, reason=reason))
     if scheduler is not None and scheduler.optimizer is not optimizer:
         problems.append("The scheduler was made for another optimizer; pass its optimizer too.")
     if isinstance(scheduler, ReduceLROnPlateau) and val_loader is None:

@@ -13,21 +13,41 @@ from fundamentallm.errors import ConfigError, Problem
 logger = logging.getLogger(__name__)
 
 
-def improves(value: float, best: float | None, mode: str, min_delta: float = 0.0) -> bool:
-    """Returns whether `value` is better than `best` (None: no value yet) by more than `min_delta`. NaN never is."""
-    if math.isnan(value):
-        return False
-    if best is None:
-        return True
-    return value < best - min_delta if mode == "min" else value > best + min_delta
+class BestValue:
+    """The best value of a metric so far; infinitely bad before the first. NaN is never better."""
+
+    def __init__(
+        self,
+        metric: str = TrainingConfig.early_stopping_metric,
+        mode: str = TrainingConfig.early_stopping_mode,
+        min_delta: float = 0.0,
+    ) -> None:
+        if mode not in ("min", "max"):
+            raise ConfigError(Problem("mode", mode, "min, max"))
+        self.metric, self.mode, self.min_delta = metric, mode, min_delta
+        self.best_value = math.inf if mode == "min" else -math.inf
+
+    def improve(self, value: float) -> bool:
+        """Add a value. Returns whether it is better than the best so far by more than `min_delta`."""
+        best, change = self.best_value, self.min_delta
+        is_better = value < best - change if self.mode == "min" else value > best + change
+        self.best_value = value if is_better else best
+        return is_better
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state that a checkpoint keeps."""
+        return {"metric": self.metric, "mode": self.mode, "best_value": self.best_value}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a saved state, unless it is about another metric."""
+        if (state["metric"], state["mode"]) != (self.metric, self.mode):
+            name = type(self).__name__
+            logger.warning("%s was reset: its saved best is of %s (%s).", name, state["metric"], state["mode"])
+        elif state["best_value"] is not None:  # as earlier versions saved it before the first value
+            self.best_value = float(state["best_value"])
 
 
-def saved_best(value: Any) -> float | None:
-    """Returns a saved best value. Raises ValueError or TypeError if it is neither a number nor None."""
-    return None if value is None else float(value)
-
-
-class EarlyStopping:
+class EarlyStopping(BestValue):
     """Counts validations without improvement.
 
     Args:
@@ -53,56 +73,39 @@ class EarlyStopping:
         mode: str = TrainingConfig.early_stopping_mode,
         min_delta: float = TrainingConfig.early_stopping_min_delta,
     ) -> None:
-        problems = range_problems(early_stopping_patience=patience, early_stopping_min_delta=min_delta)
-        if mode not in ("min", "max"):
-            problems.append(Problem("early_stopping_mode", mode, "min, max"))
-        if problems:
+        if problems := range_problems(early_stopping_patience=patience, early_stopping_min_delta=min_delta):
             raise ConfigError(problems)
-        self.patience, self.metric, self.mode, self.min_delta = patience, metric, mode, min_delta
-        self._best: float | None = None
-        self.counter = 0
-        self.is_best = False
+        super().__init__(metric, mode, min_delta)
+        self.patience, self.counter, self.is_best = patience, 0, False
 
     def step(self, current_value: float) -> bool:
         """Add the value of a validation. Returns whether to stop training."""
-        self.is_best = improves(current_value, self._best, self.mode, self.min_delta)
-        self._best, self.counter = (current_value, 0) if self.is_best else (self._best, self.counter + 1)
+        self.is_best = self.improve(current_value)
+        self.counter = 0 if self.is_best else self.counter + 1
         return self.should_stop
-
-    def describe(self) -> str:
-        """Returns why the run stops."""
-        return f"early stopping: {self.metric} has not improved on {self.best_value:.4g} in {self.patience} validations"
 
     @property
     def should_stop(self) -> bool:
         """True if patience has run out."""
         return self.counter >= self.patience
 
-    @property
-    def best_value(self) -> float:
-        """The best value so far, or an infinitely bad one before the first."""
-        if self._best is not None:
-            return self._best
-        return math.inf if self.mode == "min" else -math.inf
+    def describe(self) -> str:
+        """Returns why the run stops."""
+        return f"early stopping: {self.metric} has not improved on {self.best_value:.4g} in {self.patience} validations"
 
     def reset(self) -> None:
         """Forget all values."""
-        self._best, self.counter, self.is_best = None, 0, False
+        self.__init__(self.patience, self.metric, self.mode, self.min_delta)  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the best value and the count, with metric and mode."""
-        about = {"metric": self.metric, "mode": self.mode}
-        return {**about, "best_value": self._best, "counter": self.counter, "is_best": self.is_best}
+        return {**super().state_dict(), "counter": self.counter, "is_best": self.is_best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a saved state, unless it is about another metric. Raises ValueError if it is not such a state."""
-        best, counter = saved_best(state["best_value"]), state["counter"]
-        if type(counter) is not int or counter < 0:
-            raise ValueError(f"the counter is {counter!r}; allowed: an integer, at least 0.")
-        if (state["metric"], state["mode"]) != (self.metric, self.mode):
-            logger.warning("early stopping was reset: the checkpoint watched %r (%r).", state["metric"], state["mode"])
-            return
-        self._best, self.counter, self.is_best = best, counter, bool(state["is_best"])
+        """Restore a saved state, unless it is about another metric."""
+        super().load_state_dict(state)
+        if (state["metric"], state["mode"]) == (self.metric, self.mode):
+            self.counter, self.is_best = int(state["counter"]), bool(state["is_best"])
 
 
 def make_early_stopping(config: TrainingConfig) -> EarlyStopping | None:

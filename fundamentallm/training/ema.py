@@ -19,38 +19,31 @@ class WeightAverage:
     """average += (1 - d) (weights - average) after each optimizer step, with d = min(decay, (1 + n) / (10 + n)).
 
     n counts those steps. Early on the average forgets faster; otherwise it would keep the initial weights for long.
-    (The rule of TensorFlow's ExponentialMovingAverage with num_updates.) Hooks of the optimizer update it, without
-    waiting for the device. A skipped step leaves it bit-identical. Only parameters that `optimizer` trains are
-    averaged; each process averages the shards that it holds.
+    (The rule of TensorFlow's ExponentialMovingAverage with num_updates.) Hooks of the optimizer update it on the
+    device. A skipped step leaves it bit-identical. Only parameters that `optimizer` trains are averaged.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, decay: float) -> None:
-        self._set_parameters(model, optimizer)
-        self.decay = decay
+    def __init__(self, model: nn.Module, optimizer: Any, decay: float = 0.0) -> None:
+        self.model, self.optimizer, self.decay, self._is_applied = model, optimizer, decay, False
         self._average: dict[nn.Parameter, Tensor] = {}  # empty until the first step, before which weights are loaded
-        self._updates = torch.zeros((), dtype=torch.int64, device=next(iter(self._parameters)).device)
-        optimizer.register_step_pre_hook(self._begin)
-        optimizer.register_step_post_hook(self._update)
-
-    def _set_parameters(self, model: nn.Module, optimizer: Optimizer) -> None:
-        self.model, self._is_applied = model, False
         self._parameters: dict[nn.Parameter, list[str]] = {}
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         # A tied parameter has each of its names, as in the model's state dict.
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if id(parameter) in trained:
                 self._parameters.setdefault(parameter, []).append(name)
+        self._updates = torch.zeros((), dtype=torch.int64, device=next(iter(self._parameters)).device)
 
-    def _begin(self, *_: Any) -> None:
+    def begin(self, *_: Any) -> None:
+        """Copy the weights before the first step."""
         self._average = self._averages()
 
-    @torch.no_grad()
     def _averages(self) -> dict[nn.Parameter, Tensor]:
-        """Returns the averages; before the first step the weights themselves."""
         return self._average or {p: p.detach().clone() for p in self._parameters}
 
     @torch.no_grad()
-    def _update(self, optimizer: Optimizer, *_: Any) -> None:
+    def update(self, optimizer: Optimizer, *_: Any) -> None:
+        """Move the averages towards the weights after a step."""
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)  # 1 if the optimizer has skipped the step
         taken = torch.ones_like(self._updates) if found_inf is None else 1 - found_inf
         weight = (9 / (10 + self._updates)).clamp(min=1 - self.decay) * taken  # 1 - d
@@ -61,17 +54,14 @@ class WeightAverage:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Swap the averaged weights into the model on entry, and its own back on exit. Nested uses change nothing."""
-        if self._is_applied:
-            yield
-            return
-        averages = self._averages()
+        averages = {} if self._is_applied else self._averages()
         self._swap(averages)
-        self._is_applied = True
+        was_applied, self._is_applied = self._is_applied, True
         try:
             yield
         finally:
             self._swap(averages)
-            self._is_applied = False
+            self._is_applied = was_applied
 
     @torch.no_grad()
     def _swap(self, averages: dict[nn.Parameter, Tensor]) -> None:
@@ -85,38 +75,27 @@ class WeightAverage:
             weight.copy_(averaged)
             averaged.copy_(held)
 
-    def refit(self, saved: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Any]:
-        """Returns a saved state that fits the parameters trained now: new averages start from the saved `weights`."""
-        names = [name for names in self._parameters.values() for name in names]
-        return {**saved, "weights": {name: saved["weights"].get(name, weights[name]) for name in names}}
-
     def state_dict(self) -> dict[str, Any]:
         """Returns the number of updates, and the averages by parameter name. Raises CheckpointError in `applied`."""
         if self._is_applied:
             raise CheckpointError("the model holds its averaged weights; leave averaged_weights() before saving.")
-        averages = self._averages()
-        by_name = {name: averages[p] for p, names in self._parameters.items() for name in names}
-        return {"updates": self._updates, "weights": by_name}
+        weights = {name: average for p, average in self._averages().items() for name in self._parameters[p]}
+        return {"updates": self._updates, "weights": weights}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore saved averages. Raises ValueError if they are not averages of these parameters."""
-        shapes = {name: tuple(p.shape) for p, names in self._parameters.items() for name in names}
-        saved = {name: tuple(tensor.shape) for name, tensor in state["weights"].items()}
-        if shapes != saved:
-            raise ValueError("the saved averages do not fit the parameters trained here.")
-        self._begin()
-        for parameter, names in self._parameters.items():
-            local(self._average[parameter]).copy_(local(state["weights"][names[0]]))
+        """Restore saved averages; one that was not saved starts from the weights. Raises ValueError if one is odd."""
+        self._average = {p: p.detach().clone() for p in self._parameters}
+        for parameter, average in self._average.items():
+            saved = state["weights"].get(self._parameters[parameter][0], average)
+            if saved.shape != average.shape:
+                raise ValueError(f"an average has shape {tuple(saved.shape)}, its weight {tuple(average.shape)}.")
+            local(average).copy_(local(saved))
         self._updates.copy_(state["updates"])
 
 
 class OptimizersAverage(WeightAverage):
     """The average that an optimizer keeps itself, as schedule-free ones do: eval() and train() switch the weights."""
-
-    def __init__(self, model: nn.Module, optimizer: Any) -> None:
-        self._set_parameters(model, optimizer)
-        self.optimizer, self._updates = optimizer, torch.zeros((), dtype=torch.int64)
 
     @torch.no_grad()
     def _averages(self) -> dict[nn.Parameter, Tensor]:
@@ -135,12 +114,16 @@ class OptimizersAverage(WeightAverage):
 
 def make_average(config: TrainingConfig, model: nn.Module, optimizer: Optimizer) -> WeightAverage | None:
     """Returns the average of the weights, or None. Raises ConfigError if both `config` and `optimizer` average."""
-    if not switch_to_training(optimizer):
-        return None if config.ema_decay is None else WeightAverage(model, optimizer, config.ema_decay)
-    if config.ema_decay is not None:
+    decay, averages_itself = config.ema_decay, switch_to_training(optimizer)
+    if decay is None:
+        return OptimizersAverage(model, optimizer) if averages_itself else None
+    if averages_itself:
         reason = f"and {type(optimizer).__name__} averages the weights itself"
-        raise ConfigError(Problem("training.ema_decay", config.ema_decay, "null", reason=reason))
-    return OptimizersAverage(model, optimizer)
+        raise ConfigError(Problem("training.ema_decay", decay, "null", reason=reason))
+    average = WeightAverage(model, optimizer, decay)
+    optimizer.register_step_pre_hook(average.begin)
+    optimizer.register_step_post_hook(average.update)
+    return average
 
 
 def switch_to_training(optimizer: Any) -> bool:

@@ -22,22 +22,13 @@ from fundamentallm.data.sampler import StepSampler
 from fundamentallm.distributed.batches import LABELS, StepBatch, take_rows
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import ConfigError, Problem
-from fundamentallm.models.with_loss import (
-    OBJECTIVE,
-    ModelWithLoss,
-    OwnLoss,
-    PairLoss,
-    UsersObjective,
-    describe,
-    logits_of,
-)
+from fundamentallm.models.with_loss import OBJECTIVE, ModelWithLoss, OwnLoss, PairLoss, describe, logits_of
 from fundamentallm.training.guard import copied_buffers
 from fundamentallm.training.loss import CrossEntropy
 
-MAX_BATCHES_WITHOUT_TARGETS = 100
-"""Batches without any target that are read before a loader is refused."""
+MAX_BATCHES_WITHOUT_TARGETS = 100  # are read before a loader is refused
+# Losses of which torch would compare each of (N, 1) outputs with each of (N,) targets.
 DISTANCES = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
-"""Losses of which torch would compare each of (N, 1) outputs with each of (N,) targets."""
 
 
 def _refuse(name: str, found: str, allowed: str, advice: str = "") -> ConfigError:
@@ -52,40 +43,31 @@ class CheckedArguments(TorchFunctionMode):
         self.names = {parameter: name for name, parameter in model.named_parameters()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Check the arguments of the functions that look up by an index, and call the function."""
         kwargs = kwargs or {}
         if func in (F.embedding, F.cross_entropy, F.nll_loss, *DISTANCES):
             given = inspect.signature(func).bind(*args, **kwargs).arguments
+            inputs: Tensor = given["input"]
+            targets: Any = given.get("target")
             if func is F.embedding:
-                _check_ids(given["input"], len(given["weight"]), self.names.get(given["weight"], "an embedding"))
-            elif func not in DISTANCES:
-                _check_targets(given["input"], given["target"], given.get("ignore_index", IGNORE_INDEX))
-            elif given["input"].shape != given["target"].shape and given["input"].numel() == given["target"].numel():
-                shape, allowed = f"of shape {tuple(given['target'].shape)}", f"of shape {tuple(given['input'].shape)}"
-                raise _refuse("targets", shape, f"{allowed}, as the outputs", "Use outputs.squeeze(-1).")
+                rows = f"the rows of {self.names.get(given['weight'], 'an embedding')}"
+                advice = "Check that the tokenizer is the model's, and that samples fit into the model's context."
+                _check_indices("inputs", inputs, len(given["weight"]), rows, advice)
+            elif func in DISTANCES:
+                if inputs.numel() == targets.numel():
+                    _check_shape(targets, inputs.shape, inputs, "Use outputs.squeeze(-1).")
+            elif not (targets.is_floating_point() and targets.shape == inputs.shape):  # not probabilities
+                if inputs.ndim > 1:
+                    _check_shape(targets, inputs.shape[:1] + inputs.shape[2:], inputs, OBJECTIVE)
+                targets = targets[targets != given.get("ignore_index", IGNORE_INDEX)]
+                advice = f"Use targets.long(), or {IGNORE_INDEX} for targets that do not count."
+                _check_indices("targets", targets, inputs.shape[inputs.ndim > 1], "the model's classes", advice)
         return func(*args, **kwargs)
 
 
-def _check_ids(ids: Tensor, rows: int, name: str) -> None:
-    advice = (
-        "Token ids are integers (ids.long()). Check that the tokenizer is the model's, and that samples are no longer "
-        "than the model's context, or give the model more rows (resize_token_embeddings in transformers)."
-    )
-    _check_indices("inputs", ids, rows, f"the rows of {name}", advice)
-
-
-def _check_targets(logits: Tensor, targets: Tensor, ignored: int) -> None:
-    if targets.is_floating_point() and targets.shape == logits.shape:  # probabilities
-        return
-    if logits.ndim > 1 and targets.shape != (len(logits), *logits.shape[2:]):
-        allowed = f"one for each of the logits, of shape {tuple(logits.shape)}. {OBJECTIVE}"
-        raise _refuse("targets", f"of shape {tuple(targets.shape)}", allowed)
-    advice = (
-        "Class indices are integers (targets.long()); numbers need another training.loss. Give the model as many "
-        f"classes as there are, or {IGNORE_INDEX} to targets that do not count."
-    )
-    classes = logits.shape[min(1, logits.ndim - 1)]
-    _check_indices("targets", targets[targets != ignored], classes, "the model's classes", advice)
+def _check_shape(targets: Tensor, allowed: torch.Size, outputs: Tensor, advice: str) -> None:
+    if targets.shape != allowed:
+        fact = f"{tuple(allowed)}, for outputs of shape {tuple(outputs.shape)}"
+        raise _refuse("targets", f"of shape {tuple(targets.shape)}", fact, advice)
 
 
 def _check_indices(name: str, indices: Tensor, size: int, meaning: str, advice: str) -> None:
@@ -129,7 +111,7 @@ class FirstBatches:
         """Yields `device_batches`. Raises ConfigError if batch or output do not fit, or no batch has targets."""
         device = self.accelerator.device
         for batch in device_batches(loader, samples, start, stop, device):
-            if not any(loader is each for each in self._checked):
+            if loader not in self._checked:
                 self._checked.append(loader)
                 later = device_batches(loader, samples, start + 1, stop, device)
                 self._check(self._first_with_targets(itertools.chain([batch], later)), loader.collate_fn)
@@ -142,7 +124,7 @@ class FirstBatches:
             if self.accelerator.reduce(count, "sum") > 0:
                 return batch
         advice = f"Check what is masked with {IGNORE_INDEX}, and whether prompts fill the sequence length."
-        reason = f"in the first {MAX_BATCHES_WITHOUT_TARGETS} batches, or in all if there are fewer"
+        reason = f"in the first {MAX_BATCHES_WITHOUT_TARGETS} batches"
         raise ConfigError(Problem("the number of targets", 0, "at least 1", advice, reason))
 
     @torch.no_grad()
@@ -150,7 +132,7 @@ class FirstBatches:
         model, accelerator = self.model, self.accelerator
         # Under FSDP2 a process that fails in its forward pass must end: the others wait for its shards.
         exchange = nullcontext() if accelerator.is_fsdp2 else self.group.barrier_with_errors()
-        shifts = None
+        shifts: list[bool | None] = []
         with (
             restored(model, accelerator.device),
             torch.compiler.set_stance("force_eager"),
@@ -159,27 +141,54 @@ class FirstBatches:
             accelerator.autocast(),
         ):
             model.eval()
-            _check_batch(model, batch.own)
+            objective = model.objective(batch.own)
+            if isinstance(objective, OwnLoss):
+                _check_mapping(model, objective, batch.own)
+            elif isinstance(objective, PairLoss) and not objective.by_hidden:
+                _check_output(model.model, objective, batch.own)
             for content, _ in batch.micro_batches(model.trims):
                 loss = model(content)
                 if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
                     raise _refuse("the loss", describe(loss), "a scalar: the sum over the targets")
-                shifts = _find_shift(model, content) if shifts is None else shifts
+                if isinstance(objective, OwnLoss):
+                    shifts.append(_find_shift(model, objective, content))
             _check_sum(model, batch)
         # The targets of one process may not show it, and all have to count alike.
-        if known := [each for each in self.group.all_gather(shifts) if each is not None]:
+        if known := [each for found in self.group.all_gather(shifts) for each in found if each is not None]:
             model.of_mappings.shifts = known[0]
-        for line in _warnings(model, batch.own, collate_fn):
-            self.say(f"warning: {line}")
+        self._warn(batch.own, collate_fn)
+
+    def _warn(self, batch: Any, collate_fn: Any) -> None:
+        """Prints what the run would silently train on."""
+        model, objective = self.model.model, self.model.objective(batch)
+        tokenizer = getattr(collate_fn, "tokenizer", None) or getattr(collate_fn, "processing_class", None)
+        own, given = (getattr(each, "pad_token_id", None) for each in (getattr(model, "config", None), tokenizer))
+        if None not in (own, given) and own != given:
+            self.say(
+                f"warning: model.config.pad_token_id is {own}, and the tokenizer pads with {given}; set it to that."
+            )
+        shifts = False
+        inputs, targets = batch if isinstance(objective, PairLoss) else (None, None)
+        if isinstance(objective, OwnLoss):
+            inputs, targets = batch.get("input_ids"), batch.get(LABELS)
+            shifts = objective.computes_loss and objective.shifts
+            if names := ", ".join(map(str, objective.unused(batch))):
+                what = f"{type(model).__name__}.forward does not take {names} of the batch"
+                self.say(f"warning: {what}. Rename them in collate_fn if it should take them.")
+        if not _are_indices(inputs) or not _are_indices(targets) or inputs.shape != targets.shape:
+            return
+        if shifts:
+            inputs, targets = inputs[:, 1:], targets[:, :-1]
+        counted = targets != IGNORE_INDEX
+        if counted.any() and (inputs == targets)[counted].all():
+            what = "the first batch's labels are the next tokens, and this model shifts labels itself: use input_ids"
+            if not shifts:
+                what = "the first batch's targets equal its inputs: use collate_fn=fundamentallm.shift_labels"
+            self.say(f"warning: {what}, or the model learns another task than the next token.")
 
 
-def _check_batch(model: ModelWithLoss, batch: Any) -> None:
-    """Checks what no function of torch would notice in a batch, or in the output for its first sample."""
-    objective = model.objective(batch)
-    if isinstance(objective, PairLoss) and not objective.by_hidden:
-        _check_output(model.model, objective, batch)
-    if not isinstance(objective, OwnLoss):
-        return
+def _check_mapping(model: ModelWithLoss, objective: OwnLoss, batch: Mapping[str, Any]) -> None:
+    """Checks that no loss is given beside the model's own, and that no attention mask hides a whole sample."""
     if objective.computes_loss and type(model.loss_fn) is not CrossEntropy:
         allowed = f"cross_entropy, since {type(model.model).__name__} computes its own loss"
         raise _refuse("training.loss", type(model.loss_fn).__name__, allowed, OBJECTIVE)
@@ -202,21 +211,17 @@ def _check_output(model: nn.Module, objective: PairLoss, batch: Any) -> None:
         losses = ["a scalar" for entry in output if isinstance(entry, Tensor) and not entry.ndim]
     else:
         entries = output if isinstance(output, Mapping) else getattr(output, "__dict__", {})
-        losses = [str(name) for name, entry in entries.items() if str(name).endswith("loss") and entry is not None]
-        if hasattr(model, "router_aux_loss_coef"):
-            losses = [name for name in losses if name != "aux_loss"]
-    if losses:
+        losses = [name for name, entry in entries.items() if str(name).endswith("loss") and entry is not None]
+    if losses and not (losses == ["aux_loss"] and hasattr(model, "router_aux_loss_coef")):
         allowed = "none, which (inputs, targets) would leave out"
         advice = f"Give mappings with {LABELS!r}, which are trained on the model's own loss. {OBJECTIVE}"
         raise _refuse("the model's output", f"has further losses ({', '.join(losses)})", allowed, advice)
 
 
-def _find_shift(model: ModelWithLoss, batch: Any) -> bool | None:
+def _find_shift(model: ModelWithLoss, objective: OwnLoss, batch: Mapping[str, Any]) -> bool | None:
     """Returns whether the model's own loss leaves out the first label of each row; None if it does not show."""
-    objective = model.objective(batch)
-    if not isinstance(objective, OwnLoss) or objective.shifts or not objective.computes_loss:
-        return None
-    if not _are_indices(labels := batch.get(LABELS)):
+    labels = batch.get(LABELS)
+    if objective.shifts or not objective.computes_loss or not _are_indices(labels):
         return None
     losses = []
     for column in (slice(0), slice(1), slice(-1, None)):  # with other labels in no column, the first, the last
@@ -230,7 +235,6 @@ def _find_shift(model: ModelWithLoss, batch: Any) -> bool | None:
 
 
 def _are_indices(labels: Any) -> TypeGuard[Tensor]:
-    """Returns whether labels are class indices, several in a row."""
     return isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point()
 
 
@@ -238,7 +242,7 @@ def _check_sum(model: ModelWithLoss, batch: StepBatch) -> None:
     """Checks that a caller's loss is a sum over the targets: of rows given twice, a mean is the same."""
     if isinstance(model.loss_fn, CrossEntropy) and not model.trims:
         return
-    rows = [*range(max(min(batch.rows, batch.size // batch.num_micro_batches) // 2, 1))]
+    rows = [*range(max(batch.rows // batch.num_micro_batches // 2, 1))]
     try:
         once, twice = (take_rows(batch.content, batch.size, rows * times) for times in (1, 2))
         is_doubled = model.num_targets(twice) == 2 * model.num_targets(once)
@@ -246,52 +250,5 @@ def _check_sum(model: ModelWithLoss, batch: StepBatch) -> None:
     except Exception:  # this batch cannot be cut, or this model takes one size only
         return
     if is_doubled and before and abs(after / before - 1) < 0.01:
-        found = "has the same value for rows given twice as for the rows themselves, as a mean has"
-        advice = 'Return the sum, by reduction="sum". It is divided once, by the targets of the whole step.'
-        raise _refuse("the loss", found, "the sum over the targets", advice)
-
-
-def _warnings(model: ModelWithLoss, batch: Any, collate_fn: Any) -> Iterator[str]:
-    """Yields what a batch would silently train on."""
-    tokenizer = getattr(collate_fn, "tokenizer", None) or getattr(collate_fn, "processing_class", None)
-    own = getattr(model.model, "config", None)
-    given, expected = (getattr(each, "pad_token_id", None) for each in (tokenizer, own))
-    if None not in (given, expected) and given != expected:
-        yield (
-            f"the tokenizer pads with token {given}, and the model's config.pad_token_id is {expected}. Set "
-            "model.config.pad_token_id = tokenizer.pad_token_id."
-        )
-    objective = model.objective(batch)
-    if isinstance(objective, UsersObjective):
-        return
-    shifts = False
-    if isinstance(objective, OwnLoss):
-        inputs, targets, shifts = (
-            batch.get("input_ids"),
-            batch.get(LABELS),
-            objective.computes_loss and objective.shifts,
-        )
-        if names := objective.unused(batch):
-            yield (
-                f"{type(model.model).__name__}.forward does not take {', '.join(map(str, names))} of the batch, which "
-                "the model is trained without. Rename them in collate_fn if it should take them."
-            )
-    else:
-        inputs, targets = batch
-    if not _are_indices(inputs) or not _are_indices(targets) or inputs.shape != targets.shape:
-        return
-    if shifts:
-        inputs, targets = inputs[:, 1:], targets[:, :-1]
-    counted = targets != IGNORE_INDEX
-    if not counted.any() or (inputs != targets)[counted].any():
-        return
-    if shifts:
-        yield (
-            "the labels of the first batch are the next tokens already, and this model shifts labels itself. Give it "
-            "labels that equal input_ids."
-        )
-    else:
-        yield (
-            "the targets of the first batch equal its inputs, so the model learns to copy. To predict the next token, "
-            "give the loader collate_fn=fundamentallm.shift_labels."
-        )
+        found = "has the same value for rows given twice, as a mean has"
+        raise _refuse("the loss", found, "the sum over the targets", 'Return the sum, by reduction="sum".')

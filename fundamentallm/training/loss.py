@@ -44,13 +44,9 @@ class CrossEntropy(nn.Module):
         is_wide = hidden.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(hidden.device.type)
         if learns and type(self) is CrossEntropy and is_wide and hasattr(F, "linear_cross_entropy"):
             chunks = nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK, chunking_method=None, acc_policy="compact")
-            return F.linear_cross_entropy(
-                hidden, weight, targets, reduction="sum", ignore_index=IGNORE_INDEX, options=chunks
-            )
-
-        def of_chunk(hidden: Tensor, targets: Tensor) -> Tensor:
-            return self(F.linear(hidden, weight), targets)  # type: ignore[no-any-return]
-
+            options: dict[str, Any] = {"reduction": "sum", "ignore_index": IGNORE_INDEX, "options": chunks}
+            return F.linear_cross_entropy(hidden, weight, targets, **options)
+        of_chunk = lambda hidden, targets: self(F.linear(hidden, weight), targets)  # noqa: E731
         total = torch.zeros((), device=hidden.device)
         for pair in zip(torch.split(hidden, CHUNK), torch.split(targets, CHUNK), strict=True):
             total = total + checkpoint(of_chunk, *pair, use_reentrant=False)
@@ -75,9 +71,7 @@ class LabelSmoothing(CrossEntropy):
 
     def objective(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Smoothed cross entropy."""
-        return F.cross_entropy(
-            logits, targets, reduction="sum", ignore_index=IGNORE_INDEX, label_smoothing=self.smoothing
-        )
+        return _nll(logits, targets, label_smoothing=self.smoothing)
 
 
 class Focal(CrossEntropy):
@@ -108,8 +102,8 @@ class ZLoss(CrossEntropy):
         return _nll(logits, targets) + self.weight * log_z_squared.where(targets != IGNORE_INDEX, 0.0).sum()
 
 
-def _nll(logits: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
-    return F.cross_entropy(logits, targets, reduction=reduction, ignore_index=IGNORE_INDEX)
+def _nll(logits: Tensor, targets: Tensor, reduction: str = "sum", **options: Any) -> Tensor:
+    return F.cross_entropy(logits, targets, reduction=reduction, ignore_index=IGNORE_INDEX, **options)
 
 
 def _checked(name: str, value: Any, allowed: Interval) -> float:
@@ -138,11 +132,7 @@ def create_loss(loss_type: str = "cross_entropy", **options: Any) -> nn.Module:
     made_by = resolve("loss", loss_type, LOSSES)
     if problems := unknown_options("loss_options", loss_type, options, inspect.signature(made_by).parameters):
         raise ConfigError(problems)
-    loss = made_by(**options)
-    if not callable(loss):
-        reason = f"which makes a {type(loss).__name__}"
-        raise ConfigError(Problem("loss", loss_type, "the class of a loss module", reason=reason))
-    return loss  # type: ignore[no-any-return]
+    return made_by(**options)  # type: ignore[no-any-return]
 
 
 def make_objective(
@@ -155,16 +145,11 @@ def make_objective(
     if objective is None and config.objective is not None:
         objective = resolve("training.objective", config.objective, {})
         objective = objective() if isinstance(objective, type) else objective
-    if objective is not None:
-        has_loss = loss_fn is not None or config.loss != TrainingConfig().loss
-        if has_loss or not callable(objective):
-            reason = "and a loss is given too" if has_loss else "which cannot be called"
-            raise ConfigError(Problem("training.objective", objective, "a function of (model, batch)", "", reason))
+    if objective is not None and (loss_fn is not None or config.loss != TrainingConfig.loss):
+        raise ConfigError(Problem("training.objective", objective, "null", reason="and a loss is given too"))
     loss_fn = loss_fn or create_loss(config.loss, **config.loss_options)
     for name, part in (("loss", loss_fn), ("objective", objective)):
         if isinstance(part, nn.Module) and any(parameter.requires_grad for parameter in part.parameters()):
-            advice = "Make them part of the model, or set requires_grad to False."
-            raise ConfigError(
-                Problem(f"training.{name}", part, "one without weights", advice, "whose weights are not trained")
-            )
+            advice = "Make its weights part of the model, or set requires_grad to False."
+            raise ConfigError(Problem(f"training.{name}", part, advice=advice, reason="whose weights are not trained"))
     return loss_fn, objective

@@ -1,28 +1,34 @@
-"""Metrics: sums on the device, and the history of a run."""
+"""Metrics: validation by sums over all targets, divided once, and the history of a run."""
 
 from __future__ import annotations
 
 import math
 import resource
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from accelerate import Accelerator
+from accelerate.utils import convert_to_fp32
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from fundamentallm.config.registry import resolve
 from fundamentallm.config.schema import METRIC_NAMES
+from fundamentallm.data.datasets import TokenSamples
+from fundamentallm.distributed.batches import StepBatch
 from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.models.with_loss import describe
 from fundamentallm.run.json_lines import numbers, read
+from fundamentallm.run.progress import RunningMean
 
 MEASURED = frozenset({"tokens_per_second", "mfu", "memory_gb", "time"})
 """Numbers of a log line that depend on the machine. Two identical runs differ in nothing else."""
-
 CLOCKS = ("step", "val_step")
 """Metrics that hold the optimizer step of the metrics logged with them."""
-
 
 Metric = Callable[[Any, Any], "tuple[Tensor | float, Tensor | float]"] | Any
 """Maps outputs in float32 and their batch to a sum and the number of its values, which are added up over all rows of
@@ -34,17 +40,11 @@ micro-batch, `compute()`, called on all processes at the end, and perhaps `reset
 def further_metrics(names: Sequence[str], given: Mapping[str, Metric] | None = None) -> dict[str, Metric]:
     """Returns metrics, from 'module:name' and `given` by name, by the name under which they are logged: val_NAME.
 
-    Raises ConfigError listing metrics that cannot be imported or called, and names that are taken.
+    Raises ConfigError if one cannot be imported or called, or its name is taken.
     """
-    problems: list[str] = []
-    found: list[tuple[str, Any]] = [*(given or {}).items()]
-    for name in names:
-        try:
-            found.append((name.rpartition(":")[2], resolve("validation_metrics", name, {})))
-        except ConfigError as error:
-            problems += error.problems
-    metrics: dict[str, Metric] = {}
-    for name, metric in found:
+    problems, metrics = [], {}
+    named = [(name.rpartition(":")[2], resolve("validation_metrics", name, {})) for name in names]
+    for name, metric in (*(given or {}).items(), *named):
         key = f"val_{name}"
         if not callable(metric) and not hasattr(metric, "compute"):
             problems.append(Problem("validation_metrics", name, "functions", reason=f"a {type(metric).__name__}"))
@@ -55,6 +55,81 @@ def further_metrics(names: Sequence[str], given: Mapping[str, Metric] | None = N
     if problems:
         raise ConfigError(problems)
     return metrics
+
+
+@torch.no_grad()
+def evaluate(
+    step_model: nn.Module,
+    loader: DataLoader[Any],
+    batches: Iterable[StepBatch],
+    accelerator: Accelerator,
+    further: Mapping[str, Any],
+    is_interrupted: Callable[[], bool],
+) -> dict[str, float] | None:
+    """Returns the metrics over all targets of a loader; batch size and number of processes do not affect them.
+
+    `batches` are this process's parts. `further` metrics by name are NaN if they counted nothing. If `is_interrupted`,
+    called after each batch, returns True (on all processes alike), the result is None. Raises ConfigError if all
+    targets are ignored, or a metric does not return (sum, count).
+    """
+    was_training, objective = step_model.training, accelerator.unwrap_model(step_model)
+    step_model.eval()
+    means = {name: RunningMean(accelerator.device) for name in ("val_loss", *further)}
+    for metric in further.values():
+        if hasattr(metric, "reset"):  # an interrupted validation may have left something
+            metric.reset()
+    try:
+        for batch in batches:
+            for content, rows in batch.micro_batches(objective.trims or bool(further)):
+                result = step_model(content, with_outputs=bool(further))
+                if rows == 0:  # padding only
+                    continue
+                means["val_loss"].add(result[0] if further else result, objective.num_targets(content))
+                for name, metric in further.items():
+                    if result[1] is None:
+                        raise ConfigError(f"the metric {name} needs outputs; have the objective return (loss, outputs)")
+                    pair = convert_to_fp32(result[1]), objective.metric_batch(content)
+                    if hasattr(metric, "compute"):
+                        metric.update(*pair)
+                    else:
+                        means[name].add(*_sum_and_count(name, metric(*pair)))
+            if is_interrupted():
+                return None
+    finally:
+        step_model.train(was_training)
+    totals = torch.stack([mean.totals for mean in means.values()])
+    (total, count), *others = accelerator.reduce(totals, "sum").tolist()
+    if count == 0:
+        raise ConfigError("val_loader has only ignored targets; give it some that count.")
+    loss = total / count
+    values = {"val_loss": loss, "val_perplexity": math.exp(loss) if loss < 700 else math.inf}
+    if num_bytes := _num_bytes(loader):
+        values["val_bits_per_byte"] = total / math.log(2) / num_bytes
+    for (name, metric), (total, count) in zip(further.items(), others, strict=True):
+        if hasattr(metric, "compute"):
+            values[name] = float(metric.compute())
+        else:
+            values[name] = total / count if count else math.nan
+    return values
+
+
+def metric_names(loader: DataLoader[Any] | None, further: Collection[str] = ()) -> list[str]:
+    """Returns the names of the metrics of `evaluate`: bits per byte for text only, and all names without a loader."""
+    left_out = "val_bits_per_byte" if loader is not None and not _num_bytes(loader) else None
+    return [name for name in (*METRIC_NAMES, *further) if name != left_out]
+
+
+def _num_bytes(loader: DataLoader[Any]) -> int | None:
+    """Returns the UTF-8 bytes of the targets, or None if they are not text or it is not known."""
+    return loader.dataset.num_bytes if isinstance(loader.dataset, TokenSamples) else None
+
+
+def _sum_and_count(name: str, result: Any) -> list[Tensor]:
+    try:
+        total, count = (torch.as_tensor(value).reshape(()) for value in result)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"the metric {name} returned {describe(result)}; allowed: (sum, count), scalars") from error
+    return [total, count]
 
 
 class MetricTracker:
@@ -136,24 +211,18 @@ class MetricTracker:
         """
         if self.log is not None:
             return {"latest": {key: values[-1] for key, values in self.metrics.items()}}
-        integers = {key for key, values in self.metrics.items() if all(isinstance(value, int) for value in values)}
-        return {
-            key: torch.tensor(values, dtype=torch.int64 if key in integers else torch.float64)
-            for key, values in self.metrics.items()
-        }
+        return {key: torch.from_numpy(np.array(values)) for key, values in self.metrics.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a saved history, from the log if it is there. Raises ValueError if it is not a history."""
-        if isinstance(latest := state.get("latest"), dict):
-            self._read_log(latest)
-            return
-        for key, values in state.items():
-            if values.ndim != 1:
-                raise ValueError(f"the values of {key} have shape {values.shape}.")
-        self.metrics = {key: values.tolist() for key, values in state.items()}
+        """Restore a saved history: the log up to the latest values, or those if the log has not as many lines.
 
-    def _read_log(self, latest: dict[str, float]) -> None:
-        """Read the log up to the `latest` values, which follow if the log has not as many lines."""
+        Raises ValueError if it is not a history.
+        """
+        if not isinstance(latest := state.get("latest"), dict):  # an earlier version's, or without a log
+            if any(values.ndim != 1 for values in state.values()):
+                raise ValueError("the history is not one list for each metric.")
+            self.metrics = {key: values.tolist() for key, values in state.items()}
+            return
         if any(type(value) not in (int, float) for value in latest.values()):
             raise ValueError(f"the latest values are {latest}; allowed: numbers.")
         self.metrics = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from bisect import bisect_left
 from collections.abc import Iterator
@@ -11,7 +12,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-from fundamentallm.config.schema import TrainingConfig
 from fundamentallm.distributed.batches import StepBatch, take_rows
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import ConfigError, Problem
@@ -23,16 +23,13 @@ class MicroBatch:
     """The size found, and the hardware it was found on.
 
     A run that resumes on the same hardware with the same settings keeps its size, so that it is bit-identical.
-
-    Attributes:
-        size: sequences in a micro-batch; None: not found yet.
-        hardware: number of processes, and kind of the device.
     """
 
-    def __init__(self, device: torch.device, num_processes: int) -> None:
+    def __init__(self, accelerator: Accelerator) -> None:
+        device = accelerator.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
-        self.size: int | None = None
-        self.hardware = f"{num_processes} x {name}"
+        self.size: int | None = None  # sequences in a micro-batch; None: not found yet
+        self.hardware = f"{accelerator.num_processes} x {name}"
 
     def state_dict(self) -> dict[str, Any]:
         """Returns size and hardware (key "place" in format 2)."""
@@ -59,7 +56,7 @@ class MicroBatch:
         batch = next(batches)
 
         def fits(count: int) -> bool:
-            rows = [row % batch.size for row in range(-(-largest // count))]
+            rows = [row % batch.size for row in range(math.ceil(largest / count))]
             with group.barrier_with_errors():
                 fits_here = _fits(step, take_rows(batch.content, batch.size, rows), min(count, 2), has_metrics)
             return all(group.all_gather(fits_here))
@@ -69,12 +66,10 @@ class MicroBatch:
             # Often the whole batch fits, which bisection alone would try last.
             count = 1 if fits(1) else 2 + bisect_left(range(2, largest + 1), True, key=fits)
         if count > largest:
-            advice = (
-                "Not even one sequence fits into the memory of the device: try a smaller model, a shorter "
-                "data.sequence_length, training.activation_checkpointing, or FSDP2."
-            )
-            raise ConfigError(Problem("training.micro_batch_size", "auto", advice=advice))
-        self.size = -(-largest // count)
+            reason = "and not even one sequence fits into the memory of the device"
+            advice = "Try a smaller model, a shorter data.sequence_length, training.activation_checkpointing, or FSDP2."
+            raise ConfigError(Problem("training.micro_batch_size", "auto", "", advice, reason))
+        self.size = math.ceil(largest / count)
         return self.size
 
 
@@ -100,14 +95,3 @@ def _fits(step: OptimizerStep, batch: Any, num_micro_batches: int, has_metrics: 
         # Frees cached memory, and the tensors that the frames of an error hold in reference cycles.
         clear_device_cache(garbage_collection=not fits)
     return fits
-
-
-def make_micro_batch(config: TrainingConfig, accelerator: Accelerator) -> MicroBatch | None:
-    """Returns what finds the micro-batch size, or None if `config` gives it. Raises ConfigError for a sharded model."""
-    if config.micro_batch_size != "auto":
-        return None
-    if accelerator.is_fsdp2:
-        reason = "and under FSDP2 a process that runs out of memory would leave the others waiting for its shards"
-        advice = "Set a number; `fundamentallm estimate` predicts what fits."
-        raise ConfigError(Problem("training.micro_batch_size", "auto", reason=reason, advice=advice))
-    return MicroBatch(accelerator.device, accelerator.num_processes)

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.adamw import adamw
+from torch.optim import AdamW, Optimizer
 
 from fundamentallm.config.schema import TrainingConfig
 from fundamentallm.distributed.dtensor import is_sharded
@@ -59,9 +58,12 @@ class Muon(Optimizer):
 
     The update of a matrix is its Nesterov momentum, orthogonalized, times 0.2 sqrt(max(rows, columns)). Its root mean
     square is that of AdamW's updates, so one learning rate and one decay serve both (Liu et al., arXiv:2502.16982).
-    `torch.optim.Muon` takes one matrix at a time; here matrices of one shape go through one batched product. As torch's
-    fused optimizers, it divides gradients by `grad_scale` and skips the step if `found_inf` is 1.
+    `torch.optim.Muon` takes one matrix at a time; here matrices of one shape go through one batched product. If it is
+    `fused`, it divides gradients by `grad_scale` and skips the step if `found_inf` is 1, as torch's optimizers do.
     """
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -72,65 +74,39 @@ class Muon(Optimizer):
         momentum: float = TrainingConfig.muon_momentum,
         fused: bool = False,
     ) -> None:
-        self._step_supports_amp_scaling = True  # torch's flag, by which GradScaler finds such optimizers
+        self._step_supports_amp_scaling = fused  # torch's flag, by which GradScaler finds such optimizers
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "momentum": momentum, "fused": fused})
+        self._adamw: Any = AdamW([{"params": []}], fused=fused)  # steps the other groups, on the state of this one
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Take one step. No closure is called."""
-        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        adamw, others = self._adamw, [group for group in self.param_groups if not group["muon"]]
         for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            update = self._muon if group["muon"] else self._adamw
-            update(group, parameters, grad_scale, found_inf)
+            if group["muon"]:
+                self._step_matrices(group)
+        adamw.state, adamw.param_groups = self.state, [adamw.defaults | group for group in others]
+        adamw.grad_scale, adamw.found_inf = self.grad_scale, self.found_inf
+        adamw.step()
 
-    def _muon(
-        self, group: dict[str, Any], parameters: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> None:
+    def _step_matrices(self, group: dict[str, Any]) -> None:
         lr, beta = group["lr"], group["momentum"]
-        taken: Tensor | float = 1.0 if found_inf is None else 1 - found_inf
+        taken: Tensor | float = 1.0 if self.found_inf is None else 1 - self.found_inf
         by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for p in parameters:
-            state = self.state[p]
-            if not state:
-                state["momentum_buffer"] = torch.zeros_like(p)
-            buffer = state["momentum_buffer"]
-            assert p.grad is not None  # `step` chose these parameters by their gradients
-            gradient = p.grad if grad_scale is None else p.grad / grad_scale
-            if found_inf is not None:
-                gradient = gradient.where(found_inf == 0, 0.0)  # NaN times 0 is NaN
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffer = self.state[p]["momentum_buffer"]
+            gradient = p.grad if self.grad_scale is None else p.grad / self.grad_scale
+            if self.found_inf is not None:
+                gradient = gradient.where(self.found_inf == 0, 0.0)  # NaN times 0 is NaN
             buffer.lerp_(gradient, (1 - beta) * taken)  # a weight of 0 keeps the buffer bit-identical
             by_shape[p.shape].append((p, gradient.lerp(buffer, beta)))
         for (rows, columns), pairs in by_shape.items():
             size = -lr * 0.2 * math.sqrt(max(rows, columns)) * taken
-            _update_matrices(pairs, size, 1 - lr * group["weight_decay"] * taken)
-
-    def _adamw(
-        self, group: dict[str, Any], parameters: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> None:
-        if not group["fused"] and found_inf is not None and found_inf.item():
-            return
-        states = [self.state[p] for p in parameters]
-        for p, state in zip(parameters, states, strict=True):
-            if not state:
-                state["step"] = torch.zeros((), device=p.device)
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if not group["fused"] and grad_scale is not None:
-            gradients = [gradient / grad_scale for gradient in gradients]
-        averages = [state["exp_avg"] for state in states]
-        squares = [state["exp_avg_sq"] for state in states]
-        (beta1, beta2), steps = group["betas"], [state["step"] for state in states]
-        options = {name: group[name] for name in ("lr", "weight_decay", "eps", "fused")}
-        options |= {"beta1": beta1, "beta2": beta2, "amsgrad": False, "maximize": False}
-        if group["fused"]:
-            options |= {"grad_scale": grad_scale, "found_inf": found_inf}
-        adamw(parameters, gradients, averages, squares, [], steps, **options)
-
-
-def _update_matrices(pairs: list[tuple[Tensor, Tensor]], size: Tensor | float, kept: Tensor | float) -> None:
-    """Update (parameter, momentum) pairs of one shape. A function, so that its stack is freed before the next one."""
-    updates = _orthogonalize_all(torch.stack([momentum for _, momentum in pairs])).mul_(size)
-    for (p, _), update in zip(pairs, updates.unbind(), strict=True):
-        p.mul_(kept).add_(update)
+            updates = _orthogonalize_all(torch.stack([momentum for _, momentum in pairs])).mul_(size)
+            for (p, _), update in zip(pairs, updates.unbind(), strict=True):
+                p.mul_(1 - lr * group["weight_decay"] * taken).add_(update)
+            del updates, update  # before the next stack is made

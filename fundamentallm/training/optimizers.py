@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,23 +19,14 @@ from fundamentallm.distributed.dtensor import is_dense
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.training.muon import Muon
 
+CLASSES: dict[str, Any] = dict(zip(OPTIMIZER_NAMES, (AdamW, Adam, SGD, Muon), strict=True))
+SETTINGS = ("adam_learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "momentum", "muon_momentum")
 FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}
 """Devices for which torch has one kernel for a whole step. On a CPU it was measured 17 times faster than `foreach`."""
 
 
 def create_optimizer(
-    model: nn.Module,
-    optimizer_type: str,
-    learning_rate: float,
-    weight_decay: float = 0.0,
-    *,
-    adam_learning_rate: float | None = TrainingConfig.adam_learning_rate,
-    adam_beta1: float = TrainingConfig.adam_beta1,
-    adam_beta2: float = TrainingConfig.adam_beta2,
-    adam_epsilon: float = TrainingConfig.adam_epsilon,
-    momentum: float = TrainingConfig.momentum,
-    muon_momentum: float = TrainingConfig.muon_momentum,
-    **options: Any,
+    model: nn.Module, optimizer_type: str, learning_rate: float, weight_decay: float = 0.0, **options: Any
 ) -> Optimizer:
     """Returns an optimizer over the model's trainable parameters, fused if the device allows it.
 
@@ -42,13 +35,8 @@ def create_optimizer(
         optimizer_type: adamw, adam, sgd, muon, or 'module:name' of an `Optimizer` class.
         learning_rate: peak learning rate.
         weight_decay: decay of matrices; decoupled (adamw, muon) or added to the gradient (adam, sgd).
-        adam_learning_rate: peak learning rate of muon's AdamW parameters; None: `learning_rate`.
-        adam_beta1: decay of the first moment.
-        adam_beta2: decay of the second moment.
-        adam_epsilon: added to the root of the second moment.
-        momentum: momentum of sgd.
-        muon_momentum: momentum of muon.
-        options: further keyword arguments of a 'module:name' class.
+        options: keyword arguments of a 'module:name' class. For the others the settings of `TrainingConfig`, and its
+            defaults: adam_learning_rate, adam_beta1, adam_beta2, adam_epsilon, momentum, muon_momentum.
 
     Raises:
         ConfigError: if a name or option is not known, a value is outside its range, or nothing is trainable.
@@ -60,41 +48,30 @@ def create_optimizer(
         >>> [group["weight_decay"] for group in optimizer.param_groups]  # the matrix, the vector
         [0.1, 0.0]
     """
-    rates = {"learning_rate": learning_rate, "adam_learning_rate": adam_learning_rate, "weight_decay": weight_decay}
-    adam = {"adam_beta1": adam_beta1, "adam_beta2": adam_beta2, "adam_epsilon": adam_epsilon}
-    numbers = {**rates, **adam, "momentum": momentum, "muon_momentum": muon_momentum}
-    problems: list[str] = [*range_problems(**numbers)]
-    if optimizer_type.lower() in OPTIMIZER_NAMES:
-        problems += unknown_options("optimizer_options", optimizer_type, options, numbers)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        problems.append("the model has no parameter that requires a gradient; unfreeze some.")
-    if problems:
-        raise ConfigError(problems)
-    return _create(model, optimizer_type, numbers, options)
-
-
-def _create(model: nn.Module, optimizer_type: str, numbers: dict[str, Any], options: dict[str, Any]) -> Optimizer:
-    kind, lr, weight_decay = optimizer_type.lower(), numbers["learning_rate"], numbers["weight_decay"]
+    kind = optimizer_type.lower()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = _decay_groups(parameters, weight_decay)
-    fused = all(p.device.type in FUSED_DEVICES and p.is_floating_point() and is_dense(p) for p in parameters)
-    adam = {"betas": (numbers["adam_beta1"], numbers["adam_beta2"]), "eps": numbers["adam_epsilon"], "fused": fused}
-    if kind == "adamw":
-        return AdamW(groups, lr=lr, **adam)
-    if kind == "adam":
-        return Adam(groups, lr=lr, **adam)
-    if kind == "sgd":
-        return SGD(groups, lr=lr, momentum=numbers["momentum"], fused=fused)
-    if kind == "muon":
-        groups = _muon_groups(model, parameters, weight_decay, numbers["adam_learning_rate"] or lr)
-        return Muon(groups, lr, momentum=numbers["muon_momentum"], **adam)
-    made_by = resolve("optimizer", optimizer_type, dict.fromkeys(OPTIMIZER_NAMES))
+    problems: list[str] = [*range_problems(learning_rate=learning_rate, weight_decay=weight_decay)]
+    if not parameters:
+        problems.append("the model has no parameter that requires a gradient; unfreeze some.")
+    if kind in CLASSES:
+        numbers = {name: options.pop(name, getattr(TrainingConfig, name)) for name in SETTINGS}
+        problems += range_problems(**numbers) + unknown_options("optimizer_options", kind, options, SETTINGS)
+        settings = SimpleNamespace(**numbers)
+        if kind == "muon":
+            groups = _muon_groups(model, parameters, weight_decay, settings.adam_learning_rate or learning_rate)
+        fused = all(p.device.type in FUSED_DEVICES and p.is_floating_point() and is_dense(p) for p in parameters)
+        adam = {"betas": (settings.adam_beta1, settings.adam_beta2), "eps": settings.adam_epsilon}
+        own = {"sgd": {"momentum": settings.momentum}, "muon": {**adam, "momentum": settings.muon_momentum}}
+        options = {**own.get(kind, adam), "fused": fused}
+    if problems:
+        raise ConfigError(problems)
+    made_by = CLASSES.get(kind) or resolve("optimizer", optimizer_type, CLASSES)
     try:
-        return made_by(groups, lr=lr, **options)  # type: ignore[no-any-return]
+        return made_by(groups, lr=learning_rate, **options)  # type: ignore[no-any-return]
     except (TypeError, ValueError) as error:
-        raise ConfigError(
-            Problem("optimizer_options", options, reason=f"with which {optimizer_type} cannot be made: {error}")
-        ) from error
+        reason = f"with which {optimizer_type} cannot be made: {error}"
+        raise ConfigError(Problem("optimizer_options", options, reason=reason)) from error
 
 
 def _decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
@@ -125,64 +102,44 @@ def _muon_groups(
 
 def make_optimizer(config: TrainingConfig, model: nn.Module) -> Optimizer:
     """Returns the optimizer of `config` over a model on its device."""
-    optimizer = create_optimizer(
-        model,
-        config.optimizer,
-        config.learning_rate,
-        config.weight_decay,
-        adam_learning_rate=config.adam_learning_rate,
-        adam_beta1=config.adam_beta1,
-        adam_beta2=config.adam_beta2,
-        adam_epsilon=config.adam_epsilon,
-        momentum=config.momentum,
-        muon_momentum=config.muon_momentum,
-        **config.optimizer_options,
-    )
+    options = config.optimizer_options
+    if config.optimizer in CLASSES:
+        options = {name: getattr(config, name) for name in SETTINGS}
+    optimizer = create_optimizer(model, config.optimizer, config.learning_rate, config.weight_decay, **options)
     if config.parameter_groups:
         split_groups(optimizer, model, config.parameter_groups)
     return optimizer
 
 
 def check_optimizer(model: nn.Module, optimizer: Optimizer) -> Optimizer:
-    """Returns the optimizer. Raises ConfigError if it would update some parameters wrongly.
-
-    torch's fused kernels walk through memory, where a slice has gaps. (Other optimizers raise an error of torch if
-    elements share memory.)
-    """
+    """Returns the optimizer. Raises ConfigError if a fused kernel of torch would write into the gaps of a slice."""
     fused = {p for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
-    problems = [
-        f"the parameter {name} has shape {tuple(p.shape)} and strides {p.stride()}, which a fused optimizer cannot "
-        "update; make it of tensor.contiguous()."
-        for name, p in model.named_parameters()
-        if p in fused and not is_dense(p)
-    ]
-    if problems:
-        raise ConfigError(problems)
+    if slices := [name for name, p in model.named_parameters() if p in fused and not is_dense(p)]:
+        raise ConfigError(f"a fused optimizer cannot update {', '.join(slices)}; make it of tensor.contiguous().")
     return optimizer
 
 
 def freeze(model: nn.Module, entries: Sequence[dict[str, Any]]) -> None:
     """Turn off gradients of the parameters that `training.parameter_groups` freezes, in a model not wrapped yet."""
-    for parameter, group in _assigned(model, entries).items():
-        if group.frozen:
+    for parameter, entry in _assigned(model, entries).items():
+        if entry.frozen:
             parameter.requires_grad_(False)
 
 
 def split_groups(optimizer: Optimizer, model: nn.Module, entries: Sequence[dict[str, Any]]) -> None:
     """Split an optimizer's groups so that parameters get the learning rate and the decay of their entry."""
-    assigned = _assigned(model, entries)
-    groups: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])  # at the rate of before, and at another
+    assigned, unchanged = _assigned(model, entries), ParameterGroup("*")
+    groups: list[dict[str, Any]] = []
+    scaled: list[dict[str, Any]] = []  # after the others, because log lines show the learning rate of the first group
     for group in optimizer.param_groups:
-        by_entry: dict[ParameterGroup | None, list[Tensor]] = {}
+        by_entry: dict[ParameterGroup, list[Tensor]] = defaultdict(list)
         for parameter in group["params"]:
-            by_entry.setdefault(assigned.get(parameter), []).append(parameter)
+            by_entry[assigned.get(parameter, unchanged)].append(parameter)
         for entry, parameters in by_entry.items():
-            new = {**group, "params": parameters}
-            if entry is not None:
-                new["lr"] = group["lr"] * entry.learning_rate_scale
-                new["weight_decay"] = group["weight_decay"] if entry.weight_decay is None else entry.weight_decay
-            groups[new["lr"] != group["lr"]].append(new)
-    optimizer.param_groups[:] = groups[0] + groups[1]  # log lines show the learning rate of the first group
+            decay = group["weight_decay"] if entry.weight_decay is None else entry.weight_decay
+            new = {"params": parameters, "lr": group["lr"] * entry.learning_rate_scale, "weight_decay": decay}
+            (groups if entry.learning_rate_scale == 1 else scaled).append({**group, **new})
+    optimizer.param_groups[:] = groups + scaled
 
 
 def _assigned(model: nn.Module, entries: Sequence[dict[str, Any]]) -> dict[Tensor, ParameterGroup]:
@@ -194,17 +151,14 @@ def _assigned(model: nn.Module, entries: Sequence[dict[str, Any]]) -> dict[Tenso
     named = list(model.named_parameters(remove_duplicate=False))
     assigned: dict[Tensor, ParameterGroup] = {}
     problems = []
-    for index, group in enumerate(from_dict(ParameterGroup, entry) for entry in entries):
-        matched = [parameter for name, parameter in named if fnmatchcase(name, group.pattern)]
-        new = set(matched) - assigned.keys()
+    for index, entry in enumerate(from_dict(ParameterGroup, entry) for entry in entries):
+        new = {parameter for name, parameter in named if fnmatchcase(name, entry.pattern)} - assigned.keys()
         if not new:
             names = [name for name, _ in named]
-            some = f"There are {len(names)} names, such as {', '.join(names[:3])}."
-            reason = "which matches " + ("only parameters of earlier entries" if matched else "no parameter")
-            advice = "" if matched else did_you_mean(group.pattern, names) or some
-            setting = f"training.parameter_groups[{index}].pattern"
-            problems.append(Problem(setting, group.pattern, reason=reason, advice=advice))
-        assigned |= dict.fromkeys(new, group)
+            advice = did_you_mean(entry.pattern, names) or f"Names are {', '.join(names[:3])} and so on."
+            setting, reason = f"training.parameter_groups[{index}].pattern", "which matches no further parameter"
+            problems.append(Problem(setting, entry.pattern, reason=reason, advice=advice))
+        assigned |= dict.fromkeys(new, entry)
     if problems:
         raise ConfigError(problems)
     return assigned

@@ -11,12 +11,11 @@ from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from fundamentallm.config.registry import resolve, unknown_options
-from fundamentallm.config.schema import SCHEDULE_NAMES, TrainingConfig
+from fundamentallm.config.schema import TrainingConfig
 from fundamentallm.config.validation import Interval, range_problems
 from fundamentallm.errors import ConfigError, Problem
 
@@ -48,14 +47,14 @@ def cosine_with_restarts(progress: float, cycles: int = 2) -> float:
 
 def wsd(progress: float, decay_fraction: float = 0.2) -> float:
     """Warm-up, stable, decay: the peak, then a straight line over the last `decay_fraction` (arXiv:2404.06395)."""
-    if decay_fraction not in Interval(low=0, high=1, open_low=True):
-        allowed = "greater than 0 and at most 1"
-        raise ConfigError(Problem("lr_scheduler_options.decay_fraction", decay_fraction, allowed))
+    if decay_fraction not in (allowed := Interval(low=0, high=1, open_low=True)):
+        raise ConfigError(Problem("lr_scheduler_options.decay_fraction", decay_fraction, str(allowed)))
     return min(1.0, (1 - progress) / decay_fraction)
 
 
-_ALL = constant, linear, cosine, cosine_with_restarts, wsd
-SCHEDULES: dict[str, Callable[..., float]] = dict(zip(SCHEDULE_NAMES, _ALL, strict=True))
+SCHEDULES: dict[str, Callable[..., float]] = {
+    curve.__name__: curve for curve in (constant, linear, cosine, cosine_with_restarts, wsd)
+}
 
 
 class StepSchedule(LambdaLR):
@@ -70,11 +69,8 @@ class StepSchedule(LambdaLR):
         return {"last_epoch": self.last_epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Jump to a step. Raises ValueError if it is not a step."""
-        step = state_dict["last_epoch"]
-        if type(step) is not int or step < 0:
-            raise ValueError(f"the step is {step!r}; allowed: an integer, at least 0.")
-        self.last_epoch = step
+        """Jump to a step."""
+        self.last_epoch = step = state_dict["last_epoch"]
         for group, base, factor in zip(self.optimizer.param_groups, self.base_lrs, self.lr_lambdas, strict=True):
             group["lr"] = base * factor(step)
 
@@ -104,7 +100,7 @@ def advance(scheduler: LRScheduler, metric: float | None = None) -> None:
 
 
 def create_scheduler(
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     scheduler_type: str,
     max_epochs: int,
     steps_per_epoch: int,
@@ -142,12 +138,10 @@ def create_scheduler(
     """
     decay = resolve("lr_scheduler", scheduler_type, SCHEDULES)
     total_steps = max_epochs * steps_per_epoch
-    problems: list[str] = [*range_problems(warmup_steps=warmup_steps, min_lr_ratio=min_lr_ratio)]
-    if total_steps < 1:
-        problems.append(f"max_epochs x steps_per_epoch is {total_steps}; allowed: at least 1.")
-    elif warmup_steps >= total_steps:
-        reason = f"and the run has {total_steps} optimizer steps"
-        problems.append(Problem("warmup_steps", warmup_steps, "fewer than the steps of the run", reason=reason))
+    problems = range_problems(warmup_steps=warmup_steps, min_lr_ratio=min_lr_ratio)
+    if warmup_steps >= total_steps:
+        allowed = f"fewer than the steps of the run, max_epochs x steps_per_epoch = {total_steps}"
+        problems.append(Problem("warmup_steps", warmup_steps, allowed))
     problems += unknown_options("lr_scheduler_options", scheduler_type, options, [*signature(decay).parameters][1:])
     if problems:
         raise ConfigError(problems)
@@ -167,12 +161,5 @@ def create_scheduler(
 
 def make_schedule(config: TrainingConfig, optimizer: Optimizer, total_steps: int) -> LRScheduler:
     """Returns the schedule of `config` over a run of `total_steps` optimizer steps, at its first step."""
-    return create_scheduler(
-        optimizer,
-        config.lr_scheduler,
-        1,
-        total_steps,
-        config.warmup_steps,
-        min_lr_ratio=config.min_lr_ratio,
-        **config.lr_scheduler_options,
-    )
+    options = {"min_lr_ratio": config.min_lr_ratio, **config.lr_scheduler_options}
+    return create_scheduler(optimizer, config.lr_scheduler, 1, total_steps, config.warmup_steps, **options)

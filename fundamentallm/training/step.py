@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from fundamentallm.config.schema import TrainingConfig
 from fundamentallm.data.sampler import derive_seed
 from fundamentallm.distributed.batches import StepBatch
 from fundamentallm.distributed.dtensor import full, seed_device
@@ -24,19 +25,15 @@ from fundamentallm.training.muon import Muon
 class StepResult(NamedTuple):
     """The numbers of a step over all processes, as scalars on the device."""
 
-    loss: Tensor
-    """Sum over the targets."""
-    num_targets: Tensor
-    """Targets that count."""
-    norm: Tensor
-    """Norm of the gradient before clipping."""
+    loss: Tensor  # sum over the targets
+    num_targets: Tensor  # that count
+    norm: Tensor  # of the gradient, before clipping
 
 
 class OptimizerStep:
     """Takes optimizer steps. The host waits for the device only if the optimizer cannot skip a step on the device.
 
-    `model_with_loss` maps a batch to the loss summed over targets, as `prepare_model` returned it. `max_norm` is the
-    largest gradient norm; None: do not clip.
+    `model_with_loss` maps a batch to the loss summed over targets, as `prepare_model` returned it.
 
     Attributes:
         is_updating: True from just before `optimizer.step()` until the trainer has counted the step. Still True after
@@ -44,18 +41,13 @@ class OptimizerStep:
     """
 
     def __init__(
-        self,
-        accelerator: Accelerator,
-        model_with_loss: nn.Module,
-        optimizer: Optimizer,
-        guard: Guard,
-        max_norm: float | None,
-        seed: int,
+        self, accelerator: Accelerator, model_with_loss: nn.Module, optimizer: Optimizer, config: TrainingConfig
     ) -> None:
-        self.accelerator, self.model_with_loss = accelerator, model_with_loss
-        self.optimizer, self.guard, self.seed = optimizer, guard, seed
+        self.accelerator, self.model_with_loss, self.optimizer = accelerator, model_with_loss, optimizer
         self.objective: ModelWithLoss = accelerator.unwrap_model(model_with_loss)
-        self.max_norm = math.inf if max_norm is None else max_norm
+        self.seed = config.seed
+        self.max_norm = math.inf if config.gradient_clip_norm is None else config.gradient_clip_norm
+        self.guard = Guard(accelerator.device, config.max_bad_steps, config.skip_spikes_above)
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.model_parameters = list(model_with_loss.parameters())  # also those that a caller's optimizer leaves out
         self.is_updating = False
@@ -78,7 +70,6 @@ class OptimizerStep:
         for index, micro_batch in enumerate(batch.micro_batches(self.objective.trims), start=1):
             # Sharded gradients are exchanged with each micro-batch: kept until the last, they would be unsharded.
             is_exchanged = index == batch.num_micro_batches or self._is_sharded
-            self.model_guard.reached.clear()
             with nullcontext() if is_exchanged else accelerator.no_sync(model):
                 loss = model(micro_batch.content)
                 if micro_batch.rows == 0:  # padding only
@@ -107,10 +98,8 @@ class OptimizerStep:
     def raise_if_updating(self) -> None:
         """Raises CheckpointError if an exception ended the last step within the optimizer's update."""
         if self.is_updating:
-            raise CheckpointError(
-                "An exception ended the last step while the optimizer changed the weights. Load a checkpoint, or make "
-                "a new Trainer, which resumes from the newest one."
-            )
+            reason = "An exception ended the last step while the optimizer changed the weights."
+            raise CheckpointError(f"{reason} Load a checkpoint, or make a new Trainer, which resumes.")
 
     def _update(self, skip: Tensor) -> None:
         """Let the optimizer step, unless `skip` (a boolean scalar): then no weight and no optimizer state changes."""
@@ -140,4 +129,4 @@ def skips_on_device(optimizer: Optimizer) -> bool:
         for parameter in group["params"]
     ):
         return False  # torch's fused SGD takes uninitialised memory for the momentum if it skips its first step
-    return type(optimizer) is Muon or all(group["fused"] for group in optimizer.param_groups)
+    return all(group["fused"] for group in optimizer.param_groups)

@@ -39,21 +39,14 @@ def known_peak(device_name: str, precision: str) -> float | None:
     return PEAK_TFLOPS[max(matching, key=lambda name: len(name.split()))] if matching else None
 
 
-def flops_per_token(multiplied: int, layers: int, width: int, sequence_length: int) -> int:
+def model_flops_per_token(model: nn.Module, sequence_length: int) -> int:
     """Returns the floating-point operations of a training step per token: 6 N + 12 L H Q T.
 
-    (PaLM, arXiv:2204.02311, appendix B.) N is the number of parameters that take part in matrix products, L that of
-    blocks, H Q the features of all attention heads, and T the sequence length. A multiplication and its addition are
-    two operations, forward once and backward twice. Attention counts in full, although a causal kernel may skip half of
-    it, and recomputation in the backward pass does not count.
-    """
-    return 6 * multiplied + 12 * layers * width * sequence_length
-
-
-def model_flops_per_token(model: nn.Module, sequence_length: int) -> int:
-    """Returns `flops_per_token` of a model. N leaves out embedding tables that are only looked up.
-
-    L and H Q come from the model's config, ours or one of transformers. Without a config, attention is left out.
+    (PaLM, arXiv:2204.02311, appendix B.) N is the number of parameters that take part in matrix products, so without
+    embedding tables that are only looked up; L that of blocks, H Q the features of all attention heads (of the model's
+    config, ours or one of transformers; without a config, attention is left out), and T the sequence length. A
+    multiplication and its addition are two operations, forward once and backward twice. Attention counts in full,
+    although a causal kernel may skip half of it, and recomputation in the backward pass does not count.
     """
     from torch import nn
 
@@ -64,17 +57,17 @@ def model_flops_per_token(model: nn.Module, sequence_length: int) -> int:
     config: Any = getattr(model, "config", None)
     layers: int = getattr(config, "num_layers", 0) or getattr(config, "num_hidden_layers", 0)  # ours, transformers'
     width: int = getattr(config, "d_model", 0) or getattr(config, "hidden_size", 0)
-    return flops_per_token(multiplied, layers, width, sequence_length)
+    return 6 * multiplied + 12 * layers * width * sequence_length
 
 
 class Throughput:
     """Measures training speed. Speeds leave out the time of validations and checkpoints; the time left includes it.
 
-    `peak_tflops` is that of all devices together (None: not known), `flops_of_token` is `flops_per_token`.
+    `peak` is the speed in tokens per second at which all devices would compute at their peak; None: not known.
     """
 
-    def __init__(self, peak_tflops: float | None = None, flops_of_token: int = 0) -> None:
-        self.peak_tflops, self.flops_of_token = peak_tflops, flops_of_token
+    def __init__(self, peak: float | None = None) -> None:
+        self.peak = peak
         self.begin(0, 0)
 
     def begin(self, step: int, tokens: int) -> None:
@@ -96,9 +89,7 @@ class Throughput:
             self._seconds_per_step = (now - self._started) / (step - self._first_step)
         if not self._is_warm:  # compilation and allocations are in the first window only
             self._first_step, self._started, self._is_warm = step, now, True
-        if self.peak_tflops is None:
-            return {"tokens_per_second": speed}
-        return {"tokens_per_second": speed, "mfu": speed * self.flops_of_token / (1e12 * self.peak_tflops)}
+        return {"tokens_per_second": speed} | ({} if self.peak is None else {"mfu": speed / self.peak})
 
     def seconds_left(self, steps: int) -> float:
         """Returns the seconds that so many steps take, with their validations and checkpoints; NaN: not known yet."""
@@ -110,19 +101,16 @@ def make_throughput(config: TrainingConfig, accelerator: Accelerator, model: nn.
     from fundamentallm.distributed.dtensor import device_name
 
     peak = config.peak_tflops or known_peak(device_name(accelerator.device), accelerator.mixed_precision)
-    length = None if peak is None else _targets_of(dataset[0])  # a `Stream` has its first sample
-    if peak is None or length is None:
-        return Throughput()
-    return Throughput(peak * accelerator.num_processes, model_flops_per_token(model, length))
+    length = _targets_of(dataset[0]) if peak else None  # a `Stream` has its first sample
+    flops = model_flops_per_token(model, length) if length else 0
+    return Throughput(1e12 * peak * accelerator.num_processes / flops if peak and flops else None)
 
 
 def _targets_of(sample: Any) -> int | None:
     """Returns the number of targets of a sample with one for each input token, or None if there are others."""
     import numpy as np
 
-    if isinstance(sample, Mapping):
-        sample = (sample.get("input_ids"), sample.get("labels"))
-    if not isinstance(sample, (tuple, list)) or len(sample) != 2:
-        return None
-    shapes = [np.shape(part) for part in sample]
-    return shapes[0][0] if shapes[0] == shapes[1] and len(shapes[0]) == 1 else None
+    pair = (sample.get("input_ids"), sample.get("labels")) if isinstance(sample, Mapping) else sample
+    is_pair = isinstance(pair, (tuple, list)) and len(pair) == 2
+    inputs, targets = map(np.shape, pair) if is_pair else ((), ())
+    return targets[0] if inputs == targets and len(targets) == 1 else None

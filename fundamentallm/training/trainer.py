@@ -19,11 +19,12 @@ from fundamentallm.checkpoint.reading import load_checkpoint
 from fundamentallm.config.schema import FREE_ON_RESUME, Config, TrainingConfig
 from fundamentallm.data.datasets import fingerprint
 from fundamentallm.data.listed_order import unwrapped
+from fundamentallm.data.loaders import step_sampler
 from fundamentallm.distributed.accelerator import leave_group
 from fundamentallm.distributed.dtensor import device_name
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.distributed.prepare import place_model, prepare_model
-from fundamentallm.distributed.watchdog import Phase, Place, Watchdog
+from fundamentallm.distributed.watchdog import Phase, Watchdog
 from fundamentallm.errors import ConfigError
 from fundamentallm.models.adapters import weight_parts
 from fundamentallm.models.transformers_format import model_files
@@ -31,29 +32,20 @@ from fundamentallm.models.with_loss import ModelWithLoss, Objective
 from fundamentallm.run.folder import environment
 from fundamentallm.run.progress import Progress
 from fundamentallm.run.resume import check_tokenizer, resume
-from fundamentallm.run.saving import Saver, open_manager
-from fundamentallm.run.session import Record, session
+from fundamentallm.run.saving import Saver
+from fundamentallm.run.session import record_launch, session
 from fundamentallm.run.state import RunState
 from fundamentallm.run.stopping import Stop, StopSwitch
-from fundamentallm.training.arguments import (
-    check_alike,
-    check_arguments,
-    count_steps,
-    make_samplers,
-    use_accelerator,
-    whole_config,
-)
+from fundamentallm.training.arguments import check_alike, check_setup, complete, count_steps
 from fundamentallm.training.callbacks.base import Callback, CallbackList
 from fundamentallm.training.callbacks.from_config import default_callbacks, log_path
 from fundamentallm.training.callbacks.trackers import TrackerCallback
 from fundamentallm.training.early_stopping import make_early_stopping
 from fundamentallm.training.ema import make_average, switch_to_training
-from fundamentallm.training.evaluation import evaluate
 from fundamentallm.training.first_batch import FirstBatches
-from fundamentallm.training.guard import Guard
 from fundamentallm.training.loss import make_objective
-from fundamentallm.training.metrics import Metric, MetricTracker, further_metrics, peak_memory_gb
-from fundamentallm.training.micro_batch import MicroBatch, make_micro_batch
+from fundamentallm.training.metrics import Metric, MetricTracker, evaluate, further_metrics, peak_memory_gb
+from fundamentallm.training.micro_batch import MicroBatch
 from fundamentallm.training.optimizers import check_optimizer, freeze, make_optimizer
 from fundamentallm.training.schedulers import CallersSchedule, advance, make_schedule
 from fundamentallm.training.step import OptimizerStep
@@ -120,22 +112,25 @@ class Trainer(TrainerView):
         validation_metrics: Mapping[str, Metric] | None = None,
         accelerator: Accelerator | None = None,
     ) -> None:
-        is_whole, batch_size = isinstance(config, Config), unwrapped(train_loader)[1]
-        config = whole_config(config, batch_size)
-        self.output_dir = Path(config.output_dir) if is_whole else None
-        self.accelerator, self.config = use_accelerator(accelerator, config, self.output_dir, batch_size)
-        accelerator, training = self.accelerator, self.config.training
+        self.config, accelerator, self.output_dir = complete(config, accelerator, unwrapped(train_loader)[1])
+        self.accelerator, training = accelerator, self.config.training
         self.train_loader, self.val_loader = train_loader, val_loader
         self.group = HostGroup()
-        self.samples, self.val_samples = make_samplers(training, accelerator, self.group, train_loader, val_loader)
-        loaders = {"train_loader": (train_loader, self.samples), "val_loader": (val_loader, self.val_samples)}
-        check_alike(self.group, asdict(self.config), optimizer, loaders)
+        self.micro_batch = MicroBatch(accelerator) if training.micro_batch_size == "auto" else None
+        at_once = None if training.micro_batch_size == "auto" else training.micro_batch_size
+        # With compile, micro-batches are padded to one size, so that a compiled model sees one shape.
+        process = accelerator.process_index, accelerator.num_processes, at_once, bool(training.compile)
+        with self.group.barrier_with_errors():
+            self.samples = step_sampler(
+                "train_loader", train_loader, training.seed, *process, training.batch_size_schedule
+            )
+            self.val_samples = None if val_loader is None else step_sampler("val_loader", val_loader, 0, *process)
+        content = [None if each is None else fingerprint(each.dataset) for each in (train_loader, val_loader)]
+        check_alike(self.group, self.config, optimizer, [self.samples, self.val_samples], content)
         self.batch_size, self.steps_per_epoch = self.samples.batch_size, self.samples.steps_per_epoch
-        self.total_steps = count_steps(training, self.samples)
         self.validation_metrics = further_metrics(training.validation_metrics, validation_metrics)
-        check_arguments(
-            self.config, accelerator, self.samples, val_loader, self.validation_metrics, optimizer, scheduler
-        )
+        check_setup(self.config, accelerator, self.samples, val_loader, self.validation_metrics, optimizer, scheduler)
+        self.total_steps = count_steps(training, self.samples)
 
         freeze(model, training.parameter_groups)
         self.model, with_loss = model, ModelWithLoss(model, *make_objective(training, loss_fn, objective))
@@ -145,36 +140,31 @@ class Trainer(TrainerView):
         self.model_with_loss = prepare_model(accelerator, with_loss, self.optimizer, bool(training.compile))
         self.average, self._has_own_schedule = make_average(training, model, self.optimizer), scheduler is None
         self.scheduler = scheduler or make_schedule(training, self.optimizer, self.total_steps)
-        self._guard = Guard(accelerator.device, training.max_bad_steps, training.skip_spikes_above)
-        self.optimizer_step = OptimizerStep(
-            accelerator, self.model_with_loss, self.optimizer, self._guard, training.gradient_clip_norm, training.seed
-        )
+        self.optimizer_step = OptimizerStep(accelerator, self.model_with_loss, self.optimizer, training)
         self._first_batches = FirstBatches(with_loss, accelerator, self.group, self.say)
-        self.early_stopping, self.micro_batch = make_early_stopping(training), make_micro_batch(training, accelerator)
+        self.early_stopping = make_early_stopping(training)
         default = default_callbacks(self.config, self.output_dir, val_loader is not None)
         self.callbacks = CallbackList(default if callbacks is None else callbacks)
         self.metrics = MetricTracker(log_path(self.callbacks.callbacks))
         if accelerator.log_with:
             self.callbacks.add(TrackerCallback())
         self.files: dict[str, str] = {}  # further text files of each checkpoint, which replace those made for it
-        self.state = RunState(self._parts(), asdict(self.config if self.output_dir else training))
-        dataset = self.samples.stream or train_loader.dataset
-        files = lambda: model_files(model, dataset, self._weights) | self.files  # noqa: E731
-        self.saver = Saver(open_manager(training, self.is_sharded), self.state, self.group, files)
+        self.state = RunState(self._parts(content), asdict(self.config if self.output_dir else training))
+        files = lambda: model_files(model, self.samples.data, self._weights) | self.files  # noqa: E731
+        self.saver = Saver(training, self.state, self.group, self.is_sharded, files)
         self.stop_switch, self.phase = StopSwitch(training.max_minutes), Phase.STARTING
         self.was_rewound = False  # True if the run returned to an earlier checkpoint and replaces what came after it
-        self._record = Record(self.output_dir if self.is_main_process else None, self._position)
+        self._own_folder = self.output_dir if self.is_main_process else None
         self._throughput, self._started = Throughput(), False
 
-    def _parts(self) -> dict[str, Any]:
-        """Returns everything that changes because of training, by name."""
-        content = [None if each is None else fingerprint(each.dataset) for each in (self.train_loader, self.val_loader)]
+    def _parts(self, content: list[str | None]) -> dict[str, Any]:
+        """Returns everything that changes because of training, by name. `content`: the fingerprint of each dataset."""
         parts = {
             "progress": Progress(self.samples, content, self.accelerator.device),
             **self._weights,  # before the optimizer: reading them reshards what a validation has left gathered
             "optimizer": NamedOptimizerState(self.model, self.optimizer),
             "scheduler": self.scheduler if self._has_own_schedule else CallersSchedule(self.scheduler),
-            "guard": self._guard,
+            "guard": self.optimizer_step.guard,
             "metrics": self.metrics,
             "callbacks": self.callbacks,
             "average": self.average,
@@ -197,9 +187,10 @@ class Trainer(TrainerView):
             TrainingError: after `max_bad_steps` consecutive steps whose loss or gradient was not finite.
         """
         self.optimizer_step.raise_if_updating()
-        place = lambda: Place(self.global_step, self.stop_switch.polls, self.phase)  # noqa: E731
+        place = lambda: (self.global_step, self.stop_switch.polls, self.phase)  # noqa: E731
         watchdog = Watchdog(place, self.config.training.hang_minutes, self.group)
-        with session(self._record, self.checkpoint_manager, self.group, self.stop_switch, watchdog, self.say) as launch:
+        folder, manager, switch = self._own_folder, self.checkpoint_manager, self.stop_switch
+        with session(folder, self._position, manager, self.group, switch, watchdog, self.say) as launch:
             resumed_from = None if self._started else self._resume()
             self._started = True
             if max_steps is not None:
@@ -207,16 +198,18 @@ class Trainer(TrainerView):
                 self._fit_schedule()
             if self.is_finished:
                 self.stop_switch.begin()  # forgets why an earlier train() stopped
-                if self.checkpoint_manager is not None and not self.saver.is_current:
+                if self.checkpoint_manager is not None and self.saver.saved_step != self.global_step:
                     self.save_checkpoint()  # which failed when the run ended
                 self.say(self._describe_finished_run())
                 return self.history
             if self.micro_batch is not None:
                 self._settle_micro_batch(self.micro_batch)
-            accelerator, device = self.accelerator, device_name(self.accelerator.device)
-            about = environment(device, accelerator.num_processes, accelerator.mixed_precision)
-            content = self._progress.segments[-1]["content"]
-            self._record.launch(resumed_from, environment=about, config=asdict(self.config), data=content)
+            if folder is not None:
+                accelerator, content = self.accelerator, self._progress.segments[-1]["content"]
+                device = device_name(accelerator.device)
+                about = environment(device, accelerator.num_processes, accelerator.mixed_precision)
+                config = asdict(self.config)
+                record_launch(folder, self._position(), resumed_from, environment=about, config=config, data=content)
             self.stop_switch.begin()
             launch.enter_context(self.stop_switch.handling_signals())
             try:
@@ -229,7 +222,7 @@ class Trainer(TrainerView):
         return self.history
 
     def _settle_micro_batch(self, micro_batch: MicroBatch) -> None:
-        first, largest = self.global_step, self.samples.largest_rank_batch
+        first, largest = self.global_step, self.samples.largest_rank_batch(max(self.samples.sizes))
         self.samples.micro_batch_size = 1  # so that the check of the first batch fits
         batches = self._first_batches.load(self.train_loader, self.samples, first, max(self.total_steps, first + 1))
         size = micro_batch.settle(self.optimizer_step, batches, largest, self.group, bool(self.validation_metrics))
@@ -280,7 +273,7 @@ class Trainer(TrainerView):
         if is_at_epoch:
             self.callbacks.on_epoch_end(self)
         if self.saver.requested or self._is_due(training.save_every_n_steps, training.save_every_n_epochs):
-            self._guard.raise_if_stopped()
+            self.optimizer_step.guard.raise_if_stopped()
             self.saver.save_in_background()
         self._throughput.pause(time.perf_counter() - started)
         if manager is not None:
@@ -294,7 +287,8 @@ class Trainer(TrainerView):
 
     def _log(self, grad_norm: Tensor, learning_rate: float) -> None:
         """Logs the numbers of the steps since the last line. The host waits for the device here."""
-        step, (tokens, loss), (bad_in_a_row, bad, spikes) = self.global_step, self._progress.read(), self._guard.read()
+        step, (tokens, loss), guard = self.global_step, self._progress.read(), self.optimizer_step.guard
+        _, bad, spikes = guard.counts.tolist()
         speed, memory = self._throughput.log(step, tokens), peak_memory_gb(self.accelerator.device)
         line = {
             "step": step,
@@ -312,7 +306,7 @@ class Trainer(TrainerView):
         # What the machine or a callback measures is not part of the state: checkpoints do not depend on it.
         line |= speed | ({} if memory is None else {"memory_gb": memory}) | self.callbacks.measure(self)
         self.callbacks.on_log(self, line)
-        self._guard.raise_if_stopped(bad_in_a_row)
+        guard.raise_if_stopped()
 
     def validate(self) -> dict[str, float]:
         """Returns the metrics of the validation data, whatever its batch size and the device count.
@@ -332,16 +326,16 @@ class Trainer(TrainerView):
             raise ConfigError("There is no val_loader; give the Trainer one.")
         loader, stop = self.val_loader, self.val_samples.steps_per_epoch
         batches = self._first_batches.load(loader, self.val_samples, 0, stop)
-        further = self.validation_metrics
+        model, metrics = self.model_with_loss, self.validation_metrics
         with self.averaged_weights():
-            return evaluate(self.model_with_loss, loader, batches, self.accelerator, further, is_interrupted)
+            return evaluate(model, loader, batches, self.accelerator, metrics, is_interrupted)
 
     def _validate_in_training(self) -> bool:
         """Validates. Returns False if a signal or the clock interrupted it; it then comes first on resume."""
         # The clock does not interrupt the same validation twice: otherwise no launch would ever get past it.
         interrupting = Stop.SIGNAL if self._progress.validation_due else Stop.OUT_OF_TIME
         self._progress.validation_due = True  # also if an exception ends it
-        self.saver.mark_saved(False)
+        self.saver.saved_step = -1
         metrics = self._evaluate(is_interrupted=lambda: self.stop_switch.poll() >= interrupting)
         if metrics is None:
             return False
@@ -380,11 +374,10 @@ class Trainer(TrainerView):
     def _resume(self) -> Path | None:
         """Restores what `training.resume` says. Returns the checkpoint, or None if the run begins."""
         wanted, manager = self.config.training.resume, self.checkpoint_manager
-        choice = resume(wanted, manager, self.group, self.state.like, self._restore, self.say)
-        if choice.origin is not None:
-            self._progress.origin = str(choice.origin)
-        self.was_rewound = choice.is_rewound
-        return choice.path
+        path, origin, self.was_rewound = resume(wanted, manager, self.group, self.state.like, self._restore, self.say)
+        if origin is not None:
+            self._progress.origin = str(origin)
+        return path
 
     def _restore(self, saved: dict[str, Any], where: Path) -> None:
         check_tokenizer(where, getattr(self.train_loader.dataset, "tokenizer", None))
@@ -393,13 +386,13 @@ class Trainer(TrainerView):
         self._fit_schedule()
         if self.micro_batch is not None and changed:
             self.micro_batch.size = None  # another one may fit
-        self.saver.mark_saved()
+        self.saver.saved_step = -1 if self.validation_due else self.global_step  # a validation changes the state
         self.optimizer_step.is_updating = False
 
     def _fit_schedule(self) -> None:
         """Fits the run's length and its schedule to where its batches begin: another batch size changes both."""
-        before, self.total_steps = self.total_steps, count_steps(self.config.training, self.samples)
-        if self._has_own_schedule and before != self.total_steps:
+        self.total_steps = count_steps(self.config.training, self.samples)
+        if self._has_own_schedule:
             for group in self.optimizer.param_groups:
                 group["lr"] = group["initial_lr"]
             schedule = make_schedule(self.config.training, self.optimizer, self.total_steps)
@@ -414,14 +407,13 @@ class Trainer(TrainerView):
         switch_to_training(self.optimizer)
         self.model.zero_grad()  # what a caller, or a step that raised, may have left
         self.callbacks.on_train_begin(self)
-        training, data = self.config.training, self.samples.stream or self.train_loader.dataset
-        self._throughput = make_throughput(training, self.accelerator, self.model, data)
+        self._throughput = make_throughput(self.config.training, self.accelerator, self.model, self.samples.data)
         self._throughput.begin(self.global_step, int(self._progress.tokens))
 
     def _finish(self) -> None:
         """Saves the last state, and waits until it is on disk."""
         if self.checkpoint_manager is not None:
-            self._guard.raise_if_stopped()
+            self.optimizer_step.guard.raise_if_stopped()
             self.saver.finish()
         self.callbacks.on_train_end(self)
         if self.stop_switch.reason:

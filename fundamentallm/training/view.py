@@ -6,6 +6,7 @@ import sys
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -15,7 +16,6 @@ from fundamentallm.errors import ConfigError, Problem, printable
 from fundamentallm.run.folder import command
 from fundamentallm.run.progress import Progress
 from fundamentallm.run.saving import Saver
-from fundamentallm.run.session import Position
 from fundamentallm.run.state import RunState
 from fundamentallm.run.stopping import Stop, StopSwitch
 from fundamentallm.training.callbacks.base import RunView
@@ -99,8 +99,7 @@ class TrainerView(RunView):
     def history(self) -> dict[str, list[float]]:
         """The numbers of the run so far, as `pandas.DataFrame(trainer.history)` takes them.
 
-        All columns have the same length, with a row for each step that was logged or validated. A value that a row
-        lacks is NaN.
+        Each step that was logged or validated has a row. A value that a row lacks is NaN.
         """
         return self.metrics.by_step()
 
@@ -122,14 +121,13 @@ class TrainerView(RunView):
             return True
         return every_n_epochs is not None and self._is_at_epoch and self.current_epoch % every_n_epochs == 0
 
-    def _position(self) -> Position:
-        return Position(self.global_step, self.total_steps, self.is_finished, self.was_interrupted)
+    def _position(self) -> dict[str, Any]:
+        """Returns how far the run is, and in which state it would end now, for status.json."""
+        state = "finished" if self.is_finished else "interrupted" if self.was_interrupted else "stopped"
+        return {"state": state, "step": self.global_step, "total_steps": self.total_steps}
 
     def request_stop(self, reason: str) -> None:
-        """Stops the run at the end of this step, saved, so that the same command resumes it later.
-
-        If only some of several processes ask in `on_step_end`, the stop takes effect one step later.
-        """
+        """Stops the run at the end of this step, saved, or one later if not all processes ask in `on_step_end`."""
         self.stop_switch.request(Stop.REQUESTED, reason)
 
     def request_save(self, is_best: bool = False) -> None:
@@ -158,8 +156,7 @@ class TrainerView(RunView):
         """Returns that there is nothing to train, and what would change that."""
         where = f"This run is already finished, at step {self.global_step} of {self.total_steps}. To train longer,"
         if self.checkpoint_manager is None:
-            return f"{where} call trainer.train(max_steps=...). To start over, make a new model and a new Trainer."
-        longer = "training.max_steps (or max_epochs), and name it in training.resume_changes"
-        if self.global_step < self.total_steps:
-            longer = "training.early_stopping_patience"
-        return f"{where} raise {longer}. To start over, choose another output_dir."
+            return f"{where} call trainer.train(max_steps=...)."
+        longer = "max_steps (or max_epochs), and name it in training.resume_changes"
+        longer = "early_stopping_patience" if self.global_step < self.total_steps else longer
+        return f"{where} raise training.{longer}. To start over, choose another output_dir."

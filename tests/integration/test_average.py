@@ -28,7 +28,7 @@ from tests.integration.runs import (
 )
 
 BAD_STEP = 5
-RUN: dict[str, Any] = {"ema_decay": 0.6, "eval_every_n_steps": 4, "max_steps": 9}
+RUN: dict[str, Any] = {"ema_decay": 0.6, "eval_every_n_steps": 4, "max_steps": 8}
 
 
 class Watch(Callback):
@@ -44,19 +44,6 @@ class Watch(Callback):
 
     def on_step_end(self, trainer: Trainer, loss: float) -> None:
         self.weights.append(weights(trainer))
-
-
-class Lion(torch.optim.Optimizer):
-    """Without a fused kernel, so that a step to be left out is one that it is not asked for."""
-
-    def __init__(self, params: Any) -> None:
-        super().__init__(params, {"lr": 1e-3})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.sub_(p.grad.sign(), alpha=group["lr"])
 
 
 def averages(trainer: Trainer) -> dict[str, Tensor]:
@@ -75,13 +62,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     return trainer
 
 
-@pytest.mark.parametrize("kind", ["adamw", "lion"])
+@pytest.mark.parametrize("kind", ["adamw", "torch.optim:Adagrad"])  # which cannot skip a step itself
 def test_it_averages_the_weights_after_each_step_that_was_taken(kind: str, tmp_path: Path) -> None:
     watch = Watch()
-    trainer = make_trainer(of(tmp_path), callbacks=[watch])
-    if kind == "lion":
-        data, optimizer = (trainer.train_loader, trainer.val_loader), Lion(trainer.model.parameters())
-        trainer = Trainer(trainer.model, trainer.config, *data, callbacks=[watch], optimizer=optimizer)
+    trainer = make_trainer(of(tmp_path, optimizer=kind), callbacks=[watch])
     trainer.train()
     assert_same_weights(watch.weights[BAD_STEP], watch.weights[BAD_STEP - 1])
     taken = [w for step, w in enumerate(watch.weights) if step not in (0, BAD_STEP)]
@@ -149,13 +133,6 @@ def test_it_can_be_given_up_and_begun_in_the_middle(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, expected[name])
 
 
-def test_it_has_the_precision_of_the_weights(tmp_path: Path) -> None:
-    parts = make_trainer(of(tmp_path / "unused"))
-    trainer = Trainer(parts.model.double(), of(tmp_path, max_steps=2), parts.train_loader, callbacks=[])
-    trainer.train()
-    assert {average.dtype for average in averages(trainer).values()} == {torch.float64}
-
-
 def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
 
@@ -177,9 +154,6 @@ def _sharded(count: int, folder: Path) -> None:
     parts = start("parts")
     assert_same_weights(gathered(averages(parts)), gathered(averages(run)))
     assert parts.metrics.get_history()["val_loss"] == run.metrics.get_history()["val_loss"]
-    others = {"parameter_groups": [], "max_steps": 10, "resume_changes": ["training"]}
-    longer, given_up = start("parts", **others), start("parts", **others, ema_decay=None)
-    assert_same_weights(gathered(weights(given_up)), gathered(weights(longer)))
 
 
 def test_sharded_it_is_the_same_also_with_groups_of_parameters(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 from fundamentallm import ModelConfig, Trainer, Transformer, create_loss
 from fundamentallm.distributed.prepare import compile_in_place, prepare_model
 from fundamentallm.errors import ConfigError
-from fundamentallm.inference.generation import generate
 from fundamentallm.models.with_loss import ModelWithLoss
+from fundamentallm.training.callbacks.samples import continuation
 from fundamentallm.training.optimizers import create_optimizer
 from tests.conftest import reset_accelerate
 from tests.integration.runs import (
@@ -70,7 +70,7 @@ def run(_: int, folder: str, backend: str, is_sharded: bool, training: dict[str,
         # One for the steps and one for validation: not for other sizes, not for each of the blocks.
         assert counters["stats"]["unique_graphs"] == 2
         before = sum(counters["stats"].values())
-        list(generate(trainer.model, [1, 2], 3, 16))
+        continuation(trainer, None, 3)
         assert sum(counters["stats"].values()) == before
 
 

@@ -161,7 +161,6 @@ def test_callers_objectives_are_minimised() -> None:
     [
         {"objective": sum_over_samples, "loss_fn": F.mse_loss},
         {"objective": sum_over_samples, "training": {"loss": "focal"}},
-        {"objective": 3},
         {"objective": nn.Linear(2, 2)},
         {"objective": None, "training": {"objective": "no.such:thing"}},
     ],

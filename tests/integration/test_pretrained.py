@@ -28,7 +28,6 @@ from fundamentallm.commands.prepare import main as prepare
 from fundamentallm.data.corpus import load_corpus
 from fundamentallm.distributed import accelerator as accelerators
 from fundamentallm.errors import CheckpointError, ConfigError
-from fundamentallm.models.transformers_format import find_pretrained
 from fundamentallm.run.initial_weights import completed
 from fundamentallm.train import make_trainer
 from tests.conftest import reset_accelerate
@@ -247,15 +246,14 @@ def test_settings_that_contradict_the_folder_are_refused(
     made = dataclasses.replace(
         made, model=dataclasses.replace(made.model, **model), data=dataclasses.replace(made.data, **data)
     )
-    pretrained = find_pretrained(str(folders[kind]))
     if not named:
-        done = completed(made.resolved(), pretrained)
+        done, _ = completed(made.resolved())
         assert (done.model.vocab_size, done.model.dropout) == (308, model.get("dropout", 0.0))
         assert done.data.tokenizer == data.get("tokenizer", str(folders[kind] / "tokenizer.json"))
-        assert completed(done.resolved(), pretrained) == done
+        assert completed(done.resolved())[0] == done
         return
     with pytest.raises(ConfigError) as caught:
-        completed(made.resolved(), pretrained)
+        completed(made.resolved())
     assert len(caught.value.problems) == len(named)
     for text, problem in zip(named, caught.value.problems, strict=True):
         assert text in problem
@@ -266,9 +264,9 @@ def test_folder_without_tokenizer_needs_data_tokenizer(folders: dict[str, Path],
     tokenizer = (tmp_path / "llama" / "tokenizer.json").rename(tmp_path / "tokenizer.json")
     made = config({**folders, "llama": tmp_path / "llama"}, "llama", tmp_path / "run")
     with pytest.raises(ConfigError, match=r"has no tokenizer\.json"):
-        completed(made, find_pretrained(str(tmp_path / "llama")))
+        completed(made)
     data = dataclasses.replace(made.data, tokenizer=str(tokenizer))
-    assert completed(dataclasses.replace(made, data=data), find_pretrained(str(tmp_path / "llama"))).data == data
+    assert completed(dataclasses.replace(made, data=data))[0].data == data
 
 
 def test_prepare_uses_the_folders_tokenizer(
@@ -282,4 +280,4 @@ def test_prepare_uses_the_folders_tokenizer(
         raise AssertionError("tokenized again")
 
     monkeypatch.setattr("fundamentallm.data.corpus.write_source", refuse)
-    load_corpus(completed(made, find_pretrained(str(folders["gpt2"]))).data, show_progress=False)
+    load_corpus(completed(made)[0].data, show_progress=False)

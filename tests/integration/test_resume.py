@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import random
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,6 @@ from tests.integration.runs import (
     make_config,
     make_trainer,
     on_processes,
-    prose,
     timeless,
     weights,
 )
@@ -87,7 +85,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
 @pytest.mark.parametrize(
     ("processes", "settings", "stops"),
     [
-        *((1, {"optimizer": optimizer}, (1, 6, 13)) for optimizer in ("adamw", "sgd", "muon")),
+        (1, {"optimizer": "adamw"}, (1, 6, 13)),
         (2, {"optimizer": "muon", "micro_batch_size": 20}, (4, 8)),
     ],
 )
@@ -100,18 +98,6 @@ def test_resume_after_each_stop_ends_as_the_whole_run(
         assert (tmp_path / "parts" / "ended_at").read_text() == str(stop_at or 14)
     assert_same_weights(final_weights(tmp_path / "parts"), final_weights(tmp_path / "whole"))
     assert timeless(lines(tmp_path / "parts")) == timeless(lines(tmp_path / "whole"))
-
-
-def test_resume_on_another_number_of_processes_has_its_losses(tmp_path: Path) -> None:
-    settings = {"dropout": 0.0, "log_every_n_steps": 1}
-    run(1, str(tmp_path / "whole"), settings)
-    on_processes(2, run, str(tmp_path / "parts"), settings, 4)
-    on_processes(3, run, str(tmp_path / "parts"), settings, 9)
-    run(1, str(tmp_path / "parts"), settings)
-    for expected, got in zip(lines(tmp_path / "whole"), lines(tmp_path / "parts"), strict=True):
-        loss = "train_loss" if "train_loss" in expected else "val_loss"
-        assert got[loss] == pytest.approx(expected[loss], rel=1e-5)
-        assert (got["step"], got["epoch"]) == (expected["step"], expected["epoch"])
 
 
 def test_checkpoints_do_not_grow_and_the_history_is_resumed(tmp_path: Path) -> None:
@@ -227,27 +213,6 @@ def test_train_of_a_finished_run_changes_nothing(tmp_path: Path, capsys: pytest.
     assert contents(tmp_path) == before
 
 
-def test_train_out_of_patience_names_the_setting(tmp_path: Path, capsys: Any) -> None:
-    patience = {"early_stopping_patience": 1, "early_stopping_min_delta": 9.0, "eval_every_n_steps": 2}
-    for _ in range(2):
-        trainer = make_trainer(make_config(tmp_path, **patience))
-        trainer.train()
-        assert trainer.global_step == 4
-    assert re.search("finished, at step 4 of 12.* training.early_stopping_patience", capsys.readouterr().out)
-    more = make_trainer(make_config(tmp_path, **{**patience, "early_stopping_patience": 2}))
-    more.train()
-    assert more.global_step == 6
-
-
-def test_resume_deletes_checkpoints_beyond_keep_last_n(tmp_path: Path) -> None:
-    """A kill between a save and the rotation leaves as many as a larger keep_last_n."""
-    settings = {"save_every_n_steps": 4, "eval_every_n_steps": None, "eval_every_n_epochs": None, "learning_rate": 1e-3}
-    on_processes(2, run, str(tmp_path), {**settings, "keep_last_n": 4})
-    assert _steps(tmp_path) == [4, 8, 12, 14]
-    on_processes(2, run, str(tmp_path), {**settings, "keep_last_n": 2})
-    assert _steps(tmp_path) == [12, 14]
-
-
 def test_resume_past_a_damaged_checkpoint_deletes_none(tmp_path: Path) -> None:
     make_trainer(make_config(tmp_path, save_every_n_steps=4)).train()
     (tmp_path / "checkpoints" / "step_00000012" / "training.safetensors").unlink()
@@ -275,13 +240,6 @@ def test_resume_with_more_steps_says_what_changed(tmp_path: Path, capsys: pytest
     assert_same_weights(weights(longer), weights(whole))
 
 
-def test_resume_with_another_learning_rate_uses_it(tmp_path: Path) -> None:
-    make_trainer(make_config(tmp_path, lr_scheduler="constant"), callbacks=[StopAt(6)]).train()
-    changes = {"learning_rate": 5e-3, "resume_changes": ["training.learning_rate"]}
-    history = make_trainer(make_config(tmp_path, lr_scheduler="constant", **changes)).train()
-    assert history["learning_rate"] == [1e-2] * 6 + [5e-3] * 6
-
-
 def test_resume_never_refuses_a_folder_in_use(tmp_path: Path) -> None:
     make_trainer(make_config(tmp_path)).train()
     before = contents(tmp_path)
@@ -289,16 +247,6 @@ def test_resume_never_refuses_a_folder_in_use(tmp_path: Path) -> None:
         make_trainer(make_config(tmp_path, resume="never")).train()
     assert (error.value.problems[0].setting, error.value.problems[0].value) == ("training.resume", "never")
     assert contents(tmp_path) == before
-
-
-def test_resume_from_a_path_in_a_new_folder(tmp_path: Path) -> None:
-    first = make_trainer(make_config(tmp_path / "a", save_every_n_steps=4))
-    first.train()
-    checkpoint = tmp_path / "a" / "checkpoints" / "step_00000004"
-    second = make_trainer(make_config(tmp_path / "b", resume=str(checkpoint)))
-    second.train()
-    assert_same_weights(weights(second), weights(first))
-    assert [line["step"] for line in lines(tmp_path / "b") if "train_loss" in line] == list(range(5, 13))
 
 
 def test_resume_with_changed_settings_lists_them_all(tmp_path: Path) -> None:
@@ -321,15 +269,12 @@ def test_resume_with_another_model_is_refused(tmp_path: Path) -> None:
         assert [(problem.setting, problem.value) for problem in error.value.problems] == [("model.d_ff", 99)]
 
 
-@pytest.mark.parametrize("kind", ["ExponentialLR", "OneCycleLR"])  # the second one changes the betas too
-def test_resume_with_own_loader_and_scheduler_is_bit_exact(tmp_path: Path, kind: str) -> None:
-    options = {"ExponentialLR": {"gamma": 0.9}, "OneCycleLR": {"max_lr": 1e-2, "total_steps": 19}}[kind]
-
+def test_resume_with_own_loader_and_scheduler_is_bit_exact(tmp_path: Path) -> None:
     def trainer(folder: str, stop_at: int | None = None) -> Trainer:
         torch.manual_seed(0)
         model = Bigram()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        scheduler = getattr(torch.optim.lr_scheduler, kind)(optimizer, **options)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, 19)  # which changes the betas too
         config = TrainingConfig(max_epochs=3, checkpoint_dir=str(tmp_path / folder))
         loader = DataLoader(PartlyIgnored(), batch_size=8, shuffle=True)
         callbacks: list[Callback] = [StopAt(stop_at)] if stop_at else []
@@ -384,20 +329,6 @@ def test_checkpoint_holds_everything_by_name_and_no_pickle(tmp_path: Path) -> No
     assert moments == names
 
 
-def test_checkpoint_opens_in_transformers(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    trainer = make_trainer(make_config(tmp_path, max_steps=2), tokenizer_spec="bpe:300")
-    trainer.train()
-    folder = tmp_path / "checkpoints" / "step_00000002"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    text = prose(400)
-    ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    assert ids[0].tolist() == trainer.train_loader.dataset.tokenizer.encode(text).ids
-    assert tokenizer.decode(ids[0]) == text
-    torch.testing.assert_close(model(ids).logits, trainer.model(ids), rtol=1e-5, atol=1e-5)
-
-
 def test_save_checkpoint_without_a_folder_is_refused() -> None:
     trainer = Trainer(Bigram(), TrainingConfig(), DataLoader(PartlyIgnored(), batch_size=8), callbacks=[])
     with pytest.raises(ConfigError, match="checkpoint_dir"):
@@ -419,17 +350,3 @@ def test_resume_repeats_draws_in_forward(tmp_path: Path) -> None:
             trainer.train()
         ends.append(weights(trainer))
     assert_same_weights(*ends)
-
-
-def test_buffers_of_another_shape_after_a_step_are_refused(tmp_path: Path) -> None:
-    class Late(Bigram):
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            self.mean = torch.zeros(12)
-            return super().forward(ids)
-
-    model = Late()
-    model.register_buffer("mean", None)
-    config = TrainingConfig(max_steps=2, checkpoint_dir=str(tmp_path))
-    with pytest.raises(CheckpointError, match="mean"):
-        Trainer(model, config, DataLoader(PartlyIgnored(), batch_size=8), callbacks=[]).train()
-    assert not list(tmp_path.glob("step_*"))

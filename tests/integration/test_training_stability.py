@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Iterable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ from torch.utils.data import DataLoader
 
 from fundamentallm import Callback, LoggingCallback, Trainer, TrainingConfig, TrainingError, create_loss
 from fundamentallm.errors import CheckpointError
-from fundamentallm.training.optimizers import create_optimizer
 from fundamentallm.training.step import skips_on_device
 from tests.integration.runs import PartlyIgnored, assert_same_weights, lines, make_config, make_trainer, on_processes
 from tests.integration.test_training_loop import Bigram
@@ -62,8 +59,10 @@ def spoiled_trainer(folder: Path, kind: str, bad_calls: set[int], optimizer: str
     return Trainer(Bigram(), config, loader, None, callbacks, loss_fn=SpoiledLoss(kind, bad_calls))
 
 
-@pytest.mark.parametrize("kind", ["loss", "gradient"])
-@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd", "muon", "torch.optim:Adagrad"])
+@pytest.mark.parametrize(
+    ("kind", "optimizer"),
+    [("loss", "adamw"), ("gradient", "adam"), ("loss", "sgd"), ("gradient", "muon"), ("loss", "torch.optim:Adagrad")],
+)
 def test_a_bad_step_changes_no_weight_and_no_moment(tmp_path: Path, kind: str, optimizer: str) -> None:
     trainer = spoiled_trainer(tmp_path, kind, {BAD_STEP}, optimizer)
     trainer.train()
@@ -107,20 +106,7 @@ def spoiled_on_one_process(processes: int, folder: str) -> None:
 
 
 def test_a_bad_step_of_one_process_is_one_of_all(tmp_path: Path) -> None:
-    def with_group(processes: int, folder: str) -> None:
-        from fundamentallm import create_accelerator
-
-        create_accelerator()
-        spoiled_on_one_process(processes, folder)
-
-    on_processes(2, with_group, str(tmp_path))
-
-
-def test_a_large_learning_rate_never_leaves_weights_that_are_not_finite(tmp_path: Path) -> None:
-    trainer = make_trainer(make_config(tmp_path, learning_rate=1e3, max_steps=90, gradient_clip_norm=None))
-    with pytest.raises(TrainingError):
-        trainer.train()
-    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+    on_processes(2, spoiled_on_one_process, str(tmp_path))
 
 
 def test_batches_without_any_target_do_no_harm(tmp_path: Path) -> None:
@@ -135,17 +121,6 @@ def test_batches_without_any_target_do_no_harm(tmp_path: Path) -> None:
     assert math.isnan(history["train_loss"][0])
     assert history["tokens"][0] == history["bad_steps"][-1] == 0
     assert all(map(math.isfinite, history["train_loss"][1:]))
-
-
-def test_frozen_parameters_stay_as_they_are(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = Bigram()
-    model.embedding.requires_grad_(False)
-    before = model.embedding.weight.clone()
-    loader = DataLoader(PartlyIgnored(), batch_size=8)
-    Trainer(model, TrainingConfig(max_epochs=2, optimizer="muon"), loader, callbacks=[]).train()
-    assert torch.equal(model.embedding.weight, before)
-    assert create_optimizer(model, "adamw", 1e-3).param_groups[0]["params"][0] is model.mix.weight
 
 
 class Flagged(torch.optim.Optimizer):
@@ -192,35 +167,30 @@ class FailsOnce(Callback):
         trainer.optimizer.register_step_post_hook(fail)
 
 
-@pytest.mark.parametrize("fails", [False, True])
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
-def test_step_leaves_no_attribute_on_the_optimizer(tmp_path: Path, optimizer: str, fails: bool) -> None:
-    config = make_config(tmp_path, optimizer=optimizer, max_steps=2)
-    trainer = make_trainer(config, callbacks=[FailsOnce()] if fails else [])
-    with pytest.raises(RuntimeError, match="within the update") if fails else nullcontext():
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_step_that_fails_leaves_no_attribute_and_no_way_on(tmp_path: Path, optimizer: str) -> None:
+    trainer = make_trainer(make_config(tmp_path, optimizer=optimizer, max_steps=2), callbacks=[FailsOnce()])
+    with pytest.raises(RuntimeError, match="within the update"):
         trainer.train()
     assert not hasattr(trainer.optimizer, "found_inf")
     assert not hasattr(trainer.optimizer, "grad_scale")
-    if fails:
-        with pytest.raises(CheckpointError):
-            trainer.train()
+    with pytest.raises(CheckpointError):
+        trainer.train()
 
 
 class Normed(Bigram):
-    """Has running statistics, a codebook that each forward pass replaces, and buffers that change late and never."""
+    """Has running statistics, a codebook that each forward pass replaces, and a buffer that never changes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(12)
         self.register_buffer("codebook", torch.zeros(12))
-        self.register_buffer("late", torch.zeros(()))
         self.register_buffer("constant", torch.ones(3))
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embedding(ids)
         if self.training:
             self.codebook = self.codebook + x.detach().mean(dim=(0, 1))
-            self.late += self.norm.num_batches_tracked >= 2
         return self.head(self.norm(self.mix(x).mT).mT)
 
 
@@ -235,8 +205,7 @@ class Buffers(Callback):
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # before the skipped optimizer step
-@pytest.mark.parametrize("bad_step", [1, BAD_STEP])
-@pytest.mark.parametrize("optimizer", ["adamw", "torch.optim:Adagrad"])
+@pytest.mark.parametrize(("bad_step", "optimizer"), [(1, "adamw"), (BAD_STEP, "torch.optim:Adagrad")])
 def test_a_bad_step_changes_no_buffer(bad_step: int, optimizer: str) -> None:
     torch.manual_seed(0)
     buffers, loader = Buffers(), DataLoader(PartlyIgnored(), batch_size=8)
@@ -248,23 +217,7 @@ def test_a_bad_step_changes_no_buffer(bad_step: int, optimizer: str) -> None:
     assert_same_weights(taken[bad_step], taken[bad_step - 1])
     for name in ("norm.running_mean", "norm.num_batches_tracked", "codebook"):
         assert not torch.equal(taken[bad_step + 1][name], taken[bad_step][name])
-    assert (taken[-1]["late"], taken[-1]["constant"].tolist()) == (2, [1, 1, 1])
-
-
-class Thawing(Callback):
-    """Freezes the running statistics for the first two steps."""
-
-    def on_step_begin(self, trainer: Trainer) -> None:
-        trainer.model.norm.train(trainer.global_step >= 2)
-
-
-def test_a_bad_step_changes_no_buffer_that_changed_late() -> None:
-    torch.manual_seed(0)
-    buffers, loader = Buffers(), DataLoader(PartlyIgnored(), batch_size=8)
-    loss = SpoiledLoss("loss", {4})
-    Trainer(Normed(), TrainingConfig(max_steps=5), loader, None, [Thawing(), buffers], loss_fn=loss).train()
-    means = [taken["norm.running_mean"] for taken in buffers.taken]
-    assert [torch.equal(*pair) for pair in itertools.pairwise(means)] == [True, False, True, False]
+    assert taken[-1]["constant"].tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("persistent", [True, False])
@@ -277,16 +230,12 @@ def test_a_buffer_that_no_checkpoint_holds_is_named(persistent: bool, caplog: py
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # before the skipped optimizer step
-@pytest.mark.parametrize("with_momentum", [(0,), (1,), (0, 1)])
-def test_fused_sgd_of_the_caller_survives_a_skipped_first_step(tmp_path: Path, with_momentum: tuple[int, ...]) -> None:
-    """torch's kernel would start from uninitialised momentum, in whichever parameter group has some."""
+def test_fused_sgd_of_the_caller_survives_a_skipped_first_step() -> None:
+    """torch's kernel would start from uninitialised momentum."""
     torch.manual_seed(0)
     model = Bigram()
-    parameters = list(model.parameters())
-    groups = [
-        {"params": part, "momentum": 0.9 * (i in with_momentum)}
-        for i, part in enumerate((parameters[:2], parameters[2:]))
-    ]
+    first, *others = model.parameters()
+    groups = [{"params": [first]}, {"params": others, "momentum": 0.9}]
     optimizer = torch.optim.SGD(groups, lr=0.1, fused=True)
     assert not skips_on_device(optimizer)
     config = TrainingConfig(max_steps=3, lr_scheduler="constant", warmup_steps=0)

@@ -65,12 +65,12 @@ class Stub:
     global_step: int = 0
     epochs_done: float = 0.0
     seconds_left: float = 60.0
-    validation_due: bool = False
     is_main_process: bool = True
     said: list[str] = field(default_factory=list)
     saves: list[tuple[int, bool]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.samples.data = DATASET
         self.optimizer: Optimizer = SGD(self.model.parameters(), lr=0.1)
 
     def say(self, text: str) -> None:

@@ -74,30 +74,15 @@ def test_take_rows_takes_entries_of_samples_along() -> None:
     assert torch.equal(take_rows(Data(X, 7), 4, slice(2)).doubled, 2 * X[:2])
 
 
-def test_take_rows_takes_lists_of_unlike_samples() -> None:
-    """As torchvision's detection models have them: images of any size, and a mapping of boxes for each."""
-    images = tuple(torch.full((3, size, size), size) for size in (4, 5, 6))
-    boxes = tuple({"boxes": torch.full((number, 4), number)} for number in (3, 1, 2))
-    some, theirs = take_rows((images, boxes), 3, slice(1, 3))
-    assert [image.shape[1] for image in some] == [5, 6]
-    assert [len(each["boxes"]) for each in theirs] == [1, 2]
-
-
-def of_two(batch: Any) -> Any:
-    """The second of two samples."""
-    return take_rows(batch, 2, slice(1, 2))
-
-
 def test_take_rows_tells_columns_from_samples() -> None:
     """If there are as many samples as entries."""
     ids, lengths, targets = torch.zeros(2, 5), torch.tensor([5, 3]), torch.tensor([0, 1])
-    [one, length], target = of_two([[ids, lengths], targets])
+    [one, length], target = take_rows([[ids, lengths], targets], 2, slice(1, 2))
     assert (one.shape, length.item(), target.item()) == ((1, 5), 3, 1)
-    images, boxes = of_two(((torch.zeros(3, 4, 4), torch.zeros(3, 5, 5)), ({"boxes": ids}, {"boxes": ids[:1]})))
-    assert ([image.shape for image in images], len(boxes)) == ([(3, 5, 5)], 1)
     # transformers' detection models take a list of a tensor, or of a mapping, for each sample
-    assert len(of_two({"x": ids, "classes": [targets, targets]})["classes"]) == 1
-    assert of_two([targets, targets + 1, "of both"])[1].tolist() == [2]
+    batch = {"x": ids, "classes": [targets, targets], "texts": ["a", "b"]}
+    rows = take_rows(batch, 2, slice(1, 2))
+    assert (len(rows["classes"]), rows["texts"]) == (1, ["b"])
 
 
 @pytest.mark.parametrize("entry", [torch.zeros(3, 2), np.zeros(5), torch.nn.Linear(2, 2)])

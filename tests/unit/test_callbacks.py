@@ -30,7 +30,7 @@ from fundamentallm import (
 from fundamentallm.training.callbacks import console
 from fundamentallm.training.callbacks.base import RunView
 from fundamentallm.training.callbacks.from_config import make_callbacks
-from tests.integration.runs import StopAt, lines
+from tests.integration.runs import StopAt
 from tests.unit.stub_run import make_stub
 
 
@@ -48,7 +48,7 @@ class Recorder(Callback):
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int, Any]] = []
-        for hook in ("on_train_begin", "on_epoch_begin", "on_epoch_end", "on_train_end"):
+        for hook in ("on_train_begin", "on_epoch_begin", "on_epoch_end", "on_train_end", "on_log", "on_validation_end"):
             setattr(self, hook, functools.partial(self._record, hook))
 
     def _record(self, hook: str, trainer: RunView, given: Any = None) -> None:
@@ -57,12 +57,6 @@ class Recorder(Callback):
     def on_step_end(self, trainer: RunView, loss: float) -> None:
         self._record("on_step_end", trainer, loss)
 
-    def on_log(self, trainer: RunView, metrics: dict[str, float]) -> None:
-        self._record("on_log", trainer, dict(metrics))
-
-    def on_validation_end(self, trainer: RunView, metrics: dict[str, float]) -> None:
-        self._record("on_validation_end", trainer, dict(metrics))
-
     def given(self, hook: str) -> list[Any]:
         return [given for name, _, given in self.calls if name == hook]
 
@@ -70,50 +64,28 @@ class Recorder(Callback):
 # ---- when, and with what -------------------------------------------------------------------------------------
 
 
-def test_hooks_are_called_in_order() -> None:
-    recorder = Recorder()
-    make_trainer([recorder], log_every_n_steps=2).train()
-    assert [(hook, step) for hook, step, _ in recorder.calls] == [
-        ("on_train_begin", 0),
-        ("on_epoch_begin", 0),
-        ("on_step_end", 1),
-        ("on_step_end", 2),
-        ("on_log", 2),
-        ("on_step_end", 3),
-        ("on_validation_end", 3),
-        ("on_epoch_end", 3),
-        ("on_epoch_begin", 3),
-        ("on_step_end", 4),
-        ("on_log", 4),
-        ("on_step_end", 5),
-        ("on_step_end", 6),
-        ("on_log", 6),
-        ("on_validation_end", 6),
-        ("on_epoch_end", 6),
-        ("on_train_end", 6),
+def test_hooks_are_called_in_order_also_when_resuming_in_an_epoch(tmp_path: Path) -> None:
+    first, second = Recorder(), Recorder()
+    make_trainer([first, StopAt(2)], checkpoint_dir=str(tmp_path), log_every_n_steps=2).train()
+    make_trainer([second], checkpoint_dir=str(tmp_path), log_every_n_steps=2).train()
+    begin = [("on_train_begin", 0), ("on_epoch_begin", 0), ("on_step_end", 1), ("on_step_end", 2), ("on_log", 2)]
+    assert [(hook, step) for hook, step, _ in first.calls] == [*begin, ("on_train_end", 2)]
+    assert [(hook, step) for hook, step, _ in second.calls] == [
+        ("on_train_begin", 2),
+        ("on_epoch_begin", 2),
+        *[("on_step_end", 3), ("on_validation_end", 3), ("on_epoch_end", 3), ("on_epoch_begin", 3)],
+        *[("on_step_end", 4), ("on_log", 4), ("on_step_end", 5), ("on_step_end", 6), ("on_log", 6)],
+        *[("on_validation_end", 6), ("on_epoch_end", 6), ("on_train_end", 6)],
     ]
 
 
-def test_on_epoch_begin_is_called_when_resuming_in_an_epoch(tmp_path: Path) -> None:
-    make_trainer([StopAt(2)], checkpoint_dir=str(tmp_path)).train()
-    recorder = Recorder()
-    make_trainer([recorder], checkpoint_dir=str(tmp_path)).train()
-    hooks = [(hook, step) for hook, step, _ in recorder.calls]
-    assert hooks[:3] == [("on_train_begin", 2), ("on_epoch_begin", 2), ("on_step_end", 3)]
-
-
-def test_on_step_end_gets_the_mean_loss_as_a_float() -> None:
-    recorder = Recorder()
-    history = make_trainer([recorder]).train()
-    losses = recorder.given("on_step_end")
-    assert list(map(type, losses)) == [float] * 6
-    assert losses == pytest.approx(history["train_loss"], rel=1e-6)
-
-
-def test_on_validation_end_gets_what_validate_returns() -> None:
+def test_hooks_get_the_loss_as_a_float_and_what_validate_returns() -> None:
     recorder = Recorder()
     trainer = make_trainer([recorder])
     history = trainer.train()
+    losses = recorder.given("on_step_end")
+    assert list(map(type, losses)) == [float] * 6
+    assert losses == pytest.approx(history["train_loss"], rel=1e-6)
     first, last = recorder.given("on_validation_end")
     assert last == trainer.validate()
     assert set(last) == {"val_loss", "val_perplexity"}
@@ -211,11 +183,14 @@ def test_save_best_saves_each_improvement(mode: str, saved: list[int]) -> None:
     assert steps_saved(SaveBestCallback("score", mode), math.nan, 3.0, 4.0, 1.0, 5.0, math.nan) == saved
 
 
-def test_save_best_resumes_the_best_value() -> None:
-    first, second = SaveBestCallback("score"), SaveBestCallback("score")
+def test_save_best_resumes_the_best_value_of_its_metric_only(caplog: pytest.LogCaptureFixture) -> None:
+    first, second, other = SaveBestCallback("score"), SaveBestCallback("score"), SaveBestCallback("score", "max")
     assert steps_saved(first, 3.0, 2.0, 2.5) == [1, 2]
     second.load_state_dict(first.state_dict())
     assert steps_saved(second, 2.25, 1.5) == [2]
+    other.load_state_dict(first.state_dict())
+    assert steps_saved(other, 1.0) == [1]
+    assert "score (min)" in caplog.text
 
 
 def test_save_best_by_an_unknown_metric_is_refused() -> None:
@@ -223,13 +198,6 @@ def test_save_best_by_an_unknown_metric_is_refused() -> None:
         make_trainer([SaveBestCallback("accuracy")]).train()
     (problem,) = error.value.problems
     assert (problem.setting, problem.value, problem.allowed) == ("metric", "accuracy", "val_loss, val_perplexity")
-
-
-def test_save_best_ignores_the_best_of_another_metric(caplog: pytest.LogCaptureFixture) -> None:
-    callback = SaveBestCallback("score", "max")
-    callback.load_state_dict({"metric": "val_loss", "mode": "min", "best_value": 2.0})
-    assert callback.best_value is None
-    assert "val_loss (min)" in caplog.text
 
 
 # ---- from a config -------------------------------------------------------------------------------------------
@@ -273,31 +241,6 @@ def test_make_callbacks_without_matplotlib_needs_no_curves(
 # ---- log lines -----------------------------------------------------------------------------------------------
 
 
-def columns(lines: list[dict[str, Any]], of: str) -> dict[str, list[float]]:
-    chosen = [line for line in lines if of in line]
-    return {key: [line[key] for line in chosen] for key in chosen[0]}
-
-
-def test_log_file_of_a_resumed_run_has_each_line_once(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-
-    def run(stop: int) -> dict[str, list[float]]:
-        return make_trainer([LoggingCallback(path), StopAt(stop)], checkpoint_dir=str(tmp_path / "c")).train()
-
-    run(stop=4)
-    before = path.read_text()
-    # What a run leaves that was killed after its last checkpoint, in the middle of a line.
-    path.write_text(before + '{"step": 5, "train_loss": 9.0}\n{"step": 6, "val_loss": 9.0}\n{"step": 4, "train_lo')
-    history = run(stop=6)  # in full precision
-    assert path.read_text().startswith(before)
-    training, validation = (columns(lines(tmp_path), of) for of in ("train_loss", "val_loss"))
-    del training["memory_gb"], training["time"]  # which the machine says
-    assert training == {name: values for name, values in history.items() if not name.startswith("val_")}
-    assert training["step"] == [1, 2, 3, 4, 5, 6]
-    assert validation["step"] == [3, 6]
-    assert [file.name for file in tmp_path.iterdir() if file.is_file()] == ["metrics.jsonl"]
-
-
 def test_logging_without_a_path_only_prints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -317,35 +260,20 @@ def test_logging_without_a_path_only_prints(
 # ---- the bar -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> pytest.CaptureFixture[str]:
-    """What is captured, taken for a terminal."""
-    monkeypatch.setattr(type(sys.stderr), "isatty", lambda stream: True)
-    return capsys
-
-
 def test_progress_on_a_terminal_moves_with_every_step(
-    terminal: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Eager(console.tqdm):
         def __init__(self, **options: Any) -> None:
             super().__init__(mininterval=0, **options)
 
     monkeypatch.setattr(console, "tqdm", Eager)
-    make_trainer([ProgressCallback(), LoggingCallback()], log_every_n_steps=3).train()
-    captured = terminal.readouterr()
-    assert captured.out.count(" | loss ") == 2  # they stay on the screen
-    shown = captured.err.replace("\r", "\n")
-    assert all(f" {step}/6 " in shown for step in range(7))
-    assert "training:" not in captured.out
-
-
-def test_progress_covers_the_steps_of_its_launch(tmp_path: Path, terminal: pytest.CaptureFixture[str]) -> None:
-    def bars(*callbacks: Callback) -> list[str]:
-        make_trainer([ProgressCallback(), *callbacks], checkpoint_dir=str(tmp_path), log_every_n_steps=4).train()
-        return [line for line in terminal.readouterr().err.replace("\r", "\n").splitlines() if line.strip()]
-
-    assert "5/6" in bars(StopAt(5))[-1]
-    resumed = bars()
-    assert "5/6" in resumed[0]
-    assert "6/6" in resumed[-1]
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda stream: True)
+    for stop, steps in ((5, range(6)), (6, (5, 6))):
+        callbacks = [ProgressCallback(), LoggingCallback(), StopAt(stop)]
+        make_trainer(callbacks, checkpoint_dir=str(tmp_path), log_every_n_steps=3).train()
+        captured = capsys.readouterr()
+        assert captured.out.count(" | loss ") > 0  # they stay on the screen
+        shown = captured.err.replace("\r", "\n")
+        assert [step for step in range(7) if f" {step}/6 " in shown] == list(steps)
+        assert "training:" not in captured.out

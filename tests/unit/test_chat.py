@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fundamentallm.config.schema import IGNORE_INDEX, DataConfig, saved_data_settings
 from fundamentallm.data.corpus import Corpus, describe, load_corpus
-from fundamentallm.data.datasets import TokenSamples
+from fundamentallm.data.datasets import TokenSamples, opening
 from fundamentallm.data.loaders import corpus_samples
 from fundamentallm.data.tokenizers import create_tokenizer
 from fundamentallm.errors import ConfigError
@@ -101,14 +101,8 @@ def test_validation_counts_the_bytes_of_turns(tmp_path: Path) -> None:
     assert validation.num_bytes == 2 * turns
     whole = len(validation.tokens) // 2
     cut = corpus_samples(corpus, whole - 12)[1]  # without the last message, and the second turn's end
-    assert cut.num_cut == 2
+    assert (cut.num_cut, cut.num_lost) == (2, 0)
     assert 2 * len(" é3 <|end|>\n".encode()) < cut.num_bytes < 2 * turns
-
-
-def test_chats_longer_than_the_sequence_are_cut_or_dropped(tmp_path: Path) -> None:
-    long = chat(("user", "1+2?" * 50), ("assistant", "3"))
-    samples = samples_of(load(tmp_path, PLAIN, [{"m": chat(*SINGLE)}, {"m": long}]), length=40)
-    assert (samples.num_cut, samples.num_lost) == (1, 1)
 
 
 @pytest.mark.parametrize("kind", ["parquet", "datasets"])
@@ -156,13 +150,7 @@ def test_pairs_use_the_template_unless_switched_off(tmp_path: Path, switch: bool
     corpus = load(tmp_path, PLAIN, [{"q": "1+2?", "text": "3"}], chat_template=switch, **given)
     assert targets_of(corpus, 0) == ["3<|end|>" if switch is False else "3<|end|>\n"]
     prompt = "1+2?" if switch is False else "<|start|>user\n1+2?<|end|>\n<|start|>assistant\n"
-    assert corpus.tokenizer.decode(samples_of(corpus).opening().tolist(), skip_special_tokens=False) == prompt
-
-
-def test_changed_template_encodes_the_chats_again(tmp_path: Path) -> None:
-    one = load(tmp_path, PLAIN, [{"m": chat(*SINGLE)}])
-    other = load(tmp_path, MARKED, [{"m": chat(*SINGLE)}])  # of the same text, with other turns
-    assert (targets_of(one, 0), targets_of(other, 0)) == ([" é3 <|end|>\n"], [" é3 "])
+    assert corpus.tokenizer.decode(opening(samples_of(corpus)[0]), skip_special_tokens=False) == prompt
 
 
 WRONG = [

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from fundamentallm import CheckpointManager, Config, DataConfig, ModelConfig, Trainer, TrainingConfig
 from fundamentallm.__main__ import main
@@ -21,7 +22,8 @@ from fundamentallm.checkpoint.manifest import MANIFEST, describe, read_manifest,
 from fundamentallm.commands import checkpoint_verbs
 from fundamentallm.train import make_trainer
 from tests.conftest import reset_accelerate
-from tests.integration.runs import lines, prose
+from tests.integration.runs import PartlyIgnored, lines, prose
+from tests.integration.test_training_loop import Bigram
 
 ROOT = Path(__file__).parents[2]
 SEQUENCE = 16
@@ -154,6 +156,33 @@ def test_samples_text_uses_the_tokenizer_of_the_run(made: Run, command: Command,
     code, _, err = command("samples", made.folder, "--step", 2, "--full", "--source", other)
     assert code == 2
     assert "other.txt, line 1 has" in err
+
+
+def test_samples_own_dataset_has_indices_and_no_text(tmp_path: Path, command: Command) -> None:
+    asked: list[int] = []
+
+    class Recorded(PartlyIgnored):
+        def __getitem__(self, index: int) -> Any:
+            asked.append(index)
+            return super().__getitem__(index)
+
+    for config in (
+        TrainingConfig(max_steps=12, checkpoint_dir=str(tmp_path / "a")),
+        Config(str(tmp_path / "b"), training=TrainingConfig(batch_size=8, max_steps=12)),
+    ):
+        asked.clear()
+        loader = DataLoader(Recorded(), batch_size=8, shuffle=True, drop_last=True)
+        Trainer(Bigram(), config, loader, callbacks=[]).train()
+        reset_accelerate()
+        folder = tmp_path / ("a" if isinstance(config, TrainingConfig) else "b")
+        for step in range(1, 13):
+            code, out, _ = command("samples", folder, "--step", step)
+            assert code == 0
+            assert "no text" in out
+            assert out.splitlines()[-1] == ", ".join(map(str, asked[8 * step - 8 : 8 * step]))
+        code, out, _ = command("show", folder)
+        assert code == 0
+        assert ("(a TrainingConfig, of a run" in out) == isinstance(config, TrainingConfig)
 
 
 # ---- list -------------------------------------------------------------------------------------------------

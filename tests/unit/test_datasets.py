@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,13 +30,12 @@ def test_every_token_but_the_first_is_a_target_once(length: int) -> None:
         assert inputs[-1].tolist() == list(range(count - 1 - length, count - 1))
 
 
-@pytest.mark.parametrize("indices", [[4], [1, 1, 4, 0]])
-def test_a_batch_is_its_items_stacked(indices: list[int]) -> None:
-    dataset = TokenDataset(np.random.default_rng(0).integers(0, 50, 33), 7)
-    items = [dataset[index] for index in indices]
-    inputs, targets = dataset.__getitems__(indices)
-    assert torch.equal(inputs, torch.stack([item[0] for item in items]))
-    assert torch.equal(targets, torch.stack([item[1] for item in items]))
+def test_a_batch_is_its_items_stacked() -> None:
+    dataset = TokenDataset(np.random.default_rng(0).integers(0, 50, 33).astype(np.uint16), 7)
+    items = [dataset[index] for index in (1, 1, 4, 0)]
+    for part, whole in enumerate(dataset.__getitems__([1, 1, 4, 0])):
+        assert torch.equal(whole, torch.stack([item[part] for item in items]))
+        assert whole.dtype == torch.int64
 
 
 def test_getitem_takes_negative_indices_and_refuses_others() -> None:
@@ -57,17 +55,6 @@ def test_token_dataset_refuses_too_few_tokens() -> None:
     assert (problem.setting, problem.value) == ("data.sequence_length", 7)
     assert "7 tokens" in problem.reason
     assert problem_of(TokenDataset, np.arange(7), 0).value == 0
-
-
-@pytest.mark.parametrize("dtype", [np.uint16, np.int64])
-def test_any_integer_type_gives_int64(dtype: type, tmp_path: Path) -> None:
-    tokens = np.arange(50, 150).astype(dtype)
-    tokens.tofile(tmp_path / "tokens.bin")
-    for source in (tokens, np.memmap(tmp_path / "tokens.bin", dtype, mode="r")):
-        inputs, targets = TokenDataset(source, 9)[2]  # copies: the mapping is read-only
-        assert inputs.dtype == targets.dtype == torch.int64
-        assert inputs.tolist() == list(range(68, 77))
-        assert targets.tolist() == list(range(69, 78))
 
 
 # ---- pairs --------------------------------------------------------------------------------------------------
@@ -109,7 +96,7 @@ def test_long_pairs_are_cut_off_and_counted() -> None:
     assert targets[1].tolist() == list(range(12, 62))
     problem = problem_of(PairDataset, np.arange(9), np.array([[4, 9]]), 1)
     assert (problem.setting, problem.value) == ("data.sequence_length", 1)
-    assert problem_of(PairDataset, np.arange(9), np.empty((0, 2), np.int64), 1).value == 0
+    assert problem_of(PairDataset, np.arange(9), np.empty((0, 2), np.int64), 1).setting == "data.sequence_length"
 
 
 def test_num_bytes_excludes_what_is_cut_off() -> None:
@@ -119,12 +106,6 @@ def test_num_bytes_excludes_what_is_cut_off() -> None:
     rows, end = np.array([[2, 7], [9, 14]]), tokenizer.token_to_id("<end>")
     sizes = [PairDataset(tokens, rows, length, tokenizer, 8, end).num_bytes for length in (6, 5, 3)]
     assert sizes == [8, 8, 4]
-
-
-def test_pair_fingerprint_depends_on_the_answers_start() -> None:
-    tokens = np.arange(8)
-    prints = {PairDataset(tokens, np.array(rows), 8).fingerprint() for rows in ([[2, 8]], [[3, 8]], [[2, 4], [5, 8]])}
-    assert len(prints) == 3
 
 
 # ---- several sources ----------------------------------------------------------------------------------------
@@ -171,7 +152,9 @@ def test_mixture_of_pairs_is_padded_to_the_widest() -> None:
     assert (targets[0, 5:] == IGNORE_INDEX).all()
 
 
-def test_mixture_fingerprint_depends_on_weights() -> None:
+def test_fingerprints_depend_on_weights_and_on_where_answers_start() -> None:
+    starts = ([[2, 8]], [[3, 8]], [[2, 4], [5, 8]])
+    assert len({PairDataset(np.arange(8), np.array(rows), 8).fingerprint() for rows in starts}) == 3
     prints = [mixed(weights)[0].fingerprint() for weights in (None, [1, 3], [1, 1], [2, 2])]
     assert prints[0] == prints[1]
     assert prints[2] == prints[3] != prints[0]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -81,20 +81,11 @@ def with_loss(logits: Tensor, labels: Tensor) -> Any:
         (Model(), pairs(targets=NEXT.float()), "targets", "targets.long()"),
         (Model(lambda logits: {"hidden": logits}), pairs(), "the model's output", "a dict of hidden"),
         (Model(lambda logits: logits.mean(1)), pairs(), "targets", "objective"),
-        (Model(lambda logits: (logits, logits.mean())), pairs(), "the model's output", "objective"),
         (Model(lambda logits: {"logits": logits, "z_loss": logits.mean()}), pairs(), "the model's output", "z_loss"),
         (Model(), TensorDataset(IDS, IDS, IDS), "batch", "objective"),
-        (Model(), list(IDS), "batch", "objective"),
         (Model(), ["text"] * 10, "batch", "inputs, targets"),
         (WithLabels(lambda logits, labels: {"hidden": logits}), mappings(), "the model's output", "loss"),
-        (
-            WithLabels(lambda logits, labels: {"loss": loss(logits, labels, "none")}),
-            mappings(),
-            "the model's output",
-            "scalar",
-        ),
         (WithLabels(with_loss), mappings(labels=IDS + 5), "targets", "0 to 9"),
-        (WithLabels(with_loss), mappings(input_ids=IDS + 5), "inputs", "embedding.weight"),
         (
             WithLabels(with_loss),
             mappings(attention_mask=torch.eye(10)[:, 2:].long()),
@@ -193,7 +184,7 @@ def test_first_batches_without_targets_are_allowed_if_later_ones_have_some() -> 
     assert history["tokens"] == [0, 4 * 7]
 
 
-@pytest.mark.parametrize("num_masked", range(1, 7))
+@pytest.mark.parametrize("num_masked", [1, 4])
 def test_masked_prompts_do_not_hide_that_a_model_shifts(num_masked: int, capsys: pytest.CaptureFixture[str]) -> None:
     """Counting the first label changes the number of targets, and so the rounding of the loss."""
     labels = IDS.clone()
@@ -208,37 +199,6 @@ def test_entries_that_the_model_does_not_take_are_reported(capsys: pytest.Captur
     assert "warning" not in capsys.readouterr().out
     trainer(WithLabels(with_loss), mappings(token_type_ids=IDS)).train()
     assert capsys.readouterr().out.count("does not take token_type_ids") == 1
-
-
-def test_model_that_hands_all_arguments_on_is_given_them() -> None:
-    """As `PeftModel` does."""
-
-    class Wrapper(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = WithLabels(with_loss)
-
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            return self.inner(*args, **kwargs)
-
-    losses = [trainer(model(), mappings()).train() for model in (Wrapper, lambda: WithLabels(with_loss))]
-    assert losses[0]["train_loss"] == losses[1]["train_loss"]
-
-
-def test_objective_takes_a_dataclass() -> None:
-    @dataclasses.dataclass
-    class Two:
-        x: Tensor
-        y: Tensor
-
-    def sum_of(model: nn.Module, batch: Two) -> Tensor:
-        return loss(model(batch.x), batch.y, "sum")
-
-    def collate(rows: Any) -> Two:
-        return Two(*torch.utils.data.default_collate(rows))
-
-    data, training = pairs(), {"micro_batch_size": 1}
-    assert trainer(Model(), data, collate, objective=sum_of, training=training).train()["train_loss"][0] > 0
 
 
 def test_check_of_the_first_batch_leaves_no_trace() -> None:
@@ -272,22 +232,13 @@ def summed(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 1])
-@pytest.mark.parametrize(
-    ("given", "is_sum"),
-    [
-        ({"loss_fn": loss}, False),
-        ({"loss_fn": summed}, True),
-        ({"objective": lambda model, batch: loss(model(batch[0]), batch[1])}, False),
-        ({"objective": lambda model, batch: summed(model(batch[0]), batch[1])}, True),
-    ],
-    ids=["mean", "sum", "objective's mean", "objective's sum"],
-)
-def test_a_mean_is_refused_as_a_loss(given: Any, is_sum: bool, micro_batch_size: int | None) -> None:
-    made = trainer(Model(), pairs(), training={"micro_batch_size": micro_batch_size}, **given)
-    if is_sum:
-        made.train()
-        return
-    with pytest.raises(ConfigError, match="reduction=") as error:
-        made.train()
-    assert error.value.problems[0].setting == "the loss"
-    assert made.global_step == 0
+@pytest.mark.parametrize("as_objective", [False, True])
+def test_a_mean_is_refused_as_a_loss(as_objective: bool, micro_batch_size: int | None) -> None:
+    for kind in (loss, summed):
+        given: Any = {"loss_fn": kind}
+        if as_objective:
+            given = {"objective": lambda model, batch, kind=kind: kind(model(batch[0]), batch[1])}
+        made = trainer(Model(), pairs(), training={"micro_batch_size": micro_batch_size}, **given)
+        with pytest.raises(ConfigError, match="reduction=") if kind is loss else nullcontext():
+            made.train()
+        assert made.global_step == (0 if kind is loss else 2)

@@ -6,8 +6,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from fundamentallm.training.guard import FEWEST, WINDOW, Guard
 
@@ -92,28 +90,15 @@ def test_a_lasting_change_of_level_is_followed() -> None:
     assert decisions(guard, [30.0], start=2 * WINDOW) == [True]
 
 
-values = st.one_of(st.floats(0, 10, width=32), st.sampled_from([math.nan, math.inf, 1e30]))
-
-
-@given(st.lists(st.tuples(values, values), min_size=1, max_size=60), st.integers(0, 60), st.sampled_from([None, 3.0]))
-def test_a_restored_guard_decides_as_the_one_that_went_on(
-    pairs: list[tuple[float, float]], cut: int, threshold: float | None
-) -> None:
-    start = 50
-    losses, norms = ([*noise(start, seed=seed), *part] for seed, part in enumerate(zip(*pairs, strict=True)))
-    cut = start + min(cut, len(pairs))
-    whole, first, second = (Guard(CPU, 4, threshold) for _ in range(3))
+@pytest.mark.parametrize("threshold", [None, 3.0])
+def test_a_restored_guard_decides_as_the_one_that_went_on(threshold: float | None) -> None:
+    losses = [*noise(50), math.nan, *noise(5), math.inf, math.nan, *noise(9, seed=1), 1e30, *[math.nan] * 5]
+    norms = noise(len(losses), seed=2)
+    whole = Guard(CPU, 4, threshold)
     expected = decisions(whole, losses, norms)
-    got = decisions(first, losses[:cut], norms[:cut])
-    second.load_state_dict({name: tensor.clone() for name, tensor in first.state_dict().items()})
-    got += decisions(second, losses[cut:], norms[cut:], start=cut)
-    assert got == expected
-    for name, tensor in whole.state_dict().items():
-        torch.testing.assert_close(second.state_dict()[name], tensor, rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("name", ["counts", "recent"])
-def test_a_state_of_another_shape_is_refused_rather_than_stretched(name: str) -> None:
-    guard = Guard(CPU, 4)
-    with pytest.raises(ValueError, match="shape"):
-        guard.load_state_dict({**guard.state_dict(), name: torch.tensor(1)})
+    for cut in range(48, len(losses), 4):
+        first, second = Guard(CPU, 4, threshold), Guard(CPU, 4, threshold)
+        got = decisions(first, losses[:cut], norms[:cut])
+        second.load_state_dict({name: tensor.clone() for name, tensor in first.state_dict().items()})
+        assert got + decisions(second, losses[cut:], norms[cut:], start=cut) == expected
+        assert repr(second.state_dict()) == repr(whole.state_dict())

@@ -48,15 +48,13 @@ def z_loss(weight: float) -> Callable[[Tensor, int], Tensor]:
 FORMS: list[tuple[str, dict[str, Any], Callable[[Tensor, int], Tensor]]] = [
     ("cross_entropy", {}, cross_entropy),
     ("label_smoothing", {}, label_smoothing(0.1)),
-    ("label_smoothing", {"smoothing": 0.0}, cross_entropy),
     ("label_smoothing", {"smoothing": 1.0}, label_smoothing(1.0)),
     ("focal", {}, focal(2.0)),
-    ("focal", {"gamma": 0.0}, cross_entropy),
     ("focal", {"gamma": 0.5}, focal(0.5)),
     ("z_loss", {}, z_loss(1e-4)),
-    ("z_loss", {"weight": 0.3}, z_loss(0.3)),
 ]
 EACH = pytest.mark.parametrize(("name", "options", "form"), FORMS)
+assert {name for name, _, _ in FORMS} == set(LOSSES)
 
 
 def batch(rows: int = 3, length: int = 5, vocabulary: int = 7) -> tuple[Tensor, Tensor]:
@@ -79,10 +77,6 @@ def value_and_gradient(loss: nn.Module, logits: Tensor, targets: Tensor) -> tupl
     return value, gradient
 
 
-def test_every_loss_has_its_form_here() -> None:
-    assert {name for name, _, _ in FORMS} == set(LOSSES)
-
-
 @EACH
 def test_value_and_gradient_are_those_of_the_formula_summed(name: str, options: Any, form: Any) -> None:
     logits, targets = batch()
@@ -93,6 +87,10 @@ def test_value_and_gradient_are_those_of_the_formula_summed(name: str, options: 
     assert value.dtype == torch.float32
     torch.testing.assert_close(value.double(), reference, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(gradient, expected.float(), rtol=1e-5, atol=1e-6)
+    halves = logits.detach().bfloat16()
+    value = create_loss(name, **options)(halves, targets)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value.double(), expected_sum(form, halves, targets), rtol=1e-6, atol=1e-6)
 
 
 @EACH
@@ -116,15 +114,6 @@ def test_in_evaluation_mode_all_are_cross_entropy(name: str, options: Any, form:
 
 
 @EACH
-def test_half_precision_logits_are_computed_in_float32(name: str, options: Any, form: Any) -> None:
-    logits, targets = batch()
-    halves = logits.detach().bfloat16()
-    value = create_loss(name, **options)(halves, targets)
-    assert value.dtype == torch.float32
-    torch.testing.assert_close(value.double(), expected_sum(form, halves, targets), rtol=1e-6, atol=1e-6)
-
-
-@EACH
 def test_certain_predictions_have_finite_gradients(name: str, options: Any, form: Any) -> None:
     logits = torch.tensor([[120.0, 0.0, 0.0], [0.0, 120.0, 0.0]], requires_grad=True)
     value, gradient = value_and_gradient(create_loss(name, **options), logits, torch.tensor([0, 2]))
@@ -133,20 +122,14 @@ def test_certain_predictions_have_finite_gradients(name: str, options: Any, form
 
 
 @pytest.mark.parametrize(
-    ("name", "option", "values"),
-    [
-        ("label_smoothing", "smoothing", (-0.1, 1.1, math.nan, "0.1")),
-        ("focal", "gamma", (-1.0, math.inf)),
-        ("z_loss", "weight", (-1e-4, None)),
-    ],
+    ("name", "option", "value"),
+    [("label_smoothing", "smoothing", 1.1), ("focal", "gamma", math.inf), ("z_loss", "weight", None)],
 )
-def test_create_loss_refuses_an_option_outside_its_range(name: str, option: str, values: Any) -> None:
-    for value in values:
-        with pytest.raises(ConfigError) as caught:
-            create_loss(name, **{option: value})
-        (problem,) = caught.value.problems
-        assert problem.setting == f"loss_options.{option}"
-        assert problem.value is value
+def test_create_loss_refuses_an_option_outside_its_range(name: str, option: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        create_loss(name, **{option: value})
+    (problem,) = caught.value.problems
+    assert (problem.setting, problem.value) == (f"loss_options.{option}", value)
 
 
 @pytest.mark.parametrize(
@@ -221,14 +204,6 @@ def test_logits_of_a_large_vocabulary_are_made_a_chunk_at_a_time(name: str, prec
         assert (one - other).norm() <= (1e-6 if precision == torch.float32 else 5e-3) * other.norm()
 
 
-@pytest.mark.parametrize(("vocabulary", "tokens"), [(1023, 1300), (1500, 512)])
-def test_a_small_vocabulary_or_few_tokens_are_one_chunk(vocabulary: int, tokens: int) -> None:
-    hidden, weight, targets = head(vocabulary, tokens)
-    loss_fn = create_loss()
-    largest, _, _ = largest_and_gradients(lambda: loss_fn.of_hidden(hidden, weight, targets), hidden, weight)
-    assert largest == vocabulary * tokens
-
-
 class OfPairs(LOSSES["cross_entropy"]):  # type: ignore[misc]
     """Looks at two tokens at once, the first and the last."""
 
@@ -242,18 +217,15 @@ def test_a_loss_of_somebody_elses_gets_all_logits() -> None:
     assert torch.equal(loss_fn.of_hidden(hidden, weight, targets), loss_fn(F.linear(hidden, weight), targets))
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_transformer_and_its_loss_meet_at_the_head(tied: bool) -> None:
+def test_the_transformer_and_its_loss_meet_at_the_head() -> None:
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(1500, d_model=16, num_heads=2, num_layers=1, tie_embeddings=tied))
+    model = Transformer(ModelConfig(1500, d_model=16, num_heads=2, num_layers=1, tie_embeddings=True))
     ids, targets = torch.randint(1500, (2, 2, 400)).unbind()
     loss_fn = create_loss()
     both = ModelWithLoss(model, loss_fn)
     whole = largest_and_gradients(lambda: loss_fn(model(ids), targets), *model.parameters())
     chunks = largest_and_gradients(lambda: both((ids, targets)), *model.parameters())
-    assert whole[0] == 800 * 1500
-    assert chunks[0] <= CHUNK * 1500
+    assert (whole[0], chunks[0] <= CHUNK * 1500) == (800 * 1500, True)
     torch.testing.assert_close(chunks[1], whole[1], rtol=1e-5, atol=0.0)
-    assert len(chunks[2]) == len(whole[2]) == len(list(model.parameters()))
     for one, other in zip(chunks[2], whole[2], strict=True):
         assert (one - other).norm() <= 1e-5 * other.norm()

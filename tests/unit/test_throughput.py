@@ -33,10 +33,8 @@ def test_of_a_model_without_a_config_attention_is_left_out() -> None:
         ("NVIDIA H100 PCIe", "bf16", 756.0),
         ("NVIDIA A100-SXM4-80GB", "fp16", 312.0),
         ("NVIDIA GeForce RTX 4090", "bf16", 165.0),
-        ("NVIDIA L40S", "bf16", 362.0),
         ("NVIDIA H100 80GB HBM3", "no", None),  # with TF32 or without, nobody knows
         ("NVIDIA H1000", "bf16", None),
-        ("cpu", "bf16", None),
     ],
 )
 def test_the_peak_is_known_by_the_words_of_the_name(name: str, precision: str, peak: float | None) -> None:
@@ -54,21 +52,19 @@ IDS = torch.arange(6)
         ({"input_ids": [1, 2, 3], "label": 1}, False),  # one target for three tokens
         ((torch.zeros(3, 8, 8), 1), False),
         (IDS, False),
-        (torch.tensor(1.0), False),
-        ("text", False),
         (object(), False),
     ],
 )
 def test_make_throughput_knows_the_cost_of_a_target_for_each_token(sample: object, is_known: bool) -> None:
     config = TrainingConfig(max_steps=1, peak_tflops=1.0)
     throughput = make_throughput(config, create_accelerator(), nn.Linear(2, 2), [sample])
-    assert (throughput.peak_tflops is not None) == is_known
+    assert (throughput.peak is not None) == is_known
 
 
 def test_speed_utilisation_and_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
-    clock = Throughput(peak_tflops=2.0, flops_of_token=10**9)
+    clock = Throughput(peak=2000.0)
     clock.begin(50, 1000)
     now = 130.0  # the first window, with compilation in it
     assert clock.log(60, 2000) == {"tokens_per_second": pytest.approx(1000 / 30), "mfu": pytest.approx(1 / 60)}

@@ -6,20 +6,18 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
+from accelerate import Accelerator
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from fundamentallm.config.schema import Config
+from fundamentallm.data.sampler import StepSampler
 from fundamentallm.run.folder import repeats_all_launches
 from fundamentallm.run.json_lines import LineFile
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-    from torch import nn
-    from torch.optim import Optimizer
-    from torch.utils.data import DataLoader
-
-    from fundamentallm.config.schema import Config
-    from fundamentallm.data.sampler import StepSampler
-    from fundamentallm.training.metrics import MetricTracker
+from fundamentallm.training.metrics import MetricTracker
 
 logger = logging.getLogger(__name__)
 
@@ -40,28 +38,19 @@ class RunView(Protocol):
     was_rewound: bool  # resumed from a checkpoint older than the newest one
 
     @property
-    def global_step(self) -> int:
-        """Number of optimizer steps done."""
+    def global_step(self) -> int: ...  # optimizer steps done
 
     @property
-    def epochs_done(self) -> float:
-        """Passes over the training data done."""
+    def epochs_done(self) -> float: ...  # passes over the training data done
 
     @property
-    def seconds_left(self) -> float:
-        """Estimated seconds to the last step; NaN until there is an estimate."""
+    def seconds_left(self) -> float: ...  # to the last step; NaN until there is an estimate
 
     @property
-    def validation_due(self) -> bool:
-        """Whether the validation of `global_step` was interrupted and has to be repeated."""
+    def is_main_process(self) -> bool: ...  # whether this process prints and writes files
 
     @property
-    def is_main_process(self) -> bool:
-        """Whether this process prints and writes files."""
-
-    @property
-    def resumed_from(self) -> Path | None:
-        """The checkpoint that the state was restored from, or None."""
+    def resumed_from(self) -> Path | None: ...  # the checkpoint that the state was restored from
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar, on the main process only."""
@@ -182,8 +171,8 @@ class CallbackList:
         """Returns the callbacks by class name; the second one of a class is numbered _2, and so on."""
         named: dict[str, Callback] = {}
         for callback in self.callbacks:
-            number = sum(type(other) is type(callback) for other in named.values()) + 1
             name = type(callback).__name__
+            number = sum(type(other).__name__ == name for other in named.values()) + 1
             named[name if number == 1 else f"{name}_{number}"] = callback
         return named
 

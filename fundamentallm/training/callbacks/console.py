@@ -77,11 +77,12 @@ class LoggingCallback(Callback):
         precision = accelerator.mixed_precision.replace("no", "float32")
         processes = f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)}"
         rate = float(group.get("initial_lr", group["lr"]))  # which the schedule multiplies
+        sizes = trainer.samples.sizes
         output = "" if trainer.output_dir is None else f"; everything is written to {trainer.output_dir}"
         trainer.say(
             f"{_short(parameters)} parameters in {precision}, {processes} on {accelerator.device.type}, "
             f"{type(trainer.optimizer).__name__} with peak learning rate {rate:.1e}\n"
-            f"{trainer.total_steps - step} steps of {trainer.samples.sizes_from(step)} sequences{output}"
+            f"{trainer.total_steps - step} steps of {sizes[0]}{f' to {sizes[-1]}' * (len(sizes) > 1)} sequences{output}"
         )
         training = trainer.config.training
         used = {"save_every_n_steps": training.checkpoint_dir, "eval_every_n_steps": trainer.val_loader}

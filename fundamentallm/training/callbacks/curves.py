@@ -16,19 +16,8 @@ from fundamentallm.run.folder import restarts
 from fundamentallm.training.callbacks.base import Callback, RunView
 
 THEMES = {"light": "default", "dark": "dark_background"}  # styles of matplotlib
-STYLE = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.titlesize": "medium",
-    "grid.alpha": 0.3,
-    "legend.frameon": False,
-}
-SMALL = {
-    "learning_rate": "learning rate",
-    "grad_norm": "gradient norm, before clipping",
-    "tokens_per_second": "tokens per second",
-}
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
+SMALL = {"learning_rate": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens per second"}
 """The small axes below the losses: the number drawn, and its title."""
 MANY = 60
 """From this number of log lines on, the loss is smoothed, and the axis leaves out the high losses of the start."""
@@ -66,21 +55,18 @@ class VisualizationCallback(Callback):
 
     def on_log(self, trainer: RunView, metrics: dict[str, float]) -> None:
         if time.monotonic() - self._drawn_at >= self.refresh_seconds:
-            self._draw(trainer)
+            self.on_train_end(trainer)
 
     def on_validation_end(self, trainer: RunView, metrics: dict[str, float]) -> None:
-        self._draw(trainer)
+        self.on_train_end(trainer)
 
     def on_train_end(self, trainer: RunView) -> None:
-        self._draw(trainer)
-
-    def _draw(self, trainer: RunView) -> None:
         history = trainer.metrics.get_history()
         if not trainer.is_main_process or "step" not in history:
             return
         folder = trainer.output_dir or Path()
-        path, name = self.path or folder / "curves.png", f"{folder.name}: " if folder.name else ""
-        title = printable(f"{name}step {trainer.global_step:,} of {trainer.total_steps:,}")
+        path = self.path or folder / "curves.png"
+        title = printable(f"{folder.name} step {trainer.global_step:,} of {trainer.total_steps:,}".lstrip())
         try:
             figure = draw(history, self._restarts, trainer.total_steps, self.theme, title)
             with replacing(path) as new:  # so that a viewer never sees half a picture
@@ -113,24 +99,22 @@ def draw(history: dict[str, list[float]], restarts: list[int], total_steps: int,
 
 def _draw_losses(axis: Any, history: dict[str, list[float]], restarts: list[int]) -> None:
     steps, losses, validation = history["step"], history["train_loss"], history.get("val_loss", [])
-    if len(steps) >= MANY:
-        axis.plot(steps, losses, color="C0", linewidth=0.8, alpha=0.35)
+    is_long = len(steps) >= MANY
+    axis.plot(steps, losses, color="C0", alpha=0.35 if is_long else 1, label="" if is_long else "training")
+    if is_long:
         axis.plot(steps, smoothed(losses), color="C0", label="training (smoothed)")
-        finite = sorted(value for value in (*losses, *validation) if math.isfinite(value))
-        if finite and (high := finite[int(0.97 * (len(finite) - 1))]) > finite[0]:
-            margin = 0.06 * (high - finite[0])
-            axis.set_ylim(finite[0] - margin, high + margin)
-    else:
-        axis.plot(steps, losses, color="C0", label="training")
+        finite = [value for value in (*losses, *validation) if math.isfinite(value)]
+        low, high = np.quantile(finite, (0, 0.97)) if finite else (0, 0)
+        if high > low:
+            margin = 0.06 * (high - low)
+            axis.set_ylim(low - margin, high + margin)
     if validation:
         label = f"validation ({validation[-1]:.4g})"
         axis.plot(history["val_step"], validation, "o-", color="C1", markersize=3.5, label=label)
     for name, marker, label in (("bad_steps", "x", "not finite"), ("skipped_spikes", "^", "skipped spikes")):
         counts = history.get(name, [])
-        if len(counts) < len(steps):  # it was not counted all the time
-            continue
-        marked = [step for step, before, now in zip(steps, [0, *counts], counts, strict=False) if now > before]
-        if marked:
+        if len(counts) == len(steps) and counts[-1]:  # otherwise it was not counted all the time
+            marked = [step for step, before, now in zip(steps, [0, *counts[:-1]], counts, strict=True) if now > before]
             label = f"{label} ({counts[-1]:,.0f})"
             axis.plot(marked, [0.03] * len(marked), f"C3{marker}", label=label, transform=axis.get_xaxis_transform())
     for step in restarts:
@@ -143,8 +127,7 @@ def _draw_losses(axis: Any, history: dict[str, list[float]], restarts: list[int]
 
 def smoothed(values: list[float]) -> list[float]:
     """Returns the means over centered windows of a fortieth of all values, leaving out values that are not finite."""
-    window = np.ones(2 * (len(values) // 80) + 1)
-    is_finite = np.isfinite(values)
+    window, is_finite = np.ones(2 * (len(values) // 80) + 1), np.isfinite(values)
     sums = np.convolve(np.where(is_finite, values, 0.0), window, mode="same")
     counts = np.convolve(is_finite, window, mode="same")
     return np.where(counts > 0, sums / np.maximum(counts, 1), math.nan).tolist()  # type: ignore[no-any-return]

@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from fundamentallm.config.registry import resolve
 from fundamentallm.config.schema import Config
@@ -19,13 +18,14 @@ from fundamentallm.training.callbacks.profiler import ProfilerCallback
 from fundamentallm.training.callbacks.samples import SampleCallback
 from fundamentallm.training.callbacks.save_best import SaveBestCallback
 
+KNOWN = {"curves": VisualizationCallback, "samples": SampleCallback, "profiler": ProfilerCallback}
+
 
 def default_callbacks(config: Config, output_dir: Path | None, has_validation: bool) -> list[Callback]:
     """Returns a progress bar, log lines (also in `output_dir`), and one that keeps the best checkpoint."""
-    training = config.training
-    path = None if output_dir is None else output_dir / LOG
-    callbacks: list[Callback] = [ProgressCallback(), LoggingCallback(path)]
-    if has_validation and training.checkpoint_dir is not None:
+    callbacks: list[Callback] = [ProgressCallback(), LoggingCallback(output_dir / LOG if output_dir else None)]
+    if has_validation and config.training.checkpoint_dir is not None:
+        training = config.training
         callbacks.append(SaveBestCallback(training.early_stopping_metric, training.early_stopping_mode))
     return callbacks
 
@@ -40,31 +40,22 @@ def make_callbacks(config: Config) -> list[Callback]:
 
     Raises ConfigError, listing names that cannot be resolved and options that are wrong.
     """
-    known = {"curves": VisualizationCallback, "samples": SampleCallback, "profiler": ProfilerCallback}
     callbacks: list[Callback] = []
     problems: list[str] = []
-    names = config.callbacks if "curves" in config.callbacks else ["curves", *config.callbacks]
-    for name in names:
-        options = config.callback_options.get(name, {})
+    for name in config.callbacks if "curves" in config.callbacks else ["curves", *config.callbacks]:
+        options, setting = config.callback_options.get(name, {}), f"callback_options.{name}"
         try:
-            callbacks.append(_make_callback(resolve("callbacks", name, known), name, options))
+            kind = resolve("callbacks", name, KNOWN)
+            if not (isinstance(kind, type) and issubclass(kind, Callback)):
+                raise ConfigError(Problem("callbacks", name, "subclasses of Callback"))
+            callbacks.append(kind(**options))
+        except TypeError as error:
+            problems.append(Problem(setting, options, reason=f"which {name} does not take: {error}"))
         except ConfigError as error:
             if name in config.callbacks or options:
-                problems += error.problems
+                problems += [one if one.setting == "callbacks" else one.within(setting) for one in error.problems]
             elif os.environ.get("RANK", "0") == "0":  # curves that nobody asked for
                 print(f"no curves.png: {error}", file=sys.stderr)
     if problems:
         raise ConfigError(problems)
     return callbacks
-
-
-def _make_callback(kind: Any, name: str, options: dict[str, Any]) -> Callback:
-    if not (isinstance(kind, type) and issubclass(kind, Callback)):
-        raise ConfigError(Problem("callbacks", name, "subclasses of Callback", reason=f"a {type(kind).__name__}"))
-    setting = f"callback_options.{name}"
-    try:
-        return kind(**options)
-    except TypeError as error:
-        raise ConfigError(Problem(setting, options, reason=f"which does not fit: {error}")) from error
-    except ConfigError as error:
-        raise ConfigError([problem.within(setting) for problem in error.problems]) from error

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fundamentallm.data.datasets import Tokenized
+import torch
+
+from fundamentallm.data.datasets import Tokenized, opening
 from fundamentallm.data.tokenizers import encode_prompt
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.inference.generation import generate
@@ -28,9 +30,10 @@ def continuation(
         raise ConfigError("No text can be generated: train_loader's dataset has no tokenizer. Use a TokenDataset.")
     if not (trainer.is_main_process or trainer.accelerator.is_fsdp2):  # every process has to compute a sharded model
         return None
-    ids = dataset.opening().tolist() if prompt is None else encode_prompt(dataset.tokenizer, prompt)
+    ids = opening(trainer.samples.data[0]) if prompt is None else encode_prompt(dataset.tokenizer, prompt)
     stop = () if dataset.end_of_text is None else (dataset.end_of_text,)
-    with trainer.averaged_weights():
+    # Compiled blocks of a sharded model would be compiled again for each length.
+    with trainer.averaged_weights(), torch.compiler.set_stance("force_eager"):
         drawn = list(generate(trainer.model, ids, num_tokens, dataset.sequence_length, temperature, stop=stop))
     return dataset.tokenizer.decode(ids) if prompt is None else prompt, dataset.tokenizer.decode(drawn)
 
@@ -62,11 +65,11 @@ class SampleCallback(Callback):
 
     def on_train_begin(self, trainer: RunView) -> None:
         if trainer.val_loader is None:
-            advice = "Samples follow validations, and there is no val_loader; give one, or leave samples out."
-            raise ConfigError([Problem("callbacks", trainer.config.callbacks, advice=advice)])
+            advice = "Samples follow validations; give a val_loader, or leave samples out."
+            raise ConfigError(Problem("callbacks", trainer.config.callbacks, advice=advice))
         if self.num_tokens is None:
             self.num_tokens = trainer.config.sample_tokens
-        for prompt in self.prompts:
+        for prompt in self.prompts:  # finds mistakes before the first step
             continuation(trainer, prompt, min(self.num_tokens, 0), self.temperature)
         if trainer.output_dir is not None and trainer.is_main_process:
             self._file.path = trainer.output_dir / SAMPLES
@@ -74,9 +77,8 @@ class SampleCallback(Callback):
 
     def on_validation_end(self, trainer: RunView, metrics: dict[str, float]) -> None:
         for prompt in self.prompts:
-            written = continuation(trainer, prompt, self.num_tokens or 0, self.temperature)
-            if written is None or not trainer.is_main_process:
-                continue
-            trainer.say(f"---- step {trainer.global_step}: {written[0]!r} continued ----\n{written[1]}")
-            if trainer.output_dir is not None:
-                self._file.append({"step": trainer.global_step, "prompt": written[0], "text": written[1]})
+            written, step = continuation(trainer, prompt, self.num_tokens or 0, self.temperature), trainer.global_step
+            if written is not None and trainer.is_main_process:
+                trainer.say(f"---- step {step}: {written[0]!r} continued ----\n{written[1]}")
+                if trainer.output_dir is not None:
+                    self._file.append({"step": step, "prompt": written[0], "text": written[1]})

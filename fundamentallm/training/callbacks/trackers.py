@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import uuid
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 PROJECT, RECORD = "fundamentallm", "trackers.json"
 KINDS = ("step", "val_step")
 """Entries of the record: the last training line and the last validation line that were logged."""
+RUN_ID = {"mlflow": attrgetter("info.run_id"), "wandb": attrgetter("id"), "trackio": attrgetter("name")}
+"""Returns from a tracker's own run what a later launch resumes it by."""
 
 
 def tracker_names(accelerator: Accelerator) -> list[str]:
@@ -52,9 +55,10 @@ class TrackerCallback(Callback):
             runs = json.loads(self._path.read_text(encoding="utf-8"))
         self._owns = not trainer.accelerator.trackers
         if self._owns:
-            _start(trainer, runs)
+            _start(trainer, {name: run["id"] for name, run in runs.items()})
         self._logged = {kind: max((run[kind] for run in runs.values()), default=0) for kind in KINDS}
-        self._ids = {tracker.name: _id_of(tracker) for tracker in trainer.accelerator.trackers}
+        trackers = {tracker.name: tracker.tracker for tracker in trainer.accelerator.trackers}
+        self._ids = {name: RUN_ID[name](of) if name in RUN_ID else None for name, of in trackers.items()}
         self._write()
 
     def on_log(self, trainer: RunView, metrics: dict[str, float]) -> None:
@@ -87,41 +91,24 @@ class TrackerCallback(Callback):
     on_train_abort = on_train_end
 
 
-def _start(trainer: RunView, runs: dict[str, dict[str, Any]]) -> None:
-    accelerator, options = trainer.accelerator, dict(trainer.config.tracker_options)
-    project, names = options.pop("project", PROJECT), tracker_names(accelerator)
+def _start(trainer: RunView, ids: dict[str, str | None]) -> None:
+    """Start the trackers: new runs, or those of a former launch that `ids` has by the tracker's name."""
+    accelerator, folder, new = trainer.accelerator, trainer.output_dir, uuid.uuid4().hex[:8]
+    options, names = dict(trainer.config.tracker_options), tracker_names(accelerator)
+    project = options.pop("project", PROJECT)
+    # purge_step hides the events that another run in the same folder logged for later steps.
+    known: dict[str, Any] = {"tensorboard": {} if "tensorboard" in ids else {"purge_step": trainer.global_step + 1}}
+    if folder is not None:
+        known["mlflow"] = {"run_id": ids.get("mlflow"), "run_name": folder.name}
+        known["wandb"] = {"id": ids.get("wandb", new), "resume": "allow", "name": folder.name, "dir": str(folder)}
+        known["trackio"] = {"name": ids.get("trackio", f"{folder.name}-{new}"), "resume": "allow"}
     # Only for a new run: MLflow refuses settings that changed, and TensorBoard would list each launch as a run.
-    settings = {} if runs else flat_settings(dataclasses.asdict(trainer.config))
+    settings = {} if ids else flat_settings(dataclasses.asdict(trainer.config))
     settings = {key: v if isinstance(v, (str, int, float)) else json.dumps(v) for key, v in settings.items()}
     try:
-        arguments = {name: _arguments(name, trainer, runs.get(name)) | options.get(name, {}) for name in names}
+        arguments = {name: known.get(name, {}) | options.get(name, {}) for name in names}
         accelerator.init_trackers(project, settings or None, arguments)
     except Exception as error:  # trackers raise errors of any class
         accelerator.trackers.clear()  # one that did not start may fail to finish
-        raise FundamentaLLMError(
-            f"trackers {', '.join(names)} cannot be started: {error}; solve this, or remove it from trackers."
-        ) from error
-
-
-def _arguments(name: str, trainer: RunView, run: dict[str, Any] | None) -> dict[str, Any]:
-    """Returns arguments for a tracker that name its run, or resume `run` if it is given."""
-    if name == "tensorboard":  # hides the events that another run in the same folder logged for later steps
-        return {"purge_step": trainer.global_step + 1} if run is None else {}
-    if trainer.output_dir is None:
-        return {}
-    folder, new_id = trainer.output_dir, uuid.uuid4().hex[:8]
-    if name == "mlflow":
-        return {"run_id": run and run["id"], "run_name": folder.name}
-    if name == "wandb":
-        return {"id": run["id"] if run else new_id, "resume": "allow", "name": folder.name, "dir": str(folder)}
-    if name == "trackio":  # has no ids: a run is resumed by its name
-        return {"name": run["id"] if run else f"{folder.name}-{new_id}", "resume": "allow"}
-    return {}
-
-
-def _id_of(tracker: GeneralTracker) -> str | None:
-    """Returns what a later launch resumes the tracker's run by, or None if there is nothing."""
-    if tracker.name == "mlflow":
-        return str(tracker.tracker.info.run_id)
-    attribute = {"wandb": "id", "trackio": "name"}.get(tracker.name)
-    return None if attribute is None else str(getattr(tracker.tracker, attribute))
+        advice = "solve this, or remove it from trackers."
+        raise FundamentaLLMError(f"trackers {', '.join(names)} cannot be started: {error}; {advice}") from error
