@@ -73,6 +73,15 @@ class ConfigError(FundamentaLLMError, ValueError):
         super().__init__("\n".join(self.problems))
 
 
+@contextlib.contextmanager
+def collected(problems: list[Problem], within: str = "") -> Iterator[None]:
+    """Add the problems of a ConfigError in the block to the list, as those of a section `within`, and go on."""
+    try:
+        yield
+    except ConfigError as error:
+        problems += [problem.within(within) for problem in error.problems] if within else error.problems
+
+
 class CheckpointError(FundamentaLLMError):
     """A checkpoint cannot be written, is damaged, or does not fit the run.
 

@@ -82,8 +82,10 @@ class NamedOptimizerState:
         present, new = self.optimizer.state_dict(), dict(saved.get("other", {}))  # earlier versions saved no other
         if "param_groups" in present:  # otherwise a wrapper of another optimizer, all of whose state is in "other"
             for group, of, initial in zip(present["param_groups"], names, self._initial, strict=True):
-                former = [each for each in saved.get("groups", []) if not {*of}.isdisjoint(each["params"])]
-                group.update(copy.deepcopy(initial) | _settings(former[0] if former else {}))
+                former = [_settings(each) for each in saved.get("groups", []) if not {*of}.isdisjoint(each["params"])]
+                if any(_changes(each, former[0]) or _changes(former[0], each) for each in former):
+                    raise CheckpointError(f"The parameters of the group of {of[0]} were in groups of other settings.")
+                group.update(copy.deepcopy(initial) | (former[0] if former else {}))
             numbers = [number for group in present["param_groups"] for number in group["params"]]
             numbered = {n: by_name[name] for n, name in zip(numbers, trained, strict=True) if name in by_name}
             new |= {"state": numbered | new.get("state", {}), "param_groups": present["param_groups"]}

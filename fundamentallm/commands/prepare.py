@@ -1,4 +1,8 @@
-"""Tokenize the data of a config once, on all cores, so that runs start at once. A rerun keeps what is finished."""
+"""Tokenize the data of a config once, on all cores, so that runs start at once. A rerun keeps what is finished.
+
+Runs find the tokens in data.cache_dir. The folders printed at the end can be moved to other machines and given as
+data.source there.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,7 @@ from fundamentallm.errors import ConfigError, Problem
 
 def main(arguments: Sequence[str], program: str) -> int:
     """Run the command line and return its exit code."""
-    runs = "Runs find the tokens in data.cache_dir."
-    moved = "The folders printed at the end can be moved to other machines and given as data.source there."
-    parser = settings_parser(program, "", f"{__doc__} {runs} {moved}")
-    _, rest = parser.parse_known_args(arguments)
+    _, rest = settings_parser(program, "", str(__doc__).strip()).parse_known_args(arguments)
     config = parse_config(rest, program)
     if config.model.pretrained is not None:  # a run would use its tokenizer
         from fundamentallm.run.initial_weights import completed
