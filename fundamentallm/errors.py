@@ -15,7 +15,7 @@ from typing import Any
 
 
 class FundamentaLLMError(Exception):
-    """Base class of every error that this package raises on purpose.
+    """Base class of every error that this package raises on purpose. `exit_code` is that of a process that it ends.
 
     Examples:
         >>> from fundamentallm import ConfigError, FundamentaLLMError
@@ -23,22 +23,14 @@ class FundamentaLLMError(Exception):
         True
     """
 
+    exit_code = 1
+
 
 class Problem(str):
     """One mistake in a config: a sentence for people, with its facts as attributes for programs.
 
-    Args:
-        setting: dotted name, such as training.learning_rate; "" if no setting is to blame.
-        value: the value given.
-        allowed: the allowed values, in words.
-        advice: what to do, as a sentence.
-        reason: why the value does not fit, as a clause: "which has 12 bytes".
-        text: what is wrong, instead of "is <value>, <reason>": "file 'a.txt' not found".
-
-    Examples:
-        >>> from fundamentallm.errors import Problem
-        >>> print(Problem("batch_size", 0, allowed="at least 1").within("training"))
-        training.batch_size is 0; allowed: at least 1.
+    `setting` is a dotted name, or "" if none is to blame. `allowed` says in words which values are, `advice` what to
+    do, and `reason` why the value does not fit: "which has 12 bytes". `text` replaces "is VALUE, REASON".
     """
 
     setting = allowed = advice = reason = text = ""
@@ -52,7 +44,7 @@ class Problem(str):
         if setting:
             fact = f"{setting}: {text}" if text else f"{setting} is {value!r}" + (f", {reason}" if reason else "")
         fact += f"; allowed: {allowed}" if allowed else ""
-        self = super().__new__(cls, " ".join(part for part in (f"{fact}." if fact else "", advice) if part))
+        self = super().__new__(cls, f"{fact}. {advice}".strip() if fact else advice)
         self.setting, self.value, self.allowed = setting, value, allowed
         self.advice, self.reason, self.text = advice, reason, text
         return self
@@ -73,10 +65,21 @@ class ConfigError(FundamentaLLMError, ValueError):
         fundamentallm.errors.ConfigError: optimizer is 'adamv'; allowed: ... Did you mean 'adam'?
     """
 
+    exit_code = 2
+
     def __init__(self, problems: str | Sequence[str]) -> None:
         listed = [problems] if isinstance(problems, str) else problems
         self.problems = [one if isinstance(one, Problem) else Problem("", advice=one) for one in listed]
         super().__init__("\n".join(self.problems))
+
+
+@contextlib.contextmanager
+def collected(problems: list[Problem], within: str = "") -> Iterator[None]:
+    """Add the problems of a ConfigError in the block to the list, as those of a section `within`, and go on."""
+    try:
+        yield
+    except ConfigError as error:
+        problems += [problem.within(within) for problem in error.problems] if within else error.problems
 
 
 class CheckpointError(FundamentaLLMError):
@@ -98,10 +101,12 @@ class TrainingError(FundamentaLLMError):
     """Training cannot continue: the loss or the gradient stopped being finite.
 
     Examples:
-        >>> from fundamentallm.errors import TrainingError, exit_code
-        >>> exit_code(TrainingError("the loss was not finite in 10 optimizer steps in a row"))
+        >>> from fundamentallm import TrainingError
+        >>> TrainingError("the loss was not finite in 10 optimizer steps in a row").exit_code
         3
     """
+
+    exit_code = 3
 
 
 class ProcessLostError(FundamentaLLMError):
@@ -116,18 +121,18 @@ class RunInProgressError(FundamentaLLMError):
     """Another process is running in the same folder.
 
     Examples:
-        >>> from fundamentallm.errors import RunInProgressError, exit_code
-        >>> exit_code(RunInProgressError("runs/one is in use by process 17"))
+        >>> from fundamentallm import RunInProgressError
+        >>> RunInProgressError("runs/one is in use by process 17").exit_code
         1
     """
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended a command, or a launch outside of the training loop; `number` is the signal's."""
+    """A signal ended a command, or a launch outside of the training loop."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"{signal.Signals(number).name} received")
-        self.number = number
+        self.exit_code = 128 + number  # as a shell reports it
 
 
 @contextlib.contextmanager
@@ -139,19 +144,12 @@ def writing(path: object, advice: str = "") -> Iterator[None]:
         raise FundamentaLLMError(f"{path} cannot be written: {error}. {advice}".rstrip()) from error
 
 
-# Exit codes besides 0. 75 is EX_TEMPFAIL of sysexits.h, "try again later". 130 is a shell's code for Ctrl-C.
-FAILED, WRONG_CONFIG, DIVERGED, START_AGAIN, INTERRUPTED = 1, 2, 3, 75, 130
+START_AGAIN = 75  # exit code of a run that the same command resumes: EX_TEMPFAIL of sysexits.h
 
 
 def exit_code(error: BaseException) -> int:
     """Returns the exit code of a process that ends with `error`."""
-    if isinstance(error, Interrupted):
-        return 128 + error.number  # as a shell reports it
-    if isinstance(error, ConfigError):
-        return WRONG_CONFIG
-    if isinstance(error, TrainingError):
-        return DIVERGED
-    return INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
+    return getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
 
 
 def printable(text: str, keep: str = "\n\t") -> str:
@@ -159,11 +157,9 @@ def printable(text: str, keep: str = "\n\t") -> str:
 
     These are C0, C1, marks that change the direction of text, and what Unicode has not assigned.
     """
-
-    def is_shown(c: str) -> bool:  # with the joiners and hyphens of some scripts and emoji, and with all spaces
-        return c.isprintable() or c in keep or c in "\u200c\u200d\u00ad" or unicodedata.category(c) == "Zs"
-
-    return "".join(c if is_shown(c) else ascii(c)[1:-1] for c in text)
+    keep += "\u200c\u200d\u00ad"  # joiners and hyphens of some scripts and emoji
+    shown = {c for c in {*text} if c.isprintable() or c in keep or unicodedata.category(c) == "Zs"}  # any space
+    return "".join(c if c in shown else ascii(c)[1:-1] for c in text)
 
 
 class _Dropping(io.FileIO):
@@ -178,20 +174,19 @@ class _Dropping(io.FileIO):
 
 def open_output(drops: bool = False) -> None:
     """Let stdout and stderr escape what they cannot encode and, with `drops`, drop what cannot be written."""
-    for number in range(3):  # a closed one: otherwise a file of the run would get the number, and what libraries print
-        with contextlib.suppress(OSError):
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
             os.fstat(number)
-            continue
-        os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
-    for name in ("stdout", "stderr"):
+        except OSError:  # closed: otherwise a file of the run would get the number, and what libraries print
+            os.open(os.devnull, os.O_RDWR)
         stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-        if isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__"):  # not a notebook's
-            stream.reconfigure(errors="backslashreplace")
-            if drops:
-                file = io.BufferedWriter(_Dropping(stream.fileno(), "w", closefd=False))
-                setattr(sys, name, io.TextIOWrapper(file, stream.encoding, "backslashreplace", line_buffering=True))
+        if number == 0 or stream is not getattr(sys, f"__{name}__"):  # a notebook's
+            continue
+        if drops or stream is None:
+            file, encoding = _Dropping(number, "w", closefd=False), getattr(stream, "encoding", "utf-8")
+            stream = io.TextIOWrapper(io.BufferedWriter(file), encoding, line_buffering=True)
+            setattr(sys, name, stream)
+        stream.reconfigure(errors="backslashreplace")
 
 
 def report(error: FundamentaLLMError) -> int:
@@ -202,7 +197,7 @@ def report(error: FundamentaLLMError) -> int:
     text = f"error: {error}"
     if isinstance(error, ConfigError) and len(error.problems) > 1:
         text = f"{len(error.problems)} settings are wrong:" + "".join(f"\n  - {one}" for one in error.problems)
-    lost = error.ranks if isinstance(error, ProcessLostError) else []
+    lost = getattr(error, "ranks", [])
     if int(os.environ.get("RANK", "0")) == min({*range(len(lost) + 1)} - {*lost}):
         text = printable(text)
         print(text, file=sys.stderr)
@@ -213,9 +208,9 @@ def report(error: FundamentaLLMError) -> int:
 
 
 def is_launched() -> bool:
-    """Whether `accelerate launch` or torchrun started this process."""
-    is_child = multiprocessing.parent_process() is not None  # of a notebook or a test
-    return not is_child and not {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"}.isdisjoint(os.environ)
+    """Whether `accelerate launch` or torchrun started this process, not as a child of a notebook or a test."""
+    variables = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"}
+    return multiprocessing.parent_process() is None and not variables.isdisjoint(os.environ)
 
 
 def print_last(text: str) -> None:

@@ -11,11 +11,11 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from fundamentallm.config.command_line import parse_config, print_help
 from fundamentallm.config.registry import not_one_of
@@ -27,6 +27,7 @@ from fundamentallm.errors import (
     FundamentaLLMError,
     Interrupted,
     Problem,
+    collected,
     exit_code,
     open_output,
     print_last,
@@ -38,14 +39,13 @@ from fundamentallm.signals import ended_by_signals
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from tokenizers import Tokenizer
-    from torch.utils.data import DataLoader
 
     from fundamentallm.data.corpus import Corpus
     from fundamentallm.models.transformers_format import Pretrained
     from fundamentallm.training.callbacks.base import Callback
     from fundamentallm.training.trainer import Trainer
 
-T = TypeVar("T")
+
 FEW_STEPS = 100
 """Optimizer steps below which a run whose length follows from the data warns: a default length rarely means so few."""
 
@@ -79,8 +79,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m funda
 
 
 def _started_again() -> int:
-    """Returns the exit code of a launch that the same command resumes."""
-    # A launcher that restarts failed processes must not restart a run that was told to stop.
+    """Returns the exit code of a launch that the same command resumes: 0 if the launcher would restart the run."""
     return 0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) else START_AGAIN
 
 
@@ -94,7 +93,7 @@ def run(config: Config) -> Trainer:
     trainer = make_trainer(config)
     trainer.train()
     if trainer.is_finished:
-        _report_end(trainer, config, time.monotonic() - started)
+        _report_end(trainer, time.monotonic() - started)
     trainer.leave_group()
     return trainer
 
@@ -105,18 +104,31 @@ def make_trainer(config: Config) -> Trainer:
     import torch
 
     from fundamentallm.data.chat import TEMPLATE, applied_template
+    from fundamentallm.data.corpus import describe, load_corpus
+    from fundamentallm.data.loaders import create_dataloaders
+    from fundamentallm.data.text_stream import stream_loaders
     from fundamentallm.distributed.accelerator import create_accelerator
     from fundamentallm.models.transformer import Transformer
     from fundamentallm.run.initial_weights import open_pretrained
+    from fundamentallm.run.resume import learned_tokenizer
     from fundamentallm.training.trainer import Trainer
 
     config = config.resolved()
     training = config.training
-    launch = training.mixed_precision, training.smallest_batch_size(training.batch_size)
-    accelerator = create_accelerator(*launch, config.trackers, config.output_dir)
+    batch_size = training.smallest_batch_size(training.batch_size)
+    accelerator = create_accelerator(training.mixed_precision, batch_size, config.trackers, config.output_dir)
     callbacks = _check_names(config)
     config, pretrained, model = open_pretrained(config)
-    train_loader, val_loader, corpus, lines = _load_data(config, accelerator)
+    is_main, corpus = accelerator.is_main_process, None
+    if config.data.streaming:
+        with _local_main_process_first(accelerator):
+            train_loader, val_loader, lines = stream_loaders(config, is_main)
+    else:
+        learned = learned_tokenizer(config)
+        with _local_main_process_first(accelerator):
+            corpus = load_corpus(config.data, is_main, learned)
+        train_loader, val_loader = create_dataloaders(corpus, corpus.tokenizer, config)
+        lines = describe(corpus)
     data: Any = train_loader.dataset
     config = replace(config, model=_with_vocabulary(config.model, data.tokenizer, corpus))
     torch.manual_seed(config.training.seed)
@@ -136,43 +148,23 @@ def make_trainer(config: Config) -> Trainer:
     for callback in callbacks:
         trainer.callbacks.add(callback)
     trainer.say("\n".join(lines))
-    if config.data.streaming and accelerator.is_main_process:
+    if config.data.streaming and is_main:
         data.say = trainer.say
     _warn(trainer)
     return trainer
 
 
-def _load_data(
-    config: Config, accelerator: Accelerator
-) -> tuple[DataLoader[Any], DataLoader[Any] | None, Corpus | None, list[str]]:
-    """Returns both loaders, the corpus (None for a stream), and lines that describe the data."""
-    from fundamentallm.data.corpus import describe, load_corpus
-    from fundamentallm.data.loaders import create_dataloaders
-    from fundamentallm.data.text_stream import stream_loaders
-    from fundamentallm.run.resume import learned_tokenizer
-
-    is_main = accelerator.is_main_process
-    if config.data.streaming:
-        train, val, lines = _local_main_process_first(accelerator, lambda: stream_loaders(config, is_main))
-        return train, val, None, lines
-    learned = learned_tokenizer(config)
-    corpus = _local_main_process_first(accelerator, lambda: load_corpus(config.data, is_main, learned))
-    return *create_dataloaders(corpus, corpus.tokenizer, config), corpus, describe(corpus)
-
-
 def _warn(trainer: Trainer) -> None:
     """Says if the run has few steps, and how many samples were cut or dropped."""
-    training, data = trainer.config.training, trainer.config.data
+    training = trainer.config.training
     if training.max_steps is None and trainer.total_steps < FEW_STEPS:
         few = f"warning: {trainer.total_steps} optimizer steps are few, with {training.warmup_steps} of warm-up"
         trainer.say(f"{few}; more come from more training.max_epochs, or a smaller training.batch_size")
-    loaders = [loader for loader in (trainer.train_loader, trainer.val_loader) if loader is not None]
-    cut, dropped = (sum(getattr(each.dataset, name, 0) for each in loaders) for name in ("num_cut", "num_lost"))
-    kind = "pairs" if data.messages_field is None else "chats"
-    if cut:
-        trainer.say(f"{cut:,} {kind} are longer than data.sequence_length and were cut")
-    if dropped:
-        trainer.say(f"{dropped:,} {kind} were dropped: their prompts fill data.sequence_length")
+    for loader in [each for each in (trainer.train_loader, trainer.val_loader) if each is not None]:
+        if cut := getattr(loader.dataset, "num_cut", 0):
+            trainer.say(f"{cut:,} samples are longer than data.sequence_length and were cut")
+        if lost := getattr(loader.dataset, "num_lost", 0):
+            trainer.say(f"{lost:,} samples were dropped: their prompts fill data.sequence_length")
 
 
 def _load_initial_weights(trainer: Trainer, pretrained: Pretrained | None, tokenizer: Tokenizer) -> None:
@@ -184,61 +176,50 @@ def _load_initial_weights(trainer: Trainer, pretrained: Pretrained | None, token
     assert manager is not None  # the run has a folder
     is_given = config.model.init_from is not None or (pretrained is not None and pretrained.shape is not None)
     can_begin = is_given and config.training.resume in ("auto", "never")
-    if not can_begin or not trainer.group.from_main(lambda: manager.get_latest() is None):
-        return
-    with trainer.group.barrier_with_errors():
-        if pretrained is not None:
-            load_weights(pretrained.folder, pretrained.weights, trainer.model, trainer.state.like())
-        else:
-            begin_from_checkpoint(trainer.state, trainer.group, config.model.init_from or "", tokenizer)
+    if can_begin and trainer.group.from_main(lambda: manager.get_latest() is None):
+        with trainer.group.barrier_with_errors():
+            if pretrained is not None:
+                load_weights(pretrained.folder, pretrained.weights, trainer.model, trainer.state.like())
+            else:
+                begin_from_checkpoint(trainer.state, trainer.group, config.model.init_from or "", tokenizer)
 
 
-def _local_main_process_first(accelerator: Accelerator, build: Callable[[], T]) -> T:
-    """Runs `build` on one process of each machine, then on the others, which find the cache filled."""
+@contextmanager
+def _local_main_process_first(accelerator: Accelerator) -> Iterator[None]:
+    """Runs the block on one process of each machine, then on the others, which find the cache filled."""
     if not accelerator.is_local_main_process:
         accelerator.wait_for_everyone()
-        return build()
     try:
-        return build()
+        yield
     finally:  # `accelerator.local_main_process_first` would leave the others waiting if this one raises
-        accelerator.wait_for_everyone()
+        if accelerator.is_local_main_process:
+            accelerator.wait_for_everyone()
 
 
 def _check_names(config: Config) -> list[Callback]:
-    """Makes everything that the config names over a dummy parameter, to find all mistakes together; returns callbacks.
-
-    Raises ConfigError.
-    """
+    """Makes what the config names, over a dummy parameter, to raise all mistakes together; returns the callbacks."""
     from torch import nn
 
     from fundamentallm.training.callbacks.from_config import make_callbacks
     from fundamentallm.training.loss import create_loss
     from fundamentallm.training.metrics import further_metrics
     from fundamentallm.training.optimizers import create_optimizer
-    from fundamentallm.training.schedulers import create_scheduler
+    from fundamentallm.training.schedulers import make_schedule
 
-    training, dummy, problems = config.training, nn.Linear(1, 1), []
+    training, dummy, problems = config.training, nn.Linear(1, 1), list[Problem]()
     optimizer, steps = create_optimizer(dummy, "sgd", 1.0), training.max_steps or training.warmup_steps + 1
-    schedule, warmup = training.lr_scheduler, training.warmup_steps
-
-    def check_metrics() -> None:
+    with collected(problems):
+        create_optimizer(dummy, training.optimizer, training.learning_rate, **training.optimizer_options)
+    with collected(problems):
+        make_schedule(training, optimizer, steps)
+    with collected(problems):
+        create_loss(training.loss, **training.loss_options)
+    with collected(problems):
+        callbacks = make_callbacks(config)
+    with collected(problems):
         known = (*METRIC_NAMES, *further_metrics(training.validation_metrics))
         if training.early_stopping_metric not in known:
-            raise ConfigError(not_one_of("early_stopping_metric", training.early_stopping_metric, known))
-
-    callbacks: list[Callback] = []
-    makers: list[Callable[[], object]] = [
-        lambda: create_optimizer(dummy, training.optimizer, training.learning_rate, **training.optimizer_options),
-        lambda: create_scheduler(optimizer, schedule, 1, steps, warmup, **training.lr_scheduler_options),
-        lambda: create_loss(training.loss, **training.loss_options),
-        lambda: callbacks.extend(make_callbacks(config)),
-        check_metrics,
-    ]
-    for make in makers:
-        try:
-            make()
-        except ConfigError as error:
-            problems += error.problems
+            problems.append(not_one_of("early_stopping_metric", training.early_stopping_metric, known))
     if problems:
         raise ConfigError(problems)
     return callbacks
@@ -259,22 +240,21 @@ def _with_vocabulary(model: ModelConfig, tokenizer: Tokenizer, corpus: Corpus | 
     return replace(model, vocab_size=model.vocab_size or size)
 
 
-def _report_end(trainer: Trainer, config: Config, seconds: float) -> None:
+def _report_end(trainer: Trainer, seconds: float) -> None:
     """Prints a sample of text, the time that the launch took, the best validation loss, and what to do next."""
+    config = trainer.config
     if config.sample_tokens:
         from fundamentallm.training.callbacks.samples import continuation
 
         with suppress(Interrupted):  # the run is finished
             if written := continuation(trainer, None, config.sample_tokens):
                 trainer.say(f"---- sample: {written[0]!r} continued ----\n{written[1]}")
-    curves = ", curves" if (Path(config.output_dir) / "curves.png").is_file() else ""
-    best, folder = trainer.metrics.get_best("val_loss"), shlex.quote(config.output_dir)
+    value, folder = trainer.metrics.get_best("val_loss"), shlex.quote(config.output_dir)
+    best = "" if value is None else f", best val_loss {value:.4f}"
     trainer.say(
-        f"finished at step {trainer.global_step}/{trainer.total_steps} after {duration_text(seconds)}"
-        + (f", best val_loss {best:.4f}" if best is not None else "")
-        + f"\nmetrics{curves} and checkpoints are in {config.output_dir}; next:"
-        f"\n  fundamentallm generate {folder}"
-        f"\n  fundamentallm report {folder}"
+        f"finished at step {trainer.global_step}/{trainer.total_steps} after {duration_text(seconds)}{best}\n"
+        f"metrics and checkpoints are in {config.output_dir}; next:\n"
+        f"  fundamentallm generate {folder}\n  fundamentallm report {folder}"
     )
 
 

@@ -6,6 +6,7 @@ It is staged in a hidden sibling directory, synced, and renamed. The newest and 
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 import threading
@@ -19,9 +20,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fundamentallm.atomic import sync, sync_pending
-from fundamentallm.checkpoint.manifest import MANIFEST, NAME, describe, is_ours, read_manifest, write_manifest
-from fundamentallm.checkpoint.reading import check_checkpoint, load_checkpoint
-from fundamentallm.checkpoint.snapshot import Snapshot, take_snapshot
+from fundamentallm.checkpoint.manifest import MANIFEST, NAME, describe, is_ours, read_manifest, verify, write_manifest
+from fundamentallm.checkpoint.reading import load_checkpoint
+from fundamentallm.checkpoint.snapshot import Snapshot
 from fundamentallm.checkpoint.tensor_files import write_tensors
 from fundamentallm.config.schema import TrainingConfig
 from fundamentallm.config.units import size_text
@@ -31,6 +32,7 @@ from fundamentallm.errors import CheckpointError, ConfigError, FundamentaLLMErro
 
 logger = logging.getLogger(__name__)
 
+ADVICE = "Free some space, or choose another training.checkpoint_dir (on several machines, a folder that they share)."
 HIDDEN = re.compile(r"\.(staging|replaced|deleting)-(.+)-[0-9a-f]{12}")
 """Names of the folders that a save uses for a moment. A killed process leaves them; `recover` cleans them up."""
 
@@ -45,9 +47,6 @@ class CheckpointManager:
         group: the processes that save a sharded state together. Each of them calls every method that saves. None: this
             process saves alone.
 
-    Attributes:
-        seconds: time that the last save took to write.
-
     Raises:
         ConfigError: if keep_last_n is below 1.
 
@@ -58,31 +57,23 @@ class CheckpointManager:
         >>> state = {"model_state_dict": {"weight": torch.ones(2)}, "note": "anything that JSON can hold"}
         >>> for step in (1, 2, 3):
         ...     _ = manager.save(state, f"step_{step}", is_best=step == 1)
-        >>> manager  # the best is kept too
-        CheckpointManager('checkpoints', keep_last_n=2): step_1 (best), step_2, step_3
+        >>> sorted(path.name for path in manager.checkpoint_dir.iterdir())  # the best is kept too
+        ['step_1', 'step_2', 'step_3']
         >>> manager.load(manager.get_latest())["note"]
         'anything that JSON can hold'
     """
 
     def __init__(
-        self,
-        checkpoint_dir: Path | str,
-        keep_last_n: int = TrainingConfig.keep_last_n,
-        group: HostGroup | None = None,
+        self, checkpoint_dir: Path | str, keep_last_n: int = TrainingConfig.keep_last_n, group: HostGroup | None = None
     ) -> None:
         if problems := range_problems(keep_last_n=keep_last_n):
             raise ConfigError(problems)
         self.checkpoint_dir, self.keep_last_n = Path(checkpoint_dir), keep_last_n
         self.group = group or HostGroup(alone=True)
-        self.seconds = 0.0
+        self.seconds = 0.0  # that the last save took to write
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
         self._buffers: Mapping[str, Tensor] = {}
-
-    def __repr__(self) -> str:
-        best = self.get_best()
-        names = ", ".join(path.name + " (best)" * (path == best) for path, _ in self._found()) or "none yet"
-        return f"{type(self).__name__}({str(self.checkpoint_dir)!r}, keep_last_n={self.keep_last_n}): {names}"
 
     # ---- saving ------------------------------------------------------------------------------------------
 
@@ -116,8 +107,7 @@ class CheckpointManager:
         """Copy the state to memory, and write it as `save` does in a thread. Waits for the previous save first."""
         self.wait()
         with self.group.barrier_with_errors():
-            rank, size = self.group.rank, self.group.size
-            snapshot = take_snapshot(checkpoint, name, is_best, files or {}, rank, size, self._buffers)
+            snapshot = Snapshot(checkpoint, name, is_best, files or {}, self.group, self._buffers)
         self._buffers = snapshot.copies
         # A daemon does not keep a process alive that is to end at once. What it leaves unfinished costs no checkpoint.
         self._writer = threading.Thread(target=self._try_to_write, args=(snapshot,), name="checkpoint", daemon=True)
@@ -142,10 +132,8 @@ class CheckpointManager:
         self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.checkpoint_dir).free
         if free < num_bytes:
-            raise CheckpointError(
-                f"{self.checkpoint_dir} needs room for {size_text(num_bytes)}, and {size_text(free)} are free. Free "
-                "some, or choose another training.checkpoint_dir."
-            )
+            needed = f"needs room for {size_text(num_bytes)}, and {size_text(free)} are free"
+            raise CheckpointError(f"{self.checkpoint_dir} {needed}. {ADVICE}")
 
     def _try_to_write(self, snapshot: Snapshot) -> None:
         started, staging = time.monotonic(), _hidden("staging", self.checkpoint_dir / snapshot.name)
@@ -156,10 +144,8 @@ class CheckpointManager:
         except BaseException as error:  # raised again by `wait` in the training thread
             self._error = error
             if isinstance(error, (OSError, SafetensorError)) or type(error) is FundamentaLLMError:  # another process's
-                self._error = CheckpointError(
-                    f"cannot write checkpoint {snapshot.name!r} in {self.checkpoint_dir}: {error}. Free some space, or "
-                    "choose another training.checkpoint_dir (on several machines, a folder that they share)."
-                )
+                text = f"cannot write checkpoint {snapshot.name!r} in {self.checkpoint_dir}: {error}. {ADVICE}"
+                self._error = CheckpointError(text)
                 self._error.__cause__ = error
             if self.group.rank == 0:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -171,39 +157,37 @@ class CheckpointManager:
         self.group.from_main(lambda: staging.mkdir(parents=True))
         with self.group.barrier_with_errors():
             for file, tensors in snapshot.tensors.items():
-                write_tensors(staging / file, tensors, snapshot.regions)
-            mine = describe(staging, snapshot.tensors), snapshot.is_finite
-        written = self.group.all_gather(mine)
-
-        def complete() -> None:
+                write_tensors(staging / file, tensors, snapshot.info)
             for name, text in snapshot.texts.items():
                 (staging / name).write_text(text, encoding="utf-8")
-            files = describe(staging, snapshot.texts)
-            for entries, _ in written:
-                files |= entries
-            sequence = max((manifest["sequence"] for _, manifest in self._found()), default=0) + 1
-            sync_pending()  # the run's log and other files that the checkpoint counts on
-            is_finite = all(finite for _, finite in written)
-            write_manifest(staging, files, sequence=sequence, is_finite=is_finite, **snapshot.about)
-            self._publish(staging, self.checkpoint_dir / snapshot.name)
+            mine = describe(staging, [*snapshot.tensors, *snapshot.texts]), snapshot.is_finite
+        written = self.group.all_gather(mine)
+        self.group.from_main(lambda: self._publish(snapshot, staging, written))
 
-        self.group.from_main(complete)
+    def _publish(self, snapshot: Snapshot, staging: Path, written: list[tuple[dict[str, Any], bool]]) -> None:
+        """Complete a staged checkpoint and rename it. An existing one of its name is moved aside first, deleted last.
 
-    def _publish(self, staging: Path, path: Path) -> None:
-        """Rename a staged checkpoint to its name. An existing checkpoint is moved aside first, and deleted last."""
-        aside = None
-        if path.exists() or path.is_symlink():
+        `written` has the manifest entries of each process, and whether its tensors are finite.
+        """
+        files = {name: entry for entries, _ in written for name, entry in entries.items()}
+        sequence = max((manifest["sequence"] for _, manifest in self._found()), default=0) + 1
+        sync_pending()  # the run's log and other files that the checkpoint counts on
+        is_finite = all(finite for _, finite in written)
+        write_manifest(staging, files, sequence=sequence, is_finite=is_finite, **snapshot.about)
+        path = self.checkpoint_dir / snapshot.name
+        aside = _hidden("replaced", path)
+        if os.path.lexists(path):
             if path.is_symlink() or not is_ours(path):
                 raise CheckpointError(f"{path} is in the way, and is not a checkpoint to replace; move it away.")
-            aside = path.rename(_hidden("replaced", path))  # a kill here: see `recover`
+            path.rename(aside)  # a kill here: see `recover`
         try:
             staging.rename(path)
         except BaseException:
-            if aside is not None:
+            if aside.exists():
                 aside.rename(path)
             raise
         sync(self.checkpoint_dir)
-        if aside is not None:
+        if aside.exists():
             shutil.rmtree(aside)
 
     # ---- deleting and recovering ---------------------------------------------------------------------------
@@ -214,14 +198,13 @@ class CheckpointManager:
         last_finite = [path for path, manifest in found if manifest["is_finite"]][-1:]
         keep = {path for path, _ in found[-self.keep_last_n :]} | {self.get_best(), *last_finite}
         for path, manifest in found:
-            if path in keep:
-                continue
             try:
-                if others := sorted({entry.name for entry in path.iterdir()} - {*manifest["files"], MANIFEST}):
-                    logger.warning("%s is kept: it holds files that are not the checkpoint's: %r", path, others[0])
-                    continue
-                # Renamed first, so that a kill while it is deleted leaves no incomplete checkpoint under its name.
-                shutil.rmtree(path.rename(_hidden("deleting", path)))
+                others = {entry.name for entry in path.iterdir()} - {*manifest["files"], MANIFEST}
+                if path not in keep and not others:
+                    # Renamed first, so that a kill while it is deleted leaves no incomplete checkpoint under its name.
+                    shutil.rmtree(path.rename(_hidden("deleting", path)))
+                elif path not in keep:
+                    logger.warning("%s is kept: it holds files that are not the checkpoint's: %r", path, min(others))
             except OSError as error:  # the new checkpoint is there all the same
                 logger.warning("the old checkpoint %s cannot be deleted: %s", path, error)
 
@@ -231,7 +214,7 @@ class CheckpointManager:
         Call it only if no process is saving here.
         """
         messages = []
-        for folder in self._entries():
+        for folder in sorted(self.checkpoint_dir.glob("*")):
             match = HIDDEN.fullmatch(folder.name)
             if match is None or folder.is_symlink() or not folder.is_dir():
                 continue
@@ -246,13 +229,10 @@ class CheckpointManager:
 
     # ---- finding and loading -----------------------------------------------------------------------------
 
-    def _entries(self) -> list[Path]:
-        return sorted(self.checkpoint_dir.iterdir()) if self.checkpoint_dir.is_dir() else []
-
     def _found(self, skipped: list[str] | None = None) -> list[tuple[Path, dict[str, Any]]]:
         """Returns checkpoints and their manifests, oldest first; adds to `skipped` why some have no good manifest."""
         found = []
-        for path in self._entries():
+        for path in sorted(self.checkpoint_dir.glob("*")):
             if NAME.fullmatch(path.name) and not path.is_symlink() and is_ours(path):
                 try:
                     found.append((path, read_manifest(path)))
@@ -263,8 +243,7 @@ class CheckpointManager:
 
     def get_latest(self) -> Path | None:
         """Returns the checkpoint that was saved last, or None."""
-        found = self._found()
-        return found[-1][0] if found else None
+        return next((path for path, _ in reversed(self._found())), None)
 
     def get_best(self) -> Path | None:
         """Returns the last checkpoint that was saved as the best, or None."""
@@ -276,16 +255,16 @@ class CheckpointManager:
         A checkpoint whose weights are not finite is taken only if no other is intact.
         """
         skipped: list[str] = []
-        found = self._found(skipped)[::-1]
-        not_finite = [path for path, manifest in found if not manifest["is_finite"]]
-        for path in [path for path, _ in found if path not in not_finite] + not_finite:
+        found = sorted(self._found(skipped), key=lambda item: bool(item[1]["is_finite"]))
+        while found:
+            path, manifest = found.pop()
             try:
-                check_checkpoint(path)
+                verify(path)
             except CheckpointError as error:
                 skipped.append(str(error))
                 continue
-            if path not in not_finite:
-                skipped += [f"{other}: its weights are not finite." for other in not_finite]
+            if manifest["is_finite"]:
+                skipped += [f"{other}: its weights are not finite." for other, about in found if not about["is_finite"]]
             return path, skipped
         return None, skipped
 

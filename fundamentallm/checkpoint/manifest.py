@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fundamentallm.atomic import sync
-from fundamentallm.errors import CheckpointError, CheckpointNotFoundError
+from fundamentallm.errors import CheckpointError, CheckpointNotFoundError, FundamentaLLMError
 
 FORMAT_VERSION = 2
 STATE, MANIFEST = "state.json", "manifest.json"
@@ -22,13 +25,22 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 """Allowed names of checkpoints and of their files: not hidden, and without a path to another folder."""
 MOST_BYTES = 4 << 20
 """Largest manifest that is read: 20,000 files of 10,000 processes. A stranger's could keep a command busy."""
-_FIELDS: dict[str, Any] = {
-    "sequence": int,
-    "is_best": bool,
-    "is_finite": bool,
-    "step": (int, type(None)),
-    "files": dict,
-}
+
+
+@contextlib.contextmanager
+def explained(path: Path, what: str = "it cannot be read or used") -> Iterator[None]:
+    """Raises CheckpointError for whatever reading a stranger's checkpoint raises; our own errors pass.
+
+    Libraries raise anything: RecursionError, ZeroDivisionError, and tokenizers' panics, which are no `Exception`.
+    """
+    try:
+        yield
+    except (FundamentaLLMError, BrokenPipeError, torch.OutOfMemoryError):  # not of the checkpoint
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+            raise  # an interruption
+        raise CheckpointError(f"{path}: {what} ({type(error).__name__}: {error}).") from error
 
 
 def is_ours(path: Path) -> bool:
@@ -70,44 +82,25 @@ def write_manifest(folder: Path, files: Mapping[str, dict[str, Any]], **about: A
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """Read a checkpoint's manifest and check its own SHA-256 and its form."""
+    """Read a checkpoint's manifest. Check its own SHA-256, its fields, and that it names files in its folder only."""
     path = checkpoint / MANIFEST
     if not checkpoint.is_dir():
         raise CheckpointNotFoundError(f"{checkpoint}: there is no checkpoint directory here.")
     if path.is_symlink() or not path.is_file():  # reading a pipe would block forever
         raise CheckpointError(f"{checkpoint}: incomplete, it has no {MANIFEST}.")
-    if path.stat().st_size > MOST_BYTES:
-        raise CheckpointError(f"{checkpoint}: {MANIFEST} has more than {MOST_BYTES:,} bytes.")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version = manifest["format_version"]
-        if type(version) is not int or (version == FORMAT_VERSION and not _has_form(manifest)):
+    with explained(checkpoint, f"{MANIFEST} is damaged"):
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if (version := manifest["format_version"]) != FORMAT_VERSION:
+            advice = f"Use the version of fundamentallm that {STATE} names."
+            raise CheckpointError(f"{checkpoint}: its format is {version!r}; allowed: {FORMAT_VERSION}. {advice}")
+        names, numbers = manifest["files"], (manifest["sequence"], manifest["step"] or 0)
+        has_form = all(type(number) is int for number in numbers) and {"is_best", "is_finite"} <= manifest.keys()
+        is_safe = STATE in names and all(map(NAME.fullmatch, names))
+        if manifest["sha256"] != _own_sha256(manifest) or not has_form or not is_safe:
             raise ValueError("it does not match its SHA-256 or has another form")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{checkpoint}: {MANIFEST} is damaged ({type(error).__name__}: {error}).") from error
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{checkpoint}: its format is {version!r}; allowed: {FORMAT_VERSION}. Use the version of fundamentallm "
-            f"that {STATE} names."
-        )
-    return manifest  # type: ignore[no-any-return]
-
-
-def _has_form(manifest: dict[str, Any]) -> bool:
-    """Returns True if the manifest matches its own SHA-256, has all fields, and names files in its own folder only."""
-    if manifest["sha256"] != _own_sha256(manifest):
-        return False
-    files = manifest["files"]
-    kinds = {match[1] for match in map(TENSORS.fullmatch, files) if match}
-    return (
-        all(isinstance(manifest[field], kind) for field, kind in _FIELDS.items())
-        and 0 < manifest["sequence"] < 2**63
-        and STATE in files
-        and MANIFEST not in files
-        and kinds in ({"model", "training"}, {"adapter_model", "training"})
-        and all(map(NAME.fullmatch, files))
-        and all(type(entry["size"]) is int and 0 <= entry["size"] < 2**63 for entry in files.values())
-    )
+    return manifest
 
 
 def verify(checkpoint: Path, hashed: Collection[str] | None = None) -> dict[str, Any]:
@@ -117,25 +110,16 @@ def verify(checkpoint: Path, hashed: Collection[str] | None = None) -> dict[str,
     the name of a file that is missing or differs.
     """
     manifest = read_manifest(checkpoint)
-    with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
-        checks = [
-            pool.submit(_check_file, checkpoint, name, entry, hashed is None or name in hashed)
-            for name, entry in manifest["files"].items()
-        ]
-        for check in checks:
-            check.result()
-    return manifest
 
-
-def _check_file(checkpoint: Path, name: str, entry: dict[str, Any], is_hashed: bool) -> None:
-    path = checkpoint / name
-    if os.path.islink(path) or not os.path.isfile(path):  # unlike pathlib's, these accept names of any length
-        raise CheckpointError(f"{checkpoint}: {name} is missing.")
-    try:
-        size = path.stat().st_size
-        if size != entry["size"]:
+    def check(name: str) -> None:
+        path, entry = checkpoint / name, manifest["files"][name]
+        if os.path.islink(path) or not os.path.isfile(path):  # unlike pathlib's, these accept names of any length
+            raise CheckpointError(f"{checkpoint}: {name} is missing.")
+        if (size := path.stat().st_size) != entry["size"]:
             raise CheckpointError(f"{checkpoint}: {name} has {size} bytes instead of {entry['size']}.")
-        if is_hashed and _sha256(path) != entry.get("sha256"):
+        if (hashed is None or name in hashed) and _sha256(path) != entry["sha256"]:
             raise CheckpointError(f"{checkpoint}: {name} is damaged, its SHA-256 differs from the manifest's.")
-    except OSError as error:
-        raise CheckpointError(f"{checkpoint}: {name} cannot be read: {error}.") from error
+
+    with explained(checkpoint), ThreadPoolExecutor() as pool:  # hashlib releases the GIL
+        list(pool.map(check, manifest["files"]))
+    return manifest

@@ -70,27 +70,30 @@ class NamedOptimizerState:
         trained = dict(zip((name for of in names for name in of), parameters, strict=True))
         # Other optimizers, such as 8-bit ones, keep state of any shape and type.
         is_torchs = type(self.optimizer).__module__.startswith("torch.optim")
-        by_torch = {n for of, group in zip(names, groups, strict=True) for n in of if is_torchs or group.get("fused")}
-        if problems := _problems(saved, trained, by_torch):
+        reads_blindly = is_torchs or any(group.get("fused") for group in groups)
+        if problems := _problems(saved, trained, reads_blindly):
             more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
             raise CheckpointError(f"The optimizer's state does not fit the model: {'; '.join(problems[:5])}{more}.")
         by_name = {
-            name: {key: _fitted(key, value, trained[name], name in by_torch) for key, value in state.items()}
+            name: {key: _copied(value, trained[name], key in MOMENTS) for key, value in state.items()}
             for name, state in saved["state"].items()
             if state
         }
         present, new = self.optimizer.state_dict(), dict(saved.get("other", {}))  # earlier versions saved no other
         if "param_groups" in present:  # otherwise a wrapper of another optimizer, all of whose state is in "other"
             for group, of, initial in zip(present["param_groups"], names, self._initial, strict=True):
-                group.update(copy.deepcopy(initial) | _settings_of(of, saved.get("groups", [])))
+                former = [_settings(each) for each in saved.get("groups", []) if not {*of}.isdisjoint(each["params"])]
+                if any(_changes(each, former[0]) or _changes(former[0], each) for each in former):
+                    raise CheckpointError(f"The parameters of the group of {of[0]} were in groups of other settings.")
+                group.update(copy.deepcopy(initial) | (former[0] if former else {}))
             numbers = [number for group in present["param_groups"] for number in group["params"]]
             numbered = {n: by_name[name] for n, name in zip(numbers, trained, strict=True) if name in by_name}
             new |= {"state": numbered | new.get("state", {}), "param_groups": present["param_groups"]}
         self.optimizer.load_state_dict(new)
-        for name, values in by_name.items():
+        for name, state in by_name.items() if not reads_blindly else ():
+            # torch has cast all but the step to the parameter's type, and broken texts.
             loaded = self.optimizer.state.get(trained[name], {})
-            kept = (values.keys() & loaded.keys()) - {"step"}  # whose type torch chooses by the kernel
-            loaded.update({key: _as_saved(loaded[key], values[key]) for key in kept})
+            loaded.update({key: state[key] for key in state.keys() & loaded.keys() - {"step"}})
 
     def _names(self) -> list[list[str]]:
         name_of = {id(parameter): name for name, parameter in self.model.named_parameters()}
@@ -119,68 +122,38 @@ def _is_same(value: Any, other: Any) -> bool:
     return type(value) is type(other) and bool(value == other)
 
 
-def _settings_of(names: list[str], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the changed settings that a checkpoint has for a group of these parameters."""
-    found = [_settings(group) for group in groups if not set(names).isdisjoint(group["params"])]
-    if any(_changes(one, found[0]) or _changes(found[0], one) for one in found):
-        raise CheckpointError(f"The parameters of the group of {names[0]} were in groups of different settings.")
-    return found[0] if found else {}
-
-
-def _problems(saved: dict[str, Any], trained: dict[str, nn.Parameter], by_torch: set[str]) -> list[str]:
+def _problems(saved: dict[str, Any], trained: dict[str, nn.Parameter], reads_blindly: bool) -> list[str]:
     by_name, counts = saved["state"], _count_entries(saved["state"])
     problems = [f"{name} is not trained here" for name in sorted(by_name.keys() - trained.keys())]
     problems += [f"{name} is missing" for name in sorted(trained.keys() - by_name.keys())]
-    problems += [
-        f"{key} of {name} has shape {_shape(value)}, and the weight has {_shape(trained[name])}"
+    wrong = {key: number for key, number in saved["entries"].items() if counts.get(key, 0) != number}
+    problems += [f"there are {counts.get(key, 0)} of {number} {key}" for key, number in wrong.items()]
+    if problems or not reads_blindly:
+        return problems
+    return [
+        f"{key} of {name} does not have the shape of the weight, {tuple(trained[name].shape)}"
         for name, state in by_name.items()
         for key, value in state.items()
-        if name in by_torch and not _fits(key, value, trained[name])
+        if (key in MOMENTS and getattr(value, "shape", None) != trained[name].shape)
+        or (key == "step" and torch.as_tensor(value).numel() != 1)
     ]
-    problems += [
-        f"there are {counts.get(key, 0)} of {count} {key}"
-        for key, count in saved["entries"].items()
-        if counts.get(key, 0) != count
-    ]
-    return problems
-
-
-def _shape(value: Any) -> tuple[int, ...] | None:
-    return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
 def _count_entries(by_name: dict[str, dict[str, Any]]) -> dict[str, int]:
     return dict(Counter(key for state in by_name.values() for key in state))
 
 
-def _fits(key: str, value: Any, parameter: Tensor) -> bool:
-    """Returns True if torch's kernels can read a value of a parameter's state."""
-    if key in MOMENTS:
-        return isinstance(value, Tensor) and value.shape == parameter.shape
-    if key == "step":
-        return value.numel() == 1 if isinstance(value, Tensor) else type(value) in (int, float)
-    return True
+def _copied(value: Any, parameter: Tensor, is_moment: bool) -> Any:
+    """Returns a copy of a saved value on the parameter's device, and a moment in its memory layout.
 
-
-def _fitted(key: str, value: Any, parameter: Tensor, by_torch: bool) -> Any:
-    """Returns a saved value, moments in the memory layout of their parameter."""
-    if not isinstance(value, Tensor):
-        return value
-    if value.ndim == 0:  # parameters that shared it when it was saved would each count it up
-        return value.clone()
-    if key in MOMENTS and value.shape == parameter.shape and not is_sharded(value):
-        dtype = parameter.dtype if by_torch else value.dtype
-        return torch.empty_like(parameter, dtype=dtype, device=value.device).copy_(value)
+    Parameters that shared a step count when it was saved would otherwise each count it up.
+    """
+    if isinstance(value, Tensor):
+        if is_moment and value.shape == parameter.shape and not is_sharded(value):
+            return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        return value.to(parameter.device, copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(item, parameter, False) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)([_copied(item, parameter, False) for item in value])
     return value
-
-
-def _as_saved(loaded: Any, saved: Any) -> Any:
-    """Returns a loaded value with its saved type: torch casts tensors to the parameter's, and breaks texts."""
-    if isinstance(loaded, Tensor):
-        is_cast = isinstance(saved, Tensor) and saved.dtype != loaded.dtype
-        return saved.to(loaded.device, copy=True) if is_cast else loaded
-    if isinstance(loaded, dict):
-        return {key: _as_saved(value, saved[key]) for key, value in loaded.items()}
-    if isinstance(loaded, (list, tuple)):
-        return type(loaded)([_as_saved(*pair) for pair in zip(loaded, saved, strict=True)])
-    return saved

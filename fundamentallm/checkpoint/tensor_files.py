@@ -2,6 +2,7 @@
 
 A file's metadata says where its shards lie, as in torch.distributed.checkpoint's Hugging Face storage. That does not
 write them, because it verifies nothing, and needs the optimizer's state to exist before it is loaded.
+Shards are cut along the first dimension only, as FSDP2 does it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,33 +19,32 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fundamentallm.distributed.dtensor import is_sharded, local
+from fundamentallm.errors import CheckpointError
 
+MODEL_KEY = "model_state_dict"
+WEIGHTS = f"{MODEL_KEY}/"
+"""Prefix of the weights' paths in the state. In model.safetensors they have the names of transformers instead."""
 SHARDING_INFO, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"  # torch's names
 Like = Callable[[str, tuple[int, ...]], "Tensor | None"]
 """Maps a stored tensor's name and shape to the DTensor whose local shard should be read; None means the full tensor."""
 
 
-class Region(NamedTuple):
-    """The part of a tensor that a shard covers: shape of the full tensor, index in it of the shard's first element."""
+def sharding_info(tensor: Tensor) -> dict[str, list[int]]:
+    """Returns where this process's shard begins in the full tensor, and the shape of that, as torch's metadata has it.
 
-    shape: tuple[int, ...]
-    offsets: tuple[int, ...]
-
-
-def region_of(tensor: Tensor) -> Region:
-    """Returns the region of this process's shard; a tensor that is not sharded starts at 0.
-
-    FSDP2 shards one dimension as `torch.chunk` does: all ranks but the last ones get ceil(size / ranks) elements.
+    FSDP2 shards as `torch.chunk` does: all ranks but the last ones get ceil(rows / ranks) rows. Raises CheckpointError
+    if a tensor is sharded in another way.
     """
     offsets = [0] * tensor.ndim
     if is_sharded(tensor):
-        mesh = tensor.device_mesh  # type: ignore[attr-defined]
-        for mesh_dim, placement in enumerate(tensor.placements):  # type: ignore[attr-defined]
-            if placement.is_shard():
-                size = tensor.shape[placement.dim]
-                chunk = math.ceil(size / mesh.size(mesh_dim))
-                offsets[placement.dim] = min(mesh.get_coordinate()[mesh_dim] * chunk, size)
-    return Region(tuple(tensor.shape), tuple(offsets))
+        mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+        cut = [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
+        if len(cut) > 1 or not all(placements[dim].is_shard(0) for dim in cut):
+            raise CheckpointError(f"a tensor has placements {placements}; allowed: sharded along its first dimension.")
+        for dim in cut:
+            rows = math.ceil(len(tensor) / mesh.size(dim))
+            offsets[0] = min(mesh.get_coordinate()[dim] * rows, len(tensor))
+    return {OFFSETS: offsets, "shape": [*tensor.shape]}
 
 
 def is_first_holder(tensor: Tensor) -> bool:
@@ -60,18 +59,18 @@ def file_name(kind: str, rank: int, num_ranks: int) -> str:
     return f"{kind}.safetensors" if num_ranks == 1 else f"{kind}-{rank + 1:05d}-of-{num_ranks:05d}.safetensors"
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], regions: Mapping[str, Region] | None = None) -> None:
-    """Write one file; `regions` has the region of each tensor by name, or is None if all tensors are full."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any] | None = None) -> None:
+    """Write one file; `info` is {name: `sharding_info` of the tensor}, or None if all tensors are full."""
     metadata = {"format": "pt"}  # required by transformers
-    if regions is not None:
-        info = {name: {OFFSETS: regions[name].offsets, "shape": regions[name].shape} for name in tensors}
-        metadata[SHARDING_INFO] = json.dumps(info)
+    if info is not None:
+        metadata[SHARDING_INFO] = json.dumps({name: info[name] for name in tensors})
     save_file(dict(tensors), path, metadata=metadata)
 
 
 class _Shard(NamedTuple):
-    offsets: tuple[int, ...]
-    size: tuple[int, ...]
+    offsets: list[int]
+    shape: list[int]  # of the full tensor
+    size: list[int]
     file: Any
     key: str
 
@@ -79,59 +78,48 @@ class _Shard(NamedTuple):
 class TensorFiles(Mapping[str, Tensor]):
     """The tensors of a checkpoint by their path in its state. A tensor is read when it is looked up.
 
-    `prefix` is put before the names of weights, which are all tensors outside of training*.safetensors. `stack` closes
-    the files. `same_as` is {further name of a tensor: name it is stored under}. Raises ValueError if a file cannot be
-    opened, or shards of a tensor are missing or overlap.
+    `same_as` is {further name of a tensor: name it is stored under}. Raises ValueError if a file cannot be opened, or
+    shards of a tensor are missing or overlap.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        files: Iterable[str],
-        prefix: str,
-        stack: ExitStack,
-        same_as: Mapping[str, str] | None = None,
-        like: Like | None = None,
+        self, folder: Path, files: Iterable[str], same_as: Mapping[str, str] | None = None, like: Like | None = None
     ) -> None:
-        self._like = like
-        self._shards: dict[str, list[_Shard]] = {}
-        self._dims: dict[str, int] = {}  # along which the shards follow each other
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        """Of the full tensors, by name."""
+        self._like, self._shards = like, dict[str, list[_Shard]]()
         for file in files:
             try:
-                handle = stack.enter_context(safe_open(folder / file, "pt"))
+                handle: Any = safe_open(folder / file, "pt")
             except SafetensorError as error:
                 raise ValueError(f"{file} is not a safetensors file: {error}") from error
             info = json.loads((handle.metadata() or {}).get(SHARDING_INFO, "{}"))
             for key in handle.keys():  # noqa: SIM118
-                size = tuple(handle.get_slice(key).get_shape())
-                full = {OFFSETS: (0,) * len(size), "shape": size}
-                offsets, shape = (tuple(info.get(key, full)[entry]) for entry in (OFFSETS, "shape"))
-                name = key if file.startswith("training") else f"{prefix}{key}"
-                self._shards.setdefault(name, []).append(_Shard(offsets, size, handle, key))
-                if self.shapes.setdefault(name, shape) != shape:
-                    raise ValueError(f"shards of {name} have different full shapes")
+                size = handle.get_slice(key).get_shape()
+                region = info.get(key, {OFFSETS: [0] * len(size), "shape": size})
+                shard = _Shard(region[OFFSETS], region["shape"], size, handle, key)
+                name = key if file.startswith("training") else f"{WEIGHTS}{key}"
+                self._shards.setdefault(name, []).append(shard)
         for name, shards in self._shards.items():
             shards.sort(key=lambda shard: shard.offsets)
-            dim = _sharded_dim(self.shapes[name], shards)
-            if dim is None:
+            shape, end, is_whole = shards[0].shape, 0, True
+            for shard in shards:
+                rows = shard.size[0] if shard.size else 1
+                expected = ([end, *[0] * len(shape[1:])], [rows, *shape[1:]]) if shape else ([], [])
+                is_whole &= shard.shape == shape and (shard.offsets, shard.size) == expected
+                end += rows
+            if not is_whole or end != (shape[0] if shape else 1):
                 raise ValueError(f"shards of {name} are missing or overlap")
-            self._dims[name] = dim
         for name, stored_as in (same_as or {}).items():
             self._shards[name] = self._shards[stored_as]
-            self._dims[name] = self._dims[stored_as]
-            self.shapes[name] = self.shapes[stored_as]
 
     def __getitem__(self, name: str) -> Tensor:
-        shape = self.shapes[name]
-        like = None if self._like is None else self._like(name, shape)
+        like = None if self._like is None else self._like(name, self.shape(name))
         if like is None:
-            return self.read(name, (0,) * len(shape), shape)
+            return self.read(name)
         from torch.distributed.tensor import DTensor  # takes half a second to import
 
         here, mesh, placements = local(like), like.device_mesh, like.placements  # type: ignore[attr-defined]
-        shard = self.read(name, region_of(like).offsets, tuple(here.shape)).to(here.device)
+        begin = sharding_info(like)[OFFSETS][0]
+        shard = self.read(name, begin, begin + len(here)).to(here.device)
         return DTensor.from_local(shard, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 
     def __iter__(self) -> Iterator[str]:
@@ -140,32 +128,16 @@ class TensorFiles(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._shards)
 
-    def read(self, name: str, offsets: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
-        """Read the box of a tensor that starts at `offsets`, from all shards that overlap it."""
-        shards, dim = self._shards[name], self._dims[name]
-        if len(shards) == 1 and size == self.shapes[name]:
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of a full tensor."""
+        return tuple(self._shards[name][0].shape)
+
+    def read(self, name: str, begin: int = 0, end: int | None = None) -> Tensor:
+        """Read rows of a tensor from all shards that have some of them; by default all rows."""
+        shards, pieces = self._shards[name], []
+        if len(shards) == 1 and end is None:
             return shards[0].file.get_tensor(shards[0].key)  # type: ignore[no-any-return]
-        box = [slice(start, start + length) for start, length in zip(offsets, size, strict=True)]
-        pieces = []
-        for shard in shards:
-            begin, length = shard.offsets[dim], shard.size[dim]
-            start = min(max(offsets[dim] - begin, 0), length)
-            box[dim] = slice(start, max(min(offsets[dim] + size[dim] - begin, length), start))
-            pieces.append(shard.file.get_slice(shard.key)[tuple(box)])
-        return torch.cat(pieces, dim)
-
-
-def _sharded_dim(shape: tuple[int, ...], shards: list[_Shard]) -> int | None:
-    """Returns the dimension along which the sorted shards follow each other to the full tensor, or None."""
-    first, zeros = shards[0], (0,) * len(shape)
-    if len(shards) == 1:
-        return 0 if (first.offsets, first.size) == (zeros, shape) else None
-    dim = next((dim for dim, size in enumerate(first.size[: len(shape)]) if size != shape[dim]), 0)
-    end = 0
-    for shard in shards:
-        length = shard.size[dim] if len(shard.size) == len(shape) > 0 else 0
-        offsets, size = (*zeros[:dim], end, *zeros[dim + 1 :]), (*shape[:dim], length, *shape[dim + 1 :])
-        if length == 0 or (shard.offsets, shard.size) != (offsets, size):
-            return None
-        end += length
-    return dim if end == shape[dim] else None
+        for (offset, *_), shape, (rows, *_), file, key in shards:
+            start, stop = (min(max(edge - offset, 0), rows) for edge in (begin, shape[0] if end is None else end))
+            pieces.append(file.get_slice(key)[start:stop])
+        return torch.cat(pieces)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import shutil
 import textwrap
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 from safetensors import SafetensorError
 
 from fundamentallm.atomic import sync
-from fundamentallm.checkpoint.manager import HIDDEN, CheckpointManager, checkpoints_folder
+from fundamentallm.checkpoint.manager import CheckpointManager, checkpoints_folder
 from fundamentallm.checkpoint.manifest import MANIFEST, NAME, is_ours, read_manifest, verify
 from fundamentallm.checkpoint.reading import explained, export_weights, load_parts
 from fundamentallm.commands.output import WIDTH, say, say_table, shortened
@@ -26,72 +28,51 @@ from fundamentallm.inference.loading import load_model
 from fundamentallm.models.transformers_format import ADAPTER_CONFIG, KEPT
 from fundamentallm.run.step_samples import samples_of_step, text_of_step
 
+T = TypeVar("T")
+
 
 def list_command(options: argparse.Namespace) -> int:
     """`checkpoints list`: print a line for each checkpoint, from its manifest and its validation loss."""
-    if is_ours(options.checkpoint):
-        raise CheckpointError(f"{options.checkpoint} is a checkpoint; give the folder that contains it, or use show.")
-    folder = checkpoints_folder(options.checkpoint)
-    manager, rows, others = CheckpointManager(folder), [], []
-    best, newest = manager.get_best(), manager.get_latest()
-    for path in _subfolders(folder):
-        if HIDDEN.fullmatch(path.name):
-            others.append((f"  {path.name}", "a save in progress, or left by a run that ended"))
-        if not _is_checkpoint(path):
+    manager = CheckpointManager(checkpoints_folder(options.checkpoint))
+    best, newest, rows = manager.get_best(), manager.get_latest(), []
+    for path, found, why in _read_each(options.checkpoint, _facts):
+        if found is None:
+            rows.append((math.inf, path.name, *"----", why))
             continue
-        try:
-            manifest = read_manifest(path)
-            step, loss = manifest["step"], _val_loss(path, manifest["step"])
-        except (CheckpointError, OSError) as error:
-            if path.exists():  # otherwise the run has just deleted it
-                others.append((f"  {path.name}", _reason(error, path)))
-            continue
+        manifest, *cells = found
         marks = ["best"] * (path == best) + ["newest"] * (path == newest)
         marks += ["weights not finite"] * (not manifest["is_finite"])
-        row = path.name, "-" if step is None else f"{step:,}", "-" if loss is None else f"{loss:.4f}"
-        about = size_text(_num_bytes(manifest)), _saved_at(path), ", ".join(marks)
-        rows.append((manifest["sequence"], (*row, *about)))
-    if not rows and not others:
-        raise _nothing_in(options.checkpoint)
-    if rows:
-        header = ("checkpoint", "step", "val_loss", "size", "saved", "")
-        say_table([header, *(row for _, row in sorted(rows))], "<>>>><")
-        say("\nonly sizes were checked; `fundamentallm checkpoints verify` compares every byte")
-    if others:
-        say("\nnot complete checkpoints:")
-        say_table(others, "<<")
+        rows.append((manifest["sequence"], path.name, *cells, ", ".join(marks)))
+    say_table([("checkpoint", "step", "val_loss", "size", "saved", ""), *(row[1:] for row in sorted(rows))], "<>>>><")
+    say("\nonly sizes were checked; `fundamentallm checkpoints verify` compares every byte")
     return 0
 
 
 def verify_command(options: argparse.Namespace) -> int:
     """`checkpoints verify`: print a line for each checkpoint."""
-    paths = [options.checkpoint]
-    if not is_ours(options.checkpoint):
-        paths = [path for path in _subfolders(checkpoints_folder(options.checkpoint)) if _is_checkpoint(path)]
-    if not paths:
-        raise _nothing_in(options.checkpoint)
-    damaged = 0
-    for path in paths:
-        try:
-            manifest = verify(path)
-            extra = sorted({entry.name for entry in path.iterdir()} - {*manifest["files"], MANIFEST})
-        except (CheckpointError, OSError) as error:
-            if path.exists():  # otherwise the run has just deleted it
-                damaged += 1
-                say(f"{path.name}  {_reason(error, path)}")
-            continue
-        note = f"; not in the manifest: {printable(', '.join(extra), keep='')}" if extra else ""
-        say(f"{path.name}  ok, {len(manifest['files']) + 1} files, {size_text(_num_bytes(manifest))}{note}")
-    if damaged and len(paths) > 1:
-        say(f"{damaged} of {len(paths)} are damaged")
+    count = damaged = 0
+    for path, found, why in _read_each(options.checkpoint, _verified):
+        count += 1
+        damaged += found is None
+        say(f"{path.name}  {found or why}")
+    if damaged and count > 1:
+        say(f"{damaged} of {count} are damaged")
     return 1 if damaged else 0
+
+
+def _verified(path: Path) -> str:
+    manifest = verify(path)
+    extra = sorted({entry.name for entry in path.iterdir()} - {*manifest["files"], MANIFEST})
+    note = f"; not in the manifest: {printable(', '.join(extra), keep='')}" if extra else ""
+    return f"ok, {len(manifest['files']) + 1} files, {_size(manifest)}{note}"
 
 
 def show_command(options: argparse.Namespace) -> int:
     """`checkpoints show`: print what a checkpoint holds, with --verify only after comparing every byte."""
     path = _checkpoint(options.checkpoint)
-    manifest = verify(path) if options.verify else read_manifest(path)
-    step, loss = manifest["step"], _val_loss(path, manifest["step"])
+    if options.verify:
+        verify(path)
+    manifest, step, loss, size, saved_at = _facts(path)
     parts = load_parts(path, ("config", "versions"))
     config, versions = parts.get("config") or {}, parts.get("versions") or {}
     defaults = flat_settings(dataclasses.asdict(Config(output_dir=str(config.get("output_dir") or ".")).resolved()))
@@ -101,9 +82,9 @@ def show_command(options: argparse.Namespace) -> int:
     finite = "finite" if manifest["is_finite"] else "not finite"
     made_with = ", ".join(f"{name} {version}" for name, version in versions.items())
     lines = [
-        f"{path}: {size_text(_num_bytes(manifest))}, saved {_saved_at(path)}",
+        f"{path}: {size}, saved {saved_at}",
         f"number {manifest['sequence']} in its folder, {best}, weights {finite}",
-        *([] if step is None else [f"step {step:,}" + ("" if loss is None else f", val_loss {loss:.4f}")]),
+        f"step {step}, val_loss {loss}",
         textwrap.fill(f"made with {made_with}", WIDTH),
         f"\nfiles ({'SHA-256 verified' if options.verify else 'sizes verified; --verify compares every byte'})",
         *(f"  {name}  {size_text(entry['size'])}" for name, entry in manifest["files"].items()),
@@ -119,27 +100,26 @@ def samples_command(options: argparse.Namespace) -> int:
     path = _checkpoint(options.checkpoint)
     found = samples_of_step(path, options.step)
     dataset = None if options.indices_only else text_of_step(path, found, options.source)
-    count = len(found.indices)
+    count = f"{len(found.indices):,}"
     say(f"{path}: step {options.step:,} is in epoch {found.epoch:,} (from 0), after {found.samples_before:,} samples")
     if options.step > found.steps_done:
         say(f"not trained yet: the checkpoint has {found.steps_done:,} steps; these samples come if the run resumes")
     if dataset is None:
         reason = "--indices_only" if options.indices_only else "the run has no text of its own, or no tokenizer"
-        say(f"no text: {reason}\n\n{count:,} samples, by their index in the dataset:")
+        say(f"no text: {reason}\n\n{count} samples, by their index in the dataset:")
         say(", ".join(map(str, found.indices)))
         return 0
-    say(f"{count:,} samples, by their index and their first and last token in the training text:\n")
+    say(f"{count} samples, by their index and their first and last token in the training text:\n")
     assert dataset.tokenizer is not None
     rows = []
     for index in found.indices:
         tokens, inputs = dataset.locate(index)
         text = dataset.tokenizer.decode(inputs.tolist(), skip_special_tokens=False)
-        rows.append((f"{index:,}", tokens, text))
-    if options.full:
-        for name, tokens, text in rows:
-            say(f"---- sample {name}, tokens {tokens} ----\n{text}")
-    else:
-        say_table([(name, tokens, shortened(text, WIDTH // 2)) for name, tokens, text in rows], ">><")
+        if options.full:
+            say(f"---- sample {index:,}, tokens {tokens} ----\n{text}")
+        else:
+            rows.append((f"{index:,}", tokens, shortened(text, WIDTH // 2)))
+    say_table(rows, ">><")
     return 0
 
 
@@ -176,45 +156,45 @@ def _export_merged(source: Path, folder: Path, base: str | None) -> None:
         sync(file)
 
 
-def _val_loss(path: Path, step: int | None) -> float | None:
-    """Returns the validation loss of a step, or None if the checkpoint has none. Raises CheckpointError if damaged."""
+def _facts(path: Path) -> tuple[dict[str, Any], str, str, str, str]:
+    """Returns the manifest, and as text: step, validation loss of this step, size, and when it was written."""
+    manifest = read_manifest(path)
     with explained(path):
         metrics = load_parts(path, ["metrics_state_dict"]).get("metrics_state_dict") or {}
         latest = metrics.get("latest")
         if latest is None:  # without a log, the checkpoint has all values
             latest = {name: values[-1] for name, values in metrics.items()}
-        return float(latest["val_loss"]) if "val_loss" in latest and latest.get("val_step") == step else None
+        has_loss = "val_loss" in latest and latest.get("val_step") == manifest["step"]
+        loss = f"{float(latest['val_loss']):.4f}" if has_loss else "-"
+    step = "-" if manifest["step"] is None else f"{manifest['step']:,}"
+    saved_at = time.strftime("%Y-%m-%d %H:%M", time.localtime((path / MANIFEST).stat().st_mtime))
+    return manifest, step, loss, _size(manifest), saved_at
 
 
-def _num_bytes(manifest: dict[str, Any]) -> int:
-    return sum(entry["size"] for entry in manifest["files"].values())
-
-
-def _saved_at(path: Path) -> str:
-    """Returns the local time at which the checkpoint was written or copied."""
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime((path / MANIFEST).stat().st_mtime))
-
-
-def _nothing_in(folder: Path) -> CheckpointNotFoundError:
-    return CheckpointNotFoundError(f"there is no checkpoint in {folder}; give a checkpoint or the output_dir of a run.")
+def _size(manifest: dict[str, Any]) -> str:
+    return size_text(sum(entry["size"] for entry in manifest["files"].values()))
 
 
 def _checkpoint(folder: Path) -> Path:
     """Returns the checkpoint at `folder`, or the newest one in it."""
     found = folder if is_ours(folder) else CheckpointManager(checkpoints_folder(folder)).get_latest()
-    if found is None:
-        raise _nothing_in(folder)
-    return found
+    return found or _none_in(folder)
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+def _none_in(folder: Path) -> NoReturn:
+    raise CheckpointNotFoundError(f"there is no checkpoint in {folder}; give one, or the output_dir of a run.")
 
 
-def _is_checkpoint(path: Path) -> bool:
-    """Returns whether a folder is a checkpoint, damaged or not. Links are not followed."""
-    return is_ours(path) and not path.is_symlink() and NAME.fullmatch(path.name) is not None
-
-
-def _reason(error: Exception, path: Path) -> str:
-    return str(error).removeprefix(f"{path}: ").removesuffix(".")
+def _read_each(folder: Path, read: Callable[[Path], T]) -> Iterator[tuple[Path, T | None, str]]:
+    """Yields a checkpoint, or each one in a folder, and what `read` returns of it, or None and why it cannot."""
+    paths = [folder]
+    if not is_ours(folder):  # links are not followed
+        below = checkpoints_folder(folder)
+        entries = sorted(below.iterdir()) if below.is_dir() else []
+        paths = [path for path in entries if NAME.fullmatch(path.name) and is_ours(path) and not path.is_symlink()]
+    for path in paths or _none_in(folder):
+        try:
+            yield path, read(path), ""
+        except (CheckpointError, OSError) as error:
+            if path.exists():  # otherwise the run has just deleted it
+                yield path, None, str(error).removeprefix(f"{path}: ").removesuffix(".")

@@ -6,14 +6,15 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -40,13 +41,8 @@ from fundamentallm.run.step_samples import corpus_of_run
 OTHER_TEXT = "Give a text with --source."
 
 
-class Text(NamedTuple):
-    """A text to evaluate."""
-
-    name: str
-    batches: Iterable[tuple[Tensor, Tensor]]  # inputs and targets (B, T); IGNORE_INDEX: targets that do not count
-    num_windows: int
-    num_bytes: int | None  # UTF-8 bytes of all targets; None: unknown
+Text = tuple[str, DataLoader[Any], int | None]
+"""A text's name, its inputs and targets (B, T), and the UTF-8 bytes of all targets (None: unknown)."""
 
 
 def main(arguments: Sequence[str], program: str) -> int:
@@ -67,34 +63,31 @@ def main(arguments: Sequence[str], program: str) -> int:
         raise ConfigError(problems)
     loaded = load_model(options.checkpoint, options.base)
     with explained(loaded.folder):
-        text = _text_of_files(loaded, options) if options.source else _text_of_run(loaded, options)
-        result = _evaluate(loaded, text)
+        name, loader, size = (_text_of_files if options.source else _text_of_run)(loaded, options)
+        total, count = _score(loaded.model, loader)
+    if count == 0:
+        raise ConfigError(Problem("--source", name, "at least two tokens", reason="which has no target"))
+    loss, num_windows = total / count, len(loader.dataset)  # type: ignore[arg-type]
+    result = {"checkpoint": str(loaded.folder), "text": name, "targets": count, "bytes": size, "windows": num_windows}
+    result |= {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+    if size:
+        result["bits_per_byte"] = total / math.log(2) / size
     if options.json:
         print(json.dumps(result))
         return 0
-    say(f"{result['checkpoint']} on {text.name}: {result['targets']:,} tokens in {text.num_windows:,} windows")
+    say(f"{loaded.folder} on {name}: {count:,} tokens in {num_windows:,} windows")
     units = {"loss": "nats per token", "perplexity": "", "bits_per_byte": ""}
     say_table([(name.replace("_", " "), f"{result[name]:.4f}", units[name]) for name in units if name in result], "<><")
     return 0
 
 
-def _evaluate(loaded: LoadedModel, text: Text) -> dict[str, Any]:
-    device = next(loaded.model.parameters()).device
-    total, count = 0.0, 0
-    with tqdm(total=text.num_windows, unit="window", disable=not sys.stderr.isatty()) as bar:
-        for inputs, targets in text.batches:
-            inputs, targets = inputs.to(device), targets.to(device)
-            total += float(score(loaded.model, inputs, targets).sum(dtype=torch.float64))
-            count += int((targets != IGNORE_INDEX).sum())
-            bar.update(len(inputs))
-    if count == 0:
-        raise ConfigError(Problem("--source", text.name, "at least two tokens", reason="which has no target"))
-    loss = total / count
-    result = {"checkpoint": str(loaded.folder), "text": text.name, "targets": count, "bytes": text.num_bytes}
-    result |= {"windows": text.num_windows, "loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
-    if text.num_bytes:
-        result["bits_per_byte"] = total / math.log(2) / text.num_bytes
-    return result
+def _score(model: nn.Module, loader: DataLoader[Any]) -> tuple[float, int]:
+    """Returns the sum of the losses of all targets, and their number."""
+    device, total, count = next(model.parameters()).device, 0.0, 0
+    for inputs, targets in tqdm(loader, unit="batch", disable=not sys.stderr.isatty()):
+        total += float(score(model, inputs.to(device), targets.to(device)).sum(dtype=torch.float64))
+        count += int((targets != IGNORE_INDEX).sum())
+    return total, count
 
 
 def _text_of_run(loaded: LoadedModel, options: argparse.Namespace) -> Text:
@@ -123,14 +116,19 @@ def _text_of_run(loaded: LoadedModel, options: argparse.Namespace) -> Text:
         return _windowed(loaded, options, name, [dataset.tokens], dataset.num_bytes, data.sequence_length)
     if options.context or options.stride:
         raise ConfigError("Omit --context and --stride: validation samples of pairs or several sources have one size.")
-    batches = DataLoader(dataset, batch_size=options.batch_size, collate_fn=collate)
-    return Text(name, batches, len(dataset), dataset.num_bytes)
+    return name, DataLoader(dataset, options.batch_size, collate_fn=collate), dataset.num_bytes
 
 
 def _text_of_files(loaded: LoadedModel, options: argparse.Namespace) -> Text:
     """Returns text files, each a text by itself."""
-    paths = [path for source in options.source for path in _text_files(source)]
-    texts, size = [], 0
+    paths, texts, size = list[Path](), [], 0
+    for source in options.source:
+        found = None
+        with suppress(ConfigError):
+            found = find_source(DataConfig(), source)
+        if found is None or found.kind != "text":
+            raise ConfigError(Problem("--source", source, "text files, folders with .txt or .md files, and globs"))
+        paths += found.files
     for path in paths:
         try:
             with open_text(path) as file:
@@ -147,17 +145,6 @@ def _text_of_files(loaded: LoadedModel, options: argparse.Namespace) -> Text:
         size += sum(len(piece.text.encode()) for piece in pieces) - num_bytes(loaded.tokenizer, ids[:1])
     name = options.source[0] if len(options.source) == 1 else f"{len(paths)} files"
     return _windowed(loaded, options, name, texts, size, loaded.context or max(map(len, texts)))
-
-
-def _text_files(source: str) -> list[Path]:
-    """Returns the text files that a `--source` names. Raises ConfigError if it names rows, tokens or nothing."""
-    try:
-        found = find_source(DataConfig(), source)
-    except ConfigError:
-        found = None
-    if found is None or found.kind != "text":
-        raise ConfigError(Problem("--source", source, "text files, folders with .txt or .md files, and globs"))
-    return found.files
 
 
 def _windowed(
@@ -177,18 +164,15 @@ def _windowed(
         problems.append(Problem("--stride", stride, f"at most the context, {context}, so that no token is skipped"))
     if problems:
         raise ConfigError(problems)
-    found = [(ids, window) for ids in texts for window in windows(len(ids), context, stride)]
-    batches = (_padded(found[first : first + options.batch_size]) for first in range(0, len(found), options.batch_size))
-    return Text(name, batches, len(found), num_bytes)
+    found: Any = [(ids, window) for ids in texts for window in windows(len(ids), context, stride)]
+    return name, DataLoader(found, options.batch_size, collate_fn=_padded), num_bytes
 
 
 def _padded(found: Sequence[tuple[NDArray[np.integer], Window]]) -> tuple[Tensor, Tensor]:
     """Returns inputs and targets of windows over token ids, padded at the end, which a causal model does not see."""
-    inputs, targets = [], []
-    for ids, window in found:
-        tokens = torch.from_numpy(ids[window.start : window.end + 1].astype("int64"))
-        inputs.append(tokens[:-1])
-        targets.append(tokens[1:].clone())
-        targets[-1][: window.counted] = IGNORE_INDEX
-    padded = pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX)
-    return pad_sequence(inputs, batch_first=True), padded
+    tokens = [torch.from_numpy(ids[window.start : window.end + 1].astype("int64")) for ids, window in found]
+    inputs = pad_sequence([part[:-1] for part in tokens], batch_first=True)
+    targets = pad_sequence([part[1:] for part in tokens], batch_first=True, padding_value=IGNORE_INDEX)
+    for row, (_, window) in zip(targets, found, strict=True):
+        row[: window.counted] = IGNORE_INDEX
+    return inputs, targets

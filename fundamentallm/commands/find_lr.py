@@ -9,7 +9,6 @@ import argparse
 import math
 import tempfile
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 from fundamentallm.commands.options import add_trainer_option, option_problems, parse_settings, settings_parser
@@ -22,7 +21,6 @@ SMOOTHING = 0.9
 """Weight of the earlier steps in the smoothed loss."""
 DIVERGED = 4.0
 """The test stops when the smoothed loss exceeds its minimum by this factor."""
-INSTALL = "pip install 'fundamentallm[plots]'"
 
 
 def main(arguments: Sequence[str], program: str) -> int:
@@ -38,15 +36,12 @@ def main(arguments: Sequence[str], program: str) -> int:
     parser.add_argument("--steps", type=int, default=100, metavar="INT", help="optimizer steps [100]")
     parser.add_argument("--lowest", type=float, default=1e-6, metavar="FLOAT", help="rate of the first step [1e-6]")
     parser.add_argument("--highest", type=float, default=10.0, metavar="FLOAT", help="rate of the last step [10]")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="plot of the curve [find_lr.png]")
+    plot = "plot of the curve [find_lr.png]"
+    parser.add_argument("--plot", type=Path, default=Path("find_lr.png"), metavar="FILE", help=plot)
     options, rest = parser.parse_known_args(arguments)
     problems = option_problems(options, steps=Interval(low=20), highest=POSITIVE)
     if options.lowest not in POSITIVE or not options.lowest < options.highest:
         problems.append(Problem("--lowest", options.lowest, allowed="greater than 0 and less than --highest"))
-    can_draw = find_spec("matplotlib") is not None
-    if options.plot is not None and not can_draw:
-        reason = "and matplotlib is not installed"
-        problems.append(Problem("--plot", str(options.plot), advice=f"Run: {INSTALL}", reason=reason))
     config = parse_settings(rest, program, problems, trainer=options.trainer)
     with tempfile.TemporaryDirectory(prefix="fundamentallm-find_lr-") as folder:
         rates, losses, is_main = range_test(config, options, Path(folder))
@@ -58,10 +53,7 @@ def main(arguments: Sequence[str], program: str) -> int:
             say("no suggestion: the loss did not fall. Try another range, or more steps.")
         else:
             say(f"suggestion: --training.learning_rate {found:.1e}, where the loss falls fastest")
-        path = options.plot or Path("find_lr.png")
-        if can_draw:
-            _draw(rates, losses, found, path)
-        say(f"curve: {path}" if can_draw else f"no curve was drawn, since matplotlib is not installed; run: {INSTALL}")
+        _draw(rates, losses, found, options.plot)
     return 0 if found is not None else 1
 
 
@@ -77,12 +69,6 @@ def smooth(losses: Sequence[float]) -> list[float]:
         average = SMOOTHING * average + (1 - SMOOTHING) * loss
         smoothed.append(average / (1 - SMOOTHING**step))
     return smoothed
-
-
-def has_diverged(losses: Sequence[float]) -> bool:
-    """Returns True if the last loss is not finite, or the smoothed loss is far above its minimum."""
-    smoothed = smooth(losses)
-    return not math.isfinite(losses[-1]) or smoothed[-1] > DIVERGED * min(smoothed)
 
 
 def suggestion(rates: Sequence[float], losses: Sequence[float]) -> float | None:
@@ -102,26 +88,36 @@ def suggestion(rates: Sequence[float], losses: Sequence[float]) -> float | None:
 
 def range_test(config: Config, options: argparse.Namespace, folder: Path) -> tuple[list[float], list[float], bool]:
     """Returns the learning rate and the loss of each step, and whether this is the main process."""
-    # Imported here, so that --help and wrong settings need not wait for torch.
-    from fundamentallm.commands.trial import make_trainer, run_until, trial_config
+    from fundamentallm.commands.trial import (
+        Record,
+        make_trial,
+        run_until,
+    )  # imports torch, which --help need not wait for
 
-    trial = trial_config(
-        config, folder, max_steps=options.steps, max_epochs=None, learning_rate=options.highest,
+    trainer = make_trial(
+        options.trainer, config, folder, max_steps=options.steps, max_epochs=None, learning_rate=options.highest,
         lr_scheduler=f"{__name__}:exponential", lr_scheduler_options={"ratio": options.lowest / options.highest},
         warmup_steps=0, min_lr_ratio=0.0, batch_size_schedule=[], ema_decay=None,
         skip_spikes_above=None, max_bad_steps=options.steps,  # divergence is part of the test
     )  # fmt: skip
-    trainer = make_trainer(options.trainer, trial)
     trainer.val_loader = trainer.saver.manager = None  # neither validates nor saves
-    lines = run_until(trainer, lambda run: has_diverged(run.losses)).lines
+
+    def has_diverged(run: Record) -> bool:
+        smoothed = smooth(run.losses)
+        return not math.isfinite(run.losses[-1]) or smoothed[-1] > DIVERGED * min(smoothed)
+
+    lines = run_until(trainer, has_diverged).lines
     trainer.leave_group()
     return [line["learning_rate"] for line in lines], [line["train_loss"] for line in lines], trainer.is_main_process
 
 
 def _draw(rates: Sequence[float], losses: Sequence[float], found: float | None, path: Path) -> None:
-    """Plot the loss over the learning rate."""
-    from matplotlib.figure import Figure
-
+    """Plot the loss over the learning rate, and say where."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        say("no curve was drawn, since matplotlib is not installed; run: pip install 'fundamentallm[plots]'")
+        return
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(rates, losses, alpha=0.3, label="loss")
@@ -136,3 +132,4 @@ def _draw(rates: Sequence[float], losses: Sequence[float], found: float | None, 
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=130, format="png")
+    say(f"curve: {path}")

@@ -46,12 +46,10 @@ def main(arguments: Sequence[str], program: str) -> int:
 
 
 def _generate(loaded: LoadedModel, prompts: list[str], options: argparse.Namespace) -> int:
-    stop, asked = () if options.ignore_end else loaded.stop, prompts
-    if options.chat:
-        template = ChatTemplate(loaded.folder / TOKENIZER)
-        asked = [template.text([{"role": "user", "content": prompt}], is_prompt=True) for prompt in prompts]
-    texts = [
-        generate(
+    template = ChatTemplate(loaded.folder / TOKENIZER) if options.chat else None
+    for index, prompt in enumerate(prompts):
+        text = template.text([{"role": "user", "content": prompt}], is_prompt=True) if template else prompt
+        ids = generate(
             loaded.model,
             encode_prompt(loaded.tokenizer, text),
             options.max_new_tokens,
@@ -61,17 +59,12 @@ def _generate(loaded: LoadedModel, prompts: list[str], options: argparse.Namespa
             options.seed + index,
             top_p=options.top_p,
             repetition_penalty=options.repetition_penalty,
-            stop=stop,
+            stop=() if options.ignore_end else loaded.stop,
         )
-        for index, text in enumerate(asked)
-    ]
-    for index, (prompt, ids) in enumerate(zip(prompts, texts, strict=True)):
         if options.json:
             drawn = list(ids)
             line = {"prompt": prompt, "text": loaded.tokenizer.decode(drawn), "tokens": len(drawn)}
-            # Otherwise JSON leaves some control characters as they are, and what the encoding lacks.
-            escaped = sys.stdout.isatty() or sys.stdout.encoding.lower() != "utf-8"
-            print(json.dumps(line, ensure_ascii=escaped), flush=True)
+            print(json.dumps(line), flush=True)
             continue
         if len(prompts) > 1:
             _print("\n" * (index > 0) + f"---- {index} ----\n")
@@ -85,14 +78,12 @@ def _generate(loaded: LoadedModel, prompts: list[str], options: argparse.Namespa
 def _prompts(options: argparse.Namespace) -> list[str]:
     prompts = list(options.prompt or [])
     if options.prompts is not None:
-        given = str(options.prompts)
         try:
             lines = options.prompts.read_text(encoding="utf-8-sig").split("\n")  # splitlines also splits at U+2028
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(Problem("--prompts", given, reason=f"which cannot be read: {error}")) from error
+            reason = f"which cannot be read: {error}"
+            raise ConfigError(Problem("--prompts", str(options.prompts), reason=reason)) from error
         prompts += [line for line in lines if line]
-        if not prompts:
-            raise ConfigError(Problem("--prompts", given, "a prompt in each line", reason="which is empty"))
     return prompts or ["\n"]
 
 

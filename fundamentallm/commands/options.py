@@ -10,7 +10,7 @@ from fundamentallm.config.command_line import parse_config
 from fundamentallm.config.registry import resolve
 from fundamentallm.config.schema import Config
 from fundamentallm.config.validation import Interval
-from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.errors import ConfigError, Problem, collected
 
 BASE_HELP = "base model of an adapter: a folder or cached name [the one that your run trained, or the cached name]"
 DEFAULT_TRAINER = "fundamentallm.train:make_trainer"
@@ -37,13 +37,13 @@ def add_trainer_option(parser: argparse.ArgumentParser) -> None:
 
 def add_checkpoint(parser: argparse.ArgumentParser, text: str) -> None:
     """Add the checkpoint that a command reads, which may be given by its position or as `--checkpoint DIR`."""
-
-    def path(text: str) -> Path | str:
-        return text if text == argparse.SUPPRESS else Path(text)  # Python 3.11 converts this default too
-
     group = parser.add_mutually_exclusive_group(required=True)
-    group.add_argument("checkpoint", nargs="?", default=argparse.SUPPRESS, type=path, metavar="DIR", help=text)
+    group.add_argument("checkpoint", nargs="?", default=argparse.SUPPRESS, type=_path, metavar="DIR", help=text)
     group.add_argument("--checkpoint", default=argparse.SUPPRESS, type=Path, metavar="DIR", help="the same")
+
+
+def _path(text: str) -> Path | str:
+    return text if text == argparse.SUPPRESS else Path(text)  # Python 3.11 converts this default too
 
 
 def option_problems(options: argparse.Namespace, **ranges: Interval) -> list[Problem]:
@@ -62,21 +62,17 @@ def parse_settings(
     check_files: bool = True,
     trainer: str = DEFAULT_TRAINER,
 ) -> Config:
-    """Returns the config of a command line from which the command's own options were removed.
+    """Returns the config of a command line without the command's own options.
 
-    Raises:
-        ConfigError: with every mistake in the settings, in `trainer`, the value of `--trainer`, and `problems`, the
-            mistakes in the command's other options.
+    Raises ConfigError with every mistake in the settings, in the value of `--trainer`, and `problems`, those in the
+    command's other options.
     """
-    found, config = list(problems), Config()
-    try:
+    found = list[Problem]()
+    with collected(found):
         config = parse_config(arguments, program, check_files)
-    except ConfigError as error:
-        found = [*error.problems, *found]
-    try:
+    found += problems
+    with collected(found):
         resolve("--trainer", trainer, {DEFAULT_TRAINER: None})
-    except ConfigError as error:
-        found += error.problems
     if found:
         raise ConfigError(found)
     return config

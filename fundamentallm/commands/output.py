@@ -27,8 +27,3 @@ def say_table(rows: Iterable[tuple[str, ...]], sides: str) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         say("  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)).rstrip())
-
-
-def plural(count: int, noun: str) -> str:
-    """1 and step as 1 step, 2000 and step as 2,000 steps."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"

@@ -1,4 +1,8 @@
-"""Tokenize the data of a config once, on all cores, so that runs start at once. A rerun keeps what is finished."""
+"""Tokenize the data of a config once, on all cores, so that runs start at once. A rerun keeps what is finished.
+
+Runs find the tokens in data.cache_dir. The folders printed at the end can be moved to other machines and given as
+data.source there.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +12,18 @@ from fundamentallm.commands.options import settings_parser
 from fundamentallm.commands.output import say
 from fundamentallm.config.command_line import parse_config
 from fundamentallm.config.units import size_text
+from fundamentallm.errors import ConfigError, Problem
 
 
 def main(arguments: Sequence[str], program: str) -> int:
     """Run the command line and return its exit code."""
-    runs = "Runs find the tokens in data.cache_dir."
-    moved = "The folders printed at the end can be moved to other machines and given as data.source there."
-    parser = settings_parser(program, "", f"{__doc__} {runs} {moved}")
-    _, rest = parser.parse_known_args(arguments)
+    _, rest = settings_parser(program, "", str(__doc__).strip()).parse_known_args(arguments)
     config = parse_config(rest, program)
     if config.model.pretrained is not None:  # a run would use its tokenizer
         from fundamentallm.run.initial_weights import completed
 
         config, _ = completed(config)
-    from fundamentallm.data.corpus import describe, load_corpus  # the imports take half a second
+    from fundamentallm.data.corpus import describe, is_intact, load_corpus  # the imports take half a second
     from fundamentallm.run.resume import learned_tokenizer
 
     if learned := learned_tokenizer(config):
@@ -30,6 +32,9 @@ def main(arguments: Sequence[str], program: str) -> int:
     for line in describe(corpus):
         say(line)
     for source in corpus.sources:
+        if not is_intact(source.folder, is_large_checked=True):
+            reason, advice = f"and {source.folder} is damaged", "Delete this folder, and run the command again."
+            raise ConfigError(Problem("data.source", source.name, advice=advice, reason=reason))
         size = sum(path.stat().st_size for path in source.folder.iterdir())
         say(f"{source.name} is prepared in {source.folder} ({size_text(size)})")
     return 0

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fundamentallm.atomic import write_text
-from fundamentallm.commands.output import plural, say
+from fundamentallm.commands.output import say
 from fundamentallm.config.schema import flat_settings
 from fundamentallm.errors import FundamentaLLMError, writing
 
@@ -31,15 +31,12 @@ def main(arguments: Sequence[str], program: str) -> int:
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     with writing(options.output):
         write_text(options.output, template.replace("/*DATA*/", text))
-    say(f"{options.output}: {plural(len(runs), 'run')}")
+    say(f"{options.output}: {len(runs)} run{'s' * (len(runs) > 1)}")
     return 0
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Returns what the page shows of a run; parts that the run lacks are None or empty.
-
-    Raises FundamentaLLMError if the folder has no metrics.jsonl, or its files are not those of a run.
-    """
+    """Returns what the page shows of a run; parts that the run lacks are None or empty."""
     # Imported here, so that --help need not wait for torch.
     from fundamentallm.run.folder import LOG, SAMPLES, read_starts, read_status, restarts
     from fundamentallm.run.json_lines import numbers, read
@@ -67,10 +64,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def count_seconds(lines: list[dict[str, float]], starts: list[dict[str, Any]]) -> None:
-    """Replaces the time of day of each line by the seconds that the run has taken.
-
-    The time between two launches does not count, nor that of steps which the second one repeated.
-    """
+    """Replaces the time of day of each line by the seconds that the run has taken, in all launches together."""
     launches = [(start["step"], datetime.fromisoformat(start["time"]).timestamp()) for start in starts]
     seconds, before = 0.0, math.inf
     for line in lines:
@@ -81,26 +75,21 @@ def count_seconds(lines: list[dict[str, float]], starts: list[dict[str, Any]]) -
             before, line["time"] = line["time"], round(seconds, 3)
 
 
-def curves(lines: list[dict[str, float]]) -> dict[str, tuple[list[int], list[float | None]]]:
+def curves(lines: list[dict[str, float]]) -> dict[str, list[tuple[float | None, ...]]]:
     """Returns {name: (steps, values)} of every number in the log; values that are not finite are None."""
     found: dict[str, list[tuple[int, float | None]]] = {}
     for line in lines:
         for name, value in line.items():
             found.setdefault(name, []).append((int(line["step"]), value if math.isfinite(value) else None))
-    kept = {name: thinned(points) for name, points in found.items()}
-    return {name: ([step for step, _ in points], [value for _, value in points]) for name, points in kept.items()}
+    return {name: list(zip(*thinned(points), strict=True)) for name, points in found.items()}
 
 
 def thinned(points: list[tuple[int, float | None]]) -> list[tuple[int, float | None]]:
-    """Returns about MOST_POINTS: the first and last, and of each interval a gap or the smallest point, and the largest.
-
-    Short curves stay as they are.
-    """
+    """Returns about MOST_POINTS: the first, the last, and the smallest (or a gap) and largest of each interval."""
     if len(points) <= MOST_POINTS:
         return points
     size, kept = 2 * len(points) // MOST_POINTS + 1, {points[0], points[-1]}
     for begin in range(0, len(points), size):
-        interval = points[begin : begin + size]
-        by_value = sorted(interval, key=lambda point: -math.inf if point[1] is None else point[1])
+        by_value = sorted(points[begin : begin + size], key=lambda point: -math.inf if point[1] is None else point[1])
         kept |= {by_value[0], by_value[-1]}
     return sorted(kept, key=lambda point: point[0])

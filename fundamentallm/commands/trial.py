@@ -15,31 +15,25 @@ from fundamentallm.training.callbacks.base import Callback, RunView
 from fundamentallm.training.trainer import Trainer
 
 
-def trial_config(config: Config, folder: Path, **training: Any) -> Config:
-    """Returns the config of a trial in `folder`: the same run, logged at every step, with nothing due by epoch."""
+def make_trial(name: str, config: Config, folder: Path, **training: Any) -> Trainer:
+    """Returns the Trainer that the function `name` (`--trainer`) makes of the run in `folder`, logged at each step.
+
+    Raises ConfigError if it returns something else, or a Trainer that would write to the run's own folder.
+    """
+    off = "early_stopping_patience eval_every_n_steps eval_every_n_epochs save_every_n_steps save_every_n_epochs"
     settings: dict[str, Any] = {
         "checkpoint_dir": str(folder / "checkpoints"),
         "resume": "auto",
         "log_every_n_steps": 1,
-        "early_stopping_patience": None,
         "max_minutes": None,  # it would cut a check or a range test short
         "compile": None,  # each trial would spend a minute on compiling, for a few steps
-        **dict.fromkeys(("eval_every_n_steps", "eval_every_n_epochs", "save_every_n_steps", "save_every_n_epochs")),
+        **dict.fromkeys(off.split()),
         **training,
     }
-    training_config = dataclasses.replace(config.training, **settings)
-    return dataclasses.replace(
-        config, output_dir=str(folder), trackers=[], tracker_options={}, training=training_config
-    )
-
-
-def make_trainer(name: str, config: Config) -> Trainer:
-    """Returns the Trainer that the function `name` (`--trainer`) makes of a trial's config.
-
-    Raises ConfigError if it returns something else, or a Trainer that would write to the run's own folder.
-    """
-    trainer = resolve("--trainer", name, {})(config)
-    if not isinstance(trainer, Trainer) or trainer.config.training.checkpoint_dir != config.training.checkpoint_dir:
+    trained = dataclasses.replace(config.training, **settings)
+    trial = dataclasses.replace(config, output_dir=str(folder), trackers=[], tracker_options={}, training=trained)
+    trainer = resolve("--trainer", name, {})(trial)
+    if not isinstance(trainer, Trainer) or trainer.config.training.checkpoint_dir != trial.training.checkpoint_dir:
         allowed = "a function from a Config to a fundamentallm.Trainer that uses this Config"
         raise ConfigError([Problem("--trainer", name, allowed)])
     trainer.stop_switch.ends_at_once = True  # a signal ends the command, and nothing may count a trial that it cut
@@ -69,9 +63,9 @@ class Record(Callback):
         self.lines.append(dict(metrics))
 
 
-def run_until(trainer: Trainer, is_enough: Callable[[Record], bool]) -> Record:
-    """Train with no other callback and return the record."""
+def run_until(trainer: Trainer, is_enough: Callable[[Record], bool], *others: Callback) -> Record:
+    """Train with no callbacks but `others` and return the record."""
     record = Record(is_enough)
-    trainer.callbacks.callbacks = [record]
+    trainer.callbacks.callbacks = [*others, record]
     trainer.train()
     return record

@@ -13,14 +13,14 @@ import os
 import typing
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 from fundamentallm.config.files import file_problems
 from fundamentallm.config.registry import setting_meant
 from fundamentallm.config.schema import Config
-from fundamentallm.config.validation import Section, expand_user, fits, from_dict
+from fundamentallm.config.validation import Section, default_of, expand_user, fits, from_dict
 from fundamentallm.config.yaml_format import from_yaml, to_yaml
-from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.errors import ConfigError, Problem, collected
 
 
 def settings(section: type[Any], prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any], str]]:
@@ -37,7 +37,7 @@ def settings(section: type[Any], prefix: str = "") -> Iterator[tuple[str, Any, d
 @functools.cache  # parsing the source takes most of the time of reading a config
 def _docstrings(section: type[Section]) -> dict[str, str]:
     """Returns {field: the docstring below it}, from the source: no object keeps it."""
-    body = ast.parse(inspect.cleandoc(inspect.getsource(section))).body[0].body  # type: ignore[attr-defined]
+    body = ast.parse(inspect.getsource(section)).body[0].body  # type: ignore[attr-defined]
     return {
         ast.unparse(entry.target): ast.literal_eval(text.value)
         for entry, text in itertools.pairwise(body)
@@ -47,7 +47,7 @@ def _docstrings(section: type[Section]) -> dict[str, str]:
 
 def default_text(entry: dataclasses.Field[Any]) -> str:
     """Returns a setting's default, as YAML has it."""
-    default = entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
+    default = default_of(entry)
     if isinstance(default, list):
         return f"[{', '.join(default)}]"
     return default if isinstance(default, str) else json.dumps(default)
@@ -55,18 +55,22 @@ def default_text(entry: dataclasses.Field[Any]) -> str:
 
 def _metavar(hint: Any) -> str:
     """Returns the type of a setting, without null and special words."""
+    for word, example in {"BOOL": True, "FLOAT": 0.5, "INT": 1, "TEXT": "", "LIST": [], "MAPPING": {}}.items():
+        if fits(example, hint):
+            return word
     options = typing.get_args(hint)
-    if typing.get_origin(hint) is Literal:
-        return "|".join(options)
-    if typing.get_origin(hint) not in (list, dict) and options:
-        return _metavar(options[0])
-    words = {int: "INT", float: "FLOAT", bool: "BOOL", str: "TEXT", list: "LIST"}
-    return words.get(typing.get_origin(hint) or hint, "MAPPING")
+    return "|".join(typing.get_args(options[0]) or options)  # words
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}.")
+
+
+def print_help(program: str) -> None:
+    """Prints the help, on the first of all launched processes only."""
+    if os.environ.get("RANK", "0") == "0":
+        _parser(program).print_help()
 
 
 def _parser(program: str) -> _Parser:
@@ -88,12 +92,6 @@ def _parser(program: str) -> _Parser:
     return parser
 
 
-def print_help(program: str) -> None:
-    """Prints the help, on the first of all launched processes only."""
-    if os.environ.get("RANK", "0") == "0":
-        _parser(program).print_help()
-
-
 def _unknown_arguments(words: Sequence[str], known: Collection[str]) -> Iterator[Problem]:
     """Yields a problem for each word that argparse does not know; the value of an unknown option belongs to it."""
     options = [f"--{name}" for name in (*known, "config", "print_config", "help")]
@@ -110,16 +108,12 @@ def _unknown_arguments(words: Sequence[str], known: Collection[str]) -> Iterator
 
 
 def _command_line_value(text: str, hint: Any) -> Any:
-    """Returns the value of a setting's text on the command line.
-
-    A setting of type text takes its argument as it is, except `null` if that is allowed, and `{...}` if a mapping is.
-    Lists and everything else are YAML, but in a list of text every item is text.
-    """
+    """Returns a setting's value: YAML, except that a setting of type text takes all but `null` and `{...}` as it is."""
     is_mapping = text.startswith("{") and fits({}, hint)
     if fits(text, hint) and not is_mapping and not (text == "null" and fits(None, hint)):
         return text
     try:
-        return from_yaml(text, only_text=hint == list[str])
+        return from_yaml(text)
     except ValueError:
         return text
 
@@ -134,7 +128,7 @@ def _read_file(path: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         reason = f"which cannot be read: {error.strerror if isinstance(error, OSError) else error}"
         raise ConfigError(Problem("--config", path, reason=reason)) from error
-    if not isinstance(values, (dict, type(None))):
+    if values is not None and not isinstance(values, dict):
         raise ConfigError(Problem("--config", path, "a mapping of settings", reason=f"which holds {values!r:.40}"))
     return values or {}
 
@@ -142,30 +136,25 @@ def _read_file(path: str) -> dict[str, Any]:
 def parse_config(arguments: Sequence[str], program: str = "fundamentallm.train", check_files: bool = True) -> Config:
     """Returns the resolved config of a command line. `--help` and `--print_config` print and raise SystemExit(0).
 
-    Raises:
-        ConfigError: listing everything that is wrong; once all settings are right, with `check_files`, missing files.
+    Raises ConfigError, which lists everything that is wrong; once all settings are right, with `check_files`, missing
+    files too.
     """
     known = {name: hint for name, hint, _, _ in settings(Config)}
     parsed, unknown = _parser(program).parse_known_args(arguments)
-    given = vars(parsed)
+    given, values = vars(parsed), dict[str, Any]()
     problems = list(_unknown_arguments(unknown, known))
     show = given.pop("print_config", False)
-    values: dict[str, Any] = {}
     if "config" in given:
-        try:
+        with collected(problems):
             values = _read_file(given.pop("config"))
-        except ConfigError as error:
-            problems += error.problems
     for name, text in given.items():
         section, _, key = name.rpartition(".")
         target = values.setdefault(section, {}) if section else values
         if isinstance(target, dict):  # otherwise from_dict reports the section
             target[key] = _command_line_value(text, known[name])
-    try:
+    with collected(problems):
         config = from_dict(Config, values)
         problems += file_problems(config) if check_files else []
-    except ConfigError as error:
-        problems += error.problems
     if problems:
         raise ConfigError(problems)
     if show:

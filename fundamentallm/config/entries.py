@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from fundamentallm.config.validation import Section, from_dict
-from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.errors import Problem, collected
 
 
 @dataclass(frozen=True)
@@ -23,19 +22,6 @@ class LoraSettings(Section):
     """Dropout probability of the adapters' inputs."""
     targets: list[str] | Literal["all-linear"] | None = None
     """Names of the modules that get adapters, such as q_proj; all-linear: all but the head; null: peft's choice."""
-
-
-def lora_problems(lora: dict[str, Any]) -> Iterator[Problem]:
-    """Yields what is wrong in `model.lora`."""
-    try:
-        from_dict(LoraSettings, lora)
-    except ConfigError as error:
-        yield from (problem.within("lora") for problem in error.problems)
-
-
-def with_defaults(lora: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Returns `model.lora` with every setting."""
-    return None if lora is None else dataclasses.asdict(from_dict(LoraSettings, lora))
 
 
 @dataclass(frozen=True)
@@ -56,3 +42,11 @@ class ParameterGroup(Section):
             yield Problem("pattern", "", "a glob over the parameters' names, such as 'model.layers.0.*'")
         if self.frozen and (self.learning_rate_scale != 1 or self.weight_decay is not None):
             yield Problem("frozen", True, "frozen without learning_rate_scale and weight_decay")
+
+
+def entry_problems(kind: type[Section], values: dict[str, Any], name: str) -> list[Problem]:
+    """Returns what is wrong in the setting or entry `name`."""
+    problems = list[Problem]()
+    with collected(problems, name):
+        from_dict(kind, values)
+    return problems

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,14 @@ PEERS = {name: setting for setting, names in _PEERS.items() for name in (*names.
 """Settings by the names that other trainers have for them, and by their own, for one in a wrong section."""
 
 
-def setting_meant(name: str, known: Iterable[str]) -> str:
-    """Returns "Did you mean ...?" with the setting that other trainers, or another section, call `name`, or a near one.
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """Returns "Did you mean ...?" with the nearest known name, or "" if none is near."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"Did you mean {near[0]!r}?" if near else ""
 
-    `name` is an unknown setting, or an unknown option with its dashes.
-    """
+
+def setting_meant(name: str, known: Collection[str]) -> str:
+    """As `did_you_mean` for settings, or options with dashes: knows the names in other trainers and other sections."""
     word = name.removeprefix("--").rpartition(".")[2].replace("-", "_")
     if word not in PEERS:
         return did_you_mean(name, known)
@@ -52,47 +55,34 @@ def setting_meant(name: str, known: Iterable[str]) -> str:
     return f"Did you mean '{'--' if name.startswith('--') else ''}{PEERS[word]}'?{note}"
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Returns "Did you mean ...?" with the nearest known name, or "" if none is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"Did you mean {near[0]!r}?" if near else ""
-
-
-def not_one_of(setting: str, value: str, known: Iterable[str], allowed: str = "", text: str = "") -> Problem:
+def not_one_of(setting: str, value: str, known: Collection[str], allowed: str = "", text: str = "") -> Problem:
     """Returns the problem with a value that is not one of the known, and names the nearest."""
-    known = list(known)
     return Problem(setting, value, allowed or ", ".join(known), did_you_mean(value, known), text=text)
 
 
-def unknown_name(setting: str, name: str, known: Iterable[str]) -> Problem | None:
-    """Returns the problem with `name`, or None if it is known or has the form `module:name`."""
-    known = sorted(known)
+def unknown_name(setting: str, name: str, known: Collection[str]) -> list[Problem]:
+    """Returns the problem with `name`, unless it is known or has the form `module:name`."""
     if name in known or ":" in name:
-        return None
-    return not_one_of(setting, name, known, ", ".join([*known, "or 'module:name'"]) if known else "'module:name'")
+        return []
+    allowed = ", ".join([*sorted(known), "or 'module:name'"]).removeprefix("or ")
+    return [not_one_of(setting, name, known, allowed)]
 
 
-def unknown_options(setting: str, name: str, options: Iterable[str], known: Iterable[str]) -> list[Problem]:
+def unknown_options(setting: str, name: str, options: Iterable[str], known: Collection[str]) -> list[Problem]:
     """Returns the problem with options that the thing called `name` does not have, if there are any."""
-    known = list(known)
     unknown = sorted(set(options) - set(known))
     reason = f"and {name} has no {', '.join(unknown)}"
     return [Problem(setting, options, ", ".join(known) or "none", reason=reason)] if unknown else []
 
 
 def resolve(setting: str, name: str, known: Mapping[str, Any]) -> Any:
-    """Returns the entry of `known` called `name`, or the object that `module:name` imports.
-
-    Raises:
-        ConfigError: if the name is not known, or the module or its attribute cannot be imported.
-    """
-    if problem := unknown_name(setting, name, known):
-        raise ConfigError(problem)
+    """Returns the entry of `known` called `name`, or what `module:name` imports. Raises ConfigError if it cannot."""
+    if problems := unknown_name(setting, name, known):
+        raise ConfigError(problems)
     if name in known:
         return known[name]
     module_name, _, attribute = name.partition(":")
-    # A user's module usually lies in the working directory, which `accelerate launch -m` and console scripts leave
-    # out of the path.
+    # A user's module is usually in the working directory, which `accelerate launch -m` leaves out of the path.
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:

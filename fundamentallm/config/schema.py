@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fundamentallm.config.entries import ParameterGroup, lora_problems, with_defaults
+from fundamentallm.config.entries import LoraSettings, ParameterGroup, entry_problems
 from fundamentallm.config.registry import not_one_of, unknown_name
 from fundamentallm.config.validation import Section, expand_user, from_dict, range_problems
-from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.errors import Problem
 
 LARGE_VOCABULARY, CHUNK = 1024, 512
 """Vocabulary size, in tokens, from which logits are computed in chunks, and positions per chunk."""
@@ -86,14 +86,15 @@ class ModelConfig(Section):
         if self.num_kv_heads and self.num_heads % self.num_kv_heads:
             yield self._conflict("num_kv_heads", "num_heads", "a divisor of num_heads")
         if self.lora is not None:
-            yield from lora_problems(self.lora)
+            yield from entry_problems(LoraSettings, self.lora, "lora")
             if self.pretrained is None:
                 yield self._conflict("lora", "pretrained", "with model.pretrained, the model that gets the adapters")
 
     def resolved(self) -> ModelConfig:
         """Returns the shape with derived defaults filled in; with `pretrained`, they are not known yet."""
         if self.pretrained is not None:
-            return dataclasses.replace(self, lora=with_defaults(self.lora))
+            lora = None if self.lora is None else dataclasses.asdict(from_dict(LoraSettings, self.lora))
+            return dataclasses.replace(self, lora=lora)
         return dataclasses.replace(
             self,
             num_kv_heads=self.num_kv_heads or self.num_heads,
@@ -150,7 +151,7 @@ class DataConfig(Section):
     num_workers: int = field(default=0, metadata=FREE)
     """Worker processes of the data loader; 0: load in the training process, fastest for memory-mapped text."""
     cache_dir: str | None = field(default=None, metadata=FREE)
-    """Folder for tokenized text, keyed by content and tokenizer; default: the user's cache folder."""
+    """Folder for tokenized text, keyed by files and tokenizer; default: the user's cache folder."""
 
     def _relations(self) -> Iterator[Problem]:
         kind, _, size = self.tokenizer.partition(":")
@@ -180,7 +181,7 @@ class DataConfig(Section):
             others |= dict.fromkeys(("train_split", "validation_tokens"), "validation_source")
         for name, other in others.items():
             if getattr(self, name) != (default := getattr(DataConfig, name)):
-                yield self._conflict(name, other, f"{'null' if default is None else default}")
+                yield self._conflict(name, other, "null" if default is None else str(default))
         if self.streaming and isinstance(self.source, dict):
             yield self._conflict("source", "streaming", "one source")
         if self.validation_tokens is not None and self.validation_tokens <= self.sequence_length:
@@ -302,8 +303,7 @@ class TrainingConfig(Section):
     def _relations(self) -> Iterator[Problem]:
         tables = {"optimizer": OPTIMIZER_NAMES, "lr_scheduler": SCHEDULE_NAMES, "loss": LOSS_NAMES}
         for name, known in tables.items():
-            if problem := unknown_name(name, getattr(self, name), known):
-                yield problem
+            yield from unknown_name(name, getattr(self, name), known)
         # Only the Trainer knows whether a further validation metric of this name exists.
         if self.early_stopping_metric not in METRIC_NAMES and not self.early_stopping_metric.startswith("val_"):
             yield not_one_of("early_stopping_metric", self.early_stopping_metric, METRIC_NAMES)
@@ -314,22 +314,7 @@ class TrainingConfig(Section):
         if self.max_steps is not None and 0 < self.max_steps <= self.warmup_steps:
             yield self._conflict("warmup_steps", "max_steps", "a warm-up shorter than the run")
         for index, entry in enumerate(self.parameter_groups):
-            try:
-                from_dict(ParameterGroup, entry)
-            except ConfigError as error:
-                yield from (problem.within(f"parameter_groups[{index}]") for problem in error.problems)
-        yield from self._schedule_problems()
-        known_changes = [*ON_RESUME, *DATA_FACTS]
-        for name in self.resume_changes:
-            if name not in known_changes:
-                text = f"unknown setting {name!r}"
-                yield not_one_of("resume_changes", name, known_changes, "settings, such as data.source", text)
-        # A path may be gone by now if the run has checkpoints of its own, so only the start can check it.
-        is_path = os.path.basename(self.resume) != self.resume or os.path.isdir(expand_user(self.resume))
-        if self.resume not in ("auto", "never") and not is_path:
-            yield not_one_of("resume", self.resume, ("auto", "never"), "auto, never, or a checkpoint's folder")
-
-    def _schedule_problems(self) -> Iterator[Problem]:
+            yield from entry_problems(ParameterGroup, entry, f"parameter_groups[{index}]")
         are_pairs = all(
             len(pair) == 2 and not range_problems(max_steps=pair[0], batch_size=pair[1])
             for pair in self.batch_size_schedule
@@ -337,6 +322,14 @@ class TrainingConfig(Section):
         if not are_pairs or any(one[0] >= other[0] for one, other in itertools.pairwise(self.batch_size_schedule)):
             allowed = "pairs of [optimizer steps done, batch size from there on], at least 1, with increasing steps"
             yield Problem("batch_size_schedule", self.batch_size_schedule, allowed)
+        known_changes = [*ON_RESUME, *DATA_FACTS]
+        for name in self.resume_changes:
+            if name not in known_changes:
+                yield not_one_of("resume_changes", name, known_changes, "settings, such as data.source")
+        # A path may be gone by now if the run has checkpoints of its own, so only the start can check it.
+        is_path = os.path.basename(self.resume) != self.resume or os.path.isdir(expand_user(self.resume))
+        if self.resume not in ("auto", "never") and not is_path:
+            yield not_one_of("resume", self.resume, ("auto", "never"), "auto, never, or a checkpoint's folder")
 
     def smallest_batch_size(self, first: int | None) -> int | None:
         """Returns the smallest batch size of the run, which starts with `first` (None: not known)."""
@@ -388,8 +381,7 @@ class Config(Section):
         if not self.output_dir:  # a shell variable that is not set
             yield Problem("output_dir", "", "the path of a folder ('.' is this one)")
         for name in self.callbacks:
-            if problem := unknown_name("callbacks", name, CALLBACK_NAMES):
-                yield problem
+            yield from unknown_name("callbacks", name, CALLBACK_NAMES)
         named = {"callback_options": ["curves", *self.callbacks], "tracker_options": ["project", *self.trackers]}
         for setting, names in named.items():
             for name, value in getattr(self, setting).items():

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from fundamentallm.config.registry import setting_meant
-from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.errors import ConfigError, Problem, collected
 
 
 class Interval(NamedTuple):
@@ -24,11 +24,10 @@ class Interval(NamedTuple):
     open_high: bool = False
 
     def __contains__(self, value: object) -> bool:
-        if not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
+        if not isinstance(value, (int, float)) or not -math.inf < value < math.inf:  # isfinite fails for 10**400
             return False
-        above = value > self.low if self.open_low else value >= self.low
-        below = value < self.high if self.open_high else value <= self.high
-        return above and below
+        is_bound = (self.open_low and value == self.low) or (self.open_high and value == self.high)
+        return self.low <= value <= self.high and not is_bound
 
     def __str__(self) -> str:
         low = f"{'greater than' if self.open_low else 'at least'} {self.low:g}" if self.low > -math.inf else ""
@@ -36,11 +35,8 @@ class Interval(NamedTuple):
         return " and ".join(bound for bound in (low, high) if bound)
 
 
-POSITIVE = Interval(low=0, open_low=True)
-NON_NEGATIVE = Interval(low=0)
-AT_LEAST_ONE = Interval(low=1)
-FRACTION = Interval(low=0, high=1)
-BELOW_ONE = Interval(low=0, high=1, open_high=True)
+POSITIVE, NON_NEGATIVE, AT_LEAST_ONE = Interval(low=0, open_low=True), Interval(low=0), Interval(low=1)
+FRACTION, BELOW_ONE = Interval(low=0, high=1), Interval(low=0, high=1, open_high=True)
 
 _RANGES = {
     "vocab_size d_model num_heads num_kv_heads num_layers d_ff sequence_length r": AT_LEAST_ONE,
@@ -97,22 +93,12 @@ def fits(value: Any, hint: Any) -> bool:
     if origin in _UNIONS:
         return any(fits(value, option) for option in options)
     if origin is dict:
-        return isinstance(value, dict) and all(
-            isinstance(key, str) and (options[1] is Any or fits(item, options[1])) for key, item in value.items()
-        )
+        return isinstance(value, dict) and all(fits(key, str) and fits(value[key], options[1]) for key in value)
     if origin is list:
         return isinstance(value, list) and all(fits(item, options[0]) for item in value)
     if hint in (int, float) and isinstance(value, bool):
         return False  # Python's bool is an int
-    return isinstance(value, (int, float) if hint is float else hint)
-
-
-def _type_problems(values: dict[str, Any], hints: dict[str, Any]) -> list[Problem]:
-    return [
-        Problem(name, value, allowed_values(hints[name]))
-        for name, value in values.items()
-        if not fits(value, hints[name])
-    ]
+    return hint is Any or isinstance(value, (int, float) if hint is float else hint)
 
 
 @functools.cache  # evaluating annotations takes most of the time of making a section
@@ -120,10 +106,19 @@ def _hints(section: Any) -> dict[str, Any]:
     return typing.get_type_hints(section)
 
 
-def _unknown_setting(name: str, value: Any, known: Collection[str]) -> Problem:
-    section, _, key = name.partition(".")
-    advice = f"Nest it: '{section}: {{{key}: ...}}'." if key and section in known else setting_meant(name, known)
-    return Problem(name, value, "", advice, text="unknown setting")
+def default_of(entry: dataclasses.Field[Any]) -> Any:
+    """Returns the default of a setting."""
+    return entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
+
+
+def _unknown(values: dict[str, Any], known: Collection[str]) -> list[Problem]:
+    """Returns a problem for each value whose name is not that of a setting."""
+    problems = []
+    for name in [name for name in values if name not in known]:
+        section, _, key = str(name).partition(".")
+        advice = f"Nest it: '{section}: {{{key}: ...}}'." if key and section in known else setting_meant(name, known)
+        problems.append(Problem(str(name), values[name], "", advice, text="unknown setting"))
+    return problems
 
 
 class Section:
@@ -131,19 +126,21 @@ class Section:
 
     def __new__(cls, *_: Any, **settings: Any) -> Any:
         """Refuse unknown names, before the dataclass raises a TypeError that knows no other name."""
-        names = _hints(cls)  # type: ignore[arg-type]
-        if unknown := [name for name in settings if name not in names]:
-            raise ConfigError([_unknown_setting(name, settings[name], names) for name in unknown])
+        if problems := _unknown(settings, _hints(cls)):  # type: ignore[arg-type]  # classes are hashable
+            raise ConfigError(problems)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        hints = _hints(type(self))  # type: ignore[arg-type]  # mypy misses that a class is hashable
-        values = {name: getattr(self, name) for name in hints}
-        problems = _type_problems(values, hints)
-        if not problems:
-            problems = range_problems(**{name: value for name, value in values.items() if name in RANGES})
-            outside = {problem.setting for problem in problems}
-            problems += [problem for problem in self._relations() if problem.setting not in outside]
+        problems, hints = list[Problem](), _hints(type(self))  # type: ignore[arg-type]
+        for entry in dataclasses.fields(self):  # type: ignore[arg-type]
+            value, hint = getattr(self, entry.name), hints[entry.name]
+            if not fits(value, hint):
+                problems.append(Problem(entry.name, value, allowed_values(hint)))
+                object.__setattr__(self, entry.name, default_of(entry))  # so that the others are checked too
+            elif entry.name in RANGES:
+                problems += range_problems(**{entry.name: value})
+        wrong = {problem.setting for problem in problems}
+        problems += [problem for problem in self._relations() if problem.setting not in wrong]
         if problems:
             raise ConfigError(problems)
 
@@ -162,28 +159,18 @@ SectionT = TypeVar("SectionT", bound=Section)
 def from_dict(section: type[SectionT], values: dict[str, Any]) -> SectionT:
     """Returns a section from a plain nested dict, as YAML and JSON store it.
 
-    Raises:
-        ConfigError: naming each unknown key and each wrong value by its dotted path.
+    Raises ConfigError, which names each unknown key and each wrong value by its dotted path.
     """
     hints = _hints(section)  # type: ignore[arg-type]
-    arguments: dict[str, Any] = {}
-    problems: list[Problem] = []
-    for name, value in values.items():
-        if name not in hints:
-            problems.append(_unknown_setting(str(name), value, hints))
-        elif dataclasses.is_dataclass(hints[name]) and isinstance(value, dict):
-            try:
+    problems = _unknown(values, hints)
+    arguments = {name: values[name] for name in hints if name in values}
+    for name, value in arguments.items():
+        if isinstance(value, dict) and dataclasses.is_dataclass(hints[name]):
+            arguments[name] = hints[name]()  # so that the other settings are checked too
+            with collected(problems, name):
                 arguments[name] = from_dict(hints[name], value)
-            except ConfigError as error:
-                problems += [problem.within(name) for problem in error.problems]
-        elif wrong := _type_problems({name: value}, hints):
-            problems += wrong  # the default takes its place, so that the other settings are checked too
-        else:
-            arguments[name] = value
-    try:
+    with collected(problems):
         made = section(**arguments)
-    except ConfigError as error:
-        problems += error.problems
     if problems:
         raise ConfigError(problems)
     return made

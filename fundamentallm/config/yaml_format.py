@@ -16,10 +16,7 @@ SCALARS = {
     "null": (r"~|null|Null|NULL|", "~nN"),
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
     "int": (r"[-+]?[0-9]+|0x[0-9a-fA-F]+|0o[0-7]+", "-+0123456789"),
-    "float": (
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        "-+.0123456789",
-    ),
+    "float": (r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf)|\.(nan|NaN)", "-+.0123456789"),
     "merge": (r"<<", "<"),
 }
 """{type: (pattern, first characters)} of unquoted scalars; everything else is text.
@@ -38,8 +35,8 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 raise ComposerError(None, None, "a key has to be text", key.start_mark)
             if key.value in lines:
-                first = f"first in line {lines[key.value]}"
-                raise ComposerError(None, None, f"{key.value!r} is given twice, {first}", key.start_mark)
+                text = f"{key.value!r} is given twice, first in line {lines[key.value]}"
+                raise ComposerError(None, None, text, key.start_mark)
             lines[key.value] = key.start_mark.line + 1
         self.flatten_mapping(node)  # puts merged keys before own ones, which win
         node.value = list({key.value: (key, value) for key, value in node.value}.values())
@@ -63,14 +60,10 @@ _Loader.add_constructor(_TAG + "int", _Loader.construct_yaml_int)
 _Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers  # so that it quotes what would not read as text
 
 
-def from_yaml(text: str, only_text: bool = False) -> Any:
-    """Returns what a YAML text says, as plain data; with `only_text`, scalars are text even without quotes.
-
-    Raises:
-        ValueError: if it is not YAML, with the line and what is wrong.
-    """
+def from_yaml(text: str) -> Any:
+    """Returns what a YAML text says, as plain data. Raises ValueError, with the line and what is wrong."""
     try:
-        return yaml.load(text, yaml.BaseLoader if only_text else _Loader)
+        return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f"line {mark.line + 1}: " if mark else ""

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import array
-import contextlib
-import hashlib
 import itertools
-import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
@@ -23,85 +19,16 @@ from tqdm import tqdm
 from fundamentallm.config.files import SourceFiles, are_samples
 from fundamentallm.config.schema import DataConfig
 from fundamentallm.data.chat import applied_template, token_turns
-from fundamentallm.data.sources import (
-    PIECE,
-    Piece,
-    check_bad_rows,
-    read_source,
-    reads_special_tokens,
-    source_error,
-    token_blocks,
-)
+from fundamentallm.data.sources import PIECE, Piece, read_source, skip_row, source_error, token_blocks
 from fundamentallm.data.tokenizers import find_unknown, num_bytes, num_ids, with_unknown
-from fundamentallm.errors import ConfigError, printable
+from fundamentallm.errors import printable
 
 PIECES_AT_ONCE = max(16, 2 * (os.cpu_count() or 1))
 """Pieces that the tokenizer's threads encode together. Bounds memory, at about 150 bytes a token."""
 ROWS_AT_ONCE = 8192
 """Most pieces encoded together if they are small."""
 PARTS = ("train", "validation")
-SETTINGS = ("tokenizer", "train_split", "end_of_text", "prompt_field", "messages_field", "unknown_tokens")
-"""Settings that decide what the tokens are and mean."""
-AS_TEXT, UNKNOWN_TOKENS = "special tokens read as text", "unknown tokens, for what the vocabulary lacks"
 Place = TypeVar("Place")
-NAMED = 10
-"""Parts of a text that an error lists."""
-
-
-class Facts(NamedTuple):
-    """The content of a source."""
-
-    sha256: str
-    size: int
-    """Characters; for pairs and tokens, their number."""
-    alphabet: str
-    """Its characters, if the tokenizer needs them."""
-    bad: list[str]
-    """Its rows that cannot be read."""
-
-
-@dataclass
-class Writer:
-    """Writes the tokens of a source, and counts them; the lists hold one item for each part."""
-
-    tokenizer: Tokenizer
-    end: int | None
-    """The token after each document."""
-    by_rows: bool
-    files: Sequence[BinaryIO]
-    bar: tqdm[Any]
-    bad: list[str]
-    """Rows that are skipped."""
-    tokens: list[int] = field(default_factory=lambda: [0, 0])
-    rows: list[array.array[int]] = field(default_factory=lambda: [array.array("q"), array.array("q")])
-    turns: list[array.array[int]] = field(default_factory=lambda: [array.array("q"), array.array("q")])
-    validation_bytes: int = 0
-    counts: Counter[str] = field(default_factory=Counter)
-    """What to report, by its name: `AS_TEXT` and `UNKNOWN_TOKENS`."""
-    _answer: int = 0  # index of the first token of the current pair's answer
-
-    def write_ids(self, part: int, ids: NDArray[np.integer]) -> None:
-        """Write tokens to the file of their part."""
-        self.files[part].write(ids.data)
-        self.tokens[part] += len(ids)
-
-    def write(self, part: int, piece: Piece, encoded: Encoded) -> None:
-        """Write a piece's tokens to the file of its part."""
-        ids, text = encoded.ids, encoded.text
-        if piece.turns:
-            turns = self.tokens[part] + token_turns(encoded.offsets, piece.turns)
-            self.turns[part].extend(turns)
-            self._answer, text = turns[0], "".join(text[start:stop] for start, stop in piece.turns)
-        if part == 1 and not piece.is_prompt:
-            first = ids[: self.tokens[1] == 0 and not self.by_rows]  # the first token is not a target
-            self.validation_bytes += len(text.encode()) - num_bytes(self.tokenizer, first)
-        self.write_ids(part, ids)
-        if piece.ends and self.end is not None and not piece.turns:
-            self.write_ids(part, np.array([self.end], ids.dtype))
-        if piece.is_prompt:
-            self._answer = self.tokens[part]
-        elif self.by_rows:
-            self.rows[part].extend((self._answer, self.tokens[part]))
 
 
 class Encoded(NamedTuple):
@@ -116,7 +43,37 @@ class Encoded(NamedTuple):
     def named_unknown(self) -> str:
         """Returns the parts that the vocabulary lacks, for people to read."""
         parts = sorted({part for _, part in self.unknown})
-        return ", ".join(map(repr, parts[:NAMED])) + (", ..." if len(parts) > NAMED else "")
+        return ", ".join(map(repr, parts[:10])) + (", ..." if len(parts) > 10 else "")
+
+
+class Part:
+    """The training or the validation tokens of a source on their way to a file, and what is counted of them."""
+
+    def __init__(self, file: BinaryIO, tokenizer: Tokenizer, end: int | None, by_rows: bool) -> None:
+        self.file, self.tokenizer, self.end, self.by_rows = file, tokenizer, end, by_rows
+        self.tokens = self.num_bytes = 0
+        self.rows, self.turns = array.array("q"), array.array("q")
+
+    def write_ids(self, ids: NDArray[np.integer]) -> None:
+        """Write tokens."""
+        self.file.write(ids.data)
+        self.tokens += len(ids)
+
+    def write(self, piece: Piece, encoded: Encoded) -> None:
+        """Write the tokens of a piece. A prompt comes just before its answer."""
+        answer, text = self.tokens, encoded.text
+        if piece.turns:
+            turns = self.tokens + token_turns(encoded.offsets, piece.turns)
+            self.turns.extend(turns)
+            answer, text = turns[0], "".join(text[start:stop] for start, stop in piece.turns)
+        if not piece.is_prompt:
+            first = encoded.ids[: self.tokens == 0 and not self.by_rows]  # the first token is not a target
+            self.num_bytes += len(text.encode()) - num_bytes(self.tokenizer, first)
+        self.write_ids(encoded.ids)
+        if piece.ends and self.end is not None and not piece.turns:
+            self.write_ids(np.array([self.end], encoded.ids.dtype))
+        if self.by_rows and not piece.is_prompt:
+            self.rows.extend((answer, self.tokens))
 
 
 def progress_bar(action: str, source: SourceFiles, is_shown: bool, total: int | None = None) -> tqdm[Any]:
@@ -125,92 +82,57 @@ def progress_bar(action: str, source: SourceFiles, is_shown: bool, total: int | 
     return tqdm(desc=title, total=total, unit="", unit_scale=True, delay=1, disable=not is_shown)
 
 
-def digested(config: DataConfig, pieces: Iterable[Piece], digest: Any) -> Iterator[Piece]:
-    """Yield pieces, and add to `digest` their text and where documents end."""
-    for piece in pieces:
-        digest.update(piece.text.encode())
-        if piece.turns:
-            digest.update(b"\xff" + repr(piece.turns).encode())
-        elif config.end_of_text is not None and (piece.ends or piece.is_prompt):
-            digest.update(b"\xff" if piece.ends else b"\xfe")  # bytes that occur in no UTF-8 text
-        yield piece
-
-
-def read_again(config: DataConfig, source: SourceFiles, facts: Facts) -> Iterator[Piece]:
-    """Yield the pieces of a source. Raises ConfigError at their end if they are not those that `facts` are of."""
-    digest = hashlib.sha256()
-    yield from digested(config, read_source(config, source, []), digest)
-    if digest.hexdigest() != facts.sha256:
-        raise _changed(source)
-
-
-def _changed(source: SourceFiles) -> ConfigError:
-    return source_error(source.name, "which was changed while it was read", advice="Start again.")
-
-
 def write_source(
-    config: DataConfig, source: SourceFiles, facts: Facts, tokenizer: Tokenizer, folder: Path, show_progress: bool
-) -> None:
-    """Write the files of a prepared source to an empty folder.
+    config: DataConfig, source: SourceFiles, tokenizer: Tokenizer, train_size: int, folder: Path, bar: tqdm[Any]
+) -> dict[str, Any]:
+    """Write the tokens of a source to an empty folder. The first `train_size` characters, rows or tokens are training.
+
+    Returns:
+        What the folder's meta.json has to say about them.
 
     Raises:
-        ConfigError: if the vocabulary lacks some of the characters or tokens, or the source is not that of `facts`.
+        ConfigError: if the vocabulary lacks some of the characters or tokens.
         OSError: if the files cannot be written.
     """
-    # Tokenizer.save raises exceptions that are no OSErrors.
-    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    train_size, by_rows = int(facts.size * config.train_split), are_samples(config)
+    by_rows, bad, counts = are_samples(config), list[str](), Counter[str]()
     end = None if config.end_of_text is None else tokenizer.token_to_id(config.end_of_text)
-    with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(progress_bar("tokenizing", source, show_progress, facts.size))
-        files = [stack.enter_context((folder / f"{part}.bin").open("wb")) for part in PARTS]
-        written = Writer(tokenizer, end, by_rows, files, bar, [*facts.bad])
-        if source.kind != "tokens":
-            _encode(config, source, split_pieces(read_again(config, source, facts), train_size, by_rows), written)
-        elif _copy_tokens(source, train_size, written) != facts.sha256:
-            raise _changed(source)
-    if by_rows:
-        for part, rows in zip(PARTS, written.rows, strict=True):
-            (folder / f"{part}.rows.bin").write_bytes(rows)
-    if has_turns := any(written.turns):
-        for part, turns in zip(PARTS, written.turns, strict=True):
-            (folder / f"{part}.turns.bin").write_bytes(turns)
-    if written.bad:
-        (folder / "bad_rows.txt").write_text("".join(f"{row}\n" for row in written.bad), encoding="utf-8")
-    meta = {
+    with (folder / "train.bin").open("wb") as train, (folder / "validation.bin").open("wb") as validation:
+        parts = [Part(file, tokenizer, end, by_rows) for file in (train, validation)]
+        if source.kind == "tokens":
+            _copy_tokens(source, tokenizer, train_size, parts, bar)
+        else:
+            pieces = split_pieces(read_source(config, source, bad), train_size, by_rows)
+            special = _special_tokens(tokenizer)
+            for row, is_used in encode_rows(config, source, tokenizer, pieces, bad):
+                bar.update(1 if by_rows else sum(len(piece.text) for _, piece, _ in row))
+                for index, piece, encoded in row if is_used else ():
+                    parts[index].write(piece, encoded)
+                    counts["special tokens read as text"] += len(special.findall(encoded.text)) if special else 0
+                    counts["unknown tokens, for what the vocabulary lacks"] += len(encoded.unknown)
+    has_turns = any(part.turns for part in parts)
+    for name, part in zip(PARTS, parts, strict=True):
+        if by_rows:
+            (folder / f"{name}.rows.bin").write_bytes(part.rows)
+        if has_turns:
+            (folder / f"{name}.turns.bin").write_bytes(part.turns)
+    if bad:
+        (folder / "bad_rows.txt").write_text("".join(f"{row}\n" for row in bad), encoding="utf-8")
+    return {
         "dtype": token_dtype(tokenizer).name,
-        "tokens": written.tokens,
-        "rows": [len(rows) // 2 for rows in written.rows] if by_rows else None,
-        "turns": list(map(len, written.turns)) if has_turns else None,
-        "validation_bytes": written.validation_bytes,
-        "bad_rows": len(written.bad),
-        "counts": +written.counts,  # without those that are 0
-        "settings": settings_of_tokens(config),
+        "tokens": [part.tokens for part in parts],
+        "rows": [len(part.rows) // 2 for part in parts] if by_rows else None,
+        "turns": [len(part.turns) for part in parts] if has_turns else None,
+        "validation_bytes": parts[1].num_bytes,
+        "bad_rows": len(bad),
+        "counts": +counts,  # without those that are 0
     }
-    (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def settings_of_tokens(config: DataConfig) -> dict[str, Any]:
-    """Returns the settings that decide what the tokens are and mean."""
-    special_tokens = "tokens" if reads_special_tokens(config) else "text"
-    derived = {"special_tokens": special_tokens, "chat_template": bool(applied_template(config))}
-    return {name: getattr(config, name) for name in SETTINGS} | derived
-
-
-def _encode(config: DataConfig, source: SourceFiles, pieces: Iterator[tuple[int, Piece]], writer: Writer) -> None:
-    """Write the tokens of pieces of text, each with its part."""
-    tokenizer = writer.tokenizer
+def _special_tokens(tokenizer: Tokenizer) -> re.Pattern[str] | None:
+    """Returns a pattern of the special tokens if they are read as text; None: there are none, or they are tokens."""
     added = tokenizer.get_added_tokens_decoder().values() if tokenizer.encode_special_tokens else ()
-    names = sorted(
-        (token.content for token in added if token.special), key=len, reverse=True
-    )  # none hides a longer one
-    special = re.compile("|".join(map(re.escape, names)))
-    for row, is_used in encode_rows(config, source, tokenizer, pieces, writer.bad):
-        writer.bar.update(1 if writer.by_rows else sum(len(piece.text) for _, piece, _ in row))
-        for part, piece, encoded in row if is_used else ():
-            writer.write(part, piece, encoded)
-            writer.counts[AS_TEXT] += len(special.findall(encoded.text)) if names else 0
-            writer.counts[UNKNOWN_TOKENS] += len(encoded.unknown)
+    names = sorted((token.content for token in added if token.special), key=len, reverse=True)  # the longest first
+    return re.compile("|".join(map(re.escape, names))) if names else None
 
 
 def encode_rows(
@@ -246,8 +168,7 @@ def encode_rows(
         if is_of_row and not piece.ends:
             continue
         if why:
-            bad.append(why)
-            check_bad_rows(config, source.name, bad)
+            skip_row(config, source, bad, why)
         yield held, not why
         held, why = [], ""
 
@@ -259,23 +180,20 @@ def _why_unknown(piece: Piece, encoded: Encoded) -> str:
     return f"{where} has {encoded.named_unknown()}, which the vocabulary lacks"
 
 
-def _copy_tokens(source: SourceFiles, train_size: int, writer: Writer) -> str:
-    """Copy ready-made tokens after checking that the vocabulary has them. Returns their SHA-256."""
-    digest = hashlib.sha256()
-    dtype, vocabulary = token_dtype(writer.tokenizer), num_ids(writer.tokenizer)
+def _copy_tokens(source: SourceFiles, tokenizer: Tokenizer, train_size: int, parts: list[Part], bar: tqdm[Any]) -> None:
+    """Copy ready-made tokens after checking that the vocabulary has them."""
+    dtype, vocabulary, (train, validation) = token_dtype(tokenizer), num_ids(tokenizer), parts
     for path, block in token_blocks(source, dtype):
-        digest.update(np.ascontiguousarray(block, np.int64).data)
         if not 0 <= block.min() <= block.max() < vocabulary:
             reason = f"whose file {path} has tokens from {block.min()} to {block.max()}"
             raise source_error(source.name, reason, f"0 to {vocabulary - 1}, the vocabulary of data.tokenizer")
-        cut = max(0, min(len(block), train_size - sum(writer.tokens)))
-        train, validation = block[:cut].astype(dtype), block[cut:].astype(dtype)
+        cut = train_size - train.tokens
+        train.write_ids(block[:cut].astype(dtype))
+        held_out = block[cut:].astype(dtype)
         # Each block is decoded by itself, so a character on the border may count a few bytes too many.
-        writer.validation_bytes += num_bytes(writer.tokenizer, validation[writer.tokens[1] == 0 :], writer.end)
-        for part, ids in enumerate((train, validation)):
-            writer.write_ids(part, ids)
-        writer.bar.update(len(block))
-    return digest.hexdigest()
+        validation.num_bytes += num_bytes(tokenizer, held_out[validation.tokens == 0 :], train.end)
+        validation.write_ids(held_out)
+        bar.update(len(block))
 
 
 def split_pieces(pieces: Iterable[Piece], train_size: int, by_rows: bool = False) -> Iterator[tuple[int, Piece]]:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import collections
+import importlib
 import io
 import itertools
 import json
 import os
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fundamentallm.config.files import DATASETS, are_samples, row_fields
-from fundamentallm.config.files import SourceFiles as SourceFiles
+from fundamentallm.config.files import DATASETS, SourceFiles, are_samples, row_fields
 from fundamentallm.config.schema import DataConfig
 from fundamentallm.data.chat import ROLES, BadChat, ChatTemplate, applied_template
 from fundamentallm.errors import ConfigError, Problem
@@ -25,46 +24,24 @@ PIECE = 65_536
 """Characters of a text file that are read and tokenized at once, up to the end of their line."""
 BETWEEN = "\n\n"
 """Separates documents if no token does."""
-ROWS_OF_TEXT = 5
-"""Lines of a text file that are checked for JSON."""
 ROWS_AT_ONCE, TOKENS_AT_ONCE = 1024, 2**22
 LONG = 2**20
 """Characters of a row's text above which it is tokenized in pieces."""
-FEW_TOKENS = 128
-"""Tokens checked for the wrong width: every second one is 0 if wider integers are read as narrow ones."""
-DATASETS_OPTIONS = ("name", "split", "data_files", "data_dir", "revision")
-UNPICKLES = ("pandas",)
-"""Builders of `datasets` that unpickle files, and so run whatever code these contain."""
-NAMED = 5
-"""Bad rows that an error lists."""
-SETTLED = 2_000_000_000
-"""Nanoseconds after which another change of a file certainly shows in its times."""
 
 
 class Piece(NamedTuple):
     """A segment of text that is tokenized at once."""
 
     text: str
-    is_prompt: bool = False
-    """Whether it is the prompt of a pair, whose answer comes next."""
-    ends: bool = False
-    """Whether a document, or a pair, ends with it."""
-    where: str = ""
-    """The file, or the row, that it is from."""
-    line: int = 0
-    """Number of its first line in the file, from 1; 0 for rows."""
-    turns: tuple[tuple[int, int], ...] = ()
-    """The assistant turns of a chat (see `Chat`)."""
+    is_prompt: bool = False  # whether it is the prompt of a pair, whose answer comes next
+    ends: bool = False  # whether a document, or a pair, ends with it
+    where: str = ""  # the file, or the row, that it is from
+    line: int = 0  # number of its first line in the file, from 1; 0 for rows
+    turns: tuple[tuple[int, int], ...] = ()  # the assistant turns of a chat (see `ChatTemplate.chat`)
 
 
-class BadRow(str):
-    """Names a row, or a text file, that cannot be read, and says why."""
-
-    __slots__ = ()
-
-
-Row = dict[str, Any] | str
-"""Fields by name, or why there are none."""
+class BadRow(Exception):
+    """A row cannot be read."""
 
 
 def source_error(source: str, reason: str, allowed: str = "", advice: str = "") -> ConfigError:
@@ -86,11 +63,7 @@ def read_source(config: DataConfig, source: SourceFiles, bad: list[str]) -> Iter
         ConfigError: if a file cannot be opened, or more than `config.max_bad_rows` rows are bad.
     """
     has_ended, end = False, config.end_of_text if reads_special_tokens(config) else None
-    for piece in _pieces(config, source):
-        if isinstance(piece, BadRow):
-            bad.append(piece)
-            check_bad_rows(config, source.name, bad)
-            continue
+    for piece in _pieces(config, source, bad):
         if config.end_of_text is None and has_ended and not are_samples(config):
             yield Piece(BETWEEN)
         has_ended = piece.ends
@@ -100,15 +73,16 @@ def read_source(config: DataConfig, source: SourceFiles, bad: list[str]) -> Iter
         yield piece
 
 
-def check_bad_rows(config: DataConfig, source: str, bad: list[str]) -> None:
-    """Raise ConfigError if a source has more than `config.max_bad_rows` bad rows."""
+def skip_row(config: DataConfig, source: SourceFiles, bad: list[str], row: str) -> None:
+    """Append what cannot be read to `bad`. Raises ConfigError if it is more than `config.max_bad_rows` allows."""
+    bad.append(row)
     if len(bad) > config.max_bad_rows:
-        reason = f"which has at least {len(bad)} unreadable rows: {'; '.join(bad[-NAMED:])}"
+        reason = f"which has at least {len(bad)} unreadable rows: {'; '.join(bad[-5:])}"
         allowed = f"data.max_bad_rows = {config.max_bad_rows} of them"
-        raise source_error(source, reason, allowed, "Correct them, or raise data.max_bad_rows.")
+        raise source_error(source.name, reason, allowed, "Correct them, or raise data.max_bad_rows.")
 
 
-def _pieces(config: DataConfig, source: SourceFiles) -> Iterator[Piece | BadRow]:
+def _pieces(config: DataConfig, source: SourceFiles, bad: list[str]) -> Iterator[Piece]:
     if source.kind == "built-in":
         from pydoc_data.topics import topics
 
@@ -116,22 +90,14 @@ def _pieces(config: DataConfig, source: SourceFiles) -> Iterator[Piece | BadRow]
         end, has_token = ("", True) if config.end_of_text is not None else (BETWEEN, False)
         yield from (Piece(text + end, ends=has_token) for text in topics.values())
         return
-    template = ChatTemplate(config.tokenizer) if applied_template(config) else None
-    if source.kind == "dataset":
-        yield from _documents(config, _dataset_rows(config, source.name), source.name, template)
-        return
-    for path in source.files:
-        try:
-            if source.kind == "text":
-                yield from _text_pieces(config, path)
-            else:
-                read = _table_rows if path.suffix.lower() == ".parquet" else _json_rows
-                yield from _documents(config, read(config, path), str(path), template)
-        except OSError as error:
-            raise source_error(source.name, f"whose file {path} cannot be read: {error}") from error
-        except UnicodeError as error:
-            reason, advice = f"whose file {path} is not UTF-8 text: {error}", "Or skip it: raise data.max_bad_rows."
-            raise source_error(source.name, reason, "UTF-8 text", advice) from error
+    try:
+        if source.kind == "text":
+            for path in source.files:
+                yield from _text_pieces(config, source, path, bad)
+        else:
+            yield from _documents(config, source, bad)
+    except OSError as error:
+        raise source_error(source.name, f"whose files cannot be read: {error}") from error
 
 
 def read_pieces(file: TextIO) -> Iterator[str]:
@@ -150,7 +116,7 @@ def read_pieces(file: TextIO) -> Iterator[str]:
 
 def _is_rows(text: str) -> bool:
     """Returns whether a text begins like a file of JSON lines: its first lines, at least two, are JSON objects."""
-    lines = list(itertools.islice((line for line in text.splitlines() if line.strip()), ROWS_OF_TEXT))
+    lines = [line for line in text.splitlines() if line.strip()][:5]
     try:
         return len(lines) > 1 and all(isinstance(json.loads(line), dict) for line in lines)
     except (ValueError, RecursionError):
@@ -162,28 +128,28 @@ def open_text(path: Path) -> TextIO:
     return path.open(encoding="utf-8-sig", newline="")
 
 
-def _text_pieces(config: DataConfig, path: Path) -> Iterator[Piece | BadRow]:
+def _text_pieces(config: DataConfig, source: SourceFiles, path: Path, bad: list[str]) -> Iterator[Piece]:
     """Yield a text file as one document, with the line ends as they are."""
+    last, line = "", 0
     with open_text(path) as file:
-        if config.max_bad_rows:  # a bad file is skipped as a whole, so check it before using any of it
-            try:
+        try:
+            if config.max_bad_rows:  # a bad file is skipped as a whole, so check it before using any of it
                 collections.deque(read_pieces(file), maxlen=0)
-            except UnicodeError as error:
-                yield BadRow(f"{path} is not UTF-8 text: {error}")
-                return
-            file.seek(0)
-        last, line = None, 1
-        for text in read_pieces(file):
-            if last is None and _is_rows(text):
-                reason = f"whose file {path} holds JSON objects, one on each line"
-                advice = f"Rename it to .jsonl. To train on the JSON itself: {DATASETS}text,data_files=FILE."
-                raise source_error(str(path), reason, "text", advice)
-            if last is not None:
-                yield Piece(last, where=str(path), line=line)
-                line += last.count("\n")
-            last = text
-        if last is not None or config.end_of_text is None:  # an empty document has its separator too
-            yield Piece(last or "", ends=True, where=str(path), line=line)
+                file.seek(0)
+            for text in read_pieces(file):
+                if line:
+                    yield Piece(last, where=str(path), line=line)
+                    line += last.count("\n")
+                elif _is_rows(text):
+                    reason = f"whose file {path} holds JSON objects, one on each line"
+                    advice = f"Rename it to .jsonl. To train on the JSON itself: {DATASETS}text,data_files=FILE."
+                    raise source_error(source.name, reason, "text", advice)
+                last, line = text, line or 1
+        except UnicodeError as error:
+            skip_row(config, source, bad, f"{path} is not UTF-8 text: {error}")
+            return
+    if line or config.end_of_text is None:  # an empty document has its separator too
+        yield Piece(last, ends=True, where=str(path), line=line or 1)
 
 
 def token_blocks(
@@ -202,8 +168,7 @@ def token_blocks(
                 if rest := path.stat().st_size % dtype.itemsize:
                     raise ValueError(f"{rest} bytes are left over after tokens of type {dtype}")
                 tokens = np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
-                first = tokens[:FEW_TOKENS]
-                if len(first) == FEW_TOKENS and first[::2].any() and not first[1::2].any():
+                if len(tokens) >= 128 and tokens[:128:2].any() and not tokens[1:128:2].any():
                     raise ValueError(f"every second token of type {dtype} is 0; save wider integers as .npy")
             if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
                 raise ValueError(f"it is an array of shape {tokens.shape} and type {tokens.dtype}")
@@ -214,96 +179,87 @@ def token_blocks(
             yield path, np.asarray(tokens[begin : begin + TOKENS_AT_ONCE])
 
 
-def _documents(
-    config: DataConfig, rows: Iterable[tuple[str, Row]], name: str, template: ChatTemplate | None
-) -> Iterator[Piece | BadRow]:
-    """Turn rows, each with its position for people to read, into documents."""
+def _documents(config: DataConfig, source: SourceFiles, bad: list[str]) -> Iterator[Piece]:
+    """Turn the rows of a source into documents."""
+    template = ChatTemplate(config.tokenizer) if applied_template(config) else None
+    for where, row in _rows(config, source):
+        try:
+            pieces = _document(config, row, where, template)
+        except (BadRow, BadChat, UnicodeError) as error:
+            skip_row(config, source, bad, f"{where} {error}")
+        else:
+            yield from pieces
+
+
+def _document(config: DataConfig, row: Any, where: str, template: ChatTemplate | None) -> list[Piece]:
+    """Returns a row in pieces. Raises BadRow or BadChat if it cannot be read."""
+    if not isinstance(row, dict):
+        raise row if isinstance(row, BadRow) else BadRow(f"is a {type(row).__name__}, not an object")
     fields = list(row_fields(config).values())
-    for position, row in rows:
-        where = f"{name}, {position}"
-        if isinstance(row, str):
-            yield BadRow(f"{where} {row}")
-        elif why := _why_bad(config, row, fields):
-            yield BadRow(f"{where} {why}")
-        elif template is not None:
-            pair = [{"role": role, "content": row[field]} for role, field in zip(ROLES, fields, strict=False)]
-            try:
-                text, turns = template.chat(pair if config.messages_field is None else row[config.messages_field])
-                yield Piece(text, ends=True, where=where, turns=turns)
-            except BadChat as error:
-                yield BadRow(f"{where} {error}")
-        elif len(fields) == 2:
-            yield Piece(row[fields[0]], is_prompt=True, where=where)
-            yield Piece(row[fields[1]], ends=True, where=where)
-        else:  # an empty text is no document
-            *pieces, last = [row[fields[0]]]
-            if len(last) > LONG:
-                *pieces, last = read_pieces(io.StringIO(last, newline=""))
-            yield from (Piece(text, where=where) for text in pieces)
-            if last:
-                yield Piece(last, ends=True, where=where)
-
-
-def _why_bad(config: DataConfig, row: dict[str, Any], fields: list[str]) -> str | None:
     for name in fields:
         if name not in row:
-            return f"has no field {name!r}, only {', '.join(map(repr, row)) or 'no fields at all'}"
-        text = row[name]
-        if name == config.messages_field:  # checked when it is rendered
-            return None
-        if not isinstance(text, str):
-            return f"has {str(text)[:40]!r} for {name!r}, which is not text"
-        if not text and len(fields) == 2:
-            return f"has an empty {name!r}"
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            return f"has half a character (a lone surrogate) in {name!r}"
-    return None
+            raise BadRow(f"has no field {name!r}, only {', '.join(map(repr, row)) or 'no fields at all'}")
+        try:  # the template checks a chat
+            is_text = name == config.messages_field or bool(row[name].encode()) or len(fields) == 1
+        except (AttributeError, UnicodeError):  # of another type, or with half a character
+            is_text = False
+        if not is_text:
+            raise BadRow(f"has {str(row[name])[:40]!r} for {name!r}, which is not text")
+    if template is not None:
+        pair = [{"role": role, "content": row[field]} for role, field in zip(ROLES, fields, strict=False)]
+        text, turns = template.chat(pair if config.messages_field is None else row[config.messages_field])
+        return [Piece(text, ends=True, where=where, turns=turns)]
+    if len(fields) == 2:
+        return [Piece(row[fields[0]], is_prompt=True, where=where), Piece(row[fields[1]], ends=True, where=where)]
+    texts = [row[fields[0]]]
+    if len(texts[0]) > LONG:
+        texts = list(read_pieces(io.StringIO(texts[0], newline="")))
+    pieces = [Piece(text, where=where) for text in texts if text]  # an empty text is no document
+    return [*pieces[:-1], *(piece._replace(ends=True) for piece in pieces[-1:])]
 
 
-def _json_rows(config: DataConfig, path: Path) -> Iterator[tuple[str, Row]]:
+def _rows(config: DataConfig, source: SourceFiles) -> Iterator[tuple[str, Any]]:
+    """Yield all rows of a source, each with its place for people to read. A BadRow takes the place of one."""
+    if source.kind == "dataset":
+        dataset = open_dataset(source.name, config.streaming)
+        columns = _columns(config, source.name, dataset.column_names or list(next(iter(dataset), {})))
+        # Asking for one row at a time takes a hundred times as long.
+        yield from _numbered(source.name, dataset.select_columns(columns).with_format("arrow").iter(ROWS_AT_ONCE))
+    for path in source.files:
+        yield from _table_rows(config, path) if path.suffix.lower() == ".parquet" else _json_rows(path)
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield the rows of a file of JSON lines, or of a .json file that is one list of them."""
     with path.open("rb") as file:
         is_list = path.suffix.lower() == ".json" and file.peek(1).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
         for number, text in enumerate([file.read()] if is_list else file, start=1):
             if not text.strip():
                 continue
-            where = "its list" if is_list else f"line {number:,}"
+            where = f"{path}, {'its list' if is_list else f'line {number:,}'}"
             try:
                 found = json.loads(text)
             except (ValueError, RecursionError) as error:  # ValueError: also not UTF-8
-                yield where, f"is not JSON: {error}"
+                yield where, BadRow(f"is not JSON: {error}")
                 continue
             for index, row in enumerate(found if is_list else [found]):
-                position = f"row {index:,}" if is_list else where
-                yield position, row if isinstance(row, dict) else f"is a {type(row).__name__}, not an object"
+                yield f"{path}, row {index:,}" if is_list else where, row
 
 
-def _table_rows(config: DataConfig, path: Path) -> Iterator[tuple[str, Row]]:
+def _table_rows(config: DataConfig, path: Path) -> Iterator[tuple[str, Any]]:
+    parquet, pyarrow = _library("pyarrow.parquet", str(path)), _library("pyarrow", str(path))
     try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise _needs_extra(str(path), error) from error
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path) as file:
             columns = _columns(config, str(path), file.schema_arrow.names)
-            yield from _numbered(file.iter_batches(ROWS_AT_ONCE, columns=columns))
-    except pyarrow.ArrowException as error:
+            yield from _numbered(str(path), file.iter_batches(ROWS_AT_ONCE, columns=columns))
+    except (pyarrow.ArrowException, UnicodeError) as error:
         raise source_error(str(path), f"which cannot be read as Parquet: {error}") from error
 
 
-def _dataset_rows(config: DataConfig, source: str) -> Iterator[tuple[str, Row]]:
-    dataset = open_dataset(source, config.streaming)
-    columns = _columns(config, source, dataset.column_names or list(next(iter(dataset), {})))
-    yield from _numbered(dataset.select_columns(columns).with_format("arrow").iter(ROWS_AT_ONCE))
-
-
-def _numbered(tables: Iterable[Any]) -> Iterator[tuple[str, Row]]:
-    """Yield the rows of Arrow tables. Asking `datasets` for one row at a time takes a hundred times as long."""
+def _numbered(name: str, tables: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of Arrow tables."""
     rows = itertools.chain.from_iterable(table.to_pylist() for table in tables)
-    return ((f"row {number:,}", row) for number, row in enumerate(rows))
+    return ((f"{name}, row {number:,}", row) for number, row in enumerate(rows))
 
 
 def _columns(config: DataConfig, name: str, existing: list[str]) -> list[str]:
@@ -321,51 +277,35 @@ def open_dataset(source: str, streaming: bool = False) -> Any:
         ConfigError: if it cannot be opened, or the library is not installed.
     """
     path, *words = source.removeprefix(DATASETS).split(",")
-    options = dict(word.partition("=")[::2] for word in words)
-    if unknown := [name for name in options if name not in DATASETS_OPTIONS]:
-        allowed = f"{DATASETS}NAME, with the options {', '.join(DATASETS_OPTIONS)}"
-        raise source_error(source, f"which has the options {', '.join(unknown)}", allowed)
-    try:
-        import datasets
-    except ImportError as error:
-        raise _needs_extra(source, error) from error
+    options: dict[str, Any] = dict(word.partition("=")[::2] for word in words)
+    options["keep_in_memory"] = False  # so that it has files whose times show a change
     split = options.pop("split", "train")
-    if path in UNPICKLES:
+    datasets = _library("datasets", source)
+    if path == "pandas":  # which unpickles files
         raise source_error(source, "whose files can run code when they are opened", "Parquet, CSV, JSON or Arrow files")
     try:
         if any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
-            found = datasets.load_from_disk(path)
+            found = datasets.load_from_disk(path, **options)
             return found[split] if isinstance(found, dict) else found
         return datasets.load_dataset(path, split=split, streaming=streaming, **options)
     except Exception as error:  # it reads many formats and file systems, each with errors of its own
         raise source_error(source, f"which `datasets` cannot open: {error}") from error
 
 
-def _needs_extra(name: str, error: ImportError) -> ConfigError:
-    return source_error(name, f"which needs {error.name}", advice="Run: pip install 'fundamentallm[data]'.")
+def _library(name: str, source: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise source_error(source, f"which needs {name}", advice="Run: pip install 'fundamentallm[data]'.") from error
 
 
-def file_states(files: Sequence[Path]) -> list[Any] | None:
-    """List path, size, times and inode of files: equal lists mean unchanged files.
-
-    Returns None if a change might not show: files that are missing, or changed less than `SETTLED` ago (a second change
-    within a tick of the file system's clock keeps the time; git calls such files racy).
-    """
-    states: list[Any] = []
-    for file in files:
-        try:
-            found = file.stat()
-        except OSError:  # reading the file raises a better error
-            return None
-        if time.time_ns() - found.st_ctime_ns < SETTLED:
-            return None
-        states.append([str(file.absolute()), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino])
-    return states or None
-
-
-def source_states(source: SourceFiles) -> list[Any] | None:
-    """Returns the `file_states` of a source."""
-    if source.kind != "dataset":
-        return file_states(source.files)
-    states = file_states([Path(entry["filename"]) for entry in open_dataset(source.name).cache_files])
-    return states and [source.name, *states]
+def source_states(source: SourceFiles) -> list[Any]:
+    """Lists path, size, times and inode of a source's files: equal lists mean unchanged files."""
+    files, about = list(source.files), source.kind
+    if source.kind == "dataset":
+        files, about = [Path(entry["filename"]) for entry in open_dataset(source.name).cache_files], source.name
+    try:
+        found = [(str(file.absolute()), file.stat()) for file in files]
+    except OSError as error:
+        raise source_error(source.name, f"whose files cannot be read: {error}") from error
+    return [about, *((path, at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_ino) for path, at in found)]

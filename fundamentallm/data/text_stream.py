@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
-from fundamentallm.config.files import find_source, validation_only
+from fundamentallm.config.files import find_source
 from fundamentallm.config.schema import Config, DataConfig
-from fundamentallm.data.corpus import load_corpus
+from fundamentallm.data.corpus import Corpus, load_validation
 from fundamentallm.data.datasets import Batch, TokenDataset, Tokenized, TokenSamples
 from fundamentallm.data.encoding import encode_rows
 from fundamentallm.data.loaders import collate, corpus_samples
@@ -143,7 +143,7 @@ class TextStream(Tokenized, IterableDataset[Batch]):
     def _read(self, bad: list[str]) -> Iterator[tuple[tuple[int, int], Piece]]:
         """Yields the pieces of text from the place on, each with its file and its number in the file, from 1."""
         first, done = self._file, self._pieces
-        files = [self.source._replace(files=[file]) for file in self.source.files] or [self.source]
+        files = [self.source._replace(files=(file,)) for file in self.source.files] or [self.source]
         for file, source in list(enumerate(files))[first:]:
             pieces = enumerate(read_source(self.config, source, bad), start=1)
             if file == first and done:
@@ -168,9 +168,10 @@ def stream_loaders(
     stream = TextStream(data, config.training.seed)
     assert stream.tokenizer is not None
     validation: TokenSamples | None = None
-    if (only := validation_only(data)) is not None:
-        corpus = load_corpus(only, show_progress, stream.tokenizer)
-        _, validation = corpus_samples(corpus._replace(sources=[], validation=corpus.sources), data.sequence_length)
+    if data.validation_source is not None:
+        sources = load_validation(data, show_progress, stream.tokenizer)
+        corpus = Corpus(stream.tokenizer, [], stream.end_of_text, sources)
+        _, validation = corpus_samples(corpus, data.sequence_length)
     elif data.validation_tokens:
         ids = stream.head(data.validation_tokens)
         size = num_bytes(stream.tokenizer, ids[1:], stream.end_of_text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from operator import attrgetter
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,13 @@ from fundamentallm.distributed.prepare import NARROW
 from fundamentallm.errors import ConfigError, FundamentaLLMError, Problem
 
 ENGINES = ("DEEPSPEED", "MEGATRON_LM", "XLA")
+REFUSED: dict[str, tuple[object, str]] = {
+    "gradient_accumulation_steps": (1, "Set training.micro_batch_size: accumulation follows from it."),
+    "device_placement": (True, "The Trainer moves the model and its batches to the device."),
+    "step_scheduler_with_optimizer": (True, "The Trainer steps the schedule after every optimizer step."),
+    "dataloader_config.data_seed": (None, "The order of samples follows from training.seed."),
+}
+"""{argument of a caller's Accelerator: (default, advice)}: with another value, the caller would expect another run."""
 kept_groups: list[object] = []
 """Keeps process groups alive until `Trainer.leave_group`. Otherwise DDP is their last owner, and torch 2.13 destroys
 them while holding the GIL, which can deadlock with a gloo thread that is freeing a tensor (seen at exit in about 1 of
@@ -94,10 +102,12 @@ def check_accelerator(
         kept_groups.append(dist.group.WORLD)
     kind, precision = accelerator.distributed_type.value, accelerator.mixed_precision
     count, launched = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
-    problems = []
-    if (steps := accelerator.gradient_accumulation_steps) != 1:
-        advice = "Set training.micro_batch_size: accumulation follows from it."
-        problems.append(Problem("Accelerator.gradient_accumulation_steps", steps, "1", advice))
+    given = {name: attrgetter(name)(accelerator) for name in REFUSED}
+    problems = [
+        Problem(f"Accelerator.{name}", given[name], f"{default}", advice)
+        for name, (default, advice) in REFUSED.items()
+        if given[name] != default
+    ]
     if count != launched:
         advice = "Create it before anything else of accelerate, with cpu=True on a machine without GPUs."
         problems.append(Problem("Accelerator.num_processes", count, f"{launched}, as launched", advice))

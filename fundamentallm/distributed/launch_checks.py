@@ -20,6 +20,8 @@ from fundamentallm.config.registry import not_one_of
 from fundamentallm.errors import Problem
 
 PRECISIONS = ("no", "bf16", "fp16")
+WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Variables by which launchers, and MPI, give the number of processes."""
 LAUNCHER = re.compile(
     r"(?:^|[\0/])(?:accelerate-launch|accelerate\.commands\.launch|accelerate(?:\.commands\.accelerate_cli)?\0launch)\0"
 )
@@ -31,13 +33,14 @@ class Launch(NamedTuple):
 
     config_file: str | None = None  # the accelerate config that it read, if any
     use_cpu: bool = False
+    num_processes: int = 1
 
 
 def find_launch() -> Launch | None:
     """Returns the `accelerate launch` that started this process, or None if another program did.
 
-    accelerate passes neither the name of its config file on, nor `use_cpu` to the processes of MULTI_GPU and FSDP. So
-    they are taken from the launcher's command line.
+    accelerate passes neither the name of its config file on, nor `use_cpu` to the processes of MULTI_GPU and FSDP, nor
+    a number of processes that it does not start. So they are taken from the launcher's command line.
     """
     from accelerate.commands.config.config_args import default_config_file, load_config_from_file  # 50 ms
     from accelerate.commands.launch import launch_command_parser
@@ -51,7 +54,10 @@ def find_launch() -> Launch | None:
             file = asked.config_file and os.path.join(process.cwd(), asked.config_file)
             if file is None and os.path.isfile(default_config_file) and not asked.cpu:
                 file = default_config_file
-            return Launch(file, asked.cpu or (file is not None and load_config_from_file(file).use_cpu))
+            if file is None:
+                return Launch(None, asked.cpu, asked.num_processes or 1)
+            config = load_config_from_file(file)
+            return Launch(file, asked.cpu or config.use_cpu, asked.num_processes or config.num_processes)
     return None
 
 
@@ -63,6 +69,10 @@ def launch_problems(
     launched, where = environment.get("ACCELERATE_MIXED_PRECISION", "no"), f"in {file or 'the launch'}"
     if launched != "no":  # which `accelerate launch` sets by default
         problems += precision_problems("accelerate_config.mixed_precision", launched, precision, where)
+    if launch is not None and launch.num_processes > 1 and environment.keys().isdisjoint(WORLD_SIZES):
+        advice = "For several on a CPU, use MULTI_GPU with use_cpu: true, as accelerate_configs/cpu_2_processes.yaml."
+        reason = "and accelerate launch starts one process for MULTI_CPU, for --cpu and for NO"
+        return [*problems, Problem("accelerate_config.num_processes", launch.num_processes, "1", advice, reason)]
     on_cpu = has_device or environment.get("ACCELERATE_USE_CPU", "").lower() == "true"
     if launch is None or launch.use_cpu or on_cpu or not (file or "WORLD_SIZE" in environment):
         return problems  # nothing asks for a GPU, or there is one

@@ -105,8 +105,7 @@ def _generate(
 ) -> Iterator[int]:
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    longest = len(text) + max_new_tokens
-    context = min(context or longest, longest)  # the cache need not be larger than the text
+    context = context or len(text) + max_new_tokens
     first, cache = max(len(text) - context, 0), None  # the index of the first token that the model sees
     was_training = model.training
     model.eval()
@@ -115,7 +114,7 @@ def _generate(
             if len(text) - first > context:
                 first, cache = len(text) - max(context // 2, 1), None
             new = text[first:] if cache is None else text[-1:]
-            logits, cache = _next_logits(model, torch.tensor([new], device=device), cache, context)
+            logits, cache = _next_logits(model, torch.tensor([new], device=device), cache)
             token = _sample(logits, text, generator, **sampling)
             if token in stop:
                 return
@@ -125,10 +124,10 @@ def _generate(
         model.train(was_training)
 
 
-def _next_logits(model: nn.Module, ids: Tensor, cache: Any, context: int) -> tuple[Tensor, Any]:
+def _next_logits(model: nn.Module, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
     """Returns the logits (V,) of the token after ids (1, T) that follow the cached ones, and the cache with them."""
     if isinstance(model, Transformer):
-        cache = cache or model.new_cache(context)
+        cache = cache or model.new_cache()
         # The logits of a whole prompt need much memory.
         return model(ids, lambda hidden, weight: F.linear(hidden[0, -1], weight), cache), cache
     output = model(ids, **cache_option(model, True), **({} if cache is None else {"past_key_values": cache}))

@@ -115,6 +115,6 @@ def _open_adapter(folder: Path, base: str | Path | None) -> tuple[nn.Module, Pre
         saved = load_parts(folder, (ADAPTER_KEY, MODEL_KEY))
         adapter = Adapter(model, HostGroup(alone=True))
         adapter.load_state_dict(saved[ADAPTER_KEY])
-        buffers = saved[MODEL_KEY].keys() & {*adapter.weights.names} - adapter.names.keys()
+        buffers = saved[MODEL_KEY].keys() & {*adapter.saved} - adapter.names.keys()
         model.load_state_dict({name: saved[MODEL_KEY][name] for name in buffers}, strict=False)
     return model, found

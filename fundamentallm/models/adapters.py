@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -42,39 +43,36 @@ DESCRIBING = {"peft_version", "auto_mapping", "base_model_name_or_path", "revisi
 """Settings of an adapter_config.json that change nothing in the adapter."""
 
 
-class AdapterWeights:
-    """The adapter's weights and all buffers of a model, as a part of a run's state, by their names in the model."""
-
-    def __init__(self, model: nn.Module, adapter: dict[str, str]) -> None:
-        weights, parameters = model.state_dict(), dict(model.named_parameters(remove_duplicate=False))
-        held = {_address(weights[name]) for name in adapter}  # a tied weight has several names
-        self.model = model
-        self.names = [name for name in weights if name not in parameters or _address(weights[name]) in held]
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Returns the weights and buffers."""
-        weights = self.model.state_dict()
-        return {name: weights[name] for name in self.names}
-
-    def load_state_dict(self, saved: dict[str, Tensor]) -> None:
-        """Restores them, and base weights, which earlier versions saved too. Raises CheckpointError if some lack."""
-        missing, unknown = self.model.load_state_dict(saved, strict=False)
-        if wrong := [*({*missing} & {*self.names}), *unknown]:
-            raise CheckpointError(f"{len(wrong)} weights are missing or not of this model, such as {min(wrong)}.")
-
-
 class Adapter:
     """Names of the weights of a PeftModel's adapter, and a digest of its base model, as a part of a run's state.
 
-    Make it before the model is sharded. Raises ConfigError if adapter_model.safetensors could not hold all that is
-    trained.
+    Its weights, and all buffers of the model, are another part. Make it before the model is sharded. Raises ConfigError
+    if adapter_model.safetensors could not hold all that is trained.
     """
 
     def __init__(self, model: Any, group: HostGroup) -> None:
-        self.names = _names(model)  # {in the model: in adapter_model.safetensors}
-        self.weights = AdapterWeights(model, self.names)
-        self.base = group.from_main(lambda: _digest(model, {*self.weights.names}))
-        self.config = _saved_config(model)
+        from peft import get_peft_model_state_dict
+
+        def refusal(reason: str, advice: str) -> ConfigError:
+            return ConfigError(Problem("model", f"an adapter of the type {kind}", advice=advice, reason=reason))
+
+        (active,), weights = model.active_adapters, model.state_dict()
+        kind = getattr(model.peft_config[active].peft_type, "value", None)
+        # Embeddings that are not trained are the base model's. To find out by itself, peft would ask the Hub.
+        exported = get_peft_model_state_dict(model, weights, active, save_embedding_layers=False)
+        first = {_address(tensor): name for name, tensor in reversed(weights.items())}
+        self.names = {first.get(_address(tensor), ""): name for name, tensor in exported.items()}
+        """{in the model: in adapter_model.safetensors}"""
+        if "" in self.names or len(self.names) < len(exported) or kind == "ADALORA":  # whose callers step its ranks
+            raise refusal("which has more state than weights of its own", "Use another, such as LORA.")
+        held = {_address(weights[name]) for name in self.names}  # a tied weight has several names
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        if outside := [name for name, p in parameters.items() if p.requires_grad and _address(p) not in held]:
+            reason = f"and {ADAPTER_WEIGHTS} does not hold {', '.join(outside[:3])}, which is trained"
+            raise refusal(reason, "Name its module in modules_to_save of the adapter's config, or freeze it.")
+        self.saved = [name for name in weights if name not in parameters or _address(weights[name]) in held]
+        self.model, self.base = model, group.from_main(lambda: _digest(model, {*self.saved}))
+        self.config = _saved_config(model.peft_config[active], type(model.get_base_model()))
 
     def state_dict(self) -> dict[str, Any]:
         """Returns names and digest."""
@@ -84,6 +82,17 @@ class Adapter:
         """Raises CheckpointError if the adapter was trained on other base weights. Earlier versions noted none."""
         if saved.get("base", self.base) != self.base:
             raise CheckpointError("it was trained on a base model with other weights; give the one that it began with.")
+
+    def weights(self) -> dict[str, Tensor]:
+        """Returns the weights and buffers by their names in the model."""
+        weights = self.model.state_dict()
+        return {name: weights[name] for name in self.saved}
+
+    def load_weights(self, saved: dict[str, Tensor]) -> None:
+        """Restores them, and base weights, which earlier versions saved too. Raises CheckpointError if some lack."""
+        missing, unknown = self.model.load_state_dict(saved, strict=False)
+        if wrong := [*({*missing} & {*self.saved}), *unknown]:
+            raise CheckpointError(f"{len(wrong)} weights are missing or not of this model, such as {min(wrong)}.")
 
 
 def weight_parts(model: nn.Module, group: HostGroup, say: Callable[[str], None]) -> dict[str, Any]:
@@ -98,9 +107,8 @@ def weight_parts(model: nn.Module, group: HostGroup, say: Callable[[str], None])
     if peft is None or not hasattr(model, "peft_config"):
         return {"model": model}
     if not isinstance(model, peft.PeftModel) or len(model.active_adapters) != 1:
-        advice = "Make it by peft's get_peft_model(model, config), and train one adapter at a time."
-        reason = "which is not a PeftModel with one active adapter"
-        raise ConfigError(Problem("model", type(model).__name__, advice=advice, reason=reason))
+        allowed = "a PeftModel with one active adapter, as get_peft_model(model, config) of peft makes it"
+        raise ConfigError(Problem("model", type(model).__name__, allowed))
     adapter = Adapter(model, group)
     base = json.loads(adapter.config)["base_model_name_or_path"]
     if not base:
@@ -108,9 +116,10 @@ def weight_parts(model: nn.Module, group: HostGroup, say: Callable[[str], None])
         say(f"warning: the adapter's base model came from no folder, so {ADAPTER_CONFIG} names none. {advice}")
     elif group.rank == 0 and os.path.isdir(base):
         touch_note(opened_note(base))
-    if buffers := [name for name in adapter.weights.names if name not in adapter.names]:
+    if buffers := [name for name in adapter.saved if name not in adapter.names]:
         say(f"buffers such as {buffers[0]} are saved beside the adapter; peft itself opens the base model's")
-    return {"adapter": adapter, "model": adapter.weights}
+    part = SimpleNamespace(state_dict=adapter.weights, load_state_dict=adapter.load_weights)
+    return {"adapter": adapter, "model": part}
 
 
 def add_lora(model: nn.Module, settings: dict[str, Any], name: str, folder: Path) -> nn.Module:
@@ -129,16 +138,15 @@ def add_lora(model: nn.Module, settings: dict[str, Any], name: str, folder: Path
     options = {"r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "target_modules": lora.targets}
     config = LoraConfig(**options, task_type="CAUSAL_LM")
     targets = lora.targets if isinstance(lora.targets, list) else []
-    unknown = [each for each in targets if not any(f".{module}".endswith(f".{each}") for module in modules)]
-    reason = f"and the model has no module {', '.join(unknown)}"
     try:
-        adapted: Any = None if unknown else get_peft_model(model, config)
-    except ValueError as error:  # modules of another kind, or a model for which peft has no default
-        reason = f"with which peft makes no adapter: {error}"
-        adapted = None
-    if adapted is None:
+        # peft itself refuses targets only if none matches.
+        if unknown := [each for each in targets if not any(f".{module}".endswith(f".{each}") for module in modules)]:
+            raise ValueError(f"the model has no module {', '.join(unknown)}")
+        adapted: Any = get_peft_model(model, config)
+    except ValueError as error:  # or modules of another kind, or a model for which peft has no default
         linear = {each.rpartition(".")[2] for each, module in modules.items() if isinstance(module, nn.Linear)}
-        raise ConfigError(Problem("model.lora.targets", lora.targets, ", ".join(sorted(linear)), reason=reason))
+        allowed, reason = ", ".join(sorted(linear)), f"with which peft makes no adapter: {error}"
+        raise ConfigError(Problem("model.lora.targets", lora.targets, allowed, reason=reason)) from error
     if folder.parent.name == "snapshots":  # of the Hugging Face cache, whose folders are revisions
         config.base_model_name_or_path, config.revision = name, folder.name
     return adapted  # type: ignore[no-any-return]
@@ -163,13 +171,13 @@ def open_adapter(folder: Path, base: str | Path | None) -> tuple[Any, Pretrained
     except ImportError as error:
         raise refusal("whose adapter needs peft", INSTALL) from error
     refuse_links(folder, refusal)
-    saved = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    known = {"init_lora_weights": saved.get("init_lora_weights") in (True, False, "gaussian", "orthogonal")}
-    defaults = peft.LoraConfig().to_dict()
-    others = [name for name, value in saved.items() if value and value != defaults.get(name)]
-    if further := sorted(name for name in others if not known.get(name, name in OPENED | DESCRIBING)):
-        advice = "If you trust it, open it by PeftModel.from_pretrained of peft."
-        raise refusal(f"whose {ADAPTER_CONFIG} has a {further[0]} of {saved[further[0]]!r}", advice)
+    saved, defaults = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")), peft.LoraConfig().to_dict()
+    is_known = saved.get("init_lora_weights") in (True, False, "gaussian", "orthogonal", None)
+    known = (OPENED | DESCRIBING) - (set() if is_known else {"init_lora_weights"})
+    for name in saved.keys() - known:
+        if saved[name] and saved[name] != defaults.get(name):
+            advice = "If you trust it, open it by PeftModel.from_pretrained of peft."
+            raise refusal(f"whose {ADAPTER_CONFIG} has a {name} of {saved[name]!r}", advice)
     if not (folder / ADAPTER_WEIGHTS).is_file():  # peft would go on to a pickled file, or to the Hub
         raise CheckpointError(f"{folder}: {ADAPTER_WEIGHTS} is missing.")
     found = find_pretrained(str(base), "base") if base is not None else _named_base(folder, saved)
@@ -179,51 +187,18 @@ def open_adapter(folder: Path, base: str | Path | None) -> tuple[Any, Pretrained
 
 def _named_base(folder: Path, saved: dict[str, Any]) -> Pretrained:
     """Returns the base model that an adapter_config.json names. Raises CheckpointError if it may not be opened."""
-    name, revision = saved.get("base_model_name_or_path"), saved.get("revision")
-    advice = "Give the base model: --base FOLDER, in Python load_model(..., base=FOLDER)."
-    if not isinstance(name, str) or not name:
-        raise CheckpointError(f"{folder}: its {ADAPTER_CONFIG} names no base model. {advice}")
+    name, revision = str(saved.get("base_model_name_or_path") or ""), str(saved.get("revision"))
     is_name = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) and not os.path.lexists(expand_user(name))
-    if not is_name and not opened_note(name).exists():
-        raise CheckpointError(f"{folder}: its base model {name} is outside of the folder. {advice}")
-    try:
-        is_commit = isinstance(revision, str) and re.fullmatch(r"[0-9a-f]{40}", revision)
-        return find_pretrained(name, "base", revision if is_commit else None)
-    except ConfigError as error:
-        raise CheckpointError(f"{folder}: its base model cannot be opened: {error} {advice}") from error
+    if not is_name and not (name and opened_note(name).exists()):
+        advice = "Give the base model: --base FOLDER, in Python load_model(..., base=FOLDER)."
+        raise CheckpointError(f"{folder}: its base model {name!r} is not known to be yours. {advice}")
+    return find_pretrained(name, "base", revision if re.fullmatch(r"[0-9a-f]{40}", revision) else None)
 
 
-def _names(model: Any) -> dict[str, str]:
-    """Maps names of weights in the model to their names in adapter_model.safetensors.
-
-    Raises ConfigError if that file cannot hold all that is trained.
-    """
-    from peft import get_peft_model_state_dict
-
-    def refusal(reason: str, advice: str) -> ConfigError:
-        return ConfigError(Problem("model", f"an adapter of the type {kind}", advice=advice, reason=reason))
-
-    (adapter,), weights = model.active_adapters, model.state_dict()
-    kind = getattr(model.peft_config[adapter].peft_type, "value", None)
-    # Embeddings that are not trained are the base model's. To find out by itself, peft would ask the Hub.
-    exported = get_peft_model_state_dict(model, weights, adapter, save_embedding_layers=False)
-    first = {_address(tensor): name for name, tensor in reversed(weights.items())}
-    names = {first.get(_address(tensor), ""): name for name, tensor in exported.items()}
-    if "" in names or len(names) < len(exported) or kind == "ADALORA":  # whose callers have to step its ranks
-        raise refusal("which has more state than weights of its own", "Use another, such as LORA.")
-    held = {_address(weights[name]) for name in names}
-    if outside := [name for name, p in model.named_parameters() if p.requires_grad and _address(p) not in held]:
-        reason = f"and {ADAPTER_WEIGHTS} does not hold {', '.join(outside[:3])}, which is trained"
-        raise refusal(reason, "Name its module in modules_to_save of the adapter's config, or freeze it.")
-    return names
-
-
-def _saved_config(model: Any) -> str:
+def _saved_config(config: Any, base: type) -> str:
     """Returns the content of adapter_config.json, as peft's save_pretrained writes it."""
-    config = model.peft_config[model.active_adapters[0]]
     saved = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     if config.task_type is None:
-        base = type(model.get_base_model())
         saved["auto_mapping"] = {"base_model_class": base.__name__, "parent_library": base.__module__}
     name = config.base_model_name_or_path
     path = os.path.abspath(name) if name and os.path.isdir(name) else name

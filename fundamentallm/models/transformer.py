@@ -39,24 +39,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class LayerCache:
-    """Keys and values of one layer, position t in slot t, so that generation computes each token once.
+    """Keys and values (B, H, T, F) of one layer, so that generation computes each token once.
 
     An object rather than a pair of tensors: FSDP2 casts tensor arguments, and what is written into a copy is lost.
     """
 
-    def __init__(self, slots: int) -> None:
-        self.slots, self.used = slots, 0
+    def __init__(self) -> None:
         self.keys = self.values = torch.empty(0)
+        self.used = 0
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add keys and values (B, H, T, F) of the next tokens and return all of them (B, H, used, F)."""
-        if self.used == 0:
-            b, heads, _, features = keys.shape
-            self.keys, self.values = (x.new_zeros(b, heads, self.slots, features) for x in (keys, values))
-        begin, self.used = self.used, self.used + keys.shape[2]
-        self.keys[:, :, begin : self.used] = keys
-        self.values[:, :, begin : self.used] = values
-        return self.keys[:, :, : self.used], self.values[:, :, : self.used]
+        """Add keys and values of the next tokens and return all of them."""
+        if self.used > 0:
+            keys, values = torch.cat((self.keys, keys), dim=2), torch.cat((self.values, values), dim=2)
+        self.keys, self.values, self.used = keys, values, keys.shape[2]
+        return keys, values
 
 
 def document_mask(input_ids: Tensor, document_start: int, dtype: torch.dtype) -> Tensor:
@@ -84,10 +81,10 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.d_model, self.num_kv_heads * self.head_size, bias=False)
         self.v_proj = nn.Linear(config.d_model, self.num_kv_heads * self.head_size, bias=False)
         self.o_proj = nn.Linear(self.num_heads * self.head_size, config.d_model, bias=False)
+        self.qk_norm = config.qk_norm
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(self.head_size, eps=config.norm_epsilon)
             self.k_norm = nn.RMSNorm(self.head_size, eps=config.norm_epsilon)
-        self.qk_norm = config.qk_norm
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None
@@ -106,15 +103,9 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.update(k, v)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and t > 1,  # a single token sees all that is cached
-            enable_gqa=self.num_kv_heads != self.num_heads,
-        )
+        dropout, is_causal = self.dropout if self.training else 0.0, mask is None and t > 1  # one token sees the cache
+        is_grouped = self.num_kv_heads != self.num_heads
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=is_grouped)
         return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))  # type: ignore[no-any-return]
 
 
@@ -195,13 +186,9 @@ class Transformer(nn.Module):
         self.gradient_checkpointing = False
         self.dropout = nn.Dropout(config.dropout)
         embedding = nn.Embedding(config.vocab_size or 0, config.d_model)
-        self.model = nn.ModuleDict(
-            {
-                "embed_tokens": embedding,
-                "layers": nn.ModuleList(Block(config) for _ in range(config.num_layers)),
-                "norm": nn.RMSNorm(config.d_model, eps=config.norm_epsilon),
-            }
-        )
+        blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        norm = nn.RMSNorm(config.d_model, eps=config.norm_epsilon)
+        self.model = nn.ModuleDict({"embed_tokens": embedding, "layers": blocks, "norm": norm})
         self.lm_head = Head(config.d_model, config.vocab_size or 0, bias=False)
         if not embedding.weight.is_meta:  # otherwise the caller allocates the weights and fills them
             with torch.no_grad():
@@ -231,8 +218,7 @@ class Transformer(nn.Module):
         """Returns logits (B, T, V) of the token after each of `input_ids` (B, T), or `of_hidden` of the head's input
         (B, T, D) and weights (V, D). With a cache, the tokens follow those in it: several first, then one at a time.
         """
-        x = self.dropout(self.model["embed_tokens"](input_ids))
-        config = self.config
+        x, config = self.dropout(self.model["embed_tokens"](input_ids)), self.config
         begin = 0 if cache is None else cache[0].used
         positions = torch.arange(begin, begin + input_ids.shape[1], device=x.device)
         mask = None
@@ -248,9 +234,9 @@ class Transformer(nn.Module):
                 x = block(x, cos, sin, mask, None if cache is None else cache[index])
         return self.lm_head(self.model["norm"](x), of_hidden)  # type: ignore[no-any-return]
 
-    def new_cache(self, slots: int) -> list[LayerCache]:
-        """Returns an empty cache for sequences of at most `slots` tokens."""
-        return [LayerCache(slots) for _ in range(self.config.num_layers)]
+    def new_cache(self) -> list[LayerCache]:
+        """Returns an empty cache."""
+        return [LayerCache() for _ in range(self.config.num_layers)]
 
     def gradient_checkpointing_enable(self) -> None:
         """Keep only each block's input for the backward pass, and recompute the rest (arXiv:1604.06174)."""
@@ -261,7 +247,7 @@ class Transformer(nn.Module):
         return self.model["embed_tokens"]
 
     def get_output_embeddings(self) -> nn.Module:
-        """Returns the output projection, by transformers' name for it."""
+        """Returns the output projection, by which accelerate finds that it is tied under FSDP2."""
         return self.lm_head
 
     def transformers_config(self, sequence_length: int, end_of_text: int | None = None) -> dict[str, Any]:

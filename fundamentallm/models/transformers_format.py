@@ -9,11 +9,12 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from tokenizers import Tokenizer
 from torch import nn
 
 from fundamentallm.config.schema import END_OF_TEXT, ModelConfig
@@ -27,10 +28,8 @@ from fundamentallm.models.transformer import Transformer
 CONFIG, TOKENIZER, GENERATION = "config.json", "tokenizer.json", "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 INDEX, ADAPTER_CONFIG = "model.safetensors.index.json", "adapter_config.json"
-KEPT = (
-    *(TOKENIZER, GENERATION, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "chat_template.json"),
-)
+OTHERS = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")
+KEPT = (TOKENIZER, GENERATION, TOKENIZER_CONFIG, *OTHERS)
 """Text files that checkpoints copy, so that they open with the same tokenizer and generation settings."""
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 REQUIRED = {
@@ -40,7 +39,7 @@ REQUIRED = {
     "num_hidden_layers": "num_layers",
     "intermediate_size": "d_ff",
 }
-SUPPORTED = {
+SUPPORTED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
     "mlp_bias": (False,),
@@ -48,6 +47,8 @@ SUPPORTED = {
     "use_sliding_window": (False,),
     "partial_rotary_factor": (1.0,),
     "pretraining_tp": (1,),
+    "layer_types": ("full_attention",),
+    "the type of its rotary positions": ("default",),
 }
 """Values of Llama's and Qwen3's settings that our `Transformer` computes. They are also the defaults."""
 
@@ -56,14 +57,10 @@ class Pretrained(NamedTuple):
     """A model folder in Hugging Face format."""
 
     folder: Path
-    config: dict[str, Any]
-    """The content of its config.json."""
-    shape: ModelConfig | None
-    """Shape of the `Transformer` that computes the same, or None if transformers has to."""
-    why_not: str
-    """What our `Transformer` does not compute; empty if it computes the same."""
-    weights: tuple[str, ...]
-    """Names of the files with the weights."""
+    config: dict[str, Any]  # the content of its config.json
+    shape: ModelConfig | None  # of the `Transformer` that computes the same, or None if transformers has to
+    why_not: str  # what our `Transformer` does not compute; empty if it computes the same
+    weights: tuple[str, ...]  # names of the files with the weights
 
     def __str__(self) -> str:
         how = "as a Transformer" if self.shape is not None else f"trained through transformers, since {self.why_not}"
@@ -72,8 +69,7 @@ class Pretrained(NamedTuple):
     @property
     def context(self) -> int | None:
         """Maximum number of tokens that the model sees at once, or None if the config states none."""
-        keys = ("max_position_embeddings", "n_positions")
-        return next((self.config[key] for key in keys if key in self.config), None)
+        return self.config.get("max_position_embeddings", self.config.get("n_positions"))
 
     @property
     def stop(self) -> frozenset[int]:
@@ -81,20 +77,17 @@ class Pretrained(NamedTuple):
         generation, saved = self.folder / GENERATION, self.config
         if generation.is_file():
             saved = saved | json.loads(generation.read_text(encoding="utf-8"))
-        return frozenset(_listed(saved.get("eos_token_id")))
-
-    @property
-    def vocab_size(self) -> int | None:
-        """Rows of the embedding table, or None if the config does not state them."""
-        return self.config.get("vocab_size")
+        return _stops(saved)
 
     def files(self, dataset: Any) -> dict[str, str]:
         """Returns the text files, by name, that checkpoints get if this model is trained on a `Tokenized`."""
         paths = [self.folder / name for name in KEPT]
         texts = {path.name: path.read_text(encoding="utf-8") for path in paths if path.is_file()}
-        eos, named = _eos({"eos_token_id": sorted(self.stop)}, dataset.end_of_text), _special_tokens(dataset)
-        replaced = (SPLIT,) if dataset.end_of_text is None else (SPLIT, "eos_token")
-        changes = {GENERATION: eos, TOKENIZER_CONFIG: {name: named[name] for name in replaced}}
+        tokenizer, end = dataset.tokenizer, dataset.end_of_text
+        eos, special = _eos(self.stop, end), {SPLIT: tokenizer.encode_special_tokens}
+        if end is not None:
+            special["eos_token"] = tokenizer.id_to_token(end)
+        changes = {GENERATION: eos, TOKENIZER_CONFIG: special}
         if self.shape is not None:  # a transformers model writes its own config.json
             texts[CONFIG] = json.dumps({key: value for key, value in self.config.items() if key != "torch_dtype"})
             longest = max(self.context or 0, dataset.sequence_length)
@@ -104,33 +97,15 @@ class Pretrained(NamedTuple):
         return texts
 
 
-def _listed(eos: Any) -> list[Any]:
-    """Returns the value of an `eos_token_id`, which is null, a number or a list, as a list."""
-    if eos is None:
-        return []
-    return eos if isinstance(eos, list) else [eos]
+def _stops(saved: dict[str, Any]) -> frozenset[int]:
+    """Returns the tokens in a config's `eos_token_id`, which is null, a number or a list."""
+    eos = saved.get("eos_token_id")
+    return frozenset(token for token in (eos if isinstance(eos, list) else [eos]) if token is not None)
 
 
-def _eos(saved: dict[str, Any], end_of_text: int | None) -> dict[str, Any]:
-    """Returns the `eos_token_id` of a config, with the end-of-text token first; nothing if it has none."""
-    ids = _listed(saved.get("eos_token_id"))
-    return {} if end_of_text is None or end_of_text in ids else {"eos_token_id": [end_of_text, *ids]}
-
-
-def _special_tokens(dataset: Tokenized) -> dict[str, Any]:
-    """Returns what a tokenizer_config.json says of a dataset's special tokens, as far as its tokenizer has any."""
-    assert dataset.tokenizer is not None
-    found: dict[str, Any] = {
-        SPLIT: dataset.tokenizer.encode_special_tokens,
-        "model_max_length": dataset.sequence_length,
-    }
-    end = dataset.tokenizer.token_to_id(END_OF_TEXT) if dataset.end_of_text is None else dataset.end_of_text
-    if end is not None:  # as in GPT-2: it precedes each document too, and stands in for tokens that are missing
-        found |= dict.fromkeys(("eos_token", "bos_token", "pad_token", "unk_token"), dataset.tokenizer.id_to_token(end))
-    _, unknown = with_unknown(dataset.tokenizer)
-    if unknown is not None and unknown < num_ids(dataset.tokenizer):
-        found["unk_token"] = dataset.tokenizer.id_to_token(unknown)
-    return {"pad_token": found["unk_token"]} | found if "unk_token" in found else found
+def _eos(stops: Collection[int], end_of_text: int | None) -> dict[str, Any]:
+    """Returns the `eos_token_id` of a config with the end-of-text token first; nothing if it is the same."""
+    return {} if end_of_text is None or end_of_text in stops else {"eos_token_id": [end_of_text, *sorted(stops)]}
 
 
 def find_pretrained(name: str, setting: str = "model.pretrained", revision: str | None = None) -> Pretrained:
@@ -144,33 +119,35 @@ def find_pretrained(name: str, setting: str = "model.pretrained", revision: str 
     refusal = functools.partial(_refusal, setting, name)
     folder = Path(expand_user(name))
     if not os.path.isdir(folder):
-        if os.path.lexists(folder) or folder.is_absolute() or name.startswith((".", "~")):
-            raise refusal("which is not a folder", allowed="a model folder in Hugging Face format")
-        folder = _cached_folder(name, revision, refusal)
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+        try:
+            folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        except (HFValidationError, LocalEntryNotFoundError) as error:
+            reason = "which is neither a folder nor in the local Hugging Face cache"
+            raise refusal(reason, f"Nothing is downloaded during a run: first run `hf download {name}`.") from error
     refuse_links(folder, refusal)
     if not (folder / CONFIG).is_file():
-        if (folder / ADAPTER_CONFIG).is_file():
-            advice = f"Merge it into its model: fundamentallm checkpoints consolidate {name} OUT --merge."
-            raise refusal("which holds an adapter only", advice)
-        raise refusal(f"which has no {CONFIG}", allowed="a model folder in Hugging Face format")
+        advice = f"Merge an adapter into its model: fundamentallm checkpoints consolidate {name} OUT --merge."
+        raise refusal(f"which has no {CONFIG}", advice, "a model folder in Hugging Face format")
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     if "quantization_config" in config:
         raise refusal("whose weights are quantized", "Give the model before quantization.")
-    weights = [path.name for path in folder.glob("*.safetensors") if WEIGHTS.fullmatch(path.name)]
+    weights = {path.name for path in folder.glob("*.safetensors") if WEIGHTS.fullmatch(path.name)}
     if "model.safetensors" in weights:  # transformers prefers it too
-        weights = ["model.safetensors"]
+        weights = {"model.safetensors"}
     elif (folder / INDEX).is_file():  # without it a missing file would go unnoticed
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        weights = list(set(index["weight_map"].values()))
+        weights = {*json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()}
     if missing := [file for file in weights if os.path.basename(file) != file or not (folder / file).is_file()]:
         raise refusal(f"which lacks {', '.join(missing)}", "Copy the folder again.")
     if not weights:
-        pickled = ", ".join(sorted(path.name for path in folder.glob("*.bin")))
-        convert = "If you trust it, convert it by from_pretrained(...).save_pretrained(...) of transformers."
-        reason = f"whose weights are pickled, so that reading {pickled} may run code" if pickled else "without weights"
-        raise refusal(reason, convert if pickled else "", "weights as safetensors")
+        convert = (
+            "If you trust pickled ones, convert them by from_pretrained(...).save_pretrained(...) of transformers."
+        )
+        raise refusal("which has no weights as safetensors", convert)
     found = Pretrained(folder, config, *shape_of(config), tuple(sorted(weights)))
-    sizes = found.context or 1, found.vocab_size or 1
+    sizes = found.context or 1, config.get("vocab_size") or 1
     if not all(type(number) is int for number in (*found.stop, *sizes)) or min(sizes) < 1:
         raise refusal("whose context, vocabulary size or end-of-text token is not a whole number")
     return found
@@ -191,17 +168,6 @@ def refuse_links(folder: Path, refusal: Callable[..., ConfigError]) -> None:
             raise refusal(reason, "If you trust it, copy the file into the folder.")
 
 
-def _cached_folder(name: str, revision: str | None, refusal: Callable[..., ConfigError]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError) as error:
-        reason = "which is neither a folder nor in the local Hugging Face cache"
-        raise refusal(reason, f"Nothing is downloaded during a run: first run `hf download {name}`.") from error
-
-
 def shape_of(saved: dict[str, Any]) -> tuple[ModelConfig | None, str]:
     """Returns the shape of the `Transformer` that computes the same as transformers does by this config.json.
 
@@ -216,16 +182,11 @@ def shape_of(saved: dict[str, Any]) -> tuple[ModelConfig | None, str]:
     head_dim = saved["hidden_size"] // max(saved["num_attention_heads"], 1)
     values: dict[str, Any] = {"head_dim": 128 if kind == "qwen3" else head_dim} | saved  # Qwen3's default
     values["the type of its rotary positions"] = rope.get("rope_type", rope.get("type", "default"))
-    supported = SUPPORTED | {"head_dim": (head_dim, None), "the type of its rotary positions": ("default",)}
-    problems = [
-        f"{name} is {values[name]!r}, and the Transformer's {allowed[0]!r}"
-        for name, allowed in supported.items()
-        if name in values and values[name] not in allowed
-    ]
-    if set(saved.get("layer_types") or []) - {"full_attention"}:
-        problems.append("layer_types has others than 'full_attention', the Transformer's only one")
-    if problems:
-        return None, "; ".join(problems)
+    others = {*(saved.get("layer_types") or ())} - {"full_attention"}
+    values["layer_types"] = ", ".join(sorted(others)) or "full_attention"
+    for name, allowed in {**SUPPORTED, "head_dim": (head_dim, None)}.items():
+        if name in values and values[name] not in allowed:
+            return None, f"{name} is {values[name]!r}, and the Transformer's {allowed[0]!r}"
     shape = ModelConfig(
         **{ours: saved[theirs] for theirs, ours in REQUIRED.items()},
         num_kv_heads=saved.get("num_key_value_heads") or saved["num_attention_heads"],
@@ -247,24 +208,23 @@ def transformers_model(pretrained: Pretrained) -> nn.Module:
     try:
         import transformers
     except ImportError as error:
-        reason = f"which needs transformers, since {pretrained.why_not}"
-        raise refusal(reason, "Run: pip install 'fundamentallm[hf]'.") from error
+        advice = "Run: pip install 'fundamentallm[hf]'."
+        raise refusal(f"which needs transformers, since {pretrained.why_not}", advice) from error
     if (pretrained.folder / ADAPTER_CONFIG).exists():  # transformers would open the folder that it names
         raise refusal(f"which has an {ADAPTER_CONFIG}", "Merge the adapter into its model first.")
     named = pretrained.config.get("architectures") or []
     if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in named):
         raise refusal(f"with {' '.join(named) or 'no known architecture'}", allowed="a causal language model")
-    options = {"trust_remote_code": False, "local_files_only": True, "use_safetensors": True}
+    options = {"trust_remote_code": False, "local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
     make: Any = transformers.AutoModelForCausalLM.from_pretrained
-    model: nn.Module
     try:
-        model, found = make(pretrained.folder, dtype=torch.float32, output_loading_info=True, **options)
+        model, found = make(pretrained.folder, output_loading_info=True, **options)
     except Exception as error:  # a stranger's config.json may hold anything
         raise refusal(f"which transformers cannot open: {error}") from error
     if lacking := sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}):
-        reason = f"which lacks weights of {len(lacking)} tensors, such as {lacking[0]}, or has them in other shapes"
-        raise refusal(reason, "transformers would initialise them at random. Give a folder that has all of them.")
-    return model
+        # transformers would initialise them at random.
+        raise refusal(f"which lacks {lacking[0]} and {len(lacking) - 1} other weights, or has them in other shapes")
+    return model  # type: ignore[no-any-return]
 
 
 def model_files(model: nn.Module, dataset: Any, parts: Mapping[str, Any] | None = None) -> dict[str, str]:
@@ -279,9 +239,7 @@ def model_files(model: nn.Module, dataset: Any, parts: Mapping[str, Any] | None 
     if ours is not None and ours.tokenizer is not None:
         end_of_text = ours.tokenizer.token_to_id(END_OF_TEXT) if ours.end_of_text is None else ours.end_of_text
         files[TOKENIZER] = ours.tokenizer.to_str()
-        # Without this, AutoTokenizer chooses a class by the model's type, which splits words in its own way.
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        files[TOKENIZER_CONFIG] = json.dumps(settings | _special_tokens(ours), indent=2)
+        files[TOKENIZER_CONFIG] = json.dumps(_tokenizer_config(ours, ours.tokenizer, end_of_text), indent=2)
     if parts and "adapter" in parts:
         files[ADAPTER_CONFIG] = parts["adapter"].config
     elif isinstance(model, Transformer):
@@ -289,6 +247,21 @@ def model_files(model: nn.Module, dataset: Any, parts: Mapping[str, Any] | None 
         files[CONFIG] = json.dumps(model.transformers_config(length, end_of_text), indent=2)
     elif to_json := getattr(getattr(model, "config", None), "to_json_string", None):
         config = json.loads(to_json(use_diff=False))
-        about = {"architectures": [type(model).__name__], "dtype": "float32"} | _eos(config, end_of_text)
+        about = {"architectures": [type(model).__name__], "dtype": "float32"} | _eos(_stops(config), end_of_text)
         files[CONFIG] = json.dumps(config | about, indent=2)
     return files
+
+
+def _tokenizer_config(dataset: Tokenized, tokenizer: Tokenizer, end_of_text: int | None) -> dict[str, Any]:
+    """Returns the content of a tokenizer_config.json, with the special tokens that the tokenizer has."""
+    # Without a class, AutoTokenizer chooses one by the model's type, which splits words in its own way.
+    found: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    found |= {SPLIT: tokenizer.encode_special_tokens, "model_max_length": dataset.sequence_length}
+    if end_of_text is not None:  # as in GPT-2: it precedes each document too, and stands in for tokens that are missing
+        names = ("eos_token", "bos_token", "pad_token", "unk_token")
+        found |= dict.fromkeys(names, tokenizer.id_to_token(end_of_text))
+    _, unknown = with_unknown(tokenizer)
+    if unknown is not None and unknown < num_ids(tokenizer):
+        found["unk_token"] = tokenizer.id_to_token(unknown)
+        found.setdefault("pad_token", found["unk_token"])
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,31 +25,32 @@ Its method `num_targets(batch)` counts the targets before the forward pass. With
 class ModelWithLoss(nn.Module):
     """Model and objective in one forward pass, which returns the loss summed over targets.
 
-    An objective has `num_targets(batch)`, and maps (model, batch) to (sum over targets, outputs). The user's is for all
-    batches; without one, `PairLoss` is for (inputs, targets) and `OwnLoss` for mappings.
+    A user's objective is for all batches. Without one, `PairLoss` is for (inputs, targets) and `OwnLoss` for mappings.
 
     The Accelerator wraps this module instead of the model. The logits then stay inside the forward pass: accelerate
     does not cast or copy them, and DistributedDataParallel sees a scalar.
-
-    Attributes:
-        trims: whether padding has to be cut off, since the objective need not know targets that are ignored.
     """
 
     def __init__(self, model: nn.Module, loss_fn: Any, objective: Objective | None = None) -> None:
         super().__init__()
         self.model, self.loss_fn = model, loss_fn  # a submodule, which follows train() and eval()
-        self.of_user = None if objective is None else UsersObjective(objective)
         self.of_pairs, self.of_mappings = PairLoss(model, loss_fn), OwnLoss(model, loss_fn)
-        self.trims = objective is not None
+        self.trims = objective is not None  # cuts off padding: a user's objective need not know ignored targets
+        if objective is not None:
+            self._of_user = functools.partial(objective)  # not a submodule
+            self._count = getattr(objective, "num_targets", _num_rows)
 
-    def objective(self, batch: Any) -> UsersObjective | PairLoss | OwnLoss:
-        """Returns the objective of a batch."""
-        return self.of_user or (self.of_mappings if isinstance(batch, Mapping) else self.of_pairs)
+    def objective(self, batch: Any) -> PairLoss | OwnLoss | None:
+        """Returns the objective of a batch, or None if it is a user's."""
+        if self.trims:
+            return None
+        return self.of_mappings if isinstance(batch, Mapping) else self.of_pairs
 
     def num_targets(self, batch: Any) -> Tensor:
         """Returns the number of targets of a batch, a scalar on its device."""
-        device = next((tensor.device for tensor in tensors(batch)), None)
-        return torch.as_tensor(self.objective(batch).num_targets(batch), device=device)
+        device, objective = next((tensor.device for tensor in tensors(batch)), None), self.objective(batch)
+        count = self._count(batch) if objective is None else objective.num_targets(batch)
+        return torch.as_tensor(count, device=device)
 
     def count(self, batch: StepBatch) -> Tensor:
         """Returns the number of targets of this process in a step. Padding has none."""
@@ -57,7 +59,12 @@ class ModelWithLoss(nn.Module):
 
     def forward(self, batch: Any, with_outputs: bool = False) -> Any:
         """Returns the loss summed over targets, or (loss, outputs) if `with_outputs`, which only metrics need."""
-        loss, outputs = self.objective(batch)(self.model, batch, with_outputs)
+        objective = self.objective(batch)
+        if objective is not None:
+            result = objective(self.model, batch, with_outputs)
+        else:
+            result = self._of_user(self.model, batch)
+        loss, outputs = result if isinstance(result, tuple) else (result, None)
         return (loss, outputs) if with_outputs else loss
 
     def metric_batch(self, batch: Any) -> Any:
@@ -65,32 +72,26 @@ class ModelWithLoss(nn.Module):
         return batch[1] if self.objective(batch) is self.of_pairs else batch
 
 
-class UsersObjective:
-    """Minimises what the user's function or object returns."""
-
-    def __init__(self, objective: Objective) -> None:
-        self.objective = objective
-        self.num_targets = getattr(objective, "num_targets", _num_rows)
-
-    def __call__(self, model: nn.Module, batch: Any, with_outputs: bool) -> tuple[Tensor, Any]:
-        """Returns the loss, and the outputs if the objective returns some."""
-        result = self.objective(model, batch)
-        return result if isinstance(result, tuple) else (result, None)
-
-
-class PairLoss:
-    """Minimises `loss_fn(model(inputs), targets)` over pairs (inputs, targets). The outputs are the logits.
-
-    Attributes:
-        by_hidden: whether model and loss can compute it from hidden states. Then the logits of a large vocabulary
-            never exist all at once.
-        gives_targets: whether the model is given the targets too, since it would return only the last logits without.
-    """
+class _Loss:
+    """A loss of a model, by what its forward takes."""
 
     def __init__(self, model: nn.Module, loss_fn: Any) -> None:
-        names, _, self._options = _arguments(model)
-        self.loss_fn, self.gives_targets = loss_fn, False
-        self.by_hidden = hasattr(loss_fn, "of_hidden") and "of_hidden" in names
+        parameters = inspect.signature(model.forward).parameters.values()
+        self._takes_all = any(each.kind == each.VAR_KEYWORD for each in parameters)
+        self._names = [each.name for each in parameters if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
+        caches = self._takes_all or "use_cache" in self._names  # keys and values, for generating text
+        self._options = cache_option(model, False) if caches else {}
+        self.loss_fn = loss_fn
+
+
+class PairLoss(_Loss):
+    """Minimises `loss_fn(model(inputs), targets)` over pairs (inputs, targets). The outputs are the logits."""
+
+    def __init__(self, model: nn.Module, loss_fn: Any) -> None:
+        super().__init__(model, loss_fn)
+        # From hidden states, so that the logits of a large vocabulary never exist all at once.
+        self.by_hidden = hasattr(loss_fn, "of_hidden") and "of_hidden" in self._names
+        self.gives_targets = False  # to a model that would return only the last logits without them
 
     def num_targets(self, batch: Any) -> Tensor:
         """Returns the number of targets that are not ignored."""
@@ -119,21 +120,17 @@ class PairLoss:
         return model(*arguments, **self._options)
 
 
-class OwnLoss:
+class OwnLoss(_Loss):
     """Minimises the model's own loss over mappings, or `loss_fn(logits, labels)` if its forward takes no `labels`.
 
     A loss of a model's own is a mean, which is multiplied by its number of targets. What the model adds to it, such as
     a router loss, is a mean as well: over micro-batches and processes it is averaged by their numbers of targets.
-
-    Attributes:
-        computes_loss: whether the model has a loss of its own.
-        shifts: whether the model compares its outputs with the next label, so that the first one does not count.
     """
 
     def __init__(self, model: nn.Module, loss_fn: Any) -> None:
-        self._names, self._takes_all, self._options = _arguments(model)
-        self.loss_fn, self.computes_loss = loss_fn, self._takes_all or LABELS in self._names
-        # As the function of a transformers model's loss says.
+        super().__init__(model, loss_fn)
+        self.computes_loss = self._takes_all or LABELS in self._names
+        # Whether the first label does not count, as the function of a transformers model's loss says.
         is_causal = getattr(getattr(model, "loss_function", None), "__name__", "") == "ForCausalLMLoss"
         self.shifts = is_causal and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         # transformers' models that take any argument hand the count on to their loss function.
@@ -162,8 +159,7 @@ class OwnLoss:
             arguments.pop(LABELS, None)
             output = model(**arguments)
             if not isinstance(labels, Tensor):
-                allowed = f"a mapping with a tensor {LABELS!r}"
-                raise ConfigError(Problem("batch", describe(batch), allowed, OBJECTIVE))
+                raise _misfit("batch", batch, f"a mapping with a tensor {LABELS!r}")
             return self.loss_fn(logits_of(output), labels), output
         count = torch.as_tensor(self.num_targets(batch))
         if isinstance(labels, Tensor) and not labels.is_floating_point():
@@ -173,25 +169,14 @@ class OwnLoss:
         if self._takes_count:
             arguments["num_items_in_batch"] = count.clamp(min=1)
         output = model(**arguments)
-        return loss_of(output) * count, output
-
-
-def _arguments(model: nn.Module) -> tuple[list[str], bool, dict[str, Any]]:
-    """Returns which arguments a model's forward takes, and whether it takes any other.
-
-    The third is the argument by which a transformers model keeps no keys and values for generating text.
-    """
-    parameters = inspect.signature(model.forward).parameters.values()
-    takes_all = any(each.kind == each.VAR_KEYWORD for each in parameters)
-    names = [each.name for each in parameters if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
-    return names, takes_all, cache_option(model, False) if takes_all or "use_cache" in names else {}
+        loss = _tensor_of(output, "loss", "one with a scalar loss", lambda tensor: tensor.numel() == 1)
+        return loss.reshape(()) * count, output
 
 
 def _pair(batch: Any) -> tuple[Any, Tensor]:
     if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor):
         return batch[0], batch[1]
-    advice = f"Have collate_fn return one of them. {OBJECTIVE}"
-    raise ConfigError(Problem("batch", describe(batch), "(inputs, targets), or a mapping", advice))
+    raise _misfit("batch", batch, "(inputs, targets), or a mapping", "Have collate_fn return one of them. ")
 
 
 def _num_rows(batch: Any) -> int:
@@ -202,38 +187,28 @@ def describe(value: Any) -> str:
     """Returns the type of a batch or an output and what it contains, for messages."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
-    content = ""
+    entries: list[str] = []
     if isinstance(value, (Mapping, tuple, list)):
-        entries = map(str, value) if isinstance(value, Mapping) else [type(entry).__name__ for entry in value]
-        content = f" of {', '.join(entries)}"
-    return f"a {type(value).__name__}{content}"
+        entries = [str(entry) if isinstance(value, Mapping) else type(entry).__name__ for entry in value]
+    return f"a {type(value).__name__}" + (f" of {', '.join(entries)}" if entries else "")
 
 
-def entry_of(output: Any, name: str) -> Any:
-    """Returns an entry of a model's output by name, or None if there is none."""
-    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+def _misfit(name: str, value: Any, allowed: str, advice: str = "") -> ConfigError:
+    return ConfigError(Problem(name, describe(value), allowed, f"{advice}{OBJECTIVE}"))
 
 
-def _tensor_of(output: Any, name: str, fits: Callable[[Tensor], bool]) -> Tensor | None:
-    """Returns a model's output if it is a tensor, its entry `name`, or the first tensor of a tuple that fits."""
-    if isinstance(output, (tuple, list)):
-        output = next((entry for entry in output if isinstance(entry, Tensor) and fits(entry)), output)
-    found = output if isinstance(output, Tensor) else entry_of(output, name)
-    return found if isinstance(found, Tensor) else None
+def _tensor_of(output: Any, name: str, allowed: str, fits: Callable[[Tensor], bool]) -> Tensor:
+    """Returns a model's output if it is a tensor, its entry `name`, or the first tensor of a tuple, if it fits."""
+    if isinstance(output, (Tensor, tuple, list)):
+        entries = [output] if isinstance(output, Tensor) else output
+    else:
+        entries = [output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)]
+    for entry in entries:
+        if isinstance(entry, Tensor) and fits(entry):
+            return entry
+    raise _misfit("the model's output", output, allowed)
 
 
 def logits_of(output: Any) -> Tensor:
     """Returns the logits of a model's output, or raises ConfigError if there are none."""
-    logits = _tensor_of(output, "logits", lambda tensor: tensor.ndim > 0)
-    if logits is None:
-        raise ConfigError(Problem("the model's output", describe(output), "a tensor, or one with logits", OBJECTIVE))
-    return logits
-
-
-def loss_of(output: Any) -> Tensor:
-    """Returns the loss in a model's output, or raises ConfigError if there is none."""
-    loss = _tensor_of(output, "loss", lambda tensor: tensor.numel() == 1)
-    if loss is None or loss.numel() != 1:
-        advice = f"Give the batch the labels that the model's loss needs. {OBJECTIVE}"
-        raise ConfigError(Problem("the model's output", describe(output), "one with a scalar loss", advice))
-    return loss.reshape(())
+    return _tensor_of(output, "logits", "a tensor, or one with logits", lambda tensor: tensor.ndim > 0)

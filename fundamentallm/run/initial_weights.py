@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from fundamentallm.checkpoint.manifest import is_ours, read_manifest, verify
-from fundamentallm.checkpoint.reading import check_checkpoint, explained, load_weights
+from fundamentallm.checkpoint.reading import explained, load_weights
 from fundamentallm.config.schema import Config, DataConfig, ModelConfig
 from fundamentallm.config.validation import expand_user
 from fundamentallm.data.tokenizers import create_tokenizer, read_tokenizer, same_tokenizer
@@ -52,7 +52,7 @@ def completed(config: Config) -> tuple[Config, Pretrained]:
         folder = pretrained.folder
         if is_ours(folder):
             verify(folder)
-        theirs = pretrained.shape or ModelConfig(vocab_size=pretrained.vocab_size)
+        theirs = pretrained.shape or ModelConfig(vocab_size=pretrained.config.get("vocab_size"))
         theirs = dataclasses.replace(theirs, pretrained=name, dropout=model.dropout, lora=model.lora)
         problems = []
         for entry in dataclasses.fields(ModelConfig):
@@ -89,7 +89,7 @@ def completed(config: Config) -> tuple[Config, Pretrained]:
 def begin_from_checkpoint(state: RunState, group: HostGroup, init_from: str, tokenizer: Tokenizer) -> None:
     """Loads the weights of the checkpoint `init_from`. Raises ConfigError if it was trained with another tokenizer."""
     checkpoint = Path(expand_user(init_from))
-    group.from_main(lambda: check_checkpoint(checkpoint))
+    group.from_main(lambda: verify(checkpoint))
     with explained(checkpoint):
         check_tokenizer(checkpoint, tokenizer)
     files = [name for name in read_manifest(checkpoint)["files"] if WEIGHTS.fullmatch(name)]

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from fundamentallm.checkpoint.manager import CheckpointManager
 from fundamentallm.checkpoint.manifest import read_manifest, verify
-from fundamentallm.checkpoint.reading import check_checkpoint, load_checkpoint, load_parts
+from fundamentallm.checkpoint.reading import load_checkpoint, load_parts
 from fundamentallm.checkpoint.tensor_files import Like
 from fundamentallm.config.schema import Config
 from fundamentallm.config.validation import expand_user
@@ -56,7 +56,7 @@ def choose_checkpoint(
             advice = "Choose another output_dir (or checkpoint_dir)."
             reason = f"and {manager.checkpoint_dir} holds another run, whose checkpoints would be rotated away"
             raise ConfigError(Problem("training.resume", str(path), advice=advice, reason=reason))
-    check_checkpoint(path)
+    verify(path)
     return path, path, newest is not None
 
 
@@ -81,7 +81,7 @@ def resume(
         if read_manifest(path)["sha256"] != sha256:
             advice = "training.checkpoint_dir has to be a folder that all machines share."
             raise CheckpointError(f"{path} differs between this machine and the first one; {advice}")
-        restore(load_checkpoint(path, like(), is_verified=True), path)
+        restore(load_checkpoint(path, like(), hashed=()), path)
     if manager is not None:
         # A process that was killed after its save may not have rotated. All processes call this, whatever they see.
         group.from_main(lambda: manager.rotate() if path == manager.get_latest() else None)

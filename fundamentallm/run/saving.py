@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from fundamentallm.checkpoint.snapshot import plan
 from fundamentallm.config.schema import TrainingConfig
 from fundamentallm.distributed.dtensor import local
 from fundamentallm.distributed.host_group import HostGroup
-from fundamentallm.errors import ConfigError
+from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.run.state import RunState
 
 
@@ -37,7 +38,8 @@ class Saver:
     ) -> None:
         self.state, self.group, self.is_sharded, self.files = state, group, is_sharded, files
         self.requested, self.saved_step = False, -1
-        self._is_best = self._is_first_step = False
+        self._is_best = False
+        self._shapes: dict[str, Any] | None = None  # of the model, before the first step of a launch
         self.manager: CheckpointManager | None = None
         if config.checkpoint_dir is not None:
             # Processes that save together need a group of their own, because they save in another thread.
@@ -78,14 +80,21 @@ class Saver:
 
     def begin(self) -> None:
         """Starts a launch: drops requests. Raises CheckpointError if its state cannot be saved."""
-        self.requested, self._is_best, self._is_first_step = False, False, True
+        self.requested = self._is_best = False
         if self.manager is not None:
             self._plan()
+            self._shapes = self._shapes_of_model()
 
     def check_first_step(self) -> None:
         """Raises CheckpointError if the state after a launch's first step cannot be saved, or the disk has no room."""
-        manager, is_first, self._is_first_step = self.manager, self._is_first_step, False
-        if is_first and manager is not None:
+        manager, before, self._shapes = self.manager, self._shapes, None
+        if before is not None and manager is not None:
+            now = self._shapes_of_model()
+            if changed := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
+                what = f"{', '.join(changed)}: made or reshaped by the first step, so that no checkpoint would fit"
+                raise CheckpointError(
+                    f"{what} a new model. Register each in its final shape, or with persistent=False."
+                )
             num_bytes = sum({(local(t).data_ptr(), t.nbytes): t.nbytes for t in self._plan()}.values())  # tied: once
             self.group.from_main(lambda: manager.check_space(num_bytes))
 
@@ -95,6 +104,9 @@ class Saver:
         # some processes did so, the next forward pass would wait forever.
         with self.group.barrier_with_errors():
             return list(plan(self.state.state_dict(), self.files())[1].values())
+
+    def _shapes_of_model(self) -> dict[str, Any]:
+        return {name: getattr(value, "shape", None) for name, value in self.state.model.state_dict().items()}
 
     def _on_savers(self, action: Callable[[], object]) -> None:
         if self.is_sharded:

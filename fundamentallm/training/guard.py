@@ -92,31 +92,41 @@ class ModelGuard:
         self._with_buffers = [module for module in self.model.modules() if list(module.buffers(recurse=False))]
         self._before: list[tuple[nn.Module, str, Tensor, Tensor]] = []
         self._is_checked = False
+        self._needed: list[str] = []  # parameters whose gradients DistributedDataParallel waits for
+        self.reached: set[str] = set()  # those that got one from the present micro-batch
+        ddp = accelerator.ddp_handler
+        finds_unused = ddp is not None and (ddp.find_unused_parameters or ddp.static_graph)
+        if accelerator.num_processes > 1 and not accelerator.is_fsdp2 and not finds_unused:
+            self._watch_gradients()
+
+    def _watch_gradients(self) -> None:
+        reached = self.reached  # a hook that held a parameter would be a reference cycle
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                self._needed.append(name)
+                note = lambda _, name=name: reached.add(name)  # noqa: E731
+                parameter.register_post_accumulate_grad_hook(note)
 
     def begin(self) -> None:
         """Copies the buffers, any of which the step may change."""
         self._before = copied_buffers(self._with_buffers)
 
     def check(self, num_micro_batches: int) -> None:
-        """Checks gradients and buffers after the first step's backward pass, where the host waits for the device.
+        """Checks the model after the backward pass of a step. The host waits for the device in the first step only.
 
         Raises:
-            ConfigError: if DistributedDataParallel would wait for the gradient of a parameter that got none.
+            ConfigError: if DistributedDataParallel would wait for the gradient of a parameter that got none from the
+                last micro-batch, after which gradients are exchanged.
         """
-        if self._is_checked:
-            return
-        self._is_checked, accelerator = True, self.accelerator
-        ddp = accelerator.ddp_handler
-        finds_unused = ddp is not None and (ddp.find_unused_parameters or ddp.static_graph)
-        unused = [name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
-        if unused and accelerator.num_processes > 1 and not accelerator.is_fsdp2 and not finds_unused:
+        if unused := [name for name in self._needed if name not in self.reached]:
             raise ConfigError(
-                f"{_listed(unused)}: no gradient, for which the other processes wait. Freeze parameters without a part "
-                "in the loss (training.parameter_groups), or give the Trainer an Accelerator with "
-                "kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]."
+                f"{_listed(unused)}: no gradient from the last micro-batch, after which processes exchange them. "
+                "Freeze parameters without a part in the loss (training.parameter_groups), or give the Trainer an "
+                "Accelerator with kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]."
             )
-        if accelerator.is_main_process:
+        if not self._is_checked and self.accelerator.is_main_process:
             self._warn(num_micro_batches)
+        self._is_checked = True
 
     def _warn(self, num_micro_batches: int) -> None:
         """Warns of buffers that the step has changed, and of layers that normalise over a batch."""

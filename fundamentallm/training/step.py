@@ -70,6 +70,7 @@ class OptimizerStep:
         for index, micro_batch in enumerate(batch.micro_batches(self.objective.trims), start=1):
             # Sharded gradients are exchanged with each micro-batch: kept until the last, they would be unsharded.
             is_exchanged = index == batch.num_micro_batches or self._is_sharded
+            self.model_guard.reached.clear()
             with nullcontext() if is_exchanged else accelerator.no_sync(model):
                 loss = model(micro_batch.content)
                 if micro_batch.rows == 0:  # padding only

@@ -23,9 +23,10 @@ from pathlib import Path
 import torch
 
 from fundamentallm import Callback, Config, DataConfig, ModelConfig, Trainer, TrainingConfig, Transformer
-from fundamentallm.checkpoint.snapshot import take_snapshot
+from fundamentallm.checkpoint.snapshot import Snapshot
 from fundamentallm.data.loaders import create_dataloaders
 from fundamentallm.data.tokenizers import create_tokenizer
+from fundamentallm.distributed.host_group import HostGroup
 from tests.integration.runs import prose
 
 QUIET = 5
@@ -70,8 +71,8 @@ class Saves(Callback):
             if all(thread.name != "checkpoint" for thread in threading.enumerate()):
                 self.waits.append(waited() - self.waited_before)
                 self.is_saving, state = False, trainer.state.state_dict()
-                buffers = take_snapshot(state, "s", False, {}, 0, 1, {}).copies
-                self.copies.append(seconds(lambda: take_snapshot(state, "s", False, {}, 0, 1, buffers)))
+                buffers = Snapshot(state, "s", False, {}, HostGroup(alone=True), {}).copies
+                self.copies.append(seconds(lambda: Snapshot(state, "s", False, {}, HostGroup(alone=True), buffers)))
                 self.saves.append(seconds(lambda: manager.save(state, f"now_{trainer.global_step}", False, {})))
         elif len(self.saves) == self.rounds:
             trainer.request_stop("measured")

@@ -106,7 +106,6 @@ def start(folder: Path, is_first: bool) -> float:
     source = folder / "text.txt"
     if not source.exists():
         source.write_text(prose(10**9) * 90)
-        time.sleep(sources.SETTLED / 1e9)
     cache = tempfile.mkdtemp(dir=folder) if is_first else str(folder / "cache")
     config = DataConfig(str(source), cache_dir=cache)
     if not is_first:

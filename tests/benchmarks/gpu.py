@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from fundamentallm.commands.estimate.counts import count, memory
+from fundamentallm.commands.estimate import count, memory
 from fundamentallm.commands.output import say, say_table
 from fundamentallm.config.schema import Config
 from tests.gpu.__main__ import machine

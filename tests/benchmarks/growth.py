@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from fundamentallm import Callback, Config, DataConfig, ModelConfig, Trainer, TrainingConfig, Transformer
-from fundamentallm.commands.estimate.counts import count
+from fundamentallm.commands.estimate import count
 from fundamentallm.data.loaders import create_dataloaders
 from tests.integration.runs import on_processes
 

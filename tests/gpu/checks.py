@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fundamentallm.commands.estimate.counts import count, memory
+from fundamentallm.commands.estimate import count, memory
 from fundamentallm.config.schema import Config
 from fundamentallm.config.units import size_text
 from tests.gpu.hooks import STOP_AT

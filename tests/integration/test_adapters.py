@@ -23,7 +23,7 @@ from fundamentallm.commands.checkpoints import main as checkpoints
 from fundamentallm.commands.evaluate import main as evaluate
 from fundamentallm.commands.generate import main as generate
 from fundamentallm.data.corpus import opened_note
-from fundamentallm.errors import CheckpointError, ConfigError
+from fundamentallm.errors import CheckpointError, ConfigError, FundamentaLLMError
 from fundamentallm.train import make_trainer, run
 from tests.conftest import problem_of, reset_accelerate
 from tests.integration.runs import (
@@ -295,7 +295,7 @@ def test_open_adapter_reads_a_base_only_if_the_user_knows_it(finished: Trainer, 
 
     for name in (str(secret), str(tmp_path / "nowhere"), "no/model", None):
         write(base_model_name_or_path=name)
-        with pytest.raises(CheckpointError):
+        with pytest.raises(FundamentaLLMError):
             load_model(folder)
     write(base_model_name_or_path=str(secret))
     assert load_model(folder, base).tokenizer.get_vocab_size() > 1

@@ -82,12 +82,3 @@ def test_mixture_with_masked_documents_resumes_bit_exactly(folder: Path, tmp_pat
     assert AutoTokenizer.from_pretrained(checkpoint).eos_token == END
     shape = json.loads((checkpoint / "config.json").read_text())
     assert shape["eos_token_id"] == whole.model.document_start == whole.train_loader.dataset.end_of_text
-
-
-@pytest.mark.parametrize(("length", "warns"), [({"max_steps": None}, True), ({"max_steps": 12}, False)])
-def test_make_trainer_warns_of_few_steps_by_default(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], length: dict[str, Any], warns: bool
-) -> None:
-    config = config_of(folder, tmp_path / "run", str(folder / "a.jsonl"), {}, **length).resolved()
-    steps = make_trainer(config).total_steps
-    assert (f"{steps} optimizer steps" in capsys.readouterr().out) == warns

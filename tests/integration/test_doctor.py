@@ -11,7 +11,7 @@ import pytest
 
 from fundamentallm import Config, ConfigError, TrainingConfig
 from fundamentallm.commands.doctor import checks, main
-from fundamentallm.commands.doctor.checks import CHECKS, Case, Finding, examine, forecast
+from fundamentallm.commands.doctor.checks import CHECKS, Case, examine, forecast
 from fundamentallm.errors import Interrupted
 from fundamentallm.signals import ended_by_signals
 from tests.integration.runs import prose
@@ -31,11 +31,11 @@ def a_case(folder: Path, fault: str, **training: Any) -> Case:
     return Case(config, f"tests.integration.faults:{fault}", folder / "trials")
 
 
-def first_failure(case: Case) -> tuple[str, Finding] | None:
+def first_failure(case: Case) -> tuple[str, str] | None:
     for name in CHECKS:
-        finding = examine(name, case)
-        if finding.status == "fail":
-            return name, finding
+        status, figure = examine(name, case)
+        if status == "fail":
+            return name, figure
     return None
 
 
@@ -82,7 +82,7 @@ def test_doctor_fault_is_found_by_its_check(tmp_path: Path, fault: str, check: s
     found = first_failure(a_case(tmp_path, fault))
     assert found is not None
     assert found[0] == check
-    assert re.search(figure, found[1].figure)
+    assert re.search(figure, found[1])
 
 
 def test_doctor_check_that_a_signal_ends_has_no_result(tmp_path: Path) -> None:
@@ -91,26 +91,23 @@ def test_doctor_check_that_a_signal_ends_has_no_result(tmp_path: Path) -> None:
 
 
 def test_doctor_rows_that_influence_each_other_fail_evaluation(tmp_path: Path) -> None:
-    assert examine("evaluation", a_case(tmp_path, "batch_statistics")).status == "fail"
+    assert examine("evaluation", a_case(tmp_path, "batch_statistics"))[0] == "fail"
 
 
 def test_doctor_state_outside_the_checkpoint_fails_resume(tmp_path: Path) -> None:
-    finding = examine("resume", a_case(tmp_path, "forgetful_model"))
-    assert finding.status == "fail"
-    assert re.match(r"crashed at step 5, resumed from [24]: ", finding.figure)
+    status, figure = examine("resume", a_case(tmp_path, "forgetful_model"))
+    assert status == "fail"
+    assert re.match(r"crashed at step 5, resumed from [24]: ", figure)
 
 
 def test_doctor_without_validation_skips_evaluation(tmp_path: Path) -> None:
     case = a_case(tmp_path, "no_validation")
-    found = {name: examine(name, case).status for name in ("data", "evaluation")}
+    found = {name: examine(name, case)[0] for name in ("data", "evaluation")}
     assert found == {"data": "pass", "evaluation": "skipped"}
 
 
-def test_forecast_counts_steps_and_validations(tmp_path: Path) -> None:
-    shown = forecast(a_case(tmp_path, "sound", eval_every_n_steps=16))
-    assert "40 steps of " in shown["whole run"]
-    # At 16 and 32, at the ends of 6 epochs of 6 steps, and at 40.
-    assert ", 9 validations of " in shown["whole run"]
+def test_forecast_has_the_steps_of_the_whole_run(tmp_path: Path) -> None:
+    assert "40 steps of " in forecast(a_case(tmp_path, "sound"))["whole run"]
 
 
 def test_doctor_failure_is_in_the_table_and_the_exit_code(

@@ -87,18 +87,6 @@ def test_evaluate_of_files_counts_each_token_once(
     assert found["bits_per_byte"] == pytest.approx(np.mean(losses) / math.log(2), rel=1e-5)
 
 
-def test_evaluate_prints_the_same_numbers_as_a_table(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "text.txt").write_text(prose(2_000))
-    arguments = ("--source", str(tmp_path / "text.txt"))
-    found = evaluate(capsys, run, *arguments)
-    assert command.main(["--checkpoint", str(run), *arguments], "evaluate") == 0
-    out = capsys.readouterr().out
-    assert f"{found['loss']:.4f}  nats per token" in out
-    assert "1,999 tokens" in out
-
-
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

@@ -6,7 +6,6 @@ import argparse
 import itertools
 import math
 import re
-import signal
 import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -16,21 +15,15 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from fundamentallm.commands.find_lr import has_diverged, main, range_test, smooth, suggestion
+from fundamentallm.commands.find_lr import main, range_test, suggestion
 from fundamentallm.commands.options import DEFAULT_TRAINER
 from fundamentallm.config.yaml_format import to_yaml
 from fundamentallm.errors import ConfigError, TrainingError
-from fundamentallm.training.loss import CrossEntropy
 from tests.conftest import reset_accelerate
 from tests.integration.runs import StopAt, assert_same_weights, make_config, make_trainer, on_processes, prose, weights
 
 RUN: dict[str, Any] = {"optimizer": "muon", "ema_decay": 0.9, "eval_every_n_steps": 3, "max_bad_steps": 1}
 """A run with settings that the range test must switch off."""
-
-
-def test_smooth_is_unbiased_at_the_start() -> None:
-    assert smooth([3.0] * 9) == pytest.approx([3.0] * 9)
-    assert smooth([1.0, 2.0]) == pytest.approx([1.0, (0.9 * 0.1 * 1 + 0.1 * 2) / 0.19])
 
 
 @pytest.mark.parametrize("end", [[], [math.inf] * 3, [50.0] * 3 + [0.1] * 20])
@@ -46,12 +39,6 @@ def test_suggestion_is_where_the_loss_falls_fastest(end: list[float]) -> None:
 @pytest.mark.parametrize("losses", [[1.0, 2.0, 3.0], [2.0, math.nan]])
 def test_suggestion_without_a_falling_loss_is_none(losses: list[float]) -> None:
     assert suggestion([10.0**i for i in range(len(losses))], losses) is None
-
-
-def test_has_diverged_if_the_loss_explodes() -> None:
-    assert not has_diverged([4.0, 1.0, 3.0])
-    assert has_diverged([4.0] * 9 + [math.nan])
-    assert has_diverged([1.0] * 9 + [50.0])
 
 
 def suggested(capsys: pytest.CaptureFixture[str]) -> float:
@@ -121,12 +108,8 @@ def test_find_lr_on_two_processes_equals_one(config: Path, capsys: pytest.Captur
 def test_find_lr_without_matplotlib_draws_nothing(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ConfigError) as caught:
-        find(config, "--plot=curve.png")
-    (problem,) = caught.value.problems
-    assert (problem.setting, problem.value) == ("--plot", "curve.png")
-    assert "pip install" in problem.advice
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
     assert find(config) == 0
     assert "matplotlib is not installed" in capsys.readouterr().out
 
@@ -148,18 +131,6 @@ class NotFinite(nn.Module):
         return logits.sum() * math.nan
 
 
-class Interrupts(CrossEntropy):
-    def objective(self, logits: Tensor, targets: Tensor) -> Tensor:
-        signal.raise_signal(signal.SIGINT)
-        return super().objective(logits, targets)
-
-
 def test_find_lr_first_loss_not_finite_is_a_training_error(config: Path) -> None:
     with pytest.raises(TrainingError, match="the loss of the first step"):
         find(config, f"--training.loss={__name__}:NotFinite")
-
-
-def test_find_lr_interrupted_suggests_nothing(config: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        find(config, f"--training.loss={__name__}:Interrupts")
-    assert not Path("find_lr.png").exists()

@@ -352,7 +352,7 @@ def save_with_a_host_group(processes: int, folder: str) -> None:
     path = manager.save(state(torch.full((2, 3), 1.0 if mine == 0 else torch.nan), Shard(0)))
     assert load_checkpoint(path)[MODEL_KEY]["w"].isfinite().sum() == 6
     assert not read_manifest(path)["is_finite"]
-    with pytest.raises(CheckpointError, match=r"/w has .*Partial"):
+    with pytest.raises(CheckpointError, match="Partial"):
         manager.save(state(torch.ones(2, 3), Partial()))
 
 

@@ -34,10 +34,6 @@ def empty(file: Path) -> None:
     file.write_bytes(b"")
 
 
-def append(file: Path) -> None:
-    file.write_bytes(file.read_bytes() + b"}")
-
-
 def flip_first_bit(file: Path) -> None:
     _flip(file, 0)
 
@@ -56,11 +52,6 @@ def move_behind_link(file: Path) -> None:
     file.symlink_to(file.rename(file.parent.parent / "elsewhere"))
 
 
-def link_to_nothing(file: Path) -> None:
-    file.unlink()
-    file.symlink_to("nothing")
-
-
 def make_folder(file: Path) -> None:
     file.unlink()
     file.mkdir()
@@ -72,8 +63,7 @@ def make_pipe(file: Path) -> None:
 
 
 DAMAGES: tuple[Callable[[Path], None], ...] = (
-    truncate, empty, append, flip_first_bit, flip_middle_bit, move_behind_link, link_to_nothing, make_folder,
-    make_pipe, Path.unlink,
+    truncate, empty, flip_first_bit, flip_middle_bit, move_behind_link, make_folder, make_pipe, Path.unlink,
 )  # fmt: skip
 
 

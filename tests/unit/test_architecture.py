@@ -69,10 +69,6 @@ def _room(module: str) -> str:
     return module.partition(".")[0]
 
 
-def _is_type_checking(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
-
-
 def _imports(tree: ast.AST) -> Iterator[str]:
     """Yields every imported module, inside functions and under TYPE_CHECKING too; 'a.b' for `from a import b`."""
     for node in ast.walk(tree):
@@ -217,9 +213,3 @@ def test_every_public_name_resolves_to_the_object_of_that_name(name: str) -> Non
 def test_an_unknown_public_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'Tansformer'"):
         _ = fundamentallm.Tansformer
-
-
-def test_the_type_checker_sees_the_public_names() -> None:
-    guarded = next(node for node in TREES[""].body if _is_type_checking(node))
-    aliases = [alias for node in ast.walk(guarded) if isinstance(node, ast.ImportFrom) for alias in node.names]
-    assert sorted(alias.asname or "" for alias in aliases) == fundamentallm.__all__

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fundamentallm.commands.estimate.counts import count, memory
+from fundamentallm.commands.estimate import count, memory
 from tests.benchmarks.gpu import ROWS, config_of
 from tests.benchmarks.growth import Point, exponent, table
 from tests.gpu.runs import Runs

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,6 @@ from fundamentallm import CheckpointManager, Config, DataConfig, ModelConfig, Tr
 from fundamentallm.__main__ import main
 from fundamentallm.checkpoint.manifest import MANIFEST, describe, read_manifest, write_manifest
 from fundamentallm.commands import checkpoint_verbs
-from fundamentallm.commands.output import shortened
 from fundamentallm.train import make_trainer
 from tests.conftest import reset_accelerate
 from tests.integration.runs import PartlyIgnored, lines, prose
@@ -139,26 +137,6 @@ def test_samples_of_step_0_is_refused(made: Run, command: Command) -> None:
     assert "step is 0; allowed: at least 1" in err
 
 
-def test_samples_text_is_one_line_unless_full(made: Run, command: Command) -> None:
-    _, out, _ = command("samples", made.folder, "--step", 1)
-    rows = out.splitlines()[3:]
-    assert len(rows) == 32
-    assert max(map(len, out.splitlines()[1:])) <= 100
-    assert any("\\n" in row for row in rows)
-
-
-@pytest.mark.parametrize(
-    ("text", "line"),
-    [
-        ("x" * 18 + "\n", "x" * 18 + "\\n"),
-        ("x" * 19 + "\n", "x" * 17 + "..."),
-        ("a\\b\x1b\u202e\ud800", "a\\\\b\\x1b\\u202e\\ud800"),
-    ],
-)
-def test_shortened_cuts_to_the_width(text: str, line: str) -> None:
-    assert shortened(text, 20) == line
-
-
 def test_samples_changed_text_is_refused(made: Run, copy: Path, command: Command, tmp_path: Path) -> None:
     other = tmp_path / "other.txt"
     other.write_text(made.text.read_text()[:50] + "#" + made.text.read_text()[51:])
@@ -242,7 +220,6 @@ def test_list_says_why_a_folder_is_not_complete(copy: Path, command: Command) ->
     (folder / "step_00000004" / MANIFEST).unlink()
     (folder / "step_00000008" / MANIFEST).write_text("{")
     (folder / "step_00000012" / "model.safetensors").write_bytes(b"short")
-    (folder / ".staging-step_00000040-0123456789ab").mkdir()
     CheckpointManager(folder, 20).save({"model_state_dict": {"w": torch.tensor([float("nan")])}}, "nan")
     code, out, _ = command("list", copy)
     assert code == 0
@@ -250,7 +227,6 @@ def test_list_says_why_a_folder_is_not_complete(copy: Path, command: Command) ->
         ("step_00000004", "incomplete, it has no manifest.json"),
         ("step_00000008", "manifest.json is damaged"),
         ("step_00000012", "model.safetensors has 5 bytes instead of"),
-        (".staging-step_00000040-0123456789ab", "a save in progress"),
         ("nan", "newest, weights not finite"),
     ):
         assert [line for line in out.splitlines() if line.split()[:1] == [name] and reason in line], name
@@ -381,20 +357,6 @@ def test_show_reads_no_weights_without_verify(copy: Path, command: Command) -> N
     assert "model.safetensors is damaged" in err
 
 
-@pytest.mark.parametrize(
-    ("file", "verb"),
-    [
-        (MANIFEST, ["show"]),
-        ("tokenizer.json", ["samples", "--step", "1"]),
-    ],
-)
-def test_show_and_samples_refuse_damaged_files(copy: Path, command: Command, verb: list[str], file: str) -> None:
-    flip(newest(copy) / file)
-    code, out, err = command(verb[0], newest(copy), *verb[1:])
-    assert (code, out) == (1, "")
-    assert f"{file} is damaged" in err
-
-
 # ---- whatever it is given ---------------------------------------------------------------------------------
 
 VERBS: list[list[str]] = [["list"], ["verify"], ["show"], ["samples", "--step", "1"]]
@@ -417,96 +379,22 @@ def test_verbs_wrong_path_is_an_error_with_the_path(tmp_path: Path, command: Com
         assert problem in err
 
 
-def set_stretch(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
-    return lambda state: state["progress_state_dict"]["stretches"][0].update({name: value})
-
-
-def set_part(part: str, value: Any) -> Callable[[dict[str, Any]], None]:
-    return lambda state: state.update({part: value})
-
-
 ESCAPE = "\x1b[2J\ud800\nstep_99999999  ok"
-HOSTILE: dict[str, Callable[[dict[str, Any]], None]] = {
-    **{f"stretch {name} {value!r}": set_stretch(name, value) for name, value in [
-        ("num_samples", 2**70), ("batch_size", None), ("seed", ESCAPE), ("content", ESCAPE),
-        ("start", [0, 0, 10**9, 0]), ("start", {"__tensor__": "no"}),
-    ]},
-    "vast": lambda state: state["progress_state_dict"]["stretches"][0].update(num_samples=2**40, batch_size=2**40),
-    **{f"{part} {str(value)[:20]!r}": set_part(part, value) for part in (
-        "progress_state_dict", "metrics_state_dict", "config", "versions",
-    ) for value in (ESCAPE, {"x": {"__float__": ESCAPE}})},
-    "data": lambda state: state["config"].update(data={ESCAPE: ESCAPE, "source": 7}),
-    "source": lambda state: state["config"]["data"].update(source=ESCAPE),
-    "epochs": lambda state: state["config"]["training"].update(max_steps=None, max_epochs=2**60),
-    "training": lambda state: state["config"].update(training=ESCAPE),
-    "steps": lambda state: state["progress_state_dict"].update(step=[ESCAPE]),
-    "losses": lambda state: state["metrics_state_dict"].update(latest={"val_step": 18, "val_loss": ESCAPE}),
-    "deep": lambda state: state["config"].update(deep=nested(400)),
-}  # fmt: skip
 
 
-def nested(depth: int) -> Any:
-    return {"x": nested(depth - 1)} if depth else 0
-
-
-@pytest.mark.parametrize("case", HOSTILE)
-def test_verbs_hostile_state_prints_no_control_characters(copy: Path, command: Command, case: str) -> None:
-    path, folder = newest(copy), copy / "checkpoints"
-    for other in folder.iterdir():
-        if other != path and other.is_dir():
-            shutil.rmtree(other)
+@pytest.mark.parametrize("part", ["config", "data", "versions", "progress_state_dict", "metrics_state_dict"])
+def test_verbs_hostile_state_prints_no_control_characters(copy: Path, command: Command, part: str) -> None:
+    path = newest(copy)
     saved = json.loads((path / "state.json").read_text())
-    HOSTILE[case](saved["state"])
+    if part == "data":
+        saved["state"]["config"]["data"] |= {ESCAPE: ESCAPE, "source": ESCAPE}
+    else:
+        saved["state"][part] = {ESCAPE: ESCAPE}
     (path / "state.json").write_text(json.dumps(saved))
     (path / MANIFEST).unlink()
-    write_manifest(path, describe(path, os.listdir(path)), sequence=1, is_best=True, is_finite=True, step=18)
+    write_manifest(path, describe(path, os.listdir(path)), sequence=99, is_best=True, is_finite=True, step=18)
     for verb in VERBS:
         code, out, err = command(verb[0], copy, *verb[1:])
         assert code in (0, 1, 2)
         assert (code == 0) == (err == "")
         assert all(character.isprintable() or character == "\n" for character in out + err)
-    if case.startswith("stretch") and not case.startswith("stretch content '"):
-        assert (code, out) == (1, "")
-
-
-@pytest.mark.parametrize(
-    ("file", "content"),
-    [
-        ("training.safetensors", b"\xff" * 64),
-        ("training.safetensors", b"\x04\0\0\0\0\0\0\0\x1b[2J"),
-    ],
-)
-def test_verbs_hostile_tensor_files_raise_no_traceback(copy: Path, command: Command, file: str, content: bytes) -> None:
-    path = newest(copy)
-    (path / file).write_bytes(content)
-    (path / MANIFEST).unlink()
-    write_manifest(path, describe(path, os.listdir(path)), sequence=99, is_best=True, is_finite=True, step=18)
-    for verb in VERBS:
-        code, out, err = command(verb[0], copy, *verb[1:])
-        assert code in (0, 1)
-        assert (code == 0) == (err == "")
-        assert "\x1b" not in out + err
-
-
-def test_verbs_do_not_open_pipes(copy: Path, command: Command) -> None:
-    for file in ("model.safetensors", "state.json"):
-        (newest(copy) / file).unlink()
-        os.mkfifo(newest(copy) / file)
-    for verb in VERBS:
-        code, out, err = command(verb[0], copy, *verb[1:])
-        assert "is missing" in out + err
-        assert code == (0 if verb == ["list"] else 1)
-
-
-def test_help_imports_no_torch(tmp_path: Path) -> None:
-    code = (
-        "import sys\nfrom fundamentallm.commands.checkpoints import main\n"
-        "try:\n    main(['show', '--help'], 'fundamentallm checkpoints')\n"
-        "finally:\n    print(sorted(sys.modules.keys() & {'torch', 'numpy', 'safetensors', 'tokenizers'}))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "usage: fundamentallm checkpoints" in done.stdout
-    assert done.stdout.endswith("\n[]\n")

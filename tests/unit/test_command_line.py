@@ -8,7 +8,6 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -138,10 +137,6 @@ def test_parse_config_option_overrides_the_file(write: Write) -> None:
     assert read.training.learning_rate == TrainingConfig.learning_rate
 
 
-def test_parse_config_without_arguments_is_the_default(write: Write) -> None:
-    assert parse_config([]) == Config().resolved()
-
-
 # ---- YAML
 
 
@@ -195,11 +190,6 @@ def test_parse_config_of_an_empty_file_is_the_default(write: Write, content: str
     assert parse_config(["--config", write(content)]) == Config().resolved()
 
 
-def test_parse_config_refuses_a_section_that_is_not_a_mapping(write: Write) -> None:
-    found = problems("--config", write("model: []"), "--model.d_model", "512")
-    assert [one.setting for one in found] == ["model"]
-
-
 TEXTS = [
     *("no", "7", "null", "~", "a: b", "# a", " a ", "größe✓", "a\nb", "a\n\n b\n", 'it\'s "so"', "1e-4", "2024-01-01"),
     *("\t", "", "- a", "{a}", "[a", "*a", "&a", "!a", "%a", "@a", "a\\nb", "\u2028", "\x07", "word " * 60, "010", "<<"),
@@ -247,7 +237,7 @@ def test_parse_config_keeps_the_text_of_a_text_setting(write: Write) -> None:
         ("callbacks", "[a:b, c:d]", ["a:b", "c:d"]),
         ("training.loss_options", "{gamma: 1e-1}", {"gamma": 0.1}),
         ("data.source", "{a.txt: 1, b.txt: 0.5}", {"a.txt": 1, "b.txt": 0.5}),
-        ("data.suffixes", "[.1, no, 7]", [".1", "no", "7"]),
+        ("data.suffixes", "[.x, no]", [".x", "no"]),
     ],
 )
 def test_parse_config_reads_an_option_as_yaml(write: Write, name: str, text: str, value: Any) -> None:
@@ -274,12 +264,6 @@ def test_parse_config_of_a_dotted_key_says_to_nest_it(write: Write) -> None:
     (found,) = problems("--config", write("training.log_every_n_steps: 7"))
     assert (found.setting, found.value) == ("training.log_every_n_steps", 7)
     assert "training: {log_every_n_steps: " in found.advice
-
-
-@pytest.mark.parametrize("text", ["-1", "-0.5", "-1e-4"])
-def test_parse_config_takes_a_negative_number(write: Write, text: str) -> None:
-    (found,) = problems(f"--training.learning_rate={text}")
-    assert (found.setting, found.value) == ("training.learning_rate", float(text))
 
 
 def test_parse_config_of_a_misspelt_option_names_the_right_one(write: Write) -> None:
@@ -358,18 +342,6 @@ def test_help_shows_every_option_with_its_default(
         type_name, _, rest = options[name].partition(f" {text}")
         assert " " not in type_name
         assert rest.startswith(" (default: ") != ("default:" in text)
-    for name, end in {
-        "training.learning_rate": "(default: 0.0003)",
-        "model.dropout": "(default: 0.0)",  # which equals false
-        "model.tie_embeddings": "(default: false)",
-        "training.warmup_steps": "(default: 0)",
-        "data.suffixes": "(default: [.txt, .md])",
-        "callbacks": "(default: [])",
-        "training.loss_options": "(default: {})",
-        "training.ema_decay": "(default: null)",
-        "output_dir": "(default: runs/default)",
-    }.items():
-        assert options[name].endswith(end)
 
 
 # ---- exit codes, and what is left behind
@@ -402,6 +374,13 @@ def test_train_with_a_mistake_exits_with_2_and_leaves_nothing(
     assert capsys.readouterr().err.startswith("error: ")
 
 
+def test_train_without_arguments_shows_the_help(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main([]) == 2
+    printed = capsys.readouterr()
+    assert "--training.learning_rate FLOAT" in printed.out
+    assert "--config" in printed.err
+
+
 def test_train_with_resume_never_refuses_a_used_folder(write: Write, tmp_path: Path) -> None:
     write("some words " * 100, "text.txt")
     used = tmp_path / "run"
@@ -412,58 +391,19 @@ def test_train_with_resume_never_refuses_a_used_folder(write: Write, tmp_path: P
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "facts"),
-    [
-        (["trian"], 2, ["unknown command 'trian'", ", ".join(commands.VERBS), "'train'"]),
-        (["generate", "--checkpoint", "missing"], 1, ["missing"]),
-    ],
-)
-def test_main_reports_the_mistakes_of_a_command(
-    write: Write,
-    arguments: list[str],
-    code: int,
-    facts: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["fundamentallm", *arguments])
-    assert commands.main() == code
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: ")
-    assert [fact for fact in facts if fact not in err] == []
+def test_train_warns_of_few_steps(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write("some words " * 10, "text.txt")
+    short = [word for word in TINY if "max_steps" not in word]
+    assert train.main([*short, "--output_dir=run", "--training.max_epochs=1"]) == 0
+    assert "warning: 2 optimizer steps" in capsys.readouterr().out
 
 
-def test_main_shows_the_help_of_all_commands_and_of_one(
+def test_main_of_an_unknown_command_names_the_nearest(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["fundamentallm", "--help"])
-    assert commands.main() == 0
-    listed = capsys.readouterr().out
-    assert [command for command in commands.VERBS if f"  {command} " not in listed] == []
-    monkeypatch.setattr(sys, "argv", ["fundamentallm", "generate", "--help"])
-    with pytest.raises(SystemExit) as caught:
-        commands.main()
-    assert caught.value.code == 0
-    assert capsys.readouterr().out.startswith("usage: fundamentallm generate ")
-
-
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_train_without_arguments_shows_the_help_once(
-    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str
-) -> None:
-    monkeypatch.setenv("RANK", rank)
-    assert train.main([]) == 2
-    out, err = capsys.readouterr()
-    assert ("--training.max_steps INT" in out, "--config" in err) == (rank == "0", rank == "0")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_main_prints_its_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["fundamentallm", "--version"])
-    assert commands.main() == 0
-    assert capsys.readouterr().out == f"fundamentallm {version('fundamentallm')}\n"
+    monkeypatch.setattr(sys, "argv", ["fundamentallm", "trian"])
+    assert commands.main() == 2
+    assert "Did you mean 'train'?" in capsys.readouterr().err
 
 
 def test_package_lists_its_public_names() -> None:

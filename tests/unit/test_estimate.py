@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fundamentallm import Config, DataConfig, ModelConfig, TrainingConfig, Transformer
 from fundamentallm.__main__ import main
-from fundamentallm.commands.estimate.counts import (
+from fundamentallm.commands.estimate import (
     WIDE,
     count,
     micro_batches,
@@ -142,26 +142,6 @@ def test_estimate_names_its_assumptions(estimate: Command) -> None:
     settings = ["--training.micro_batch_size=auto", "--training.batch_size_schedule=[[2, 64]]", "--model.vocab_size=99"]
     _, out, _ = estimate(*settings, "--training.optimizer=torch.optim:NAdam")
     assert all(f"\n{name} " in out for name in ("micro-batches", "batches", "optimizer"))
-
-
-def test_estimate_devices_chooses_the_rows(estimate: Command) -> None:
-    _, out, _ = estimate("--model.vocab_size", "9", "--devices", "48")
-    assert rows_of(out) == [("48", "ddp"), ("48", "fsdp2")]
-    assert "16 devices have nothing to compute: training.batch_size is 32" in out
-
-
-def test_estimate_twice_the_tflops_halves_the_time(estimate: Command) -> None:
-    hours = []
-    for tflops in ("1e-9", "2e-9"):
-        _, out, _ = estimate("--model.vocab_size=9", "--devices=1", "--training.max_steps=1", "--tflops", tflops)
-        row = [line.split() for line in out.splitlines() if " ddp " in line][-1]
-        hours.append(int(row[-4].replace(",", "")) * 24 + int(row[-2]))
-    assert hours[1] == pytest.approx(hours[0] / 2, rel=0.01)
-
-
-def test_estimate_names_the_gpu_that_it_assumes(estimate: Command) -> None:
-    _, out, _ = estimate("--model.vocab_size=9", "--devices=1", "--gpu", "rtx-4090")
-    assert "one RTX 4090;" in out
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe:300", "tokenizer.json"])

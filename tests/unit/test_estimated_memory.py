@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 
 from fundamentallm import Config, DataConfig, ModelConfig, Trainer, TrainingConfig, Transformer
-from fundamentallm.commands.estimate.counts import count, memory
+from fundamentallm.commands.estimate import count, memory
 from tests.integration.runs import on_processes, sharded_accelerator
 
 SMALL = {"vocab_size": 100, "d_model": 64, "num_heads": 4, "num_layers": 4}
@@ -27,7 +26,7 @@ def config_of(model: dict[str, Any], sequence_length: int = 64, **training: Any)
     return Config(model=ModelConfig(**model), data=data, training=TrainingConfig(**settings)).resolved()
 
 
-def measured_peak(config: Config, folder: Path, accelerator: Accelerator | None = None) -> int:
+def measured_peak(config: Config, folder: Path) -> int:
     """Largest number of bytes that torch's CPU allocator has given to a run of a few steps at once."""
     model, length = Transformer(config.model), config.data.sequence_length
     tokens = torch.randint(config.model.vocab_size or 0, (64, length))
@@ -35,7 +34,7 @@ def measured_peak(config: Config, folder: Path, accelerator: Accelerator | None 
     weights = sum(parameter.nbytes for parameter in model.parameters())
     training = dataclasses.replace(config.training, checkpoint_dir=None)  # saving would copy the state
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        Trainer(model, training, loader, callbacks=[], accelerator=accelerator).train()
+        Trainer(model, training, loader, callbacks=[]).train()
     profiler.export_chrome_trace(str(folder / "trace.json"))
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
     changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]")
@@ -43,8 +42,7 @@ def measured_peak(config: Config, folder: Path, accelerator: Accelerator | None 
     for _, change in changes:
         now += change
         peak = max(peak, now)
-    # The weights are from before the profile. FSDP2 frees them, and its shards are in the profile.
-    return peak + (weights if accelerator is None else 0)
+    return peak + weights  # from before the profile
 
 
 def cpu_extra(config: Config) -> int:
@@ -74,23 +72,6 @@ def test_memory_is_close_to_what_torch_allocates(
     config = config_of(model, **settings)
     estimate = memory(config, count(config)).peak + cpu_extra(config)
     assert estimate == pytest.approx(measured_peak(config, tmp_path), rel=0.15)
-
-
-def _measure_fsdp2(_: int, folder: Path) -> None:
-    # Few tokens, so that what is gathered is a third of the peak.
-    config = config_of(SMALL | {"d_model": 128}, batch_size=4, micro_batch_size=1)
-    accelerator = sharded_accelerator()
-    folder /= str(accelerator.process_index)
-    folder.mkdir()
-    # How much is gathered at once depends on when the threads of gloo run, so only too small an estimate is an error.
-    measured = measured_peak(config, folder, accelerator)
-    estimate = memory(config, count(config), 2, "fsdp2")
-    assert measured <= 1.25 * (estimate.peak + cpu_extra(config))
-    assert estimate.peak < 0.9 * memory(config, count(config), 2, "ddp").peak
-
-
-def test_memory_under_fsdp2(tmp_path: Path) -> None:
-    on_processes(2, _measure_fsdp2, tmp_path)
 
 
 def _state_under_fsdp2(_: int) -> None:

@@ -163,39 +163,6 @@ def test_resume_of_any_bytes_works_or_is_refused(data: st.DataObject) -> None:
         assert_opens_or_is_refused(run)
 
 
-sizes = st.integers(-2, 2**65) | st.sampled_from([0, 1, 2**31, 2**63, 2**64])
-headers = st.fixed_dictionaries(
-    {
-        "dtype": st.sampled_from(
-            ["F32", "F64", "I64", "U64", "BOOL", "BF16", "F8_E4M3", "F8_E8M0", "F4", "F6_E2M3", "C64", "x", "", None]
-        ),
-        "shape": st.lists(sizes, max_size=3) | json_values,
-        "data_offsets": st.tuples(sizes, sizes) | json_values,
-    }
-)
-
-
-@scaled(0.15)
-@given(st.data())
-def test_resume_of_any_tensor_header_works_or_is_refused(data: st.DataObject) -> None:
-    with copy_of_run() as run:
-        folder = run / "checkpoints" / data.draw(checkpoint_names)
-        file = folder / data.draw(st.sampled_from(FILES[:2]))
-        content = file.read_bytes()
-        end = 8 + int.from_bytes(content[:8], "little")
-        header = json.loads(content[8:end])
-        name = data.draw(st.sampled_from(sorted(header)))
-        header[name] = data.draw(headers | json_values)
-        if data.draw(st.booleans()):  # a header that fits the bytes behind it
-            header = {name: {"dtype": "F32", "shape": data.draw(st.lists(sizes, max_size=3)), "data_offsets": [0, 0]}}
-            content = content[:end]
-        text = json.dumps(header).encode()
-        length = data.draw(st.just(len(text)) | st.integers(0, 2**64 - 1))
-        file.write_bytes(length.to_bytes(8, "little") + text + content[end:])
-        make_true(folder)
-        assert_opens_or_is_refused(run)
-
-
 KINDS = (
     *("pipe", "folder", "link to nothing", "link to itself", "link outside", "link to the moved one", "nothing"),
     "device",
@@ -218,11 +185,7 @@ def replace(path: Path, kind: str, outside: Path) -> None:
         path.symlink_to({**targets, "link to the moved one": f"{path.name}-moved", "device": "/dev/null"}[kind])
 
 
-# A link outside is tried for every name, because it could make a run write there.
-CASES = sorted({*pairs(KINDS, NAMES), *(("link outside", name) for name in NAMES)})
-
-
-@pytest.mark.parametrize(("kind", "name"), CASES)
+@pytest.mark.parametrize(("kind", "name"), sorted({*pairs(KINDS, NAMES), ("link outside", "manifest.json")}))
 def test_resume_with_anything_in_place_of_a_file(kind: str, name: str) -> None:
     with copy_of_run() as run:
         checkpoints = run / "checkpoints"

@@ -11,9 +11,7 @@ from typing import Any
 import psutil
 import pytest
 from accelerate import Accelerator
-from accelerate.utils import (
-    ParallelismConfig,
-)
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ParallelismConfig
 
 from fundamentallm import ConfigError, FundamentaLLMError, create_accelerator
 from fundamentallm.distributed import launch_checks
@@ -72,6 +70,13 @@ def test_launch_problems_without_a_gpu_accepts(environment: dict[str, str], laun
     assert launch_problems(environment, False, launch=launch) == []
 
 
+def test_launch_problems_names_processes_that_are_not_started() -> None:
+    launch, started = Launch("two.yaml", use_cpu=True, num_processes=2), {"ACCELERATE_USE_CPU": "True"}
+    (problem,) = launch_problems(started, False, launch=launch)
+    assert (problem.setting, problem.value) == ("accelerate_config.num_processes", 2)
+    assert launch_problems({**started, "OMPI_COMM_WORLD_SIZE": "2"}, False, launch=launch) == []
+
+
 def test_create_accelerator_reports_what_accelerate_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
     monkeypatch.setenv("PARALLELISM_CONFIG_DP_SHARD_SIZE", "0")
@@ -82,22 +87,22 @@ def test_create_accelerator_reports_what_accelerate_refuses(monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("python -m accelerate.commands.launch --config_file={} -m fundamentallm.train", (True, True)),
-        ("uv run --frozen accelerate launch --config_file {} --num_processes 4 train.py", (True, True)),
-        ("/usr/bin/python /opt/bin/accelerate-launch --cpu train.py --config_file {}", (False, True)),
-        ("accelerate launch --multi_gpu --num-processes 2 -m train --config x.yaml --cpu", (False, False)),
+        ("python -m accelerate.commands.launch --config_file={} -m fundamentallm.train", (True, True, 2)),
+        ("uv run --frozen accelerate launch --config_file {} --num_processes 4 train.py", (True, True, 4)),
+        ("/usr/bin/python /opt/bin/accelerate-launch --cpu train.py --config_file {}", (False, True, 1)),
+        ("accelerate launch --multi_gpu --num-processes 2 -m train --config x.yaml --cpu", (False, False, 2)),
         ("python train.py --output_dir runs/accelerate", None),
     ],
 )
 def test_find_launch_reads_the_launchers_own_arguments(
-    words: str, expected: tuple[bool, bool] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: str, expected: tuple[bool, bool, int] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", str(tmp_path / "none.yaml"))
     shutil.copy(CONFIGS / "cpu_2_processes.yaml", tmp_path / "two.yaml")
     parent = SimpleNamespace(cmdline=words.format("two.yaml").split, cwd=lambda: str(tmp_path))
     monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(parents=lambda: [parent]))
     launch = find_launch()
-    found = None if launch is None else (launch.config_file is not None, launch.use_cpu)
+    found = None if launch is None else (launch.config_file is not None, launch.use_cpu, launch.num_processes)
     assert found == expected
 
 
@@ -123,10 +128,19 @@ def test_tracker_problems_names_unknown_and_missing_trackers(monkeypatch: pytest
 # ---- what a caller's Accelerator asks for ----------------------------------------------------------------------
 
 
-def test_check_accelerator_refuses_its_own_accumulation() -> None:
+@pytest.mark.parametrize(
+    ("options", "setting", "value"),
+    [
+        ({"device_placement": False}, "device_placement", False),
+        ({"step_scheduler_with_optimizer": False}, "step_scheduler_with_optimizer", False),
+        ({"gradient_accumulation_plugin": GradientAccumulationPlugin(3)}, "gradient_accumulation_steps", 3),
+        ({"dataloader_config": DataLoaderConfiguration(data_seed=5)}, "dataloader_config.data_seed", 5),
+    ],
+)
+def test_check_accelerator_refuses_options_of_another_run(options: dict[str, Any], setting: str, value: object) -> None:
     with pytest.raises(ConfigError) as error:
-        check_accelerator(Accelerator(cpu=True, gradient_accumulation_steps=3))
-    assert settings(error) == [("Accelerator.gradient_accumulation_steps", 3)]
+        check_accelerator(Accelerator(cpu=True, **options))
+    assert settings(error) == [(f"Accelerator.{setting}", value)]
 
 
 def test_save_state_and_load_state_are_refused(tmp_path: Path) -> None:

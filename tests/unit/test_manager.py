@@ -20,7 +20,7 @@ from torch import Tensor
 from fundamentallm.checkpoint.manager import CheckpointManager
 from fundamentallm.distributed.dtensor import is_dense
 from fundamentallm.distributed.host_group import HostGroup
-from fundamentallm.errors import CheckpointError, CheckpointNotFoundError, ConfigError
+from fundamentallm.errors import CheckpointError, CheckpointNotFoundError
 from tests.unit.checkpoint_files import change_manifest, empty, flip_first_bit, make_true
 
 FILES = ("model.safetensors", "training.safetensors", "state.json", "config.json", "manifest.json")
@@ -90,22 +90,12 @@ def test_load_returns_containers_in_order_and_type(tmp_path: Path) -> None:
         "keys": {0: {2.5: "a", None: "b"}, (1, "x"): [torch.tensor(1)], "0": 1, "__tensor__": 2},
         "milestones": Counter([3, 3, 5]),
         "list": [torch.tensor(1), "two", (torch.tensor([3.0]), {"four": torch.tensor(True)})],
+        "alike": [
+            {"a/b": torch.tensor(1), "a": {"b": torch.tensor(2)}, "": {"x": torch.tensor(3)}},
+            {"a": [torch.tensor(1)], "a/0": torch.tensor(2), "__metadata__": torch.tensor(3)},
+        ],
     }
     assert repr(round_trip(tmp_path, value)) == repr(value)
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        {"a/b": torch.tensor(1), "a": {"b": torch.tensor(2)}},
-        {"": {"x": torch.tensor(1)}, "x": torch.tensor(2)},
-        {"a": [torch.tensor(1)], "a/0": torch.tensor(2)},
-        {"__metadata__": torch.tensor(1)},
-    ],
-)
-def test_load_confuses_no_two_keys(tmp_path: Path, value: dict[str, Any]) -> None:
-    manager = CheckpointManager(tmp_path)
-    assert repr(manager.load(manager.save(value))) == repr(value)
 
 
 def test_save_stores_a_tied_weight_once(tmp_path: Path) -> None:
@@ -152,7 +142,7 @@ def test_save_writes_further_files_and_no_pickle(tmp_path: Path) -> None:
         ([np.float32(3)], ("value/0", "numpy.float32")),
         (np.zeros(2), ("value", "numpy.ndarray")),
         (b"text", ("value", "builtins.bytes")),
-        ({"a": {(torch.ones(1),): 1}}, ("value/a", "tensor as a key")),
+        ({"a": {torch.ones(1): 1}}, ("value/a", "keys")),
         ([torch.zeros(2, dtype=torch.complex128)], ("value/0", "complex128")),
     ],
 )
@@ -174,23 +164,7 @@ def test_save_refuses_an_unsafe_or_reserved_name(tmp_path: Path, name: str) -> N
     assert names(tmp_path) == []
 
 
-def test_manager_refuses_to_keep_fewer_than_one(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError) as error:
-        CheckpointManager(tmp_path, 0)
-    assert error.value.problems[0].setting == "keep_last_n"
-
-
 # ---- complete or absent ----------------------------------------------------------------------------------------
-
-
-def test_save_that_fails_changes_nothing(tmp_path: Path) -> None:
-    manager = CheckpointManager(tmp_path, keep_last_n=1)
-    save_steps(manager, 1)
-    before = contents(tmp_path)
-    with pytest.raises(CheckpointError):
-        manager.save(state(2), "step_0", files={"n" * 300: "a name longer than file systems take"})
-    assert contents(tmp_path) == before
-    assert names(tmp_path) == ["step_0"]
 
 
 def test_save_replaces_a_checkpoint_of_the_same_name(tmp_path: Path) -> None:
@@ -259,20 +233,12 @@ def test_save_in_background_copies_the_state(tmp_path: Path) -> None:
 
 
 def test_saves_are_written_one_after_the_other(tmp_path: Path) -> None:
-    gate = Gate()
-    manager = CheckpointManager(tmp_path, 9, gate)
-    manager.save_in_background(state(1), "z")
-    assert gate.entered.wait(60)
-    gate.opened.set()
-    manager.save_in_background(state(2), "y")
-    manager.save(state(3), "x")
-    assert manager.get_latest() == tmp_path / "x"
-    manager.save_in_background(state(4), "w")
+    manager = CheckpointManager(tmp_path, 9)
+    for name in ("z", "y", "x"):
+        manager.save_in_background(state(), name)
     manager.wait()
-    sequence = {
-        name: json.loads((tmp_path / name / "manifest.json").read_text())["sequence"] for name in names(tmp_path)
-    }
-    assert sequence == {"z": 1, "y": 2, "x": 3, "w": 4}
+    sequence = [json.loads((tmp_path / name / "manifest.json").read_text())["sequence"] for name in ("z", "y", "x")]
+    assert sequence == [1, 2, 3]
 
 
 def test_save_in_background_error_is_raised_at_next_call(tmp_path: Path) -> None:
@@ -291,20 +257,15 @@ def test_save_in_background_error_is_raised_at_next_call(tmp_path: Path) -> None
 # ---- rotation ------------------------------------------------------------------------------------------------
 
 
-def test_save_deletes_all_but_the_last(tmp_path: Path) -> None:
+def test_save_keeps_the_last_and_the_best(tmp_path: Path) -> None:
     """Age is the order of saving, not of names."""
-    manager, saved = CheckpointManager(tmp_path, 3), []
+    manager, saved = CheckpointManager(tmp_path, 3), list[str]()
     for name in ("z", "a", "m", "b", "y"):
-        saved.append(manager.save(state(), name))
-        assert manager.get_latest() == saved[-1]
-        assert names(tmp_path) == sorted(path.name for path in saved[-3:])
-
-
-def test_save_keeps_the_best_and_deletes_a_former_best(tmp_path: Path) -> None:
-    manager = CheckpointManager(tmp_path, 1)
-    save_steps(manager, 5, best=(1, 3))
-    CheckpointManager(tmp_path, 1).save(state(6), "step_6")  # a new manager reads the disk
-    assert names(tmp_path) == ["step_3", "step_6"]
+        saved.append(manager.save(state(), name).name)
+        assert manager.get_latest() == tmp_path / name
+        assert names(tmp_path) == sorted(saved[-3:])
+    save_steps(CheckpointManager(tmp_path, 1), 5, best=(1, 3))
+    assert names(tmp_path) == ["step_3", "step_4"]
     assert manager.get_best() == tmp_path / "step_3"
 
 
@@ -331,32 +292,25 @@ def test_save_deletes_nothing_that_is_not_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_manager_of_an_empty_folder_finds_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
     for folder in (tmp_path, tmp_path / "missing"):
         manager = CheckpointManager(folder)
         assert (manager.get_latest(), manager.get_best(), manager.newest_intact()) == (None, None, (None, []))
-    assert not (tmp_path / "missing").exists()
+        with pytest.raises(CheckpointNotFoundError, match="file"):
+            manager.load(folder / "file")
+    assert names(tmp_path) == ["file"]
 
 
-def test_load_of_a_missing_checkpoint_is_not_found(tmp_path: Path) -> None:
-    assert issubclass(CheckpointNotFoundError, FileNotFoundError)
-    (tmp_path / "file").touch()
-    for name in ("missing", "file"):
-        with pytest.raises(CheckpointNotFoundError, match=name):
-            CheckpointManager(tmp_path).load(tmp_path / name)
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_newest_intact_skips_a_damaged_checkpoint(tmp_path: Path, file: str) -> None:
-    manager = CheckpointManager(tmp_path / "checkpoints")
+def test_newest_intact_skips_a_damaged_checkpoint(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path)
     newest = save_steps(manager, 3)
-    flip_first_bit(newest / file)
-    with pytest.raises(CheckpointError, match=file):
+    flip_first_bit(newest / "training.safetensors")
+    with pytest.raises(CheckpointError, match=r"training\.safetensors"):
         manager.load(newest)
     path, (reason,) = manager.newest_intact()
-    assert path == tmp_path / "checkpoints" / "step_1"
+    assert path == tmp_path / "step_1"
     assert manager.load(path)["step"] == 1
-    assert "step_2" in reason
-    assert file in reason
+    assert "step_2: training.safetensors" in reason
 
 
 def test_newest_intact_prefers_finite_weights(tmp_path: Path) -> None:
@@ -380,29 +334,33 @@ def test_load_refuses_another_format(tmp_path: Path) -> None:
         CheckpointManager(tmp_path).load(path)
 
 
-@pytest.mark.parametrize("file", FILES[:3])
-def test_load_refuses_a_pickle_and_does_not_run_it(tmp_path: Path, file: str) -> None:
-    path = CheckpointManager(tmp_path).save(state())
-    # A pickle that makes a folder when it is loaded.
-    (path / file).write_bytes(b"cos\nmkdir\n(V" + bytes(tmp_path / "ran") + b"\ntR.")
-    make_true(path)
-    with pytest.raises(CheckpointError, match=file):
-        CheckpointManager(tmp_path).load(path)
+def test_load_refuses_a_pickle_and_does_not_run_it(tmp_path: Path) -> None:
+    for file in FILES[:3]:
+        path = CheckpointManager(tmp_path).save(state())
+        # A pickle that makes a folder when it is loaded.
+        (path / file).write_bytes(b"cos\nmkdir\n(V" + bytes(tmp_path / "ran") + b"\ntR.")
+        make_true(path)
+        with pytest.raises(CheckpointError, match=file):
+            CheckpointManager(tmp_path).load(path)
     assert not (tmp_path / "ran").exists()
 
 
-def test_save_that_cannot_be_renamed_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    manager = CheckpointManager(tmp_path)
-    saved = manager.save({"model_state_dict": {"weight": torch.ones(2)}, "note": "old"}, "same")
-    rename = Path.rename
+@pytest.mark.parametrize("failing", ["write", "rename"])
+def test_save_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    manager = CheckpointManager(tmp_path, keep_last_n=1)
+    save_steps(manager, 1)
+    before, rename, files = contents(tmp_path), Path.rename, {}
 
     def fail_once(self: Path, target: Path) -> Path:
         if self.name.startswith(".staging-"):
             raise OSError("no")
         return rename(self, target)
 
-    monkeypatch.setattr(Path, "rename", fail_once)
+    if failing == "rename":
+        monkeypatch.setattr(Path, "rename", fail_once)
+    else:
+        files["n" * 300] = "a name longer than file systems take"
     with pytest.raises(CheckpointError):
-        manager.save({"model_state_dict": {"weight": torch.ones(2)}, "note": "new"}, "same")
-    assert manager.get_latest() == saved
-    assert manager.load(saved)["note"] == "old"
+        manager.save(state(2), "step_0", files=files)
+    assert contents(tmp_path) == before
+    assert names(tmp_path) == ["step_0"]

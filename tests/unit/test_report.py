@@ -223,13 +223,6 @@ CURVES = """
   seen.settings = document.getElementById("config").innerText; seen.title = document.title;
   seen.images = document.images.length;
 """
-RESULTS = """
-  const isBest = (cell) => cell.classList.contains("best");
-  const cells = (row) => [...row.querySelectorAll("td")].map((cell) => [cell.textContent, isBest(cell)]);
-  const rows = [...document.querySelectorAll("#final tbody tr")];
-  seen.rows = Object.fromEntries(rows.map((row) => [row.querySelector("th").textContent, cells(row)]));
-  seen.width = innerWidth; seen.needed = document.documentElement.scrollWidth;
-"""
 
 
 def browse(page: Path, folder: Path, *arguments: str) -> str:
@@ -269,40 +262,3 @@ def test_report_curves_in_a_browser(page: Path, run: Path, tmp_path: Path) -> No
     assert "model.d_model" in seen["settings"]
     assert "owned" not in seen["title"]
     assert seen["images"] == 0
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine")
-def test_report_marks_best_values_among_comparable_runs(tmp_path: Path) -> None:
-    def made(name: str, loss: float, bits: float, tokenizer: str, data: list[str] | None = None) -> Path:
-        folder = write_log(
-            tmp_path / name, {"step": 3, "time": 1003.5, "val_loss": loss, "val_bits_per_byte": bits, "epoch": 1.0}
-        )
-        config = {"data": {"source": "a.txt", "tokenizer": tokenizer}, "model": {}, "training": {"max_steps": 3}}
-        start = {"step": 0, "time": "1970-01-01T00:15:00+00:00", "config": config, "environment": {}}
-        (folder / "starts.jsonl").write_text(json.dumps(start | ({} if data is None else {"data": data})) + "\n")
-        return folder
-
-    alike = [made("a", 1.5, 2.0, "char"), made("b", 1.25, 1.75, "char")]
-    other = [
-        made("c", 1.0, 1.875, "byte"),
-        made("d", 0.5, 3, "char", ["x", "y"]),
-        made("e", 0.75, 3, "char", ["x", "y"]),
-    ]
-    page = tmp_path / "report.html"
-    report(*alike, *other, "--output", page)
-    rows = look(page, tmp_path, RESULTS)["rows"]
-    assert [text for text, _ in rows["data and tokenizer"]] == ["A", "A", "B", "C", "C"]
-    assert rows["best validation loss"] == [
-        ["1.500", False],
-        ["1.250", True],
-        ["1.000", False],
-        ["0.500", True],
-        ["0.750", False],
-    ]
-    assert [best for _, best in rows["best bits per byte"]] == [False, True, False, False, False]
-    assert rows["duration"][0] == ["1 min 44 s", False]
-    report(*alike, "--output", page)
-    seen = look(page, tmp_path, RESULTS, width=420)
-    assert seen["needed"] <= seen["width"] < 640  # no window is narrower than the browser allows
-    assert "data and tokenizer" not in seen["rows"]
-    assert [best for _, best in seen["rows"]["last validation loss"]] == [False, True]

@@ -1,9 +1,8 @@
-"""Shards of tensors are read in full and in any slice, and incomplete shards are refused."""
+"""Shards of tensors are read in full and in any rows, and incomplete shards are refused."""
 
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,62 +16,35 @@ from torch import Tensor
 
 from fundamentallm.checkpoint.manager import CheckpointManager
 from fundamentallm.checkpoint.reading import load_checkpoint
-from fundamentallm.checkpoint.tensor_files import (
-    OFFSETS,
-    SHARDING_INFO,
-    Region,
-    TensorFiles,
-    file_name,
-    write_tensors,
-)
+from fundamentallm.checkpoint.tensor_files import OFFSETS, SHARDING_INFO, TensorFiles, file_name, write_tensors
 from fundamentallm.distributed.host_group import HostGroup
+from fundamentallm.errors import CheckpointError
 
 FULL = torch.arange(7 * 5 * 3).view(7, 5, 3).float()
 
 
-def full_region(tensor: Tensor) -> Region:
-    return Region(tuple(tensor.shape), (0,) * tensor.ndim)
+def write_shards(folder: Path, tensor: Tensor, *bounds: int) -> None:
+    for rank, (begin, end) in enumerate(zip((0, *bounds), (*bounds, len(tensor)), strict=True)):
+        info = {"w": {OFFSETS: [begin, 0, 0], "shape": [*tensor.shape]}, "scalar": {OFFSETS: [], "shape": []}}
+        others = {"scalar": torch.tensor(3.0)} if rank == 0 else {}
+        write_tensors(folder / file_name("model", rank, 3), {"w": tensor[begin:end].clone(), **others}, info)
 
 
-def shards_of(tensor: Tensor, bounds: list[int], dim: int) -> list[tuple[Tensor, Region]]:
-    shards = []
-    for begin, end in zip([0, *bounds], [*bounds, tensor.shape[dim]], strict=True):
-        offsets = [0] * tensor.ndim
-        offsets[dim] = begin
-        shards.append((tensor.narrow(dim, begin, end - begin), Region(tuple(tensor.shape), tuple(offsets))))
-    return shards
+def opened(folder: Path, **options: Any) -> TensorFiles:
+    return TensorFiles(folder, sorted(path.name for path in folder.glob("*.safetensors")), **options)
 
 
-def write(folder: Path, rank: int, shards: dict[str, tuple[Tensor, Region]], num_ranks: int = 3) -> None:
-    tensors = {key: tensor.contiguous() for key, (tensor, _) in shards.items()}
-    regions = {key: region for key, (_, region) in shards.items()}
-    write_tensors(folder / file_name("model", rank, num_ranks), tensors, regions)
-
-
-def opened(folder: Path, stack: ExitStack, **options: Any) -> TensorFiles:
-    return TensorFiles(folder, sorted(path.name for path in folder.glob("*.safetensors")), "model/", stack, **options)
-
-
-@pytest.mark.parametrize("dim", [0, 1, 2])
-def test_tensor_files_read_shards_in_full_and_in_any_box(tmp_path: Path, dim: int) -> None:
-    for rank, shard in enumerate(shards_of(FULL, [1, 2], dim)):
-        others = {"scalar": (torch.tensor(3.0), Region((), ()))} if rank == 0 else {}
-        write(tmp_path, rank, {"w": shard, **others})
-    with ExitStack() as stack:
-        files = opened(tmp_path, stack, same_as={"model/tied": "model/w"})
-        assert set(files) == {"model/w", "model/scalar", "model/tied"}
-        assert torch.equal(files["model/w"], FULL)
-        assert torch.equal(files["model/tied"], FULL)
-        assert files["model/scalar"].item() == 3
-        assert files.shapes["model/w"] == (7, 5, 3)
-        for offsets, size in (
-            ((2, 1, 0), (4, 3, 2)),
-            ((0, 0, 0), (1, 1, 1)),
-            ((6, 4, 2), (1, 1, 1)),
-            ((3, 0, 0), (0, 5, 3)),
-        ):
-            box = tuple(slice(o, o + s) for o, s in zip(offsets, size, strict=True))
-            assert torch.equal(files.read("model/w", offsets, size), FULL[box])
+def test_tensor_files_read_shards_in_full_and_in_any_rows(tmp_path: Path) -> None:
+    write_shards(tmp_path, FULL, 1, 4)
+    w, scalar, tied = (f"model_state_dict/{name}" for name in ("w", "scalar", "tied"))
+    files = opened(tmp_path, same_as={tied: w})
+    assert set(files) == {w, scalar, tied}
+    assert torch.equal(files[w], FULL)
+    assert torch.equal(files[tied], FULL)
+    assert files[scalar].item() == 3
+    assert files.shape(w) == (7, 5, 3)
+    for begin, end in ((2, 6), (0, 1), (6, 7), (3, 3), (7, 7)):
+        assert torch.equal(files.read(w, begin, end), FULL[begin:end])
 
 
 @given(
@@ -92,37 +64,33 @@ def test_tensor_files_refuse_shards_that_miss_or_overlap(
         save_file({"w": shard}, folder / file_name("model", rank, 4), {SHARDING_INFO: json.dumps(info)})
     intervals.sort()
     follow = [begin for begin, _ in intervals] == [0, *(end for _, end in intervals)][:-1] and intervals[-1][1] == 7
-    is_good = (
-        follow
-        and shape == [7, 2]
-        and all(column == 0 for _, _, column in regions)
-        and all(begin < end for begin, end in intervals)
-    )
-    with ExitStack() as stack:
-        if is_good:
-            assert torch.equal(opened(folder, stack)["model/w"], full)
-        else:
-            with pytest.raises(ValueError, match="model/w"):
-                opened(folder, stack)
+    is_good = follow and shape == [7, 2] and all(column == 0 for _, _, column in regions)
+    if is_good:
+        assert torch.equal(opened(folder)["model_state_dict/w"], full)
+    else:
+        with pytest.raises(ValueError, match="model_state_dict/w"):
+            opened(folder)
 
 
 def save_and_load_uneven_shards(folder: str) -> None:
-    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
-    from torch.distributed.tensor import Shard as ShardAlong
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     mesh = torch.distributed.init_device_mesh("cpu", (3,))
-    placements = {"rows": ShardAlong(0), "columns": ShardAlong(1), "one": ShardAlong(0), "copied": Replicate()}
-    full = {name: torch.arange(10.0).view(2, 5) if name != "one" else torch.ones(1) for name in placements}
+    placements = {"rows": Shard(0), "one": Shard(0), "copied": Replicate()}
+    full = {name: torch.arange(10.0).view(5, 2) if name != "one" else torch.ones(1) for name in placements}
     tensors = {name: distribute_tensor(full[name], mesh, [placement]) for name, placement in placements.items()}
-    path = CheckpointManager(folder, group=HostGroup()).save({"w": tensors})
+    manager = CheckpointManager(folder, group=HostGroup())
+    path = manager.save({"w": tensors})
     saved = load_checkpoint(path)["w"]
     assert all(torch.equal(saved[name], full[name]) for name in full)
-    sharded: dict[str, DTensor] = load_checkpoint(path, lambda name, shape: tensors[name.removeprefix("w/")])["w"]
+    sharded: dict[str, Any] = load_checkpoint(path, lambda name, shape: tensors[name.removeprefix("w/")])["w"]
     assert all(torch.equal(sharded[name].to_local(), tensors[name].to_local()) for name in full)
+    with pytest.raises(CheckpointError, match="first dimension"):
+        manager.save({"w": distribute_tensor(full["rows"], mesh, [Shard(1)])}, "columns")
 
 
 def test_load_checkpoint_of_uneven_shards_is_exact(tmp_path: Path) -> None:
-    """Neither two rows nor five columns can be divided by three, and of one row two processes hold nothing."""
+    """Five rows cannot be divided by three, and of one row two processes hold nothing."""
     debug_launcher(save_and_load_uneven_shards, (str(tmp_path),), num_processes=3)
     assert len(list(tmp_path.glob("checkpoint/training-*-of-00003.safetensors"))) == 3
 
@@ -132,8 +100,7 @@ def test_write_tensors_is_read_by_torchs_reader(tmp_path: Path) -> None:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-    for rank, shard in enumerate(shards_of(FULL, [2, 4], 0)):
-        write(tmp_path, rank, {"w": shard})
+    write_shards(tmp_path, FULL, 2, 4)
     read = {"w": torch.empty_like(FULL)}
     dcp.load(read, storage_reader=HuggingFaceStorageReader(str(tmp_path)), no_dist=True)
     assert torch.equal(read["w"], FULL)

@@ -19,9 +19,9 @@ INDENT = " " * 30
 
 def main(arguments: Sequence[str], program: str) -> int:
     """Run the command line and return the exit code: 0 if no check failed, 1 if one did."""
-    about = f"{__doc__} Runs are made in temporary folders; nothing is written to output_dir."
     codes = "Exit code 0: no check failed, 1: a check failed, 2: a setting is wrong."
-    parser = settings_parser(program, "[--trainer MODULE:NAME]", f"{about} {codes}")
+    about = f"{__doc__} Runs are made in temporary folders; nothing is written to output_dir. {codes}"
+    parser = settings_parser(program, "[--trainer MODULE:NAME]", about)
     add_trainer_option(parser)
     options, rest = parser.parse_known_args(arguments)
     problems = []
@@ -39,9 +39,9 @@ def main(arguments: Sequence[str], program: str) -> int:
         say(f"trial runs in temporary folders; {config.output_dir} is not touched\n")
         for number, (name, (_, advice)) in enumerate(CHECKS.items(), start=1):
             print(f"{number:>2}  {name:<17}", end="", flush=True)
-            finding = examine(name, case)
-            say(f"{finding.status:<9}{finding.figure}")
-            if finding.status == "fail":
+            status, figure = examine(name, case)
+            say(f"{status:<9}{figure}")
+            if status == "fail":
                 first = "Fix the failures above first: they may be the cause. " if failed else ""
                 say(textwrap.fill(f"-> {first}{advice}", 120, initial_indent=INDENT, subsequent_indent=INDENT))
                 failed += 1

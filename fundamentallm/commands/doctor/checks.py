@@ -1,4 +1,7 @@
-"""The checks of `doctor`, in their order. Each makes its own trial runs and returns what it found."""
+"""The checks of `doctor`, in their order. Each makes its own trial runs and returns what it found.
+
+Those that find a fault raise `Failed`; those that cannot be made raise `Skipped`.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +10,25 @@ import io
 import itertools
 import math
 import tempfile
-import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate.utils import release_memory, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from fundamentallm.commands.trial import Record, make_trainer, run_until, trial_config
+from fundamentallm.commands.trial import Record, make_trial, run_until
 from fundamentallm.config.schema import Config
 from fundamentallm.config.units import duration_text, size_text
 from fundamentallm.data.sampler import StepSampler
 from fundamentallm.data.streams import is_stream
-from fundamentallm.distributed.batches import to_device
+from fundamentallm.distributed.batches import tensors, to_device
 from fundamentallm.signals import raise_if_interrupted
-from fundamentallm.training.callbacks.base import Callback, RunView
 from fundamentallm.training.callbacks.console import LoggingCallback, ProgressCallback
 from fundamentallm.training.callbacks.curves import VisualizationCallback
 from fundamentallm.training.metrics import MEASURED
@@ -40,11 +41,12 @@ STOP_AT, CRASH_AT, SAVE_EVERY, LOG_EVERY, EVAL_EVERY = 9, 5, 2, 3, 4
 VALIDATION_ROWS = 48
 
 
-class Finding(NamedTuple):
-    """Result of a check; status is pass, fail or skipped."""
+class Failed(Exception):
+    """A check found a fault."""
 
-    status: str
-    figure: str
+
+class Skipped(Exception):
+    """A check cannot be made."""
 
 
 @dataclass
@@ -56,16 +58,13 @@ class Case:
     """'module:name' of the function that makes the Trainer."""
     folder: Path
 
-    def new_config(self, **training: Any) -> Config:
-        """Returns the config of a new trial."""
-        return trial_config(self.config, Path(tempfile.mkdtemp(dir=self.folder)), **training)
-
-    def make(self, **training: Any) -> Trainer:
-        """Returns the Trainer of a new trial. Raises ConfigError if the function makes no usable one."""
-        return make_trainer(self.trainer, self.new_config(**training))
+    def make(self, of: str | None = None, **training: Any) -> Trainer:
+        """Returns the Trainer of a new trial, or of another launch of the trial in the folder `of`."""
+        folder = Path(of or tempfile.mkdtemp(dir=self.folder))
+        return make_trial(self.trainer, self.config, folder, **training)
 
 
-def check_data(case: Case) -> Finding:
+def check_data(case: Case) -> str:
     """A sample is the same whenever it is read, and whatever was read before."""
     trainer, num_read = case.make(), 0
     for name, loader in (("training", trainer.train_loader), ("validation", trainer.val_loader)):
@@ -75,15 +74,16 @@ def check_data(case: Case) -> Finding:
         indices = sorted({0, min(1, last), last // 3, last // 2, last})
         num_read += len(indices)
         set_seed(1)
-        first = {index: _read(loader, [index]) for index in indices}
+        first = {index: tensors(_read(loader, [index])) for index in indices}
         set_seed(2)
         for index in reversed(indices):
-            if not _are_equal(first[index], _read(loader, [index])):
-                return Finding("fail", f"{name} sample {index} changes when it is read again")
-    return Finding("pass", f"{num_read} samples read twice, in two orders: the same each time")
+            again = tensors(_read(loader, [index]))
+            if not all(torch.equal(one, other) for one, other in zip(first[index], again, strict=True)):
+                raise Failed(f"{name} sample {index} changes when it is read again")
+    return f"{num_read} samples read twice, in two orders: the same each time"
 
 
-def check_model(case: Case) -> Finding:
+def check_model(case: Case) -> str:
     """Two runs are equal to the bit, and evaluation mode draws no random numbers."""
     begins, logs, ends = [], [], []
     for seed in (1, 2):
@@ -92,107 +92,98 @@ def check_model(case: Case) -> Finding:
         begins.append(_weights(trainer))
         logs.append(_few_steps(trainer))
         ends.append(_weights(trainer))
-    if problem := _changed_weights(*begins):
-        return Finding("fail", f"the model was made twice, and {problem}")
+    _compare_weights("the model was made twice, and ", *begins)
     if not math.isfinite(logs[0][0]["train_loss"]):
-        return Finding("fail", f"the loss of the first batch is {logs[0][0]['train_loss']}")
-    if problem := _difference(logs[0], logs[1]) or _changed_weights(*ends):
-        return Finding("fail", f"the same run was made twice, and {problem}")
+        raise Failed(f"the loss of the first batch is {logs[0][0]['train_loss']}")
+    _compare_logs("the same run was made twice, and ", logs[0], logs[1])
+    _compare_weights("the same run was made twice, and ", *ends)
     if len(losses := _losses_by_seed(trainer, training=False)) > 1:
-        return Finding("fail", f"in evaluation mode, one batch has the losses {' and '.join(map(str, losses))}")
-    return Finding("pass", f"two runs of {len(logs[0])} steps: losses and weights equal to the bit")
+        raise Failed(f"in evaluation mode, one batch has the losses {' and '.join(map(str, losses))}")
+    return f"two runs of {len(logs[0])} steps: losses and weights equal to the bit"
 
 
-def check_micro_batches(case: Case) -> Finding:
+def check_micro_batches(case: Case) -> str:
     """The size of micro-batches does not change the losses."""
     trainer = case.make()
     _disable_dropout(trainer.model)
     if len(_losses_by_seed(trainer, training=True)) > 1:
-        return Finding("skipped", "the model draws random numbers besides dropout: runs agree only on average")
+        raise Skipped("the model draws random numbers besides dropout: runs agree only on average")
     expected = _few_steps(trainer)
     largest = min(trainer.samples.micro_batch_size, case.config.training.batch_size or 1)
     if largest == 1:
-        return Finding("skipped", "a micro-batch of one sequence cannot be split")
+        raise Skipped("a micro-batch of one sequence cannot be split")
     smaller = max(1, largest // 3)
     trainer = case.make(micro_batch_size=smaller)
     _disable_dropout(trainer.model)
     tolerance = _tolerance(trainer, 1e-5)
-    if problem := _difference(expected, _few_steps(trainer), tolerance):
-        return Finding("fail", f"micro-batches of {largest} and {smaller}: {problem}")
-    return Finding("pass", f"of {largest} and {smaller}: losses of {STEPS} steps equal within {tolerance:.0e}")
+    _compare_logs(f"micro-batches of {largest} and {smaller}: ", expected, _few_steps(trainer), tolerance)
+    return f"of {largest} and {smaller}: losses of {STEPS} steps equal within {tolerance:.0e}"
 
 
-def check_evaluation(case: Case) -> Finding:
+def check_evaluation(case: Case) -> str:
     """The validation loss is the same for any batch size."""
     trainer = case.make()
     if trainer.val_samples is None:
-        return Finding("skipped", "there is no validation data")
+        raise Skipped("there is no validation data")
     losses, tolerance = {}, _tolerance(trainer, 1e-6)
     for size in sorted({1, 5, trainer.val_samples.batch_size}):
         _limit_validation(trainer, batch_size=size)
         losses[size] = trainer.validate()["val_loss"]
     if not all(math.isclose(loss, losses[1], rel_tol=tolerance) for loss in losses.values()):
-        by_size = ", ".join(f"{loss:.6f} with batch size {size}" for size, loss in losses.items())
-        return Finding("fail", f"val_loss is {by_size}")
-    return Finding("pass", f"val_loss with batch sizes {', '.join(map(str, losses))} equal within {tolerance:.0e}")
+        raise Failed("val_loss is " + ", ".join(f"{losses[size]:.6f} with batch size {size}" for size in losses))
+    return f"val_loss with batch sizes {', '.join(map(str, losses))} equal within {tolerance:.0e}"
 
 
-def check_resume(case: Case) -> Finding:
+def check_resume(case: Case) -> str:
     """A run that ends without saving and is resumed equals an uninterrupted run to the bit."""
-    every = {"save_every_n_steps": SAVE_EVERY, "log_every_n_steps": LOG_EVERY, "eval_every_n_steps": EVAL_EVERY}
+    every: dict[str, Any] = {"save_every_n_steps": SAVE_EVERY, "eval_every_n_steps": EVAL_EVERY}
+    every["log_every_n_steps"] = LOG_EVERY
     trainer = case.make(**every)
     stop_at, crash_at = min(STOP_AT, trainer.total_steps), min(CRASH_AT, trainer.total_steps)
     if crash_at <= SAVE_EVERY:
-        return Finding("skipped", f"the run has only {crash_at} steps")
-    whole, weights = _run_to(stop_at, trainer), _weights(trainer)
-    config = case.new_config(**every)
-    trainer = make_trainer(case.trainer, config)
+        raise Skipped(f"the run has only {crash_at} steps")
+
+    def is_complete(run: Record) -> bool:
+        return run.first_step + len(run.losses) >= stop_at
+
+    def crash(run: Record) -> bool:
+        if len(run.losses) == crash_at:
+            raise _CrashError
+        return False
+
+    whole, weights = _run_with_callbacks(trainer, is_complete), _weights(trainer)
+    trainer = case.make(**every)
     with contextlib.suppress(_CrashError):
-        _run_to(stop_at, trainer, _Crash(crash_at))
+        _run_with_callbacks(trainer, crash)
     assert trainer.checkpoint_manager is not None
     trainer.checkpoint_manager.wait()
-    trainer = make_trainer(case.trainer, config)
-    resumed = _run_to(stop_at, trainer)
-    later = [line for line in whole.lines if line["step"] > resumed.first_step]
-    problem = "" if resumed.first_step else "it started from scratch, not from a checkpoint"
-    problem = problem or _difference(later, resumed.lines) or _changed_weights(weights, _weights(trainer))
-    if problem:
-        return Finding("fail", f"crashed at step {crash_at}, resumed from {resumed.first_step}: {problem}")
-    figure = f"crashed at step {crash_at}, resumed from {resumed.first_step}: weights and log equal to the bit"
-    return Finding("pass", figure)
+    trainer = case.make(trainer.config.output_dir, **every)
+    resumed = _run_with_callbacks(trainer, is_complete)
+    what = f"crashed at step {crash_at}, resumed from {resumed.first_step}: "
+    if not resumed.first_step:
+        raise Failed(f"{what}it started from scratch, not from a checkpoint")
+    _compare_logs(what, [line for line in whole.lines if line["step"] > resumed.first_step], resumed.lines)
+    _compare_weights(what, weights, _weights(trainer))
+    return f"{what}weights and log equal to the bit"
 
 
 class _CrashError(Exception):
     pass
 
 
-class _Crash(Callback):
-    """Ends the training by an exception after a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, run: RunView, loss: float) -> None:
-        if run.global_step == self.step:
-            raise _CrashError
-
-
-def _run_to(last_step: int, trainer: Trainer, *more: Callback) -> Record:
-    """Train to `last_step` with the run's own callbacks, whose state a resumed run restores, and return the record."""
+def _run_with_callbacks(trainer: Trainer, is_enough: Callable[[Record], bool]) -> Record:
+    """Train with the run's own callbacks, whose state a resumed run restores, and return the record."""
     _limit_validation(trainer)
-    record = Record(lambda record: record.first_step + len(record.losses) >= last_step)
     writers = (ProgressCallback, VisualizationCallback, LoggingCallback)  # they have no state
     own = [callback for callback in trainer.callbacks.callbacks if not isinstance(callback, writers)]
-    trainer.callbacks.callbacks = [*own, record, *more]
-    trainer.train()
-    return record
+    return run_until(trainer, is_enough, *own)
 
 
 ROWS = (
     "The loss must be a sum over the targets that are not -100, and the loss of a row must depend on that row alone. "
     "Look for means, statistics over the batch, and padding that depends on the other rows or is attended to."
 )
-CHECKS: dict[str, tuple[Callable[[Case], Finding], str]] = {
+CHECKS: dict[str, tuple[Callable[[Case], str], str]] = {
     "data": (
         check_data,
         "The dataset or collate_fn uses a random state or counts its calls. Derive its randomness from (seed, index), "
@@ -225,40 +216,34 @@ def _quiet() -> Iterator[None]:
         release_memory()
 
 
-def examine(name: str, case: Case) -> Finding:
-    """Make a check without its output. A check that raises has failed, and one that a signal ended has no result."""
+def examine(name: str, case: Case) -> tuple[str, str]:
+    """Make a check without its output; returns (pass, fail or skipped, what it found). One that raises has failed."""
     try:
         with _quiet():
-            finding = CHECKS[name][0](case)
+            found = "pass", CHECKS[name][0](case)
+    except (Failed, Skipped) as error:
+        found = "fail" if isinstance(error, Failed) else "skipped", str(error)
     except Exception as error:
         raised_at = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(raised_at.filename).name}, line {raised_at.lineno}"
-        finding = Finding("fail", f"{type(error).__name__}: {error} ({where})")
+        found = "fail", f"{type(error).__name__}: {error} ({where})"
     raise_if_interrupted()  # the code that was checked may have caught it
-    return finding
+    return found
 
 
 @_quiet()
 def forecast(case: Case) -> dict[str, str]:
-    """Returns estimates for the whole run, from a few steps and part of a validation."""
-    trainer, training = case.make(), case.config.training
+    """Returns estimates for the whole run, from a few steps."""
+    trainer = case.make()
     run = run_until(trainer, lambda run: len(run.losses) >= (4 if run.times[-1] - run.times[0] > 3 else 30))
     durations = [after - before for before, after in itertools.pairwise(run.times)]
     # Allocations and the choice of kernels make the first steps slower.
     step_seconds, steps, line = median(durations[2:] or durations), trainer.total_steps, run.lines[-1]
-    seconds, text = steps * step_seconds, f"{steps:,} steps of {duration_text(step_seconds)}"
-    if trainer.val_samples is not None:
-        all_rows, rows, started = trainer.val_samples.num_samples, _limit_validation(trainer), time.perf_counter()
-        trainer.validate()
-        once = (time.perf_counter() - started) / rows * all_rows
-        intervals = training.eval_every_n_steps, (training.eval_every_n_epochs or 0) * trainer.steps_per_epoch
-        validations = 1 + sum((steps - 1) // interval for interval in intervals if interval)  # the last step's too
-        seconds += validations * once
-        text += f", {validations:,} validations of {duration_text(once)}"
+    whole = f"{duration_text(steps * step_seconds)}: {steps:,} steps of {duration_text(step_seconds)}"
     tokens, device = line["tokens"] / line["step"], trainer.accelerator.device.type
     return {
         "speed": f"{tokens / step_seconds:,.0f} tokens per second on {device}, 1 process",
-        "whole run": f"{duration_text(seconds)}: {text}",
+        "whole run": f"{whole}, without validations",
         "peak memory": f"{size_text(line.get('memory_gb', 0.0) * 1e9)} on {device}",
     }
 
@@ -267,15 +252,13 @@ def _few_steps(trainer: Trainer) -> list[dict[str, float]]:
     return run_until(trainer, lambda run: len(run.losses) >= STEPS).lines
 
 
-def _limit_validation(trainer: Trainer, batch_size: int | None = None) -> int:
-    """Validate on the first few samples only; returns their number, or 0 if there is no validation data."""
+def _limit_validation(trainer: Trainer, batch_size: int | None = None) -> None:
+    """Validate on the first few samples only."""
     loader, samples = trainer.val_loader, trainer.val_samples
-    if loader is None or samples is None:
-        return 0
-    size = loader.batch_size or 1
-    rows = min(len(loader.dataset), 2 * size + 1, VALIDATION_ROWS)  # type: ignore[arg-type]
-    trainer.val_samples = StepSampler(rows, batch_size or size, None, micro_batch_size=samples.micro_batch_size)
-    return rows
+    if loader is not None and samples is not None:
+        size = loader.batch_size or 1
+        rows = min(len(loader.dataset), 2 * size + 1, VALIDATION_ROWS)  # type: ignore[arg-type]
+        trainer.val_samples = StepSampler(rows, batch_size or size, None, micro_batch_size=samples.micro_batch_size)
 
 
 def _disable_dropout(model: nn.Module) -> None:
@@ -290,14 +273,6 @@ def _disable_dropout(model: nn.Module) -> None:
 def _read(loader: DataLoader[Any], indices: Sequence[int]) -> Any:
     """Returns the collated batch of some samples, read in this process."""
     return next(iter(DataLoader(loader.dataset, batch_sampler=[list(indices)], collate_fn=loader.collate_fn)))
-
-
-def _are_equal(one: Any, other: Any) -> bool:
-    if isinstance(one, Mapping):
-        return one.keys() == other.keys() and all(_are_equal(one[key], other[key]) for key in one)
-    if isinstance(one, (tuple, list)):
-        return len(one) == len(other) and all(map(_are_equal, one, other))
-    return torch.equal(one, other) if isinstance(one, Tensor) else bool(one == other)
 
 
 @torch.no_grad()
@@ -320,28 +295,24 @@ def _weights(trainer: Trainer) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
 
 
-def _changed_weights(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str:
-    """Returns how many tensors are not equal to the bit, in words, or "" if all are equal."""
-    names = [name for name in one if not torch.equal(one[name], other[name])]
-    return f"{len(names)} of {len(one)} weights differ, such as {names[0]}" if names else ""
+def _compare_weights(what: str, one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
+    """Raises Failed unless all tensors are equal to the bit."""
+    if names := [name for name in one if not torch.equal(one[name], other[name])]:
+        raise Failed(f"{what}{len(names)} of {len(one)} weights differ, such as {names[0]}")
 
 
-def _difference(
-    expected: Sequence[Mapping[str, float]], got: Sequence[Mapping[str, float]], tolerance: float = 0.0
-) -> str:
-    """Returns the first number that differs in two logs, in words, or "" if there is none.
-
-    Without a tolerance, all numbers that do not depend on the clock must be equal to the bit.
-    """
+def _compare_logs(
+    what: str, expected: list[dict[str, float]], got: list[dict[str, float]], tolerance: float = 0.0
+) -> None:
+    """Raises Failed unless two logs agree; without a tolerance, all but the clock to the bit."""
     if len(expected) != len(got):
-        return f"there are {len(expected)} log lines and {len(got)}"
+        raise Failed(f"{what}there are {len(expected)} log lines and {len(got)}")
     for one, other in zip(expected, got, strict=True):
         for name in ("train_loss", "grad_norm") if tolerance else sorted(one.keys() - MEASURED):
             # The gradient norm shows a wrong scale of the gradients, which optimizers that normalise them hide.
             allowed = tolerance * (100 if name == "grad_norm" else 1)
             if not math.isclose(one[name], other.get(name, math.nan), rel_tol=allowed):
-                return f"{name} of step {one['step']} is {one[name]} and {other.get(name)}"
-    return ""
+                raise Failed(f"{what}{name} of step {one['step']} is {one[name]} and {other.get(name)}")
 
 
 def _tolerance(trainer: Trainer, exact: float) -> float:

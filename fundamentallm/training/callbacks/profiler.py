@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from functools import partial
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch.profiler import profile, schedule
+from accelerate.utils import ProfileKwargs
 
 from fundamentallm.errors import ConfigError, Problem, writing
 from fundamentallm.training.callbacks.base import Callback, RunView
+
+if TYPE_CHECKING:
+    from torch.profiler import profile
 
 
 class ProfilerCallback(Callback):
@@ -42,22 +46,24 @@ class ProfilerCallback(Callback):
         self.all_processes, self.with_stack = all_processes, with_stack
         self._last_step = 0
         self._profile: profile | None = None
+        self._open = ExitStack()
 
     def on_train_begin(self, trainer: RunView) -> None:
         step = trainer.global_step
         first = self.first_step or step + 10
-        self._last_step, first = first + self.num_steps - 1, max(first, step + 1)
-        active = self._last_step - first + 1
-        if active < 1 or not (self.all_processes or trainer.is_main_process):
+        self._last_step = first + self.num_steps - 1
+        first = max(first, step + 1)
+        if first > self._last_step or not (self.all_processes or trainer.is_main_process):
             return
-        self._profile = profile(
-            schedule=schedule(skip_first=first - step - 1, wait=0, warmup=1, active=active, repeat=1),
-            on_trace_ready=partial(self._write, trainer, first),
+        active = self._last_step - first + 1
+        options = ProfileKwargs(
+            schedule_option={"skip_first": first - step - 1, "wait": 0, "warmup": 1, "active": active, "repeat": 1},
+            on_trace_ready=lambda profile: self._write(trainer, profile, first),
             record_shapes=True,
             profile_memory=True,
             with_stack=self.with_stack,
         )
-        self._profile.start()
+        self._profile = self._open.enter_context(trainer.accelerator.profile(options))
 
     def on_step_begin(self, trainer: RunView) -> None:
         # Not in on_step_end: if any callback overrides that hook, the host waits for the device at every step.
@@ -67,13 +73,12 @@ class ProfilerCallback(Callback):
                 self.on_train_end(trainer)
 
     def on_train_end(self, trainer: RunView) -> None:
-        if self._profile is not None:
-            self._profile.stop()
+        self._open.close()
         self._profile = None
 
     on_train_abort = on_train_end
 
-    def _write(self, trainer: RunView, first: int, done: profile) -> None:
+    def _write(self, trainer: RunView, done: profile, first: int) -> None:
         folder = (trainer.output_dir or Path()) / "traces"
         last = min(self._last_step, trainer.global_step)
         name = f"step_{first:08d}-{last:08d}.rank{trainer.accelerator.process_index}"

@@ -1,26 +1,84 @@
-"""Counts and memory of a run, from its resolved config alone, whose model has a vocab_size."""
+"""Estimate memory, FLOPs and time of a run, for any model size."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
+from fundamentallm.commands.options import option_problems, parse_settings, settings_parser
 from fundamentallm.commands.output import say, say_table
 from fundamentallm.config.schema import CHUNK, LARGE_VOCABULARY, OPTIMIZER_NAMES, Config
 from fundamentallm.config.units import duration_text, size_text
-from fundamentallm.data.sampler import StepSampler
-from fundamentallm.models.transformer import Transformer
-from fundamentallm.training.optimizers import freeze, make_optimizer
-from fundamentallm.training.throughput import model_flops_per_token
+from fundamentallm.config.validation import AT_LEAST_ONE, POSITIVE
+from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.training.throughput import PEAK_TFLOPS, model_flops_per_token
 
+UTILISATION = 0.4
+"""Fraction of a GPU's peak in bfloat16 that a well-made run reaches."""
 WIDE, NARROW = 4, 2
 """Bytes of a float32, in which weights, gradients and optimizer state are kept; and of a bfloat16 or float16."""
-
 DEVICES = (1, 8, 64, 512, 4096)
 """Rows of the table without --devices."""
+
+
+def main(arguments: Sequence[str], program: str) -> int:
+    """Run the command line and return the exit code."""
+    about = f"{__doc__} Nothing is allocated. The data is read only to count the characters of a character-level model."
+    parser = settings_parser(program, "[--devices INT] [--gpu NAME]", about)
+    devices = "number of devices; default: a table up to thousands"
+    parser.add_argument("--devices", type=int, metavar="INT", help=devices)
+    parser.add_argument("--gpu", default="H100", metavar="NAME", help=f"{', '.join(PEAK_TFLOPS)} [H100]")
+    rate = f"10^12 operations per second of one device [{UTILISATION:.0%}% of the GPU's peak in bfloat16]"
+    parser.add_argument("--tflops", type=float, metavar="FLOAT", help=rate)
+    options, rest = parser.parse_known_args(arguments)
+    problems = option_problems(options, devices=AT_LEAST_ONE, tflops=POSITIVE)
+    gpu = " ".join(options.gpu.upper().replace("-", " ").split())
+    if gpu not in PEAK_TFLOPS:
+        advice = "Or set --tflops for another device."
+        problems.append(Problem("--gpu", options.gpu, ", ".join(PEAK_TFLOPS), advice))
+    config = _with_vocabulary(parse_settings(rest, program, problems, check_files=False))
+    rate, tflops = f"{options.tflops} TFLOP/s", options.tflops
+    if tflops is None:
+        tflops = UTILISATION * PEAK_TFLOPS[gpu]
+        rate = f"{tflops:.0f} TFLOP/s, {UTILISATION:.0%} of the peak of one {gpu}; --gpu or --tflops for others"
+    counts, batch_size = count(config), config.training.batch_size or 0
+    say_table(_run_rows(config, counts), "<<")
+    say(f"\nmemory of each device, and time to compute ({rate})")
+    rows: list[tuple[str, ...]] = [("devices", "layout", *Memory._fields, "step", "run")]
+    for number in [options.devices] if options.devices else [n for n in DEVICES if n <= batch_size]:
+        for layout in ("ddp", "fsdp2") if number > 1 else ("ddp",):
+            sizes = map(size_text, memory(config, counts, number, layout))
+            rows.append((f"{number:,}", layout, *sizes, *_times(config, counts, number * tflops * 1e12)))
+    say_table(rows, "><" + ">" * (len(rows[0]) - 2))
+    return 0
+
+
+def _with_vocabulary(config: Config) -> Config:
+    """Returns the config with the shape of a pretrained model, or with the vocabulary of its data."""
+    if config.model.lora is not None:
+        advice = "Leave it out to estimate the training of all weights."
+        raise ConfigError(Problem("model.lora", config.model.lora, "null: adapters are not counted", advice))
+    if (pretrained := config.model.pretrained) is not None:
+        from fundamentallm.checkpoint.reading import explained
+        from fundamentallm.models.transformers_format import find_pretrained
+
+        with explained(Path(pretrained)):
+            found = find_pretrained(pretrained)
+        if found.shape is None:
+            raise ConfigError([Problem("model.pretrained", pretrained, "a Transformer", reason=str(found.why_not))])
+        return dataclasses.replace(config, model=dataclasses.replace(found.shape, dropout=config.model.dropout))
+    if config.model.vocab_size is not None:
+        return config
+    from fundamentallm.data.corpus import vocabulary_size
+
+    try:
+        size = vocabulary_size(config.data)
+    except ConfigError as error:
+        advice = Problem("", advice="Or set model.vocab_size: no text is needed then.")
+        raise ConfigError([*error.problems, advice]) from error
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
 class Counts(NamedTuple):
@@ -40,9 +98,14 @@ def count(config: Config) -> Counts:
 
     A 'module:name' optimizer is assumed to have Adam's state.
     """
+    import torch  # which --help need not wait for
+
+    from fundamentallm.models.transformer import Transformer
+    from fundamentallm.training.optimizers import freeze, make_optimizer
+
     training = config.training
     if training.optimizer not in OPTIMIZER_NAMES:
-        training = replace(training, optimizer="adamw", optimizer_options={})
+        training = dataclasses.replace(training, optimizer="adamw", optimizer_options={})
     with torch.device("meta"):
         model = Transformer(config.model)
     freeze(model, training.parameter_groups)
@@ -75,6 +138,8 @@ def micro_batches(config: Config, devices: int) -> tuple[int, int]:
 
 def tokens_of_run(config: Config, steps: int) -> int:
     """Returns the tokens of the first `steps` optimizer steps, following `batch_size_schedule`."""
+    from fundamentallm.data.sampler import StepSampler  # imports torch
+
     training, endless = config.training, 2**62
     sampler = StepSampler(endless, training.batch_size or 0, None, schedule=training.batch_size_schedule)
     return sampler.samples_before(steps) * config.data.sequence_length
@@ -151,27 +216,9 @@ def _run_rows(config: Config, counts: Counts) -> Iterator[tuple[str, str]]:
         yield "batches", "step and memory are those of the first batch_size"
 
 
-def show(config: Config, only_devices: int | None, tflops: float, rate: str) -> None:
-    """Print the counts, then memory and time as replicas (DDP), and sharded over all devices (FSDP2).
-
-    A device computes `tflops`, which `rate` says in words.
-    """
-    counts, training = count(config), config.training
-    say_table(_run_rows(config, counts), "<<")
+def _times(config: Config, counts: Counts, flops_per_second: float) -> Iterator[str]:
+    """Yields the time of a step, and of the run or a dash."""
     # Activation checkpointing repeats the forward pass, a third of the FLOPs of a step.
-    flops_per_token = counts.flops_per_token * (4 / 3 if training.activation_checkpointing else 1)
-    batch_size = training.batch_size or 0
-    rows: list[tuple[str, ...]] = [("devices", "layout", *Memory._fields, "step", "run")]
-    for devices in [only_devices] if only_devices else [n for n in DEVICES if n <= batch_size]:
-        seconds_per_token, run = flops_per_token / devices / tflops / 1e12, "-"
-        if training.max_steps is not None:
-            run = duration_text(seconds_per_token * tokens_of_run(config, training.max_steps))
-        step = duration_text(seconds_per_token * tokens_of_run(config, 1))
-        for layout in ("ddp", "fsdp2") if devices > 1 else ("ddp",):
-            sizes = map(size_text, memory(config, counts, devices, layout))
-            rows.append((f"{devices:,}", layout, *sizes, step, run))
-    say(f"\nmemory of each device, and time to compute ({rate})")
-    say_table(rows, "><" + ">" * (len(rows[0]) - 2))
-    if only_devices is not None and only_devices > batch_size:
-        idle = only_devices - batch_size
-        say(f"\n{idle:,} devices have nothing to compute: training.batch_size is {batch_size:,}, over all devices.")
+    flops_per_token = counts.flops_per_token * (4 / 3 if config.training.activation_checkpointing else 1)
+    for steps in (1, config.training.max_steps):
+        yield "-" if steps is None else duration_text(tokens_of_run(config, steps) * flops_per_token / flops_per_second)
