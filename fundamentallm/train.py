@@ -160,11 +160,12 @@ def _warn(trainer: Trainer) -> None:
     if training.max_steps is None and trainer.total_steps < FEW_STEPS:
         few = f"warning: {trainer.total_steps} optimizer steps are few, with {training.warmup_steps} of warm-up"
         trainer.say(f"{few}; more come from more training.max_epochs, or a smaller training.batch_size")
-    for loader in [each for each in (trainer.train_loader, trainer.val_loader) if each is not None]:
-        if cut := getattr(loader.dataset, "num_cut", 0):
-            trainer.say(f"{cut:,} samples are longer than data.sequence_length and were cut")
-        if lost := getattr(loader.dataset, "num_lost", 0):
-            trainer.say(f"{lost:,} samples were dropped: their prompts fill data.sequence_length")
+    for name, loader in (("training", trainer.train_loader), ("validation", trainer.val_loader)):
+        data = getattr(loader, "dataset", None)
+        if cut := getattr(data, "num_cut", 0):
+            trainer.say(f"{cut:,} {name} samples are longer than data.sequence_length and were cut")
+        if lost := getattr(data, "num_lost", 0):
+            trainer.say(f"{lost:,} {name} samples were dropped: their prompts fill data.sequence_length")
 
 
 def _load_initial_weights(trainer: Trainer, pretrained: Pretrained | None, tokenizer: Tokenizer) -> None:

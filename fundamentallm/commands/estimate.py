@@ -44,6 +44,12 @@ def main(arguments: Sequence[str], program: str) -> int:
         tflops = UTILISATION * PEAK_TFLOPS[gpu]
         rate = f"{tflops:.0f} TFLOP/s, {UTILISATION:.0%} of the peak of one {gpu}; --gpu or --tflops for others"
     counts, batch_size = count(config), config.training.batch_size or 0
+    if (options.devices or 1) > batch_size:
+        allowed, advice = (
+            f"at most {batch_size}, the training.batch_size",
+            "Other devices would have nothing to compute.",
+        )
+        raise ConfigError(Problem("--devices", options.devices, allowed, advice))
     say_table(_run_rows(config, counts), "<<")
     say(f"\nmemory of each device, and time to compute ({rate})")
     rows: list[tuple[str, ...]] = [("devices", "layout", *Memory._fields, "step", "run")]

@@ -136,8 +136,8 @@ class TokenDataset(TokenSamples):
     ) -> None:
         if not 1 <= sequence_length < len(tokens):
             reason = f"and a part of the text has {len(tokens)} tokens"
-            advice = "Give more text, or another data.train_split."
-            raise ConfigError(Problem("data.sequence_length", sequence_length, "1 or more, but less", advice, reason))
+            allowed, advice = "less than the tokens of each part", "Give more text, or another data.train_split."
+            raise ConfigError(Problem("data.sequence_length", sequence_length, allowed, advice, reason))
         self.tokens, self.sequence_length = tokens, sequence_length
         self.tokenizer, self.num_bytes, self.end_of_text = tokenizer, num_bytes, end_of_text
 

@@ -129,7 +129,8 @@ def find_pretrained(name: str, setting: str = "model.pretrained", revision: str 
             raise refusal(reason, f"Nothing is downloaded during a run: first run `hf download {name}`.") from error
     refuse_links(folder, refusal)
     if not (folder / CONFIG).is_file():
-        advice = f"Merge an adapter into its model: fundamentallm checkpoints consolidate {name} OUT --merge."
+        merge = f"Merge the adapter into its model: fundamentallm checkpoints consolidate {name} OUT --merge."
+        advice = merge if (folder / ADAPTER_CONFIG).is_file() else ""
         raise refusal(f"which has no {CONFIG}", advice, "a model folder in Hugging Face format")
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     if "quantization_config" in config:
@@ -222,8 +223,8 @@ def transformers_model(pretrained: Pretrained) -> nn.Module:
     except Exception as error:  # a stranger's config.json may hold anything
         raise refusal(f"which transformers cannot open: {error}") from error
     if lacking := sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}):
-        # transformers would initialise them at random.
-        raise refusal(f"which lacks {lacking[0]} and {len(lacking) - 1} other weights, or has them in other shapes")
+        reason = f"which lacks weights of {len(lacking)} tensors, such as {lacking[0]}, or has them in other shapes"
+        raise refusal(reason, "transformers would initialise them at random. Give a folder that has all of them.")
     return model  # type: ignore[no-any-return]
 
 

@@ -59,7 +59,7 @@ class CheckedArguments(TorchFunctionMode):
                 if inputs.ndim > 1:
                     _check_shape(targets, inputs.shape[:1] + inputs.shape[2:], inputs, OBJECTIVE)
                 targets = targets[targets != given.get("ignore_index", IGNORE_INDEX)]
-                advice = f"Use targets.long(), or {IGNORE_INDEX} for targets that do not count."
+                advice = f"Use targets.long(), a model with more classes, or {IGNORE_INDEX} to leave targets out."
                 _check_indices("targets", targets, inputs.shape[inputs.ndim > 1], "the model's classes", advice)
         return func(*args, **kwargs)
 

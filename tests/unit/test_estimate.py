@@ -172,3 +172,8 @@ def test_estimate_reports_every_mistake_at_once(estimate: Command) -> None:
     code, _, err = estimate("--devices", "0", "--tflops", "nan", "--gpu", "H900", "--training.batch_size", "0")
     assert code == 2
     assert all(f"{name} is " in err for name in ("--devices", "--tflops", "--gpu", "training.batch_size"))
+
+
+def test_estimate_refuses_devices_without_a_sequence(estimate: Command) -> None:
+    assert estimate("--devices", "4", "--training.batch_size", "4")[0] == 0
+    assert estimate("--devices", "5", "--training.batch_size", "4")[0] == 2

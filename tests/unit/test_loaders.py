@@ -48,6 +48,10 @@ class Negated(DataLoader):
         return (-batch for batch in super().__iter__())
 
 
+class Sharding(DistributedSampler):
+    """Another order than torch's."""
+
+
 @pytest.mark.parametrize(
     ("loader", "named"),
     [
@@ -58,6 +62,7 @@ class Negated(DataLoader):
         (NUMBERS, "list"),
         (skip_first_batches(DataLoader(NUMBERS, batch_size=2), 1), "skip_first_batches"),
         (Negated(NUMBERS), "Negated"),
+        (DataLoader(NUMBERS, sampler=Sharding(NUMBERS, num_replicas=2, rank=0)), "lists one process's samples"),
     ],
 )
 def test_step_sampler_refuses_an_order_that_cannot_resume(loader: object, named: str) -> None:
