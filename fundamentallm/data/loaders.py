@@ -92,6 +92,11 @@ def _check_loader(name: str, loader: DataLoader[Any]) -> None:
         "has num_workers, each of which would repeat the stream; give 0": streams and loader.num_workers,
         "was prepared by accelerate; give the loader of the stream as it was before": streams and is_prepared,
         "has batch_size=None; give a batch_size, or a batch_sampler": sampler is None,
+        "has a sampler that gives each process a share; give one that lists the whole order": getattr(
+            sampler, "num_replicas", 1
+        )
+        > 1
+        and is_shuffling(sampler, 0) is None,
         "was made by skip_first_batches; give the whole loader": getattr(sampler, "skip_batches", 0),
     }
     for text, applies in refused.items():

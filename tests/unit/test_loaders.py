@@ -182,6 +182,11 @@ def test_step_sampler_replaces_the_order_of_other_loaders(shuffle: bool) -> None
         assert [ours.batch(step) for step in range(6)] == expected
 
 
+def test_step_sampler_of_an_unknown_share_is_refused() -> None:
+    share = type("Share", (SequentialSampler,), {"num_replicas": 2})(NUMBERS[::2])
+    assert problem_of(step_sampler, "train_loader", DataLoader(NUMBERS, sampler=share), 0, 0, 1).advice
+
+
 @pytest.mark.parametrize(("batch_size", "later", "wrong"), [(11, [], [11]), (4, [12, 10, 13], [12, 13])])
 def test_step_sampler_refuses_batches_larger_than_the_data(batch_size: int, later: list[int], wrong: list[int]) -> None:
     loader = DataLoader(NUMBERS, batch_size=batch_size)
