@@ -90,10 +90,11 @@ class NamedOptimizerState:
             numbered = {n: by_name[name] for n, name in zip(numbers, trained, strict=True) if name in by_name}
             new |= {"state": numbered | new.get("state", {}), "param_groups": present["param_groups"]}
         self.optimizer.load_state_dict(new)
-        for name, state in by_name.items() if not reads_blindly else ():
+        as_loaded = {"step", *MOMENTS} if reads_blindly else {"step"}
+        for name, state in by_name.items():
             # torch has cast all but the step to the parameter's type, and broken texts.
             loaded = self.optimizer.state.get(trained[name], {})
-            loaded.update({key: state[key] for key in state.keys() & loaded.keys() - {"step"}})
+            loaded.update({key: state[key] for key in state.keys() & loaded.keys() - as_loaded})
 
     def _names(self) -> list[list[str]]:
         name_of = {id(parameter): name for name, parameter in self.model.named_parameters()}

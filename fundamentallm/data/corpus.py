@@ -244,7 +244,7 @@ class _Cache:
         for source in self.states:
             size = int(self.measured(source)[0] * self.train_split)
             with progress_bar(f"learning {self.config.tokenizer} from", source, self.show_progress) as bar:
-                for part, piece in split_pieces(read_source(self.config, source, []), size):
+                for part, piece in split_pieces(read_source(self.config, source, []), size, are_samples(self.config)):
                     if part == 0:
                         bar.update(len(piece.text))
                         yield piece.text

@@ -86,15 +86,15 @@ def _check_loader(name: str, loader: DataLoader[Any]) -> None:
     library, sampler = type(loader).__iter__.__module__.partition(".")[0], unwrapped(loader)[0]
     streams = is_stream(loader.dataset)
     is_prepared = library == "accelerate" or type(loader.dataset).__module__.startswith("accelerate.")
-    is_part = getattr(sampler, "num_replicas", 1) > 1 and is_shuffling(sampler, 0) is None  # otherwise replaced
+    is_share = getattr(sampler, "num_replicas", 1) > 1 and is_shuffling(sampler, 0) is None
     refused = {
         "has an __iter__ of its own, which a run would not call; do it in collate_fn": library not in LIBRARIES,
         "has a stream; give a list of it, by itertools.islice(stream, 500)": streams and name == "val_loader",
         "has num_workers, each of which would repeat the stream; give 0": streams and loader.num_workers,
         "was prepared by accelerate; give the loader of the stream as it was before": streams and is_prepared,
         "has batch_size=None; give a batch_size, or a batch_sampler": sampler is None,
+        "has a sampler that gives each process a share; give one that lists the whole order": is_share,
         "was made by skip_first_batches; give the whole loader": getattr(sampler, "skip_batches", 0),
-        "has a sampler that lists one process's samples; give one that lists all": is_part,
     }
     for text, applies in refused.items():
         if applies:

@@ -62,6 +62,8 @@ def create_accelerator(
     cpu, precision = cpu or (launch is not None and launch.use_cpu), mixed_precision or "no"
     problems = checks.launch_problems(os.environ, not cpu, precision, launch)
     problems += checks.tracker_problems(trackers or [])
+    # Before accelerate advises to install an engine that is refused afterwards.
+    problems += _engine_problems([name for name in ENGINES if parse_flag_from_env(f"ACCELERATE_USE_{name}")])
     # Before an Accelerator is made: its precision is that of the process, also for the next try.
     problems += checks.precision_problems("training.mixed_precision", precision, precision, on_cpu=cpu)
     if is_initialized() and (used := AcceleratorState().mixed_precision) != precision:
@@ -88,6 +90,13 @@ def create_accelerator(
     return accelerator
 
 
+def _engine_problems(kinds: list[str]) -> list[Problem]:
+    allowed = "MULTI_GPU (accelerate_configs/multi_gpu.yaml), FSDP (fsdp2.yaml or hsdp.yaml)"
+    advice = "It would bring a step of its own. (Where torch_xla is installed, accelerate expects a TPU.)"
+    setting = "accelerate_config.distributed_type"
+    return [Problem(setting, kind, allowed, advice) for kind in kinds if kind in ENGINES]
+
+
 def check_accelerator(
     accelerator: Accelerator, mixed_precision: str | None = None, batch_size: int | None = None
 ) -> None:
@@ -111,10 +120,7 @@ def check_accelerator(
     if count != launched:
         advice = "Create it before anything else of accelerate, with cpu=True on a machine without GPUs."
         problems.append(Problem("Accelerator.num_processes", count, f"{launched}, as launched", advice))
-    if kind in ENGINES:
-        allowed = "MULTI_GPU (accelerate_configs/multi_gpu.yaml), FSDP (fsdp2.yaml or hsdp.yaml)"
-        advice = "It would bring a step of its own. (Where torch_xla is installed, accelerate expects a TPU.)"
-        problems.append(Problem("accelerate_config.distributed_type", kind, allowed, advice))
+    problems += _engine_problems([kind])
     # accelerate silently ignores FSDP on a CPU, and in a process that no launcher started.
     if parse_flag_from_env("ACCELERATE_USE_FSDP") and not accelerator.is_fsdp2:
         advice = "Set fsdp_version to 2, and launch it on GPUs (without one: accelerate_configs/cpu_2_processes.yaml)."

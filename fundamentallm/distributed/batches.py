@@ -39,7 +39,8 @@ def _rebuilt(batch: Any, entries: dict[Any, Any]) -> Any:
     """
     if isinstance(batch, Mapping):
         result: Any = copy.copy(batch) if isinstance(batch, MutableMapping) else dict(batch)
-        result.update(entries)
+        for key, entry in entries.items():  # transformers' ModelOutput has no update()
+            result[key] = entry
         return result
     if isinstance(batch, (tuple, list)):
         return honor_type(batch, entries.values())

@@ -55,7 +55,8 @@ def make_optimizer(name: str, model: torch.nn.Module) -> Optimizer:
 def trainer(folder: Path, optimizer: str, schedule: str | None, stop_at: int | None = None) -> Trainer:
     reset_accelerate()
     torch.manual_seed(0)
-    model = Bigram()
+    # NAdam keeps a float32 product for parameters of any type.
+    model = Bigram().to(torch.float64 if optimizer.endswith("NAdam") else torch.float32)
     given = make_optimizer(optimizer, model)
     scheduler: LRScheduler | None = SCHEDULES[schedule](given) if schedule else None
     config = TrainingConfig(max_steps=STEPS, eval_every_n_steps=3, checkpoint_dir=str(folder), learning_rate=1e-2)

@@ -33,9 +33,13 @@ class Data:
 
 
 class Encoding(UserDict):
-    """As BatchEncoding: a mapping that is no dict, with something beside its entries."""
+    """As BatchEncoding: a mapping that is no dict, with something beside its entries; as ModelOutput without update."""
 
     note = "kept"
+    update: Any = None
+
+    def __init__(self, **entries: Any) -> None:
+        self.data = entries
 
 
 NESTINGS: list[tuple[Any, Any]] = [

@@ -113,6 +113,14 @@ def test_bpe_learns_nothing_from_the_validation_text(load: Load, text: str) -> N
     assert learned != load(validation + train, tokenizer="bpe:300", train_split=0.5).tokenizer.to_str()
 
 
+def test_bpe_learns_from_the_text_of_all_pairs(tmp_path: Path, text: str) -> None:
+    rows = [{"p": text[i : i + 200], "a": text[i + 200 : i + 400]} for i in range(0, 8_000, 400)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    fields = {"prompt_field": "p", "text_field": "a", "end_of_text": "<|endoftext|>", "cache_dir": str(tmp_path)}
+    config = DataConfig(source=str(tmp_path / "rows.jsonl"), tokenizer="bpe:400", train_split=0.9, **fields)
+    assert load_corpus(config, False).tokenizer.get_vocab_size() == 400
+
+
 def test_char_knows_the_characters_of_the_validation_text(load: Load) -> None:
     made = load("a" * 50 + "漢" * 50, tokenizer="char", train_split=0.5)
     assert decode(made) == ("a" * 50, "漢" * 50)

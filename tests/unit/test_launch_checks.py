@@ -37,11 +37,13 @@ def test_launch_problems_of_a_supported_launch_is_empty() -> None:
 
 def test_create_accelerator_lists_all_problems_of_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(ConfigError) as error:
         create_accelerator("no", trackers=["wandbb"])
     assert settings(error) == [
         ("accelerate_config.mixed_precision", "fp8"),
         ("trackers", "wandbb"),
+        ("accelerate_config.distributed_type", "DEEPSPEED"),
     ]
 
 

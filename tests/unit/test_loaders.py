@@ -62,7 +62,7 @@ class Sharding(DistributedSampler):
         (NUMBERS, "list"),
         (skip_first_batches(DataLoader(NUMBERS, batch_size=2), 1), "skip_first_batches"),
         (Negated(NUMBERS), "Negated"),
-        (DataLoader(NUMBERS, sampler=Sharding(NUMBERS, num_replicas=2, rank=0)), "lists one process's samples"),
+        (DataLoader(NUMBERS, sampler=Sharding(NUMBERS, num_replicas=2, rank=0)), "gives each process a share"),
     ],
 )
 def test_step_sampler_refuses_an_order_that_cannot_resume(loader: object, named: str) -> None:
