@@ -1,7 +1,5 @@
 """Train GPT-style language models: one config, one run, on any number of devices."""
 
-from __future__ import annotations
-
 import importlib
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -12,28 +10,32 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 
 if TYPE_CHECKING:
     from fundamentallm.checkpoint.manager import CheckpointManager as CheckpointManager
-    from fundamentallm.config.schema import Config as Config
-    from fundamentallm.config.schema import DataConfig as DataConfig
-    from fundamentallm.config.schema import ModelConfig as ModelConfig
-    from fundamentallm.config.schema import TrainingConfig as TrainingConfig
+    from fundamentallm.config.schema import (
+        Config as Config,
+        DataConfig as DataConfig,
+        ModelConfig as ModelConfig,
+        TrainingConfig as TrainingConfig,
+    )
     from fundamentallm.data.corpus import load_corpus as load_corpus
     from fundamentallm.data.datasets import TokenDataset as TokenDataset
-    from fundamentallm.data.loaders import create_dataloaders as create_dataloaders
-    from fundamentallm.data.loaders import shift_labels as shift_labels
+    from fundamentallm.data.loaders import create_dataloaders as create_dataloaders, shift_labels as shift_labels
     from fundamentallm.data.tokenizers import create_tokenizer as create_tokenizer
     from fundamentallm.distributed.accelerator import create_accelerator as create_accelerator
-    from fundamentallm.errors import CheckpointError as CheckpointError
-    from fundamentallm.errors import ConfigError as ConfigError
-    from fundamentallm.errors import FundamentaLLMError as FundamentaLLMError
-    from fundamentallm.errors import RunInProgressError as RunInProgressError
-    from fundamentallm.errors import TrainingError as TrainingError
+    from fundamentallm.errors import (
+        CheckpointError as CheckpointError,
+        ConfigError as ConfigError,
+        FundamentaLLMError as FundamentaLLMError,
+        RunInProgressError as RunInProgressError,
+        TrainingError as TrainingError,
+    )
     from fundamentallm.inference.generation import generate as generate
     from fundamentallm.inference.loading import load_model as load_model
     from fundamentallm.models.transformer import Transformer as Transformer
-    from fundamentallm.training.callbacks.base import Callback as Callback
-    from fundamentallm.training.callbacks.base import CallbackList as CallbackList
-    from fundamentallm.training.callbacks.console import LoggingCallback as LoggingCallback
-    from fundamentallm.training.callbacks.console import ProgressCallback as ProgressCallback
+    from fundamentallm.training.callbacks.base import Callback as Callback, CallbackList as CallbackList
+    from fundamentallm.training.callbacks.console import (
+        LoggingCallback as LoggingCallback,
+        ProgressCallback as ProgressCallback,
+    )
     from fundamentallm.training.callbacks.curves import VisualizationCallback as VisualizationCallback
     from fundamentallm.training.callbacks.profiler import ProfilerCallback as ProfilerCallback
     from fundamentallm.training.callbacks.samples import SampleCallback as SampleCallback

@@ -1,7 +1,5 @@
 """`fundamentallm COMMAND ...`, also as `python -m fundamentallm COMMAND ...`."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys

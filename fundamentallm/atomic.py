@@ -1,7 +1,5 @@
 """Write a file so that a crash leaves either the old content or the new, never half of it."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The signals that end a command, and a run after its current step."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -1,7 +1,5 @@
 """Shared by all tests: one thread, a cache of their own, a fresh accelerate state for each, hypothesis' profiles."""
 
-from __future__ import annotations
-
 import gc
 import os
 import signal

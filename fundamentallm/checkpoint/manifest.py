@@ -1,7 +1,5 @@
 """The manifest of a checkpoint: a list of its files with size and SHA-256, and the check of the files against it."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """The state of any optimizer by parameter name."""
 
-from __future__ import annotations
-
 import copy
 from collections import Counter
 from typing import Any

@@ -4,8 +4,6 @@ Every function raises CheckpointNotFoundError if there is no directory at its pa
 of the file, if the checkpoint is incomplete or damaged.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import shutil
@@ -17,8 +15,7 @@ import torch
 from torch import nn
 
 from fundamentallm.atomic import sync
-from fundamentallm.checkpoint.manifest import STATE, TENSORS, verify
-from fundamentallm.checkpoint.manifest import explained as explained
+from fundamentallm.checkpoint.manifest import STATE, TENSORS, explained as explained, verify
 from fundamentallm.checkpoint.snapshot import decode
 from fundamentallm.checkpoint.tensor_files import WEIGHTS, Like, TensorFiles, write_tensors
 from fundamentallm.distributed.dtensor import local

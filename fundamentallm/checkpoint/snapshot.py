@@ -1,7 +1,5 @@
 """A state as JSON and named tensors, and a copy of it in memory, so that training can continue while it is written."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter
@@ -13,8 +11,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fundamentallm.checkpoint.manifest import MANIFEST, NAME, STATE, TENSORS
-from fundamentallm.checkpoint.tensor_files import MODEL_KEY as MODEL_KEY
-from fundamentallm.checkpoint.tensor_files import WEIGHTS, file_name, is_first_holder, sharding_info
+from fundamentallm.checkpoint.tensor_files import (
+    MODEL_KEY as MODEL_KEY,
+    WEIGHTS,
+    file_name,
+    is_first_holder,
+    sharding_info,
+)
 from fundamentallm.distributed.dtensor import full, is_sharded, local
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import CheckpointError

@@ -5,8 +5,6 @@ write them, because it verifies nothing, and needs the optimizer's state to exis
 Shards are cut along the first dimension only, as FSDP2 does it.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping

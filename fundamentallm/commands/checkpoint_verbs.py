@@ -1,7 +1,5 @@
 """The verbs of `fundamentallm checkpoints`. Checkpoints may come from strangers: what they say is escaped."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import math

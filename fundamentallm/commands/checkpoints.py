@@ -1,7 +1,5 @@
 """List, verify, show and export checkpoints; show the samples of a step."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

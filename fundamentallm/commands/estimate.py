@@ -1,7 +1,5 @@
 """Estimate memory, FLOPs and time of a run, for any model size."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path

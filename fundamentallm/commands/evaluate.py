@@ -1,7 +1,5 @@
 """Measure a trained model on text: loss, perplexity and bits per byte."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -3,8 +3,6 @@
 The test is that of Smith (arXiv:1506.01186), smoothed and stopped as in fastai.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import tempfile

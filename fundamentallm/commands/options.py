@@ -1,7 +1,5 @@
 """Options that several commands share, and one report of everything that is wrong with a command line."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Lines and tables that commands print, including text from untrusted files."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from fundamentallm.errors import printable

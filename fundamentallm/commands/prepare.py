@@ -4,8 +4,6 @@ Runs find the tokens in data.cache_dir. The folders printed at the end can be mo
 data.source there.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from fundamentallm.commands.options import settings_parser

@@ -1,7 +1,5 @@
 """Compare runs on one HTML page: curves, settings that differ, samples, environment. It needs no server."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -1,6 +1,8 @@
 """What a user may write in a config. Imports no torch, so that `--help` and config errors answer at once."""
 
-from fundamentallm.config.schema import Config as Config
-from fundamentallm.config.schema import DataConfig as DataConfig
-from fundamentallm.config.schema import ModelConfig as ModelConfig
-from fundamentallm.config.schema import TrainingConfig as TrainingConfig
+from fundamentallm.config.schema import (
+    Config as Config,
+    DataConfig as DataConfig,
+    ModelConfig as ModelConfig,
+    TrainingConfig as TrainingConfig,
+)

@@ -1,7 +1,5 @@
 """A run's config from a YAML file and the command line: strict, with every mistake reported at once."""
 
-from __future__ import annotations
-
 import argparse
 import ast
 import dataclasses

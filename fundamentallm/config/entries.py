@@ -1,7 +1,5 @@
 """Mappings that single settings hold, as frozen dataclasses: each is a value of one setting, or an entry of a list."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """The files and folders that settings name, and what is wrong with them."""
 
-from __future__ import annotations
-
 import collections
 import glob
 import os

@@ -1,7 +1,5 @@
 """Names in a config become objects: an entry of a plain dict, or `module:name` for code outside the package."""
 
-from __future__ import annotations
-
 import difflib
 import importlib
 import sys

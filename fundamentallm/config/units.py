@@ -1,7 +1,5 @@
 """Sizes and durations as text."""
 
-from __future__ import annotations
-
 
 def size_text(num_bytes: float) -> str:
     """12345678 as 12.3 MB."""

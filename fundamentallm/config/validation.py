@@ -1,7 +1,5 @@
 """How settings are checked: types, ranges and unknown names. All problems are reported, and nothing is converted."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

@@ -1,7 +1,5 @@
 """YAML of configs: PyYAML's safe loader with the scalars of YAML 1.2, and a repeated key as an error."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from typing import Any

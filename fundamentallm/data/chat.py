@@ -1,7 +1,5 @@
 """Chats as text: rendered by a tokenizer's own chat template, with the position of each assistant turn."""
 
-from __future__ import annotations
-
 import functools
 import re
 from pathlib import Path

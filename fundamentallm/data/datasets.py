@@ -1,7 +1,5 @@
 """Tokens as samples."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The order of a sampler of the caller's: its indices for an epoch, listed at once."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import itertools

@@ -1,7 +1,5 @@
 """Samples of each optimizer step: a pure function of (seed, epoch, index), on any number of processes."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import itertools

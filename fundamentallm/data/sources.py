@@ -1,7 +1,5 @@
 """What a source holds, in pieces: text files, rows of JSON lines, Parquet and `datasets`, and files of tokens."""
 
-from __future__ import annotations
-
 import collections
 import importlib
 import io

@@ -1,7 +1,5 @@
 """Streams: datasets that are read in their own order, without a length, such as torch's `IterableDataset`."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 from collections.abc import Callable, Iterator

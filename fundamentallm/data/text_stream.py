@@ -1,7 +1,5 @@
 """Text that is tokenized as it is read and packed into windows: `data.streaming`."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Batches: whatever a `collate_fn` returns, moved to a device and cut into rows."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, MutableMapping

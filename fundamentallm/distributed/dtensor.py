@@ -1,7 +1,5 @@
 """Helpers for tensors that may be sharded (DTensor), and for devices."""
 
-from __future__ import annotations
-
 import random
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Groups of processes: they find each other, and exchange values and errors on the host."""
 
-from __future__ import annotations
-
 import os
 import time
 import uuid

@@ -4,8 +4,6 @@ accelerate's launcher turns its YAML and flags (`accelerate_config` in the probl
 are checked before `Accelerator()` reads them.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping

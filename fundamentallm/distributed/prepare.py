@@ -8,8 +8,6 @@ its shape alone, not on earlier batches, and a resumed run is bit-identical. `St
 is one shape in training and another in validation.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager

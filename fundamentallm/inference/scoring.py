@@ -1,7 +1,5 @@
 """Losses of single tokens, and windows over long texts."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple
 

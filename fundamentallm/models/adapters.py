@@ -3,8 +3,6 @@
 peft decides which weights belong to an adapter and how they are named, so whatever it saves can be trained here.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -3,8 +3,6 @@
 Nothing is downloaded, no code that comes with a model is run, and no pickled weights are read.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import os

@@ -1,7 +1,5 @@
 """Files that one launch of a run leaves for other processes: its lock, its status, and when, where and with what."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import functools

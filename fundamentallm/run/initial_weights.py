@@ -1,7 +1,5 @@
 """Weights that a new run starts from: a checkpoint's (`init_from`), or those of a model in transformers' format."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

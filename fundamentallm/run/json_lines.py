@@ -1,7 +1,5 @@
 """Reads and writes files of JSON objects, one per line, that survive a crash: the last line may be torn."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

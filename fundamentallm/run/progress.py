@@ -1,7 +1,5 @@
 """How far a run is, and which data order each part of it was trained on."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

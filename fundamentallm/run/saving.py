@@ -1,7 +1,5 @@
 """When and how a run saves its checkpoints."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """One launch of a run: its folders are locked, its leftovers cleaned up, its outcome recorded."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timezone

@@ -1,7 +1,5 @@
 """Everything that training changes, by name: what a checkpoint holds, and how a run takes it up again."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any

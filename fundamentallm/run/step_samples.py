@@ -1,7 +1,5 @@
 """Looks up in a checkpoint which samples, and which text, an optimizer step trained on."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Stopping a run early: signals, a time limit and requests, which take effect on all processes at the same step."""
 
-from __future__ import annotations
-
 import math
 import os
 import signal

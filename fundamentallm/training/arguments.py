@@ -1,7 +1,5 @@
 """What a Trainer is given: completed, checked, and compared between processes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace

@@ -1,7 +1,5 @@
 """Averages of the weights on their devices: an exponential moving one, or that of a schedule-free optimizer."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

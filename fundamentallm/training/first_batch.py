@@ -1,7 +1,5 @@
 """Checks the first batch, and what the model makes of it, before the first step."""
 
-from __future__ import annotations
-
 import inspect
 import itertools
 import math

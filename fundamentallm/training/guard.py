@@ -1,7 +1,5 @@
 """Decides on the device which optimizer steps to skip, and undoes what a skipped step did to buffers."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Iterator
 

@@ -1,7 +1,5 @@
 """`micro_batch_size: auto`: finds the largest micro-batch that fits by trying, and keeps it with the run."""
 
-from __future__ import annotations
-
 import math
 import platform
 from bisect import bisect_left

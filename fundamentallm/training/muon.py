@@ -1,7 +1,5 @@
 """The Muon optimizer."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """One optimizer step: forward and backward over the micro-batches, clipping, and the optimizer's update."""
 
-from __future__ import annotations
-
 import math
 from contextlib import nullcontext
 from typing import Any, NamedTuple

@@ -8,8 +8,6 @@ thread then waits until the checkpoint is written (for the GIL, or for memory). 
 does not count, nor does the memory traffic, which slows steps far less than any other work on the machine does.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import statistics

@@ -7,8 +7,6 @@ The sides of each row run in turn, on one thread of a CPU but for the tokenizer;
 The corpus of 10 GB is a sparse file, whose pages the system makes when they are asked for.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json

@@ -13,8 +13,6 @@ lies outside the model is the part of a step that is not its forward and backwar
 after the run, on the same batch.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

@@ -9,8 +9,6 @@ whatever else the machine does counts little; wall-clock time is the median. Bes
 row before.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json

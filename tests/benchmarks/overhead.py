@@ -12,8 +12,6 @@ median over the rounds, once of the fastest tenth of the turns and once of their
 are skipped.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.metadata
 import io

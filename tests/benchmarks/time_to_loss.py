@@ -14,8 +14,6 @@ where others use the cores too, take `--threads 1` and look at the processor's s
 another spin.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import math

@@ -5,8 +5,6 @@ A change that is meant to move them (initial weights, order of samples, arithmet
     python -m tests.golden.test_golden_losses
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

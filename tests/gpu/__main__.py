@@ -1,7 +1,5 @@
 """Checks on one GPU what tests on a CPU cannot: `tests/gpu/run.sh`, or `python -m tests.gpu` if all is installed."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

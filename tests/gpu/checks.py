@@ -1,7 +1,5 @@
 """Checks that need a GPU. Each makes real runs, fails by an assertion, and returns its result in one line."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any

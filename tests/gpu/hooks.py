@@ -3,8 +3,6 @@
 Configs name them as tests.gpu.hooks:Name. They also work on a CPU, so that they can be tried without a GPU.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

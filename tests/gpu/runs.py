@@ -1,7 +1,5 @@
 """Real runs by real command lines; checks that need the same run share it."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Trains without saving: the checkpoint of a large model takes longer than what is measured."""
 
-from __future__ import annotations
-
 import sys
 
 from fundamentallm.config.command_line import parse_config

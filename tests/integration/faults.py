@@ -1,7 +1,5 @@
 """Runs for the doctor, named by --trainer: a sound one, and one for each planted fault."""
 
-from __future__ import annotations
-
 import contextlib
 import random
 import signal

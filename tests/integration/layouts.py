@@ -7,8 +7,6 @@ the other: the run is stopped and resumed in the next. The samples are those tha
 asked for; the numbers are those of every step and of every validation, as logged.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import itertools

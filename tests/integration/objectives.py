@@ -5,8 +5,6 @@
 Prints the largest relative difference of the losses, for each model and layout, and whether a resumed run is the same.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import tempfile

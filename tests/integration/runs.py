@@ -1,7 +1,5 @@
 """Small real runs for the integration tests."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Adapters of peft: they train and resume as any model, and their checkpoints are what peft opens."""
 
-from __future__ import annotations
-
 import copy
 import json
 import shutil

@@ -1,7 +1,5 @@
 """The moving average of the weights: what it is, where it is used, how it is saved, on one process and sharded."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

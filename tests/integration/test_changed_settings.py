@@ -1,7 +1,5 @@
 """Settings that may differ on resume, those that must be allowed by name, and new runs from the weights of another."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json

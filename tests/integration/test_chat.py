@@ -1,7 +1,5 @@
 """Fine-tuning on chats: the same in any layout, resumed to the bit, and a checkpoint that keeps its chat template."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Compiled runs are the uncompiled ones, in every layout, and resume to the bit."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A run that is killed, at whatever instant, and started again ends as if nothing had happened; see `crashes`."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Runs on rows, pairs and several sources: targets, independence of the layout, and resuming."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

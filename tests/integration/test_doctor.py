@@ -1,7 +1,5 @@
 """The doctor passes a sound run and reports a planted fault by the check that diagnoses it best."""
 
-from __future__ import annotations
-
 import re
 import tempfile
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Optimizers and schedules of the ecosystem train, and resume to the bit."""
 
-from __future__ import annotations
-
 import importlib
 from collections import Counter
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`fundamentallm evaluate`: its loss is that of validation, and each token counts once."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path
@@ -11,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from fundamentallm import Config, DataConfig, ModelConfig, TrainingConfig
 from fundamentallm.commands import evaluate as command

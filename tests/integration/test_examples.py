@@ -1,7 +1,5 @@
 """Every example and every accelerate config works as it is."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 import runpy

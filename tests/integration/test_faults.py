@@ -1,7 +1,5 @@
 """Damaged checkpoints, full disks, unusable folders and killed processes: reported, and nothing is lost."""
 
-from __future__ import annotations
-
 import json
 import math
 import resource

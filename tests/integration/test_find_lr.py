@@ -1,7 +1,5 @@
 """find_lr: the curve of real training, its suggestion, and that the run itself is not touched."""
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import math

@@ -1,7 +1,5 @@
 """Command lines of users, in real processes, and the examples for several machines."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

@@ -1,7 +1,5 @@
 """What a run is depends on no layout, nor on being resumed in another; see `layouts`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from tests.integration.layouts import SHORT, Part, compare, difference, run

@@ -1,7 +1,5 @@
 """micro_batch_size: auto. What is found is the largest that fits on every process, and finding it leaves no trace."""
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Iterator
 from pathlib import Path

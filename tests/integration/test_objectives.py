@@ -1,7 +1,5 @@
 """What is minimised: a model's own loss, the caller's objective; the same in every layout, and after a resume."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The source distribution has what its tests need, and the installed package what its commands need."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

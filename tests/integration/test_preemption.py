@@ -1,7 +1,5 @@
 """Signals and the time limit stop a run at the same step on all processes; the same command resumes it."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json

@@ -1,7 +1,5 @@
 """Gradients, decisions and checkpoints are the same on any number of processes, and only one process writes."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -1,7 +1,5 @@
 """What a dataset draws at random follows from the seed, the rank and the step."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Stopped anywhere and resumed by the same command, a run ends as the uninterrupted one, to the bit."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

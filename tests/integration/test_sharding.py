@@ -1,7 +1,5 @@
 """FSDP2 and HSDP, by accelerate's own path on gloo: what is sharded, how it starts, is saved, fails and goes on."""
 
-from __future__ import annotations
-
 import functools
 import json
 import os

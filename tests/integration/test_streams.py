@@ -1,7 +1,5 @@
 """Runs on streams: the same curve in any layout, and after a crash."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

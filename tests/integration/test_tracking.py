@@ -1,7 +1,5 @@
 """Real trackers on local files: a run that is killed and resumed is one run there, with each step once."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """One config, one run: the loss curve depends on neither micro-batches nor processes."""
 
-from __future__ import annotations
-
 import copy
 import io
 import math

@@ -1,7 +1,5 @@
 """A step whose loss or gradient is not finite changes nothing, is logged as what it is, and ends a run in time."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterable

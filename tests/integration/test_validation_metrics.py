@@ -1,7 +1,5 @@
 """Validation metrics of the user's: each row counted once, in every layout, and good for stopping and for the best."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Lost and hanging processes are named, with the reason."""
 
-from __future__ import annotations
-
 import faulthandler
 import os
 import signal

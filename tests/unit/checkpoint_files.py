@@ -1,7 +1,5 @@
 """Ways to damage the files of a checkpoint, and to change them so that the manifest still matches."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

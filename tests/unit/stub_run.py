@@ -1,7 +1,5 @@
 """A run that tests drive by hand: it satisfies `RunView` without a Trainer."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path

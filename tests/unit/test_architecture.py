@@ -1,7 +1,5 @@
 """What holds for the source as a whole: one order of rooms, budgets, no dead setting, no pickle."""
 
-from __future__ import annotations
-
 import ast
 import graphlib
 import json

@@ -1,7 +1,5 @@
 """A file written atomically has its old content or its new one."""
 
-from __future__ import annotations
-
 import contextlib
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Batches of any nesting: moved, cut into rows, and padding that has no targets."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections import UserDict, defaultdict
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """What the benchmarks work out from what they measure."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Callbacks in real runs of a tiny model: when hooks are called and with what, the best checkpoint, the console."""
 
-from __future__ import annotations
-
 import functools
 import json
 import logging

@@ -1,7 +1,5 @@
 """Chats: tokens and targets as transformers has them, bad rows, templates that cannot be used."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`fundamentallm checkpoints` prints what a run did, and no traceback for damaged or hostile checkpoints."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """The command line: YAML and options to one config, every mistake at once, nothing left behind."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex
@@ -14,8 +12,7 @@ from typing import Any
 import pytest
 
 import fundamentallm
-from fundamentallm import __main__ as commands
-from fundamentallm import train
+from fundamentallm import __main__ as commands, train
 from fundamentallm.config.command_line import parse_config, settings
 from fundamentallm.config.schema import Config, DataConfig, TrainingConfig
 from fundamentallm.config.yaml_format import from_yaml, to_yaml

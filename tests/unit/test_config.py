@@ -1,7 +1,5 @@
 """Settings in Python: every mistake at once, nothing converted, derived defaults, files, names of objects."""
 
-from __future__ import annotations
-
 import os
 import sys
 import typing

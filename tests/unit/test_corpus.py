@@ -1,7 +1,5 @@
 """The corpus: split by position, encoded once, complete in the cache or absent."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

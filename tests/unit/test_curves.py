@@ -1,7 +1,5 @@
 """The training curves of a run."""
 
-from __future__ import annotations
-
 import io
 import math
 import sys

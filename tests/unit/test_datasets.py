@@ -1,7 +1,5 @@
 """TokenDataset: windows that make every token but the first a target exactly once."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The documentation: links work, names exist, and examples run."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import re

@@ -1,7 +1,5 @@
 """Every public name is documented, and its examples give the documented output."""
 
-from __future__ import annotations
-
 import doctest
 import inspect
 from pathlib import Path

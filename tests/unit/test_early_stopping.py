@@ -1,7 +1,5 @@
 """Early stopping: what counts as an improvement, and when patience is over."""
 
-from __future__ import annotations
-
 import json
 import math
 

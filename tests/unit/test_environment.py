@@ -1,7 +1,5 @@
 """The record of a launch: the command that starts it again."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

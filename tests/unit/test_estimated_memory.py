@@ -1,7 +1,5 @@
 """The memory that `fundamentallm estimate` predicts is close to what torch allocates in real runs."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Known traps: reported before the first step, with what to do."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace

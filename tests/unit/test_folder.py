@@ -1,7 +1,5 @@
 """A folder is used by one run at a time, and records the status and the launches of that run."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

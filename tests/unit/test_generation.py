@@ -1,7 +1,5 @@
 """Generated text: seeded and sampled from the model's distribution; loading models; the command."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator
@@ -15,8 +13,7 @@ from transformers import AutoTokenizer
 
 from fundamentallm.checkpoint.manager import CheckpointManager
 from fundamentallm.checkpoint.snapshot import MODEL_KEY
-from fundamentallm.commands import evaluate
-from fundamentallm.commands import generate as command
+from fundamentallm.commands import evaluate, generate as command
 from fundamentallm.config.schema import ModelConfig
 from fundamentallm.data.datasets import TokenDataset
 from fundamentallm.data.tokenizers import create_tokenizer, num_ids

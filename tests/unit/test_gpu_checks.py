@@ -1,7 +1,5 @@
 """The checks for a GPU run, as far as a CPU can show it."""
 
-from __future__ import annotations
-
 import json
 import os
 import runpy

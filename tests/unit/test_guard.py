@@ -1,7 +1,5 @@
 """Which steps are left out: all that are not finite, spikes on request, and everything after too many bad ones."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Processes find each other, exchange values, and fail together."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 from concurrent.futures import ThreadPoolExecutor

@@ -4,8 +4,6 @@ that runs, no file outside that changes.
 `HYPOTHESIS_PROFILE=thorough` tries 250 times as many.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import functools
@@ -19,8 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from fundamentallm import Config, LoggingCallback, ModelConfig, SaveBestCallback
 from fundamentallm.checkpoint.manager import CheckpointManager

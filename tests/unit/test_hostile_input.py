@@ -3,8 +3,6 @@
 `HYPOTHESIS_PROFILE=thorough` tries 250 times as many.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import math
@@ -14,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 
-from fundamentallm.config.command_line import parse_config
-from fundamentallm.config.command_line import settings as all_settings
+from fundamentallm.config.command_line import parse_config, settings as all_settings
 from fundamentallm.config.schema import Config
 from fundamentallm.config.validation import from_dict
 from fundamentallm.config.yaml_format import to_yaml

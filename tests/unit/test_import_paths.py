@@ -1,7 +1,5 @@
 """The import paths that the specification names."""
 
-from __future__ import annotations
-
 import importlib
 
 import pytest

@@ -1,7 +1,5 @@
 """Files of JSON lines, and rewinding them to the step that a run resumes from."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Launches and Accelerators with which a run would silently be another one are refused before the first step."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from pathlib import Path

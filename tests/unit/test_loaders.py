@@ -1,7 +1,5 @@
 """Loaders: which are accepted, and what they load for each step."""
 
-from __future__ import annotations
-
 import itertools
 import random
 from collections.abc import Iterator
@@ -22,8 +20,8 @@ from torch.utils.data import (
     RandomSampler,
     SequentialSampler,
     SubsetRandomSampler,
+    WeightedRandomSampler as Weighted,
 )
-from torch.utils.data import WeightedRandomSampler as Weighted
 from torch.utils.data.distributed import DistributedSampler
 
 from fundamentallm.config.schema import Config, DataConfig, TrainingConfig

@@ -1,7 +1,5 @@
 """Losses: float32 sums over the targets that count, each against its formula in float64."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

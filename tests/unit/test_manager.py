@@ -1,7 +1,5 @@
 """Saved state comes back bit for bit, a checkpoint is complete or absent, and rotation follows the disk."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math

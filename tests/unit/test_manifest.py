@@ -1,7 +1,5 @@
 """A manifest matches its files, and nothing in it leads outside its directory."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 from typing import Any

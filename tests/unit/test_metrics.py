@@ -1,7 +1,5 @@
 """Metrics: means that lose nothing, and a history that survives its readers and restarts."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Samples and profiles of real runs: they show what happened and do not change it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

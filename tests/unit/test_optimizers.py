@@ -1,7 +1,5 @@
 """Optimizers: torch's arithmetic, decay on matrices only, Muon on hidden matrices only, state by name."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

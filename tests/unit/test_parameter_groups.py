@@ -1,7 +1,5 @@
 """Parameters that are frozen or trained at a rate or decay of their own, and how such a run goes on."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Model folders in Hugging Face format: which shapes are ours and what is refused."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

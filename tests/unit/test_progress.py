@@ -1,15 +1,12 @@
 """The position of a run, and how it resumes after its batch size or its data changed."""
 
-from __future__ import annotations
-
 import copy
 import json
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given
-from hypothesis import strategies as st
+from hypothesis import assume, given, strategies as st
 
 from fundamentallm.data.sampler import Start, StepSampler
 from fundamentallm.run.progress import Progress, sampler_of

@@ -1,7 +1,5 @@
 """`fundamentallm report` makes one self-contained page of runs, also of old or hostile ones."""
 
-from __future__ import annotations
-
 import contextlib
 import html
 import json

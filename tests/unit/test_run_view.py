@@ -1,7 +1,5 @@
 """Every callback works with a plain object that satisfies `RunView`, without a Trainer. mypy checks that it does."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,13 +1,10 @@
 """Samples of a step: a pure function of seed, epoch and index, the same on any number of processes."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from fundamentallm.data.sampler import POSITIONS_AT_ONCE, Start, StepSampler, derive_seed, permute
 

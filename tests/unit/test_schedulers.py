@@ -1,7 +1,5 @@
 """Schedules: each is its closed form at every step, in optimizer steps, whatever the length of the run."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Sources: every kind gives its documents, bad rows are counted and named, prepared folders can be moved."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
@@ -19,8 +17,7 @@ import pytest
 
 from fundamentallm.commands import prepare
 from fundamentallm.config.schema import BUILT_IN_CORPUS, DataConfig
-from fundamentallm.data import corpus as corpus_module
-from fundamentallm.data import encoding, sources
+from fundamentallm.data import corpus as corpus_module, encoding, sources
 from fundamentallm.data.corpus import Corpus, describe, load_corpus
 from fundamentallm.errors import ConfigError
 from tests.conftest import problem_of

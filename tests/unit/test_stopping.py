@@ -1,7 +1,5 @@
 """Signals and the time limit request a stop; all processes stop at the same poll."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Streams are read by position, resume exactly, and refuse what would repeat or lose samples."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import json

@@ -1,7 +1,5 @@
 """Shards of tensors are read in full and in any rows, and incomplete shards are refused."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -9,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import debug_launcher
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Throughput, and the peak where it is sure."""
 
-from __future__ import annotations
-
 import math
 import time
 

@@ -1,7 +1,5 @@
 """Tokenizers: lossless, and characters that a vocabulary lacks are errors."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

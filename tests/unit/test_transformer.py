@@ -1,7 +1,5 @@
 """The Transformer: transformers' arithmetic and parameter names, causal, well initialised."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

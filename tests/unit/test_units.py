@@ -1,7 +1,5 @@
 """Sizes and durations as text."""
 
-from __future__ import annotations
-
 import pytest
 
 from fundamentallm.config.units import duration_text, size_text

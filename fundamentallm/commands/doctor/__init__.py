@@ -1,7 +1,5 @@
 """Check by short trial runs, in about a minute, that runs are reproducible with your config, data and machine."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 import textwrap

@@ -3,8 +3,6 @@
 Those that find a fault raise `Failed`; those that cannot be made raise `Skipped`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import itertools

@@ -1,7 +1,5 @@
 """Draws training curves."""
 
-from __future__ import annotations
-
 import importlib.util
 import math
 import time

@@ -1,7 +1,5 @@
 """Makes callbacks from a config."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Generates text during training."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -1,7 +1,5 @@
 """Hands log lines to experiment trackers, through accelerate."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import logging
