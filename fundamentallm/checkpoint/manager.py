@@ -3,6 +3,8 @@
 It is staged in a hidden sibling directory, synced, and renamed. The newest and the best are found on the disk.
 """
 
+from __future__ import annotations
+
 import logging
 import os
 import re

@@ -1,5 +1,7 @@
 """Sources as memory-mapped tokens: split by position, encoded once, kept in a cache."""
 
+from __future__ import annotations
+
 import contextlib
 import fcntl
 import functools

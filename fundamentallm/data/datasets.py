@@ -1,5 +1,7 @@
 """Tokens as samples."""
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any

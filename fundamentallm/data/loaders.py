@@ -1,5 +1,7 @@
 """DataLoaders: loads the samples of each optimizer step, in the order of `StepSampler`, and puts them on the device."""
 
+from __future__ import annotations
+
 import io
 import itertools
 import signal

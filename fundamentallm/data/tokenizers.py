@@ -1,5 +1,7 @@
 """Tokenizers of the `tokenizers` library: one JSON file each, which any program can open."""
 
+from __future__ import annotations
+
 import json
 import os
 from collections.abc import Iterable

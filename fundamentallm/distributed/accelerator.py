@@ -1,5 +1,7 @@
 """Creates the Accelerator of a process, and refuses one with which a launch would silently not be one run."""
 
+from __future__ import annotations
+
 import os
 from operator import attrgetter
 

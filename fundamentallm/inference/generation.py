@@ -1,5 +1,7 @@
 """Text generation, one sampled token at a time."""
 
+from __future__ import annotations
+
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Opens a trained model for use: a checkpoint, sharded or not, or a folder in Hugging Face format."""
 
+from __future__ import annotations
+
 import os
 from pathlib import Path
 from typing import NamedTuple

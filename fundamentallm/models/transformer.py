@@ -4,6 +4,8 @@ Parameter names and arithmetic are those of transformers' Qwen3 (with `qk_norm`)
 checkpoint opens there as it is. Shapes: B sequences, T tokens, D = d_model, H heads of F = D / H features.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any

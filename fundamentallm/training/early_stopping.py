@@ -1,5 +1,7 @@
 """Early stopping: ends a run when a validation metric no longer improves."""
 
+from __future__ import annotations
+
 import logging
 import math
 from typing import Any

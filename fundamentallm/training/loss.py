@@ -4,6 +4,8 @@ The trainer divides the sum once, by the number of targets of the whole optimize
 plain cross entropy, so that validation losses are comparable between runs and perplexity is right.
 """
 
+from __future__ import annotations
+
 import inspect
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Metrics: validation by sums over all targets, divided once, and the history of a run."""
 
+from __future__ import annotations
+
 import math
 import resource
 import sys

@@ -1,5 +1,7 @@
 """Optimizers by name, with weight decay on matrices only."""
 
+from __future__ import annotations
+
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase

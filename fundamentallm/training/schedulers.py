@@ -4,6 +4,8 @@ Each curve is exactly at the peak on the last warm-up step (without warm-up on t
 times the peak on the last step; `constant` stays at the peak.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from inspect import signature

@@ -1,5 +1,7 @@
 """The trainer: one pass of its loop is one batch is one optimizer step, which `step.py` shows."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict

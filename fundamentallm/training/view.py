@@ -1,5 +1,7 @@
 """What callbacks and other readers see of a Trainer: where the run is, and what they may ask for."""
 
+from __future__ import annotations
+
 import sys
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, replace

@@ -1,5 +1,7 @@
 """Callbacks observe a run without changing its numbers. `RunView` is what they see, `CallbackList` calls them."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager

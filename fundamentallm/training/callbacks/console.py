@@ -1,5 +1,7 @@
 """The console output of a run: a progress bar and log lines."""
 
+from __future__ import annotations
+
 import math
 import sys
 import time

@@ -1,5 +1,7 @@
 """Draws training curves."""
 
+from __future__ import annotations
+
 import importlib.util
 import math
 import time

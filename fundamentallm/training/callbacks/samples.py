@@ -1,5 +1,7 @@
 """Generates text during training."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import torch

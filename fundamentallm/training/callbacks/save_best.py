@@ -1,5 +1,7 @@
 """Keeps the checkpoint with the best validation metric."""
 
+from __future__ import annotations
+
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.training.callbacks.base import Callback, RunView
 from fundamentallm.training.early_stopping import BestValue
