@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from fundamentallm.atomic import sync
 from fundamentallm.checkpoint.manifest import STATE, TENSORS, explained as explained, verify
 from fundamentallm.checkpoint.snapshot import decode
 from fundamentallm.checkpoint.tensor_files import WEIGHTS, Like, TensorFiles, write_tensors
@@ -63,8 +62,6 @@ def export_weights(path: Path, folder: Path) -> None:
     for name in names:
         if name != STATE and not TENSORS.fullmatch(name):
             shutil.copyfile(path / name, folder / name)
-    for file in (*folder.iterdir(), folder):
-        sync(file)
 
 
 def load_weights(path: Path, files: Collection[str], model: nn.Module, like: Like | None = None) -> None:

@@ -5,8 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fundamentallm.commands.options import option_problems, parse_settings, settings_parser
-from fundamentallm.commands.output import say, say_table
+from fundamentallm.commands.common import option_problems, parse_settings, say, say_table, settings_parser
 from fundamentallm.config.schema import CHUNK, LARGE_VOCABULARY, OPTIMIZER_NAMES, Config
 from fundamentallm.config.units import duration_text, size_text
 from fundamentallm.config.validation import AT_LEAST_ONE, POSITIVE

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
+from fundamentallm.commands.common import DEFAULT_TRAINER
 from fundamentallm.commands.find_lr import main, range_test, suggestion
-from fundamentallm.commands.options import DEFAULT_TRAINER
 from fundamentallm.config.yaml_format import to_yaml
 from fundamentallm.errors import ConfigError, TrainingError
 from tests.conftest import reset_accelerate

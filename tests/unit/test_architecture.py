@@ -193,7 +193,7 @@ def test_every_loss_name_means_that_loss() -> None:
 
 
 def test_what_the_command_line_needs_loads_no_torch(tmp_path: Path) -> None:
-    commands = ("checkpoints", "doctor", "estimate", "find_lr", "report", "prepare")
+    commands = ("estimate", "find_lr", "report", "prepare")
     names = ["config.command_line", "train", *(f"commands.{name}" for name in commands)]
     modules = ", ".join(f"fundamentallm.{name}" for name in names)
     code = f"import {modules}; import json, sys; print(json.dumps(sorted(sys.modules)))"
