@@ -37,7 +37,7 @@ from fundamentallm.training.trainer import Trainer
 STEPS = 3
 """Length of the runs that are compared."""
 STOP_AT, CRASH_AT = 9, 5
-EVERY = {"save_every_n_steps": 2, "log_every_n_steps": 3, "eval_every_n_steps": 4}
+EVERY: dict[str, Any] = {"save_every_n_steps": 2, "log_every_n_steps": 3, "eval_every_n_steps": 4}
 """Of the resumed run. A log line averages over steps before and after the crash, which follows a validation."""
 VALIDATION_ROWS = 48
 INDENT = " " * 30
@@ -97,7 +97,7 @@ def examine(check: Callable[[Case], str], case: Case) -> tuple[str, str]:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             found = "pass", check(case)
     except Finding as finding:
-        found = finding.args  # type: ignore[assignment]
+        found = finding.args
     except Exception as error:
         raised_at = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(raised_at.filename).name}, line {raised_at.lineno}"
@@ -138,7 +138,7 @@ def check_model(case: Case) -> str:
     _compare_weights("the model was made twice, and ", *begins)
     if not math.isfinite(logs[0][0]["train_loss"]):
         raise Finding("fail", f"the loss of the first batch is {logs[0][0]['train_loss']}")
-    _compare_logs("the same run was made twice, and ", *logs)
+    _compare_logs("the same run was made twice, and ", logs[0], logs[1])
     _compare_weights("the same run was made twice, and ", *ends)
     if len(losses := _losses_by_seed(trainer, training=False)) > 1:
         raise Finding("fail", f"in evaluation mode, one batch has the losses {' and '.join(map(str, losses))}")

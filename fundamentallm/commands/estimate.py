@@ -8,7 +8,7 @@ from typing import NamedTuple
 from fundamentallm.commands.common import option_problems, parse_settings, say, say_table, settings_parser
 from fundamentallm.config.schema import CHUNK, LARGE_VOCABULARY, OPTIMIZER_NAMES, Config
 from fundamentallm.config.units import duration_text, size_text
-from fundamentallm.config.validation import AT_LEAST_ONE, POSITIVE
+from fundamentallm.config.validation import AT_LEAST_ONE
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.training.throughput import PEAK_TFLOPS, model_flops_per_token
 
@@ -22,33 +22,26 @@ DEVICES = (1, 8, 64, 512, 4096)
 
 def main(arguments: Sequence[str], program: str) -> int:
     """Run the command line and return the exit code."""
-    about = f"{__doc__} Nothing is allocated. The data is read only to count the characters of a character-level model."
+    read = "The data is read only to count the characters of a character-level model without a model.vocab_size."
+    about = f"{__doc__} Nothing is allocated. {read}"
     parser = settings_parser(program, "[--devices INT] [--gpu NAME]", about)
     devices = "number of devices; default: a table up to thousands"
     parser.add_argument("--devices", type=int, metavar="INT", help=devices)
-    parser.add_argument("--gpu", default="H100", metavar="NAME", help=f"{', '.join(PEAK_TFLOPS)} [H100]")
-    rate = f"10^12 operations per second of one device [{UTILISATION:.0%}% of the GPU's peak in bfloat16]"
-    parser.add_argument("--tflops", type=float, metavar="FLOAT", help=rate)
+    gpus = f"{', '.join(PEAK_TFLOPS)}; training.peak_tflops for another device [H100]"
+    parser.add_argument("--gpu", default="H100", type=str.upper, metavar="NAME", help=gpus)
     options, rest = parser.parse_known_args(arguments)
-    problems = option_problems(options, devices=AT_LEAST_ONE, tflops=POSITIVE)
-    gpu = " ".join(options.gpu.upper().replace("-", " ").split())
-    if gpu not in PEAK_TFLOPS:
-        advice = "Or set --tflops for another device."
-        problems.append(Problem("--gpu", options.gpu, ", ".join(PEAK_TFLOPS), advice))
+    problems = option_problems(options, devices=AT_LEAST_ONE)
+    if options.gpu not in PEAK_TFLOPS:
+        problems.append(Problem("--gpu", options.gpu, gpus))
     config = _with_vocabulary(parse_settings(rest, program, problems, check_files=False))
-    rate, tflops = f"{options.tflops} TFLOP/s", options.tflops
-    if tflops is None:
-        tflops = UTILISATION * PEAK_TFLOPS[gpu]
-        rate = f"{tflops:.0f} TFLOP/s, {UTILISATION:.0%} of the peak of one {gpu}; --gpu or --tflops for others"
-    counts, batch_size = count(config), config.training.batch_size or 0
+    batch_size, peak = config.training.batch_size or 0, config.training.peak_tflops
     if (options.devices or 1) > batch_size:
-        allowed, advice = (
-            f"at most {batch_size}, the training.batch_size",
-            "Other devices would have nothing to compute.",
-        )
-        raise ConfigError(Problem("--devices", options.devices, allowed, advice))
+        allowed = f"at most {batch_size}, the training.batch_size; other devices would have nothing to compute"
+        raise ConfigError(Problem("--devices", options.devices, allowed))
+    counts, tflops = count(config), UTILISATION * (peak or PEAK_TFLOPS[options.gpu])
     say_table(_run_rows(config, counts), "<<")
-    say(f"\nmemory of each device, and time to compute ({rate})")
+    of = f"the peak of one {options.gpu}, see --gpu" if peak is None else "training.peak_tflops"
+    say(f"\nmemory of each device, and time to compute ({tflops:.0f} TFLOP/s, {UTILISATION:.0%} of {of})")
     rows: list[tuple[str, ...]] = [("devices", "layout", *Memory._fields, "step", "run")]
     for number in [options.devices] if options.devices else [n for n in DEVICES if n <= batch_size]:
         for layout in ("ddp", "fsdp2") if number > 1 else ("ddp",):
@@ -61,8 +54,7 @@ def main(arguments: Sequence[str], program: str) -> int:
 def _with_vocabulary(config: Config) -> Config:
     """Returns the config with the shape of a pretrained model, or with the vocabulary of its data."""
     if config.model.lora is not None:
-        advice = "Leave it out to estimate the training of all weights."
-        raise ConfigError(Problem("model.lora", config.model.lora, "null: adapters are not counted", advice))
+        raise ConfigError(Problem("model.lora", config.model.lora, "null: only the training of all weights is counted"))
     if (pretrained := config.model.pretrained) is not None:
         from fundamentallm.checkpoint.reading import explained
         from fundamentallm.models.transformers_format import find_pretrained
@@ -76,11 +68,7 @@ def _with_vocabulary(config: Config) -> Config:
         return config
     from fundamentallm.data.corpus import vocabulary_size
 
-    try:
-        size = vocabulary_size(config.data)
-    except ConfigError as error:
-        advice = Problem("", advice="Or set model.vocab_size: no text is needed then.")
-        raise ConfigError([*error.problems, advice]) from error
+    size = vocabulary_size(config.data)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 

@@ -26,8 +26,9 @@ def make_trial(name: str, config: Config, folder: Path, **training: Any) -> Trai
 
     Raises ConfigError if it returns something else, or a Trainer that would write to the run's own folder.
     """
-    settings = {"checkpoint_dir": str(folder / "checkpoints"), "resume": "auto", "log_every_n_steps": 1}
-    trained = dataclasses.replace(config.training, **(dict.fromkeys(OFF.split()) | settings | training))
+    settings: dict[str, Any] = dict.fromkeys(OFF.split())
+    settings |= {"checkpoint_dir": str(folder / "checkpoints"), "resume": "auto", "log_every_n_steps": 1}
+    trained = dataclasses.replace(config.training, **(settings | training))
     trial = dataclasses.replace(config, output_dir=str(folder), trackers=[], tracker_options={}, training=trained)
     trainer = resolve("--trainer", name, {})(trial)
     if not isinstance(trainer, Trainer) or trainer.config.training.checkpoint_dir != trained.checkpoint_dir:

@@ -68,8 +68,7 @@ def load_model(checkpoint: str | Path, base: str | Path | None = None) -> Loaded
         >>> config = Config(data=DataConfig(sequence_length=16), training=training)
         >>> _ = Trainer(model, training, *create_dataloaders(text, tokenizer, config), callbacks=[]).train()
         >>> loaded = load_model("checkpoints")
-        >>> prompt = loaded.tokenizer.encode("to be").ids
-        >>> ids = generate(loaded.model, prompt, max_new_tokens=5, context=loaded.context)
+        >>> ids = generate(loaded.model, loaded.tokenizer.encode("to be").ids, 5, loaded.context)
         >>> len(loaded.tokenizer.decode(list(ids)))
         5
     """
