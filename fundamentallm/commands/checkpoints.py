@@ -56,6 +56,7 @@ def main(arguments: Sequence[str], program: str) -> int:
     consolidate.add_argument("--merge", action="store_true", help="merge an adapter into its base model")
     consolidate.add_argument("--base", metavar="DIR", help=BASE_HELP)
     options = parser.parse_args(arguments)
+    options.checkpoint = Path(options.checkpoint)
     with explained(options.checkpoint):
         options.call(options)
     return 0

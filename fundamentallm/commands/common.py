@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from fundamentallm.config.command_line import parse_config
 from fundamentallm.config.registry import resolve
@@ -33,12 +32,8 @@ def settings_parser(program: str, own: str, description: str, takes_trainer: boo
 def add_checkpoint(parser: argparse.ArgumentParser, text: str = MODEL_HELP) -> None:
     """Add the checkpoint that a command reads, which may be given by its position or as `--checkpoint DIR`."""
     group = parser.add_mutually_exclusive_group(required=True)
-    group.add_argument("checkpoint", nargs="?", default=argparse.SUPPRESS, type=_path, metavar="DIR", help=text)
-    group.add_argument("--checkpoint", default=argparse.SUPPRESS, type=Path, metavar="DIR", help="the same")
-
-
-def _path(text: str) -> Path | str:
-    return text if text == argparse.SUPPRESS else Path(text)  # Python 3.11 converts this default too
+    group.add_argument("checkpoint", nargs="?", default=argparse.SUPPRESS, metavar="DIR", help=text)
+    group.add_argument("--checkpoint", default=argparse.SUPPRESS, metavar="DIR", help="the same")
 
 
 def option_problems(options: argparse.Namespace, **ranges: Interval) -> list[Problem]:

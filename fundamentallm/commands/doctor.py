@@ -1,6 +1,7 @@
 """Check by short trial runs, in about a minute, that runs are reproducible with your config, data and machine."""
 
 import contextlib
+import functools
 import io
 import itertools
 import math
@@ -10,7 +11,6 @@ import textwrap
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader
 
 from fundamentallm.commands.common import parse_settings, say, settings_parser
 from fundamentallm.commands.trial import Record, make_trial, run_until
-from fundamentallm.config.schema import Config
 from fundamentallm.config.units import duration_text, size_text
 from fundamentallm.data.sampler import StepSampler
 from fundamentallm.data.streams import is_stream
@@ -40,8 +39,8 @@ STOP_AT, CRASH_AT = 9, 5
 EVERY: dict[str, Any] = {"save_every_n_steps": 2, "log_every_n_steps": 3, "eval_every_n_steps": 4}
 """Of the resumed run. A log line averages over steps before and after the crash, which follows a validation."""
 VALIDATION_ROWS = 48
-INDENT = " " * 30
-"""Where the text of a finding starts."""
+Make = Callable[..., Trainer]
+"""Makes the Trainer of a new trial; arguments are settings of `training`, and `folder`, to launch a trial again."""
 
 
 def main(arguments: Sequence[str], program: str) -> int:
@@ -56,18 +55,18 @@ def main(arguments: Sequence[str], program: str) -> int:
     config = parse_settings(rest, program, problems, trainer=options.trainer)
     failed, started = 0, time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="fundamentallm-doctor-") as folder:
-        case = Case(config, options.trainer, Path(folder))
-        case.make()  # a config that makes no Trainer is a ConfigError, as with every other command
+        make = functools.partial(make_trial, options.trainer, config, Path(folder))
+        make()  # a config that makes no Trainer is a ConfigError, as with every other command
         say(f"trial runs in temporary folders; {config.output_dir} is not touched\n")
         for number, (name, (check, advice)) in enumerate(CHECKS.items(), start=1):
             print(f"{number:>2}  {name:<17}", end="", flush=True)
-            status, found = examine(check, case)
+            status, found = examine(check, make)
             say(f"{status:<9}{found}")
             if status == "fail":
                 first = "Fix the failures above first: they may be the cause. " if failed else ""
-                say(textwrap.fill(f"-> {first}{advice}", 120, initial_indent=INDENT, subsequent_indent=INDENT))
+                say(textwrap.indent(textwrap.fill(f"-> {first}{advice}", 90), " " * 30))
                 failed += 1
-        say(f"\nestimate for the whole run, from a few steps\n{examine(forecast, case)[1]}")
+        say(f"\nestimate for the whole run, from a few steps\n{examine(forecast, make)[1]}")
     say(f"\n{failed} of {len(CHECKS)} checks failed, in {time.perf_counter() - started:.0f} s")
     return 1 if failed else 0
 
@@ -76,26 +75,11 @@ class Finding(Exception):
     """Ends a check that has not passed, with its status ("fail", or "skipped" if it cannot be made) and the reason."""
 
 
-@dataclass
-class Case:
-    """The run that is checked. Each trial run gets a folder of its own in `folder`."""
-
-    config: Config
-    trainer: str
-    """'module:name' of the function that makes the Trainer."""
-    folder: Path
-
-    def make(self, of: str | None = None, **training: Any) -> Trainer:
-        """Returns the Trainer of a new trial, or of another launch of the trial in the folder `of`."""
-        folder = Path(of or tempfile.mkdtemp(dir=self.folder))
-        return make_trial(self.trainer, self.config, folder, **training)
-
-
-def examine(check: Callable[[Case], str], case: Case) -> tuple[str, str]:
+def examine(check: Callable[[Make], str], make: Make) -> tuple[str, str]:
     """Make a check without its output; returns (pass, fail or skipped, what it found). One that raises has failed."""
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            found = "pass", check(case)
+            found = "pass", check(make)
     except Finding as finding:
         found = finding.args
     except Exception as error:
@@ -107,9 +91,9 @@ def examine(check: Callable[[Case], str], case: Case) -> tuple[str, str]:
     return found
 
 
-def check_data(case: Case) -> str:
+def check_data(make: Make) -> str:
     """A sample is the same whenever it is read, and whatever was read before."""
-    trainer, num_read = case.make(), 0
+    trainer, num_read = make(), 0
     for name, loader in (("training", trainer.train_loader), ("validation", trainer.val_loader)):
         if loader is None or is_stream(loader.dataset):  # read in its order alone, as "resume" does
             continue
@@ -126,12 +110,12 @@ def check_data(case: Case) -> str:
     return f"{num_read} samples read twice, in two orders: the same each time"
 
 
-def check_model(case: Case) -> str:
+def check_model(make: Make) -> str:
     """Two runs are equal to the bit, and evaluation mode draws no random numbers."""
     begins, logs, ends = [], [], []
     for seed in (1, 2):
         set_seed(seed)
-        trainer = case.make()
+        trainer = make()
         begins.append(_weights(trainer))
         logs.append(_few_steps(trainer))
         ends.append(_weights(trainer))
@@ -145,27 +129,27 @@ def check_model(case: Case) -> str:
     return f"two runs of {len(logs[0])} steps: losses and weights equal to the bit"
 
 
-def check_micro_batches(case: Case) -> str:
+def check_micro_batches(make: Make) -> str:
     """The size of micro-batches does not change the losses."""
-    trainer = case.make()
+    trainer = make()
     _disable_dropout(trainer.model)
     if len(_losses_by_seed(trainer, training=True)) > 1:
         raise Finding("skipped", "the model draws random numbers besides dropout: runs agree only on average")
     expected = _few_steps(trainer)
-    largest = min(trainer.samples.micro_batch_size, case.config.training.batch_size or 1)
+    largest = min(trainer.samples.micro_batch_size, trainer.config.training.batch_size or 1)
     if largest == 1:
         raise Finding("skipped", "a micro-batch of one sequence cannot be split")
     smaller = max(1, largest // 3)
-    trainer = case.make(micro_batch_size=smaller)
+    trainer = make(micro_batch_size=smaller)
     _disable_dropout(trainer.model)
     tolerance = _tolerance(trainer, 1e-5)
     _compare_logs(f"micro-batches of {largest} and {smaller}: ", expected, _few_steps(trainer), tolerance)
     return f"of {largest} and {smaller}: losses of {STEPS} steps equal within {tolerance:.0e}"
 
 
-def check_evaluation(case: Case) -> str:
+def check_evaluation(make: Make) -> str:
     """The validation loss is the same for any batch size."""
-    trainer = case.make()
+    trainer = make()
     if trainer.val_samples is None:
         raise Finding("skipped", "there is no validation data")
     losses, tolerance = {}, _tolerance(trainer, 1e-6)
@@ -178,7 +162,7 @@ def check_evaluation(case: Case) -> str:
     return f"val_loss with batch sizes {', '.join(map(str, losses))} equal within {tolerance:.0e}"
 
 
-def check_resume(case: Case) -> str:
+def check_resume(make: Make) -> str:
     """A run that ends without saving and is resumed equals an uninterrupted run to the bit."""
 
     def train(trainer: Trainer, is_enough: Callable[[Record], bool]) -> Record:
@@ -193,17 +177,17 @@ def check_resume(case: Case) -> str:
             raise InterruptedError
         return False
 
-    trainer = case.make(**EVERY)
+    trainer = make(**EVERY)
     stop_at, crash_at = min(STOP_AT, trainer.total_steps), min(CRASH_AT, trainer.total_steps)
     if crash_at <= EVERY["save_every_n_steps"]:
         raise Finding("skipped", f"the run has only {crash_at} steps")
     whole, weights = train(trainer, lambda run: run.step >= stop_at), _weights(trainer)
-    trainer = case.make(**EVERY)
+    trainer = make(**EVERY)
     with contextlib.suppress(InterruptedError):
         train(trainer, crash)
     assert trainer.checkpoint_manager is not None
     trainer.checkpoint_manager.wait()
-    trainer = case.make(trainer.config.output_dir, **EVERY)
+    trainer = make(folder=trainer.config.output_dir, **EVERY)
     resumed = train(trainer, lambda run: run.step >= stop_at)
     what = f"crashed at step {crash_at}, resumed from {resumed.first_step}: "
     if not resumed.first_step:
@@ -217,7 +201,7 @@ ROWS = (
     "The loss must be a sum over the targets that are not -100, and the loss of a row must depend on that row alone. "
     "Look for means, statistics over the batch, and padding that depends on the other rows or is attended to."
 )
-CHECKS: dict[str, tuple[Callable[[Case], str], str]] = {
+CHECKS: dict[str, tuple[Callable[[Make], str], str]] = {
     "data": (
         check_data,
         "The dataset or collate_fn uses a random state or counts its calls. Derive its randomness from (seed, index), "
@@ -240,9 +224,9 @@ CHECKS: dict[str, tuple[Callable[[Case], str], str]] = {
 """Each check, and what to do if it fails."""
 
 
-def forecast(case: Case) -> str:
+def forecast(make: Make) -> str:
     """Returns estimates for the whole run, from a few steps."""
-    trainer = case.make()
+    trainer = make()
     run = run_until(trainer, lambda run: run.step >= (4 if run.times[-1] - run.times[0] > 3 else 30))
     durations = [after - before for before, after in itertools.pairwise(run.times)]
     # Allocations and the choice of kernels make the first steps slower.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,15 +22,17 @@ OFF = (
 """Settings that are null in a trial. Compiling would take a minute of each."""
 
 
-def make_trial(name: str, config: Config, folder: Path, **training: Any) -> Trainer:
-    """Returns the Trainer that the function `name` (`--trainer`) makes of the run in `folder`, logged at each step.
+def make_trial(name: str, config: Config, trials: Path, folder: str | None = None, **training: Any) -> Trainer:
+    """Returns the Trainer that the function `name` (`--trainer`) makes of a trial run, logged at each step.
 
-    Raises ConfigError if it returns something else, or a Trainer that would write to the run's own folder.
+    The run is in a new folder in `trials`, or in `folder`, to launch a trial again. Raises ConfigError if the function
+    returns something else, or a Trainer that would write to the run's own folder.
     """
+    folder = folder or tempfile.mkdtemp(dir=trials)
     settings: dict[str, Any] = dict.fromkeys(OFF.split())
-    settings |= {"checkpoint_dir": str(folder / "checkpoints"), "resume": "auto", "log_every_n_steps": 1}
+    settings |= {"checkpoint_dir": f"{folder}/checkpoints", "resume": "auto", "log_every_n_steps": 1}
     trained = dataclasses.replace(config.training, **(settings | training))
-    trial = dataclasses.replace(config, output_dir=str(folder), trackers=[], tracker_options={}, training=trained)
+    trial = dataclasses.replace(config, output_dir=folder, trackers=[], tracker_options={}, training=trained)
     trainer = resolve("--trainer", name, {})(trial)
     if not isinstance(trainer, Trainer) or trainer.config.training.checkpoint_dir != trained.checkpoint_dir:
         allowed = "a function from a Config to a fundamentallm.Trainer that uses this Config"

@@ -1,5 +1,6 @@
 """The doctor passes a sound run and reports a planted fault by the check that diagnoses it best."""
 
+import functools
 import re
 import tempfile
 from pathlib import Path
@@ -9,7 +10,8 @@ import pytest
 
 from fundamentallm import Config, ConfigError, TrainingConfig
 from fundamentallm.commands import doctor
-from fundamentallm.commands.doctor import CHECKS, Case, main
+from fundamentallm.commands.doctor import CHECKS, Make, main
+from fundamentallm.commands.trial import make_trial
 from fundamentallm.errors import Interrupted
 from fundamentallm.signals import ended_by_signals
 from tests.integration.runs import prose
@@ -22,18 +24,18 @@ training: {{batch_size: 7, max_steps: 40, learning_rate: 1e-2, warmup_steps: 20}
 """
 
 
-def a_case(folder: Path, fault: str, **training: Any) -> Case:
+def a_case(folder: Path, fault: str, **training: Any) -> Make:
     settings = {"batch_size": 8, "max_steps": 40, "learning_rate": 3e-2, "warmup_steps": 5, **training}
     config = Config(output_dir=str(folder / "run"), training=TrainingConfig(**settings)).resolved()
     (folder / "trials").mkdir()
-    return Case(config, f"tests.integration.faults:{fault}", folder / "trials")
+    return functools.partial(make_trial, f"tests.integration.faults:{fault}", config, folder / "trials")
 
 
-def examine(name: str, case: Case) -> tuple[str, str]:
+def examine(name: str, case: Make) -> tuple[str, str]:
     return doctor.examine(CHECKS[name][0], case)
 
 
-def first_failure(case: Case) -> tuple[str, str] | None:
+def first_failure(case: Make) -> tuple[str, str] | None:
     for name in CHECKS:
         status, figure = examine(name, case)
         if status == "fail":

@@ -71,7 +71,7 @@ def test_range_test_trains_at_a_rate_that_grows_exponentially(tmp_path: Path) ->
     (tmp_path / "text.txt").write_text(prose())
     config = make_config(str(tmp_path / "run"), **RUN)
     data = replace(config.data, source=str(tmp_path / "text.txt"))
-    rates, losses, _ = range_test(replace(config, data=data), options, tmp_path / "trial")
+    rates, losses, _ = range_test(replace(config, data=data), options, tmp_path)
     assert rates[0] == pytest.approx(1e-6)
     assert [b / a for a, b in itertools.pairwise(rates)] == pytest.approx([1e8 ** (1 / 29)] * (len(rates) - 1))
     assert losses[0] == pytest.approx(math.log(70), rel=0.1)  # of an untrained model
