@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fundamentallm.commands.common import option_problems, parse_settings, say, say_table, settings_parser
 from fundamentallm.config.schema import CHUNK, LARGE_VOCABULARY, OPTIMIZER_NAMES, Config
@@ -119,21 +119,18 @@ def count(config: Config) -> Counts:
     )
 
 
-def micro_batches(config: Config, devices: int) -> tuple[int, int]:
-    """Returns (micro-batches, sequences of the largest one) of a step on the busiest device."""
-    rows = -(-(config.training.batch_size or 0) // devices)
-    size = config.training.micro_batch_size
-    number = -(-rows // (rows if size is None or size == "auto" else size))
-    return number, -(-rows // number)
+def sampler_of(config: Config, devices: int = 1) -> Any:
+    """Returns the `StepSampler` of the busiest device, over endless data."""
+    from fundamentallm.data.sampler import StepSampler  # imports torch
+
+    training, size = config.training, config.training.micro_batch_size
+    layout = devices - 1, devices, None if size == "auto" else size
+    return StepSampler(2**62, training.batch_size or 0, None, *layout, schedule=training.batch_size_schedule)
 
 
 def tokens_of_run(config: Config, steps: int) -> int:
     """Returns the tokens of the first `steps` optimizer steps, following `batch_size_schedule`."""
-    from fundamentallm.data.sampler import StepSampler  # imports torch
-
-    training, endless = config.training, 2**62
-    sampler = StepSampler(endless, training.batch_size or 0, None, schedule=training.batch_size_schedule)
-    return sampler.samples_before(steps) * config.data.sequence_length
+    return int(sampler_of(config).samples_before(steps)) * config.data.sequence_length
 
 
 class Memory(NamedTuple):
@@ -156,8 +153,8 @@ def memory(config: Config, counts: Counts, devices: int = 1, layout: str = "ddp"
     """
     model, vocabulary = config.model, config.model.vocab_size or 0
     shards = devices if layout == "fsdp2" else 1
-    number, rows = micro_batches(config, devices)
-    tokens = rows * config.data.sequence_length
+    batch = sampler_of(config, devices).rank_batch(0)
+    tokens = -(-batch.rows // batch.micro_batches) * config.data.sequence_length
     size = NARROW if config.training.mixed_precision in ("bf16", "fp16") else WIDE
     is_autocast = size == NARROW and shards == 1  # it copies matrices and inputs; FSDP2 casts weights and stream
     stream, casts = WIDE if is_autocast else size, NARROW * is_autocast
@@ -182,7 +179,7 @@ def memory(config: Config, counts: Counts, devices: int = 1, layout: str = "ddp"
     # The block being computed and the next one, and float32 gradients to be scattered.
     gathered = (3 * size + WIDE) * counts.block + size * counts.table if shards > 1 else 0
     # Gradients of earlier micro-batches, and the buckets of DDP, exist before the backward pass begins.
-    held = gradients if number > 1 or shards == 1 < devices else 0
+    held = gradients if batch.micro_batches > 1 or shards == 1 < devices else 0
     peak = weights + optimizer + gathered + max(held + activations + logits + early, gradients)
     return Memory(weights, gradients, optimizer, activations, logits, gathered, peak)
 
