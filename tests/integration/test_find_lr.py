@@ -4,7 +4,6 @@ import argparse
 import itertools
 import math
 import re
-import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -101,15 +100,6 @@ def test_find_lr_on_two_processes_equals_one(config: Path, capsys: pytest.Captur
     on_processes(2, _launched, config)
     assert find(config) == 0
     assert Path("several.txt").read_text() == capsys.readouterr().out
-
-
-def test_find_lr_without_matplotlib_draws_nothing(
-    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name in ("matplotlib", "matplotlib.figure"):
-        monkeypatch.setitem(sys.modules, name, None)
-    assert find(config) == 0
-    assert "matplotlib is not installed" in capsys.readouterr().out
 
 
 def test_find_lr_reports_every_mistake_at_once(config: Path) -> None:

@@ -122,7 +122,7 @@ def test_samples_equal_what_each_step_saw(made: Run, command: Command) -> None:
 
 def test_samples_after_an_older_checkpoint_are_predicted(made: Run, command: Command) -> None:
     older = made.folder / "checkpoints" / "step_00000004"
-    for step, is_told in ((4, False), (5, True), (8, True)):
+    for step, is_told in ((4, False), (8, True)):
         code, out, _ = command("samples", older, "--step", step, "--indices_only")
         assert code == 0
         assert out.splitlines()[-1] == ", ".join(parsed(command("samples", made.folder, "--step", step)[1]))
@@ -164,21 +164,15 @@ def test_samples_own_dataset_has_indices_and_no_text(tmp_path: Path, command: Co
             asked.append(index)
             return super().__getitem__(index)
 
-    for config in (
-        TrainingConfig(max_steps=12, checkpoint_dir=str(tmp_path / "a")),
-        Config(str(tmp_path / "b"), training=TrainingConfig(batch_size=8, max_steps=12)),
-    ):
-        asked.clear()
-        loader = DataLoader(Recorded(), batch_size=8, shuffle=True, drop_last=True)
-        Trainer(Bigram(), config, loader, callbacks=[]).train()
-        reset_accelerate()
-        folder = tmp_path / ("a" if isinstance(config, TrainingConfig) else "b")
-        for step in range(1, 13):
-            code, out, _ = command("samples", folder, "--step", step)
-            assert code == 0
-            assert "no text" in out
-            assert out.splitlines()[-1] == ", ".join(map(str, asked[8 * step - 8 : 8 * step]))
-        assert command("show", folder)[0] == 0
+    config = TrainingConfig(max_steps=12, checkpoint_dir=str(tmp_path))
+    loader = DataLoader(Recorded(), batch_size=8, shuffle=True, drop_last=True)
+    Trainer(Bigram(), config, loader, callbacks=[]).train()
+    for step in (1, 7, 12):
+        code, out, _ = command("samples", tmp_path, "--step", step)
+        assert code == 0
+        assert "no text" in out
+        assert out.splitlines()[-1] == ", ".join(map(str, asked[8 * step - 8 : 8 * step]))
+    assert command("show", tmp_path)[0] == 0
 
 
 # ---- list -------------------------------------------------------------------------------------------------
