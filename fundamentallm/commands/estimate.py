@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from fundamentallm.commands.common import option_problems, parse_settings, say, say_table, settings_parser
@@ -53,17 +52,12 @@ def main(arguments: Sequence[str], program: str) -> int:
 
 def _with_vocabulary(config: Config) -> Config:
     """Returns the config with the shape of a pretrained model, or with the vocabulary of its data."""
-    if config.model.lora is not None:
-        raise ConfigError(Problem("model.lora", config.model.lora, "null: only the training of all weights is counted"))
     if (pretrained := config.model.pretrained) is not None:
-        from fundamentallm.checkpoint.reading import explained
-        from fundamentallm.models.transformers_format import find_pretrained
+        from fundamentallm.run.initial_weights import completed
 
-        with explained(Path(pretrained)):
-            found = find_pretrained(pretrained)
+        config, found = completed(config)
         if found.shape is None:
-            raise ConfigError([Problem("model.pretrained", pretrained, "a Transformer", reason=str(found.why_not))])
-        return dataclasses.replace(config, model=dataclasses.replace(found.shape, dropout=config.model.dropout))
+            raise ConfigError(Problem("model.pretrained", pretrained, "a Transformer", reason=found.why_not))
     if config.model.vocab_size is not None:
         return config
     from fundamentallm.data.corpus import vocabulary_size
