@@ -22,8 +22,7 @@ from torch import Tensor
 from fundamentallm.atomic import sync, sync_pending
 from fundamentallm.checkpoint.manifest import MANIFEST, NAME, describe, is_ours, read_manifest, verify, write_manifest
 from fundamentallm.checkpoint.reading import load_checkpoint
-from fundamentallm.checkpoint.snapshot import Snapshot
-from fundamentallm.checkpoint.tensor_files import write_tensors
+from fundamentallm.checkpoint.snapshot import Snapshot, write_tensors
 from fundamentallm.config.schema import TrainingConfig
 from fundamentallm.config.units import size_text
 from fundamentallm.config.validation import range_problems

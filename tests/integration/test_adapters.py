@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Con
 from fundamentallm import Config, DataConfig, ModelConfig, Trainer, TrainingConfig, create_tokenizer, load_model
 from fundamentallm.checkpoint.manifest import verify
 from fundamentallm.checkpoint.reading import load_checkpoint
-from fundamentallm.checkpoint.snapshot import ADAPTER_KEY, AVERAGE_KEY, MODEL_KEY
-from fundamentallm.checkpoint.tensor_files import write_tensors
+from fundamentallm.checkpoint.snapshot import ADAPTER_KEY, AVERAGE_KEY, MODEL_KEY, write_tensors
 from fundamentallm.commands.checkpoints import main as checkpoints
 from fundamentallm.commands.evaluate import main as evaluate
 from fundamentallm.commands.generate import main as generate
