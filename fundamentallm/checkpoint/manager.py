@@ -5,6 +5,7 @@ It is staged in a hidden sibling directory, synced, and renamed. The newest and 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -71,7 +72,7 @@ class CheckpointManager:
         self.group = group or HostGroup(alone=True)
         self.seconds = 0.0  # that the last save took to write
         self._writer: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None  # of the last save in the background, which `wait` raises
         self._buffers: Mapping[str, Tensor] = {}
 
     # ---- saving ------------------------------------------------------------------------------------------
@@ -112,17 +113,12 @@ class CheckpointManager:
         self._writer = threading.Thread(target=self._try_to_write, args=(snapshot,), name="checkpoint", daemon=True)
         self._writer.start()
 
-    @property
-    def has_failed(self) -> bool:
-        """True if the last save in the background failed; `wait` raises its error."""
-        return self._error is not None
-
     def wait(self) -> None:
         """Wait for the save in the background. Raises CheckpointError if it failed."""
         if self._writer is not None:
             self._writer.join()
             self._writer = None
-        error, self._error = self._error, None
+        error, self.error = self.error, None
         if error is not None:
             raise error
 
@@ -135,23 +131,25 @@ class CheckpointManager:
             raise CheckpointError(f"{self.checkpoint_dir} {needed}. {ADVICE}")
 
     def _try_to_write(self, snapshot: Snapshot) -> None:
-        started, staging = time.monotonic(), _hidden("staging", self.checkpoint_dir / snapshot.name)
+        started = time.monotonic()
         try:
-            self._write(snapshot, self.group.from_main(lambda: staging))
+            self._write(snapshot)
             if self.group.rank == 0:
                 self.rotate()
         except BaseException as error:  # raised again by `wait` in the training thread
-            self._error = error
+            self.error = error
             if isinstance(error, (OSError, SafetensorError)) or type(error) is FundamentaLLMError:  # another process's
                 text = f"cannot write checkpoint {snapshot.name!r} in {self.checkpoint_dir}: {error}. {ADVICE}"
-                self._error = CheckpointError(text)
-                self._error.__cause__ = error
+                self.error = CheckpointError(text)
+                self.error.__cause__ = error
             if self.group.rank == 0:
-                shutil.rmtree(staging, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    self.recover()
         self.seconds = time.monotonic() - started
 
-    def _write(self, snapshot: Snapshot, staging: Path) -> None:
+    def _write(self, snapshot: Snapshot) -> None:
         """Stage, sync and publish a checkpoint. Runs on all processes that save together."""
+        staging = self.group.from_main(lambda: _hidden("staging", self.checkpoint_dir / snapshot.name))
         # tempfile.mkdtemp would make the checkpoint unreadable for other users.
         self.group.from_main(lambda: staging.mkdir(parents=True))
         with self.group.barrier_with_errors():
@@ -178,13 +176,8 @@ class CheckpointManager:
         if os.path.lexists(path):
             if path.is_symlink() or not is_ours(path):
                 raise CheckpointError(f"{path} is in the way, and is not a checkpoint to replace; move it away.")
-            path.rename(aside)  # a kill here: see `recover`
-        try:
-            staging.rename(path)
-        except BaseException:
-            if aside.exists():
-                aside.rename(path)
-            raise
+            path.rename(aside)  # an error or a kill here: see `recover`
+        staging.rename(path)
         sync(self.checkpoint_dir)
         if aside.exists():
             shutil.rmtree(aside)
@@ -255,8 +248,7 @@ class CheckpointManager:
         """
         skipped: list[str] = []
         found = sorted(self._found(skipped), key=lambda item: bool(item[1]["is_finite"]))
-        while found:
-            path, manifest = found.pop()
+        for path, manifest in reversed(found):
             try:
                 verify(path)
             except CheckpointError as error:
