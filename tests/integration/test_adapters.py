@@ -161,14 +161,13 @@ class Counting(nn.Module):
         return self.head(self.norm(self.embed(ids).transpose(1, 2)).transpose(1, 2))  # type: ignore[no-any-return]
 
 
-def test_buffers_of_the_base_are_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_buffers_of_the_base_are_resumed(tmp_path: Path) -> None:
     def make(seed: int) -> Any:
         torch.manual_seed(0)
         return peft.get_peft_model(Counting(), peft.LoraConfig(target_modules=["head"]))
 
     whole, resumed = killed_and_resumed(tmp_path, tmp_path, make)
     assert_same_weights(weights(resumed), weights(whole))
-    assert "running_mean" in capsys.readouterr().out
     saved = json.loads((resumed.save_checkpoint() / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] is None
 
