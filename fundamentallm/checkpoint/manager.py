@@ -1,7 +1,4 @@
-"""Save, find, load and delete checkpoints. docs/checkpoint-format.md describes their files.
-
-It is staged in a hidden sibling directory, synced, and renamed. The newest and the best are found on the disk.
-"""
+"""Save, find, load and delete checkpoints. docs/checkpoint-format.md describes their files."""
 
 from __future__ import annotations
 
@@ -34,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 ADVICE = "Free some space, or choose another training.checkpoint_dir (on several machines, a folder that they share)."
 HIDDEN = re.compile(r"\.(staging|replaced|deleting)-(.+)-[0-9a-f]{12}")
-"""Names of the folders that a save uses for a moment. A killed process leaves them; `recover` cleans them up."""
+"""Names of the folders that a save uses for a moment."""
 
 
 class CheckpointManager:
@@ -42,13 +39,10 @@ class CheckpointManager:
 
     Args:
         checkpoint_dir: the directory; created by the first save.
-        keep_last_n: number of newest checkpoints to keep. Older ones are deleted after each save, except the best, the
-            last with finite weights, and any folder that contains other files.
+        keep_last_n: number of newest checkpoints to keep, at least 1. Older ones are deleted after each save, except
+            the best, the last with finite weights, and any folder that contains other files.
         group: the processes that save a sharded state together. Each of them calls every method that saves. None: this
             process saves alone.
-
-    Raises:
-        ConfigError: if keep_last_n is below 1.
 
     Examples:
         >>> import torch
@@ -127,8 +121,8 @@ class CheckpointManager:
         self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.checkpoint_dir).free
         if free < num_bytes:
-            needed = f"needs room for {size_text(num_bytes)}, and {size_text(free)} are free"
-            raise CheckpointError(f"{self.checkpoint_dir} {needed}. {ADVICE}")
+            sizes = f"needs room for {size_text(num_bytes)}, and {size_text(free)} are free"
+            raise CheckpointError(f"{self.checkpoint_dir} {sizes}. {ADVICE}")
 
     def _try_to_write(self, snapshot: Snapshot) -> None:
         started = time.monotonic()
@@ -148,7 +142,7 @@ class CheckpointManager:
         self.seconds = time.monotonic() - started
 
     def _write(self, snapshot: Snapshot) -> None:
-        """Stage, sync and publish a checkpoint. Runs on all processes that save together."""
+        """Stage, sync and publish a checkpoint, on all processes that save together."""
         staging = self.group.from_main(lambda: _hidden("staging", self.checkpoint_dir / snapshot.name))
         # tempfile.mkdtemp would make the checkpoint unreadable for other users.
         self.group.from_main(lambda: staging.mkdir(parents=True))
@@ -162,10 +156,7 @@ class CheckpointManager:
         self.group.from_main(lambda: self._publish(snapshot, staging, written))
 
     def _publish(self, snapshot: Snapshot, staging: Path, written: list[tuple[dict[str, Any], bool]]) -> None:
-        """Complete a staged checkpoint and rename it. An existing one of its name is moved aside first, deleted last.
-
-        `written` has the manifest entries of each process, and whether its tensors are finite.
-        """
+        """Complete a staged checkpoint and rename it. `written`: of each process, manifest entries and finiteness."""
         files = {name: entry for entries, _ in written for name, entry in entries.items()}
         sequence = max((manifest["sequence"] for _, manifest in self._found()), default=0) + 1
         sync_pending()  # the run's log and other files that the checkpoint counts on
@@ -201,10 +192,7 @@ class CheckpointManager:
                 logger.warning("the old checkpoint %s cannot be deleted: %s", path, error)
 
     def recover(self) -> list[str]:
-        """Clean up after processes that were killed while they saved; returns a message for each folder.
-
-        Call it only if no process is saving here.
-        """
+        """Clean up after processes that were killed while they saved, and no longer are; returns messages."""
         messages = []
         for folder in sorted(self.checkpoint_dir.glob("*")):
             match = HIDDEN.fullmatch(folder.name)
@@ -262,9 +250,7 @@ class CheckpointManager:
     def load(self, path: Path | str) -> dict[str, Any]:
         """Load what was saved at `path`, after every byte of it is verified. Tensors are on the CPU.
 
-        Raises:
-            CheckpointNotFoundError: if there is no directory at the path.
-            CheckpointError: if the checkpoint is incomplete or damaged, with the name of the file.
+        Raises CheckpointNotFoundError if there is no directory, and CheckpointError with the name of a damaged file.
         """
         return load_checkpoint(Path(path))
 

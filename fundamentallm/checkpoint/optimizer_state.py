@@ -66,11 +66,7 @@ class NamedOptimizerState:
             wrong = [f"{key} of {name}" for name, key, value in of_each if not _fits(key, value, trained[name])]
         if wrong:
             raise CheckpointError(f"The optimizer's state does not fit the model in {len(wrong)} places: {wrong[:5]}.")
-        by_name = {
-            name: {key: _copied(value, trained[name], key in MOMENTS) for key, value in state.items()}
-            for name, state in saved["state"].items()
-            if state
-        }
+        by_name = {name: _copied(state, trained[name]) for name, state in saved["state"].items() if state}
         present, new = self.optimizer.state_dict(), dict(saved.get("other", {}))  # earlier versions saved no other
         if "param_groups" in present:  # otherwise a wrapper of another optimizer, all of whose state is in "other"
             for group, of, initial in zip(present["param_groups"], names, self._initial, strict=True):
@@ -113,17 +109,17 @@ def _fits(key: str, value: Any, parameter: Tensor) -> bool:
     return key not in MOMENTS or getattr(value, "shape", None) == parameter.shape
 
 
-def _copied(value: Any, parameter: Tensor, is_moment: bool) -> Any:
+def _copied(value: Any, parameter: Tensor, key: Any = None) -> Any:
     """Returns a copy of a saved value on the parameter's device, and a moment in its memory layout.
 
     Parameters that shared a step count when it was saved would otherwise each count it up.
     """
-    if isinstance(value, Tensor):
-        if is_moment and value.shape == parameter.shape and not is_sharded(value):
-            return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-        return value.to(parameter.device, copy=True)
     if isinstance(value, dict):
-        return {key: _copied(item, parameter, False) for key, item in value.items()}
+        return {key: _copied(item, parameter, key) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)([_copied(item, parameter, False) for item in value])
-    return value
+        return type(value)([_copied(item, parameter) for item in value])
+    if not isinstance(value, Tensor):
+        return value
+    if key in MOMENTS and value.shape == parameter.shape and not is_sharded(value):
+        return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    return value.to(parameter.device, copy=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from fundamentallm.atomic import sync
@@ -35,10 +35,9 @@ class _Shard(NamedTuple):
 
 
 class TensorFiles:
-    """The tensors of a checkpoint by their path in its state. A tensor is read when it is looked up.
+    """The tensors of a checkpoint by their path in its state; `same_as` is {further path: path it is stored under}.
 
-    `same_as` is {further name of a tensor: name it is stored under}. Raises ValueError if a file cannot be opened, or
-    shards of a tensor are missing or overlap.
+    A tensor is read when it is looked up. Raises ValueError if shards are missing or overlap.
     """
 
     def __init__(
@@ -46,10 +45,7 @@ class TensorFiles:
     ) -> None:
         self._like, self.same_as, self.shards = like, same_as or {}, dict[str, list[_Shard]]()
         for file in files:
-            try:
-                handle: Any = safe_open(folder / file, "pt")
-            except SafetensorError as error:
-                raise ValueError(f"{file} is not a safetensors file: {error}") from error
+            handle: Any = safe_open(folder / file, "pt")
             info = json.loads((handle.metadata() or {}).get(SHARDING_INFO, "{}"))
             for key in handle.keys():  # noqa: SIM118
                 size = handle.get_slice(key).get_shape()
@@ -96,7 +92,6 @@ def _rows(shards: list[_Shard], begin: int = 0, end: int | None = None) -> Tenso
 def _opened(
     path: Path, hashed: Collection[str] | None = None, like: Like | None = None
 ) -> Iterator[tuple[dict[str, Any], TensorFiles]]:
-    """Yields a checkpoint's encoded state and its tensors by name; explains errors."""
     files = filter(TENSORS.fullmatch, verify(path, hashed)["files"])
     with explained(path, MISFIT):
         saved = json.loads((path / STATE).read_text(encoding="utf-8"))

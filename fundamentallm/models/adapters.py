@@ -46,8 +46,8 @@ DESCRIBING = {"peft_version", "auto_mapping", "base_model_name_or_path", "revisi
 class Adapter:
     """Names of the weights of a PeftModel's adapter, and a digest of its base model, as a part of a run's state.
 
-    Its weights, and all buffers of the model, are another part. Make it before the model is sharded. Raises ConfigError
-    if adapter_model.safetensors could not hold all that is trained.
+    Make it before the model is sharded. Raises ConfigError if adapter_model.safetensors would not hold all that is
+    trained.
     """
 
     def __init__(self, model: Any, group: HostGroup) -> None:
@@ -95,10 +95,8 @@ class Adapter:
 def weight_parts(model: nn.Module, group: HostGroup, say: Callable[[str], None]) -> dict[str, Any]:
     """Returns the parts of a run's state that hold its weights: "model", and "adapter" if it trains one of peft's.
 
-    The base model's folder is noted as this user's own, so that `open_adapter` may read it.
-
-    Raises:
-        ConfigError: as `Adapter` does, or if the model is not a PeftModel with one active adapter.
+    The base model's folder is noted as this user's own, so that `open_adapter` may read it. Raises ConfigError as
+    `Adapter` does, or if the model is not a PeftModel with one active adapter.
     """
     peft = sys.modules.get("peft")  # which made any adapter
     if peft is None or not hasattr(model, "peft_config"):
@@ -150,10 +148,7 @@ def open_adapter(folder: Path, base: str | Path | None) -> tuple[Any, Pretrained
 
     The folder may come from a stranger. So only settings that read and import nothing are used, and the base model is
     the one given; otherwise a folder that a run of this user's trained adapters of, or a name in the local cache.
-
-    Raises:
-        ConfigError: if peft is not installed, the adapter is of another kind, or the given base cannot be used.
-        CheckpointError: if a file is missing, or the base model is not given and cannot be opened.
+    Raises ConfigError if one of the two cannot be used, CheckpointError if a file is missing or the base is unknown.
     """
 
     refuse = functools.partial(refusal, "checkpoint", str(folder))
@@ -192,14 +187,11 @@ def _saved_config(config: Any, base: type) -> str:
 
 @torch.no_grad()
 def _digest(model: nn.Module, left_out: set[str]) -> str:
-    """Returns a digest of all weights that are not left out: of names, shapes, and sums of the bits of the values.
-
-    A sum of integers is the same on all devices. Values are taken as float32, so that weights in 16 bits equal their
-    conversion.
-    """
+    """Returns a digest of all weights that are not left out: of names, shapes, and sums of the bits of the values."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if name not in left_out:
+            # A sum of integers is the same on all devices, and weights in 16 bits equal their conversion to float32.
             bits = parameter.float().contiguous().view(torch.int32)
             digest.update(f"{name} {tuple(parameter.shape)} {int(bits.sum(dtype=torch.int64))}\n".encode())
     return digest.hexdigest()

@@ -98,10 +98,8 @@ def _eos(stops: Collection[int], end_of_text: int | None) -> dict[str, Any]:
 def find_pretrained(name: str, setting: str = "model.pretrained", revision: str | None = None) -> Pretrained:
     """Find the folder `name`, or what the local Hugging Face cache holds under that name, of a `revision` of it.
 
-    Errors name the `setting` that gave it. Call it in `explained`: its files may hold anything.
-
-    Raises:
-        ConfigError: if there is neither, or it cannot be used without running, unpickling or downloading anything.
+    Call it in `explained`: its files may hold anything. Raises ConfigError that names the `setting` if there is none,
+    or it cannot be used without running, unpickling or downloading anything.
     """
     refuse = functools.partial(refusal, setting, name)
     folder = Path(expand_user(name))
@@ -157,10 +155,7 @@ def refuse_links(folder: Path, refuse: Callable[..., ConfigError]) -> None:
 
 
 def shape_of(saved: dict[str, Any]) -> tuple[ModelConfig | None, str]:
-    """Returns the shape of the `Transformer` that computes the same as transformers does by this config.json.
-
-    If there is none, the second value says why.
-    """
+    """Returns the shape of the `Transformer` that computes the same as this config.json, or None and why not."""
     kind = saved.get("model_type")
     if kind not in ("qwen3", "llama"):
         return None, f"its type is {kind!r}, and the Transformer's are 'qwen3' and 'llama'"
@@ -194,11 +189,7 @@ def shape_of(saved: dict[str, Any]) -> tuple[ModelConfig | None, str]:
 
 
 def transformers_model(pretrained: Pretrained) -> nn.Module:
-    """Open the model by transformers, with its weights in float32.
-
-    Raises:
-        ConfigError: if transformers is not installed or does not know the model, or weights are missing.
-    """
+    """Open the model by transformers, with its weights in float32. Raises ConfigError if it cannot."""
     refuse = functools.partial(refusal, "model.pretrained", str(pretrained.folder))
     try:
         import transformers
@@ -223,8 +214,7 @@ def transformers_model(pretrained: Pretrained) -> nn.Module:
 def model_files(model: nn.Module, dataset: Any, parts: Mapping[str, Any] | None = None) -> dict[str, str]:
     """Returns the text files, by name, that transformers needs beside the weights, as far as they are known.
 
-    A dataset that is a `Tokenized` knows the tokenizer and the end-of-text token. `parts` are those of `weight_parts`:
-    the checkpoint of an adapter is not a model by itself.
+    `parts` are those of `weight_parts`: the checkpoint of an adapter is not a model by itself.
     """
     files: dict[str, str] = {}
     source = dataset.dataset if isinstance(dataset, Stream) else dataset
@@ -246,7 +236,6 @@ def model_files(model: nn.Module, dataset: Any, parts: Mapping[str, Any] | None 
 
 
 def _tokenizer_config(dataset: Tokenized, tokenizer: Tokenizer, end_of_text: int | None) -> dict[str, Any]:
-    """Returns the content of a tokenizer_config.json, with the special tokens that the tokenizer has."""
     # Without a class, AutoTokenizer chooses one by the model's type, which splits words in its own way.
     found: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     found |= {SPLIT: tokenizer.encode_special_tokens, "model_max_length": dataset.sequence_length}

@@ -338,7 +338,7 @@ def test_load_refuses_a_pickle_and_does_not_run_it(tmp_path: Path) -> None:
         # A pickle that makes a folder when it is loaded.
         (path / file).write_bytes(b"cos\nmkdir\n(V" + bytes(tmp_path / "ran") + b"\ntR.")
         make_true(path)
-        with pytest.raises(CheckpointError, match=file):
+        with pytest.raises(CheckpointError):
             CheckpointManager(tmp_path).load(path)
     assert not (tmp_path / "ran").exists()
 
