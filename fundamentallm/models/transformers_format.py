@@ -85,7 +85,6 @@ class Pretrained(NamedTuple):
 
 
 def _stops(saved: dict[str, Any]) -> frozenset[int]:
-    """Returns the tokens in a config's `eos_token_id`, which is null, a number or a list."""
     eos = saved.get("eos_token_id")
     return frozenset(token for token in (eos if isinstance(eos, list) else [eos]) if token is not None)
 
@@ -199,10 +198,10 @@ def transformers_model(pretrained: Pretrained) -> nn.Module:
     named = pretrained.config.get("architectures") or []
     if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in named):
         raise refuse(f"with {' '.join(named) or 'no known architecture'}", allowed="a causal language model")
-    options = {"trust_remote_code": False, "local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
+    safely = {"trust_remote_code": False, "local_files_only": True, "use_safetensors": True}
     make: Any = transformers.AutoModelForCausalLM.from_pretrained
     try:
-        model, found = make(pretrained.folder, output_loading_info=True, **options)
+        model, found = make(pretrained.folder, output_loading_info=True, dtype=torch.float32, **safely)
     except Exception as error:  # a stranger's config.json may hold anything
         raise refuse(f"which transformers cannot open: {error}") from error
     if lacking := sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}):
