@@ -111,7 +111,6 @@ class CheckpointManager:
         """Wait for the save in the background. Raises CheckpointError if it failed."""
         if self._writer is not None:
             self._writer.join()
-            self._writer = None
         error, self.error = self.error, None
         if error is not None:
             raise error
