@@ -8,8 +8,7 @@ from tokenizers import Tokenizer
 
 from fundamentallm.checkpoint.manager import CheckpointManager
 from fundamentallm.checkpoint.manifest import read_manifest, verify
-from fundamentallm.checkpoint.reading import load_checkpoint, load_parts
-from fundamentallm.checkpoint.tensor_files import Like
+from fundamentallm.checkpoint.reading import Like, load_checkpoint, load_parts
 from fundamentallm.config.schema import Config
 from fundamentallm.config.validation import expand_user
 from fundamentallm.data.tokenizers import read_tokenizer, same_tokenizer

@@ -63,7 +63,7 @@ class Saver:
         """Saves the present state in the background, unless it is saved already and is not the best."""
         manager, step = self.manager, self.state.progress.step
         # If a sharded save failed, it failed on all processes, so all of them raise here together.
-        saves = self.is_sharded or (self.group.rank == 0 and manager is not None and not manager.has_failed)
+        saves = self.is_sharded or (self.group.rank == 0 and manager is not None and manager.error is None)
         if manager is not None and saves and (self.saved_step != step or self._is_best):
             manager.save_in_background(self.state.state_dict(), self._name, self._is_best, self.files())
         self.saved_step, self.requested, self._is_best = step, False, False

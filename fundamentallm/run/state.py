@@ -7,9 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fundamentallm.checkpoint.optimizer_state import NamedOptimizerState
-from fundamentallm.checkpoint.reading import explained
+from fundamentallm.checkpoint.reading import Like, explained
 from fundamentallm.checkpoint.snapshot import ADAPTER_KEY, AVERAGE_KEY, MODEL_KEY, OPTIMIZER_KEY, encode
-from fundamentallm.checkpoint.tensor_files import Like
 from fundamentallm.config.schema import NEVER_ON_RESUME, flat_settings
 from fundamentallm.distributed.dtensor import is_sharded
 from fundamentallm.errors import CheckpointError, ConfigError, Problem
@@ -67,7 +66,8 @@ class RunState:
         for name in restored:
             with explained(where, f"its {name} does not fit this run"):
                 if name == "optimizer" and "training.parameter_groups" in changed:  # some may have been frozen
-                    saved[OPTIMIZER_KEY] = self.optimizer.refit(saved[OPTIMIZER_KEY])
+                    before, now = saved[OPTIMIZER_KEY]["state"], self.optimizer.state_dict()["state"]
+                    saved[OPTIMIZER_KEY]["state"] = {each: before.get(each, state) for each, state in now.items()}
                 self.parts[name].load_state_dict(saved[f"{name}{SUFFIX}"])
         self.loaded_from = where
         messages = [f"{name} starts new: the checkpoint has no state for it" for name in new]

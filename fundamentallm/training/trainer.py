@@ -278,7 +278,7 @@ class Trainer(TrainerView):
         self._throughput.pause(time.perf_counter() - started)
         if manager is not None:
             self.stop_switch.seconds_to_save = manager.seconds
-            if manager.has_failed:
+            if manager.error is not None:
                 self.stop_switch.request(Stop.FAILED, "a checkpoint could not be written")
         # A stop that hooks ask for at these steps takes effect at once on all processes, otherwise one step later.
         if is_logged or validates or is_at_epoch:
