@@ -12,7 +12,6 @@ from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.distributed.watchdog import Watchdog
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.run.folder import locked, read_status, write_start, write_status
-from fundamentallm.run.stopping import StopSwitch
 
 
 @contextmanager
@@ -21,7 +20,6 @@ def session(
     position: Callable[[], dict[str, Any]],
     manager: CheckpointManager | None,
     group: HostGroup,
-    stop_switch: StopSwitch,
     watchdog: Watchdog,
     say: Callable[[str], None],
 ) -> Iterator[ExitStack]:
@@ -31,8 +29,7 @@ def session(
     checkpoint that is being written; another Ctrl-C ends the wait. Yields the stack of what is undone once the outcome
     is recorded. Raises ProcessLostError if another process of the run died.
 
-    Only the main process has a `folder`. `position` returns step and total_steps, and the state in which the run would
-    end now: finished, interrupted or stopped.
+    Only the main process has a `folder`. `position` returns what status.json would hold if the run ended now.
     """
     with ExitStack() as stack:
         stack.enter_context(watchdog)
@@ -52,21 +49,18 @@ def session(
                 raise error from raised
             raise
         end = position()
-        # Launching a finished run again changes nothing.
-        if folder is not None and not end["state"] == read_status(folder).get("state") == "finished":
-            code = errors.START_AGAIN if end["state"] == "interrupted" else 0
-            write_status(folder, **end, exit_code=code, reason=stop_switch.reason)
+        if folder is not None and (end["state"] != "finished" or read_status(folder).get("state") != "finished"):
+            write_status(folder, **end, exit_code=errors.START_AGAIN if end["state"] == "interrupted" else 0)
 
 
 def record_launch(folder: Path, position: dict[str, Any], resumed_from: Path | None, **about: Any) -> None:
     """Notes in status.json that the run is running, and in starts.jsonl when, where and with what."""
-    write_status(folder, **position | {"state": "running"})
+    write_status(folder, **position | {"state": "running", "reason": ""})
     now, source = datetime.now(timezone.utc), None if resumed_from is None else str(resumed_from)
     write_start(folder, step=position["step"], time=now.isoformat(timespec="seconds"), resumed_from=source, **about)
 
 
 def _record_failure(folder: Path, position: dict[str, Any], error: BaseException) -> None:
-    """Notes which error ended the launch, if the run is not where it was before."""
     # A launch that was refused leaves the run as it was, unless a scheduler would relaunch it again and again.
     was_ended = read_status(folder).get("state") not in ("running", "interrupted")
     if isinstance(error, errors.Interrupted) or (isinstance(error, ConfigError) and was_ended):
@@ -80,8 +74,7 @@ def _record_failure(folder: Path, position: dict[str, Any], error: BaseException
 def _open_folders(
     stack: ExitStack, output_dir: Path | None, manager: CheckpointManager | None, say: Callable[[str], None]
 ) -> None:
-    folders = [] if output_dir is None else [output_dir]
-    folders += [] if manager is None else [manager.checkpoint_dir]
+    folders = [folder for folder in (output_dir, manager and manager.checkpoint_dir) if folder is not None]
     for folder in folders:
         if str(folder) != str(folder).encode(errors="replace").decode():
             reason = "and safetensors reads no file there"
@@ -95,5 +88,4 @@ def _open_folders(
         for line in manager.recover():
             say(line)
     except OSError as error:
-        text = f"A folder of this run cannot be used: {error}. Choose another output_dir."
-        raise errors.CheckpointError(text) from error
+        raise errors.CheckpointError(f"A folder cannot be used: {error}. Choose another output_dir.") from error

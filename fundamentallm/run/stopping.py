@@ -22,14 +22,6 @@ class Stop(IntEnum):
     NO, REQUESTED, OUT_OF_TIME, SIGNAL, FAILED = range(5)
 
 
-REASONS = {
-    Stop.REQUESTED: "another process requested it",
-    Stop.OUT_OF_TIME: "training.max_minutes is over",
-    Stop.SIGNAL: "another process received a signal",
-    Stop.FAILED: "a checkpoint could not be written",
-}
-
-
 class StopSwitch:
     """Collects requests to stop, and agrees on them with the other processes over gloo: no device has to wait."""
 
@@ -68,7 +60,7 @@ class StopSwitch:
         since_last, self._polled_at = now - self._polled_at, now
         self.polls += 1
         if now + since_last + self.seconds_to_save >= self._deadline:
-            self.request(Stop.OUT_OF_TIME, REASONS[Stop.OUT_OF_TIME])
+            self.request(Stop.OUT_OF_TIME, "training.max_minutes is over")
         if not self._several:
             self.agreed = self.wanted
             return self.agreed
@@ -82,13 +74,12 @@ class StopSwitch:
         return self._answer()
 
     def _answer(self) -> Stop:
-        """Waits for the all-reduce that the last poll began. Returns the decision."""
         if self._pending is not None:
             value, work = self._pending
             work.wait()
             self._pending, self.agreed = None, max(self.agreed, Stop(int(value)))
             if self.agreed > self.wanted:
-                self.request(self.agreed, REASONS[self.agreed])
+                self.request(self.agreed, f"{self.agreed.name.lower().replace('_', ' ')} on another process")
         return self.agreed
 
     @contextmanager

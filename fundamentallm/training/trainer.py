@@ -188,8 +188,8 @@ class Trainer(TrainerView):
         self.optimizer_step.raise_if_updating()
         place = lambda: (self.global_step, self.stop_switch.polls, self.phase)  # noqa: E731
         watchdog = Watchdog(place, self.config.training.hang_minutes, self.group)
-        folder, manager, switch = self._own_folder, self.checkpoint_manager, self.stop_switch
-        with session(folder, self._position, manager, self.group, switch, watchdog, self.say) as launch:
+        folder, manager = self._own_folder, self.checkpoint_manager
+        with session(folder, self._position, manager, self.group, watchdog, self.say) as launch:
             resumed_from = None if self._started else self._resume()
             self._started = True
             if max_steps is not None:

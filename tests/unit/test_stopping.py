@@ -201,5 +201,5 @@ def test_poll_processes_stop_together_whichever_is_signalled(
     for rank in range(2):
         ended = json.loads((tmp_path / f"{rank}.json").read_text())
         assert ended["stopped_at"] == stopped_at
-        own = "SIGUSR1 received" if rank in by_signal else "another process received a signal"
+        own = "SIGUSR1 received" if rank in by_signal else "signal on another process"
         assert (ended["reason"], ended["agreed"]) == (own, Stop.SIGNAL)
