@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fundamentallm.checkpoint.manifest import STATE, read_manifest, verify
+from fundamentallm.checkpoint.manifest import STATE, verify
 from fundamentallm.checkpoint.reading import explained, load_parts
 from fundamentallm.config.schema import DataConfig, saved_data_settings
 from fundamentallm.config.validation import from_dict
@@ -17,8 +17,7 @@ from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.models.transformers_format import TOKENIZER
 from fundamentallm.run.progress import sampler_of
 
-MOST_IN_A_BATCH = 2**24
-"""Larger than any batch; the indices of a step have to fit in memory."""
+MOST_IN_A_BATCH = 2**24  # larger than any batch: the indices of a step have to fit in memory
 
 
 class StepSamples(NamedTuple):
@@ -35,8 +34,8 @@ class StepSamples(NamedTuple):
 def samples_of_step(checkpoint: Path, step: int) -> StepSamples:
     """Returns the samples of a run's `step`-th optimizer step, counted from 1 as in metrics.jsonl.
 
-    Every checkpoint holds all segments of its run, each with batches of its own. For a step after the checkpoint, the
-    answer is what the run will train on if its settings stay as they are. Raises ConfigError if the step is below 1.
+    For a step after the checkpoint, it is what the run will train on if its settings stay as they are. Raises
+    ConfigError if the step is below 1.
     """
     if step < 1:
         raise ConfigError(Problem("step", step, "at least 1"))
@@ -46,10 +45,7 @@ def samples_of_step(checkpoint: Path, step: int) -> StepSamples:
         segment = [segment for segment in progress["stretches"] if segment["start"][0] < step][-1]
         sampler, content = sampler_of(segment), segment["content"][0]
         if segment.get("sampler") or min(sampler.num_samples, max(sampler.sizes)) > MOST_IN_A_BATCH:
-            text = (
-                f"its order is that of the caller's own sampler, or a batch has more than {MOST_IN_A_BATCH:,} samples"
-            )
-            raise ValueError(text)
+            raise ValueError("its order is that of a caller's sampler, or a batch is larger than any")
         epoch, before = sampler.place(step - 1)[0], sampler.samples_before(step - 1)
         return StepSamples(sampler.batch(step - 1), epoch, before, progress["step"], content, config)
 
@@ -60,16 +56,15 @@ def text_of_step(checkpoint: Path, samples: StepSamples, source: str | None = No
     Returns None if the run was started from Python, without a text or a tokenizer. Raises ConfigError if the text
     cannot be read, or is not the one that the step was trained on.
     """
-    settings, files = samples.config.get("data"), read_manifest(checkpoint)["files"]
+    settings, files = samples.config.get("data"), verify(checkpoint, hashed=[STATE, TOKENIZER])["files"]
     if not isinstance(settings, dict) or samples.content is None or TOKENIZER not in files:
         return None
-    verify(checkpoint, hashed=[STATE, TOKENIZER])
     try:
         data, corpus = corpus_of_run(checkpoint, settings, source)
         dataset, _ = corpus_samples(corpus, data.sequence_length, has_validation=False)
         assert dataset is not None
         if dataset.fingerprint() != samples.content:
-            reason = "whose text is not what this step was trained on: it changed, or the run used another one then"
+            reason = "whose text is not what this step was trained on"
             raise ConfigError(Problem("data.source", data.source, reason=reason))
     except ConfigError as error:
         advice = "If the text has moved, name it with --source. To leave it out: --indices_only."
@@ -87,9 +82,9 @@ def corpus_of_run(checkpoint: Path, settings: dict[str, Any], source: str | None
         reason = "which the checkpoint names, but which you have not opened before"
         advice = "If you trust the checkpoint, allow it by: fundamentallm prepare --data.source TEXT."
         raise ConfigError(Problem("data.source", data.source, "", advice, reason))
-    # The run's cache folder may be on another machine, and that of a checkpoint from elsewhere could be anywhere.
-    is_file = data.tokenizer.endswith(".json")  # of the user's, which may be gone
-    spec = str(checkpoint / TOKENIZER) if is_file else data.tokenizer
+    # The run's cache folder may be on another machine, and that of a checkpoint from elsewhere could be anywhere. The
+    # user's tokenizer file may be gone.
+    spec = str(checkpoint / TOKENIZER) if data.tokenizer.endswith(".json") else data.tokenizer
     data = dataclasses.replace(data, source=source or data.source, cache_dir=None, tokenizer=spec)
     tokenizer = read_tokenizer(checkpoint / TOKENIZER)
     corpus = load_corpus(data, sys.stderr.isatty(), tokenizer)
