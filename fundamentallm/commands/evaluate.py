@@ -34,7 +34,7 @@ from fundamentallm.inference.generation import row_problem
 from fundamentallm.inference.loading import CHECKPOINT_HELP, LoadedModel, load_model
 from fundamentallm.inference.scoring import Window, score, windows
 from fundamentallm.models.transformer import Transformer
-from fundamentallm.run.step_samples import corpus_of_run
+from fundamentallm.run.progress import corpus_of_run
 
 OTHER_TEXT = "Give a text with --source."
 

@@ -32,9 +32,8 @@ from fundamentallm.models.with_loss import ModelWithLoss, Objective
 from fundamentallm.run.folder import environment
 from fundamentallm.run.progress import Progress
 from fundamentallm.run.resume import check_tokenizer, resume
-from fundamentallm.run.session import record_launch, session
+from fundamentallm.run.session import Stop, StopSwitch, record_launch, session
 from fundamentallm.run.state import RunState, Saver
-from fundamentallm.run.stopping import Stop, StopSwitch
 from fundamentallm.training.arguments import check_alike, check_setup, complete, count_steps
 from fundamentallm.training.callbacks.base import Callback, CallbackList
 from fundamentallm.training.callbacks.from_config import default_callbacks, log_path

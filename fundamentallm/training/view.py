@@ -15,8 +15,8 @@ from fundamentallm.config.schema import Config
 from fundamentallm.errors import ConfigError, Problem, printable
 from fundamentallm.run.folder import command
 from fundamentallm.run.progress import Progress
+from fundamentallm.run.session import Stop, StopSwitch
 from fundamentallm.run.state import RunState, Saver
-from fundamentallm.run.stopping import Stop, StopSwitch
 from fundamentallm.training.callbacks.base import RunView
 from fundamentallm.training.early_stopping import EarlyStopping
 from fundamentallm.training.ema import WeightAverage

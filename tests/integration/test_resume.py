@@ -25,7 +25,7 @@ from fundamentallm import (
     TrainingConfig,
 )
 from fundamentallm.config.files import file_problems
-from fundamentallm.run.stopping import Stop
+from fundamentallm.run.session import Stop
 from tests.integration.runs import (
     KillAfter,
     KilledError,

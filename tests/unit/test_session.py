@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from fundamentallm import create_accelerator, signals
 from fundamentallm.errors import Interrupted, exit_code
-from fundamentallm.run import stopping
-from fundamentallm.run.stopping import Stop, StopSwitch
+from fundamentallm.run import session
+from fundamentallm.run.session import Stop, StopSwitch
 from fundamentallm.signals import SIGNALS, ended_by_signals
 from tests.integration.runs import on_processes
 
@@ -143,7 +143,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        monkeypatch.setattr(stopping.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(session.time, "monotonic", lambda: self.now)
 
     def polls(self, switch: StopSwitch, seconds: float) -> int:
         """Returns how many polls, so many seconds apart, come before the stop."""
