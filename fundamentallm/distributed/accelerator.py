@@ -110,10 +110,10 @@ class Launch(NamedTuple):
 
 
 def find_launch() -> Launch | None:
-    """Returns the `accelerate launch` that started this process, or None if another program did.
+    """Returns the `accelerate launch` that started this process, from its command line; None: another program did.
 
     accelerate passes neither the name of its config file on, nor `use_cpu` to the processes of MULTI_GPU and FSDP, nor
-    a number of processes that it does not start. So they are taken from the launcher's command line.
+    a number of processes that it does not start.
     """
     from accelerate.commands.config.config_args import default_config_file, load_config_from_file  # 50 ms
     from accelerate.commands.launch import launch_command_parser
@@ -124,10 +124,8 @@ def find_launch() -> Launch | None:
             if not arguments:
                 continue
             asked = launch_command_parser().parse_args(arguments[0].split("\0"))
-            file = asked.config_file and os.path.join(process.cwd(), asked.config_file)
-            if file is None and os.path.isfile(default_config_file) and not asked.cpu:
-                file = default_config_file
-            if file is None:
+            file = os.path.join(process.cwd(), asked.config_file or default_config_file)
+            if asked.config_file is None and (asked.cpu or not os.path.isfile(file)):
                 return Launch(None, asked.cpu, asked.num_processes or 1)
             config = load_config_from_file(file)
             return Launch(file, asked.cpu or config.use_cpu, asked.num_processes or config.num_processes)
@@ -137,22 +135,19 @@ def find_launch() -> Launch | None:
 def launch_problems(
     environment: Mapping[str, str], has_device: bool, precision: str = "no", launch: Launch | None = None
 ) -> list[Problem]:
-    """Returns what a launch, by its environment variables, asks for that would silently not happen.
-
-    accelerate's launcher turns its YAML and flags into these variables. The problems call them `accelerate_config`.
-    """
+    """Returns what a launch asks for, by variables that accelerate's launcher sets, that would silently not happen."""
     problems, file = [], launch and launch.config_file
     launched, where = environment.get("ACCELERATE_MIXED_PRECISION", "no"), f"in {file or 'the launch'}"
     if launched != "no":  # which `accelerate launch` sets by default
         problems += _precision_problems("accelerate_config.mixed_precision", launched, precision, where)
-    on_cpu = has_device or environment.get("ACCELERATE_USE_CPU", "").lower() == "true"
     if launch is None:
         return problems
+    use_cpu = launch.use_cpu or environment.get("ACCELERATE_USE_CPU", "").lower() == "true"
     if launch.num_processes > 1 and environment.keys().isdisjoint(WORLD_SIZES):
         advice = "For several on a CPU, use MULTI_GPU with use_cpu: true, as accelerate_configs/cpu_2_processes.yaml."
         reason = "and accelerate launch starts one process for MULTI_CPU, for --cpu and for NO"
         problems.append(Problem("accelerate_config.num_processes", launch.num_processes, "1", advice, reason))
-    elif not (launch.use_cpu or on_cpu) and (file or "WORLD_SIZE" in environment):
+    elif not (has_device or use_cpu) and (file or "WORLD_SIZE" in environment):
         advice = "Set it if the run is meant for the CPU (--cpu for one process); otherwise check the driver and torch."
         reason = f"{where}, and torch finds no GPU on this machine"
         problems.append(Problem("accelerate_config.use_cpu", False, "true", advice, reason))
