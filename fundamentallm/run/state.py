@@ -11,7 +11,7 @@ from fundamentallm.checkpoint.optimizer_state import NamedOptimizerState
 from fundamentallm.checkpoint.reading import explained
 from fundamentallm.checkpoint.snapshot import ADAPTER_KEY, AVERAGE_KEY, MODEL_KEY, OPTIMIZER_KEY, encode, plan
 from fundamentallm.checkpoint.tensor_files import Like
-from fundamentallm.config.schema import NEVER_ON_RESUME, TrainingConfig, flat_settings
+from fundamentallm.config.schema import FREE_ON_RESUME, NEVER_ON_RESUME, TrainingConfig, flat_settings
 from fundamentallm.distributed.dtensor import is_sharded, local
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import CheckpointError, ConfigError, Problem
@@ -42,15 +42,12 @@ class RunState:
         exchange(state)
         return {**state, "config": self.config, "versions": versions()}
 
-    def load(
-        self, saved: dict[str, Any], where: Path, may_change: Collection[str], free: Collection[str]
-    ) -> tuple[list[str], set[str]]:
+    def load(self, saved: dict[str, Any], where: Path, may_change: Collection[str]) -> tuple[list[str], set[str]]:
         """Gives every part its state from the checkpoint at `where`.
 
-        `may_change` names settings or sections that the user allows to differ although they change the run, and `free`
-        those that change no weight. Returns lines for the user, and the names of settings and facts of the data that
-        differ. Raises CheckpointError if a part is missing, unknown, or does not fit; ConfigError with each setting
-        that may not differ.
+        `may_change` names settings or sections that the user allows to differ although they change the run. Returns
+        lines for the user, and the names of settings and facts of the data that differ. Raises CheckpointError if a
+        part is missing, unknown, or does not fit; ConfigError with each setting that may not differ.
         """
         if "adapter" in self.parts:
             saved.setdefault(ADAPTER_KEY, {})  # earlier versions saved adapters with their whole model
@@ -62,7 +59,7 @@ class RunState:
             if not {*missing, *unknown} <= OPTIONAL_PARTS:
                 raise CheckpointError(f"{where} does not fit this run: missing {missing}, not expected {unknown}.")
             is_another = saved[OPTIMIZER_KEY].get("type") != type(self.optimizer.optimizer).__name__
-        _refuse_changes(changed, may_change, free, where)
+        _refuse_changes(changed, may_change, where)
         new = [*missing, *["optimizer"] * ("training.optimizer" in changed and is_another)]
         restored = [name for name in self.parts if name not in new]
         for name in restored:
@@ -116,11 +113,9 @@ def _data_facts(segment: dict[str, Any]) -> dict[str, Any]:
     return facts | {"data.shuffle": segment["seed"] is not None, "training.batch_size": segment["batch_size"]}
 
 
-def _refuse_changes(
-    changed: dict[str, tuple[Any, Any]], may_change: Collection[str], free: Collection[str], where: Path
-) -> None:
+def _refuse_changes(changed: dict[str, tuple[Any, Any]], may_change: Collection[str], where: Path) -> None:
     allowed = {name for name in changed if {name, name.partition(".")[0]} & {*may_change}} - NEVER_ON_RESUME
-    refused = [name for name in changed if name not in allowed.union(free)]
+    refused = [name for name in changed if name not in allowed | FREE_ON_RESUME]
     names = ", ".join(name for name in refused if name not in NEVER_ON_RESUME)
     new_run = "model.init_from starts a new run from these weights"
     advice = f"Set it back, or allow the change by --training.resume_changes '[{names}]'. ({new_run}.)"
@@ -157,8 +152,7 @@ class Saver:
         files: Callable[[], dict[str, str]],
     ) -> None:
         self.state, self.group, self.is_sharded, self.files = state, group, is_sharded, files
-        self.requested, self.saved_step = False, -1
-        self._is_best = False
+        self.requested, self.saved_step, self._is_best = False, -1, False
         self._shapes: dict[str, Any] | None = None  # of the model, before the first step of a launch
         folder, self.manager = config.checkpoint_dir, None
         if folder is not None:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from fundamentallm.checkpoint.optimizer_state import NamedOptimizerState
 from fundamentallm.checkpoint.reading import load_checkpoint
-from fundamentallm.config.schema import FREE_ON_RESUME, Config, TrainingConfig
+from fundamentallm.config.schema import Config, TrainingConfig
 from fundamentallm.data.datasets import fingerprint
 from fundamentallm.data.listed_order import unwrapped
 from fundamentallm.data.loaders import step_sampler
@@ -379,7 +379,7 @@ class Trainer(TrainerView):
 
     def _restore(self, saved: dict[str, Any], where: Path) -> None:
         check_tokenizer(where, getattr(self.train_loader.dataset, "tokenizer", None))
-        messages, changed = self.state.load(saved, where, self.config.training.resume_changes, FREE_ON_RESUME)
+        messages, changed = self.state.load(saved, where, self.config.training.resume_changes)
         self.say("\n".join(messages))
         self._fit_schedule()
         if self.micro_batch is not None and changed:
