@@ -99,7 +99,7 @@ class Watchdog:
         with self._group.barrier_with_errors():
             if self.rank:
                 self._store = dist.TCPStore(*addresses[0], **options)  # type: ignore[attr-defined]
-            self._exchange()
+        self._exchange()
 
     def _watch(self) -> None:
         """The thread: exchanges heartbeats until this process leaves or another one fails, and finds out which."""
