@@ -109,8 +109,7 @@ def make_trainer(config: Config) -> Trainer:
     from fundamentallm.data.text_stream import stream_loaders
     from fundamentallm.distributed.accelerator import create_accelerator
     from fundamentallm.models.transformer import Transformer
-    from fundamentallm.run.initial_weights import open_pretrained
-    from fundamentallm.run.resume import learned_tokenizer
+    from fundamentallm.run.resume import learned_tokenizer, open_pretrained
     from fundamentallm.training.trainer import Trainer
 
     config = config.resolved()
@@ -171,7 +170,7 @@ def _warn(trainer: Trainer) -> None:
 def _load_initial_weights(trainer: Trainer, pretrained: Pretrained | None, tokenizer: Tokenizer) -> None:
     """Loads the weights that a new run starts from, if the config names any and no checkpoint will be resumed."""
     from fundamentallm.checkpoint.reading import load_weights
-    from fundamentallm.run.initial_weights import begin_from_checkpoint
+    from fundamentallm.run.resume import begin_from_checkpoint
 
     config, manager = trainer.config, trainer.checkpoint_manager
     assert manager is not None  # the run has a folder

@@ -24,7 +24,7 @@ from fundamentallm.config.yaml_format import to_yaml
 from fundamentallm.errors import CheckpointError, ConfigError, Problem
 from fundamentallm.inference.loading import find_checkpoint, load_model
 from fundamentallm.models.transformers_format import ADAPTER_CONFIG, KEPT
-from fundamentallm.run.step_samples import samples_of_step, text_of_step
+from fundamentallm.run.progress import samples_of_step, text_of_step
 
 
 def main(arguments: Sequence[str], program: str) -> int:

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str], program: str) -> int:
 def _with_vocabulary(config: Config) -> Config:
     """Returns the config with the shape of a pretrained model, or with the vocabulary of its data."""
     if (pretrained := config.model.pretrained) is not None:
-        from fundamentallm.run.initial_weights import completed
+        from fundamentallm.run.resume import completed
 
         config, found = completed(config)
         if found.shape is None:

@@ -23,7 +23,7 @@ from fundamentallm.inference.loading import LoadedModel, load_model
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.models.transformers_format import TOKENIZER
 from fundamentallm.models.with_loss import ModelWithLoss
-from fundamentallm.run.step_samples import corpus_of_run
+from fundamentallm.run.progress import corpus_of_run
 from fundamentallm.training.loss import create_loss
 
 OTHER_TEXT = "Give a text with --source."

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from fundamentallm.checkpoint.optimizer_state import NamedOptimizerState
 from fundamentallm.checkpoint.reading import load_checkpoint
-from fundamentallm.config.schema import FREE_ON_RESUME, Config, TrainingConfig
+from fundamentallm.config.schema import Config, TrainingConfig
 from fundamentallm.data.datasets import fingerprint
 from fundamentallm.data.listed_order import unwrapped
 from fundamentallm.data.loaders import step_sampler
@@ -32,10 +32,8 @@ from fundamentallm.models.with_loss import ModelWithLoss, Objective
 from fundamentallm.run.folder import environment
 from fundamentallm.run.progress import Progress
 from fundamentallm.run.resume import check_tokenizer, resume
-from fundamentallm.run.saving import Saver
-from fundamentallm.run.session import record_launch, session
-from fundamentallm.run.state import RunState
-from fundamentallm.run.stopping import Stop, StopSwitch
+from fundamentallm.run.session import Stop, StopSwitch, record_launch, session
+from fundamentallm.run.state import RunState, Saver
 from fundamentallm.training.arguments import check_alike, check_setup, complete, count_steps
 from fundamentallm.training.callbacks.base import Callback, CallbackList
 from fundamentallm.training.callbacks.from_config import default_callbacks, log_path
@@ -189,8 +187,8 @@ class Trainer(TrainerView):
         self.optimizer_step.raise_if_updating()
         place = lambda: (self.global_step, self.stop_switch.polls, self.phase)  # noqa: E731
         watchdog = Watchdog(place, self.config.training.hang_minutes, self.group)
-        folder, manager, switch = self._own_folder, self.checkpoint_manager, self.stop_switch
-        with session(folder, self._position, manager, self.group, switch, watchdog, self.say) as launch:
+        folder, manager = self._own_folder, self.checkpoint_manager
+        with session(folder, self._position, manager, self.group, watchdog, self.say) as launch:
             resumed_from = None if self._started else self._resume()
             self._started = True
             if max_steps is not None:
@@ -381,7 +379,7 @@ class Trainer(TrainerView):
 
     def _restore(self, saved: dict[str, Any], where: Path) -> None:
         check_tokenizer(where, getattr(self.train_loader.dataset, "tokenizer", None))
-        messages, changed = self.state.load(saved, where, self.config.training.resume_changes, FREE_ON_RESUME)
+        messages, changed = self.state.load(saved, where, self.config.training.resume_changes)
         self.say("\n".join(messages))
         self._fit_schedule()
         if self.micro_batch is not None and changed:
