@@ -1,21 +1,16 @@
-"""Every setting of a run, as frozen dataclasses. Field docstrings are the help texts.
-
-Nothing here imports torch, so that `--help` and a config error answer at once.
-"""
+"""Every setting of a run, as frozen dataclasses. Field docstrings are the help texts."""
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from fundamentallm.config.entries import LoraSettings, ParameterGroup, entry_problems
 from fundamentallm.config.registry import not_one_of, unknown_name
-from fundamentallm.config.validation import Section, expand_user, from_dict, range_problems
+from fundamentallm.config.validation import Section, expand_user, from_dict
 from fundamentallm.errors import Problem
 
 LARGE_VOCABULARY, CHUNK = 1024, 512
@@ -93,13 +88,9 @@ class ModelConfig(Section):
     def resolved(self) -> ModelConfig:
         """Returns the shape with derived defaults filled in; with `pretrained`, they are not known yet."""
         if self.pretrained is not None:
-            lora = None if self.lora is None else dataclasses.asdict(from_dict(LoraSettings, self.lora))
-            return dataclasses.replace(self, lora=lora)
-        return dataclasses.replace(
-            self,
-            num_kv_heads=self.num_kv_heads or self.num_heads,
-            d_ff=self.d_ff or 8 * math.ceil(self.d_model / 3),
-        )
+            return replace(self, lora=None if self.lora is None else asdict(from_dict(LoraSettings, self.lora)))
+        d_ff = self.d_ff or 8 * math.ceil(self.d_model / 3)
+        return replace(self, num_kv_heads=self.num_kv_heads or self.num_heads, d_ff=d_ff)
 
 
 @dataclass(frozen=True)
@@ -160,32 +151,36 @@ class DataConfig(Section):
         elif kind != "bpe" and kind not in ("char", "byte") and not self.tokenizer.endswith(".json"):
             allowed = "'char', 'byte', 'bpe:<vocabulary size>', or the path of a tokenizer.json"
             yield not_one_of("tokenizer", self.tokenizer, ("char", "byte"), allowed)
-        for source, weight in self.sources().items():
-            if not 0 < weight < math.inf:
-                yield Problem("source", self.source, "greater than 0", text=f"{source!r} has the weight {weight}")
-        if not self.sources():
-            yield Problem("source", {}, "at least one source with its weight")
+        if not self.sources() or not all(0 < weight < math.inf for weight in self.sources().values()):
+            yield Problem("source", self.source, "at least one source, with weights greater than 0")
         for name in ("mask_documents", "prompt_field"):
             if getattr(self, name) and self.end_of_text is None and not self.chat_template:
                 allowed = f"with an end_of_text such as {END_OF_TEXT!r}; for a prompt_field, or chat_template: true"
                 yield self._conflict(name, "end_of_text", allowed)
-        yield from self._stream_problems()
         if self.prompt_field == self.text_field:
             yield self._conflict("prompt_field", "text_field", "another field")
-
-    def _stream_problems(self) -> Iterator[Problem]:
-        of_streams = ("shuffle_buffer", "validation_tokens")
-        others = dict.fromkeys(("prompt_field", "messages_field", "num_workers", "train_split"), "streaming")
-        others = others if self.streaming else dict.fromkeys(of_streams, "streaming")
-        if self.validation_source is not None:
-            others |= dict.fromkeys(("train_split", "validation_tokens"), "validation_source")
-        for name, other in others.items():
-            if getattr(self, name) != (default := getattr(DataConfig, name)):
-                yield self._conflict(name, other, "null" if default is None else str(default))
+        if self.chat_template and self.prompt_field is None and self.messages_field is None:
+            yield self._conflict("chat_template", "prompt_field", "null, except with a prompt_field or messages_field")
+        if self.chat_template is False and self.messages_field is not None:
+            yield self._conflict("chat_template", "messages_field", "null or true")
         if self.streaming and isinstance(self.source, dict):
             yield self._conflict("source", "streaming", "one source")
         if self.validation_tokens is not None and self.validation_tokens <= self.sequence_length:
             yield self._conflict("validation_tokens", "sequence_length", "more than one sample")
+        for name, other in self._unused().items():
+            if getattr(self, name) != (default := getattr(DataConfig, name)):
+                yield self._conflict(name, other, "null" if default is None else str(default))
+
+    def _unused(self) -> dict[str, str]:
+        """Returns the settings that another one leaves without effect, and which one."""
+        unused = dict.fromkeys(("shuffle_buffer", "validation_tokens"), "streaming")
+        if self.streaming:
+            unused = dict.fromkeys(("prompt_field", "messages_field", "num_workers", "train_split"), "streaming")
+        if self.validation_source is not None:
+            unused |= dict.fromkeys(("train_split", "validation_tokens"), "validation_source")
+        if self.messages_field is not None:
+            unused |= dict.fromkeys(("prompt_field", "text_field"), "messages_field")
+        return unused
 
     def sources(self) -> dict[str, float]:
         """Returns each source with its weight."""
@@ -315,11 +310,8 @@ class TrainingConfig(Section):
             yield self._conflict("warmup_steps", "max_steps", "a warm-up shorter than the run")
         for index, entry in enumerate(self.parameter_groups):
             yield from entry_problems(ParameterGroup, entry, f"parameter_groups[{index}]")
-        are_pairs = all(
-            len(pair) == 2 and not range_problems(max_steps=pair[0], batch_size=pair[1])
-            for pair in self.batch_size_schedule
-        )
-        if not are_pairs or any(one[0] >= other[0] for one, other in itertools.pairwise(self.batch_size_schedule)):
+        steps = [pair[0] for pair in self.batch_size_schedule if len(pair) == 2 and min(pair) > 0]
+        if len(steps) < len(self.batch_size_schedule) or steps != sorted({*steps}):
             allowed = "pairs of [optimizer steps done, batch size from there on], at least 1, with increasing steps"
             yield Problem("batch_size_schedule", self.batch_size_schedule, allowed)
         known_changes = [*ON_RESUME, *DATA_FACTS]
@@ -337,11 +329,9 @@ class TrainingConfig(Section):
 
     def resolved(self) -> TrainingConfig:
         """Returns the settings with the length of the run filled in, and `~` expanded."""
-        return dataclasses.replace(
-            self,
-            max_epochs=1 if self.max_epochs is self.max_steps is None else self.max_epochs,
-            checkpoint_dir=None if self.checkpoint_dir is None else expand_user(self.checkpoint_dir),
-        )
+        max_epochs = 1 if self.max_epochs is self.max_steps is None else self.max_epochs
+        folder = None if self.checkpoint_dir is None else expand_user(self.checkpoint_dir)
+        return replace(self, max_epochs=max_epochs, checkpoint_dir=folder)
 
 
 @dataclass(frozen=True)
@@ -397,15 +387,9 @@ class Config(Section):
 
     def resolved(self) -> Config:
         """Returns the run with every default that depends on another setting filled in."""
-        training = self.training.resolved()
-        return dataclasses.replace(
-            self,
-            output_dir=expand_user(self.output_dir),
-            model=self.model.resolved(),
-            training=dataclasses.replace(
-                training, batch_size=training.batch_size or 32, checkpoint_dir=self.folder_of_checkpoints()
-            ),
-        )
+        training = replace(self.training.resolved(), checkpoint_dir=self.folder_of_checkpoints())
+        training = replace(training, batch_size=training.batch_size or 32)
+        return replace(self, output_dir=expand_user(self.output_dir), model=self.model.resolved(), training=training)
 
 
 DATA_FACTS = ("data.num_samples", "data.shuffle", "data.drop_last", "data.content", "data.sampler", "log")
@@ -414,7 +398,7 @@ DATA_FACTS = ("data.num_samples", "data.shuffle", "data.drop_last", "data.conten
 ON_RESUME = {
     f"{section}{entry.name}": entry.metadata.get("on_resume")
     for section, kind in (("", Config), ("model.", ModelConfig), ("data.", DataConfig), ("training.", TrainingConfig))
-    for entry in dataclasses.fields(kind)
+    for entry in fields(kind)
 }
 FREE_ON_RESUME = frozenset(name for name, kind in ON_RESUME.items() if kind == "free")
 """Settings that change no weight, and may differ on resume. (Text and tokenizer may move: their content counts.)"""
@@ -424,19 +408,19 @@ NEVER_ON_RESUME = frozenset(name for name, kind in ON_RESUME.items() if kind == 
 
 def saved_data_settings(data: dict[str, Any]) -> dict[str, Any]:
     """Returns the section `data` of a checkpoint's config, with what earlier versions did without a setting."""
-    data = {"chat_template": False, **data} if data.get("prompt_field") else data
-    if "special_tokens" in data or data.get("end_of_text") is None or not str(data.get("tokenizer")).endswith(".json"):
-        return data
-    return {**data, "special_tokens": "text"}
+    data = dict(data)
+    if data.get("prompt_field") is not None:
+        data.setdefault("chat_template", False)
+    if data.get("end_of_text") is not None and str(data.get("tokenizer")).endswith(".json"):
+        data.setdefault("special_tokens", "text")
+    return data
 
 
 def flat_settings(config: dict[str, Any]) -> dict[str, Any]:
     """Returns {dotted name: value} of a config as a plain dict; settings without sections belong to the training."""
-    sections = ("model", "data", "training")
     nested = config if "training" in config else {"training": config}
-    flat = {name: value for name, value in nested.items() if name not in sections}
-    for section in sections:
-        values = nested.get(section, {})
-        values = saved_data_settings(values) if section == "data" else values
-        flat |= {f"{section}.{name}": value for name, value in values.items()}
+    flat = {name: value for name, value in nested.items() if name not in ("model", "data", "training")}
+    for section, values in (nested | {"data": saved_data_settings(nested.get("data", {}))}).items():
+        if section not in flat:
+            flat |= {f"{section}.{name}": value for name, value in values.items()}
     return flat

@@ -61,7 +61,7 @@ MISTAKES = [
     ("model.qk_norm", "yes", "true or false"),
     ("data.train_split", 1.1, "greater than 0 and at most 1"),
     ("data.source", None, "text or a mapping"),
-    ("data.source", {}, "at least one source with its weight"),
+    ("data.source", {}, "at least one source, with weights greater than 0"),
     ("data.tokenizer", "wordpiece", "'char', 'byte', 'bpe:<vocabulary size>', or the path of a tokenizer.json"),
     ("data.tokenizer", "bpe:256", "'bpe:<vocabulary size>' with a size above 256"),
     ("training.learning_rate", "3e-4", "a number"),
