@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fundamentallm.config.command_line import parse_config, print_help
+from fundamentallm.config.command_line import parse_config, train_parser
 from fundamentallm.config.registry import not_one_of
 from fundamentallm.config.schema import METRIC_NAMES, Config, ModelConfig
 from fundamentallm.config.units import duration_text
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m funda
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         if not arguments:
-            print_help(program)
+            train_parser(program).print_help()
             raise ConfigError("No setting is given. Give --config FILE, or settings such as --data.source my.txt.")
         with ended_by_signals():
             config = parse_config(arguments, program)
