@@ -174,13 +174,12 @@ class _Dropping(io.FileIO):
 
 def open_output(drops: bool = False) -> None:
     """Let stdout and stderr escape what they cannot encode and, with `drops`, drop what cannot be written."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:  # closed: otherwise a file of the run would get the number, and what libraries print
-            os.open(os.devnull, os.O_RDWR)
+    for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
-        if number == 0 or stream is not getattr(sys, f"__{name}__"):  # a notebook's
+        if stream is None:  # closed: otherwise a file of the run would get the number, and what libraries print
+            while os.open(os.devnull, os.O_RDWR) < number:  # stdin may be closed too
+                pass
+        elif stream is not getattr(sys, f"__{name}__"):  # a notebook's
             continue
         if drops or stream is None:
             file, encoding = _Dropping(number, "w", closefd=False), getattr(stream, "encoding", "utf-8")
