@@ -51,8 +51,7 @@ class Problem(str):
 
     def within(self, section: str) -> Problem:
         """Returns the same problem of a setting in `section`."""
-        name = f"{section}.{self.setting}" if self.setting else ""
-        return Problem(name, self.value, self.allowed, self.advice, self.reason, self.text)
+        return Problem(**vars(self) | {"setting": f"{section}.{self.setting}" if self.setting else ""})
 
 
 class ConfigError(FundamentaLLMError, ValueError):
@@ -71,6 +70,12 @@ class ConfigError(FundamentaLLMError, ValueError):
         listed = [problems] if isinstance(problems, str) else problems
         self.problems = [one if isinstance(one, Problem) else Problem("", advice=one) for one in listed]
         super().__init__("\n".join(self.problems))
+
+
+def raise_all(problems: Sequence[str]) -> None:
+    """Raise a ConfigError with the problems, if there are any."""
+    if problems:
+        raise ConfigError(problems)
 
 
 @contextlib.contextmanager
@@ -153,10 +158,7 @@ def exit_code(error: BaseException) -> int:
 
 
 def printable(text: str, keep: str = "\n\t") -> str:
-    """Returns text from outside so that no terminal obeys it: control characters are escaped, except those in `keep`.
-
-    These are C0, C1, marks that change the direction of text, and what Unicode has not assigned.
-    """
+    """Returns text from outside that no terminal obeys: control characters are escaped, except those in `keep`."""
     keep += "\u200c\u200d\u00ad"  # joiners and hyphens of some scripts and emoji
     shown = {c for c in {*text} if c.isprintable() or c in keep or unicodedata.category(c) == "Zs"}  # any space
     return "".join(c if c in shown else ascii(c)[1:-1] for c in text)
@@ -189,10 +191,7 @@ def open_output(drops: bool = False) -> None:
 
 
 def report(error: FundamentaLLMError) -> int:
-    """Print an error to stderr and return its exit code.
-
-    All launched processes find the same mistakes, so only the lowest living rank prints.
-    """
+    """Print an error to stderr, on the lowest living rank: all find the same mistakes. Returns its exit code."""
     text = f"error: {error}"
     if isinstance(error, ConfigError) and len(error.problems) > 1:
         text = f"{len(error.problems)} settings are wrong:" + "".join(f"\n  - {one}" for one in error.problems)

@@ -17,7 +17,7 @@ from fundamentallm.config.registry import setting_meant
 from fundamentallm.config.schema import Config
 from fundamentallm.config.validation import Section, default_of, expand_user, fits, from_dict
 from fundamentallm.config.yaml_format import from_yaml, to_yaml
-from fundamentallm.errors import ConfigError, Problem, collected
+from fundamentallm.errors import ConfigError, Problem, collected, raise_all
 
 
 def settings(section: type[Any], prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any], str]]:
@@ -140,8 +140,7 @@ def parse_config(arguments: Sequence[str], program: str = "fundamentallm.train",
     with collected(problems):
         config = from_dict(Config, values)
         problems += file_problems(config) if check_files else []
-    if problems:
-        raise ConfigError(problems)
+    raise_all(problems)
     if show:
         print(to_yaml(config), end="")
         raise SystemExit(0)

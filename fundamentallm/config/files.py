@@ -9,7 +9,7 @@ from typing import NamedTuple
 from fundamentallm.config.registry import did_you_mean
 from fundamentallm.config.schema import BUILT_IN_CORPUS, Config, DataConfig
 from fundamentallm.config.validation import expand_user
-from fundamentallm.errors import ConfigError, Problem, collected
+from fundamentallm.errors import ConfigError, Problem, collected, raise_all
 
 DATASETS = "datasets:"
 """Prefix of a source that the datasets library opens."""
@@ -73,8 +73,7 @@ def find_sources(data: DataConfig) -> list[SourceFiles]:
         problems.append(Problem("data.text_field", data.text_field, allowed, "Leave it out, or name rows.", reason))
     if not problems and data.streaming and kinds[0] in ("tokens", "prepared"):
         problems.append(Problem("data.streaming", True, "false", reason="and data.source holds tokens already"))
-    if problems:
-        raise ConfigError(problems)
+    raise_all(problems)
     return found[: len(data.sources())]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.errors import ConfigError, Problem, raise_all
 
 _PEERS = {
     "model.d_model": "n_embd embed_dim hidden_size hidden_dim dim",
@@ -69,8 +69,7 @@ def unknown_options(setting: str, name: str, options: Iterable[str], known: Coll
 
 def resolve(setting: str, name: str, known: Mapping[str, Any]) -> Any:
     """Returns the entry of `known` called `name`, or what `module:name` imports. Raises ConfigError if it cannot."""
-    if problems := unknown_name(setting, name, known):
-        raise ConfigError(problems)
+    raise_all(unknown_name(setting, name, known))
     if name in known:
         return known[name]
     module_name, _, attribute = name.partition(":")

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from fundamentallm.config.registry import setting_meant
-from fundamentallm.errors import ConfigError, Problem, collected
+from fundamentallm.errors import Problem, collected, raise_all
 
 
 class Interval(NamedTuple):
@@ -119,8 +119,7 @@ class Section:
 
     def __new__(cls, *_: Any, **settings: Any) -> Any:
         """Refuse unknown names, before the dataclass raises a TypeError that knows no other name."""
-        if problems := [*_unknown(settings, _hints(cls))]:
-            raise ConfigError(problems)
+        raise_all([*_unknown(settings, _hints(cls))])
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -134,8 +133,7 @@ class Section:
                 problems += range_problems(**{entry.name: value})
         wrong = {problem.setting for problem in problems}
         problems += [problem for problem in self._relations() if problem.setting not in wrong]
-        if problems:
-            raise ConfigError(problems)
+        raise_all(problems)
 
     def _conflict(self, setting: str, other: str, allowed: str) -> Problem:
         """Returns the problem of a setting that does not fit another."""
@@ -164,6 +162,5 @@ def from_dict(section: type[SectionT], values: dict[str, Any]) -> SectionT:
                 arguments[name] = from_dict(hints[name], value)
     with collected(problems):
         made = section(**arguments)
-    if problems:
-        raise ConfigError(problems)
+    raise_all(problems)
     return made
