@@ -15,13 +15,7 @@ from typing import Any
 
 
 class FundamentaLLMError(Exception):
-    """Base class of every error that this package raises on purpose. `exit_code` is that of a process that it ends.
-
-    Examples:
-        >>> from fundamentallm import ConfigError, FundamentaLLMError
-        >>> issubclass(ConfigError, FundamentaLLMError)
-        True
-    """
+    """Base class of every error that this package raises on purpose. `exit_code` is that of a process that it ends."""
 
     exit_code = 1
 
@@ -103,13 +97,7 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
 
 
 class TrainingError(FundamentaLLMError):
-    """Training cannot continue: the loss or the gradient stopped being finite.
-
-    Examples:
-        >>> from fundamentallm import TrainingError
-        >>> TrainingError("the loss was not finite in 10 optimizer steps in a row").exit_code
-        3
-    """
+    """Training cannot continue: the loss or the gradient stopped being finite. The exit code is 3."""
 
     exit_code = 3
 
@@ -123,13 +111,7 @@ class ProcessLostError(FundamentaLLMError):
 
 
 class RunInProgressError(FundamentaLLMError):
-    """Another process is running in the same folder.
-
-    Examples:
-        >>> from fundamentallm import RunInProgressError
-        >>> RunInProgressError("runs/one is in use by process 17").exit_code
-        1
-    """
+    """Another process is running in the same folder."""
 
 
 class Interrupted(KeyboardInterrupt):
