@@ -208,6 +208,7 @@ def test_every_public_name_resolves_to_the_object_of_that_name(name: str) -> Non
     assert getattr(fundamentallm, name).__name__ == name
 
 
-def test_an_unknown_public_name_is_an_attribute_error() -> None:
+def test_package_lists_its_public_names_only() -> None:
+    assert dir(fundamentallm) == fundamentallm.__all__
     with pytest.raises(AttributeError, match="no attribute 'Tansformer'"):
         _ = fundamentallm.Tansformer
