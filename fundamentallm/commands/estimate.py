@@ -146,7 +146,7 @@ def tokens_of_run(config: Config, steps: int) -> int:
 
     training, endless = config.training, 2**62
     sampler = StepSampler(endless, training.batch_size or 0, None, schedule=training.batch_size_schedule)
-    return sampler.samples_before(steps) * config.data.sequence_length
+    return sampler.at(steps).samples * config.data.sequence_length
 
 
 class Memory(NamedTuple):

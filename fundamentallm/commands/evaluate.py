@@ -110,7 +110,7 @@ def _text_of_run(loaded: LoadedModel, options: argparse.Namespace) -> Text:
         raise refusal(f"whose validation text was another than {name} is now")
     if data.mask_documents and isinstance(loaded.model, Transformer):
         loaded.model.document_start = corpus.end_of_text
-    if isinstance(dataset, TokenDataset):
+    if type(dataset) is TokenDataset:
         return _windowed(loaded, options, name, [dataset.tokens], dataset.num_bytes, data.sequence_length)
     if options.context or options.stride:
         raise ConfigError("Omit --context and --stride: validation samples of pairs or several sources have one size.")

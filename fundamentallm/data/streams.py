@@ -9,8 +9,7 @@ import torch
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
-from fundamentallm.data.listed_order import global_states
-from fundamentallm.data.sampler import seed_draws
+from fundamentallm.data.sampler import global_states, seed_draws
 from fundamentallm.distributed.batches import tensors
 from fundamentallm.errors import ConfigError, Problem
 

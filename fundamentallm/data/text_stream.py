@@ -14,7 +14,7 @@ from tqdm import tqdm
 from fundamentallm.config.files import find_source
 from fundamentallm.config.schema import Config, DataConfig
 from fundamentallm.data.corpus import Corpus, load_validation
-from fundamentallm.data.datasets import Batch, TokenDataset, Tokenized, TokenSamples
+from fundamentallm.data.datasets import Batch, TokenDataset, Tokenized
 from fundamentallm.data.encoding import encode_rows
 from fundamentallm.data.loaders import collate, corpus_samples
 from fundamentallm.data.sampler import derive_seed
@@ -165,7 +165,7 @@ def stream_loaders(
     data = config.data
     stream = TextStream(data, config.training.seed)
     assert stream.tokenizer is not None
-    validation: TokenSamples | None = None
+    validation: TokenDataset | None = None
     if data.validation_source is not None:
         sources = load_validation(data, show_progress, stream.tokenizer)
         corpus = Corpus(stream.tokenizer, [], stream.end_of_text, sources)

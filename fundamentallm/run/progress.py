@@ -66,30 +66,29 @@ class Progress:
         stream = self.samples.stream
         return {
             "step": self.step,
-            "samples": self.samples.samples_before(self.step),
+            "samples": self.samples.at(self.step).samples,
             "tokens": self.tokens,
             "loss": {"totals": self.loss.totals},
             "validation_due": self.validation_due,
             "origin": self.origin,
             "stretches": self.segments,
-        } | ({} if stream is None else {"stream": stream.state_dict(self.samples.place(self.step)[1])})
+        } | ({} if stream is None else {"stream": stream.state_dict(self.samples.at(self.step).place)})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resumes at a saved step: at the next sample if the batch size changed, at the next epoch if the data did."""
         before, now, step = state["stretches"][-1], self.segments[-1], state["step"]
         saved = sampler_of(before)
-        if type(step) is not int or step < saved.start.step or state["samples"] != saved.samples_before(step):
+        if type(step) is not int or step < saved.start.step or state["samples"] != saved.at(step).samples:
             raise ValueError(f"step {step!r} does not come after {state['samples']} samples.")
         if _without_start(before) == _without_start(now):
             self.samples.start, self.segments = saved.start, list(state["stretches"])
         else:
-            epoch, index = saved.place(step)
-            if index and _sample_order(before) != _sample_order(now):
-                epoch, index = epoch + 1, 0
-            self.samples.start = Start(step, epoch, index, state["samples"])
-            self.segments = [*state["stretches"], {**now, "start": list(self.samples.start)}]
+            start = saved.at(step)
+            if start.place and _sample_order(before) != _sample_order(now):
+                start = start._replace(epoch=start.epoch + 1, place=0)
+            self.samples.start, self.segments = start, [*state["stretches"], {**now, "start": list(start)}]
         if self.samples.stream is not None and _sample_order(before) == _sample_order(now):
-            if state["stream"]["position"] != self.samples.place(step)[1]:
+            if state["stream"]["position"] != self.samples.at(step).place:
                 raise ValueError(f"step {step} is not at the place {state['stream']['position']} of the stream.")
             self.samples.stream.load_state_dict(state["stream"])
         self.step, self.validation_due = step, bool(state["validation_due"])

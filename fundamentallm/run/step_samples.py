@@ -10,7 +10,7 @@ from fundamentallm.checkpoint.reading import explained, load_parts
 from fundamentallm.config.schema import DataConfig, saved_data_settings
 from fundamentallm.config.validation import from_dict
 from fundamentallm.data.corpus import Corpus, load_corpus, was_opened
-from fundamentallm.data.datasets import TokenSamples
+from fundamentallm.data.datasets import TokenDataset
 from fundamentallm.data.loaders import corpus_samples
 from fundamentallm.data.tokenizers import read_tokenizer
 from fundamentallm.errors import ConfigError, Problem
@@ -50,11 +50,11 @@ def samples_of_step(checkpoint: Path, step: int) -> StepSamples:
                 f"its order is that of the caller's own sampler, or a batch has more than {MOST_IN_A_BATCH:,} samples"
             )
             raise ValueError(text)
-        epoch, before = sampler.place(step - 1)[0], sampler.samples_before(step - 1)
-        return StepSamples(sampler.batch(step - 1), epoch, before, progress["step"], content, config)
+        start = sampler.at(step - 1)
+        return StepSamples(sampler.batch(step - 1), start.epoch, start.samples, progress["step"], content, config)
 
 
-def text_of_step(checkpoint: Path, samples: StepSamples, source: str | None = None) -> TokenSamples | None:
+def text_of_step(checkpoint: Path, samples: StepSamples, source: str | None = None) -> TokenDataset | None:
     """Opens the dataset that the samples are from; `source` is the present location of its text, if it has moved.
 
     Returns None if the run was started from Python, without a text or a tokenizer. Raises ConfigError if the text

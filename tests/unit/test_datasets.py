@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fundamentallm.config.schema import IGNORE_INDEX
+from fundamentallm.data.corpus import Tokens
 from fundamentallm.data.datasets import MixedDataset, PairDataset, TokenDataset
 from fundamentallm.data.tokenizers import create_tokenizer
 from tests.conftest import problem_of
@@ -66,7 +67,7 @@ def pairs(length: int, num_bytes: int | None = None) -> PairDataset:
     for prompt, answer in PAIRS:
         rows.append((len(tokens) + len(prompt), len(tokens) + len(prompt) + len(answer) + 1))
         tokens += [*prompt, *answer, END]
-    return PairDataset(np.array(tokens, np.uint16), np.array(rows), length, None, num_bytes, END)
+    return PairDataset(Tokens(np.array(tokens, np.uint16), np.array(rows), num_bytes), length, None, END)
 
 
 @pytest.mark.parametrize("indices", [[0], [1, 0], [0, 1, 2, 3, 4], [4, 3]])
@@ -92,9 +93,10 @@ def test_long_pairs_are_cut_off_and_counted() -> None:
     _, targets = dataset.__getitems__([2, 3])
     assert (targets[0] == IGNORE_INDEX).all()
     assert targets[1].tolist() == list(range(12, 62))
-    problem = problem_of(PairDataset, np.arange(9), np.array([[4, 9]]), 1)
+    problem = problem_of(PairDataset, Tokens(np.arange(9), np.array([[4, 9]]), None), 1)
     assert (problem.setting, problem.value) == ("data.sequence_length", 1)
-    assert problem_of(PairDataset, np.arange(9), np.empty((0, 2), np.int64), 1).setting == "data.sequence_length"
+    none = Tokens(np.arange(9), np.empty((0, 2), np.int64), None)
+    assert problem_of(PairDataset, none, 1).setting == "data.sequence_length"
 
 
 def test_num_bytes_excludes_what_is_cut_off() -> None:
@@ -102,7 +104,7 @@ def test_num_bytes_excludes_what_is_cut_off() -> None:
     ids = tokenizer.encode("qqaaaa").ids
     tokens = np.array([*ids, tokenizer.token_to_id("<end>")] * 2)
     rows, end = np.array([[2, 7], [9, 14]]), tokenizer.token_to_id("<end>")
-    sizes = [PairDataset(tokens, rows, length, tokenizer, 8, end).num_bytes for length in (6, 5, 3)]
+    sizes = [PairDataset(Tokens(tokens, rows, 8), length, tokenizer, end).num_bytes for length in (6, 5, 3)]
     assert sizes == [8, 8, 4]
 
 
@@ -152,7 +154,7 @@ def test_mixture_of_pairs_is_padded_to_the_widest() -> None:
 
 def test_fingerprints_depend_on_weights_and_on_where_answers_start() -> None:
     starts = ([[2, 8]], [[3, 8]], [[2, 4], [5, 8]])
-    assert len({PairDataset(np.arange(8), np.array(rows), 8).fingerprint() for rows in starts}) == 3
+    assert len({PairDataset(Tokens(np.arange(8), np.array(rows), None), 8).fingerprint() for rows in starts}) == 3
     prints = [mixed(weights)[0].fingerprint() for weights in (None, [1, 3], [1, 1], [2, 2])]
     assert prints[0] == prints[1]
     assert prints[2] == prints[3] != prints[0]

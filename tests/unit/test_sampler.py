@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from fundamentallm.data.sampler import POSITIONS_AT_ONCE, Start, StepSampler, derive_seed, permute
+from fundamentallm.data.sampler import POSITIONS_AT_ONCE, StepSampler, derive_seed, permute
 
 SHAPES = [(10, 10), (10, 3), (1, 4), (3, 8), (31, 6), (2 * POSITIONS_AT_ONCE + 7, 4000)]
 """(samples, batch size): batches that fit, that leave samples over, that exceed the data, and that cross blocks."""
@@ -100,29 +100,28 @@ def test_start_within_an_epoch_continues_its_order(
         samples = max(samples, first, second)
     before = StepSampler(samples, first, 7, drop_last=drop_last)
     after = StepSampler(samples, second, 7, drop_last=drop_last)
-    epoch, index = before.place(step)
-    after.start = Start(step, epoch, index, before.samples_before(step))
+    after.start = before.at(step)
+    _, epoch, index, held = after.start
 
-    held = before.samples_before(step)
     rest_of_epoch, last = [], step
-    while after.place(last)[0] == epoch:
-        assert after.place(last) == (epoch, index + len(rest_of_epoch))
-        assert after.samples_before(last) == held + len(rest_of_epoch)
+    while after.at(last).epoch == epoch:
+        assert after.at(last)[1:3] == (epoch, index + len(rest_of_epoch))
+        assert after.at(last).samples == held + len(rest_of_epoch)
         rest_of_epoch += after.batch(last)
         last += 1
     order = StepSampler(samples, samples, 7).batch(epoch)
     left_out = (samples - index) % second if drop_last else 0
     assert rest_of_epoch == order[index : samples - left_out]
 
-    assert after.place(last) == (epoch + 1, 0)
+    assert after.at(last)[1:3] == (epoch + 1, 0)
     assert after.steps_before_epoch(epoch + 1) == last
-    assert after.samples_before(last) == held + len(rest_of_epoch)
+    assert after.at(last).samples == held + len(rest_of_epoch)
     assert after.epochs_before(last) == epoch + 1
     assert after.steps_before_epoch(epoch + 3) == last + 2 * after.steps_per_epoch
     fresh = StepSampler(samples, second, 7, drop_last=drop_last)
     for further in range(2 * after.steps_per_epoch):
         assert after.batch(last + further) == fresh.batch(fresh.steps_before_epoch(epoch + 1) + further)
-        assert after.samples_before(last + further + 1) - after.samples_before(last + further) == len(
+        assert after.at(last + further + 1).samples - after.at(last + further).samples == len(
             after.batch(last + further)
         )
 

@@ -97,7 +97,7 @@ def test_stream_sets_epochs_and_leaves_the_global_generators_alone() -> None:
 
 def test_step_sampler_reads_the_stream_of_a_stateful_loader() -> None:
     stateful = pytest.importorskip("torchdata.stateful_dataloader")
-    sampler = step_sampler("train_loader", stateful.StatefulDataLoader(Numbers(), batch_size=7), 3, 0, 1)
+    sampler = step_sampler("train_loader", stateful.StatefulDataLoader(Numbers(), batch_size=7), 3)
     assert numbers(sampler.stream.read(0, 7)) == list(range(7))
 
 
@@ -126,7 +126,7 @@ def test_stream_that_can_be_read_once_loses_no_sample() -> None:
 )
 def test_step_sampler_refuses_a_stream_that(name: str, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
-        step_sampler(name, DataLoader(Numbers(), **({"batch_size": 4} | options)), 0, 0, 1)
+        step_sampler(name, DataLoader(Numbers(), **({"batch_size": 4} | options)), 0)
 
 
 def test_stream_of_datasets_resumes_by_its_state_unless_it_has_a_buffer(tmp_path: Path) -> None:
