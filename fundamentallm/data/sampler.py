@@ -18,7 +18,7 @@ from fundamentallm.distributed.dtensor import seed_device
 from fundamentallm.errors import ConfigError, Problem
 
 DRAWS = 1
-"""Makes seeds of what a dataset draws other ones than those of the optimizer steps, which derive from the same numbers.
+"""Sets the seeds of what a dataset draws apart from those of the optimizer steps, which derive from the same numbers.
 """
 POSITIONS_AT_ONCE = 4096
 """Positions of the order that are computed, and kept, at once."""

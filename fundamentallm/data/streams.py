@@ -31,21 +31,12 @@ class Stream:
 
     Every process reads the whole stream and computes its rows of each batch. So the batches do not depend on the number
     of processes, and nothing has to be sent. Before each sample, the generators are seeded from (seed, position).
-
-    Args:
-        dataset: iterable. `set_epoch`, if it has one, is called before each pass. A run resumes by `state_dict` and
-            `load_state_dict`, which are trusted, or reads up to the place if it has none.
-        collate_fn: of the loader.
-        seed: of the run.
-        is_main: whether this process prints.
+    `set_epoch`, if the dataset has one, is called before each pass. A run resumes by the dataset's `state_dict` and
+    `load_state_dict`, which are trusted, or reads up to the place if it has none.
 
     Attributes:
         epoch: passes completed.
-        first: the first sample.
         description: the class, and a digest of the first sample. It is the same on all processes and after a resume.
-
-    Raises:
-        ConfigError: if there are no samples.
     """
 
     def __init__(self, dataset: Any, collate_fn: Callable[[Any], Any], seed: int, is_main: bool = True) -> None:

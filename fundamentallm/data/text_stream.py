@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
@@ -27,22 +28,19 @@ class TextStream(Tokenized, IterableDataset[Batch]):
     """Yields windows of `data.sequence_length` tokens; every token but the first is a target exactly once.
 
     What is left of the tokens at the end of a pass begins the next one. A place within a file is found again by reading
-    the file up to it, without tokenizing.
-
-    Args:
-        config: the section `data`.
-        seed: of the shuffle buffer.
-        say: prints a line about a bad row; None: nothing is printed.
+    the file up to it, without tokenizing. `seed` is that of the shuffle buffer. `say` prints a line about a bad row.
     """
+
+    tokenizer: Tokenizer
 
     def __init__(self, config: DataConfig, seed: int, say: Callable[[str], None] | None = None) -> None:
         self.config, self.seed, self.say = config, seed, say
         self.source = find_source(config, str(config.source))
         self.sequence_length = config.sequence_length
-        self.tokenizer = tokenizer = create_tokenizer(config.tokenizer, (), config.end_of_text)
-        tokenizer.encode_special_tokens = not reads_special_tokens(config)
-        self._copied = with_unknown(tokenizer)
-        self.end_of_text = None if config.end_of_text is None else tokenizer.token_to_id(config.end_of_text)
+        self.tokenizer = create_tokenizer(config.tokenizer, (), config.end_of_text)
+        self.tokenizer.encode_special_tokens = not reads_special_tokens(config)
+        self._copied = with_unknown(self.tokenizer)
+        self.end_of_text = None if config.end_of_text is None else self.tokenizer.token_to_id(config.end_of_text)
         self.epoch = self._file = self._pieces = self._drawn = 0
         self._rest, self._buffer = np.empty(0, np.int32), list[NDArray[np.int32]]()
 
@@ -55,7 +53,6 @@ class TextStream(Tokenized, IterableDataset[Batch]):
         files = [(file.name, file.stat().st_size) for file in self.source.files]
         reading = reads_special_tokens(self.config), self.config.unknown_tokens
         about = repr((self.source.kind, files or self.source.name, reading))
-        assert self.tokenizer is not None
         return hashlib.blake2b(about.encode() + self.tokenizer.to_str().encode(), digest_size=16).hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
@@ -80,11 +77,7 @@ class TextStream(Tokenized, IterableDataset[Batch]):
             yield tokens[:-1], tokens[1:]
 
     def head(self, count: int) -> NDArray[np.int32]:
-        """Returns the first tokens of a pass.
-
-        Raises:
-            ConfigError: if there are not more of them.
-        """
+        """Returns the first tokens of a pass. Raises ConfigError if there are not more of them."""
         ids = np.empty(0, np.int32)
         for _, _, more in self._encoded():
             ids = np.concatenate([ids, more])
@@ -124,7 +117,6 @@ class TextStream(Tokenized, IterableDataset[Batch]):
 
     def _encoded(self) -> Iterator[tuple[int, int, NDArray[np.int32]]]:
         """Yields the tokens of each row, or piece of a text, and the place after it: file, and pieces in this file."""
-        assert self.tokenizer is not None
         end = [] if self.end_of_text is None else [self.end_of_text]
         bad, num_said = list[str](), 0
         pieces = self._read(bad)
@@ -164,7 +156,6 @@ def stream_loaders(
     """
     data = config.data
     stream = TextStream(data, config.training.seed)
-    assert stream.tokenizer is not None
     validation: TokenDataset | None = None
     if data.validation_source is not None:
         sources = load_validation(data, show_progress, stream.tokenizer)
