@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from fundamentallm.config.schema import Config
-from fundamentallm.data.corpus import Corpus, Source, Tokens
+from fundamentallm.data.corpus import Corpus, Source, Tokens, load_validation
 from fundamentallm.data.datasets import Batch, MixedDataset, PairDataset, TokenDataset
 from fundamentallm.data.encoding import encode_pieces
 from fundamentallm.data.sampler import ListedOrder, StepSampler, seed_draws
 from fundamentallm.data.sources import read_pieces
-from fundamentallm.data.streams import ENDLESS, Stream, is_stream
+from fundamentallm.data.streams import ENDLESS, Stream, TextStream, is_stream
 from fundamentallm.data.tokenizers import num_bytes, num_ids
 from fundamentallm.distributed.batches import LABELS, StepBatch, to_device
 from fundamentallm.errors import ConfigError, Problem
@@ -31,45 +31,39 @@ GATHERED_AT_ONCE = 2**12
 """Tokens that small batches are gathered together up to: 64 kilobytes."""
 
 
-def step_sampler(
-    name: str,
-    loader: DataLoader[Any],
-    seed: int,
-    process_index: int = 0,
-    schedule: Sequence[Sequence[int]] = (),
-    **layout: Any,
-) -> StepSampler:
+def step_sampler(name: str, loader: DataLoader[Any], seed: int, **layout: Any) -> StepSampler:
     """Make the sampler that replaces a DataLoader's own, with its batch size, shuffling and drop_last.
 
     `name` is "train_loader" or "val_loader": only a training batch may not be larger than the dataset. `layout` is what
-    else `StepSampler` takes about processes and micro-batches.
+    `StepSampler` takes about processes, micro-batches and later batch sizes.
 
     Raises:
         ConfigError: if the loader's order cannot be reproduced on resume, or a training batch is larger than the data.
     """
     _check_loader(name, loader)
-    (sampler, batch_size, drop_last), data, order = unwrapped(loader), loader.dataset, None
-    layout |= {"process_index": process_index, "schedule": schedule}
+    (sampler, batch_size, drop_last), data = unwrapped(loader), loader.dataset
+    size = batch_size or 1  # a batch of the sampler's
     if is_stream(data):
-        stream = Stream(data, collate_function(loader), seed, is_main=process_index == 0)
-        return StepSampler(ENDLESS, batch_size or 1, None, stream=stream, data=stream, **layout)
+        stream = Stream(data, collate_function(loader), seed, is_main=layout.get("process_index", 0) == 0)
+        return StepSampler(ENDLESS, size, None, stream=stream, data=stream, **layout)
     num_samples = len(data)  # type: ignore[arg-type]
     shuffles = is_shuffling(sampler, num_samples)
-    if shuffles is None:
-        order = ListedOrder(sampler, seed, num_samples)
-        num_samples = order.length
-    if batch_size is None and schedule:
-        raise ConfigError(Problem("training.batch_size_schedule", schedule, "[], since the batch sampler decides"))
-    batch_size = batch_size or 1  # a batch of the sampler's
+    order = ListedOrder(sampler, seed, num_samples) if shuffles is None else None
+    about = {"drop_last": drop_last, "order": order, "data": data, "draw_seed": seed, **layout}
+    num_samples = num_samples if order is None else order.length
+    result = StepSampler(num_samples, size, seed if shuffles else None, **about)
+    if batch_size is None and result.schedule:
+        allowed = "[], since the batch sampler decides"
+        raise ConfigError(Problem("training.batch_size_schedule", result.schedule, allowed))
+    settings = ["training.batch_size", *["training.batch_size_schedule"] * len(result.schedule)]
     allowed = f"at most {num_samples}, the samples of the training data"
-    sizes = [("training.batch_size", batch_size), *(("training.batch_size_schedule", size) for _, size in schedule)]
+    sizes = zip(settings, result.sizes, strict=True)
     problems = [Problem(setting, size, allowed) for setting, size in sizes if size > num_samples]
     if problems and name == "train_loader":
         raise ConfigError(problems)
-    if num_samples < (batch_size if drop_last else 1):
+    if num_samples < (size if drop_last else 1):
         raise ConfigError(Problem("", loader, advice=f"{name} has {num_samples} samples, too few for one batch."))
-    layout |= {"drop_last": drop_last, "order": order, "data": data, "draw_seed": seed}
-    return StepSampler(num_samples, batch_size, seed if shuffles else None, **layout)
+    return result
 
 
 def _check_loader(name: str, loader: DataLoader[Any]) -> None:
@@ -134,12 +128,10 @@ class Worker:
         self.seed, self.rank = sampler.draw_seed, sampler.process_index
 
     def start(self, worker_id: int) -> None:
-        """Starts a worker so that signals to the whole process group do not end it: the run decides when.
-
-        A second SIGTERM ends it, since that is how torch ends a worker that hangs.
-        """
+        """Starts a worker, which signals to the whole process group do not end: the run decides when."""
         for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
+        # A second SIGTERM ends it, since that is how torch ends a worker that hangs.
         signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
         if self.init is not None:
             self.init(worker_id)
@@ -304,6 +296,34 @@ def create_dataloaders(
     options: dict[str, Any] = {"batch_size": batch_size, "num_workers": config.data.num_workers, "collate_fn": collate}
     train_loader = DataLoader(train, shuffle=True, **options)
     return train_loader, None if validation is None else DataLoader(validation, **options)
+
+
+def stream_loaders(
+    config: Config, show_progress: bool = True
+) -> tuple[DataLoader[Batch], DataLoader[Batch] | None, list[str]]:
+    """Returns the loaders of a stream and of its validation data (None: there is none), and lines for the user.
+
+    Raises:
+        ConfigError: if the text cannot be read, or is too short for what is held out.
+    """
+    data = config.data
+    stream = TextStream(data, config.training.seed)
+    validation: TokenDataset | None = None
+    if data.validation_source is not None:
+        sources = load_validation(data, show_progress, stream.tokenizer)
+        corpus = Corpus(stream.tokenizer, [], stream.end_of_text, sources)
+        _, validation = corpus_samples(corpus, data.sequence_length)
+    elif data.validation_tokens:
+        ids = stream.head(data.validation_tokens)
+        size = num_bytes(stream.tokenizer, ids[1:], stream.end_of_text)
+        validation = TokenDataset(ids, data.sequence_length, stream.tokenizer, size, stream.end_of_text)
+    held_out = 0 if validation is None else len(validation)
+    about = f"vocabulary {num_ids(stream.tokenizer):,}, {held_out:,} samples for validation"
+    lines = [f"{data.source}: a stream in {len(stream.source.files) or 1} files, {about}"]
+    if stream.source.left_out:
+        lines.append(f"{data.source}: not read: {stream.source.left_out}")
+    options: dict[str, Any] = {"batch_size": config.resolved().training.batch_size, "collate_fn": collate}
+    return DataLoader(stream, **options), None if validation is None else DataLoader(validation, **options), lines
 
 
 def corpus_samples(

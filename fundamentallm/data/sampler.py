@@ -202,13 +202,8 @@ class StepSampler:
 class ListedOrder:
     """Lists what a caller's sampler or batch sampler yields in an epoch, with its generators seeded by (seed, epoch).
 
-    Attributes:
-        length: entries of an epoch.
-        is_batched: whether entries are batches of indices.
-        description: the class and the digest of the first epoch. Another sampler, or other weights, have another one.
-
-    Raises:
-        ConfigError: if the order does not follow from the seed, or names no samples of the dataset.
+    `description` has the class and the digest of the first epoch. Another sampler, or other weights, have another one.
+    Raises ConfigError if the order does not follow from the seed, or names no samples of the dataset.
     """
 
     def __init__(self, sampler: Any, seed: int, num_samples: int) -> None:

@@ -126,7 +126,7 @@ def test_step_sampler_lists_an_order_that_follows_from_a_seed(make: Any) -> None
         torch.rand(index + 1)
         options = make()
         loader = DataLoader(NUMBERS, **options, **({} if "batch_sampler" in options else {"batch_size": 3}))
-        return step_sampler("train_loader", loader, seed, index, num_processes=count, **arguments)
+        return step_sampler("train_loader", loader, seed, process_index=index, num_processes=count, **arguments)
 
     state = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     whole = sampler()
@@ -200,7 +200,7 @@ def test_step_sampler_refuses_batches_larger_than_the_data(batch_size: int, late
 @pytest.mark.parametrize(("shuffle", "drop_last"), itertools.product([False, True], repeat=2))
 def test_step_sampler_follows_the_loaders_settings(shuffle: bool, drop_last: bool) -> None:
     loader = DataLoader(NUMBERS, batch_size=4, shuffle=shuffle, drop_last=drop_last)
-    ours = step_sampler("train_loader", loader, 5, 1, num_processes=2, micro_batch_size=1)
+    ours = step_sampler("train_loader", loader, 5, process_index=1, num_processes=2, micro_batch_size=1)
     same = StepSampler(10, 4, 5 if shuffle else None, 1, 2, 1, drop_last)
     assert ours.steps_per_epoch == len(loader)
     for step in range(2 * len(loader)):

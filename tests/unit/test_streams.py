@@ -15,9 +15,8 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from fundamentallm import Config, DataConfig, ModelConfig
 from fundamentallm.config.files import file_problems
-from fundamentallm.data.loaders import step_sampler
-from fundamentallm.data.streams import Stream
-from fundamentallm.data.text_stream import TextStream, stream_loaders
+from fundamentallm.data.loaders import step_sampler, stream_loaders
+from fundamentallm.data.streams import Stream, TextStream
 from fundamentallm.errors import ConfigError
 
 END, LENGTH = "<|endoftext|>", 8
