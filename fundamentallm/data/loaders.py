@@ -189,7 +189,7 @@ def _gather_ahead(dataset: TokenDataset, batches: Iterator[list[int]]) -> Iterat
         more = GATHERED_AT_ONCE // (len(first) * dataset.sequence_length) - 1
         several = [first, *itertools.islice(batches, max(more, 0))]
         sizes = list(map(len, several))
-        parts = [part.split(sizes) for part in dataset.__getitems__(list(itertools.chain(*several)))]
+        parts = [torch.split(part, sizes) for part in dataset.__getitems__(list(itertools.chain(*several)))]
         yield from zip(*parts, strict=True)
 
 
