@@ -289,9 +289,3 @@ def test_create_dataloaders_refuses_what_the_vocabulary_lacks(text: str, tokeniz
 @pytest.mark.parametrize("tokens", [[[1, 2]] * 200, [0.5] * 200, []])
 def test_create_dataloaders_refuses_other_than_1d_integers(tokens: list) -> None:
     assert problem_of(create_dataloaders, tokens, None, make_config()).allowed == "1-D integers"
-
-
-def test_create_dataloaders_refuses_parts_below_one_sample(tokenizer: Tokenizer) -> None:
-    for count, train_split in ((160, 0.9), (160, 0.1), (0, 0.5)):
-        problem = problem_of(create_dataloaders, "a" * count, tokenizer, make_config(train_split=train_split))
-        assert (problem.setting, problem.value) == ("data.sequence_length", 16)

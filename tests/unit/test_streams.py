@@ -213,14 +213,12 @@ def test_text_stream_never_trains_on_held_out_tokens(tmp_path: Path) -> None:
     config = Config(str(tmp_path), ModelConfig(), data)
     train_loader, val_loader, _ = stream_loaders(config, show_progress=False)
     assert val_loader is not None
-    whole = windows(stream(TextStream(config_of(data.source), 0)), 0, 30)  # type: ignore[arg-type]
+    held, one = val_loader.dataset, stream(train_loader.dataset)
+    whole = windows(stream(TextStream(config_of(str(data.source)), 0)), 0, 30)
     text = [whole[0][0], *(token for window in whole for token in window[1:])]
-    held: Any = val_loader.dataset
     assert held.tokens.tolist() == text[:40]
-    one = stream(train_loader.dataset)
     assert windows(one, 0, 2) == [text[40:49], text[48:57]]
-    seen = [token for window in windows(one, 2, 160) for token in window[1:]]
-    words = held.tokenizer.decode(seen)
+    words = held.tokenizer.decode([token for window in windows(one, 2, 160) for token in window[1:]])
     assert "document 0 " not in words
     assert words.count("document 11 ") > 1
 
@@ -282,17 +280,12 @@ def test_config_refuses_what_a_stream_cannot_have(tmp_path: Path) -> None:
 
 
 def test_smaller_shuffle_buffer_keeps_the_windows_of_the_larger(tmp_path: Path) -> None:
-    def opened(size: int | None) -> TextStream:
-        data = {"source": write(tmp_path, "txt"), "tokenizer": "byte", "sequence_length": LENGTH, "streaming": True}
-        return TextStream(DataConfig(**data, shuffle_buffer=size), seed=1)
-
-    first, smaller = opened(8), opened(2)
+    source = write(tmp_path, "txt")
+    first, smaller = (TextStream(config_of(source, shuffle_buffer=size), seed=1) for size in (8, 2))
     next(iter(first))
     smaller.load_state_dict(first.state_dict())
-    held = [window.tobytes() for window in smaller._buffer]
-    for _ in itertools.islice(iter(smaller), 20):
-        pass
-    left = {window.tobytes() for window in smaller._buffer}
-    assert not {*held[2:]} <= left
+    held = {window.tobytes() for window in smaller._buffer[2:]}
+    assert len([*itertools.islice(smaller, 20)]) == 20
+    assert not held <= {window.tobytes() for window in smaller._buffer}
     with pytest.raises(ValueError, match="buffer"):
-        opened(None).load_state_dict(first.state_dict())
+        TextStream(config_of(source), 1).load_state_dict(first.state_dict())
