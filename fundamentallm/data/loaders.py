@@ -34,11 +34,9 @@ GATHERED_AT_ONCE = 2**12
 def step_sampler(name: str, loader: DataLoader[Any], seed: int, **layout: Any) -> StepSampler:
     """Make the sampler that replaces a DataLoader's own, with its batch size, shuffling and drop_last.
 
-    `name` is "train_loader" or "val_loader": only a training batch may not be larger than the dataset. `layout` is what
-    `StepSampler` takes about processes, micro-batches and later batch sizes.
-
-    Raises:
-        ConfigError: if the loader's order cannot be reproduced on resume, or a training batch is larger than the data.
+    `name` is "train_loader" or "val_loader". `layout` is what `StepSampler` takes about processes, micro-batches and
+    later batch sizes. Raises ConfigError if the loader's order cannot be reproduced on resume, or a training batch is
+    larger than the data.
     """
     _check_loader(name, loader)
     (sampler, batch_size, drop_last), data = unwrapped(loader), loader.dataset
@@ -303,8 +301,7 @@ def stream_loaders(
 ) -> tuple[DataLoader[Batch], DataLoader[Batch] | None, list[str]]:
     """Returns the loaders of a stream and of its validation data (None: there is none), and lines for the user.
 
-    Raises:
-        ConfigError: if the text cannot be read, or is too short for what is held out.
+    Raises ConfigError if the text cannot be read, or is too short for what is held out.
     """
     data = config.data
     stream = TextStream(data, config.training.seed)
@@ -332,9 +329,7 @@ def corpus_samples(
     """Returns training samples, mixed by the sources' weights, and validation samples, each once.
 
     If `corpus.validation` has sources, they are the validation samples, and there may be none for training.
-
-    Raises:
-        ConfigError: if a part of a source is too short for one sample.
+    Raises ConfigError if a part of a source is too short for one sample.
     """
 
     def samples(source: Source, tokens: Tokens) -> TokenDataset:

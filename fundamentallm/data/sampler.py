@@ -160,10 +160,7 @@ class StepSampler:
         return at.epoch * sum(map(len, order)) + sum(map(len, present[: at.place]))
 
     def epochs_before(self, step: int) -> float:
-        """Returns the passes over the data before `step`. With `drop_last`, an epoch ends before its last sample.
-
-        Of a stream, it is the number of passes that were read to their end.
-        """
+        """Returns the passes over the data before `step`; of a stream, only those that were read to their end."""
         at = self.at(step)
         return at.epoch + at.place / self.num_samples if self.stream is None else float(self.stream.epoch)
 

@@ -213,7 +213,8 @@ def test_text_stream_never_trains_on_held_out_tokens(tmp_path: Path) -> None:
     config = Config(str(tmp_path), ModelConfig(), data)
     train_loader, val_loader, _ = stream_loaders(config, show_progress=False)
     assert val_loader is not None
-    held, one = val_loader.dataset, stream(train_loader.dataset)
+    held: Any = val_loader.dataset
+    one = stream(train_loader.dataset)
     whole = windows(stream(TextStream(config_of(str(data.source)), 0)), 0, 30)
     text = [whole[0][0], *(token for window in whole for token in window[1:])]
     assert held.tokens.tolist() == text[:40]
