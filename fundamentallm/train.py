@@ -104,8 +104,7 @@ def make_trainer(config: Config) -> Trainer:
 
     from fundamentallm.data.chat import TEMPLATE, applied_template
     from fundamentallm.data.corpus import describe, load_corpus
-    from fundamentallm.data.loaders import create_dataloaders
-    from fundamentallm.data.text_stream import stream_loaders
+    from fundamentallm.data.loaders import create_dataloaders, stream_loaders
     from fundamentallm.distributed.accelerator import create_accelerator
     from fundamentallm.models.transformer import Transformer
     from fundamentallm.run.resume import learned_tokenizer, open_pretrained

@@ -124,7 +124,7 @@ def sampler_of(config: Config, devices: int = 1) -> Any:
 
 def tokens_of_run(config: Config, steps: int) -> int:
     """Returns the tokens of the first `steps` optimizer steps, following `batch_size_schedule`."""
-    return int(sampler_of(config).samples_before(steps)) * config.data.sequence_length
+    return int(sampler_of(config).at(steps).samples) * config.data.sequence_length
 
 
 class Memory(NamedTuple):

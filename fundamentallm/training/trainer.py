@@ -18,8 +18,7 @@ from fundamentallm.checkpoint.optimizer_state import NamedOptimizerState
 from fundamentallm.checkpoint.reading import load_checkpoint
 from fundamentallm.config.schema import Config, TrainingConfig
 from fundamentallm.data.datasets import fingerprint
-from fundamentallm.data.listed_order import unwrapped
-from fundamentallm.data.loaders import step_sampler
+from fundamentallm.data.loaders import step_sampler, unwrapped
 from fundamentallm.distributed.accelerator import leave_group
 from fundamentallm.distributed.dtensor import device_name
 from fundamentallm.distributed.host_group import HostGroup
@@ -117,12 +116,12 @@ class Trainer(TrainerView):
         self.micro_batch = MicroBatch(accelerator) if training.micro_batch_size == "auto" else None
         at_once = None if training.micro_batch_size == "auto" else training.micro_batch_size
         # With compile, micro-batches are padded to one size, so that a compiled model sees one shape.
-        process = accelerator.process_index, accelerator.num_processes, at_once, bool(training.compile)
+        layout = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
+        layout |= {"micro_batch_size": at_once, "pad": bool(training.compile)}
         with self.group.barrier_with_errors():
-            self.samples = step_sampler(
-                "train_loader", train_loader, training.seed, *process, training.batch_size_schedule
-            )
-            self.val_samples = None if val_loader is None else step_sampler("val_loader", val_loader, 0, *process)
+            schedule = training.batch_size_schedule
+            self.samples = step_sampler("train_loader", train_loader, training.seed, schedule=schedule, **layout)
+            self.val_samples = None if val_loader is None else step_sampler("val_loader", val_loader, 0, **layout)
         content = [None if each is None else fingerprint(each.dataset) for each in (train_loader, val_loader)]
         check_alike(self.group, self.config, optimizer, [self.samples, self.val_samples], content)
         self.batch_size, self.steps_per_epoch = self.samples.batch_size, self.samples.steps_per_epoch

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from fundamentallm.config.schema import IGNORE_INDEX, DataConfig
 from fundamentallm.config.yaml_format import saved_data_settings
 from fundamentallm.data.corpus import Corpus, describe, load_corpus
-from fundamentallm.data.datasets import TokenSamples, opening
+from fundamentallm.data.datasets import TokenDataset, opening
 from fundamentallm.data.loaders import corpus_samples
 from fundamentallm.data.tokenizers import create_tokenizer
 from fundamentallm.errors import ConfigError
@@ -57,7 +57,7 @@ def load(folder: Path, template: str, rows: list[Any], **settings: Any) -> Corpu
     return load_corpus(DataConfig(**given | settings), show_progress=False)
 
 
-def samples_of(corpus: Corpus, length: int = 200) -> TokenSamples:
+def samples_of(corpus: Corpus, length: int = 200) -> TokenDataset:
     return corpus_samples(corpus, length, has_validation=False)[0]
 
 
