@@ -28,7 +28,7 @@ from fundamentallm.data.datasets import TokenDataset
 from fundamentallm.data.encoding import encode_pieces
 from fundamentallm.data.loaders import collate, corpus_samples
 from fundamentallm.data.sources import open_text, read_pieces
-from fundamentallm.data.tokenizers import num_bytes
+from fundamentallm.data.tokenizers import num_bytes, with_unknown
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.inference.generation import row_problem
 from fundamentallm.inference.loading import CHECKPOINT_HELP, LoadedModel, load_model
@@ -130,7 +130,7 @@ def _text_of_files(loaded: LoadedModel, options: argparse.Namespace) -> Text:
     for path in paths:
         try:
             with open_text(path) as file:
-                pieces = list(encode_pieces(loaded.tokenizer, read_pieces(file)))
+                pieces = list(encode_pieces(with_unknown(loaded.tokenizer), read_pieces(file)))
         except (OSError, UnicodeError) as error:
             raise ConfigError(Problem("--source", str(path), reason=f"which cannot be encoded: {error}")) from error
         if lacking := [piece for piece in pieces if piece.unknown]:
