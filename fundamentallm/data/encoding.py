@@ -108,19 +108,16 @@ def write_source(
                 parts[index].write(piece, encoded)
                 counts["special tokens read as text"] += len(special.findall(encoded.text))
                 counts["unknown tokens, for what the vocabulary lacks"] += len(encoded.unknown)
-    has_turns = any(part.turns for part in parts)
     for name, part in zip(PARTS, parts, strict=True):
-        if by_rows:
-            (folder / f"{name}.rows.bin").write_bytes(part.rows)
-        if has_turns:
-            (folder / f"{name}.turns.bin").write_bytes(part.turns)
+        (folder / f"{name}.rows.bin").write_bytes(part.rows)
+        (folder / f"{name}.turns.bin").write_bytes(part.turns)
     if bad:
         (folder / "bad_rows.txt").write_text("".join(f"{row}\n" for row in bad), encoding="utf-8")
     return {
         "dtype": token_dtype(tokenizer).name,
         "tokens": [part.tokens for part in parts],
         "rows": [len(part.rows) // 2 for part in parts] if by_rows else None,
-        "turns": [len(part.turns) for part in parts] if has_turns else None,
+        "turns": [len(part.turns) for part in parts] if any(part.turns for part in parts) else None,
         "validation_bytes": parts[1].num_bytes,
         "bad_rows": len(bad),
         "counts": +counts,  # without those that are 0

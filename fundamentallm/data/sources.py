@@ -88,7 +88,16 @@ def _pieces(config: DataConfig, source: SourceFiles, bad: list[str]) -> Iterator
         for path in source.files:
             yield from _text_pieces(config, source, path, bad)
     else:
-        yield from _documents(config, source, bad)
+        template = ChatTemplate(config.tokenizer) if applied_template(config) else None
+        for where, row in _rows(config, source):
+            try:
+                pieces = _document(config, row, where, template)
+                for piece in pieces:
+                    piece.text.encode()  # raises a ValueError if it has half a character
+            except ValueError as error:
+                skip_row(config, source, bad, f"{where} {error}")
+            else:
+                yield from pieces
 
 
 def read_pieces(file: TextIO) -> Iterator[str]:
@@ -164,20 +173,6 @@ def token_blocks(
             yield path, np.asarray(tokens[begin : begin + TOKENS_AT_ONCE])
 
 
-def _documents(config: DataConfig, source: SourceFiles, bad: list[str]) -> Iterator[Piece]:
-    """Turn the rows of a source into documents."""
-    template = ChatTemplate(config.tokenizer) if applied_template(config) else None
-    for where, row in _rows(config, source):
-        try:
-            pieces = _document(config, row, where, template)
-            for piece in pieces:
-                piece.text.encode()  # raises a ValueError if it has half a character
-        except ValueError as error:
-            skip_row(config, source, bad, f"{where} {error}")
-        else:
-            yield from pieces
-
-
 def _document(config: DataConfig, row: Any, where: str, template: ChatTemplate | None) -> list[Piece]:
     """Returns a row in pieces. Raises ValueError if it cannot be read."""
     if not isinstance(row, dict):
@@ -206,11 +201,33 @@ def _rows(config: DataConfig, source: SourceFiles) -> Iterator[tuple[str, Any]]:
     """Yield all rows of a source, each with its place for people to read. A ValueError takes the place of a bad one."""
     if source.kind == "dataset":
         dataset = open_dataset(source.name, config.streaming)
-        columns = _columns(config, source.name, dataset.column_names or list(next(iter(dataset), {})))
+        columns = _columns(config, dataset.column_names or list(next(iter(dataset), {})))
         # Asking for one row at a time takes a hundred times as long.
-        yield from _numbered(source.name, dataset.select_columns(columns).with_format("arrow").iter(ROWS_AT_ONCE))
+        yield from _table_rows(source.name, dataset.select_columns(columns).with_format("arrow").iter(ROWS_AT_ONCE))
     for path in source.files:
-        yield from _table_rows(config, path) if path.suffix.lower() == ".parquet" else _json_rows(path)
+        if path.suffix.lower() != ".parquet":
+            yield from _json_rows(path)
+            continue
+        try:
+            from pyarrow import parquet
+
+            with parquet.ParquetFile(path) as file:
+                columns = _columns(config, file.schema_arrow.names)
+                yield from _table_rows(str(path), file.iter_batches(ROWS_AT_ONCE, columns=columns))
+        except Exception as error:  # pyarrow has many of its own
+            reason = f"which pyarrow (the extra data) cannot read as Parquet: {error}"
+            raise source_error(str(path), reason) from error
+
+
+def _columns(config: DataConfig, existing: list[str]) -> list[str]:
+    """Returns the columns to read: all if one is missing, which each row then reports."""
+    fields = list(row_fields(config).values())
+    return fields if set(fields) <= set(existing) else existing
+
+
+def _table_rows(name: str, tables: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    rows = itertools.chain.from_iterable(table.to_pylist() for table in tables)
+    return ((f"{name}, row {number:,}", row) for number, row in enumerate(rows))
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -228,34 +245,6 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 continue
             for index, row in enumerate(found if is_list else [found]):
                 yield f"{path}, row {index:,}" if is_list else where, row
-
-
-def _table_rows(config: DataConfig, path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        from pyarrow import parquet
-
-        with parquet.ParquetFile(path) as file:
-            columns = _columns(config, str(path), file.schema_arrow.names)
-            yield from _numbered(str(path), file.iter_batches(ROWS_AT_ONCE, columns=columns))
-    except ConfigError:
-        raise
-    except Exception as error:  # pyarrow has many of its own
-        reason = f"which pyarrow (the extra data) cannot read as Parquet: {error}"
-        raise source_error(str(path), reason) from error
-
-
-def _numbered(name: str, tables: Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the rows of Arrow tables."""
-    rows = itertools.chain.from_iterable(table.to_pylist() for table in tables)
-    return ((f"{name}, row {number:,}", row) for number, row in enumerate(rows))
-
-
-def _columns(config: DataConfig, name: str, existing: list[str]) -> list[str]:
-    given = row_fields(config)
-    allowed = f"a column of {name}: {', '.join(map(repr, existing))}"
-    if problems := [Problem(*entry, allowed) for entry in given.items() if entry[1] not in existing]:
-        raise ConfigError(problems)
-    return list(given.values())
 
 
 def open_dataset(source: str, streaming: bool = False) -> Any:

@@ -286,8 +286,8 @@ def test_a_bad_file_is_skipped_if_allowed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [as_parquet, as_dataset])
 def test_a_missing_column_is_named_with_the_others(tmp_path: Path, kind: Any) -> None:
     problem = problem_of(load, tmp_path, kind(tmp_path), text_field="body")
-    assert (problem.setting, problem.value) == ("data.text_field", "body")
-    assert "'n', 'text'" in problem.allowed
+    assert problem.setting == "data.source"
+    assert "'body', only 'n', 'text'" in problem.reason
 
 
 @pytest.mark.parametrize(("source", "says"), [("datasets:/nowhere", "cannot open"), ("datasets:json,files=x", "files")])
