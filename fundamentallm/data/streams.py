@@ -259,7 +259,7 @@ class TextStream(Tokenized, IterableDataset[Batch]):
         end = [] if self.end_of_text is None else [self.end_of_text]
         bad, num_said = list[str](), 0
         pieces = self._read(bad)
-        for row, is_used in encode_rows(self.config, self.source, self.tokenizer, pieces, bad, self._copied):
+        for row, is_used in encode_rows(self.config, self.source, self._complete, pieces, bad):
             if self.say is not None and not self.epoch:  # in the first pass
                 for each in bad[num_said:]:
                     self.say(f"warning: a bad row is skipped: {each}")

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fundamentallm.checkpoint.manifest import STATE, verify
 from fundamentallm.checkpoint.reading import explained, load_parts
-from fundamentallm.config.schema import DataConfig
+from fundamentallm.config.schema import BUILT_IN_CORPUS, DataConfig
 from fundamentallm.config.validation import from_dict
 from fundamentallm.config.yaml_format import saved_data_settings
-from fundamentallm.data.corpus import Corpus, load_corpus, was_opened
+from fundamentallm.data.corpus import Corpus, load_corpus, opened_note
 from fundamentallm.data.datasets import TokenDataset
 from fundamentallm.data.loaders import corpus_samples
 from fundamentallm.data.sampler import Start, StepSampler
@@ -193,7 +193,8 @@ def corpus_of_run(checkpoint: Path, settings: dict[str, Any], source: str | None
     Raises ConfigError if the text cannot be read, or only the checkpoint names it.
     """
     data = from_dict(DataConfig, saved_data_settings(settings))
-    if source is None and not was_opened(data):
+    names = {*data.sources(), data.validation_source or BUILT_IN_CORPUS} - {BUILT_IN_CORPUS}
+    if source is None and not all(opened_note(name).exists() for name in names):
         reason = "which the checkpoint names, but which you have not opened before"
         advice = "If you trust the checkpoint, allow it by: fundamentallm prepare --data.source TEXT."
         raise ConfigError(Problem("data.source", data.source, "", advice, reason))

@@ -139,8 +139,8 @@ def test_rows_that_are_no_chats_are_bad_rows(tmp_path: Path) -> None:
 
 def test_template_that_alters_earlier_turns_is_refused(tmp_path: Path) -> None:
     assert targets_of(load(tmp_path, THINKS, [{"m": chat(*SINGLE)}]), 0) == ["<think></think> é3 <|end|>\n"]
-    problem = problem_of(load, tmp_path, THINKS, [{"m": chat(*SEVERAL)}], max_bad_rows=1)
-    assert (problem.setting, "generation" in problem.advice) == ("data.tokenizer", True)
+    problem = problem_of(load, tmp_path, THINKS, [{"m": chat(*SEVERAL)}])
+    assert (problem.setting, "{% generation %}" in problem.reason) == ("data.source", True)
 
 
 @pytest.mark.parametrize("switch", [None, True, False])
