@@ -202,19 +202,6 @@ def test_logits_of_a_large_vocabulary_are_made_a_chunk_at_a_time(name: str, prec
         assert (one - other).norm() <= (1e-6 if precision == torch.float32 else 5e-3) * other.norm()
 
 
-class OfPairs(LOSSES["cross_entropy"]):  # type: ignore[misc]
-    """Looks at two tokens at once, the first and the last."""
-
-    def objective(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return (logits[0] * logits[-1]).sum()
-
-
-def test_a_loss_of_somebody_elses_gets_all_logits() -> None:
-    hidden, weight, targets = head()
-    loss_fn = OfPairs()
-    assert torch.equal(loss_fn.of_hidden(hidden, weight, targets), loss_fn(F.linear(hidden, weight), targets))
-
-
 def test_the_transformer_and_its_loss_meet_at_the_head() -> None:
     torch.manual_seed(0)
     model = Transformer(ModelConfig(1500, d_model=16, num_heads=2, num_layers=1, tie_embeddings=True))
