@@ -1,5 +1,6 @@
 """Optimizers: torch's arithmetic, decay on matrices only, Muon on hidden matrices only, state by name."""
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from fundamentallm.models.transformer import Transformer
 from fundamentallm.training.muon import Muon, orthogonalize
 from fundamentallm.training.optimizers import check_optimizer, create_optimizer
 from fundamentallm.training.schedulers import create_scheduler
+from tests.conftest import problem_of
 
 KINDS = ("adamw", "adam", "sgd", "muon")
 BETAS = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-6}
@@ -95,12 +97,18 @@ def test_frozen_parameters_are_left_out(kind: str) -> None:
 
 def test_create_optimizer_lists_all_problems() -> None:
     with pytest.raises(ConfigError) as caught:
-        create_optimizer(Tiny().requires_grad_(False), "sgd", math.nan, -1.0, adam_beta1=1.0, nesterov=True)
-    rate, decay, _, beta, unknown = caught.value.problems
+        create_optimizer(Tiny(), "sgd", math.nan, -1.0, adam_beta1=1.0)
+    rate, decay, beta = caught.value.problems
     assert (rate, decay.allowed) == ("learning_rate is nan; allowed: greater than 0.", "at least 0")
     assert (beta.setting, beta.allowed) == ("adam_beta1", "at least 0 and less than 1")
+
+
+def test_create_optimizer_refuses_unknown_options_and_frozen_models() -> None:
+    unknown = problem_of(create_optimizer, Tiny(), "sgd", 0.1, nesterov=True)
     assert (unknown.setting, unknown.value) == ("optimizer_options", {"nesterov": True})
     assert "adam_beta1" in unknown.allowed
+    frozen = problem_of(create_optimizer, Tiny().requires_grad_(False), "muon", 0.1)
+    assert "empty parameter list" in frozen.reason
 
 
 def test_module_and_name_make_any_optimizer_with_its_options() -> None:
@@ -221,6 +229,16 @@ def test_a_first_step_with_found_inf_is_as_if_it_had_not_been(kind: str) -> None
     step(skipped, optimizers[0], 2, 3)
     step(fresh, optimizers[1], 2, 3)
     torch.testing.assert_close(weights(skipped), weights(fresh), rtol=1e-6, atol=1e-7)
+
+
+def test_a_copy_of_muon_steps_as_the_original() -> None:
+    model = Tiny()
+    optimizer = create_optimizer(model, "muon", 0.01, 0.1)
+    step(model, optimizer, 1)
+    copied, copy_of_optimizer = copy.deepcopy((model, optimizer))
+    step(model, optimizer, 2)
+    step(copied, copy_of_optimizer, 2)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), copied.parameters(), strict=True))
 
 
 def test_muon_divides_gradients_by_the_scale() -> None:

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from fundamentallm import ConfigError, ModelConfig, Trainer, Transformer
+from fundamentallm import ConfigError, ModelConfig, Trainer, TrainingConfig, Transformer
 from fundamentallm.checkpoint.manager import CheckpointManager
 from fundamentallm.checkpoint.reading import load_checkpoint
 from fundamentallm.config.schema import OPTIMIZER_NAMES
-from fundamentallm.training.optimizers import create_optimizer, freeze, split_groups
+from fundamentallm.training.optimizers import freeze, make_optimizer
 from tests.integration.runs import StopAt, assert_same_weights, make_config, make_trainer, on_processes, weights
 
 ENTRIES: list[dict[str, Any]] = [
@@ -38,8 +38,8 @@ def expected(name: str, p: nn.Parameter) -> tuple[float, float] | None:
 def test_each_parameter_has_the_rate_and_decay_of_the_first_entry_that_names_it(kind: str) -> None:
     made = model()
     freeze(made, ENTRIES)
-    optimizer = create_optimizer(made, kind, 0.1, 0.1)
-    split_groups(optimizer, made, ENTRIES)
+    config = TrainingConfig(optimizer=kind, learning_rate=0.1, weight_decay=0.1, parameter_groups=ENTRIES)
+    optimizer = make_optimizer(config, made)
     found = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
     assert {name: found.get(id(p)) for name, p in made.named_parameters()} == {
         name: expected(name, p) for name, p in made.named_parameters()
