@@ -47,7 +47,7 @@ from fundamentallm.training.loss import make_objective
 from fundamentallm.training.metrics import Metric, MetricTracker, evaluate, further_metrics, peak_memory_gb
 from fundamentallm.training.micro_batch import MicroBatch
 from fundamentallm.training.optimizers import check_optimizer, freeze, make_optimizer
-from fundamentallm.training.schedulers import CallersSchedule, advance, make_schedule
+from fundamentallm.training.schedulers import advance, callers_schedule, make_schedule
 from fundamentallm.training.step import OptimizerStep
 from fundamentallm.training.throughput import Throughput, make_throughput
 from fundamentallm.training.view import TrainerView
@@ -163,7 +163,7 @@ class Trainer(TrainerView):
             "progress": Progress(self.samples, content, self.accelerator.device),
             **self._weights,  # before the optimizer: reading them reshards what a validation has left gathered
             "optimizer": NamedOptimizerState(self.model, self.optimizer),
-            "scheduler": self.scheduler if self._has_own_schedule else CallersSchedule(self.scheduler),
+            "scheduler": self.scheduler if self._has_own_schedule else callers_schedule(self.scheduler),
             "guard": self.optimizer_step.guard,
             "metrics": self.metrics,
             "callbacks": self.callbacks,

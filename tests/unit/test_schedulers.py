@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
+from fundamentallm.config.schema import TrainingConfig
 from fundamentallm.errors import ConfigError
-from fundamentallm.training.schedulers import SCHEDULES, create_scheduler
+from fundamentallm.training.schedulers import SCHEDULES, create_scheduler, make_schedule
+from tests.conftest import problem_of
 
 PEAK = 3e-4
 LENGTHS = [(total, warmup) for total in (1, 2, 3, 7, 50, 101) for warmup in {0, 1, 2, total - 1} if warmup < total]
@@ -156,6 +158,12 @@ def test_create_scheduler_refuses_a_wrong_setting(arguments: Any, facts: list[st
     with pytest.raises(ConfigError) as caught:
         create_scheduler(optimizer(), **settings)
     assert [fact for fact in facts if fact not in str(caught.value)] == []
+
+
+def test_schedule_options_are_those_of_the_curve_only() -> None:
+    config = TrainingConfig(lr_scheduler="linear", lr_scheduler_options={"min_lr_ratio": 0.5})
+    problem = problem_of(make_schedule, config, optimizer(), 10)
+    assert (problem.setting, problem.allowed) == ("lr_scheduler_options", "none")
 
 
 @pytest.mark.parametrize(
