@@ -31,15 +31,16 @@ if TYPE_CHECKING:
     from fundamentallm.inference.generation import generate as generate
     from fundamentallm.inference.loading import load_model as load_model
     from fundamentallm.models.transformer import Transformer as Transformer
-    from fundamentallm.training.callbacks.base import Callback as Callback, CallbackList as CallbackList
-    from fundamentallm.training.callbacks.console import (
+    from fundamentallm.training.callbacks import (
+        Callback as Callback,
+        CallbackList as CallbackList,
         LoggingCallback as LoggingCallback,
         ProgressCallback as ProgressCallback,
+        SaveBestCallback as SaveBestCallback,
+        VisualizationCallback as VisualizationCallback,
     )
-    from fundamentallm.training.callbacks.curves import VisualizationCallback as VisualizationCallback
     from fundamentallm.training.callbacks.profiler import ProfilerCallback as ProfilerCallback
     from fundamentallm.training.callbacks.samples import SampleCallback as SampleCallback
-    from fundamentallm.training.callbacks.save_best import SaveBestCallback as SaveBestCallback
     from fundamentallm.training.early_stopping import EarlyStopping as EarlyStopping
     from fundamentallm.training.loss import create_loss as create_loss
     from fundamentallm.training.metrics import MetricTracker as MetricTracker

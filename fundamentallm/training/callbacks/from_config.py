@@ -9,12 +9,11 @@ from fundamentallm.config.registry import resolve
 from fundamentallm.config.schema import Config
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.run.folder import LOG
-from fundamentallm.training.callbacks.base import Callback
+from fundamentallm.training.callbacks.base import Callback, SaveBestCallback
 from fundamentallm.training.callbacks.console import LoggingCallback, ProgressCallback
 from fundamentallm.training.callbacks.curves import VisualizationCallback
 from fundamentallm.training.callbacks.profiler import ProfilerCallback
 from fundamentallm.training.callbacks.samples import SampleCallback
-from fundamentallm.training.callbacks.save_best import SaveBestCallback
 
 KNOWN = {"curves": VisualizationCallback, "samples": SampleCallback, "profiler": ProfilerCallback}
 
