@@ -47,11 +47,6 @@ class VisualizationCallback(Callback):
         self.path = None if path is None else Path(path)
         self.refresh_seconds, self.theme = refresh_seconds, theme
         self._drawn_at = time.monotonic()
-        self._restarts: list[int] = []
-
-    def on_train_begin(self, trainer: RunView) -> None:
-        if trainer.output_dir is not None:
-            self._restarts = restarts(trainer.output_dir)
 
     def on_log(self, trainer: RunView, metrics: dict[str, float]) -> None:
         if time.monotonic() - self._drawn_at >= self.refresh_seconds:
@@ -64,11 +59,11 @@ class VisualizationCallback(Callback):
         history = trainer.metrics.get_history()
         if not trainer.is_main_process or "step" not in history:
             return
-        folder = trainer.output_dir or Path()
+        folder, marked = trainer.output_dir or Path(), restarts(trainer.output_dir) if trainer.output_dir else []
         path = self.path or folder / "curves.png"
         title = printable(f"{folder.name} step {trainer.global_step:,} of {trainer.total_steps:,}".lstrip())
         try:
-            figure = draw(history, self._restarts, trainer.total_steps, self.theme, title)
+            figure = draw(history, marked, trainer.total_steps, self.theme, title)
             with replacing(path) as new:  # so that a viewer never sees half a picture
                 figure.savefig(new, dpi=130, format="png")
         except Exception as error:  # does not end the run, because the numbers are stored elsewhere
@@ -104,10 +99,9 @@ def _draw_losses(axis: Any, history: dict[str, list[float]], restarts: list[int]
     if is_long:
         axis.plot(steps, smoothed(losses), color="C0", label="training (smoothed)")
         finite = [value for value in (*losses, *validation) if math.isfinite(value)]
-        low, high = np.quantile(finite, (0, 0.97)) if finite else (0, 0)
-        if high > low:
-            margin = 0.06 * (high - low)
-            axis.set_ylim(low - margin, high + margin)
+        low, high = np.quantile(finite or [0.0], (0, 0.97))
+        margin = 0.06 * (high - low) + 1e-3
+        axis.set_ylim(low - margin, high + margin)
     if validation:
         label = f"validation ({validation[-1]:.4g})"
         axis.plot(history["val_step"], validation, "o-", color="C1", markersize=3.5, label=label)

@@ -20,9 +20,9 @@ KNOWN = {"curves": VisualizationCallback, "samples": SampleCallback, "profiler":
 
 def default_callbacks(config: Config, output_dir: Path | None, has_validation: bool) -> list[Callback]:
     """Returns a progress bar, log lines (also in `output_dir`), and one that keeps the best checkpoint."""
+    training = config.training
     callbacks: list[Callback] = [ProgressCallback(), LoggingCallback(output_dir / LOG if output_dir else None)]
-    if has_validation and config.training.checkpoint_dir is not None:
-        training = config.training
+    if has_validation and training.checkpoint_dir is not None:
         callbacks.append(SaveBestCallback(training.early_stopping_metric, training.early_stopping_mode))
     return callbacks
 
@@ -33,10 +33,7 @@ def log_path(callbacks: Iterable[Callback]) -> Path | None:
 
 
 def make_callbacks(config: Config) -> list[Callback]:
-    """Make the callbacks that `config` names, and the curves, which need not be named.
-
-    Raises ConfigError, listing names that cannot be resolved and options that are wrong.
-    """
+    """Make the callbacks that `config` names, and the curves, which need not be named. Raises ConfigError."""
     callbacks: list[Callback] = []
     problems: list[str] = []
     for name in config.callbacks if "curves" in config.callbacks else ["curves", *config.callbacks]:

@@ -4,32 +4,24 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from accelerate.utils import ProfileKwargs
+from torch.profiler import profile
 
 from fundamentallm.errors import ConfigError, Problem, writing
 from fundamentallm.training.callbacks.base import Callback, RunView
-
-if TYPE_CHECKING:
-    from torch.profiler import profile
 
 
 class ProfilerCallback(Callback):
     """Profiles chosen optimizer steps: a Chrome trace (open it in https://ui.perfetto.dev) and a table of operations.
 
-    The files are in the folder traces of the `output_dir`. A launch that resumes within the chosen steps traces the
-    remaining ones.
+    They are in traces of the `output_dir`. A launch that resumes within the chosen steps traces the remaining ones.
 
     Args:
-        first_step: number of the first step traced, counted from 1; None: the tenth of this launch, because the first
-            steps compile and allocate.
+        first_step: first step traced, from 1; None: the tenth of this launch, as the first ones compile and allocate.
         num_steps: number of steps traced.
         all_processes: whether every process writes a trace; otherwise only the main process does.
         with_stack: whether to record lines of Python code, which takes time.
-
-    Raises:
-        ConfigError: if a number is less than 1.
 
     Examples:
         >>> from fundamentallm import ProfilerCallback
@@ -39,9 +31,8 @@ class ProfilerCallback(Callback):
     def __init__(
         self, first_step: int | None = None, num_steps: int = 3, all_processes: bool = False, with_stack: bool = False
     ) -> None:
-        for name, number in (("first_step", first_step), ("num_steps", num_steps)):
-            if number is not None and number < 1:
-                raise ConfigError(Problem(name, number, "at least 1"))
+        if num_steps < 1:
+            raise ConfigError(Problem("num_steps", num_steps, "at least 1"))
         self.first_step, self.num_steps = first_step, num_steps
         self.all_processes, self.with_stack = all_processes, with_stack
         self._last_step = 0

@@ -42,12 +42,9 @@ class SampleCallback(Callback):
     """Generates text after each validation, prints it, and stores it in samples.jsonl in the `output_dir`.
 
     Args:
-        prompts: texts to continue; None: the beginning of the training text.
+        prompts: a text or texts to continue; None: the beginning of the training text.
         num_tokens: number of tokens to draw for each; None: the config's `sample_tokens`.
         temperature: divides the logits; 0 takes the most probable token.
-
-    Raises:
-        ConfigError: if `prompts` is a text and not a list of texts.
 
     Examples:
         >>> from fundamentallm import SampleCallback
@@ -55,11 +52,10 @@ class SampleCallback(Callback):
     """
 
     def __init__(
-        self, prompts: list[str] | None = None, num_tokens: int | None = None, temperature: float = 0.7
+        self, prompts: list[str] | str | None = None, num_tokens: int | None = None, temperature: float = 0.7
     ) -> None:
-        if isinstance(prompts, str):  # it would be taken for a list of characters
-            raise ConfigError(Problem("prompts", prompts, "a list of text"))
-        self.prompts: list[str | None] = [*prompts] if prompts else [None]
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        self.prompts: list[str | None] = [*texts] if texts else [None]
         self.num_tokens, self.temperature = num_tokens, temperature
         self._file = LineFile(Path(SAMPLES))
 
