@@ -49,7 +49,7 @@ from fundamentallm.training.micro_batch import MicroBatch
 from fundamentallm.training.optimizers import check_optimizer, freeze, make_optimizer
 from fundamentallm.training.schedulers import advance, callers_schedule, make_schedule
 from fundamentallm.training.step import OptimizerStep
-from fundamentallm.training.throughput import Throughput, make_throughput
+from fundamentallm.training.throughput import Throughput, peak_speed
 from fundamentallm.training.view import TrainerView
 
 
@@ -407,8 +407,8 @@ class Trainer(TrainerView):
         switch_to_training(self.optimizer)
         self.model.zero_grad()  # what a caller, or a step that raised, may have left
         self.callbacks.on_train_begin(self)
-        self._throughput = make_throughput(self.config.training, self.accelerator, self.model, self.samples.data)
-        self._throughput.begin(self.global_step, int(self._progress.tokens))
+        peak = peak_speed(self.config.training, self.accelerator, self.model, self.samples.data)
+        self._throughput = Throughput(int(self._progress.tokens), peak)
 
     def _finish(self) -> None:
         """Saves the last state, and waits until it is on disk."""
