@@ -35,12 +35,12 @@ if TYPE_CHECKING:
         Callback as Callback,
         CallbackList as CallbackList,
         LoggingCallback as LoggingCallback,
+        ProfilerCallback as ProfilerCallback,
         ProgressCallback as ProgressCallback,
+        SampleCallback as SampleCallback,
         SaveBestCallback as SaveBestCallback,
         VisualizationCallback as VisualizationCallback,
     )
-    from fundamentallm.training.callbacks.profiler import ProfilerCallback as ProfilerCallback
-    from fundamentallm.training.callbacks.samples import SampleCallback as SampleCallback
     from fundamentallm.training.early_stopping import EarlyStopping as EarlyStopping
     from fundamentallm.training.loss import create_loss as create_loss
     from fundamentallm.training.metrics import MetricTracker as MetricTracker
@@ -61,10 +61,9 @@ _MODULES = {
     "inference.loading": ("load_model",),
     "models.transformer": ("Transformer",),
     "training.callbacks": (
-        "Callback", "CallbackList", "LoggingCallback", "ProgressCallback", "SaveBestCallback", "VisualizationCallback",
+        "Callback", "CallbackList", "LoggingCallback", "ProfilerCallback", "ProgressCallback", "SampleCallback",
+        "SaveBestCallback", "VisualizationCallback",
     ),
-    "training.callbacks.profiler": ("ProfilerCallback",),
-    "training.callbacks.samples": ("SampleCallback",),
     "training.early_stopping": ("EarlyStopping",),
     "training.loss": ("create_loss",),
     "training.metrics": ("MetricTracker",),

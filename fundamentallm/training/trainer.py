@@ -37,8 +37,7 @@ from fundamentallm.run.session import record_launch, session
 from fundamentallm.run.state import RunState
 from fundamentallm.run.stopping import Stop, StopSwitch
 from fundamentallm.training.arguments import check_alike, check_setup, complete, count_steps
-from fundamentallm.training.callbacks.base import Callback, CallbackList
-from fundamentallm.training.callbacks.from_config import default_callbacks, log_path
+from fundamentallm.training.callbacks import Callback, CallbackList, default_callbacks, log_path
 from fundamentallm.training.callbacks.trackers import TrackerCallback
 from fundamentallm.training.early_stopping import make_early_stopping
 from fundamentallm.training.ema import make_average, switch_to_training

@@ -25,9 +25,8 @@ from fundamentallm import (
     TrainingConfig,
     create_dataloaders,
 )
-from fundamentallm.training.callbacks import console
+from fundamentallm.training.callbacks import console, make_callbacks
 from fundamentallm.training.callbacks.base import RunView
-from fundamentallm.training.callbacks.from_config import make_callbacks
 from tests.integration.runs import StopAt
 from tests.unit.stub_run import make_stub
 
