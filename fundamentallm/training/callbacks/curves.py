@@ -97,7 +97,9 @@ def _draw_losses(axis: Any, history: dict[str, list[float]], restarts: list[int]
     is_long = len(steps) >= MANY
     axis.plot(steps, losses, color="C0", alpha=0.35 if is_long else 1, label="" if is_long else "training")
     if is_long:
-        axis.plot(steps, smoothed(losses), color="C0", label="training (smoothed)")
+        window = np.ones(len(losses) // 40)
+        means = np.convolve(losses, window, "same") / np.convolve(np.ones(len(losses)), window, "same")
+        axis.plot(steps, means, color="C0", label="training (smoothed)")
         finite = [value for value in (*losses, *validation) if math.isfinite(value)]
         low, high = np.quantile(finite or [0.0], (0, 0.97))
         margin = 0.06 * (high - low) + 1e-3
@@ -117,11 +119,3 @@ def _draw_losses(axis: Any, history: dict[str, list[float]], restarts: list[int]
     axis.set_ylabel("loss (nats per token)")
     axis.set_xlabel("optimizer step")
     axis.legend(loc="upper right")
-
-
-def smoothed(values: list[float]) -> list[float]:
-    """Returns the means over centered windows of a fortieth of all values, leaving out values that are not finite."""
-    window, is_finite = np.ones(2 * (len(values) // 80) + 1), np.isfinite(values)
-    sums = np.convolve(np.where(is_finite, values, 0.0), window, mode="same")
-    counts = np.convolve(is_finite, window, mode="same")
-    return np.where(counts > 0, sums / np.maximum(counts, 1), math.nan).tolist()  # type: ignore[no-any-return]

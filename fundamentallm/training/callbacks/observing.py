@@ -23,10 +23,8 @@ def continuation(
 ) -> tuple[str, str] | None:
     """Returns a prompt (None: the beginning of the training text) and its continuation. Same weights, same text.
 
-    None on processes other than the main one, unless the model is sharded.
-
-    Raises:
-        ConfigError: if the training data is not text, or the tokenizer does not know a character of the prompt.
+    None on processes other than the main one, unless the model is sharded. Raises ConfigError if the data is not text,
+    or the tokenizer does not know a character of the prompt.
     """
     dataset = trainer.train_loader.dataset
     if not isinstance(dataset, Tokenized) or dataset.tokenizer is None:

@@ -55,7 +55,6 @@ class TrackerCallback(Callback):
         self._logged = {clock: max((run[clock] for run in runs.values()), default=0) for clock in CLOCKS}
         for tracker in trainer.accelerator.trackers:
             self._ids[tracker.name] = RUN_ID.get(tracker.name, lambda run: None)(tracker.tracker)
-        self._write()
 
     def on_log(self, trainer: RunView, metrics: dict[str, float]) -> None:
         self._log(trainer, metrics, "step")
@@ -68,17 +67,14 @@ class TrackerCallback(Callback):
         if not trainer.is_main_process or step <= self._logged[clock]:
             return
         self._logged[clock] = step
-        self._write()  # before the line is logged: a kill in between loses a point, and never repeats one
+        if self._path is not None:  # before the line is logged: a kill in between loses a point, and never repeats one
+            runs = {name: {"id": run_id, **self._logged} for name, run_id in self._ids.items()}
+            with writing(self._path):
+                write_text(self._path, json.dumps(runs, indent=1) + "\n")
         try:
             trainer.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=step)
         except Exception as error:  # a server that is away for a while does not end the training
             logger.warning("the trackers did not take the line of step %d: %s", step, error)
-
-    def _write(self) -> None:
-        if self._path is not None:
-            runs = {name: {"id": run_id, **self._logged} for name, run_id in self._ids.items()}
-            with writing(self._path):
-                write_text(self._path, json.dumps(runs, indent=1) + "\n")
 
     def on_train_end(self, trainer: RunView) -> None:
         while self._owns and trainer.accelerator.trackers:
