@@ -24,11 +24,8 @@ class WeightAverage:
     def __init__(self, model: nn.Module, optimizer: Any, decay: float = 0.0) -> None:
         self.model, self.optimizer, self.decay, self._is_applied = model, optimizer, decay, False
         self._average: dict[nn.Parameter, Tensor] = {}  # empty until the first step, before which weights are loaded
-        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        # A tied parameter has each of its names, as in the model's state dict.
-        named = model.named_parameters(remove_duplicate=False)
-        self._parameters = {name: parameter for name, parameter in named if id(parameter) in trained}
-        self._updates = torch.zeros((), dtype=torch.int64, device=next(iter(self._parameters.values())).device)
+        self._trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._updates = torch.zeros((), dtype=torch.int64, device=self._trained[0].device)
 
     def begin(self, *_: Any) -> None:
         """Copy the weights before the first step."""
@@ -38,7 +35,7 @@ class WeightAverage:
         return self._average or self._weights()
 
     def _weights(self) -> dict[nn.Parameter, Tensor]:
-        return {parameter: parameter.detach().clone() for parameter in dict.fromkeys(self._parameters.values())}
+        return {parameter: parameter.detach().clone() for parameter in self._trained}
 
     @torch.no_grad()
     def update(self, optimizer: Optimizer, *_: Any) -> None:
@@ -77,15 +74,16 @@ class WeightAverage:
         """Returns the number of updates, and the averages by parameter name. Raises CheckpointError in `applied`."""
         if self._is_applied:
             raise CheckpointError("the model holds its averaged weights; leave averaged_weights() before saving.")
-        averages = self._averages()
-        return {"updates": self._updates, "weights": {name: averages[p] for name, p in self._parameters.items()}}
+        averages, named = self._averages(), self.model.named_parameters(remove_duplicate=False)  # as in a state dict
+        return {"updates": self._updates, "weights": {name: averages[p] for name, p in named if p in averages}}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore saved averages; one that was not saved starts from the weights."""
         self._average = self._weights()
-        for name in state["weights"].keys() & self._parameters.keys():
-            local(self._average[self._parameters[name]]).copy_(local(state["weights"][name]))
+        for name, parameter in self.model.named_parameters():
+            if parameter in self._average and name in state["weights"]:
+                local(self._average[parameter]).copy_(local(state["weights"][name]))
         self._updates.copy_(state["updates"])
 
 

@@ -112,13 +112,13 @@ def create_loss(loss_type: str = "cross_entropy", **options: Any) -> nn.Module:
     problems += [Problem(f"loss_options.{name}", options[name], str(ranges[name])) for name in wrong]
     if problems:
         raise ConfigError(problems)
-    return SummedLoss(named, **options) if loss_type in LOSSES else named(**options)  # type: ignore[no-any-return]
+    return SummedLoss(named, **options) if loss_type in LOSSES else named(**options)
 
 
 def make_objective(
     config: TrainingConfig, loss_fn: Any = None, objective: Objective | None = None
 ) -> tuple[Any, Objective | None]:
-    """Returns the loss function, and the objective that replaces it, if there is one: the caller's, or the config's.
+    """Returns the loss function, and the objective that replaces it, if the caller or the config gives one.
 
     Raises ConfigError if an objective and a loss are given, or one of them has weights, which would not be trained.
     """

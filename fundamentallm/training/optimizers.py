@@ -61,7 +61,7 @@ def make_optimizer(config: TrainingConfig, model: nn.Module) -> Optimizer:
     if kind in CLASSES:
         parameters = [p for group in groups for p in group["params"]]
         fused = all(p.device.type in FUSED_DEVICES and p.is_floating_point() and is_dense(p) for p in parameters)
-        adam = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
+        adam: dict[str, Any] = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
         own = {"sgd": {"momentum": config.momentum}, "muon": {**adam, "momentum": config.muon_momentum}}
         options = {**own.get(kind, adam), "fused": fused}
     made_by = resolve("optimizer", kind, CLASSES)

@@ -103,7 +103,7 @@ def peak_speed(config: TrainingConfig, accelerator: Accelerator, model: nn.Modul
 
     peak = config.peak_tflops or known_peak(device_name(accelerator.device), accelerator.mixed_precision)
     sample = dataset[0] if peak else None  # a `Stream` has its first sample
-    pair = (sample.get("input_ids"), sample.get("labels")) if isinstance(sample, Mapping) else sample
+    pair: Any = (sample.get("input_ids"), sample.get("labels")) if isinstance(sample, Mapping) else sample
     is_pair = isinstance(pair, (tuple, list)) and len(pair) == 2
     inputs, targets = map(np.shape, pair) if is_pair else ((), ())
     flops = model_flops_per_token(model, targets[0]) if inputs == targets and len(targets) == 1 else 0

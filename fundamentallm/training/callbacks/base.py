@@ -187,15 +187,7 @@ class CallbackList:
 
 
 class SaveBestCallback(BestValue, Callback):
-    """Saves a checkpoint, marked as the best, whenever a validation metric improves.
-
-    Args:
-        metric: name of the validation metric.
-        mode: 'min' if smaller is better, 'max' if larger is better.
-        min_delta: smallest change that counts as an improvement, in the metric's unit.
-
-    Raises:
-        ConfigError: if mode is neither.
+    """Saves a checkpoint, marked as the best, whenever a validation metric improves. See `EarlyStopping` for arguments.
 
     Examples:
         >>> from fundamentallm import SaveBestCallback

@@ -19,8 +19,7 @@ THEMES = {"light": "default", "dark": "dark_background"}  # styles of matplotlib
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
 SMALL = {"learning_rate": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens per second"}
 """The small axes below the losses: the number drawn, and its title."""
-MANY = 60
-"""From this number of log lines on, the loss is smoothed, and the axis leaves out the high losses of the start."""
+MANY = 60  # log lines from which on the loss is smoothed, and the axis leaves out the high losses of the start
 
 
 class VisualizationCallback(Callback):

@@ -104,21 +104,19 @@ class ProfilerCallback(Callback):
             raise ConfigError(Problem("num_steps", num_steps, "at least 1"))
         self.first_step, self.num_steps = first_step, num_steps
         self.all_processes, self.with_stack = all_processes, with_stack
-        self._last_step = 0
+        self._steps = range(0)  # those traced in this launch
         self._profile: profile | None = None
         self._open = ExitStack()
 
     def on_train_begin(self, trainer: RunView) -> None:
-        step = trainer.global_step
-        first = self.first_step or step + 10
-        self._last_step = first + self.num_steps - 1
-        first = max(first, step + 1)
-        if first > self._last_step or not (self.all_processes or trainer.is_main_process):
+        done, first = trainer.global_step, self.first_step or trainer.global_step + 10
+        self._steps = range(max(first, done + 1), first + self.num_steps)
+        if not self._steps or not (self.all_processes or trainer.is_main_process):
             return
-        active = self._last_step - first + 1
+        waits, active = self._steps[0] - done - 1, len(self._steps)
         options = ProfileKwargs(
-            schedule_option={"skip_first": first - step - 1, "wait": 0, "warmup": 1, "active": active, "repeat": 1},
-            on_trace_ready=lambda profile: self._write(trainer, profile, first),
+            schedule_option={"skip_first": waits, "wait": 0, "warmup": 1, "active": active, "repeat": 1},
+            on_trace_ready=lambda profile: self._write(trainer, profile),
             record_shapes=True,
             profile_memory=True,
             with_stack=self.with_stack,
@@ -129,7 +127,7 @@ class ProfilerCallback(Callback):
         # Not in on_step_end: if any callback overrides that hook, the host waits for the device at every step.
         if self._profile is not None:
             self._profile.step()
-            if trainer.global_step >= self._last_step:
+            if trainer.global_step >= self._steps[-1]:
                 self.on_train_end(trainer)
 
     def on_train_end(self, trainer: RunView) -> None:
@@ -138,9 +136,9 @@ class ProfilerCallback(Callback):
 
     on_train_abort = on_train_end
 
-    def _write(self, trainer: RunView, done: profile, first: int) -> None:
+    def _write(self, trainer: RunView, done: profile) -> None:
         folder = (trainer.output_dir or Path()) / "traces"
-        last = min(self._last_step, trainer.global_step)
+        first, last = self._steps[0], min(self._steps[-1], trainer.global_step)
         name = f"step_{first:08d}-{last:08d}.rank{trainer.accelerator.process_index}"
         order = "self_cpu_time_total" if trainer.accelerator.device.type == "cpu" else "self_device_time_total"
         with writing(folder / name):
