@@ -115,7 +115,7 @@ def create_scheduler(
         >>> from fundamentallm import create_scheduler
         >>> optimizer = torch.optim.SGD(torch.nn.Linear(4, 2).parameters(), lr=1.0)
         >>> schedule = create_scheduler(optimizer, "linear", 1, steps_per_epoch=6, warmup_steps=2, min_lr_ratio=0)
-        >>> [schedule.lr_lambdas[0](step) for step in range(6)]  # as fractions of the peak
+        >>> list(map(schedule.lr_lambdas[0], range(6)))  # as fractions of the peak
         [0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
     """
     config = TrainingConfig(
