@@ -104,7 +104,8 @@ def create_scheduler(
         scheduler_type: a name in `SCHEDULES`, or 'module:name' of such a function of progress.
         max_epochs: passes over the data.
         steps_per_epoch: optimizer steps in each.
-        warmup_steps, min_lr_ratio: as in `TrainingConfig`; the warm-up is shorter than the run.
+        warmup_steps: steps of linear warm-up, fewer than the run has.
+        min_lr_ratio: learning rate of the last step, as a fraction of the peak.
         options: keyword arguments of the schedule's function.
 
     Raises:
