@@ -122,13 +122,6 @@ def test_callbacks_are_called_in_order_and_may_remove_themselves() -> None:
     assert called == [first, once, last, first, last]
 
 
-def test_wants_step_loss_only_if_the_hook_is_overridden() -> None:
-    callbacks = CallbackList([Callback(), LoggingCallback(), ProgressCallback(), SaveBestCallback()])
-    assert not callbacks.wants_step_loss
-    callbacks.add(Recorder())
-    assert callbacks.wants_step_loss
-
-
 def test_state_dict_numbers_callbacks_of_one_class() -> None:
     saved, again = (CallbackList([Callback(), *(SaveBestCallback() for _ in range(3))]) for _ in range(2))
     for value, callback in enumerate(saved.callbacks[1:]):
