@@ -2,14 +2,13 @@
 
 import io
 import math
-import sys
 from pathlib import Path
 
 import matplotlib
 import matplotlib.image
 import pytest
 
-from fundamentallm import ConfigError, VisualizationCallback
+from fundamentallm import VisualizationCallback
 from fundamentallm.run.folder import write_start
 from fundamentallm.training.callbacks.curves import draw
 from tests.conftest import problem_of
@@ -86,9 +85,3 @@ def test_draw_marks_restarts_and_skipped_steps() -> None:
 def test_draw_leaves_the_high_start_of_a_long_run_out() -> None:
     axis = draw(history([90.0, 50.0] + [2.0 - i / 100 for i in range(98)]), [], 1000, "light", "run").axes[0]
     assert axis.get_ylim()[1] < 3
-
-
-def test_visualization_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ConfigError, match=r"pip install 'fundamentallm\[plots\]'"):
-        VisualizationCallback()

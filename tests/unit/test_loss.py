@@ -132,12 +132,6 @@ def test_create_loss_refuses_a_wrong_name_or_option(name: str, options: Any, set
     assert fact in problem
 
 
-def test_module_and_name_make_any_loss_with_its_options() -> None:
-    loss = create_loss("torch.nn:CrossEntropyLoss", reduction="sum", label_smoothing=0.25)
-    assert isinstance(loss, nn.CrossEntropyLoss)
-    assert (loss.reduction, loss.label_smoothing) == ("sum", 0.25)
-
-
 # ---- a large vocabulary --------------------------------------------------------------------------------------------
 
 

@@ -97,20 +97,6 @@ def test_the_schedule_scales_each_group_from_its_own_peak_and_the_frozen_stay(wh
     assert whole.metrics.get_history()["learning_rate"][2] == 1e-2  # the peak that the config says
 
 
-def test_changed_groups_are_a_change_of_the_run(tmp_path: Path) -> None:
-    run(tmp_path, stop_at=3)
-    milder = [ENTRIES[0], {"pattern": "*.layers.0.*", "learning_rate_scale": 0.25}]
-    with pytest.raises(ConfigError, match=r"training\.parameter_groups is "):
-        run(tmp_path, parameter_groups=milder)
-    run(tmp_path, stop_at=5, parameter_groups=milder, resume_changes=["training.parameter_groups"])
-
-
-def test_groups_beside_an_optimizer_of_the_callers_are_refused(tmp_path: Path) -> None:
-    config = make_config(tmp_path, parameter_groups=ENTRIES)
-    with pytest.raises(ConfigError, match="parameter_groups"):
-        make_trainer(config, optimizer=torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1))
-
-
 def _on_two(count: int, folder: Path) -> None:
     """DistributedDataParallel would wait for the gradient of what was frozen too late."""
     assert run(folder).accelerator.num_processes == count

@@ -110,15 +110,6 @@ def test_the_state_is_one_integer_and_loading_it_jumps_there(name: str) -> None:
     assert expected[:17] + rates(again, 13) == expected
 
 
-def half(progress: float, height: float = 0.5) -> float:
-    return height if 0 < progress < 1 else 1 - progress
-
-
-def test_module_and_name_make_a_schedule_with_its_options() -> None:
-    scheduler = create_scheduler(optimizer(1.0), f"{__name__}:half", 1, 5, min_lr_ratio=0.0, height=0.25)
-    assert rates(scheduler, 5) == [1.0, 0.25, 0.25, 0.25, 0.0]
-
-
 @pytest.mark.parametrize(
     ("arguments", "setting"),
     [
