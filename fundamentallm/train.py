@@ -195,7 +195,7 @@ def _check_names(config: Config) -> list[Callback]:
     """Makes what the config names, over a dummy parameter, to raise all mistakes together; returns the callbacks."""
     from torch import nn
 
-    from fundamentallm.training.callbacks.from_config import make_callbacks
+    from fundamentallm.training.callbacks import make_callbacks
     from fundamentallm.training.loss import create_loss
     from fundamentallm.training.metrics import further_metrics
     from fundamentallm.training.optimizers import create_optimizer
@@ -238,7 +238,7 @@ def _report_end(trainer: Trainer, seconds: float) -> None:
     """Prints a sample of text, the time that the launch took, the best validation loss, and what to do next."""
     config = trainer.config
     if config.sample_tokens:
-        from fundamentallm.training.callbacks.samples import continuation
+        from fundamentallm.training.callbacks.observing import continuation
 
         with suppress(Interrupted):  # the run is finished
             if written := continuation(trainer, None, config.sample_tokens):

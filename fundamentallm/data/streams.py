@@ -178,7 +178,7 @@ class TextStream(Tokenized, IterableDataset[Batch]):
         self.sequence_length = config.sequence_length
         self.tokenizer = create_tokenizer(config.tokenizer, (), config.end_of_text)
         self.tokenizer.encode_special_tokens = not reads_special_tokens(config)
-        self._copied = with_unknown(self.tokenizer)
+        self._complete = with_unknown(self.tokenizer)
         self.end_of_text = None if config.end_of_text is None else self.tokenizer.token_to_id(config.end_of_text)
         self.epoch = self._file = self._pieces = self._drawn = 0
         self._rest, self._buffer = np.empty(0, np.int32), list[NDArray[np.int32]]()

@@ -34,8 +34,7 @@ from fundamentallm.run.resume import check_tokenizer, resume
 from fundamentallm.run.session import Stop, StopSwitch, record_launch, session
 from fundamentallm.run.state import RunState, Saver
 from fundamentallm.training.arguments import check_alike, check_setup, complete, count_steps
-from fundamentallm.training.callbacks.base import Callback, CallbackList
-from fundamentallm.training.callbacks.from_config import default_callbacks, log_path
+from fundamentallm.training.callbacks import Callback, CallbackList, default_callbacks, log_path
 from fundamentallm.training.callbacks.trackers import TrackerCallback
 from fundamentallm.training.early_stopping import make_early_stopping
 from fundamentallm.training.ema import make_average, switch_to_training
@@ -44,9 +43,9 @@ from fundamentallm.training.loss import make_objective
 from fundamentallm.training.metrics import Metric, MetricTracker, evaluate, further_metrics, peak_memory_gb
 from fundamentallm.training.micro_batch import MicroBatch
 from fundamentallm.training.optimizers import check_optimizer, freeze, make_optimizer
-from fundamentallm.training.schedulers import CallersSchedule, advance, make_schedule
+from fundamentallm.training.schedulers import advance, callers_schedule, make_schedule
 from fundamentallm.training.step import OptimizerStep
-from fundamentallm.training.throughput import Throughput, make_throughput
+from fundamentallm.training.throughput import Throughput, peak_speed
 from fundamentallm.training.view import TrainerView
 
 
@@ -160,7 +159,7 @@ class Trainer(TrainerView):
             "progress": Progress(self.samples, content, self.accelerator.device),
             **self._weights,  # before the optimizer: reading them reshards what a validation has left gathered
             "optimizer": NamedOptimizerState(self.model, self.optimizer),
-            "scheduler": self.scheduler if self._has_own_schedule else CallersSchedule(self.scheduler),
+            "scheduler": self.scheduler if self._has_own_schedule else callers_schedule(self.scheduler),
             "guard": self.optimizer_step.guard,
             "metrics": self.metrics,
             "callbacks": self.callbacks,
@@ -404,8 +403,8 @@ class Trainer(TrainerView):
         switch_to_training(self.optimizer)
         self.model.zero_grad()  # what a caller, or a step that raised, may have left
         self.callbacks.on_train_begin(self)
-        self._throughput = make_throughput(self.config.training, self.accelerator, self.model, self.samples.data)
-        self._throughput.begin(self.global_step, int(self._progress.tokens))
+        peak = peak_speed(self.config.training, self.accelerator, self.model, self.samples.data)
+        self._throughput = Throughput(int(self._progress.tokens), peak)
 
     def _finish(self) -> None:
         """Saves the last state, and waits until it is on disk."""
