@@ -136,7 +136,8 @@ def check_micro_batches(make: Make) -> str:
     if len(_losses_by_seed(trainer, training=True)) > 1:
         raise Finding("skipped", "the model draws random numbers besides dropout: runs agree only on average")
     expected = _few_steps(trainer)
-    largest = min(trainer.samples.micro_batch_size, trainer.config.training.batch_size or 1)
+    batch_size = trainer.config.training.batch_size or 1
+    largest = min(trainer.samples.micro_batch_size or batch_size, batch_size)
     if largest == 1:
         raise Finding("skipped", "a micro-batch of one sequence cannot be split")
     smaller = max(1, largest // 3)

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str], program: str) -> int:
 def _with_vocabulary(config: Config) -> Config:
     """Returns the config with the shape of a pretrained model, or with the vocabulary of its data."""
     if (pretrained := config.model.pretrained) is not None:
-        from fundamentallm.run.initial_weights import completed
+        from fundamentallm.run.resume import completed
 
         config, found = completed(config)
         if found.shape is None:
@@ -124,7 +124,7 @@ def sampler_of(config: Config, devices: int = 1) -> Any:
 
 def tokens_of_run(config: Config, steps: int) -> int:
     """Returns the tokens of the first `steps` optimizer steps, following `batch_size_schedule`."""
-    return int(sampler_of(config).samples_before(steps)) * config.data.sequence_length
+    return int(sampler_of(config).at(steps).samples) * config.data.sequence_length
 
 
 class Memory(NamedTuple):

@@ -13,8 +13,9 @@ from tqdm import tqdm
 from fundamentallm.checkpoint.manifest import is_ours
 from fundamentallm.checkpoint.reading import explained, load_parts
 from fundamentallm.commands.common import BASE_HELP, add_checkpoint, option_problems, say, say_table
-from fundamentallm.config.schema import IGNORE_INDEX, DataConfig, saved_data_settings
+from fundamentallm.config.schema import IGNORE_INDEX, DataConfig
 from fundamentallm.config.validation import AT_LEAST_ONE, from_dict
+from fundamentallm.config.yaml_format import saved_data_settings
 from fundamentallm.data.corpus import Corpus, load_validation
 from fundamentallm.data.loaders import collate, corpus_samples
 from fundamentallm.errors import ConfigError, Problem
@@ -23,7 +24,7 @@ from fundamentallm.inference.loading import LoadedModel, load_model
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.models.transformers_format import TOKENIZER
 from fundamentallm.models.with_loss import ModelWithLoss
-from fundamentallm.run.step_samples import corpus_of_run
+from fundamentallm.run.progress import corpus_of_run
 from fundamentallm.training.loss import create_loss
 
 OTHER_TEXT = "Give a text with --source."

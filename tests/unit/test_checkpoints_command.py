@@ -282,7 +282,7 @@ def test_source_that_only_a_checkpoint_names_is_not_opened(
     data = json.loads((path / "state.json").read_text())["state"]["config"]["data"]
     forged = {"step": 0, "environment": {"host": socket.gethostname()}, "config": {"data": data}}
     (copy / "starts.jsonl").write_text(json.dumps(forged) + "\n")
-    monkeypatch.setattr("fundamentallm.run.step_samples.load_corpus", lambda *_, **__: pytest.fail("opened"))
+    monkeypatch.setattr("fundamentallm.run.progress.load_corpus", lambda *_, **__: pytest.fail("opened"))
     for verb in (["checkpoints", "samples", str(path), "--step", "9"], ["evaluate", str(path)]):
         monkeypatch.setattr(sys, "argv", ["fundamentallm", *verb])
         assert main() == 2
