@@ -221,9 +221,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("source", "fact"),
     [
-        ("missing.txt", "not found"),
-        ("*.nothing", "not found"),
-        pytest.param("x" * 5000, "not found", id="name too long for a file"),
+        ("missing.txt", "no files found"),
+        ("*.nothing", "no files found"),
+        pytest.param("x" * 5000, "no files found", id="name too long for a file"),
         ("python-doc", "'python-docs'"),
         ("only_images", ".txt or .md"),
         ("only_hidden", ".txt or .md"),
