@@ -158,7 +158,8 @@ def file_problems(config: Config) -> list[Problem]:
     if glob.glob(os.path.join(glob.escape(config.folder_of_checkpoints()), "*", "manifest.json")):
         return problems
     for name, folder in {"model.init_from": config.model.init_from, "training.resume": training.resume}.items():
-        is_named = folder not in (None, "auto", "never")
-        if is_named and not os.path.isfile(os.path.join(expand_user(folder), "manifest.json")):
+        if folder in (None, "auto", "never"):
+            continue
+        if not os.path.isfile(os.path.join(expand_user(folder), "manifest.json")):
             problems.append(Problem(name, folder, "", "Give a checkpoint's folder.", "which is not a checkpoint"))
     return problems

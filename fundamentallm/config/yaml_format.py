@@ -44,7 +44,7 @@ for _name, (_pattern, _first) in _SCALARS.items():
     _Loader.add_implicit_resolver(_TAG + _name, re.compile(f"^(?:{_pattern})$"), [*_first, ""])
 for _name in ("null", "bool", "float", "str", "seq", "map"):
     _Loader.add_constructor(_TAG + _name, yaml.SafeLoader.yaml_constructors[_TAG + _name])
-_Loader.add_constructor(_TAG + "int", lambda loader, node: int(loader.construct_scalar(node)))
+_Loader.add_constructor(_TAG + "int", lambda loader, node: int(loader.construct_scalar(node)))  # type: ignore[arg-type]
 
 
 def from_yaml(text: str) -> Any:
