@@ -10,8 +10,7 @@ from fundamentallm.checkpoint.optimizer_state import NamedOptimizerState
 from fundamentallm.checkpoint.reading import explained
 from fundamentallm.checkpoint.snapshot import ADAPTER_KEY, AVERAGE_KEY, MODEL_KEY, OPTIMIZER_KEY, encode
 from fundamentallm.checkpoint.tensor_files import Like
-from fundamentallm.config.schema import NEVER_ON_RESUME
-from fundamentallm.config.yaml_format import flat_settings
+from fundamentallm.config.schema import NEVER_ON_RESUME, flat_settings
 from fundamentallm.distributed.dtensor import is_sharded
 from fundamentallm.errors import CheckpointError, ConfigError, Problem
 from fundamentallm.run.folder import versions

@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 
 from fundamentallm.checkpoint.manifest import STATE, read_manifest, verify
 from fundamentallm.checkpoint.reading import explained, load_parts
-from fundamentallm.config.schema import DataConfig
+from fundamentallm.config.schema import DataConfig, saved_data_settings
 from fundamentallm.config.validation import from_dict
-from fundamentallm.config.yaml_format import saved_data_settings
 from fundamentallm.data.corpus import Corpus, load_corpus, was_opened
 from fundamentallm.data.datasets import TokenSamples
 from fundamentallm.data.loaders import corpus_samples

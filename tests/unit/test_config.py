@@ -16,9 +16,9 @@ from fundamentallm.config.schema import (
     DataConfig,
     ModelConfig,
     TrainingConfig,
+    flat_settings,
 )
 from fundamentallm.config.validation import fits, from_dict
-from fundamentallm.config.yaml_format import flat_settings
 from fundamentallm.errors import CheckpointError, ConfigError, Problem, ProcessLostError, report
 from tests.conftest import nested, problem_of
 
