@@ -101,12 +101,10 @@ def make_trainer(config: Config) -> Trainer:
 
     from fundamentallm.data.chat import TEMPLATE, applied_template
     from fundamentallm.data.corpus import describe, load_corpus
-    from fundamentallm.data.loaders import create_dataloaders
-    from fundamentallm.data.text_stream import stream_loaders
+    from fundamentallm.data.loaders import create_dataloaders, stream_loaders
     from fundamentallm.distributed.accelerator import create_accelerator
     from fundamentallm.models.transformer import Transformer
-    from fundamentallm.run.initial_weights import open_pretrained
-    from fundamentallm.run.resume import learned_tokenizer
+    from fundamentallm.run.resume import learned_tokenizer, open_pretrained
     from fundamentallm.training.trainer import Trainer
 
     config = config.resolved()
@@ -164,7 +162,7 @@ def _warn(trainer: Trainer) -> None:
 def _load_initial_weights(trainer: Trainer, pretrained: Pretrained | None, tokenizer: Tokenizer) -> None:
     """Loads the weights that a new run starts from, if the config names any and no checkpoint will be resumed."""
     from fundamentallm.checkpoint.reading import load_weights
-    from fundamentallm.run.initial_weights import begin_from_checkpoint
+    from fundamentallm.run.resume import begin_from_checkpoint
 
     init_from, manager = trainer.config.model.init_from, trainer.checkpoint_manager
     assert manager is not None  # the run has a folder
@@ -194,7 +192,7 @@ def _check_names(config: Config) -> list[Callback]:
     """Makes what the config names, over a dummy parameter, to raise all mistakes together; returns the callbacks."""
     from torch import nn
 
-    from fundamentallm.training.callbacks.from_config import make_callbacks
+    from fundamentallm.training.callbacks import make_callbacks
     from fundamentallm.training.loss import create_loss
     from fundamentallm.training.metrics import further_metrics
     from fundamentallm.training.optimizers import create_optimizer
@@ -237,7 +235,7 @@ def _report_end(trainer: Trainer, seconds: float) -> None:
     """Prints a sample of text, the time that the launch took, the best validation loss, and what to do next."""
     config = trainer.config
     if config.sample_tokens:
-        from fundamentallm.training.callbacks.samples import continuation
+        from fundamentallm.training.callbacks.observing import continuation
 
         with suppress(Interrupted):  # the run is finished
             if written := continuation(trainer, None, config.sample_tokens):

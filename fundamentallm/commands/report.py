@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fundamentallm.atomic import write_text
-from fundamentallm.commands.output import say
+from fundamentallm.commands.common import say
 from fundamentallm.config.schema import flat_settings
 from fundamentallm.errors import FundamentaLLMError, writing
 

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fundamentallm.config.schema import IGNORE_INDEX, DataConfig, saved_data_settings
 from fundamentallm.data.corpus import Corpus, describe, load_corpus
-from fundamentallm.data.datasets import TokenSamples, opening
+from fundamentallm.data.datasets import TokenDataset, opening
 from fundamentallm.data.loaders import corpus_samples
 from fundamentallm.data.tokenizers import create_tokenizer
 from fundamentallm.errors import ConfigError
@@ -56,7 +56,7 @@ def load(folder: Path, template: str, rows: list[Any], **settings: Any) -> Corpu
     return load_corpus(DataConfig(**given | settings), show_progress=False)
 
 
-def samples_of(corpus: Corpus, length: int = 200) -> TokenSamples:
+def samples_of(corpus: Corpus, length: int = 200) -> TokenDataset:
     return corpus_samples(corpus, length, has_validation=False)[0]
 
 
@@ -138,8 +138,8 @@ def test_rows_that_are_no_chats_are_bad_rows(tmp_path: Path) -> None:
 
 def test_template_that_alters_earlier_turns_is_refused(tmp_path: Path) -> None:
     assert targets_of(load(tmp_path, THINKS, [{"m": chat(*SINGLE)}]), 0) == ["<think></think> é3 <|end|>\n"]
-    problem = problem_of(load, tmp_path, THINKS, [{"m": chat(*SEVERAL)}], max_bad_rows=1)
-    assert (problem.setting, "generation" in problem.advice) == ("data.tokenizer", True)
+    problem = problem_of(load, tmp_path, THINKS, [{"m": chat(*SEVERAL)}])
+    assert (problem.setting, "{% generation %}" in problem.reason) == ("data.source", True)
 
 
 @pytest.mark.parametrize("switch", [None, True, False])
