@@ -27,7 +27,7 @@ from fundamentallm.config.validation import AT_LEAST_ONE
 from fundamentallm.data.datasets import TokenDataset
 from fundamentallm.data.encoding import encode_pieces
 from fundamentallm.data.loaders import collate, corpus_samples
-from fundamentallm.data.sources import open_text, read_pieces
+from fundamentallm.data.sources import read_pieces
 from fundamentallm.data.tokenizers import num_bytes, with_unknown
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.inference.generation import row_problem
@@ -129,12 +129,12 @@ def _text_of_files(loaded: LoadedModel, options: argparse.Namespace) -> Text:
         paths += found.files
     for path in paths:
         try:
-            with open_text(path) as file:
+            with path.open(encoding="utf-8-sig", newline="") as file:
                 pieces = list(encode_pieces(with_unknown(loaded.tokenizer), read_pieces(file)))
         except (OSError, UnicodeError) as error:
             raise ConfigError(Problem("--source", str(path), reason=f"which cannot be encoded: {error}")) from error
         if lacking := [piece for piece in pieces if piece.unknown]:
-            reason = f"which has {lacking[0].named_unknown()}"
+            reason = f"which has {lacking[0].unknown[0][1]!r}"
             raise ConfigError(Problem("--source", str(path), "text that the model's vocabulary has", reason=reason))
         ids = np.concatenate([np.empty(0, np.uint16), *(piece.ids for piece in pieces)])
         if problem := row_problem(loaded.model, "--source", str(path), ids.tolist()):

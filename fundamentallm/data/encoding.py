@@ -7,7 +7,7 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
@@ -25,6 +25,7 @@ PIECES_AT_ONCE = max(16, 2 * (os.cpu_count() or 1))
 """Pieces that the tokenizer's threads encode together. Bounds memory, at about 150 bytes a token."""
 PARTS = ("train", "validation")
 Place = TypeVar("Place")
+Reader = Callable[[list[str]], Iterator[tuple[int, Piece]]]
 
 
 class Encoded(NamedTuple):
@@ -33,11 +34,6 @@ class Encoded(NamedTuple):
     text: str
     ids: NDArray[np.integer]
     unknown: list[tuple[int, str]]
-
-    def named_unknown(self) -> str:
-        """Returns the parts that the vocabulary lacks, for people to read."""
-        parts = sorted({part for _, part in self.unknown})
-        return ", ".join(map(repr, parts[:10])) + (", ..." if len(parts) > 10 else "")
 
 
 class Part:
@@ -71,18 +67,12 @@ class Part:
 
 
 def write_source(
-    config: DataConfig,
-    source: SourceFiles,
-    tokenizer: Tokenizer,
-    train_size: int,
-    folder: Path,
-    pieces: Iterable[Piece],
-    bad: list[str],
+    config: DataConfig, source: SourceFiles, tokenizer: Tokenizer, train_size: int, folder: Path, read: Reader
 ) -> dict[str, Any]:
-    """Write the tokens of a source to an empty folder. The first `train_size` characters, rows or tokens are training.
+    """Write the tokens of a source to an empty folder.
 
-    Args:
-        pieces: the text, of which `bad` lists what cannot be read. Not used for files of tokens.
+    `read` returns its pieces with their parts, and lists what it cannot read. Of files of tokens, the first
+    `train_size` are for training.
 
     Returns:
         What the folder's meta.json has to say about them.
@@ -91,7 +81,7 @@ def write_source(
         ConfigError: if the vocabulary lacks some of the characters or tokens.
         OSError: if the files cannot be written.
     """
-    by_rows, counts = are_samples(config), Counter[str]()
+    by_rows, bad, counts = are_samples(config), list[str](), Counter[str]()
     added = tokenizer.get_added_tokens_decoder().values() if tokenizer.encode_special_tokens else ()
     names = sorted((token.content for token in added if token.special), key=len, reverse=True)  # the longest first
     special = re.compile("|".join(map(re.escape, names)) or r"\Z.")  # which never matches
@@ -100,8 +90,8 @@ def write_source(
         parts = [Part(file, tokenizer, end, by_rows) for file in (train, validation)]
         if source.kind == "tokens":
             _copy_tokens(source, tokenizer, train_size, parts)
-        split = split_pieces(pieces, train_size, by_rows)
-        for row, is_used in encode_rows(config, source, with_unknown(tokenizer), split, bad):
+        pieces = read(bad) if source.kind != "tokens" else ()
+        for row, is_used in encode_rows(config, source, with_unknown(tokenizer), pieces, bad):
             for index, piece, encoded in row if is_used else ():
                 parts[index].write(piece, encoded)
                 counts["special tokens read as text"] += len(special.findall(encoded.text))
@@ -157,7 +147,8 @@ def _why_unknown(piece: Piece, encoded: Encoded) -> str:
     """Returns the place in the source, and what the vocabulary lacks there."""
     line = piece.line + encoded.text.count("\n", 0, encoded.unknown[0][0])
     where = f"{piece.where}, line {line:,}" if piece.line else piece.where or "empty line between documents"
-    return f"{where} has {encoded.named_unknown()}, which the vocabulary lacks"
+    lacking = sorted({part for _, part in encoded.unknown})
+    return f"{where} has {', '.join(map(repr, lacking[:10]))}, which the vocabulary lacks"
 
 
 def _copy_tokens(source: SourceFiles, tokenizer: Tokenizer, train_size: int, parts: list[Part]) -> None:
