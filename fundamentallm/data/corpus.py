@@ -273,8 +273,7 @@ class _Cache:
         if is_intact(folder):
             return folder
         new, locks = self.folder / f".staging-{folder.name}", self.folder / "known"
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(writing(self.folder, "Choose another data.cache_dir."))
+        with writing(self.folder, "Choose another data.cache_dir."), contextlib.ExitStack() as stack:
             locks.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context((locks / f"{folder.name}.lock").open("w"))
             with contextlib.suppress(OSError):  # some file systems have no locks

@@ -128,8 +128,11 @@ def encode_rows(
     row, why = list[tuple[Place, Piece, Encoded]](), ""
     for (place, piece), encoded in zip(pieces, encode_pieces(complete, (text.text for _, text in ahead)), strict=True):
         row.append((place, piece, encoded))
-        if encoded.unknown and not (config.unknown_tokens and can_allow):
-            why = why or _why_unknown(piece, encoded)
+        if encoded.unknown and not why and not (config.unknown_tokens and can_allow):
+            line = piece.line + encoded.text.count("\n", 0, encoded.unknown[0][0])
+            where = f"{piece.where}, line {line:,}" if piece.line else piece.where or "empty line between documents"
+            lacking = sorted({part for _, part in encoded.unknown})
+            why = f"{where} has {', '.join(map(repr, lacking[:10]))}, which the vocabulary lacks"
         is_of_row = source.kind in ("rows", "dataset") and bool(piece.where)
         if is_of_row and not piece.ends:
             continue
@@ -141,14 +144,6 @@ def encode_rows(
             raise source_error(source.name, f"whose {why}", advice=advice)
         yield row, not why
         row, why = [], ""
-
-
-def _why_unknown(piece: Piece, encoded: Encoded) -> str:
-    """Returns the place in the source, and what the vocabulary lacks there."""
-    line = piece.line + encoded.text.count("\n", 0, encoded.unknown[0][0])
-    where = f"{piece.where}, line {line:,}" if piece.line else piece.where or "empty line between documents"
-    lacking = sorted({part for _, part in encoded.unknown})
-    return f"{where} has {', '.join(map(repr, lacking[:10]))}, which the vocabulary lacks"
 
 
 def _copy_tokens(source: SourceFiles, tokenizer: Tokenizer, train_size: int, parts: list[Part]) -> None:

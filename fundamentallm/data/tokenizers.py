@@ -17,8 +17,7 @@ from fundamentallm.errors import ConfigError, Problem
 
 UNKNOWN = "<unk>"
 """Token for characters that a `char` vocabulary lacks. Without it BPE would drop them silently."""
-Complete = tuple[Tokenizer, int | None]
-"""What `with_unknown` returns."""
+Complete = tuple[Tokenizer, int | None]  # what `with_unknown` returns
 SPLIT = "split_special_tokens"
 """Setting of a tokenizer_config.json: special tokens in a text are read as text."""
 MISSING = "\ue000missing\ue000"

@@ -153,7 +153,6 @@ def test_pairs_use_the_template_unless_switched_off(tmp_path: Path, switch: bool
 
 WRONG = [
     ({"tokenizer": "char"}, "data.tokenizer"),
-    ({"prompt_field": "q", "end_of_text": "<|end|>"}, "data.prompt_field"),
     ({"text_field": "answer"}, "data.text_field"),
     ({"chat_template": False}, "data.chat_template"),
     ({"special_tokens": "text"}, "data.special_tokens"),
