@@ -125,7 +125,7 @@ def _is_rows(text: str) -> bool:
 
 def _text_pieces(config: DataConfig, source: SourceFiles, path: Path, bad: list[str]) -> Iterator[Piece]:
     """Yield a text file as one document, with the line ends as they are."""
-    text, line = "", 1
+    line, is_empty = 1, True
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:  # without a byte order mark
             if config.max_bad_rows:  # a bad file is skipped as a whole, so check it before using any of it
@@ -137,11 +137,11 @@ def _text_pieces(config: DataConfig, source: SourceFiles, path: Path, bad: list[
                     advice = f"Rename it to .jsonl. To train on the JSON itself: {DATASETS}text,data_files=FILE."
                     raise source_error(source.name, reason, "text", advice)
                 yield Piece(text, ends=following is None, where=str(path), line=line)
-                line += text.count("\n")
+                line, is_empty = line + text.count("\n"), False
     except UnicodeError as error:
         skip_row(config, source, bad, f"{path} is not UTF-8 text: {error}")
     else:
-        if not text and config.end_of_text is None:  # an empty document has its separator too
+        if is_empty and config.end_of_text is None:  # an empty document has its separator too
             yield Piece("", ends=True, where=str(path), line=1)
 
 
