@@ -29,9 +29,8 @@ Reader = Callable[[list[str]], Iterator[tuple[int, Piece]]]
 
 
 class Encoded(NamedTuple):
-    """A text, its tokens, and position and text of what the vocabulary lacks."""
+    """The tokens of a text, and position and text of what the vocabulary lacks."""
 
-    text: str
     ids: NDArray[np.integer]
     unknown: list[tuple[int, str]]
 
@@ -51,7 +50,7 @@ class Part:
 
     def write(self, piece: Piece, encoded: Encoded) -> None:
         """Write the tokens of a piece. A prompt comes just before its answer."""
-        answer, text, is_prompt = self.tokens, encoded.text, self.by_rows and not piece.ends
+        answer, text, is_prompt = self.tokens, piece.text, self.by_rows and not piece.ends
         if piece.turns:
             turns = self.tokens + token_turns(self.tokenizer, text, piece.turns)
             self.turns.extend(turns)
@@ -94,7 +93,7 @@ def write_source(
         for row, is_used in encode_rows(config, source, with_unknown(tokenizer), pieces, bad):
             for index, piece, encoded in row if is_used else ():
                 parts[index].write(piece, encoded)
-                counts["special tokens read as text"] += len(special.findall(encoded.text))
+                counts["special tokens read as text"] += len(special.findall(piece.text))
                 counts["unknown tokens, for what the vocabulary lacks"] += len(encoded.unknown)
     for name, part in zip(PARTS, parts, strict=True):
         (folder / f"{name}.rows.bin").write_bytes(part.rows)
@@ -129,7 +128,7 @@ def encode_rows(
     for (place, piece), encoded in zip(pieces, encode_pieces(complete, (text.text for _, text in ahead)), strict=True):
         row.append((place, piece, encoded))
         if encoded.unknown and not why and not (config.unknown_tokens and can_allow):
-            line = piece.line + encoded.text.count("\n", 0, encoded.unknown[0][0])
+            line = piece.line + piece.text.count("\n", 0, encoded.unknown[0][0])
             where = f"{piece.where}, line {line:,}" if piece.line else piece.where or "empty line between documents"
             lacking = sorted({part for _, part in encoded.unknown})
             why = f"{where} has {', '.join(map(repr, lacking[:10]))}, which the vocabulary lacks"
@@ -194,7 +193,7 @@ def encode_pieces(complete: Complete, pieces: Iterable[str]) -> Iterator[Encoded
         for piece, encoding in zip(batch, tokenizer.encode_batch_fast(batch, add_special_tokens=False), strict=True):
             ids = np.array(encoding.ids, np.int64)
             lacking = find_unknown(tokenizer, unknown, piece) if (ids == unknown).any() else []
-            yield Encoded(piece, ids.astype(dtype), lacking)
+            yield Encoded(ids.astype(dtype), lacking)
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype[np.unsignedinteger]:

@@ -125,23 +125,23 @@ def _is_rows(text: str) -> bool:
 
 def _text_pieces(config: DataConfig, source: SourceFiles, path: Path, bad: list[str]) -> Iterator[Piece]:
     """Yield a text file as one document, with the line ends as they are."""
-    line, is_empty = 1, True
+    text, line = "", 1
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:  # without a byte order mark
             if config.max_bad_rows:  # a bad file is skipped as a whole, so check it before using any of it
                 collections.deque(read_pieces(file), maxlen=0)
                 file.seek(0)
-            for text, following in itertools.pairwise(itertools.chain(read_pieces(file), [None])):
+            for text, following in itertools.pairwise(itertools.chain(read_pieces(file), [""])):
                 if line == 1 and _is_rows(text):
                     reason = f"whose file {path} holds JSON objects, one on each line"
                     advice = f"Rename it to .jsonl. To train on the JSON itself: {DATASETS}text,data_files=FILE."
                     raise source_error(source.name, reason, "text", advice)
-                yield Piece(text, ends=following is None, where=str(path), line=line)
-                line, is_empty = line + text.count("\n"), False
+                yield Piece(text, ends=not following, where=str(path), line=line)
+                line += text.count("\n")
     except UnicodeError as error:
         skip_row(config, source, bad, f"{path} is not UTF-8 text: {error}")
     else:
-        if is_empty and config.end_of_text is None:  # an empty document has its separator too
+        if not text and config.end_of_text is None:  # an empty document has its separator too
             yield Piece("", ends=True, where=str(path), line=1)
 
 

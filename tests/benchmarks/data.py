@@ -72,7 +72,7 @@ def batch(tokens: NDArray[np.integer], at: float, again: bool = True) -> float:
     if not again:
         forget(tokens)
     loader = torch.utils.data.DataLoader(TokenDataset(tokens, LENGTH), BATCH, shuffle=True, collate_fn=collate)
-    sampler = step_sampler("loader", loader, 0, 0, 1)
+    sampler = step_sampler("loader", loader, 0)
     first = int(at * (sampler.steps_per_epoch - STEPS))
     for _ in range(1 + again):
         begun = time.perf_counter()
