@@ -319,10 +319,8 @@ def _open(folder: Path, source: SourceFiles, weight: float) -> Source:
         if meta.get("turns") is not None:
             turns = _map_file(folder / f"{part}.turns.bin", "int64", meta["turns"][index])
         parts.append(Tokens(ids, rows, meta["validation_bytes"] if part == "validation" else None, turns))
-    train, validation = parts
-    return Source(
-        source.name, weight, train, validation, meta["bad_rows"], meta.get("counts", {}), folder, source.left_out
-    )
+    (train, validation), counts = parts, meta.get("counts", {})
+    return Source(source.name, weight, train, validation, meta["bad_rows"], counts, folder, source.left_out)
 
 
 def _map_file(path: Path, dtype: str, count: int) -> NDArray[Any]:

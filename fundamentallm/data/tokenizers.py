@@ -144,9 +144,8 @@ def with_unknown(tokenizer: Tokenizer) -> Complete:
 
 def find_unknown(tokenizer: Tokenizer, unknown: int | None, text: str) -> list[tuple[int, str]]:
     """Lists position and text of what is encoded as unknown. A text that names the unknown token is not listed."""
-    if unknown is None:
-        return []
-    encoding, name = tokenizer.encode(text, add_special_tokens=False), tokenizer.id_to_token(unknown)
+    name = None if unknown is None else tokenizer.id_to_token(unknown)
+    encoding = tokenizer.encode(text, add_special_tokens=False)
     spans = [span for index, span in zip(encoding.ids, encoding.offsets, strict=True) if index == unknown]
     return [(start, text[start:end]) for start, end in spans if text[start:end].strip() != name]
 
