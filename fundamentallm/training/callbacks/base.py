@@ -182,7 +182,7 @@ class CallbackList:
         named = self._by_name()
         for name in sorted((self.state_dict().keys() - state.keys()) | (state.keys() - named.keys())):
             logger.warning("callback %s starts new or is left out: the checkpoint or this run does not have it.", name)
-        for name in state.keys() & named.keys():
+        for name in named.keys() & state.keys():
             named[name].load_state_dict(state[name])
 
 
