@@ -10,9 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from fundamentallm.config.entries import ParameterGroup
 from fundamentallm.config.registry import did_you_mean, resolve, unknown_options
-from fundamentallm.config.schema import OPTIMIZER_NAMES, TrainingConfig
+from fundamentallm.config.schema import OPTIMIZER_NAMES, ParameterGroup, TrainingConfig
 from fundamentallm.config.validation import from_dict
 from fundamentallm.distributed.dtensor import is_dense
 from fundamentallm.errors import ConfigError, Problem

@@ -192,7 +192,7 @@ def test_every_loss_name_means_that_loss() -> None:
 
 
 def test_what_the_command_line_needs_loads_no_torch(tmp_path: Path) -> None:
-    commands = ("checkpoints", "doctor", "estimate", "find_lr", "report", "prepare")
+    commands = ("estimate", "find_lr", "report", "prepare")
     names = ["config.command_line", "train", *(f"commands.{name}" for name in commands)]
     modules = ", ".join(f"fundamentallm.{name}" for name in names)
     code = f"import {modules}; import json, sys; print(json.dumps(sorted(sys.modules)))"
@@ -207,6 +207,7 @@ def test_every_public_name_resolves_to_the_object_of_that_name(name: str) -> Non
     assert getattr(fundamentallm, name).__name__ == name
 
 
-def test_an_unknown_public_name_is_an_attribute_error() -> None:
+def test_package_lists_its_public_names_only() -> None:
+    assert dir(fundamentallm) == fundamentallm.__all__
     with pytest.raises(AttributeError, match="no attribute 'Tansformer'"):
         _ = fundamentallm.Tansformer

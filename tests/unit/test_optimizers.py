@@ -285,8 +285,8 @@ def test_state_of_another_optimizer_or_model_is_refused_by_name() -> None:
     assert "exp_avg of norm.bias" in refusal()
     saved["state"]["up.wheel"] = saved["state"].pop("up.weight")
     message = refusal()
-    assert "up.wheel is not trained here" in message
-    assert "up.weight is missing" in message
+    assert "up.wheel" in message
+    assert "up.weight" in message
 
 
 LAYOUTS: dict[str, Callable[[], Tensor]] = {
