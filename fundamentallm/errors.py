@@ -88,7 +88,7 @@ class CheckpointError(FundamentaLLMError):
         >>> from fundamentallm import CheckpointManager
         >>> CheckpointManager("checkpoints").save({"model_state_dict": {}, "made": print})
         Traceback (most recent call last):
-        fundamentallm.errors.CheckpointError: made is a builtins.builtin_function_or_method; allowed: tensors and ...
+        fundamentallm.errors.CheckpointError: made is a builtins.builtin_function_or_method; allowed: tensors, ...
     """
 
 
