@@ -15,7 +15,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fundamentallm.atomic import sync
 from fundamentallm.checkpoint.manifest import STATE, TENSORS, explained as explained, verify
 from fundamentallm.checkpoint.snapshot import OFFSETS, SHARDING_INFO, WEIGHTS, decode, sharding_info, write_tensors
 from fundamentallm.distributed.dtensor import local
@@ -123,8 +122,6 @@ def export_weights(path: Path, folder: Path) -> None:
     for name in names:
         if name != STATE and not TENSORS.fullmatch(name):
             shutil.copyfile(path / name, folder / name)
-    for file in (*folder.iterdir(), folder):
-        sync(file)
 
 
 def load_weights(path: Path, files: Collection[str], model: nn.Module, like: Like | None = None) -> None:

@@ -15,9 +15,8 @@ from fundamentallm.config.schema import Config
 from fundamentallm.errors import ConfigError, Problem, printable
 from fundamentallm.run.folder import command
 from fundamentallm.run.progress import Progress
-from fundamentallm.run.saving import Saver
-from fundamentallm.run.state import RunState
-from fundamentallm.run.stopping import Stop, StopSwitch
+from fundamentallm.run.session import Stop, StopSwitch
+from fundamentallm.run.state import RunState, Saver
 from fundamentallm.training.callbacks.base import RunView
 from fundamentallm.training.early_stopping import EarlyStopping
 from fundamentallm.training.ema import WeightAverage
@@ -47,7 +46,7 @@ class TrainerView(RunView):
     @property
     def current_epoch(self) -> int:
         """Index of the epoch that the next step belongs to, from 0."""
-        return self.samples.place(self.global_step)[0]
+        return self.samples.at(self.global_step).epoch
 
     @property
     def epochs_done(self) -> float:
@@ -114,7 +113,7 @@ class TrainerView(RunView):
     @property
     def _is_at_epoch(self) -> bool:
         """Whether the next step begins an epoch."""
-        return self.samples.place(self.global_step)[1] == 0
+        return self.samples.at(self.global_step).place == 0
 
     def _is_due(self, every_n_steps: int | None, every_n_epochs: int | None) -> bool:
         if every_n_steps is not None and self.global_step % every_n_steps == 0:
@@ -122,9 +121,10 @@ class TrainerView(RunView):
         return every_n_epochs is not None and self._is_at_epoch and self.current_epoch % every_n_epochs == 0
 
     def _position(self) -> dict[str, Any]:
-        """Returns how far the run is, and in which state it would end now, for status.json."""
+        """Returns how far the run is, and in which state and why it would end now, for status.json."""
         state = "finished" if self.is_finished else "interrupted" if self.was_interrupted else "stopped"
-        return {"state": state, "step": self.global_step, "total_steps": self.total_steps}
+        counts = {"step": self.global_step, "total_steps": self.total_steps}
+        return {"state": state, **counts, "reason": self.stop_switch.reason}
 
     def request_stop(self, reason: str) -> None:
         """Stops the run at the end of this step, saved, or one later if not all processes ask in `on_step_end`."""

@@ -28,7 +28,7 @@ from fundamentallm.commands.prepare import main as prepare
 from fundamentallm.data.corpus import load_corpus
 from fundamentallm.distributed import accelerator as accelerators
 from fundamentallm.errors import CheckpointError, ConfigError
-from fundamentallm.run.initial_weights import completed
+from fundamentallm.run.resume import completed
 from fundamentallm.train import make_trainer
 from tests.conftest import reset_accelerate
 from tests.integration.runs import (

@@ -226,6 +226,7 @@ def test_estimate_takes_the_shape_of_the_folder(tmp_path: Path, capsys: pytest.C
     from fundamentallm.commands.estimate import main
 
     model = llama(tmp_path)
+    create_tokenizer("byte").save(str(tmp_path / "tokenizer.json"))
     assert main(["--model.pretrained", str(tmp_path), "--devices", "1"], "estimate") == 0
     assert f"{sum(parameter.numel() for parameter in model.parameters()):,}, of which" in capsys.readouterr().out
     write(tmp_path, mlp_bias=True)
