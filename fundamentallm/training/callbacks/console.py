@@ -11,7 +11,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from tqdm.notebook import tqdm_notebook
 
-from fundamentallm.run.json_lines import LineFile
+from fundamentallm.run.folder import LineFile
 from fundamentallm.training.callbacks.base import Callback, RunView, rewind_lines
 from fundamentallm.training.metrics import MEASURED
 
