@@ -26,7 +26,11 @@ logger = logging.getLogger(__name__)
 
 LOCK, STATUS, LOG = ".fundamentallm.lock", "status.json", "metrics.jsonl"
 STARTS, SAMPLES = "starts.jsonl", "samples.jsonl"
-TEXTS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}  # for the numbers that JSON lacks
+TEXTS: dict[str, Any] = {
+    "NaN": math.nan,
+    "Infinity": math.inf,
+    "-Infinity": -math.inf,
+}  # for the numbers that JSON lacks
 PACKAGES = ("fundamentallm", "torch", "accelerate", "safetensors", "tokenizers")
 _lock_files: set[int] = set()
 """Locks of this process. A forked one, as a loader worker, closes its copies, which would outlive a killed run."""
