@@ -26,11 +26,7 @@ logger = logging.getLogger(__name__)
 
 LOCK, STATUS, LOG = ".fundamentallm.lock", "status.json", "metrics.jsonl"
 STARTS, SAMPLES = "starts.jsonl", "samples.jsonl"
-TEXTS: dict[str, Any] = {
-    "NaN": math.nan,
-    "Infinity": math.inf,
-    "-Infinity": -math.inf,
-}  # for the numbers that JSON lacks
+TEXTS = ("NaN", "Infinity", "-Infinity")  # for the numbers that JSON lacks
 PACKAGES = ("fundamentallm", "torch", "accelerate", "safetensors", "tokenizers")
 _lock_files: set[int] = set()
 """Locks of this process. A forked one, as a loader worker, closes its copies, which would outlive a killed run."""
@@ -162,7 +158,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def numbers(line: dict[str, Any]) -> dict[str, float]:
     """Returns the numbers of a line by name, including those that are stored as texts."""
-    named = {name: TEXTS.get(value) if isinstance(value, str) else value for name, value in line.items()}
+    named = {name: float(value) if value in TEXTS else value for name, value in line.items()}
     return {name: value for name, value in named.items() if type(value) in (int, float)}
 
 
