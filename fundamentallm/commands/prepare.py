@@ -6,8 +6,7 @@ data.source there.
 
 from collections.abc import Sequence
 
-from fundamentallm.commands.options import settings_parser
-from fundamentallm.commands.output import say
+from fundamentallm.commands.common import say, settings_parser
 from fundamentallm.config.command_line import parse_config
 from fundamentallm.config.units import size_text
 from fundamentallm.errors import ConfigError, Problem

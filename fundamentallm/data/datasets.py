@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fundamentallm.config.schema import IGNORE_INDEX
-from fundamentallm.data.tokenizers import num_bytes as count_bytes
+from fundamentallm.data.corpus import Tokens
+from fundamentallm.data.tokenizers import num_bytes
 from fundamentallm.errors import ConfigError, Problem
 
 Batch = tuple[Tensor, Tensor]
@@ -28,41 +29,70 @@ WIDTHS = 64
 
 
 class Tokenized:
-    """Base of datasets of tokens.
+    """Base of datasets of tokens."""
 
-    Attributes:
-        sequence_length: maximum number of inputs of a sample.
-        tokenizer: the tokenizer of the tokens, stored with checkpoints; None if unknown.
-        end_of_text: the token after each document; None if there is none.
-    """
-
-    sequence_length: int
-    tokenizer: Tokenizer | None
-    end_of_text: int | None
+    sequence_length: int  # maximum number of inputs of a sample
+    tokenizer: Tokenizer | None  # stored with checkpoints
+    end_of_text: int | None  # the token after each document
 
 
-class TokenSamples(Tokenized, Dataset[Batch]):
-    """Base of datasets of tokens, which make whole batches at once. Samples are segments of one array of tokens.
+class TokenDataset(Tokenized, Dataset[Batch]):
+    """Consecutive windows over a token array, in which every token but the first is a target exactly once.
 
-    Attributes:
+    The last window is moved back to end at the last token. The targets that it repeats are masked with `IGNORE_INDEX`.
+
+    Args:
+        tokens: 1-D integers, memory-mapped or not; read only where a sample lies.
+        sequence_length: inputs of a sample.
+        tokenizer: the tokenizer of the tokens; stored with checkpoints.
         num_bytes: UTF-8 bytes of the text of all targets, for bits per byte; None if unknown.
-        num_cut: number of pairs that are cut off.
-        num_lost: number of those that have no target left.
-        turns: the first target of each turn of a chat and the token after its last one, one after the other; None: all
-            tokens from a sample's first target on are targets.
+        end_of_text: the token after each document; None if there is none.
+
+    Raises:
+        ConfigError: if there are too few tokens for one sample, or `sequence_length` is below 1.
+
+    Examples:
+        >>> import numpy as np
+        >>> from fundamentallm import TokenDataset
+        >>> dataset = TokenDataset(np.arange(10), sequence_length=4)
+        >>> dataset
+        TokenDataset(3 samples of 4 tokens)
+        >>> inputs, targets = dataset[2]
+        >>> inputs.tolist(), targets.tolist()
+        ([5, 6, 7, 8], [-100, -100, -100, 9])
+        >>> from torch.utils.data import DataLoader
+        >>> loader = DataLoader(dataset, batch_size=2, shuffle=True)  # for a Trainer
     """
 
-    num_cut = num_lost = 0
+    num_cut = num_lost = 0  # pairs that are cut off, and those of them that have no target left
     turns: NDArray[np.int64] | None = None
-    tokens: NDArray[np.integer]
-    num_bytes: int | None
+
+    def __init__(
+        self,
+        tokens: NDArray[np.integer],
+        sequence_length: int,
+        tokenizer: Tokenizer | None = None,
+        num_bytes: int | None = None,
+        end_of_text: int | None = None,
+    ) -> None:
+        if not 1 <= sequence_length < len(tokens):
+            reason = f"and a part of the text has {len(tokens)} tokens"
+            allowed, advice = "less than the tokens of each part", "Give more text, or another data.train_split."
+            raise ConfigError(Problem("data.sequence_length", sequence_length, allowed, advice, reason))
+        self.tokens, self.sequence_length = tokens, sequence_length
+        self.tokenizer, self.num_bytes, self.end_of_text = tokenizer, num_bytes, end_of_text
 
     def __len__(self) -> int:
-        raise NotImplementedError
+        return -(-(len(self.tokens) - 1) // self.sequence_length)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self):,} samples of {self.sequence_length} tokens)"
 
     def _segments(self, indices: Indices) -> tuple[Indices, Indices, Indices]:
         """Returns each sample's first token, its first target, and the token after its last target."""
-        raise NotImplementedError
+        begins = indices * self.sequence_length
+        starts = np.minimum(begins, len(self.tokens) - self.sequence_length - 1)
+        return starts, begins + 1, starts + self.sequence_length + 1
 
     def __getitem__(self, index: int) -> Batch:
         if not -len(self) <= index < len(self):
@@ -95,93 +125,24 @@ class TokenSamples(Tokenized, Dataset[Batch]):
 
     def fingerprint(self) -> str:
         """Returns 32 hexadecimal digits that are equal for equal samples."""
-        raise NotImplementedError
-
-
-class TokenDataset(TokenSamples):
-    """Consecutive windows over a token array, in which every token but the first is a target exactly once.
-
-    The last window is moved back to end at the last token. The targets that it repeats are masked with `IGNORE_INDEX`.
-
-    Args:
-        tokens: 1-D integers, memory-mapped or not; read only where a sample lies.
-        sequence_length: inputs of a sample.
-        tokenizer: the tokenizer of the tokens; stored with checkpoints.
-        num_bytes: UTF-8 bytes of the text of all targets, for bits per byte; None if unknown.
-        end_of_text: the token after each document; None if there is none.
-
-    Raises:
-        ConfigError: if there are too few tokens for one sample, or `sequence_length` is below 1.
-
-    Examples:
-        >>> import numpy as np
-        >>> from fundamentallm import TokenDataset
-        >>> dataset = TokenDataset(np.arange(10), sequence_length=4)
-        >>> dataset
-        TokenDataset(3 samples of 4 tokens)
-        >>> inputs, targets = dataset[2]
-        >>> inputs.tolist(), targets.tolist()
-        ([5, 6, 7, 8], [-100, -100, -100, 9])
-        >>> from torch.utils.data import DataLoader
-        >>> loader = DataLoader(dataset, batch_size=2, shuffle=True)  # for a Trainer
-    """
-
-    def __init__(
-        self,
-        tokens: NDArray[np.integer],
-        sequence_length: int,
-        tokenizer: Tokenizer | None = None,
-        num_bytes: int | None = None,
-        end_of_text: int | None = None,
-    ) -> None:
-        if not 1 <= sequence_length < len(tokens):
-            reason = f"and a part of the text has {len(tokens)} tokens"
-            allowed, advice = "less than the tokens of each part", "Give more text, or another data.train_split."
-            raise ConfigError(Problem("data.sequence_length", sequence_length, allowed, advice, reason))
-        self.tokens, self.sequence_length = tokens, sequence_length
-        self.tokenizer, self.num_bytes, self.end_of_text = tokenizer, num_bytes, end_of_text
-
-    def __len__(self) -> int:
-        return -(-(len(self.tokens) - 1) // self.sequence_length)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({len(self):,} samples of {self.sequence_length} tokens)"
-
-    def _segments(self, indices: Indices) -> tuple[Indices, Indices, Indices]:
-        begins = indices * self.sequence_length
-        starts = np.minimum(begins, len(self.tokens) - self.sequence_length - 1)
-        return starts, begins + 1, starts + self.sequence_length + 1
-
-    def fingerprint(self) -> str:
-        """Returns the fingerprint of the tokens and the sequence length."""
         return _digest(f"{len(self.tokens)} {self.sequence_length} ", self.tokens)
 
 
-class PairDataset(TokenSamples):
+class PairDataset(TokenDataset):
     """Prompts with their answers, each pair a sample. Targets are the answer and the end-of-text token after it.
 
     A batch is as wide as its longest sample, rounded up to a multiple of `WIDTHS`. A pair is cut off after
-    `sequence_length` inputs.
-
-    Args:
-        tokens: the tokens of all pairs, one after the other.
-        rows: (pairs, 2): the index of each answer's first token, and of the one after its end.
-
-    The other arguments are the attributes of `TokenSamples`. Raises ConfigError if no pair has a target left.
+    `sequence_length` inputs. Of chats, only the tokens of the assistant's turns are targets.
+    Raises ConfigError if no pair has a target left.
     """
 
     def __init__(
-        self,
-        tokens: NDArray[np.integer],
-        rows: NDArray[np.int64],
-        sequence_length: int,
-        tokenizer: Tokenizer | None = None,
-        num_bytes: int | None = None,
-        end_of_text: int | None = None,
-        turns: NDArray[np.int64] | None = None,
+        self, pairs: Tokens, sequence_length: int, tokenizer: Tokenizer | None = None, end_of_text: int | None = None
     ) -> None:
-        self.tokens, self.rows, self.sequence_length, self.turns = tokens, rows, sequence_length, turns
-        self.tokenizer, self.num_bytes, self.end_of_text = tokenizer, num_bytes, end_of_text
+        tokens, rows, self.num_bytes, turns = pairs
+        assert rows is not None
+        self.tokens, self.rows, self.turns, self.sequence_length = tokens, rows, turns, sequence_length
+        self.tokenizer, self.end_of_text = tokenizer, end_of_text
         _, answers, stops = self._segments(np.arange(len(rows)))
         ends = rows[:, 1]
         cut = np.flatnonzero(stops < ends)
@@ -190,11 +151,11 @@ class PairDataset(TokenSamples):
             reason = f"and no answer is left in a part of {len(rows)} pairs"
             advice = "Give more pairs, or another data.train_split."
             raise ConfigError(Problem("data.sequence_length", sequence_length, "more than the prompts", advice, reason))
-        if num_bytes is not None and tokenizer is not None and len(cut):
+        if self.num_bytes is not None and tokenizer is not None and len(cut):
             positions = np.concatenate([np.arange(max(stops[i], answers[i]), ends[i]) for i in cut])
             lost = tokens[positions if turns is None else positions[_within(turns, positions)]]
             # One call for all, since each call goes through the whole vocabulary.
-            self.num_bytes = num_bytes - count_bytes(tokenizer, lost, end_of_text)
+            self.num_bytes -= num_bytes(tokenizer, lost, end_of_text)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -205,12 +166,12 @@ class PairDataset(TokenSamples):
         return starts, answers, np.minimum(ends, starts + self.sequence_length + 1)
 
     def fingerprint(self) -> str:
-        """Returns the fingerprint of the tokens, the pairs' positions and the sequence length."""
+        """Returns the same of the tokens, the pairs' positions and the sequence length."""
         turns = () if self.turns is None else (self.turns,)
         return _digest(f"pairs {len(self.rows)} {self.sequence_length} ", self.rows.reshape(-1), self.tokens, *turns)
 
 
-class MixedDataset(TokenSamples):
+class MixedDataset(TokenDataset):
     """Several datasets of one tokenizer as one, mixed by weight; without `weights`, each sample occurs once.
 
     An epoch is the shortest in which each sample of each dataset occurs at least once. Samples of an over-weighted
@@ -218,7 +179,7 @@ class MixedDataset(TokenSamples):
     are the sampler's task alone.
     """
 
-    def __init__(self, datasets: Mapping[str, TokenSamples], weights: Sequence[float] | None = None) -> None:
+    def __init__(self, datasets: Mapping[str, TokenDataset], weights: Sequence[float] | None = None) -> None:
         self.names, self.datasets = list(datasets), list(datasets.values())
         first = self.datasets[0]
         self.sequence_length, self.tokenizer = first.sequence_length, first.tokenizer
@@ -243,9 +204,8 @@ class MixedDataset(TokenSamples):
         return numbers, positions * self.sizes[numbers] // self.counts[numbers]
 
     def fingerprint(self) -> str:
-        """Returns the fingerprint of all datasets and how often their samples occur."""
-        of_each = [dataset.fingerprint() for dataset in self.datasets]
-        return hashlib.blake2b(repr((of_each, self.counts.tolist())).encode(), digest_size=16).hexdigest()
+        """Returns the same of all datasets, and how often their samples occur."""
+        return _digest(repr(([dataset.fingerprint() for dataset in self.datasets], self.counts.tolist())))
 
     def locate(self, index: int) -> tuple[str, NDArray[np.integer]]:
         """Returns the name of the dataset and the position in it, and the tokens."""
@@ -254,7 +214,6 @@ class MixedDataset(TokenSamples):
         return f"{self.names[number]} {where}", ids
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """Returns a whole batch, by one gather from each dataset, padded to the widest."""
         numbers, samples = self._find(np.asarray(indices, dtype=np.int64))
         rows = {number: np.flatnonzero(numbers == number) for number in np.unique(numbers)}
         batches = {number: self.datasets[number].__getitems__(samples[at].tolist()) for number, at in rows.items()}

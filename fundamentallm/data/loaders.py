@@ -16,66 +16,51 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from fundamentallm.config.schema import Config
-from fundamentallm.data.corpus import Corpus, Source, Tokens
-from fundamentallm.data.datasets import Batch, MixedDataset, PairDataset, TokenDataset, TokenSamples
+from fundamentallm.data.corpus import Corpus, Source, Tokens, load_validation
+from fundamentallm.data.datasets import Batch, MixedDataset, PairDataset, TokenDataset
 from fundamentallm.data.encoding import encode_pieces
-from fundamentallm.data.listed_order import LIBRARIES, ListedOrder, is_shuffling, unwrapped
-from fundamentallm.data.sampler import StepSampler, seed_draws
+from fundamentallm.data.sampler import ListedOrder, StepSampler, seed_draws
 from fundamentallm.data.sources import read_pieces
-from fundamentallm.data.streams import ENDLESS, Stream, is_stream
-from fundamentallm.data.tokenizers import num_bytes, num_ids
+from fundamentallm.data.streams import ENDLESS, Stream, TextStream, is_stream
+from fundamentallm.data.tokenizers import num_bytes, num_ids, with_unknown
 from fundamentallm.distributed.batches import LABELS, StepBatch, to_device
 from fundamentallm.errors import ConfigError, Problem
 
+LIBRARIES = ("torch", "torchdata", "accelerate")
 GATHERED_AT_ONCE = 2**12
 """Tokens that small batches are gathered together up to: 64 kilobytes."""
 
 
-def step_sampler(
-    name: str,
-    loader: DataLoader[Any],
-    seed: int,
-    process_index: int,
-    num_processes: int,
-    micro_batch_size: int | None = None,
-    pad: bool = False,
-    schedule: Sequence[Sequence[int]] = (),
-) -> StepSampler:
+def step_sampler(name: str, loader: DataLoader[Any], seed: int, **layout: Any) -> StepSampler:
     """Make the sampler that replaces a DataLoader's own, with its batch size, shuffling and drop_last.
 
-    Args:
-        name: "train_loader" or "val_loader". Only a training batch may not be larger than the dataset.
-
-    The other arguments are those of `StepSampler`.
-
-    Raises:
-        ConfigError: if the loader's order cannot be reproduced on resume, or a training batch is larger than the data.
+    `name` is "train_loader" or "val_loader". `layout` is what `StepSampler` takes about processes, micro-batches and
+    later batch sizes. Raises ConfigError if the loader's order cannot be reproduced on resume, or a training batch is
+    larger than the data.
     """
     _check_loader(name, loader)
-    sampler, batch_size, drop_last = unwrapped(loader)
-    layout = process_index, num_processes, micro_batch_size
-    if is_stream(loader.dataset):
-        stream = Stream(loader.dataset, collate_function(loader), seed, process_index == 0)
-        return StepSampler(ENDLESS, batch_size or 1, None, *layout, pad=pad, schedule=schedule, stream=stream)
-    num_samples, order = len(loader.dataset), None  # type: ignore[arg-type]
+    (sampler, batch_size, drop_last), data = unwrapped(loader), loader.dataset
+    size = batch_size or 1  # a batch of the sampler's
+    if is_stream(data):
+        stream = Stream(data, collate_function(loader), seed, is_main=layout.get("process_index", 0) == 0)
+        return StepSampler(ENDLESS, size, None, stream=stream, data=stream, **layout)
+    num_samples = len(data)  # type: ignore[arg-type]
     shuffles = is_shuffling(sampler, num_samples)
-    if shuffles is None:
-        order = ListedOrder(sampler, seed, num_samples)
-        num_samples = order.length
-    if batch_size is None:
-        if schedule:
-            raise ConfigError(Problem("training.batch_size_schedule", schedule, "[], since the batch sampler decides"))
-        batch_size = 1  # a batch of the sampler's
+    order = ListedOrder(sampler, seed, num_samples) if shuffles is None else None
+    about = {"drop_last": drop_last, "order": order, "data": data, "draw_seed": seed, **layout}
+    num_samples = num_samples if order is None else order.length
+    result = StepSampler(num_samples, size, seed if shuffles else None, **about)
+    if batch_size is None and result.schedule:
+        allowed = "[], since the batch sampler decides"
+        raise ConfigError(Problem("training.batch_size_schedule", result.schedule, allowed))
+    settings = ["training.batch_size", *["training.batch_size_schedule"] * len(result.schedule)]
     allowed = f"at most {num_samples}, the samples of the training data"
-    sizes = [("training.batch_size", batch_size), *(("training.batch_size_schedule", size) for _, size in schedule)]
+    sizes = zip(settings, result.sizes, strict=True)
     problems = [Problem(setting, size, allowed) for setting, size in sizes if size > num_samples]
     if problems and name == "train_loader":
         raise ConfigError(problems)
-    if num_samples < (batch_size if drop_last else 1):
+    if num_samples < (size if drop_last else 1):
         raise ConfigError(Problem("", loader, advice=f"{name} has {num_samples} samples, too few for one batch."))
-    order_seed = seed if shuffles else None
-    result = StepSampler(num_samples, batch_size, order_seed, *layout, drop_last, pad, schedule, order)
-    result.data, result.draw_seed = loader.dataset, seed
     return result
 
 
@@ -101,11 +86,32 @@ def _check_loader(name: str, loader: DataLoader[Any]) -> None:
             raise ConfigError(Problem("", loader, advice=f"{name}, a {type(loader).__name__}, {text}."))
 
 
-def _seeded(batches: Iterable[list[int]], seed: int, rank: int, first_step: int) -> Iterator[list[int]]:
-    """Yields the batches. The process that asks for one is seeded for it."""
-    for step, batch in enumerate(batches, first_step):
-        seed_draws(seed, rank, step)
-        yield batch
+def unwrapped(loader: Any) -> tuple[Any, int | None, bool]:
+    """Returns what decides about a loader's order: a sampler with its batch size and drop_last, or a batch sampler.
+
+    What accelerate has put around a batch sampler is taken off. The batch size of a batch sampler is None.
+    """
+    batch_sampler: Any = getattr(loader, "batch_sampler", None)
+    while hasattr(batch_sampler, "batch_sampler") and not getattr(batch_sampler, "skip_batches", 0):
+        batch_sampler = batch_sampler.batch_sampler
+    if _kind(batch_sampler) == "BatchSampler":
+        return batch_sampler.sampler, batch_sampler.batch_size, batch_sampler.drop_last
+    return batch_sampler, None, False
+
+
+def is_shuffling(sampler: Any, num_samples: int) -> bool | None:
+    """Returns whether a sampler is what shuffle=True makes, or shuffle=False; None if it is another one."""
+    kind = _kind(sampler)
+    if kind in ("DistributedSampler", "StatefulDistributedSampler"):
+        return bool(sampler.shuffle)
+    if kind in ("RandomSampler", "SeedableRandomSampler"):
+        return True if not sampler.replacement and sampler.num_samples == num_samples else None
+    return False if kind == "SequentialSampler" and len(sampler) == num_samples else None
+
+
+def _kind(sampler: Any) -> str:
+    """Returns the name of a sampler's class if it is of a known library, otherwise ""."""
+    return type(sampler).__name__ if type(sampler).__module__.partition(".")[0] in LIBRARIES else ""
 
 
 class Worker:
@@ -114,17 +120,16 @@ class Worker:
     torch gives batches to workers in turn, so each worker knows the step of its next batch.
     """
 
-    def __init__(self, loader: DataLoader[Any], seed: int, rank: int, first_step: int) -> None:
+    def __init__(self, loader: DataLoader[Any], sampler: StepSampler, first_step: int) -> None:
         self.init, self.collate_fn = loader.worker_init_fn, collate_function(loader)
-        self.num_workers, self.seed, self.rank, self.step = loader.num_workers, seed, rank, first_step
+        self.num_workers, self.step = loader.num_workers, first_step
+        self.seed, self.rank = sampler.draw_seed, sampler.process_index
 
     def start(self, worker_id: int) -> None:
-        """Starts a worker so that signals to the whole process group do not end it: the run decides when.
-
-        A second SIGTERM ends it, since that is how torch ends a worker that hangs.
-        """
+        """Starts a worker, which signals to the whole process group do not end: the run decides when."""
         for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
+        # A second SIGTERM ends it, since that is how torch ends a worker that hangs.
         signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
         if self.init is not None:
             self.init(worker_id)
@@ -139,69 +144,54 @@ class Worker:
         return batch
 
 
-def load(
-    loader: DataLoader[Any],
-    batches: Iterable[list[int]],
-    pin_memory: bool = False,
-    seed: int = 0,
-    rank: int = 0,
-    first_step: int = 0,
+def _load(
+    loader: DataLoader[Any], sampler: StepSampler, batches: Iterator[list[int]], first_step: int, pins: bool
 ) -> Iterable[Any]:
-    """Load `batches` of indices as `loader` would. One pass serves all epochs, so that its workers outlive them.
+    """Loads `batches` of indices as `loader` would. One pass serves all epochs, so that its workers outlive them.
 
-    What the dataset and the collate function draw at random follows from `seed`, `rank` and the step.
+    What the dataset and the collate function draw at random follows from the seed, the rank and the step.
     """
-    dataset, collate_fn = loader.dataset, collate_function(loader)
-    pin_memory, has_workers = pin_memory or loader.pin_memory, loader.num_workers > 0
-    if not (has_workers or pin_memory) and type(dataset) is TokenDataset and collate_fn is collate:
-        return _gather_ahead(dataset, iter(batches))
-    if not has_workers:
-        batches = _seeded(batches, seed, rank, first_step)
-    if not (has_workers or pin_memory):
+    dataset, collate_fn, has_workers = loader.dataset, collate_function(loader), loader.num_workers > 0
+    if not (has_workers or pins):
+        if type(dataset) is TokenDataset and collate_fn is collate:
+            return _gather_ahead(dataset, batches)
         # The same as torch's loader does, without its overhead, which took half of a small batch's time.
-        fetch_all = getattr(dataset, "__getitems__", None)
-        return (collate_fn(fetch_all(batch) if fetch_all else [dataset[i] for i in batch]) for batch in batches)
-    worker = Worker(loader, seed, rank, first_step)
+        fetch_all = getattr(dataset, "__getitems__", None) or (lambda batch: [dataset[index] for index in batch])
+        return (collate_fn(fetch_all(batch)) for batch in _seeded(batches, sampler, first_step))
+    worker = Worker(loader, sampler, first_step)
     return DataLoader(
         dataset,
-        batch_sampler=batches,
+        batch_sampler=batches if has_workers else _seeded(batches, sampler, first_step),
         collate_fn=worker if has_workers else collate_fn,
         num_workers=loader.num_workers,
-        pin_memory=pin_memory,
+        pin_memory=pins,
         timeout=loader.timeout,
         worker_init_fn=worker.start,
         multiprocessing_context=loader.multiprocessing_context,
         prefetch_factor=loader.prefetch_factor,
         # Without a generator of its own, iter() would draw from the global one.
-        generator=torch.Generator().manual_seed(seed),
+        generator=torch.Generator().manual_seed(sampler.draw_seed),
     )
 
 
+def _seeded(batches: Iterator[list[int]], sampler: StepSampler, first_step: int) -> Iterator[list[int]]:
+    """Yields the batches. The process that asks for one is seeded for it."""
+    for step, batch in enumerate(batches, first_step):
+        seed_draws(sampler.draw_seed, sampler.process_index, step)
+        yield batch
+
+
 def _gather_ahead(dataset: TokenDataset, batches: Iterator[list[int]]) -> Iterator[Batch]:
-    """Yield the batches. Several small ones are gathered at once, which takes about as long as one."""
+    """Yields the batches. Several small ones are gathered at once, which takes about as long as one."""
     for first in batches:
         more = GATHERED_AT_ONCE // (len(first) * dataset.sequence_length) - 1
         several = [first, *itertools.islice(batches, max(more, 0))]
         sizes = list(map(len, several))
-        inputs, targets = dataset.__getitems__(list(itertools.chain.from_iterable(several)))
-        yield from zip(torch.split(inputs, sizes), torch.split(targets, sizes), strict=True)
+        parts = [torch.split(part, sizes) for part in dataset.__getitems__(list(itertools.chain(*several)))]
+        yield from zip(*parts, strict=True)
 
 
-def device_batches(
-    loader: DataLoader[Any], sampler: StepSampler, start: int, stop: int, device: torch.device
-) -> Iterator[StepBatch]:
-    """Yield this process's part of the batch of each step from `start` to `stop`."""
-    rank_batches, ahead = itertools.tee(map(sampler.rank_batch, range(start, stop)))  # workers prefetch
-    indices = (rank_batch.indices for rank_batch in ahead)
-    if sampler.stream is not None:
-        batches: Iterable[Any] = _stream_batches(sampler, indices, start)
-    else:
-        batches = load(loader, indices, device.type == "cuda", sampler.draw_seed, sampler.process_index, start)
-    for rank_batch, batch in zip(rank_batches, batches, strict=True):
-        yield StepBatch(to_device(batch, device), len(rank_batch.indices), rank_batch.rows, rank_batch.micro_batches)
-
-
-def _stream_batches(sampler: StepSampler, batches: Iterable[list[int]], first_step: int) -> Iterator[Any]:
+def _read_stream(sampler: StepSampler, batches: Iterator[list[int]], first_step: int) -> Iterator[Any]:
     """Yields this process's part of each batch of a stream. It is read when it is asked for, not before."""
     stream = sampler.stream
     for step, indices in enumerate(batches, first_step):
@@ -211,13 +201,27 @@ def _stream_batches(sampler: StepSampler, batches: Iterable[list[int]], first_st
         yield stream.collate_fn([samples[index - whole[0]] for index in indices])
 
 
+def device_batches(
+    loader: DataLoader[Any], sampler: StepSampler, start: int, stop: int, device: torch.device
+) -> Iterator[StepBatch]:
+    """Yield this process's part of the batch of each step from `start` to `stop`."""
+    rank_batches, ahead = itertools.tee(map(sampler.rank_batch, range(start, stop)))  # workers prefetch
+    indices = (rank_batch.indices for rank_batch in ahead)
+    if sampler.stream is not None:
+        batches: Iterable[Any] = _read_stream(sampler, indices, start)
+    else:
+        batches = _load(loader, sampler, indices, start, loader.pin_memory or device.type == "cuda")
+    for rank_batch, batch in zip(rank_batches, batches, strict=True):
+        yield StepBatch(to_device(batch, device), len(rank_batch.indices), rank_batch.rows, rank_batch.micro_batches)
+
+
 def collate_function(loader: DataLoader[Any]) -> Callable[[Any], Any]:
     """Returns a loader's collate function; in place of torch's, ours."""
     return collate if loader.collate_fn is default_collate else loader.collate_fn
 
 
 def collate(batch: Any) -> Any:
-    """Collate a list of samples as torch does, and leave a tuple as it is: `TokenSamples` makes whole batches."""
+    """Collate a list of samples as torch does, and leave a tuple as it is: `TokenDataset` makes whole batches."""
     return batch if isinstance(batch, tuple) else default_collate(batch)
 
 
@@ -292,27 +296,49 @@ def create_dataloaders(
     return train_loader, None if validation is None else DataLoader(validation, **options)
 
 
+def stream_loaders(
+    config: Config, show_progress: bool = True
+) -> tuple[DataLoader[Batch], DataLoader[Batch] | None, list[str]]:
+    """Returns the loaders of a stream and of its validation data (None: there is none), and lines for the user.
+
+    Raises ConfigError if the text cannot be read, or is too short for what is held out.
+    """
+    data = config.data
+    stream = TextStream(data, config.training.seed)
+    validation: TokenDataset | None = None
+    if data.validation_source is not None:
+        sources = load_validation(data, show_progress, stream.tokenizer)
+        corpus = Corpus(stream.tokenizer, [], stream.end_of_text, sources)
+        _, validation = corpus_samples(corpus, data.sequence_length)
+    elif data.validation_tokens:
+        ids = stream.head(data.validation_tokens)
+        size = num_bytes(stream.tokenizer, ids[1:], stream.end_of_text)
+        validation = TokenDataset(ids, data.sequence_length, stream.tokenizer, size, stream.end_of_text)
+    held_out = 0 if validation is None else len(validation)
+    about = f"vocabulary {num_ids(stream.tokenizer):,}, {held_out:,} samples for validation"
+    lines = [f"{data.source}: a stream in {len(stream.source.files) or 1} files, {about}"]
+    if stream.source.left_out:
+        lines.append(f"{data.source}: not read: {stream.source.left_out}")
+    options: dict[str, Any] = {"batch_size": config.resolved().training.batch_size, "collate_fn": collate}
+    return DataLoader(stream, **options), None if validation is None else DataLoader(validation, **options), lines
+
+
 def corpus_samples(
     corpus: Corpus, sequence_length: int, has_validation: bool = True
-) -> tuple[TokenSamples | None, TokenSamples | None]:
+) -> tuple[TokenDataset | None, TokenDataset | None]:
     """Returns training samples, mixed by the sources' weights, and validation samples, each once.
 
     If `corpus.validation` has sources, they are the validation samples, and there may be none for training.
-
-    Raises:
-        ConfigError: if a part of a source is too short for one sample.
+    Raises ConfigError if a part of a source is too short for one sample.
     """
 
-    def samples(source: Source, tokens: Tokens) -> TokenSamples:
-        about = sequence_length, corpus.tokenizer, tokens.num_bytes, corpus.end_of_text
+    def samples(source: Source, tokens: Tokens) -> TokenDataset:
         try:
             if tokens.rows is not None:
-                return PairDataset(tokens.ids, tokens.rows, *about, turns=tokens.turns)
-            return TokenDataset(tokens.ids, *about)
+                return PairDataset(tokens, sequence_length, corpus.tokenizer, corpus.end_of_text)
+            return TokenDataset(tokens.ids, sequence_length, corpus.tokenizer, tokens.num_bytes, corpus.end_of_text)
         except ConfigError as error:
-            (found,) = error.problems
-            reason = f"{found.reason}, in the source {source.name}"
-            raise ConfigError(Problem(found.setting, found.value, found.allowed, found.advice, reason)) from error
+            raise ConfigError([*error.problems, Problem("", advice=f"The source is {source.name}.")]) from error
 
     train = {source.name: samples(source, source.train) for source in corpus.sources}
     held_out = corpus.validation or (corpus.sources if has_validation else ())
@@ -326,7 +352,7 @@ def corpus_samples(
 def _encode_text(text: str, tokenizer: Tokenizer | None) -> NDArray[np.integer]:
     if tokenizer is None:
         raise ConfigError(Problem("tokenizer", None, "a tokenizer, if the data is a text"))
-    pieces = list(encode_pieces(tokenizer, read_pieces(io.StringIO(text, newline=""))))
+    pieces = list(encode_pieces(with_unknown(tokenizer), read_pieces(io.StringIO(text, newline=""))))
     if lacking := sorted({unknown for piece in pieces for _, unknown in piece.unknown}):
         raise ConfigError(Problem("unknown to the tokenizer", lacking, "text that its vocabulary has"))
     return np.concatenate([np.empty(0, np.uint16), *(piece.ids for piece in pieces)])

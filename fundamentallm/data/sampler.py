@@ -3,8 +3,11 @@
 import functools
 import hashlib
 import itertools
+import random
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,9 +15,10 @@ import torch
 from numpy.typing import NDArray
 
 from fundamentallm.distributed.dtensor import seed_device
+from fundamentallm.errors import ConfigError, Problem
 
 DRAWS = 1
-"""Makes seeds of what a dataset draws other ones than those of the optimizer steps, which derive from the same numbers.
+"""Sets the seeds of what a dataset draws apart from those of the optimizer steps, which derive from the same numbers.
 """
 POSITIONS_AT_ONCE = 4096
 """Positions of the order that are computed, and kept, at once."""
@@ -58,6 +62,13 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))  # type: ignore[no-any-return]
 
 
+@functools.lru_cache(maxsize=4)
+def _permuted_block(size: int, seed: int, epoch: int, number: int) -> NDArray[np.int64]:
+    """Returns one block of the permuted order of an epoch."""
+    first = number * POSITIONS_AT_ONCE
+    return permute(np.arange(first, min(first + POSITIONS_AT_ONCE, size)), size, derive_seed(seed, epoch))
+
+
 class Start(NamedTuple):
     """The start of an order of batches."""
 
@@ -75,89 +86,58 @@ class RankBatch(NamedTuple):
     micro_batches: int  # number of them; the same on all processes
 
 
+@dataclass(eq=False, repr=False)
 class StepSampler:
     """Yields, for each optimizer step, the dataset indices of its batch and of one process's part of it.
 
     A batch is the next samples in the epoch's order. Each process gets an equal, contiguous part of it (sizes differ by
     one at most). The last batch of an epoch may be short.
-
-    Args:
-        num_samples: size of the dataset.
-        batch_size: samples a step over all processes.
-        seed: seed of the order; None for the dataset's own order.
-        process_index: rank of this process.
-        num_processes: number of processes.
-        micro_batch_size: maximum number of a process's samples to compute at once; None: all.
-        drop_last: skip an epoch's short last batch.
-        pad: pad micro-batches to one size (padding is masked), so that a compiled model sees one shape.
-        schedule: later batch sizes, as pairs of the number of steps done and the size from then on, in order.
-        order: a `ListedOrder` of an epoch, which replaces `seed`. If it lists batches, each is one step:
-            `num_samples` then counts batches, and `batch_size` is 1.
-        stream: a `Stream`, whose positions take the place of indices.
-
-    Attributes:
-        data: the dataset, or the stream. Its entry 0 is the first sample.
-        draw_seed: seed of what the dataset draws at random.
     """
 
-    def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        seed: int | None,
-        process_index: int = 0,
-        num_processes: int = 1,
-        micro_batch_size: int | None = None,
-        drop_last: bool = False,
-        pad: bool = False,
-        schedule: Sequence[Sequence[int]] = (),
-        order: Any = None,
-        stream: Any = None,
-    ) -> None:
-        self.num_samples, self.batch_size, self.seed, self.drop_last = num_samples, batch_size, seed, drop_last
-        self.schedule = [list(pair) for pair in schedule]
-        self.sizes = [batch_size, *(size for _, size in self.schedule)]
-        self.process_index, self.num_processes, self.pad = process_index, num_processes, pad
-        self.order, self.stream, self.data, self.draw_seed = order, stream, stream, seed or 0
-        self.sampler = getattr(order or stream, "description", None)
-        self._is_batched = order is not None and order.is_batched
-        self._largest_unit = max(map(len, order(0))) if self._is_batched else 1
-        self.micro_batch_size = micro_batch_size or max(self.sizes) * self._largest_unit
-        self.steps_per_epoch = self._steps_over(num_samples, batch_size)
-        self.start = Start()
-        self._block = functools.lru_cache(maxsize=2)(self._order_block)
+    num_samples: int  # size of the dataset; number of batches, if `order` lists batches
+    batch_size: int  # samples a step over all processes; 1 if `order` lists batches
+    seed: int | None  # of the order; None: the dataset's own order
+    process_index: int = 0
+    num_processes: int = 1
+    micro_batch_size: int | None = None  # maximum number of a process's samples to compute at once; None: all
+    drop_last: bool = False  # skip an epoch's short last batch
+    pad: bool = False  # pad micro-batches to one size (padding is masked), so that a compiled model sees one shape
+    schedule: Sequence[Sequence[int]] = ()  # later batch sizes: the number of steps done, and the size from then on
+    order: "ListedOrder | None" = None  # of an epoch, in place of `seed`
+    stream: Any = None  # a `Stream`, whose positions take the place of indices
+    data: Any = None  # the dataset, or the stream; its entry 0 is the first sample
+    draw_seed: int = 0  # of what the dataset draws at random
+    start: Start = field(default_factory=Start)  # a run whose batch size was changed continues from its last sample
 
-    @property
-    def start(self) -> Start:
-        """Where the batches start. A run whose batch size was changed continues from its last sample."""
-        return self._segments[0][0]
+    def __post_init__(self) -> None:
+        self.schedule = [list(pair) for pair in self.schedule]
+        self.sizes = [self.batch_size, *(size for _, size in self.schedule)]
+        self.sampler = getattr(self.order or self.stream, "description", None)
+        self._largest_unit = max(map(len, self.order.of_epoch(0))) if self.order and self.order.is_batched else 1
+        self.steps_per_epoch = self._steps_over(self.num_samples, self.batch_size)
 
-    @start.setter
-    def start(self, start: Start) -> None:
-        size = [size for step, size in [(0, self.batch_size), *self.schedule] if step <= start.step][-1]
-        self._segments = [(start, size)]
-        for step, size in self.schedule:
-            if step > start.step:  # the order of samples continues, in batches of another size
-                self._segments.append((self._at(step), size))
+    def _size(self, step: int) -> int:
+        """Returns the batch size at `step`."""
+        return [size for first, size in [(0, self.batch_size), *self.schedule] if first <= step][-1]
 
     def largest_rank_batch(self, batch_size: int) -> int:
         """Returns the maximum number of samples that a process has in a batch of this size."""
         return -(-min(batch_size, self.num_samples) * self._largest_unit // self.num_processes)
 
-    def _segment(self, step: int) -> tuple[Start, int]:
-        """Returns the start of the batches that have the size of those of `step`, and this size."""
-        for segment in reversed(self._segments):
-            if segment[0].step <= step:
-                return segment
-        return self._segments[0]
-
     def _steps_over(self, samples: int, batch_size: int) -> int:
         return samples // batch_size if self.drop_last else -(-samples // batch_size)
 
-    def _at(self, step: int) -> Start:
-        """Returns where the batches from `step` on start."""
-        start, size = self._segment(step)
-        rest, since = self.num_samples - start.place, step - start.step
+    def at(self, step: int) -> Start:
+        """Returns where the batches from `step` on start. Its samples are those consumed before `step`."""
+        at = self.start
+        for change, _ in self.schedule:
+            if at.step < change <= step:
+                at = self._advanced(at, change)
+        return self._advanced(at, step)
+
+    def _advanced(self, start: Start, step: int) -> Start:
+        """Returns where `step` starts, if all batches since `start` have one size."""
+        size, rest, since = self._size(start.step), self.num_samples - start.place, step - start.step
         rest_steps, epoch_steps = self._steps_over(rest, size), self._steps_over(self.num_samples, size)
         if since < rest_steps:
             return Start(step, start.epoch, start.place + since * size, start.samples + since * size)
@@ -165,50 +145,38 @@ class StepSampler:
         samples = min(rest_steps * size, rest) + epochs * min(epoch_steps * size, self.num_samples) + steps * size
         return Start(step, start.epoch + 1 + epochs, steps * size, start.samples + samples)
 
-    def place(self, step: int) -> tuple[int, int]:
-        """Returns (epoch, index in its order) of the first sample of `step`. Index 0 is the start of an epoch."""
-        start = self._at(step)
-        return start.epoch, start.place
-
     def steps_before_epoch(self, epoch: int) -> int:
         """Returns the number of steps before the first one of `epoch`, which is later than the epoch of `start`."""
         first = self.start.step
         steps = range(first, first + (epoch - self.start.epoch) * self.num_samples)  # batches of one sample at least
-        return first + bisect_left(steps, epoch, key=lambda step: self._at(step).epoch)
-
-    def samples_before(self, step: int) -> int:
-        """Returns the samples consumed before `step`, over all processes and epochs; listed batches count as one."""
-        return self._at(step).samples
+        return first + bisect_left(steps, epoch, key=lambda step: self.at(step).epoch)
 
     def samples_seen(self, step: int) -> int:
         """Returns the samples before `step`, if each epoch's batches have as many as those of the first."""
-        if not self._is_batched:
-            return self.samples_before(step)
-        epoch, index = self.place(step)
-        return epoch * sum(map(len, self.order(0))) + sum(map(len, self.order(epoch)[:index]))
+        at = self.at(step)
+        if self.order is None or not self.order.is_batched:
+            return at.samples
+        order, present = self.order.of_epoch(0), self.order.of_epoch(at.epoch)
+        return at.epoch * sum(map(len, order)) + sum(map(len, present[: at.place]))
 
     def epochs_before(self, step: int) -> float:
-        """Returns the passes over the data before `step`. With `drop_last`, an epoch ends before its last sample.
-
-        Of a stream, it is the number of passes that were read to their end.
-        """
-        epoch, index = self.place(step)
-        return epoch + index / self.num_samples if self.stream is None else float(self.stream.epoch)
+        """Returns the passes over the data before `step`; of a stream, only those that were read to their end."""
+        at = self.at(step)
+        return at.epoch + at.place / self.num_samples if self.stream is None else float(self.stream.epoch)
 
     def batch(self, step: int) -> list[int]:
         """Returns the dataset indices of the whole batch of `step`, over all processes."""
-        epoch, start = self.place(step)
-        stop = min(start + self._segment(step)[1], self.num_samples)
+        _, epoch, start, _ = self.at(step)
+        stop = min(start + self._size(step), self.num_samples)
         if self.order is not None:
-            listed = self.order(epoch)[start:stop]
-            return list(itertools.chain(*listed)) if self._is_batched else listed
+            listed = self.order.of_epoch(epoch)[start:stop]
+            return list(itertools.chain(*listed)) if self.order.is_batched else listed
         if self.seed is None:
             return list(range(start, stop))
-        indices = list[int]()
-        while start < stop:
-            number, offset = divmod(start, POSITIONS_AT_ONCE)
-            indices += self._block(epoch, number)[offset : offset + stop - start].tolist()
-            start = min((number + 1) * POSITIONS_AT_ONCE, stop)
+        number, begin = divmod(start, POSITIONS_AT_ONCE)
+        numbers = range(number, -(-stop // POSITIONS_AT_ONCE))
+        blocks = [_permuted_block(self.num_samples, self.seed, epoch, number) for number in numbers]
+        indices: list[int] = np.concatenate(blocks)[begin : begin + stop - start].tolist()
         return indices
 
     def rank_batch(self, step: int) -> RankBatch:
@@ -218,18 +186,79 @@ class StepSampler:
         must be masked. So every process has something to compute, and none leaves the others waiting.
         """
         batch, rank, count = self.batch(step), self.process_index, self.num_processes
-        size = len(batch)
+        size, largest = len(batch), self.largest_rank_batch(self._size(step))
         indices = batch[size * rank // count : size * (rank + 1) // count]
-        at_most, at_least = self.micro_batch_size, 1
+        at_most, at_least = self.micro_batch_size or largest, 1
         if self.pad:
-            largest = self.largest_rank_batch(self._segment(step)[1])
             at_most = at_least = -(-largest // -(-largest // at_most))
         micro_batches = -(-size // (count * at_most))
         missing = max(micro_batches * at_least - len(indices), 0)
         return RankBatch(indices + batch[:1] * missing, len(indices), micro_batches)
 
-    def _order_block(self, epoch: int, number: int) -> NDArray[np.int64]:
-        assert self.seed is not None
-        first = number * POSITIONS_AT_ONCE
-        positions = np.arange(first, min(first + POSITIONS_AT_ONCE, self.num_samples))
-        return permute(positions, self.num_samples, derive_seed(self.seed, epoch))
+
+class ListedOrder:
+    """Lists what a caller's sampler or batch sampler yields in an epoch, with its generators seeded by (seed, epoch).
+
+    `description` has the class and the digest of the first epoch. Another sampler, or other weights, have another one.
+    Raises ConfigError if the order does not follow from the seed, or names no samples of the dataset.
+    """
+
+    def __init__(self, sampler: Any, seed: int, num_samples: int) -> None:
+        self.sampler, self.seed, self.num_samples, self.length = sampler, seed, num_samples, 0
+        self.of_epoch = functools.lru_cache(maxsize=2)(self._list)
+        first = self.of_epoch(0)
+        if any(self._list(0, global_seed) != first for global_seed in (1, 2)):
+            advice = "Have it draw from an attribute `generator`, or from a seed that set_epoch(epoch) sets."
+            raise self._problem("gives another order each time, so that no run can resume", advice)
+        self.length, self.is_batched = len(first), isinstance(first[0], list)
+        digest = hashlib.blake2b(repr(first).encode(), digest_size=8).hexdigest()
+        self.description = f"{type(sampler).__name__} {digest}"
+
+    def _list(self, epoch: int, global_seed: int = 0) -> list[Any]:
+        """Returns the indices or batches of an epoch."""
+        most = 100 * self.num_samples
+        _seed(self.sampler, derive_seed(self.seed, epoch), epoch)
+        with global_states(global_seed):
+            order = list(itertools.islice(self.sampler, most + 1))
+        if order and isinstance(order[0], (list, tuple)):
+            order = [[int(index) for index in batch] for batch in order]
+            indices = list(itertools.chain.from_iterable(order))
+        else:
+            order = indices = [int(index) for index in order]
+        is_known = all(0 <= index < self.num_samples for index in indices)
+        if not (is_known and 0 < len(order) <= most and len(order) == (self.length or len(order))):
+            about = f"{min(indices, default=None)} to {max(indices, default=None)}"
+            allowed = f"Allowed: indices of the {self.num_samples} samples, an end, and as many in each epoch."
+            raise self._problem(f"yields {len(order)} entries in epoch {epoch}, of {about}", allowed)
+        return order
+
+    def _problem(self, found: str, advice: str) -> ConfigError:
+        return ConfigError(Problem("sampler", self.sampler, "", advice, text=f"{type(self.sampler).__name__} {found}"))
+
+
+def _seed(sampler: Any, seed: int, epoch: int) -> None:
+    """Give a sampler, and those within it, seeded generators and the epoch."""
+    while sampler is not None:
+        for name, value in list(getattr(sampler, "__dict__", {}).items()):
+            if isinstance(value, torch.Generator) or (name == "generator" and value is None):
+                setattr(sampler, name, torch.Generator().manual_seed(seed))
+            elif isinstance(value, np.random.Generator):
+                setattr(sampler, name, np.random.default_rng(seed))
+            elif isinstance(value, random.Random):
+                setattr(sampler, name, random.Random(seed))
+        if callable(getattr(sampler, "set_epoch", None)):
+            sampler.set_epoch(epoch)
+        sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
+
+
+@contextmanager
+def global_states(seed: int) -> Iterator[None]:
+    """Seed the global generators on entry, and set them back on exit."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    seed_draws(seed, 0, 0)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from fundamentallm.checkpoint.manifest import STATE, verify
 from fundamentallm.checkpoint.reading import explained, load_parts
-from fundamentallm.config.schema import DataConfig, saved_data_settings
+from fundamentallm.config.schema import BUILT_IN_CORPUS, DataConfig
 from fundamentallm.config.validation import from_dict
-from fundamentallm.data.corpus import Corpus, load_corpus, was_opened
-from fundamentallm.data.datasets import TokenSamples
+from fundamentallm.config.yaml_format import saved_data_settings
+from fundamentallm.data.corpus import Corpus, load_corpus, opened_note
+from fundamentallm.data.datasets import TokenDataset
 from fundamentallm.data.loaders import corpus_samples
 from fundamentallm.data.sampler import Start, StepSampler
 from fundamentallm.data.tokenizers import read_tokenizer
@@ -80,30 +81,29 @@ class Progress:
         stream = self.samples.stream
         return {
             "step": self.step,
-            "samples": self.samples.samples_before(self.step),
+            "samples": self.samples.at(self.step).samples,
             "tokens": self.tokens,
             "loss": {"totals": self.loss.totals},
             "validation_due": self.validation_due,
             "origin": self.origin,
             "stretches": self.segments,
-        } | ({} if stream is None else {"stream": stream.state_dict(self.samples.place(self.step)[1])})
+        } | ({} if stream is None else {"stream": stream.state_dict(self.samples.at(self.step).place)})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resumes at a saved step: at the next sample if the batch size changed, at the next epoch if the data did."""
         before, now, step = state["stretches"][-1], self.segments[-1], state["step"]
         saved = sampler_of(before)
-        if type(step) is not int or step < saved.start.step or state["samples"] != saved.samples_before(step):
+        if type(step) is not int or step < saved.start.step or state["samples"] != saved.at(step).samples:
             raise ValueError(f"step {step!r} does not come after {state['samples']} samples.")
         if _without_start(before) == _without_start(now):
             self.samples.start, self.segments = saved.start, list(state["stretches"])
         else:
-            epoch, index = saved.place(step)
-            if index and _sample_order(before) != _sample_order(now):
-                epoch, index = epoch + 1, 0
-            self.samples.start = Start(step, epoch, index, state["samples"])
-            self.segments = [*state["stretches"], {**now, "start": list(self.samples.start)}]
+            start = saved.at(step)
+            if start.place and _sample_order(before) != _sample_order(now):
+                start = start._replace(epoch=start.epoch + 1, place=0)
+            self.samples.start, self.segments = start, [*state["stretches"], {**now, "start": list(start)}]
         if self.samples.stream is not None and _sample_order(before) == _sample_order(now):
-            if state["stream"]["position"] != self.samples.place(step)[1]:
+            if state["stream"]["position"] != self.samples.at(step).place:
                 raise ValueError(f"step {step} is not at the place {state['stream']['position']} of the stream.")
             self.samples.stream.load_state_dict(state["stream"])
         self.step, self.validation_due = step, bool(state["validation_due"])
@@ -161,11 +161,11 @@ def samples_of_step(checkpoint: Path, step: int) -> StepSamples:
         sampler, content = sampler_of(segment), segment["content"][0]
         if segment.get("sampler") or min(sampler.num_samples, max(sampler.sizes)) > MOST_IN_A_BATCH:
             raise ValueError("its order is that of a caller's sampler, or a batch is larger than any")
-        epoch, before = sampler.place(step - 1)[0], sampler.samples_before(step - 1)
-        return StepSamples(sampler.batch(step - 1), epoch, before, progress["step"], content, config)
+        start = sampler.at(step - 1)
+        return StepSamples(sampler.batch(step - 1), start.epoch, start.samples, progress["step"], content, config)
 
 
-def text_of_step(checkpoint: Path, samples: StepSamples, source: str | None = None) -> TokenSamples | None:
+def text_of_step(checkpoint: Path, samples: StepSamples, source: str | None = None) -> TokenDataset | None:
     """Opens the dataset that the samples are from; `source` is the present location of its text, if it has moved.
 
     Returns None if the run was started from Python, without a text or a tokenizer. Raises ConfigError if the text
@@ -193,7 +193,8 @@ def corpus_of_run(checkpoint: Path, settings: dict[str, Any], source: str | None
     Raises ConfigError if the text cannot be read, or only the checkpoint names it.
     """
     data = from_dict(DataConfig, saved_data_settings(settings))
-    if source is None and not was_opened(data):
+    names = {*data.sources(), data.validation_source or BUILT_IN_CORPUS} - {BUILT_IN_CORPUS}
+    if source is None and not all(opened_note(name).exists() for name in names):
         reason = "which the checkpoint names, but which you have not opened before"
         advice = "If you trust the checkpoint, allow it by: fundamentallm prepare --data.source TEXT."
         raise ConfigError(Problem("data.source", data.source, "", advice, reason))

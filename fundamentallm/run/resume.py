@@ -12,8 +12,7 @@ from torch import nn
 
 from fundamentallm.checkpoint.manager import CheckpointManager
 from fundamentallm.checkpoint.manifest import is_ours, read_manifest, verify
-from fundamentallm.checkpoint.reading import explained, load_checkpoint, load_parts, load_weights
-from fundamentallm.checkpoint.tensor_files import Like
+from fundamentallm.checkpoint.reading import Like, explained, load_checkpoint, load_parts, load_weights
 from fundamentallm.config.schema import Config, DataConfig, ModelConfig
 from fundamentallm.config.validation import expand_user
 from fundamentallm.data.tokenizers import create_tokenizer, read_tokenizer, same_tokenizer

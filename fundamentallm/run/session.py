@@ -178,7 +178,6 @@ class StopSwitch:
         echo_seconds = signals.ECHO_SECONDS if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
         def handle(number: int, frame: FrameType | None) -> None:
-            signals.leave_closed_terminal()
             if number == signal.SIGINT:
                 if interrupted_at and time.monotonic() - interrupted_at[0] >= echo_seconds:
                     raise KeyboardInterrupt

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from fundamentallm.checkpoint.manager import CheckpointManager
 from fundamentallm.checkpoint.optimizer_state import NamedOptimizerState
-from fundamentallm.checkpoint.reading import explained
+from fundamentallm.checkpoint.reading import Like, explained
 from fundamentallm.checkpoint.snapshot import ADAPTER_KEY, AVERAGE_KEY, MODEL_KEY, OPTIMIZER_KEY, encode, plan
-from fundamentallm.checkpoint.tensor_files import Like
-from fundamentallm.config.schema import FREE_ON_RESUME, NEVER_ON_RESUME, TrainingConfig, flat_settings
+from fundamentallm.config.schema import FREE_ON_RESUME, NEVER_ON_RESUME, TrainingConfig
+from fundamentallm.config.yaml_format import flat_settings
 from fundamentallm.distributed.dtensor import is_sharded, local
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import CheckpointError, ConfigError, Problem
@@ -65,7 +65,8 @@ class RunState:
         for name in restored:
             with explained(where, f"its {name} does not fit this run"):
                 if name == "optimizer" and "training.parameter_groups" in changed:  # some may have been frozen
-                    saved[OPTIMIZER_KEY] = self.optimizer.refit(saved[OPTIMIZER_KEY])
+                    before, now = saved[OPTIMIZER_KEY]["state"], self.optimizer.state_dict()["state"]
+                    saved[OPTIMIZER_KEY]["state"] = {each: before.get(each, state) for each, state in now.items()}
                 self.parts[name].load_state_dict(saved[f"{name}{SUFFIX}"])
         self.loaded_from = where
         messages = [f"{name} starts new: the checkpoint has no state for it" for name in new]
@@ -178,7 +179,7 @@ class Saver:
         """Saves the present state in the background, unless it is saved already and is not the best."""
         manager, step = self.manager, self.state.progress.step
         # If a sharded save failed, it failed on all processes, so all of them raise here together.
-        saves = self.is_sharded or (self.group.rank == 0 and manager is not None and not manager.has_failed)
+        saves = self.is_sharded or (self.group.rank == 0 and manager is not None and manager.error is None)
         if manager is not None and saves and (self.saved_step != step or self._is_best):
             manager.save_in_background(self.state.state_dict(), self._name, self._is_best, self.files())
         self.saved_step, self.requested, self._is_best = step, False, False

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from fundamentallm.config.registry import resolve
 from fundamentallm.config.schema import METRIC_NAMES
-from fundamentallm.data.datasets import TokenSamples
+from fundamentallm.data.datasets import TokenDataset
 from fundamentallm.distributed.batches import StepBatch
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.models.with_loss import describe
@@ -88,7 +88,8 @@ def evaluate(
                 for name, metric in further.items():
                     if result[1] is None:
                         raise ConfigError(f"the metric {name} needs outputs; have the objective return (loss, outputs)")
-                    pair = convert_to_fp32(result[1]), objective.metric_batch(content)
+                    are_pairs = objective.objective(content) is objective.of_pairs  # whose metrics take the targets
+                    pair = convert_to_fp32(result[1]), content[1] if are_pairs else content
                     if hasattr(metric, "compute"):
                         metric.update(*pair)
                     else:
@@ -121,7 +122,7 @@ def metric_names(loader: DataLoader[Any] | None, further: Collection[str] = ()) 
 
 def _num_bytes(loader: DataLoader[Any]) -> int | None:
     """Returns the UTF-8 bytes of the targets, or None if they are not text or it is not known."""
-    return loader.dataset.num_bytes if isinstance(loader.dataset, TokenSamples) else None
+    return loader.dataset.num_bytes if isinstance(loader.dataset, TokenDataset) else None
 
 
 def _sum_and_count(name: str, result: Any) -> list[Tensor]:

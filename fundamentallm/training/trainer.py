@@ -18,8 +18,7 @@ from fundamentallm.checkpoint.optimizer_state import NamedOptimizerState
 from fundamentallm.checkpoint.reading import load_checkpoint
 from fundamentallm.config.schema import Config, TrainingConfig
 from fundamentallm.data.datasets import fingerprint
-from fundamentallm.data.listed_order import unwrapped
-from fundamentallm.data.loaders import step_sampler
+from fundamentallm.data.loaders import step_sampler, unwrapped
 from fundamentallm.distributed.accelerator import leave_group
 from fundamentallm.distributed.dtensor import device_name
 from fundamentallm.distributed.host_group import HostGroup
@@ -35,8 +34,7 @@ from fundamentallm.run.resume import check_tokenizer, resume
 from fundamentallm.run.session import Stop, StopSwitch, record_launch, session
 from fundamentallm.run.state import RunState, Saver
 from fundamentallm.training.arguments import check_alike, check_setup, complete, count_steps
-from fundamentallm.training.callbacks.base import Callback, CallbackList
-from fundamentallm.training.callbacks.from_config import default_callbacks, log_path
+from fundamentallm.training.callbacks import Callback, CallbackList, default_callbacks, log_path
 from fundamentallm.training.callbacks.trackers import TrackerCallback
 from fundamentallm.training.early_stopping import make_early_stopping
 from fundamentallm.training.ema import make_average, switch_to_training
@@ -45,9 +43,9 @@ from fundamentallm.training.loss import make_objective
 from fundamentallm.training.metrics import Metric, MetricTracker, evaluate, further_metrics, peak_memory_gb
 from fundamentallm.training.micro_batch import MicroBatch
 from fundamentallm.training.optimizers import check_optimizer, freeze, make_optimizer
-from fundamentallm.training.schedulers import CallersSchedule, advance, make_schedule
+from fundamentallm.training.schedulers import advance, callers_schedule, make_schedule
 from fundamentallm.training.step import OptimizerStep
-from fundamentallm.training.throughput import Throughput, make_throughput
+from fundamentallm.training.throughput import Throughput, peak_speed
 from fundamentallm.training.view import TrainerView
 
 
@@ -117,12 +115,12 @@ class Trainer(TrainerView):
         self.micro_batch = MicroBatch(accelerator) if training.micro_batch_size == "auto" else None
         at_once = None if training.micro_batch_size == "auto" else training.micro_batch_size
         # With compile, micro-batches are padded to one size, so that a compiled model sees one shape.
-        process = accelerator.process_index, accelerator.num_processes, at_once, bool(training.compile)
+        layout = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
+        layout |= {"micro_batch_size": at_once, "pad": bool(training.compile)}
         with self.group.barrier_with_errors():
-            self.samples = step_sampler(
-                "train_loader", train_loader, training.seed, *process, training.batch_size_schedule
-            )
-            self.val_samples = None if val_loader is None else step_sampler("val_loader", val_loader, 0, *process)
+            schedule = training.batch_size_schedule
+            self.samples = step_sampler("train_loader", train_loader, training.seed, schedule=schedule, **layout)
+            self.val_samples = None if val_loader is None else step_sampler("val_loader", val_loader, 0, **layout)
         content = [None if each is None else fingerprint(each.dataset) for each in (train_loader, val_loader)]
         check_alike(self.group, self.config, optimizer, [self.samples, self.val_samples], content)
         self.batch_size, self.steps_per_epoch = self.samples.batch_size, self.samples.steps_per_epoch
@@ -161,7 +159,7 @@ class Trainer(TrainerView):
             "progress": Progress(self.samples, content, self.accelerator.device),
             **self._weights,  # before the optimizer: reading them reshards what a validation has left gathered
             "optimizer": NamedOptimizerState(self.model, self.optimizer),
-            "scheduler": self.scheduler if self._has_own_schedule else CallersSchedule(self.scheduler),
+            "scheduler": self.scheduler if self._has_own_schedule else callers_schedule(self.scheduler),
             "guard": self.optimizer_step.guard,
             "metrics": self.metrics,
             "callbacks": self.callbacks,
@@ -276,7 +274,7 @@ class Trainer(TrainerView):
         self._throughput.pause(time.perf_counter() - started)
         if manager is not None:
             self.stop_switch.seconds_to_save = manager.seconds
-            if manager.has_failed:
+            if manager.error is not None:
                 self.stop_switch.request(Stop.FAILED, "a checkpoint could not be written")
         # A stop that hooks ask for at these steps takes effect at once on all processes, otherwise one step later.
         if is_logged or validates or is_at_epoch:
@@ -405,8 +403,8 @@ class Trainer(TrainerView):
         switch_to_training(self.optimizer)
         self.model.zero_grad()  # what a caller, or a step that raised, may have left
         self.callbacks.on_train_begin(self)
-        self._throughput = make_throughput(self.config.training, self.accelerator, self.model, self.samples.data)
-        self._throughput.begin(self.global_step, int(self._progress.tokens))
+        peak = peak_speed(self.config.training, self.accelerator, self.model, self.samples.data)
+        self._throughput = Throughput(int(self._progress.tokens), peak)
 
     def _finish(self) -> None:
         """Saves the last state, and waits until it is on disk."""

@@ -46,7 +46,7 @@ class TrainerView(RunView):
     @property
     def current_epoch(self) -> int:
         """Index of the epoch that the next step belongs to, from 0."""
-        return self.samples.place(self.global_step)[0]
+        return self.samples.at(self.global_step).epoch
 
     @property
     def epochs_done(self) -> float:
@@ -113,7 +113,7 @@ class TrainerView(RunView):
     @property
     def _is_at_epoch(self) -> bool:
         """Whether the next step begins an epoch."""
-        return self.samples.place(self.global_step)[1] == 0
+        return self.samples.at(self.global_step).place == 0
 
     def _is_due(self, every_n_steps: int | None, every_n_epochs: int | None) -> bool:
         if every_n_steps is not None and self.global_step % every_n_steps == 0:

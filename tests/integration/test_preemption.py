@@ -112,7 +112,7 @@ sample_tokens: 2
     [
         ("fundamentallm.data.corpus.load_corpus", signal.SIGUSR1, START_AGAIN, "interrupted", 1),
         ("fundamentallm.run.state.RunState.load", signal.SIGHUP, START_AGAIN, "interrupted", 1),
-        ("fundamentallm.training.callbacks.samples.continuation", signal.SIGTERM, 0, "finished", 4),
+        ("fundamentallm.training.callbacks.observing.continuation", signal.SIGTERM, 0, "finished", 4),
     ],
 )
 def test_signal_outside_the_loop_has_its_exit_code_and_status(

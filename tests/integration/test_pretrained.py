@@ -259,16 +259,6 @@ def test_settings_that_contradict_the_folder_are_refused(
         assert text in problem
 
 
-def test_folder_without_tokenizer_needs_data_tokenizer(folders: dict[str, Path], tmp_path: Path) -> None:
-    shutil.copytree(folders["llama"], tmp_path / "llama")
-    tokenizer = (tmp_path / "llama" / "tokenizer.json").rename(tmp_path / "tokenizer.json")
-    made = config({**folders, "llama": tmp_path / "llama"}, "llama", tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"has no tokenizer\.json"):
-        completed(made)
-    data = dataclasses.replace(made.data, tokenizer=str(tokenizer))
-    assert completed(dataclasses.replace(made, data=data))[0].data == data
-
-
 def test_prepare_uses_the_folders_tokenizer(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

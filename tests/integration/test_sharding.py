@@ -44,7 +44,7 @@ from fundamentallm.distributed.prepare import place_model, prepare_model
 from fundamentallm.errors import CheckpointError, ConfigError, FundamentaLLMError
 from fundamentallm.models.with_loss import ModelWithLoss
 from fundamentallm.run.folder import LOCK
-from fundamentallm.training.callbacks.samples import continuation
+from fundamentallm.training.callbacks.observing import continuation
 from fundamentallm.training.optimizers import create_optimizer
 from tests.integration.runs import (
     PartlyIgnored,

@@ -72,22 +72,13 @@ def killed_and_resumed(world: int, folder: Path, micro_batch_size: int | None = 
     return trainer
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
-    """A run that nothing disturbed."""
-    return train(tmp_path_factory.mktemp("whole"))
-
-
-def test_stream_without_a_state_resumes_to_the_bit(whole: Trainer, tmp_path: Path) -> None:
-    resumed = killed_and_resumed(1, tmp_path)
+def test_stream_without_a_state_resumes_to_the_bit_in_any_layout(tmp_path: Path) -> None:
+    whole, resumed = train(tmp_path / "whole"), killed_and_resumed(1, tmp_path / "one")
     assert whole.epochs_done > 1
     assert_same_weights(weights(whole), weights(resumed))
-    assert timeless(lines(whole.output_dir)) == timeless(lines(tmp_path))
-
-
-def test_stream_gives_one_curve_in_any_layout(whole: Trainer, tmp_path: Path) -> None:
-    on_processes(2, killed_and_resumed, tmp_path, 2)
-    assert_same_curve(lines(whole.output_dir), lines(tmp_path))
+    assert timeless(lines(tmp_path / "whole")) == timeless(lines(tmp_path / "one"))
+    on_processes(2, killed_and_resumed, tmp_path / "two", 2)
+    assert_same_curve(lines(tmp_path / "whole"), lines(tmp_path / "two"))
 
 
 def refused(world: int, folder: str) -> None:

@@ -27,7 +27,7 @@ from torch.utils.data.distributed import DistributedSampler
 from fundamentallm.config.schema import Config, DataConfig, TrainingConfig
 from fundamentallm.data.corpus import load_corpus
 from fundamentallm.data.datasets import TokenDataset
-from fundamentallm.data.loaders import create_dataloaders, device_batches, load, step_sampler
+from fundamentallm.data.loaders import create_dataloaders, device_batches, step_sampler
 from fundamentallm.data.sampler import StepSampler
 from fundamentallm.data.tokenizers import create_tokenizer
 from fundamentallm.errors import ConfigError
@@ -64,7 +64,7 @@ class Sharding(DistributedSampler):
     ],
 )
 def test_step_sampler_refuses_an_order_that_cannot_resume(loader: object, named: str) -> None:
-    problem = problem_of(step_sampler, "val_loader", loader, 0, 0, 1)
+    problem = problem_of(step_sampler, "val_loader", loader, 0)
     assert problem.value is loader
     assert named in problem
 
@@ -126,7 +126,7 @@ def test_step_sampler_lists_an_order_that_follows_from_a_seed(make: Any) -> None
         torch.rand(index + 1)
         options = make()
         loader = DataLoader(NUMBERS, **options, **({} if "batch_sampler" in options else {"batch_size": 3}))
-        return step_sampler("train_loader", loader, seed, index, count, **arguments)
+        return step_sampler("train_loader", loader, seed, process_index=index, num_processes=count, **arguments)
 
     state = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     whole = sampler()
@@ -150,18 +150,18 @@ def test_step_sampler_lists_an_order_that_follows_from_a_seed(make: Any) -> None
 
 def test_step_sampler_takes_a_sequential_part_of_the_data() -> None:
     loader = DataLoader(NUMBERS, batch_size=2, sampler=SequentialSampler(range(4)))
-    sampler = step_sampler("train_loader", loader, 0, 0, 1)
+    sampler = step_sampler("train_loader", loader, 0)
     assert [sampler.batch(step) for step in range(3)] == [[0, 1], [2, 3], [0, 1]]
 
 
 def test_step_sampler_refuses_an_order_that_follows_from_nothing() -> None:
     draws: list[Any] = [lambda _: float(torch.rand(())), lambda _: random.random(), lambda _: np.random.random()]
     for sampler in (*map(Shuffling, draws), iter(NUMBERS), itertools.count(), [3, 10]):
-        problem = problem_of(step_sampler, "train_loader", DataLoader(NUMBERS, sampler=sampler, batch_size=2), 0, 0, 1)
+        problem = problem_of(step_sampler, "train_loader", DataLoader(NUMBERS, sampler=sampler, batch_size=2), 0)
         assert problem.value is sampler
     changing = ByEpoch(None)
     changing.__class__ = type("Growing", (ByEpoch,), {"__iter__": lambda self: iter(NUMBERS[: 4 + self.epoch])})
-    made = step_sampler("train_loader", DataLoader(NUMBERS, sampler=changing, batch_size=2), 0, 0, 1)
+    made = step_sampler("train_loader", DataLoader(NUMBERS, sampler=changing, batch_size=2), 0)
     assert problem_of(made.batch, 2).setting == "sampler"
 
 
@@ -179,19 +179,19 @@ def test_step_sampler_replaces_the_order_of_other_loaders(shuffle: bool) -> None
         from torchdata.stateful_dataloader import StatefulDataLoader
 
         loaders.append(StatefulDataLoader(NUMBERS, batch_size=4, shuffle=shuffle))
-    expected = [step_sampler("train_loader", loader, 5, 0, 1).batch(step) for step in range(6)]
+    expected = [step_sampler("train_loader", loader, 5).batch(step) for step in range(6)]
     for other in loaders:
-        ours = step_sampler("train_loader", other, 5, 0, 1)
+        ours = step_sampler("train_loader", other, 5)
         assert [ours.batch(step) for step in range(6)] == expected
 
 
 @pytest.mark.parametrize(("batch_size", "later", "wrong"), [(11, [], [11]), (4, [12, 10, 13], [12, 13])])
 def test_step_sampler_refuses_batches_larger_than_the_data(batch_size: int, later: list[int], wrong: list[int]) -> None:
     loader = DataLoader(NUMBERS, batch_size=batch_size)
-    assert step_sampler("val_loader", loader, 0, 0, 1).batch(0) == NUMBERS[:batch_size]
+    assert step_sampler("val_loader", loader, 0).batch(0) == NUMBERS[:batch_size]
     schedule = list(enumerate(later, start=5))
     with pytest.raises(ConfigError) as error:
-        step_sampler("train_loader", loader, 0, 0, 1, schedule=schedule)
+        step_sampler("train_loader", loader, 0, schedule=schedule)
     setting = "training.batch_size_schedule" if later else "training.batch_size"
     assert [(problem.setting, problem.value) for problem in error.value.problems] == [(setting, size) for size in wrong]
     assert all("at most 10" in problem.allowed for problem in error.value.problems)
@@ -200,7 +200,7 @@ def test_step_sampler_refuses_batches_larger_than_the_data(batch_size: int, late
 @pytest.mark.parametrize(("shuffle", "drop_last"), itertools.product([False, True], repeat=2))
 def test_step_sampler_follows_the_loaders_settings(shuffle: bool, drop_last: bool) -> None:
     loader = DataLoader(NUMBERS, batch_size=4, shuffle=shuffle, drop_last=drop_last)
-    ours = step_sampler("train_loader", loader, 5, 1, 2, 1)
+    ours = step_sampler("train_loader", loader, 5, process_index=1, num_processes=2, micro_batch_size=1)
     same = StepSampler(10, 4, 5 if shuffle else None, 1, 2, 1, drop_last)
     assert ours.steps_per_epoch == len(loader)
     for step in range(2 * len(loader)):
@@ -211,7 +211,7 @@ def test_step_sampler_follows_the_loaders_settings(shuffle: bool, drop_last: boo
 def test_device_batches_continue_across_epochs(num_workers: int) -> None:
     dataset, order = TokenDataset(np.arange(200), 7), StepSampler(29, 4, 1)
     loader = DataLoader(dataset, batch_size=4, shuffle=True, num_workers=num_workers)  # torch's default collate_fn
-    sampler = step_sampler("train_loader", loader, seed=1, process_index=0, num_processes=1)
+    sampler = step_sampler("train_loader", loader, seed=1)
     before = torch.get_rng_state()
     batches = [batch.content for batch in device_batches(loader, sampler, 5, 20, torch.device("cpu"))]
     assert torch.equal(torch.get_rng_state(), before)
@@ -225,9 +225,10 @@ def in_brackets(items: list[int]) -> list[str]:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_load_collates_as_the_users_loader(num_workers: int) -> None:
-    loader = DataLoader(NUMBERS, batch_size=4, collate_fn=in_brackets, num_workers=num_workers)
-    assert list(load(loader, iter([[4, 5, 7], [8, 9]]))) == [["<4>", "<5>", "<7>"], ["<8>", "<9>"]]
+def test_device_batches_collate_as_the_users_loader(num_workers: int) -> None:
+    loader = DataLoader(NUMBERS[4:9], batch_size=3, collate_fn=in_brackets, num_workers=num_workers)
+    batches = device_batches(loader, step_sampler("train_loader", loader, 0), 0, 2, torch.device("cpu"))
+    assert [batch.content for batch in batches] == [["<4>", "<5>", "<6>"], ["<7>", "<8>"]]
 
 
 def make_config(**data: object) -> Config:
@@ -288,9 +289,3 @@ def test_create_dataloaders_refuses_what_the_vocabulary_lacks(text: str, tokeniz
 @pytest.mark.parametrize("tokens", [[[1, 2]] * 200, [0.5] * 200, []])
 def test_create_dataloaders_refuses_other_than_1d_integers(tokens: list) -> None:
     assert problem_of(create_dataloaders, tokens, None, make_config()).allowed == "1-D integers"
-
-
-def test_create_dataloaders_refuses_parts_below_one_sample(tokenizer: Tokenizer) -> None:
-    for count, train_split in ((160, 0.9), (160, 0.1), (0, 0.5)):
-        problem = problem_of(create_dataloaders, "a" * count, tokenizer, make_config(train_split=train_split))
-        assert (problem.setting, problem.value) == ("data.sequence_length", 16)

@@ -47,7 +47,7 @@ def test_progress_with_other_data_begins_at_the_next_epoch(other: dict[str, Any]
     saved = at(4, progress()).state_dict()  # 3 steps an epoch: in the middle of the second
     again = restored(saved, progress(**other))
     assert again.samples.start == Start(step=4, epoch=2, place=0, samples=14)
-    assert again.samples.samples_before(4) == saved["samples"] == 14
+    assert again.samples.at(4).samples == saved["samples"] == 14
     at_epoch = restored(at(3, progress()).state_dict(), progress(**other))  # which skips no sample
     assert at_epoch.samples.start == Start(step=3, epoch=1, place=0, samples=10)
 
@@ -92,12 +92,12 @@ def test_batches_follow_the_schedule_over_all_processes(
     ranks = [StepSampler(samples, batch_size, 3, rank, **options) for rank in range(processes)]
     made, order, seen, epochs = ranks[0], StepSampler(samples, samples, 3), list[int](), [0]
     for step in range(25):
-        epoch, place = made.place(step)
+        _, epoch, place, _ = made.at(step)
         size = size_at(step, batch_size, schedule)
         parts = [rank.rank_batch(step) for rank in ranks]
         batch = [index for part in parts for index in part.indices[: part.rows]]
         assert batch == made.batch(step) == order.batch(epoch)[place : place + size]
-        assert made.samples_before(step) == len(seen)
+        assert made.at(step).samples == len(seen)
         assert made.epochs_before(step) == epoch + place / samples < made.epochs_before(step + 1)
         assert len(batch) == size or (not drop_last and place + len(batch) == samples)
         if epoch == len(epochs):
@@ -130,10 +130,10 @@ def test_progress_resumes_at_the_next_sample_with_other_batches(
     counts = {name: state.pop(name) for name in ("tokens", "loss")}
     again = progress(samples, size, schedule=other)
     again.load_state_dict({**counts, **json.loads(json.dumps(state))})  # all else is JSON
-    assert again.samples.samples_before(step) == before.samples.samples_before(step)
-    assert again.samples.place(step) == before.samples.place(step)
+    assert again.samples.at(step).samples == before.samples.at(step).samples
+    assert again.samples.at(step)[1:3] == before.samples.at(step)[1:3]
     for later in range(step, step + 12):
-        epoch, place = again.samples.place(later)
+        _, epoch, place, _ = again.samples.at(later)
         expected = StepSampler(samples, samples, 3).batch(epoch)[place : place + size_at(later, size, other)]
         assert again.samples.batch(later) == sampler_of(again.segments[-1]).batch(later) == expected
     assert len(again.segments) == 1 + ((before_size, one) != (size, other))

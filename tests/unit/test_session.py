@@ -3,8 +3,6 @@
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -94,21 +92,6 @@ def test_handling_signals_of_a_trial_ends_at_once() -> None:
     switch.ends_at_once = True
     with pytest.raises(Interrupted), ended_by_signals(), switch.handling_signals():
         signal.raise_signal(signal.SIGTERM)
-
-
-CLOSED = """
-import os, pty
-from fundamentallm.signals import leave_closed_terminal
-user, os_side = pty.openpty()
-os.dup2(os_side, 1)
-os.close(user)
-leave_closed_terminal()
-print("an OSError otherwise", flush=True)
-"""
-
-
-def test_leave_closed_terminal_lets_a_run_print() -> None:
-    subprocess.run([sys.executable, "-c", CLOSED], check=True)
 
 
 def test_handling_signals_off_the_main_thread_sets_no_handler() -> None:

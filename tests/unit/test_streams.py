@@ -15,9 +15,8 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from fundamentallm import Config, DataConfig, ModelConfig
 from fundamentallm.config.files import file_problems
-from fundamentallm.data.loaders import step_sampler
-from fundamentallm.data.streams import Stream
-from fundamentallm.data.text_stream import TextStream, stream_loaders
+from fundamentallm.data.loaders import step_sampler, stream_loaders
+from fundamentallm.data.streams import Stream, TextStream
 from fundamentallm.errors import ConfigError
 
 END, LENGTH = "<|endoftext|>", 8
@@ -97,7 +96,7 @@ def test_stream_sets_epochs_and_leaves_the_global_generators_alone() -> None:
 
 def test_step_sampler_reads_the_stream_of_a_stateful_loader() -> None:
     stateful = pytest.importorskip("torchdata.stateful_dataloader")
-    sampler = step_sampler("train_loader", stateful.StatefulDataLoader(Numbers(), batch_size=7), 3, 0, 1)
+    sampler = step_sampler("train_loader", stateful.StatefulDataLoader(Numbers(), batch_size=7), 3)
     assert numbers(sampler.stream.read(0, 7)) == list(range(7))
 
 
@@ -126,7 +125,7 @@ def test_stream_that_can_be_read_once_loses_no_sample() -> None:
 )
 def test_step_sampler_refuses_a_stream_that(name: str, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
-        step_sampler(name, DataLoader(Numbers(), **({"batch_size": 4} | options)), 0, 0, 1)
+        step_sampler(name, DataLoader(Numbers(), **({"batch_size": 4} | options)), 0)
 
 
 def test_stream_of_datasets_resumes_by_its_state_unless_it_has_a_buffer(tmp_path: Path) -> None:
@@ -214,14 +213,13 @@ def test_text_stream_never_trains_on_held_out_tokens(tmp_path: Path) -> None:
     config = Config(str(tmp_path), ModelConfig(), data)
     train_loader, val_loader, _ = stream_loaders(config, show_progress=False)
     assert val_loader is not None
-    whole = windows(stream(TextStream(config_of(data.source), 0)), 0, 30)  # type: ignore[arg-type]
-    text = [whole[0][0], *(token for window in whole for token in window[1:])]
     held: Any = val_loader.dataset
-    assert held.tokens.tolist() == text[:40]
     one = stream(train_loader.dataset)
+    whole = windows(stream(TextStream(config_of(str(data.source)), 0)), 0, 30)
+    text = [whole[0][0], *(token for window in whole for token in window[1:])]
+    assert held.tokens.tolist() == text[:40]
     assert windows(one, 0, 2) == [text[40:49], text[48:57]]
-    seen = [token for window in windows(one, 2, 160) for token in window[1:]]
-    words = held.tokenizer.decode(seen)
+    words = held.tokenizer.decode([token for window in windows(one, 2, 160) for token in window[1:]])
     assert "document 0 " not in words
     assert words.count("document 11 ") > 1
 
@@ -283,17 +281,12 @@ def test_config_refuses_what_a_stream_cannot_have(tmp_path: Path) -> None:
 
 
 def test_smaller_shuffle_buffer_keeps_the_windows_of_the_larger(tmp_path: Path) -> None:
-    def opened(size: int | None) -> TextStream:
-        data = {"source": write(tmp_path, "txt"), "tokenizer": "byte", "sequence_length": LENGTH, "streaming": True}
-        return TextStream(DataConfig(**data, shuffle_buffer=size), seed=1)
-
-    first, smaller = opened(8), opened(2)
+    source = write(tmp_path, "txt")
+    first, smaller = (TextStream(config_of(source, shuffle_buffer=size), seed=1) for size in (8, 2))
     next(iter(first))
     smaller.load_state_dict(first.state_dict())
-    held = [window.tobytes() for window in smaller._buffer]
-    for _ in itertools.islice(iter(smaller), 20):
-        pass
-    left = {window.tobytes() for window in smaller._buffer}
-    assert not {*held[2:]} <= left
+    held = {window.tobytes() for window in smaller._buffer[2:]}
+    assert len([*itertools.islice(smaller, 20)]) == 20
+    assert not held <= {window.tobytes() for window in smaller._buffer}
     with pytest.raises(ValueError, match="buffer"):
-        opened(None).load_state_dict(first.state_dict())
+        TextStream(config_of(source), 1).load_state_dict(first.state_dict())
