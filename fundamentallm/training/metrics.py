@@ -22,7 +22,7 @@ from fundamentallm.data.datasets import TokenDataset
 from fundamentallm.distributed.batches import StepBatch
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.models.with_loss import describe
-from fundamentallm.run.json_lines import numbers, read
+from fundamentallm.run.folder import numbers, read_log
 from fundamentallm.run.progress import RunningMean
 
 MEASURED = frozenset({"tokens_per_second", "mfu", "memory_gb", "time"})
@@ -227,7 +227,7 @@ class MetricTracker:
         if any(type(value) not in (int, float) for value in latest.values()):
             raise ValueError(f"the latest values are {latest}; allowed: numbers.")
         self.metrics = {}
-        log = [] if self.log is None else [numbers(line) for line in read(self.log)]
+        log = [] if self.log is None else [numbers(line) for line in read_log(self.log)]
         for clock in CLOCKS:
             last = {key: value for key, value in latest.items() if key.startswith("val_") == (clock == "val_step")}
             for line in log:

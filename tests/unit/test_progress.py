@@ -43,17 +43,6 @@ def test_progress_restores_everything_it_saved() -> None:
     assert (again.step, again.samples.start, len(again.segments)) == (5, Start(), 1)
 
 
-def test_segments_of_earlier_launches_name_their_batches() -> None:
-    runs = [at(3, progress(batch_size=4))]
-    for step, batch_size in ((5, 3), (9, 2)):
-        runs.append(at(step, restored(runs[-1].state_dict(), progress(batch_size=batch_size))))
-    segments = runs[-1].segments
-    assert [segment["start"][0] for segment in segments] == [0, 3, 5]
-    for run, segment in zip(runs, segments, strict=True):
-        steps = range(segment["start"][0], segment["start"][0] + 9)
-        assert [sampler_of(segment).batch(step) for step in steps] == [run.samples.batch(step) for step in steps]
-
-
 @pytest.mark.parametrize("other", [{"samples": 12}, {"seed": 4}, {"seed": None}, {"content": "b"}, {"drop_last": True}])
 def test_progress_with_other_data_begins_at_the_next_epoch(other: dict[str, Any]) -> None:
     saved = at(4, progress()).state_dict()  # 3 steps an epoch: in the middle of the second

@@ -16,8 +16,7 @@ from torch.utils.data import DataLoader
 from fundamentallm.config.schema import Config
 from fundamentallm.data.sampler import StepSampler
 from fundamentallm.errors import ConfigError, Problem
-from fundamentallm.run.folder import repeats_all_launches
-from fundamentallm.run.json_lines import LineFile
+from fundamentallm.run.folder import LineFile, repeats_all_launches
 from fundamentallm.training.early_stopping import BestValue
 from fundamentallm.training.metrics import MetricTracker
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from fundamentallm.run.json_lines import LineFile
+from fundamentallm.run.folder import LineFile
 from fundamentallm.training.callbacks.base import Callback, RunView, rewind_lines
 from fundamentallm.training.metrics import MEASURED
 
