@@ -68,7 +68,7 @@ def _list(options: argparse.Namespace) -> None:
     paths, manager = [options.checkpoint], CheckpointManager(folder)
     if not is_ours(options.checkpoint):  # links are not followed
         paths = [path for path in folder.glob("*") if NAME.fullmatch(path.name) and not path.is_symlink()]
-        paths = list(filter(is_ours, paths)) or [find_checkpoint(folder)]
+        paths = list(filter(is_ours, paths)) or [find_checkpoint(options.checkpoint)]
     best, newest, rows, damaged = manager.get_best(), manager.get_latest(), [], 0
     for path in paths:
         try:

@@ -136,6 +136,8 @@ class DataConfig(Section):
     """Suffixes of the files to read from a folder."""
     max_bad_rows: int = 0
     """Maximum number of unreadable rows or text files to skip before failing."""
+    skip: list[list[int]] = field(default_factory=list, metadata=FREE)
+    """Steps, from 1, whose samples are left out when the run resumes from before them: [[12001, 12200]]."""
     sequence_length: int = 256
     """Context length: tokens per sample."""
     num_workers: int = field(default=0, metadata=FREE)
@@ -152,6 +154,8 @@ class DataConfig(Section):
             yield not_one_of("tokenizer", self.tokenizer, ("char", "byte"), allowed)
         if not self.sources() or not all(0 < weight < math.inf for weight in self.sources().values()):
             yield Problem("source", self.source, "at least one source, with weights greater than 0")
+        if not all(len(pair) == 2 and 0 < pair[0] <= pair[1] for pair in self.skip) or self.skip != sorted(self.skip):
+            yield Problem("skip", self.skip, "pairs of [first step, last step], from 1, in ascending order")
         for name in ("mask_documents", "prompt_field"):
             if getattr(self, name) and self.end_of_text is None and not self.chat_template:
                 allowed = f"with an end_of_text such as {END_OF_TEXT!r}; for a prompt_field, or chat_template: true"

@@ -121,3 +121,20 @@ def test_pad_gives_micro_batches_of_one_size(size: int, batch: int, micro: int |
             assert indices[:rows] == other.rank_batch(step).indices[:rows]
             assert len(indices) == micro_batches * -(-largest // parts)
             assert micro_batches <= parts
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_skip_leaves_out_the_samples_of_its_steps(drop_last: bool) -> None:
+    plain = StepSampler(31, 4, 1, drop_last=drop_last)
+    one = StepSampler(31, 4, 1, drop_last=drop_last, skip=[[5, 7]])
+    two = StepSampler(31, 4, 1, drop_last=drop_last, skip=[[5, 7], [5, 6]])
+    for step in range(30):
+        assert one.batch(step) == plain.batch(step + 3 * (step >= 4))  # step 5 gets the samples of step 8
+        assert two.batch(step) == one.batch(step + 2 * (step >= 4))  # a second pair counts the steps without the first
+    assert one.at(4).samples == plain.at(4).samples
+
+
+def test_skip_keeps_later_batch_sizes_at_their_steps() -> None:
+    plain, one = (StepSampler(310, 4, 1, schedule=[[6, 5]], skip=skip) for skip in ([], [[5, 8]]))
+    assert [len(one.batch(step)) for step in range(4, 8)] == [4, 4, 5, 5]
+    assert one.batch(4)[0] == plain.batch(8)[0]  # samples of both sizes are left out
