@@ -20,7 +20,7 @@ from fundamentallm.config.registry import resolve
 from fundamentallm.config.schema import METRIC_NAMES
 from fundamentallm.data.datasets import TokenDataset
 from fundamentallm.distributed.batches import StepBatch
-from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.errors import ConfigError, Problem, raise_all
 from fundamentallm.models.with_loss import describe
 from fundamentallm.run.folder import numbers, read_log
 from fundamentallm.run.progress import RunningMean
@@ -52,8 +52,7 @@ def further_metrics(names: Sequence[str], given: Mapping[str, Metric] | None = N
             reason = f"and there is a {key} already"
             problems.append(Problem("validation_metrics", name, reason=reason, advice="Give it another name."))
         metrics[key] = metric
-    if problems:
-        raise ConfigError(problems)
+    raise_all(problems)
     return metrics
 
 
