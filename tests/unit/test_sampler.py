@@ -4,7 +4,6 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
 
 from fundamentallm.data.sampler import POSITIONS_AT_ONCE, StepSampler, derive_seed, permute
 
@@ -68,38 +67,6 @@ def test_batches_cover_each_epoch_once_in_any_order_of_calls(samples: int, batch
         assert sorted(itertools.chain(*epoch)) == list(range(samples))
         assert {len(batch) for batch in epoch[:-1]} <= {batch_size}
     assert [sampler.batch(step) for step in reversed(range(2 * steps))] == batches[::-1]
-
-
-@given(
-    samples=st.integers(1, 40), first=st.integers(1, 12), second=st.integers(1, 12), step=st.integers(0, 30),
-    drop_last=st.booleans(),
-)  # fmt: skip
-def test_start_within_an_epoch_continues_its_order(
-    samples: int, first: int, second: int, step: int, drop_last: bool
-) -> None:
-    """After a change of batch size within an epoch, its samples still occur once, and all counts agree."""
-    if drop_last:
-        samples = max(samples, first, second)
-    before = StepSampler(samples, first, 7, drop_last=drop_last)
-    after = StepSampler(samples, second, 7, drop_last=drop_last)
-    after.start = before.at(step)
-    _, epoch, index, held = after.start
-
-    rest_of_epoch, last = [], step
-    while after.at(last).epoch == epoch:
-        assert after.at(last)[1:3] == (epoch, index + len(rest_of_epoch))
-        assert after.at(last).samples == held + len(rest_of_epoch)
-        rest_of_epoch += after.batch(last)
-        last += 1
-    order = StepSampler(samples, samples, 7).batch(epoch)
-    left_out = (samples - index) % second if drop_last else 0
-    assert rest_of_epoch == order[index : samples - left_out]
-
-    assert after.at(last)[1:3] == (epoch + 1, 0)
-    assert after.steps_before_epoch(epoch + 1) == last
-    assert after.at(last).samples == held + len(rest_of_epoch)
-    assert after.epochs_before(last) == epoch + 1
-    assert after.steps_before_epoch(epoch + 3) == last + 2 * after.steps_per_epoch
 
 
 def test_order_differs_between_epochs_and_seeds() -> None:
