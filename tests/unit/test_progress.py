@@ -124,12 +124,18 @@ def test_batches_follow_the_schedule_over_all_processes(
 def test_padded_micro_batches_follow_the_schedule(
     samples: int, batch_size: int, schedule: list[list[int]], processes: int, micro_batch_size: int | None
 ) -> None:
-    made = StepSampler(samples, batch_size, 3, 0, processes, micro_batch_size, pad=True, schedule=schedule)
+    rank = processes - 1
+    padded, plain = (
+        StepSampler(samples, batch_size, 3, rank, processes, micro_batch_size, pad=pad, schedule=schedule)
+        for pad in (True, False)
+    )
     for step in range(25):
-        part, size = made.rank_batch(step), min(size_at(step, batch_size, schedule), samples)
-        alone = StepSampler(samples, size, 3, 0, processes, micro_batch_size, pad=True).rank_batch(0)
-        assert len(part.indices) // part.micro_batches == len(alone.indices) // alone.micro_batches
-        assert len(part.indices) % part.micro_batches == 0
+        part, unpadded = padded.rank_batch(step), plain.rank_batch(step)
+        assert part.indices[: part.rows] == unpadded.indices[: unpadded.rows]
+        largest = -(-min(size_at(step, batch_size, schedule), samples) // processes)
+        parts = -(-largest // (micro_batch_size or largest))
+        assert len(part.indices) == part.micro_batches * -(-largest // parts)
+        assert part.micro_batches <= parts
 
 
 @given(st.integers(1, 30), st.integers(1, 9), st.integers(1, 9), schedules, schedules, st.integers(0, 12))

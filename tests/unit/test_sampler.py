@@ -73,18 +73,3 @@ def test_order_differs_between_epochs_and_seeds() -> None:
     assert [StepSampler(10, 4, None).batch(step) for step in (0, 2, 3)] == [[0, 1, 2, 3], [8, 9], [0, 1, 2, 3]]
     orders = [StepSampler(100, 100, seed).batch(epoch) for seed in (0, 1) for epoch in (0, 1, 2)]
     assert len({tuple(order) for order in orders}) == len(orders)
-
-
-@pytest.mark.parametrize(("size", "batch", "micro"), [(44, 22, 4), (44, 9, 8), (7, 32, None), (10, 4, 3), (13, 5, 1)])
-@pytest.mark.parametrize("processes", [1, 2, 3])
-def test_pad_gives_micro_batches_of_one_size(size: int, batch: int, micro: int | None, processes: int) -> None:
-    padded = [StepSampler(size, batch, 3, i, processes, micro, pad=True) for i in range(processes)]
-    plain = [StepSampler(size, batch, 3, i, processes, micro) for i in range(processes)]
-    largest = -(-min(size, batch) // processes)
-    parts = -(-largest // (micro or largest))
-    for step in range(2 * plain[0].steps_per_epoch):
-        for one, other in zip(padded, plain, strict=True):
-            indices, rows, micro_batches = one.rank_batch(step)
-            assert indices[:rows] == other.rank_batch(step).indices[:rows]
-            assert len(indices) == micro_batches * -(-largest // parts)
-            assert micro_batches <= parts
