@@ -31,15 +31,16 @@ if TYPE_CHECKING:
     from fundamentallm.inference.generation import generate as generate
     from fundamentallm.inference.loading import load_model as load_model
     from fundamentallm.models.transformer import Transformer as Transformer
-    from fundamentallm.training.callbacks.base import Callback as Callback, CallbackList as CallbackList
-    from fundamentallm.training.callbacks.console import (
+    from fundamentallm.training.callbacks import (
+        Callback as Callback,
+        CallbackList as CallbackList,
         LoggingCallback as LoggingCallback,
+        ProfilerCallback as ProfilerCallback,
         ProgressCallback as ProgressCallback,
+        SampleCallback as SampleCallback,
+        SaveBestCallback as SaveBestCallback,
+        VisualizationCallback as VisualizationCallback,
     )
-    from fundamentallm.training.callbacks.curves import VisualizationCallback as VisualizationCallback
-    from fundamentallm.training.callbacks.profiler import ProfilerCallback as ProfilerCallback
-    from fundamentallm.training.callbacks.samples import SampleCallback as SampleCallback
-    from fundamentallm.training.callbacks.save_best import SaveBestCallback as SaveBestCallback
     from fundamentallm.training.early_stopping import EarlyStopping as EarlyStopping
     from fundamentallm.training.loss import create_loss as create_loss
     from fundamentallm.training.metrics import MetricTracker as MetricTracker
@@ -60,10 +61,9 @@ _MODULES = {
     "inference.loading": ("load_model",),
     "models.transformer": ("Transformer",),
     "training.callbacks": (
-        "Callback", "CallbackList", "LoggingCallback", "ProgressCallback", "SaveBestCallback", "VisualizationCallback",
+        "Callback", "CallbackList", "LoggingCallback", "ProfilerCallback", "ProgressCallback", "SampleCallback",
+        "SaveBestCallback", "VisualizationCallback",
     ),
-    "training.callbacks.profiler": ("ProfilerCallback",),
-    "training.callbacks.samples": ("SampleCallback",),
     "training.early_stopping": ("EarlyStopping",),
     "training.loss": ("create_loss",),
     "training.metrics": ("MetricTracker",),

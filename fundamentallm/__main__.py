@@ -5,6 +5,7 @@ import os
 import sys
 from importlib.metadata import version
 
+from fundamentallm import train
 from fundamentallm.config.registry import did_you_mean
 from fundamentallm.errors import ConfigError, FundamentaLLMError, Problem, exit_code, open_output, report
 from fundamentallm.signals import ended_by_signals
@@ -24,23 +25,23 @@ VERBS = {
 
 def main() -> int:
     """Run the command that the command line names, and return the exit code."""
-    open_output()
     verb, *arguments = sys.argv[1:] or ["--help"]
+    if verb == "train":  # reports by itself, since it can be launched without this
+        return train.main(arguments, "fundamentallm train")
+    open_output()
     try:
         with ended_by_signals():
             code = _run(verb, arguments)
         sys.stdout.flush()
+        return code
     except FundamentaLLMError as error:
         return report(error)
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
-        if verb == "train":  # printing was not its purpose
-            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit would fail again
         return 0
     except KeyboardInterrupt as interrupt:
         print("\ninterrupted", file=sys.stderr)
         return exit_code(interrupt)
-    return code
 
 
 def _run(verb: str, arguments: list[str]) -> int:
@@ -54,7 +55,7 @@ def _run(verb: str, arguments: list[str]) -> int:
     if verb not in VERBS:
         text, advice = f"unknown command {verb!r}", did_you_mean(verb, VERBS)
         raise ConfigError(Problem("", verb, ", ".join(VERBS), advice, text=text))
-    module = importlib.import_module("fundamentallm.train" if verb == "train" else f"fundamentallm.commands.{verb}")
+    module = importlib.import_module(f"fundamentallm.commands.{verb}")
     return module.main(arguments, f"fundamentallm {verb}")  # type: ignore[no-any-return]
 
 

@@ -15,13 +15,7 @@ from typing import Any
 
 
 class FundamentaLLMError(Exception):
-    """Base class of every error that this package raises on purpose. `exit_code` is that of a process that it ends.
-
-    Examples:
-        >>> from fundamentallm import ConfigError, FundamentaLLMError
-        >>> issubclass(ConfigError, FundamentaLLMError)
-        True
-    """
+    """Base class of every error that this package raises on purpose. `exit_code` is that of a process that it ends."""
 
     exit_code = 1
 
@@ -51,8 +45,7 @@ class Problem(str):
 
     def within(self, section: str) -> Problem:
         """Returns the same problem of a setting in `section`."""
-        name = f"{section}.{self.setting}" if self.setting else ""
-        return Problem(name, self.value, self.allowed, self.advice, self.reason, self.text)
+        return Problem(**vars(self) | {"setting": f"{section}.{self.setting}" if self.setting else ""})
 
 
 class ConfigError(FundamentaLLMError, ValueError):
@@ -71,6 +64,12 @@ class ConfigError(FundamentaLLMError, ValueError):
         listed = [problems] if isinstance(problems, str) else problems
         self.problems = [one if isinstance(one, Problem) else Problem("", advice=one) for one in listed]
         super().__init__("\n".join(self.problems))
+
+
+def raise_all(problems: Sequence[str]) -> None:
+    """Raise a ConfigError with the problems, if there are any."""
+    if problems:
+        raise ConfigError(problems)
 
 
 @contextlib.contextmanager
@@ -98,13 +97,7 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
 
 
 class TrainingError(FundamentaLLMError):
-    """Training cannot continue: the loss or the gradient stopped being finite.
-
-    Examples:
-        >>> from fundamentallm import TrainingError
-        >>> TrainingError("the loss was not finite in 10 optimizer steps in a row").exit_code
-        3
-    """
+    """Training cannot continue: the loss or the gradient stopped being finite. The exit code is 3."""
 
     exit_code = 3
 
@@ -118,13 +111,7 @@ class ProcessLostError(FundamentaLLMError):
 
 
 class RunInProgressError(FundamentaLLMError):
-    """Another process is running in the same folder.
-
-    Examples:
-        >>> from fundamentallm import RunInProgressError
-        >>> RunInProgressError("runs/one is in use by process 17").exit_code
-        1
-    """
+    """Another process is running in the same folder."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -153,10 +140,7 @@ def exit_code(error: BaseException) -> int:
 
 
 def printable(text: str, keep: str = "\n\t") -> str:
-    """Returns text from outside so that no terminal obeys it: control characters are escaped, except those in `keep`.
-
-    These are C0, C1, marks that change the direction of text, and what Unicode has not assigned.
-    """
+    """Returns text from outside that no terminal obeys: control characters are escaped, except those in `keep`."""
     keep += "\u200c\u200d\u00ad"  # joiners and hyphens of some scripts and emoji
     shown = {c for c in {*text} if c.isprintable() or c in keep or unicodedata.category(c) == "Zs"}  # any space
     return "".join(c if c in shown else ascii(c)[1:-1] for c in text)
@@ -174,13 +158,12 @@ class _Dropping(io.FileIO):
 
 def open_output(drops: bool = False) -> None:
     """Let stdout and stderr escape what they cannot encode and, with `drops`, drop what cannot be written."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:  # closed: otherwise a file of the run would get the number, and what libraries print
-            os.open(os.devnull, os.O_RDWR)
+    for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
-        if number == 0 or stream is not getattr(sys, f"__{name}__"):  # a notebook's
+        if stream is None:  # closed: otherwise a file of the run would get the number, and what libraries print
+            while os.open(os.devnull, os.O_RDWR) < number:  # stdin may be closed too
+                pass
+        elif stream is not getattr(sys, f"__{name}__"):  # a notebook's
             continue
         if drops or stream is None:
             file, encoding = _Dropping(number, "w", closefd=False), getattr(stream, "encoding", "utf-8")
@@ -190,10 +173,7 @@ def open_output(drops: bool = False) -> None:
 
 
 def report(error: FundamentaLLMError) -> int:
-    """Print an error to stderr and return its exit code.
-
-    All launched processes find the same mistakes, so only the lowest living rank prints.
-    """
+    """Print an error to stderr, on the lowest living rank: all find the same mistakes. Returns its exit code."""
     text = f"error: {error}"
     if isinstance(error, ConfigError) and len(error.problems) > 1:
         text = f"{len(error.problems)} settings are wrong:" + "".join(f"\n  - {one}" for one in error.problems)

@@ -1,9 +1,7 @@
 """The signals that end a command, and a run after its current step."""
 
 import contextlib
-import os
 import signal
-import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,8 +10,7 @@ from types import FrameType
 from fundamentallm.errors import Interrupted
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
-"""Schedulers send SIGTERM or SIGUSR1 some time before SIGKILL. SIGHUP means that the terminal was closed, or its
-connection lost."""
+"""Schedulers send SIGTERM or SIGUSR1 some time before SIGKILL. SIGHUP means that the terminal was closed."""
 ECHO_SECONDS = 1.0
 """A launcher forwards Ctrl-C to processes that got it from the terminal too. A signal within this time is that copy."""
 _received: list[tuple[int, float]] = []
@@ -33,7 +30,7 @@ def handling_signals(handle: Callable[[int, FrameType | None], None]) -> Iterato
         yield
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 @contextlib.contextmanager
@@ -50,7 +47,6 @@ def _raise_interrupted(number: int, frame: FrameType | None) -> None:
     now = time.monotonic()
     if not _received or now - _received[-1][1] >= ECHO_SECONDS:
         _received[:] = [(number, now)]
-        leave_closed_terminal()
         raise Interrupted(number)
 
 
@@ -58,14 +54,3 @@ def raise_if_interrupted() -> None:
     """Raises Interrupted if the one that a signal raised in `ended_by_signals` was lost."""
     if _received:
         raise Interrupted(_received.pop()[0])
-
-
-def leave_closed_terminal() -> None:
-    """Sends output nowhere if its terminal is gone: printing to it would raise an OSError."""
-    for stream in (1, 2):
-        with contextlib.suppress(OSError):
-            # A terminal that hung up is still a character device, but not a terminal any more.
-            if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, stream)
-                os.close(nowhere)

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fundamentallm.config.command_line import parse_config, print_help
+from fundamentallm.config.command_line import parse_config, train_parser
 from fundamentallm.config.registry import not_one_of
 from fundamentallm.config.schema import METRIC_NAMES, Config, ModelConfig
 from fundamentallm.config.units import duration_text
@@ -31,6 +31,7 @@ from fundamentallm.errors import (
     exit_code,
     open_output,
     print_last,
+    raise_all,
     report,
 )
 from fundamentallm.run.folder import LOG, command, note_interruption
@@ -46,8 +47,7 @@ if TYPE_CHECKING:
     from fundamentallm.training.trainer import Trainer
 
 
-FEW_STEPS = 100
-"""Optimizer steps below which a run whose length follows from the data warns: a default length rarely means so few."""
+FEW_STEPS = 100  # a run of fewer, whose length follows from the data, warns
 
 
 def main(arguments: Sequence[str] | None = None, program: str = "python -m fundamentallm.train") -> int:
@@ -57,11 +57,15 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m funda
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         if not arguments:
-            print_help(program)
+            train_parser(program).print_help()
             raise ConfigError("No setting is given. Give --config FILE, or settings such as --data.source my.txt.")
         with ended_by_signals():
             config = parse_config(arguments, program)
             trainer = run(config)
+        if not trainer.was_interrupted:
+            return 0
+        if trainer.is_main_process:
+            print_last(trainer.describe_stop())
     except FundamentaLLMError as error:
         return report(error)
     except KeyboardInterrupt as interrupt:
@@ -70,17 +74,12 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m funda
             if is_signal and config is not None:
                 note_interruption(Path(config.output_dir), str(interrupt))
             end = f"{interrupt} before the first step" if is_signal else "ended without saving"
-            print(f"\n{end}; to resume: {command()}", file=sys.stderr)
-            print_last(f"{end}; to resume: {command()}")
-        return _started_again() if is_signal else exit_code(interrupt)
-    if trainer.was_interrupted and trainer.is_main_process:
-        print_last(trainer.describe_stop())
-    return _started_again() if trainer.was_interrupted else 0
-
-
-def _started_again() -> int:
-    """Returns the exit code of a launch that the same command resumes: 0 if the launcher would restart the run."""
-    return 0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) else START_AGAIN
+            end += f"; to resume: {command()}"
+            print(f"\n{end}", file=sys.stderr)
+            print_last(end)
+        if not is_signal:
+            return exit_code(interrupt)
+    return 0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) else START_AGAIN  # 0: the launcher restarts it
 
 
 def run(config: Config) -> Trainer:
@@ -108,8 +107,7 @@ def make_trainer(config: Config) -> Trainer:
     from fundamentallm.data.loaders import create_dataloaders, stream_loaders
     from fundamentallm.distributed.accelerator import create_accelerator
     from fundamentallm.models.transformer import Transformer
-    from fundamentallm.run.initial_weights import open_pretrained
-    from fundamentallm.run.resume import learned_tokenizer
+    from fundamentallm.run.resume import learned_tokenizer, open_pretrained
     from fundamentallm.training.trainer import Trainer
 
     config = config.resolved()
@@ -119,15 +117,13 @@ def make_trainer(config: Config) -> Trainer:
     callbacks = _check_names(config)
     config, pretrained, model = open_pretrained(config)
     is_main, corpus = accelerator.is_main_process, None
-    if config.data.streaming:
-        with _local_main_process_first(accelerator):
+    with _local_main_process_first(accelerator):
+        if config.data.streaming:
             train_loader, val_loader, lines = stream_loaders(config, is_main)
-    else:
-        learned = learned_tokenizer(config)
-        with _local_main_process_first(accelerator):
-            corpus = load_corpus(config.data, is_main, learned)
-        train_loader, val_loader = create_dataloaders(corpus, corpus.tokenizer, config)
-        lines = describe(corpus)
+        else:
+            corpus = load_corpus(config.data, is_main, learned_tokenizer(config))
+            train_loader, val_loader = create_dataloaders(corpus, corpus.tokenizer, config)
+            lines = describe(corpus)
     data: Any = train_loader.dataset
     config = replace(config, model=_with_vocabulary(config.model, data.tokenizer, corpus))
     torch.manual_seed(config.training.seed)
@@ -159,29 +155,28 @@ def _warn(trainer: Trainer) -> None:
     if training.max_steps is None and trainer.total_steps < FEW_STEPS:
         few = f"warning: {trainer.total_steps} optimizer steps are few, with {training.warmup_steps} of warm-up"
         trainer.say(f"{few}; more come from more training.max_epochs, or a smaller training.batch_size")
+    counts = {"num_cut": "were cut to data.sequence_length", "num_lost": "were dropped: their prompts fill it"}
     for name, loader in (("training", trainer.train_loader), ("validation", trainer.val_loader)):
-        data = getattr(loader, "dataset", None)
-        if cut := getattr(data, "num_cut", 0):
-            trainer.say(f"{cut:,} {name} samples are longer than data.sequence_length and were cut")
-        if lost := getattr(data, "num_lost", 0):
-            trainer.say(f"{lost:,} {name} samples were dropped: their prompts fill data.sequence_length")
+        for attribute, what in counts.items():
+            if count := getattr(getattr(loader, "dataset", None), attribute, 0):
+                trainer.say(f"{count:,} {name} samples {what}")
 
 
 def _load_initial_weights(trainer: Trainer, pretrained: Pretrained | None, tokenizer: Tokenizer) -> None:
     """Loads the weights that a new run starts from, if the config names any and no checkpoint will be resumed."""
     from fundamentallm.checkpoint.reading import load_weights
-    from fundamentallm.run.initial_weights import begin_from_checkpoint
+    from fundamentallm.run.resume import begin_from_checkpoint
 
-    config, manager = trainer.config, trainer.checkpoint_manager
+    init_from, manager = trainer.config.model.init_from, trainer.checkpoint_manager
     assert manager is not None  # the run has a folder
-    is_given = config.model.init_from is not None or (pretrained is not None and pretrained.shape is not None)
-    can_begin = is_given and config.training.resume in ("auto", "never")
-    if can_begin and trainer.group.from_main(lambda: manager.get_latest() is None):
-        with trainer.group.barrier_with_errors():
-            if pretrained is not None:
-                load_weights(pretrained.folder, pretrained.weights, trainer.model, trainer.state.like())
-            else:
-                begin_from_checkpoint(trainer.state, trainer.group, config.model.init_from or "", tokenizer)
+    is_new = trainer.config.training.resume in ("auto", "never")
+    if not is_new or not trainer.group.from_main(lambda: manager.get_latest() is None):
+        return
+    with trainer.group.barrier_with_errors():
+        if init_from is not None:
+            begin_from_checkpoint(trainer.state, trainer.group, init_from, tokenizer)
+        elif pretrained is not None and pretrained.shape is not None:  # otherwise transformers has loaded them
+            load_weights(pretrained.folder, pretrained.weights, trainer.model, trainer.state.like())
 
 
 @contextmanager
@@ -200,7 +195,7 @@ def _check_names(config: Config) -> list[Callback]:
     """Makes what the config names, over a dummy parameter, to raise all mistakes together; returns the callbacks."""
     from torch import nn
 
-    from fundamentallm.training.callbacks.from_config import make_callbacks
+    from fundamentallm.training.callbacks import make_callbacks
     from fundamentallm.training.loss import create_loss
     from fundamentallm.training.metrics import further_metrics
     from fundamentallm.training.optimizers import create_optimizer
@@ -220,8 +215,7 @@ def _check_names(config: Config) -> list[Callback]:
         known = (*METRIC_NAMES, *further_metrics(training.validation_metrics))
         if training.early_stopping_metric not in known:
             problems.append(not_one_of("early_stopping_metric", training.early_stopping_metric, known))
-    if problems:
-        raise ConfigError(problems)
+    raise_all(problems)
     return callbacks
 
 
@@ -244,7 +238,7 @@ def _report_end(trainer: Trainer, seconds: float) -> None:
     """Prints a sample of text, the time that the launch took, the best validation loss, and what to do next."""
     config = trainer.config
     if config.sample_tokens:
-        from fundamentallm.training.callbacks.samples import continuation
+        from fundamentallm.training.callbacks.observing import continuation
 
         with suppress(Interrupted):  # the run is finished
             if written := continuation(trainer, None, config.sample_tokens):

@@ -1,10 +1,8 @@
-"""Save, find, load and delete checkpoints. docs/checkpoint-format.md describes their files.
-
-It is staged in a hidden sibling directory, synced, and renamed. The newest and the best are found on the disk.
-"""
+"""Save, find, load and delete checkpoints. docs/checkpoint-format.md describes their files."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -22,8 +20,7 @@ from torch import Tensor
 from fundamentallm.atomic import sync, sync_pending
 from fundamentallm.checkpoint.manifest import MANIFEST, NAME, describe, is_ours, read_manifest, verify, write_manifest
 from fundamentallm.checkpoint.reading import load_checkpoint
-from fundamentallm.checkpoint.snapshot import Snapshot
-from fundamentallm.checkpoint.tensor_files import write_tensors
+from fundamentallm.checkpoint.snapshot import Snapshot, write_tensors
 from fundamentallm.config.schema import TrainingConfig
 from fundamentallm.config.units import size_text
 from fundamentallm.config.validation import range_problems
@@ -34,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 ADVICE = "Free some space, or choose another training.checkpoint_dir (on several machines, a folder that they share)."
 HIDDEN = re.compile(r"\.(staging|replaced|deleting)-(.+)-[0-9a-f]{12}")
-"""Names of the folders that a save uses for a moment. A killed process leaves them; `recover` cleans them up."""
+"""Names of the folders that a save uses for a moment."""
 
 
 class CheckpointManager:
@@ -42,13 +39,10 @@ class CheckpointManager:
 
     Args:
         checkpoint_dir: the directory; created by the first save.
-        keep_last_n: number of newest checkpoints to keep. Older ones are deleted after each save, except the best, the
-            last with finite weights, and any folder that contains other files.
+        keep_last_n: number of newest checkpoints to keep, at least 1. Older ones are deleted after each save, except
+            the best, the last with finite weights, and any folder that contains other files.
         group: the processes that save a sharded state together. Each of them calls every method that saves. None: this
             process saves alone.
-
-    Raises:
-        ConfigError: if keep_last_n is below 1.
 
     Examples:
         >>> import torch
@@ -72,7 +66,7 @@ class CheckpointManager:
         self.group = group or HostGroup(alone=True)
         self.seconds = 0.0  # that the last save took to write
         self._writer: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None  # of the last save in the background, which `wait` raises
         self._buffers: Mapping[str, Tensor] = {}
 
     # ---- saving ------------------------------------------------------------------------------------------
@@ -113,17 +107,11 @@ class CheckpointManager:
         self._writer = threading.Thread(target=self._try_to_write, args=(snapshot,), name="checkpoint", daemon=True)
         self._writer.start()
 
-    @property
-    def has_failed(self) -> bool:
-        """True if the last save in the background failed; `wait` raises its error."""
-        return self._error is not None
-
     def wait(self) -> None:
         """Wait for the save in the background. Raises CheckpointError if it failed."""
         if self._writer is not None:
             self._writer.join()
-            self._writer = None
-        error, self._error = self._error, None
+        error, self.error = self.error, None
         if error is not None:
             raise error
 
@@ -132,27 +120,29 @@ class CheckpointManager:
         self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.checkpoint_dir).free
         if free < num_bytes:
-            needed = f"needs room for {size_text(num_bytes)}, and {size_text(free)} are free"
-            raise CheckpointError(f"{self.checkpoint_dir} {needed}. {ADVICE}")
+            sizes = f"needs room for {size_text(num_bytes)}, and {size_text(free)} are free"
+            raise CheckpointError(f"{self.checkpoint_dir} {sizes}. {ADVICE}")
 
     def _try_to_write(self, snapshot: Snapshot) -> None:
-        started, staging = time.monotonic(), _hidden("staging", self.checkpoint_dir / snapshot.name)
+        started = time.monotonic()
         try:
-            self._write(snapshot, self.group.from_main(lambda: staging))
+            self._write(snapshot)
             if self.group.rank == 0:
                 self.rotate()
         except BaseException as error:  # raised again by `wait` in the training thread
-            self._error = error
+            self.error = error
             if isinstance(error, (OSError, SafetensorError)) or type(error) is FundamentaLLMError:  # another process's
                 text = f"cannot write checkpoint {snapshot.name!r} in {self.checkpoint_dir}: {error}. {ADVICE}"
-                self._error = CheckpointError(text)
-                self._error.__cause__ = error
+                self.error = CheckpointError(text)
+                self.error.__cause__ = error
             if self.group.rank == 0:
-                shutil.rmtree(staging, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    self.recover()
         self.seconds = time.monotonic() - started
 
-    def _write(self, snapshot: Snapshot, staging: Path) -> None:
-        """Stage, sync and publish a checkpoint. Runs on all processes that save together."""
+    def _write(self, snapshot: Snapshot) -> None:
+        """Stage, sync and publish a checkpoint, on all processes that save together."""
+        staging = self.group.from_main(lambda: _hidden("staging", self.checkpoint_dir / snapshot.name))
         # tempfile.mkdtemp would make the checkpoint unreadable for other users.
         self.group.from_main(lambda: staging.mkdir(parents=True))
         with self.group.barrier_with_errors():
@@ -165,10 +155,7 @@ class CheckpointManager:
         self.group.from_main(lambda: self._publish(snapshot, staging, written))
 
     def _publish(self, snapshot: Snapshot, staging: Path, written: list[tuple[dict[str, Any], bool]]) -> None:
-        """Complete a staged checkpoint and rename it. An existing one of its name is moved aside first, deleted last.
-
-        `written` has the manifest entries of each process, and whether its tensors are finite.
-        """
+        """Complete a staged checkpoint and rename it. `written`: of each process, manifest entries and finiteness."""
         files = {name: entry for entries, _ in written for name, entry in entries.items()}
         sequence = max((manifest["sequence"] for _, manifest in self._found()), default=0) + 1
         sync_pending()  # the run's log and other files that the checkpoint counts on
@@ -179,13 +166,8 @@ class CheckpointManager:
         if os.path.lexists(path):
             if path.is_symlink() or not is_ours(path):
                 raise CheckpointError(f"{path} is in the way, and is not a checkpoint to replace; move it away.")
-            path.rename(aside)  # a kill here: see `recover`
-        try:
-            staging.rename(path)
-        except BaseException:
-            if aside.exists():
-                aside.rename(path)
-            raise
+            path.rename(aside)  # an error or a kill here: see `recover`
+        staging.rename(path)
         sync(self.checkpoint_dir)
         if aside.exists():
             shutil.rmtree(aside)
@@ -209,10 +191,7 @@ class CheckpointManager:
                 logger.warning("the old checkpoint %s cannot be deleted: %s", path, error)
 
     def recover(self) -> list[str]:
-        """Clean up after processes that were killed while they saved; returns a message for each folder.
-
-        Call it only if no process is saving here.
-        """
+        """Clean up after processes that were killed while they saved, and no longer are; returns messages."""
         messages = []
         for folder in sorted(self.checkpoint_dir.glob("*")):
             match = HIDDEN.fullmatch(folder.name)
@@ -256,8 +235,7 @@ class CheckpointManager:
         """
         skipped: list[str] = []
         found = sorted(self._found(skipped), key=lambda item: bool(item[1]["is_finite"]))
-        while found:
-            path, manifest = found.pop()
+        for path, manifest in reversed(found):
             try:
                 verify(path)
             except CheckpointError as error:
@@ -271,9 +249,7 @@ class CheckpointManager:
     def load(self, path: Path | str) -> dict[str, Any]:
         """Load what was saved at `path`, after every byte of it is verified. Tensors are on the CPU.
 
-        Raises:
-            CheckpointNotFoundError: if there is no directory at the path.
-            CheckpointError: if the checkpoint is incomplete or damaged, with the name of the file.
+        Raises CheckpointNotFoundError if there is no directory, and CheckpointError with the name of a damaged file.
         """
         return load_checkpoint(Path(path))
 

@@ -27,10 +27,7 @@ MOST_BYTES = 4 << 20
 
 @contextlib.contextmanager
 def explained(path: Path, what: str = "it cannot be read or used") -> Iterator[None]:
-    """Raises CheckpointError for whatever reading a stranger's checkpoint raises; our own errors pass.
-
-    Libraries raise anything: RecursionError, ZeroDivisionError, and tokenizers' panics, which are no `Exception`.
-    """
+    """Raises CheckpointError for whatever reading a stranger's checkpoint raises, also panics; our own errors pass."""
     try:
         yield
     except (FundamentaLLMError, BrokenPipeError, torch.OutOfMemoryError):  # not of the checkpoint
@@ -42,10 +39,7 @@ def explained(path: Path, what: str = "it cannot be read or used") -> Iterator[N
 
 
 def is_ours(path: Path) -> bool:
-    """Returns True if a folder is a checkpoint, even one that lacks a file.
-
-    Other programs write a model.safetensors, a manifest.json or a state.json too.
-    """
+    """Returns True if a folder is a checkpoint, even one that lacks a file. Other programs write such files too."""
     has_training = any(TENSORS.fullmatch(file.name) for file in path.glob("training*.safetensors"))
     return has_training or all(os.path.lexists(path / name) for name in (STATE, MANIFEST))
 
@@ -102,10 +96,9 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def verify(checkpoint: Path, hashed: Collection[str] | None = None) -> dict[str, Any]:
-    """Check the files of a checkpoint against its manifest, which is returned.
+    """Check the sizes of all files of a checkpoint, and the SHA-256 of those in `hashed` (None: all).
 
-    `hashed` names the files whose SHA-256 is checked; None: all. Sizes are always checked. Raises CheckpointError with
-    the name of a file that is missing or differs.
+    Returns its manifest. Raises CheckpointError with the name of a file that is missing or differs.
     """
     manifest = read_manifest(checkpoint)
 

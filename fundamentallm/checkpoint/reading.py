@@ -7,21 +7,94 @@ of the file, if the checkpoint is incomplete or damaged.
 import contextlib
 import json
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor, nn
 
-from fundamentallm.atomic import sync
 from fundamentallm.checkpoint.manifest import STATE, TENSORS, explained as explained, verify
-from fundamentallm.checkpoint.snapshot import decode
-from fundamentallm.checkpoint.tensor_files import WEIGHTS, Like, TensorFiles, write_tensors
+from fundamentallm.checkpoint.snapshot import OFFSETS, SHARDING_INFO, WEIGHTS, decode, sharding_info, write_tensors
 from fundamentallm.distributed.dtensor import local
 from fundamentallm.errors import CheckpointError
 
 MISFIT = f"{STATE} does not fit the tensors of the other files"
+Like = Callable[[str, tuple[int, ...]], "Tensor | None"]
+"""Maps a stored tensor's name and shape to the DTensor whose local shard should be read; None means the full tensor."""
+
+
+class _Shard(NamedTuple):
+    offsets: list[int]
+    shape: list[int]  # of the full tensor
+    size: list[int]
+    file: Any
+    key: str
+
+
+class TensorFiles:
+    """The tensors of a checkpoint by their path in its state; `same_as` is {further path: path it is stored under}.
+
+    A tensor is read when it is looked up. Raises ValueError if shards are missing or overlap.
+    """
+
+    def __init__(
+        self, folder: Path, files: Iterable[str], same_as: Mapping[str, str] | None = None, like: Like | None = None
+    ) -> None:
+        self._like, self.same_as, self.shards = like, same_as or {}, dict[str, list[_Shard]]()
+        for file in files:
+            handle: Any = safe_open(folder / file, "pt")
+            info = json.loads((handle.metadata() or {}).get(SHARDING_INFO, "{}"))
+            for key in handle.keys():  # noqa: SIM118
+                size = handle.get_slice(key).get_shape()
+                region = info.get(key, {OFFSETS: [0] * len(size), "shape": size})
+                shard = _Shard(region[OFFSETS], region["shape"], size, handle, key)
+                name = key if file.startswith("training") else f"{WEIGHTS}{key}"
+                self.shards.setdefault(name, []).append(shard)
+        for name, shards in self.shards.items():
+            shards.sort(key=lambda shard: shard.offsets)
+            shape, end, is_whole = shards[0].shape, 0, True
+            for shard in shards:
+                rows = shard.size[0] if shard.size else 1
+                expected = ([end, *[0] * len(shape[1:])], [rows, *shape[1:]]) if shape else ([], [])
+                is_whole &= shard.shape == shape and (shard.offsets, shard.size) == expected
+                end += rows
+            if not is_whole or end != (shape[0] if shape else 1):
+                raise ValueError(f"shards of {name} are missing or overlap")
+
+    def __getitem__(self, name: str) -> Tensor:
+        shards = self.shards[self.same_as.get(name, name)]
+        like = None if self._like is None else self._like(name, tuple(shards[0].shape))
+        if like is None:
+            return _rows(shards)
+        from torch.distributed.tensor import DTensor  # takes half a second to import
+
+        here, mesh, placements = local(like), like.device_mesh, like.placements  # type: ignore[attr-defined]
+        begin = sharding_info(like)[OFFSETS][0]
+        shard = _rows(shards, begin, begin + len(here)).to(here.device)
+        return DTensor.from_local(shard, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+
+
+def _rows(shards: list[_Shard], begin: int = 0, end: int | None = None) -> Tensor:
+    """Reads rows of a tensor from all shards that have some of them; by default all rows."""
+    if len(shards) == 1 and end is None:
+        return shards[0].file.get_tensor(shards[0].key)  # type: ignore[no-any-return]
+    pieces = []
+    for (offset, *_), shape, (rows, *_), file, key in shards:
+        start, stop = (min(max(edge - offset, 0), rows) for edge in (begin, shape[0] if end is None else end))
+        pieces.append(file.get_slice(key)[start:stop])
+    return torch.cat(pieces)
+
+
+@contextlib.contextmanager
+def _opened(
+    path: Path, hashed: Collection[str] | None = None, like: Like | None = None
+) -> Iterator[tuple[dict[str, Any], TensorFiles]]:
+    files = filter(TENSORS.fullmatch, verify(path, hashed)["files"])
+    with explained(path, MISFIT):
+        saved = json.loads((path / STATE).read_text(encoding="utf-8"))
+        yield saved["state"], TensorFiles(path, files, saved["same_as"], like)
 
 
 def load_checkpoint(path: Path, like: Like | None = None, hashed: Collection[str] | None = None) -> dict[str, Any]:
@@ -31,24 +104,13 @@ def load_checkpoint(path: Path, like: Like | None = None, hashed: Collection[str
     whose SHA-256 is checked; None: all.
     """
     with _opened(path, hashed, like) as (state, tensors):
-        return dict(decode(state, tensors))
+        return dict(decode(state, tensors.__getitem__))
 
 
 def load_parts(path: Path, parts: Collection[str]) -> dict[str, Any]:
     """Load some entries of a checkpoint, those that it has. Only sizes and the SHA-256 of state.json are checked."""
     with _opened(path, [STATE]) as (state, tensors):
-        return {part: decode(state[part], tensors) for part in parts if part in state}
-
-
-@contextlib.contextmanager
-def _opened(
-    path: Path, hashed: Collection[str] | None, like: Like | None = None
-) -> Iterator[tuple[dict[str, Any], TensorFiles]]:
-    """Yields a checkpoint's encoded state and its tensors by name; explains errors."""
-    files = filter(TENSORS.fullmatch, verify(path, hashed)["files"])
-    with explained(path, MISFIT):
-        saved = json.loads((path / STATE).read_text(encoding="utf-8"))
-        yield saved["state"], TensorFiles(path, files, saved["same_as"], like)
+        return {part: decode(state[part], tensors.__getitem__) for part in parts if part in state}
 
 
 def export_weights(path: Path, folder: Path) -> None:
@@ -57,42 +119,30 @@ def export_weights(path: Path, folder: Path) -> None:
     files = [name for name in names if TENSORS.fullmatch(name) and not name.startswith("training")]
     with explained(path, MISFIT):
         tensors = TensorFiles(path, files)
-        kind = files[0].partition(".")[0].partition("-")[0]  # model or adapter_model
-        weights = {name.removeprefix(WEIGHTS): tensors[name] for name in tensors}
+        weights = {name.removeprefix(WEIGHTS): tensors[name] for name in tensors.shards}
+        kind = "adapter_model" if files[0].startswith("adapter") else "model"
     write_tensors(folder / f"{kind}.safetensors", weights)
     for name in names:
         if name != STATE and not TENSORS.fullmatch(name):
             shutil.copyfile(path / name, folder / name)
-    for file in (*folder.iterdir(), folder):
-        sync(file)
 
 
 def load_weights(path: Path, files: Collection[str], model: nn.Module, like: Like | None = None) -> None:
-    """Copy weights from `files` in a checkpoint, or another folder in transformers' format, into a model on its device.
+    """Copy weights from `files` in a checkpoint, or another folder in transformers' format, into a model.
 
-    One tensor at a time is converted to the model's precision. For `like` see `load_checkpoint`. Raises CheckpointError
-    also if they are not the weights of this model.
+    For `like` see `load_checkpoint`. Raises CheckpointError also if they are not the weights of this model.
     """
-    own = model.state_dict(keep_vars=True)
-    with explained(path, "its weights cannot be read"), torch.no_grad():
+    own, first = model.state_dict(keep_vars=True), dict[int, str]()
+    with explained(path, "its weights do not fit the model"):
         tensors = TensorFiles(path, files, like=like)
-        given = {name.removeprefix(WEIGHTS): tensors.shape(name) for name in tensors}
         # Older versions of transformers saved what follows from the config, Llama 2 among others.
-        given = {name: shape for name, shape in given.items() if not name.endswith(".rotary_emb.inv_freq")}
-        present = {id(own[name]) for name in given.keys() & own.keys()}  # one of several tied names is enough
-        needed = {n: tuple(weight.shape) for n, weight in own.items() if n in given or id(weight) not in present}
-        wrong = [
-            f"{name} has shape {given.get(name, 'none')} instead of {needed.get(name, 'none')}"
-            for name in sorted({*given, *needed})
-            if given.get(name) != needed.get(name)
-        ]
-        filled: set[int] = set()
-        for name in () if wrong else given:
-            tensor = tensors[f"{WEIGHTS}{name}"].to(own[name].device, own[name].dtype)
-            if id(own[name]) in filled and not torch.equal(local(own[name]), local(tensor)):
-                wrong.append(f"{name} differs from the weight that the model ties it to")
-            own[name].copy_(tensor)
-            filled.add(id(own[name]))
-    if wrong:
-        more = f" ({len(wrong) - 3} more)" if len(wrong) > 3 else ""
-        raise CheckpointError(f"{path}: the weights do not fit the model: {', '.join(wrong[:3])}{more}.")
+        names = [name for name in tensors.shards if not name.endswith(".rotary_emb.inv_freq")]
+        given = {name.removeprefix(WEIGHTS): tensors[name] for name in names}
+        for name in [name for name in given if name in own]:
+            other = first.setdefault(id(own[name]), name)
+            if other != name and not torch.equal(local(given[other]), local(given[name])):
+                raise CheckpointError(f"{path}: {name} differs from {other}, which the model ties it to.")
+        missing, unknown = model.load_state_dict(given, strict=False)
+        wrong = [*unknown, *(name for name in missing if id(own[name]) not in first)]  # one of several tied names does
+        if wrong:
+            raise CheckpointError(f"{path}: {len(wrong)} weights are missing or not of this model, such as {wrong[0]}.")

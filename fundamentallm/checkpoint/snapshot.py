@@ -1,34 +1,32 @@
-"""A state as JSON and named tensors, and a copy of it in memory, so that training can continue while it is written."""
+"""What a checkpoint stores: a state as JSON and named tensors, copied to memory, so that training can continue."""
 
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from fundamentallm.checkpoint.manifest import MANIFEST, NAME, STATE, TENSORS
-from fundamentallm.checkpoint.tensor_files import (
-    MODEL_KEY as MODEL_KEY,
-    WEIGHTS,
-    file_name,
-    is_first_holder,
-    sharding_info,
-)
 from fundamentallm.distributed.dtensor import full, is_sharded, local
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import CheckpointError
 
-OPTIMIZER_KEY, AVERAGE_KEY, ADAPTER_KEY = "optimizer_state_dict", "average_state_dict", "adapter_state_dict"
+MODEL_KEY, OPTIMIZER_KEY = "model_state_dict", "optimizer_state_dict"
+AVERAGE_KEY, ADAPTER_KEY = "average_state_dict", "adapter_state_dict"
+WEIGHTS = f"{MODEL_KEY}/"
+"""Prefix of the weights' paths in the state. In model.safetensors they have the names of transformers instead."""
+SHARDING_INFO, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
+"""Names in the metadata of a file with shards, those of torch.distributed.checkpoint's Hugging Face storage. That does
+not write them, because it verifies nothing, and needs the optimizer's state to exist before it is loaded."""
 
 # JSON has no tensors, tuples, non-finite numbers, or dicts whose keys are not text. Each is stored as an object with
 # one of these keys.
-_TENSOR, _TUPLE, _FLOAT, _DICT, _COUNTER = _RESERVED = (
-    "__tensor__", "__tuple__", "__float__", "__dict__", "__counter__"
-)  # fmt: skip
+_TENSOR, _TUPLE, _FLOAT, _DICT, _COUNTER = _RESERVED = "__tensor__", "__tuple__", "__float__", "__dict__", "__counter__"
 _ORDER = "order"
 """Dimensions of a tensor by descending stride. An optimizer may compute other bits from another memory layout."""
 
@@ -58,56 +56,29 @@ def encode(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any
     if isinstance(value, (list, tuple)):
         items = [encode(item, (*path, str(index)), tensors) for index, item in enumerate(value)]
         return items if isinstance(value, list) else {_TUPLE: items}
-    raise CheckpointError(
-        f"{where} is a {type(value).__module__}.{type(value).__name__}; allowed: tensors and JSON (text, numbers, "
-        "true, false, null, lists, and dicts whose keys are not tensors). Convert it before saving."
-    )
+    allowed = "tensors, text, numbers, true, false, null, and lists, tuples and dicts (without tensors as keys) of them"
+    raise CheckpointError(f"{where} is a {type(value).__module__}.{type(value).__name__}; allowed: {allowed}.")
 
 
-def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Reverses `encode`."""
+def decode(value: Any, read: Callable[[str], Tensor]) -> Any:
+    """Reverses `encode`; `read` returns a tensor by its path."""
     if isinstance(value, list):
-        return [decode(item, tensors) for item in value]
+        return [decode(item, read) for item in value]
     if not isinstance(value, dict):
         return value
     if _TENSOR in value:
-        tensor = tensors[value[_TENSOR]]
-        order = value.get(_ORDER)
+        tensor, order = read(value[_TENSOR]), value.get(_ORDER)
         if order is None or is_sharded(tensor):
             return tensor
-        back = [order.index(dim) for dim in range(tensor.ndim)]
-        return tensor.permute(order).contiguous().permute(back)
+        return tensor.permute(order).contiguous().permute([order.index(dim) for dim in range(tensor.ndim)])
     if _TUPLE in value:
-        return tuple(decode(item, tensors) for item in value[_TUPLE])
+        return tuple(decode(item, read) for item in value[_TUPLE])
     if _FLOAT in value:
         return float(value[_FLOAT])
     for name, kind in ((_DICT, dict), (_COUNTER, Counter)):
         if name in value:
-            return kind({decode(key, tensors): decode(item, tensors) for key, item in value[name]})
-    return {key: decode(item, tensors) for key, item in value.items()}
-
-
-def copy_to_cpu(
-    tensors: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Copy tensors to dense CPU memory, each to its own, as safetensors wants them.
-
-    Memory in `buffers` is used if it fits: allocating new memory takes as long as copying.
-    Returns (copies by name, {name: name of the same tensor}). A tied weight is copied once, under its first name.
-    """
-    first_name: dict[Any, str] = {}
-    copies: dict[str, Tensor] = {}
-    same_as: dict[str, str] = {}
-    for name, tensor in tensors.items():
-        identity = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
-        if tensor.numel() and first_name.setdefault(identity, name) != name:
-            same_as[name] = first_name[identity]
-            continue
-        buffer = buffers.get(name)
-        if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
-            buffer = torch.empty(tensor.shape, dtype=tensor.dtype)
-        copies[name] = buffer.copy_(tensor)
-    return copies, same_as
+            return kind({decode(key, read): decode(item, read) for key, item in value[name]})
+    return {key: decode(item, read) for key, item in value.items()}
 
 
 def plan(checkpoint: Mapping[str, Any], names: Iterable[str]) -> tuple[str, dict[str, Tensor]]:
@@ -131,11 +102,11 @@ def plan(checkpoint: Mapping[str, Any], names: Iterable[str]) -> tuple[str, dict
 
 
 class Snapshot:
-    """What one process writes of a checkpoint: a copy of the state, as JSON, and as tensors on the CPU.
+    """What one process writes of a checkpoint: a copy of the state, as JSON, and as tensors in dense CPU memory.
 
     See `CheckpointManager.save`. Each process of the group takes its shards of sharded tensors, and rank 0 everything
-    else too. Copies go to the memory in `buffers` that fits, which are those of an earlier snapshot. Raises
-    as `plan` does.
+    else too. Memory in `buffers`, the copies of an earlier snapshot, is used if it fits: allocating new memory takes
+    longer than copying. Raises as `plan` does.
     """
 
     def __init__(
@@ -147,30 +118,41 @@ class Snapshot:
         group: HostGroup,
         buffers: Mapping[str, Tensor],
     ) -> None:
-        rank, num_ranks = group.rank, group.size
         state, tensors = plan(checkpoint, (name, *files))
         # An adapter is stored under peft's names, which peft reads unsharded. It is small, so rank 0 writes all of it.
         names = checkpoint.get(ADAPTER_KEY, {}).get("names", {})
         adapter = {f"{WEIGHTS}{own}": f"{WEIGHTS}{peft}" for own, peft in names.items()}
         tensors = {adapter.get(path, path): full(t) if path in adapter else t for path, t in tensors.items()}
-        mine = {path: local(t) for path, t in tensors.items() if _is_written_by(rank, num_ranks, path, t)}
-        self.copies, same_as = copy_to_cpu(mine, buffers)  # by their path in the state
-        model = "adapter_model.safetensors" if adapter else file_name("model", rank, num_ranks)
-        training, exported = file_name("training", rank, num_ranks), {*adapter.values()}
-        by_file: dict[str, dict[str, Tensor]] = {model: {}, training: {}}
-        info = {}  # where shards lie, by name in the file
-        for path, tensor in self.copies.items():
+        suffix = "" if group.size == 1 else f"-{group.rank + 1:05d}-of-{group.size:05d}"
+        model = "adapter_model.safetensors" if adapter else f"model{suffix}.safetensors"
+        training, exported = f"training{suffix}.safetensors", {*adapter.values()}
+        self.tensors: dict[str, dict[str, Tensor]] = {model: {}, training: {}}  # by file, and name in it
+        self.info: dict[str, Any] = {}  # where shards lie, by name in the file; empty if all tensors are full
+        self.copies: dict[str, Tensor] = {}  # by their path in the state
+        first_path, same_as = dict[Any, str](), dict(adapter)
+        for path, tensor in tensors.items():
+            if not _is_written_by(group, path, tensor):
+                continue
+            mine = local(tensor)
+            identity = (mine.data_ptr(), mine.device, mine.dtype, mine.shape, mine.stride())
+            if mine.numel() and first_path.setdefault(identity, path) != path:  # a tied weight is stored once
+                same_as[path] = first_path[identity]
+                continue
+            buffer = buffers.get(path)
+            if buffer is None or (buffer.shape, buffer.dtype) != (mine.shape, mine.dtype):
+                buffer = torch.empty(mine.shape, dtype=mine.dtype)
+            self.copies[path] = buffer.copy_(mine)
             is_model = path in exported if adapter else path.startswith(WEIGHTS)
             stored_as = path.removeprefix(WEIGHTS) if is_model else path
-            by_file[model if is_model else training][stored_as] = tensor
-            info[stored_as] = sharding_info(tensors[path])
-        # Rank 0 writes both files even if they are empty, because each kind is always there.
-        self.tensors = {file: content for file, content in by_file.items() if content or rank == 0}
-        self.info = info if num_ranks > 1 else None
-        self.name = name
+            self.tensors[model if is_model else training][stored_as] = buffer
+            if suffix:
+                self.info[stored_as] = sharding_info(tensor)
+        self.name, self.texts = name, {}
         self.about = {"step": checkpoint.get("progress_state_dict", {}).get("step"), "is_best": is_best}
-        json_text = f'{{"state": {state},\n"same_as": {json.dumps(same_as | adapter)}}}'
-        self.texts = {**files, STATE: json_text} if rank == 0 else {}
+        if group.rank == 0:
+            self.texts = {**files, STATE: f'{{"state": {state},\n"same_as": {json.dumps(same_as)}}}'}
+        else:  # rank 0 writes both files even if they are empty, because each kind is always there
+            self.tensors = {file: content for file, content in self.tensors.items() if content}
 
     @property
     def is_finite(self) -> bool:
@@ -183,9 +165,38 @@ class Snapshot:
         return True
 
 
-def _is_written_by(rank: int, num_ranks: int, name: str, tensor: Tensor) -> bool:
+def sharding_info(tensor: Tensor) -> dict[str, list[int]]:
+    """Returns where this process's shard begins in the full tensor, and the shape of that, as torch's metadata has it.
+
+    FSDP2 shards as `torch.chunk` does: all ranks but the last ones get ceil(rows / ranks) rows. Raises CheckpointError
+    if a tensor is sharded in another way than along its first dimension.
+    """
+    offsets = [0] * tensor.ndim
+    if is_sharded(tensor):
+        mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+        cut = [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
+        if len(cut) > 1 or not all(placements[dim].is_shard(0) for dim in cut):
+            raise CheckpointError(f"a tensor has placements {placements}; allowed: sharded along its first dimension.")
+        for dim in cut:
+            rows = math.ceil(len(tensor) / mesh.size(dim))
+            offsets[0] = min(mesh.get_coordinate()[dim] * rows, len(tensor))
+    return {OFFSETS: offsets, "shape": [*tensor.shape]}
+
+
+def _is_written_by(group: HostGroup, path: str, tensor: Tensor) -> bool:
     if not is_sharded(tensor):
-        return rank == 0
-    if num_ranks == 1 and tensor.device_mesh.size() > 1:  # type: ignore[attr-defined]
-        raise CheckpointError(f"{name} is sharded; all processes that hold shards of it have to save together.")
-    return is_first_holder(tensor)
+        return group.rank == 0
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    if group.size == 1 and mesh.size() > 1:
+        raise CheckpointError(f"{path} is sharded; all processes that hold shards of it have to save together.")
+    # Of those that hold the same shard, the first writes it: HSDP replicates shards.
+    coordinates = zip(mesh.get_coordinate(), placements, strict=True)
+    return all(index == 0 for index, placement in coordinates if placement.is_replicate())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any] | None = None) -> None:
+    """Write one file; `info` has the `sharding_info` of each tensor, or is None if all are full."""
+    metadata = {"format": "pt"}  # required by transformers
+    if info:
+        metadata[SHARDING_INFO] = json.dumps({name: info[name] for name in tensors})
+    save_file(dict(tensors), path, metadata=metadata)

@@ -2,14 +2,12 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from fundamentallm.commands.options import option_problems, parse_settings, settings_parser
-from fundamentallm.commands.output import say, say_table
+from fundamentallm.commands.common import option_problems, parse_settings, say, say_table, settings_parser
 from fundamentallm.config.schema import CHUNK, LARGE_VOCABULARY, OPTIMIZER_NAMES, Config
 from fundamentallm.config.units import duration_text, size_text
-from fundamentallm.config.validation import AT_LEAST_ONE, POSITIVE
+from fundamentallm.config.validation import AT_LEAST_ONE
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.training.throughput import PEAK_TFLOPS, model_flops_per_token
 
@@ -23,33 +21,26 @@ DEVICES = (1, 8, 64, 512, 4096)
 
 def main(arguments: Sequence[str], program: str) -> int:
     """Run the command line and return the exit code."""
-    about = f"{__doc__} Nothing is allocated. The data is read only to count the characters of a character-level model."
+    read = "The data is read only to count the characters of a character-level model without a model.vocab_size."
+    about = f"{__doc__} Nothing is allocated. {read}"
     parser = settings_parser(program, "[--devices INT] [--gpu NAME]", about)
     devices = "number of devices; default: a table up to thousands"
     parser.add_argument("--devices", type=int, metavar="INT", help=devices)
-    parser.add_argument("--gpu", default="H100", metavar="NAME", help=f"{', '.join(PEAK_TFLOPS)} [H100]")
-    rate = f"10^12 operations per second of one device [{UTILISATION:.0%}% of the GPU's peak in bfloat16]"
-    parser.add_argument("--tflops", type=float, metavar="FLOAT", help=rate)
+    gpus = f"{', '.join(PEAK_TFLOPS)}; training.peak_tflops for another device [H100]"
+    parser.add_argument("--gpu", default="H100", type=str.upper, metavar="NAME", help=gpus)
     options, rest = parser.parse_known_args(arguments)
-    problems = option_problems(options, devices=AT_LEAST_ONE, tflops=POSITIVE)
-    gpu = " ".join(options.gpu.upper().replace("-", " ").split())
-    if gpu not in PEAK_TFLOPS:
-        advice = "Or set --tflops for another device."
-        problems.append(Problem("--gpu", options.gpu, ", ".join(PEAK_TFLOPS), advice))
+    problems = option_problems(options, devices=AT_LEAST_ONE)
+    if options.gpu not in PEAK_TFLOPS:
+        problems.append(Problem("--gpu", options.gpu, gpus))
     config = _with_vocabulary(parse_settings(rest, program, problems, check_files=False))
-    rate, tflops = f"{options.tflops} TFLOP/s", options.tflops
-    if tflops is None:
-        tflops = UTILISATION * PEAK_TFLOPS[gpu]
-        rate = f"{tflops:.0f} TFLOP/s, {UTILISATION:.0%} of the peak of one {gpu}; --gpu or --tflops for others"
-    counts, batch_size = count(config), config.training.batch_size or 0
+    batch_size, peak = config.training.batch_size or 0, config.training.peak_tflops
     if (options.devices or 1) > batch_size:
-        allowed, advice = (
-            f"at most {batch_size}, the training.batch_size",
-            "Other devices would have nothing to compute.",
-        )
-        raise ConfigError(Problem("--devices", options.devices, allowed, advice))
+        allowed = f"at most {batch_size}, the training.batch_size; other devices would have nothing to compute"
+        raise ConfigError(Problem("--devices", options.devices, allowed))
+    counts, tflops = count(config), UTILISATION * (peak or PEAK_TFLOPS[options.gpu])
     say_table(_run_rows(config, counts), "<<")
-    say(f"\nmemory of each device, and time to compute ({rate})")
+    of = f"the peak of one {options.gpu}, see --gpu" if peak is None else "training.peak_tflops"
+    say(f"\nmemory of each device, and time to compute ({tflops:.0f} TFLOP/s, {UTILISATION:.0%} of {of})")
     rows: list[tuple[str, ...]] = [("devices", "layout", *Memory._fields, "step", "run")]
     for number in [options.devices] if options.devices else [n for n in DEVICES if n <= batch_size]:
         for layout in ("ddp", "fsdp2") if number > 1 else ("ddp",):
@@ -61,27 +52,17 @@ def main(arguments: Sequence[str], program: str) -> int:
 
 def _with_vocabulary(config: Config) -> Config:
     """Returns the config with the shape of a pretrained model, or with the vocabulary of its data."""
-    if config.model.lora is not None:
-        advice = "Leave it out to estimate the training of all weights."
-        raise ConfigError(Problem("model.lora", config.model.lora, "null: adapters are not counted", advice))
     if (pretrained := config.model.pretrained) is not None:
-        from fundamentallm.checkpoint.reading import explained
-        from fundamentallm.models.transformers_format import find_pretrained
+        from fundamentallm.run.resume import completed
 
-        with explained(Path(pretrained)):
-            found = find_pretrained(pretrained)
+        config, found = completed(config)
         if found.shape is None:
-            raise ConfigError([Problem("model.pretrained", pretrained, "a Transformer", reason=str(found.why_not))])
-        return dataclasses.replace(config, model=dataclasses.replace(found.shape, dropout=config.model.dropout))
+            raise ConfigError(Problem("model.pretrained", pretrained, "a Transformer", reason=found.why_not))
     if config.model.vocab_size is not None:
         return config
     from fundamentallm.data.corpus import vocabulary_size
 
-    try:
-        size = vocabulary_size(config.data)
-    except ConfigError as error:
-        advice = Problem("", advice="Or set model.vocab_size: no text is needed then.")
-        raise ConfigError([*error.problems, advice]) from error
+    size = vocabulary_size(config.data)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
@@ -132,21 +113,18 @@ def count(config: Config) -> Counts:
     )
 
 
-def micro_batches(config: Config, devices: int) -> tuple[int, int]:
-    """Returns (micro-batches, sequences of the largest one) of a step on the busiest device."""
-    rows = -(-(config.training.batch_size or 0) // devices)
-    size = config.training.micro_batch_size
-    number = -(-rows // (rows if size is None or size == "auto" else size))
-    return number, -(-rows // number)
+def sampler_of(config: Config, devices: int = 1) -> Any:
+    """Returns the `StepSampler` of the busiest device, over endless data."""
+    from fundamentallm.data.sampler import StepSampler  # imports torch
+
+    training, size = config.training, config.training.micro_batch_size
+    layout = devices - 1, devices, None if size == "auto" else size
+    return StepSampler(2**62, training.batch_size or 0, None, *layout, schedule=training.batch_size_schedule)
 
 
 def tokens_of_run(config: Config, steps: int) -> int:
     """Returns the tokens of the first `steps` optimizer steps, following `batch_size_schedule`."""
-    from fundamentallm.data.sampler import StepSampler  # imports torch
-
-    training, endless = config.training, 2**62
-    sampler = StepSampler(endless, training.batch_size or 0, None, schedule=training.batch_size_schedule)
-    return sampler.at(steps).samples * config.data.sequence_length
+    return int(sampler_of(config).at(steps).samples) * config.data.sequence_length
 
 
 class Memory(NamedTuple):
@@ -169,8 +147,8 @@ def memory(config: Config, counts: Counts, devices: int = 1, layout: str = "ddp"
     """
     model, vocabulary = config.model, config.model.vocab_size or 0
     shards = devices if layout == "fsdp2" else 1
-    number, rows = micro_batches(config, devices)
-    tokens = rows * config.data.sequence_length
+    batch = sampler_of(config, devices).rank_batch(0)
+    tokens = -(-batch.rows // batch.micro_batches) * config.data.sequence_length
     size = NARROW if config.training.mixed_precision in ("bf16", "fp16") else WIDE
     is_autocast = size == NARROW and shards == 1  # it copies matrices and inputs; FSDP2 casts weights and stream
     stream, casts = WIDE if is_autocast else size, NARROW * is_autocast
@@ -195,7 +173,7 @@ def memory(config: Config, counts: Counts, devices: int = 1, layout: str = "ddp"
     # The block being computed and the next one, and float32 gradients to be scattered.
     gathered = (3 * size + WIDE) * counts.block + size * counts.table if shards > 1 else 0
     # Gradients of earlier micro-batches, and the buckets of DDP, exist before the backward pass begins.
-    held = gradients if number > 1 or shards == 1 < devices else 0
+    held = gradients if batch.micro_batches > 1 or shards == 1 < devices else 0
     peak = weights + optimizer + gathered + max(held + activations + logits + early, gradients)
     return Memory(weights, gradients, optimizer, activations, logits, gathered, peak)
 

@@ -9,8 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from fundamentallm.commands.options import add_trainer_option, option_problems, parse_settings, settings_parser
-from fundamentallm.commands.output import say
+from fundamentallm.commands.common import option_problems, parse_settings, say, settings_parser
 from fundamentallm.config.schema import Config
 from fundamentallm.config.validation import POSITIVE, Interval
 from fundamentallm.errors import Problem, TrainingError, writing
@@ -23,19 +22,17 @@ DIVERGED = 4.0
 
 def main(arguments: Sequence[str], program: str) -> int:
     """Run the command line and return the exit code: 0 with a suggestion, 1 without."""
-    parser = settings_parser(
-        program,
-        "[--steps INT] [--plot FILE] ...",
+    about = (
         "Run a learning rate range test: the first steps of the run, at a rate that grows exponentially from --lowest "
         "to --highest, until the loss diverges. Nothing is written to output_dir. It can be launched on several "
-        "devices, as the run itself.",
+        "devices, as the run itself."
     )
-    add_trainer_option(parser)
-    parser.add_argument("--steps", type=int, default=100, metavar="INT", help="optimizer steps [100]")
-    parser.add_argument("--lowest", type=float, default=1e-6, metavar="FLOAT", help="rate of the first step [1e-6]")
-    parser.add_argument("--highest", type=float, default=10.0, metavar="FLOAT", help="rate of the last step [10]")
-    plot = "plot of the curve [find_lr.png]"
-    parser.add_argument("--plot", type=Path, default=Path("find_lr.png"), metavar="FILE", help=plot)
+    parser = settings_parser(program, "[--steps INT] [--plot FILE] ...", about, takes_trainer=True)
+    add = parser.add_argument
+    add("--steps", type=int, default=100, metavar="INT", help="optimizer steps [100]")
+    add("--lowest", type=float, default=1e-6, metavar="FLOAT", help="rate of the first step [1e-6]")
+    add("--highest", type=float, default=10.0, metavar="FLOAT", help="rate of the last step [10]")
+    add("--plot", type=Path, default="find_lr.png", metavar="FILE", help="plot of the curve [find_lr.png]")
     options, rest = parser.parse_known_args(arguments)
     problems = option_problems(options, steps=Interval(low=20), highest=POSITIVE)
     if options.lowest not in POSITIVE or not options.lowest < options.highest:
@@ -86,11 +83,8 @@ def suggestion(rates: Sequence[float], losses: Sequence[float]) -> float | None:
 
 def range_test(config: Config, options: argparse.Namespace, folder: Path) -> tuple[list[float], list[float], bool]:
     """Returns the learning rate and the loss of each step, and whether this is the main process."""
-    from fundamentallm.commands.trial import (
-        Record,
-        make_trial,
-        run_until,
-    )  # imports torch, which --help need not wait for
+    # Imported here, so that --help need not wait for torch.
+    from fundamentallm.commands.trial import Record, make_trial, run_until
 
     trainer = make_trial(
         options.trainer, config, folder, max_steps=options.steps, max_epochs=None, learning_rate=options.highest,
@@ -120,9 +114,7 @@ def _draw(rates: Sequence[float], losses: Sequence[float], found: float | None, 
     axes = figure.subplots()
     axes.plot(rates, losses, alpha=0.3, label="loss")
     axes.plot(rates, smooth(losses), color="C0", label="smoothed")
-    lowest = min(loss for loss in losses if math.isfinite(loss))
-    room = max(losses[0] - lowest, 1e-3)
-    axes.set_ylim(lowest - 0.1 * room, losses[0] + 0.5 * room)  # the diverged end would flatten the rest
+    axes.set_ylim(top=1.2 * losses[0])  # the diverged end would flatten the rest
     if found is not None:
         axes.axvline(found, color="C3", label=f"steepest: {found:.1e}")
     axes.set(xscale="log", xlabel="learning rate", ylabel="loss (nats per token)")

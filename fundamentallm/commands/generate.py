@@ -10,20 +10,22 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from fundamentallm.checkpoint.reading import explained
-from fundamentallm.commands.options import BASE_HELP, add_checkpoint
+from fundamentallm.commands.common import BASE_HELP, add_checkpoint
 from fundamentallm.data.chat import ChatTemplate
 from fundamentallm.data.tokenizers import encode_prompt
 from fundamentallm.errors import ConfigError, Problem, printable
 from fundamentallm.inference.generation import generate
-from fundamentallm.inference.loading import CHECKPOINT_HELP, LoadedModel, load_model
+from fundamentallm.inference.loading import load_model
 from fundamentallm.models.transformers_format import TOKENIZER
+
+SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
 
 
 def main(arguments: Sequence[str], program: str) -> int:
     """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(prog=program, description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add_checkpoint(parser, CHECKPOINT_HELP)
+    add_checkpoint(parser)
     add("--base", metavar="DIR", help=BASE_HELP)
     add("--prompt", action="append", metavar="TEXT", help="text to continue [a new line]; may be repeated")
     add("--prompts", type=Path, metavar="FILE", help="file with a prompt in each line, in addition to --prompt")
@@ -38,38 +40,25 @@ def main(arguments: Sequence[str], program: str) -> int:
     add("--json", action="store_true", help='print {"prompt": ..., "text": ..., "tokens": N} for each prompt')
     options = parser.parse_args(arguments)
     prompts = _prompts(options)
-    loaded = load_model(options.checkpoint, options.base)
-    with explained(loaded.folder):
-        return _generate(loaded, prompts, options)
-
-
-def _generate(loaded: LoadedModel, prompts: list[str], options: argparse.Namespace) -> int:
-    template = ChatTemplate(loaded.folder / TOKENIZER) if options.chat else None
-    for index, prompt in enumerate(prompts):
-        text = template.text([{"role": "user", "content": prompt}], is_prompt=True) if template else prompt
-        ids = generate(
-            loaded.model,
-            encode_prompt(loaded.tokenizer, text),
-            options.max_new_tokens,
-            loaded.context,
-            options.temperature,
-            options.top_k,
-            options.seed + index,
-            top_p=options.top_p,
-            repetition_penalty=options.repetition_penalty,
-            stop=() if options.ignore_end else loaded.stop,
-        )
-        if options.json:
-            drawn = list(ids)
-            line = {"prompt": prompt, "text": loaded.tokenizer.decode(drawn), "tokens": len(drawn)}
-            print(json.dumps(line), flush=True)
-            continue
-        if len(prompts) > 1:
-            _print("\n" * (index > 0) + f"---- {index} ----\n")
-        _print(prompt)
-        for piece in pieces(loaded.tokenizer, ids):
-            _print(piece)
-        print()
+    model, tokenizer, context, stop, folder = load_model(options.checkpoint, options.base)
+    sampling = {name: getattr(options, name) for name in SAMPLING} | {"stop": () if options.ignore_end else stop}
+    with explained(folder):
+        template = ChatTemplate(folder / TOKENIZER) if options.chat else None
+        for index, prompt in enumerate(prompts):
+            text = template.text([{"role": "user", "content": prompt}], is_prompt=True) if template else prompt
+            prompt_ids = encode_prompt(tokenizer, text)
+            ids = generate(model, prompt_ids, context=context, seed=options.seed + index, **sampling)
+            if options.json:
+                drawn = list(ids)
+                line = {"prompt": prompt, "text": tokenizer.decode(drawn), "tokens": len(drawn)}
+                print(json.dumps(line), flush=True)
+                continue
+            if len(prompts) > 1:
+                _print("\n" * (index > 0) + f"---- {index} ----\n")
+            _print(prompt)
+            for piece in pieces(tokenizer, ids):
+                _print(piece)
+            print()
     return 0
 
 

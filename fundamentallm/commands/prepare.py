@@ -6,8 +6,7 @@ data.source there.
 
 from collections.abc import Sequence
 
-from fundamentallm.commands.options import settings_parser
-from fundamentallm.commands.output import say
+from fundamentallm.commands.common import say, settings_parser
 from fundamentallm.config.command_line import parse_config
 from fundamentallm.config.units import size_text
 from fundamentallm.errors import ConfigError, Problem
@@ -18,7 +17,7 @@ def main(arguments: Sequence[str], program: str) -> int:
     _, rest = settings_parser(program, "", str(__doc__).strip()).parse_known_args(arguments)
     config = parse_config(rest, program)
     if config.model.pretrained is not None:  # a run would use its tokenizer
-        from fundamentallm.run.initial_weights import completed
+        from fundamentallm.run.resume import completed
 
         config, _ = completed(config)
     from fundamentallm.data.corpus import describe, is_intact, load_corpus  # the imports take half a second

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,26 +15,26 @@ from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.training.callbacks.base import Callback, RunView
 from fundamentallm.training.trainer import Trainer
 
+OFF = (
+    "early_stopping_patience eval_every_n_steps eval_every_n_epochs save_every_n_steps save_every_n_epochs "
+    "max_minutes compile"
+)
+"""Settings that are null in a trial. Compiling would take a minute of each."""
 
-def make_trial(name: str, config: Config, folder: Path, **training: Any) -> Trainer:
-    """Returns the Trainer that the function `name` (`--trainer`) makes of the run in `folder`, logged at each step.
 
-    Raises ConfigError if it returns something else, or a Trainer that would write to the run's own folder.
+def make_trial(name: str, config: Config, trials: Path, folder: str | None = None, **training: Any) -> Trainer:
+    """Returns the Trainer that the function `name` (`--trainer`) makes of a trial run, logged at each step.
+
+    The run is in a new folder in `trials`, or in `folder`, to launch a trial again. Raises ConfigError if the function
+    returns something else, or a Trainer that would write to the run's own folder.
     """
-    off = "early_stopping_patience eval_every_n_steps eval_every_n_epochs save_every_n_steps save_every_n_epochs"
-    settings: dict[str, Any] = {
-        "checkpoint_dir": str(folder / "checkpoints"),
-        "resume": "auto",
-        "log_every_n_steps": 1,
-        "max_minutes": None,  # it would cut a check or a range test short
-        "compile": None,  # each trial would spend a minute on compiling, for a few steps
-        **dict.fromkeys(off.split()),
-        **training,
-    }
-    trained = dataclasses.replace(config.training, **settings)
-    trial = dataclasses.replace(config, output_dir=str(folder), trackers=[], tracker_options={}, training=trained)
+    folder = folder or tempfile.mkdtemp(dir=trials)
+    settings: dict[str, Any] = dict.fromkeys(OFF.split())
+    settings |= {"checkpoint_dir": f"{folder}/checkpoints", "resume": "auto", "log_every_n_steps": 1}
+    trained = dataclasses.replace(config.training, **(settings | training))
+    trial = dataclasses.replace(config, output_dir=folder, trackers=[], tracker_options={}, training=trained)
     trainer = resolve("--trainer", name, {})(trial)
-    if not isinstance(trainer, Trainer) or trainer.config.training.checkpoint_dir != trial.training.checkpoint_dir:
+    if not isinstance(trainer, Trainer) or trainer.config.training.checkpoint_dir != trained.checkpoint_dir:
         allowed = "a function from a Config to a fundamentallm.Trainer that uses this Config"
         raise ConfigError([Problem("--trainer", name, allowed)])
     trainer.stop_switch.ends_at_once = True  # a signal ends the command, and nothing may count a trial that it cut
@@ -45,7 +46,7 @@ class Record(Callback):
 
     def __init__(self, is_enough: Callable[[Record], bool]) -> None:
         self.is_enough = is_enough
-        self.first_step = 0  # of this launch: 0, or the step of the checkpoint that it resumed from
+        self.first_step = self.step = 0  # the first is that of the checkpoint that this launch resumed from
         self.losses: list[float] = []  # after each step
         self.times: list[float] = []  # at the start and after each step
         self.lines: list[dict[str, float]] = []  # the log
@@ -54,6 +55,7 @@ class Record(Callback):
         self.first_step, self.times = run.global_step, [time.perf_counter()]
 
     def on_step_end(self, run: RunView, loss: float) -> None:
+        self.step = run.global_step
         self.losses.append(loss)
         self.times.append(time.perf_counter())
         if self.is_enough(self):

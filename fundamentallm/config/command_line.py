@@ -7,18 +7,17 @@ import functools
 import inspect
 import itertools
 import json
-import os
 import typing
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from fundamentallm.config.files import file_problems
 from fundamentallm.config.registry import setting_meant
 from fundamentallm.config.schema import Config
 from fundamentallm.config.validation import Section, default_of, expand_user, fits, from_dict
 from fundamentallm.config.yaml_format import from_yaml, to_yaml
-from fundamentallm.errors import ConfigError, Problem, collected
+from fundamentallm.errors import ConfigError, Problem, collected, raise_all
 
 
 def settings(section: type[Any], prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any], str]]:
@@ -46,8 +45,6 @@ def _docstrings(section: type[Section]) -> dict[str, str]:
 def default_text(entry: dataclasses.Field[Any]) -> str:
     """Returns a setting's default, as YAML has it."""
     default = default_of(entry)
-    if isinstance(default, list):
-        return f"[{', '.join(default)}]"
     return default if isinstance(default, str) else json.dumps(default)
 
 
@@ -60,25 +57,15 @@ def _metavar(hint: Any) -> str:
     return "|".join(typing.get_args(options[0]) or options)  # words
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}.")
-
-
-def print_help(program: str) -> None:
-    """Prints the help, on the first of all launched processes only."""
-    if os.environ.get("RANK", "0") == "0":
-        _parser(program).print_help()
-
-
-def _parser(program: str) -> _Parser:
-    parser = _Parser(
+def train_parser(program: str) -> argparse.ArgumentParser:
+    """Returns a parser that takes every setting as text."""
+    parser = argparse.ArgumentParser(
         prog=program,
         usage="%(prog)s [--config FILE] [--SECTION.SETTING VALUE ...] [--print_config] [--help]",
-        description="Train a GPT-style language model. The command line overrides the YAML file, which overrides the "
-        "defaults.",
+        description="Train a GPT-style language model. The command line overrides the YAML file.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
+        exit_on_error=False,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings, or quickstart")
     parser.add_argument("--print_config", action="store_true", help="print all settings as YAML and exit")
@@ -91,18 +78,16 @@ def _parser(program: str) -> _Parser:
 
 
 def _unknown_arguments(words: Sequence[str], known: Collection[str]) -> Iterator[Problem]:
-    """Yields a problem for each word that argparse does not know; the value of an unknown option belongs to it."""
+    """Yields a problem for each unknown option. If there is none, for each word: one may be the value of an option."""
     options = [f"--{name}" for name in (*known, "config", "print_config", "help")]
-    previous = ""
-    for word in words:
+    for word in [word for word in words if word.startswith("--")] or words:
         option, _, text = word.partition("=")
         if option.startswith("--"):
             yield Problem(option, text, advice=setting_meant(option, options), text="unknown option")
-        elif not previous.startswith("--") or "=" in previous:
+        else:
             is_file = word.endswith((".yaml", ".yml"))
             advice = f"Did you mean --config {word}?" if is_file else "Give settings as --SECTION.SETTING VALUE."
             yield Problem("", word, advice=advice, text=f"unexpected argument {word!r}")
-        previous = word
 
 
 def _command_line_value(text: str, hint: Any) -> Any:
@@ -124,8 +109,7 @@ def _read_file(path: str) -> dict[str, Any]:
     try:
         values = from_yaml(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        reason = f"which cannot be read: {error.strerror if isinstance(error, OSError) else error}"
-        raise ConfigError(Problem("--config", path, reason=reason)) from error
+        raise ConfigError(Problem("--config", path, reason=f"which cannot be read: {error}")) from error
     if values is not None and not isinstance(values, dict):
         raise ConfigError(Problem("--config", path, "a mapping of settings", reason=f"which holds {values!r:.40}"))
     return values or {}
@@ -138,7 +122,10 @@ def parse_config(arguments: Sequence[str], program: str = "fundamentallm.train",
     files too.
     """
     known = {name: hint for name, hint, _, _ in settings(Config)}
-    parsed, unknown = _parser(program).parse_known_args(arguments)
+    try:
+        parsed, unknown = train_parser(program).parse_known_args(arguments)
+    except argparse.ArgumentError as error:  # an option without a value
+        raise ConfigError(f"{error}.") from error
     given, values = vars(parsed), dict[str, Any]()
     problems = list(_unknown_arguments(unknown, known))
     show = given.pop("print_config", False)
@@ -153,8 +140,7 @@ def parse_config(arguments: Sequence[str], program: str = "fundamentallm.train",
     with collected(problems):
         config = from_dict(Config, values)
         problems += file_problems(config) if check_files else []
-    if problems:
-        raise ConfigError(problems)
+    raise_all(problems)
     if show:
         print(to_yaml(config), end="")
         raise SystemExit(0)

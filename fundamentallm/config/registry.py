@@ -7,11 +7,9 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.errors import ConfigError, Problem, raise_all
 
 _PEERS = {
-    "output_dir": "out_dir save_dir",
-    "trackers": "report_to logger",
     "model.d_model": "n_embd embed_dim hidden_size hidden_dim dim",
     "model.num_heads": "n_head n_heads num_attention_heads",
     "model.num_layers": "n_layer n_layers num_hidden_layers depth",
@@ -22,15 +20,11 @@ _PEERS = {
     "training.eval_every_n_steps": "eval_interval eval_steps val_check_interval",
     "training.gradient_clip_norm": "clip_grad grad_clip gradient_clip_val max_grad_norm",
     "training.learning_rate": "lr max_lr",
-    "training.log_every_n_steps": "log_interval logging_steps",
     "training.lr_scheduler": "lr_scheduler_type scheduler",
     "training.max_epochs": "epochs n_epochs num_epochs num_train_epochs",
     "training.max_steps": "iters max_iters num_steps num_train_steps steps",
     "training.micro_batch_size": "accumulate_grad_batches gradient_accumulation_steps",
     "training.mixed_precision": "bf16 dtype fp16 precision",
-    "training.optimizer": "optim",
-    "training.resume": "resume_from_checkpoint",
-    "training.save_every_n_steps": "save_interval save_steps",
     "training.warmup_steps": "num_warmup_steps warmup warmup_iters warmup_ratio",
     "training.weight_decay": "wd",
 }
@@ -75,8 +69,7 @@ def unknown_options(setting: str, name: str, options: Iterable[str], known: Coll
 
 def resolve(setting: str, name: str, known: Mapping[str, Any]) -> Any:
     """Returns the entry of `known` called `name`, or what `module:name` imports. Raises ConfigError if it cannot."""
-    if problems := unknown_name(setting, name, known):
-        raise ConfigError(problems)
+    raise_all(unknown_name(setting, name, known))
     if name in known:
         return known[name]
     module_name, _, attribute = name.partition(":")

@@ -1,22 +1,16 @@
-"""Every setting of a run, as frozen dataclasses. Field docstrings are the help texts.
-
-Nothing here imports torch, so that `--help` and a config error answer at once.
-"""
+"""Every setting of a run, as frozen dataclasses. Field docstrings are the help texts."""
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
-from fundamentallm.config.entries import LoraSettings, ParameterGroup, entry_problems
 from fundamentallm.config.registry import not_one_of, unknown_name
-from fundamentallm.config.validation import Section, expand_user, from_dict, range_problems
-from fundamentallm.errors import Problem
+from fundamentallm.config.validation import Section, expand_user, from_dict
+from fundamentallm.errors import Problem, collected
 
 LARGE_VOCABULARY, CHUNK = 1024, 512
 """Vocabulary size, in tokens, from which logits are computed in chunks, and positions per chunk."""
@@ -36,6 +30,48 @@ CALLBACK_NAMES = ("curves", "samples", "profiler")
 # Metadata of fields: may the setting differ on resume? Unmarked ones only if training.resume_changes names them.
 FREE = {"on_resume": "free"}  # changes no weight, so it may
 SHAPE = {"on_resume": "never"}  # the weights have this shape
+
+
+def _entry_problems(kind: type[Section], values: dict[str, Any], name: str) -> list[Problem]:
+    """Returns what is wrong in the mapping that a setting holds, or a list of them."""
+    problems = list[Problem]()
+    with collected(problems, name):
+        from_dict(kind, values)
+    return problems
+
+
+@dataclass(frozen=True)
+class LoraSettings(Section):
+    """Low-rank adapters (LoRA, arXiv:2106.09685) of a pretrained model; `model.lora`. The defaults are peft's."""
+
+    r: int = 8
+    """Rank of the adapters."""
+    alpha: float = 8.0
+    """Scale of the adapters: their output is multiplied by alpha / r."""
+    dropout: float = 0.0
+    """Dropout probability of the adapters' inputs."""
+    targets: list[str] | Literal["all-linear"] | None = None
+    """Names of the modules that get adapters, such as q_proj; all-linear: all but the head; null: peft's choice."""
+
+
+@dataclass(frozen=True)
+class ParameterGroup(Section):
+    """Options of some parameters; an entry of `training.parameter_groups`."""
+
+    pattern: str = ""
+    """Glob over parameter names, such as '*.embed_tokens.*'."""
+    learning_rate_scale: float = 1.0
+    """Factor of the learning rate, at every step."""
+    weight_decay: float | None = None
+    """Weight decay for the group (including vectors); null: unchanged."""
+    frozen: bool = False
+    """Do not train these parameters."""
+
+    def _relations(self) -> Iterator[Problem]:
+        if not self.pattern:
+            yield Problem("pattern", "", "a glob over the parameters' names, such as 'model.layers.0.*'")
+        if self.frozen and (self.learning_rate_scale != 1 or self.weight_decay is not None):
+            yield Problem("frozen", True, "frozen without learning_rate_scale and weight_decay")
 
 
 @dataclass(frozen=True)
@@ -86,20 +122,16 @@ class ModelConfig(Section):
         if self.num_kv_heads and self.num_heads % self.num_kv_heads:
             yield self._conflict("num_kv_heads", "num_heads", "a divisor of num_heads")
         if self.lora is not None:
-            yield from entry_problems(LoraSettings, self.lora, "lora")
+            yield from _entry_problems(LoraSettings, self.lora, "lora")
             if self.pretrained is None:
                 yield self._conflict("lora", "pretrained", "with model.pretrained, the model that gets the adapters")
 
     def resolved(self) -> ModelConfig:
         """Returns the shape with derived defaults filled in; with `pretrained`, they are not known yet."""
         if self.pretrained is not None:
-            lora = None if self.lora is None else dataclasses.asdict(from_dict(LoraSettings, self.lora))
-            return dataclasses.replace(self, lora=lora)
-        return dataclasses.replace(
-            self,
-            num_kv_heads=self.num_kv_heads or self.num_heads,
-            d_ff=self.d_ff or 8 * math.ceil(self.d_model / 3),
-        )
+            return replace(self, lora=None if self.lora is None else asdict(from_dict(LoraSettings, self.lora)))
+        d_ff = self.d_ff or 8 * math.ceil(self.d_model / 3)
+        return replace(self, num_kv_heads=self.num_kv_heads or self.num_heads, d_ff=d_ff)
 
 
 @dataclass(frozen=True)
@@ -160,32 +192,36 @@ class DataConfig(Section):
         elif kind != "bpe" and kind not in ("char", "byte") and not self.tokenizer.endswith(".json"):
             allowed = "'char', 'byte', 'bpe:<vocabulary size>', or the path of a tokenizer.json"
             yield not_one_of("tokenizer", self.tokenizer, ("char", "byte"), allowed)
-        for source, weight in self.sources().items():
-            if not 0 < weight < math.inf:
-                yield Problem("source", self.source, "greater than 0", text=f"{source!r} has the weight {weight}")
-        if not self.sources():
-            yield Problem("source", {}, "at least one source with its weight")
+        if not self.sources() or not all(0 < weight < math.inf for weight in self.sources().values()):
+            yield Problem("source", self.source, "at least one source, with weights greater than 0")
         for name in ("mask_documents", "prompt_field"):
             if getattr(self, name) and self.end_of_text is None and not self.chat_template:
                 allowed = f"with an end_of_text such as {END_OF_TEXT!r}; for a prompt_field, or chat_template: true"
                 yield self._conflict(name, "end_of_text", allowed)
-        yield from self._stream_problems()
         if self.prompt_field == self.text_field:
             yield self._conflict("prompt_field", "text_field", "another field")
-
-    def _stream_problems(self) -> Iterator[Problem]:
-        of_streams = ("shuffle_buffer", "validation_tokens")
-        others = dict.fromkeys(("prompt_field", "messages_field", "num_workers", "train_split"), "streaming")
-        others = others if self.streaming else dict.fromkeys(of_streams, "streaming")
-        if self.validation_source is not None:
-            others |= dict.fromkeys(("train_split", "validation_tokens"), "validation_source")
-        for name, other in others.items():
-            if getattr(self, name) != (default := getattr(DataConfig, name)):
-                yield self._conflict(name, other, "null" if default is None else str(default))
+        if self.chat_template and self.prompt_field is None and self.messages_field is None:
+            yield self._conflict("chat_template", "prompt_field", "null, except with a prompt_field or messages_field")
+        if self.chat_template is False and self.messages_field is not None:
+            yield self._conflict("chat_template", "messages_field", "null or true")
         if self.streaming and isinstance(self.source, dict):
             yield self._conflict("source", "streaming", "one source")
         if self.validation_tokens is not None and self.validation_tokens <= self.sequence_length:
             yield self._conflict("validation_tokens", "sequence_length", "more than one sample")
+        for name, other in self._unused().items():
+            if getattr(self, name) != (default := getattr(DataConfig, name)):
+                yield self._conflict(name, other, "null" if default is None else str(default))
+
+    def _unused(self) -> dict[str, str]:
+        """Returns the settings that another one leaves without effect, and which one."""
+        unused = dict.fromkeys(("shuffle_buffer", "validation_tokens"), "streaming")
+        if self.streaming:
+            unused = dict.fromkeys(("prompt_field", "messages_field", "num_workers", "train_split"), "streaming")
+        if self.validation_source is not None:
+            unused |= dict.fromkeys(("train_split", "validation_tokens"), "validation_source")
+        if self.messages_field is not None:
+            unused |= dict.fromkeys(("prompt_field", "text_field"), "messages_field")
+        return unused
 
     def sources(self) -> dict[str, float]:
         """Returns each source with its weight."""
@@ -314,12 +350,9 @@ class TrainingConfig(Section):
         if self.max_steps is not None and 0 < self.max_steps <= self.warmup_steps:
             yield self._conflict("warmup_steps", "max_steps", "a warm-up shorter than the run")
         for index, entry in enumerate(self.parameter_groups):
-            yield from entry_problems(ParameterGroup, entry, f"parameter_groups[{index}]")
-        are_pairs = all(
-            len(pair) == 2 and not range_problems(max_steps=pair[0], batch_size=pair[1])
-            for pair in self.batch_size_schedule
-        )
-        if not are_pairs or any(one[0] >= other[0] for one, other in itertools.pairwise(self.batch_size_schedule)):
+            yield from _entry_problems(ParameterGroup, entry, f"parameter_groups[{index}]")
+        steps = [pair[0] for pair in self.batch_size_schedule if len(pair) == 2 and min(pair) > 0]
+        if len(steps) < len(self.batch_size_schedule) or steps != sorted({*steps}):
             allowed = "pairs of [optimizer steps done, batch size from there on], at least 1, with increasing steps"
             yield Problem("batch_size_schedule", self.batch_size_schedule, allowed)
         known_changes = [*ON_RESUME, *DATA_FACTS]
@@ -337,11 +370,9 @@ class TrainingConfig(Section):
 
     def resolved(self) -> TrainingConfig:
         """Returns the settings with the length of the run filled in, and `~` expanded."""
-        return dataclasses.replace(
-            self,
-            max_epochs=1 if self.max_epochs is self.max_steps is None else self.max_epochs,
-            checkpoint_dir=None if self.checkpoint_dir is None else expand_user(self.checkpoint_dir),
-        )
+        max_epochs = 1 if self.max_epochs is self.max_steps is None else self.max_epochs
+        folder = None if self.checkpoint_dir is None else expand_user(self.checkpoint_dir)
+        return replace(self, max_epochs=max_epochs, checkpoint_dir=folder)
 
 
 @dataclass(frozen=True)
@@ -362,11 +393,11 @@ class Config(Section):
     training: TrainingConfig = field(default_factory=TrainingConfig)
     callbacks: list[str] = field(default_factory=list, metadata=FREE)
     """samples, profiler, curves (always on), or 'module:name' of Callback classes."""
-    callback_options: dict[str, Any] = field(default_factory=dict, metadata=FREE)
+    callback_options: dict[str, dict[str, Any]] = field(default_factory=dict, metadata=FREE)
     """Keyword arguments of callbacks by name, such as {samples: {prompts: [Once]}, curves: {theme: dark}}."""
     trackers: list[str] = field(default_factory=list, metadata=FREE)
     """Experiment trackers, by accelerate's names: tensorboard, wandb, mlflow, trackio and others."""
-    tracker_options: dict[str, Any] = field(default_factory=dict, metadata=FREE)
+    tracker_options: dict[str, str | dict[str, Any]] = field(default_factory=dict, metadata=FREE)
     """Project name, and keyword arguments of trackers by name: {project: mine, wandb: {tags: [small]}}."""
     sample_tokens: int = field(default=200, metadata=FREE)
     """Tokens of each generated sample, after training and by the callback samples; 0: no sample after training."""
@@ -384,12 +415,9 @@ class Config(Section):
             yield from unknown_name("callbacks", name, CALLBACK_NAMES)
         named = {"callback_options": ["curves", *self.callbacks], "tracker_options": ["project", *self.trackers]}
         for setting, names in named.items():
-            for name, value in getattr(self, setting).items():
+            for name in getattr(self, setting):
                 if name not in names:
                     yield not_one_of(setting, name, names, text=f"{name!r} is not in use")
-                elif not isinstance(value, str if name == "project" else dict):
-                    allowed = "text" if name == "project" else "a mapping of keyword arguments"
-                    yield Problem(f"{setting}.{name}", value, allowed)
 
     def folder_of_checkpoints(self) -> str:
         """Returns the folder of this run's checkpoints."""
@@ -397,15 +425,9 @@ class Config(Section):
 
     def resolved(self) -> Config:
         """Returns the run with every default that depends on another setting filled in."""
-        training = self.training.resolved()
-        return dataclasses.replace(
-            self,
-            output_dir=expand_user(self.output_dir),
-            model=self.model.resolved(),
-            training=dataclasses.replace(
-                training, batch_size=training.batch_size or 32, checkpoint_dir=self.folder_of_checkpoints()
-            ),
-        )
+        training = replace(self.training.resolved(), checkpoint_dir=self.folder_of_checkpoints())
+        training = replace(training, batch_size=training.batch_size or 32)
+        return replace(self, output_dir=expand_user(self.output_dir), model=self.model.resolved(), training=training)
 
 
 DATA_FACTS = ("data.num_samples", "data.shuffle", "data.drop_last", "data.content", "data.sampler", "log")
@@ -414,29 +436,9 @@ DATA_FACTS = ("data.num_samples", "data.shuffle", "data.drop_last", "data.conten
 ON_RESUME = {
     f"{section}{entry.name}": entry.metadata.get("on_resume")
     for section, kind in (("", Config), ("model.", ModelConfig), ("data.", DataConfig), ("training.", TrainingConfig))
-    for entry in dataclasses.fields(kind)
+    for entry in fields(kind)
 }
 FREE_ON_RESUME = frozenset(name for name, kind in ON_RESUME.items() if kind == "free")
 """Settings that change no weight, and may differ on resume. (Text and tokenizer may move: their content counts.)"""
 NEVER_ON_RESUME = frozenset(name for name, kind in ON_RESUME.items() if kind == "never")
 """Settings that decide the shape of the weights."""
-
-
-def saved_data_settings(data: dict[str, Any]) -> dict[str, Any]:
-    """Returns the section `data` of a checkpoint's config, with what earlier versions did without a setting."""
-    data = {"chat_template": False, **data} if data.get("prompt_field") else data
-    if "special_tokens" in data or data.get("end_of_text") is None or not str(data.get("tokenizer")).endswith(".json"):
-        return data
-    return {**data, "special_tokens": "text"}
-
-
-def flat_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns {dotted name: value} of a config as a plain dict; settings without sections belong to the training."""
-    sections = ("model", "data", "training")
-    nested = config if "training" in config else {"training": config}
-    flat = {name: value for name, value in nested.items() if name not in sections}
-    for section in sections:
-        values = nested.get(section, {})
-        values = saved_data_settings(values) if section == "data" else values
-        flat |= {f"{section}.{name}": value for name, value in values.items()}
-    return flat

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from fundamentallm.config.registry import setting_meant
-from fundamentallm.errors import ConfigError, Problem, collected
+from fundamentallm.errors import Problem, collected, raise_all
 
 
 class Interval(NamedTuple):
@@ -24,8 +24,8 @@ class Interval(NamedTuple):
     def __contains__(self, value: object) -> bool:
         if not isinstance(value, (int, float)) or not -math.inf < value < math.inf:  # isfinite fails for 10**400
             return False
-        is_bound = (self.open_low and value == self.low) or (self.open_high and value == self.high)
-        return self.low <= value <= self.high and not is_bound
+        is_excluded = (self.open_low and value == self.low) or (self.open_high and value == self.high)
+        return self.low <= value <= self.high and not is_excluded
 
     def __str__(self) -> str:
         low = f"{'greater than' if self.open_low else 'at least'} {self.low:g}" if self.low > -math.inf else ""
@@ -40,15 +40,15 @@ _RANGES = {
     "vocab_size d_model num_heads num_kv_heads num_layers d_ff sequence_length r": AT_LEAST_ONE,
     "batch_size micro_batch_size max_epochs max_steps max_bad_steps keep_last_n": AT_LEAST_ONE,
     "save_every_n_epochs save_every_n_steps eval_every_n_epochs eval_every_n_steps": AT_LEAST_ONE,
-    "log_every_n_steps early_stopping_patience shuffle_buffer validation_tokens": AT_LEAST_ONE,
+    "log_every_n_steps early_stopping_patience shuffle_buffer validation_tokens context top_k": AT_LEAST_ONE,
     "learning_rate adam_learning_rate learning_rate_scale adam_epsilon gradient_clip_norm": POSITIVE,
-    "rope_theta norm_epsilon skip_spikes_above max_minutes hang_minutes peak_tflops alpha": POSITIVE,
+    "rope_theta norm_epsilon skip_spikes_above max_minutes hang_minutes peak_tflops alpha repetition_penalty": POSITIVE,
     "weight_decay early_stopping_min_delta warmup_steps": NON_NEGATIVE,
-    "num_workers sample_tokens max_bad_rows": NON_NEGATIVE,
+    "num_workers sample_tokens max_bad_rows max_new_tokens temperature": NON_NEGATIVE,
     "adam_beta1 adam_beta2 momentum muon_momentum dropout": BELOW_ONE,
     "min_lr_ratio": FRACTION,
     "ema_decay": Interval(low=0, high=1, open_low=True, open_high=True),
-    "train_split": Interval(low=0, high=1, open_low=True),
+    "train_split top_p": Interval(low=0, high=1, open_low=True),
     "seed": Interval(low=0, high=2**63 - 1),
 }
 RANGES = {name: interval for names, interval in _RANGES.items() for name in names.split()}
@@ -65,7 +65,9 @@ def range_problems(**values: float | str | None) -> list[Problem]:
 
 
 expand_user = os.path.expanduser
+_hints: Any = functools.cache(typing.get_type_hints)  # takes most of the time of making a section
 _UNIONS = (types.UnionType, typing.Union)  # `int | None`, and `Literal["a"] | None` before Python 3.14
+_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
 
 def allowed_values(hint: Any) -> str:
@@ -79,8 +81,7 @@ def allowed_values(hint: Any) -> str:
         return "a list of " + {str: "text", list: "lists"}.get(typing.get_origin(options[0]) or options[0], "mappings")
     if dataclasses.is_dataclass(hint):
         return f"a mapping; in Python, a {getattr(hint, '__name__', hint)}"
-    words = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
-    return words.get(hint, "a mapping")
+    return _WORDS.get(hint, "a mapping")
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -99,24 +100,18 @@ def fits(value: Any, hint: Any) -> bool:
     return hint is Any or isinstance(value, (int, float) if hint is float else hint)
 
 
-@functools.cache  # evaluating annotations takes most of the time of making a section
-def _hints(section: Any) -> dict[str, Any]:
-    return typing.get_type_hints(section)
-
-
 def default_of(entry: dataclasses.Field[Any]) -> Any:
     """Returns the default of a setting."""
     return entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
 
 
-def _unknown(values: dict[str, Any], known: Collection[str]) -> list[Problem]:
-    """Returns a problem for each value whose name is not that of a setting."""
-    problems = []
-    for name in [name for name in values if name not in known]:
-        section, _, key = str(name).partition(".")
-        advice = f"Nest it: '{section}: {{{key}: ...}}'." if key and section in known else setting_meant(name, known)
-        problems.append(Problem(str(name), values[name], "", advice, text="unknown setting"))
-    return problems
+def _unknown(values: dict[str, Any], known: Collection[str]) -> Iterator[Problem]:
+    """Yields a problem for each value whose name is not that of a setting."""
+    for name, value in values.items():
+        if name not in known:
+            section, _, key = str(name).partition(".")  # YAML has keys that are numbers
+            nest = f"Nest it: '{section}: {{{key}: ...}}'." if key and section in known else ""
+            yield Problem(str(name), value, "", nest or setting_meant(str(name), known), text="unknown setting")
 
 
 class Section:
@@ -124,12 +119,11 @@ class Section:
 
     def __new__(cls, *_: Any, **settings: Any) -> Any:
         """Refuse unknown names, before the dataclass raises a TypeError that knows no other name."""
-        if problems := _unknown(settings, _hints(cls)):  # type: ignore[arg-type]  # classes are hashable
-            raise ConfigError(problems)
+        raise_all([*_unknown(settings, _hints(cls))])
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        problems, hints = list[Problem](), _hints(type(self))  # type: ignore[arg-type]
+        problems, hints = list[Problem](), _hints(type(self))
         for entry in dataclasses.fields(self):  # type: ignore[arg-type]
             value, hint = getattr(self, entry.name), hints[entry.name]
             if not fits(value, hint):
@@ -139,8 +133,7 @@ class Section:
                 problems += range_problems(**{entry.name: value})
         wrong = {problem.setting for problem in problems}
         problems += [problem for problem in self._relations() if problem.setting not in wrong]
-        if problems:
-            raise ConfigError(problems)
+        raise_all(problems)
 
     def _conflict(self, setting: str, other: str, allowed: str) -> Problem:
         """Returns the problem of a setting that does not fit another."""
@@ -159,8 +152,8 @@ def from_dict(section: type[SectionT], values: dict[str, Any]) -> SectionT:
 
     Raises ConfigError, which names each unknown key and each wrong value by its dotted path.
     """
-    hints = _hints(section)  # type: ignore[arg-type]
-    problems = _unknown(values, hints)
+    hints = _hints(section)
+    problems = [*_unknown(values, hints)]
     arguments = {name: values[name] for name in hints if name in values}
     for name, value in arguments.items():
         if isinstance(value, dict) and dataclasses.is_dataclass(hints[name]):
@@ -169,6 +162,5 @@ def from_dict(section: type[SectionT], values: dict[str, Any]) -> SectionT:
                 arguments[name] = from_dict(hints[name], value)
     with collected(problems):
         made = section(**arguments)
-    if problems:
-        raise ConfigError(problems)
+    raise_all(problems)
     return made

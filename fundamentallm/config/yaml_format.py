@@ -1,21 +1,20 @@
-"""YAML of configs: PyYAML's safe loader with the scalars of YAML 1.2, and a repeated key as an error."""
+"""Configs as plain dicts, and as YAML: PyYAML's safe loader with YAML 1.2's scalars; a repeated key is an error."""
 
 import dataclasses
 import re
 from typing import Any
 
 import yaml
-from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
 
 from fundamentallm.config.schema import Config
 
 _TAG = "tag:yaml.org,2002:"
-SCALARS = {
+_SCALARS = {
     "null": (r"~|null|Null|NULL|", "~nN"),
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    "int": (r"[-+]?[0-9]+|0x[0-9a-fA-F]+|0o[0-7]+", "-+0123456789"),
+    "int": (r"[-+]?[0-9]+", "-+0123456789"),
     "float": (r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf)|\.(nan|NaN)", "-+.0123456789"),
-    "merge": (r"<<", "<"),
 }
 """{type: (pattern, first characters)} of unquoted scalars; everything else is text.
 
@@ -25,37 +24,27 @@ text and 10.
 
 
 class _Loader(yaml.SafeLoader):
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Refuse repeated keys, and apply merge keys."""
-        node = super().compose_mapping_node(anchor)
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise ComposerError(None, None, "a key has to be text", key.start_mark)
-            if key.value in lines:
-                text = f"{key.value!r} is given twice, first in line {lines[key.value]}"
-                raise ComposerError(None, None, text, key.start_mark)
-            lines[key.value] = key.start_mark.line + 1
-        self.flatten_mapping(node)  # puts merged keys before own ones, which win
-        node.value = list({key.value: (key, value) for key, value in node.value}.values())
-        return node
+    yaml_implicit_resolvers, yaml_constructors = {}, {None: yaml.SafeLoader.construct_undefined}
 
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        text = self.construct_scalar(node)
-        return int(text, 0 if text[1:2] in ("x", "o") else 10)
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuse repeated keys."""
+        values, keys = super().construct_mapping(node, deep), set[str]()
+        for key, _ in node.value:
+            if key.value in keys:
+                raise ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+            keys.add(key.value)
+        return values
 
 
 class _Dumper(yaml.SafeDumper):
-    pass
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers  # so that it quotes what would not read as text
 
 
-_Loader.yaml_implicit_resolvers, _Loader.yaml_constructors = {}, {None: yaml.SafeLoader.construct_undefined}
-for _name, (_pattern, _first) in SCALARS.items():
+for _name, (_pattern, _first) in _SCALARS.items():
     _Loader.add_implicit_resolver(_TAG + _name, re.compile(f"^(?:{_pattern})$"), [*_first, ""])
 for _name in ("null", "bool", "float", "str", "seq", "map"):
     _Loader.add_constructor(_TAG + _name, yaml.SafeLoader.yaml_constructors[_TAG + _name])
-_Loader.add_constructor(_TAG + "int", _Loader.construct_yaml_int)
-_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers  # so that it quotes what would not read as text
+_Loader.add_constructor(_TAG + "int", lambda loader, node: int(loader.construct_scalar(node)))
 
 
 def from_yaml(text: str) -> Any:
@@ -74,3 +63,23 @@ def to_yaml(config: Config | dict[str, Any]) -> str:
     """Returns a config, or a plain dict of settings, as YAML that reads back equal."""
     plain = dataclasses.asdict(config) if isinstance(config, Config) else config
     return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def saved_data_settings(data: dict[str, Any]) -> dict[str, Any]:
+    """Returns the section `data` of a checkpoint's config, with what earlier versions did without a setting."""
+    data = dict(data)
+    if data.get("prompt_field") is not None:
+        data.setdefault("chat_template", False)
+    if data.get("end_of_text") is not None and str(data.get("tokenizer")).endswith(".json"):
+        data.setdefault("special_tokens", "text")
+    return data
+
+
+def flat_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns {dotted name: value} of a config as a plain dict; settings without sections belong to the training."""
+    nested = config if "training" in config else {"training": config}
+    flat = {name: value for name, value in nested.items() if name not in ("model", "data", "training")}
+    for section, values in (nested | {"data": saved_data_settings(nested.get("data", {}))}).items():
+        if section not in flat:
+            flat |= {f"{section}.{name}": value for name, value in values.items()}
+    return flat

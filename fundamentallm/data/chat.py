@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from fundamentallm.config.schema import DataConfig
 from fundamentallm.config.validation import expand_user
@@ -18,10 +19,6 @@ MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 ROLES = ("user", "assistant")
 Turns = tuple[tuple[int, int], ...]
 """The first character of each assistant turn, and the one after its last."""
-
-
-class BadChat(Exception):
-    """A row is not a chat, or the template cannot render it."""
 
 
 def applied_template(config: DataConfig) -> dict[str, str]:
@@ -58,12 +55,12 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: str | Path) -> None:
-        self.folder = str(Path(expand_user(str(tokenizer))).parent)
         try:
             from transformers import PreTrainedTokenizerFast
             from transformers.utils.chat_template_utils import render_jinja_template
 
-            opened: Any = PreTrainedTokenizerFast.from_pretrained(self.folder, local_files_only=True)
+            folder = Path(expand_user(str(tokenizer))).parent
+            opened: Any = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
             self.template = opened.get_chat_template()
         except Exception as error:  # its files may hold anything
             reason = f"whose chat template transformers (the extra hf) cannot open: {error}"
@@ -80,8 +77,7 @@ class ChatTemplate:
         """Returns the text of a chat, and its assistant turns.
 
         Raises:
-            BadChat: if it is not a chat, or the template cannot render it.
-            ConfigError: if its turns cannot be found in the text.
+            ValueError: if it is not a chat, the template cannot render it, or its turns cannot be found in the text.
         """
         try:
             # Tables have a null for each field that a message lacks. Templates expect it to be absent.
@@ -91,19 +87,16 @@ class ChatTemplate:
                 content, calls = message.get("content"), message.get("tool_calls")
                 is_text = isinstance(content, str) and (content or index not in answers)
                 if not (is_text or (calls and not content)):
-                    raise BadChat(f"has {str(message)[:60]!r} as message {index + 1}, without a text as content")
+                    raise ValueError(f"{str(message)[:60]!r} has no text as content")
             if MARKED.search(self.template):
                 (text,), (turns,) = self._render([messages], return_assistant_tokens_mask=True)
             else:
                 text = self.text(messages)
                 turns = [self._turn(messages, index, text) for index in answers]
-            text.encode()
-        except (BadChat, ConfigError):
-            raise
-        except Exception as error:  # whatever a template raises; UnicodeError for half a character
-            raise BadChat(f"is not a list of messages that the chat template can render: {error!r}") from error
+        except Exception as error:  # whatever a template raises
+            raise ValueError(f"is not a list of messages that the chat template can render: {error!r}") from error
         if not any(start < stop for start, stop in turns):
-            raise BadChat(f"has no answer of the role {ROLES[1]!r} in the text of its chat template")
+            raise ValueError(f"has no answer of the role {ROLES[1]!r} in the text of its chat template")
         return text, tuple(turns)
 
     def _turn(self, messages: list[dict[str, Any]], index: int, text: str) -> tuple[int, int]:
@@ -114,19 +107,17 @@ class ChatTemplate:
         prompt = self.text(messages[:index], is_prompt=True)
         until = text if index + 1 == len(messages) else self.text(messages[: index + 1])
         if not (text.startswith(until) and until.startswith(prompt)):
-            reason = f"whose chat template renders a turn in another way if others follow, as in {text[:200]!r}"
-            advice = "Give one row for each answer, or mark turns by {% generation %} and {% endgeneration %}."
-            raise ConfigError(Problem("data.tokenizer", self.folder, "", advice, reason))
+            advice = "give one row for each answer, or mark turns by {% generation %} and {% endgeneration %}"
+            raise ValueError(f"it renders a turn in another way if others follow, as in {text[:200]!r}; {advice}")
         return len(prompt), len(until)
 
 
-def token_turns(offsets: Any, turns: Turns) -> NDArray[np.int64]:
+def token_turns(tokenizer: Tokenizer, text: str, turns: Turns) -> NDArray[np.int64]:
     """Returns the first token of each turn and the one after its last, one after the other.
 
-    `offsets` has the first character of each token, and the one after its last. A token that only partly belongs to a
-    turn is in it, as in transformers' own mask.
+    A token that only partly belongs to a turn is in it, as in transformers' own mask.
     """
-    starts, stops = np.array(offsets).T
+    starts, stops = np.array(tokenizer.encode(text, add_special_tokens=False).offsets).T
     inside = np.zeros(len(starts) + 2, np.int8)
     for start, stop in turns:
         inside[1:-1] |= (starts < stop) & (stops > start)

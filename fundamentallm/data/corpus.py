@@ -21,15 +21,16 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
+from tqdm import tqdm
 
 from fundamentallm.config.files import DATASETS, SourceFiles, are_samples, find_source, find_sources, is_prepared
-from fundamentallm.config.schema import BUILT_IN_CORPUS, DataConfig
+from fundamentallm.config.schema import DataConfig
 from fundamentallm.config.validation import expand_user
 from fundamentallm.data.chat import applied_template
-from fundamentallm.data.encoding import PARTS, progress_bar, split_pieces, token_dtype, write_source
+from fundamentallm.data.encoding import PARTS, split_pieces, token_dtype, write_source
 from fundamentallm.data.sources import read_source, reads_special_tokens, source_error, source_states, token_blocks
 from fundamentallm.data.tokenizers import create_tokenizer, num_ids, read_tokenizer
-from fundamentallm.errors import ConfigError, Problem, writing
+from fundamentallm.errors import ConfigError, Problem, printable, writing
 
 CACHE_FORMAT = 4
 TOKENIZER = "tokenizer.json"
@@ -39,9 +40,6 @@ CHECKED_BYTES = 2**30
 """A prepared source up to this size is compared with its checksums at each opening, a larger one by `prepare` only."""
 SETTINGS = ("tokenizer", "end_of_text", "prompt_field", "messages_field", "unknown_tokens")
 """Settings that decide what the tokens are and mean."""
-RANDOM_ACCESS_ABOVE = 2**30
-"""Bytes of training tokens above which read-ahead is switched off: with it, samples in random order would read some
-hundred times their size. A smaller corpus is soon in memory as a whole."""
 
 
 class Tokens(NamedTuple):
@@ -62,7 +60,6 @@ class Source(NamedTuple):
     validation: Tokens
     bad_rows: int  # number of rows that were skipped
     counts: dict[str, int]  # what else to report, by its name
-    tokenizer: Tokenizer
     folder: Path
     left_out: str = ""  # files of the source that are not read
 
@@ -97,8 +94,8 @@ def load_corpus(config: DataConfig, show_progress: bool = True, tokenizer: Token
     if config.streaming:
         raise ConfigError(Problem("data.streaming", True, "false, since the whole text is needed"))
     if config.validation_source is None:
-        return _load(config, find_sources(config), config.train_split, show_progress, tokenizer)
-    corpus = _load(config, find_sources(config), 1.0, show_progress, tokenizer)
+        return _Cache(config, find_sources(config), config.train_split, show_progress, tokenizer).corpus()
+    corpus = _Cache(config, find_sources(config), 1.0, show_progress, tokenizer).corpus()
     return corpus._replace(validation=load_validation(config, show_progress, corpus.tokenizer))
 
 
@@ -106,33 +103,7 @@ def load_validation(config: DataConfig, show_progress: bool, tokenizer: Tokenize
     """Load all of `config.validation_source` for validation. Raises what `load_corpus` raises."""
     config = replace(config, streaming=False, shuffle_buffer=None)
     found = find_source(config, str(config.validation_source), "data.validation_source")
-    return _load(config, [found], 0.0, show_progress, tokenizer).sources
-
-
-def _load(
-    config: DataConfig, found: list[SourceFiles], train_split: float, show_progress: bool, tokenizer: Tokenizer | None
-) -> Corpus:
-    """Load sources, each of which has this fraction for training."""
-    raw, sources = [source for source in found if source.kind != "prepared"], list[Source]()
-    cache = _Cache(config, raw, train_split, show_progress, tokenizer)
-    for source in found:
-        if source in raw:
-            folder = cache.tokens(source)
-        else:
-            (folder,) = source.files
-            _check_settings(source, cache.settings)
-            # Early versions wrote no checksums.
-            if (folder / CHECKSUMS).exists() and not is_intact(folder):
-                raise source_error(source.name, "which is damaged", advice="Prepare it again.")
-        sources.append(_open(folder, source.name, config.sources().get(source.name, 1.0), source.left_out))
-        touch_note(opened_note(source.name))  # so that checkpoints of this run may open it
-    if len({(source.folder / TOKENIZER).read_text(encoding="utf-8") for source in sources}) > 1:
-        reason = "which were prepared with different tokenizers"
-        raise ConfigError(Problem("data.source", list(config.sources()), "", "Prepare them together.", reason))
-    tokenizer = sources[0].tokenizer
-    tokenizer.encode_special_tokens = not reads_special_tokens(config)
-    end = None if config.end_of_text is None else tokenizer.token_to_id(config.end_of_text)
-    return Corpus(tokenizer, sources, end)
+    return _Cache(config, [found], 0.0, show_progress, tokenizer).corpus().sources
 
 
 def describe(corpus: Corpus) -> list[str]:
@@ -166,14 +137,9 @@ def vocabulary_size(config: DataConfig) -> int:
     kind, _, size = config.tokenizer.partition(":")
     if kind == "bpe":
         return int(size)
-    alphabets = [_measure(config, source)[1] for source in find_sources(config)] if kind == "char" else []
-    return num_ids(create_tokenizer(config.tokenizer, itertools.chain(*alphabets), config.end_of_text))
-
-
-def was_opened(config: DataConfig) -> bool:
-    """Returns whether this user has loaded every source of `config` before, by a config of their own."""
-    names = [*config.sources(), *([config.validation_source] if config.validation_source is not None else [])]
-    return all(name == BUILT_IN_CORPUS or opened_note(name).exists() for name in names)
+    sources = find_sources(config) if kind == "char" else []
+    texts = (piece.text for source in sources for piece in read_source(config, source, []))
+    return num_ids(create_tokenizer(config.tokenizer, texts, config.end_of_text))
 
 
 def opened_note(name: str) -> Path:
@@ -198,9 +164,6 @@ def _hash(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-# ---- making -------------------------------------------------------------------------------------------------
-
-
 class _Cache:
     """Makes the tokenizer, unless it is given, and the tokens of sources, or finds what was made of the same files."""
 
@@ -212,7 +175,7 @@ class _Cache:
         show_progress: bool,
         tokenizer: Tokenizer | None,
     ) -> None:
-        self.config, self.train_split, self.show_progress = config, train_split, show_progress
+        self.config, self.sources, self.train_split, self.show_progress = config, sources, train_split, show_progress
         self.folder = Path(expand_user(config.cache_dir)) if config.cache_dir else _user_cache()
         self.template = applied_template(config)
         self.settings = {name: getattr(config, name) for name in SETTINGS} | {
@@ -220,9 +183,23 @@ class _Cache:
             "special_tokens": "tokens" if reads_special_tokens(config) else "text",
             "chat_template": bool(self.template),
         }
-        self.states = {source: source_states(source) for source in sources}
-        self.measured = functools.cache(functools.partial(_measure, config, show_progress=show_progress))
+        self.states = {source: source_states(source) for source in sources if source.kind != "prepared"}
         self._tokenizer = tokenizer
+        self.measured = functools.cache(self._measure)
+
+    def corpus(self) -> Corpus:
+        """Load the sources."""
+        sources = list[Source]()
+        for source in self.sources:
+            folder = self._prepared(source) if source.kind == "prepared" else self._tokens(source)
+            sources.append(_open(folder, source, self.config.sources().get(source.name, 1.0)))
+            touch_note(opened_note(source.name))  # so that checkpoints of this run may open it
+        if len({(source.folder / TOKENIZER).read_text(encoding="utf-8") for source in sources}) > 1:
+            reason = "which were prepared with different tokenizers"
+            raise ConfigError(Problem("data.source", list(self.config.sources()), "", "Prepare them together.", reason))
+        tokenizer, end_of_text = read_tokenizer(sources[0].folder / TOKENIZER), self.config.end_of_text
+        tokenizer.encode_special_tokens = not reads_special_tokens(self.config)
+        return Corpus(tokenizer, sources, None if end_of_text is None else tokenizer.token_to_id(end_of_text))
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -230,9 +207,8 @@ class _Cache:
         spec, end_of_text, tokenizer = self.config.tokenizer, self.config.end_of_text, self._tokenizer
 
         def learn(folder: Path) -> None:
-            alphabets = itertools.chain.from_iterable(self.measured(source)[1] for source in self.states)
-            learned = create_tokenizer(spec, alphabets if spec == "char" else self._training_text(), end_of_text)
-            (folder / TOKENIZER).write_text(learned.to_str(), encoding="utf-8")
+            text = itertools.chain.from_iterable(map(self._text, self.states))
+            (folder / TOKENIZER).write_text(create_tokenizer(spec, text, end_of_text).to_str(), encoding="utf-8")
 
         if tokenizer is None and (spec == "char" or spec.startswith("bpe:")):
             tokenizer = read_tokenizer(self._made(spec, list(self.states), learn) / TOKENIZER)
@@ -240,28 +216,60 @@ class _Cache:
         tokenizer.encode_special_tokens = not reads_special_tokens(self.config)
         return tokenizer
 
-    def _training_text(self) -> Iterator[str]:
-        for source in self.states:
-            size = int(self.measured(source)[0] * self.train_split)
-            with progress_bar(f"learning {self.config.tokenizer} from", source, self.show_progress) as bar:
-                for part, piece in split_pieces(read_source(self.config, source, []), size, are_samples(self.config)):
-                    if part == 0:
-                        bar.update(len(piece.text))
-                        yield piece.text
+    def _text(self, source: SourceFiles) -> Iterator[str]:
+        """Yields the text that the tokenizer is learned from."""
+        pieces, (size, _) = self._read(source, "learning a tokenizer from", []), self.measured(source)
+        for part, piece in split_pieces(pieces, size, are_samples(self.config)):
+            if part == 0 or self.config.tokenizer == "char":
+                yield piece.text
 
-    def tokens(self, source: SourceFiles) -> Path:
+    def _read(self, source: SourceFiles, action: str, bad: list[str], total: int | None = None) -> tqdm[Any]:
+        """Reads a source, with a progress bar after a second."""
+        title = f"{action} {printable(os.path.basename(source.name), keep='')}"
+        pieces = read_source(self.config, source, bad)
+        return tqdm(pieces, title, total, unit="", unit_scale=True, delay=1, disable=not self.show_progress)
+
+    def _measure(self, source: SourceFiles) -> tuple[int, int]:
+        """Returns the number of characters, samples or tokens for training, and the number of all pieces."""
+        size = pieces = 0
+        if source.kind == "tokens":
+            size = sum(len(block) for _, block in token_blocks(source, token_dtype(self.tokenizer)))
+        else:
+            for piece in self._read(source, "reading", []):
+                pieces += 1
+                size += piece.ends if are_samples(self.config) else len(piece.text)
+        if size == 0:
+            raise source_error(source.name, "which is empty", "a source with text in it")
+        return int(size * self.train_split), pieces
+
+    def _tokens(self, source: SourceFiles) -> Path:
         """Returns the folder with the tokens of a source."""
 
         def encode(folder: Path) -> None:
             # Tokenizer.save raises exceptions that are no OSErrors.
             (folder / TOKENIZER).write_text(self.tokenizer.to_str(pretty=True), encoding="utf-8")
-            size, _ = self.measured(source)
-            with progress_bar("tokenizing", source, self.show_progress, size) as bar:
-                train_size = int(size * self.train_split)
-                meta = write_source(self.config, source, self.tokenizer, train_size, folder, bar)
+            bad, (size, total) = list[str](), self.measured(source)
+            pieces = self._read(source, "tokenizing", bad, total) if source.kind != "tokens" else ()
+            meta = write_source(self.config, source, self.tokenizer, size, folder, pieces, bad)
             (folder / "meta.json").write_text(json.dumps(meta | {"settings": self.settings}))
 
         return self._made(self.tokenizer.to_str(), [source], encode)
+
+    def _prepared(self, source: SourceFiles) -> Path:
+        """Returns the folder of a prepared source. Refuses damage, and settings that differ from its own."""
+        (folder,) = source.files
+        made_with = {"chat_template": False} | json.loads((folder / "meta.json").read_text())["settings"]
+        different = {name: value for name, value in self.settings.items() if made_with.get(name, value) != value}
+        path = str(different.get("tokenizer", ""))
+        if path.endswith(".json") and read_tokenizer(path).to_str() == read_tokenizer(folder / TOKENIZER).to_str():
+            del different["tokenizer"]
+        if different:
+            allowed = {name: f"{made_with[name]!r}, as in the source {source.name}" for name in different}
+            raise ConfigError([Problem(f"data.{name}", value, allowed[name]) for name, value in different.items()])
+        # Early versions wrote no checksums.
+        if (folder / CHECKSUMS).exists() and not is_intact(folder):
+            raise source_error(source.name, "which is damaged", advice="Prepare it again.")
+        return folder
 
     def _made(self, tokenizer: str, sources: list[SourceFiles], write: Callable[[Path], None]) -> Path:
         """Returns a folder of the cache. If it is missing or damaged, `write` makes it, completely or not at all."""
@@ -271,8 +279,6 @@ class _Cache:
         folder = self.folder / _hash(CACHE_FORMAT, tokenizers.__version__, settings, reading, states)
         if is_intact(folder):
             return folder
-        for source in sources:  # before anything is made: one that cannot be read leaves nothing behind
-            self.measured(source)
         new, locks = self.folder / f".staging-{folder.name}", self.folder / "known"
         with contextlib.ExitStack() as stack:
             stack.enter_context(writing(self.folder, "Choose another data.cache_dir."))
@@ -286,32 +292,10 @@ class _Cache:
             stack.callback(shutil.rmtree, new, ignore_errors=True)
             new.mkdir()
             write(new)
-            if [source_states(source) for source in sources] != states:
-                names = ", ".join(source.name for source in sources)
-                raise source_error(names, "which was changed while it was read", advice="Start again.")
             (new / CHECKSUMS).write_text(json.dumps(_checksums(sorted(new.iterdir()))))
             shutil.rmtree(folder, ignore_errors=True)  # a damaged one
             new.rename(folder)
         return folder
-
-
-def _measure(config: DataConfig, source: SourceFiles, show_progress: bool = False) -> tuple[int, set[str]]:
-    """Read a source. Returns its number of characters, samples or tokens, and for 'char' its set of characters."""
-    size, alphabet = 0, set[str]()
-    with progress_bar("reading", source, show_progress) as bar:
-        if source.kind == "tokens":
-            size = sum(len(block) for _, block in token_blocks(source, token_dtype(read_tokenizer(config.tokenizer))))
-        else:
-            for piece in read_source(config, source, []):
-                size += piece.ends if are_samples(config) else len(piece.text)
-                alphabet.update(piece.text if config.tokenizer == "char" else ())
-                bar.update(len(piece.text))
-    if size == 0:
-        raise source_error(source.name, "which is empty", "a source with text in it")
-    return size, alphabet
-
-
-# ---- opening ------------------------------------------------------------------------------------------------
 
 
 def is_intact(folder: Path, is_large_checked: bool = False) -> bool:
@@ -333,7 +317,7 @@ def _checksums(files: Iterable[Path]) -> dict[str, list[int]]:
     return found
 
 
-def _open(folder: Path, name: str, weight: float, left_out: str = "") -> Source:
+def _open(folder: Path, source: SourceFiles, weight: float) -> Source:
     """Open a prepared source."""
     meta, parts = json.loads((folder / "meta.json").read_text()), list[Tokens]()
     for index, part in enumerate(PARTS):
@@ -343,29 +327,13 @@ def _open(folder: Path, name: str, weight: float, left_out: str = "") -> Source:
         if meta.get("turns") is not None:
             turns = _map_file(folder / f"{part}.turns.bin", "int64", meta["turns"][index])
         parts.append(Tokens(ids, rows, meta["validation_bytes"] if part == "validation" else None, turns))
-    train, validation = parts
-    if train.ids.nbytes > RANDOM_ACCESS_ABOVE and hasattr(mmap, "MADV_RANDOM"):
-        train.ids.base.madvise(mmap.MADV_RANDOM)  # type: ignore[union-attr]
-    tokenizer, counts = read_tokenizer(folder / TOKENIZER), meta.get("counts", {})
-    return Source(name, weight, train, validation, meta["bad_rows"], counts, tokenizer, folder, left_out)
+    return Source(source.name, weight, *parts, meta["bad_rows"], meta.get("counts", {}), folder, source.left_out)
 
 
 def _map_file(path: Path, dtype: str, count: int) -> NDArray[Any]:
-    if path.stat().st_size != count * np.dtype(dtype).itemsize:
-        raise source_error(str(path), "which is damaged", advice="Delete its folder, or prepare it again.")
-    # An empty file cannot be mapped.
-    return np.memmap(path, dtype=dtype, mode="r") if count else np.empty(0, dtype)
-
-
-def _check_settings(source: SourceFiles, settings: dict[str, Any]) -> None:
-    """Refuse settings that differ from those a source was prepared with."""
-    (folder,) = source.files
-    made_with = {"chat_template": False} | json.loads((folder / "meta.json").read_text())["settings"]
-    different = {name: made_with[name] for name, value in settings.items() if made_with.get(name, value) != value}
-    if "tokenizer" in different and settings["tokenizer"].endswith(".json"):
-        given, prepared = (read_tokenizer(path).to_str() for path in (settings["tokenizer"], folder / TOKENIZER))
-        if given == prepared:
-            del different["tokenizer"]
-    if different:
-        allowed = {name: f"{value!r}, as in the source {source.name}" for name, value in different.items()}
-        raise ConfigError([Problem(f"data.{name}", settings[name], text) for name, text in allowed.items()])
+    if not count:  # an empty file cannot be mapped
+        return np.empty(0, dtype)
+    mapped = np.memmap(path, dtype=dtype, mode="r", shape=(count,))
+    # With read-ahead, samples in random order would read some hundred times their size.
+    mapped.base.madvise(mmap.MADV_RANDOM)  # type: ignore[union-attr]
+    return mapped

@@ -22,7 +22,7 @@ from fundamentallm.data.encoding import encode_pieces
 from fundamentallm.data.sampler import ListedOrder, StepSampler, seed_draws
 from fundamentallm.data.sources import read_pieces
 from fundamentallm.data.streams import ENDLESS, Stream, TextStream, is_stream
-from fundamentallm.data.tokenizers import num_bytes, num_ids
+from fundamentallm.data.tokenizers import num_bytes, num_ids, with_unknown
 from fundamentallm.distributed.batches import LABELS, StepBatch, to_device
 from fundamentallm.errors import ConfigError, Problem
 
@@ -352,7 +352,7 @@ def corpus_samples(
 def _encode_text(text: str, tokenizer: Tokenizer | None) -> NDArray[np.integer]:
     if tokenizer is None:
         raise ConfigError(Problem("tokenizer", None, "a tokenizer, if the data is a text"))
-    pieces = list(encode_pieces(tokenizer, read_pieces(io.StringIO(text, newline=""))))
+    pieces = list(encode_pieces(with_unknown(tokenizer), read_pieces(io.StringIO(text, newline=""))))
     if lacking := sorted({unknown for piece in pieces for _, unknown in piece.unknown}):
         raise ConfigError(Problem("unknown to the tokenizer", lacking, "text that its vocabulary has"))
     return np.concatenate([np.empty(0, np.uint16), *(piece.ids for piece in pieces)])

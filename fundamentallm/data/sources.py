@@ -1,7 +1,6 @@
 """What a source holds, in pieces: text files, rows of JSON lines, Parquet and `datasets`, and files of tokens."""
 
 import collections
-import importlib
 import io
 import itertools
 import json
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from fundamentallm.config.files import DATASETS, SourceFiles, are_samples, row_fields
 from fundamentallm.config.schema import DataConfig
-from fundamentallm.data.chat import ROLES, BadChat, ChatTemplate, applied_template
+from fundamentallm.data.chat import ROLES, ChatTemplate, applied_template
 from fundamentallm.errors import ConfigError, Problem
 
 PIECE = 65_536
@@ -31,15 +30,10 @@ class Piece(NamedTuple):
     """A segment of text that is tokenized at once."""
 
     text: str
-    is_prompt: bool = False  # whether it is the prompt of a pair, whose answer comes next
-    ends: bool = False  # whether a document, or a pair, ends with it
+    ends: bool = False  # whether a document ends with it; of a pair, the answer does and the prompt does not
     where: str = ""  # the file, or the row, that it is from
     line: int = 0  # number of its first line in the file, from 1; 0 for rows
     turns: tuple[tuple[int, int], ...] = ()  # the assistant turns of a chat (see `ChatTemplate.chat`)
-
-
-class BadRow(Exception):
-    """A row cannot be read."""
 
 
 def source_error(source: str, reason: str, allowed: str = "", advice: str = "") -> ConfigError:
@@ -61,14 +55,17 @@ def read_source(config: DataConfig, source: SourceFiles, bad: list[str]) -> Iter
         ConfigError: if a file cannot be opened, or more than `config.max_bad_rows` rows are bad.
     """
     has_ended, end = False, config.end_of_text if reads_special_tokens(config) else None
-    for piece in _pieces(config, source, bad):
-        if config.end_of_text is None and has_ended and not are_samples(config):
-            yield Piece(BETWEEN)
-        has_ended = piece.ends
-        # The end-of-text token comes after each document, and once if the document ends with it already.
-        if end is not None and has_ended and not piece.turns:
-            piece = piece._replace(text=piece.text.removesuffix(end))
-        yield piece
+    try:
+        for piece in _pieces(config, source, bad):
+            if config.end_of_text is None and has_ended and not are_samples(config):
+                yield Piece(BETWEEN)
+            has_ended = piece.ends
+            # The end-of-text token comes after each document, and once if the document ends with it already.
+            if end is not None and has_ended and not piece.turns:
+                piece = piece._replace(text=piece.text.removesuffix(end))
+            yield piece
+    except OSError as error:
+        raise source_error(source.name, f"whose files cannot be read: {error}") from error
 
 
 def skip_row(config: DataConfig, source: SourceFiles, bad: list[str], row: str) -> None:
@@ -87,15 +84,20 @@ def _pieces(config: DataConfig, source: SourceFiles, bad: list[str]) -> Iterator
         # Without a token, each topic keeps the separator after it, the last one too: its tokens must not change.
         end, has_token = ("", True) if config.end_of_text is not None else (BETWEEN, False)
         yield from (Piece(text + end, ends=has_token) for text in topics.values())
-        return
-    try:
-        if source.kind == "text":
-            for path in source.files:
-                yield from _text_pieces(config, source, path, bad)
-        else:
-            yield from _documents(config, source, bad)
-    except OSError as error:
-        raise source_error(source.name, f"whose files cannot be read: {error}") from error
+    elif source.kind == "text":
+        for path in source.files:
+            yield from _text_pieces(config, source, path, bad)
+    else:
+        template = ChatTemplate(config.tokenizer) if applied_template(config) else None
+        for where, row in _rows(config, source):
+            try:
+                pieces = _document(config, row, where, template)
+                for piece in pieces:
+                    piece.text.encode()  # raises a ValueError if it has half a character
+            except ValueError as error:
+                skip_row(config, source, bad, f"{where} {error}")
+            else:
+                yield from pieces
 
 
 def read_pieces(file: TextIO) -> Iterator[str]:
@@ -128,26 +130,24 @@ def open_text(path: Path) -> TextIO:
 
 def _text_pieces(config: DataConfig, source: SourceFiles, path: Path, bad: list[str]) -> Iterator[Piece]:
     """Yield a text file as one document, with the line ends as they are."""
-    last, line = "", 0
-    with open_text(path) as file:
-        try:
+    text, line = "", 1
+    try:
+        with open_text(path) as file:
             if config.max_bad_rows:  # a bad file is skipped as a whole, so check it before using any of it
                 collections.deque(read_pieces(file), maxlen=0)
                 file.seek(0)
-            for text in read_pieces(file):
-                if line:
-                    yield Piece(last, where=str(path), line=line)
-                    line += last.count("\n")
-                elif _is_rows(text):
+            for text, following in itertools.pairwise(itertools.chain(read_pieces(file), [None])):
+                if line == 1 and _is_rows(text):
                     reason = f"whose file {path} holds JSON objects, one on each line"
                     advice = f"Rename it to .jsonl. To train on the JSON itself: {DATASETS}text,data_files=FILE."
                     raise source_error(source.name, reason, "text", advice)
-                last, line = text, line or 1
-        except UnicodeError as error:
-            skip_row(config, source, bad, f"{path} is not UTF-8 text: {error}")
-            return
-    if line or config.end_of_text is None:  # an empty document has its separator too
-        yield Piece(last, ends=True, where=str(path), line=line or 1)
+                yield Piece(text, ends=following is None, where=str(path), line=line)
+                line += text.count("\n")
+    except UnicodeError as error:
+        skip_row(config, source, bad, f"{path} is not UTF-8 text: {error}")
+    else:
+        if not text and config.end_of_text is None:  # an empty document has its separator too
+            yield Piece("", ends=True, where=str(path), line=1)
 
 
 def token_blocks(
@@ -160,14 +160,10 @@ def token_blocks(
     """
     for path in source.files:
         try:
-            if path.suffix.lower() == ".npy":
-                tokens = np.load(path, mmap_mode="r")
-            else:
-                if rest := path.stat().st_size % dtype.itemsize:
-                    raise ValueError(f"{rest} bytes are left over after tokens of type {dtype}")
-                tokens = np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
-                if len(tokens) >= 128 and tokens[:128:2].any() and not tokens[1:128:2].any():
-                    raise ValueError(f"every second token of type {dtype} is 0; save wider integers as .npy")
+            is_array = path.suffix.lower() == ".npy"
+            tokens = np.load(path, mmap_mode="r") if is_array else np.memmap(path, dtype, "r")
+            if not is_array and len(tokens) >= 128 and tokens[:128:2].any() and not tokens[1:128:2].any():
+                raise ValueError(f"every second token of type {dtype} is 0; save wider integers as .npy")
             if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
                 raise ValueError(f"it is an array of shape {tokens.shape} and type {tokens.dtype}")
         except (OSError, ValueError) as error:
@@ -177,38 +173,23 @@ def token_blocks(
             yield path, np.asarray(tokens[begin : begin + TOKENS_AT_ONCE])
 
 
-def _documents(config: DataConfig, source: SourceFiles, bad: list[str]) -> Iterator[Piece]:
-    """Turn the rows of a source into documents."""
-    template = ChatTemplate(config.tokenizer) if applied_template(config) else None
-    for where, row in _rows(config, source):
-        try:
-            pieces = _document(config, row, where, template)
-        except (BadRow, BadChat, UnicodeError) as error:
-            skip_row(config, source, bad, f"{where} {error}")
-        else:
-            yield from pieces
-
-
 def _document(config: DataConfig, row: Any, where: str, template: ChatTemplate | None) -> list[Piece]:
-    """Returns a row in pieces. Raises BadRow or BadChat if it cannot be read."""
+    """Returns a row in pieces. Raises ValueError if it cannot be read."""
     if not isinstance(row, dict):
-        raise row if isinstance(row, BadRow) else BadRow(f"is a {type(row).__name__}, not an object")
+        raise row if isinstance(row, ValueError) else ValueError(f"is a {type(row).__name__}, not an object")
     fields = list(row_fields(config).values())
     for name in fields:
         if name not in row:
-            raise BadRow(f"has no field {name!r}, only {', '.join(map(repr, row)) or 'no fields at all'}")
-        try:  # the template checks a chat
-            is_text = name == config.messages_field or bool(row[name].encode()) or len(fields) == 1
-        except (AttributeError, UnicodeError):  # of another type, or with half a character
-            is_text = False
-        if not is_text:
-            raise BadRow(f"has {str(row[name])[:40]!r} for {name!r}, which is not text")
+            raise ValueError(f"has no field {name!r}, only {', '.join(map(repr, row)) or 'no fields at all'}")
+        is_text = isinstance(row[name], str) and (row[name] or len(fields) == 1)
+        if not is_text and name != config.messages_field:  # the template checks a chat
+            raise ValueError(f"has {str(row[name])[:40]!r} for {name!r}, which is not text")
     if template is not None:
         pair = [{"role": role, "content": row[field]} for role, field in zip(ROLES, fields, strict=False)]
         text, turns = template.chat(pair if config.messages_field is None else row[config.messages_field])
         return [Piece(text, ends=True, where=where, turns=turns)]
     if len(fields) == 2:
-        return [Piece(row[fields[0]], is_prompt=True, where=where), Piece(row[fields[1]], ends=True, where=where)]
+        return [Piece(row[fields[0]], where=where), Piece(row[fields[1]], ends=True, where=where)]
     texts = [row[fields[0]]]
     if len(texts[0]) > LONG:
         texts = list(read_pieces(io.StringIO(texts[0], newline="")))
@@ -217,14 +198,36 @@ def _document(config: DataConfig, row: Any, where: str, template: ChatTemplate |
 
 
 def _rows(config: DataConfig, source: SourceFiles) -> Iterator[tuple[str, Any]]:
-    """Yield all rows of a source, each with its place for people to read. A BadRow takes the place of one."""
+    """Yield all rows of a source, each with its place for people to read. A ValueError takes the place of a bad one."""
     if source.kind == "dataset":
         dataset = open_dataset(source.name, config.streaming)
-        columns = _columns(config, source.name, dataset.column_names or list(next(iter(dataset), {})))
+        columns = _columns(config, dataset.column_names or list(next(iter(dataset), {})))
         # Asking for one row at a time takes a hundred times as long.
-        yield from _numbered(source.name, dataset.select_columns(columns).with_format("arrow").iter(ROWS_AT_ONCE))
+        yield from _table_rows(source.name, dataset.select_columns(columns).with_format("arrow").iter(ROWS_AT_ONCE))
     for path in source.files:
-        yield from _table_rows(config, path) if path.suffix.lower() == ".parquet" else _json_rows(path)
+        if path.suffix.lower() != ".parquet":
+            yield from _json_rows(path)
+            continue
+        try:
+            from pyarrow import parquet
+
+            with parquet.ParquetFile(path) as file:
+                columns = _columns(config, file.schema_arrow.names)
+                yield from _table_rows(str(path), file.iter_batches(ROWS_AT_ONCE, columns=columns))
+        except Exception as error:  # pyarrow has many of its own
+            reason = f"which pyarrow (the extra data) cannot read as Parquet: {error}"
+            raise source_error(str(path), reason) from error
+
+
+def _columns(config: DataConfig, existing: list[str]) -> list[str]:
+    """Returns the columns to read: all if one is missing, which each row then reports."""
+    fields = list(row_fields(config).values())
+    return fields if set(fields) <= set(existing) else existing
+
+
+def _table_rows(name: str, tables: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    rows = itertools.chain.from_iterable(table.to_pylist() for table in tables)
+    return ((f"{name}, row {number:,}", row) for number, row in enumerate(rows))
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -238,34 +241,10 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
             try:
                 found = json.loads(text)
             except (ValueError, RecursionError) as error:  # ValueError: also not UTF-8
-                yield where, BadRow(f"is not JSON: {error}")
+                yield where, ValueError(f"is not JSON: {error}")
                 continue
             for index, row in enumerate(found if is_list else [found]):
                 yield f"{path}, row {index:,}" if is_list else where, row
-
-
-def _table_rows(config: DataConfig, path: Path) -> Iterator[tuple[str, Any]]:
-    parquet, pyarrow = _library("pyarrow.parquet", str(path)), _library("pyarrow", str(path))
-    try:
-        with parquet.ParquetFile(path) as file:
-            columns = _columns(config, str(path), file.schema_arrow.names)
-            yield from _numbered(str(path), file.iter_batches(ROWS_AT_ONCE, columns=columns))
-    except (pyarrow.ArrowException, UnicodeError) as error:
-        raise source_error(str(path), f"which cannot be read as Parquet: {error}") from error
-
-
-def _numbered(name: str, tables: Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the rows of Arrow tables."""
-    rows = itertools.chain.from_iterable(table.to_pylist() for table in tables)
-    return ((f"{name}, row {number:,}", row) for number, row in enumerate(rows))
-
-
-def _columns(config: DataConfig, name: str, existing: list[str]) -> list[str]:
-    given = row_fields(config)
-    allowed = f"a column of {name}: {', '.join(map(repr, existing))}"
-    if problems := [Problem(*entry, allowed) for entry in given.items() if entry[1] not in existing]:
-        raise ConfigError(problems)
-    return list(given.values())
 
 
 def open_dataset(source: str, streaming: bool = False) -> Any:
@@ -278,23 +257,17 @@ def open_dataset(source: str, streaming: bool = False) -> Any:
     options: dict[str, Any] = dict(word.partition("=")[::2] for word in words)
     options["keep_in_memory"] = False  # so that it has files whose times show a change
     split = options.pop("split", "train")
-    datasets = _library("datasets", source)
     if path == "pandas":  # which unpickles files
         raise source_error(source, "whose files can run code when they are opened", "Parquet, CSV, JSON or Arrow files")
     try:
+        import datasets
+
         if any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
             found = datasets.load_from_disk(path, **options)
             return found[split] if isinstance(found, dict) else found
         return datasets.load_dataset(path, split=split, streaming=streaming, **options)
     except Exception as error:  # it reads many formats and file systems, each with errors of its own
-        raise source_error(source, f"which `datasets` cannot open: {error}") from error
-
-
-def _library(name: str, source: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise source_error(source, f"which needs {name}", advice="Run: pip install 'fundamentallm[data]'.") from error
+        raise source_error(source, f"which `datasets` (the extra data) cannot open: {error}") from error
 
 
 def source_states(source: SourceFiles) -> list[Any]:

@@ -178,7 +178,7 @@ class TextStream(Tokenized, IterableDataset[Batch]):
         self.sequence_length = config.sequence_length
         self.tokenizer = create_tokenizer(config.tokenizer, (), config.end_of_text)
         self.tokenizer.encode_special_tokens = not reads_special_tokens(config)
-        self._copied = with_unknown(self.tokenizer)
+        self._complete = with_unknown(self.tokenizer)
         self.end_of_text = None if config.end_of_text is None else self.tokenizer.token_to_id(config.end_of_text)
         self.epoch = self._file = self._pieces = self._drawn = 0
         self._rest, self._buffer = np.empty(0, np.int32), list[NDArray[np.int32]]()
@@ -259,7 +259,7 @@ class TextStream(Tokenized, IterableDataset[Batch]):
         end = [] if self.end_of_text is None else [self.end_of_text]
         bad, num_said = list[str](), 0
         pieces = self._read(bad)
-        for row, is_used in encode_rows(self.config, self.source, self.tokenizer, pieces, bad, self._copied):
+        for row, is_used in encode_rows(self.config, self.source, self._complete, pieces, bad):
             if self.say is not None and not self.epoch:  # in the first pass
                 for each in bad[num_said:]:
                     self.say(f"warning: a bad row is skipped: {each}")

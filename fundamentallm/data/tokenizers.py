@@ -17,6 +17,8 @@ from fundamentallm.errors import ConfigError, Problem
 
 UNKNOWN = "<unk>"
 """Token for characters that a `char` vocabulary lacks. Without it BPE would drop them silently."""
+Complete = tuple[Tokenizer, int | None]
+"""What `with_unknown` returns."""
 SPLIT = "split_special_tokens"
 """Setting of a tokenizer_config.json: special tokens in a text are read as text."""
 MISSING = "\ue000missing\ue000"
@@ -116,7 +118,7 @@ def same_tokenizer(one: Tokenizer, other: Tokenizer) -> bool:
     return _saved(one) == _saved(other)
 
 
-def with_unknown(tokenizer: Tokenizer) -> tuple[Tokenizer, int | None]:
+def with_unknown(tokenizer: Tokenizer) -> Complete:
     """Returns a copy that encodes all of a text, and the id of what the vocabulary lacks.
 
     A vocabulary without an unknown token gets one, with the id `num_ids(tokenizer)`: BPE would drop what it lacks.

@@ -1,24 +1,36 @@
-"""Creates the Accelerator of a process, and refuses one with which a launch would silently not be one run."""
+"""Creates the Accelerator of a process, and refuses a launch or an Accelerator that would silently be another run."""
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
+from contextlib import suppress
 from operator import attrgetter
+from typing import NamedTuple
 
+import psutil
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, parse_flag_from_env
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from fundamentallm.distributed import launch_checks as checks
 from fundamentallm.distributed.host_group import join_group
 from fundamentallm.distributed.prepare import NARROW
 from fundamentallm.errors import ConfigError, FundamentaLLMError, Problem
 
 ENGINES = ("DEEPSPEED", "MEGATRON_LM", "XLA")
+PRECISIONS = ("no", "bf16", "fp16")
+WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Variables by which launchers, and MPI, give the number of processes."""
+LAUNCHER = re.compile(
+    r"(?:^|[\0/])(?:accelerate-launch|accelerate\.commands\.launch|accelerate(?:\.commands\.accelerate_cli)?\0launch)\0"
+)
+"""`accelerate launch` in a command line whose words are separated by null characters."""
 REFUSED: dict[str, tuple[object, str]] = {
     "gradient_accumulation_steps": (1, "Set training.micro_batch_size: accumulation follows from it."),
     "device_placement": (True, "The Trainer moves the model and its batches to the device."),
@@ -27,9 +39,8 @@ REFUSED: dict[str, tuple[object, str]] = {
 }
 """{argument of a caller's Accelerator: (default, advice)}: with another value, the caller would expect another run."""
 kept_groups: list[object] = []
-"""Keeps process groups alive until `Trainer.leave_group`. Otherwise DDP is their last owner, and torch 2.13 destroys
-them while holding the GIL, which can deadlock with a gloo thread that is freeing a tensor (seen at exit in about 1 of
-10 runs on a busy machine)."""
+"""Keeps process groups alive until `leave_group`. Otherwise DDP is their last owner, and torch 2.13 destroys them while
+holding the GIL, which can deadlock with a gloo thread that is freeing a tensor (1 of 10 exits on a busy machine)."""
 
 
 def create_accelerator(
@@ -56,20 +67,20 @@ def create_accelerator(
         >>> accelerator.num_processes, accelerator.is_main_process
         (1, True)
     """
-    launch = checks.find_launch() if "ACCELERATE_MIXED_PRECISION" in os.environ else None  # set by accelerate launch
+    launch = find_launch() if "ACCELERATE_MIXED_PRECISION" in os.environ else None  # set by accelerate launch
     # Without cpu=True on a machine without an accelerator, two launched processes would be two independent runs.
     cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     cpu, precision = cpu or (launch is not None and launch.use_cpu), mixed_precision or "no"
-    problems = checks.launch_problems(os.environ, not cpu, precision, launch)
-    problems += checks.tracker_problems(trackers or [])
-    # Before accelerate advises to install an engine that is refused afterwards.
-    problems += _engine_problems([name for name in ENGINES if parse_flag_from_env(f"ACCELERATE_USE_{name}")])
+    problems = launch_problems(os.environ, not cpu, precision, launch)
     # Before an Accelerator is made: its precision is that of the process, also for the next try.
-    problems += checks.precision_problems("training.mixed_precision", precision, precision, on_cpu=cpu)
-    if is_initialized() and (used := AcceleratorState().mixed_precision) != precision:
-        reason = f"but an earlier Trainer or Accelerator of this process uses {used!r}"
-        advice = "A process has one precision: start another (in a notebook, restart the kernel), or use the same."
-        problems.append(Problem("training.mixed_precision", precision, used, advice, reason))
+    problems += _precision_problems("training.mixed_precision", precision, precision, is_on_cpu=cpu)
+    if is_initialized():
+        reason, used = "in an earlier Trainer or Accelerator of this process", AcceleratorState().mixed_precision
+        problems += _precision_problems("Accelerator.mixed_precision", used, precision, reason)
+    installed = sorted(map(str, get_available_trackers()))
+    for name in (name for name in trackers or () if name not in installed):  # accelerate would leave it out
+        advice = f"If accelerate knows a tracker of this name: pip install {name}."
+        problems.append(Problem("trackers", name, ", ".join(installed), advice))
     if problems:
         raise ConfigError(problems)
     join_group(cpu)
@@ -90,11 +101,69 @@ def create_accelerator(
     return accelerator
 
 
-def _engine_problems(kinds: list[str]) -> list[Problem]:
-    allowed = "MULTI_GPU (accelerate_configs/multi_gpu.yaml), FSDP (fsdp2.yaml or hsdp.yaml)"
-    advice = "It would bring a step of its own. (Where torch_xla is installed, accelerate expects a TPU.)"
-    setting = "accelerate_config.distributed_type"
-    return [Problem(setting, kind, allowed, advice) for kind in kinds if kind in ENGINES]
+class Launch(NamedTuple):
+    """What the `accelerate launch` that started this process was asked for."""
+
+    config_file: str | None = None  # the accelerate config that it read, if any
+    use_cpu: bool = False
+    num_processes: int = 1
+
+
+def find_launch() -> Launch | None:
+    """Returns the `accelerate launch` that started this process, from its command line; None: another program did.
+
+    accelerate passes neither the name of its config file on, nor `use_cpu` to the processes of MULTI_GPU and FSDP, nor
+    a number of processes that it does not start.
+    """
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file  # 50 ms
+    from accelerate.commands.launch import launch_command_parser
+
+    with suppress(psutil.Error):  # of another user's process
+        for process in psutil.Process().parents():
+            _, *arguments = LAUNCHER.split("\0".join(process.cmdline()), maxsplit=1)
+            if not arguments:
+                continue
+            asked = launch_command_parser().parse_args(arguments[0].split("\0"))
+            file = os.path.join(process.cwd(), asked.config_file or default_config_file)
+            if asked.config_file is None and (asked.cpu or not os.path.isfile(file)):
+                return Launch(None, asked.cpu, asked.num_processes or 1)
+            config = load_config_from_file(file)
+            return Launch(file, asked.cpu or config.use_cpu, asked.num_processes or config.num_processes)
+    return None
+
+
+def launch_problems(
+    environment: Mapping[str, str], has_device: bool, precision: str = "no", launch: Launch | None = None
+) -> list[Problem]:
+    """Returns what a launch asks for, by variables that accelerate's launcher sets, that would silently not happen."""
+    problems, file = [], launch and launch.config_file
+    launched, where = environment.get("ACCELERATE_MIXED_PRECISION", "no"), f"in {file or 'the launch'}"
+    if launched != "no":  # which `accelerate launch` sets by default
+        problems += _precision_problems("accelerate_config.mixed_precision", launched, precision, where)
+    if launch is None:
+        return problems
+    use_cpu = launch.use_cpu or environment.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if launch.num_processes > 1 and environment.keys().isdisjoint(WORLD_SIZES):
+        advice = "For several on a CPU, use MULTI_GPU with use_cpu: true, as accelerate_configs/cpu_2_processes.yaml."
+        reason = "and accelerate launch starts one process for MULTI_CPU, for --cpu and for NO"
+        problems.append(Problem("accelerate_config.num_processes", launch.num_processes, "1", advice, reason))
+    elif not (has_device or use_cpu) and (file or "WORLD_SIZE" in environment):
+        advice = "Set it if the run is meant for the CPU (--cpu for one process); otherwise check the driver and torch."
+        reason = f"{where}, and torch finds no GPU on this machine"
+        problems.append(Problem("accelerate_config.use_cpu", False, "true", advice, reason))
+    return problems
+
+
+def _precision_problems(
+    setting: str, value: str, wanted: str | None, reason: str = "", is_on_cpu: bool = False
+) -> list[Problem]:
+    """Returns the problem with a precision that is not supported, or not `wanted`, if any."""
+    if value == "fp16" and is_on_cpu:
+        return [Problem(setting, value, "no, bf16", "On a CPU, accelerate computes fp16 as fp32.")]
+    if value in PRECISIONS and wanted in (None, value):
+        return []
+    advice = "Set training.mixed_precision only. A process has one precision: another needs a new process or kernel."
+    return [Problem(setting, value, wanted or ", ".join(PRECISIONS), advice, reason)]
 
 
 def check_accelerator(
@@ -103,13 +172,15 @@ def check_accelerator(
     """Refuses an Accelerator with which a run would silently not be what its config says.
 
     It also makes `accelerator.save_state` and `load_state` raise. For the other arguments see `create_accelerator`.
-
-    Raises:
-        ConfigError: listing what to change.
+    Raises ConfigError, listing what to change.
     """
     if dist.is_initialized():
         kept_groups.append(dist.group.WORLD)
-    kind, precision = accelerator.distributed_type.value, accelerator.mixed_precision
+    kind, precision, is_on_cpu = (
+        accelerator.distributed_type.value,
+        accelerator.mixed_precision,
+        accelerator.device.type == "cpu",
+    )
     count, launched = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
     given = {name: attrgetter(name)(accelerator) for name in REFUSED}
     problems = [
@@ -120,18 +191,14 @@ def check_accelerator(
     if count != launched:
         advice = "Create it before anything else of accelerate, with cpu=True on a machine without GPUs."
         problems.append(Problem("Accelerator.num_processes", count, f"{launched}, as launched", advice))
-    problems += _engine_problems([kind])
     # accelerate silently ignores FSDP on a CPU, and in a process that no launcher started.
-    if parse_flag_from_env("ACCELERATE_USE_FSDP") and not accelerator.is_fsdp2:
-        advice = "Set fsdp_version to 2, and launch it on GPUs (without one: accelerate_configs/cpu_2_processes.yaml)."
-        problems.append(Problem("Accelerator.distributed_type", kind, "FSDP (version 2)", advice))
+    is_fsdp1 = parse_flag_from_env("ACCELERATE_USE_FSDP") and not accelerator.is_fsdp2
     parallel = accelerator.parallelism_config
-    if parallel is not None and parallel.non_data_parallel_size > 1:
-        advice = "Use dp_shard_size (FSDP2) for a model that is too large for a device."
-        allowed = "tp_size, cp_size and sp_size of 1, since a run is data-parallel"
-        problems.append(Problem("accelerate_config.parallelism_config", f"{parallel}", allowed, advice))
-    on_cpu = accelerator.device.type == "cpu"
-    problems += checks.precision_problems("Accelerator.mixed_precision", precision, mixed_precision, on_cpu=on_cpu)
+    if kind in ENGINES or is_fsdp1 or (parallel is not None and parallel.non_data_parallel_size > 1):
+        allowed = "MULTI_GPU, or FSDP with fsdp_version 2 on GPUs; tp_size, cp_size and sp_size of 1"
+        advice = "A run is data-parallel; see accelerate_configs/ (without a GPU: cpu_2_processes.yaml)."
+        problems.append(Problem("accelerate_config.distributed_type", kind, allowed, advice, f"with {parallel}"))
+    problems += _precision_problems("Accelerator.mixed_precision", precision, mixed_precision, "", is_on_cpu)
     if batch_size is not None and batch_size < count:
         reason = f"so that {count - batch_size} of {count} processes would have no sequence in any step"
         advice = "It counts the sequences of all processes; increase it, or launch fewer processes (num_processes)."
@@ -140,23 +207,20 @@ def check_accelerator(
         raise ConfigError(problems)
     if accelerator.is_fsdp2:
         # accelerate's default policy reduces gradients in the precision of the forward pass.
-        policy = MixedPrecisionPolicy(param_dtype=NARROW.get(accelerator.mixed_precision), reduce_dtype=torch.float32)
+        policy = MixedPrecisionPolicy(param_dtype=NARROW.get(precision), reduce_dtype=torch.float32)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     accelerator.register_save_state_pre_hook(_refuse_states)
     accelerator.register_load_state_pre_hook(_refuse_states)
 
 
 def _refuse_states(*_: object) -> None:
-    raise FundamentaLLMError(
-        "accelerator.save_state and load_state do not know the state of a run, and use pickle. Use "
-        "trainer.save_checkpoint and trainer.load_checkpoint."
-    )
+    advice = "Use trainer.save_checkpoint and trainer.load_checkpoint."
+    raise FundamentaLLMError(f"accelerator.save_state and load_state do not know the state of a run. {advice}")
 
 
 def leave_group(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     """Leaves the process group for good. Returns the model without the wrapper that exchanged its gradients."""
-    # DDP must not be the last owner of the group (see `kept_groups`), and a group that is left to the end of the
-    # interpreter aborts it if one of its threads is still at work then.
+    # A group that is left to the end of the interpreter aborts it if one of its threads is still at work then.
     model = accelerator.unwrap_model(model)
     accelerator.free_memory()
     kept_groups.clear()

@@ -13,8 +13,7 @@ from torch import Tensor
 from fundamentallm.config.schema import IGNORE_INDEX
 from fundamentallm.errors import ConfigError, Problem
 
-LABELS = "labels"
-"""Key of the targets in a mapping, as transformers names it."""
+LABELS = "labels"  # key of the targets in a mapping, as transformers names it
 
 
 def _entries(batch: Any) -> dict[Any, Any]:
@@ -31,10 +30,7 @@ def _entries(batch: Any) -> dict[Any, Any]:
 
 
 def _rebuilt(batch: Any, entries: dict[Any, Any]) -> Any:
-    """Returns a copy of a container with other entries.
-
-    accelerate's `recursively_apply` knows no dataclasses, and its copy of a mapping keeps nothing but the entries.
-    """
+    # accelerate's `recursively_apply` knows no dataclasses, and its copy of a mapping keeps nothing but the entries.
     if isinstance(batch, Mapping):
         result: Any = copy.copy(batch) if isinstance(batch, MutableMapping) else dict(batch)
         for key, entry in entries.items():  # transformers' ModelOutput has no update()
@@ -60,13 +56,10 @@ def tensors(batch: Any) -> list[Tensor]:
 
 
 def take_rows(batch: Any, rows: int, index: slice | list[int], name: str = "batch", in_mapping: bool = False) -> Any:
-    """Returns the rows `index` of a batch of `rows` samples.
+    """Returns the rows `index` of a batch of `rows` samples. Raises ConfigError if a tensor has not one for each.
 
     Tensors and arrays are cut along their first dimension. A list is cut if it has an entry for each sample: in a
     mapping, where columns have names, or without tensors. Scalars and other objects are the same in each row.
-
-    Raises:
-        ConfigError: if a tensor does not have one row for each sample.
     """
     if isinstance(batch, (Tensor, np.ndarray)):
         if batch.ndim and len(batch) != rows:
@@ -85,12 +78,8 @@ def take_rows(batch: Any, rows: int, index: slice | list[int], name: str = "batc
 
 
 def _not_by_rows(name: str, what: str, rows: int) -> ConfigError:
-    advice = (
-        "Return one row for each sample, or compute each batch at once: set training.micro_batch_size to null, and "
-        "give the loader drop_last=True and a batch size of at least the number of processes."
-    )
-    reason = f"which cannot be cut into rows of {rows} samples"
-    return ConfigError(Problem(name, what, advice=advice, reason=reason))
+    advice = "Return a row for each sample, or compute batches at once: no training.micro_batch_size, drop_last=True."
+    return ConfigError(Problem(name, what, "", advice, f"which cannot be cut into rows of {rows} samples"))
 
 
 class MicroBatch(NamedTuple):
@@ -98,18 +87,16 @@ class MicroBatch(NamedTuple):
 
     content: Any
     rows: int
-    """Number of its own samples, which come first. The others are padding without targets; if there is no sample of its
-    own, all have targets, and the loss must be multiplied by zero."""
+    """Number of its own samples, which come first. The others are padding without targets, but with targets if there is
+    no sample of its own: then the loss must be multiplied by zero."""
 
 
 class StepBatch(NamedTuple):
     """What a process computes in an optimizer step, on its device."""
 
     content: Any
-    size: int
-    """Number of samples, with padding."""
-    rows: int
-    """Number of its own samples. Those after them are padding."""
+    size: int  # number of samples, with padding
+    rows: int  # number of its own samples; those after them are padding
     num_micro_batches: int
 
     @property
@@ -120,11 +107,7 @@ class StepBatch(NamedTuple):
         return take_rows(self.content, self.size, slice(max(self.rows, 1)))
 
     def micro_batches(self, trims: bool = False) -> Iterator[MicroBatch]:
-        """Yield the micro-batches. Sizes differ by one at most, as those of `tensor_split`.
-
-        Args:
-            trims: whether to cut padding off, instead of masking its targets. A micro-batch keeps at least one row.
-        """
+        """Yield the micro-batches; sizes differ by one at most. `trims`: cut padding off instead of masking it."""
         quotient, remainder = divmod(self.size, self.num_micro_batches)
         end = 0
         for number in range(self.num_micro_batches):
@@ -139,15 +122,13 @@ class StepBatch(NamedTuple):
 
 
 def _masked(batch: Any, rows: int) -> Any | None:
-    """Returns a batch whose targets are ignored from a row on, or None if they cannot be.
-
-    A single label of a mapping may be a number to predict, for which -100 is a value like others.
-    """
+    """Returns a batch whose targets are ignored from a row on, or None if they cannot be."""
     is_mapping, entries = isinstance(batch, Mapping), _entries(batch)
     key: Any = LABELS if is_mapping else 1
     labels = entries.get(key)
     if not isinstance(labels, Tensor) or labels.is_floating_point():
         return None
+    # A single label of a mapping may be a number to predict, for which -100 is a value like others.
     if labels.ndim < 2 if is_mapping else len(entries) != 2:
         return None
     masked = labels.clone()

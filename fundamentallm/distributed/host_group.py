@@ -23,7 +23,6 @@ def join_group(cpu: bool) -> None:
     """Forms the process group if the launcher keeps one store across restarts; otherwise accelerate forms it.
 
     In that store torch 2.13 would find the addresses of dead processes, so each start gives its keys another prefix.
-    TORCHELASTIC_RESTART_COUNT cannot be that prefix, since each machine counts for itself.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
@@ -39,32 +38,30 @@ def join_group(cpu: bool) -> None:
 def agree_on_prefix(store: Any, rank: int, world: int) -> str:
     """Returns a prefix that all processes of this start agree on, and that no earlier start had.
 
-    Process 0 invents a prefix and confirms it once all others have answered. A process whose rank has already answered
-    to a prefix knows that it belongs to an earlier start, and waits for another. Raises FundamentaLLMError if a process
-    does not join in time.
+    Process 0 invents it, and confirms it once all have answered. A process whose rank has answered to a prefix before
+    waits for another: that was an earlier start. (Machines count their restarts apart.) Raises FundamentaLLMError if a
+    process does not join in time.
     """
     deadline, prefix, is_first = time.monotonic() + JOIN_SECONDS, "", False
     if rank == 0:
-        prefix = uuid.uuid4().hex
-        store.set("start", prefix)
+        store.set("start", uuid.uuid4().hex)
     while time.monotonic() < deadline:
         time.sleep(0.05)
-        if rank == 0 and store.check([f"{prefix}/{other}" for other in range(1, world)]):
-            store.set(f"{prefix}/confirmed", "")
-            return prefix
-        newest = str(store.get("start"), "ascii") if rank and store.check(["start"]) else prefix
+        newest = str(store.get("start"), "ascii") if store.check(["start"]) else ""
         if newest != prefix:
             prefix, is_first = newest, store.add(f"{newest}/{rank}", 1) == 1
+        if rank == 0 and store.check([f"{prefix}/{other}" for other in range(world)]):
+            store.set(f"{prefix}/confirmed", "")
         if is_first and store.check([f"{prefix}/confirmed"]):
             return prefix
     raise FundamentaLLMError(f"process {rank}: some of {world} processes did not start within {JOIN_SECONDS:g} s.")
 
 
 class HostGroup:
-    """All processes of the run, connected by a gloo group of their own, so that no device has to wait.
+    """All processes of the run (`alone`: this one), in a gloo group of their own, so that no device has to wait.
 
-    Each thread needs its own HostGroup, since collectives of two threads in one group would mix. With `alone`, it has
-    this process only. Raises FundamentaLLMError if another process has died.
+    Each thread needs its own, since collectives of two threads in one group would mix. Raises FundamentaLLMError if
+    another process has died.
     """
 
     def __init__(self, alone: bool = False) -> None:
@@ -83,17 +80,13 @@ class HostGroup:
         if self.size == 1:
             return [value]
         values: list[T | None] = [None] * self.size
-        # torch.distributed pickles objects that the processes of one run exchange. They trust each other, and nothing
-        # of this reaches a file.
+        # torch pickles the objects. The processes of one run trust each other, and nothing of this reaches a file.
         dist.all_gather_object(values, value, self._group)
         return values  # type: ignore[return-value]
 
     @contextmanager
     def barrier_with_errors(self) -> Iterator[None]:
-        """Returns once every process has left the block, and raises on all of them if one raised.
-
-        Those that did not raise get a FundamentaLLMError with the message of the first one that did.
-        """
+        """Returns once all processes have left the block. If one raised, the others raise FundamentaLLMError."""
         try:
             yield
         except BaseException as error:

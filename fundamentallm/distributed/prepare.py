@@ -2,10 +2,6 @@
 
 The model stays the caller's object, and its parameters keep their names. Under FSDP2, each decoder block is a unit;
 parameters, gradients and optimizer state are DTensors, of which each process holds a shard.
-
-Modules are compiled in place. Each shape gets its own kernels (`dynamic=False`). The kernels of a batch then depend on
-its shape alone, not on earlier batches, and a resumed run is bit-identical. `StepSampler` pads micro-batches, so there
-is one shape in training and another in validation.
 """
 
 import inspect
@@ -23,9 +19,6 @@ from torch.optim import SGD, Optimizer
 from fundamentallm.errors import ConfigError, Problem
 
 NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
-MAX_SHAPES = 64
-"""Most shapes that one function is compiled for. torch's default of 8 counts over all models of a process; beyond it,
-torch warns and runs the function uncompiled."""
 
 
 def place_model(
@@ -35,12 +28,11 @@ def place_model(
     activation_checkpointing: bool | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Give a model its memory, before an optimizer is made for its parameters.
+    """Give a model its memory, before an optimizer is made for its parameters. Raises ConfigError if that cannot be.
 
     Under FSDP2 the model may be on the meta device, so that only the main process holds a full copy of the weights.
     They come from its `initial_weights()`, and those that are drawn follow from `seed`. If `activation_checkpointing`
-    is None, the accelerate config decides. `say` prints a line if weights were converted. Raises ConfigError if the
-    model or the accelerate config does not allow it.
+    is None, the accelerate config decides. `say` prints a line if weights were converted.
     """
     fsdp = accelerator.state.fsdp_plugin if accelerator.is_fsdp2 else None
     if activation_checkpointing is None:
@@ -63,30 +55,27 @@ def place_model(
 
 
 def _widen(model: nn.Module, computed_in: torch.dtype | None) -> str:
-    """Converts 16-bit weights and buffers to float32, in place. Returns a line for the user, or "".
+    """Converts 16-bit weights and buffers to float32, as updates are too small for 16 bits. Returns a line to print.
 
-    Most updates of an optimizer are too small for 16 bits. Frozen weights may stay in the precision that autocast uses
-    (`computed_in`), but not under FSDP2. Quantized weights, which have classes of their own, stay as they are.
+    Frozen weights stay in the precision that autocast uses (`computed_in`), quantized ones (own classes) as they are.
     """
     narrow = [p for p in model.parameters() if p.dtype in NARROW.values()]
     wide = [p for p in narrow if p.requires_grad or (type(p) is nn.Parameter and p.dtype != computed_in)]
     if not wide:
         return ""
-    kinds = sorted({str(p.dtype).removeprefix("torch.") for p in wide})
+    kinds = " and ".join(sorted({str(p.dtype).removeprefix("torch.") for p in wide}))
     for tensor in (*wide, *(buffer for buffer in model.buffers() if buffer.dtype in NARROW.values())):
         tensor.data = tensor.data.float()
-    was = f"{len(wide)} weights were {' and '.join(kinds)}"
-    return f"{was} and are now float32 (training.mixed_precision computes in 16 bits)"
+    return f"{len(wide)} weights were {kinds} and are now float32 (training.mixed_precision computes in 16 bits)"
 
 
 def prepare_model(
     accelerator: Accelerator, model_with_loss: nn.Module, optimizer: Optimizer, compiles: bool = False
 ) -> nn.Module:
-    """Returns model and loss distributed as the processes were launched.
+    """Returns model and loss distributed as the processes were launched. Raises ConfigError if that cannot be.
 
     `model_with_loss.model` is as `place_model` left it. Under FSDP2 the groups of the optimizer hold the sharded
-    parameters afterwards, and each block is compiled by itself, since its weights are gathered for its forward pass
-    only. Raises ConfigError if the model, the optimizer or the accelerate config does not allow it.
+    parameters afterwards, and each block is compiled by itself: its weights are gathered for its forward pass only.
     """
     dynamo = accelerator.state.dynamo_plugin
     if not accelerator.is_fsdp2:
@@ -138,10 +127,8 @@ def _changed(settings: Any, **values: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def _draw_weights(model: nn.Module, seed: int, is_main_process: bool) -> None:
-    """Moves a model from the meta device to the CPU, and draws the weights of a single process on the main one.
-
-    The operating system gives memory to an empty tensor only when it is written to. (`to_empty` unties parameters.)
-    """
+    """Moves a model from the meta device to the CPU, and draws the weights of a single process on the main one."""
+    # Memory that is not written to costs nothing. (`to_empty` would untie parameters.)
     replaced: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -155,19 +142,15 @@ def _draw_weights(model: nn.Module, seed: int, is_main_process: bool) -> None:
             layer.reset_parameters()  # draws as the constructor on a CPU does
     missing = {parameter: name for name, parameter in model.named_parameters()}
     for name, values in model.initial_weights():  # type: ignore[operator]
-        parameter = model.get_parameter(name)
-        missing.pop(parameter, None)
+        missing.pop(model.get_parameter(name), None)
         if is_main_process:
-            parameter.copy_(values)
+            model.get_parameter(name).copy_(values)
     if missing:
         raise ConfigError(f"initial_weights() of the model yields nothing for {', '.join(missing.values())}.")
 
 
 def _can_load_efficiently(model: nn.Module) -> bool:
-    """Returns whether accelerate can send a model from the main process to the others (`cpu_ram_efficient_loading`).
-
-    It fails for persistent buffers, and unties parameters unless the model has a method `tie_weights`.
-    """
+    # accelerate fails for persistent buffers, and unties parameters unless the model has a method `tie_weights`.
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     is_tied = len(names) > len(list(model.parameters()))
     return names >= model.state_dict().keys() and (not is_tied or hasattr(model, "tie_weights"))
@@ -181,12 +164,16 @@ def _copy_from_main(accelerator: Accelerator, model: nn.Module) -> None:
 
 
 def compile_in_place(accelerator: Accelerator, modules: Iterable[nn.Module]) -> None:
-    """Have modules compiled at their first call, with the backend of the accelerate config, or inductor."""
+    """Have modules compiled at their first call, with the backend of the accelerate config, or inductor.
+
+    Each shape gets its own kernels (`dynamic=False`). The kernels of a batch then depend on its shape alone, not on
+    earlier batches, and a resumed run is bit-identical. `StepSampler` pads micro-batches to one shape.
+    """
     plugin = accelerator.state.dynamo_plugin
     options: dict[str, Any] = {"dynamic": False, **plugin.to_kwargs()}
     if plugin.backend == DynamoBackend.NO:
         options["backend"] = "inductor"
     if "recompile_limit" in inspect.signature(torch.compile).parameters:  # which older versions lack
-        options["recompile_limit"] = MAX_SHAPES
+        options["recompile_limit"] = 64  # shapes; after 8, torch would run a function uncompiled
     for module in modules:
         module.compile(**options)

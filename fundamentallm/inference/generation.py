@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import functools
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fundamentallm.config.validation import AT_LEAST_ONE, NON_NEGATIVE, POSITIVE, RANGES, Interval
+from fundamentallm.config.validation import range_problems
 from fundamentallm.errors import ConfigError, FundamentaLLMError, Problem
 from fundamentallm.models.transformer import Transformer, cache_option
-
-ALLOWED = {
-    "max_new_tokens": NON_NEGATIVE,
-    "context": AT_LEAST_ONE,
-    "seed": RANGES["seed"],
-    "repetition_penalty": POSITIVE,
-    "temperature": NON_NEGATIVE,
-    "top_k": AT_LEAST_ONE,
-    "top_p": Interval(low=0, high=1, open_low=True),
-}
 
 
 def generate(
@@ -44,9 +36,8 @@ def generate(
             as transformers' models do. It is in evaluation mode while it generates.
         token_ids: the prompt, at least one id.
         max_new_tokens: maximum number of ids to sample.
-        context: maximum number of ids that the model sees (its training sequence length); None: no limit. When the
-            context is full, its older half is dropped. So the cost of a token stays the same, and no position occurs
-            that the model was not trained on.
+        context: maximum number of ids that the model sees (its training sequence length); None: no limit. When it is
+            full, its older half is dropped, so no position occurs that the model was not trained on.
         temperature: divides the logits; 0 takes the most probable token.
         top_k: sample among this many most probable tokens only.
         seed: seed of the samples. The global random state is neither read nor changed.
@@ -62,50 +53,37 @@ def generate(
         >>> import torch
         >>> from fundamentallm import ModelConfig, Transformer, generate
         >>> model = Transformer(ModelConfig(vocab_size=10, d_model=16, num_heads=2, num_layers=1))
-        >>> ids = list(generate(model, [1, 2, 3], max_new_tokens=5, context=16, seed=7))
-        >>> len(ids), ids == list(generate(model, [1, 2, 3], max_new_tokens=5, context=16, seed=7))
-        (5, True)
+        >>> len(list(generate(model, [1, 2, 3], max_new_tokens=5, context=16)))
+        5
     """
     sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     sampling["repetition_penalty"] = repetition_penalty
-    numbers = {"max_new_tokens": max_new_tokens, "context": context, "seed": seed, **sampling}
     problems = [] if token_ids else [Problem("prompt", "", "at least one token")]
-    problems += [
-        Problem(name, value, str(ALLOWED[name]))
-        for name, value in numbers.items()
-        if value is not None and value not in ALLOWED[name]
-    ]
+    problems += range_problems(max_new_tokens=max_new_tokens, context=context, seed=seed, **sampling)
     if unknown := row_problem(model, "prompt", token_ids, token_ids):
         problems.append(unknown)
     if problems:
         raise ConfigError(problems)
-    return _generate(model, [*token_ids], max_new_tokens, context, seed, frozenset(stop), sampling)
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    draw = functools.partial(_sample, generator=generator, **sampling)
+    text = [*token_ids]
+    return _generate(model, text, max_new_tokens, context or len(text) + max_new_tokens, frozenset(stop), draw)
 
 
 def row_problem(model: nn.Module, setting: str, value: object, ids: Sequence[int]) -> Problem | None:
     """Returns the problem with ids that have no row in the model's embedding table, or None if all have one."""
     find: Any = getattr(model, "get_input_embeddings", None)
-    if find is not None:
-        rows = len(find().weight)
-        if wrong := [index for index in ids if not 0 <= index < rows]:
-            allowed = f"0 to {rows - 1}, the rows of the model's embeddings"
-            return Problem(setting, value, allowed, reason=f"with the id {wrong[0]}")
+    rows = len(find().weight) if find is not None else math.inf
+    if wrong := [index for index in ids if not 0 <= index < rows]:
+        allowed = f"0 to {rows - 1}, the rows of the model's embeddings"
+        return Problem(setting, value, allowed, reason=f"with the id {wrong[0]}")
     return None
 
 
 @torch.no_grad()
 def _generate(
-    model: nn.Module,
-    text: list[int],
-    max_new_tokens: int,
-    context: int | None,
-    seed: int,
-    stop: frozenset[int],
-    sampling: dict[str, Any],
+    model: nn.Module, text: list[int], max_new_tokens: int, context: int, stop: frozenset[int], draw: Callable[..., int]
 ) -> Iterator[int]:
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    context = context or len(text) + max_new_tokens
     first, cache = max(len(text) - context, 0), None  # the index of the first token that the model sees
     was_training = model.training
     model.eval()
@@ -113,9 +91,9 @@ def _generate(
         for _ in range(max_new_tokens):
             if len(text) - first > context:
                 first, cache = len(text) - max(context // 2, 1), None
-            new = text[first:] if cache is None else text[-1:]
-            logits, cache = _next_logits(model, torch.tensor([new], device=device), cache)
-            token = _sample(logits, text, generator, **sampling)
+            new = torch.tensor([text[first:] if cache is None else text[-1:]], device=next(model.parameters()).device)
+            logits, cache = _next_logits(model, new, cache)
+            token = draw(logits, text)
             if token in stop:
                 return
             text.append(token)

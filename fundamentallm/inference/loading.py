@@ -28,11 +28,6 @@ from fundamentallm.models.transformers_format import (
     transformers_model,
 )
 
-CHECKPOINT_HELP = (
-    "a checkpoint, a run's output_dir or a folder of checkpoints (uses the best, otherwise the newest), or a model "
-    "folder in Hugging Face format"
-)
-
 
 class LoadedModel(NamedTuple):
     """A model ready for use, with what its use needs."""
@@ -73,17 +68,13 @@ def load_model(checkpoint: str | Path, base: str | Path | None = None) -> Loaded
         >>> config = Config(data=DataConfig(sequence_length=16), training=training)
         >>> _ = Trainer(model, training, *create_dataloaders(text, tokenizer, config), callbacks=[]).train()
         >>> loaded = load_model("checkpoints")
-        >>> prompt = loaded.tokenizer.encode("to be").ids
-        >>> ids = generate(loaded.model, prompt, max_new_tokens=5, context=loaded.context)
+        >>> ids = generate(loaded.model, loaded.tokenizer.encode("to be").ids, 5, loaded.context)
         >>> len(loaded.tokenizer.decode(list(ids)))
         5
     """
-    path = Path(os.path.expanduser(checkpoint))
-    manager = CheckpointManager(checkpoints_folder(path))
-    is_model = is_ours(path) or any((path / name).exists() for name in (CONFIG, ADAPTER_CONFIG))
-    folder = path if is_model else manager.get_best() or manager.get_latest()
-    if folder is None:
-        raise CheckpointNotFoundError(f"there is no checkpoint in {path}; give a checkpoint, or a run's output_dir.")
+    folder = Path(os.path.expanduser(checkpoint))
+    if not any((folder / name).exists() for name in (CONFIG, ADAPTER_CONFIG)):
+        folder = find_checkpoint(folder, wants_best=True)
     with explained(folder):
         if is_ours(folder):
             verify(folder)
@@ -94,6 +85,18 @@ def load_model(checkpoint: str | Path, base: str | Path | None = None) -> Loaded
         stop = found.stop | found._replace(folder=folder).stop
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     return LoadedModel(model.eval().to(device), tokenizer, found.context, stop, folder)
+
+
+def find_checkpoint(path: Path, wants_best: bool = False) -> Path:
+    """Returns `path` if it is a checkpoint, or the newest (or the best) one of a run or of a folder of checkpoints.
+
+    Raises CheckpointNotFoundError if there is none.
+    """
+    manager = CheckpointManager(checkpoints_folder(path))
+    found = path if is_ours(path) else (wants_best and manager.get_best()) or manager.get_latest()
+    if found is None:
+        raise CheckpointNotFoundError(f"there is no checkpoint in {path}; give a checkpoint, or a run's output_dir.")
+    return found
 
 
 def _open_model(folder: Path) -> tuple[nn.Module, Pretrained]:

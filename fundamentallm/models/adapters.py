@@ -3,6 +3,7 @@
 peft decides which weights belong to an adapter and how they are named, so whatever it saves can be trained here.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fundamentallm.config.entries import LoraSettings
+from fundamentallm.config.schema import LoraSettings
 from fundamentallm.config.validation import expand_user, from_dict
 from fundamentallm.data.corpus import opened_note, touch_note
 from fundamentallm.distributed.host_group import HostGroup
@@ -25,6 +26,7 @@ from fundamentallm.models.transformers_format import (
     ADAPTER_CONFIG,
     Pretrained,
     find_pretrained,
+    refusal,
     refuse_links,
     transformers_model,
 )
@@ -34,7 +36,7 @@ INSTALL = "Run: pip install 'fundamentallm[peft]'."
 OPENED = {
     *("r", "lora_alpha", "lora_dropout", "bias", "lora_bias", "fan_in_fan_out", "use_rslora", "use_dora", "task_type"),
     *("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "trainable_token_indices"),
-    *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "init_lora_weights"),
+    *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
 }
 """Settings of an adapter_config.json that `open_adapter` uses. Others may name files to read or modules to import."""
 DESCRIBING = {"peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"}
@@ -44,31 +46,28 @@ DESCRIBING = {"peft_version", "auto_mapping", "base_model_name_or_path", "revisi
 class Adapter:
     """Names of the weights of a PeftModel's adapter, and a digest of its base model, as a part of a run's state.
 
-    Its weights, and all buffers of the model, are another part. Make it before the model is sharded. Raises ConfigError
-    if adapter_model.safetensors could not hold all that is trained.
+    Make it before the model is sharded. Raises ConfigError if adapter_model.safetensors would not hold all that is
+    trained.
     """
 
     def __init__(self, model: Any, group: HostGroup) -> None:
         from peft import get_peft_model_state_dict
 
-        def refusal(reason: str, advice: str) -> ConfigError:
-            return ConfigError(Problem("model", f"an adapter of the type {kind}", advice=advice, reason=reason))
-
         (active,), weights = model.active_adapters, model.state_dict()
-        kind = getattr(model.peft_config[active].peft_type, "value", None)
         # Embeddings that are not trained are the base model's. To find out by itself, peft would ask the Hub.
         exported = get_peft_model_state_dict(model, weights, active, save_embedding_layers=False)
         first = {_address(tensor): name for name, tensor in reversed(weights.items())}
-        self.names = {first.get(_address(tensor), ""): name for name, tensor in exported.items()}
+        addresses = {_address(tensor): name for name, tensor in exported.items() if _address(tensor) in first}
+        self.names = {first[address]: name for address, name in addresses.items()}
         """{in the model: in adapter_model.safetensors}"""
-        if "" in self.names or len(self.names) < len(exported) or kind == "ADALORA":  # whose callers step its ranks
-            raise refusal("which has more state than weights of its own", "Use another, such as LORA.")
-        held = {_address(weights[name]) for name in self.names}  # a tied weight has several names
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        if outside := [name for name, p in parameters.items() if p.requires_grad and _address(p) not in held]:
-            reason = f"and {ADAPTER_WEIGHTS} does not hold {', '.join(outside[:3])}, which is trained"
-            raise refusal(reason, "Name its module in modules_to_save of the adapter's config, or freeze it.")
-        self.saved = [name for name in weights if name not in parameters or _address(weights[name]) in held]
+        parameters = dict(model.named_parameters(remove_duplicate=False))  # a tied weight has several names
+        outside = [name for name, p in parameters.items() if p.requires_grad and _address(p) not in addresses]
+        kind = getattr(model.peft_config[active].peft_type, "value", None)
+        if outside or len(self.names) < len(exported) or kind == "ADALORA":  # whose callers step its ranks
+            reason = f"and {ADAPTER_WEIGHTS} does not hold all that is trained {outside[:3]}"
+            advice = "Name those modules in modules_to_save of the adapter's config, or use another type, such as LORA."
+            raise ConfigError(Problem("model", f"an adapter of the type {kind}", advice=advice, reason=reason))
+        self.saved = [name for name in weights if name not in parameters or _address(weights[name]) in addresses]
         self.model, self.base = model, group.from_main(lambda: _digest(model, {*self.saved}))
         self.config = _saved_config(model.peft_config[active], type(model.get_base_model()))
 
@@ -96,10 +95,8 @@ class Adapter:
 def weight_parts(model: nn.Module, group: HostGroup, say: Callable[[str], None]) -> dict[str, Any]:
     """Returns the parts of a run's state that hold its weights: "model", and "adapter" if it trains one of peft's.
 
-    The base model's folder is noted as this user's own, so that `open_adapter` may read it.
-
-    Raises:
-        ConfigError: as `Adapter` does, or if the model is not a PeftModel with one active adapter.
+    The base model's folder is noted as this user's own, so that `open_adapter` may read it. Raises ConfigError as
+    `Adapter` does, or if the model is not a PeftModel with one active adapter.
     """
     peft = sys.modules.get("peft")  # which made any adapter
     if peft is None or not hasattr(model, "peft_config"):
@@ -114,19 +111,15 @@ def weight_parts(model: nn.Module, group: HostGroup, say: Callable[[str], None])
         say(f"warning: the adapter's base model came from no folder, so {ADAPTER_CONFIG} names none. {advice}")
     elif group.rank == 0 and os.path.isdir(base):
         touch_note(opened_note(base))
-    if buffers := [name for name in adapter.saved if name not in adapter.names]:
-        say(f"buffers such as {buffers[0]} are saved beside the adapter; peft itself opens the base model's")
     part = SimpleNamespace(state_dict=adapter.weights, load_state_dict=adapter.load_weights)
     return {"adapter": adapter, "model": part}
 
 
 def add_lora(model: nn.Module, settings: dict[str, Any], name: str, folder: Path) -> nn.Module:
-    """Returns a transformers model with the adapter that `model.lora` describes. Its weights are drawn here.
+    """Returns a transformers model with the adapter that `model.lora` describes, its weights drawn here.
 
-    `folder` is what the model was read from, and `name` what the config says of it.
-
-    Raises:
-        ConfigError: if peft is not installed, or a target matches nothing.
+    The model was read from `folder`, which the config calls `name`. Raises ConfigError if peft is not installed, or a
+    target matches nothing.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -155,64 +148,50 @@ def open_adapter(folder: Path, base: str | Path | None) -> tuple[Any, Pretrained
 
     The folder may come from a stranger. So only settings that read and import nothing are used, and the base model is
     the one given; otherwise a folder that a run of this user's trained adapters of, or a name in the local cache.
-
-    Raises:
-        ConfigError: if peft is not installed, the adapter is of another kind, or the given base cannot be used.
-        CheckpointError: if a file is missing, or the base model is not given and cannot be opened.
+    Raises ConfigError if one of the two cannot be used, CheckpointError if a file is missing or the base is unknown.
     """
 
-    def refusal(reason: str, advice: str) -> ConfigError:
-        return ConfigError(Problem("checkpoint", str(folder), advice=advice, reason=reason))
-
+    refuse = functools.partial(refusal, "checkpoint", str(folder))
     try:
         import peft
     except ImportError as error:
-        raise refusal("whose adapter needs peft", INSTALL) from error
-    refuse_links(folder, refusal)
+        raise refuse("whose adapter needs peft", INSTALL) from error
+    refuse_links(folder, refuse)
     saved, defaults = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")), peft.LoraConfig().to_dict()
-    is_known = saved.get("init_lora_weights") in (True, False, "gaussian", "orthogonal", None)
-    known = (OPENED | DESCRIBING) - (set() if is_known else {"init_lora_weights"})
-    for name in saved.keys() - known:
-        if saved[name] and saved[name] != defaults.get(name):
+    for setting in saved.keys() - OPENED - DESCRIBING:
+        if saved[setting] and saved[setting] != defaults.get(setting):
             advice = "If you trust it, open it by PeftModel.from_pretrained of peft."
-            raise refusal(f"whose {ADAPTER_CONFIG} has a {name} of {saved[name]!r}", advice)
+            raise refuse(f"whose {ADAPTER_CONFIG} has a {setting} of {saved[setting]!r}", advice)
     if not (folder / ADAPTER_WEIGHTS).is_file():  # peft would go on to a pickled file, or to the Hub
         raise CheckpointError(f"{folder}: {ADAPTER_WEIGHTS} is missing.")
-    found = find_pretrained(str(base), "base") if base is not None else _named_base(folder, saved)
+    name, revision = str(base or saved.get("base_model_name_or_path") or ""), str(saved.get("revision"))
+    is_name = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) and not os.path.lexists(expand_user(name))
+    if base is None and not is_name and not (name and opened_note(name).exists()):
+        advice = "Give the base model: --base FOLDER, in Python load_model(..., base=FOLDER)."
+        raise CheckpointError(f"{folder}: its base model {name!r} is not known to be yours. {advice}")
+    is_commit = base is None and re.fullmatch(r"[0-9a-f]{40}", revision)
+    found = find_pretrained(name, "base", revision if is_commit else None)
     config = peft.LoraConfig(**{name: saved[name] for name in OPENED & saved.keys()})
     return peft.PeftModel.from_pretrained(transformers_model(found), str(folder), config=config), found
 
 
-def _named_base(folder: Path, saved: dict[str, Any]) -> Pretrained:
-    """Returns the base model that an adapter_config.json names. Raises CheckpointError if it may not be opened."""
-    name, revision = str(saved.get("base_model_name_or_path") or ""), str(saved.get("revision"))
-    is_name = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) and not os.path.lexists(expand_user(name))
-    if not is_name and not (name and opened_note(name).exists()):
-        advice = "Give the base model: --base FOLDER, in Python load_model(..., base=FOLDER)."
-        raise CheckpointError(f"{folder}: its base model {name!r} is not known to be yours. {advice}")
-    return find_pretrained(name, "base", revision if re.fullmatch(r"[0-9a-f]{40}", revision) else None)
-
-
 def _saved_config(config: Any, base: type) -> str:
     """Returns the content of adapter_config.json, as peft's save_pretrained writes it."""
-    saved = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
-    if config.task_type is None:
-        saved["auto_mapping"] = {"base_model_class": base.__name__, "parent_library": base.__module__}
     name = config.base_model_name_or_path
     path = os.path.abspath(name) if name and os.path.isdir(name) else name
-    return json.dumps({**saved, "base_model_name_or_path": path, "inference_mode": True}, indent=2, sort_keys=True)
+    saved = config.to_dict() | {"base_model_name_or_path": path, "inference_mode": True}
+    if config.task_type is None:
+        saved["auto_mapping"] = {"base_model_class": base.__name__, "parent_library": base.__module__}
+    return json.dumps(saved, indent=2, sort_keys=True, default=sorted)  # of sets
 
 
 @torch.no_grad()
 def _digest(model: nn.Module, left_out: set[str]) -> str:
-    """Returns a digest of all weights that are not left out: of names, shapes, and sums of the bits of the values.
-
-    A sum of integers is the same on all devices. Values are taken as float32, so that weights in 16 bits equal their
-    conversion.
-    """
+    """Returns a digest of all weights that are not left out: of names, shapes, and sums of the bits of the values."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if name not in left_out:
+            # A sum of integers is the same on all devices, and weights in 16 bits equal their conversion to float32.
             bits = parameter.float().contiguous().view(torch.int32)
             digest.update(f"{name} {tuple(parameter.shape)} {int(bits.sum(dtype=torch.int64))}\n".encode())
     return digest.hexdigest()

@@ -57,11 +57,10 @@ class LayerCache:
 
 
 def document_mask(input_ids: Tensor, document_start: int, dtype: torch.dtype) -> Tensor:
-    """Returns what to add to attention scores (B, 1, T, T), so that each position of `input_ids` (B, T) attends to its
-    own document only.
+    """Returns what to add to attention scores (B, 1, T, T), so that each of `input_ids` (B, T) sees its document only.
 
-    It follows from the tokens, so batches need not carry it. Rotary positions need no reset: only their differences
-    matter. It has the scores' precision, since attention would convert booleans to that, and keep it, in every block.
+    Rotary positions need no reset: only their differences matter. It has the scores' precision, since attention would
+    convert booleans to that, and keep it, in every block.
     """
     document = (input_ids == document_start).cumsum(1)
     allowed = (document[:, :, None] == document[:, None, :]).tril()[:, None]
@@ -74,13 +73,12 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         assert config.num_kv_heads is not None
-        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
-        self.head_size = config.d_model // config.num_heads
-        self.dropout = config.dropout
-        self.q_proj = nn.Linear(config.d_model, self.num_heads * self.head_size, bias=False)
-        self.k_proj = nn.Linear(config.d_model, self.num_kv_heads * self.head_size, bias=False)
-        self.v_proj = nn.Linear(config.d_model, self.num_kv_heads * self.head_size, bias=False)
-        self.o_proj = nn.Linear(self.num_heads * self.head_size, config.d_model, bias=False)
+        self.head_size, self.dropout = config.d_model // config.num_heads, config.dropout
+        self.is_grouped = config.num_kv_heads != config.num_heads
+        self.q_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.k_proj = nn.Linear(config.d_model, config.num_kv_heads * self.head_size, bias=False)
+        self.v_proj = nn.Linear(config.d_model, config.num_kv_heads * self.head_size, bias=False)
+        self.o_proj = nn.Linear(config.d_model, config.d_model, bias=False)
         self.qk_norm = config.qk_norm
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(self.head_size, eps=config.norm_epsilon)
@@ -93,9 +91,7 @@ class Attention(nn.Module):
         those in the cache. Returns (B, T, D).
         """
         b, t, _ = x.shape
-        q = self.q_proj(x).view(b, t, self.num_heads, self.head_size)
-        k = self.k_proj(x).view(b, t, self.num_kv_heads, self.head_size)
-        v = self.v_proj(x).view(b, t, self.num_kv_heads, self.head_size)
+        q, k, v = (project(x).view(b, t, -1, self.head_size) for project in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
             # In the weights' precision: torch's fused kernel does not take autocast's beside it.
             q, k = (norm(x.to(norm.weight.dtype)) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
@@ -104,8 +100,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(k, v)
         dropout, is_causal = self.dropout if self.training else 0.0, mask is None and t > 1  # one token sees the cache
-        is_grouped = self.num_kv_heads != self.num_heads
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=is_grouped)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=self.is_grouped)
         return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))  # type: ignore[no-any-return]
 
 
@@ -251,7 +246,7 @@ class Transformer(nn.Module):
         return self.lm_head
 
     def transformers_config(self, sequence_length: int, end_of_text: int | None = None) -> dict[str, Any]:
-        """Returns the config.json with which transformers opens these weights."""
+        """Returns the config.json with which transformers opens these weights. What it lacks has the right default."""
         config = self.config
         return {
             "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
@@ -263,15 +258,11 @@ class Transformer(nn.Module):
             "num_attention_heads": config.num_heads,
             "num_key_value_heads": config.num_kv_heads,
             "head_dim": config.d_model // config.num_heads,
-            "hidden_act": "silu",
             "rms_norm_eps": config.norm_epsilon,
             "rope_theta": config.rope_theta,
             "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},  # since transformers 5
             "max_position_embeddings": sequence_length,
-            "attention_bias": False,
-            "mlp_bias": False,
             "tie_word_embeddings": config.tie_embeddings,
-            "initializer_range": INITIAL_STD,
             "bos_token_id": None,
             "eos_token_id": end_of_text,
             "dtype": "float32",

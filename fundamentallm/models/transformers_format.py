@@ -26,29 +26,18 @@ from fundamentallm.models.transformer import Transformer
 CONFIG, TOKENIZER, GENERATION = "config.json", "tokenizer.json", "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 INDEX, ADAPTER_CONFIG = "model.safetensors.index.json", "adapter_config.json"
-OTHERS = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")
-KEPT = (TOKENIZER, GENERATION, TOKENIZER_CONFIG, *OTHERS)
+KEPT = (
+    *(TOKENIZER, GENERATION, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json"),
+)
 """Text files that checkpoints copy, so that they open with the same tokenizer and generation settings."""
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
-REQUIRED = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "d_model",
-    "num_attention_heads": "num_heads",
-    "num_hidden_layers": "num_layers",
-    "intermediate_size": "d_ff",
+SUPPORTED = {
+    **dict.fromkeys(("attention_bias", "mlp_bias", "use_sliding_window"), False),
+    **{"hidden_act": "silu", "attention_dropout": 0.0, "partial_rotary_factor": 1.0, "pretraining_tp": 1},
+    **{"layer_types": "full_attention", "the type of its rotary positions": "default"},
 }
-SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "attention_dropout": (0.0,),
-    "use_sliding_window": (False,),
-    "partial_rotary_factor": (1.0,),
-    "pretraining_tp": (1,),
-    "layer_types": ("full_attention",),
-    "the type of its rotary positions": ("default",),
-}
-"""Values of Llama's and Qwen3's settings that our `Transformer` computes. They are also the defaults."""
+"""Llama's and Qwen3's settings that our `Transformer` computes with one value only, which is also the default."""
 
 
 class Pretrained(NamedTuple):
@@ -96,7 +85,6 @@ class Pretrained(NamedTuple):
 
 
 def _stops(saved: dict[str, Any]) -> frozenset[int]:
-    """Returns the tokens in a config's `eos_token_id`, which is null, a number or a list."""
     eos = saved.get("eos_token_id")
     return frozenset(token for token in (eos if isinstance(eos, list) else [eos]) if token is not None)
 
@@ -109,12 +97,10 @@ def _eos(stops: Collection[int], end_of_text: int | None) -> dict[str, Any]:
 def find_pretrained(name: str, setting: str = "model.pretrained", revision: str | None = None) -> Pretrained:
     """Find the folder `name`, or what the local Hugging Face cache holds under that name, of a `revision` of it.
 
-    Errors name the `setting` that gave it. Call it in `explained`: its files may hold anything.
-
-    Raises:
-        ConfigError: if there is neither, or it cannot be used without running, unpickling or downloading anything.
+    Call it in `explained`: its files may hold anything. Raises ConfigError that names the `setting` if there is none,
+    or it cannot be used without running, unpickling or downloading anything.
     """
-    refusal = functools.partial(_refusal, setting, name)
+    refuse = functools.partial(refusal, setting, name)
     folder = Path(expand_user(name))
     if not os.path.isdir(folder):
         from huggingface_hub import snapshot_download
@@ -124,39 +110,39 @@ def find_pretrained(name: str, setting: str = "model.pretrained", revision: str 
             folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
         except (HFValidationError, LocalEntryNotFoundError) as error:
             reason = "which is neither a folder nor in the local Hugging Face cache"
-            raise refusal(reason, f"Nothing is downloaded during a run: first run `hf download {name}`.") from error
-    refuse_links(folder, refusal)
+            raise refuse(reason, f"Nothing is downloaded during a run: first run `hf download {name}`.") from error
+    refuse_links(folder, refuse)
+    if (folder / ADAPTER_CONFIG).exists():  # transformers would open the folder that it names
+        advice = f"Merge it into its model: fundamentallm checkpoints consolidate {name} OUT --merge."
+        raise refuse("which holds an adapter", advice)
     if not (folder / CONFIG).is_file():
-        merge = f"Merge the adapter into its model: fundamentallm checkpoints consolidate {name} OUT --merge."
-        advice = merge if (folder / ADAPTER_CONFIG).is_file() else ""
-        raise refusal(f"which has no {CONFIG}", advice, "a model folder in Hugging Face format")
+        raise refuse(f"which has no {CONFIG}", allowed="a model folder in Hugging Face format")
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     if "quantization_config" in config:
-        raise refusal("whose weights are quantized", "Give the model before quantization.")
+        raise refuse("whose weights are quantized", "Give the model before quantization.")
     weights = {path.name for path in folder.glob("*.safetensors") if WEIGHTS.fullmatch(path.name)}
     if "model.safetensors" in weights:  # transformers prefers it too
         weights = {"model.safetensors"}
     elif (folder / INDEX).is_file():  # without it a missing file would go unnoticed
         weights = {*json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()}
     if missing := [file for file in weights if os.path.basename(file) != file or not (folder / file).is_file()]:
-        raise refusal(f"which lacks {', '.join(missing)}", "Copy the folder again.")
+        raise refuse(f"which lacks {', '.join(missing)}", "Copy the folder again.")
     if not weights:
-        convert = (
-            "If you trust pickled ones, convert them by from_pretrained(...).save_pretrained(...) of transformers."
-        )
-        raise refusal("which has no weights as safetensors", convert)
+        advice = "If you trust pickled ones, convert them by save_pretrained of transformers."
+        raise refuse("which has no weights as safetensors", advice)
     found = Pretrained(folder, config, *shape_of(config), tuple(sorted(weights)))
     sizes = found.context or 1, config.get("vocab_size") or 1
     if not all(type(number) is int for number in (*found.stop, *sizes)) or min(sizes) < 1:
-        raise refusal("whose context, vocabulary size or end-of-text token is not a whole number")
+        raise refuse("whose context, vocabulary size or end-of-text token is not a whole number")
     return found
 
 
-def _refusal(setting: str, name: str, reason: str, advice: str = "", allowed: str = "") -> ConfigError:
+def refusal(setting: str, name: str, reason: str, advice: str = "", allowed: str = "") -> ConfigError:
+    """Returns the error for a folder `name` that cannot be used."""
     return ConfigError(Problem(setting, name, allowed, advice, reason))
 
 
-def refuse_links(folder: Path, refusal: Callable[..., ConfigError]) -> None:
+def refuse_links(folder: Path, refuse: Callable[..., ConfigError]) -> None:
     """Refuse symbolic links out of the folder: what they name would get into the checkpoints of a run."""
     root = Path(os.path.realpath(folder))
     if root.parent.name == "snapshots":  # of the Hugging Face cache, whose files are links to its own blobs
@@ -164,73 +150,70 @@ def refuse_links(folder: Path, refusal: Callable[..., ConfigError]) -> None:
     for path in folder.iterdir():
         if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root):
             reason = f"whose {path.name} is a symbolic link that leaves the folder"
-            raise refusal(reason, "If you trust it, copy the file into the folder.")
+            raise refuse(reason, "If you trust it, copy the file into the folder.")
 
 
 def shape_of(saved: dict[str, Any]) -> tuple[ModelConfig | None, str]:
-    """Returns the shape of the `Transformer` that computes the same as transformers does by this config.json.
-
-    If there is none, the second value says why.
-    """
+    """Returns the shape of the `Transformer` that computes the same as this config.json, or None and why not."""
     kind = saved.get("model_type")
     if kind not in ("qwen3", "llama"):
         return None, f"its type is {kind!r}, and the Transformer's are 'qwen3' and 'llama'"
-    if lacking := [name for name in REQUIRED if name not in saved]:
-        return None, f"its {CONFIG} lacks {', '.join(lacking)}"
     rope = saved.get("rope_parameters") or saved.get("rope_scaling") or {}
-    head_dim = saved["hidden_size"] // max(saved["num_attention_heads"], 1)
-    values: dict[str, Any] = {"head_dim": 128 if kind == "qwen3" else head_dim} | saved  # Qwen3's default
-    values["the type of its rotary positions"] = rope.get("rope_type", rope.get("type", "default"))
+    try:
+        shape = ModelConfig(
+            vocab_size=saved["vocab_size"],
+            d_model=saved["hidden_size"],
+            num_heads=saved["num_attention_heads"],
+            num_kv_heads=saved.get("num_key_value_heads") or saved["num_attention_heads"],
+            num_layers=saved["num_hidden_layers"],
+            d_ff=saved["intermediate_size"],
+            tie_embeddings=saved.get("tie_word_embeddings", False),
+            rope_theta=float(rope.get("rope_theta", saved.get("rope_theta", ModelConfig.rope_theta))),
+            norm_epsilon=saved.get("rms_norm_eps", ModelConfig.norm_epsilon),
+            qk_norm=kind == "qwen3",
+        )
+    except KeyError as error:
+        return None, f"its {CONFIG} lacks {error}"
+    head_dim = shape.d_model // max(shape.num_heads, 1)
     others = {*(saved.get("layer_types") or ())} - {"full_attention"}
-    values["layer_types"] = ", ".join(sorted(others)) or "full_attention"
-    for name, allowed in {**SUPPORTED, "head_dim": (head_dim, None)}.items():
-        if name in values and values[name] not in allowed:
-            return None, f"{name} is {values[name]!r}, and the Transformer's {allowed[0]!r}"
-    shape = ModelConfig(
-        **{ours: saved[theirs] for theirs, ours in REQUIRED.items()},
-        num_kv_heads=saved.get("num_key_value_heads") or saved["num_attention_heads"],
-        tie_embeddings=saved.get("tie_word_embeddings", False),
-        rope_theta=float(rope.get("rope_theta", saved.get("rope_theta", ModelConfig.rope_theta))),
-        norm_epsilon=saved.get("rms_norm_eps", ModelConfig.norm_epsilon),
-        qk_norm=kind == "qwen3",
-    )
+    values = saved | {
+        "head_dim": saved.get("head_dim", 128 if kind == "qwen3" else None) or head_dim,  # 128 is Qwen3's default
+        "layer_types": ", ".join(sorted(others)) or "full_attention",
+        "the type of its rotary positions": rope.get("rope_type", rope.get("type", "default")),
+    }
+    for name, allowed in {**SUPPORTED, "head_dim": head_dim}.items():
+        if values.get(name, allowed) != allowed:
+            return None, f"{name} is {values[name]!r}, and the Transformer's {allowed!r}"
     return shape, ""
 
 
 def transformers_model(pretrained: Pretrained) -> nn.Module:
-    """Open the model by transformers, with its weights in float32.
-
-    Raises:
-        ConfigError: if transformers is not installed or does not know the model, or weights are missing.
-    """
-    refusal = functools.partial(_refusal, "model.pretrained", str(pretrained.folder))
+    """Open the model by transformers, with its weights in float32. Raises ConfigError if it cannot."""
+    refuse = functools.partial(refusal, "model.pretrained", str(pretrained.folder))
     try:
         import transformers
     except ImportError as error:
         advice = "Run: pip install 'fundamentallm[hf]'."
-        raise refusal(f"which needs transformers, since {pretrained.why_not}", advice) from error
-    if (pretrained.folder / ADAPTER_CONFIG).exists():  # transformers would open the folder that it names
-        raise refusal(f"which has an {ADAPTER_CONFIG}", "Merge the adapter into its model first.")
+        raise refuse(f"which needs transformers, since {pretrained.why_not}", advice) from error
     named = pretrained.config.get("architectures") or []
     if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in named):
-        raise refusal(f"with {' '.join(named) or 'no known architecture'}", allowed="a causal language model")
-    options = {"trust_remote_code": False, "local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
+        raise refuse(f"with {' '.join(named) or 'no known architecture'}", allowed="a causal language model")
+    safely = {"trust_remote_code": False, "local_files_only": True, "use_safetensors": True}
     make: Any = transformers.AutoModelForCausalLM.from_pretrained
     try:
-        model, found = make(pretrained.folder, output_loading_info=True, **options)
+        model, found = make(pretrained.folder, output_loading_info=True, dtype=torch.float32, **safely)
     except Exception as error:  # a stranger's config.json may hold anything
-        raise refusal(f"which transformers cannot open: {error}") from error
+        raise refuse(f"which transformers cannot open: {error}") from error
     if lacking := sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}):
         reason = f"which lacks weights of {len(lacking)} tensors, such as {lacking[0]}, or has them in other shapes"
-        raise refusal(reason, "transformers would initialise them at random. Give a folder that has all of them.")
+        raise refuse(reason, "transformers would initialise them at random. Give a folder that has all of them.")
     return model  # type: ignore[no-any-return]
 
 
 def model_files(model: nn.Module, dataset: Any, parts: Mapping[str, Any] | None = None) -> dict[str, str]:
     """Returns the text files, by name, that transformers needs beside the weights, as far as they are known.
 
-    A dataset that is a `Tokenized` knows the tokenizer and the end-of-text token. `parts` are those of `weight_parts`:
-    the checkpoint of an adapter is not a model by itself.
+    `parts` are those of `weight_parts`: the checkpoint of an adapter is not a model by itself.
     """
     files: dict[str, str] = {}
     source = dataset.dataset if isinstance(dataset, Stream) else dataset
@@ -252,7 +235,6 @@ def model_files(model: nn.Module, dataset: Any, parts: Mapping[str, Any] | None 
 
 
 def _tokenizer_config(dataset: Tokenized, tokenizer: Tokenizer, end_of_text: int | None) -> dict[str, Any]:
-    """Returns the content of a tokenizer_config.json, with the special tokens that the tokenizer has."""
     # Without a class, AutoTokenizer chooses one by the model's type, which splits words in its own way.
     found: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     found |= {SPLIT: tokenizer.encode_special_tokens, "model_max_length": dataset.sequence_length}

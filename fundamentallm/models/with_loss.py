@@ -67,14 +67,8 @@ class ModelWithLoss(nn.Module):
         loss, outputs = result if isinstance(result, tuple) else (result, None)
         return (loss, outputs) if with_outputs else loss
 
-    def metric_batch(self, batch: Any) -> Any:
-        """Returns what validation metrics are given beside the outputs: the batch, or the targets of a pair."""
-        return batch[1] if self.objective(batch) is self.of_pairs else batch
-
 
 class _Loss:
-    """A loss of a model, by what its forward takes."""
-
     def __init__(self, model: nn.Module, loss_fn: Any) -> None:
         parameters = inspect.signature(model.forward).parameters.values()
         self._takes_all = any(each.kind == each.VAR_KEYWORD for each in parameters)

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import functools
 import json
 import logging
 import os
@@ -25,10 +24,8 @@ logger = logging.getLogger(__name__)
 LOCK, STATUS, LOG = ".fundamentallm.lock", "status.json", "metrics.jsonl"
 STARTS, SAMPLES = "starts.jsonl", "samples.jsonl"
 PACKAGES = ("fundamentallm", "torch", "accelerate", "safetensors", "tokenizers")
-GIT_SECONDS = 5.0  # on a file system that is slower, the commit is not recorded
 _lock_files: set[int] = set()
-"""Descriptors of the locks that this process holds. A forked process, such as a loader worker, closes its copies:
-otherwise the lock of a killed run would last as long as its workers."""
+"""Locks of this process. A forked one, as a loader worker, closes its copies, which would outlive a killed run."""
 
 
 def _close_in_child() -> None:
@@ -41,16 +38,15 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 @contextlib.contextmanager
 def locked(folders: Iterable[Path]) -> Iterator[None]:
-    """Creates folders and locks them against other runs until exit.
+    """Creates folders and locks them against other runs until exit. Raises RunInProgressError if another uses one.
 
     The lock belongs to the open file (`flock`). A POSIX record lock would end when any code of this process closes the
-    lock file, such as a callback that copies the folder. The lock file stays: if it was removed, two processes could
-    each lock a file of their own. Raises RunInProgressError if another run uses a folder.
+    lock file, such as a callback that copies the folder. The file stays: otherwise two processes could lock one each.
     """
     with contextlib.ExitStack() as stack:
         for folder in dict.fromkeys(path.resolve() for path in folders):
             folder.mkdir(parents=True, exist_ok=True)
-            # O_NOFOLLOW, so that a link in a copied folder cannot make us overwrite another file.
+            # A link in a copied folder would make us overwrite another file.
             file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             stack.callback(os.close, file)
             try:
@@ -83,10 +79,7 @@ def read_status(folder: Path) -> dict[str, Any]:
 
 
 def note_interruption(folder: Path, reason: str) -> None:
-    """Notes in `status.json` that a signal ended a launch outside of training. The run is where it was.
-
-    If another launch uses the folder, its status stays.
-    """
+    """Notes in `status.json` that a signal ended a launch outside of training, unless another launch has the folder."""
     with contextlib.suppress(FundamentaLLMError, OSError), locked([folder]):
         status = {"step": 0, "total_steps": None} | read_status(folder)
         if status.get("state") != "finished":
@@ -94,7 +87,6 @@ def note_interruption(folder: Path, reason: str) -> None:
             write_status(folder, **status | ended)
 
 
-@functools.cache  # asked at each save; reading the packages' metadata takes 2 ms
 def versions() -> dict[str, str]:
     """Returns the versions of Python and of the packages that influence the results."""
     return {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
@@ -102,17 +94,9 @@ def versions() -> dict[str, str]:
 
 def environment(device: str, processes: int, mixed_precision: str) -> dict[str, Any]:
     """Returns what may explain why two launches differ: versions, machine, devices, command and commit."""
-    return {
-        **versions(),
-        "platform": platform.platform(),
-        "host": socket.gethostname(),
-        "cpus": os.cpu_count(),
-        "device": device,
-        "processes": processes,
-        "mixed_precision": mixed_precision,
-        "command": command(),
-        "commit": _commit(),
-    }
+    machine = {"platform": platform.platform(), "host": socket.gethostname(), "cpus": os.cpu_count()}
+    devices = {"device": device, "processes": processes, "mixed_precision": mixed_precision}
+    return versions() | machine | devices | {"command": command(), "commit": _commit()}
 
 
 def command() -> str:
@@ -131,7 +115,7 @@ def _commit() -> str | None:
     """Returns the commit of the working directory, with "+" if files differ from it; None if there is none."""
     describe = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(describe, capture_output=True, text=True, check=True, timeout=GIT_SECONDS).stdout.strip()
+        return subprocess.run(describe, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
     return None
 
 

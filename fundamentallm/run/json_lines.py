@@ -14,15 +14,11 @@ from fundamentallm.errors import CheckpointError, writing
 
 logger = logging.getLogger(__name__)
 
-TEXTS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-"""Texts that stand for the numbers that JSON lacks."""
+TEXTS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}  # for the numbers that JSON lacks
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Returns the valid lines: complete ones that are objects with a step. A missing file has no lines.
-
-    Warns of other lines, except for the last one, which a kill may have torn.
-    """
+    """Returns the complete lines that are objects with a step. Warns of others but the last, which a kill may tear."""
     lines = [line for _, line in _lines(path)]
     if damaged := [number for number, line in enumerate(lines[:-1], start=1) if line is None]:
         logger.warning("%d lines of %s cannot be read and are left out: %s", len(damaged), path, damaged[:5])
@@ -32,15 +28,13 @@ def read(path: Path) -> list[dict[str, Any]]:
 def numbers(line: dict[str, Any]) -> dict[str, float]:
     """Returns the numbers of a line by name, including those that are stored as texts."""
     named = {name: TEXTS.get(value) if isinstance(value, str) else value for name, value in line.items()}
-    return {
-        name: value for name, value in named.items() if isinstance(value, (int, float)) and not isinstance(value, bool)
-    }
+    return {name: value for name, value in named.items() if type(value) in (int, float)}
 
 
 class LineFile:
     """A file of JSON lines. A checkpoint that counts on it holds the number of its lines and their SHA-256.
 
-    `unhashed` names numbers that are not part of the SHA-256, since a repeated run measures other ones.
+    The SHA-256 leaves out numbers in `unhashed`: a repeated run measures others.
     """
 
     def __init__(self, path: Path, unhashed: Collection[str] = ()) -> None:
@@ -70,8 +64,8 @@ class LineFile:
         """Drop the lines that a run writes again when it continues after `step`, and a torn last line.
 
         The loaded state is ignored unless it `is_own`. With `keep_copy`, the file is copied before a line is dropped.
-        Returns what the user should know; "" if there is nothing. Raises CheckpointError if lines that the loaded state
-        counts on are missing, unless it `may_lack` them.
+        Returns what the user should know. Raises CheckpointError if lines that the loaded state counts on are missing,
+        unless it `may_lack` them.
         """
         expected, path, message = self._expected if is_own else {}, self.path, ""
         self._count, self._hash, self._expected = 0, hashlib.sha256(), {}

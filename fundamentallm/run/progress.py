@@ -1,14 +1,29 @@
-"""How far a run is, and which data order each part of it was trained on."""
+"""How far a run is, which data order each part of it was trained on, and which samples and text a step saw."""
 
+import dataclasses
 import math
-from typing import Any
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fundamentallm.checkpoint.manifest import STATE, verify
+from fundamentallm.checkpoint.reading import explained, load_parts
+from fundamentallm.config.schema import BUILT_IN_CORPUS, DataConfig
+from fundamentallm.config.validation import from_dict
+from fundamentallm.config.yaml_format import saved_data_settings
+from fundamentallm.data.corpus import Corpus, load_corpus, opened_note
+from fundamentallm.data.datasets import TokenDataset
+from fundamentallm.data.loaders import corpus_samples
 from fundamentallm.data.sampler import Start, StepSampler
+from fundamentallm.data.tokenizers import read_tokenizer
+from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.models.transformers_format import TOKENIZER
 
 ORDER = ("num_samples", "seed", "drop_last", "sampler")
+MOST_IN_A_BATCH = 2**24  # larger than any batch: the indices of a step have to fit in memory
 
 
 class RunningMean:
@@ -118,3 +133,76 @@ def _without_start(segment: dict[str, Any]) -> dict[str, Any]:
 def _sample_order(segment: dict[str, Any]) -> list[Any]:
     """Returns what an index within an epoch refers to: the order of the training samples."""
     return [*(segment.get(name) for name in ORDER), segment["content"][0]]
+
+
+class StepSamples(NamedTuple):
+    """The samples of one optimizer step."""
+
+    indices: list[int]  # into the dataset, in the order of the batch, over all processes
+    epoch: int  # from 0
+    samples_before: int  # that the run consumed before this step
+    steps_done: int  # at the checkpoint; later steps were not trained yet
+    content: str | None  # fingerprint of the dataset, if it has one
+    config: dict[str, Any]  # of the run, as the checkpoint holds it
+
+
+def samples_of_step(checkpoint: Path, step: int) -> StepSamples:
+    """Returns the samples of a run's `step`-th optimizer step, counted from 1 as in metrics.jsonl.
+
+    For a step after the checkpoint, it is what the run will train on if its settings stay as they are. Raises
+    ConfigError if the step is below 1.
+    """
+    if step < 1:
+        raise ConfigError(Problem("step", step, "at least 1"))
+    saved = load_parts(checkpoint, ("progress_state_dict", "config"))
+    with explained(checkpoint, "it does not hold a run whose samples are known"):
+        progress, config = saved["progress_state_dict"], saved["config"]
+        segment = [segment for segment in progress["stretches"] if segment["start"][0] < step][-1]
+        sampler, content = sampler_of(segment), segment["content"][0]
+        if segment.get("sampler") or min(sampler.num_samples, max(sampler.sizes)) > MOST_IN_A_BATCH:
+            raise ValueError("its order is that of a caller's sampler, or a batch is larger than any")
+        start = sampler.at(step - 1)
+        return StepSamples(sampler.batch(step - 1), start.epoch, start.samples, progress["step"], content, config)
+
+
+def text_of_step(checkpoint: Path, samples: StepSamples, source: str | None = None) -> TokenDataset | None:
+    """Opens the dataset that the samples are from; `source` is the present location of its text, if it has moved.
+
+    Returns None if the run was started from Python, without a text or a tokenizer. Raises ConfigError if the text
+    cannot be read, or is not the one that the step was trained on.
+    """
+    settings, files = samples.config.get("data"), verify(checkpoint, hashed=[STATE, TOKENIZER])["files"]
+    if not isinstance(settings, dict) or samples.content is None or TOKENIZER not in files:
+        return None
+    try:
+        data, corpus = corpus_of_run(checkpoint, settings, source)
+        dataset, _ = corpus_samples(corpus, data.sequence_length, has_validation=False)
+        assert dataset is not None
+        if dataset.fingerprint() != samples.content:
+            reason = "whose text is not what this step was trained on"
+            raise ConfigError(Problem("data.source", data.source, reason=reason))
+    except ConfigError as error:
+        advice = "If the text has moved, name it with --source. To leave it out: --indices_only."
+        raise ConfigError([f"{problem} {advice}" for problem in error.problems]) from error
+    return dataset
+
+
+def corpus_of_run(checkpoint: Path, settings: dict[str, Any], source: str | None = None) -> tuple[DataConfig, Corpus]:
+    """Opens the text that a run with these `data` settings was trained on, with the tokenizer of its checkpoint.
+
+    Raises ConfigError if the text cannot be read, or only the checkpoint names it.
+    """
+    data = from_dict(DataConfig, saved_data_settings(settings))
+    names = {*data.sources(), data.validation_source or BUILT_IN_CORPUS} - {BUILT_IN_CORPUS}
+    if source is None and not all(opened_note(name).exists() for name in names):
+        reason = "which the checkpoint names, but which you have not opened before"
+        advice = "If you trust the checkpoint, allow it by: fundamentallm prepare --data.source TEXT."
+        raise ConfigError(Problem("data.source", data.source, "", advice, reason))
+    # The run's cache folder may be on another machine, and that of a checkpoint from elsewhere could be anywhere. The
+    # user's tokenizer file may be gone.
+    spec = str(checkpoint / TOKENIZER) if data.tokenizer.endswith(".json") else data.tokenizer
+    data = dataclasses.replace(data, source=source or data.source, cache_dir=None, tokenizer=spec)
+    tokenizer = read_tokenizer(checkpoint / TOKENIZER)
+    corpus = load_corpus(data, sys.stderr.isatty(), tokenizer)
+    # Samples are compared by their ids, which only the run's own tokenizer decodes to their text.
+    return data, corpus._replace(tokenizer=tokenizer)

@@ -1,22 +1,27 @@
-"""Which checkpoint a run resumes from."""
+"""What a run starts from: a checkpoint that it resumes, the weights of one (`init_from`), or a pretrained model."""
 
+import dataclasses
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer
+from torch import nn
 
 from fundamentallm.checkpoint.manager import CheckpointManager
-from fundamentallm.checkpoint.manifest import read_manifest, verify
-from fundamentallm.checkpoint.reading import load_checkpoint, load_parts
-from fundamentallm.checkpoint.tensor_files import Like
-from fundamentallm.config.schema import Config
+from fundamentallm.checkpoint.manifest import is_ours, read_manifest, verify
+from fundamentallm.checkpoint.reading import Like, explained, load_checkpoint, load_parts, load_weights
+from fundamentallm.config.schema import Config, DataConfig, ModelConfig
 from fundamentallm.config.validation import expand_user
-from fundamentallm.data.tokenizers import read_tokenizer, same_tokenizer
+from fundamentallm.data.tokenizers import create_tokenizer, read_tokenizer, same_tokenizer
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import CheckpointError, ConfigError, Problem
-from fundamentallm.models.transformers_format import TOKENIZER
+from fundamentallm.models.adapters import add_lora
+from fundamentallm.models.transformers_format import TOKENIZER, WEIGHTS, Pretrained, find_pretrained, transformers_model
 from fundamentallm.run.folder import LOCK
+from fundamentallm.run.state import RunState
 
 
 def choose_checkpoint(
@@ -42,8 +47,7 @@ def choose_checkpoint(
     if wanted == "auto":
         if newest is None and skipped and manager is not None:
             advice = "Choose another output_dir, or move the checkpoints away."
-            text = "\n  ".join([f"All checkpoints in {manager.checkpoint_dir} are damaged. {advice}", *skipped])
-            raise CheckpointError(text)
+            raise CheckpointError("\n  ".join([f"All checkpoints of this run are damaged. {advice}", *skipped]))
         return newest, None, False
     path = Path(expand_user(wanted)).absolute()
     if manager is not None and newest is not None:
@@ -87,23 +91,17 @@ def resume(
 
 
 def learned_tokenizer(config: Config) -> Tokenizer | None:
-    """Returns the tokenizer that the run learned from its text when it began, or None if it has not.
-
-    A text that has grown since would give others, with other meanings of the same ids.
-    """
-    wanted, manager = config.training.resume, CheckpointManager(config.folder_of_checkpoints())
-    path = manager.get_latest() or (None if wanted in ("auto", "never") else Path(expand_user(wanted)))
-    if path is None or config.data.tokenizer.endswith(".json"):
-        return None
-    try:
-        verify(path, hashed=[TOKENIZER])
-    except CheckpointError:  # `resume` reports it
-        path = manager.newest_intact()[0]
-    if path is None or not (path / TOKENIZER).is_file():
-        return None
-    data = load_parts(path, ["config"])["config"].get("data", {})
-    is_same = all(data.get(name) == getattr(config.data, name) for name in ("tokenizer", "end_of_text"))
-    return read_tokenizer(path / TOKENIZER) if is_same else None
+    """Returns the tokenizer that the run learned from its text when it began, or None. A grown text gives others."""
+    wanted, data = config.training.resume, config.data
+    path = CheckpointManager(config.folder_of_checkpoints()).get_latest()
+    path = path or (None if wanted in ("auto", "never") else Path(expand_user(wanted)))
+    if path is not None and not data.tokenizer.endswith(".json"):
+        with suppress(CheckpointError):  # `resume` reports it
+            files = verify(path, hashed=[TOKENIZER])["files"]
+            saved = load_parts(path, ["config"])["config"].get("data", {})
+            is_same = all(saved.get(name) == getattr(data, name) for name in ("tokenizer", "end_of_text"))
+            return read_tokenizer(path / TOKENIZER) if is_same and TOKENIZER in files else None
+    return None
 
 
 def check_tokenizer(checkpoint: Path, tokenizer: Tokenizer | None) -> None:
@@ -113,3 +111,73 @@ def check_tokenizer(checkpoint: Path, tokenizer: Tokenizer | None) -> None:
         text = f"{checkpoint} was trained with another tokenizer or end_of_text"
         advice = f"Set it back, or give a copy of {path}: a tokenizer belongs to the weights."
         raise ConfigError(Problem("data.tokenizer", None, advice=advice, text=text))
+
+
+def open_pretrained(config: Config) -> tuple[Config, Pretrained | None, nn.Module | None]:
+    """Opens the folder that `model.pretrained` names, if any, on all processes together; see `completed`.
+
+    Returns the config completed from the folder, the folder, and the model if transformers makes it.
+    """
+    name, lora = config.model.pretrained, config.model.lora
+    if name is None:
+        return config, None, None
+    with HostGroup().barrier_with_errors():
+        config, pretrained = completed(config)
+        model = None if pretrained.shape is not None else transformers_model(pretrained)
+        if model is not None and lora is not None:
+            torch.manual_seed(config.training.seed)
+            model = add_lora(model, lora, name, pretrained.folder)
+        return config, pretrained, model
+
+
+def completed(config: Config) -> tuple[Config, Pretrained]:
+    """Returns the config with shape and tokenizer of the model folder `model.pretrained`, and the folder.
+
+    Raises CheckpointError if it is damaged; ConfigError if it cannot be used, or contradicts other settings.
+    """
+    model, data, name = config.model, config.data, config.model.pretrained or ""
+    with explained(Path(name)):
+        pretrained = find_pretrained(name)
+        if model.lora is not None:  # peft adapts transformers' modules
+            pretrained = pretrained._replace(shape=None, why_not="model.lora is set")
+        folder = pretrained.folder
+        if is_ours(folder):
+            verify(folder)
+        theirs = pretrained.shape or ModelConfig(vocab_size=pretrained.config.get("vocab_size"))
+        theirs = dataclasses.replace(theirs, pretrained=name, dropout=model.dropout, lora=model.lora)
+        problems, reason = [], f"and model.pretrained sets it: {folder} has its own"
+        for entry in dataclasses.fields(ModelConfig):
+            value = getattr(model, entry.name)
+            if value not in (entry.default, getattr(theirs, entry.name)):
+                problems.append(Problem(f"model.{entry.name}", value, "", "Leave it out.", reason))
+        if pretrained.shape is None:
+            reason = f"and {folder} is trained through transformers, by its own config.json"
+            used = {"model.dropout": model.dropout, "data.mask_documents": data.mask_documents}
+            problems += [Problem(name, value, "", "Leave it out.", reason) for name, value in used.items() if value]
+            if pretrained.context is not None and data.sequence_length > pretrained.context:
+                allowed = f"at most {pretrained.context}, the context of {folder}"
+                problems.append(Problem("data.sequence_length", data.sequence_length, allowed))
+        spec, theirs_file, reason = data.tokenizer, folder / TOKENIZER, ""
+        is_file = spec.endswith(".json")
+        if not theirs_file.is_file():
+            reason = "" if is_file else f"and {folder} has no {TOKENIZER}"
+        elif spec == DataConfig.tokenizer:
+            spec = str(theirs_file)
+        elif not (is_file or spec == "byte") or not same_tokenizer(create_tokenizer(spec), read_tokenizer(theirs_file)):
+            reason = f"and {folder} was trained with another tokenizer"
+        if reason:
+            advice = "Leave it out, or give the tokenizer.json with which it was trained (AutoTokenizer writes one)."
+            problems.append(Problem("data.tokenizer", spec, advice=advice, reason=reason))
+        if problems:
+            raise ConfigError(problems)
+        return dataclasses.replace(config, model=theirs, data=dataclasses.replace(data, tokenizer=spec)), pretrained
+
+
+def begin_from_checkpoint(state: RunState, group: HostGroup, init_from: str, tokenizer: Tokenizer) -> None:
+    """Loads the weights of the checkpoint `init_from`. Raises ConfigError if it was trained with another tokenizer."""
+    checkpoint = Path(expand_user(init_from))
+    group.from_main(lambda: verify(checkpoint))
+    with explained(checkpoint):
+        check_tokenizer(checkpoint, tokenizer)
+    files = [name for name in read_manifest(checkpoint)["files"] if WEIGHTS.fullmatch(name)]
+    load_weights(checkpoint, files, state.model, state.like())

@@ -1,18 +1,26 @@
-"""One launch of a run: its folders are locked, its leftovers cleaned up, its outcome recorded."""
+"""One launch of a run: its folders are locked, it can be stopped early, and its outcome is recorded."""
 
+import math
+import os
+import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timezone
+from enum import IntEnum
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from fundamentallm import errors
+import torch
+import torch.distributed as dist
+
+from fundamentallm import errors, signals
 from fundamentallm.checkpoint.manager import CheckpointManager
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.distributed.watchdog import Watchdog
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.run.folder import locked, read_status, write_start, write_status
-from fundamentallm.run.stopping import StopSwitch
 
 
 @contextmanager
@@ -21,7 +29,6 @@ def session(
     position: Callable[[], dict[str, Any]],
     manager: CheckpointManager | None,
     group: HostGroup,
-    stop_switch: StopSwitch,
     watchdog: Watchdog,
     say: Callable[[str], None],
 ) -> Iterator[ExitStack]:
@@ -31,8 +38,7 @@ def session(
     checkpoint that is being written; another Ctrl-C ends the wait. Yields the stack of what is undone once the outcome
     is recorded. Raises ProcessLostError if another process of the run died.
 
-    Only the main process has a `folder`. `position` returns step and total_steps, and the state in which the run would
-    end now: finished, interrupted or stopped.
+    Only the main process has a `folder`. `position` returns what status.json would hold if the run ended now.
     """
     with ExitStack() as stack:
         stack.enter_context(watchdog)
@@ -52,21 +58,18 @@ def session(
                 raise error from raised
             raise
         end = position()
-        # Launching a finished run again changes nothing.
-        if folder is not None and not end["state"] == read_status(folder).get("state") == "finished":
-            code = errors.START_AGAIN if end["state"] == "interrupted" else 0
-            write_status(folder, **end, exit_code=code, reason=stop_switch.reason)
+        if folder is not None and (end["state"] != "finished" or read_status(folder).get("state") != "finished"):
+            write_status(folder, **end, exit_code=errors.START_AGAIN if end["state"] == "interrupted" else 0)
 
 
 def record_launch(folder: Path, position: dict[str, Any], resumed_from: Path | None, **about: Any) -> None:
     """Notes in status.json that the run is running, and in starts.jsonl when, where and with what."""
-    write_status(folder, **position | {"state": "running"})
+    write_status(folder, **position | {"state": "running", "reason": ""})
     now, source = datetime.now(timezone.utc), None if resumed_from is None else str(resumed_from)
     write_start(folder, step=position["step"], time=now.isoformat(timespec="seconds"), resumed_from=source, **about)
 
 
 def _record_failure(folder: Path, position: dict[str, Any], error: BaseException) -> None:
-    """Notes which error ended the launch, if the run is not where it was before."""
     # A launch that was refused leaves the run as it was, unless a scheduler would relaunch it again and again.
     was_ended = read_status(folder).get("state") not in ("running", "interrupted")
     if isinstance(error, errors.Interrupted) or (isinstance(error, ConfigError) and was_ended):
@@ -80,8 +83,7 @@ def _record_failure(folder: Path, position: dict[str, Any], error: BaseException
 def _open_folders(
     stack: ExitStack, output_dir: Path | None, manager: CheckpointManager | None, say: Callable[[str], None]
 ) -> None:
-    folders = [] if output_dir is None else [output_dir]
-    folders += [] if manager is None else [manager.checkpoint_dir]
+    folders = [folder for folder in (output_dir, manager and manager.checkpoint_dir) if folder is not None]
     for folder in folders:
         if str(folder) != str(folder).encode(errors="replace").decode():
             reason = "and safetensors reads no file there"
@@ -95,5 +97,94 @@ def _open_folders(
         for line in manager.recover():
             say(line)
     except OSError as error:
-        text = f"A folder of this run cannot be used: {error}. Choose another output_dir."
-        raise errors.CheckpointError(text) from error
+        raise errors.CheckpointError(f"A folder cannot be used: {error}. Choose another output_dir.") from error
+
+
+class Stop(IntEnum):
+    """Reason to stop a run before its end. If there are several, the largest counts."""
+
+    NO, REQUESTED, OUT_OF_TIME, SIGNAL, FAILED = range(5)
+
+
+class StopSwitch:
+    """Collects requests to stop, and agrees on them with the other processes over gloo: no device has to wait."""
+
+    def __init__(self, max_minutes: float | None = None) -> None:
+        self.wanted = Stop.NO  # the largest reason that this process knows
+        self.reason = ""  # in words
+        self.agreed = Stop.NO  # by all processes
+        self.polls = 0  # equal on all processes that have come equally far
+        self.ends_at_once = False  # on a signal, unsaved
+        self.seconds_to_save = 0.0  # time that max_minutes has to leave for the last save
+        self._max_minutes = max_minutes
+        self._deadline = math.inf
+        self._polled_at = time.monotonic()
+        self._pending: tuple[torch.Tensor, Any] | None = None  # the all-reduce that the last poll began
+        self._several = dist.is_initialized() and dist.get_world_size() > 1
+        self._group = dist.new_group(backend="gloo") if self._several and dist.get_backend() != "gloo" else None
+
+    def request(self, stop: Stop, reason: str) -> None:
+        """Asks all processes to stop. The largest reason is kept, and of equal ones the first."""
+        if stop > self.wanted:
+            self.wanted, self.reason = stop, reason
+
+    def begin(self) -> None:
+        """Starts the clock and drops every earlier request, so that a stopped run can train again."""
+        self._answer()
+        self._polled_at = time.monotonic()
+        self._deadline = math.inf if self._max_minutes is None else self._polled_at + 60 * self._max_minutes
+        self.wanted, self.agreed, self.reason = Stop.NO, Stop.NO, ""
+
+    def poll(self) -> Stop:
+        """Returns the decision agreed at the previous poll and starts an asynchronous all-reduce for the next one.
+
+        A request therefore takes effect one step later. On a single process it takes effect at once.
+        """
+        now = time.monotonic()
+        since_last, self._polled_at = now - self._polled_at, now
+        self.polls += 1
+        if now + since_last + self.seconds_to_save >= self._deadline:
+            self.request(Stop.OUT_OF_TIME, "training.max_minutes is over")
+        if not self._several:
+            self.agreed = self.wanted
+            return self.agreed
+        decision, wanted = self._answer(), torch.tensor(int(self.wanted))
+        self._pending = wanted, dist.all_reduce(wanted, dist.ReduceOp.MAX, self._group, async_op=True)
+        return decision
+
+    def settle(self) -> Stop:
+        """Polls and waits for the answer, so that a request takes effect at once on all processes."""
+        self.poll()
+        return self._answer()
+
+    def _answer(self) -> Stop:
+        if self._pending is not None:
+            value, work = self._pending
+            work.wait()
+            self._pending, self.agreed = None, max(self.agreed, Stop(int(value)))
+            if self.agreed > self.wanted:
+                self.request(self.agreed, f"{self.agreed.name.lower().replace('_', ' ')} on another process")
+        return self.agreed
+
+    @contextmanager
+    def handling_signals(self) -> Iterator[None]:
+        """Requests a stop when one of `signals.SIGNALS` arrives. A second Ctrl-C raises KeyboardInterrupt at once."""
+        signals.raise_if_interrupted()
+        if self.ends_at_once:  # the command that started the run handles signals
+            yield
+            return
+        interrupted_at: list[float] = []
+        echo_seconds = signals.ECHO_SECONDS if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            if number == signal.SIGINT:
+                if interrupted_at and time.monotonic() - interrupted_at[0] >= echo_seconds:
+                    raise KeyboardInterrupt
+                if not interrupted_at and os.environ.get("RANK", "0") == "0":
+                    with suppress(OSError):  # os.write, since the signal may interrupt a print
+                        os.write(2, b"\nfinishing this step, then saving... (Ctrl-C again to quit without saving)\n")
+                interrupted_at.append(time.monotonic())
+            self.request(Stop.SIGNAL, f"{signal.Signals(number).name} received")
+
+        with signals.handling_signals(handle):
+            yield

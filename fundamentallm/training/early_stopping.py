@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 class BestValue:
     """The best value of a metric so far; infinitely bad before the first. NaN is never better."""
 
+    _saved: tuple[str, ...] = ("metric", "mode", "best_value")
+
     def __init__(
         self,
         metric: str = TrainingConfig.early_stopping_metric,
@@ -36,15 +38,17 @@ class BestValue:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state that a checkpoint keeps."""
-        return {"metric": self.metric, "mode": self.mode, "best_value": self.best_value}
+        return {name: getattr(self, name) for name in self._saved}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a saved state, unless it is about another metric."""
         if (state["metric"], state["mode"]) != (self.metric, self.mode):
             name = type(self).__name__
             logger.warning("%s was reset: its saved best is of %s (%s).", name, state["metric"], state["mode"])
-        elif state["best_value"] is not None:  # as earlier versions saved it before the first value
-            self.best_value = float(state["best_value"])
+            return
+        for name, before in self.state_dict().items():
+            if state[name] is not None:  # as earlier versions saved the best value before the first
+                setattr(self, name, type(before)(state[name]))
 
 
 class EarlyStopping(BestValue):
@@ -65,6 +69,8 @@ class EarlyStopping(BestValue):
         >>> [stopping.step(val_loss) for val_loss in (3.0, 2.5, 2.6, 2.5)]
         [False, False, False, True]
     """
+
+    _saved = (*BestValue._saved, "counter", "is_best")
 
     def __init__(
         self,
@@ -96,16 +102,6 @@ class EarlyStopping(BestValue):
     def reset(self) -> None:
         """Forget all values."""
         self.__init__(self.patience, self.metric, self.mode, self.min_delta)  # type: ignore[misc]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the best value and the count, with metric and mode."""
-        return {**super().state_dict(), "counter": self.counter, "is_best": self.is_best}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a saved state, unless it is about another metric."""
-        super().load_state_dict(state)
-        if (state["metric"], state["mode"]) == (self.metric, self.mode):
-            self.counter, self.is_best = int(state["counter"]), bool(state["is_best"])
 
 
 def make_early_stopping(config: TrainingConfig) -> EarlyStopping | None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fundamentallm.config.schema import TrainingConfig
-from fundamentallm.distributed.dtensor import is_sharded, local
+from fundamentallm.distributed.dtensor import local
 from fundamentallm.errors import CheckpointError, ConfigError, Problem
 
 
@@ -24,20 +24,18 @@ class WeightAverage:
     def __init__(self, model: nn.Module, optimizer: Any, decay: float = 0.0) -> None:
         self.model, self.optimizer, self.decay, self._is_applied = model, optimizer, decay, False
         self._average: dict[nn.Parameter, Tensor] = {}  # empty until the first step, before which weights are loaded
-        self._parameters: dict[nn.Parameter, list[str]] = {}
-        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        # A tied parameter has each of its names, as in the model's state dict.
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if id(parameter) in trained:
-                self._parameters.setdefault(parameter, []).append(name)
-        self._updates = torch.zeros((), dtype=torch.int64, device=next(iter(self._parameters)).device)
+        self._trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._updates = torch.zeros((), dtype=torch.int64, device=self._trained[0].device)
 
     def begin(self, *_: Any) -> None:
         """Copy the weights before the first step."""
         self._average = self._averages()
 
     def _averages(self) -> dict[nn.Parameter, Tensor]:
-        return self._average or {p: p.detach().clone() for p in self._parameters}
+        return self._average or self._weights()
+
+    def _weights(self) -> dict[nn.Parameter, Tensor]:
+        return {parameter: parameter.detach().clone() for parameter in self._trained}
 
     @torch.no_grad()
     def update(self, optimizer: Optimizer, *_: Any) -> None:
@@ -63,10 +61,9 @@ class WeightAverage:
 
     @torch.no_grad()
     def _swap(self, averages: dict[nn.Parameter, Tensor]) -> None:
-        if any(map(is_sharded, averages)):  # a forward pass may have left weights gathered, which the swap misses
-            for module in self.model.modules():
-                if hasattr(module, "reshard"):
-                    module.reshard()  # type: ignore[operator]  # an FSDPModule
+        for module in self.model.modules():  # a forward pass may have left weights gathered, which the swap misses
+            if hasattr(module, "reshard"):
+                module.reshard()  # type: ignore[operator]  # an FSDPModule
         for parameter, average in averages.items():
             weight, averaged = local(parameter), local(average)
             held = weight.clone()  # in place, since others hold the weight
@@ -77,18 +74,16 @@ class WeightAverage:
         """Returns the number of updates, and the averages by parameter name. Raises CheckpointError in `applied`."""
         if self._is_applied:
             raise CheckpointError("the model holds its averaged weights; leave averaged_weights() before saving.")
-        weights = {name: average for p, average in self._averages().items() for name in self._parameters[p]}
-        return {"updates": self._updates, "weights": weights}
+        averages, named = self._averages(), self.model.named_parameters(remove_duplicate=False)  # as in a state dict
+        return {"updates": self._updates, "weights": {name: averages[p] for name, p in named if p in averages}}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore saved averages; one that was not saved starts from the weights. Raises ValueError if one is odd."""
-        self._average = {p: p.detach().clone() for p in self._parameters}
-        for parameter, average in self._average.items():
-            saved = state["weights"].get(self._parameters[parameter][0], average)
-            if saved.shape != average.shape:
-                raise ValueError(f"an average has shape {tuple(saved.shape)}, its weight {tuple(average.shape)}.")
-            local(average).copy_(local(saved))
+        """Restore saved averages; one that was not saved starts from the weights."""
+        self._average = self._weights()
+        for name, parameter in self.model.named_parameters():
+            if parameter in self._average and name in state["weights"]:
+                local(self._average[parameter]).copy_(local(state["weights"][name]))
         self._updates.copy_(state["updates"])
 
 
@@ -98,9 +93,9 @@ class OptimizersAverage(WeightAverage):
     @torch.no_grad()
     def _averages(self) -> dict[nn.Parameter, Tensor]:
         self.optimizer.train()  # a caller may have switched it
-        trained = {p: p.detach().clone() for p in self._parameters}
+        trained = self._weights()
         self.optimizer.eval()
-        averages = {p: p.detach().clone() for p in self._parameters}
+        averages = self._weights()
         self.optimizer.train()
         for parameter, weight in trained.items():  # exactly: switching rounds
             local(parameter).copy_(local(weight))

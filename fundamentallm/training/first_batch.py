@@ -22,7 +22,7 @@ from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.models.with_loss import OBJECTIVE, ModelWithLoss, OwnLoss, PairLoss, describe, logits_of
 from fundamentallm.training.guard import copied_buffers
-from fundamentallm.training.loss import CrossEntropy
+from fundamentallm.training.loss import SummedLoss, cross_entropy
 
 MAX_BATCHES_WITHOUT_TARGETS = 100  # are read before a loader is refused
 # Losses of which torch would compare each of (N, 1) outputs with each of (N,) targets.
@@ -187,9 +187,10 @@ class FirstBatches:
 
 def _check_mapping(model: ModelWithLoss, objective: OwnLoss, batch: Mapping[str, Any]) -> None:
     """Checks that no loss is given beside the model's own, and that no attention mask hides a whole sample."""
-    if objective.computes_loss and type(model.loss_fn) is not CrossEntropy:
+    minimised = getattr(model.loss_fn, "minimised", type(model.loss_fn))
+    if objective.computes_loss and minimised is not cross_entropy:
         allowed = f"cross_entropy, since {type(model.model).__name__} computes its own loss"
-        raise _refuse("training.loss", type(model.loss_fn).__name__, allowed, OBJECTIVE)
+        raise _refuse("training.loss", minimised.__name__, allowed, OBJECTIVE)
     for key, mask in batch.items():
         is_mask = str(key).endswith("attention_mask") and isinstance(mask, Tensor) and mask.ndim == 2
         if is_mask and (hidden := (mask == 0).all(1)).any():
@@ -238,7 +239,7 @@ def _are_indices(labels: Any) -> TypeGuard[Tensor]:
 
 def _check_sum(model: ModelWithLoss, batch: StepBatch) -> None:
     """Checks that a caller's loss is a sum over the targets: of rows given twice, a mean is the same."""
-    if isinstance(model.loss_fn, CrossEntropy) and not model.trims:
+    if isinstance(model.loss_fn, SummedLoss) and not model.trims:
         return
     rows = [*range(max(batch.rows // batch.num_micro_batches // 2, 1))]
     try:

@@ -88,7 +88,8 @@ def evaluate(
                 for name, metric in further.items():
                     if result[1] is None:
                         raise ConfigError(f"the metric {name} needs outputs; have the objective return (loss, outputs)")
-                    pair = convert_to_fp32(result[1]), objective.metric_batch(content)
+                    are_pairs = objective.objective(content) is objective.of_pairs  # whose metrics take the targets
+                    pair = convert_to_fp32(result[1]), content[1] if are_pairs else content
                     if hasattr(metric, "compute"):
                         metric.update(*pair)
                     else:

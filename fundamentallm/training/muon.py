@@ -3,17 +3,14 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from fundamentallm.config.schema import TrainingConfig
 from fundamentallm.distributed.dtensor import is_sharded
-
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-"""Coefficients of the quintic iteration (Jordan et al., kellerjordan.github.io/posts/muon)."""
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -22,7 +19,7 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     Newton-Schulz iteration (Jordan et al., kellerjordan.github.io/posts/muon). In bfloat16 on accelerators
     as published; in float32 on CPUs, most of which emulate bfloat16 at a twentieth of the speed.
     """
-    a, b, c = NEWTON_SCHULZ
+    a, b, c = 3.4445, -4.7750, 2.0315
     x: Tensor = matrices.float() if matrices.device.type == "cpu" else matrices.bfloat16()
     x = x.reshape(-1, *x.shape[-2:])  # baddbmm takes one batch dimension: product, scaling and sum in one kernel
     is_wide = x.shape[-2] <= x.shape[-1]  # the smaller Gram matrix is the cheaper one
@@ -35,12 +32,10 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 def _orthogonalize_all(matrices: Tensor) -> Tensor:
-    """Orthogonalize (B, M, N) matrices. If they are sharded by rows (FSDP2), each process takes some of the B whole.
-
-    DTensor's own products would gather both of their operands each time.
-    """
+    """Orthogonalize (B, M, N) matrices."""
     if not is_sharded(matrices):
         return orthogonalize(matrices)
+    # By rows (FSDP2): each process takes some of the B whole. DTensor's products would gather their operands each time.
     from torch.distributed.tensor import DTensor, Shard  # half a second, needed under FSDP2 only
 
     assert isinstance(matrices, DTensor)
@@ -58,31 +53,27 @@ class Muon(Optimizer):
     square is that of AdamW's updates, so one learning rate and one decay serve both (Liu et al., arXiv:2502.16982).
     `torch.optim.Muon` takes one matrix at a time; here matrices of one shape go through one batched product. If it is
     `fused`, it divides gradients by `grad_scale` and skips the step if `found_inf` is 1, as torch's optimizers do.
+    `adam`: betas and eps of AdamW.
     """
 
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
+    # torch's flag, by which GradScaler finds optimizers that unscale by themselves.
+    _step_supports_amp_scaling = property(lambda self: self.defaults["fused"])
 
-    def __init__(
-        self,
-        params: Iterable[dict[str, Any]],
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        momentum: float = TrainingConfig.muon_momentum,
-        fused: bool = False,
-    ) -> None:
-        self._step_supports_amp_scaling = fused  # torch's flag, by which GradScaler finds such optimizers
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "momentum": momentum, "fused": fused})
-        self._adamw: Any = AdamW([{"params": []}], fused=fused)  # steps the other groups, on the state of this one
+    def __init__(self, params: Iterable[dict[str, Any]], lr: float, momentum: float, fused: bool, **adam: Any) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "fused": fused, **adam})
+
+    @cached_property  # so that a copy, which torch makes of state and groups only, makes its own
+    def _adamw(self) -> Any:
+        return AdamW([{"params": []}], fused=self.defaults["fused"])
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Take one step. No closure is called."""
         adamw, others = self._adamw, [group for group in self.param_groups if not group["muon"]]
-        for group in self.param_groups:
-            if group["muon"]:
-                self._step_matrices(group)
+        for group in [group for group in self.param_groups if group["muon"]]:
+            self._step_matrices(group)
         adamw.state, adamw.param_groups = self.state, [adamw.defaults | group for group in others]
         adamw.grad_scale, adamw.found_inf = self.grad_scale, self.found_inf
         adamw.step()
@@ -91,9 +82,7 @@ class Muon(Optimizer):
         lr, beta = group["lr"], group["momentum"]
         taken: Tensor | float = 1.0 if self.found_inf is None else 1 - self.found_inf
         by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for p in group["params"]:
-            if p.grad is None:
-                continue
+        for p in [p for p in group["params"] if p.grad is not None]:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             buffer = self.state[p]["momentum_buffer"]

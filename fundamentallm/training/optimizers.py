@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from fundamentallm.config.entries import ParameterGroup
 from fundamentallm.config.registry import did_you_mean, resolve, unknown_options
-from fundamentallm.config.schema import OPTIMIZER_NAMES, TrainingConfig
-from fundamentallm.config.validation import from_dict, range_problems
+from fundamentallm.config.schema import OPTIMIZER_NAMES, ParameterGroup, TrainingConfig
+from fundamentallm.config.validation import from_dict
 from fundamentallm.distributed.dtensor import is_dense
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.training.muon import Muon
@@ -48,44 +46,54 @@ def create_optimizer(
         >>> [group["weight_decay"] for group in optimizer.param_groups]  # the matrix, the vector
         [0.1, 0.0]
     """
-    kind = optimizer_type.lower()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = _decay_groups(parameters, weight_decay)
-    problems: list[str] = [*range_problems(learning_rate=learning_rate, weight_decay=weight_decay)]
-    if not parameters:
-        problems.append("the model has no parameter that requires a gradient; unfreeze some.")
-    if kind in CLASSES:
-        numbers = {name: options.pop(name, getattr(TrainingConfig, name)) for name in SETTINGS}
-        problems += range_problems(**numbers) + unknown_options("optimizer_options", kind, options, SETTINGS)
-        settings = SimpleNamespace(**numbers)
-        if kind == "muon":
-            groups = _muon_groups(model, parameters, weight_decay, settings.adam_learning_rate or learning_rate)
-        fused = all(p.device.type in FUSED_DEVICES and p.is_floating_point() and is_dense(p) for p in parameters)
-        adam = {"betas": (settings.adam_beta1, settings.adam_beta2), "eps": settings.adam_epsilon}
-        own = {"sgd": {"momentum": settings.momentum}, "muon": {**adam, "momentum": settings.muon_momentum}}
-        options = {**own.get(kind, adam), "fused": fused}
-    if problems:
+    if (kind := optimizer_type.lower()) not in CLASSES:
+        kind, options = optimizer_type, {"optimizer_options": options}
+    elif problems := unknown_options("optimizer_options", kind, options, SETTINGS):
         raise ConfigError(problems)
-    made_by = CLASSES.get(kind) or resolve("optimizer", optimizer_type, CLASSES)
+    config = TrainingConfig(optimizer=kind, learning_rate=learning_rate, weight_decay=weight_decay, **options)
+    return make_optimizer(config, model)
+
+
+def make_optimizer(config: TrainingConfig, model: nn.Module) -> Optimizer:
+    """Returns the optimizer of `config` over a model on its device."""
+    kind, options, groups = config.optimizer, config.optimizer_options, _groups(config, model)
+    if kind in CLASSES:
+        parameters = [p for group in groups for p in group["params"]]
+        fused = all(p.device.type in FUSED_DEVICES and p.is_floating_point() and is_dense(p) for p in parameters)
+        adam: dict[str, Any] = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
+        own = {"sgd": {"momentum": config.momentum}, "muon": {**adam, "momentum": config.muon_momentum}}
+        options = {**own.get(kind, adam), "fused": fused}
+    made_by = resolve("optimizer", kind, CLASSES)
     try:
-        return made_by(groups, lr=learning_rate, **options)  # type: ignore[no-any-return]
+        return made_by(groups, lr=config.learning_rate, **options)  # type: ignore[no-any-return]
     except (TypeError, ValueError) as error:
-        reason = f"with which {optimizer_type} cannot be made: {error}"
-        raise ConfigError(Problem("optimizer_options", options, reason=reason)) from error
+        raise ConfigError(Problem("optimizer", kind, reason=f"which cannot be made with {options}: {error}")) from error
 
 
-def _decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Returns a group of matrices with decay and one of vectors (norms, biases) without, leaving out an empty one."""
-    groups: list[dict[str, Any]] = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
-    for parameter in parameters:
-        groups[parameter.ndim < 2]["params"].append(parameter)
-    return [group for group in groups if group["params"]]
+def _groups(config: TrainingConfig, model: nn.Module) -> list[dict[str, Any]]:
+    """Groups the trained parameters by learning rate and decay, which vectors (norms, biases) have none of."""
+    assigned, unchanged = _assigned(model, config.parameter_groups), ParameterGroup("*")
+    is_muon = config.optimizer == "muon"
+    hidden = _hidden_matrices(model) if is_muon else set()
+    members: dict[tuple[bool, bool, bool, ParameterGroup], list[Tensor]] = defaultdict(list)
+    for parameter in [parameter for parameter in model.parameters() if parameter.requires_grad]:
+        entry = assigned.get(parameter, unchanged)
+        # Scaled rates come last, because log lines show the learning rate of the first group.
+        members[entry.learning_rate_scale != 1, parameter not in hidden, parameter.ndim < 2, entry].append(parameter)
+    groups: list[dict[str, Any]] = []
+    for key in sorted(members, key=lambda key: key[:3]):
+        _, is_other, is_vector, entry = key
+        rate = (is_muon and is_other and config.adam_learning_rate) or config.learning_rate
+        decay = 0.0 if is_vector else config.weight_decay
+        decay = decay if entry.weight_decay is None else entry.weight_decay
+        groups.append({"params": members[key], "lr": rate * entry.learning_rate_scale, "weight_decay": decay})
+        if is_muon:
+            groups[-1]["muon"] = not is_other
+    return groups
 
 
-def _muon_groups(
-    model: nn.Module, parameters: Sequence[nn.Parameter], weight_decay: float, adam_lr: float
-) -> list[dict[str, Any]]:
-    """Muon trains the weights of linear layers: all but the output projection, and none that is tied to an embedding.
+def _hidden_matrices(model: nn.Module) -> set[Tensor]:
+    """Returns the weights of linear layers, except for the output projection and what is tied to an embedding.
 
     The output projection is `get_output_embeddings()` if the model has it, otherwise its last linear layer.
     """
@@ -94,21 +102,7 @@ def _muon_groups(
     heads = [known_head] if known_head is not None else linear[-1:]
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     outside = {parameter for module in (*heads, *embeddings) for parameter in module.parameters()}
-    hidden = {layer.weight for layer in linear} - outside
-    rest = _decay_groups((p for p in parameters if p not in hidden), weight_decay)
-    matrices = {"params": [p for p in parameters if p in hidden], "weight_decay": weight_decay, "muon": True}
-    return [matrices] * bool(matrices["params"]) + [{**group, "muon": False, "lr": adam_lr} for group in rest]
-
-
-def make_optimizer(config: TrainingConfig, model: nn.Module) -> Optimizer:
-    """Returns the optimizer of `config` over a model on its device."""
-    options = config.optimizer_options
-    if config.optimizer in CLASSES:
-        options = {name: getattr(config, name) for name in SETTINGS}
-    optimizer = create_optimizer(model, config.optimizer, config.learning_rate, config.weight_decay, **options)
-    if config.parameter_groups:
-        split_groups(optimizer, model, config.parameter_groups)
-    return optimizer
+    return {layer.weight for layer in linear} - outside
 
 
 def check_optimizer(model: nn.Module, optimizer: Optimizer) -> Optimizer:
@@ -126,28 +120,8 @@ def freeze(model: nn.Module, entries: Sequence[dict[str, Any]]) -> None:
             parameter.requires_grad_(False)
 
 
-def split_groups(optimizer: Optimizer, model: nn.Module, entries: Sequence[dict[str, Any]]) -> None:
-    """Split an optimizer's groups so that parameters get the learning rate and the decay of their entry."""
-    assigned, unchanged = _assigned(model, entries), ParameterGroup("*")
-    groups: list[dict[str, Any]] = []
-    scaled: list[dict[str, Any]] = []  # after the others, because log lines show the learning rate of the first group
-    for group in optimizer.param_groups:
-        by_entry: dict[ParameterGroup, list[Tensor]] = defaultdict(list)
-        for parameter in group["params"]:
-            by_entry[assigned.get(parameter, unchanged)].append(parameter)
-        for entry, parameters in by_entry.items():
-            decay = group["weight_decay"] if entry.weight_decay is None else entry.weight_decay
-            new = {"params": parameters, "lr": group["lr"] * entry.learning_rate_scale, "weight_decay": decay}
-            (groups if entry.learning_rate_scale == 1 else scaled).append({**group, **new})
-    optimizer.param_groups[:] = groups + scaled
-
-
 def _assigned(model: nn.Module, entries: Sequence[dict[str, Any]]) -> dict[Tensor, ParameterGroup]:
-    """Maps each parameter to the first entry that matches one of its names (a tied parameter has several).
-
-    Raises:
-        ConfigError: listing the entries that match no parameter.
-    """
+    """Maps each parameter to the first entry that matches one of its names (a tied parameter has several)."""
     named = list(model.named_parameters(remove_duplicate=False))
     assigned: dict[Tensor, ParameterGroup] = {}
     problems = []

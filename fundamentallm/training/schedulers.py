@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from inspect import signature
+from types import SimpleNamespace
 from typing import Any
 
 from torch.optim import Optimizer
@@ -16,20 +17,10 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from fundamentallm.config.registry import resolve, unknown_options
 from fundamentallm.config.schema import TrainingConfig
-from fundamentallm.config.validation import Interval, range_problems
+from fundamentallm.config.validation import Interval
 from fundamentallm.errors import ConfigError, Problem
 
 # A decay maps progress (0 at the peak, 1 on the last step) to a height: 1 is the peak, 0 is `min_lr_ratio`.
-
-
-def constant(progress: float) -> float:
-    """No decay."""
-    return 1.0
-
-
-def linear(progress: float) -> float:
-    """A straight line."""
-    return 1 - progress
 
 
 def cosine(progress: float) -> float:
@@ -53,7 +44,11 @@ def wsd(progress: float, decay_fraction: float = 0.2) -> float:
 
 
 SCHEDULES: dict[str, Callable[..., float]] = {
-    curve.__name__: curve for curve in (constant, linear, cosine, cosine_with_restarts, wsd)
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: 1 - progress,
+    "cosine": cosine,
+    "cosine_with_restarts": cosine_with_restarts,
+    "wsd": wsd,
 }
 
 
@@ -75,19 +70,12 @@ class StepSchedule(LambdaLR):
             group["lr"] = base * factor(step)
 
 
-class CallersSchedule:
-    """State of a schedule that the caller passed. Momenta that it changes (OneCycleLR) are the optimizer's state."""
-
-    def __init__(self, scheduler: LRScheduler) -> None:
-        self.scheduler = scheduler
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the schedule's own state."""
-        return {"schedule": self.scheduler.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a saved state."""
-        self.scheduler.load_state_dict(state["schedule"])
+def callers_schedule(scheduler: LRScheduler) -> SimpleNamespace:
+    """Returns the state of a schedule that the caller passed. Momenta that it changes are the optimizer's state."""
+    return SimpleNamespace(
+        state_dict=lambda: {"schedule": scheduler.state_dict()},
+        load_state_dict=lambda state: scheduler.load_state_dict(state["schedule"]),
+    )
 
 
 def advance(scheduler: LRScheduler, metric: float | None = None) -> None:
@@ -128,21 +116,23 @@ def create_scheduler(
         >>> from fundamentallm import create_scheduler
         >>> optimizer = torch.optim.SGD(torch.nn.Linear(4, 2).parameters(), lr=1.0)
         >>> schedule = create_scheduler(optimizer, "linear", 1, steps_per_epoch=6, warmup_steps=2, min_lr_ratio=0)
-        >>> rates = []
-        >>> for _ in range(6):
-        ...     rates.append(schedule.get_last_lr()[0])
-        ...     optimizer.step()
-        ...     schedule.step()
-        >>> rates
+        >>> list(map(schedule.lr_lambdas[0], range(6)))  # as fractions of the peak
         [0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
     """
-    decay = resolve("lr_scheduler", scheduler_type, SCHEDULES)
-    total_steps = max_epochs * steps_per_epoch
-    problems = range_problems(warmup_steps=warmup_steps, min_lr_ratio=min_lr_ratio)
+    config = TrainingConfig(
+        lr_scheduler=scheduler_type, warmup_steps=warmup_steps, min_lr_ratio=min_lr_ratio, lr_scheduler_options=options
+    )
+    return make_schedule(config, optimizer, max_epochs * steps_per_epoch)
+
+
+def make_schedule(config: TrainingConfig, optimizer: Optimizer, total_steps: int) -> LRScheduler:
+    """Returns the schedule of `config` over a run of `total_steps` optimizer steps, at its first step."""
+    name, options, warmup_steps = config.lr_scheduler, config.lr_scheduler_options, config.warmup_steps
+    decay, floor = resolve("lr_scheduler", name, SCHEDULES), config.min_lr_ratio
+    problems = unknown_options("lr_scheduler_options", name, options, [*signature(decay).parameters][1:])
     if warmup_steps >= total_steps:
         allowed = f"fewer than the steps of the run, max_epochs x steps_per_epoch = {total_steps}"
         problems.append(Problem("warmup_steps", warmup_steps, allowed))
-    problems += unknown_options("lr_scheduler_options", scheduler_type, options, [*signature(decay).parameters][1:])
     if problems:
         raise ConfigError(problems)
     peak_step, last_step = max(warmup_steps - 1, 0), total_steps - 1
@@ -151,15 +141,9 @@ def create_scheduler(
         if step < peak_step:
             return (step + 1) / warmup_steps
         progress = min((step - peak_step) / max(last_step - peak_step, 1), 1.0)
-        return float(min_lr_ratio + (1 - min_lr_ratio) * decay(progress, **options))
+        return float(floor + (1 - floor) * decay(progress, **options))
 
     factor(last_step)  # raises ConfigError for an option outside its range
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]  # otherwise torch keeps that of an earlier schedule
     return StepSchedule(optimizer, factor)
-
-
-def make_schedule(config: TrainingConfig, optimizer: Optimizer, total_steps: int) -> LRScheduler:
-    """Returns the schedule of `config` over a run of `total_steps` optimizer steps, at its first step."""
-    options = {"min_lr_ratio": config.min_lr_ratio, **config.lr_scheduler_options}
-    return create_scheduler(optimizer, config.lr_scheduler, 1, total_steps, config.warmup_steps, **options)

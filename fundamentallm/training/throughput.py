@@ -61,20 +61,16 @@ def model_flops_per_token(model: nn.Module, sequence_length: int) -> int:
 
 
 class Throughput:
-    """Measures training speed. Speeds leave out the time of validations and checkpoints; the time left includes it.
+    """Measures training speed, from `tokens` on. Speeds leave out validations and checkpoints, the time left does not.
 
     `peak` is the speed in tokens per second at which all devices would compute at their peak; None: not known.
     """
 
-    def __init__(self, peak: float | None = None) -> None:
+    def __init__(self, tokens: int = 0, peak: float | None = None) -> None:
         self.peak = peak
-        self.begin(0, 0)
-
-    def begin(self, step: int, tokens: int) -> None:
-        """Start the clock, with so many steps and tokens done."""
-        self._window_start = self._started = time.perf_counter()
-        self._window_tokens, self._first_step = tokens, step
-        self._is_warm, self._seconds_per_step = False, math.nan
+        self._window_start, self._window_tokens = time.perf_counter(), tokens
+        self._first: tuple[int, float] | None = None  # step and time of the first call, before which torch compiles
+        self._seconds_per_step = math.nan
 
     def pause(self, seconds: float) -> None:
         """Leave so many seconds out of the speed."""
@@ -85,32 +81,30 @@ class Throughput:
         now = time.perf_counter()
         speed = (tokens - self._window_tokens) / (now - self._window_start)
         self._window_start, self._window_tokens = now, tokens
-        if step > self._first_step:
-            self._seconds_per_step = (now - self._started) / (step - self._first_step)
-        if not self._is_warm:  # compilation and allocations are in the first window only
-            self._first_step, self._started, self._is_warm = step, now, True
+        if self._first is None:
+            self._first = step, now
+        else:
+            self._seconds_per_step = (now - self._first[1]) / (step - self._first[0])
         return {"tokens_per_second": speed} | ({} if self.peak is None else {"mfu": speed / self.peak})
 
     def seconds_left(self, steps: int) -> float:
-        """Returns the seconds that so many steps take, with their validations and checkpoints; NaN: not known yet."""
+        """Returns the seconds that so many steps take; NaN before the second call of `log`."""
         return self._seconds_per_step * steps
 
 
-def make_throughput(config: TrainingConfig, accelerator: Accelerator, model: nn.Module, dataset: Any) -> Throughput:
-    """Returns the clock of a run: without a peak if a target does not stand for one token, whose cost is not known."""
+def peak_speed(config: TrainingConfig, accelerator: Accelerator, model: nn.Module, dataset: Any) -> float | None:
+    """Returns the tokens per second of all devices at their peak, or None if that is not known.
+
+    The cost of a target is known if a sample has one for each of its input tokens.
+    """
+    import numpy as np
+
     from fundamentallm.distributed.dtensor import device_name
 
     peak = config.peak_tflops or known_peak(device_name(accelerator.device), accelerator.mixed_precision)
-    length = _targets_of(dataset[0]) if peak else None  # a `Stream` has its first sample
-    flops = model_flops_per_token(model, length) if length else 0
-    return Throughput(1e12 * peak * accelerator.num_processes / flops if peak and flops else None)
-
-
-def _targets_of(sample: Any) -> int | None:
-    """Returns the number of targets of a sample with one for each input token, or None if there are others."""
-    import numpy as np
-
-    pair = (sample.get("input_ids"), sample.get("labels")) if isinstance(sample, Mapping) else sample
+    sample = dataset[0] if peak else None  # a `Stream` has its first sample
+    pair: Any = (sample.get("input_ids"), sample.get("labels")) if isinstance(sample, Mapping) else sample
     is_pair = isinstance(pair, (tuple, list)) and len(pair) == 2
     inputs, targets = map(np.shape, pair) if is_pair else ((), ())
-    return targets[0] if inputs == targets and len(targets) == 1 else None
+    flops = model_flops_per_token(model, targets[0]) if inputs == targets and len(targets) == 1 else 0
+    return 1e12 * peak * accelerator.num_processes / flops if peak and flops else None

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from fundamentallm.checkpoint.optimizer_state import NamedOptimizerState
 from fundamentallm.checkpoint.reading import load_checkpoint
-from fundamentallm.config.schema import FREE_ON_RESUME, Config, TrainingConfig
+from fundamentallm.config.schema import Config, TrainingConfig
 from fundamentallm.data.datasets import fingerprint
 from fundamentallm.data.loaders import step_sampler, unwrapped
 from fundamentallm.distributed.accelerator import leave_group
@@ -31,13 +31,10 @@ from fundamentallm.models.with_loss import ModelWithLoss, Objective
 from fundamentallm.run.folder import environment
 from fundamentallm.run.progress import Progress
 from fundamentallm.run.resume import check_tokenizer, resume
-from fundamentallm.run.saving import Saver
-from fundamentallm.run.session import record_launch, session
-from fundamentallm.run.state import RunState
-from fundamentallm.run.stopping import Stop, StopSwitch
+from fundamentallm.run.session import Stop, StopSwitch, record_launch, session
+from fundamentallm.run.state import RunState, Saver
 from fundamentallm.training.arguments import check_alike, check_setup, complete, count_steps
-from fundamentallm.training.callbacks.base import Callback, CallbackList
-from fundamentallm.training.callbacks.from_config import default_callbacks, log_path
+from fundamentallm.training.callbacks import Callback, CallbackList, default_callbacks, log_path
 from fundamentallm.training.callbacks.trackers import TrackerCallback
 from fundamentallm.training.early_stopping import make_early_stopping
 from fundamentallm.training.ema import make_average, switch_to_training
@@ -46,9 +43,9 @@ from fundamentallm.training.loss import make_objective
 from fundamentallm.training.metrics import Metric, MetricTracker, evaluate, further_metrics, peak_memory_gb
 from fundamentallm.training.micro_batch import MicroBatch
 from fundamentallm.training.optimizers import check_optimizer, freeze, make_optimizer
-from fundamentallm.training.schedulers import CallersSchedule, advance, make_schedule
+from fundamentallm.training.schedulers import advance, callers_schedule, make_schedule
 from fundamentallm.training.step import OptimizerStep
-from fundamentallm.training.throughput import Throughput, make_throughput
+from fundamentallm.training.throughput import Throughput, peak_speed
 from fundamentallm.training.view import TrainerView
 
 
@@ -162,7 +159,7 @@ class Trainer(TrainerView):
             "progress": Progress(self.samples, content, self.accelerator.device),
             **self._weights,  # before the optimizer: reading them reshards what a validation has left gathered
             "optimizer": NamedOptimizerState(self.model, self.optimizer),
-            "scheduler": self.scheduler if self._has_own_schedule else CallersSchedule(self.scheduler),
+            "scheduler": self.scheduler if self._has_own_schedule else callers_schedule(self.scheduler),
             "guard": self.optimizer_step.guard,
             "metrics": self.metrics,
             "callbacks": self.callbacks,
@@ -188,8 +185,8 @@ class Trainer(TrainerView):
         self.optimizer_step.raise_if_updating()
         place = lambda: (self.global_step, self.stop_switch.polls, self.phase)  # noqa: E731
         watchdog = Watchdog(place, self.config.training.hang_minutes, self.group)
-        folder, manager, switch = self._own_folder, self.checkpoint_manager, self.stop_switch
-        with session(folder, self._position, manager, self.group, switch, watchdog, self.say) as launch:
+        folder, manager = self._own_folder, self.checkpoint_manager
+        with session(folder, self._position, manager, self.group, watchdog, self.say) as launch:
             resumed_from = None if self._started else self._resume()
             self._started = True
             if max_steps is not None:
@@ -277,7 +274,7 @@ class Trainer(TrainerView):
         self._throughput.pause(time.perf_counter() - started)
         if manager is not None:
             self.stop_switch.seconds_to_save = manager.seconds
-            if manager.has_failed:
+            if manager.error is not None:
                 self.stop_switch.request(Stop.FAILED, "a checkpoint could not be written")
         # A stop that hooks ask for at these steps takes effect at once on all processes, otherwise one step later.
         if is_logged or validates or is_at_epoch:
@@ -380,7 +377,7 @@ class Trainer(TrainerView):
 
     def _restore(self, saved: dict[str, Any], where: Path) -> None:
         check_tokenizer(where, getattr(self.train_loader.dataset, "tokenizer", None))
-        messages, changed = self.state.load(saved, where, self.config.training.resume_changes, FREE_ON_RESUME)
+        messages, changed = self.state.load(saved, where, self.config.training.resume_changes)
         self.say("\n".join(messages))
         self._fit_schedule()
         if self.micro_batch is not None and changed:
@@ -406,8 +403,8 @@ class Trainer(TrainerView):
         switch_to_training(self.optimizer)
         self.model.zero_grad()  # what a caller, or a step that raised, may have left
         self.callbacks.on_train_begin(self)
-        self._throughput = make_throughput(self.config.training, self.accelerator, self.model, self.samples.data)
-        self._throughput.begin(self.global_step, int(self._progress.tokens))
+        peak = peak_speed(self.config.training, self.accelerator, self.model, self.samples.data)
+        self._throughput = Throughput(int(self._progress.tokens), peak)
 
     def _finish(self) -> None:
         """Saves the last state, and waits until it is on disk."""

@@ -15,9 +15,8 @@ from fundamentallm.config.schema import Config
 from fundamentallm.errors import ConfigError, Problem, printable
 from fundamentallm.run.folder import command
 from fundamentallm.run.progress import Progress
-from fundamentallm.run.saving import Saver
-from fundamentallm.run.state import RunState
-from fundamentallm.run.stopping import Stop, StopSwitch
+from fundamentallm.run.session import Stop, StopSwitch
+from fundamentallm.run.state import RunState, Saver
 from fundamentallm.training.callbacks.base import RunView
 from fundamentallm.training.early_stopping import EarlyStopping
 from fundamentallm.training.ema import WeightAverage
@@ -122,9 +121,10 @@ class TrainerView(RunView):
         return every_n_epochs is not None and self._is_at_epoch and self.current_epoch % every_n_epochs == 0
 
     def _position(self) -> dict[str, Any]:
-        """Returns how far the run is, and in which state it would end now, for status.json."""
+        """Returns how far the run is, and in which state and why it would end now, for status.json."""
         state = "finished" if self.is_finished else "interrupted" if self.was_interrupted else "stopped"
-        return {"state": state, "step": self.global_step, "total_steps": self.total_steps}
+        counts = {"step": self.global_step, "total_steps": self.total_steps}
+        return {"state": state, **counts, "reason": self.stop_switch.reason}
 
     def request_stop(self, reason: str) -> None:
         """Stops the run at the end of this step, saved, or one later if not all processes ask in `on_step_end`."""

@@ -26,11 +26,12 @@ from numpy.typing import NDArray
 
 from fundamentallm import Callback, DataConfig, Trainer, load_corpus
 from fundamentallm.config.command_line import parse_config
+from fundamentallm.config.files import SourceFiles
 from fundamentallm.data import corpus, sources
 from fundamentallm.data.datasets import TokenDataset
 from fundamentallm.data.encoding import encode_pieces
 from fundamentallm.data.loaders import collate, device_batches, step_sampler
-from fundamentallm.data.tokenizers import create_tokenizer
+from fundamentallm.data.tokenizers import create_tokenizer, with_unknown
 from fundamentallm.train import make_trainer
 from tests.conftest import reset_accelerate
 from tests.integration.runs import prose
@@ -96,7 +97,7 @@ def prepared(folder: Path, num_bytes: int) -> NDArray[np.integer]:
             file.truncate(size)
     meta = {"dtype": "uint16", "tokens": [num_bytes // 2, 0], "rows": None, "validation_bytes": 0, "bad_rows": 0}
     (folder / "meta.json").write_text(json.dumps(meta | {"settings": {"tokenizer": "byte"}}))
-    return corpus._open(folder, "zeros", 1.0).train.ids
+    return corpus._open(folder, SourceFiles("zeros", "prepared", (folder,)), 1.0).train.ids
 
 
 def start(folder: Path, is_first: bool) -> float:
@@ -120,7 +121,7 @@ def encoding(tokenizer: str, on_all_cores: bool) -> float:
     made = create_tokenizer(tokenizer, text)
     pieces = [text[at : at + sources.PIECE] for at in range(0, len(text), sources.PIECE)] * 9
     begun = time.perf_counter()
-    for _ in encode_pieces(made, pieces):
+    for _ in encode_pieces(with_unknown(made), pieces):
         pass
     return time.perf_counter() - begun
 

@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
+from fundamentallm.commands.common import say, say_table
 from fundamentallm.commands.estimate import count, memory
-from fundamentallm.commands.output import say, say_table
 from fundamentallm.config.schema import Config
 from tests.gpu.__main__ import machine
 from tests.gpu.runs import Runs, lines, seen

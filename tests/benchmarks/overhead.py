@@ -38,7 +38,7 @@ from tqdm import tqdm
 from fundamentallm import Callback, Config, DataConfig, ModelConfig, Trainer, TrainingConfig, Transformer
 from fundamentallm.data.loaders import create_dataloaders
 from fundamentallm.data.tokenizers import create_tokenizer
-from fundamentallm.training.callbacks.from_config import default_callbacks
+from fundamentallm.training.callbacks import default_callbacks
 from tests.integration.runs import prose
 
 LEARNING_RATE = 1e-3

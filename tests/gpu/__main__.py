@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from fundamentallm.commands.output import say, say_table, shortened
+from fundamentallm.commands.common import say, say_table
 from tests.gpu.checks import CHECKS, Finding, described
 from tests.gpu.runs import Runs, Skipped
 
@@ -44,7 +44,7 @@ def main() -> int:
             findings.append(_finding(name, runs))
             say(f"    {findings[-1].status}: {findings[-1].text}")
     say("")
-    say_table([(f.name, f.status, f"{f.seconds:.0f} s", shortened(f.text, 120)) for f in findings], "<<><")
+    say_table([(f.name, f.status, f"{f.seconds:.0f} s", f.text[:120]) for f in findings], "<<><")
     results = {"machine": about, "checks": [dataclasses.asdict(finding) for finding in findings]}
     options.output.write_text(json.dumps(results, indent=2) + "\n")
     say(f"written to {options.output}")

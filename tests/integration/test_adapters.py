@@ -16,7 +16,6 @@ from fundamentallm import Config, DataConfig, ModelConfig, Trainer, TrainingConf
 from fundamentallm.checkpoint.manifest import verify
 from fundamentallm.checkpoint.reading import load_checkpoint
 from fundamentallm.checkpoint.snapshot import ADAPTER_KEY, AVERAGE_KEY, MODEL_KEY
-from fundamentallm.checkpoint.tensor_files import write_tensors
 from fundamentallm.commands.checkpoints import main as checkpoints
 from fundamentallm.commands.evaluate import main as evaluate
 from fundamentallm.commands.generate import main as generate
@@ -162,14 +161,13 @@ class Counting(nn.Module):
         return self.head(self.norm(self.embed(ids).transpose(1, 2)).transpose(1, 2))  # type: ignore[no-any-return]
 
 
-def test_buffers_of_the_base_are_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_buffers_of_the_base_are_resumed(tmp_path: Path) -> None:
     def make(seed: int) -> Any:
         torch.manual_seed(0)
         return peft.get_peft_model(Counting(), peft.LoraConfig(target_modules=["head"]))
 
     whole, resumed = killed_and_resumed(tmp_path, tmp_path, make)
     assert_same_weights(weights(resumed), weights(whole))
-    assert "running_mean" in capsys.readouterr().out
     saved = json.loads((resumed.save_checkpoint() / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] is None
 
@@ -177,13 +175,6 @@ def test_buffers_of_the_base_are_resumed(tmp_path: Path, capsys: pytest.CaptureF
 def unfrozen(base: Path) -> Any:
     model = adapted(base)
     model.get_base_model().model.norm.weight.requires_grad_(True)
-    return model
-
-
-def two_active(base: Path) -> Any:
-    model = adapted(base)
-    model.add_adapter("other", peft.LoraConfig(**LORA))
-    model.base_model.set_adapter(["default", "other"])
     return model
 
 
@@ -195,7 +186,6 @@ def injected(base: Path) -> Any:
 
 REFUSED = {
     "weights outside": unfrozen,
-    "two adapters": two_active,
     "injected": injected,
     "computed": lambda base: adapted(base, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)),
     "ranks": lambda base: adapted(base, peft.AdaLoraConfig(task_type="CAUSAL_LM", total_step=6)),
@@ -298,6 +288,11 @@ def test_open_adapter_reads_a_base_only_if_the_user_knows_it(finished: Trainer, 
     write(base_model_name_or_path=str(secret))
     assert load_model(folder, base).tokenizer.get_vocab_size() > 1
     assert not opened_note(str(secret)).exists()
+    other = AutoModelForCausalLM.from_pretrained(base)
+    other.lm_head.weight.data[0, 0] += 1
+    other.save_pretrained(secret)
+    with pytest.raises(CheckpointError):
+        load_model(str(finished.output_dir), secret)
     for change in ({"peft_type": "XLORA"}, {"megatron_config": {"a": 1}}, {"init_lora_weights": "corda"}):
         write(**change)
         with pytest.raises(ConfigError):
@@ -311,16 +306,7 @@ def test_open_adapter_reads_a_base_only_if_the_user_knows_it(finished: Trainer, 
         load_model(folder, base)
 
 
-def test_load_model_with_another_base_is_refused(finished: Trainer, base: Path, tmp_path: Path) -> None:
-    other = AutoModelForCausalLM.from_pretrained(base)
-    other.lm_head.weight.data[0, 0] += 1
-    shutil.copytree(base, tmp_path / "other")
-    write_tensors(tmp_path / "other" / "model.safetensors", {n: t.clone() for n, t in other.state_dict().items()})
-    with pytest.raises(CheckpointError):
-        load_model(str(finished.output_dir), tmp_path / "other")
-
-
-@pytest.mark.parametrize("targets", [["q_proj", "query"], ["model"], []])
+@pytest.mark.parametrize("targets", [["q_proj", "query"], []])
 def test_lora_targets_that_match_nothing_are_named(base: Path, tmp_path: Path, targets: list[str]) -> None:
     reset_accelerate()
     problem = problem_of(lambda: make_trainer(config(base, tmp_path, targets=targets)))

@@ -75,15 +75,6 @@ def test_it_averages_the_weights_after_each_step_that_was_taken(kind: str, tmp_p
         torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-5, atol=1e-7)
 
 
-def test_it_changes_nothing_of_the_training(whole: Trainer, tmp_path: Path) -> None:
-    without = make_trainer(of(tmp_path, ema_decay=None))
-    without.train()
-    assert_same_weights(weights(whole), weights(without))
-    one, other = whole.metrics.get_history(), without.metrics.get_history()
-    assert one["train_loss"] == other["train_loss"]
-    assert one["val_loss"] != other["val_loss"]
-
-
 def test_validation_is_of_the_average(tmp_path: Path) -> None:
     trainer = make_trainer(of(tmp_path, max_steps=3))
     trainer.train()

@@ -41,18 +41,6 @@ def part(folder: Path, batch_size: int, stop_at: int | None = None, size: int = 
     return trainer
 
 
-def test_resume_with_another_batch_size_sees_each_sample_once(tmp_path: Path) -> None:
-    """44 samples an epoch: 8 a step, stopped in the second epoch after 5 + 2 steps and 60 samples."""
-    whole = part(tmp_path / "whole", 8).train_loader.dataset.asked
-    first = part(tmp_path / "parts", 8, stop_at=8)
-    allowed = {"resume_changes": ["training.batch_size"]}
-    second = part(tmp_path / "parts", 5, stop_at=None, **allowed)
-    asked = first.train_loader.dataset.asked[: 44 + 16] + second.train_loader.dataset.asked
-    assert asked == whole
-    assert second.global_step == second.total_steps == 8 + 6 + 9
-    assert second.epochs_done == 3.0
-
-
 def test_resume_after_a_changed_batch_size_is_bit_exact(tmp_path: Path) -> None:
     allowed = {"resume_changes": ["training.batch_size"]}
     for folder in ("whole", "parts"):
@@ -66,17 +54,6 @@ def test_resume_after_a_changed_batch_size_is_bit_exact(tmp_path: Path) -> None:
     assert parts.metrics.get_latest("learning_rate") == pytest.approx(3e-4 * 0.1)  # the floor, at the last step
     starts = [(segment["batch_size"], segment["start"]) for segment in parts.state.progress.segments]
     assert starts == [(8, [0, 0, 0, 0]), (5, [8, 1, 16, 60])]
-
-
-def test_resume_with_other_data_needs_to_be_allowed(tmp_path: Path) -> None:
-    part(tmp_path, 8, stop_at=8)
-    with pytest.raises(ConfigError) as error:
-        part(tmp_path, 8, size=50)
-    facts = {problem.setting: (problem.value, problem.allowed) for problem in error.value.problems}
-    assert facts["data.num_samples"] == (50, "44")
-    second = part(tmp_path, 8, size=50, resume_changes=["data"])
-    assert sorted(second.train_loader.dataset.asked) == list(range(50))
-    assert second.global_step == 8 + 7
 
 
 def test_resume_with_a_changed_text_is_refused(tmp_path: Path) -> None:
@@ -250,7 +227,7 @@ def test_init_from_refuses_what_does_not_fit(tmp_path: Path) -> None:
         make_from_config(with_init_from(old, tmp_path / "nowhere"))
 
 
-# ---- the log of another run --------------------------------------------------------------------------------
+# ---- batches of several sizes -------------------------------------------------------------------------------
 
 
 def test_resume_with_fewer_epochs_than_done_is_finished(tmp_path: Path, capsys: Any) -> None:
@@ -274,18 +251,6 @@ def test_batch_size_schedule_keeps_the_order_of_samples(tmp_path: Path, capsys: 
     assert history["learning_rate"][-1] == pytest.approx(3e-4 * 0.1)  # the floor, on the very last step
     assert checkpoints.main(["samples", str(tmp_path / "whole"), "--step", "9"], "checkpoints") == 0
     assert ", ".join(map(str, plain[81:86])) in capsys.readouterr().out
-
-
-def test_batch_size_schedule_resumes_bit_exactly(tmp_path: Path) -> None:
-    whole = part(tmp_path / "whole", 8, max_epochs=2, **SCHEDULED)
-    part(tmp_path / "parts", 8, stop_at=4, max_epochs=2, **SCHEDULED)
-    parts = part(tmp_path / "parts", 8, max_epochs=2, **SCHEDULED)
-    assert_same_weights(weights(parts), weights(whole))
-    assert timeless_history(parts) == timeless_history(whole)
-
-
-def timeless_history(trainer: Trainer) -> dict[str, list[float]]:
-    return {name: values for name, values in trainer.metrics.get_history().items() if name != "tokens_per_second"}
 
 
 def test_trainer_with_a_scheduled_batch_above_the_data_raises() -> None:

@@ -16,7 +16,7 @@ from fundamentallm import ModelConfig, Trainer, Transformer, create_loss
 from fundamentallm.distributed.prepare import compile_in_place, prepare_model
 from fundamentallm.errors import ConfigError
 from fundamentallm.models.with_loss import ModelWithLoss
-from fundamentallm.training.callbacks.samples import continuation
+from fundamentallm.training.callbacks.observing import continuation
 from fundamentallm.training.optimizers import create_optimizer
 from tests.conftest import reset_accelerate
 from tests.integration.runs import (

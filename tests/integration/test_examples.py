@@ -16,7 +16,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launch
 
 from fundamentallm import train
 from fundamentallm.config.command_line import parse_config
-from fundamentallm.distributed.launch_checks import launch_problems
+from fundamentallm.distributed.accelerator import launch_problems
 from tests.integration.runs import lines, prose
 
 ROOT = Path(__file__).parents[2]

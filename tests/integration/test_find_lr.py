@@ -4,7 +4,6 @@ import argparse
 import itertools
 import math
 import re
-import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +12,8 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
+from fundamentallm.commands.common import DEFAULT_TRAINER
 from fundamentallm.commands.find_lr import main, range_test, suggestion
-from fundamentallm.commands.options import DEFAULT_TRAINER
 from fundamentallm.config.yaml_format import to_yaml
 from fundamentallm.errors import ConfigError, TrainingError
 from tests.conftest import reset_accelerate
@@ -71,7 +70,7 @@ def test_range_test_trains_at_a_rate_that_grows_exponentially(tmp_path: Path) ->
     (tmp_path / "text.txt").write_text(prose())
     config = make_config(str(tmp_path / "run"), **RUN)
     data = replace(config.data, source=str(tmp_path / "text.txt"))
-    rates, losses, _ = range_test(replace(config, data=data), options, tmp_path / "trial")
+    rates, losses, _ = range_test(replace(config, data=data), options, tmp_path)
     assert rates[0] == pytest.approx(1e-6)
     assert [b / a for a, b in itertools.pairwise(rates)] == pytest.approx([1e8 ** (1 / 29)] * (len(rates) - 1))
     assert losses[0] == pytest.approx(math.log(70), rel=0.1)  # of an untrained model
@@ -101,15 +100,6 @@ def test_find_lr_on_two_processes_equals_one(config: Path, capsys: pytest.Captur
     on_processes(2, _launched, config)
     assert find(config) == 0
     assert Path("several.txt").read_text() == capsys.readouterr().out
-
-
-def test_find_lr_without_matplotlib_draws_nothing(
-    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name in ("matplotlib", "matplotlib.figure"):
-        monkeypatch.setitem(sys.modules, name, None)
-    assert find(config) == 0
-    assert "matplotlib is not installed" in capsys.readouterr().out
 
 
 def test_find_lr_reports_every_mistake_at_once(config: Path) -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, WeightedRandomSampler
 
 from fundamentallm import CheckpointError, ConfigError, Trainer, TrainingConfig
 from fundamentallm.checkpoint.manager import CheckpointManager
-from fundamentallm.run.step_samples import samples_of_step
+from fundamentallm.run.progress import samples_of_step
 from tests.integration import objectives
 from tests.integration.objectives import CASES, Case, causal, classes, difference, plain_losses, samples, trainer_of
 from tests.integration.runs import StopAt, on_processes

@@ -112,7 +112,7 @@ sample_tokens: 2
     [
         ("fundamentallm.data.corpus.load_corpus", signal.SIGUSR1, START_AGAIN, "interrupted", 1),
         ("fundamentallm.run.state.RunState.load", signal.SIGHUP, START_AGAIN, "interrupted", 1),
-        ("fundamentallm.training.callbacks.samples.continuation", signal.SIGTERM, 0, "finished", 4),
+        ("fundamentallm.training.callbacks.observing.continuation", signal.SIGTERM, 0, "finished", 4),
     ],
 )
 def test_signal_outside_the_loop_has_its_exit_code_and_status(
@@ -147,25 +147,6 @@ def test_kills_before_the_first_checkpoint_leave_no_copies(tmp_path: Path) -> No
         with pytest.raises(KilledError):
             run(tmp_path, KillAfter(2), learning_rate=rate, log_every_n_steps=1)
         assert len(list(tmp_path.glob("*before*"))) == (rate == 2e-2)
-
-
-def test_log_of_another_run_survives_a_kill_before_the_first_step(tmp_path: Path) -> None:
-    class KillAtStart(Callback):
-        def on_train_begin(self, trainer: Trainer) -> None:
-            raise KilledError
-
-    def launch(*callbacks: Callback, rate: float) -> None:
-        config = make_config(tmp_path, **{**SETTINGS, "learning_rate": rate, "log_every_n_steps": 1})
-        with pytest.raises(KilledError):
-            make_trainer(config, callbacks=[*callbacks]).train()
-
-    log = LoggingCallback(tmp_path / "metrics.jsonl")
-    launch(log, KillAfter(2), rate=1e-2)
-    first = (tmp_path / "metrics.jsonl").read_text()
-    launch(KillAtStart(), rate=2e-2)  # which has not rewound the log
-    launch(LoggingCallback(tmp_path / "metrics.jsonl"), KillAfter(2), rate=2e-2)
-    (kept,) = tmp_path.glob("*before*")
-    assert kept.read_text() == first
 
 
 def test_resume_with_a_log_that_lost_lines_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

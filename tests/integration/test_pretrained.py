@@ -28,7 +28,7 @@ from fundamentallm.commands.prepare import main as prepare
 from fundamentallm.data.corpus import load_corpus
 from fundamentallm.distributed import accelerator as accelerators
 from fundamentallm.errors import CheckpointError, ConfigError
-from fundamentallm.run.initial_weights import completed
+from fundamentallm.run.resume import completed
 from fundamentallm.train import make_trainer
 from tests.conftest import reset_accelerate
 from tests.integration.runs import (
@@ -257,16 +257,6 @@ def test_settings_that_contradict_the_folder_are_refused(
     assert len(caught.value.problems) == len(named)
     for text, problem in zip(named, caught.value.problems, strict=True):
         assert text in problem
-
-
-def test_folder_without_tokenizer_needs_data_tokenizer(folders: dict[str, Path], tmp_path: Path) -> None:
-    shutil.copytree(folders["llama"], tmp_path / "llama")
-    tokenizer = (tmp_path / "llama" / "tokenizer.json").rename(tmp_path / "tokenizer.json")
-    made = config({**folders, "llama": tmp_path / "llama"}, "llama", tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"has no tokenizer\.json"):
-        completed(made)
-    data = dataclasses.replace(made.data, tokenizer=str(tokenizer))
-    assert completed(dataclasses.replace(made, data=data))[0].data == data
 
 
 def test_prepare_uses_the_folders_tokenizer(

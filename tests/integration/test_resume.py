@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import random
 import shutil
 from pathlib import Path
@@ -17,7 +16,6 @@ from torch.utils.data import DataLoader
 from fundamentallm import (
     Callback,
     CheckpointError,
-    CheckpointManager,
     ConfigError,
     LoggingCallback,
     SaveBestCallback,
@@ -25,7 +23,7 @@ from fundamentallm import (
     TrainingConfig,
 )
 from fundamentallm.config.files import file_problems
-from fundamentallm.run.stopping import Stop
+from fundamentallm.run.session import Stop
 from tests.integration.runs import (
     KillAfter,
     KilledError,
@@ -178,27 +176,6 @@ def test_crash_after_a_repeated_validation_repeats_no_line(tmp_path: Path) -> No
     assert timeless(lines(tmp_path / "parts")) == timeless(lines(tmp_path / "whole"))
 
 
-def test_early_stopping_and_best_value_survive_restarts(tmp_path: Path) -> None:
-    settings = {
-        "learning_rate": 0.5, "lr_scheduler": "constant", "max_steps": 40, "eval_every_n_steps": 2,
-        "early_stopping_patience": 3, "early_stopping_min_delta": 0.05,
-    }  # fmt: skip
-    run(1, str(tmp_path / "whole"), settings)
-    ended_at = int((tmp_path / "whole" / "ended_at").read_text())
-    assert 6 < ended_at < 40
-    for stop_at in (4, ended_at - 2):
-        run(1, str(tmp_path / "parts"), settings, stop_at)
-    run(1, str(tmp_path / "parts"), settings)
-    assert (tmp_path / "parts" / "ended_at").read_text() == str(ended_at)
-    best = []
-    for name in ("whole", "parts"):
-        checkpoint = CheckpointManager(tmp_path / name / "checkpoints").get_best()
-        assert checkpoint is not None
-        state = json.loads((checkpoint / "state.json").read_text())["state"]
-        best.append(state["callbacks_state_dict"]["SaveBestCallback"]["best_value"])
-    assert best[0] == best[1] == min(line["val_loss"] for line in lines(tmp_path / "whole") if "val_loss" in line)
-
-
 def test_train_of_a_finished_run_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = make_config(tmp_path)
     history = make_trainer(config).train()
@@ -222,19 +199,6 @@ def test_resume_past_a_damaged_checkpoint_deletes_none(tmp_path: Path) -> None:
 
 def _steps(folder: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step_")) for path in (folder / "checkpoints").glob("step_*"))
-
-
-def test_resume_with_more_steps_says_what_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_trainer(make_config(tmp_path, max_steps=6, lr_scheduler="constant")).train()
-    capsys.readouterr()
-    longer = make_trainer(
-        make_config(tmp_path, max_steps=12, lr_scheduler="constant", resume_changes=["training.max_steps"])
-    )
-    longer.train()
-    assert "training.max_steps 6 -> 12" in capsys.readouterr().out
-    whole = make_trainer(make_config(tmp_path / "whole", max_steps=12, lr_scheduler="constant"))
-    whole.train()
-    assert_same_weights(weights(longer), weights(whole))
 
 
 def test_resume_never_refuses_a_folder_in_use(tmp_path: Path) -> None:
@@ -264,36 +228,6 @@ def test_resume_with_another_model_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as error:
             make_trainer(other).train()
         assert [(problem.setting, problem.value) for problem in error.value.problems] == [("model.d_ff", 99)]
-
-
-def test_resume_with_own_loader_and_scheduler_is_bit_exact(tmp_path: Path) -> None:
-    def trainer(folder: str, stop_at: int | None = None) -> Trainer:
-        torch.manual_seed(0)
-        model = Bigram()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, 19)  # which changes the betas too
-        config = TrainingConfig(max_epochs=3, checkpoint_dir=str(tmp_path / folder))
-        loader = DataLoader(PartlyIgnored(), batch_size=8, shuffle=True)
-        callbacks: list[Callback] = [StopAt(stop_at)] if stop_at else []
-        return Trainer(model, config, loader, callbacks=callbacks, optimizer=optimizer, scheduler=scheduler)
-
-    whole = trainer("whole")
-    whole.train()
-    trainer("parts", stop_at=8).train()
-    parts = trainer("parts")
-    parts.train()
-    assert parts.optimizer.param_groups[0]["lr"] == whole.optimizer.param_groups[0]["lr"]
-    assert_same_weights(weights(parts), weights(whole))
-
-
-def test_load_checkpoint_then_train_continues_from_it(tmp_path: Path) -> None:
-    first = make_trainer(make_config(tmp_path, save_every_n_steps=4))
-    first.train()
-    second = make_trainer(make_config(tmp_path / "b"))
-    second.load_checkpoint(tmp_path / "checkpoints" / "step_00000008")
-    assert (second.global_step, second.current_epoch) == (8, 0)
-    second.train()
-    assert_same_weights(weights(second), weights(first))
 
 
 def test_resume_needs_the_first_checkpoint_only_once(tmp_path: Path) -> None:

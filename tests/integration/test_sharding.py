@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.multiprocessing import ProcessExitedException
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM
 
 import fundamentallm.checkpoint.manager as checkpoint_module
 import fundamentallm.checkpoint.reading as stored
@@ -45,7 +44,7 @@ from fundamentallm.distributed.prepare import place_model, prepare_model
 from fundamentallm.errors import CheckpointError, ConfigError, FundamentaLLMError
 from fundamentallm.models.with_loss import ModelWithLoss
 from fundamentallm.run.folder import LOCK
-from fundamentallm.training.callbacks.samples import continuation
+from fundamentallm.training.callbacks.observing import continuation
 from fundamentallm.training.optimizers import create_optimizer
 from tests.integration.runs import (
     PartlyIgnored,
@@ -566,37 +565,6 @@ def other_folders(_: int, folder: str) -> None:
 
 def test_folders_of_their_own_are_told(tmp_path: Path) -> None:
     on_processes(2, other_folders, str(tmp_path))
-
-
-# ---- somebody else's model -----------------------------------------------------------------------------------------
-
-
-def qwen3(processes: int, folder: str, recomputes: bool) -> None:
-    text_trainer = make_trainer(make_config(folder))
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 8}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": None, "eos_token_id": None}
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=text_trainer.model.config.vocab_size, **sizes, **heads))
-    trainer = Trainer(
-        model,
-        make_config(folder, max_steps=5, activation_checkpointing=recomputes),
-        text_trainer.train_loader,
-        accelerator=sharded_accelerator() if processes > 1 else text_trainer.accelerator,
-    )
-    assert (trainer.accelerator.num_processes, trainer.is_sharded) == (processes, processes > 1)
-    passes = Counter[str]()
-    layer = model.model.layers[0].mlp
-    layer.register_forward_pre_hook(lambda module, _: passes.update(["training"] * module.training))
-    trainer.train()
-    assert passes["training"] == (10 if recomputes else 5)
-
-
-def test_a_transformers_model_that_recomputes_its_blocks(tmp_path: Path) -> None:
-    for processes in (1, 2):
-        on_processes(processes, qwen3, str(tmp_path / str(processes)), processes == 2)
-    losses = [[line["train_loss"] for line in lines(tmp_path / name) if "train_loss" in line] for name in ("1", "2")]
-    assert len(losses[0]) == 5
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 # ---- a kill while it is saved ---------------------------------------------------------------------------------------

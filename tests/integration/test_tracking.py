@@ -13,7 +13,7 @@ from accelerate.tracking import GeneralTracker
 
 from fundamentallm import Callback, Config, ConfigError, Trainer, create_accelerator
 from fundamentallm.errors import FundamentaLLMError
-from fundamentallm.run.stopping import Stop
+from fundamentallm.run.session import Stop
 from tests.conftest import reset_accelerate
 from tests.integration.runs import KillAfter, KilledError, StopAt, lines, make_config, make_trainer
 

@@ -10,7 +10,6 @@ import pytest
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from fundamentallm import Callback, Trainer
-from fundamentallm.distributed import watchdog
 from fundamentallm.errors import ProcessLostError
 from tests.integration.runs import lines, make_config, make_trainer, on_processes
 
@@ -95,16 +94,3 @@ def test_watchdog_names_a_failed_process_with_its_error(tmp_path: Path, fault: s
     errors = errors_after(tmp_path, fault, rank, processes=2)
     assert errors.keys() == {f"error_{1 - rank}"}
     assert f"process {rank} of 2 (on {os.uname().nodename}) ended by {cause}" in errors[f"error_{1 - rank}"]
-
-
-def train_unreachable(processes: int, folder: str) -> None:
-    """Trains, while process 0 gives an address that no machine has."""
-    trainer = make_trainer(make_config(folder))
-    assert trainer.accelerator.num_processes == processes
-    os.environ["MASTER_ADDR"], watchdog.STORE_SECONDS = "192.0.2.1", 1.0
-    trainer.train()
-    assert trainer.is_finished
-
-
-def test_unreachable_process_0_does_not_end_the_run(tmp_path: Path) -> None:
-    on_processes(2, train_unreachable, str(tmp_path))

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import GeneralTracker
 from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader
@@ -20,27 +19,6 @@ from fundamentallm.training.metrics import MetricTracker
 TEXT = "to be or not to be " * 20
 TOKENIZER = create_tokenizer("char", TEXT)
 DATASET = TokenDataset(np.array(TOKENIZER.encode(TEXT).ids), 8, TOKENIZER)
-
-
-class ListTracker(GeneralTracker):  # type: ignore[misc]  # accelerate is not typed
-    """A tracker that keeps its lines in a list."""
-
-    name = "list"
-    requires_logging_directory = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[tuple[int | None, dict[str, Any]]] = []
-
-    @property
-    def tracker(self) -> list[tuple[int | None, dict[str, Any]]]:
-        return self.lines
-
-    def store_init_configuration(self, values: dict[str, Any]) -> None:
-        pass
-
-    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        self.lines.append((step, values))
 
 
 @dataclass
@@ -84,12 +62,12 @@ class Stub:
         return nullcontext()
 
 
-def make_stub(folder: Path | None, *trackers: GeneralTracker) -> Stub:
+def make_stub(folder: Path | None) -> Stub:
     """A stub with a small model over the characters of `TEXT`."""
     torch.manual_seed(0)
     size = TOKENIZER.get_vocab_size()
     model = nn.Sequential(nn.Embedding(size, 8), nn.Linear(8, size))
-    return Stub(folder, Accelerator(cpu=True, log_with=[*trackers] or None), model)
+    return Stub(folder, Accelerator(cpu=True), model)
 
 
 def line(step: int) -> dict[str, float]:

@@ -25,9 +25,8 @@ from fundamentallm import (
     TrainingConfig,
     create_dataloaders,
 )
-from fundamentallm.training.callbacks import console
+from fundamentallm.training.callbacks import console, make_callbacks
 from fundamentallm.training.callbacks.base import RunView
-from fundamentallm.training.callbacks.from_config import make_callbacks
 from tests.integration.runs import StopAt
 from tests.unit.stub_run import make_stub
 
@@ -123,13 +122,6 @@ def test_callbacks_are_called_in_order_and_may_remove_themselves() -> None:
     assert called == [first, once, last, first, last]
 
 
-def test_wants_step_loss_only_if_the_hook_is_overridden() -> None:
-    callbacks = CallbackList([Callback(), LoggingCallback(), ProgressCallback(), SaveBestCallback()])
-    assert not callbacks.wants_step_loss
-    callbacks.add(Recorder())
-    assert callbacks.wants_step_loss
-
-
 def test_state_dict_numbers_callbacks_of_one_class() -> None:
     saved, again = (CallbackList([Callback(), *(SaveBestCallback() for _ in range(3))]) for _ in range(2))
     for value, callback in enumerate(saved.callbacks[1:]):
@@ -147,9 +139,9 @@ def test_load_state_dict_warns_of_callbacks_on_one_side(caplog: pytest.LogCaptur
 
     with caplog.at_level(logging.WARNING):
         CallbackList([SaveBestCallback(), Callback()]).load_state_dict(CallbackList([Counter()]).state_dict())
-    missing, ignored = caplog.messages
-    assert "SaveBestCallback" in missing
+    ignored, missing = caplog.messages
     assert "Counter" in ignored
+    assert "SaveBestCallback" in missing
 
 
 def test_on_train_abort_that_raises_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
@@ -210,18 +202,13 @@ def test_make_callbacks_makes_the_named_ones_and_curves() -> None:
 
 
 def test_make_callbacks_lists_every_problem() -> None:
-    options = {
-        "profiler": {"num_steps": 0},
-        "samples": {"prompts": "Once"},
-        "curves": {"color": 1},
-    }
-    names = ["profiler", "samples", "tests.unit.test_callbacks:make_trainer"]
+    options = {"profiler": {"num_steps": 0}, "curves": {"color": 1}}
+    names = ["profiler", "tests.unit.test_callbacks:make_trainer"]
     with pytest.raises(ConfigError) as error:
         make_callbacks(Config(callbacks=names, callback_options=options))
     assert [(problem.setting, problem.value) for problem in error.value.problems] == [
         ("callback_options.curves", {"color": 1}),
         ("callback_options.profiler.num_steps", 0),
-        ("callback_options.samples.prompts", "Once"),
         ("callbacks", "tests.unit.test_callbacks:make_trainer"),
     ]
 

@@ -8,7 +8,8 @@ import datasets
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fundamentallm.config.schema import IGNORE_INDEX, DataConfig, saved_data_settings
+from fundamentallm.config.schema import IGNORE_INDEX, DataConfig
+from fundamentallm.config.yaml_format import saved_data_settings
 from fundamentallm.data.corpus import Corpus, describe, load_corpus
 from fundamentallm.data.datasets import TokenDataset, opening
 from fundamentallm.data.loaders import corpus_samples
@@ -138,8 +139,8 @@ def test_rows_that_are_no_chats_are_bad_rows(tmp_path: Path) -> None:
 
 def test_template_that_alters_earlier_turns_is_refused(tmp_path: Path) -> None:
     assert targets_of(load(tmp_path, THINKS, [{"m": chat(*SINGLE)}]), 0) == ["<think></think> é3 <|end|>\n"]
-    problem = problem_of(load, tmp_path, THINKS, [{"m": chat(*SEVERAL)}], max_bad_rows=1)
-    assert (problem.setting, "generation" in problem.advice) == ("data.tokenizer", True)
+    problem = problem_of(load, tmp_path, THINKS, [{"m": chat(*SEVERAL)}])
+    assert (problem.setting, "{% generation %}" in problem.reason) == ("data.source", True)
 
 
 @pytest.mark.parametrize("switch", [None, True, False])
@@ -152,14 +153,14 @@ def test_pairs_use_the_template_unless_switched_off(tmp_path: Path, switch: bool
 
 
 WRONG = [
-    ({"tokenizer": "char"}, "data.tokenizer"),
-    ({"prompt_field": "q", "end_of_text": "<|end|>"}, "data.prompt_field"),
-    ({"text_field": "answer"}, "data.text_field"),
-    ({"chat_template": False}, "data.chat_template"),
-    ({"special_tokens": "text"}, "data.special_tokens"),
-    ({"mask_documents": True, "end_of_text": "<|end|>"}, "data.mask_documents"),
-    ({"messages_field": None, "chat_template": True}, "data.chat_template"),
-    ({"source": "python-docs"}, "data.source"),
+    ({"tokenizer": "char"}, "tokenizer"),
+    ({"prompt_field": "q", "end_of_text": "<|end|>"}, "prompt_field"),
+    ({"text_field": "answer"}, "text_field"),
+    ({"chat_template": False}, "chat_template"),
+    ({"special_tokens": "text"}, "special_tokens"),
+    ({"mask_documents": True, "end_of_text": "<|end|>"}, "mask_documents"),
+    ({"messages_field": None, "chat_template": True}, "chat_template"),
+    ({"source": "python-docs"}, "source"),
 ]
 
 
@@ -169,7 +170,7 @@ def test_chats_with_settings_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(ConfigError) as error:
         load(tmp_path, PLAIN, [{"m": chat(*SINGLE)}], **settings)
-    assert [problem.setting for problem in error.value.problems] == [setting]
+    assert [problem.setting.removeprefix("data.") for problem in error.value.problems] == [setting]
 
 
 def test_data_of_earlier_checkpoints_are_read_without_a_template() -> None:

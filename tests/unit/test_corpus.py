@@ -345,7 +345,7 @@ def test_empty_text_is_refused(load: Load, cache: Path) -> None:
 
 
 def test_interrupted_encoding_leaves_no_entry(load: Load, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoding, "read_source", refuse)
+    monkeypatch.setattr(corpus, "read_source", refuse)
     with pytest.raises(KeyboardInterrupt):
         load(UNICODE)
     assert entries(cache) == []
@@ -365,7 +365,6 @@ def refuse(*_: object) -> Any:
 def test_unchanged_source_is_not_read_again(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     before = decode(load(UNICODE, tokenizer="char"))
     monkeypatch.setattr(corpus, "read_source", refuse)
-    monkeypatch.setattr(encoding, "read_source", refuse)
     assert decode(load(UNICODE, tokenizer="char")) == before
 
 

@@ -2,16 +2,15 @@
 
 import io
 import math
-import sys
 from pathlib import Path
 
 import matplotlib
 import matplotlib.image
 import pytest
 
-from fundamentallm import ConfigError, VisualizationCallback
+from fundamentallm import VisualizationCallback
 from fundamentallm.run.folder import write_start
-from fundamentallm.training.callbacks.curves import draw, smoothed
+from fundamentallm.training.callbacks.curves import draw
 from tests.conftest import problem_of
 from tests.unit.stub_run import Stub, line, make_stub
 
@@ -86,17 +85,3 @@ def test_draw_marks_restarts_and_skipped_steps() -> None:
 def test_draw_leaves_the_high_start_of_a_long_run_out() -> None:
     axis = draw(history([90.0, 50.0] + [2.0 - i / 100 for i in range(98)]), [], 1000, "light", "run").axes[0]
     assert axis.get_ylim()[1] < 3
-
-
-def test_smoothed_averages_and_leaves_out_gaps() -> None:
-    values = [float(n) for n in range(200)]
-    assert smoothed(values)[2:-2] == pytest.approx(values[2:-2])  # windows of 5
-    values[100] = math.nan
-    assert smoothed(values)[100] == pytest.approx((98 + 99 + 101 + 102) / 4)
-    assert math.isnan(smoothed([math.nan] * 80)[40])
-
-
-def test_visualization_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ConfigError, match=r"pip install 'fundamentallm\[plots\]'"):
-        VisualizationCallback()

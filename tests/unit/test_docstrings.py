@@ -20,7 +20,7 @@ def test_public_name_examples_give_their_documented_output(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     examples = doctest.DocTestParser().get_doctest(inspect.getdoc(public(name)) or "", {}, name, None, None)
-    assert examples.examples
+    assert examples.examples or issubclass(public(name), Exception)
     failures: list[str] = []
     doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(examples, out=failures.append)
     assert failures == []

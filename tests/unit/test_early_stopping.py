@@ -13,12 +13,11 @@ def stops_after(stopping: EarlyStopping, values: list[float]) -> list[bool]:
     return [stopping.step(value) for value in values]
 
 
-@pytest.mark.parametrize("patience", [1, 3])
 @pytest.mark.parametrize(("mode", "sign"), [("min", 1), ("max", -1)])
-def test_it_stops_after_patience_validations_without_improvement(patience: int, mode: str, sign: int) -> None:
-    stopping = EarlyStopping(patience, mode=mode)
-    assert stops_after(stopping, [sign * v for v in (3.0, 2.0)]) == [False, False]
-    assert stops_after(stopping, [sign * 2.5] * patience) == [False] * (patience - 1) + [True]
+def test_it_stops_after_patience_validations_without_improvement(mode: str, sign: int) -> None:
+    stopping = EarlyStopping(3, mode=mode)
+    assert stops_after(stopping, [math.nan, sign * 3.0, sign * 2.0]) == [False, False, False]
+    assert stops_after(stopping, [sign * 2.5, math.nan, sign * 2.5]) == [False, False, True]
     assert stopping.best_value == sign * 2.0
 
 
@@ -30,13 +29,6 @@ def test_a_change_counts_only_beyond_min_delta(mode: str, sign: int) -> None:
         stopping.step(8.0 + sign * change)
         flags.append(stopping.is_best)
     assert flags == [True, False, False, True, False]
-
-
-@pytest.mark.parametrize("mode", ["min", "max"])
-def test_nan_is_never_an_improvement(mode: str) -> None:
-    stopping = EarlyStopping(3, mode=mode)
-    assert stops_after(stopping, [math.nan, 1.0, math.nan, math.nan, math.nan]) == [False, False, False, False, True]
-    assert stopping.best_value == 1.0
 
 
 @pytest.mark.parametrize(

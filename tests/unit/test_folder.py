@@ -1,9 +1,7 @@
 """A folder is used by one run at a time, and records the status and the launches of that run."""
 
 import contextlib
-import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +11,7 @@ import pytest
 
 from fundamentallm.errors import RunInProgressError
 from fundamentallm.run.folder import (
+    command,
     locked,
     note_interruption,
     read_starts,
@@ -94,17 +93,6 @@ def test_locked_refuses_a_link_and_leaves_its_target_alone(tmp_path: Path) -> No
     assert (tmp_path / "kept").read_text() == "kept"
 
 
-def test_write_status_replaces_the_previous_one(tmp_path: Path) -> None:
-    assert read_status(tmp_path) == {}
-    for state in ("running", "finished"):
-        write_status(tmp_path, state=state, step=3)
-        expected = {"state": state, "step": 3, "pid": os.getpid(), "host": socket.gethostname()}
-        assert json.loads((tmp_path / "status.json").read_text()) == read_status(tmp_path) == expected
-    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
-    (tmp_path / "status.json").write_text("{")
-    assert read_status(tmp_path) == {}
-
-
 def test_read_starts_leaves_out_launches_that_were_rewound(tmp_path: Path) -> None:
     assert restarts(tmp_path) == []
     for number, step in enumerate((0, 40, 40, 20, 30)):  # at 20, the checkpoint of step 40 was damaged
@@ -129,3 +117,19 @@ def test_note_interruption_keeps_how_far_the_run_is(tmp_path: Path) -> None:
         write_status(tmp_path, state="running")
         note_interruption(tmp_path, "SIGTERM received")
     assert read_status(tmp_path)["state"] == "running"
+
+
+def test_command_is_what_the_user_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    (script := tmp_path / "fundamentallm").touch(mode=0o755)
+    for typed, expected in (
+        (
+            ["-m", "fundamentallm.train", "--output_dir", "my run"],
+            "python -m fundamentallm.train --output_dir 'my run'",
+        ),
+        ([str(script), "train"], "fundamentallm train"),
+        (["train.py"], "python train.py"),
+    ):
+        monkeypatch.setattr(sys, "orig_argv", ["/somewhere/python", *typed])
+        assert command() == expected

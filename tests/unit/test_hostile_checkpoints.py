@@ -24,7 +24,7 @@ from fundamentallm.checkpoint.manager import CheckpointManager
 from fundamentallm.checkpoint.reading import explained
 from fundamentallm.commands import checkpoints, evaluate, generate
 from fundamentallm.errors import CheckpointError, FundamentaLLMError
-from fundamentallm.run.initial_weights import open_pretrained
+from fundamentallm.run.resume import open_pretrained
 from tests.conftest import reset_accelerate
 from tests.integration.runs import make_config, make_trainer
 from tests.unit.checkpoint_files import make_true, pairs, write_manifest

@@ -64,7 +64,7 @@ def test_verify_finds_a_flipped_bit_anywhere_in_the_manifest(folder: Path) -> No
 
 @pytest.mark.parametrize(
     "changes",
-    [{"format_version": [[]]}, {"sequence": "1"}, {"step": "7"}, {"files": {}}, {"files": []}],
+    [{"format_version": 3}, {"format_version": [[]]}, {"sequence": "1"}, {"step": "7"}, {"files": {}}, {"files": []}],
 )
 def test_read_manifest_refuses_a_value_of_another_kind(folder: Path, changes: dict[str, Any]) -> None:
     change_manifest(folder, **changes)

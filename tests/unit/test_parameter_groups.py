@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from fundamentallm import ConfigError, ModelConfig, Trainer, Transformer
+from fundamentallm import ConfigError, ModelConfig, Trainer, TrainingConfig, Transformer
 from fundamentallm.checkpoint.manager import CheckpointManager
 from fundamentallm.checkpoint.reading import load_checkpoint
 from fundamentallm.config.schema import OPTIMIZER_NAMES
-from fundamentallm.training.optimizers import create_optimizer, freeze, split_groups
+from fundamentallm.training.optimizers import freeze, make_optimizer
 from tests.integration.runs import StopAt, assert_same_weights, make_config, make_trainer, on_processes, weights
 
 ENTRIES: list[dict[str, Any]] = [
@@ -38,8 +38,8 @@ def expected(name: str, p: nn.Parameter) -> tuple[float, float] | None:
 def test_each_parameter_has_the_rate_and_decay_of_the_first_entry_that_names_it(kind: str) -> None:
     made = model()
     freeze(made, ENTRIES)
-    optimizer = create_optimizer(made, kind, 0.1, 0.1)
-    split_groups(optimizer, made, ENTRIES)
+    config = TrainingConfig(optimizer=kind, learning_rate=0.1, weight_decay=0.1, parameter_groups=ENTRIES)
+    optimizer = make_optimizer(config, made)
     found = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
     assert {name: found.get(id(p)) for name, p in made.named_parameters()} == {
         name: expected(name, p) for name, p in made.named_parameters()
@@ -95,20 +95,6 @@ def test_the_schedule_scales_each_group_from_its_own_peak_and_the_frozen_stay(wh
     assert not torch.equal(whole.model.state_dict()[trained], fresh.model.state_dict()[trained])
     assert {round(group["lr"] / group["initial_lr"], 6) for group in whole.optimizer.param_groups} == {0.1}
     assert whole.metrics.get_history()["learning_rate"][2] == 1e-2  # the peak that the config says
-
-
-def test_changed_groups_are_a_change_of_the_run(tmp_path: Path) -> None:
-    run(tmp_path, stop_at=3)
-    milder = [ENTRIES[0], {"pattern": "*.layers.0.*", "learning_rate_scale": 0.25}]
-    with pytest.raises(ConfigError, match=r"training\.parameter_groups is "):
-        run(tmp_path, parameter_groups=milder)
-    run(tmp_path, stop_at=5, parameter_groups=milder, resume_changes=["training.parameter_groups"])
-
-
-def test_groups_beside_an_optimizer_of_the_callers_are_refused(tmp_path: Path) -> None:
-    config = make_config(tmp_path, parameter_groups=ENTRIES)
-    with pytest.raises(ConfigError, match="parameter_groups"):
-        make_trainer(config, optimizer=torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1))
 
 
 def _on_two(count: int, folder: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fundamentallm import ModelConfig, TrainingConfig, Transformer, create_accelerator
-from fundamentallm.training.throughput import Throughput, known_peak, make_throughput, model_flops_per_token
+from fundamentallm.training.throughput import Throughput, known_peak, model_flops_per_token, peak_speed
 
 
 def test_operations_of_a_transformers_model_are_those_of_the_same_shape() -> None:
@@ -53,26 +53,23 @@ IDS = torch.arange(6)
         (object(), False),
     ],
 )
-def test_make_throughput_knows_the_cost_of_a_target_for_each_token(sample: object, is_known: bool) -> None:
+def test_peak_speed_knows_the_cost_of_a_target_for_each_token(sample: object, is_known: bool) -> None:
     config = TrainingConfig(max_steps=1, peak_tflops=1.0)
-    throughput = make_throughput(config, create_accelerator(), nn.Linear(2, 2), [sample])
-    assert (throughput.peak is not None) == is_known
+    peak = peak_speed(config, create_accelerator(), nn.Linear(2, 2), [sample])
+    assert (peak is not None) == is_known
 
 
 def test_speed_utilisation_and_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
-    clock = Throughput(peak=2000.0)
-    clock.begin(50, 1000)
+    clock = Throughput(1000, peak=2000.0)
     now = 130.0  # the first window, with compilation in it
     assert clock.log(60, 2000) == {"tokens_per_second": pytest.approx(1000 / 30), "mfu": pytest.approx(1 / 60)}
-    assert clock.seconds_left(100) == 300
+    assert math.isnan(clock.seconds_left(100))
     now = 140.0
     clock.pause(5.0)  # a validation
     assert clock.log(70, 3000) == {"tokens_per_second": 200.0, "mfu": pytest.approx(0.1)}
     assert clock.seconds_left(100) == 100  # validations come again
-    clock = Throughput()
-    clock.begin(70, 3000)
-    assert math.isnan(clock.seconds_left(1))
+    clock = Throughput(3000)
     now = 150.0
     assert clock.log(71, 3010) == {"tokens_per_second": 1.0}

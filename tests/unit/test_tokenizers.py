@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from fundamentallm.data.encoding import encode_pieces
-from fundamentallm.data.tokenizers import UNKNOWN, create_tokenizer, encode_prompt, read_tokenizer
+from fundamentallm.data.tokenizers import UNKNOWN, create_tokenizer, encode_prompt, read_tokenizer, with_unknown
 from tests.conftest import problem_of
 
 SAMPLE = "Grüße,\r\n\tहिन्दी 漢字 🙂 don't e\u0301\n\n  two  spaces and a <unk>\n"
@@ -144,6 +144,6 @@ def test_encode_pieces_keeps_ids_beside_an_unknown_token(make_vocabulary, as_tex
     tokenizer = make_vocabulary("abc<>")
     tokenizer.add_special_tokens(["<a>"])
     tokenizer.encode_special_tokens = as_text
-    known, unknown = encode_pieces(tokenizer, ["a<a>b", "azb"])
+    known, unknown = encode_pieces(with_unknown(tokenizer), ["a<a>b", "azb"])
     assert (known.ids.tolist(), known.unknown) == (tokenizer.encode("a<a>b").ids, [])
     assert unknown.unknown == [(1, "z")]

@@ -7,14 +7,7 @@ from fundamentallm.config.units import duration_text, size_text
 
 @pytest.mark.parametrize(
     ("num_bytes", "text"),
-    [
-        (0, "0 bytes"),
-        (999, "999 bytes"),
-        (1000, "1.0 kB"),
-        (12_345_678, "12.3 MB"),
-        (2e9, "2.0 GB"),
-        (3e15, "3,000.0 TB"),
-    ],
+    [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (12_345_678, "12.3 MB"), (3e15, "3,000.0 TB")],
 )
 def test_size_text(num_bytes: float, text: str) -> None:
     assert size_text(num_bytes) == text
@@ -22,8 +15,7 @@ def test_size_text(num_bytes: float, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.0123, "12.3 ms"), (1.5, "1.5 s"), (119, "119 s"), (120, "2 min"), (5400, "90 min"), (7260, "2 h 1 min"),
-     (172_800, "2 days 0 h")],
-)  # fmt: skip
+    [(0.0123, "12.3 ms"), (1.5, "1.5 s"), (120, "2.0 min"), (7260, "2.0 h"), (172_800, "2.0 days")],
+)
 def test_duration_text(seconds: float, text: str) -> None:
     assert duration_text(seconds) == text

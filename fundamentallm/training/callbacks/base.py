@@ -15,8 +15,10 @@ from torch.utils.data import DataLoader
 
 from fundamentallm.config.schema import Config
 from fundamentallm.data.sampler import StepSampler
+from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.run.folder import repeats_all_launches
 from fundamentallm.run.json_lines import LineFile
+from fundamentallm.training.early_stopping import BestValue
 from fundamentallm.training.metrics import MetricTracker
 
 logger = logging.getLogger(__name__)
@@ -146,17 +148,14 @@ class CallbackList:
 
         def call(*arguments: Any) -> None:
             for callback in tuple(self.callbacks):  # a copy, because a hook may change the list
-                getattr(callback, hook)(*arguments)
+                try:
+                    getattr(callback, hook)(*arguments)
+                except Exception as error:
+                    if hook != "on_train_abort":  # whose errors would hide the one that ended the training
+                        raise
+                    logger.warning("%s failed while the training was aborted: %s", type(callback).__name__, error)
 
         return call
-
-    def on_train_abort(self, trainer: RunView) -> None:
-        """See `Callback`. Exceptions become warnings: they would hide the one that ended the training."""
-        for callback in tuple(self.callbacks):
-            try:
-                callback.on_train_abort(trainer)
-            except Exception as error:
-                logger.warning("%s failed while the training was aborted: %s", type(callback).__name__, error)
 
     def measure(self, trainer: RunView) -> dict[str, float]:
         """Returns the numbers of all callbacks."""
@@ -168,13 +167,11 @@ class CallbackList:
         return any(type(callback).on_step_end is not Callback.on_step_end for callback in self.callbacks)
 
     def _by_name(self) -> dict[str, Callback]:
-        """Returns the callbacks by class name; the second one of a class is numbered _2, and so on."""
-        named: dict[str, Callback] = {}
-        for callback in self.callbacks:
-            name = type(callback).__name__
-            number = sum(type(other).__name__ == name for other in named.values()) + 1
-            named[name if number == 1 else f"{name}_{number}"] = callback
-        return named
+        """Returns the callbacks by class name, of which the second is numbered _2, and so on."""
+        names = [type(callback).__name__ for callback in self.callbacks]
+        numbers = [names[:index].count(name) + 1 for index, name in enumerate(names)]
+        names = [name if number == 1 else f"{name}_{number}" for name, number in zip(names, numbers, strict=True)]
+        return dict(zip(names, self.callbacks, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of each callback that has any, by name."""
@@ -183,20 +180,31 @@ class CallbackList:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the callbacks that are in the saved state, and warn of each one that is missing on either side."""
         named = self._by_name()
-        for name, callback in named.items():
-            if name in state:
-                callback.load_state_dict(state[name])
-            elif callback.state_dict():
-                logger.warning("callback %s is not in the checkpoint and starts without a saved state.", name)
-        for name in sorted(state.keys() - named.keys()):
-            logger.warning("callback %r is in the checkpoint but not in this run; its state is ignored.", name)
+        for name in sorted((self.state_dict().keys() - state.keys()) | (state.keys() - named.keys())):
+            logger.warning("callback %s starts new or is left out: the checkpoint or this run does not have it.", name)
+        for name in state.keys() & named.keys():
+            named[name].load_state_dict(state[name])
+
+
+class SaveBestCallback(BestValue, Callback):
+    """Saves a checkpoint, marked as the best, whenever a validation metric improves. See `EarlyStopping` for arguments.
+
+    Examples:
+        >>> from fundamentallm import SaveBestCallback
+        >>> callbacks = [SaveBestCallback("val_loss")]  # for a Trainer; trainer.checkpoint_manager.get_best() is it
+    """
+
+    def on_validation_end(self, trainer: RunView, metrics: dict[str, float]) -> None:
+        if self.metric not in metrics:
+            raise ConfigError([Problem("metric", self.metric, allowed=", ".join(metrics))])
+        if self.improve(metrics[self.metric]):
+            trainer.request_save(is_best=True)
 
 
 def rewind_lines(trainer: RunView, file: LineFile) -> None:
-    """Drop the lines of a file that the run writes again. A copy is kept of lines that belong to another run.
+    """Drop the lines of a file that the run writes again, with a copy of lines that belong to another run.
 
-    Raises:
-        CheckpointError: if the file lacks lines that the checkpoint counts on, and `resume_changes` does not allow it.
+    Raises CheckpointError if the file lacks lines that the checkpoint counts on, unless `resume_changes` allows it.
     """
     step, training, resumed_from = trainer.global_step, trainer.config.training, trainer.resumed_from
     # A checkpoint of another folder counts on the log there.

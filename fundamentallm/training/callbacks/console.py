@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
-from tqdm.notebook import tqdm_notebook
 
 from fundamentallm.run.json_lines import LineFile
 from fundamentallm.training.callbacks.base import Callback, RunView, rewind_lines
@@ -30,14 +28,10 @@ class ProgressCallback(Callback):
         self._bar: tqdm[Any] = tqdm(disable=True)
 
     def on_train_begin(self, trainer: RunView) -> None:
-        can_move = (sys.stderr is not None and sys.stderr.isatty()) or issubclass(tqdm, tqdm_notebook)
+        disable = None if trainer.is_main_process else True  # None: if it is neither a terminal nor a notebook
+        total, initial = trainer.total_steps, trainer.global_step
         self._bar = tqdm(
-            total=trainer.total_steps,
-            initial=trainer.global_step,
-            desc="training",
-            unit="step",
-            dynamic_ncols=True,
-            disable=not (trainer.is_main_process and can_move),
+            total=total, initial=initial, desc="training", unit="step", dynamic_ncols=True, disable=disable
         )
 
     def on_step_begin(self, trainer: RunView) -> None:
@@ -72,24 +66,20 @@ class LoggingCallback(Callback):
     def on_train_begin(self, trainer: RunView) -> None:
         if not trainer.is_main_process:
             return
-        accelerator, group, step = trainer.accelerator, trainer.optimizer.param_groups[0], trainer.global_step
-        parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-        precision = accelerator.mixed_precision.replace("no", "float32")
+        accelerator, group, sizes = trainer.accelerator, trainer.optimizer.param_groups[0], trainer.samples.sizes
+        parameters = _short(sum(parameter.numel() for parameter in trainer.model.parameters()))
         processes = f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)}"
         rate = float(group.get("initial_lr", group["lr"]))  # which the schedule multiplies
-        sizes = trainer.samples.sizes
         output = "" if trainer.output_dir is None else f"; everything is written to {trainer.output_dir}"
         trainer.say(
-            f"{_short(parameters)} parameters in {precision}, {processes} on {accelerator.device.type}, "
-            f"{type(trainer.optimizer).__name__} with peak learning rate {rate:.1e}\n"
-            f"{trainer.total_steps - step} steps of {sizes[0]}{f' to {sizes[-1]}' * (len(sizes) > 1)} sequences{output}"
+            f"{parameters} parameters in {accelerator.mixed_precision.replace('no', 'float32')}, {processes} on "
+            f"{accelerator.device.type}, {type(trainer.optimizer).__name__} with peak learning rate {rate:.1e}\n"
+            f"{trainer.total_steps - trainer.global_step} steps of {sizes[0]}{f' to {sizes[-1]}' * (len(sizes) > 1)} "
+            f"sequences{output}"
         )
         training = trainer.config.training
-        used = {"save_every_n_steps": training.checkpoint_dir, "eval_every_n_steps": trainer.val_loader}
-        unset = [f"training.{name}" for name, part in used.items() if part and getattr(training, name) is None]
-        if trainer.samples.stream is not None and unset:
-            text = f"a stream has no epochs, so without {' and '.join(unset)} that is done at the end only"
-            trainer.say(f"warning: {text}")
+        if trainer.samples.stream is not None and training.checkpoint_dir and training.save_every_n_steps is None:
+            trainer.say("warning: a stream has no epochs: without training.save_every_n_steps, only the end is saved.")
         if self._file is not None:
             rewind_lines(trainer, self._file)
 

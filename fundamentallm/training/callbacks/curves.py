@@ -19,8 +19,7 @@ THEMES = {"light": "default", "dark": "dark_background"}  # styles of matplotlib
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
 SMALL = {"learning_rate": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens per second"}
 """The small axes below the losses: the number drawn, and its title."""
-MANY = 60
-"""From this number of log lines on, the loss is smoothed, and the axis leaves out the high losses of the start."""
+MANY = 60  # log lines from which on the loss is smoothed, and the axis leaves out the high losses of the start
 
 
 class VisualizationCallback(Callback):
@@ -47,11 +46,6 @@ class VisualizationCallback(Callback):
         self.path = None if path is None else Path(path)
         self.refresh_seconds, self.theme = refresh_seconds, theme
         self._drawn_at = time.monotonic()
-        self._restarts: list[int] = []
-
-    def on_train_begin(self, trainer: RunView) -> None:
-        if trainer.output_dir is not None:
-            self._restarts = restarts(trainer.output_dir)
 
     def on_log(self, trainer: RunView, metrics: dict[str, float]) -> None:
         if time.monotonic() - self._drawn_at >= self.refresh_seconds:
@@ -64,11 +58,11 @@ class VisualizationCallback(Callback):
         history = trainer.metrics.get_history()
         if not trainer.is_main_process or "step" not in history:
             return
-        folder = trainer.output_dir or Path()
+        folder, marked = trainer.output_dir or Path(), restarts(trainer.output_dir) if trainer.output_dir else []
         path = self.path or folder / "curves.png"
         title = printable(f"{folder.name} step {trainer.global_step:,} of {trainer.total_steps:,}".lstrip())
         try:
-            figure = draw(history, self._restarts, trainer.total_steps, self.theme, title)
+            figure = draw(history, marked, trainer.total_steps, self.theme, title)
             with replacing(path) as new:  # so that a viewer never sees half a picture
                 figure.savefig(new, dpi=130, format="png")
         except Exception as error:  # does not end the run, because the numbers are stored elsewhere
@@ -102,12 +96,13 @@ def _draw_losses(axis: Any, history: dict[str, list[float]], restarts: list[int]
     is_long = len(steps) >= MANY
     axis.plot(steps, losses, color="C0", alpha=0.35 if is_long else 1, label="" if is_long else "training")
     if is_long:
-        axis.plot(steps, smoothed(losses), color="C0", label="training (smoothed)")
+        window = np.ones(len(losses) // 40)
+        means = np.convolve(losses, window, "same") / np.convolve(np.ones(len(losses)), window, "same")
+        axis.plot(steps, means, color="C0", label="training (smoothed)")
         finite = [value for value in (*losses, *validation) if math.isfinite(value)]
-        low, high = np.quantile(finite, (0, 0.97)) if finite else (0, 0)
-        if high > low:
-            margin = 0.06 * (high - low)
-            axis.set_ylim(low - margin, high + margin)
+        low, high = np.quantile(finite or [0.0], (0, 0.97))
+        margin = 0.06 * (high - low) + 1e-3
+        axis.set_ylim(low - margin, high + margin)
     if validation:
         label = f"validation ({validation[-1]:.4g})"
         axis.plot(history["val_step"], validation, "o-", color="C1", markersize=3.5, label=label)
@@ -123,11 +118,3 @@ def _draw_losses(axis: Any, history: dict[str, list[float]], restarts: list[int]
     axis.set_ylabel("loss (nats per token)")
     axis.set_xlabel("optimizer step")
     axis.legend(loc="upper right")
-
-
-def smoothed(values: list[float]) -> list[float]:
-    """Returns the means over centered windows of a fortieth of all values, leaving out values that are not finite."""
-    window, is_finite = np.ones(2 * (len(values) // 80) + 1), np.isfinite(values)
-    sums = np.convolve(np.where(is_finite, values, 0.0), window, mode="same")
-    counts = np.convolve(is_finite, window, mode="same")
-    return np.where(counts > 0, sums / np.maximum(counts, 1), math.nan).tolist()  # type: ignore[no-any-return]

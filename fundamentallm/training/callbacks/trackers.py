@@ -12,15 +12,13 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
 from fundamentallm.atomic import write_text
-from fundamentallm.config.schema import flat_settings
+from fundamentallm.config.yaml_format import flat_settings
 from fundamentallm.errors import FundamentaLLMError, writing
 from fundamentallm.training.callbacks.base import Callback, RunView
+from fundamentallm.training.metrics import CLOCKS
 
 logger = logging.getLogger(__name__)
 
-PROJECT, RECORD = "fundamentallm", "trackers.json"
-KINDS = ("step", "val_step")
-"""Entries of the record: the last training line and the last validation line that were logged."""
 RUN_ID = {"mlflow": attrgetter("info.run_id"), "wandb": attrgetter("id"), "trackio": attrgetter("name")}
 """Returns from a tracker's own run what a later launch resumes it by."""
 
@@ -33,31 +31,30 @@ def tracker_names(accelerator: Accelerator) -> list[str]:
 class TrackerCallback(Callback):
     """Hands the lines of metrics.jsonl to the Accelerator's trackers, on the main process.
 
-    `trackers.json` in the output folder holds the ids of the tracker runs and the last steps logged. A resumed run
-    continues those runs and skips lines that they already have. A run that starts from scratch or from an older
-    checkpoint begins new ones. Trackers that were started before the training are used and left open.
+    `trackers.json` in the output folder holds the ids of the tracker runs, and the steps of the last training and
+    validation lines. A resumed run continues those runs and skips lines that they have. A run from scratch or from an
+    older checkpoint begins new ones. Trackers started before the training are used and left open.
     """
 
     def __init__(self) -> None:
         self._path: Path | None = None
         self._ids: dict[str, str | None] = {}
-        self._logged = dict.fromkeys(KINDS, 0)
+        self._logged = dict.fromkeys(CLOCKS, 0)
         self._owns = False
 
     def on_train_begin(self, trainer: RunView) -> None:
         if not trainer.is_main_process:
             return
-        self._path = None if trainer.output_dir is None else trainer.output_dir / RECORD
+        self._path = None if trainer.output_dir is None else trainer.output_dir / "trackers.json"
         runs: dict[str, dict[str, Any]] = {}
         if trainer.global_step > 0 and not trainer.was_rewound and self._path is not None and self._path.exists():
             runs = json.loads(self._path.read_text(encoding="utf-8"))
         self._owns = not trainer.accelerator.trackers
         if self._owns:
             _start(trainer, {name: run["id"] for name, run in runs.items()})
-        self._logged = {kind: max((run[kind] for run in runs.values()), default=0) for kind in KINDS}
-        trackers = {tracker.name: tracker.tracker for tracker in trainer.accelerator.trackers}
-        self._ids = {name: RUN_ID[name](of) if name in RUN_ID else None for name, of in trackers.items()}
-        self._write()
+        self._logged = {clock: max((run[clock] for run in runs.values()), default=0) for clock in CLOCKS}
+        for tracker in trainer.accelerator.trackers:
+            self._ids[tracker.name] = RUN_ID.get(tracker.name, lambda run: None)(tracker.tracker)
 
     def on_log(self, trainer: RunView, metrics: dict[str, float]) -> None:
         self._log(trainer, metrics, "step")
@@ -65,22 +62,19 @@ class TrackerCallback(Callback):
     def on_validation_end(self, trainer: RunView, metrics: dict[str, float]) -> None:
         self._log(trainer, {"epoch": trainer.epochs_done, **metrics}, "val_step")
 
-    def _log(self, trainer: RunView, line: dict[str, float], kind: str) -> None:
+    def _log(self, trainer: RunView, line: dict[str, float], clock: str) -> None:
         step = trainer.global_step
-        if not trainer.is_main_process or step <= self._logged[kind]:
+        if not trainer.is_main_process or step <= self._logged[clock]:
             return
-        self._logged[kind] = step
-        self._write()  # before the line is logged: a kill in between loses a point, and never repeats one
+        self._logged[clock] = step
+        if self._path is not None:  # before the line is logged: a kill in between loses a point, and never repeats one
+            runs = {name: {"id": run_id, **self._logged} for name, run_id in self._ids.items()}
+            with writing(self._path):
+                write_text(self._path, json.dumps(runs, indent=1) + "\n")
         try:
             trainer.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=step)
         except Exception as error:  # a server that is away for a while does not end the training
             logger.warning("the trackers did not take the line of step %d: %s", step, error)
-
-    def _write(self) -> None:
-        if self._path is not None:
-            runs = {name: {"id": run_id, **self._logged} for name, run_id in self._ids.items()}
-            with writing(self._path):
-                write_text(self._path, json.dumps(runs, indent=1) + "\n")
 
     def on_train_end(self, trainer: RunView) -> None:
         while self._owns and trainer.accelerator.trackers:
@@ -93,7 +87,7 @@ def _start(trainer: RunView, ids: dict[str, str | None]) -> None:
     """Start the trackers: new runs, or those of a former launch that `ids` has by the tracker's name."""
     accelerator, folder, new = trainer.accelerator, trainer.output_dir, uuid.uuid4().hex[:8]
     options, names = dict(trainer.config.tracker_options), tracker_names(accelerator)
-    project = options.pop("project", PROJECT)
+    project = options.pop("project", "fundamentallm")
     # purge_step hides the events that another run in the same folder logged for later steps.
     known: dict[str, Any] = {"tensorboard": {} if "tensorboard" in ids else {"purge_step": trainer.global_step + 1}}
     if folder is not None:
@@ -108,5 +102,4 @@ def _start(trainer: RunView, ids: dict[str, str | None]) -> None:
         accelerator.init_trackers(project, settings or None, arguments)
     except Exception as error:  # trackers raise errors of any class
         accelerator.trackers.clear()  # one that did not start may fail to finish
-        advice = "solve this, or remove it from trackers."
-        raise FundamentaLLMError(f"trackers {', '.join(names)} cannot be started: {error}; {advice}") from error
+        raise FundamentaLLMError(f"trackers {names} cannot be started: {error}; solve this, or remove it.") from error

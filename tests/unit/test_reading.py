@@ -1,4 +1,4 @@
-"""Shards of tensors are read in full and in any rows, and incomplete shards are refused."""
+"""Shards of tensors are read in full, or those of a process, and incomplete shards are refused."""
 
 import json
 from pathlib import Path
@@ -9,39 +9,12 @@ import torch
 from accelerate import debug_launcher
 from hypothesis import given, strategies as st
 from safetensors.torch import save_file
-from torch import Tensor
 
 from fundamentallm.checkpoint.manager import CheckpointManager
-from fundamentallm.checkpoint.reading import load_checkpoint
-from fundamentallm.checkpoint.tensor_files import OFFSETS, SHARDING_INFO, TensorFiles, file_name, write_tensors
+from fundamentallm.checkpoint.reading import TensorFiles, load_checkpoint
+from fundamentallm.checkpoint.snapshot import OFFSETS, SHARDING_INFO, write_tensors
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import CheckpointError
-
-FULL = torch.arange(7 * 5 * 3).view(7, 5, 3).float()
-
-
-def write_shards(folder: Path, tensor: Tensor, *bounds: int) -> None:
-    for rank, (begin, end) in enumerate(zip((0, *bounds), (*bounds, len(tensor)), strict=True)):
-        info = {"w": {OFFSETS: [begin, 0, 0], "shape": [*tensor.shape]}, "scalar": {OFFSETS: [], "shape": []}}
-        others = {"scalar": torch.tensor(3.0)} if rank == 0 else {}
-        write_tensors(folder / file_name("model", rank, 3), {"w": tensor[begin:end].clone(), **others}, info)
-
-
-def opened(folder: Path, **options: Any) -> TensorFiles:
-    return TensorFiles(folder, sorted(path.name for path in folder.glob("*.safetensors")), **options)
-
-
-def test_tensor_files_read_shards_in_full_and_in_any_rows(tmp_path: Path) -> None:
-    write_shards(tmp_path, FULL, 1, 4)
-    w, scalar, tied = (f"model_state_dict/{name}" for name in ("w", "scalar", "tied"))
-    files = opened(tmp_path, same_as={tied: w})
-    assert set(files) == {w, scalar, tied}
-    assert torch.equal(files[w], FULL)
-    assert torch.equal(files[tied], FULL)
-    assert files[scalar].item() == 3
-    assert files.shape(w) == (7, 5, 3)
-    for begin, end in ((2, 6), (0, 1), (6, 7), (3, 3), (7, 7)):
-        assert torch.equal(files.read(w, begin, end), FULL[begin:end])
 
 
 @given(
@@ -58,15 +31,16 @@ def test_tensor_files_refuse_shards_that_miss_or_overlap(
         shard = full[max(begin, 0) : max(begin, 0) + length].contiguous()
         intervals.append((begin, begin + len(shard)))
         info = {"w": {OFFSETS: [begin, column], "shape": shape}}
-        save_file({"w": shard}, folder / file_name("model", rank, 4), {SHARDING_INFO: json.dumps(info)})
+        save_file({"w": shard}, folder / f"model-{rank}.safetensors", {SHARDING_INFO: json.dumps(info)})
     intervals.sort()
     follow = [begin for begin, _ in intervals] == [0, *(end for _, end in intervals)][:-1] and intervals[-1][1] == 7
+    names = sorted(path.name for path in folder.iterdir())
     is_good = follow and shape == [7, 2] and all(column == 0 for _, _, column in regions)
     if is_good:
-        assert torch.equal(opened(folder)["model_state_dict/w"], full)
+        assert torch.equal(TensorFiles(folder, names)["model_state_dict/w"], full)
     else:
         with pytest.raises(ValueError, match="model_state_dict/w"):
-            opened(folder)
+            TensorFiles(folder, names)
 
 
 def save_and_load_uneven_shards(folder: str) -> None:
@@ -97,7 +71,10 @@ def test_write_tensors_is_read_by_torchs_reader(tmp_path: Path) -> None:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-    write_shards(tmp_path, FULL, 2, 4)
-    read = {"w": torch.empty_like(FULL)}
+    full = torch.arange(7 * 5 * 3).view(7, 5, 3).float()
+    for rank, shard in enumerate(full.split([2, 2, 3])):
+        info = {"w": {OFFSETS: [2 * rank, 0, 0], "shape": [7, 5, 3]}}
+        write_tensors(tmp_path / f"model-{rank}.safetensors", {"w": shard.clone()}, info)
+    read = {"w": torch.empty_like(full)}
     dcp.load(read, storage_reader=HuggingFaceStorageReader(str(tmp_path)), no_dist=True)
-    assert torch.equal(read["w"], FULL)
+    assert torch.equal(read["w"], full)

@@ -1,23 +1,17 @@
 """Signals and the time limit request a stop; all processes stop at the same poll."""
 
 import contextlib
-import json
 import os
 import signal
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
-from fundamentallm import create_accelerator, signals
+from fundamentallm import signals
 from fundamentallm.errors import Interrupted, exit_code
-from fundamentallm.run import stopping
-from fundamentallm.run.stopping import Stop, StopSwitch
+from fundamentallm.run import session
+from fundamentallm.run.session import Stop, StopSwitch
 from fundamentallm.signals import SIGNALS, ended_by_signals
-from tests.integration.runs import on_processes
 
 
 @pytest.mark.parametrize("name", SIGNALS)
@@ -100,21 +94,6 @@ def test_handling_signals_of_a_trial_ends_at_once() -> None:
         signal.raise_signal(signal.SIGTERM)
 
 
-CLOSED = """
-import os, pty
-from fundamentallm.signals import leave_closed_terminal
-user, os_side = pty.openpty()
-os.dup2(os_side, 1)
-os.close(user)
-leave_closed_terminal()
-print("an OSError otherwise", flush=True)
-"""
-
-
-def test_leave_closed_terminal_lets_a_run_print() -> None:
-    subprocess.run([sys.executable, "-c", CLOSED], check=True)
-
-
 def test_handling_signals_off_the_main_thread_sets_no_handler() -> None:
     found: list[object] = []
 
@@ -143,7 +122,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        monkeypatch.setattr(stopping.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(session.time, "monotonic", lambda: self.now)
 
     def polls(self, switch: StopSwitch, seconds: float) -> int:
         """Returns how many polls, so many seconds apart, come before the stop."""
@@ -164,42 +143,3 @@ def test_poll_max_minutes_leaves_time_for_a_step_and_a_save(
     switch.seconds_to_save = to_save
     assert clock.polls(switch, 1.0) == expected
     assert (switch.wanted, switch.reason) == (Stop.OUT_OF_TIME, "training.max_minutes is over")
-
-
-# ---- several processes -----------------------------------------------------------------------------------------
-
-SIGNAL_AT, POLLS = 5, 10
-
-
-def poll_until_stopped(processes: int, folder: str, by_signal: list[int], settle_at: int | None) -> None:
-    """Polls until the agreed stop; the processes in `by_signal` get a signal before poll 5."""
-    create_accelerator()
-    rank = dist.get_rank()
-    assert dist.get_world_size() == processes
-    switch = StopSwitch()
-    stopped_at = None
-    with switch.handling_signals():
-        for poll in range(POLLS):
-            if poll == SIGNAL_AT and rank in by_signal:
-                os.kill(os.getpid(), signal.SIGUSR1)
-            if (switch.settle() if poll == settle_at else switch.poll()) != Stop.NO:
-                stopped_at = poll
-                break
-    ended = {"stopped_at": stopped_at, "agreed": switch.agreed, "reason": switch.reason}
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(ended))
-
-
-@pytest.mark.parametrize(
-    ("by_signal", "settle_at", "stopped_at"),
-    [([0], None, 6), ([1], 5, 5)],
-)
-def test_poll_processes_stop_together_whichever_is_signalled(
-    tmp_path: Path, by_signal: list[int], settle_at: int | None, stopped_at: int
-) -> None:
-    """They stop at the poll after the signal, or at once if they settle."""
-    on_processes(2, poll_until_stopped, str(tmp_path), by_signal, settle_at)
-    for rank in range(2):
-        ended = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert ended["stopped_at"] == stopped_at
-        own = "SIGUSR1 received" if rank in by_signal else "another process received a signal"
-        assert (ended["reason"], ended["agreed"]) == (own, Stop.SIGNAL)
