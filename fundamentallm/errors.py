@@ -82,14 +82,7 @@ def collected(problems: list[Problem], within: str = "") -> Iterator[None]:
 
 
 class CheckpointError(FundamentaLLMError):
-    """A checkpoint cannot be written, is damaged, or does not fit the run.
-
-    Examples:
-        >>> from fundamentallm import CheckpointManager
-        >>> CheckpointManager("checkpoints").save({"model_state_dict": {}, "made": print})
-        Traceback (most recent call last):
-        fundamentallm.errors.CheckpointError: made is a builtins.builtin_function_or_method; allowed: tensors and ...
-    """
+    """A checkpoint cannot be written, is damaged, or does not fit the run."""
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):

@@ -36,18 +36,18 @@ def handling_signals(handle: Callable[[int, FrameType | None], None]) -> Iterato
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
     """Raises Interrupted in the block when one of `SIGNALS` arrives, so that temporary files are removed."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not _received or now - _received[-1][1] >= ECHO_SECONDS:
+            _received[:] = [(number, now)]
+            raise Interrupted(number)
+
     try:
-        with handling_signals(_raise_interrupted):
+        with handling_signals(interrupt):
             yield
     finally:
         _received.clear()
-
-
-def _raise_interrupted(number: int, frame: FrameType | None) -> None:
-    now = time.monotonic()
-    if not _received or now - _received[-1][1] >= ECHO_SECONDS:
-        _received[:] = [(number, now)]
-        raise Interrupted(number)
 
 
 def raise_if_interrupted() -> None:

@@ -47,9 +47,6 @@ if TYPE_CHECKING:
     from fundamentallm.training.trainer import Trainer
 
 
-FEW_STEPS = 100  # a run of fewer, whose length follows from the data, warns
-
-
 def main(arguments: Sequence[str] | None = None, program: str = "python -m fundamentallm.train") -> int:
     """Runs the command line and returns the exit code."""
     open_output(drops=True)
@@ -152,7 +149,7 @@ def make_trainer(config: Config) -> Trainer:
 def _warn(trainer: Trainer) -> None:
     """Says if the run has few steps, and how many samples were cut or dropped."""
     training = trainer.config.training
-    if training.max_steps is None and trainer.total_steps < FEW_STEPS:
+    if training.max_steps is None and trainer.total_steps < 100:  # a default length rarely means so few
         few = f"warning: {trainer.total_steps} optimizer steps are few, with {training.warmup_steps} of warm-up"
         trainer.say(f"{few}; more come from more training.max_epochs, or a smaller training.batch_size")
     counts = {"num_cut": "were cut to data.sequence_length", "num_lost": "were dropped: their prompts fill it"}

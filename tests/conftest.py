@@ -109,3 +109,14 @@ def problem_of(make: Callable[..., object], *arguments: Any, **settings: Any) ->
         make(*arguments, **settings)
     (problem,) = error.value.problems
     return problem
+
+
+def nested(given: dict[str, Any]) -> dict[str, Any]:
+    """Returns dotted settings as nested mappings."""
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        section, _, key = name.rpartition(".")
+        target = values.setdefault(section, {}) if section else values
+        if isinstance(target, dict):
+            target[key] = value
+    return values

@@ -18,9 +18,9 @@ from fundamentallm.checkpoint.manager import CheckpointManager, checkpoints_fold
 from fundamentallm.checkpoint.manifest import MANIFEST, NAME, is_ours, read_manifest, verify
 from fundamentallm.checkpoint.reading import explained, export_weights, load_parts
 from fundamentallm.commands.common import BASE_HELP, add_checkpoint, say, say_table
-from fundamentallm.config.schema import Config
+from fundamentallm.config.schema import Config, flat_settings
 from fundamentallm.config.units import size_text
-from fundamentallm.config.yaml_format import flat_settings, to_yaml
+from fundamentallm.config.yaml_format import to_yaml
 from fundamentallm.errors import CheckpointError, ConfigError, Problem
 from fundamentallm.inference.loading import find_checkpoint, load_model
 from fundamentallm.models.transformers_format import ADAPTER_CONFIG, KEPT
@@ -68,7 +68,7 @@ def _list(options: argparse.Namespace) -> None:
     paths, manager = [options.checkpoint], CheckpointManager(folder)
     if not is_ours(options.checkpoint):  # links are not followed
         paths = [path for path in folder.glob("*") if NAME.fullmatch(path.name) and not path.is_symlink()]
-        paths = list(filter(is_ours, paths)) or [find_checkpoint(folder)]
+        paths = list(filter(is_ours, paths)) or [find_checkpoint(options.checkpoint)]
     best, newest, rows, damaged = manager.get_best(), manager.get_latest(), [], 0
     for path in paths:
         try:

@@ -234,7 +234,8 @@ def forecast(make: Make) -> str:
     seconds, steps, line = median(durations[2:] or durations), trainer.total_steps, run.lines[-1]
     speed, memory = line["tokens"] / line["step"] / seconds, size_text(line.get("memory_gb", 0.0) * 1e9)
     whole = f"    {duration_text(steps * seconds)}: {steps:,} steps of {duration_text(seconds)}, without validations"
-    return f"{whole}\n    {speed:,.0f} tokens per second, {memory} on {trainer.accelerator.device.type}, 1 process"
+    device = f"a peak of {memory} on {trainer.accelerator.device.type}, 1 process"
+    return f"{whole}\n    {speed:,.0f} tokens per second, {device}"
 
 
 def _few_steps(trainer: Trainer) -> list[dict[str, float]]:

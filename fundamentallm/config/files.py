@@ -55,11 +55,7 @@ def are_samples(data: DataConfig) -> bool:
 
 
 def find_sources(data: DataConfig) -> list[SourceFiles]:
-    """Looks up the files of all sources, without that for validation.
-
-    Raises:
-        ConfigError: listing missing files, and files that do not fit together or the settings.
-    """
+    """Looks up the files of all sources, without that for validation. Raises what `find_source` raises, for all."""
     found, problems = list[SourceFiles](), list[Problem]()
     named = [("data.source", name) for name in data.sources()]
     if data.validation_source is not None:
@@ -78,34 +74,29 @@ def find_sources(data: DataConfig) -> list[SourceFiles]:
 
 
 def find_source(data: DataConfig, name: str, setting: str = "data.source") -> SourceFiles:
-    """Looks up the files of one source, which `setting` names.
+    """Looks up the files of one source, which `setting` names. A folder means all visible ones of `data.suffixes`.
 
-    A folder means every visible file below it with one of `data.suffixes`, in any case.
-
-    Raises:
-        ConfigError: if there are no files, they do not fit together or the settings, or reading might not end.
+    Raises ConfigError if there are no files, they do not fit together or the settings, or reading might not end.
     """
     if is_prepared(name):
         return SourceFiles(name, "prepared", (Path(expand_user(name)),))
     if name.startswith(DATASETS):
         return SourceFiles(name, "dataset", ())
-    path, others = expand_user(name), 0
-    allowed = f"a file, a folder, a glob, {DATASETS}NAME, or {BUILT_IN_CORPUS!r}"
-    problem = Problem(setting, name, allowed, did_you_mean(name, [BUILT_IN_CORPUS]), text=f"file {name!r} not found")
+    path, others, suffixes = expand_user(name), 0, " or ".join(data.suffixes)
     if name == BUILT_IN_CORPUS:
         found = [str(find_spec("pydoc_data.topics").origin)]  # type: ignore[union-attr]
     elif os.path.isdir(path):
         found, others = _files_below(path, data.suffixes, setting)
-        reason = f"which has no {' or '.join(data.suffixes)} files"
-        problem = Problem(setting, name, "", "data.suffixes chooses the files.", reason)
     else:
         found = [path] if os.path.isfile(path) else glob.glob(path, recursive=True)
     regular = sorted(filter(os.path.isfile, found), reverse=True)
     files = sorted({os.path.realpath(file): Path(file) for file in regular}.values())  # links may lead to one twice
     if not files:
-        raise ConfigError(problem)
+        allowed = f"a file, a glob, a folder with {suffixes} (data.suffixes), {DATASETS}NAME or {BUILT_IN_CORPUS!r}"
+        advice = did_you_mean(name, [BUILT_IN_CORPUS])
+        raise ConfigError(Problem(setting, name, allowed, advice, text=f"no files found for {name!r}"))
     others += len(found) - len(regular)
-    left_out = f"{others:,} files (hidden, special, or without {' or '.join(data.suffixes)})" if others else ""
+    left_out = f"{others:,} files (hidden, special, or without {suffixes})" if others else ""
     kind = _kind(data, name, files, setting)
     return SourceFiles(name, "built-in" if name == BUILT_IN_CORPUS else kind, tuple(files), left_out)
 
@@ -167,7 +158,8 @@ def file_problems(config: Config) -> list[Problem]:
     if glob.glob(os.path.join(glob.escape(config.folder_of_checkpoints()), "*", "manifest.json")):
         return problems
     for name, folder in {"model.init_from": config.model.init_from, "training.resume": training.resume}.items():
-        is_named = folder not in (None, "auto", "never")
-        if is_named and not os.path.isfile(os.path.join(expand_user(folder), "manifest.json")):
+        if folder in (None, "auto", "never"):
+            continue
+        if not os.path.isfile(os.path.join(expand_user(folder), "manifest.json")):
             problems.append(Problem(name, folder, "", "Give a checkpoint's folder.", "which is not a checkpoint"))
     return problems

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from fundamentallm.config.registry import not_one_of, unknown_name
-from fundamentallm.config.validation import Section, expand_user, from_dict
-from fundamentallm.errors import Problem, collected
+from fundamentallm.config.validation import LoraSettings, ParameterGroup, Section, entry_problems, expand_user
+from fundamentallm.errors import Problem
 
 LARGE_VOCABULARY, CHUNK = 1024, 512
 """Vocabulary size, in tokens, from which logits are computed in chunks, and positions per chunk."""
@@ -30,48 +30,6 @@ CALLBACK_NAMES = ("curves", "samples", "profiler")
 # Metadata of fields: may the setting differ on resume? Unmarked ones only if training.resume_changes names them.
 FREE = {"on_resume": "free"}  # changes no weight, so it may
 SHAPE = {"on_resume": "never"}  # the weights have this shape
-
-
-def _entry_problems(kind: type[Section], values: dict[str, Any], name: str) -> list[Problem]:
-    """Returns what is wrong in the mapping that a setting holds, or a list of them."""
-    problems = list[Problem]()
-    with collected(problems, name):
-        from_dict(kind, values)
-    return problems
-
-
-@dataclass(frozen=True)
-class LoraSettings(Section):
-    """Low-rank adapters (LoRA, arXiv:2106.09685) of a pretrained model; `model.lora`. The defaults are peft's."""
-
-    r: int = 8
-    """Rank of the adapters."""
-    alpha: float = 8.0
-    """Scale of the adapters: their output is multiplied by alpha / r."""
-    dropout: float = 0.0
-    """Dropout probability of the adapters' inputs."""
-    targets: list[str] | Literal["all-linear"] | None = None
-    """Names of the modules that get adapters, such as q_proj; all-linear: all but the head; null: peft's choice."""
-
-
-@dataclass(frozen=True)
-class ParameterGroup(Section):
-    """Options of some parameters; an entry of `training.parameter_groups`."""
-
-    pattern: str = ""
-    """Glob over parameter names, such as '*.embed_tokens.*'."""
-    learning_rate_scale: float = 1.0
-    """Factor of the learning rate, at every step."""
-    weight_decay: float | None = None
-    """Weight decay for the group (including vectors); null: unchanged."""
-    frozen: bool = False
-    """Do not train these parameters."""
-
-    def _relations(self) -> Iterator[Problem]:
-        if not self.pattern:
-            yield Problem("pattern", "", "a glob over the parameters' names, such as 'model.layers.0.*'")
-        if self.frozen and (self.learning_rate_scale != 1 or self.weight_decay is not None):
-            yield Problem("frozen", True, "frozen without learning_rate_scale and weight_decay")
 
 
 @dataclass(frozen=True)
@@ -122,14 +80,14 @@ class ModelConfig(Section):
         if self.num_kv_heads and self.num_heads % self.num_kv_heads:
             yield self._conflict("num_kv_heads", "num_heads", "a divisor of num_heads")
         if self.lora is not None:
-            yield from _entry_problems(LoraSettings, self.lora, "lora")
+            yield from entry_problems(LoraSettings, self.lora, "lora")
             if self.pretrained is None:
                 yield self._conflict("lora", "pretrained", "with model.pretrained, the model that gets the adapters")
 
     def resolved(self) -> ModelConfig:
         """Returns the shape with derived defaults filled in; with `pretrained`, they are not known yet."""
         if self.pretrained is not None:
-            return replace(self, lora=None if self.lora is None else asdict(from_dict(LoraSettings, self.lora)))
+            return replace(self, lora=None if self.lora is None else asdict(LoraSettings(**self.lora)))
         d_ff = self.d_ff or 8 * math.ceil(self.d_model / 3)
         return replace(self, num_kv_heads=self.num_kv_heads or self.num_heads, d_ff=d_ff)
 
@@ -178,6 +136,8 @@ class DataConfig(Section):
     """Suffixes of the files to read from a folder."""
     max_bad_rows: int = 0
     """Maximum number of unreadable rows or text files to skip before failing."""
+    skip: list[list[int]] = field(default_factory=list, metadata=FREE)
+    """Steps, from 1, whose samples are left out when the run resumes from before them: [[12001, 12200]]."""
     sequence_length: int = 256
     """Context length: tokens per sample."""
     num_workers: int = field(default=0, metadata=FREE)
@@ -194,6 +154,8 @@ class DataConfig(Section):
             yield not_one_of("tokenizer", self.tokenizer, ("char", "byte"), allowed)
         if not self.sources() or not all(0 < weight < math.inf for weight in self.sources().values()):
             yield Problem("source", self.source, "at least one source, with weights greater than 0")
+        if not all(len(pair) == 2 and 0 < pair[0] <= pair[1] for pair in self.skip) or self.skip != sorted(self.skip):
+            yield Problem("skip", self.skip, "pairs of [first step, last step], from 1, in ascending order")
         for name in ("mask_documents", "prompt_field"):
             if getattr(self, name) and self.end_of_text is None and not self.chat_template:
                 allowed = f"with an end_of_text such as {END_OF_TEXT!r}; for a prompt_field, or chat_template: true"
@@ -350,7 +312,7 @@ class TrainingConfig(Section):
         if self.max_steps is not None and 0 < self.max_steps <= self.warmup_steps:
             yield self._conflict("warmup_steps", "max_steps", "a warm-up shorter than the run")
         for index, entry in enumerate(self.parameter_groups):
-            yield from _entry_problems(ParameterGroup, entry, f"parameter_groups[{index}]")
+            yield from entry_problems(ParameterGroup, entry, f"parameter_groups[{index}]")
         steps = [pair[0] for pair in self.batch_size_schedule if len(pair) == 2 and min(pair) > 0]
         if len(steps) < len(self.batch_size_schedule) or steps != sorted({*steps}):
             allowed = "pairs of [optimizer steps done, batch size from there on], at least 1, with increasing steps"
@@ -442,3 +404,23 @@ FREE_ON_RESUME = frozenset(name for name, kind in ON_RESUME.items() if kind == "
 """Settings that change no weight, and may differ on resume. (Text and tokenizer may move: their content counts.)"""
 NEVER_ON_RESUME = frozenset(name for name, kind in ON_RESUME.items() if kind == "never")
 """Settings that decide the shape of the weights."""
+
+
+def saved_data_settings(data: dict[str, Any]) -> dict[str, Any]:
+    """Returns the section `data` of a checkpoint's config, with what earlier versions did without a setting."""
+    data = dict(data)
+    if data.get("prompt_field") is not None:
+        data.setdefault("chat_template", False)
+    if data.get("end_of_text") is not None and str(data.get("tokenizer")).endswith(".json"):
+        data.setdefault("special_tokens", "text")
+    return data
+
+
+def flat_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns {dotted name: value} of a config as a plain dict; settings without sections belong to the training."""
+    nested = config if "training" in config else {"training": config}
+    flat = {name: value for name, value in nested.items() if name not in ("model", "data", "training")}
+    for section, values in (nested | {"data": saved_data_settings(nested.get("data", {}))}).items():
+        if section not in flat:
+            flat |= {f"{section}.{name}": value for name, value in values.items()}
+    return flat

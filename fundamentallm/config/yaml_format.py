@@ -1,4 +1,4 @@
-"""Configs as plain dicts, and as YAML: PyYAML's safe loader with YAML 1.2's scalars; a repeated key is an error."""
+"""YAML of configs: PyYAML's safe loader with the scalars of YAML 1.2, and a repeated key as an error."""
 
 import dataclasses
 import re
@@ -44,7 +44,7 @@ for _name, (_pattern, _first) in _SCALARS.items():
     _Loader.add_implicit_resolver(_TAG + _name, re.compile(f"^(?:{_pattern})$"), [*_first, ""])
 for _name in ("null", "bool", "float", "str", "seq", "map"):
     _Loader.add_constructor(_TAG + _name, yaml.SafeLoader.yaml_constructors[_TAG + _name])
-_Loader.add_constructor(_TAG + "int", lambda loader, node: int(loader.construct_scalar(node)))
+_Loader.add_constructor(_TAG + "int", lambda loader, node: int(loader.construct_scalar(node)))  # type: ignore[arg-type]
 
 
 def from_yaml(text: str) -> Any:
@@ -63,23 +63,3 @@ def to_yaml(config: Config | dict[str, Any]) -> str:
     """Returns a config, or a plain dict of settings, as YAML that reads back equal."""
     plain = dataclasses.asdict(config) if isinstance(config, Config) else config
     return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
-
-
-def saved_data_settings(data: dict[str, Any]) -> dict[str, Any]:
-    """Returns the section `data` of a checkpoint's config, with what earlier versions did without a setting."""
-    data = dict(data)
-    if data.get("prompt_field") is not None:
-        data.setdefault("chat_template", False)
-    if data.get("end_of_text") is not None and str(data.get("tokenizer")).endswith(".json"):
-        data.setdefault("special_tokens", "text")
-    return data
-
-
-def flat_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns {dotted name: value} of a config as a plain dict; settings without sections belong to the training."""
-    nested = config if "training" in config else {"training": config}
-    flat = {name: value for name, value in nested.items() if name not in ("model", "data", "training")}
-    for section, values in (nested | {"data": saved_data_settings(nested.get("data", {}))}).items():
-        if section not in flat:
-            flat |= {f"{section}.{name}": value for name, value in values.items()}
-    return flat

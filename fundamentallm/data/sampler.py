@@ -103,6 +103,7 @@ class StepSampler:
     drop_last: bool = False  # skip an epoch's short last batch
     pad: bool = False  # pad micro-batches to one size (padding is masked), so that a compiled model sees one shape
     schedule: Sequence[Sequence[int]] = ()  # later batch sizes: the number of steps done, and the size from then on
+    skip: Sequence[Sequence[int]] = ()  # [first, last] steps, from 1, whose samples are left out (`DataConfig.skip`)
     order: "ListedOrder | None" = None  # of an epoch, in place of `seed`
     stream: Any = None  # a `Stream`, whose positions take the place of indices
     data: Any = None  # the dataset, or the stream; its entry 0 is the first sample
@@ -110,7 +111,7 @@ class StepSampler:
     start: Start = field(default_factory=Start)  # a run whose batch size was changed continues from its last sample
 
     def __post_init__(self) -> None:
-        self.schedule = [list(pair) for pair in self.schedule]
+        self.schedule, self.skip = [list(pair) for pair in self.schedule], [list(pair) for pair in self.skip]
         self.sizes = [self.batch_size, *(size for _, size in self.schedule)]
         self.sampler = getattr(self.order or self.stream, "description", None)
         self._largest_unit = max(map(len, self.order.of_epoch(0))) if self.order and self.order.is_batched else 1
@@ -127,9 +128,21 @@ class StepSampler:
     def _steps_over(self, samples: int, batch_size: int) -> int:
         return samples // batch_size if self.drop_last else -(-samples // batch_size)
 
-    def at(self, step: int) -> Start:
-        """Returns where the batches from `step` on start. Its samples are those consumed before `step`."""
+    def at(self, step: int, is_before_skip: bool = False) -> Start:
+        """Returns where the batches from `step` on start. Its samples are those consumed before `step`.
+
+        `is_before_skip`: where the samples begin that are left out, if there are any between `step` and the one before.
+        """
         at = self.start
+        for first, last in self.skip:
+            begin = first - 1
+            if self.start.step <= begin <= step - is_before_skip:
+                left_out = self._later(at, begin)
+                at = self._later(left_out, last)._replace(step=begin, samples=left_out.samples)
+        return self._later(at, step)
+
+    def _later(self, at: Start, step: int) -> Start:
+        """Returns where `step` starts, if nothing is left out since `at`."""
         for change, _ in self.schedule:
             if at.step < change <= step:
                 at = self._advanced(at, change)

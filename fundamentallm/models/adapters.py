@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fundamentallm.config.schema import LoraSettings
-from fundamentallm.config.validation import expand_user, from_dict
+from fundamentallm.config.validation import LoraSettings, expand_user, from_dict
 from fundamentallm.data.corpus import opened_note, touch_note
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import CheckpointError, ConfigError, Problem

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from fundamentallm.checkpoint.manifest import STATE, verify
 from fundamentallm.checkpoint.reading import explained, load_parts
-from fundamentallm.config.schema import BUILT_IN_CORPUS, DataConfig
+from fundamentallm.config.schema import BUILT_IN_CORPUS, DataConfig, saved_data_settings
 from fundamentallm.config.validation import from_dict
-from fundamentallm.config.yaml_format import saved_data_settings
 from fundamentallm.data.corpus import Corpus, load_corpus, opened_note
 from fundamentallm.data.datasets import TokenDataset
 from fundamentallm.data.loaders import corpus_samples
@@ -61,7 +60,7 @@ class Progress:
         self.loss = RunningMean(device)
         self.validation_due = False
         self.origin: str | None = None
-        order = {name: getattr(samples, name) for name in (*ORDER, "batch_size", "schedule")}
+        order = {name: getattr(samples, name) for name in (*ORDER, "batch_size", "schedule", "skip")}
         self.segments = [{**order, "content": content, "start": list(samples.start)}]
 
     def count(self, loss: Tensor, num_targets: Tensor) -> None:
@@ -87,7 +86,7 @@ class Progress:
             "validation_due": self.validation_due,
             "origin": self.origin,
             "stretches": self.segments,
-        } | ({} if stream is None else {"stream": stream.state_dict(self.samples.at(self.step).place)})
+        } | ({} if stream is None else {"stream": stream.state_dict(self.samples.at(self.step, True).place)})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resumes at a saved step: at the next sample if the batch size changed, at the next epoch if the data did."""
@@ -98,12 +97,13 @@ class Progress:
         if _without_start(before) == _without_start(now):
             self.samples.start, self.segments = saved.start, list(state["stretches"])
         else:
-            start = saved.at(step)
+            _check_skipped(now["skip"], saved, step)
+            start = saved.at(step, is_before_skip=True)
             if start.place and _sample_order(before) != _sample_order(now):
                 start = start._replace(epoch=start.epoch + 1, place=0)
             self.samples.start, self.segments = start, [*state["stretches"], {**now, "start": list(start)}]
         if self.samples.stream is not None and _sample_order(before) == _sample_order(now):
-            if state["stream"]["position"] != self.samples.at(step).place:
+            if state["stream"]["position"] != self.samples.at(step, is_before_skip=True).place:
                 raise ValueError(f"step {step} is not at the place {state['stream']['position']} of the stream.")
             self.samples.stream.load_state_dict(state["stream"])
         self.step, self.validation_due = step, bool(state["validation_due"])
@@ -114,10 +114,10 @@ class Progress:
 
 def sampler_of(segment: dict[str, Any]) -> StepSampler:
     """Returns the batches of a segment, over all processes. Raises ValueError if no run can start where it does."""
-    # The earliest checkpoints have no schedule.
-    schedule, drop_last = segment.get("schedule", ()), segment["drop_last"]
+    # Earlier checkpoints have no schedule and no skip.
+    later, drop_last = {name: segment.get(name, ()) for name in ("schedule", "skip")}, segment["drop_last"]
     size, batch_size, seed = segment["num_samples"], segment["batch_size"], segment["seed"]
-    sampler = StepSampler(size, batch_size, seed, drop_last=drop_last, schedule=schedule)
+    sampler = StepSampler(size, batch_size, seed, drop_last=drop_last, **later)
     sampler.start = start = Start(*segment["start"])
     # An index outside the epoch's order names no sample, and the permutation would never end.
     is_valid = all(type(number) is int and number >= 0 for number in start) and start.place < sampler.num_samples
@@ -126,8 +126,18 @@ def sampler_of(segment: dict[str, Any]) -> StepSampler:
     return sampler
 
 
+def _check_skipped(skip: list[list[int]], saved: StepSampler, step: int) -> None:
+    """Raises ConfigError if samples are to be left out on which the run was trained before `step`."""
+    if late := [pair for pair in skip if pair[0] <= step and pair not in saved.skip]:
+        advice = "Resume from an earlier checkpoint (training.resume), or leave them out of data.skip."
+        reason = f"and the checkpoint is already at step {step}"
+        raise ConfigError(Problem("data.skip", late, f"steps after {step}", advice, reason))
+
+
 def _without_start(segment: dict[str, Any]) -> dict[str, Any]:
-    return {"schedule": [], "sampler": None} | {name: value for name, value in segment.items() if name != "start"}
+    return {"schedule": [], "skip": [], "sampler": None} | {
+        name: value for name, value in segment.items() if name != "start"
+    }
 
 
 def _sample_order(segment: dict[str, Any]) -> list[Any]:

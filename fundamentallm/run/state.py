@@ -10,8 +10,7 @@ from fundamentallm.checkpoint.manager import CheckpointManager
 from fundamentallm.checkpoint.optimizer_state import NamedOptimizerState
 from fundamentallm.checkpoint.reading import Like, explained
 from fundamentallm.checkpoint.snapshot import ADAPTER_KEY, AVERAGE_KEY, MODEL_KEY, OPTIMIZER_KEY, encode, plan
-from fundamentallm.config.schema import FREE_ON_RESUME, NEVER_ON_RESUME, TrainingConfig
-from fundamentallm.config.yaml_format import flat_settings
+from fundamentallm.config.schema import FREE_ON_RESUME, NEVER_ON_RESUME, TrainingConfig, flat_settings
 from fundamentallm.distributed.dtensor import is_sharded, local
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import CheckpointError, ConfigError, Problem

@@ -13,8 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from fundamentallm.config.registry import not_one_of
-from fundamentallm.config.schema import Config, TrainingConfig
-from fundamentallm.config.yaml_format import flat_settings
+from fundamentallm.config.schema import Config, TrainingConfig, flat_settings
 from fundamentallm.data.sampler import StepSampler
 from fundamentallm.distributed.accelerator import check_accelerator, create_accelerator
 from fundamentallm.distributed.host_group import HostGroup

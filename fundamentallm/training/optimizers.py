@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from fundamentallm.config.registry import did_you_mean, resolve, unknown_options
-from fundamentallm.config.schema import OPTIMIZER_NAMES, ParameterGroup, TrainingConfig
-from fundamentallm.config.validation import from_dict
+from fundamentallm.config.schema import OPTIMIZER_NAMES, TrainingConfig
+from fundamentallm.config.validation import ParameterGroup, from_dict
 from fundamentallm.distributed.dtensor import is_dense
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.training.muon import Muon

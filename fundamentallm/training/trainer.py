@@ -118,8 +118,8 @@ class Trainer(TrainerView):
         layout = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
         layout |= {"micro_batch_size": at_once, "pad": bool(training.compile)}
         with self.group.barrier_with_errors():
-            schedule = training.batch_size_schedule
-            self.samples = step_sampler("train_loader", train_loader, training.seed, schedule=schedule, **layout)
+            later = {"schedule": training.batch_size_schedule, "skip": self.config.data.skip}
+            self.samples = step_sampler("train_loader", train_loader, training.seed, **later, **layout)
             self.val_samples = None if val_loader is None else step_sampler("val_loader", val_loader, 0, **layout)
         content = [None if each is None else fingerprint(each.dataset) for each in (train_loader, val_loader)]
         check_alike(self.group, self.config, optimizer, [self.samples, self.val_samples], content)

@@ -45,6 +45,7 @@ EXPECTED_OUTPUT = {
     "classification": r"'val_accuracy': 0\.[4-9]",
     "lora": r"opened in peft: .*\n(.*\n)*merged: Qwen3ForCausalLM",
     "python_sources": r"def __init__\(self.+",
+    "skip_spike": r"steps 21 to 22 are left out, from step_00000020 on\n.*\n +21 +4\.\d+ +1\.\d+",
     "supervised_pairs": r"97\+70=\d+",
     "sweep": r"best val_loss\n +[0-9.]+  \w+_5e-3\n +[0-9.]+  \w+_5e-3",
     "vision": r"[4-9]\d\.\d% of the shapes are classified correctly",

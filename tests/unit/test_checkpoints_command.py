@@ -326,17 +326,10 @@ VERBS: list[list[str]] = [["list"], ["verify"], ["show"], ["samples", "--step", 
 def test_verbs_wrong_path_is_an_error_with_the_path(tmp_path: Path, command: Command, verb: list[str]) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
-    for path, problem in (
-        (tmp_path / "nothing", "there is no checkpoint in"),
-        (tmp_path / "file", "there is no checkpoint in"),
-        (tmp_path / "empty", "there is no checkpoint in"),
-        (tmp_path / ("x" * 300), "cannot be read"),
-        (tmp_path / "x\x1b[2J", "there is no checkpoint in"),
-    ):
-        code, out, err = command(verb[0], path, *verb[1:])
+    for name in ("nothing", "file", "empty", "x" * 300, "x\x1b[2J"):
+        code, out, err = command(verb[0], tmp_path / name, *verb[1:])
         assert (code, out) == (1, "")
-        assert str(path).replace("\x1b", "\\x1b") in err
-        assert problem in err
+        assert str(tmp_path / name).replace("\x1b", "\\x1b") in err
 
 
 ESCAPE = "\x1b[2J\ud800\nstep_99999999  ok"

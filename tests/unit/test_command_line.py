@@ -16,6 +16,7 @@ from fundamentallm.config.command_line import parse_config, settings
 from fundamentallm.config.schema import Config, DataConfig, TrainingConfig
 from fundamentallm.config.yaml_format import from_yaml, to_yaml
 from fundamentallm.errors import ConfigError, Problem
+from tests.conftest import nested
 
 SETTINGS = [name for name, _, _, _ in settings(Config)]
 CHOSEN = {
@@ -68,11 +69,7 @@ def value_of(config: Any, name: str) -> Any:
 def test_parse_config_takes_settings_from_yaml_and_options(write: Write) -> None:
     write('{"text": "x"}\n', "rows.jsonl")
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in CHOSEN.items()}
-    sections: dict[str, Any] = {}
-    for name, value in CHOSEN.items():
-        section, _, key = name.rpartition(".")
-        (sections.setdefault(section, {}) if section else sections)[key] = value
-    from_file = parse_config(["--config", write(json.dumps(sections))])
+    from_file = parse_config(["--config", write(json.dumps(nested(CHOSEN)))])
     assert {name: value_of(from_file, name) for name in CHOSEN} == CHOSEN
     assert parse_config([f"--{name}={text}" for name, text in texts.items()]) == from_file
     assert parse_config([word for name, text in texts.items() for word in (f"--{name}", text)]) == from_file

@@ -16,24 +16,15 @@ from fundamentallm.config.schema import (
     DataConfig,
     ModelConfig,
     TrainingConfig,
+    flat_settings,
 )
 from fundamentallm.config.validation import fits, from_dict
-from fundamentallm.config.yaml_format import flat_settings
 from fundamentallm.errors import CheckpointError, ConfigError, Problem, ProcessLostError, report
-from tests.conftest import problem_of
+from tests.conftest import nested, problem_of
 
 HINTS = {name: hint for name, hint, _, _ in settings(Config)}
 NUMBERS = [name for name, hint in HINTS.items() if fits(1, hint)]
 FRACTIONAL = [name for name, hint in HINTS.items() if fits(0.5, hint)]
-
-
-def nested(given: dict[str, Any]) -> dict[str, Any]:
-    """Dotted settings as nested mappings."""
-    values: dict[str, Any] = {}
-    for name, value in given.items():
-        section, _, key = name.rpartition(".")
-        (values.setdefault(section, {}) if section else values)[key] = value
-    return values
 
 
 def problems(given: dict[str, Any]) -> list[Problem]:
@@ -102,11 +93,8 @@ def test_from_dict_takes_null_if_the_type_has_it() -> None:
 
 CONFLICTS = [
     ({"model.d_model": 100}, "model.d_model", "num_heads is 8"),
-    ({"model.num_kv_heads": 3}, "model.num_kv_heads", "num_heads is 8"),
     ({"training.max_steps": 10, "training.warmup_steps": 10}, "training.warmup_steps", "max_steps is 10"),
     ({"training.optimizer_options": {"x": 1}}, "training.optimizer_options", "optimizer is 'adamw'"),
-    ({"training.adam_learning_rate": 0.1}, "training.adam_learning_rate", "optimizer is 'adamw'"),
-    ({"data.mask_documents": True}, "data.mask_documents", "end_of_text is None"),
     ({"data.prompt_field": "question"}, "data.prompt_field", "end_of_text is None"),
     ({"data.prompt_field": "text", "data.end_of_text": "#"}, "data.prompt_field", "text_field is 'text'"),
 ]
@@ -221,9 +209,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("source", "fact"),
     [
-        ("missing.txt", "not found"),
-        ("*.nothing", "not found"),
-        pytest.param("x" * 5000, "not found", id="name too long for a file"),
+        ("missing.txt", "no files found"),
+        ("*.nothing", "no files found"),
+        pytest.param("x" * 5000, "no files found", id="name too long for a file"),
         ("python-doc", "'python-docs'"),
         ("only_images", ".txt or .md"),
         ("only_hidden", ".txt or .md"),

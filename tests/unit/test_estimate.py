@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fundamentallm import Config, DataConfig, ModelConfig, TrainingConfig, Transformer
 from fundamentallm.__main__ import main
-from fundamentallm.commands.estimate import WIDE, count, tokens_of_run
+from fundamentallm.commands.estimate import WIDE, count, memory, tokens_of_run
 from fundamentallm.data.corpus import load_corpus, vocabulary_size
 from fundamentallm.models.with_loss import ModelWithLoss
 from fundamentallm.training.loss import create_loss
@@ -44,6 +44,12 @@ def test_counts_equal_the_model(options: dict[str, Any]) -> None:
 def test_tokens_of_run_follow_the_batch_size_schedule() -> None:
     config = config_of(SHAPE, 24, batch_size=4, batch_size_schedule=[[5, 7], [9, 2]])
     assert [tokens_of_run(config, steps) for steps in (5, 6, 10)] == [20 * 24, 27 * 24, 50 * 24]
+
+
+def test_memory_is_that_of_the_busiest_device() -> None:
+    configs = [config_of(SHAPE, batch_size=size) for size in (3, 4)]
+    three, four = (memory(config, count(config), devices=2).activations for config in configs)
+    assert three == four
 
 
 @pytest.mark.parametrize("options", [{}, GROUPED])

@@ -19,6 +19,7 @@ from fundamentallm.config.schema import Config
 from fundamentallm.config.validation import from_dict
 from fundamentallm.config.yaml_format import to_yaml
 from fundamentallm.errors import ConfigError
+from tests.conftest import nested
 
 SETTINGS = [name for name, _, _, _ in all_settings(Config)]
 SECTIONS = ("model", "data", "training")
@@ -103,22 +104,12 @@ def test_parse_config_of_any_file_is_read_or_refused(folder: Path, content: str 
     parse("--config", "config.yaml", "--print_config")
 
 
-def in_sections(given: dict[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for name, value in given.items():
-        section, _, key = name.rpartition(".")
-        target = nested.setdefault(section, {}) if section else nested
-        if isinstance(target, dict):
-            target[key] = value
-    return nested
-
-
 @scaled(0.3)
-@given(st.dictionaries(names, values, max_size=6).map(in_sections))
-def test_parse_config_of_any_values_is_read_or_refused(folder: Path, nested: dict[str, Any]) -> None:
+@given(st.dictionaries(names, values, max_size=6).map(nested))
+def test_parse_config_of_any_values_is_read_or_refused(folder: Path, sections: dict[str, Any]) -> None:
     with contextlib.suppress(ConfigError):
-        from_dict(Config, nested)
-    (folder / "config.yaml").write_text(to_yaml(nested), encoding="utf-8")
+        from_dict(Config, sections)
+    (folder / "config.yaml").write_text(to_yaml(sections), encoding="utf-8")
     parse("--config", "config.yaml", "--print_config")
 
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import assume, given, strategies as st
 
 from fundamentallm.data.sampler import Start, StepSampler
+from fundamentallm.errors import ConfigError
 from fundamentallm.run.progress import Progress, sampler_of
 from tests.unit.test_hostile_input import scaled
 
@@ -155,3 +156,25 @@ def test_progress_resumes_at_the_next_sample_with_other_batches(
         if place == 0 and epoch > again.samples.start.epoch:
             assert again.samples.steps_before_epoch(epoch) == later
     assert len(again.segments) == 1 + ((before_size, one) != (size, other))
+
+
+def test_skip_holds_for_steps_after_the_checkpoint_and_is_recorded() -> None:
+    plain = StepSampler(31, 4, 3)
+    saved = at(4, progress(31)).state_dict()
+    first = restored(saved, progress(31, skip=[[5, 6]]))  # the next step is left out
+    assert [first.samples.batch(step) for step in (4, 5, 9)] == [plain.batch(step) for step in (6, 7, 11)]
+    for step in (4, 7):  # again from the same checkpoint's step, and from later
+        again = restored(at(step, first).state_dict(), progress(31, skip=[[5, 6]]))
+        assert again.samples.batch(7) == plain.batch(9)
+        assert sampler_of(again.segments[-1]).batch(7) == plain.batch(9)  # as `checkpoints samples` looks it up
+        other = restored(at(step, first).state_dict(), progress(31, schedule=[[20, 5]], skip=[[5, 6]]))
+        assert len(other.segments) == len(first.segments) + 1
+        assert other.samples.batch(7) == plain.batch(9)  # they are not left out twice
+
+
+def test_skip_of_steps_already_trained_is_refused() -> None:
+    saved = at(5, progress(31, skip=[[2, 2]])).state_dict()
+    restored(saved, progress(31, skip=[[2, 2], [6, 6]]))
+    with pytest.raises(ConfigError) as caught:
+        restored(saved, progress(31, skip=[[2, 2], [5, 9]]))
+    assert [(problem.setting, problem.value) for problem in caught.value.problems] == [("data.skip", [[5, 9]])]

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from fundamentallm import FundamentaLLMError, SampleCallback
-from fundamentallm.__main__ import VERBS
 from fundamentallm.commands.report import main, thinned
 from fundamentallm.run.folder import write_start
 from tests.integration.runs import StopAt, make_config, make_trainer
@@ -165,11 +164,9 @@ def test_thinned_keeps_spikes_and_gaps() -> None:
     assert thinned(points[:50]) == points[:50]
 
 
-def test_report_refuses_other_folders_and_replaces_a_report(run: Path, tmp_path: Path) -> None:
+def test_report_refuses_a_folder_that_is_not_a_run(tmp_path: Path) -> None:
     with pytest.raises(FundamentaLLMError, match=r"metrics.jsonl"):
         report(tmp_path)
-    assert report(run, "--output", tmp_path / "r.html") == report(run, "--output", tmp_path / "r.html") == 0
-    assert "report" in VERBS
 
 
 def test_report_of_a_config_with_numbers_that_json_lacks(tmp_path: Path) -> None:
@@ -194,19 +191,9 @@ def test_report_of_damaged_files_shows_the_rest_or_names_the_run(tmp_path: Path,
 LOOK = """
 <script>
 addEventListener("load", () => setTimeout(() => {
-  const seen = {};
-  /*LOOK*/
-  const out = document.createElement("pre");
-  out.id = "seen"; out.textContent = JSON.stringify(seen); document.body.append(out);
-}, 200));
-</script>
-"""
-CURVES = """
-  const loss = charts.find((chart) => chart.names.includes("val_loss")), box = loss.svg.getBoundingClientRect();
-  const clientX = (part) => box.left + 52 + (box.width - 62) * part;
-  const at = (part) => loss.svg.dispatchEvent(new PointerEvent("pointermove", { clientX: clientX(part) }));
-  at(10 / 12); seen.tip = loss.tip.innerText;
-  const labels = () => [...loss.svg.querySelectorAll("text")].map((text) => text.textContent);
+  const seen = {}, loss = charts.find((chart) => chart.names.includes("val_loss"));
+  const box = loss.svg.getBoundingClientRect(), clientX = box.left + 52 + (box.width - 62) * 10 / 12;
+  loss.svg.dispatchEvent(new PointerEvent("pointermove", { clientX })); seen.tip = loss.tip.innerText;
   const curve = () => loss.svg.querySelector("g path").getAttribute("d");
   seen.linear = curve(); document.getElementById("log").click(); seen.log = curve();
   const count = (what) => loss.svg.querySelectorAll(what).length, curves = "path:not(.skipped)";
@@ -214,29 +201,28 @@ CURVES = """
   document.querySelectorAll("#runs input")[1].click();
   seen.restarts = count(".restart"); seen.crosses = count(".skipped");
   const axis = document.getElementById("axis");
-  axis.value = "tokens"; axis.dispatchEvent(new Event("change")); seen.tokens = labels();
-  seen.samples = document.getElementById("samples").innerText; seen.final = document.getElementById("final").innerText;
-  seen.settings = document.getElementById("config").innerText; seen.title = document.title;
-  seen.images = document.images.length;
+  axis.value = "tokens"; axis.dispatchEvent(new Event("change"));
+  seen.tokens = [...loss.svg.querySelectorAll("text")].map((text) => text.textContent);
+  seen.text = ["samples", "final", "config"].map((name) => document.getElementById(name).innerText).join(" ");
+  seen.title = document.title;
+  const out = document.createElement("pre");
+  out.id = "seen"; out.textContent = JSON.stringify(seen); document.body.append(out);
+}, 200));
+</script>
 """
-
-
-def look(page: Path, folder: Path, script: str) -> dict[str, Any]:
-    """Returns what a script in the page has noted in `seen`, in a browser."""
-    looked_at = folder / "looked_at.html"
-    looked_at.write_text(page.read_text().replace("</body>", LOOK.replace("/*LOOK*/", script) + "</body>"))
-    flags = "headless no-sandbox disable-sync disable-gpu disable-quic no-first-run disable-background-networking "
-    flags += f"disable-component-update user-data-dir={folder}/profile virtual-time-budget=3000 dump-dom"
-    command = [str(CHROMIUM), *(f"--{flag}" for flag in flags.split()), "--window-size=1200,1500", looked_at.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    found = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert found is not None, done.stdout[-2000:] + done.stderr
-    return json.loads(html.unescape(found.group(1)))  # type: ignore[no-any-return]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine")
 def test_report_curves_in_a_browser(page: Path, run: Path, tmp_path: Path) -> None:
-    seen = look(page, tmp_path, CURVES)
+    looked_at = tmp_path / "looked_at.html"
+    looked_at.write_text(page.read_text().replace("</body>", f"{LOOK}</body>"))
+    flags = "headless no-sandbox disable-sync disable-gpu disable-quic no-first-run disable-background-networking "
+    flags += f"disable-component-update user-data-dir={tmp_path}/profile virtual-time-budget=3000 dump-dom"
+    command = [str(CHROMIUM), *(f"--{flag}" for flag in flags.split()), "--window-size=1200,1500", looked_at.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert found is not None, done.stdout[-2000:] + done.stderr
+    seen = json.loads(html.unescape(found.group(1)))
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     value = next(line["val_loss"] for line in logged if line["step"] == 10 and "val_loss" in line)
     assert seen["tip"].startswith("step 10")
@@ -244,9 +230,6 @@ def test_report_curves_in_a_browser(page: Path, run: Path, tmp_path: Path) -> No
     assert seen["linear"] != seen["log"]
     assert 0 < seen["fewer"] < seen["paths"]
     assert (seen["restarts"], seen["crosses"]) == (1, 2)
-    assert "800" in seen["tokens"] or "1,000" in seen["tokens"]
-    assert HOSTILE in seen["samples"]
-    assert "finished" in seen["final"]
-    assert "model.d_model" in seen["settings"]
+    assert {"800", "1,000"} & {*seen["tokens"]}
+    assert all(text in seen["text"] for text in (HOSTILE, "finished", "model.d_model"))
     assert "owned" not in seen["title"]
-    assert seen["images"] == 0

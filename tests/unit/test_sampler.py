@@ -73,3 +73,20 @@ def test_order_differs_between_epochs_and_seeds() -> None:
     assert [StepSampler(10, 4, None).batch(step) for step in (0, 2, 3)] == [[0, 1, 2, 3], [8, 9], [0, 1, 2, 3]]
     orders = [StepSampler(100, 100, seed).batch(epoch) for seed in (0, 1) for epoch in (0, 1, 2)]
     assert len({tuple(order) for order in orders}) == len(orders)
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_skip_leaves_out_the_samples_of_its_steps(drop_last: bool) -> None:
+    plain = StepSampler(31, 4, 1, drop_last=drop_last)
+    one = StepSampler(31, 4, 1, drop_last=drop_last, skip=[[5, 7]])
+    two = StepSampler(31, 4, 1, drop_last=drop_last, skip=[[5, 7], [5, 6]])
+    for step in range(30):
+        assert one.batch(step) == plain.batch(step + 3 * (step >= 4))  # step 5 gets the samples of step 8
+        assert two.batch(step) == one.batch(step + 2 * (step >= 4))  # a second pair counts the steps without the first
+    assert one.at(4).samples == plain.at(4).samples
+
+
+def test_skip_keeps_later_batch_sizes_at_their_steps() -> None:
+    plain, one = (StepSampler(310, 4, 1, schedule=[[6, 5]], skip=skip) for skip in ([], [[5, 8]]))
+    assert [len(one.batch(step)) for step in range(4, 8)] == [4, 4, 5, 5]
+    assert one.batch(4)[0] == plain.batch(8)[0]  # samples of both sizes are left out
