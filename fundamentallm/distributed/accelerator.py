@@ -21,7 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from fundamentallm.distributed.host_group import join_group
 from fundamentallm.distributed.prepare import NARROW
-from fundamentallm.errors import ConfigError, FundamentaLLMError, Problem
+from fundamentallm.errors import ConfigError, FundamentaLLMError, Problem, raise_all
 
 ENGINES = ("DEEPSPEED", "MEGATRON_LM", "XLA")
 PRECISIONS = ("no", "bf16", "fp16")
@@ -81,8 +81,7 @@ def create_accelerator(
     for name in (name for name in trackers or () if name not in installed):  # accelerate would leave it out
         advice = f"If accelerate knows a tracker of this name: pip install {name}."
         problems.append(Problem("trackers", name, ", ".join(installed), advice))
-    if problems:
-        raise ConfigError(problems)
+    raise_all(problems)
     join_group(cpu)
     # Gradients lie in the buffers that are exchanged, instead of beside them.
     data_parallel = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
@@ -203,8 +202,7 @@ def check_accelerator(
         reason = f"so that {count - batch_size} of {count} processes would have no sequence in any step"
         advice = "It counts the sequences of all processes; increase it, or launch fewer processes (num_processes)."
         problems.append(Problem("training.batch_size", batch_size, f"at least {count}", advice, reason))
-    if problems:
-        raise ConfigError(problems)
+    raise_all(problems)
     if accelerator.is_fsdp2:
         # accelerate's default policy reduces gradients in the precision of the forward pass.
         policy = MixedPrecisionPolicy(param_dtype=NARROW.get(precision), reduce_dtype=torch.float32)

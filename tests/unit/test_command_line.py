@@ -284,7 +284,6 @@ TINY = [
 @pytest.mark.parametrize(
     "argument",
     [
-        "--data.source=binary.txt",
         "--data.tokenizer=text.json",
         "--training.early_stopping_metric=val_accuracy",
         "--callback_options={curves: {colour: red}}",
@@ -296,7 +295,6 @@ def test_train_with_a_mistake_exits_with_2_and_leaves_nothing(
 ) -> None:
     write("some words " * 100, "text.txt")
     write("{}", "text.json")
-    write(b"\xff" * 999, "binary.txt")
     before = sorted(tmp_path.rglob("*"))
     assert train.main([*TINY, argument]) == 2
     assert sorted(tmp_path.rglob("*")) == before
