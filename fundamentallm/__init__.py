@@ -71,7 +71,7 @@ _MODULES = {
     "training.schedulers": ("create_scheduler",),
     "training.trainer": ("Trainer",),
 }  # fmt: skip
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
+_HOME = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
 __all__ = sorted(_HOME)
 
 
@@ -79,7 +79,7 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for: the command line need not wait for torch."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -25,7 +25,7 @@ from fundamentallm.config.schema import TrainingConfig
 from fundamentallm.config.units import size_text
 from fundamentallm.config.validation import range_problems
 from fundamentallm.distributed.host_group import HostGroup
-from fundamentallm.errors import CheckpointError, ConfigError, FundamentaLLMError
+from fundamentallm.errors import CheckpointError, FundamentaLLMError, raise_all
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +60,7 @@ class CheckpointManager:
     def __init__(
         self, checkpoint_dir: Path | str, keep_last_n: int = TrainingConfig.keep_last_n, group: HostGroup | None = None
     ) -> None:
-        if problems := range_problems(keep_last_n=keep_last_n):
-            raise ConfigError(problems)
+        raise_all(range_problems(keep_last_n=keep_last_n))
         self.checkpoint_dir, self.keep_last_n = Path(checkpoint_dir), keep_last_n
         self.group = group or HostGroup(alone=True)
         self.seconds = 0.0  # that the last save took to write

@@ -50,7 +50,7 @@ class NamedOptimizerState:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Restore what `state_dict` returned. Raises CheckpointError if it is of another model or optimizer."""
         if saved["type"] != type(self.optimizer).__name__:
-            facts = f"The checkpoint has the state of {saved['type']}, and this run has {type(self.optimizer).__name__}"
+            facts = f"The checkpoint has the state of {saved['type']} and this run has {type(self.optimizer).__name__}"
             raise CheckpointError(f"{facts}; resume with the same training.optimizer.")
         names, groups = self._names(), self.optimizer.param_groups
         parameters = [p for group in groups for p in group["params"]]

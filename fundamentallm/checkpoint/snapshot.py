@@ -56,7 +56,7 @@ def encode(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any
     if isinstance(value, (list, tuple)):
         items = [encode(item, (*path, str(index)), tensors) for index, item in enumerate(value)]
         return items if isinstance(value, list) else {_TUPLE: items}
-    allowed = "tensors, text, numbers, true, false, null, and lists, tuples and dicts (without tensors as keys) of them"
+    allowed = "tensors and JSON (text, numbers, true, false, null, lists, and dicts whose keys are not tensors)"
     raise CheckpointError(f"{where} is a {type(value).__module__}.{type(value).__name__}; allowed: {allowed}.")
 
 

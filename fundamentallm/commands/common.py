@@ -7,7 +7,7 @@ from fundamentallm.config.command_line import parse_config
 from fundamentallm.config.registry import resolve
 from fundamentallm.config.schema import Config
 from fundamentallm.config.validation import Interval
-from fundamentallm.errors import ConfigError, Problem, collected, printable
+from fundamentallm.errors import Problem, collected, printable, raise_all
 
 MODEL_HELP = (
     "a checkpoint, a run's output_dir or a folder of checkpoints (uses the best, otherwise the newest), or a model "
@@ -56,8 +56,7 @@ def parse_settings(
         config = parse_config(arguments, program, check_files)
     with collected(problems):
         resolve("--trainer", trainer or DEFAULT_TRAINER, {DEFAULT_TRAINER: None})
-    if problems:
-        raise ConfigError(problems)
+    raise_all(problems)
     return config
 
 

@@ -17,7 +17,7 @@ from fundamentallm.config.schema import IGNORE_INDEX, DataConfig, saved_data_set
 from fundamentallm.config.validation import AT_LEAST_ONE, from_dict
 from fundamentallm.data.corpus import Corpus, load_validation
 from fundamentallm.data.loaders import collate, corpus_samples
-from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.errors import ConfigError, Problem, raise_all
 from fundamentallm.inference.generation import row_problem
 from fundamentallm.inference.loading import LoadedModel, load_model
 from fundamentallm.models.transformer import Transformer
@@ -42,8 +42,7 @@ def main(arguments: Sequence[str], program: str) -> int:
     add("--batch_size", type=int, default=8, metavar="INT", help="samples computed at once [8]")
     add("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
-    if problems := option_problems(options, context=AT_LEAST_ONE, batch_size=AT_LEAST_ONE):
-        raise ConfigError(problems)
+    raise_all(option_problems(options, context=AT_LEAST_ONE, batch_size=AT_LEAST_ONE))
     loaded, total, count = load_model(options.checkpoint, options.base), 0.0, 0
     if options.context and loaded.context and options.context > loaded.context:
         allowed = f"at most {loaded.context}, which the model was trained with"

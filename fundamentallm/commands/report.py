@@ -36,13 +36,12 @@ def main(arguments: Sequence[str], program: str) -> int:
 def read_run(folder: Path) -> dict[str, Any]:
     """Returns what the page shows of a run; parts that the run lacks are None or empty."""
     # Imported here, so that --help need not wait for torch.
-    from fundamentallm.run.folder import LOG, SAMPLES, read_starts, read_status, restarts
-    from fundamentallm.run.json_lines import numbers, read
+    from fundamentallm.run.folder import LOG, SAMPLES, numbers, read_log, read_starts, read_status, restarts
 
     if not (folder / LOG).is_file():
         raise FundamentaLLMError(f"{folder} has no {LOG}; give the output_dir of a run.")
     try:
-        lines = [numbers(line) for line in read(folder / LOG)]
+        lines = [numbers(line) for line in read_log(folder / LOG)]
         starts, status = read_starts(folder), read_status(folder)
         count_seconds(lines, starts)
         start = starts[-1] if starts else {}
@@ -53,7 +52,7 @@ def read_run(folder: Path) -> dict[str, Any]:
             "data": (start.get("data") or [None])[-1],  # fingerprint of the validation data
             "curves": curves(lines),
             "restarts": restarts(folder),
-            "samples": [{key: line[key] for key in ("step", "prompt", "text")} for line in read(folder / SAMPLES)],
+            "samples": [{key: line[key] for key in ("step", "prompt", "text")} for line in read_log(folder / SAMPLES)],
             "config": flat_settings(start["config"]) if start.get("config") else None,
             "environment": start.get("environment"),
         }

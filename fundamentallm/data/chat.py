@@ -41,9 +41,8 @@ def applied_template(config: DataConfig) -> dict[str, str]:
         return {}
     unfit = [("special_tokens", "text"), ("mask_documents", True)]
     reason = "and the chat template of data.tokenizer renders each row as a sample"
-    given = [Problem(f"data.{name}", value, "", "", reason) for name, value in unfit if getattr(config, name) == value]
-    if given:
-        raise ConfigError(given)
+    if given := [(name, value) for name, value in unfit if getattr(config, name) == value]:
+        raise ConfigError([Problem(f"data.{name}", value, "", "", reason) for name, value in given])
     return files
 
 

@@ -94,8 +94,8 @@ def load_corpus(config: DataConfig, show_progress: bool = True, tokenizer: Token
     if config.streaming:
         raise ConfigError(Problem("data.streaming", True, "false, since the whole text is needed"))
     if config.validation_source is None:
-        return _Cache(config, find_sources(config), config.train_split, show_progress, tokenizer).corpus()
-    corpus = _Cache(config, find_sources(config), 1.0, show_progress, tokenizer).corpus()
+        return _Cache(config, find_sources(config), config.train_split, show_progress).corpus(tokenizer)
+    corpus = _Cache(config, find_sources(config), 1.0, show_progress).corpus(tokenizer)
     return corpus._replace(validation=load_validation(config, show_progress, corpus.tokenizer))
 
 
@@ -103,7 +103,7 @@ def load_validation(config: DataConfig, show_progress: bool, tokenizer: Tokenize
     """Load all of `config.validation_source` for validation, by its names. Raises what `load_corpus` raises."""
     config, named = replace(config, streaming=False, shuffle_buffer=None), config.validation_sources()
     found = [find_source(config, source, "data.validation_source") for source in named.values()]
-    sources = _Cache(config, found, 0.0, show_progress, tokenizer).corpus().sources
+    sources = _Cache(config, found, 0.0, show_progress).corpus(tokenizer).sources
     return [source._replace(name=name or source.name) for name, source in zip(named, sources, strict=True)]
 
 
@@ -168,14 +168,7 @@ def _hash(*parts: object) -> str:
 class _Cache:
     """Makes the tokenizer, unless it is given, and the tokens of sources, or finds what was made of the same files."""
 
-    def __init__(
-        self,
-        config: DataConfig,
-        sources: list[SourceFiles],
-        train_split: float,
-        show_progress: bool,
-        tokenizer: Tokenizer | None,
-    ) -> None:
+    def __init__(self, config: DataConfig, sources: list[SourceFiles], train_split: float, show_progress: bool) -> None:
         self.config, self.sources, self.train_split, self.show_progress = config, sources, train_split, show_progress
         self.folder = Path(expand_user(config.cache_dir)) if config.cache_dir else _user_cache()
         self.template = applied_template(config)
@@ -185,12 +178,12 @@ class _Cache:
             "chat_template": bool(self.template),
         }
         self.states = {source: source_states(source) for source in sources if source.kind != "prepared"}
-        self._tokenizer = tokenizer
+        self.given: Tokenizer | None = None
         self.measured = functools.cache(self._measure)
 
-    def corpus(self) -> Corpus:
-        """Load the sources."""
-        sources = list[Source]()
+    def corpus(self, given: Tokenizer | None) -> Corpus:
+        """Load the sources, with the tokenizer that is given."""
+        self.given, sources = given, list[Source]()
         for source in self.sources:
             folder = self._prepared(source) if source.kind == "prepared" else self._tokens(source)
             sources.append(_open(folder, source, self.config.sources().get(source.name, 1.0)))
@@ -205,7 +198,7 @@ class _Cache:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the sources."""
-        spec, end_of_text, tokenizer = self.config.tokenizer, self.config.end_of_text, self._tokenizer
+        spec, end_of_text, tokenizer = self.config.tokenizer, self.config.end_of_text, self.given
 
         def learn(folder: Path) -> None:
             text = itertools.chain.from_iterable(map(self._text, self.states))
@@ -219,16 +212,17 @@ class _Cache:
 
     def _text(self, source: SourceFiles) -> Iterator[str]:
         """Yields the text that the tokenizer is learned from."""
-        pieces, (size, _) = self._read(source, "learning a tokenizer from", []), self.measured(source)
-        for part, piece in split_pieces(pieces, size, are_samples(self.config)):
+        for part, piece in self._read(source, "learning a tokenizer from", []):
             if part == 0 or self.config.tokenizer == "char":
                 yield piece.text
 
-    def _read(self, source: SourceFiles, action: str, bad: list[str], total: int | None = None) -> tqdm[Any]:
-        """Reads a source, with a progress bar after a second."""
+    def _read(self, source: SourceFiles, action: str, bad: list[str]) -> Iterator[tuple[int, Any]]:
+        """Yields pieces with their part (see `split_pieces`), and shows a progress bar after a second."""
+        size, total = self.measured(source)
         title = f"{action} {printable(os.path.basename(source.name), keep='')}"
         pieces = read_source(self.config, source, bad)
-        return tqdm(pieces, title, total, unit="", unit_scale=True, delay=1, disable=not self.show_progress)
+        bar = tqdm(pieces, title, total, unit="", unit_scale=True, delay=1, disable=not self.show_progress)
+        return split_pieces(bar, size, are_samples(self.config))
 
     def _measure(self, source: SourceFiles) -> tuple[int, int]:
         """Returns the number of characters, samples or tokens for training, and the number of all pieces."""
@@ -236,7 +230,7 @@ class _Cache:
         if source.kind == "tokens":
             size = sum(len(block) for _, block in token_blocks(source, token_dtype(self.tokenizer)))
         else:
-            for piece in self._read(source, "reading", []):
+            for piece in read_source(self.config, source, []):
                 pieces += 1
                 size += piece.ends if are_samples(self.config) else len(piece.text)
         if size == 0:
@@ -249,9 +243,8 @@ class _Cache:
         def encode(folder: Path) -> None:
             # Tokenizer.save raises exceptions that are no OSErrors.
             (folder / TOKENIZER).write_text(self.tokenizer.to_str(pretty=True), encoding="utf-8")
-            bad, (size, total) = list[str](), self.measured(source)
-            pieces = self._read(source, "tokenizing", bad, total) if source.kind != "tokens" else ()
-            meta = write_source(self.config, source, self.tokenizer, size, folder, pieces, bad)
+            read = functools.partial(self._read, source, "tokenizing")
+            meta = write_source(self.config, source, self.tokenizer, self.measured(source)[0], folder, read)
             (folder / "meta.json").write_text(json.dumps(meta | {"settings": self.settings}))
 
         return self._made(self.tokenizer.to_str(), [source], encode)
@@ -281,8 +274,7 @@ class _Cache:
         if is_intact(folder):
             return folder
         new, locks = self.folder / f".staging-{folder.name}", self.folder / "known"
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(writing(self.folder, "Choose another data.cache_dir."))
+        with writing(self.folder, "Choose another data.cache_dir."), contextlib.ExitStack() as stack:
             locks.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context((locks / f"{folder.name}.lock").open("w"))
             with contextlib.suppress(OSError):  # some file systems have no locks
@@ -328,7 +320,8 @@ def _open(folder: Path, source: SourceFiles, weight: float) -> Source:
         if meta.get("turns") is not None:
             turns = _map_file(folder / f"{part}.turns.bin", "int64", meta["turns"][index])
         parts.append(Tokens(ids, rows, meta["validation_bytes"] if part == "validation" else None, turns))
-    return Source(source.name, weight, *parts, meta["bad_rows"], meta.get("counts", {}), folder, source.left_out)
+    (train, validation), counts = parts, meta.get("counts", {})
+    return Source(source.name, weight, train, validation, meta["bad_rows"], counts, folder, source.left_out)
 
 
 def _map_file(path: Path, dtype: str, count: int) -> NDArray[Any]:

@@ -7,7 +7,7 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
@@ -18,28 +18,21 @@ from tokenizers import Tokenizer
 from fundamentallm.config.files import SourceFiles, are_samples
 from fundamentallm.config.schema import DataConfig
 from fundamentallm.data.chat import token_turns
-from fundamentallm.data.sources import PIECE, Piece, skip_row, source_error, token_blocks
+from fundamentallm.data.sources import Piece, skip_row, source_error, token_blocks
 from fundamentallm.data.tokenizers import MISSING, Complete, find_unknown, num_bytes, num_ids, with_unknown
 
 PIECES_AT_ONCE = max(16, 2 * (os.cpu_count() or 1))
 """Pieces that the tokenizer's threads encode together. Bounds memory, at about 150 bytes a token."""
-ROWS_AT_ONCE = 8192
-"""Most pieces encoded together if they are small."""
 PARTS = ("train", "validation")
 Place = TypeVar("Place")
+Reader = Callable[[list[str]], Iterator[tuple[int, Piece]]]
 
 
 class Encoded(NamedTuple):
-    """A text, its tokens, and position and text of what the vocabulary lacks."""
+    """The tokens of a text, and position and text of what the vocabulary lacks."""
 
-    text: str
     ids: NDArray[np.integer]
     unknown: list[tuple[int, str]]
-
-    def named_unknown(self) -> str:
-        """Returns the parts that the vocabulary lacks, for people to read."""
-        parts = sorted({part for _, part in self.unknown})
-        return ", ".join(map(repr, parts[:10])) + (", ..." if len(parts) > 10 else "")
 
 
 class Part:
@@ -57,7 +50,7 @@ class Part:
 
     def write(self, piece: Piece, encoded: Encoded) -> None:
         """Write the tokens of a piece. A prompt comes just before its answer."""
-        answer, text, is_prompt = self.tokens, encoded.text, self.by_rows and not piece.ends
+        answer, text, is_prompt = self.tokens, piece.text, self.by_rows and not piece.ends
         if piece.turns:
             turns = self.tokens + token_turns(self.tokenizer, text, piece.turns)
             self.turns.extend(turns)
@@ -73,18 +66,12 @@ class Part:
 
 
 def write_source(
-    config: DataConfig,
-    source: SourceFiles,
-    tokenizer: Tokenizer,
-    train_size: int,
-    folder: Path,
-    pieces: Iterable[Piece],
-    bad: list[str],
+    config: DataConfig, source: SourceFiles, tokenizer: Tokenizer, train_size: int, folder: Path, read: Reader
 ) -> dict[str, Any]:
-    """Write the tokens of a source to an empty folder. The first `train_size` characters, rows or tokens are training.
+    """Write the tokens of a source to an empty folder.
 
-    Args:
-        pieces: the text, of which `bad` lists what cannot be read. Not used for files of tokens.
+    `read` returns its pieces with their parts, and lists what it cannot read. Of files of tokens, the first
+    `train_size` are for training.
 
     Returns:
         What the folder's meta.json has to say about them.
@@ -93,7 +80,7 @@ def write_source(
         ConfigError: if the vocabulary lacks some of the characters or tokens.
         OSError: if the files cannot be written.
     """
-    by_rows, counts = are_samples(config), Counter[str]()
+    by_rows, bad, counts = are_samples(config), list[str](), Counter[str]()
     added = tokenizer.get_added_tokens_decoder().values() if tokenizer.encode_special_tokens else ()
     names = sorted((token.content for token in added if token.special), key=len, reverse=True)  # the longest first
     special = re.compile("|".join(map(re.escape, names)) or r"\Z.")  # which never matches
@@ -102,11 +89,11 @@ def write_source(
         parts = [Part(file, tokenizer, end, by_rows) for file in (train, validation)]
         if source.kind == "tokens":
             _copy_tokens(source, tokenizer, train_size, parts)
-        split = split_pieces(pieces, train_size, by_rows)
-        for row, is_used in encode_rows(config, source, with_unknown(tokenizer), split, bad):
+        pieces = read(bad) if source.kind != "tokens" else ()
+        for row, is_used in encode_rows(config, source, with_unknown(tokenizer), pieces, bad):
             for index, piece, encoded in row if is_used else ():
                 parts[index].write(piece, encoded)
-                counts["special tokens read as text"] += len(special.findall(encoded.text))
+                counts["special tokens read as text"] += len(special.findall(piece.text))
                 counts["unknown tokens, for what the vocabulary lacks"] += len(encoded.unknown)
     for name, part in zip(PARTS, parts, strict=True):
         (folder / f"{name}.rows.bin").write_bytes(part.rows)
@@ -140,8 +127,11 @@ def encode_rows(
     row, why = list[tuple[Place, Piece, Encoded]](), ""
     for (place, piece), encoded in zip(pieces, encode_pieces(complete, (text.text for _, text in ahead)), strict=True):
         row.append((place, piece, encoded))
-        if encoded.unknown and not (config.unknown_tokens and can_allow):
-            why = why or _why_unknown(piece, encoded)
+        if encoded.unknown and not why and not (config.unknown_tokens and can_allow):
+            line = piece.line + piece.text.count("\n", 0, encoded.unknown[0][0])
+            where = f"{piece.where}, line {line:,}" if piece.line else piece.where or "empty line between documents"
+            lacking = sorted({part for _, part in encoded.unknown})
+            why = f"{where} has {', '.join(map(repr, lacking[:10]))}, which the vocabulary lacks"
         is_of_row = source.kind in ("rows", "dataset") and bool(piece.where)
         if is_of_row and not piece.ends:
             continue
@@ -153,13 +143,6 @@ def encode_rows(
             raise source_error(source.name, f"whose {why}", advice=advice)
         yield row, not why
         row, why = [], ""
-
-
-def _why_unknown(piece: Piece, encoded: Encoded) -> str:
-    """Returns the place in the source, and what the vocabulary lacks there."""
-    line = piece.line + encoded.text.count("\n", 0, encoded.unknown[0][0])
-    where = f"{piece.where}, line {line:,}" if piece.line else piece.where or "empty line between documents"
-    return f"{where} has {encoded.named_unknown()}, which the vocabulary lacks"
 
 
 def _copy_tokens(source: SourceFiles, tokenizer: Tokenizer, train_size: int, parts: list[Part]) -> None:
@@ -205,23 +188,12 @@ def encode_pieces(complete: Complete, pieces: Iterable[str]) -> Iterator[Encoded
     """
     tokenizer, unknown = complete
     dtype = token_dtype(tokenizer)
-    for batch in _batches(pieces):
+    pieces = iter(pieces)
+    while batch := list(itertools.islice(pieces, PIECES_AT_ONCE)):
         for piece, encoding in zip(batch, tokenizer.encode_batch_fast(batch, add_special_tokens=False), strict=True):
             ids = np.array(encoding.ids, np.int64)
             lacking = find_unknown(tokenizer, unknown, piece) if (ids == unknown).any() else []
-            yield Encoded(piece, ids.astype(dtype), lacking)
-
-
-def _batches(pieces: Iterable[str]) -> Iterator[list[str]]:
-    batch, size = list[str](), 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece)
-        if size >= PIECES_AT_ONCE * PIECE or len(batch) >= ROWS_AT_ONCE:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+            yield Encoded(ids.astype(dtype), lacking)
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype[np.unsignedinteger]:

@@ -123,25 +123,20 @@ def _is_rows(text: str) -> bool:
         return False
 
 
-def open_text(path: Path) -> TextIO:
-    """Open a text file with its line ends as they are, and without a byte order mark."""
-    return path.open(encoding="utf-8-sig", newline="")
-
-
 def _text_pieces(config: DataConfig, source: SourceFiles, path: Path, bad: list[str]) -> Iterator[Piece]:
     """Yield a text file as one document, with the line ends as they are."""
     text, line = "", 1
     try:
-        with open_text(path) as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:  # without a byte order mark
             if config.max_bad_rows:  # a bad file is skipped as a whole, so check it before using any of it
                 collections.deque(read_pieces(file), maxlen=0)
                 file.seek(0)
-            for text, following in itertools.pairwise(itertools.chain(read_pieces(file), [None])):
+            for text, following in itertools.pairwise(itertools.chain(read_pieces(file), [""])):
                 if line == 1 and _is_rows(text):
                     reason = f"whose file {path} holds JSON objects, one on each line"
                     advice = f"Rename it to .jsonl. To train on the JSON itself: {DATASETS}text,data_files=FILE."
                     raise source_error(source.name, reason, "text", advice)
-                yield Piece(text, ends=following is None, where=str(path), line=line)
+                yield Piece(text, ends=not following, where=str(path), line=line)
                 line += text.count("\n")
     except UnicodeError as error:
         skip_row(config, source, bad, f"{path} is not UTF-8 text: {error}")
@@ -275,8 +270,5 @@ def source_states(source: SourceFiles) -> list[Any]:
     files, about = list(source.files), source.kind
     if source.kind == "dataset":
         files, about = [Path(entry["filename"]) for entry in open_dataset(source.name).cache_files], source.name
-    try:
-        found = [(str(file.absolute()), file.stat()) for file in files]
-    except OSError as error:
-        raise source_error(source.name, f"whose files cannot be read: {error}") from error
+    found = [(str(file.absolute()), file.stat()) for file in files]
     return [about, *((path, at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_ino) for path, at in found)]

@@ -17,8 +17,7 @@ from fundamentallm.errors import ConfigError, Problem
 
 UNKNOWN = "<unk>"
 """Token for characters that a `char` vocabulary lacks. Without it BPE would drop them silently."""
-Complete = tuple[Tokenizer, int | None]
-"""What `with_unknown` returns."""
+Complete = tuple[Tokenizer, int | None]  # what `with_unknown` returns
 SPLIT = "split_special_tokens"
 """Setting of a tokenizer_config.json: special tokens in a text are read as text."""
 MISSING = "\ue000missing\ue000"
@@ -145,9 +144,8 @@ def with_unknown(tokenizer: Tokenizer) -> Complete:
 
 def find_unknown(tokenizer: Tokenizer, unknown: int | None, text: str) -> list[tuple[int, str]]:
     """Lists position and text of what is encoded as unknown. A text that names the unknown token is not listed."""
-    if unknown is None:
-        return []
-    encoding, name = tokenizer.encode(text, add_special_tokens=False), tokenizer.id_to_token(unknown)
+    name = None if unknown is None else tokenizer.id_to_token(unknown)
+    encoding = tokenizer.encode(text, add_special_tokens=False)
     spans = [span for index, span in zip(encoding.ids, encoding.offsets, strict=True) if index == unknown]
     return [(start, text[start:end]) for start, end in spans if text[start:end].strip() != name]
 

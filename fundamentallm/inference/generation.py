@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fundamentallm.config.validation import range_problems
-from fundamentallm.errors import ConfigError, FundamentaLLMError, Problem
+from fundamentallm.errors import FundamentaLLMError, Problem, raise_all
 from fundamentallm.models.transformer import Transformer, cache_option
 
 
@@ -62,8 +62,7 @@ def generate(
     problems += range_problems(max_new_tokens=max_new_tokens, context=context, seed=seed, **sampling)
     if unknown := row_problem(model, "prompt", token_ids, token_ids):
         problems.append(unknown)
-    if problems:
-        raise ConfigError(problems)
+    raise_all(problems)
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     draw = functools.partial(_sample, generator=generator, **sampling)
     text = [*token_ids]

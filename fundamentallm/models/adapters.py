@@ -31,11 +31,10 @@ from fundamentallm.models.transformers_format import (
 )
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-INSTALL = "Run: pip install 'fundamentallm[peft]'."
 OPENED = {
     *("r", "lora_alpha", "lora_dropout", "bias", "lora_bias", "fan_in_fan_out", "use_rslora", "use_dora", "task_type"),
     *("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "trainable_token_indices"),
-    *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
+    *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "init_lora_weights"),
 }
 """Settings of an adapter_config.json that `open_adapter` uses. Others may name files to read or modules to import."""
 DESCRIBING = {"peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"}
@@ -123,7 +122,8 @@ def add_lora(model: nn.Module, settings: dict[str, Any], name: str, folder: Path
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ConfigError(Problem("model.lora", settings, advice=INSTALL, reason="which needs peft")) from error
+        advice = "Run: pip install 'fundamentallm[peft]'."
+        raise ConfigError(Problem("model.lora", settings, advice=advice, reason="which needs peft")) from error
     lora, modules = from_dict(LoraSettings, settings), dict(model.named_modules())
     options = {"r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "target_modules": lora.targets}
     config = LoraConfig(**options, task_type="CAUSAL_LM")
@@ -149,27 +149,26 @@ def open_adapter(folder: Path, base: str | Path | None) -> tuple[Any, Pretrained
     the one given; otherwise a folder that a run of this user's trained adapters of, or a name in the local cache.
     Raises ConfigError if one of the two cannot be used, CheckpointError if a file is missing or the base is unknown.
     """
+    import peft
 
     refuse = functools.partial(refusal, "checkpoint", str(folder))
-    try:
-        import peft
-    except ImportError as error:
-        raise refuse("whose adapter needs peft", INSTALL) from error
     refuse_links(folder, refuse)
     saved, defaults = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")), peft.LoraConfig().to_dict()
-    for setting in saved.keys() - OPENED - DESCRIBING:
+    if saved.get("init_lora_weights") in ("gaussian", "orthogonal"):  # others may read files
+        saved["init_lora_weights"] = True  # the weights are read all the same
+    for setting in saved.keys() - (OPENED - {"init_lora_weights"}) - DESCRIBING:
         if saved[setting] and saved[setting] != defaults.get(setting):
             advice = "If you trust it, open it by PeftModel.from_pretrained of peft."
             raise refuse(f"whose {ADAPTER_CONFIG} has a {setting} of {saved[setting]!r}", advice)
     if not (folder / ADAPTER_WEIGHTS).is_file():  # peft would go on to a pickled file, or to the Hub
         raise CheckpointError(f"{folder}: {ADAPTER_WEIGHTS} is missing.")
-    name, revision = str(base or saved.get("base_model_name_or_path") or ""), str(saved.get("revision"))
+    name, revision = str(saved.get("base_model_name_or_path") or ""), str(saved.get("revision"))
     is_name = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) and not os.path.lexists(expand_user(name))
     if base is None and not is_name and not (name and opened_note(name).exists()):
         advice = "Give the base model: --base FOLDER, in Python load_model(..., base=FOLDER)."
         raise CheckpointError(f"{folder}: its base model {name!r} is not known to be yours. {advice}")
     is_commit = base is None and re.fullmatch(r"[0-9a-f]{40}", revision)
-    found = find_pretrained(name, "base", revision if is_commit else None)
+    found = find_pretrained(name if base is None else str(base), "base", revision if is_commit else None)
     config = peft.LoraConfig(**{name: saved[name] for name in OPENED & saved.keys()})
     return peft.PeftModel.from_pretrained(transformers_model(found), str(folder), config=config), found
 

@@ -153,12 +153,9 @@ class Transformer(nn.Module):
     """A decoder-only language model.
 
     Args:
-        config: its shape; `vocab_size` must be set.
+        config: its shape; raises ConfigError if `vocab_size` is not set.
         document_start: the end-of-text token. It and the tokens after it do not attend to those before it, so it begins
             the next document and shows nothing of the last one. None: documents are not masked.
-
-    Raises:
-        ConfigError: if `vocab_size` is not set.
 
     Examples:
         >>> import torch

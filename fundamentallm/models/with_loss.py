@@ -126,7 +126,8 @@ class OwnLoss(_Loss):
         self.computes_loss = self._takes_all or LABELS in self._names
         # Whether the first label does not count, as the function of a transformers model's loss says.
         is_causal = getattr(getattr(model, "loss_function", None), "__name__", "") == "ForCausalLMLoss"
-        self.shifts = is_causal and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        is_decoder = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        self.shifts = self.computes_loss and is_causal and is_decoder
         # transformers' models that take any argument hand the count on to their loss function.
         hands_on = self._takes_all and hasattr(model, "loss_type") and getattr(model, "accepts_loss_kwargs", True)
         self._takes_count = hands_on or "num_items_in_batch" in self._names
@@ -142,8 +143,7 @@ class OwnLoss(_Loss):
             return _num_rows(batch)
         if self.computes_loss and labels.is_floating_point():  # numbers to predict
             return labels.numel()
-        shifts = self.computes_loss and self.shifts
-        return ((labels[..., 1:] if shifts else labels) != IGNORE_INDEX).sum()
+        return ((labels[..., 1:] if self.shifts else labels) != IGNORE_INDEX).sum()
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any], with_outputs: bool) -> tuple[Tensor, Any]:
         """Returns the loss and the model's output."""

@@ -17,7 +17,7 @@ from fundamentallm.config.schema import Config, DataConfig, ModelConfig
 from fundamentallm.config.validation import expand_user
 from fundamentallm.data.tokenizers import create_tokenizer, read_tokenizer, same_tokenizer
 from fundamentallm.distributed.host_group import HostGroup
-from fundamentallm.errors import CheckpointError, ConfigError, Problem
+from fundamentallm.errors import CheckpointError, ConfigError, Problem, raise_all
 from fundamentallm.models.adapters import add_lora
 from fundamentallm.models.transformers_format import TOKENIZER, WEIGHTS, Pretrained, find_pretrained, transformers_model
 from fundamentallm.run.folder import LOCK
@@ -168,8 +168,7 @@ def completed(config: Config) -> tuple[Config, Pretrained]:
         if reason:
             advice = "Leave it out, or give the tokenizer.json with which it was trained (AutoTokenizer writes one)."
             problems.append(Problem("data.tokenizer", spec, advice=advice, reason=reason))
-        if problems:
-            raise ConfigError(problems)
+        raise_all(problems)
         return dataclasses.replace(config, model=theirs, data=dataclasses.replace(data, tokenizer=spec)), pretrained
 
 

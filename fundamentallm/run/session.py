@@ -83,7 +83,8 @@ def _record_failure(folder: Path, position: dict[str, Any], error: BaseException
 def _open_folders(
     stack: ExitStack, output_dir: Path | None, manager: CheckpointManager | None, say: Callable[[str], None]
 ) -> None:
-    folders = [folder for folder in (output_dir, manager and manager.checkpoint_dir) if folder is not None]
+    below = None if manager is None else manager.checkpoint_dir
+    folders = [folder for folder in (output_dir, below) if folder is not None]
     for folder in folders:
         if str(folder) != str(folder).encode(errors="replace").decode():
             reason = "and safetensors reads no file there"

@@ -13,7 +13,7 @@ from fundamentallm.checkpoint.snapshot import ADAPTER_KEY, AVERAGE_KEY, MODEL_KE
 from fundamentallm.config.schema import FREE_ON_RESUME, NEVER_ON_RESUME, TrainingConfig, flat_settings
 from fundamentallm.distributed.dtensor import is_sharded, local
 from fundamentallm.distributed.host_group import HostGroup
-from fundamentallm.errors import CheckpointError, ConfigError, Problem
+from fundamentallm.errors import CheckpointError, ConfigError, Problem, raise_all
 from fundamentallm.run.folder import versions
 from fundamentallm.run.progress import Progress
 
@@ -124,8 +124,7 @@ def _refuse_changes(changed: dict[str, tuple[Any, Any]], may_change: Collection[
         Problem(name, changed[name][1], _short(changed[name][0]), fixed if name in NEVER_ON_RESUME else advice, reason)
         for name in refused
     ]
-    if problems:
-        raise ConfigError(problems)
+    raise_all(problems)
 
 
 def _short(value: Any) -> str:

@@ -17,7 +17,7 @@ from fundamentallm.config.schema import Config, TrainingConfig, flat_settings
 from fundamentallm.data.sampler import StepSampler
 from fundamentallm.distributed.accelerator import check_accelerator, create_accelerator
 from fundamentallm.distributed.host_group import HostGroup
-from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.errors import ConfigError, Problem, raise_all
 from fundamentallm.training.callbacks.trackers import tracker_names
 from fundamentallm.training.metrics import metric_names
 
@@ -146,5 +146,4 @@ def check_setup(
     if not set(config.trackers) <= set(given):
         advice = "Make the Accelerator with all of them (create_accelerator does), or set trackers to []."
         problems.append(Problem("trackers", config.trackers, f"the Accelerator's log_with, {given}", advice))
-    if problems:
-        raise ConfigError(problems)
+    raise_all(problems)

@@ -8,7 +8,7 @@ from typing import Any
 
 from fundamentallm.config.schema import TrainingConfig
 from fundamentallm.config.validation import range_problems
-from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.errors import ConfigError, Problem, raise_all
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +79,7 @@ class EarlyStopping(BestValue):
         mode: str = TrainingConfig.early_stopping_mode,
         min_delta: float = TrainingConfig.early_stopping_min_delta,
     ) -> None:
-        if problems := range_problems(early_stopping_patience=patience, early_stopping_min_delta=min_delta):
-            raise ConfigError(problems)
+        raise_all(range_problems(early_stopping_patience=patience, early_stopping_min_delta=min_delta))
         super().__init__(metric, mode, min_delta)
         self.patience, self.counter, self.is_best = patience, 0, False
 

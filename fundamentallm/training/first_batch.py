@@ -169,7 +169,7 @@ class FirstBatches:
         inputs, targets = batch if isinstance(objective, PairLoss) else (None, None)
         if isinstance(objective, OwnLoss):
             inputs, targets = batch.get("input_ids"), batch.get(LABELS)
-            shifts = objective.computes_loss and objective.shifts
+            shifts = objective.shifts
             if names := ", ".join(map(str, objective.unused(batch))):
                 what = f"{type(model).__name__}.forward does not take {names} of the batch"
                 self.say(f"warning: {what}. Rename them in collate_fn if it should take them.")

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from fundamentallm.config.registry import resolve, unknown_options
 from fundamentallm.config.schema import CHUNK, IGNORE_INDEX, LARGE_VOCABULARY, LOSS_NAMES, TrainingConfig
 from fundamentallm.config.validation import FRACTION, NON_NEGATIVE
-from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.errors import ConfigError, Problem, raise_all
 from fundamentallm.models.with_loss import Objective
 
 # What training minimises: of logits (N, V) in float32 and targets (N,), the sum over targets that count.
@@ -110,8 +110,7 @@ def create_loss(loss_type: str = "cross_entropy", **options: Any) -> nn.Module:
     problems = unknown_options("loss_options", loss_type, options, known)
     wrong = [name for name, allowed in ranges.items() if name in options and options[name] not in allowed]
     problems += [Problem(f"loss_options.{name}", options[name], str(ranges[name])) for name in wrong]
-    if problems:
-        raise ConfigError(problems)
+    raise_all(problems)
     return SummedLoss(named, **options) if loss_type in LOSSES else named(**options)
 
 

@@ -20,9 +20,9 @@ from fundamentallm.config.registry import resolve
 from fundamentallm.config.schema import METRIC_NAMES
 from fundamentallm.data.datasets import TokenDataset
 from fundamentallm.distributed.batches import StepBatch
-from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.errors import ConfigError, Problem, raise_all
 from fundamentallm.models.with_loss import describe
-from fundamentallm.run.json_lines import numbers, read
+from fundamentallm.run.folder import numbers, read_log
 from fundamentallm.run.progress import RunningMean
 
 MEASURED = frozenset({"tokens_per_second", "mfu", "memory_gb", "time"})
@@ -54,8 +54,7 @@ def further_metrics(
             reason = f"and there is a {key} already"
             problems.append(Problem("validation_metrics", name, reason=reason, advice="Give it another name."))
         metrics[key] = metric
-    if problems:
-        raise ConfigError(problems)
+    raise_all(problems)
     return metrics
 
 
@@ -250,7 +249,7 @@ class MetricTracker:
         if any(type(value) not in (int, float) for value in latest.values()):
             raise ValueError(f"the latest values are {latest}; allowed: numbers.")
         self.metrics = {}
-        log = [] if self.log is None else [numbers(line) for line in read(self.log)]
+        log = [] if self.log is None else [numbers(line) for line in read_log(self.log)]
         for clock in CLOCKS:
             last = {key: value for key, value in latest.items() if key.startswith("val_") == (clock == "val_step")}
             for line in log:

@@ -14,7 +14,7 @@ from fundamentallm.config.registry import did_you_mean, resolve, unknown_options
 from fundamentallm.config.schema import OPTIMIZER_NAMES, TrainingConfig
 from fundamentallm.config.validation import ParameterGroup, from_dict
 from fundamentallm.distributed.dtensor import is_dense
-from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.errors import ConfigError, Problem, raise_all
 from fundamentallm.training.muon import Muon
 
 CLASSES: dict[str, Any] = dict(zip(OPTIMIZER_NAMES, (AdamW, Adam, SGD, Muon), strict=True))
@@ -133,6 +133,5 @@ def _assigned(model: nn.Module, entries: Sequence[dict[str, Any]]) -> dict[Tenso
             setting, reason = f"training.parameter_groups[{index}].pattern", "which matches no further parameter"
             problems.append(Problem(setting, entry.pattern, reason=reason, advice=advice))
         assigned |= dict.fromkeys(new, entry)
-    if problems:
-        raise ConfigError(problems)
+    raise_all(problems)
     return assigned

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from fundamentallm.config.registry import resolve, unknown_options
 from fundamentallm.config.schema import TrainingConfig
 from fundamentallm.config.validation import Interval
-from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.errors import ConfigError, Problem, raise_all
 
 # A decay maps progress (0 at the peak, 1 on the last step) to a height: 1 is the peak, 0 is `min_lr_ratio`.
 
@@ -133,8 +133,7 @@ def make_schedule(config: TrainingConfig, optimizer: Optimizer, total_steps: int
     if warmup_steps >= total_steps:
         allowed = f"fewer than the steps of the run, max_epochs x steps_per_epoch = {total_steps}"
         problems.append(Problem("warmup_steps", warmup_steps, allowed))
-    if problems:
-        raise ConfigError(problems)
+    raise_all(problems)
     peak_step, last_step = max(warmup_steps - 1, 0), total_steps - 1
 
     def factor(step: int) -> float:  # of the peak

@@ -26,17 +26,16 @@ PEAK_TFLOPS = {
     "RTX 4090": 165.0,
     "RTX 3090": 71.0,
 }
-"""Peak TFLOP/s of dense matrix products in bfloat16 or float16, accumulated in float32, by a word in the device's name.
-From NVIDIA's data sheets; half of what they state with sparsity."""
+"""Peak TFLOP/s of dense matrix products in bfloat16 or float16, accumulated in float32, by words of the device's name,
+the first that fit. From NVIDIA's data sheets; half of what they state with sparsity."""
 
 
 def known_peak(device_name: str, precision: str) -> float | None:
     """Returns the peak TFLOP/s of a device, or None if it is not known (as in float32, which may use TF32)."""
-    words = device_name.upper().replace("-", " ").split()
+    words = {*device_name.upper().replace("-", " ").split()}
     if precision not in ("bf16", "fp16") or "NVIDIA" not in words:
         return None
-    matching = [name for name in PEAK_TFLOPS if set(name.split()) <= set(words)]
-    return PEAK_TFLOPS[max(matching, key=lambda name: len(name.split()))] if matching else None
+    return next((peak for name, peak in PEAK_TFLOPS.items() if words.issuperset(name.split())), None)
 
 
 def model_flops_per_token(model: nn.Module, sequence_length: int) -> int:
@@ -50,10 +49,8 @@ def model_flops_per_token(model: nn.Module, sequence_length: int) -> int:
     """
     from torch import nn
 
-    tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     others = {p for module in model.modules() if not isinstance(module, nn.Embedding) for p in module.parameters(False)}
-    looked_up = tables - others  # a tied table is the output projection too
-    multiplied = sum(p.numel() for p in model.parameters() if p.ndim >= 2 and p not in looked_up)
+    multiplied = sum(p.numel() for p in others if p.ndim >= 2)  # with a tied table, which is the output projection too
     config: Any = getattr(model, "config", None)
     layers: int = getattr(config, "num_layers", 0) or getattr(config, "num_hidden_layers", 0)  # ours, transformers'
     width: int = getattr(config, "d_model", 0) or getattr(config, "hidden_size", 0)

@@ -312,11 +312,3 @@ def test_lora_targets_that_match_nothing_are_named(base: Path, tmp_path: Path, t
     problem = problem_of(lambda: make_trainer(config(base, tmp_path, targets=targets)))
     assert (problem.setting, problem.value) == ("model.lora.targets", targets)
     assert "q_proj" in problem.allowed
-
-
-def test_lora_without_peft_says_how_to_install_it(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reset_accelerate()
-    monkeypatch.setitem(__import__("sys").modules, "peft", None)
-    problem = problem_of(lambda: make_trainer(config(base, tmp_path)))
-    assert problem.setting == "model.lora"
-    assert "fundamentallm[peft]" in problem.advice

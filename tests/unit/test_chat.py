@@ -103,20 +103,14 @@ def test_validation_counts_the_bytes_of_turns(tmp_path: Path) -> None:
     assert 2 * len(" é3 <|end|>\n".encode()) < cut.num_bytes < 2 * turns
 
 
-@pytest.mark.parametrize("kind", ["parquet", "datasets"])
-def test_rows_of_tables_are_chats_too(tmp_path: Path, kind: str) -> None:
+def test_rows_of_tables_are_chats_too(tmp_path: Path) -> None:
     """A table has a null for each field that another message has."""
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
     rows = [{"m": [*chat(("user", "1+2?")), call, *chat(("tool", "3"), ("assistant", "3."))]}]
     expected = targets_of(load(tmp_path, TOOLS, rows), 0)
     assert expected == ['[{"name": "add"}]<|end|>\n', "3.<|end|>\n"]
-    table = datasets.Dataset.from_list(rows)
-    if kind == "parquet":
-        table.to_parquet(tmp_path / "rows.parquet")
-        source = str(tmp_path / "rows.parquet")
-    else:
-        table.save_to_disk(tmp_path / "saved")
-        source = f"datasets:{tmp_path / 'saved'}"
+    source = str(tmp_path / "rows.parquet")
+    datasets.Dataset.from_list(rows).to_parquet(source)
     assert targets_of(load(tmp_path, TOOLS, rows, source=source), 0) == expected
 
 
@@ -153,7 +147,6 @@ def test_pairs_use_the_template_unless_switched_off(tmp_path: Path, switch: bool
 
 WRONG = [
     ({"tokenizer": "char"}, "tokenizer"),
-    ({"prompt_field": "q", "end_of_text": "<|end|>"}, "prompt_field"),
     ({"text_field": "answer"}, "text_field"),
     ({"chat_template": False}, "chat_template"),
     ({"special_tokens": "text"}, "special_tokens"),

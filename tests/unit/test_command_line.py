@@ -100,6 +100,10 @@ def test_from_yaml_reads_the_scalars_of_yaml_1_2(text: str, value: Any) -> None:
     assert type(from_yaml(text)) is type(value)
 
 
+def test_from_yaml_merges_mappings_below_own_keys() -> None:
+    assert from_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}")["b"] == {"x": 1, "y": 3}
+
+
 @pytest.mark.parametrize(
     ("content", "fact"),
     [
@@ -284,7 +288,6 @@ TINY = [
 @pytest.mark.parametrize(
     "argument",
     [
-        "--data.source=binary.txt",
         "--data.tokenizer=text.json",
         "--training.early_stopping_metric=val_accuracy",
         "--callback_options={curves: {colour: red}}",
@@ -296,7 +299,6 @@ def test_train_with_a_mistake_exits_with_2_and_leaves_nothing(
 ) -> None:
     write("some words " * 100, "text.txt")
     write("{}", "text.json")
-    write(b"\xff" * 999, "binary.txt")
     before = sorted(tmp_path.rglob("*"))
     assert train.main([*TINY, argument]) == 2
     assert sorted(tmp_path.rglob("*")) == before

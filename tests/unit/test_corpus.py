@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,20 +76,17 @@ def save_tokenizer(path: Path, characters: str, unknown: str | None = None) -> s
 @pytest.mark.parametrize(
     ("tokenizer", "train_split"), [("char", 0.53), ("byte", 0.53), ("byte", 1e-6), ("bpe:300", 1.0)]
 )
-def test_load_corpus_splits_at_a_character(load: Load, tokenizer: str, train_split: float) -> None:
+def test_load_corpus_splits_at_a_character(
+    load: Load, tokenizer: str, train_split: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "PIECE", 7)
+    monkeypatch.setattr(encoding, "PIECES_AT_ONCE", 2)
     cut = int(len(UNICODE) * train_split)
     made = load(UNICODE, tokenizer=tokenizer, train_split=train_split)
     assert decode(made) == (UNICODE[:cut], UNICODE[cut:])
     assert (made.sources[0].validation.num_bytes == 0) == (train_split == 1.0)
-
-
-def test_load_corpus_tokens_do_not_depend_on_the_pieces(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "PIECE", 7)
-    monkeypatch.setattr(encoding, "PIECES_AT_ONCE", 2)
-    cut = int(len(UNICODE) * 0.7)
-    made = load(UNICODE, train_split=0.7)
-    assert decode(made) == (UNICODE[:cut], UNICODE[cut:])
-    assert tokens_of(made) == [create_tokenizer("byte").encode(text).ids for text in (UNICODE[:cut], UNICODE[cut:])]
+    if tokenizer == "byte":
+        assert tokens_of(made) == [create_tokenizer("byte").encode(text).ids for text in (UNICODE[:cut], UNICODE[cut:])]
 
 
 @pytest.mark.parametrize("text", ["word " * 300, "x" * 999, "漢字" * 300 + " " + "ab\n" * 9, "a  b\r\nc" * 200])
@@ -111,14 +107,6 @@ def test_bpe_learns_nothing_from_the_validation_text(load: Load, text: str) -> N
     assert learned != load(validation + train, tokenizer="bpe:300", train_split=0.5).tokenizer.to_str()
 
 
-def test_bpe_learns_from_the_text_of_all_pairs(tmp_path: Path, text: str) -> None:
-    rows = [{"p": text[i : i + 200], "a": text[i + 200 : i + 400]} for i in range(0, 8_000, 400)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    fields = {"prompt_field": "p", "text_field": "a", "end_of_text": "<|endoftext|>", "cache_dir": str(tmp_path)}
-    config = DataConfig(source=str(tmp_path / "rows.jsonl"), tokenizer="bpe:400", train_split=0.9, **fields)
-    assert load_corpus(config, False).tokenizer.get_vocab_size() == 400
-
-
 def test_char_knows_the_characters_of_the_validation_text(load: Load) -> None:
     made = load("a" * 50 + "漢" * 50, tokenizer="char", train_split=0.5)
     assert decode(made) == ("a" * 50, "漢" * 50)
@@ -135,22 +123,12 @@ def test_validation_bytes_exclude_the_first_token(load: Load, tokenizer: str, st
     assert made.sources[0].validation.num_bytes == len(validation) - first
 
 
-def test_tokens_are_memory_mapped_and_read_only(load: Load) -> None:
-    (source,) = load(UNICODE).sources
-    for tokens in (source.train.ids, source.validation.ids):
-        assert isinstance(tokens, np.memmap)
-        assert not tokens.flags.writeable
-
-
-@pytest.mark.parametrize(
-    "change", [{"text": UNICODE.replace("old", "new")}, {"tokenizer": "char"}, {"train_split": 0.25}]
-)
-def test_another_text_tokenizer_or_split_is_encoded(load: Load, change: dict) -> None:
+@pytest.mark.parametrize("change", [{"tokenizer": "char"}, {"train_split": 0.25}])
+def test_another_tokenizer_or_split_is_encoded(load: Load, change: dict) -> None:
     before = decode(load(UNICODE))
-    changed = {"text": UNICODE, "train_split": 0.9} | change
-    made = load(**changed)
-    cut = int(len(changed["text"]) * changed["train_split"])
-    assert decode(made) == (changed["text"][:cut], changed["text"][cut:])
+    made = load(UNICODE, **change)
+    cut = int(len(UNICODE) * change.get("train_split", 0.9))
+    assert decode(made) == (UNICODE[:cut], UNICODE[cut:])
     assert made.tokenizer.get_vocab_size() == (256 if "tokenizer" not in change else len(set(UNICODE)) + 1)
     assert decode(load(UNICODE)) == before
 
@@ -160,17 +138,6 @@ def test_changed_tokenizer_file_is_noticed(load: Load, tmp_path: Path) -> None:
     for characters, ids in (("ab", [0, 1, 1, 0]), ("ba", [1, 0, 0, 1])):
         made = load("abba", tokenizer=save_tokenizer(path, characters), train_split=1.0)
         assert tokens_of(made)[0] == ids
-
-
-def test_damaged_tokenizer_of_the_cache_is_learned_again(load: Load, cache: Path) -> None:
-    before = load(UNICODE, tokenizer="bpe:300").tokenizer.to_str()
-    paths = list(cache.glob("*/tokenizer.json"))
-    for path in paths:
-        text = path.read_text("utf-8")
-        path.write_text(re.sub(r'add_prefix_space":( ?)false', r'add_prefix_space":\1true', text), "utf-8")
-        assert path.read_text("utf-8") != text
-    assert load(UNICODE, tokenizer="bpe:300").tokenizer.to_str() == before
-    assert len(paths) == 2  # that of the sources, and that of the tokens
 
 
 def test_given_tokenizer_finds_the_tokens_that_it_was_learned_for(load: Load, source: Path) -> None:
@@ -184,27 +151,15 @@ def test_given_tokenizer_finds_the_tokens_that_it_was_learned_for(load: Load, so
     assert "something else" in "".join(decode(again))
 
 
-@pytest.mark.parametrize(
-    ("name", "damage"),
-    [
-        ("validation.bin", "bit"),
-        ("validation.bin", "truncated"),
-        ("meta.json", "truncated"),
-        ("tokenizer.json", "missing"),
-        ("checksums.json", "bit"),
-        ("checksums.json", "missing"),
-    ],
-)
-def test_damaged_cache_entry_is_encoded_again(load: Load, cache: Path, name: str, damage: str) -> None:
+@pytest.mark.parametrize("name", ["validation.bin", "checksums.json", "tokenizer.json"])
+def test_damaged_cache_entry_is_encoded_again(load: Load, cache: Path, name: str) -> None:
     before = decode(load(UNICODE))
     (entry,) = entries(cache)
     files = {path.name: path.read_bytes() for path in entry.iterdir()}
-    if damage == "missing":
+    if name == "tokenizer.json":
         (entry / name).unlink()
-    elif damage == "bit":
+    else:
         flip(entry / name)
-    else:  # by a whole token, or the mapping fails by itself
-        (entry / name).write_bytes(files[name][:-2])
     assert decode(load(UNICODE)) == before
     assert entries(cache) == [entry]
     assert {path.name: path.read_bytes() for path in entry.iterdir()} == files
@@ -227,13 +182,6 @@ def test_large_cache_entry_is_checked_by_prepare(load: Load, cache: Path, monkey
     assert problem_of(prepare.main, words, "prepare").setting == "data.source"
 
 
-def test_default_cache_is_the_users(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    (tmp_path / "source.txt").write_text(UNICODE, newline="")
-    load_corpus(DataConfig(source=str(tmp_path / "source.txt"), tokenizer="byte"), show_progress=False)
-    assert len(entries(cache / "fundamentallm")) == 1
-
-
 def test_cache_needs_no_home_folder(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A container may run as a user that has none."""
     monkeypatch.chdir(tmp_path)
@@ -243,12 +191,6 @@ def test_cache_needs_no_home_folder(load: Load, tmp_path: Path, monkeypatch: pyt
     assert "".join(decode(load(UNICODE))) == UNICODE
 
 
-def test_separator_that_the_vocabulary_lacks_is_named(load: Load, tmp_path: Path) -> None:
-    tokenizer = save_tokenizer(tmp_path / "mine.json", "ab")
-    rows = save_rows(tmp_path / "rows.jsonl", [{"text": "ab"}, {"text": "ba"}])
-    assert "empty line between documents" in problem_of(load, rows, tokenizer=tokenizer).reason
-
-
 def test_unknown_characters_are_named(load: Load, cache: Path, tmp_path: Path) -> None:
     tokenizer = save_tokenizer(tmp_path / "mine.json", "ab\n", unknown="<unk>")
     text = "ab\n" * 100 + "a漢b\nabéab\n" + "ab\n" * 100
@@ -256,8 +198,15 @@ def test_unknown_characters_are_named(load: Load, cache: Path, tmp_path: Path) -
     assert problem.setting == "data.source"
     assert f"{tmp_path / 'source.txt'}, line 101 has 'é', '漢'" in problem.reason
     assert entries(cache) == []
+    assert "unknown_tokens" in problem.advice
     made = load(text, tokenizer=tokenizer, unknown_tokens=True)
     assert sum(part.count(3) for part in tokens_of(made)) == sum(made.sources[0].counts.values()) == 2
+
+
+def test_characters_are_not_dropped_silently(load: Load, tmp_path: Path) -> None:
+    path = save_tokenizer(tmp_path / "mine.json", "ab")  # there is no unknown token to allow
+    problem = problem_of(load, "abzab" * 20, tokenizer=path, unknown_tokens=True)
+    assert ("line 1 has 'z'" in problem.reason, "unknown_tokens" in problem.advice) == (True, False)
 
 
 def save_rows(path: Path, rows: list[dict[str, str]]) -> Path:
@@ -329,14 +278,6 @@ def test_text_that_a_tokenizer_normalises_is_known(load: Load, tmp_path: Path) -
     assert tokens_of(load("Café ﬁn", **settings))[0] == [1, 2, 3]
     assert "'漢'" in problem_of(load, "Café 漢", **settings).reason
     assert "'" + "fin" * 50 + "'" in problem_of(load, "fin" * 50, **settings).reason  # longer than a word may be
-
-
-def test_characters_are_not_dropped_silently(load: Load, tmp_path: Path) -> None:
-    path = save_tokenizer(tmp_path / "mine.json", "ab")
-    for allowed in (False, True):  # there is no unknown token to allow
-        problem = problem_of(load, "abzab" * 20, tokenizer=path, unknown_tokens=allowed)
-        assert "line 1 has 'z'" in problem.reason
-        assert "unknown_tokens" not in problem.advice
 
 
 def test_empty_text_is_refused(load: Load, cache: Path) -> None:

@@ -165,24 +165,26 @@ def test_step_sampler_refuses_an_order_that_follows_from_nothing() -> None:
     assert problem_of(made.batch, 2).setting == "sampler"
 
 
-@pytest.mark.parametrize("shuffle", [False, True])
-def test_step_sampler_replaces_the_order_of_other_loaders(shuffle: bool) -> None:
-    """One that accelerate has prepared, a DistributedSampler, and torchdata's loader."""
-    loader = DataLoader(NUMBERS, batch_size=4, shuffle=shuffle)
+@pytest.mark.parametrize(("shuffle", "drop_last"), itertools.product([False, True], repeat=2))
+def test_step_sampler_follows_the_settings_of_any_loader(shuffle: bool, drop_last: bool) -> None:
+    """A plain one, one that accelerate has prepared, a DistributedSampler, and torchdata's loader."""
+    options: dict[str, Any] = {"batch_size": 4, "drop_last": drop_last}
+    loader = DataLoader(NUMBERS, shuffle=shuffle, **options)
     distributed = DistributedSampler(NUMBERS, num_replicas=2, rank=1, shuffle=shuffle)
     loaders = [
-        Accelerator(cpu=True).prepare(DataLoader(NUMBERS, batch_size=4, shuffle=shuffle)),
+        loader,
+        Accelerator(cpu=True).prepare(DataLoader(NUMBERS, shuffle=shuffle, **options)),
         prepare_data_loader(loader, num_processes=2, process_index=1, put_on_device=False, use_seedable_sampler=True),
-        DataLoader(NUMBERS, batch_size=4, sampler=distributed),
+        DataLoader(NUMBERS, sampler=distributed, **options),
     ]
     if find_spec("torchdata"):
         from torchdata.stateful_dataloader import StatefulDataLoader
 
-        loaders.append(StatefulDataLoader(NUMBERS, batch_size=4, shuffle=shuffle))
-    expected = [step_sampler("train_loader", loader, 5).batch(step) for step in range(6)]
-    for other in loaders:
-        ours = step_sampler("train_loader", other, 5)
-        assert [ours.batch(step) for step in range(6)] == expected
+        loaders.append(StatefulDataLoader(NUMBERS, shuffle=shuffle, **options))
+    expected = StepSampler(10, 4, 5 if shuffle else None, drop_last=drop_last)
+    for each in loaders:
+        ours = step_sampler("train_loader", each, 5)
+        assert [ours.batch(step) for step in range(6)] == [expected.batch(step) for step in range(6)]
 
 
 @pytest.mark.parametrize(("batch_size", "later", "wrong"), [(11, [], [11]), (4, [12, 10, 13], [12, 13])])
@@ -197,16 +199,6 @@ def test_step_sampler_refuses_batches_larger_than_the_data(batch_size: int, late
     assert all("at most 10" in problem.allowed for problem in error.value.problems)
 
 
-@pytest.mark.parametrize(("shuffle", "drop_last"), itertools.product([False, True], repeat=2))
-def test_step_sampler_follows_the_loaders_settings(shuffle: bool, drop_last: bool) -> None:
-    loader = DataLoader(NUMBERS, batch_size=4, shuffle=shuffle, drop_last=drop_last)
-    ours = step_sampler("train_loader", loader, 5, process_index=1, num_processes=2, micro_batch_size=1)
-    same = StepSampler(10, 4, 5 if shuffle else None, 1, 2, 1, drop_last)
-    assert ours.steps_per_epoch == len(loader)
-    for step in range(2 * len(loader)):
-        assert ours.rank_batch(step) == same.rank_batch(step)
-
-
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_device_batches_continue_across_epochs(num_workers: int) -> None:
     dataset, order = TokenDataset(np.arange(200), 7), StepSampler(29, 4, 1)
@@ -218,17 +210,6 @@ def test_device_batches_continue_across_epochs(num_workers: int) -> None:
     assert len(batches) == 15
     for step, batch in enumerate(batches, start=5):
         assert torch.equal(torch.stack([*batch]), torch.stack(dataset.__getitems__(order.rank_batch(step).indices)))
-
-
-def in_brackets(items: list[int]) -> list[str]:
-    return [f"<{item}>" for item in items]
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_device_batches_collate_as_the_users_loader(num_workers: int) -> None:
-    loader = DataLoader(NUMBERS[4:9], batch_size=3, collate_fn=in_brackets, num_workers=num_workers)
-    batches = device_batches(loader, step_sampler("train_loader", loader, 0), 0, 2, torch.device("cpu"))
-    assert [batch.content for batch in batches] == [["<4>", "<5>", "<6>"], ["<7>", "<8>"]]
 
 
 def make_config(**data: object) -> Config:

@@ -11,12 +11,7 @@ from fundamentallm.errors import CheckpointError
 from tests.unit.checkpoint_files import DAMAGES, change_manifest, pairs
 
 ABOUT = {"sequence": 3, "is_best": False, "is_finite": True, "step": 7}
-CONTENTS = {
-    "model.safetensors": b"weights",
-    "training.safetensors": b".",
-    "state.json": b"{}",
-    "config.json": b"\0\xff",
-}
+CONTENTS = {"model.safetensors": b"weights", "training.safetensors": b".", "state.json": b"{}", "config.json": b"\xff"}
 ENTRY = {"size": 4, "sha256": hashlib.sha256(b"text").hexdigest()}
 
 

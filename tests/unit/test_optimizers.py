@@ -280,7 +280,9 @@ def test_state_of_another_optimizer_or_model_is_refused_by_name() -> None:
         assert not any(state.state_dict()["state"].values())
         return str(caught.value)
 
-    assert {"AdamW", "SGD"} <= {*refusal("sgd").replace(";", "").split()}
+    message = refusal("sgd")
+    assert "AdamW" in message
+    assert "SGD" in message
     saved["state"]["norm.bias"]["exp_avg"] = torch.zeros(7)
     assert "exp_avg of norm.bias" in refusal()
     saved["state"]["up.wheel"] = saved["state"].pop("up.weight")

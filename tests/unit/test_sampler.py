@@ -4,7 +4,6 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
 
 from fundamentallm.data.sampler import POSITIONS_AT_ONCE, StepSampler, derive_seed, permute
 
@@ -70,57 +69,10 @@ def test_batches_cover_each_epoch_once_in_any_order_of_calls(samples: int, batch
     assert [sampler.batch(step) for step in reversed(range(2 * steps))] == batches[::-1]
 
 
-@given(
-    samples=st.integers(1, 40), first=st.integers(1, 12), second=st.integers(1, 12), step=st.integers(0, 30),
-    drop_last=st.booleans(),
-)  # fmt: skip
-def test_start_within_an_epoch_continues_its_order(
-    samples: int, first: int, second: int, step: int, drop_last: bool
-) -> None:
-    """After a change of batch size within an epoch, its samples still occur once, and all counts agree."""
-    if drop_last:
-        samples = max(samples, first, second)
-    before = StepSampler(samples, first, 7, drop_last=drop_last)
-    after = StepSampler(samples, second, 7, drop_last=drop_last)
-    after.start = before.at(step)
-    _, epoch, index, held = after.start
-
-    rest_of_epoch, last = [], step
-    while after.at(last).epoch == epoch:
-        assert after.at(last)[1:3] == (epoch, index + len(rest_of_epoch))
-        assert after.at(last).samples == held + len(rest_of_epoch)
-        rest_of_epoch += after.batch(last)
-        last += 1
-    order = StepSampler(samples, samples, 7).batch(epoch)
-    left_out = (samples - index) % second if drop_last else 0
-    assert rest_of_epoch == order[index : samples - left_out]
-
-    assert after.at(last)[1:3] == (epoch + 1, 0)
-    assert after.steps_before_epoch(epoch + 1) == last
-    assert after.at(last).samples == held + len(rest_of_epoch)
-    assert after.epochs_before(last) == epoch + 1
-    assert after.steps_before_epoch(epoch + 3) == last + 2 * after.steps_per_epoch
-
-
 def test_order_differs_between_epochs_and_seeds() -> None:
     assert [StepSampler(10, 4, None).batch(step) for step in (0, 2, 3)] == [[0, 1, 2, 3], [8, 9], [0, 1, 2, 3]]
     orders = [StepSampler(100, 100, seed).batch(epoch) for seed in (0, 1) for epoch in (0, 1, 2)]
     assert len({tuple(order) for order in orders}) == len(orders)
-
-
-@pytest.mark.parametrize(("size", "batch", "micro"), [(44, 22, 4), (44, 9, 8), (7, 32, None), (10, 4, 3), (13, 5, 1)])
-@pytest.mark.parametrize("processes", [1, 2, 3])
-def test_pad_gives_micro_batches_of_one_size(size: int, batch: int, micro: int | None, processes: int) -> None:
-    padded = [StepSampler(size, batch, 3, i, processes, micro, pad=True) for i in range(processes)]
-    plain = [StepSampler(size, batch, 3, i, processes, micro) for i in range(processes)]
-    largest = -(-min(size, batch) // processes)
-    parts = -(-largest // (micro or largest))
-    for step in range(2 * plain[0].steps_per_epoch):
-        for one, other in zip(padded, plain, strict=True):
-            indices, rows, micro_batches = one.rank_batch(step)
-            assert indices[:rows] == other.rank_batch(step).indices[:rows]
-            assert len(indices) == micro_batches * -(-largest // parts)
-            assert micro_batches <= parts
 
 
 @pytest.mark.parametrize("drop_last", [False, True])

@@ -96,25 +96,6 @@ def test_encode_prompt_without_unknown_token_drops_nothing(make_vocabulary) -> N
     assert problem_of(encode_prompt, tokenizer, "cazb").reason == "which has 'z'"
 
 
-def whole_words() -> Tokenizer:
-    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "to": 1, "be": 2}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return tokenizer
-
-
-def characters_and_a_special_token() -> Tokenizer:
-    tokenizer = create_tokenizer("char", "to be")
-    tokenizer.add_special_tokens(["<|end|>"])
-    return tokenizer
-
-
-@pytest.mark.parametrize(
-    ("tokenizer", "prompt"), [(whole_words(), "to be"), (characters_and_a_special_token(), "to<|end|>be")]
-)
-def test_encode_prompt_knows_characters_within_words(tokenizer: Tokenizer, prompt: str) -> None:
-    assert encode_prompt(tokenizer, prompt) == tokenizer.encode(prompt).ids
-
-
 @pytest.mark.parametrize("content", [None, b"{}", b"\xff\xfe"])
 def test_create_tokenizer_refuses_a_broken_file(content: bytes | None, tmp_path: Path) -> None:
     path = tmp_path / "mine.json"

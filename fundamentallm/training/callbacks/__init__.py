@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fundamentallm.config.registry import resolve
 from fundamentallm.config.schema import Config
-from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.errors import ConfigError, Problem, raise_all
 from fundamentallm.run.folder import LOG
 from fundamentallm.training.callbacks.base import (
     Callback as Callback,
@@ -59,6 +59,5 @@ def make_callbacks(config: Config) -> list[Callback]:
                 problems += [one if one.setting == "callbacks" else one.within(setting) for one in error.problems]
             elif os.environ.get("RANK", "0") == "0":  # curves that nobody asked for
                 print(f"no curves.png: {error}", file=sys.stderr)
-    if problems:
-        raise ConfigError(problems)
+    raise_all(problems)
     return callbacks

@@ -17,8 +17,7 @@ from fundamentallm.config.schema import Config
 from fundamentallm.data.loaders import ValidationLoaders
 from fundamentallm.data.sampler import StepSampler
 from fundamentallm.errors import ConfigError, Problem
-from fundamentallm.run.folder import repeats_all_launches
-from fundamentallm.run.json_lines import LineFile
+from fundamentallm.run.folder import LineFile, repeats_all_launches
 from fundamentallm.training.early_stopping import BestValue
 from fundamentallm.training.metrics import MetricTracker
 
@@ -183,7 +182,7 @@ class CallbackList:
         named = self._by_name()
         for name in sorted((self.state_dict().keys() - state.keys()) | (state.keys() - named.keys())):
             logger.warning("callback %s starts new or is left out: the checkpoint or this run does not have it.", name)
-        for name in state.keys() & named.keys():
+        for name in named.keys() & state.keys():
             named[name].load_state_dict(state[name])
 
 

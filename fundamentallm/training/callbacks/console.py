@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from fundamentallm.run.json_lines import LineFile
+from fundamentallm.run.folder import LineFile
 from fundamentallm.training.callbacks.base import Callback, RunView, rewind_lines
 from fundamentallm.training.metrics import MEASURED
 
@@ -28,7 +29,8 @@ class ProgressCallback(Callback):
         self._bar: tqdm[Any] = tqdm(disable=True)
 
     def on_train_begin(self, trainer: RunView) -> None:
-        disable = None if trainer.is_main_process else True  # None: if it is neither a terminal nor a notebook
+        # None: unless it is a terminal or a notebook. stderr is None if it was closed.
+        disable = None if trainer.is_main_process and sys.stderr is not None else True
         total, initial = trainer.total_steps, trainer.global_step
         self._bar = tqdm(
             total=total, initial=initial, desc="training", unit="step", dynamic_ncols=True, disable=disable

@@ -13,8 +13,7 @@ from fundamentallm.data.datasets import Tokenized, opening
 from fundamentallm.data.tokenizers import encode_prompt
 from fundamentallm.errors import ConfigError, Problem, writing
 from fundamentallm.inference.generation import generate
-from fundamentallm.run.folder import SAMPLES
-from fundamentallm.run.json_lines import LineFile
+from fundamentallm.run.folder import SAMPLES, LineFile
 from fundamentallm.training.callbacks.base import Callback, RunView, rewind_lines
 
 

@@ -38,8 +38,7 @@ class TrackerCallback(Callback):
 
     def __init__(self) -> None:
         self._path: Path | None = None
-        self._ids: dict[str, str | None] = {}
-        self._logged = dict.fromkeys(CLOCKS, 0)
+        self._runs: dict[str, dict[str, Any]] = {}  # id and last steps, by the tracker's name; of the main process only
         self._owns = False
 
     def on_train_begin(self, trainer: RunView) -> None:
@@ -52,9 +51,9 @@ class TrackerCallback(Callback):
         self._owns = not trainer.accelerator.trackers
         if self._owns:
             _start(trainer, {name: run["id"] for name, run in runs.items()})
-        self._logged = {clock: max((run[clock] for run in runs.values()), default=0) for clock in CLOCKS}
+        logged = {clock: max((run[clock] for run in runs.values()), default=0) for clock in CLOCKS}
         for tracker in trainer.accelerator.trackers:
-            self._ids[tracker.name] = RUN_ID.get(tracker.name, lambda run: None)(tracker.tracker)
+            self._runs[tracker.name] = {"id": RUN_ID.get(tracker.name, lambda run: None)(tracker.tracker), **logged}
 
     def on_log(self, trainer: RunView, metrics: dict[str, float]) -> None:
         self._log(trainer, metrics, "step")
@@ -64,13 +63,13 @@ class TrackerCallback(Callback):
 
     def _log(self, trainer: RunView, line: dict[str, float], clock: str) -> None:
         step = trainer.global_step
-        if not trainer.is_main_process or step <= self._logged[clock]:
+        if all(step <= run[clock] for run in self._runs.values()):
             return
-        self._logged[clock] = step
+        for run in self._runs.values():
+            run[clock] = step
         if self._path is not None:  # before the line is logged: a kill in between loses a point, and never repeats one
-            runs = {name: {"id": run_id, **self._logged} for name, run_id in self._ids.items()}
             with writing(self._path):
-                write_text(self._path, json.dumps(runs, indent=1) + "\n")
+                write_text(self._path, json.dumps(self._runs, indent=1) + "\n")
         try:
             trainer.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=step)
         except Exception as error:  # a server that is away for a while does not end the training
