@@ -19,6 +19,7 @@ _PEERS = {
     "data.source": "data_dir data_path dataset dataset_name train_data train_file",
     "training.batch_size": "global_batch_size per_device_train_batch_size train_batch_size",
     "training.eval_at_start": "eval_on_start",
+    "training.eval_max_samples": "limit_val_batches max_eval_samples",
     "training.eval_every_n_steps": "eval_interval eval_steps val_check_interval",
     "training.gradient_clip_norm": "clip_grad grad_clip gradient_clip_val max_grad_norm",
     "training.learning_rate": "lr max_lr",

@@ -119,7 +119,7 @@ class Trainer(TrainerView):
         layout = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
         layout |= {"micro_batch_size": at_once, "pad": bool(training.compile)}
         with self.group.barrier_with_errors():
-            later = {"schedule": training.batch_size_schedule, "skip": self.config.data.skip}
+            later: dict[str, Any] = {"schedule": training.batch_size_schedule, "skip": self.config.data.skip}
             self.samples = step_sampler("train_loader", train_loader, training.seed, **later, **layout)
             most, sets = training.eval_max_samples, named_loaders(val_loader)
             self.val_samples = {k: step_sampler(k or "val_loader", v, 0, most, **layout) for k, v in sets.items()}

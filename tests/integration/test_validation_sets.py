@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from fundamentallm import (
+    Callback,
     ConfigError,
     DataConfig,
     LoggingCallback,
@@ -120,8 +121,9 @@ def test_resume_with_early_stopping_on_a_set_is_bit_exact(tmp_path: Path) -> Non
     stopping = {"early_stopping_metric": "val_books_loss", "early_stopping_patience": 2, "eval_every_n_steps": 1}
     whole = made(tmp_path / "whole", learning_rate=1.0, max_steps=20, **stopping)
     whole.train()
-    assert 3 < whole.global_step < 20
-    made(tmp_path / "parts", [StopAt(3)], learning_rate=1.0, max_steps=20, **stopping).train()
+    losses = whole.metrics.get_history()["val_books_loss"]
+    assert 3 < whole.global_step == losses.index(min(losses)) + 3 < 20
+    made(tmp_path / "parts", [StopAt(whole.global_step - 1)], learning_rate=1.0, max_steps=20, **stopping).train()
     resumed = made(tmp_path / "parts", learning_rate=1.0, max_steps=20, **stopping)
     resumed.train()
     assert_same_weights(weights(whole), weights(resumed))
@@ -147,6 +149,24 @@ def test_eval_at_start_validates_once_before_the_first_step(tmp_path: Path) -> N
     plain = made(tmp_path / "plain")
     plain.train()
     assert_same_weights(weights(plain), weights(trainer))
+
+
+class EpochEnds(Callback):
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_epoch_end(self, trainer: Any) -> None:
+        self.steps.append(trainer.global_step)
+
+
+def test_eval_at_start_ends_no_epoch_and_saves_nothing(tmp_path: Path) -> None:
+    ends = EpochEnds()
+    trainer = made(tmp_path, eval_at_start=True, save_every_n_steps=4)
+    trainer.callbacks.callbacks = [ends]
+    trainer.train()
+    assert trainer.metrics.get_history()["val_step"] == [0, 2, 4, 6]
+    assert ends.steps == [4]
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_00000004", "step_00000006"]
 
 
 def test_an_interrupted_validation_at_the_start_comes_first(tmp_path: Path) -> None:
