@@ -165,6 +165,27 @@ def test_damaged_cache_entry_is_encoded_again(load: Load, cache: Path, name: str
     assert {path.name: path.read_bytes() for path in entry.iterdir()} == files
 
 
+def test_prepared_source_without_checksums_that_is_cut_off_is_refused(load: Load, tmp_path: Path) -> None:
+    load(UNICODE).sources[0].folder.rename(tmp_path / "early")
+    (tmp_path / "early" / "checksums.json").unlink()
+    os.truncate(tmp_path / "early" / "train.bin", 10)
+    assert "damaged" in problem_of(load, tmp_path / "early").reason
+
+
+def test_source_that_changes_while_it_is_read_is_refused(
+    load: Load, source: Path, cache: Path, monkeypatch: Any
+) -> None:
+    real = corpus.write_source
+
+    def write_another(*arguments: Any) -> Any:
+        source.write_text(UNICODE[::-1], encoding="utf-8", newline="")
+        return real(*arguments)
+
+    monkeypatch.setattr(corpus, "write_source", write_another)
+    assert "changed" in problem_of(load, UNICODE).reason
+    assert entries(cache) == []
+
+
 def flip(path: Path) -> None:
     """Changes one bit in the middle of a file."""
     data = bytearray(path.read_bytes())
