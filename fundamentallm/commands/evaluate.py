@@ -54,6 +54,8 @@ def main(arguments: Sequence[str], program: str) -> int:
         if unknown := row_problem(loaded.model, "--source", name, [int(part.max(initial=0)) for part in ids]):
             raise ConfigError(unknown)
         context = min(options.context or data.sequence_length, max(map(len, ids)) - 1)
+        if context < 1:
+            raise ConfigError(Problem("--source", name, "at least two tokens"))
         _, samples = corpus_samples(corpus, context)
         assert samples is not None
         if data.mask_documents and isinstance(loaded.model, Transformer):
@@ -93,7 +95,13 @@ def _held_out(loaded: LoadedModel, source: str | None) -> tuple[DataConfig, Corp
         length = {"sequence_length": loaded.context or DataConfig.sequence_length}
         data = from_dict(DataConfig, length | kept | given)
         end = None if data.end_of_text is None else loaded.tokenizer.token_to_id(data.end_of_text)
-        return data, Corpus(loaded.tokenizer, [], end, load_validation(data, sys.stderr.isatty(), loaded.tokenizer))
+        try:
+            found = load_validation(data, sys.stderr.isatty(), loaded.tokenizer)
+        except ConfigError as error:  # its advice is about settings of a run
+            of_source = {"setting": "--source", "advice": ""}
+            named = [vars(one) | (of_source if one.setting.endswith("source") else {}) for one in error.problems]
+            raise ConfigError([Problem(**one) for one in named]) from error
+        return data, Corpus(loaded.tokenizer, [], end, found)
     if settings is None:
         raise refusal("which does not record its text")
     try:

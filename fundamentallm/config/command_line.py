@@ -109,7 +109,8 @@ def _read_file(path: str) -> dict[str, Any]:
     try:
         values = from_yaml(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(Problem("--config", path, reason=f"which cannot be read: {error}")) from error
+        reason = f"which cannot be read: {getattr(error, 'strerror', None) or error}"
+        raise ConfigError(Problem("--config", path, reason=reason)) from error
     if values is not None and not isinstance(values, dict):
         raise ConfigError(Problem("--config", path, "a mapping of settings", reason=f"which holds {values!r:.40}"))
     return values or {}

@@ -45,7 +45,8 @@ def setting_meant(name: str, known: Collection[str]) -> str:
     """As `did_you_mean` for settings, or options with dashes: knows the names in other trainers and other sections."""
     word = name.removeprefix("--").rpartition(".")[2].replace("-", "_")
     if word not in PEERS:
-        return did_you_mean(name, known)
+        own = [option for option in known if option.rpartition(".")[2].removeprefix("--") == word]
+        return did_you_mean(own[0] if own else name, known)
     note = " It counts the sequences of all devices." if PEERS[word] == "training.batch_size" else ""
     return f"Did you mean '{'--' if name.startswith('--') else ''}{PEERS[word]}'?{note}"
 

@@ -285,6 +285,9 @@ class _Cache:
             stack.callback(shutil.rmtree, new, ignore_errors=True)
             new.mkdir()
             write(new)
+            if [source_states(source) for source in sources] != states:
+                names = ", ".join(source.name for source in sources)
+                raise source_error(names, "which was changed while it was read", advice="Start again.")
             (new / CHECKSUMS).write_text(json.dumps(_checksums(sorted(new.iterdir()))))
             shutil.rmtree(folder, ignore_errors=True)  # a damaged one
             new.rename(folder)
@@ -325,6 +328,8 @@ def _open(folder: Path, source: SourceFiles, weight: float) -> Source:
 
 
 def _map_file(path: Path, dtype: str, count: int) -> NDArray[Any]:
+    if path.stat().st_size != count * np.dtype(dtype).itemsize:  # without checksums, nothing else has noticed
+        raise source_error(str(path), "which is damaged", advice="Prepare it again.")
     if not count:  # an empty file cannot be mapped
         return np.empty(0, dtype)
     mapped = np.memmap(path, dtype=dtype, mode="r", shape=(count,))

@@ -270,5 +270,8 @@ def source_states(source: SourceFiles) -> list[Any]:
     files, about = list(source.files), source.kind
     if source.kind == "dataset":
         files, about = [Path(entry["filename"]) for entry in open_dataset(source.name).cache_files], source.name
-    found = [(str(file.absolute()), file.stat()) for file in files]
+    try:
+        found = [(str(file.absolute()), file.stat()) for file in files]
+    except OSError as error:  # a file was removed since it was found
+        raise source_error(source.name, f"whose files cannot be read: {error}") from error
     return [about, *((path, at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_ino) for path, at in found)]

@@ -11,7 +11,7 @@ from fundamentallm import Config, DataConfig, ModelConfig, TrainingConfig
 from fundamentallm.commands import evaluate as command
 from fundamentallm.errors import ConfigError
 from fundamentallm.train import make_trainer
-from tests.conftest import reset_accelerate
+from tests.conftest import problem_of, reset_accelerate
 from tests.integration.runs import lines, prose
 
 
@@ -90,7 +90,7 @@ def test_evaluate_context_limits_what_the_model_sees(run: Path, capsys: pytest.C
     [
         (["--context", "33"], {"--context": 33}),
         (["--batch_size", "0", "--context", "0"], {"--batch_size": 0, "--context": 0}),
-        (["--source", "nowhere.txt"], {"data.validation_source": "nowhere.txt"}),
+        (["--source", "nowhere.txt"], {"--source": "nowhere.txt"}),
     ],
 )
 def test_evaluate_names_a_wrong_argument(run: Path, arguments: list[str], named: dict) -> None:
@@ -101,8 +101,14 @@ def test_evaluate_names_a_wrong_argument(run: Path, arguments: list[str], named:
 
 def test_evaluate_names_characters_that_the_model_lacks(run: Path, tmp_path: Path) -> None:
     (tmp_path / "foreign.txt").write_text("größe", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"foreign\.txt.*'ß'"):
+    with pytest.raises(ConfigError, match=r"--source.*foreign\.txt.*'ß'"):
         command.main(["--checkpoint", str(run), "--source", str(tmp_path / "foreign.txt")], "evaluate")
+
+
+def test_evaluate_refuses_a_text_of_one_token(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("a")
+    found = problem_of(command.main, ["--checkpoint", str(run), "--source", str(tmp_path / "one.txt")], "evaluate")
+    assert found.setting == "--source"
 
 
 def test_evaluate_refuses_a_changed_validation_text(run: Path) -> None:

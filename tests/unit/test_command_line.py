@@ -203,6 +203,11 @@ def test_parse_config_of_a_dotted_key_says_to_nest_it(write: Write) -> None:
     assert "training: {log_every_n_steps: " in found.advice
 
 
+def test_parse_config_of_a_setting_in_a_wrong_section_names_the_right_one() -> None:
+    found = problems("--training.trackers", "wandb", "--data.sample_tokens", "3")
+    assert [one.advice for one in found] == ["Did you mean '--trackers'?", "Did you mean '--sample_tokens'?"]
+
+
 def test_parse_config_of_a_misspelt_option_names_the_right_one(write: Write) -> None:
     found = problems(*[f"--{name}x=1" for name in SETTINGS])
     assert [(one.setting, one.text) for one in found] == [(f"--{name}x", "unknown option") for name in SETTINGS]

@@ -165,11 +165,36 @@ def test_damaged_cache_entry_is_encoded_again(load: Load, cache: Path, name: str
     assert {path.name: path.read_bytes() for path in entry.iterdir()} == files
 
 
+def test_prepared_source_without_checksums_that_is_cut_off_is_refused(load: Load, tmp_path: Path) -> None:
+    load(UNICODE).sources[0].folder.rename(tmp_path / "early")
+    (tmp_path / "early" / "checksums.json").unlink()
+    os.truncate(tmp_path / "early" / "train.bin", 10)
+    assert "damaged" in problem_of(load, tmp_path / "early").reason
+
+
 def flip(path: Path) -> None:
     """Changes one bit in the middle of a file."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
+
+
+@pytest.mark.parametrize(("change", "reason"), [(flip, "changed"), (os.remove, "cannot be read")])
+def test_source_that_changes_while_it_is_read_is_refused(
+    load: Load, source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, change: Any, reason: str
+) -> None:
+    real = corpus.write_source
+
+    def write_and_change(*arguments: Any) -> Any:
+        made = real(*arguments)
+        change(source)
+        return made
+
+    monkeypatch.setattr(corpus, "write_source", write_and_change)
+    found = problem_of(load, UNICODE)
+    assert found.setting == "data.source"
+    assert reason in found.reason
+    assert entries(cache) == []
 
 
 def test_large_cache_entry_is_checked_by_prepare(load: Load, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
