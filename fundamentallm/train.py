@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m funda
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         if not arguments:
-            train_parser(program).print_help()
+            if os.environ.get("RANK", "0") == "0":
+                train_parser(program).print_help()
             raise ConfigError("No setting is given. Give --config FILE, or settings such as --data.source my.txt.")
         with ended_by_signals():
             config = parse_config(arguments, program)

@@ -18,11 +18,13 @@ from tokenizers import Tokenizer
 from fundamentallm.config.files import SourceFiles, are_samples
 from fundamentallm.config.schema import DataConfig
 from fundamentallm.data.chat import token_turns
-from fundamentallm.data.sources import Piece, skip_row, source_error, token_blocks
+from fundamentallm.data.sources import PIECE, Piece, skip_row, source_error, token_blocks
 from fundamentallm.data.tokenizers import MISSING, Complete, find_unknown, num_bytes, num_ids, with_unknown
 
 PIECES_AT_ONCE = max(16, 2 * (os.cpu_count() or 1))
 """Pieces that the tokenizer's threads encode together. Bounds memory, at about 150 bytes a token."""
+ROWS_AT_ONCE = 8192
+"""Most pieces encoded together if they are small."""
 PARTS = ("train", "validation")
 Place = TypeVar("Place")
 Reader = Callable[[list[str]], Iterator[tuple[int, Piece]]]
@@ -188,12 +190,23 @@ def encode_pieces(complete: Complete, pieces: Iterable[str]) -> Iterator[Encoded
     """
     tokenizer, unknown = complete
     dtype = token_dtype(tokenizer)
-    pieces = iter(pieces)
-    while batch := list(itertools.islice(pieces, PIECES_AT_ONCE)):
+    for batch in _batches(pieces):
         for piece, encoding in zip(batch, tokenizer.encode_batch_fast(batch, add_special_tokens=False), strict=True):
             ids = np.array(encoding.ids, np.int64)
             lacking = find_unknown(tokenizer, unknown, piece) if (ids == unknown).any() else []
             yield Encoded(ids.astype(dtype), lacking)
+
+
+def _batches(pieces: Iterable[str]) -> Iterator[list[str]]:
+    batch, size = list[str](), 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece)
+        if size >= PIECES_AT_ONCE * PIECE or len(batch) == ROWS_AT_ONCE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype[np.unsignedinteger]:
