@@ -174,6 +174,8 @@ def shape_of(saved: dict[str, Any]) -> tuple[ModelConfig | None, str]:
         )
     except KeyError as error:
         return None, f"its {CONFIG} lacks {error}"
+    except ConfigError as error:  # such as a width that is no multiple of its heads, beside a head_dim
+        return None, f"its {CONFIG} has a shape that the Transformer has not: {error}"
     head_dim = shape.d_model // max(shape.num_heads, 1)
     others = {*(saved.get("layer_types") or ())} - {"full_attention"}
     values = saved | {
