@@ -72,6 +72,8 @@ def create_accelerator(
     cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     cpu, precision = cpu or (launch is not None and launch.use_cpu), mixed_precision or "no"
     problems = launch_problems(os.environ, not cpu, precision, launch)
+    # Before accelerate advises to install an engine that is refused afterwards.
+    problems += [_engine_problem(name) for name in ENGINES if parse_flag_from_env(f"ACCELERATE_USE_{name}")]
     # Before an Accelerator is made: its precision is that of the process, also for the next try.
     problems += _precision_problems("training.mixed_precision", precision, precision, is_on_cpu=cpu)
     if is_initialized():
@@ -194,9 +196,7 @@ def check_accelerator(
     is_fsdp1 = parse_flag_from_env("ACCELERATE_USE_FSDP") and not accelerator.is_fsdp2
     parallel = accelerator.parallelism_config
     if kind in ENGINES or is_fsdp1 or (parallel is not None and parallel.non_data_parallel_size > 1):
-        allowed = "MULTI_GPU, or FSDP with fsdp_version 2 on GPUs; tp_size, cp_size and sp_size of 1"
-        advice = "A run is data-parallel; see accelerate_configs/ (without a GPU: cpu_2_processes.yaml)."
-        problems.append(Problem("accelerate_config.distributed_type", kind, allowed, advice, f"with {parallel}"))
+        problems.append(_engine_problem(kind, f"with {parallel}" if parallel else ""))
     problems += _precision_problems("Accelerator.mixed_precision", precision, mixed_precision, "", is_on_cpu)
     if batch_size is not None and batch_size < count:
         reason = f"so that {count - batch_size} of {count} processes would have no sequence in any step"
@@ -209,6 +209,12 @@ def check_accelerator(
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     accelerator.register_save_state_pre_hook(_refuse_states)
     accelerator.register_load_state_pre_hook(_refuse_states)
+
+
+def _engine_problem(kind: str, reason: str = "") -> Problem:
+    allowed = "MULTI_GPU, or FSDP with fsdp_version 2 on GPUs; tp_size, cp_size and sp_size of 1"
+    advice = "A run is data-parallel; see accelerate_configs/ (without a GPU: cpu_2_processes.yaml)."
+    return Problem("accelerate_config.distributed_type", kind, allowed, advice, reason)
 
 
 def _refuse_states(*_: object) -> None:
