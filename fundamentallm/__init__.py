@@ -1,9 +1,7 @@
 """Train GPT-style language models: one config, one run, on any number of devices."""
 
-import ast
 import importlib
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -50,9 +48,30 @@ if TYPE_CHECKING:
     from fundamentallm.training.schedulers import create_scheduler as create_scheduler
     from fundamentallm.training.trainer import Trainer as Trainer
 
-# {public name: its module}, from the imports above, which only type checkers make.
-_IMPORTS = [node for node in ast.walk(ast.parse(Path(__file__).read_bytes())) if isinstance(node, ast.ImportFrom)]
-_HOME = {each.name: node.module for node in _IMPORTS for each in node.names if each.name == each.asname}
+_MODULES = {
+    "checkpoint.manager": ("CheckpointManager",),
+    "config": ("Config", "DataConfig", "ModelConfig", "TrainingConfig"),
+    "data.corpus": ("load_corpus",),
+    "data.datasets": ("TokenDataset",),
+    "data.loaders": ("create_dataloaders", "shift_labels"),
+    "data.tokenizers": ("create_tokenizer",),
+    "distributed.accelerator": ("create_accelerator",),
+    "errors": ("CheckpointError", "ConfigError", "FundamentaLLMError", "RunInProgressError", "TrainingError"),
+    "inference.generation": ("generate",),
+    "inference.loading": ("load_model",),
+    "models.transformer": ("Transformer",),
+    "training.callbacks": (
+        "Callback", "CallbackList", "LoggingCallback", "ProfilerCallback", "ProgressCallback", "SampleCallback",
+        "SaveBestCallback", "VisualizationCallback",
+    ),
+    "training.early_stopping": ("EarlyStopping",),
+    "training.loss": ("create_loss",),
+    "training.metrics": ("MetricTracker",),
+    "training.optimizers": ("create_optimizer",),
+    "training.schedulers": ("create_scheduler",),
+    "training.trainer": ("Trainer",),
+}  # fmt: skip
+_HOME = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
 __all__ = sorted(_HOME)
 
 
@@ -60,7 +79,7 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for: the command line need not wait for torch."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(str(_HOME[name])), name)
+    return getattr(importlib.import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:

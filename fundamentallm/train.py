@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fundamentallm.config.command_line import parse_config, train_parser
+from fundamentallm.config.files import validation_sets
 from fundamentallm.config.registry import not_one_of
-from fundamentallm.config.schema import METRIC_NAMES, Config, ModelConfig
+from fundamentallm.config.schema import Config, ModelConfig
 from fundamentallm.config.units import duration_text
 from fundamentallm.errors import (
     START_AGAIN,
@@ -148,14 +149,17 @@ def make_trainer(config: Config) -> Trainer:
 
 def _warn(trainer: Trainer) -> None:
     """Says if the run has few steps, and how many samples were cut or dropped."""
+    from fundamentallm.data.loaders import named_loaders
+
     training = trainer.config.training
     if training.max_steps is None and trainer.total_steps < 100:  # a default length rarely means so few
         few = f"warning: {trainer.total_steps} optimizer steps are few, with {training.warmup_steps} of warm-up"
         trainer.say(f"{few}; more come from more training.max_epochs, or a smaller training.batch_size")
     counts = {"num_cut": "were cut to data.sequence_length", "num_lost": "were dropped: their prompts fill it"}
-    for name, loader in (("training", trainer.train_loader), ("validation", trainer.val_loader)):
+    parts = {"training": [trainer.train_loader], "validation": [*named_loaders(trainer.val_loader).values()]}
+    for name, loaders in parts.items():
         for attribute, what in counts.items():
-            if count := getattr(getattr(loader, "dataset", None), attribute, 0):
+            if count := sum(getattr(loader.dataset, attribute, 0) for loader in loaders):
                 trainer.say(f"{count:,} {name} samples {what}")
 
 
@@ -194,7 +198,7 @@ def _check_names(config: Config) -> list[Callback]:
 
     from fundamentallm.training.callbacks import make_callbacks
     from fundamentallm.training.loss import create_loss
-    from fundamentallm.training.metrics import further_metrics
+    from fundamentallm.training.metrics import further_metrics, loss_names
     from fundamentallm.training.optimizers import create_optimizer
     from fundamentallm.training.schedulers import make_schedule
 
@@ -209,7 +213,8 @@ def _check_names(config: Config) -> list[Callback]:
     with collected(problems):
         callbacks = make_callbacks(config)
     with collected(problems):
-        known = (*METRIC_NAMES, *further_metrics(training.validation_metrics))
+        sets = validation_sets(config.data)
+        known = (*loss_names(sets), *further_metrics(training.validation_metrics, sets=sets))
         if training.early_stopping_metric not in known:
             problems.append(not_one_of("early_stopping_metric", training.early_stopping_metric, known))
     raise_all(problems)

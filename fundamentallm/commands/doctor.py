@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from fundamentallm.commands.common import parse_settings, say, settings_parser
 from fundamentallm.commands.trial import Record, make_trial, run_until
 from fundamentallm.config.units import duration_text, size_text
+from fundamentallm.data.loaders import named_loaders
 from fundamentallm.data.sampler import StepSampler
 from fundamentallm.data.streams import is_stream
 from fundamentallm.distributed.batches import tensors, to_device
@@ -94,8 +95,8 @@ def examine(check: Callable[[Make], str], make: Make) -> tuple[str, str]:
 def check_data(make: Make) -> str:
     """A sample is the same whenever it is read, and whatever was read before."""
     trainer, num_read = make(), 0
-    for name, loader in (("training", trainer.train_loader), ("validation", trainer.val_loader)):
-        if loader is None or is_stream(loader.dataset):  # read in its order alone, as "resume" does
+    for name, loader in [("training", trainer.train_loader), *named_loaders(trainer.val_loader).items()]:
+        if is_stream(loader.dataset):  # read in its order alone, as "resume" does
             continue
         last = len(loader.dataset) - 1  # type: ignore[arg-type]
         indices = sorted({0, min(1, last), last // 3, last // 2, last})
@@ -106,7 +107,7 @@ def check_data(make: Make) -> str:
         for index in reversed(indices):
             again = tensors(_read(loader, [index]))
             if not all(torch.equal(one, other) for one, other in zip(first[index], again, strict=True)):
-                raise Finding("fail", f"{name} sample {index} changes when it is read again")
+                raise Finding("fail", f"{name or 'validation'} sample {index} changes when it is read again")
     return f"{num_read} samples read twice, in two orders: the same each time"
 
 
@@ -151,10 +152,10 @@ def check_micro_batches(make: Make) -> str:
 def check_evaluation(make: Make) -> str:
     """The validation loss is the same for any batch size."""
     trainer = make()
-    if trainer.val_samples is None:
+    if not trainer.val_samples:
         raise Finding("skipped", "there is no validation data")
     losses, tolerance = {}, _tolerance(trainer, 1e-6)
-    for size in sorted({1, 5, trainer.val_samples.batch_size}):
+    for size in sorted({1, 5, *(samples.batch_size for samples in trainer.val_samples.values())}):
         _limit_validation(trainer, batch_size=size)
         losses[size] = trainer.validate()["val_loss"]
     if not all(math.isclose(loss, losses[1], rel_tol=tolerance) for loss in losses.values()):
@@ -244,11 +245,11 @@ def _few_steps(trainer: Trainer) -> list[dict[str, float]]:
 
 def _limit_validation(trainer: Trainer, batch_size: int | None = None) -> None:
     """Validate on the first few samples only."""
-    loader, samples = trainer.val_loader, trainer.val_samples
-    if loader is not None and samples is not None:
-        size = loader.batch_size or 1
+    for name, loader in named_loaders(trainer.val_loader).items():
+        size, samples = loader.batch_size or 1, trainer.val_samples[name]
         rows = min(len(loader.dataset), 2 * size + 1, VALIDATION_ROWS)  # type: ignore[arg-type]
-        trainer.val_samples = StepSampler(rows, batch_size or size, None, micro_batch_size=samples.micro_batch_size)
+        few = StepSampler(rows, batch_size or size, None, micro_batch_size=samples.micro_batch_size)
+        trainer.val_samples[name] = few
 
 
 def _disable_dropout(model: nn.Module) -> None:

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from fundamentallm.config.registry import did_you_mean
+from fundamentallm.config.registry import did_you_mean, set_names
 from fundamentallm.config.schema import BUILT_IN_CORPUS, Config, DataConfig
 from fundamentallm.config.validation import expand_user
 from fundamentallm.errors import ConfigError, Problem, collected, raise_all
@@ -58,8 +58,7 @@ def find_sources(data: DataConfig) -> list[SourceFiles]:
     """Looks up the files of all sources, without that for validation. Raises what `find_source` raises, for all."""
     found, problems = list[SourceFiles](), list[Problem]()
     named = [("data.source", name) for name in data.sources()]
-    if data.validation_source is not None:
-        named.append(("data.validation_source", data.validation_source))
+    named += [("data.validation_source", name) for name in data.validation_sources().values()]
     for setting, name in named:
         with collected(problems):
             found.append(find_source(data, name, setting))
@@ -71,6 +70,14 @@ def find_sources(data: DataConfig) -> list[SourceFiles]:
         problems.append(Problem("data.streaming", True, "false", reason="and data.source holds tokens already"))
     raise_all(problems)
     return found[: len(data.sources())]
+
+
+def validation_sets(data: DataConfig) -> list[str]:
+    """Returns the names of the validation sets of a run, each of which has a val_NAME_loss; [] if there is only one."""
+    if isinstance(data.validation_source, dict):
+        return list(data.validation_source)
+    have_parts = data.validation_source is None and data.train_split < 1 and len(data.sources()) > 1
+    return set_names(data.sources()) if have_parts else []
 
 
 def find_source(data: DataConfig, name: str, setting: str = "data.source") -> SourceFiles:

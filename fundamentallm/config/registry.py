@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import re
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ _PEERS = {
     "data.sequence_length": "block_size context_length max_length max_seq_len max_seq_length n_ctx n_positions seq_len",
     "data.source": "data_dir data_path dataset dataset_name train_data train_file",
     "training.batch_size": "global_batch_size per_device_train_batch_size train_batch_size",
+    "training.eval_at_start": "eval_on_start",
+    "training.eval_max_samples": "limit_val_batches max_eval_samples",
     "training.eval_every_n_steps": "eval_interval eval_steps val_check_interval",
     "training.gradient_clip_norm": "clip_grad grad_clip gradient_clip_val max_grad_norm",
     "training.learning_rate": "lr max_lr",
@@ -65,6 +68,31 @@ def unknown_options(setting: str, name: str, options: Iterable[str], known: Coll
     unknown = sorted(set(options) - set(known))
     reason = f"and {name} has no {', '.join(unknown)}"
     return [Problem(setting, options, ", ".join(known) or "none", reason=reason)] if unknown else []
+
+
+def set_names(sources: Iterable[str]) -> list[str]:
+    """Returns the names of validation sets, as in val_NAME_loss, by their sources: the file or folder, without suffix.
+
+    Other characters than letters, digits and _ become _. A name that is taken gets _2, _3 and so on.
+
+    Examples:
+        >>> set_names(["books/part-1.txt", "code/part-1.txt", "python-docs", "web/*.jsonl"])
+        ['part_1', 'part_1_2', 'python_docs', 'web']
+    """
+    names: list[str] = []
+    for source in sources:
+        parts = [re.sub(r"\W+", "_", Path(part).stem) for part in reversed(Path(source).parts)]
+        name = next((part for part in parts if part.strip("_")), "set")
+        numbered = (name, *(f"{name}_{number}" for number in range(2, len(names) + 2)))
+        names.append(next(each for each in numbered if each not in names))
+    return names
+
+
+def set_name_problems(setting: str, sets: Mapping[str, Any]) -> list[Problem]:
+    """Returns what is wrong with the names of a mapping of validation sets."""
+    if sets and all(isinstance(name, str) and set_names([name]) == [name] for name in sets):
+        return []
+    return [Problem(setting, [*sets], "at least one name, of letters, digits and _, such as 'books'")]
 
 
 def resolve(setting: str, name: str, known: Mapping[str, Any]) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
-from fundamentallm.config.registry import not_one_of, unknown_name
+from fundamentallm.config.registry import not_one_of, set_name_problems, unknown_name
 from fundamentallm.config.validation import LoraSettings, ParameterGroup, Section, entry_problems, expand_user
 from fundamentallm.errors import Problem
 
@@ -108,8 +108,8 @@ class DataConfig(Section):
     """'char' (model.pretrained: its own), 'byte', 'bpe:<size>' trained on the training text, or a tokenizer.json."""
     train_split: float = 0.9
     """Leading fraction of the text used for training; the rest is for validation (1: no validation)."""
-    validation_source: str | None = field(default=None, metadata=FREE)
-    """File, folder, glob or 'datasets:NAME' for validation, in place of a part of the source; null: train_split."""
+    validation_source: str | dict[str, str] | None = field(default=None, metadata=FREE)
+    """Source for validation; or a mapping of names to sources, each with its val_NAME_loss; null: train_split."""
     streaming: bool = False
     """Tokenize the source as it is read, in its own order, in place of once before; needs training.max_steps."""
     shuffle_buffer: int | None = None
@@ -154,6 +154,8 @@ class DataConfig(Section):
             yield not_one_of("tokenizer", self.tokenizer, ("char", "byte"), allowed)
         if not self.sources() or not all(0 < weight < math.inf for weight in self.sources().values()):
             yield Problem("source", self.source, "at least one source, with weights greater than 0")
+        if isinstance(self.validation_source, dict):
+            yield from set_name_problems("validation_source", self.validation_source)
         if not all(len(pair) == 2 and 0 < pair[0] <= pair[1] for pair in self.skip) or self.skip != sorted(self.skip):
             yield Problem("skip", self.skip, "pairs of [first step, last step], from 1, in ascending order")
         for name in ("mask_documents", "prompt_field"):
@@ -184,6 +186,11 @@ class DataConfig(Section):
         if self.messages_field is not None:
             unused |= dict.fromkeys(("prompt_field", "text_field"), "messages_field")
         return unused
+
+    def validation_sources(self) -> dict[str, str]:
+        """Returns each source for validation by its name, which is "" if there is one without a name."""
+        source = self.validation_source
+        return source if isinstance(source, dict) else {} if source is None else {"": source}
 
     def sources(self) -> dict[str, float]:
         """Returns each source with its weight."""
@@ -275,6 +282,10 @@ class TrainingConfig(Section):
     """Epochs between validations; null: none by epoch. The last step is always validated."""
     eval_every_n_steps: int | None = field(default=None, metadata=FREE)
     """Optimizer steps between validations; null: none by step."""
+    eval_at_start: bool = field(default=False, metadata=FREE)
+    """Validate before the first step of a new run too, logged as step 0."""
+    eval_max_samples: int | None = field(default=None, metadata=FREE)
+    """Samples of each validation set that are validated on, the same random ones each time; null: all."""
     checkpoint_dir: str | None = field(default=None, metadata=FREE)
     """Folder of checkpoints; default: <output_dir>/checkpoints on the command line, none in Python."""
     save_every_n_epochs: int | None = field(default=1, metadata=FREE)

@@ -40,7 +40,7 @@ FRACTION, BELOW_ONE = Interval(low=0, high=1), Interval(low=0, high=1, open_high
 _RANGES = {
     "vocab_size d_model num_heads num_kv_heads num_layers d_ff sequence_length r": AT_LEAST_ONE,
     "batch_size micro_batch_size max_epochs max_steps max_bad_steps keep_last_n": AT_LEAST_ONE,
-    "save_every_n_epochs save_every_n_steps eval_every_n_epochs eval_every_n_steps": AT_LEAST_ONE,
+    "save_every_n_epochs save_every_n_steps eval_every_n_epochs eval_every_n_steps eval_max_samples": AT_LEAST_ONE,
     "log_every_n_steps early_stopping_patience shuffle_buffer validation_tokens context top_k": AT_LEAST_ONE,
     "learning_rate adam_learning_rate learning_rate_scale adam_epsilon gradient_clip_norm": POSITIVE,
     "rope_theta norm_epsilon skip_spikes_above max_minutes hang_minutes peak_tflops alpha repetition_penalty": POSITIVE,

@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 import yaml
-from yaml.constructor import ConstructorError
+from yaml.composer import ComposerError
 
 from fundamentallm.config.schema import Config
 
@@ -15,6 +15,7 @@ _SCALARS = {
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
     "int": (r"[-+]?[0-9]+", "-+0123456789"),
     "float": (r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf)|\.(nan|NaN)", "-+.0123456789"),
+    "merge": (r"<<", "<"),
 }
 """{type: (pattern, first characters)} of unquoted scalars; everything else is text.
 
@@ -26,14 +27,15 @@ text and 10.
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers, yaml_constructors = {}, {None: yaml.SafeLoader.construct_undefined}
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Refuse repeated keys."""
-        values, keys = super().construct_mapping(node, deep), set[str]()
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Refuse repeated keys, before merge keys add those of other mappings."""
+        node, lines = super().compose_mapping_node(anchor), dict[str, int]()
         for key, _ in node.value:
-            if key.value in keys:
-                raise ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
-            keys.add(key.value)
-        return values
+            if (name := str(key.value)) in lines:
+                text = f"{name!r} is given twice, first in line {lines[name]}"
+                raise ComposerError(None, None, text, key.start_mark)
+            lines[name] = key.start_mark.line + 1
+        return node
 
 
 class _Dumper(yaml.SafeDumper):

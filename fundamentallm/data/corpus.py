@@ -100,10 +100,11 @@ def load_corpus(config: DataConfig, show_progress: bool = True, tokenizer: Token
 
 
 def load_validation(config: DataConfig, show_progress: bool, tokenizer: Tokenizer | None) -> list[Source]:
-    """Load all of `config.validation_source` for validation. Raises what `load_corpus` raises."""
-    config = replace(config, streaming=False, shuffle_buffer=None)
-    found = find_source(config, str(config.validation_source), "data.validation_source")
-    return _Cache(config, [found], 0.0, show_progress).corpus(tokenizer).sources
+    """Load all of `config.validation_source` for validation, by its names. Raises what `load_corpus` raises."""
+    config, named = replace(config, streaming=False, shuffle_buffer=None), config.validation_sources()
+    found = [find_source(config, source, "data.validation_source") for source in named.values()]
+    sources = _Cache(config, found, 0.0, show_progress).corpus(tokenizer).sources
+    return [source._replace(name=name or source.name) for name, source in zip(named, sources, strict=True)]
 
 
 def describe(corpus: Corpus) -> list[str]:

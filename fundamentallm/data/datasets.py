@@ -251,7 +251,9 @@ def _digest(header: str, *arrays: NDArray[np.integer]) -> str:
     return str(digest.hexdigest())
 
 
-def fingerprint(dataset: object) -> str | None:
-    """Returns a dataset's own `fingerprint()`, or None if it has none."""
-    own = getattr(dataset, "fingerprint", None)
-    return str(own()) if callable(own) else None
+def fingerprint(*datasets: Any) -> str | None:
+    """Returns a dataset's own `fingerprint()`, or None if it has none; of several, one digest of all."""
+    own = [str(each.fingerprint()) if callable(getattr(each, "fingerprint", None)) else None for each in datasets]
+    if len(own) < 2 or not any(own):
+        return own[0] if own else None
+    return _digest(repr((own, [len(each) for each in datasets])))  # that of their `MixedDataset`

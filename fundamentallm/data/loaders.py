@@ -15,28 +15,42 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
+from fundamentallm.config.registry import set_name_problems, set_names
 from fundamentallm.config.schema import Config
 from fundamentallm.data.corpus import Corpus, Source, Tokens, load_validation
 from fundamentallm.data.datasets import Batch, MixedDataset, PairDataset, TokenDataset
 from fundamentallm.data.encoding import encode_pieces
-from fundamentallm.data.sampler import ListedOrder, StepSampler, seed_draws
+from fundamentallm.data.sampler import ListedOrder, StepSampler, permute, seed_draws
 from fundamentallm.data.sources import read_pieces
 from fundamentallm.data.streams import ENDLESS, Stream, TextStream, is_stream
 from fundamentallm.data.tokenizers import num_bytes, num_ids, with_unknown
 from fundamentallm.distributed.batches import LABELS, StepBatch, to_device
-from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.errors import ConfigError, Problem, raise_all
 
+ValidationLoaders = DataLoader[Any] | Mapping[str, DataLoader[Any]]
+"""The loader of the validation data, or of several sets by name."""
 LIBRARIES = ("torch", "torchdata", "accelerate")
 GATHERED_AT_ONCE = 2**12
 """Tokens that small batches are gathered together up to: 64 kilobytes."""
 
 
-def step_sampler(name: str, loader: DataLoader[Any], seed: int, **layout: Any) -> StepSampler:
+def named_loaders(val_loader: ValidationLoaders | None) -> dict[str, DataLoader[Any]]:
+    """Returns the loaders of validation sets by name, which is "" if there is one without a name.
+
+    Raises ConfigError if a mapping is empty, or a name is not one.
+    """
+    if isinstance(val_loader, Mapping):
+        raise_all(set_name_problems("val_loader", val_loader))
+        return dict(val_loader)
+    return {} if val_loader is None else {"": val_loader}
+
+
+def step_sampler(name: str, loader: DataLoader[Any], seed: int, most: int | None = None, **layout: Any) -> StepSampler:
     """Make the sampler that replaces a DataLoader's own, with its batch size, shuffling and drop_last.
 
-    `name` is "train_loader" or "val_loader". `layout` is what `StepSampler` takes about processes, micro-batches and
-    later batch sizes. Raises ConfigError if the loader's order cannot be reproduced on resume, or a training batch is
-    larger than the data.
+    `name` is "train_loader", or that of a loader for validation, which may read `most` samples only. `layout` is what
+    `StepSampler` takes about processes, micro-batches and later batch sizes. Raises ConfigError if the loader's order
+    cannot be reproduced on resume, or a training batch is larger than the data.
     """
     _check_loader(name, loader)
     (sampler, batch_size, drop_last), data = unwrapped(loader), loader.dataset
@@ -47,6 +61,8 @@ def step_sampler(name: str, loader: DataLoader[Any], seed: int, **layout: Any) -
     num_samples = len(data)  # type: ignore[arg-type]
     shuffles = is_shuffling(sampler, num_samples)
     order = ListedOrder(sampler, seed, num_samples) if shuffles is None else None
+    if most is not None:
+        order, size = _subset(order, num_samples, most, size)
     about = {"drop_last": drop_last, "order": order, "data": data, "draw_seed": seed, **layout}
     num_samples = num_samples if order is None else order.length
     result = StepSampler(num_samples, size, seed if shuffles else None, **about)
@@ -64,6 +80,21 @@ def step_sampler(name: str, loader: DataLoader[Any], seed: int, **layout: Any) -
     return result
 
 
+def _subset(order: ListedOrder | None, num_samples: int, most: int, size: int) -> tuple[ListedOrder | None, int]:
+    """Returns the order of `most` random samples, the same ones in every run, and the batch size; that of all if fewer.
+
+    They keep the order of the data, so that a file is read from its beginning to its end.
+    """
+    entries: Sequence[Any] = range(num_samples) if order is None else order.of_epoch(0)
+    longest = size
+    if order is not None and order.is_batched:
+        longest, entries = max(map(len, entries)), list(itertools.chain(*entries))
+    if most >= len(entries):
+        return order, size
+    places = np.sort(permute(np.arange(most), len(entries), 0))
+    return ListedOrder([entries[place] for place in places], 0, num_samples), longest
+
+
 def _check_loader(name: str, loader: DataLoader[Any]) -> None:
     """Refuses what would silently be read in another way than its user expects."""
     if not isinstance(loader, DataLoader):  # notebooks are not type-checked
@@ -74,7 +105,7 @@ def _check_loader(name: str, loader: DataLoader[Any]) -> None:
     is_share = getattr(sampler, "num_replicas", 1) > 1 and is_shuffling(sampler, 0) is None
     refused = {
         "has an __iter__ of its own, which a run would not call; do it in collate_fn": library not in LIBRARIES,
-        "has a stream; give a list of it, by itertools.islice(stream, 500)": streams and name == "val_loader",
+        "has a stream; give a list of it, by itertools.islice(stream, 500)": streams and name != "train_loader",
         "has num_workers, each of which would repeat the stream; give 0": streams and loader.num_workers,
         "was prepared by accelerate; give the loader of the stream as it was before": streams and is_prepared,
         "has batch_size=None; give a batch_size, or a batch_sampler": sampler is None,
@@ -255,8 +286,10 @@ def create_dataloaders(
     text_or_tokens: str | Corpus | NDArray[np.integer] | Tensor | Sequence[int],
     tokenizer: Tokenizer | None,
     config: Config,
-) -> tuple[DataLoader[Batch], DataLoader[Batch] | None]:
+) -> tuple[DataLoader[Batch], Any]:
     """Create the loaders of the training part and of the validation part (None if `train_split` is 1).
+
+    Of a mixture, or with a mapping as `data.validation_source`, the second is a dict of loaders by name.
 
     Args:
         text_or_tokens: a text, split by characters and encoded; a tokenized corpus; or token ids, split as they are.
@@ -292,13 +325,12 @@ def create_dataloaders(
         validation = TokenDataset(ids, length, tokenizer, size) if train_split < 1 else None
     batch_size = config.resolved().training.batch_size
     options: dict[str, Any] = {"batch_size": batch_size, "num_workers": config.data.num_workers, "collate_fn": collate}
-    train_loader = DataLoader(train, shuffle=True, **options)
-    return train_loader, None if validation is None else DataLoader(validation, **options)
+    return DataLoader(train, shuffle=True, **options), _validation_loaders(validation, config, options)
 
 
 def stream_loaders(
     config: Config, show_progress: bool = True
-) -> tuple[DataLoader[Batch], DataLoader[Batch] | None, list[str]]:
+) -> tuple[DataLoader[Batch], ValidationLoaders | None, list[str]]:
     """Returns the loaders of a stream and of its validation data (None: there is none), and lines for the user.
 
     Raises ConfigError if the text cannot be read, or is too short for what is held out.
@@ -320,7 +352,19 @@ def stream_loaders(
     if stream.source.left_out:
         lines.append(f"{data.source}: not read: {stream.source.left_out}")
     options: dict[str, Any] = {"batch_size": config.resolved().training.batch_size, "collate_fn": collate}
-    return DataLoader(stream, **options), None if validation is None else DataLoader(validation, **options), lines
+    return DataLoader(stream, **options), _validation_loaders(validation, config, options), lines
+
+
+def _validation_loaders(validation: TokenDataset | None, config: Config, options: Any) -> ValidationLoaders | None:
+    """Returns the loader of a dataset, or those of its sets by name: of a mixture, or of a mapping in the config."""
+    named, sets = config.data.validation_source, dict[str, TokenDataset]()
+    if isinstance(validation, MixedDataset) and len(validation.datasets) > 1:
+        sets = dict(zip(set_names(validation.names), validation.datasets, strict=True))
+    elif isinstance(named, dict) and validation is not None:
+        sets = dict.fromkeys(named, validation)
+    if sets:
+        return {name: DataLoader(dataset, **options) for name, dataset in sets.items()}
+    return None if validation is None else DataLoader(validation, **options)
 
 
 def corpus_samples(
@@ -343,10 +387,11 @@ def corpus_samples(
     train = {source.name: samples(source, source.train) for source in corpus.sources}
     held_out = corpus.validation or (corpus.sources if has_validation else ())
     validation = {source.name: samples(source, source.validation) for source in held_out}
-    if len(train) <= 1:
+    if max(len(train), len(validation)) <= 1:
         return next(iter(train.values()), None), next(iter(validation.values()), None)
-    mixed = MixedDataset(train, [source.weight for source in corpus.sources])
-    return mixed, MixedDataset(validation) if validation else None
+    weights = [source.weight for source in corpus.sources]
+    trained = MixedDataset(train, weights) if len(train) > 1 else next(iter(train.values()), None)
+    return trained, MixedDataset(validation) if validation else None
 
 
 def _encode_text(text: str, tokenizer: Tokenizer | None) -> NDArray[np.integer]:

@@ -167,6 +167,12 @@ def _precision_problems(
     return [Problem(setting, value, wanted or ", ".join(PRECISIONS), advice, reason)]
 
 
+def _engine_problem(kind: str, reason: str = "") -> Problem:
+    allowed = "MULTI_GPU, or FSDP with fsdp_version 2 on GPUs; tp_size, cp_size and sp_size of 1"
+    advice = "A run is data-parallel; see accelerate_configs/ (without a GPU: cpu_2_processes.yaml)."
+    return Problem("accelerate_config.distributed_type", kind, allowed, advice, reason)
+
+
 def check_accelerator(
     accelerator: Accelerator, mixed_precision: str | None = None, batch_size: int | None = None
 ) -> None:
@@ -177,11 +183,8 @@ def check_accelerator(
     """
     if dist.is_initialized():
         kept_groups.append(dist.group.WORLD)
-    kind, precision, is_on_cpu = (
-        accelerator.distributed_type.value,
-        accelerator.mixed_precision,
-        accelerator.device.type == "cpu",
-    )
+    kind, precision = accelerator.distributed_type.value, accelerator.mixed_precision
+    is_on_cpu = accelerator.device.type == "cpu"
     count, launched = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
     given = {name: attrgetter(name)(accelerator) for name in REFUSED}
     problems = [
@@ -196,7 +199,7 @@ def check_accelerator(
     is_fsdp1 = parse_flag_from_env("ACCELERATE_USE_FSDP") and not accelerator.is_fsdp2
     parallel = accelerator.parallelism_config
     if kind in ENGINES or is_fsdp1 or (parallel is not None and parallel.non_data_parallel_size > 1):
-        problems.append(_engine_problem(kind, f"with {parallel}" if parallel else ""))
+        problems.append(_engine_problem(kind, f"with {parallel}" if parallel is not None else ""))
     problems += _precision_problems("Accelerator.mixed_precision", precision, mixed_precision, "", is_on_cpu)
     if batch_size is not None and batch_size < count:
         reason = f"so that {count - batch_size} of {count} processes would have no sequence in any step"
@@ -209,12 +212,6 @@ def check_accelerator(
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     accelerator.register_save_state_pre_hook(_refuse_states)
     accelerator.register_load_state_pre_hook(_refuse_states)
-
-
-def _engine_problem(kind: str, reason: str = "") -> Problem:
-    allowed = "MULTI_GPU, or FSDP with fsdp_version 2 on GPUs; tp_size, cp_size and sp_size of 1"
-    advice = "A run is data-parallel; see accelerate_configs/ (without a GPU: cpu_2_processes.yaml)."
-    return Problem("accelerate_config.distributed_type", kind, allowed, advice, reason)
 
 
 def _refuse_states(*_: object) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import logging
 import math
 import os
 import socket
@@ -23,6 +24,8 @@ import torch.distributed as dist
 
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import ProcessLostError
+
+logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 1.0
 LOST_SECONDS = 5.0  # without a heartbeat, once a process has failed
@@ -63,8 +66,8 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        if self.size > 1:
-            self._connect()
+        if self.size > 1 and self._connect():
+            self._exchange()
             self._thread.start()
         return self
 
@@ -86,8 +89,8 @@ class Watchdog:
     def _name(self, rank: int) -> str:
         return f"process {rank} of {self.size} (on {self._hosts[rank]})"
 
-    def _connect(self) -> None:
-        """Connects all processes to a store on a free port of process 0."""
+    def _connect(self) -> bool:
+        """Connects all processes to a store on a free port of process 0. Returns whether each of them could."""
         options: dict[str, Any] = {"wait_for_workers": False, "timeout": timedelta(seconds=STORE_SECONDS)}
         host, port = socket.gethostname(), 0
         if self.rank == 0:
@@ -96,10 +99,13 @@ class Watchdog:
         # MASTER_ADDR, from the launcher, is how other machines reach process 0.
         mine = host, (os.environ.get("MASTER_ADDR", host), port)
         self._hosts, addresses = zip(*self._group.all_gather(mine), strict=True)
-        with self._group.barrier_with_errors():
+        with suppress(RuntimeError):  # a firewall between machines
             if self.rank:
                 self._store = dist.TCPStore(*addresses[0], **options)  # type: ignore[attr-defined]
-        self._exchange()
+        if not all(self._group.all_gather(hasattr(self, "_store"))):
+            self.size = 1
+            logger.warning("%s:%d cannot be reached; a lost process will not be named.", *addresses[0])
+        return self.size > 1
 
     def _watch(self) -> None:
         """The thread: exchanges heartbeats until this process leaves or another one fails, and finds out which."""

@@ -34,7 +34,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 OPENED = {
     *("r", "lora_alpha", "lora_dropout", "bias", "lora_bias", "fan_in_fan_out", "use_rslora", "use_dora", "task_type"),
     *("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "trainable_token_indices"),
-    *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
+    *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "init_lora_weights"),
 }
 """Settings of an adapter_config.json that `open_adapter` uses. Others may name files to read or modules to import."""
 DESCRIBING = {"peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"}
@@ -154,7 +154,9 @@ def open_adapter(folder: Path, base: str | Path | None) -> tuple[Any, Pretrained
     refuse = functools.partial(refusal, "checkpoint", str(folder))
     refuse_links(folder, refuse)
     saved, defaults = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")), peft.LoraConfig().to_dict()
-    for setting in saved.keys() - OPENED - DESCRIBING:
+    if saved.get("init_lora_weights") in ("gaussian", "orthogonal"):  # others may read files
+        saved["init_lora_weights"] = True  # the weights are read all the same
+    for setting in saved.keys() - (OPENED - {"init_lora_weights"}) - DESCRIBING:
         if saved[setting] and saved[setting] != defaults.get(setting):
             advice = "If you trust it, open it by PeftModel.from_pretrained of peft."
             raise refuse(f"whose {ADAPTER_CONFIG} has a {setting} of {saved[setting]!r}", advice)

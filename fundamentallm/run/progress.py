@@ -203,7 +203,7 @@ def corpus_of_run(checkpoint: Path, settings: dict[str, Any], source: str | None
     Raises ConfigError if the text cannot be read, or only the checkpoint names it.
     """
     data = from_dict(DataConfig, saved_data_settings(settings))
-    names = {*data.sources(), data.validation_source or BUILT_IN_CORPUS} - {BUILT_IN_CORPUS}
+    names = {*data.sources(), *data.validation_sources().values()} - {BUILT_IN_CORPUS}
     if source is None and not all(opened_note(name).exists() for name in names):
         reason = "which the checkpoint names, but which you have not opened before"
         advice = "If you trust the checkpoint, allow it by: fundamentallm prepare --data.source TEXT."

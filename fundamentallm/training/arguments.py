@@ -1,7 +1,7 @@
 """What a Trainer is given: completed, checked, and compared between processes."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -60,20 +60,23 @@ def check_alike(
     group: HostGroup,
     config: Config,
     optimizer: Optimizer | None,
-    samples: Sequence[StepSampler | None],
+    samples: Sequence[Mapping[str, StepSampler]],
     content: Sequence[str | None],
 ) -> None:
     """Compares settings, a caller's optimizer, and order and content of the data over all processes.
 
-    Both sequences are of training and validation. Raises ConfigError on all processes, naming what differs.
+    Both sequences are of training and validation; samples are by the name of the set. Raises ConfigError on all
+    processes, naming what differs.
     """
     given = {name: repr(value) for name, value in flat_settings(asdict(config)).items() if name not in OF_ONE_MACHINE}
     given["optimizer"] = repr(optimizer)
-    for name, sampler, digest in zip(("train_loader", "val_loader"), samples, content, strict=True):
-        given[name] = "not given"
-        if sampler is not None:
+    for name, samplers, digest in zip(("train_loader", "val_loader"), samples, content, strict=True):
+        described = []
+        for key, sampler in samplers.items():
             order = sampler.sampler or f"drop_last={sampler.drop_last}, seed={sampler.seed}"
-            given[name] = f"{sampler.num_samples} samples in batches of {sampler.batch_size}, {order}"
+            size = f"{sampler.num_samples} samples in batches of {sampler.batch_size}"
+            described.append(f"{key} {size}, {order}".lstrip())
+        given[name] = "; ".join(described) or "not given"
         given[f"the content of {name}"] = str(digest)
     first, *others = group.all_gather(given)
     problems = {}
@@ -100,7 +103,7 @@ def check_setup(
     config: Config,
     accelerator: Accelerator,
     samples: StepSampler,
-    val_loader: DataLoader[Any] | None,
+    loaders: Mapping[str, DataLoader[Any]],
     validation_metrics: Collection[str],
     optimizer: Optimizer | None,
     scheduler: LRScheduler | None,
@@ -123,17 +126,22 @@ def check_setup(
         problems.append(Problem(f"training.{name}", getattr(training, name), allowed, reason=reason))
     if scheduler is not None and scheduler.optimizer is not optimizer:
         problems.append("The scheduler was made for another optimizer; pass its optimizer too.")
-    if isinstance(scheduler, ReduceLROnPlateau) and val_loader is None:
+    if isinstance(scheduler, ReduceLROnPlateau) and not loaders:
         problems.append(Problem("scheduler", type(scheduler).__name__, advice="It needs a val_loader; give one."))
     if optimizer is not None and training.parameter_groups:
         advice = "An optimizer is given: give it the groups, or set parameter_groups to []."
         problems.append(Problem("training.parameter_groups", training.parameter_groups, advice=advice))
-    metrics = metric_names(val_loader, validation_metrics)
+    metrics = metric_names(loaders, validation_metrics, training.eval_max_samples)
     if training.early_stopping_metric not in metrics:
         problems.append(not_one_of("early_stopping_metric", training.early_stopping_metric, metrics))
-    if (patience := training.early_stopping_patience) and val_loader is None:
-        advice = "There is no val_loader: give one, or set early_stopping_patience to null."
-        problems.append(Problem("training.early_stopping_patience", patience, allowed="null", advice=advice))
+    for name, allowed in {
+        "early_stopping_patience": "null",
+        "eval_at_start": "false",
+        "eval_max_samples": "null",
+    }.items():
+        if (value := getattr(training, name)) and not loaders:
+            advice = f"There is no val_loader: give one, or set {name} to {allowed}."
+            problems.append(Problem(f"training.{name}", value, allowed, advice))
     given = tracker_names(accelerator)
     if not set(config.trackers) <= set(given):
         advice = "Make the Accelerator with all of them (create_accelerator does), or set trackers to []."

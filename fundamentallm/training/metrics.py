@@ -37,10 +37,12 @@ Or an object that collects by itself, as those of torchmetrics: it has `update(o
 micro-batch, `compute()`, called on all processes at the end, and perhaps `reset()`."""
 
 
-def further_metrics(names: Sequence[str], given: Mapping[str, Metric] | None = None) -> dict[str, Metric]:
+def further_metrics(
+    names: Sequence[str], given: Mapping[str, Metric] | None = None, sets: Collection[str] = ()
+) -> dict[str, Metric]:
     """Returns metrics, from 'module:name' and `given` by name, by the name under which they are logged: val_NAME.
 
-    Raises ConfigError if one cannot be imported or called, or its name is taken.
+    Raises ConfigError if one cannot be imported or called, or its name is taken, as by a loss of the validation `sets`.
     """
     problems, metrics = [], {}
     named = [(name.rpartition(":")[2], resolve("validation_metrics", name, {})) for name in names]
@@ -48,7 +50,7 @@ def further_metrics(names: Sequence[str], given: Mapping[str, Metric] | None = N
         key = f"val_{name}"
         if not callable(metric) and not hasattr(metric, "compute"):
             problems.append(Problem("validation_metrics", name, "functions", reason=f"a {type(metric).__name__}"))
-        if key in metrics or key in METRIC_NAMES:
+        if key in metrics or key in loss_names(sets):
             reason = f"and there is a {key} already"
             problems.append(Problem("validation_metrics", name, reason=reason, advice="Give it another name."))
         metrics[key] = metric
@@ -59,31 +61,33 @@ def further_metrics(names: Sequence[str], given: Mapping[str, Metric] | None = N
 @torch.no_grad()
 def evaluate(
     step_model: nn.Module,
-    loader: DataLoader[Any],
-    batches: Iterable[StepBatch],
+    loaders: Mapping[str, DataLoader[Any]],
+    batches: Iterable[tuple[str, StepBatch]],
     accelerator: Accelerator,
     further: Mapping[str, Any],
     is_interrupted: Callable[[], bool],
+    most: int | None = None,
 ) -> dict[str, float] | None:
-    """Returns the metrics over all targets of a loader; batch size and number of processes do not affect them.
+    """Returns the metrics over all targets; batch size and number of processes do not affect them.
 
-    `batches` are this process's parts. `further` metrics by name are NaN if they counted nothing. If `is_interrupted`,
-    called after each batch, returns True (on all processes alike), the result is None. Raises ConfigError if all
-    targets are ignored, or a metric does not return (sum, count).
+    `batches` are this process's parts of each of the `loaders` by name ("": its loss is val_loss), of at most `most`
+    samples each. `further` metrics by name are NaN if they counted nothing. If `is_interrupted`, called after each
+    batch, returns True (on all processes alike), the result is None. Raises ConfigError if all targets of a loader are
+    ignored, or a metric does not return (sum, count).
     """
     was_training, objective = step_model.training, accelerator.unwrap_model(step_model)
     step_model.eval()
-    means = {name: RunningMean(accelerator.device) for name in ("val_loss", *further)}
+    means = {name: RunningMean(accelerator.device) for name in (*map(_loss_name, loaders), *further)}
     for metric in further.values():
         if hasattr(metric, "reset"):  # an interrupted validation may have left something
             metric.reset()
     try:
-        for batch in batches:
+        for set_name, batch in batches:
             for content, rows in batch.micro_batches(objective.trims or bool(further)):
                 result = step_model(content, with_outputs=bool(further))
                 if rows == 0:  # padding only
                     continue
-                means["val_loss"].add(result[0] if further else result, objective.num_targets(content))
+                means[_loss_name(set_name)].add(result[0] if further else result, objective.num_targets(content))
                 for name, metric in further.items():
                     if result[1] is None:
                         raise ConfigError(f"the metric {name} needs outputs; have the objective return (loss, outputs)")
@@ -98,14 +102,18 @@ def evaluate(
     finally:
         step_model.train(was_training)
     totals = torch.stack([mean.totals for mean in means.values()])
-    (total, count), *others = accelerator.reduce(totals, "sum").tolist()
-    if count == 0:
-        raise ConfigError("val_loader has only ignored targets; give it some that count.")
+    sums = dict(zip(means, accelerator.reduce(totals, "sum").tolist(), strict=True))
+    losses = {name: sums[_loss_name(name)] for name in loaders}
+    for name in [name for name, (_, count) in losses.items() if count == 0]:
+        raise ConfigError(f"{name or 'val_loader'} has only ignored targets; give it some that count.")
+    total, count = (sum(each) for each in zip(*losses.values(), strict=True))
     loss = total / count
     values = {"val_loss": loss, "val_perplexity": math.exp(loss) if loss < 700 else math.inf}
-    if num_bytes := _num_bytes(loader):
+    if num_bytes := _num_bytes(loaders, most):
         values["val_bits_per_byte"] = total / math.log(2) / num_bytes
-    for (name, metric), (total, count) in zip(further.items(), others, strict=True):
+    values |= {_loss_name(name): total / count for name, (total, count) in losses.items() if name}
+    for name, metric in further.items():
+        total, count = sums[name]
         if hasattr(metric, "compute"):
             values[name] = float(metric.compute())
         else:
@@ -113,15 +121,30 @@ def evaluate(
     return values
 
 
-def metric_names(loader: DataLoader[Any] | None, further: Collection[str] = ()) -> list[str]:
-    """Returns the names of the metrics of `evaluate`: bits per byte for text only, and all names without a loader."""
-    left_out = "val_bits_per_byte" if loader is not None and not _num_bytes(loader) else None
-    return [name for name in (*METRIC_NAMES, *further) if name != left_out]
+def _loss_name(name: str) -> str:
+    return f"val_{name}_loss" if name else "val_loss"
 
 
-def _num_bytes(loader: DataLoader[Any]) -> int | None:
-    """Returns the UTF-8 bytes of the targets, or None if they are not text or it is not known."""
-    return loader.dataset.num_bytes if isinstance(loader.dataset, TokenDataset) else None
+def loss_names(sets: Collection[str]) -> list[str]:
+    """Returns the names of the losses of validation sets, and of what follows from them."""
+    return [*METRIC_NAMES, *(_loss_name(name) for name in sets if name)]
+
+
+def metric_names(loaders: Mapping[str, DataLoader[Any]], further: Collection[str], most: int | None) -> list[str]:
+    """Returns the names of the metrics of `evaluate`: bits per byte if known, and all names without a loader."""
+    left_out = "val_bits_per_byte" if loaders and not _num_bytes(loaders, most) else None
+    return [name for name in (*loss_names(loaders), *further) if name != left_out]
+
+
+def _num_bytes(loaders: Mapping[str, DataLoader[Any]], most: int | None) -> int | None:
+    """Returns the UTF-8 bytes of the targets; None if they are not text, not all are read, or it is not known."""
+    total = 0
+    for loader in loaders.values():
+        data = loader.dataset
+        if not isinstance(data, TokenDataset) or data.num_bytes is None or (most is not None and most < len(data)):
+            return None
+        total += data.num_bytes
+    return total
 
 
 def _sum_and_count(name: str, result: Any) -> list[Tensor]:

@@ -18,7 +18,7 @@ from fundamentallm.checkpoint.optimizer_state import NamedOptimizerState
 from fundamentallm.checkpoint.reading import load_checkpoint
 from fundamentallm.config.schema import Config, TrainingConfig
 from fundamentallm.data.datasets import fingerprint
-from fundamentallm.data.loaders import step_sampler, unwrapped
+from fundamentallm.data.loaders import ValidationLoaders, named_loaders, step_sampler, unwrapped
 from fundamentallm.distributed.accelerator import leave_group
 from fundamentallm.distributed.dtensor import device_name
 from fundamentallm.distributed.host_group import HostGroup
@@ -60,7 +60,8 @@ class Trainer(TrainerView):
         train_loader: yields `(inputs, targets)`, mappings with `labels`, or what `objective` takes, from a map-style
             dataset. Its batch size is that of one optimizer step over all devices. shuffle=True means the order that
             follows from the seed.
-        val_loader: the same for validation. Its batch size changes no result.
+        val_loader: the same for validation. Its batch size changes no result. Or several by name, each of which has a
+            loss of its own, val_NAME_loss, besides the metrics over all of them.
         callbacks: all callbacks; None: a progress bar, log lines (in `output_dir`, if there is one), and
             a checkpoint of the best validation.
         optimizer: replaces the config's; over this model's parameters.
@@ -98,7 +99,7 @@ class Trainer(TrainerView):
         model: nn.Module,
         config: Config | TrainingConfig,
         train_loader: DataLoader[Any],
-        val_loader: DataLoader[Any] | None = None,
+        val_loader: ValidationLoaders | None = None,
         callbacks: list[Callback] | None = None,
         *,
         optimizer: Optimizer | None = None,
@@ -118,14 +119,15 @@ class Trainer(TrainerView):
         layout = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
         layout |= {"micro_batch_size": at_once, "pad": bool(training.compile)}
         with self.group.barrier_with_errors():
-            later = {"schedule": training.batch_size_schedule, "skip": self.config.data.skip}
+            later: dict[str, Any] = {"schedule": training.batch_size_schedule, "skip": self.config.data.skip}
             self.samples = step_sampler("train_loader", train_loader, training.seed, **later, **layout)
-            self.val_samples = None if val_loader is None else step_sampler("val_loader", val_loader, 0, **layout)
-        content = [None if each is None else fingerprint(each.dataset) for each in (train_loader, val_loader)]
-        check_alike(self.group, self.config, optimizer, [self.samples, self.val_samples], content)
+            most, sets = training.eval_max_samples, named_loaders(val_loader)
+            self.val_samples = {k: step_sampler(k or "val_loader", v, 0, most, **layout) for k, v in sets.items()}
+        content = [fingerprint(train_loader.dataset), fingerprint(*(loader.dataset for loader in sets.values()))]
+        check_alike(self.group, self.config, optimizer, [{"": self.samples}, self.val_samples], content)
         self.batch_size, self.steps_per_epoch = self.samples.batch_size, self.samples.steps_per_epoch
-        self.validation_metrics = further_metrics(training.validation_metrics, validation_metrics)
-        check_setup(self.config, accelerator, self.samples, val_loader, self.validation_metrics, optimizer, scheduler)
+        self.validation_metrics = further_metrics(training.validation_metrics, validation_metrics, sets)
+        check_setup(self.config, accelerator, self.samples, sets, self.validation_metrics, optimizer, scheduler)
         self.total_steps = count_steps(training, self.samples)
 
         freeze(model, training.parameter_groups)
@@ -139,7 +141,7 @@ class Trainer(TrainerView):
         self.optimizer_step = OptimizerStep(accelerator, self.model_with_loss, self.optimizer, training)
         self._first_batches = FirstBatches(with_loss, accelerator, self.group, self.say)
         self.early_stopping = make_early_stopping(training)
-        default = default_callbacks(self.config, self.output_dir, val_loader is not None)
+        default = default_callbacks(self.config, self.output_dir, bool(sets))
         self.callbacks = CallbackList(default if callbacks is None else callbacks)
         self.metrics = MetricTracker(log_path(self.callbacks.callbacks))
         if accelerator.log_with:
@@ -222,14 +224,17 @@ class Trainer(TrainerView):
         self.samples.micro_batch_size = 1  # so that the check of the first batch fits
         batches = self._first_batches.load(self.train_loader, self.samples, first, max(self.total_steps, first + 1))
         size = micro_batch.settle(self.optimizer_step, batches, largest, self.group, bool(self.validation_metrics))
-        for sampler in filter(None, (self.samples, self.val_samples)):
+        for sampler in (self.samples, *self.val_samples.values()):
             sampler.micro_batch_size = size
         self.say(f"micro_batch_size is auto: {size} of {largest} sequences at once fit")
 
     def _train(self) -> None:
         """Takes optimizer steps to the last one, or until all processes agree to stop."""
         progress, callbacks, step = self._progress, self.callbacks, self.optimizer_step
-        if progress.validation_due and self._finish_step(is_logged=True, is_at_epoch=self._is_at_epoch):
+        if progress.step == 0 and self.config.training.eval_at_start and self.metrics.get_latest("val_step") is None:
+            progress.validation_due = True
+        is_at_epoch = progress.step > 0 and self._is_at_epoch
+        if progress.validation_due and self._finish_step(is_logged=True, is_at_epoch=is_at_epoch):
             return
         log_every = self.config.training.log_every_n_steps
         is_at_epoch = True  # or resumes within one
@@ -308,7 +313,8 @@ class Trainer(TrainerView):
         """Returns the metrics of the validation data, whatever its batch size and the device count.
 
         These are `val_loss` (mean per target, in nats for our losses), `val_perplexity` (its exponential), for text
-        `val_bits_per_byte`, and further metrics. With `training.ema_decay`, the averaged weights are validated.
+        `val_bits_per_byte` (not with `training.eval_max_samples`), `val_NAME_loss` of each named set, and further
+        metrics over all sets. With `training.ema_decay`, the averaged weights are validated.
 
         Raises:
             ConfigError: if there is no val_loader, or no target in it.
@@ -318,13 +324,16 @@ class Trainer(TrainerView):
         return metrics
 
     def _evaluate(self, is_interrupted: Callable[[], bool]) -> dict[str, float] | None:
-        if self.val_loader is None or self.val_samples is None:
+        if not (loaders := named_loaders(self.val_loader)):
             raise ConfigError("There is no val_loader; give the Trainer one.")
-        loader, stop = self.val_loader, self.val_samples.steps_per_epoch
-        batches = self._first_batches.load(loader, self.val_samples, 0, stop)
-        model, metrics = self.model_with_loss, self.validation_metrics
+        batches = (
+            (name, batch)
+            for name, samples in self.val_samples.items()
+            for batch in self._first_batches.load(loaders[name], samples, 0, samples.steps_per_epoch)
+        )
+        model, metrics, most = self.model_with_loss, self.validation_metrics, self.config.training.eval_max_samples
         with self.averaged_weights():
-            return evaluate(model, loader, batches, self.accelerator, metrics, is_interrupted)
+            return evaluate(model, loaders, batches, self.accelerator, metrics, is_interrupted, most)
 
     def _validate_in_training(self) -> bool:
         """Validates. Returns False if a signal or the clock interrupted it; it then comes first on resume."""

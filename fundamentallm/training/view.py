@@ -117,6 +117,8 @@ class TrainerView(RunView):
         return 0 in (before.place, at.place) or before.epoch < at.epoch
 
     def _is_due(self, every_n_steps: int | None, every_n_epochs: int | None) -> bool:
+        if self.global_step == 0:  # of `eval_at_start`
+            return False
         if every_n_steps is not None and self.global_step % every_n_steps == 0:
             return True
         return every_n_epochs is not None and self._is_at_epoch and self.current_epoch % every_n_epochs == 0

@@ -66,9 +66,9 @@ def test_they_are_logged_beside_the_loss(tmp_path: Path, micro: int | None, voca
 def test_rows_that_only_fill_a_micro_batch_up_do_not_count(tmp_path: Path) -> None:
     """As where the model is compiled for one shape: 5, 5 and 1 rows in micro-batches of 3."""
     trainer = made(tmp_path)
-    assert trainer.val_loader is not None
-    trainer.val_samples = step_sampler("val_loader", trainer.val_loader, 0, micro_batch_size=3, pad=True)
-    assert [len(trainer.val_samples.rank_batch(step).indices) for step in range(3)] == [6, 6, 3]
+    assert isinstance(trainer.val_loader, DataLoader)
+    samples = trainer.val_samples[""] = step_sampler("val_loader", trainer.val_loader, 0, micro_batch_size=3, pad=True)
+    assert [len(samples.rank_batch(step).indices) for step in range(3)] == [6, 6, 3]
     found = trainer.validate()
     assert {name: found[name] for name in ("val_accuracy", "val_rows")} == pytest.approx(expected(trainer), rel=1e-5)
 

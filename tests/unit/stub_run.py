@@ -13,6 +13,7 @@ from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader
 
 from fundamentallm import Config, TokenDataset, TrainingConfig, create_tokenizer
+from fundamentallm.data.loaders import ValidationLoaders
 from fundamentallm.data.sampler import StepSampler
 from fundamentallm.training.metrics import MetricTracker
 
@@ -32,7 +33,7 @@ class Stub:
         default_factory=lambda: Config(training=TrainingConfig(log_every_n_steps=1), sample_tokens=4)
     )
     train_loader: DataLoader[Any] = field(default_factory=lambda: DataLoader(DATASET, batch_size=4))
-    val_loader: DataLoader[Any] | None = field(default_factory=lambda: DataLoader(DATASET, batch_size=4))
+    val_loader: ValidationLoaders | None = field(default_factory=lambda: DataLoader(DATASET, batch_size=4))
     samples: StepSampler = field(default_factory=lambda: StepSampler(len(DATASET), 4, 0))
     metrics: MetricTracker = field(default_factory=MetricTracker)
     total_steps: int = 3

@@ -33,9 +33,11 @@ def test_launch_problems_of_a_supported_launch_is_empty() -> None:
 
 def test_create_accelerator_lists_all_problems_of_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # which accelerate would advise to install
     with pytest.raises(ConfigError) as error:  # accelerate leaves out trackers that are unknown or not installed
         create_accelerator("no", trackers=["tensorboard", "wandbb", "dvclive"])
-    expected = [("accelerate_config.mixed_precision", "fp8"), ("trackers", "wandbb"), ("trackers", "dvclive")]
+    expected = [("accelerate_config.mixed_precision", "fp8"), ("accelerate_config.distributed_type", "DEEPSPEED")]
+    expected += [("trackers", "wandbb"), ("trackers", "dvclive")]
     assert settings(error) == expected
 
 

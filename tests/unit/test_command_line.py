@@ -100,6 +100,10 @@ def test_from_yaml_reads_the_scalars_of_yaml_1_2(text: str, value: Any) -> None:
     assert type(from_yaml(text)) is type(value)
 
 
+def test_from_yaml_merges_mappings_below_own_keys() -> None:
+    assert from_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}")["b"] == {"x": 1, "y": 3}
+
+
 @pytest.mark.parametrize(
     ("content", "fact"),
     [

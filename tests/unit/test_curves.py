@@ -71,6 +71,13 @@ def test_draw_takes_losses_without_a_range(losses: list[float]) -> None:
     draw(history(losses), [], 10, "light", "$x^$").savefig(io.BytesIO())
 
 
+def test_draw_shows_each_validation_set() -> None:
+    sets = {"val_step": [10.0, 20.0], "val_loss": [3.0, 2.0], "val_books_loss": [2.5, 1.5]}
+    axis = draw(history([2.0] * 4) | sets, [], 40, "light", "").axes[0]
+    shown = {str(curve.get_label()).partition(" ")[0]: list(curve.get_ydata()) for curve in axis.get_lines()}
+    assert shown["val_books_loss"] == [2.5, 1.5]
+
+
 def test_draw_marks_restarts_and_skipped_steps() -> None:
     counts = {"bad_steps": [0.0, 2.0, 2.0, 3.0], "skipped_spikes": [0.0, 0.0, 1.0, 1.0]}
     axis = draw(history([4.0, 3.0, 2.0, 1.0]) | counts, [15, 25], 100, "light", "run").axes[0]

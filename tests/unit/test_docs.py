@@ -121,6 +121,14 @@ def test_tutorial_and_numerics_python_runs(tmp_path: Path, monkeypatch: pytest.M
     assert names["history"]["train_loss"][-1] < 0.5
 
 
+def test_python_page_trains_with_several_validation_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(next(block for block in blocks(ROOT / "docs/python.md", "python") if "val_near_loss" in block), names)
+    assert {"val_near_loss", "val_far_loss"} <= names["history"].keys()
+    assert names["history"]["step"][0] == 0
+
+
 # ---- the format of checkpoints -------------------------------------------------------------------------------
 
 DTYPES = {"F32": torch.float32, "F64": torch.float64, "I64": torch.int64, "BF16": torch.bfloat16, "BOOL": torch.bool}

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from fundamentallm.config.schema import Config
+from fundamentallm.data.loaders import ValidationLoaders
 from fundamentallm.data.sampler import StepSampler
 from fundamentallm.errors import ConfigError, Problem
 from fundamentallm.run.folder import LineFile, repeats_all_launches
@@ -32,7 +33,7 @@ class RunView(Protocol):
     config: Config  # resolved
     output_dir: Path | None  # None: the run has no folder
     train_loader: DataLoader[Any]
-    val_loader: DataLoader[Any] | None
+    val_loader: ValidationLoaders | None
     samples: StepSampler  # which samples each step sees
     metrics: MetricTracker  # the history so far
     total_steps: int
@@ -210,5 +211,7 @@ def rewind_lines(trainer: RunView, file: LineFile) -> None:
     is_own = resumed_from is None or resumed_from.parent == Path(training.checkpoint_dir or "")
     is_repeated = trainer.output_dir is not None and repeats_all_launches(trainer.output_dir)
     keep_copy = (step == 0 and not is_repeated) or trainer.was_rewound
-    if message := file.rewind(step, is_own, "log" in training.resume_changes, keep_copy):
+    # Without a history, not even a line of step 0 (`eval_at_start`) is this run's.
+    last = step if step or trainer.metrics.metrics else -1
+    if message := file.rewind(last, is_own, "log" in training.resume_changes, keep_copy):
         trainer.say(message)

@@ -106,6 +106,10 @@ def _draw_losses(axis: Any, history: dict[str, list[float]], restarts: list[int]
     if validation:
         label = f"validation ({validation[-1]:.4g})"
         axis.plot(history["val_step"], validation, "o-", color="C1", markersize=3.5, label=label)
+    sets = [name for name in history if name.startswith("val_") and name.endswith("_loss") and name != "val_loss"]
+    for number, name in enumerate(sets, start=4):
+        values, label = history[name], f"{name} ({history[name][-1]:.4g})"
+        axis.plot(history["val_step"][: len(values)], values, color=f"C{number}", linewidth=1, label=label)
     for name, marker, label in (("bad_steps", "x", "not finite"), ("skipped_spikes", "^", "skipped spikes")):
         counts = history.get(name, [])
         if len(counts) == len(steps) and counts[-1]:  # otherwise it was not counted all the time
