@@ -41,13 +41,6 @@ def test_create_accelerator_lists_all_problems_of_a_launch(monkeypatch: pytest.M
     assert settings(error) == expected
 
 
-def test_create_accelerator_refuses_an_engine_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ConfigError) as error:  # accelerate advises to install it
-        create_accelerator("no")
-    assert settings(error) == [("accelerate_config.distributed_type", "DEEPSPEED")]
-
-
 def test_launch_problems_of_two_precisions_names_both_and_the_file() -> None:
     (problem,) = launch_problems({"ACCELERATE_MIXED_PRECISION": "bf16"}, True, "no", Launch("/etc/default_config.yaml"))
     assert (problem.setting, problem.value, problem.allowed) == ("accelerate_config.mixed_precision", "bf16", "no")
