@@ -159,8 +159,18 @@ def shape_of(saved: dict[str, Any]) -> tuple[ModelConfig | None, str]:
     if kind not in ("qwen3", "llama"):
         return None, f"its type is {kind!r}, and the Transformer's are 'qwen3' and 'llama'"
     rope = saved.get("rope_parameters") or saved.get("rope_scaling") or {}
+    head_dim = saved.get("hidden_size", 0) // max(saved.get("num_attention_heads", 1), 1)
+    others = {*(saved.get("layer_types") or ())} - {"full_attention"}
+    values = saved | {
+        "head_dim": saved.get("head_dim", 128 if kind == "qwen3" else None) or head_dim,  # 128 is Qwen3's default
+        "layer_types": ", ".join(sorted(others)) or "full_attention",
+        "the type of its rotary positions": rope.get("rope_type", rope.get("type", "default")),
+    }
+    for name, allowed in {**SUPPORTED, "head_dim": head_dim}.items():
+        if values.get(name, allowed) != allowed:
+            return None, f"{name} is {values[name]!r}, and the Transformer's {allowed!r}"
     try:
-        shape = ModelConfig(
+        return ModelConfig(
             vocab_size=saved["vocab_size"],
             d_model=saved["hidden_size"],
             num_heads=saved["num_attention_heads"],
@@ -171,20 +181,9 @@ def shape_of(saved: dict[str, Any]) -> tuple[ModelConfig | None, str]:
             rope_theta=float(rope.get("rope_theta", saved.get("rope_theta", ModelConfig.rope_theta))),
             norm_epsilon=saved.get("rms_norm_eps", ModelConfig.norm_epsilon),
             qk_norm=kind == "qwen3",
-        )
+        ), ""
     except KeyError as error:
         return None, f"its {CONFIG} lacks {error}"
-    head_dim = shape.d_model // max(shape.num_heads, 1)
-    others = {*(saved.get("layer_types") or ())} - {"full_attention"}
-    values = saved | {
-        "head_dim": saved.get("head_dim", 128 if kind == "qwen3" else None) or head_dim,  # 128 is Qwen3's default
-        "layer_types": ", ".join(sorted(others)) or "full_attention",
-        "the type of its rotary positions": rope.get("rope_type", rope.get("type", "default")),
-    }
-    for name, allowed in {**SUPPORTED, "head_dim": head_dim}.items():
-        if values.get(name, allowed) != allowed:
-            return None, f"{name} is {values[name]!r}, and the Transformer's {allowed!r}"
-    return shape, ""
 
 
 def transformers_model(pretrained: Pretrained) -> nn.Module:

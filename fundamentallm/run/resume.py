@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from fundamentallm.checkpoint.manager import CheckpointManager
-from fundamentallm.checkpoint.manifest import is_ours, read_manifest, verify
+from fundamentallm.checkpoint.manifest import STATE, is_ours, read_manifest, verify
 from fundamentallm.checkpoint.reading import Like, explained, load_checkpoint, load_parts, load_weights
 from fundamentallm.config.schema import Config, DataConfig, ModelConfig
 from fundamentallm.config.validation import expand_user
@@ -93,15 +92,20 @@ def resume(
 def learned_tokenizer(config: Config) -> Tokenizer | None:
     """Returns the tokenizer that the run learned from its text when it began, or None. A grown text gives others."""
     wanted, data = config.training.resume, config.data
-    path = CheckpointManager(config.folder_of_checkpoints()).get_latest()
-    path = path or (None if wanted in ("auto", "never") else Path(expand_user(wanted)))
-    if path is not None and not data.tokenizer.endswith(".json"):
-        with suppress(CheckpointError):  # `resume` reports it
-            files = verify(path, hashed=[TOKENIZER])["files"]
-            saved = load_parts(path, ["config"])["config"].get("data", {})
-            is_same = all(saved.get(name) == getattr(data, name) for name in ("tokenizer", "end_of_text"))
-            return read_tokenizer(path / TOKENIZER) if is_same and TOKENIZER in files else None
-    return None
+    manager = CheckpointManager(config.folder_of_checkpoints())
+    path = manager.get_latest() or (None if wanted in ("auto", "never") else Path(expand_user(wanted)))
+    if path is None or data.tokenizer.endswith(".json"):
+        return None
+    try:
+        verify(path, hashed=[STATE, TOKENIZER])
+    except CheckpointError:  # `resume` reports it, and takes an earlier one
+        path = manager.newest_intact()[0]
+    if path is None or not (path / TOKENIZER).is_file():
+        return None
+    with explained(path):
+        saved = load_parts(path, ["config"])["config"].get("data", {})
+        is_same = all(saved.get(name) == getattr(data, name) for name in ("tokenizer", "end_of_text"))
+        return read_tokenizer(path / TOKENIZER) if is_same else None
 
 
 def check_tokenizer(checkpoint: Path, tokenizer: Tokenizer | None) -> None:

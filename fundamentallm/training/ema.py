@@ -83,7 +83,8 @@ class WeightAverage:
         self._average = self._weights()
         for name, parameter in self.model.named_parameters():
             if parameter in self._average and name in state["weights"]:
-                local(self._average[parameter]).copy_(local(state["weights"][name]))
+                average = local(self._average[parameter])
+                average.copy_(local(state["weights"][name]).view_as(average))  # copy_ alone would broadcast
         self._updates.copy_(state["updates"])
 
 

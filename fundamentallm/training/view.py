@@ -112,8 +112,9 @@ class TrainerView(RunView):
 
     @property
     def _is_at_epoch(self) -> bool:
-        """Whether the next step begins an epoch."""
-        return self.samples.at(self.global_step).place == 0
+        """Whether the last step ended an epoch, maybe one whose end is left out by `data.skip`."""
+        before, at = (self.samples.at(self.global_step, is_before_skip) for is_before_skip in (True, False))
+        return 0 in (before.place, at.place) or before.epoch < at.epoch
 
     def _is_due(self, every_n_steps: int | None, every_n_epochs: int | None) -> bool:
         if self.global_step == 0:  # of `eval_at_start`

@@ -108,6 +108,15 @@ def test_a_stopped_run_goes_on_to_the_bit(whole: Trainer, tmp_path: Path) -> Non
     assert again.metrics.get_history()["val_loss"] == whole.metrics.get_history()["val_loss"]
 
 
+def test_an_average_of_another_shape_is_refused(tmp_path: Path) -> None:
+    average = make_trainer(of(tmp_path)).average
+    assert average is not None
+    state = average.state_dict()
+    state["weights"] |= {name: average[:1] for name, average in state["weights"].items()}  # `copy_` would broadcast it
+    with pytest.raises(RuntimeError):
+        average.load_state_dict(state)
+
+
 def test_it_can_be_given_up_and_begun_in_the_middle(tmp_path: Path) -> None:
     first = make_trainer(of(tmp_path), callbacks=[StopAt(3)])
     first.train()

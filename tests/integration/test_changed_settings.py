@@ -106,6 +106,8 @@ def test_run_keeps_the_tokenizer_it_began_with(tmp_path: Path, capsys: pytest.Ca
     (problem,) = error.value.problems
     assert problem.setting == "model.vocab_size"
     assert "resume_changes" not in problem.advice
+    (tmp_path / "old/checkpoints/step_00000006/model.safetensors").write_bytes(b"")  # an earlier one has it too
+    assert start(spec, "data", "training", steps=7).train_loader.dataset.tokenizer.to_str() == before
 
 
 def test_resume_with_special_tokens_read_otherwise_names_them(tmp_path: Path) -> None:

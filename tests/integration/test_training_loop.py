@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -337,6 +338,16 @@ def test_the_host_asks_for_no_value_between_log_lines(
     assert sorted(set(waits.steps)) == [0, 5, 10, 12]
     log_lines = [waits.steps.count(step) for step in (5, 10)]
     assert log_lines[0] == log_lines[1] <= 6
+
+
+def test_epoch_whose_end_is_left_out_still_ends(tmp_path: Path) -> None:
+    for name, pair in (("across", [5, 7]), ("behind", [7, 8])):  # of 6 steps an epoch
+        config = make_config(tmp_path / name, max_steps=10, eval_every_n_epochs=1)
+        config = replace(config, data=replace(config.data, skip=[pair]))
+        loader = DataLoader(PartlyIgnored(), 8)
+        trainer = Trainer(Bigram(), config, loader, loader, [LoggingCallback(tmp_path / name / "metrics.jsonl")])
+        trainer.train()
+        assert next(line["step"] for line in lines(tmp_path / name) if "val_loss" in line) == pair[0] - 1
 
 
 def test_trainer_with_a_home_folder_writes_everything_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,3 +97,10 @@ def test_samples_of_a_sharded_model_are_those_of_a_whole_one(tmp_path: Path) -> 
     on_processes(1, _sample, tmp_path / "whole")
     on_processes(2, _sample, tmp_path / "sharded")
     assert samples(tmp_path / "sharded") == samples(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["first_step", "num_steps"])
+def test_profiler_of_no_step_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ProfilerCallback(**{name: 0})
+    assert [problem.setting for problem in caught.value.problems] == [name]

@@ -65,6 +65,13 @@ def test_find_pretrained_names_what_we_do_not_compute(tmp_path: Path, change: di
     assert name in found.why_not
 
 
+def test_width_with_odd_heads_beside_a_head_dim_is_left_to_transformers(tmp_path: Path) -> None:
+    llama(tmp_path, hidden_size=20, num_attention_heads=4, num_key_value_heads=4, head_dim=8)
+    found = find_pretrained(str(tmp_path))
+    assert found.shape is None
+    assert transformers_model(found).config.hidden_size == 20
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @torch.no_grad()
 def test_a_sharded_llama_becomes_a_transformer_in_float32(tmp_path: Path, tied: bool) -> None:

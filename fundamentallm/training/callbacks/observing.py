@@ -99,8 +99,9 @@ class ProfilerCallback(Callback):
     def __init__(
         self, first_step: int | None = None, num_steps: int = 3, all_processes: bool = False, with_stack: bool = False
     ) -> None:
-        if num_steps < 1:
-            raise ConfigError(Problem("num_steps", num_steps, "at least 1"))
+        for name, number in (("first_step", first_step), ("num_steps", num_steps)):
+            if number is not None and number < 1:
+                raise ConfigError(Problem(name, number, "at least 1"))
         self.first_step, self.num_steps = first_step, num_steps
         self.all_processes, self.with_stack = all_processes, with_stack
         self._steps = range(0)  # those traced in this launch
