@@ -97,8 +97,8 @@ def _draw_losses(axis: Any, history: dict[str, list[float]], restarts: list[int]
     axis.plot(steps, losses, color="C0", alpha=0.35 if is_long else 1, label="" if is_long else "training")
     if is_long:
         window, is_finite = np.ones(len(losses) // 40), np.isfinite(losses)
-        counts = np.convolve(is_finite, window, "same")
-        means = np.convolve(np.where(is_finite, losses, 0.0), window, "same") / np.where(counts, counts, math.nan)
+        in_window = np.convolve(is_finite, window, "same")
+        means = np.convolve(np.where(is_finite, losses, 0.0), window, "same") / np.where(in_window, in_window, math.nan)
         axis.plot(steps, means, color="C0", label="training (smoothed)")
         finite = [value for value in (*losses, *validation) if math.isfinite(value)]
         low, high = np.quantile(finite or [0.0], (0, 0.97))
