@@ -27,7 +27,7 @@ MOST_BYTES = 4 << 20
 
 @contextlib.contextmanager
 def explained(path: Path, what: str = "it cannot be read or used") -> Iterator[None]:
-    """Raises CheckpointError for whatever reading a stranger's checkpoint raises, also panics; our own errors pass."""
+    """Turns errors of reading a stranger's checkpoint, panics too, into CheckpointErrors; our own errors pass."""
     try:
         yield
     except (FundamentaLLMError, BrokenPipeError, torch.OutOfMemoryError):  # not of the checkpoint

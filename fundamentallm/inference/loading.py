@@ -95,7 +95,7 @@ def find_checkpoint(path: Path, wants_best: bool = False) -> Path:
     manager = CheckpointManager(checkpoints_folder(path))
     found = path if is_ours(path) else (wants_best and manager.get_best()) or manager.get_latest()
     if found is None:
-        raise CheckpointNotFoundError(f"there is no checkpoint in {path}; give a checkpoint, or a run's output_dir.")
+        raise CheckpointNotFoundError(f"no checkpoint found in {path}. Give a checkpoint, or a run's output_dir.")
     return found
 
 
