@@ -1,4 +1,4 @@
-"""What packing saves on questions of varied lengths: the padding, and the time for each token of an answer.
+"""What packing saves on questions of varied lengths: padding, and processor time for each token of an answer.
 
     python -m tests.benchmarks.packing [--rounds 4]
 
@@ -13,16 +13,16 @@ import json
 import re
 import statistics
 import tempfile
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
 
-from fundamentallm import Config, DataConfig, ModelConfig, TrainingConfig, load_corpus
+from fundamentallm import Callback, Config, DataConfig, ModelConfig, Trainer, TrainingConfig, load_corpus
 from fundamentallm.data.datasets import PackedDataset
-from fundamentallm.train import run
+from fundamentallm.train import make_trainer
 from tests.conftest import reset_accelerate
-from tests.integration.runs import lines
 
 MODULES = (
     "argparse ast asyncio base64 bisect calendar codecs collections configparser contextlib copy csv dataclasses "
@@ -77,11 +77,20 @@ def config_of(folder: Path, packing: bool) -> Config:
     )
 
 
-def answer_tokens_per_second(folder: Path, packing: bool) -> float:
-    """Returns the speed of a run, apart from its first steps."""
-    trainer = run(config_of(folder, packing))
+def seconds_per_token(folder: Path, packing: bool) -> float:
+    """Returns the processor time for each token of an answer, apart from the first steps."""
+
+    class Marks(Callback):
+        def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+            marks.append((time.process_time(), metrics["tokens"]))
+
+    marks: list[tuple[float, float]] = []
+    trainer = make_trainer(config_of(folder, packing))
+    trainer.callbacks.add(Marks())
+    trainer.train()
     reset_accelerate()
-    return statistics.mean(line["tokens_per_second"] for line in lines(str(trainer.output_dir))[1:])
+    (begin, first), (end, last) = marks[0], marks[-1]
+    return (end - begin) / (last - first)
 
 
 def main() -> None:
@@ -102,13 +111,11 @@ def main() -> None:
         for number in range(options.rounds):
             with open("/dev/null", "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
                 sides = (True, False) if number % 2 else (False, True)
-                speeds = {packing: answer_tokens_per_second(folder, packing) for packing in sides}
-            ratios.append(speeds[True] / speeds[False])
+                times = {packing: seconds_per_token(folder, packing) for packing in sides}
+            ratios.append(times[False] / times[True])
         if ratios:
-            low, high = min(ratios), max(ratios)
-            print(
-                f"answer tokens a second, packed / unpacked: {statistics.median(ratios):.2f} ({low:.2f} to {high:.2f})"
-            )
+            about = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            print(f"processor time for an answer token, unpacked / packed: {about}")
 
 
 if __name__ == "__main__":
