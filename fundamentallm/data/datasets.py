@@ -306,7 +306,7 @@ def opening(sample: Batch) -> list[int]:
 def best_fit(lengths: Indices, capacity: int) -> Indices:
     """Returns the window of each sample: the longest first, each in the fullest window of `capacity` that has room.
 
-    No sample is split. (Best fit decreasing; at most 11/9 of the fewest windows possible, and one; Johnson, 1973.)
+    (Best fit decreasing: no more than 11/9 of the fewest windows possible, and 4. Johnson et al., 1974.)
     """
     windows, numbers, order = np.empty(len(lengths), np.int64), itertools.count(), np.argsort(-lengths, kind="stable")
     with_room, rooms = defaultdict[int, list[int]](list), [capacity]  # windows by the room left; a new one has all

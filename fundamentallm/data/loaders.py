@@ -70,7 +70,8 @@ def step_sampler(name: str, loader: DataLoader[Any], seed: int, most: int | None
         allowed = "[], since the batch sampler decides"
         raise ConfigError(Problem("training.batch_size_schedule", result.schedule, allowed))
     settings = ["training.batch_size", *["training.batch_size_schedule"] * len(result.schedule)]
-    allowed = f"at most {num_samples}, the samples of the training data"
+    kind = "windows" if getattr(data, "is_packed", False) else "samples"
+    allowed = f"at most {num_samples}, the {kind} of the training data"
     sizes = zip(settings, result.sizes, strict=True)
     problems = [Problem(setting, size, allowed) for setting, size in sizes if size > num_samples]
     if problems and name == "train_loader":
