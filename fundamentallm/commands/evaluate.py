@@ -17,6 +17,7 @@ from fundamentallm.config.schema import IGNORE_INDEX, DataConfig, saved_data_set
 from fundamentallm.config.validation import AT_LEAST_ONE, from_dict
 from fundamentallm.data.corpus import Corpus, load_validation
 from fundamentallm.data.loaders import collate, corpus_samples
+from fundamentallm.distributed.batches import to_device
 from fundamentallm.errors import ConfigError, Problem, raise_all
 from fundamentallm.inference.generation import row_problem
 from fundamentallm.inference.loading import LoadedModel, load_model
@@ -63,9 +64,9 @@ def main(arguments: Sequence[str], program: str) -> int:
         loss_of = ModelWithLoss(loaded.model, create_loss()).eval()
         device = next(loaded.model.parameters()).device
         loader = DataLoader(samples, options.batch_size, collate_fn=collate)
-        for inputs, targets in tqdm(loader, unit="batch", disable=not sys.stderr.isatty()):
-            total += float(loss_of((inputs.to(device), targets.to(device))))
-            count += int((targets != IGNORE_INDEX).sum())
+        for batch in tqdm(loader, unit="batch", disable=not sys.stderr.isatty()):
+            total += float(loss_of(to_device(batch, device)))
+            count += int((batch[1] != IGNORE_INDEX).sum())
     loss, size = total / count, samples.num_bytes
     result = {"checkpoint": str(loaded.folder), "text": name, "targets": count, "bytes": size, "samples": len(samples)}
     result |= {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
@@ -101,7 +102,7 @@ def _held_out(loaded: LoadedModel, source: str | None) -> tuple[DataConfig, Corp
             of_source = {"setting": "--source", "advice": ""}
             named = [vars(one) | (of_source if one.setting.endswith("source") else {}) for one in error.problems]
             raise ConfigError([Problem(**one) for one in named]) from error
-        return data, Corpus(loaded.tokenizer, [], end, found)
+        return data, Corpus(loaded.tokenizer, [], end, found, data.packing)
     if settings is None:
         raise refusal("which does not record its text")
     try:

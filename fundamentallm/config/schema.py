@@ -132,6 +132,8 @@ class DataConfig(Section):
     """Encode what the vocabulary lacks as its unknown token, counted; false: an error, or a bad row."""
     mask_documents: bool = False
     """Restrict attention to the token's own document (needs end_of_text)."""
+    packing: bool = False
+    """Pack pairs or chats into full windows, each attending to itself only; training.batch_size counts windows."""
     suffixes: list[str] = field(default_factory=lambda: [".txt", ".md"])
     """Suffixes of the files to read from a folder."""
     max_bad_rows: int = 0
@@ -164,8 +166,11 @@ class DataConfig(Section):
                 yield self._conflict(name, "end_of_text", allowed)
         if self.prompt_field == self.text_field:
             yield self._conflict("prompt_field", "text_field", "another field")
-        if self.chat_template and self.prompt_field is None and self.messages_field is None:
-            yield self._conflict("chat_template", "prompt_field", "null, except with a prompt_field or messages_field")
+        if self.packing and self.streaming:
+            yield Problem("packing", True, "false", reason="and a stream does not know the lengths of later samples")
+        for name in ("chat_template", "packing"):
+            if getattr(self, name) and not self.streaming and self.prompt_field is self.messages_field is None:
+                yield self._conflict(name, "prompt_field", "false, except with a prompt_field or messages_field")
         if self.chat_template is False and self.messages_field is not None:
             yield self._conflict("chat_template", "messages_field", "null or true")
         if self.streaming and isinstance(self.source, dict):
@@ -183,6 +188,7 @@ class DataConfig(Section):
             unused = dict.fromkeys(("prompt_field", "messages_field", "num_workers", "train_split"), "streaming")
         if self.validation_source is not None:
             unused |= dict.fromkeys(("train_split", "validation_tokens"), "validation_source")
+        unused |= {"mask_documents": "packing"} if self.packing else {}  # which masks by itself
         if self.messages_field is not None:
             unused |= dict.fromkeys(("prompt_field", "text_field"), "messages_field")
         return unused

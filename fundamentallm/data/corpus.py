@@ -71,6 +71,7 @@ class Corpus(NamedTuple):
     sources: list[Source]
     end_of_text: int | None  # the token after each document
     validation: Sequence[Source] = ()  # sources whose validation parts take the place of those of `sources`
+    packing: bool = False  # whether pairs are packed
 
 
 def load_corpus(config: DataConfig, show_progress: bool = True, tokenizer: Tokenizer | None = None) -> Corpus:
@@ -193,7 +194,8 @@ class _Cache:
             raise ConfigError(Problem("data.source", list(self.config.sources()), "", "Prepare them together.", reason))
         tokenizer, end_of_text = read_tokenizer(sources[0].folder / TOKENIZER), self.config.end_of_text
         tokenizer.encode_special_tokens = not reads_special_tokens(self.config)
-        return Corpus(tokenizer, sources, None if end_of_text is None else tokenizer.token_to_id(end_of_text))
+        end = None if end_of_text is None else tokenizer.token_to_id(end_of_text)
+        return Corpus(tokenizer, sources, end, packing=self.config.packing)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
