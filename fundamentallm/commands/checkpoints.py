@@ -96,8 +96,8 @@ def _show(options: argparse.Namespace) -> None:
     parts = load_parts(path, ("config", "versions"))
     config, versions = parts.get("config") or {}, parts.get("versions") or {}
     defaults = flat_settings(dataclasses.asdict(Config(output_dir=str(config.get("output_dir") or ".")).resolved()))
-    if (tokenizer := config.get("data", {}).get("tokenizer")) is not None:
-        defaults["data.end_of_text"] = DataConfig(tokenizer=tokenizer).resolved().end_of_text
+    tokenizer = config.get("data", {}).get("tokenizer", DataConfig.tokenizer)
+    defaults["data.end_of_text"] = DataConfig(tokenizer=tokenizer).resolved().end_of_text
     changed = {name: value for name, value in flat_settings(config).items() if value != defaults.get(name, value)}
     about = ", saved as the best" * bool(manifest["is_best"]) + ", weights not finite" * (not manifest["is_finite"])
     say(f"{path}: {size}, saved {saved_at}\nstep {step}, val_loss {loss}{about}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -19,7 +19,6 @@ IGNORE_INDEX = -100
 """Target that the loss ignores: the convention of torch and transformers."""
 END_OF_TEXT = "<|endoftext|>"
 """Token that ends a text in vocabularies that have it (GPT-2's)."""
-AUTO = "auto"
 
 # The modules with the tables behind these names import torch. A test keeps the two in step.
 OPTIMIZER_NAMES = ("adamw", "adam", "sgd", "muon")
@@ -125,7 +124,7 @@ class DataConfig(Section):
     """Field with a chat, a list of {role, content}; loss is computed on assistant turns only; null: no chats."""
     chat_template: bool | None = field(default=None, metadata=FREE)
     """Render prompts and answers by the tokenizer's chat template, in place of end_of_text; null: if it has one."""
-    end_of_text: str | None = AUTO
+    end_of_text: str | None = "auto"
     """Token after each document; null: an empty line between documents; auto: '<|endoftext|>' for 'bpe', else null."""
     special_tokens: Literal["tokens", "text"] | None = None
     """Read special tokens in the text as 'tokens' or 'text' (untrusted); null: as tokens of a tokenizer.json only."""
@@ -159,7 +158,7 @@ class DataConfig(Section):
             yield from set_name_problems("validation_source", self.validation_source)
         if not all(len(pair) == 2 and 0 < pair[0] <= pair[1] for pair in self.skip) or self.skip != sorted(self.skip):
             yield Problem("skip", self.skip, "pairs of [first step, last step], from 1, in ascending order")
-        has_end = kind == "bpe" if self.end_of_text == AUTO else self.end_of_text is not None
+        has_end = kind == "bpe" if self.end_of_text == "auto" else self.end_of_text is not None
         for name in ("mask_documents", "prompt_field"):
             if getattr(self, name) and not has_end and not self.chat_template:
                 allowed = f"with an end_of_text such as {END_OF_TEXT!r}; for a prompt_field, or chat_template: true"
@@ -189,15 +188,12 @@ class DataConfig(Section):
             unused |= dict.fromkeys(("prompt_field", "text_field"), "messages_field")
         return unused
 
-    def resolved(self, vocabulary: Container[str] = (END_OF_TEXT,)) -> DataConfig:
-        """Returns the settings with the `end_of_text` that "auto" stands for, if the tokenizer has this vocabulary.
-
-        A vocabulary that was made without the token, by an earlier version, goes on without it.
-        """
-        if self.end_of_text != AUTO:
+    def resolved(self, tokenizer: Any = None) -> DataConfig:
+        """Returns the settings with what "auto" stands for. A `tokenizer` made without the token keeps none."""
+        if self.end_of_text != "auto":
             return self
-        has_end = self.tokenizer.startswith("bpe:") and END_OF_TEXT in vocabulary
-        return replace(self, end_of_text=END_OF_TEXT if has_end else None)
+        lacks_it = tokenizer is not None and tokenizer.token_to_id(END_OF_TEXT) is None
+        return replace(self, end_of_text=END_OF_TEXT if self.tokenizer.startswith("bpe:") and not lacks_it else None)
 
     def validation_sources(self) -> dict[str, str]:
         """Returns each source for validation by its name, which is "" if there is one without a name."""
@@ -431,7 +427,7 @@ NEVER_ON_RESUME = frozenset(name for name, kind in ON_RESUME.items() if kind == 
 
 def saved_data_settings(data: dict[str, Any]) -> dict[str, Any]:
     """Returns the section `data` of a checkpoint's config, with what earlier versions did without a setting."""
-    data = {"end_of_text": None} | data
+    data = dict(data)
     if data.get("prompt_field") is not None:
         data.setdefault("chat_template", False)
     if data.get("end_of_text") is not None and str(data.get("tokenizer")).endswith(".json"):

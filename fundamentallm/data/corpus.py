@@ -94,8 +94,8 @@ def load_corpus(config: DataConfig, show_progress: bool = True, tokenizer: Token
     if config.streaming:
         raise ConfigError(Problem("data.streaming", True, "false, since the whole text is needed"))
     if config.validation_source is None:
-        return _Cache(config, find_sources(config), config.train_split, show_progress, tokenizer).corpus()
-    corpus = _Cache(config, find_sources(config), 1.0, show_progress, tokenizer).corpus()
+        return _Cache(config, find_sources(config), config.train_split, show_progress).corpus(tokenizer)
+    corpus = _Cache(config, find_sources(config), 1.0, show_progress).corpus(tokenizer)
     return corpus._replace(validation=load_validation(config, show_progress, corpus.tokenizer))
 
 
@@ -103,7 +103,7 @@ def load_validation(config: DataConfig, show_progress: bool, tokenizer: Tokenize
     """Load all of `config.validation_source` for validation, by its names. Raises what `load_corpus` raises."""
     config, named = replace(config, streaming=False, shuffle_buffer=None), config.validation_sources()
     found = [find_source(config, source, "data.validation_source") for source in named.values()]
-    sources = _Cache(config, found, 0.0, show_progress, tokenizer).corpus().sources
+    sources = _Cache(config, found, 0.0, show_progress).corpus(tokenizer).sources
     return [source._replace(name=name or source.name) for name, source in zip(named, sources, strict=True)]
 
 
@@ -169,18 +169,8 @@ def _hash(*parts: object) -> str:
 class _Cache:
     """Makes the tokenizer, unless it is given, and the tokens of sources, or finds what was made of the same files."""
 
-    def __init__(
-        self,
-        config: DataConfig,
-        sources: list[SourceFiles],
-        train_split: float,
-        show_progress: bool,
-        given: Tokenizer | None,
-    ) -> None:
-        made = (read_tokenizer(source.files[0] / TOKENIZER) for source in sources if source.kind == "prepared")
-        known = given or next(made, None)
-        self.config = config = config.resolved() if known is None else config.resolved(known.get_vocab())
-        self.sources, self.train_split, self.show_progress, self.given = sources, train_split, show_progress, given
+    def __init__(self, config: DataConfig, sources: list[SourceFiles], train_split: float, show_progress: bool) -> None:
+        self.config, self.sources, self.train_split, self.show_progress = config, sources, train_split, show_progress
         self.folder = Path(expand_user(config.cache_dir)) if config.cache_dir else _user_cache()
         self.template = applied_template(config)
         self.settings = {name: getattr(config, name) for name in SETTINGS} | {
@@ -189,11 +179,15 @@ class _Cache:
             "chat_template": bool(self.template),
         }
         self.states = {source: source_states(source) for source in sources if source.kind != "prepared"}
+        self.given: Tokenizer | None = None
         self.measured = functools.cache(self._measure)
 
-    def corpus(self) -> Corpus:
-        """Load the sources."""
-        sources = list[Source]()
+    def corpus(self, given: Tokenizer | None) -> Corpus:
+        """Load the sources, with the tokenizer that is given."""
+        made = (read_tokenizer(source.files[0] / TOKENIZER) for source in self.sources if source.kind == "prepared")
+        self.config = self.config.resolved(given or next(made, None))
+        self.settings["end_of_text"] = self.config.end_of_text
+        self.given, sources = given, list[Source]()
         for source in self.sources:
             folder = self._prepared(source) if source.kind == "prepared" else self._tokens(source)
             sources.append(_open(folder, source, self.config.sources().get(source.name, 1.0)))

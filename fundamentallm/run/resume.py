@@ -12,7 +12,7 @@ from torch import nn
 from fundamentallm.checkpoint.manager import CheckpointManager
 from fundamentallm.checkpoint.manifest import STATE, is_ours, read_manifest, verify
 from fundamentallm.checkpoint.reading import Like, explained, load_checkpoint, load_parts, load_weights
-from fundamentallm.config.schema import AUTO, Config, DataConfig, ModelConfig
+from fundamentallm.config.schema import Config, DataConfig, ModelConfig
 from fundamentallm.config.validation import expand_user
 from fundamentallm.data.tokenizers import create_tokenizer, read_tokenizer, same_tokenizer
 from fundamentallm.distributed.host_group import HostGroup
@@ -104,7 +104,7 @@ def learned_tokenizer(config: Config) -> Tokenizer | None:
         return None
     with explained(path):
         saved = load_parts(path, ["config"])["config"].get("data", {})
-        is_same = saved.get("tokenizer") == data.tokenizer and data.end_of_text in (AUTO, saved.get("end_of_text"))
+        is_same = saved.get("tokenizer") == data.tokenizer and data.end_of_text in ("auto", saved.get("end_of_text"))
         return read_tokenizer(path / TOKENIZER) if is_same else None
 
 

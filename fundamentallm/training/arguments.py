@@ -8,13 +8,13 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DynamoBackend
-from tokenizers import Tokenizer
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from fundamentallm.config.registry import not_one_of
 from fundamentallm.config.schema import Config, TrainingConfig, flat_settings
+from fundamentallm.data.datasets import Tokenized
 from fundamentallm.data.loaders import unwrapped
 from fundamentallm.data.sampler import StepSampler
 from fundamentallm.distributed.accelerator import check_accelerator, create_accelerator
@@ -36,8 +36,7 @@ def complete(
 ) -> tuple[Config, Accelerator, Path | None]:
     """Returns the whole config, resolved; the Accelerator, made or checked; and the folder of the run, if it has one.
 
-    What the launcher decided becomes part of the config, as do the loader's batch size (None: a batch sampler's), and
-    whether the vocabulary of the data's tokenizer, if it is known, has an end-of-text token.
+    What the launcher decided becomes part of the config, as do the loader's batch size and end-of-text token.
     """
     if not isinstance(config, (Config, TrainingConfig)):
         advice = "TrainingConfig(**settings) makes one of a dict."  # type: ignore[unreachable]  # not in a notebook
@@ -57,8 +56,8 @@ def complete(
     by_launcher = accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
     compiled = by_launcher if training.compile is None else training.compile
     training = replace(training, mixed_precision=accelerator.mixed_precision, compile=compiled)
-    tokenizer = getattr(getattr(train_loader, "dataset", None), "tokenizer", None)
-    data = config.data.resolved(tokenizer.get_vocab()) if isinstance(tokenizer, Tokenizer) else config.data.resolved()
+    dataset = getattr(train_loader, "dataset", None)
+    data = config.data.resolved(dataset.tokenizer if isinstance(dataset, Tokenized) else None)
     return replace(config, data=data, training=training), accelerator, output_dir
 
 
