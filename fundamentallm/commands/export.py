@@ -21,12 +21,7 @@ def main(arguments: Sequence[str], program: str) -> int:
     add_checkpoint(parser)
     add("output", nargs="?", metavar="OUT", type=Path, help="a new file [the name of DIR with .gguf, in this folder]")
     add("--format", choices=["gguf"], default="gguf", help="[gguf]")
-    add(
-        "--dtype",
-        choices=DTYPES,
-        default="f32",
-        help="precision of the matrices (for less, run llama-quantize on OUT) [f32]",
-    )
+    add("--dtype", choices=DTYPES, default="f32", help="precision of the matrices; llama-quantize goes below [f32]")
     add("--base", metavar="DIR", help=BASE_HELP)
     options = parser.parse_args(arguments)
     output = options.output or Path(f"{Path(options.checkpoint).expanduser().resolve().name}.gguf")

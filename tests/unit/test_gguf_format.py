@@ -166,10 +166,10 @@ def test_tokenizer_that_llama_cpp_reads_otherwise_is_refused(tmp_path: Path, cas
 
 
 def test_other_architecture_is_refused(bpe: Tokenizer, tmp_path: Path) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-
-    GPT2LMHeadModel(GPT2Config(vocab_size=280, n_embd=8, n_layer=1, n_head=2)).save_pretrained(tmp_path / "model")
-    PreTrainedTokenizerFast(tokenizer_object=bpe).save_pretrained(tmp_path / "model")
+    hf = pytest.importorskip("transformers")
+    config = hf.GPT2Config(vocab_size=280, n_embd=8, n_layer=1, n_head=2)
+    hf.GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    hf.PreTrainedTokenizerFast(tokenizer_object=bpe).save_pretrained(tmp_path / "model")
     problem = problem_of(export, [str(tmp_path / "model"), str(tmp_path / "my.gguf")], "")
     assert problem.setting == "checkpoint"
     assert "'gpt2'" in problem.reason
