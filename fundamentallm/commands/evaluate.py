@@ -94,7 +94,7 @@ def _held_out(loaded: LoadedModel, source: str | None) -> tuple[DataConfig, Corp
         given = {"validation_source": source, "tokenizer": str(loaded.folder / TOKENIZER), "special_tokens": special}
         kept = {name: value for name, value in saved_data_settings(settings or {}).items() if name not in OF_TRAINING}
         length = {"sequence_length": loaded.context or DataConfig.sequence_length}
-        data = from_dict(DataConfig, length | kept | given)
+        data = from_dict(DataConfig, length | kept | given).resolved()
         end = None if data.end_of_text is None else loaded.tokenizer.token_to_id(data.end_of_text)
         try:
             found = load_validation(data, sys.stderr.isatty(), loaded.tokenizer)

@@ -124,8 +124,8 @@ class DataConfig(Section):
     """Field with a chat, a list of {role, content}; loss is computed on assistant turns only; null: no chats."""
     chat_template: bool | None = field(default=None, metadata=FREE)
     """Render prompts and answers by the tokenizer's chat template, in place of end_of_text; null: if it has one."""
-    end_of_text: str | None = None
-    """Token after each document, such as '<|endoftext|>'; null: an empty line between documents."""
+    end_of_text: str | None = "auto"
+    """Token after each document; null: an empty line between documents; auto: '<|endoftext|>' for 'bpe', else null."""
     special_tokens: Literal["tokens", "text"] | None = None
     """Read special tokens in the text as 'tokens' or 'text' (untrusted); null: as tokens of a tokenizer.json only."""
     unknown_tokens: bool = field(default=False, metadata=FREE)
@@ -160,10 +160,11 @@ class DataConfig(Section):
             yield from set_name_problems("validation_source", self.validation_source)
         if not all(len(pair) == 2 and 0 < pair[0] <= pair[1] for pair in self.skip) or self.skip != sorted(self.skip):
             yield Problem("skip", self.skip, "pairs of [first step, last step], from 1, in ascending order")
+        has_end = kind == "bpe" if self.end_of_text == "auto" else self.end_of_text is not None
         for name in ("mask_documents", "prompt_field"):
-            if getattr(self, name) and self.end_of_text is None and not self.chat_template:
+            if getattr(self, name) and not has_end and not self.chat_template:
                 allowed = f"with an end_of_text such as {END_OF_TEXT!r}; for a prompt_field, or chat_template: true"
-                yield self._conflict(name, "end_of_text", allowed)
+                yield Problem(name, getattr(self, name), allowed, reason="and end_of_text is None")
         if self.prompt_field == self.text_field:
             yield self._conflict("prompt_field", "text_field", "another field")
         if self.packing and self.streaming:
@@ -192,6 +193,13 @@ class DataConfig(Section):
         if self.messages_field is not None:
             unused |= dict.fromkeys(("prompt_field", "text_field"), "messages_field")
         return unused
+
+    def resolved(self, tokenizer: Any = None) -> DataConfig:
+        """Returns the settings with what "auto" stands for. A `tokenizer` made without the token keeps none."""
+        if self.end_of_text != "auto":
+            return self
+        lacks_it = tokenizer is not None and tokenizer.token_to_id(END_OF_TEXT) is None
+        return replace(self, end_of_text=END_OF_TEXT if self.tokenizer.startswith("bpe:") and not lacks_it else None)
 
     def validation_sources(self) -> dict[str, str]:
         """Returns each source for validation by its name, which is "" if there is one without a name."""

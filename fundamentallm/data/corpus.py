@@ -136,6 +136,7 @@ def vocabulary_size(config: DataConfig) -> int:
     """
     for name in filter(is_prepared, config.sources()):
         return num_ids(read_tokenizer(Path(expand_user(name)) / TOKENIZER))
+    config = config.resolved()
     kind, _, size = config.tokenizer.partition(":")
     if kind == "bpe":
         return int(size)
@@ -184,6 +185,9 @@ class _Cache:
 
     def corpus(self, given: Tokenizer | None) -> Corpus:
         """Load the sources, with the tokenizer that is given."""
+        made = (read_tokenizer(source.files[0] / TOKENIZER) for source in self.sources if source.kind == "prepared")
+        self.config = self.config.resolved(given or next(made, None))
+        self.settings["end_of_text"] = self.config.end_of_text
         self.given, sources = given, list[Source]()
         for source in self.sources:
             folder = self._prepared(source) if source.kind == "prepared" else self._tokens(source)
