@@ -18,7 +18,8 @@ from fundamentallm.checkpoint.manager import CheckpointManager, checkpoints_fold
 from fundamentallm.checkpoint.manifest import MANIFEST, NAME, is_ours, read_manifest, verify
 from fundamentallm.checkpoint.reading import explained, export_weights, load_parts
 from fundamentallm.commands.common import BASE_HELP, add_checkpoint, say, say_table
-from fundamentallm.config.schema import Config, DataConfig, flat_settings
+from fundamentallm.config.saved import flat_settings
+from fundamentallm.config.schema import Config, DataConfig
 from fundamentallm.config.units import size_text
 from fundamentallm.config.yaml_format import to_yaml
 from fundamentallm.errors import CheckpointError, ConfigError, Problem

@@ -13,7 +13,8 @@ from tqdm import tqdm
 from fundamentallm.checkpoint.manifest import is_ours
 from fundamentallm.checkpoint.reading import explained, load_parts
 from fundamentallm.commands.common import BASE_HELP, add_checkpoint, option_problems, say, say_table
-from fundamentallm.config.schema import IGNORE_INDEX, DataConfig, saved_data_settings
+from fundamentallm.config.saved import saved_data_settings
+from fundamentallm.config.schema import IGNORE_INDEX, DataConfig
 from fundamentallm.config.validation import AT_LEAST_ONE, from_dict
 from fundamentallm.data.corpus import Corpus, load_validation
 from fundamentallm.data.loaders import collate, corpus_samples

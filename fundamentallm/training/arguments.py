@@ -13,7 +13,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from fundamentallm.config.registry import not_one_of
-from fundamentallm.config.schema import Config, TrainingConfig, flat_settings
+from fundamentallm.config.saved import flat_settings
+from fundamentallm.config.schema import Config, TrainingConfig
 from fundamentallm.data.datasets import Tokenized
 from fundamentallm.data.loaders import unwrapped
 from fundamentallm.data.sampler import StepSampler

@@ -11,12 +11,12 @@ import pytest
 from fundamentallm.config.command_line import settings
 from fundamentallm.config.files import file_problems
 from fundamentallm.config.registry import resolve
+from fundamentallm.config.saved import flat_settings
 from fundamentallm.config.schema import (
     Config,
     DataConfig,
     ModelConfig,
     TrainingConfig,
-    flat_settings,
 )
 from fundamentallm.config.validation import fits, from_dict
 from fundamentallm.data.tokenizers import create_tokenizer
