@@ -10,7 +10,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from fundamentallm.atomic import sync, sync_pending
 from fundamentallm.checkpoint.manifest import MANIFEST, NAME, describe, is_ours, read_manifest, verify, write_manifest
-from fundamentallm.checkpoint.reading import load_checkpoint
+from fundamentallm.checkpoint.mirror import Mirror, newness
+from fundamentallm.checkpoint.reading import explained, load_checkpoint
 from fundamentallm.checkpoint.snapshot import Snapshot, write_tensors
 from fundamentallm.config.schema import TrainingConfig
 from fundamentallm.config.units import size_text
@@ -67,6 +68,11 @@ class CheckpointManager:
         self._writer: threading.Thread | None = None
         self.error: BaseException | None = None  # of the last save in the background, which `wait` raises
         self._buffers: Mapping[str, Tensor] = {}
+        self.mirror: Mirror | None = None  # to which checkpoints are copied before they may be deleted
+
+    def add_mirror(self, url: str, logs: Collection[Path]) -> None:
+        """Copy checkpoints, and the logs that they count on, to `url` from now on. Raises ConfigError; see `Mirror`."""
+        self.mirror = Mirror(url, self.checkpoint_dir, self._found, logs)
 
     # ---- saving ------------------------------------------------------------------------------------------
 
@@ -128,6 +134,8 @@ class CheckpointManager:
             self._write(snapshot)
             if self.group.rank == 0:
                 self.rotate()
+                if self.mirror is not None:
+                    self.mirror.request()
         except BaseException as error:  # raised again by `wait` in the training thread
             self.error = error
             if isinstance(error, (OSError, SafetensorError)) or type(error) is FundamentaLLMError:  # another process's
@@ -160,7 +168,10 @@ class CheckpointManager:
         sync_pending()  # the run's log and other files that the checkpoint counts on
         is_finite = all(finite for _, finite in written)
         write_manifest(staging, files, sequence=sequence, is_finite=is_finite, **snapshot.about)
-        path = self.checkpoint_dir / snapshot.name
+        self._put_in_place(staging, self.checkpoint_dir / snapshot.name)
+
+    def _put_in_place(self, staging: Path, path: Path) -> None:
+        """Rename a complete checkpoint to `path`, in place of one that is there."""
         aside = _hidden("replaced", path)
         if os.path.lexists(path):
             if path.is_symlink() or not is_ours(path):
@@ -178,9 +189,15 @@ class CheckpointManager:
         found = self._found()
         last_finite = [path for path, manifest in found if manifest["is_finite"]][-1:]
         keep = {path for path, _ in found[-self.keep_last_n :]} | {self.get_best(), *last_finite}
-        for path, manifest in found:
+        awaits_copy = lambda one: self.mirror is not None and one[1]["sha256"] not in self.mirror.copied  # noqa: E731
+        for path, manifest in sorted(found, key=awaits_copy):
             try:
                 others = {entry.name for entry in path.iterdir()} - {*manifest["files"], MANIFEST}
+                if path not in keep and awaits_copy((path, manifest)):
+                    # Training does not stop for a slow mirror: they go if the next checkpoint would have no room.
+                    if shutil.disk_usage(self.checkpoint_dir).free > 1.1 * _num_bytes(found[-1][1]):
+                        continue
+                    logger.warning("the disk is almost full, so %s goes before it is at the mirror", path)
                 if path not in keep and not others:
                     # Renamed first, so that a kill while it is deleted leaves no incomplete checkpoint under its name.
                     shutil.rmtree(path.rename(_hidden("deleting", path)))
@@ -245,12 +262,53 @@ class CheckpointManager:
             return path, skipped
         return None, skipped
 
+    def fetch(self, than: Path | None, say: Callable[[str], None]) -> tuple[Path | None, list[str]]:
+        """Copy the newest intact checkpoint of the mirror, and its logs, if it is newer than `than`.
+
+        `than` is the newest intact one here, or None. Returns (the copy or None, why others were skipped). Raises
+        CheckpointError if it cannot be copied, unless there is one here.
+        """
+        skipped = list[str]()
+        try:
+            with explained("" if self.mirror is None else self.mirror.url, "the mirror cannot be read"):
+                return (None if self.mirror is None else self._fetch(self.mirror, than, skipped, say)), skipped
+        except CheckpointError as error:
+            if than is None:
+                advice = "It may hold this run: launch again when it can be read, or with training.mirror: null."
+                raise CheckpointError(f"{error} {advice}") from error
+            say(f"warning: {error} Continuing from {than}, although the mirror may hold a newer checkpoint.")
+            return None, skipped
+
+    def _fetch(self, mirror: Mirror, than: Path | None, skipped: list[str], say: Callable[[str], None]) -> Path | None:
+        for name, manifest in mirror.checkpoints(skipped):
+            if than is not None and newness(manifest) <= newness(read_manifest(than)):
+                break
+            path, num_bytes = self.checkpoint_dir / name, _num_bytes(manifest)
+            staging = _hidden("staging", path)
+            self.check_space(num_bytes)
+            say(f"copying {name} ({size_text(num_bytes)}) from {mirror.url}")
+            try:
+                mirror.fetch(name, manifest, staging)
+                verify(staging)
+            except CheckpointError as error:
+                shutil.rmtree(staging)
+                skipped.append(str(error).replace(str(staging), f"{mirror.url}/{name}"))
+                continue
+            mirror.restore_logs(name)  # first, so that no kill leaves the checkpoint without them
+            self._put_in_place(staging, path)
+            return path
+        return None
+
     def load(self, path: Path | str) -> dict[str, Any]:
         """Load what was saved at `path`, after every byte of it is verified. Tensors are on the CPU.
 
         Raises CheckpointNotFoundError if there is no directory, and CheckpointError with the name of a damaged file.
         """
         return load_checkpoint(Path(path))
+
+
+def _num_bytes(manifest: Mapping[str, Any]) -> int:
+    return sum(entry["size"] for entry in manifest["files"].values())
 
 
 def _hidden(purpose: str, path: Path) -> Path:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -26,7 +26,7 @@ MOST_BYTES = 4 << 20
 
 
 @contextlib.contextmanager
-def explained(path: Path, what: str = "it cannot be read or used") -> Iterator[None]:
+def explained(path: object, what: str = "it cannot be read or used") -> Iterator[None]:
     """Turns errors of reading a stranger's checkpoint, panics too, into CheckpointErrors; our own errors pass."""
     try:
         yield
@@ -44,12 +44,17 @@ def is_ours(path: Path) -> bool:
     return has_training or all(os.path.lexists(path / name) for name in (STATE, MANIFEST))
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(file: IO[bytes]) -> str:
+    """Returns the SHA-256 of an open file's content, in hex."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    while block := file.read(1 << 20):
+        digest.update(block)
     return digest.hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return sha256_of(file)
 
 
 def _own_sha256(manifest: dict[str, Any]) -> str:
@@ -80,10 +85,16 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointNotFoundError(f"{checkpoint}: there is no checkpoint directory here.")
     if path.is_symlink() or not path.is_file():  # reading a pipe would block forever
         raise CheckpointError(f"{checkpoint}: incomplete, it has no {MANIFEST}.")
+    with explained(checkpoint), path.open("rb") as file:
+        return parse_manifest(file.read(MOST_BYTES + 1), checkpoint)
+
+
+def parse_manifest(content: bytes, checkpoint: object) -> dict[str, Any]:
+    """Returns the manifest with this content, checked as by `read_manifest`. `checkpoint` says where it is from."""
     with explained(checkpoint, f"{MANIFEST} is damaged"):
-        if path.stat().st_size > MOST_BYTES:
+        if len(content) > MOST_BYTES:
             raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads(content)
         if (version := manifest["format_version"]) != FORMAT_VERSION:
             advice = f"Use the version of fundamentallm that {STATE} names."
             raise CheckpointError(f"{checkpoint}: its format is {version!r}; allowed: {FORMAT_VERSION}. {advice}")

@@ -123,6 +123,11 @@ def _commit() -> str | None:
     return None
 
 
+def log_files(folder: Path | None) -> list[Path]:
+    """Returns the logs of the run in a folder, if it has one."""
+    return [] if folder is None else [folder / name for name in (LOG, STARTS, SAMPLES)]
+
+
 def write_start(folder: Path, **start: Any) -> None:
     """Appends a launch to `starts.jsonl`, not to metrics.jsonl, which is the same with and without restarts."""
     with writing(folder / STARTS):

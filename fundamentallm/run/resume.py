@@ -16,10 +16,10 @@ from fundamentallm.config.schema import Config, DataConfig, ModelConfig
 from fundamentallm.config.validation import expand_user
 from fundamentallm.data.tokenizers import create_tokenizer, read_tokenizer, same_tokenizer
 from fundamentallm.distributed.host_group import HostGroup
-from fundamentallm.errors import CheckpointError, ConfigError, Problem, raise_all
+from fundamentallm.errors import CheckpointError, ConfigError, Problem, printable, raise_all
 from fundamentallm.models.adapters import add_lora
 from fundamentallm.models.transformers_format import TOKENIZER, WEIGHTS, Pretrained, find_pretrained, transformers_model
-from fundamentallm.run.folder import LOCK
+from fundamentallm.run.folder import LOCK, locked, log_files
 from fundamentallm.run.state import RunState
 
 
@@ -34,18 +34,20 @@ def choose_checkpoint(
     checkpoints would be rotated away; CheckpointError if there are checkpoints but none is intact.
     """
     if wanted == "never":
-        folder = None if manager is None else manager.checkpoint_dir
-        if folder is not None and folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
-            advice = "Choose another output_dir (or checkpoint_dir), or set resume: auto to resume that run."
-            reason = f"and {folder} already holds a run"
+        if holder := None if manager is None else _holds_run(manager):
+            advice = "Choose another output_dir (or checkpoint_dir, or mirror), or set resume: auto to resume that run."
+            reason = f"and {holder} already holds a run"
             raise ConfigError(Problem("training.resume", "never", advice=advice, reason=reason))
         return None, None, False
     newest, skipped = manager.newest_intact() if manager is not None else (None, [])
+    if manager is not None:
+        copied, others = manager.fetch(newest, say)
+        newest, skipped = copied or newest, skipped + others
     for reason in skipped:
         say(f"skipping checkpoint {reason}")
     if wanted == "auto":
         if newest is None and skipped and manager is not None:
-            advice = "Choose another output_dir, or move the checkpoints away."
+            advice = "Choose another output_dir (and mirror), or move the checkpoints away."
             raise CheckpointError("\n  ".join([f"All checkpoints of this run are damaged. {advice}", *skipped]))
         return newest, None, False
     path = Path(expand_user(wanted)).absolute()
@@ -59,6 +61,24 @@ def choose_checkpoint(
             raise ConfigError(Problem("training.resume", str(path), advice=advice, reason=reason))
     verify(path)
     return path, path, newest is not None
+
+
+def _holds_run(manager: CheckpointManager) -> Path | str | None:
+    """Returns the folder of checkpoints, or its mirror, if a run has saved there."""
+    folder, mirror = manager.checkpoint_dir, manager.mirror
+    if folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
+        return folder
+    with explained("" if mirror is None else mirror.url, "the mirror cannot be read"):
+        return mirror.url if mirror is not None and mirror.checkpoints([]) else None
+
+
+def fetch_lost(config: Config) -> None:
+    """Copies the newest checkpoint from the mirror if the run's folder has none, before anything reads it."""
+    manager, training = CheckpointManager(config.folder_of_checkpoints()), config.training
+    if training.mirror is not None and training.resume != "never" and manager.get_latest() is None:
+        manager.add_mirror(training.mirror, log_files(Path(config.output_dir)))
+        with locked([manager.checkpoint_dir]):  # another launch could clean up what is being copied
+            manager.fetch(None, lambda text: print(printable(text), flush=True))
 
 
 def resume(
@@ -86,6 +106,8 @@ def resume(
     if manager is not None:
         # A process that was killed after its save may not have rotated. All processes call this, whatever they see.
         group.from_main(lambda: manager.rotate() if path == manager.get_latest() else None)
+        if manager.mirror is not None:
+            group.from_main(manager.mirror.request)
     return choice
 
 
