@@ -199,7 +199,6 @@ def _check_names(config: Config) -> list[Callback]:
     """Makes what the config names, over a dummy parameter, to raise all mistakes together; returns the callbacks."""
     from torch import nn
 
-    from fundamentallm.checkpoint.mirror import check_url
     from fundamentallm.training.callbacks import make_callbacks
     from fundamentallm.training.loss import create_loss
     from fundamentallm.training.metrics import further_metrics, loss_names
@@ -216,8 +215,6 @@ def _check_names(config: Config) -> list[Callback]:
         create_loss(training.loss, **training.loss_options)
     with collected(problems):
         callbacks = make_callbacks(config)
-    with collected(problems):
-        check_url(training.mirror or "memory://", Path(config.folder_of_checkpoints()))
     with collected(problems):
         sets = validation_sets(config.data)
         known = (*loss_names(sets), *further_metrics(training.validation_metrics, sets=sets))

@@ -10,7 +10,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fundamentallm.atomic import sync, sync_pending
 from fundamentallm.checkpoint.manifest import MANIFEST, NAME, describe, is_ours, read_manifest, verify, write_manifest
-from fundamentallm.checkpoint.mirror import Mirror, newness
+from fundamentallm.checkpoint.mirror import NEWNESS, Mirror
 from fundamentallm.checkpoint.reading import explained, load_checkpoint
 from fundamentallm.checkpoint.snapshot import Snapshot, write_tensors
 from fundamentallm.config.schema import TrainingConfig
@@ -68,11 +68,7 @@ class CheckpointManager:
         self._writer: threading.Thread | None = None
         self.error: BaseException | None = None  # of the last save in the background, which `wait` raises
         self._buffers: Mapping[str, Tensor] = {}
-        self.mirror: Mirror | None = None  # to which checkpoints are copied before they may be deleted
-
-    def add_mirror(self, url: str, logs: Collection[Path]) -> None:
-        """Copy checkpoints, and the logs that they count on, to `url` from now on. Raises ConfigError; see `Mirror`."""
-        self.mirror = Mirror(url, self.checkpoint_dir, self._found, logs)
+        self.mirror = Mirror(self.checkpoint_dir, self._found)  # without a URL
 
     # ---- saving ------------------------------------------------------------------------------------------
 
@@ -134,8 +130,7 @@ class CheckpointManager:
             self._write(snapshot)
             if self.group.rank == 0:
                 self.rotate()
-                if self.mirror is not None:
-                    self.mirror.request()
+                self.mirror.request()
         except BaseException as error:  # raised again by `wait` in the training thread
             self.error = error
             if isinstance(error, (OSError, SafetensorError)) or type(error) is FundamentaLLMError:  # another process's
@@ -189,15 +184,15 @@ class CheckpointManager:
         found = self._found()
         last_finite = [path for path, manifest in found if manifest["is_finite"]][-1:]
         keep = {path for path, _ in found[-self.keep_last_n :]} | {self.get_best(), *last_finite}
-        awaits_copy = lambda one: self.mirror is not None and one[1]["sha256"] not in self.mirror.copied  # noqa: E731
-        for path, manifest in sorted(found, key=awaits_copy):
+        waiting = {path for path, _ in self.mirror.missing()}
+        for path, manifest in sorted(found, key=lambda one: one[0] in waiting):
             try:
                 others = {entry.name for entry in path.iterdir()} - {*manifest["files"], MANIFEST}
-                if path not in keep and awaits_copy((path, manifest)):
-                    # Training does not stop for a slow mirror: they go if the next checkpoint would have no room.
-                    if shutil.disk_usage(self.checkpoint_dir).free > 1.1 * _num_bytes(found[-1][1]):
+                if path in waiting - keep:  # kept too, unless the next checkpoint would have no room
+                    size = sum(entry["size"] for entry in found[-1][1]["files"].values())
+                    if shutil.disk_usage(self.checkpoint_dir).free > 1.1 * size:
                         continue
-                    logger.warning("the disk is almost full, so %s goes before it is at the mirror", path)
+                    logger.warning("the disk is almost full: %s goes, which is not at the mirror yet", path)
                 if path not in keep and not others:
                     # Renamed first, so that a kill while it is deleted leaves no incomplete checkpoint under its name.
                     shutil.rmtree(path.rename(_hidden("deleting", path)))
@@ -262,42 +257,35 @@ class CheckpointManager:
             return path, skipped
         return None, skipped
 
-    def fetch(self, than: Path | None, say: Callable[[str], None]) -> tuple[Path | None, list[str]]:
-        """Copy the newest intact checkpoint of the mirror, and its logs, if it is newer than `than`.
-
-        `than` is the newest intact one here, or None. Returns (the copy or None, why others were skipped). Raises
-        CheckpointError if it cannot be copied, unless there is one here.
-        """
-        skipped = list[str]()
+    def newest_anywhere(self, say: Callable[[str], None]) -> tuple[Path | None, list[str]]:
+        """Returns the same after copying the mirror's newest and best. Raises CheckpointError if there is none."""
+        mirror, best, (newest, skipped) = self.mirror, self.get_best(), self.newest_intact()
         try:
-            with explained("" if self.mirror is None else self.mirror.url, "the mirror cannot be read"):
-                return (None if self.mirror is None else self._fetch(self.mirror, than, skipped, say)), skipped
+            with explained(mirror.url, "the mirror cannot be read"):
+                for name, manifest in mirror.newest_first(skipped) if mirror.url else []:
+                    is_newer = newest is None or NEWNESS(manifest) > NEWNESS(read_manifest(newest))
+                    is_best = best is None or manifest["sequence"] > read_manifest(best)["sequence"]
+                    if not is_newer and not (is_best and manifest["is_best"]):
+                        continue
+                    self.check_space(size := sum(entry["size"] for entry in manifest["files"].values()))
+                    say(f"copying {name} ({size_text(size)}) from {mirror.url}")
+                    path, staging = self.checkpoint_dir / name, _hidden("staging", self.checkpoint_dir / name)
+                    mirror.fetch(name, manifest, staging)
+                    try:
+                        verify(staging)
+                    except CheckpointError as error:
+                        shutil.rmtree(staging)
+                        skipped.append(str(error).replace(str(staging), f"{mirror.url}/{name}"))
+                        continue
+                    if is_newer:
+                        mirror.restore_logs(name)  # first, so that no kill leaves the checkpoint without them
+                    self._put_in_place(staging, path)
+                    newest, best = path if is_newer else newest, path if manifest["is_best"] else best
         except CheckpointError as error:
-            if than is None:
-                advice = "It may hold this run: launch again when it can be read, or with training.mirror: null."
-                raise CheckpointError(f"{error} {advice}") from error
-            say(f"warning: {error} Continuing from {than}, although the mirror may hold a newer checkpoint.")
-            return None, skipped
-
-    def _fetch(self, mirror: Mirror, than: Path | None, skipped: list[str], say: Callable[[str], None]) -> Path | None:
-        for name, manifest in mirror.checkpoints(skipped):
-            if than is not None and newness(manifest) <= newness(read_manifest(than)):
-                break
-            path, num_bytes = self.checkpoint_dir / name, _num_bytes(manifest)
-            staging = _hidden("staging", path)
-            self.check_space(num_bytes)
-            say(f"copying {name} ({size_text(num_bytes)}) from {mirror.url}")
-            try:
-                mirror.fetch(name, manifest, staging)
-                verify(staging)
-            except CheckpointError as error:
-                shutil.rmtree(staging)
-                skipped.append(str(error).replace(str(staging), f"{mirror.url}/{name}"))
-                continue
-            mirror.restore_logs(name)  # first, so that no kill leaves the checkpoint without them
-            self._put_in_place(staging, path)
-            return path
-        return None
+            if newest is None:
+                raise CheckpointError(f"{error} It may hold this run. training.mirror: null begins without.") from error
+            say(f"warning: {error} Continuing from {newest}, although the mirror may hold a newer checkpoint.")
+        return newest, skipped
 
     def load(self, path: Path | str) -> dict[str, Any]:
         """Load what was saved at `path`, after every byte of it is verified. Tensors are on the CPU.
@@ -305,10 +293,6 @@ class CheckpointManager:
         Raises CheckpointNotFoundError if there is no directory, and CheckpointError with the name of a damaged file.
         """
         return load_checkpoint(Path(path))
-
-
-def _num_bytes(manifest: Mapping[str, Any]) -> int:
-    return sum(entry["size"] for entry in manifest["files"].values())
 
 
 def _hidden(purpose: str, path: Path) -> Path:

@@ -44,17 +44,13 @@ def is_ours(path: Path) -> bool:
     return has_training or all(os.path.lexists(path / name) for name in (STATE, MANIFEST))
 
 
-def sha256_of(file: IO[bytes]) -> str:
-    """Returns the SHA-256 of an open file's content, in hex."""
+def sha256_of(opened: contextlib.AbstractContextManager[IO[bytes]]) -> str:
+    """Returns the SHA-256 of an open file's content, in hex, and closes it."""
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    with opened as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return sha256_of(file)
 
 
 def _own_sha256(manifest: dict[str, Any]) -> str:
@@ -66,7 +62,8 @@ def describe(folder: Path, names: Collection[str]) -> dict[str, dict[str, Any]]:
     """Sync files to the disk and return their manifest entries: {name: {"size": in bytes, "sha256": in hex}}."""
     for name in names:
         sync(folder / name)
-    return {name: {"size": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in sorted(names)}
+    paths = {name: folder / name for name in sorted(names)}
+    return {name: {"size": p.stat().st_size, "sha256": sha256_of(p.open("rb"))} for name, p in paths.items()}
 
 
 def write_manifest(folder: Path, files: Mapping[str, dict[str, Any]], **about: Any) -> None:
@@ -119,7 +116,7 @@ def verify(checkpoint: Path, hashed: Collection[str] | None = None) -> dict[str,
             raise CheckpointError(f"{checkpoint}: {name} is missing.")
         if (size := path.stat().st_size) != entry["size"]:
             raise CheckpointError(f"{checkpoint}: {name} has {size} bytes instead of {entry['size']}.")
-        if (hashed is None or name in hashed) and _sha256(path) != entry["sha256"]:
+        if (hashed is None or name in hashed) and sha256_of(path.open("rb")) != entry["sha256"]:
             raise CheckpointError(f"{checkpoint}: {name} is damaged, its SHA-256 differs from the manifest's.")
 
     with explained(checkpoint), ThreadPoolExecutor() as pool:  # hashlib releases the GIL

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 LOCK, STATUS, LOG = ".fundamentallm.lock", "status.json", "metrics.jsonl"
 STARTS, SAMPLES = "starts.jsonl", "samples.jsonl"
+LOGS = (LOG, STARTS, SAMPLES)
 TEXTS = ("NaN", "Infinity", "-Infinity")  # for the numbers that JSON lacks
 PACKAGES = ("fundamentallm", "torch", "accelerate", "safetensors", "tokenizers")
 _lock_files: set[int] = set()
@@ -121,11 +122,6 @@ def _commit() -> str | None:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(describe, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
     return None
-
-
-def log_files(folder: Path | None) -> list[Path]:
-    """Returns the logs of the run in a folder, if it has one."""
-    return [] if folder is None else [folder / name for name in (LOG, STARTS, SAMPLES)]
 
 
 def write_start(folder: Path, **start: Any) -> None:

@@ -19,7 +19,7 @@ from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import CheckpointError, ConfigError, Problem, printable, raise_all
 from fundamentallm.models.adapters import add_lora
 from fundamentallm.models.transformers_format import TOKENIZER, WEIGHTS, Pretrained, find_pretrained, transformers_model
-from fundamentallm.run.folder import LOCK, locked, log_files
+from fundamentallm.run.folder import LOCK, LOGS
 from fundamentallm.run.state import RunState
 
 
@@ -34,15 +34,16 @@ def choose_checkpoint(
     checkpoints would be rotated away; CheckpointError if there are checkpoints but none is intact.
     """
     if wanted == "never":
-        if holder := None if manager is None else _holds_run(manager):
-            advice = "Choose another output_dir (or checkpoint_dir, or mirror), or set resume: auto to resume that run."
-            reason = f"and {holder} already holds a run"
-            raise ConfigError(Problem("training.resume", "never", advice=advice, reason=reason))
+        if manager is not None:
+            folder, url = manager.checkpoint_dir, manager.mirror.url
+            is_used = any(path.name != LOCK for path in folder.glob("*"))
+            with explained(url, "the mirror cannot be read"):
+                if is_used or (url and manager.mirror.newest_first([])):
+                    advice = "Choose another output_dir (and mirror), or set resume: auto to resume that run."
+                    reason = f"and {folder if is_used else url} already holds a run"
+                    raise ConfigError(Problem("training.resume", "never", advice=advice, reason=reason))
         return None, None, False
-    newest, skipped = manager.newest_intact() if manager is not None else (None, [])
-    if manager is not None:
-        copied, others = manager.fetch(newest, say)
-        newest, skipped = copied or newest, skipped + others
+    newest, skipped = manager.newest_anywhere(say) if manager is not None else (None, [])
     for reason in skipped:
         say(f"skipping checkpoint {reason}")
     if wanted == "auto":
@@ -63,22 +64,12 @@ def choose_checkpoint(
     return path, path, newest is not None
 
 
-def _holds_run(manager: CheckpointManager) -> Path | str | None:
-    """Returns the folder of checkpoints, or its mirror, if a run has saved there."""
-    folder, mirror = manager.checkpoint_dir, manager.mirror
-    if folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
-        return folder
-    with explained("" if mirror is None else mirror.url, "the mirror cannot be read"):
-        return mirror.url if mirror is not None and mirror.checkpoints([]) else None
-
-
 def fetch_lost(config: Config) -> None:
-    """Copies the newest checkpoint from the mirror if the run's folder has none, before anything reads it."""
+    """Copies the newest checkpoint of the mirror if the run's folder has none, before anything reads it."""
     manager, training = CheckpointManager(config.folder_of_checkpoints()), config.training
     if training.mirror is not None and training.resume != "never" and manager.get_latest() is None:
-        manager.add_mirror(training.mirror, log_files(Path(config.output_dir)))
-        with locked([manager.checkpoint_dir]):  # another launch could clean up what is being copied
-            manager.fetch(None, lambda text: print(printable(text), flush=True))
+        manager.mirror.set_url(training.mirror, {Path(config.output_dir, name) for name in LOGS})
+        manager.newest_anywhere(lambda text: print(printable(text), flush=True))
 
 
 def resume(
@@ -106,8 +97,7 @@ def resume(
     if manager is not None:
         # A process that was killed after its save may not have rotated. All processes call this, whatever they see.
         group.from_main(lambda: manager.rotate() if path == manager.get_latest() else None)
-        if manager.mirror is not None:
-            group.from_main(manager.mirror.request)
+        group.from_main(manager.mirror.request)
     return choice
 
 

@@ -135,8 +135,7 @@ class Saver:
     """Saves the state of a run: on request, when due, and at its end.
 
     A sharded state is saved by all processes together, each writing its shards. Otherwise the main process saves alone.
-    Without a checkpoint_dir nothing is saved. `files` returns further text files of a checkpoint, by name. It counts
-    on the lines of `logs`.
+    Without a checkpoint_dir nothing is saved. `files` returns further text files of a checkpoint, by name.
 
     Attributes:
         requested: whether to save a checkpoint at the end of this step.
@@ -150,7 +149,7 @@ class Saver:
         group: HostGroup,
         is_sharded: bool,
         files: Callable[[], dict[str, str]],
-        logs: Collection[Path],
+        logs: set[Path],
     ) -> None:
         self.state, self.group, self.is_sharded, self.files = state, group, is_sharded, files
         self.requested, self.saved_step, self._is_best = False, -1, False
@@ -159,10 +158,10 @@ class Saver:
         if folder is not None:
             # Processes that save together need a group of their own, because they save in another thread.
             self.manager = CheckpointManager(folder, config.keep_last_n, HostGroup() if is_sharded else None)
-            if config.mirror is not None:
-                self.manager.add_mirror(config.mirror, logs)
-        elif config.mirror is not None:
-            raise ConfigError(Problem("training.mirror", config.mirror, "null without a training.checkpoint_dir"))
+        if config.mirror is not None:
+            if self.manager is None:
+                raise ConfigError(Problem("training.mirror", config.mirror, "null without a training.checkpoint_dir"))
+            self.manager.mirror.set_url(config.mirror, logs)
 
     def request(self, is_best: bool = False) -> None:
         """Asks for a checkpoint at the end of this step. All processes have to ask alike."""
@@ -195,11 +194,6 @@ class Saver:
             self.saved_step = -1  # if waiting raises
             self._on_savers(self.manager.wait)
             self.saved_step = self.state.progress.step
-
-    def say_news(self, say: Callable[[str], None]) -> None:
-        """Says which copies to the mirror have failed, or work again, since the last call."""
-        if self.manager is not None and self.manager.mirror is not None:
-            self.manager.mirror.say_news(say)
 
     def begin(self) -> None:
         """Starts a launch: drops requests. Raises CheckpointError if its state cannot be saved."""

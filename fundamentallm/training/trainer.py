@@ -28,7 +28,7 @@ from fundamentallm.errors import ConfigError
 from fundamentallm.models.adapters import weight_parts
 from fundamentallm.models.transformers_format import model_files
 from fundamentallm.models.with_loss import ModelWithLoss, Objective
-from fundamentallm.run.folder import environment, log_files
+from fundamentallm.run.folder import LOGS, environment
 from fundamentallm.run.progress import Progress
 from fundamentallm.run.resume import check_tokenizer, resume
 from fundamentallm.run.session import Stop, StopSwitch, record_launch, session
@@ -149,7 +149,7 @@ class Trainer(TrainerView):
         self.files: dict[str, str] = {}  # further text files of each checkpoint, which replace those made for it
         self.state = RunState(self._parts(content), asdict(self.config if self.output_dir else training))
         files = lambda: model_files(model, self.samples.data, self._weights) | self.files  # noqa: E731
-        logs = {log for log in (self.metrics.log, *log_files(self.output_dir)) if log is not None}
+        logs = {self.output_dir / name for name in LOGS} if self.output_dir else {*filter(None, [self.metrics.log])}
         self.saver = Saver(training, self.state, self.group, self.is_sharded, files, logs)
         self.stop_switch, self.phase = StopSwitch(training.max_minutes), Phase.STARTING
         self.was_rewound = False  # True if the run returned to an earlier checkpoint and replaces what came after it
@@ -308,7 +308,8 @@ class Trainer(TrainerView):
         # What the machine or a callback measures is not part of the state: checkpoints do not depend on it.
         line |= speed | ({} if memory is None else {"memory_gb": memory}) | self.callbacks.measure(self)
         self.callbacks.on_log(self, line)
-        self.saver.say_news(self.say)
+        if self.checkpoint_manager is not None:
+            self.checkpoint_manager.mirror.say_news(self.say)
         guard.raise_if_stopped()
 
     def validate(self) -> dict[str, float]:
