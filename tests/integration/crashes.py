@@ -253,6 +253,11 @@ class Case:
         if self.processes > 1 and f"{self.processes} processes on cpu" not in texts:
             self.fail(f"it was not a group of {self.processes} processes")
 
+    def lose_disk(self) -> None:
+        """Delete everything that the run has written."""
+        shutil.rmtree(self.folder / "run")
+        self._newest = -1
+
     def remove(self) -> None:
         shutil.rmtree(self.folder)
         shutil.rmtree(self._logs)
