@@ -152,9 +152,8 @@ class Trainer(TrainerView):
         logs = {self.output_dir / name for name in LOGS} if self.output_dir else {*filter(None, [self.metrics.log])}
         self.saver = Saver(training, self.state, self.group, self.is_sharded, files, logs)
         self.stop_switch, self.phase = StopSwitch(training.max_minutes), Phase.STARTING
-        self.was_rewound = False  # True if the run returned to an earlier checkpoint and replaces what came after it
         self._own_folder = self.output_dir if self.is_main_process else None
-        self._throughput, self._started = Throughput(), False
+        self._throughput, self._started, self.was_rewound = Throughput(), False, False  # rewound: it replaces steps
 
     def _parts(self, content: list[str | None]) -> dict[str, Any]:
         """Returns everything that changes because of training, by name. `content`: the fingerprint of each dataset."""
