@@ -79,7 +79,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the harness uses what only Linux has")
-@pytest.mark.parametrize("url", ["mirror", "s3://my-bucket/runs/one"])
+@pytest.mark.parametrize("url", ["mirror", "s3://my-bucket/killed"])
 def test_train_killed_in_an_upload_resumes_on_an_empty_disk(
     tmp_path: Path, url: str, request: pytest.FixtureRequest
 ) -> None:
