@@ -56,6 +56,7 @@ GUIDES = {
     "generate": "See [using a model](../models.md#using-a-model).",
     "evaluate": "See [using a model](../models.md#using-a-model).",
     "checkpoints": "See [checkpoints](../checkpoints.md).",
+    "export": "See [llama.cpp](../models.md#llamacpp).",
     "report": "See [watching a run](../watching.md).",
     "estimate": "See [estimating memory and time](../estimating.md).",
     "find_lr": "See [before a long run](../tutorial.md#before-a-long-run).",

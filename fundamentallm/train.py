@@ -150,6 +150,7 @@ def make_trainer(config: Config) -> Trainer:
 
 def _warn(trainer: Trainer) -> None:
     """Says if the run has few steps, and how many samples were cut or dropped."""
+    from fundamentallm.data.datasets import PackedDataset
     from fundamentallm.data.loaders import named_loaders
 
     training = trainer.config.training
@@ -159,6 +160,9 @@ def _warn(trainer: Trainer) -> None:
     counts = {"num_cut": "were cut to data.sequence_length", "num_lost": "were dropped: their prompts fill it"}
     parts = {"training": [trainer.train_loader], "validation": [*named_loaders(trainer.val_loader).values()]}
     for name, loaders in parts.items():
+        for dataset in (each for loader in loaders for each in getattr(loader.dataset, "datasets", [loader.dataset])):
+            if isinstance(dataset, PackedDataset):
+                trainer.say(f"{name}: {dataset.describe(trainer.batch_size)}")
         for attribute, what in counts.items():
             if count := sum(getattr(loader.dataset, attribute, 0) for loader in loaders):
                 trainer.say(f"{count:,} {name} samples {what}")

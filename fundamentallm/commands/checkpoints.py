@@ -18,7 +18,8 @@ from fundamentallm.checkpoint.manager import CheckpointManager, checkpoints_fold
 from fundamentallm.checkpoint.manifest import MANIFEST, NAME, is_ours, read_manifest, verify
 from fundamentallm.checkpoint.reading import explained, export_weights, load_parts
 from fundamentallm.commands.common import BASE_HELP, add_checkpoint, say, say_table
-from fundamentallm.config.schema import Config, flat_settings
+from fundamentallm.config.saved import flat_settings
+from fundamentallm.config.schema import Config, DataConfig
 from fundamentallm.config.units import size_text
 from fundamentallm.config.yaml_format import to_yaml
 from fundamentallm.errors import CheckpointError, ConfigError, Problem
@@ -96,6 +97,8 @@ def _show(options: argparse.Namespace) -> None:
     parts = load_parts(path, ("config", "versions"))
     config, versions = parts.get("config") or {}, parts.get("versions") or {}
     defaults = flat_settings(dataclasses.asdict(Config(output_dir=str(config.get("output_dir") or ".")).resolved()))
+    tokenizer = config.get("data", {}).get("tokenizer", DataConfig.tokenizer)
+    defaults["data.end_of_text"] = DataConfig(tokenizer=tokenizer).resolved().end_of_text
     changed = {name: value for name, value in flat_settings(config).items() if value != defaults.get(name, value)}
     about = ", saved as the best" * bool(manifest["is_best"]) + ", weights not finite" * (not manifest["is_finite"])
     say(f"{path}: {size}, saved {saved_at}\nstep {step}, val_loss {loss}{about}")

@@ -13,10 +13,12 @@ from tqdm import tqdm
 from fundamentallm.checkpoint.manifest import is_ours
 from fundamentallm.checkpoint.reading import explained, load_parts
 from fundamentallm.commands.common import BASE_HELP, add_checkpoint, option_problems, say, say_table
-from fundamentallm.config.schema import IGNORE_INDEX, DataConfig, saved_data_settings
+from fundamentallm.config.saved import saved_data_settings
+from fundamentallm.config.schema import IGNORE_INDEX, DataConfig
 from fundamentallm.config.validation import AT_LEAST_ONE, from_dict
 from fundamentallm.data.corpus import Corpus, load_validation
 from fundamentallm.data.loaders import collate, corpus_samples
+from fundamentallm.distributed.batches import to_device
 from fundamentallm.errors import ConfigError, Problem, raise_all
 from fundamentallm.inference.generation import row_problem
 from fundamentallm.inference.loading import LoadedModel, load_model
@@ -63,9 +65,9 @@ def main(arguments: Sequence[str], program: str) -> int:
         loss_of = ModelWithLoss(loaded.model, create_loss()).eval()
         device = next(loaded.model.parameters()).device
         loader = DataLoader(samples, options.batch_size, collate_fn=collate)
-        for inputs, targets in tqdm(loader, unit="batch", disable=not sys.stderr.isatty()):
-            total += float(loss_of((inputs.to(device), targets.to(device))))
-            count += int((targets != IGNORE_INDEX).sum())
+        for batch in tqdm(loader, unit="batch", disable=not sys.stderr.isatty()):
+            total += float(loss_of(to_device(batch, device)))
+            count += int((batch[1] != IGNORE_INDEX).sum())
     loss, size = total / count, samples.num_bytes
     result = {"checkpoint": str(loaded.folder), "text": name, "targets": count, "bytes": size, "samples": len(samples)}
     result |= {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
@@ -93,7 +95,7 @@ def _held_out(loaded: LoadedModel, source: str | None) -> tuple[DataConfig, Corp
         given = {"validation_source": source, "tokenizer": str(loaded.folder / TOKENIZER), "special_tokens": special}
         kept = {name: value for name, value in saved_data_settings(settings or {}).items() if name not in OF_TRAINING}
         length = {"sequence_length": loaded.context or DataConfig.sequence_length}
-        data = from_dict(DataConfig, length | kept | given)
+        data = from_dict(DataConfig, length | kept | given).resolved()
         end = None if data.end_of_text is None else loaded.tokenizer.token_to_id(data.end_of_text)
         try:
             found = load_validation(data, sys.stderr.isatty(), loaded.tokenizer)
@@ -101,7 +103,7 @@ def _held_out(loaded: LoadedModel, source: str | None) -> tuple[DataConfig, Corp
             of_source = {"setting": "--source", "advice": ""}
             named = [vars(one) | (of_source if one.setting.endswith("source") else {}) for one in error.problems]
             raise ConfigError([Problem(**one) for one in named]) from error
-        return data, Corpus(loaded.tokenizer, [], end, found)
+        return data, Corpus(loaded.tokenizer, [], end, found, data.packing)
     if settings is None:
         raise refusal("which does not record its text")
     try:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fundamentallm.atomic import write_text
 from fundamentallm.commands.common import say
-from fundamentallm.config.schema import flat_settings
+from fundamentallm.config.saved import flat_settings
 from fundamentallm.errors import FundamentaLLMError, writing
 
 MOST_POINTS = 2000  # of a curve; screens have no more columns

@@ -124,14 +124,16 @@ class DataConfig(Section):
     """Field with a chat, a list of {role, content}; loss is computed on assistant turns only; null: no chats."""
     chat_template: bool | None = field(default=None, metadata=FREE)
     """Render prompts and answers by the tokenizer's chat template, in place of end_of_text; null: if it has one."""
-    end_of_text: str | None = None
-    """Token after each document, such as '<|endoftext|>'; null: an empty line between documents."""
+    end_of_text: str | None = "auto"
+    """Token after each document; null: an empty line between documents; auto: '<|endoftext|>' for 'bpe', else null."""
     special_tokens: Literal["tokens", "text"] | None = None
     """Read special tokens in the text as 'tokens' or 'text' (untrusted); null: as tokens of a tokenizer.json only."""
     unknown_tokens: bool = field(default=False, metadata=FREE)
     """Encode what the vocabulary lacks as its unknown token, counted; false: an error, or a bad row."""
     mask_documents: bool = False
     """Restrict attention to the token's own document (needs end_of_text)."""
+    packing: bool = False
+    """Pack pairs or chats into full windows, each attending to itself only; training.batch_size counts windows."""
     suffixes: list[str] = field(default_factory=lambda: [".txt", ".md"])
     """Suffixes of the files to read from a folder."""
     max_bad_rows: int = 0
@@ -158,14 +160,18 @@ class DataConfig(Section):
             yield from set_name_problems("validation_source", self.validation_source)
         if not all(len(pair) == 2 and 0 < pair[0] <= pair[1] for pair in self.skip) or self.skip != sorted(self.skip):
             yield Problem("skip", self.skip, "pairs of [first step, last step], from 1, in ascending order")
+        has_end = kind == "bpe" if self.end_of_text == "auto" else self.end_of_text is not None
         for name in ("mask_documents", "prompt_field"):
-            if getattr(self, name) and self.end_of_text is None and not self.chat_template:
+            if getattr(self, name) and not has_end and not self.chat_template:
                 allowed = f"with an end_of_text such as {END_OF_TEXT!r}; for a prompt_field, or chat_template: true"
-                yield self._conflict(name, "end_of_text", allowed)
+                yield Problem(name, getattr(self, name), allowed, reason="and end_of_text is None")
         if self.prompt_field == self.text_field:
             yield self._conflict("prompt_field", "text_field", "another field")
-        if self.chat_template and self.prompt_field is None and self.messages_field is None:
-            yield self._conflict("chat_template", "prompt_field", "null, except with a prompt_field or messages_field")
+        if self.packing and self.streaming:
+            yield Problem("packing", True, "false", reason="and a stream does not know the lengths of later samples")
+        for name in ("chat_template", "packing"):
+            if getattr(self, name) and not self.streaming and self.prompt_field is self.messages_field is None:
+                yield self._conflict(name, "prompt_field", "false, except with a prompt_field or messages_field")
         if self.chat_template is False and self.messages_field is not None:
             yield self._conflict("chat_template", "messages_field", "null or true")
         if self.streaming and isinstance(self.source, dict):
@@ -183,9 +189,17 @@ class DataConfig(Section):
             unused = dict.fromkeys(("prompt_field", "messages_field", "num_workers", "train_split"), "streaming")
         if self.validation_source is not None:
             unused |= dict.fromkeys(("train_split", "validation_tokens"), "validation_source")
+        unused |= {"mask_documents": "packing"} if self.packing else {}  # which masks by itself
         if self.messages_field is not None:
             unused |= dict.fromkeys(("prompt_field", "text_field"), "messages_field")
         return unused
+
+    def resolved(self, tokenizer: Any = None) -> DataConfig:
+        """Returns the settings with what "auto" stands for. A `tokenizer` made without the token keeps none."""
+        if self.end_of_text != "auto":
+            return self
+        lacks_it = tokenizer is not None and tokenizer.token_to_id(END_OF_TEXT) is None
+        return replace(self, end_of_text=END_OF_TEXT if self.tokenizer.startswith("bpe:") and not lacks_it else None)
 
     def validation_sources(self) -> dict[str, str]:
         """Returns each source for validation by its name, which is "" if there is one without a name."""
@@ -415,23 +429,3 @@ FREE_ON_RESUME = frozenset(name for name, kind in ON_RESUME.items() if kind == "
 """Settings that change no weight, and may differ on resume. (Text and tokenizer may move: their content counts.)"""
 NEVER_ON_RESUME = frozenset(name for name, kind in ON_RESUME.items() if kind == "never")
 """Settings that decide the shape of the weights."""
-
-
-def saved_data_settings(data: dict[str, Any]) -> dict[str, Any]:
-    """Returns the section `data` of a checkpoint's config, with what earlier versions did without a setting."""
-    data = dict(data)
-    if data.get("prompt_field") is not None:
-        data.setdefault("chat_template", False)
-    if data.get("end_of_text") is not None and str(data.get("tokenizer")).endswith(".json"):
-        data.setdefault("special_tokens", "text")
-    return data
-
-
-def flat_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns {dotted name: value} of a config as a plain dict; settings without sections belong to the training."""
-    nested = config if "training" in config else {"training": config}
-    flat = {name: value for name, value in nested.items() if name not in ("model", "data", "training")}
-    for section, values in (nested | {"data": saved_data_settings(nested.get("data", {}))}).items():
-        if section not in flat:
-            flat |= {f"{section}.{name}": value for name, value in values.items()}
-    return flat

@@ -71,6 +71,7 @@ class Corpus(NamedTuple):
     sources: list[Source]
     end_of_text: int | None  # the token after each document
     validation: Sequence[Source] = ()  # sources whose validation parts take the place of those of `sources`
+    packing: bool = False  # whether pairs are packed
 
 
 def load_corpus(config: DataConfig, show_progress: bool = True, tokenizer: Tokenizer | None = None) -> Corpus:
@@ -135,6 +136,7 @@ def vocabulary_size(config: DataConfig) -> int:
     """
     for name in filter(is_prepared, config.sources()):
         return num_ids(read_tokenizer(Path(expand_user(name)) / TOKENIZER))
+    config = config.resolved()
     kind, _, size = config.tokenizer.partition(":")
     if kind == "bpe":
         return int(size)
@@ -183,6 +185,9 @@ class _Cache:
 
     def corpus(self, given: Tokenizer | None) -> Corpus:
         """Load the sources, with the tokenizer that is given."""
+        made = (read_tokenizer(source.files[0] / TOKENIZER) for source in self.sources if source.kind == "prepared")
+        self.config = self.config.resolved(given or next(made, None))
+        self.settings["end_of_text"] = self.config.end_of_text
         self.given, sources = given, list[Source]()
         for source in self.sources:
             folder = self._prepared(source) if source.kind == "prepared" else self._tokens(source)
@@ -193,7 +198,8 @@ class _Cache:
             raise ConfigError(Problem("data.source", list(self.config.sources()), "", "Prepare them together.", reason))
         tokenizer, end_of_text = read_tokenizer(sources[0].folder / TOKENIZER), self.config.end_of_text
         tokenizer.encode_special_tokens = not reads_special_tokens(self.config)
-        return Corpus(tokenizer, sources, None if end_of_text is None else tokenizer.token_to_id(end_of_text))
+        end = None if end_of_text is None else tokenizer.token_to_id(end_of_text)
+        return Corpus(tokenizer, sources, end, packing=self.config.packing)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+from bisect import bisect_left, insort
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,11 +18,13 @@ from torch.utils.data import Dataset
 
 from fundamentallm.config.schema import IGNORE_INDEX
 from fundamentallm.data.corpus import Tokens
+from fundamentallm.data.sampler import permute
 from fundamentallm.data.tokenizers import num_bytes
+from fundamentallm.distributed.batches import tensors
 from fundamentallm.errors import ConfigError, Problem
 
-Batch = tuple[Tensor, Tensor]
-"""Inputs and targets, each (B, T) int64; targets are the inputs' next tokens."""
+Batch = tuple[Any, Tensor]
+"""Inputs and targets, each (B, T) int64; targets are the inputs' next tokens. (Packed inputs are a mapping of two.)"""
 Indices = NDArray[np.int64]
 
 FINGERPRINT_BLOCK, FINGERPRINT_BLOCKS = 2**16, 2**8
@@ -65,6 +70,7 @@ class TokenDataset(Tokenized, Dataset[Batch]):
     """
 
     num_cut = num_lost = 0  # pairs that are cut off, and those of them that have no target left
+    is_packed = False  # whether several pairs share a sample
     turns: NDArray[np.int64] | None = None
 
     def __init__(
@@ -98,13 +104,13 @@ class TokenDataset(Tokenized, Dataset[Batch]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         inputs, targets = self.__getitems__([index % len(self)])
-        return inputs[0], targets[0]
+        first = {name: each[0] for name, each in inputs.items()} if self.is_packed else inputs[0]
+        return first, targets[0]
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """Returns a whole batch by one gather; torch's loader calls this. Shorter samples are padded on the right."""
         starts, firsts, stops = self._segments(np.asarray(indices, dtype=np.int64))
-        longest = max(int((stops - starts).max()) - 1, 1)
-        width = min(-(-longest // WIDTHS) * WIDTHS, self.sequence_length)
+        width = int(_width((stops - starts).max() - 1, self.sequence_length))
         positions = starts[:, None] + np.arange(width + 1)
         # Attention is causal, so any token will do as padding.
         windows = self.tokens[np.minimum(positions, len(self.tokens) - 1)]
@@ -171,6 +177,69 @@ class PairDataset(TokenDataset):
         return _digest(f"pairs {len(self.rows)} {self.sequence_length} ", self.rows.reshape(-1), self.tokens, *turns)
 
 
+class PackedDataset(PairDataset):
+    """Pairs packed into windows of at most `sequence_length` inputs. Each window is a sample.
+
+    Inputs are a mapping of "input_ids" and "position_ids". Positions restart at 0 with each pair, and with the padding
+    after the last one. Which pairs a window has follows from all lengths. Pairs without a target are left out.
+    """
+
+    is_packed = True
+
+    def __init__(
+        self, pairs: Tokens, sequence_length: int, tokenizer: Tokenizer | None = None, end_of_text: int | None = None
+    ) -> None:
+        super().__init__(pairs, sequence_length, tokenizer, end_of_text)
+        starts, answers, stops = self._segments(np.arange(len(self.rows)))
+        kept = np.flatnonzero(stops > np.maximum(answers, starts + 1))
+        self.lengths = (stops - starts - 1)[kept]
+        windows = best_fit(self.lengths, sequence_length)
+        self.pairs = kept[np.argsort(windows, kind="stable")]  # those of a window are neighbours
+        self.bounds = np.concatenate([[0], np.bincount(windows).cumsum()])
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """Returns a whole batch by one gather, as wide as its fullest window, rounded up to a multiple of `WIDTHS`."""
+        windows = [self.pairs[self.bounds[index] : self.bounds[index + 1]] for index in indices]
+        starts, answers, stops = self._segments(np.concatenate(windows))
+        lengths = stops - starts - 1
+        ends = lengths.cumsum()
+        sizes = np.diff(ends[np.cumsum([len(window) for window in windows]) - 1], prepend=0)
+        columns = np.arange(_width(sizes.max(), self.sequence_length)) - sizes[:, None]
+        positions = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+        nexts = np.repeat(starts, lengths) + positions + 1
+        is_target = nexts >= np.repeat(answers, lengths) if self.turns is None else _within(self.turns, nexts)
+        batch = np.zeros((3, *columns.shape), np.int64)
+        batch[1], batch[2] = columns, IGNORE_INDEX
+        targets = np.where(is_target, self.tokens[nexts].astype(np.int64), IGNORE_INDEX)
+        batch[:, columns < 0] = self.tokens[nexts - 1], positions, targets
+        ids, position_ids, labels = torch.from_numpy(batch).unbind()
+        return {"input_ids": ids, "position_ids": position_ids}, labels
+
+    def locate(self, index: int) -> tuple[str, NDArray[np.integer]]:
+        """Returns the same of each pair of a window, with the last token of each."""
+        starts, _, stops = self._segments(self.pairs[self.bounds[index] : self.bounds[index + 1]])
+        spans = list(zip(starts, stops, strict=True))
+        where = ", ".join(f"{start:,}-{stop - 1:,}" for start, stop in spans)
+        return where, np.concatenate([self.tokens[start:stop] for start, stop in spans])
+
+    def fingerprint(self) -> str:
+        """Returns the same of the pairs, and of their windows."""
+        return _digest(f"packed {super().fingerprint()} ", self.pairs, self.bounds)
+
+    def describe(self, batch_size: int) -> str:
+        """Returns a line about the windows, and the share of padding that shuffled batches of unpacked pairs have."""
+        count, length, kind = len(self.pairs), self.sequence_length, "pairs" if self.turns is None else "chats"
+        shuffled = self.lengths[permute(np.arange(count), count, 0)]
+        widths = _width(np.maximum.reduceat(shuffled, np.arange(0, count, batch_size)), length)
+        before = 1 - shuffled.sum() / np.repeat(widths, batch_size)[:count].sum()
+        after = 1 - shuffled.sum() / (len(self) * length)
+        about = f"{len(self):,} windows of {length:,} tokens, {count / len(self):.1f} in each"
+        return f"{count:,} {kind} are packed into {about}; padding is {after:.1%}, unpacked {before:.1%}"
+
+
 class MixedDataset(TokenDataset):
     """Several datasets of one tokenizer as one, mixed by weight; without `weights`, each sample occurs once.
 
@@ -183,7 +252,7 @@ class MixedDataset(TokenDataset):
         self.names, self.datasets = list(datasets), list(datasets.values())
         first = self.datasets[0]
         self.sequence_length, self.tokenizer = first.sequence_length, first.tokenizer
-        self.end_of_text = first.end_of_text
+        self.end_of_text, self.is_packed = first.end_of_text, first.is_packed
         sizes = [dataset.num_bytes for dataset in self.datasets]
         self.num_bytes = sum(size or 0 for size in sizes) if None not in sizes else None
         self.num_cut = sum(dataset.num_cut for dataset in self.datasets)
@@ -217,19 +286,45 @@ class MixedDataset(TokenDataset):
         numbers, samples = self._find(np.asarray(indices, dtype=np.int64))
         rows = {number: np.flatnonzero(numbers == number) for number in np.unique(numbers)}
         batches = {number: self.datasets[number].__getitems__(samples[at].tolist()) for number, at in rows.items()}
-        width = max(inputs.shape[1] for inputs, _ in batches.values())
-        inputs = torch.zeros(len(numbers), width, dtype=torch.int64)
-        targets = torch.full_like(inputs, IGNORE_INDEX)
+        width = max(targets.shape[1] for _, targets in batches.values())
+        inputs = torch.zeros(1 + self.is_packed, len(numbers), width, dtype=torch.int64)
+        targets = torch.full_like(inputs[0], IGNORE_INDEX)
         for number, (x, y) in batches.items():
-            inputs[rows[number], : x.shape[1]], targets[rows[number], : x.shape[1]] = x, y
-        return inputs, targets
+            targets[rows[number], : y.shape[1]] = y
+            for whole, part in zip(inputs, tensors(x), strict=True):
+                whole[rows[number], : y.shape[1]] = part
+        return {"input_ids": inputs[0], "position_ids": inputs[1]} if self.is_packed else inputs[0], targets
 
 
 def opening(sample: Batch) -> list[int]:
     """Returns the prompt of a sample; if it has none, its first tokens."""
-    inputs, targets = sample
-    first = int((targets != IGNORE_INDEX).int().argmax())
+    inputs: Tensor = sample[0]["input_ids"] if isinstance(sample[0], Mapping) else sample[0]
+    first = int((sample[1] != IGNORE_INDEX).int().argmax())
     return inputs[: first + 1 if first else 32].tolist()
+
+
+def best_fit(lengths: Indices, capacity: int) -> Indices:
+    """Returns the window of each sample: the longest first, each in the fullest window of `capacity` that has room.
+
+    (Best fit decreasing: no more than 11/9 of the fewest windows possible, and 4. Johnson et al., 1974.)
+    """
+    windows, numbers, order = np.empty(len(lengths), np.int64), itertools.count(), np.argsort(-lengths, kind="stable")
+    with_room, rooms = defaultdict[int, list[int]](list), [capacity]  # windows by the room left; a new one has all
+    for index, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        at = bisect_left(rooms, length)
+        room = rooms[at]
+        windows[index] = window = with_room[room].pop() if room < capacity else next(numbers)
+        if room < capacity and not with_room[room]:
+            del rooms[at]
+        if not with_room[room - length]:
+            insort(rooms, room - length)
+        with_room[room - length].append(window)
+    return windows
+
+
+def _width(longest: Any, sequence_length: int) -> Any:
+    """Returns the width of batches with these longest samples."""
+    return np.minimum(-(-np.maximum(longest, 1) // WIDTHS) * WIDTHS, sequence_length)
 
 
 def _within(turns: NDArray[np.int64], positions: Indices) -> NDArray[np.bool_]:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, default_collate
 from fundamentallm.config.registry import set_name_problems, set_names
 from fundamentallm.config.schema import Config
 from fundamentallm.data.corpus import Corpus, Source, Tokens, load_validation
-from fundamentallm.data.datasets import Batch, MixedDataset, PairDataset, TokenDataset
+from fundamentallm.data.datasets import Batch, MixedDataset, PackedDataset, PairDataset, TokenDataset
 from fundamentallm.data.encoding import encode_pieces
 from fundamentallm.data.sampler import ListedOrder, StepSampler, permute, seed_draws
 from fundamentallm.data.sources import read_pieces
@@ -70,7 +70,8 @@ def step_sampler(name: str, loader: DataLoader[Any], seed: int, most: int | None
         allowed = "[], since the batch sampler decides"
         raise ConfigError(Problem("training.batch_size_schedule", result.schedule, allowed))
     settings = ["training.batch_size", *["training.batch_size_schedule"] * len(result.schedule)]
-    allowed = f"at most {num_samples}, the samples of the training data"
+    kind = "windows" if getattr(data, "is_packed", False) else "samples"
+    allowed = f"at most {num_samples}, the {kind} of the training data"
     sizes = zip(settings, result.sizes, strict=True)
     problems = [Problem(setting, size, allowed) for setting, size in sizes if size > num_samples]
     if problems and name == "train_loader":
@@ -311,7 +312,7 @@ def create_dataloaders(
     """
     length, train_split = config.data.sequence_length, config.data.train_split
     if isinstance(text_or_tokens, Corpus):
-        corpus = text_or_tokens._replace(tokenizer=tokenizer or text_or_tokens.tokenizer)
+        corpus = text_or_tokens._replace(tokenizer=tokenizer or text_or_tokens.tokenizer, packing=config.data.packing)
         train, validation = corpus_samples(corpus, length, train_split < 1)
         assert train is not None
     else:
@@ -379,7 +380,8 @@ def corpus_samples(
     def samples(source: Source, tokens: Tokens) -> TokenDataset:
         try:
             if tokens.rows is not None:
-                return PairDataset(tokens, sequence_length, corpus.tokenizer, corpus.end_of_text)
+                kind = PackedDataset if corpus.packing else PairDataset
+                return kind(tokens, sequence_length, corpus.tokenizer, corpus.end_of_text)
             return TokenDataset(tokens.ids, sequence_length, corpus.tokenizer, tokens.num_bytes, corpus.end_of_text)
         except ConfigError as error:
             raise ConfigError([*error.problems, Problem("", advice=f"The source is {source.name}.")]) from error

@@ -173,6 +173,7 @@ class TextStream(Tokenized, IterableDataset[Batch]):
     tokenizer: Tokenizer
 
     def __init__(self, config: DataConfig, seed: int, say: Callable[[str], None] | None = None) -> None:
+        config = config.resolved()
         self.config, self.seed, self.say = config, seed, say
         self.source = find_source(config, str(config.source))
         self.sequence_length = config.sequence_length

@@ -30,7 +30,7 @@ def join_group(cpu: bool) -> None:
     rank, address = int(os.environ["RANK"]), (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     store = dist.TCPStore(*address, is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]
     own = dist.PrefixStore(agree_on_prefix(store, rank, world), store)  # type: ignore[attr-defined]
-    device = None if cpu else torch.accelerator.current_accelerator()
+    device = None if cpu else torch.accelerator.current_accelerator(check_available=True)
     backend = "gloo" if device is None else dist.get_default_backend_for_device(device)  # as accelerate chooses it
     dist.init_process_group(backend, store=own, rank=rank, world_size=world)
 

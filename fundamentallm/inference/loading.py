@@ -83,7 +83,7 @@ def load_model(checkpoint: str | Path, base: str | Path | None = None) -> Loaded
         own = folder / TOKENIZER
         tokenizer = read_tokenizer(own if own.exists() else found.folder / TOKENIZER)
         stop = found.stop | found._replace(folder=folder).stop
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     return LoadedModel(model.eval().to(device), tokenizer, found.context, stop, folder)
 
 

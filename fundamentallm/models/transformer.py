@@ -56,13 +56,13 @@ class LayerCache:
         return keys, values
 
 
-def document_mask(input_ids: Tensor, document_start: int, dtype: torch.dtype) -> Tensor:
-    """Returns what to add to attention scores (B, 1, T, T), so that each of `input_ids` (B, T) sees its document only.
+def document_mask(starts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns what to add to attention scores (B, 1, T, T), so that each token sees its document only.
 
-    Rotary positions need no reset: only their differences matter. It has the scores' precision, since attention would
-    convert booleans to that, and keep it, in every block.
+    `starts` (B, T) is True where a document begins. Rotary positions need no reset: only their differences matter.
+    The mask has the scores' precision, since attention would convert booleans to that, and keep it, in every block.
     """
-    document = (input_ids == document_start).cumsum(1)
+    document = starts.cumsum(1)
     allowed = (document[:, :, None] == document[:, None, :]).tril()[:, None]
     return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, float("-inf"))
 
@@ -206,18 +206,24 @@ class Transformer(nn.Module):
         input_ids: Tensor,
         of_hidden: Callable[[Tensor, Tensor], Tensor] | None = None,
         cache: Sequence[LayerCache] | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """Returns logits (B, T, V) of the token after each of `input_ids` (B, T), or `of_hidden` of the head's input
         (B, T, D) and weights (V, D). With a cache, the tokens follow those in it: several first, then one at a time.
+        Otherwise `position_ids` (B, T) may be given: each 0 begins a document, which sees none of those before it.
         """
         x, config = self.dropout(self.model["embed_tokens"](input_ids)), self.config
         begin = 0 if cache is None else cache[0].used
         positions = torch.arange(begin, begin + input_ids.shape[1], device=x.device)
-        mask = None
-        if self.document_start is not None and cache is None:  # generated text is one document
+        mask = starts = None
+        if position_ids is not None:
+            positions, starts = position_ids[:, None], position_ids == 0
+        elif self.document_start is not None and cache is None:  # generated text is one document
+            starts = input_ids == self.document_start
+        if starts is not None:
             kind = x.device.type
             narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-            mask = document_mask(input_ids, self.document_start, narrow)
+            mask = document_mask(starts, narrow)
         cos, sin = rotary_table(positions, config.d_model // config.num_heads, config.rope_theta)
         for index, block in enumerate(self.model["layers"].children()):
             if self.gradient_checkpointing and self.training:

@@ -96,7 +96,7 @@ class PairLoss(_Loss):
         inputs, targets = _pair(batch)
         if self.by_hidden and not with_outputs:
             of_hidden = lambda hidden, weight: self.loss_fn.of_hidden(hidden, weight, targets)  # noqa: E731
-            return model(inputs, of_hidden=of_hidden), None
+            return self.output(model, inputs, targets, of_hidden=of_hidden), None
         output = self.output(model, inputs, targets)
         logits = logits_of(output)
         loss = self.loss_fn(logits, targets)
@@ -104,14 +104,15 @@ class PairLoss(_Loss):
             loss = loss + model.router_aux_loss_coef * router_loss * (targets != IGNORE_INDEX).sum()
         return loss, logits
 
-    def output(self, model: nn.Module, inputs: Any, targets: Tensor) -> Any:
+    def output(self, model: nn.Module, inputs: Any, targets: Tensor, **options: Any) -> Any:
         """Returns the model's output for inputs that are a tensor, several in a tuple or list, or a mapping."""
+        options = self._options | options
         if isinstance(inputs, Mapping):
-            return model(**inputs, **self._options)
+            return model(**inputs, **options)
         arguments = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
         if self.gives_targets:  # only the logits are used, so any target will do
             arguments = (*arguments, targets.clamp(min=0))
-        return model(*arguments, **self._options)
+        return model(*arguments, **options)
 
 
 class OwnLoss(_Loss):

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fundamentallm.checkpoint.manifest import STATE, verify
 from fundamentallm.checkpoint.reading import explained, load_parts
-from fundamentallm.config.schema import BUILT_IN_CORPUS, DataConfig, saved_data_settings
+from fundamentallm.config.saved import saved_data_settings
+from fundamentallm.config.schema import BUILT_IN_CORPUS, DataConfig
 from fundamentallm.config.validation import from_dict
 from fundamentallm.data.corpus import Corpus, load_corpus, opened_note
 from fundamentallm.data.datasets import TokenDataset

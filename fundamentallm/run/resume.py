@@ -104,7 +104,7 @@ def learned_tokenizer(config: Config) -> Tokenizer | None:
         return None
     with explained(path):
         saved = load_parts(path, ["config"])["config"].get("data", {})
-        is_same = all(saved.get(name) == getattr(data, name) for name in ("tokenizer", "end_of_text"))
+        is_same = saved.get("tokenizer") == data.tokenizer and data.end_of_text in ("auto", saved.get("end_of_text"))
         return read_tokenizer(path / TOKENIZER) if is_same else None
 
 

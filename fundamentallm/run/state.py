@@ -10,7 +10,8 @@ from fundamentallm.checkpoint.manager import CheckpointManager
 from fundamentallm.checkpoint.optimizer_state import NamedOptimizerState
 from fundamentallm.checkpoint.reading import Like, explained
 from fundamentallm.checkpoint.snapshot import ADAPTER_KEY, AVERAGE_KEY, MODEL_KEY, OPTIMIZER_KEY, encode, plan
-from fundamentallm.config.schema import FREE_ON_RESUME, NEVER_ON_RESUME, TrainingConfig, flat_settings
+from fundamentallm.config.saved import flat_settings
+from fundamentallm.config.schema import FREE_ON_RESUME, NEVER_ON_RESUME, TrainingConfig
 from fundamentallm.distributed.dtensor import is_sharded, local
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import CheckpointError, ConfigError, Problem, raise_all

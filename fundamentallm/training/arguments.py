@@ -13,7 +13,10 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from fundamentallm.config.registry import not_one_of
-from fundamentallm.config.schema import Config, TrainingConfig, flat_settings
+from fundamentallm.config.saved import flat_settings
+from fundamentallm.config.schema import Config, TrainingConfig
+from fundamentallm.data.datasets import Tokenized
+from fundamentallm.data.loaders import unwrapped
 from fundamentallm.data.sampler import StepSampler
 from fundamentallm.distributed.accelerator import check_accelerator, create_accelerator
 from fundamentallm.distributed.host_group import HostGroup
@@ -30,15 +33,16 @@ OF_ONE_MACHINE = {
 
 
 def complete(
-    config: Config | TrainingConfig, accelerator: Accelerator | None, batch_size: int | None
+    config: Config | TrainingConfig, accelerator: Accelerator | None, train_loader: Any
 ) -> tuple[Config, Accelerator, Path | None]:
     """Returns the whole config, resolved; the Accelerator, made or checked; and the folder of the run, if it has one.
 
-    What the launcher decided becomes part of the config, as does the loader's batch size (None: a batch sampler's).
+    What the launcher decided becomes part of the config, as do the loader's batch size and end-of-text token.
     """
     if not isinstance(config, (Config, TrainingConfig)):
         advice = "TrainingConfig(**settings) makes one of a dict."  # type: ignore[unreachable]  # not in a notebook
         raise ConfigError(Problem("config", config, "a Config or a TrainingConfig", advice))
+    _, batch_size, _ = unwrapped(train_loader)
     if isinstance(config, Config):
         given, config = config.training.batch_size, config.resolved()
         training, output_dir = replace(config.training, batch_size=given or batch_size), Path(config.output_dir)
@@ -53,7 +57,9 @@ def complete(
     by_launcher = accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
     compiled = by_launcher if training.compile is None else training.compile
     training = replace(training, mixed_precision=accelerator.mixed_precision, compile=compiled)
-    return replace(config, training=training), accelerator, output_dir
+    dataset = getattr(train_loader, "dataset", None)
+    data = config.data.resolved(dataset.tokenizer if isinstance(dataset, Tokenized) else None)
+    return replace(config, data=data, training=training), accelerator, output_dir
 
 
 def check_alike(

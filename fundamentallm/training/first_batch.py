@@ -20,6 +20,7 @@ from fundamentallm.data.sampler import StepSampler
 from fundamentallm.distributed.batches import LABELS, StepBatch, take_rows
 from fundamentallm.distributed.host_group import HostGroup
 from fundamentallm.errors import ConfigError, Problem
+from fundamentallm.models.transformer import Transformer
 from fundamentallm.models.with_loss import OBJECTIVE, ModelWithLoss, OwnLoss, PairLoss, describe, logits_of
 from fundamentallm.training.guard import copied_buffers
 from fundamentallm.training.loss import SummedLoss, cross_entropy
@@ -112,7 +113,7 @@ class FirstBatches:
             if loader not in self._checked:
                 self._checked.append(loader)
                 later = device_batches(loader, samples, start + 1, stop, device)
-                self._check(self._first_with_targets(itertools.chain([batch], later)), loader.collate_fn)
+                self._check(self._first_with_targets(itertools.chain([batch], later)), loader)
             yield batch
 
     def _first_with_targets(self, batches: Iterator[StepBatch]) -> StepBatch:
@@ -126,7 +127,7 @@ class FirstBatches:
         raise ConfigError(Problem("the number of targets", 0, "at least 1", advice, reason))
 
     @torch.no_grad()
-    def _check(self, batch: StepBatch, collate_fn: Any) -> None:
+    def _check(self, batch: StepBatch, loader: DataLoader[Any]) -> None:
         model, accelerator = self.model, self.accelerator
         # Under FSDP2 a process that fails in its forward pass must end: the others wait for its shards.
         exchange = nullcontext() if accelerator.is_fsdp2 else self.group.barrier_with_errors()
@@ -139,6 +140,8 @@ class FirstBatches:
             accelerator.autocast(),
         ):
             model.eval()
+            if getattr(loader.dataset, "is_packed", False):
+                _check_packing(model, next(batch.micro_batches()).content)
             objective = model.objective(batch.own)
             if isinstance(objective, OwnLoss):
                 _check_mapping(model, objective, batch.own)
@@ -154,7 +157,7 @@ class FirstBatches:
         # The targets of one process may not show it, and all have to count alike.
         if known := [each for found in self.group.all_gather(shifts) for each in found if each is not None]:
             model.of_mappings.shifts = known[0]
-        self._warn(batch.own, collate_fn)
+        self._warn(batch.own, loader.collate_fn)
 
     def _warn(self, batch: Any, collate_fn: Any) -> None:
         """Prints what the run would silently train on."""
@@ -196,6 +199,26 @@ def _check_mapping(model: ModelWithLoss, objective: OwnLoss, batch: Mapping[str,
         if is_mask and (hidden := (mask == 0).all(1)).any():
             found = f"hides every token of sample {int(hidden.int().argmax())} of the batch"
             raise _refuse(f"batch[{key!r}]", found, "at least one token", "Leave empty samples out of the dataset.")
+
+
+def _check_packing(model: ModelWithLoss, batch: Any) -> None:
+    """Refuses a model that computes a sample in a packed window otherwise than alone."""
+    (inputs, targets), name = batch, type(model.model).__name__
+    ids = inputs["input_ids"]
+    half = ids.shape[1] // 2
+    if half == 0 or isinstance(model.model, Transformer):  # which is exact, and whose logits may be too large
+        return
+    if unused := model.of_mappings.unused(inputs):
+        reason = f"and {name}.forward does not take {' and '.join(unused)}, by which packed samples are kept apart"
+        raise ConfigError(Problem("data.packing", True, "false", reason=reason))
+    # Two documents in each row, of any tokens. The second one does not depend on the first, nor on where it lies.
+    positions = (torch.arange(ids.shape[1], device=ids.device) % half).expand_as(ids)
+    given = {"input_ids": ids, "position_ids": positions}, ids[:, half : 2 * half]
+    packed, alone = (logits_of(model.of_pairs.output(model.model, each, targets)) for each in given)
+    difference = float((packed[:, half : 2 * half] - alone).norm() / alone.norm())
+    if not difference <= max(8 * torch.finfo(alone.dtype).eps, 1e-3):  # of rounding, perhaps in TF32
+        reason = f"and {name} mixes packed samples: the logits of one differ by {difference:.1%} from those of it alone"
+        raise ConfigError(Problem("data.packing", True, "false", reason=reason))
 
 
 def _check_output(model: nn.Module, objective: PairLoss, batch: Any) -> None:

@@ -18,7 +18,7 @@ from fundamentallm.checkpoint.optimizer_state import NamedOptimizerState
 from fundamentallm.checkpoint.reading import load_checkpoint
 from fundamentallm.config.schema import Config, TrainingConfig
 from fundamentallm.data.datasets import fingerprint
-from fundamentallm.data.loaders import ValidationLoaders, named_loaders, step_sampler, unwrapped
+from fundamentallm.data.loaders import ValidationLoaders, named_loaders, step_sampler
 from fundamentallm.distributed.accelerator import leave_group
 from fundamentallm.distributed.dtensor import device_name
 from fundamentallm.distributed.host_group import HostGroup
@@ -109,7 +109,7 @@ class Trainer(TrainerView):
         validation_metrics: Mapping[str, Metric] | None = None,
         accelerator: Accelerator | None = None,
     ) -> None:
-        self.config, accelerator, self.output_dir = complete(config, accelerator, unwrapped(train_loader)[1])
+        self.config, accelerator, self.output_dir = complete(config, accelerator, train_loader)
         self.accelerator, training = accelerator, self.config.training
         self.train_loader, self.val_loader = train_loader, val_loader
         self.group = HostGroup()

@@ -11,7 +11,8 @@ import torch
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
 
-from fundamentallm import CheckpointError, ConfigError, Trainer, TrainingConfig
+from fundamentallm import CheckpointError, ConfigError, Trainer, TrainingConfig, load_model
+from fundamentallm.checkpoint.reading import load_parts
 from fundamentallm.commands import checkpoints, prepare
 from fundamentallm.commands.evaluate import main as evaluate
 from fundamentallm.config.schema import Config, DataConfig, ModelConfig
@@ -108,6 +109,33 @@ def test_run_keeps_the_tokenizer_it_began_with(tmp_path: Path, capsys: pytest.Ca
     assert "resume_changes" not in problem.advice
     (tmp_path / "old/checkpoints/step_00000006/model.safetensors").write_bytes(b"")  # an earlier one has it too
     assert start(spec, "data", "training", steps=7).train_loader.dataset.tokenizer.to_str() == before
+
+
+def test_run_without_an_end_of_text_resumes_by_the_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = from_text(tmp_path, tokenizer="bpe:300", end_of_text=None)
+    make_from_config(old).train()
+    data, training = DataConfig(**vars(old.data) | {"end_of_text": "auto"}), old.training
+    more = dataclasses.replace(training, max_steps=8, resume_changes=["training.max_steps", "training.warmup_steps"])
+    reset_accelerate()
+    capsys.readouterr()
+    trainer = make_from_config(dataclasses.replace(old, data=data, training=more))
+    trainer.train()
+    assert (trainer.global_step, trainer.config.data.end_of_text) == (8, None)
+    assert "data.end_of_text" not in capsys.readouterr().out
+    named = dataclasses.replace(old, data=dataclasses.replace(old.data, end_of_text="<|endoftext|>"), training=more)
+    reset_accelerate()
+    with pytest.raises(ConfigError) as error:
+        make_from_config(named).train()
+    assert {problem.setting for problem in error.value.problems} == {"data.tokenizer"}
+    new = dataclasses.replace(old, output_dir=str(tmp_path / "new"), data=data)
+    reset_accelerate()
+    made = make_from_config(new)
+    made.train()
+    checkpoint = tmp_path / "new/checkpoints/step_00000005"
+    assert made.config.data.end_of_text == load_parts(checkpoint, ["config"])["config"]["data"]["end_of_text"]
+    ends = {load_model(checkpoint).tokenizer.id_to_token(token) for token in load_model(checkpoint).stop}
+    assert ends == {made.config.data.end_of_text} == {"<|endoftext|>"}
+    assert evaluate(["--checkpoint", str(checkpoint)], "evaluate") == 0
 
 
 def test_resume_with_special_tokens_read_otherwise_names_them(tmp_path: Path) -> None:

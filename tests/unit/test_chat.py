@@ -8,7 +8,8 @@ import datasets
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fundamentallm.config.schema import IGNORE_INDEX, DataConfig, saved_data_settings
+from fundamentallm.config.saved import saved_data_settings
+from fundamentallm.config.schema import IGNORE_INDEX, DataConfig
 from fundamentallm.data.corpus import Corpus, describe, load_corpus
 from fundamentallm.data.datasets import TokenDataset, opening
 from fundamentallm.data.loaders import corpus_samples

@@ -187,6 +187,7 @@ def test_parse_config_reads_an_option_as_yaml(write: Write, name: str, text: str
         *(("lr", "training.learning_rate"), ("epochs", "training.max_epochs"), ("n_layer", "model.num_layers")),
         *(("per_device_train_batch_size", "training.batch_size"), ("block_size", "data.sequence_length")),
         *(("training.d_model", "model.d_model"), ("learning_rate", "training.learning_rate")),
+        ("training.save_steps", "training.save_every_n_steps"),
     ],
 )
 def test_parse_config_names_the_setting_that_others_call_so(write: Write, name: str, meant: str) -> None:

@@ -11,14 +11,15 @@ import pytest
 from fundamentallm.config.command_line import settings
 from fundamentallm.config.files import file_problems
 from fundamentallm.config.registry import resolve
+from fundamentallm.config.saved import flat_settings
 from fundamentallm.config.schema import (
     Config,
     DataConfig,
     ModelConfig,
     TrainingConfig,
-    flat_settings,
 )
 from fundamentallm.config.validation import fits, from_dict
+from fundamentallm.data.tokenizers import create_tokenizer
 from fundamentallm.errors import CheckpointError, ConfigError, Problem, ProcessLostError, report
 from tests.conftest import nested, problem_of
 
@@ -104,6 +105,18 @@ CONFLICTS = [
 def test_from_dict_of_settings_in_conflict_names_both(given: dict[str, Any], setting: str, reason: str) -> None:
     (found,) = problems(given)
     assert (found.setting, found.value, found.reason) == (setting, given[setting], f"and {reason}")
+
+
+def test_end_of_text_by_default_is_that_of_bpe() -> None:
+    assert [DataConfig(tokenizer=spec).resolved().end_of_text for spec in ("bpe:300", "byte", "a.json")] == [
+        "<|endoftext|>",
+        None,
+        None,
+    ]
+    assert DataConfig(tokenizer="bpe:300", end_of_text=None).resolved().end_of_text is None
+    assert DataConfig(tokenizer="bpe:300", mask_documents=True, prompt_field="q")
+    without = create_tokenizer("bpe:300", "to be or not to be")
+    assert DataConfig(tokenizer="bpe:300").resolved(without).end_of_text is None
 
 
 @pytest.mark.parametrize("schedule", [[[5, 4, 3]], [[5, 4], [5, 8]], [[5, 0]]])

@@ -18,6 +18,8 @@ import fundamentallm
 from fundamentallm import CheckpointManager
 from fundamentallm.config.command_line import parse_config, settings
 from fundamentallm.config.schema import Config
+from fundamentallm.train import run
+from tests.benchmarks.packing import write_pairs
 from tests.unit.test_architecture import ROOMS
 
 ROOT = Path(__file__).parents[2]
@@ -127,6 +129,17 @@ def test_python_page_trains_with_several_validation_sets(tmp_path: Path, monkeyp
     exec(next(block for block in blocks(ROOT / "docs/python.md", "python") if "val_near_loss" in block), names)
     assert {"val_near_loss", "val_far_loss"} <= names["history"].keys()
     assert names["history"]["step"][0] == 0
+
+
+def test_data_page_packs_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_pairs(tmp_path / "pairs.jsonl", "bisect heapq json shlex")
+    (example,) = [block for block in blocks(ROOT / "docs/data.md", "yaml") if "packing: true" in block]
+    (tmp_path / "config.yaml").write_text(example)
+    trainer = run(parse_config(["--config", "config.yaml", "--training.max_steps", "1", "--sample_tokens", "0"]))
+    assert trainer.is_finished
+    num_pairs = len((tmp_path / "pairs.jsonl").read_text().splitlines())
+    assert trainer.samples.num_samples < num_pairs / 2  # windows
 
 
 # ---- the format of checkpoints -------------------------------------------------------------------------------

@@ -229,6 +229,17 @@ def test_pieces_are_the_whole_text(spec: str) -> None:
         assert len(found) > len(ids) / 3
 
 
+def test_load_model_uses_no_accelerator_that_is_absent(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def current(check_available: bool = False) -> torch.device | None:  # of a torch for CUDA, without a GPU
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", current)
+    loaded = load_model(save(tmp_path / "checkpoints", tokenizer, 1))
+    assert next(loaded.model.parameters()).device.type == "cpu"
+
+
 def test_load_model_takes_the_named_the_best_or_the_newest(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFoundError, match="no checkpoint"):
         load_model(tmp_path)

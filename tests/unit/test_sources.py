@@ -342,6 +342,17 @@ def test_a_prepared_folder_can_be_moved(
     assert {problem.setting for problem in error.value.problems} == names
 
 
+def test_folder_prepared_without_an_end_of_text_opens_by_default(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "one.jsonl", [{"text": "abc def" * 40}] * 9)
+    made = load(tmp_path, source, tokenizer="bpe:300", end_of_text=None)
+    folder = str(made.sources[0].folder)
+    opened = load(tmp_path, folder, tokenizer="bpe:300", end_of_text="auto")
+    assert (opened.end_of_text, decode(opened)) == (None, decode(made))
+    assert load(tmp_path, source, tokenizer="bpe:300", end_of_text="auto").end_of_text is not None
+    settings = {"tokenizer": "bpe:300", "end_of_text": "auto", "mask_documents": True}
+    assert problem_of(load, tmp_path, folder, **settings).setting == "mask_documents"
+
+
 def test_several_sources_use_one_tokenizer(tmp_path: Path) -> None:
     one = write_rows(tmp_path / "one.jsonl", [{"text": "abc" * 40}])
     two = write_rows(tmp_path / "two.jsonl", [{"text": "xyz" * 40}])

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
 from fundamentallm.atomic import write_text
-from fundamentallm.config.schema import flat_settings
+from fundamentallm.config.saved import flat_settings
 from fundamentallm.errors import FundamentaLLMError, writing
 from fundamentallm.training.callbacks.base import Callback, RunView
 from fundamentallm.training.metrics import CLOCKS
