@@ -105,8 +105,9 @@ def make_trainer(config: Config) -> Trainer:
     from fundamentallm.data.corpus import describe, load_corpus
     from fundamentallm.data.loaders import create_dataloaders, stream_loaders
     from fundamentallm.distributed.accelerator import create_accelerator
+    from fundamentallm.distributed.host_group import HostGroup
     from fundamentallm.models.transformer import Transformer
-    from fundamentallm.run.resume import learned_tokenizer, open_pretrained
+    from fundamentallm.run.resume import fetch_lost, learned_tokenizer, open_pretrained
     from fundamentallm.training.trainer import Trainer
 
     config = config.resolved()
@@ -114,6 +115,7 @@ def make_trainer(config: Config) -> Trainer:
     batch_size = training.smallest_batch_size(training.batch_size)
     accelerator = create_accelerator(training.mixed_precision, batch_size, config.trackers, config.output_dir)
     callbacks = _check_names(config)
+    HostGroup().from_main(lambda: fetch_lost(config))
     config, pretrained, model = open_pretrained(config)
     is_main, corpus = accelerator.is_main_process, None
     with _local_main_process_first(accelerator):

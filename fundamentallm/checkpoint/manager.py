@@ -10,7 +10,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from fundamentallm.atomic import sync, sync_pending
 from fundamentallm.checkpoint.manifest import MANIFEST, NAME, describe, is_ours, read_manifest, verify, write_manifest
-from fundamentallm.checkpoint.reading import load_checkpoint
+from fundamentallm.checkpoint.mirror import NEWNESS, Mirror
+from fundamentallm.checkpoint.reading import explained, load_checkpoint
 from fundamentallm.checkpoint.snapshot import Snapshot, write_tensors
 from fundamentallm.config.schema import TrainingConfig
 from fundamentallm.config.units import size_text
@@ -67,6 +68,7 @@ class CheckpointManager:
         self._writer: threading.Thread | None = None
         self.error: BaseException | None = None  # of the last save in the background, which `wait` raises
         self._buffers: Mapping[str, Tensor] = {}
+        self.mirror = Mirror(self.checkpoint_dir, self._found)  # without a URL
 
     # ---- saving ------------------------------------------------------------------------------------------
 
@@ -128,6 +130,7 @@ class CheckpointManager:
             self._write(snapshot)
             if self.group.rank == 0:
                 self.rotate()
+                self.mirror.request()
         except BaseException as error:  # raised again by `wait` in the training thread
             self.error = error
             if isinstance(error, (OSError, SafetensorError)) or type(error) is FundamentaLLMError:  # another process's
@@ -160,7 +163,10 @@ class CheckpointManager:
         sync_pending()  # the run's log and other files that the checkpoint counts on
         is_finite = all(finite for _, finite in written)
         write_manifest(staging, files, sequence=sequence, is_finite=is_finite, **snapshot.about)
-        path = self.checkpoint_dir / snapshot.name
+        self._put_in_place(staging, self.checkpoint_dir / snapshot.name)
+
+    def _put_in_place(self, staging: Path, path: Path) -> None:
+        """Rename a complete checkpoint to `path`, in place of one that is there."""
         aside = _hidden("replaced", path)
         if os.path.lexists(path):
             if path.is_symlink() or not is_ours(path):
@@ -178,9 +184,15 @@ class CheckpointManager:
         found = self._found()
         last_finite = [path for path, manifest in found if manifest["is_finite"]][-1:]
         keep = {path for path, _ in found[-self.keep_last_n :]} | {self.get_best(), *last_finite}
-        for path, manifest in found:
+        waiting = {path for path, _ in self.mirror.missing()}
+        for path, manifest in sorted(found, key=lambda one: one[0] in waiting):
             try:
                 others = {entry.name for entry in path.iterdir()} - {*manifest["files"], MANIFEST}
+                if path in waiting - keep:  # kept too, unless the next checkpoint would have no room
+                    size = sum(entry["size"] for entry in found[-1][1]["files"].values())
+                    if shutil.disk_usage(self.checkpoint_dir).free > 1.1 * size:
+                        continue
+                    logger.warning("the disk is almost full: %s goes, which is not at the mirror yet", path)
                 if path not in keep and not others:
                     # Renamed first, so that a kill while it is deleted leaves no incomplete checkpoint under its name.
                     shutil.rmtree(path.rename(_hidden("deleting", path)))
@@ -244,6 +256,36 @@ class CheckpointManager:
                 skipped += [f"{other}: its weights are not finite." for other, about in found if not about["is_finite"]]
             return path, skipped
         return None, skipped
+
+    def newest_anywhere(self, say: Callable[[str], None]) -> tuple[Path | None, list[str]]:
+        """Returns the same after copying the mirror's newest and best. Raises CheckpointError if there is none."""
+        mirror, best, (newest, skipped) = self.mirror, self.get_best(), self.newest_intact()
+        try:
+            with explained(mirror.url, "the mirror cannot be read"):
+                for name, manifest in mirror.newest_first(skipped) if mirror.url else []:
+                    is_newer = newest is None or NEWNESS(manifest) > NEWNESS(read_manifest(newest))
+                    is_best = best is None or manifest["sequence"] > read_manifest(best)["sequence"]
+                    if not is_newer and not (is_best and manifest["is_best"]):
+                        continue
+                    self.check_space(size := sum(entry["size"] for entry in manifest["files"].values()))
+                    say(f"copying {name} ({size_text(size)}) from {mirror.url}")
+                    path, staging = self.checkpoint_dir / name, _hidden("staging", self.checkpoint_dir / name)
+                    mirror.fetch(name, manifest, staging)
+                    try:
+                        verify(staging)
+                    except CheckpointError as error:
+                        shutil.rmtree(staging)
+                        skipped.append(str(error).replace(str(staging), f"{mirror.url}/{name}"))
+                        continue
+                    if is_newer:
+                        mirror.restore_logs(name)  # first, so that no kill leaves the checkpoint without them
+                    self._put_in_place(staging, path)
+                    newest, best = path if is_newer else newest, path if manifest["is_best"] else best
+        except CheckpointError as error:
+            if newest is None:
+                raise CheckpointError(f"{error} It may hold this run. training.mirror: null begins without.") from error
+            say(f"warning: {error} Continuing from {newest}, although the mirror may hold a newer checkpoint.")
+        return newest, skipped
 
     def load(self, path: Path | str) -> dict[str, Any]:
         """Load what was saved at `path`, after every byte of it is verified. Tensors are on the CPU.

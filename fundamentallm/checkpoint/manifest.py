@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -26,7 +26,7 @@ MOST_BYTES = 4 << 20
 
 
 @contextlib.contextmanager
-def explained(path: Path, what: str = "it cannot be read or used") -> Iterator[None]:
+def explained(path: object, what: str = "it cannot be read or used") -> Iterator[None]:
     """Turns errors of reading a stranger's checkpoint, panics too, into CheckpointErrors; our own errors pass."""
     try:
         yield
@@ -44,9 +44,10 @@ def is_ours(path: Path) -> bool:
     return has_training or all(os.path.lexists(path / name) for name in (STATE, MANIFEST))
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(opened: contextlib.AbstractContextManager[IO[bytes]]) -> str:
+    """Returns the SHA-256 of an open file's content, in hex, and closes it."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with opened as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -61,7 +62,8 @@ def describe(folder: Path, names: Collection[str]) -> dict[str, dict[str, Any]]:
     """Sync files to the disk and return their manifest entries: {name: {"size": in bytes, "sha256": in hex}}."""
     for name in names:
         sync(folder / name)
-    return {name: {"size": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in sorted(names)}
+    paths = {name: folder / name for name in sorted(names)}
+    return {name: {"size": p.stat().st_size, "sha256": sha256_of(p.open("rb"))} for name, p in paths.items()}
 
 
 def write_manifest(folder: Path, files: Mapping[str, dict[str, Any]], **about: Any) -> None:
@@ -80,10 +82,16 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointNotFoundError(f"{checkpoint}: there is no checkpoint directory here.")
     if path.is_symlink() or not path.is_file():  # reading a pipe would block forever
         raise CheckpointError(f"{checkpoint}: incomplete, it has no {MANIFEST}.")
+    with explained(checkpoint), path.open("rb") as file:
+        return parse_manifest(file.read(MOST_BYTES + 1), checkpoint)
+
+
+def parse_manifest(content: bytes, checkpoint: object) -> dict[str, Any]:
+    """Returns the manifest with this content, checked as by `read_manifest`. `checkpoint` says where it is from."""
     with explained(checkpoint, f"{MANIFEST} is damaged"):
-        if path.stat().st_size > MOST_BYTES:
+        if len(content) > MOST_BYTES:
             raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads(content)
         if (version := manifest["format_version"]) != FORMAT_VERSION:
             advice = f"Use the version of fundamentallm that {STATE} names."
             raise CheckpointError(f"{checkpoint}: its format is {version!r}; allowed: {FORMAT_VERSION}. {advice}")
@@ -108,7 +116,7 @@ def verify(checkpoint: Path, hashed: Collection[str] | None = None) -> dict[str,
             raise CheckpointError(f"{checkpoint}: {name} is missing.")
         if (size := path.stat().st_size) != entry["size"]:
             raise CheckpointError(f"{checkpoint}: {name} has {size} bytes instead of {entry['size']}.")
-        if (hashed is None or name in hashed) and _sha256(path) != entry["sha256"]:
+        if (hashed is None or name in hashed) and sha256_of(path.open("rb")) != entry["sha256"]:
             raise CheckpointError(f"{checkpoint}: {name} is damaged, its SHA-256 differs from the manifest's.")
 
     with explained(checkpoint), ThreadPoolExecutor() as pool:  # hashlib releases the GIL

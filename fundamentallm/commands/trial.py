@@ -31,7 +31,7 @@ def make_trial(name: str, config: Config, trials: Path, folder: str | None = Non
     folder = folder or tempfile.mkdtemp(dir=trials)
     settings: dict[str, Any] = dict.fromkeys(OFF.split())
     settings |= {"checkpoint_dir": f"{folder}/checkpoints", "resume": "auto", "log_every_n_steps": 1}
-    settings["eval_at_start"] = False
+    settings |= {"eval_at_start": False, "mirror": None}
     trained = dataclasses.replace(config.training, **(settings | training))
     trial = dataclasses.replace(config, output_dir=folder, trackers=[], tracker_options={}, training=trained)
     trainer = resolve("--trainer", name, {})(trial)

@@ -162,7 +162,7 @@ def file_problems(config: Config) -> list[Problem]:
         if not next(above for above in (path, *path.parents) if os.path.lexists(above)).is_dir():
             problems.append(Problem(name, folder, reason="which is not a folder", advice="Give another."))
     # A resumed run takes its weights from its own newest checkpoint, and the one it started from may be gone.
-    if glob.glob(os.path.join(glob.escape(config.folder_of_checkpoints()), "*", "manifest.json")):
+    if training.mirror or glob.glob(os.path.join(glob.escape(config.folder_of_checkpoints()), "*", "manifest.json")):
         return problems
     for name, folder in {"model.init_from": config.model.init_from, "training.resume": training.resume}.items():
         if folder in (None, "auto", "never"):

@@ -301,6 +301,8 @@ class TrainingConfig(Section):
     """Samples of each validation set that are validated on, the same random ones each time; null: all."""
     checkpoint_dir: str | None = field(default=None, metadata=FREE)
     """Folder of checkpoints; default: <output_dir>/checkpoints on the command line, none in Python."""
+    mirror: str | None = field(default=None, metadata=FREE)
+    """Folder or fsspec URL, such as s3://bucket/run, to copy each checkpoint to and to resume from; null: none."""
     save_every_n_epochs: int | None = field(default=1, metadata=FREE)
     """Epochs between checkpoints; null: none by epoch. The end of the run is always saved."""
     save_every_n_steps: int | None = field(default=None, metadata=FREE)

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 LOCK, STATUS, LOG = ".fundamentallm.lock", "status.json", "metrics.jsonl"
 STARTS, SAMPLES = "starts.jsonl", "samples.jsonl"
+LOGS = (LOG, STARTS, SAMPLES)
 TEXTS = ("NaN", "Infinity", "-Infinity")  # for the numbers that JSON lacks
 PACKAGES = ("fundamentallm", "torch", "accelerate", "safetensors", "tokenizers")
 _lock_files: set[int] = set()

@@ -16,10 +16,10 @@ from fundamentallm.config.schema import END_OF_TEXT, Config, DataConfig, ModelCo
 from fundamentallm.config.validation import expand_user
 from fundamentallm.data.tokenizers import create_tokenizer, read_tokenizer, same_tokenizer
 from fundamentallm.distributed.host_group import HostGroup
-from fundamentallm.errors import CheckpointError, ConfigError, Problem, raise_all
+from fundamentallm.errors import CheckpointError, ConfigError, Problem, printable, raise_all
 from fundamentallm.models.adapters import add_lora
 from fundamentallm.models.transformers_format import TOKENIZER, WEIGHTS, Pretrained, find_pretrained, transformers_model
-from fundamentallm.run.folder import LOCK
+from fundamentallm.run.folder import LOCK, LOGS
 from fundamentallm.run.state import RunState
 
 
@@ -34,18 +34,21 @@ def choose_checkpoint(
     checkpoints would be rotated away; CheckpointError if there are checkpoints but none is intact.
     """
     if wanted == "never":
-        folder = None if manager is None else manager.checkpoint_dir
-        if folder is not None and folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
-            advice = "Choose another output_dir (or checkpoint_dir), or set resume: auto to resume that run."
-            reason = f"and {folder} already holds a run"
-            raise ConfigError(Problem("training.resume", "never", advice=advice, reason=reason))
+        if manager is not None:
+            folder, url = manager.checkpoint_dir, manager.mirror.url
+            is_used = any(path.name != LOCK for path in folder.glob("*"))
+            with explained(url, "the mirror cannot be read"):
+                if is_used or (url and manager.mirror.newest_first([])):
+                    advice = "Choose another output_dir (and mirror), or set resume: auto to resume that run."
+                    reason = f"and {folder if is_used else url} already holds a run"
+                    raise ConfigError(Problem("training.resume", "never", advice=advice, reason=reason))
         return None, None, False
-    newest, skipped = manager.newest_intact() if manager is not None else (None, [])
+    newest, skipped = manager.newest_anywhere(say) if manager is not None else (None, [])
     for reason in skipped:
         say(f"skipping checkpoint {reason}")
     if wanted == "auto":
         if newest is None and skipped and manager is not None:
-            advice = "Choose another output_dir, or move the checkpoints away."
+            advice = "Choose another output_dir (and mirror), or move the checkpoints away."
             raise CheckpointError("\n  ".join([f"All checkpoints of this run are damaged. {advice}", *skipped]))
         return newest, None, False
     path = Path(expand_user(wanted)).absolute()
@@ -59,6 +62,14 @@ def choose_checkpoint(
             raise ConfigError(Problem("training.resume", str(path), advice=advice, reason=reason))
     verify(path)
     return path, path, newest is not None
+
+
+def fetch_lost(config: Config) -> None:
+    """Copies the newest checkpoint of the mirror if the run's folder has none, before anything reads it."""
+    manager, training = CheckpointManager(config.folder_of_checkpoints()), config.training
+    if training.mirror is not None and training.resume != "never" and manager.get_latest() is None:
+        manager.mirror.set_url(training.mirror, {Path(config.output_dir, name) for name in LOGS})
+        manager.newest_anywhere(lambda text: print(printable(text), flush=True))
 
 
 def resume(
@@ -86,6 +97,7 @@ def resume(
     if manager is not None:
         # A process that was killed after its save may not have rotated. All processes call this, whatever they see.
         group.from_main(lambda: manager.rotate() if path == manager.get_latest() else None)
+        group.from_main(manager.mirror.request)
     return choice
 
 

@@ -52,6 +52,8 @@ def session(
             try:
                 if manager is not None:
                     manager.wait()
+                    if group.rank == 0 and isinstance(error, Exception):
+                        _finish_copies(manager, HostGroup(alone=True), say)
             except Exception as failure:  # the first error is the one to raise
                 say(str(failure))
             if error is not raised:
@@ -60,6 +62,22 @@ def session(
         end = position()
         if folder is not None and (end["state"] != "finished" or read_status(folder).get("state") != "finished"):
             write_status(folder, **end, exit_code=errors.START_AGAIN if end["state"] == "interrupted" else 0)
+        if manager is not None and manager.mirror.url:
+            watchdog.__exit__()  # to copy for long is not to hang
+            _finish_copies(manager, group, say)
+
+
+def _finish_copies(manager: CheckpointManager, group: HostGroup, say: Callable[[str], None]) -> None:
+    """Waits until the mirror has all checkpoints or fails, and says which it lacks."""
+    group.from_main(manager.mirror.request)
+    while not group.from_main(lambda: manager.mirror.has_ended(20.0)):  # in turns: one that takes long would time out
+        say(f"copying checkpoints to {manager.mirror.url}; Ctrl-C twice leaves that to the next launch")
+    if group.rank == 0:
+        manager.mirror.say_news(say)
+        if names := [path.name for path, _ in manager.mirror.missing()]:
+            say(f"warning: not copied to {manager.mirror.url}: {', '.join(names)}. The same command copies them.")
+        elif manager.mirror.url:
+            manager.rotate()  # deletes those that have waited for their copies
 
 
 def record_launch(folder: Path, position: dict[str, Any], resumed_from: Path | None, **about: Any) -> None:

@@ -150,6 +150,7 @@ class Saver:
         group: HostGroup,
         is_sharded: bool,
         files: Callable[[], dict[str, str]],
+        logs: set[Path],
     ) -> None:
         self.state, self.group, self.is_sharded, self.files = state, group, is_sharded, files
         self.requested, self.saved_step, self._is_best = False, -1, False
@@ -158,6 +159,10 @@ class Saver:
         if folder is not None:
             # Processes that save together need a group of their own, because they save in another thread.
             self.manager = CheckpointManager(folder, config.keep_last_n, HostGroup() if is_sharded else None)
+        if config.mirror is not None:
+            if self.manager is None:
+                raise ConfigError(Problem("training.mirror", config.mirror, "null without a training.checkpoint_dir"))
+            self.manager.mirror.set_url(config.mirror, logs)
 
     def request(self, is_best: bool = False) -> None:
         """Asks for a checkpoint at the end of this step. All processes have to ask alike."""

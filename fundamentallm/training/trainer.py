@@ -28,7 +28,7 @@ from fundamentallm.errors import ConfigError
 from fundamentallm.models.adapters import weight_parts
 from fundamentallm.models.transformers_format import model_files
 from fundamentallm.models.with_loss import ModelWithLoss, Objective
-from fundamentallm.run.folder import environment
+from fundamentallm.run.folder import LOGS, environment
 from fundamentallm.run.progress import Progress
 from fundamentallm.run.resume import check_tokenizer, resume
 from fundamentallm.run.session import Stop, StopSwitch, record_launch, session
@@ -149,11 +149,11 @@ class Trainer(TrainerView):
         self.files: dict[str, str] = {}  # further text files of each checkpoint, which replace those made for it
         self.state = RunState(self._parts(content), asdict(self.config if self.output_dir else training))
         files = lambda: model_files(model, self.samples.data, self._weights) | self.files  # noqa: E731
-        self.saver = Saver(training, self.state, self.group, self.is_sharded, files)
+        logs = {self.output_dir / name for name in LOGS} if self.output_dir else {*filter(None, [self.metrics.log])}
+        self.saver = Saver(training, self.state, self.group, self.is_sharded, files, logs)
         self.stop_switch, self.phase = StopSwitch(training.max_minutes), Phase.STARTING
-        self.was_rewound = False  # True if the run returned to an earlier checkpoint and replaces what came after it
         self._own_folder = self.output_dir if self.is_main_process else None
-        self._throughput, self._started = Throughput(), False
+        self._throughput, self._started, self.was_rewound = Throughput(), False, False  # rewound: it replaces steps
 
     def _parts(self, content: list[str | None]) -> dict[str, Any]:
         """Returns everything that changes because of training, by name. `content`: the fingerprint of each dataset."""
@@ -307,6 +307,8 @@ class Trainer(TrainerView):
         # What the machine or a callback measures is not part of the state: checkpoints do not depend on it.
         line |= speed | ({} if memory is None else {"memory_gb": memory}) | self.callbacks.measure(self)
         self.callbacks.on_log(self, line)
+        if self.checkpoint_manager is not None:
+            self.checkpoint_manager.mirror.say_news(self.say)
         guard.raise_if_stopped()
 
     def validate(self) -> dict[str, float]:

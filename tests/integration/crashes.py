@@ -253,6 +253,11 @@ class Case:
         if self.processes > 1 and f"{self.processes} processes on cpu" not in texts:
             self.fail(f"it was not a group of {self.processes} processes")
 
+    def lose_disk(self) -> None:
+        """Delete everything that the run has written."""
+        shutil.rmtree(self.folder / "run")
+        self._newest = -1
+
     def remove(self) -> None:
         shutil.rmtree(self.folder)
         shutil.rmtree(self._logs)
@@ -289,9 +294,9 @@ def _free_port() -> int:
 
 
 def differences(one: object, other: object, path: str = "") -> list[str]:
-    """Returns the paths at which two checkpoints differ, except for measured times."""
+    """Returns the paths at which two checkpoints differ, except for measured times and the place of the mirror."""
     if isinstance(one, dict) and isinstance(other, dict):
-        keys = (one.keys() | other.keys()) - MEASURED
+        keys = (one.keys() | other.keys()) - MEASURED - {"mirror"}
         return [found for key in sorted(keys) for found in differences(one.get(key), other.get(key), f"{path}/{key}")]
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         same = one.dtype == other.dtype and one.shape == other.shape and _bytes(one) == _bytes(other)  # NaN is NaN
