@@ -162,7 +162,8 @@ class CheckpointManager:
         sequence = max((manifest["sequence"] for _, manifest in self._found()), default=0) + 1
         sync_pending()  # the run's log and other files that the checkpoint counts on
         is_finite = all(finite for _, finite in written)
-        write_manifest(staging, files, sequence=sequence, is_finite=is_finite, **snapshot.about)
+        about = {"run": self.mirror.run() or uuid.uuid4().hex, "is_finite": is_finite, **snapshot.about}
+        write_manifest(staging, files, sequence=sequence, **about)
         self._put_in_place(staging, self.checkpoint_dir / snapshot.name)
 
     def _put_in_place(self, staging: Path, path: Path) -> None:

@@ -17,6 +17,7 @@ from fundamentallm.errors import CheckpointError, ConfigError, Problem
 
 LOCAL = fsspec.get_filesystem_class("file")
 LOGS = ".logs"  # folder at the mirror: by the name of a checkpoint, the logs as they were when it was copied
+RUN = ".run"  # file at the mirror: the id of the run that it holds
 NEWNESS = itemgetter("is_finite", "sequence")  # of a manifest: finite weights are preferred, then later ones
 
 
@@ -50,6 +51,19 @@ class Mirror:
         if isinstance(files, LOCAL):
             files.auto_mkdir = True  # others need no folders, or `put_file` makes them
         return files, root.rstrip("/")
+
+    def run(self) -> str:
+        """Returns the id of the run that the folder holds, or "": the manifests of earlier versions have none."""
+        return next((manifest["run"] for _, manifest in reversed(self._found()) if "run" in manifest), "")
+
+    def _check_run(self, claims: bool = False) -> None:
+        """Raises ConfigError if the mirror and the folder hold two runs. `claims`: a free mirror is then this run's."""
+        (files, root), run = self._store, self.run().encode()
+        if claims and run and not self._read(f"{root}/{RUN}"):
+            files.pipe_file(f"{root}/{RUN}", run)
+        if self._found() and (self._read(f"{root}/{RUN}") or run) != run:
+            reason = f"and it holds another run than {self._folder}"
+            raise ConfigError(Problem("training.mirror", self.url, "a URL of its own for each run", reason=reason))
 
     def missing(self) -> list[tuple[Path, dict[str, Any]]]:
         """Returns the folder's checkpoints that are not known to be at the mirror, oldest first."""
@@ -106,6 +120,7 @@ class Mirror:
     def _copy(self, path: Path) -> None:
         files, root = self._store
         files.invalidate_cache()
+        self._check_run()
         content, there = (path / MANIFEST).read_bytes(), f"{root}/{path.name}"
         theirs, names = self._read(f"{there}/{MANIFEST}"), self._names(there)
         if theirs == content:
@@ -124,6 +139,7 @@ class Mirror:
                 files.put_file(str(path / name), f"{there}/{name}")
                 if not self._holds(f"{there}/{name}", entry):
                     raise CheckpointError(f"{path / name} or its copy is damaged: they differ from the manifest.")
+        self._check_run(claims=True)  # last: a run that is lost in its first upload leaves the mirror free
 
     def _holds(self, path: str, entry: dict[str, Any]) -> bool:
         files, _ = self._store
@@ -145,6 +161,7 @@ class Mirror:
         """Returns names and manifests of the complete checkpoints. Adds to `skipped` which manifests are damaged."""
         (files, root), found = self._store, list[tuple[str, dict[str, Any]]]()
         files.invalidate_cache()
+        self._check_run()
         paths = [f"{root}/{name}/{MANIFEST}" for name in self._names(root) if NAME.fullmatch(name)]
         for path, content in (files.cat(paths, on_error="return") if paths else {}).items():
             name = path.split("/")[-2]

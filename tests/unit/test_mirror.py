@@ -1,5 +1,6 @@
 """A mirror has complete copies or none, the folder keeps what it lacks, and what is lost comes back from it."""
 
+import json
 import os
 import shutil
 import threading
@@ -14,6 +15,7 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 from fundamentallm import CheckpointManager
+from fundamentallm.checkpoint.manifest import write_manifest
 from fundamentallm.errors import CheckpointError
 from tests.conftest import problem_of
 from tests.unit.checkpoint_files import change_manifest, empty, flip_middle_bit, truncate
@@ -27,7 +29,7 @@ class Unreliable(MemoryFileSystem):
     protocol = "unreliable"
     store: dict[str, Any] = {}  # noqa: RUF012
     pseudo_dirs = [""]  # noqa: RUF012
-    gate, asked, error = threading.Event(), threading.Event(), None
+    gate, asked, error, error_at = threading.Event(), threading.Event(), None, ""
     calls: list[str] = []  # noqa: RUF012
 
     def ls(self, *arguments: Any, **options: Any) -> Any:
@@ -37,6 +39,8 @@ class Unreliable(MemoryFileSystem):
     def put_file(self, source: str, target: str, **options: Any) -> None:
         self._access()
         self.calls.append(target.rpartition("/")[2])
+        if self.error_at and target.endswith(self.error_at):
+            raise OSError(5, "lost")
         super().put_file(source, target, **options)
 
     def _access(self) -> None:
@@ -55,7 +59,7 @@ def store() -> Iterator[type[Unreliable]]:
     Unreliable.store.clear()
     Unreliable.pseudo_dirs[:] = [""]
     Unreliable.calls.clear()
-    Unreliable.error = None
+    Unreliable.error, Unreliable.error_at = None, ""
     Unreliable.asked.clear()
 
 
@@ -231,13 +235,50 @@ def test_newest_anywhere_never_leaves_the_folder(tmp_path: Path, far: Path) -> N
 
 
 def test_newest_anywhere_prefers_the_newer_of_here_and_there(tmp_path: Path, far: Path) -> None:
-    manager = CheckpointManager(tmp_path / "here")
-    save(manager, 7)
-    manager.mirror.set_url(str(far), set())
-    assert fetch(manager) == (tmp_path / "here/step_3", [])  # the second save, and that of step 7 was the first
-    save(manager, 8)
+    shutil.copytree(far / "step_2", tmp_path / "here/step_2")
+    manager = mirrored(tmp_path / "here", str(far))
+    assert fetch(manager) == (tmp_path / "here/step_3", [])
+    save(manager, 1)  # saved later, although of an earlier step
     assert copied(manager) == []
-    assert fetch(manager) == (tmp_path / "here/step_8", [])
+    assert fetch(manager) == (tmp_path / "here/step_1", [])
+
+
+def test_mirror_of_another_run_is_refused_and_both_stay(tmp_path: Path, far: Path) -> None:
+    manager = CheckpointManager(tmp_path / "here")
+    save(manager, 1, 3)
+    before = contents(far), contents(tmp_path / "here")
+    manager.mirror.set_url(str(far), set())
+    assert problem_of(fetch, manager).setting == "training.mirror"
+    manager.mirror.request()  # as if the mirror could not be read at the start
+    assert len(copied(manager)) == 1
+    assert (contents(far), contents(tmp_path / "here")) == before
+
+
+def test_mirror_is_free_after_a_first_copy_that_was_lost(tmp_path: Path, store: type[Unreliable]) -> None:
+    lost = mirrored(tmp_path / "lost", "unreliable://far")
+    store.error_at = "manifest.json"
+    save(lost, 2)
+    assert len(copied(lost)) == 1
+    store.error_at = ""
+    manager = mirrored(tmp_path / "here", "unreliable://far")
+    assert fetch(manager) == (None, [])
+    save(manager, 2)
+    assert copied(manager) == []
+
+
+def test_mirror_takes_checkpoints_without_a_run_id(tmp_path: Path) -> None:
+    manager = mirrored(tmp_path / "here", f"{tmp_path}/far")
+    save(CheckpointManager(tmp_path / "here"), 2)  # as an earlier version
+    path = tmp_path / "here/step_2"
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["run"], manifest["sha256"], manifest["format_version"]
+    write_manifest(path, manifest.pop("files"), **manifest)
+    for step in (2, 3):
+        if step == 3:
+            save(manager, 3)
+        manager.mirror.request()
+        assert copied(manager) == []
+        assert contents(tmp_path / f"far/step_{step}") == contents(tmp_path / f"here/step_{step}")
 
 
 def test_newest_anywhere_repairs_a_damaged_checkpoint(tmp_path: Path, far: Path) -> None:
