@@ -97,7 +97,6 @@ def parse_manifest(content: bytes, checkpoint: object) -> dict[str, Any]:
             raise CheckpointError(f"{checkpoint}: its format is {version!r}; allowed: {FORMAT_VERSION}. {advice}")
         names, numbers = manifest["files"], (manifest["sequence"], manifest["step"] or 0)
         has_form = all(type(number) is int for number in numbers) and {"is_best", "is_finite"} <= manifest.keys()
-        has_form &= type(manifest.get("run", "")) is str  # earlier versions wrote none
         is_safe = STATE in names and all(map(NAME.fullmatch, names))
         if manifest["sha256"] != _own_sha256(manifest) or not has_form or not is_safe:
             raise ValueError("it does not match its SHA-256 or has another form")

@@ -16,8 +16,7 @@ from fundamentallm.checkpoint.manifest import MANIFEST, NAME, TENSORS, parse_man
 from fundamentallm.errors import CheckpointError, ConfigError, Problem
 
 LOCAL = fsspec.get_filesystem_class("file")
-LOGS = ".logs"  # folder at the mirror: by the name of a checkpoint, the logs as they were when it was copied
-RUN = ".run"  # file at the mirror: the id of the run that it holds
+LOGS, RUN = ".logs", ".run"  # at the mirror: logs, by the name of the checkpoint they were copied with; id of its run
 NEWNESS = itemgetter("is_finite", "sequence")  # of a manifest: finite weights are preferred, then later ones
 
 
@@ -54,16 +53,13 @@ class Mirror:
 
     def run(self) -> str:
         """Returns the id of the run that the folder holds, or "": the manifests of earlier versions have none."""
-        return next((manifest["run"] for _, manifest in reversed(self._found()) if "run" in manifest), "")
+        return next((str(manifest["run"]) for _, manifest in reversed(self._found()) if "run" in manifest), "")
 
-    def _check_run(self, claims: bool = False) -> None:
-        """Raises ConfigError if the mirror and the folder hold two runs. `claims`: a free mirror is then this run's."""
-        (files, root), run = self._store, self.run().encode()
-        if claims and run and not self._read(f"{root}/{RUN}"):
-            files.pipe_file(f"{root}/{RUN}", run)
-        if self._found() and (self._read(f"{root}/{RUN}") or run) != run:
-            reason = f"and it holds another run than {self._folder}"
-            raise ConfigError(Problem("training.mirror", self.url, "a URL of its own for each run", reason=reason))
+    def _check_run(self) -> None:
+        """Raises ConfigError if the mirror holds another run than the folder."""
+        run = self.run().encode()
+        if self._found() and (self._read(f"{self._store[1]}/{RUN}") or run) != run:
+            raise ConfigError(Problem("training.mirror", self.url, "its own URL", reason="and it holds another run"))
 
     def missing(self) -> list[tuple[Path, dict[str, Any]]]:
         """Returns the folder's checkpoints that are not known to be at the mirror, oldest first."""
@@ -139,7 +135,7 @@ class Mirror:
                 files.put_file(str(path / name), f"{there}/{name}")
                 if not self._holds(f"{there}/{name}", entry):
                     raise CheckpointError(f"{path / name} or its copy is damaged: they differ from the manifest.")
-        self._check_run(claims=True)  # last: a run that is lost in its first upload leaves the mirror free
+        files.pipe_file(f"{root}/{RUN}", self.run().encode())  # last: a run lost in its first copy blocks no other
 
     def _holds(self, path: str, entry: dict[str, Any]) -> bool:
         files, _ = self._store
@@ -157,9 +153,10 @@ class Mirror:
             return [name.rstrip("/").split("/")[-1] for name in self._store[0].ls(folder, detail=False)]
         return []
 
-    def newest_first(self, skipped: list[str]) -> list[tuple[str, dict[str, Any]]]:
+    def newest_first(self, skipped: list[str], say: Callable[[str], None]) -> list[tuple[str, dict[str, Any]]]:
         """Returns names and manifests of the complete checkpoints. Adds to `skipped` which manifests are damaged."""
         (files, root), found = self._store, list[tuple[str, dict[str, Any]]]()
+        say(f"looking for checkpoints at {self.url}")  # a server that does not answer may take minutes
         files.invalidate_cache()
         self._check_run()
         paths = [f"{root}/{name}/{MANIFEST}" for name in self._names(root) if NAME.fullmatch(name)]
@@ -172,6 +169,7 @@ class Mirror:
                     skipped.append(str(error))
             elif not isinstance(content, (FileNotFoundError, NotADirectoryError)):
                 raise content
+        say(f"found {len(found)} there")  # none, if the URL is mistyped
         return sorted(found, key=lambda one: NEWNESS(one[1]), reverse=True)
 
     def fetch(self, name: str, manifest: dict[str, Any], folder: Path) -> None:

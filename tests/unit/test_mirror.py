@@ -127,6 +127,11 @@ def test_mirror_gets_the_manifest_last_and_a_killed_copy_is_completed(tmp_path: 
     again.mirror.request()
     assert copied(again) == []
     assert store.calls == ["model.safetensors", "manifest.json"]
+    store.calls.clear()
+    again = mirrored(tmp_path / "here", "unreliable://far")
+    again.mirror.request()
+    assert copied(again) == []
+    assert store.calls == []  # nothing twice
 
 
 def test_mirror_copies_a_replaced_checkpoint_again(tmp_path: Path) -> None:
@@ -135,6 +140,25 @@ def test_mirror_copies_a_replaced_checkpoint_again(tmp_path: Path) -> None:
         save(manager, 2, value=value)
         assert copied(manager) == []
         assert contents(tmp_path / "far/step_2") == contents(tmp_path / "here/step_2")
+
+
+def test_mirror_that_fails_while_it_replaces_has_none(tmp_path: Path, store: type[Unreliable]) -> None:
+    manager = mirrored(tmp_path / "here", "unreliable://far")
+    save(manager, 2)
+    assert copied(manager) == []
+    store.error_at = "model.safetensors"
+    save(manager, 2, value=0.5)
+    assert len(copied(manager)) == 1
+    assert fetch(mirrored(tmp_path / "empty", "unreliable://far")) == (None, [])  # not one with files of both
+
+
+def test_mirror_copies_the_newest_first(tmp_path: Path, store: type[Unreliable]) -> None:
+    save(CheckpointManager(tmp_path / "here"), 2, 3)
+    store.error_at = "state.json"
+    manager = mirrored(tmp_path / "here", "unreliable://far")
+    manager.mirror.request()
+    assert len(copied(manager)) == 1
+    assert {path.split("/")[-2] for path in store.store} == {"step_3"}
 
 
 def test_mirror_leaves_files_of_others_and_copies_the_rest(tmp_path: Path) -> None:
@@ -179,6 +203,7 @@ def test_rotate_keeps_what_a_hanging_mirror_lacks(tmp_path: Path, store: type[Un
     assert store.asked.wait(LONG)
     assert not manager.mirror.has_ended(0.0)
     assert names(tmp_path / "here") == ["step_2", "step_3", "step_4"]
+    shutil.rmtree(tmp_path / "here/step_2")  # the one that is being copied
     store.gate.set()
     assert copied(manager) == []
     manager.rotate()
@@ -198,6 +223,7 @@ def test_rotate_without_room_deletes_the_oldest_uncopied(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=next(room)))
     save(manager, 6)
     assert names(tmp_path / "here") == ["step_4", "step_5", "step_6"]
+    copied(manager)  # so that the next test finds no files of this one
 
 
 # ---- reading from the mirror ---------------------------------------------------------------------------------
@@ -298,7 +324,7 @@ def test_newest_anywhere_unreadable_mirror_needs_one_here(tmp_path: Path, store:
     save(CheckpointManager(tmp_path / "here"), 2)
     said: list[str] = []
     assert manager.newest_anywhere(said.append) == (tmp_path / "here/step_2", [])
-    assert len(said) == 1
+    assert len(said) == 2  # where it looks, and why it continues without
 
 
 def test_newest_anywhere_restores_logs_and_keeps_other_lines(tmp_path: Path) -> None:
