@@ -190,7 +190,7 @@ class CheckpointManager:
                 others = {entry.name for entry in path.iterdir()} - {*manifest["files"], MANIFEST}
                 if path in waiting - keep:  # kept too, unless the next checkpoint would have no room
                     size = sum(entry["size"] for entry in found[-1][1]["files"].values())
-                    if shutil.disk_usage(self.checkpoint_dir).free > 1.1 * size:
+                    if shutil.disk_usage(self.checkpoint_dir).free > 1.5 * size:  # files take whole blocks
                         continue
                     logger.warning("the disk is almost full: %s goes, which is not at the mirror yet", path)
                 if path not in keep and not others:

@@ -1,6 +1,7 @@
 """A mirror has complete copies or none, the folder keeps what it lacks, and what is lost comes back from it."""
 
 import json
+import math
 import os
 import shutil
 import threading
@@ -30,6 +31,7 @@ class Unreliable(MemoryFileSystem):
     store: dict[str, Any] = {}  # noqa: RUF012
     pseudo_dirs = [""]  # noqa: RUF012
     gate, asked, error, error_at = threading.Event(), threading.Event(), None, ""
+    unreadable = "nothing"
     calls: list[str] = []  # noqa: RUF012
 
     def ls(self, *arguments: Any, **options: Any) -> Any:
@@ -42,6 +44,11 @@ class Unreliable(MemoryFileSystem):
         if self.error_at and target.endswith(self.error_at):
             raise OSError(5, "lost")
         super().put_file(source, target, **options)
+
+    def cat_file(self, path: str, *arguments: Any, **options: Any) -> Any:
+        if path.endswith(self.unreadable):
+            raise OSError(5, "unreadable")
+        return super().cat_file(path, *arguments, **options)
 
     def _access(self) -> None:
         Unreliable.asked.set()
@@ -59,7 +66,7 @@ def store() -> Iterator[type[Unreliable]]:
     Unreliable.store.clear()
     Unreliable.pseudo_dirs[:] = [""]
     Unreliable.calls.clear()
-    Unreliable.error, Unreliable.error_at = None, ""
+    Unreliable.error, Unreliable.error_at, Unreliable.unreadable = None, "", "nothing"
     Unreliable.asked.clear()
 
 
@@ -193,6 +200,22 @@ def test_mirror_that_fails_is_reported_once_until_it_works(tmp_path: Path, store
     assert len(list(filter(lambda path: path.endswith("manifest.json"), store.store))) == 5  # none was left out
 
 
+def test_has_ended_second_interrupt_ends_the_wait(
+    tmp_path: Path, store: type[Unreliable], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    manager = mirrored(tmp_path / "here", "unreliable://far")
+    store.gate.clear()
+    save(manager, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "join", interrupted)
+        assert manager.mirror.has_ended(LONG)
+    store.gate.set()
+    assert copied(manager) == []
+
+
 # ---- rotation ----------------------------------------------------------------------------------------------
 
 
@@ -254,6 +277,7 @@ def test_newest_anywhere_skips_a_damaged_copy(
 def test_newest_anywhere_never_leaves_the_folder(tmp_path: Path, far: Path) -> None:
     entry = {"size": 4, "sha256": "0" * 64}
     (far / "outside").write_text("evil")
+    shutil.copytree(far / "step_3", far / ".step_4")
     change_manifest(far / "step_3", files={"state.json": entry, "../outside": entry})
     assert fetch(mirrored(tmp_path / "here", str(far)))[0] == tmp_path / "here/step_2"
     assert not (tmp_path / "here/outside").exists()
@@ -269,9 +293,19 @@ def test_newest_anywhere_prefers_the_newer_of_here_and_there(tmp_path: Path, far
     assert fetch(manager) == (tmp_path / "here/step_1", [])
 
 
-def test_mirror_of_another_run_is_refused_and_both_stay(tmp_path: Path, far: Path) -> None:
+def without_run(path: Path) -> None:
+    """Rewrites a manifest as earlier versions wrote it."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["run"], manifest["sha256"], manifest["format_version"]
+    write_manifest(path, manifest.pop("files"), **manifest)
+
+
+@pytest.mark.parametrize("has_id", [True, False])
+def test_mirror_of_another_run_is_refused_and_both_stay(tmp_path: Path, far: Path, has_id: bool) -> None:
     manager = CheckpointManager(tmp_path / "here")
-    save(manager, 1, 3)
+    save(manager, 3)
+    if not has_id:
+        without_run(tmp_path / "here/step_3")
     before = contents(far), contents(tmp_path / "here")
     manager.mirror.set_url(str(far), set())
     assert problem_of(fetch, manager).setting == "training.mirror"
@@ -293,18 +327,32 @@ def test_mirror_is_free_after_a_first_copy_that_was_lost(tmp_path: Path, store: 
 
 
 def test_mirror_takes_checkpoints_without_a_run_id(tmp_path: Path) -> None:
+    save(CheckpointManager(tmp_path / "here"), 2)
+    without_run(tmp_path / "here/step_2")
     manager = mirrored(tmp_path / "here", f"{tmp_path}/far")
-    save(CheckpointManager(tmp_path / "here"), 2)  # as an earlier version
-    path = tmp_path / "here/step_2"
-    manifest = json.loads((path / "manifest.json").read_text())
-    del manifest["run"], manifest["sha256"], manifest["format_version"]
-    write_manifest(path, manifest.pop("files"), **manifest)
-    for step in (2, 3):
-        if step == 3:
-            save(manager, 3)
-        manager.mirror.request()
-        assert copied(manager) == []
-        assert contents(tmp_path / f"far/step_{step}") == contents(tmp_path / f"here/step_{step}")
+    manager.mirror.request()
+    assert copied(manager) == []
+    save(manager, 3)  # which has one
+    assert copied(manager) == []
+    for step in ("step_2", "step_3"):
+        assert contents(tmp_path / "far" / step) == contents(tmp_path / "here" / step)
+
+
+def test_newest_anywhere_prefers_finite_weights(tmp_path: Path, store: type[Unreliable]) -> None:
+    manager = mirrored(tmp_path / "here", "unreliable://far")
+    save(manager, 2, 3)
+    save(manager, 4, value=math.nan)
+    assert copied(manager) == []
+    assert fetch(mirrored(tmp_path / "empty", "unreliable://far"))[0] == tmp_path / "empty/step_3"
+
+
+def test_newest_anywhere_skips_none_that_it_cannot_read(tmp_path: Path, store: type[Unreliable]) -> None:
+    manager = mirrored(tmp_path / "here", "unreliable://far")
+    save(manager, 2, 3)
+    assert copied(manager) == []
+    store.unreadable = "step_3/manifest.json"
+    with pytest.raises(CheckpointError, match="unreadable"):
+        fetch(mirrored(tmp_path / "empty", "unreliable://far"))
 
 
 def test_newest_anywhere_repairs_a_damaged_checkpoint(tmp_path: Path, far: Path) -> None:
