@@ -161,7 +161,9 @@ def memory(config: Config, counts: Counts, devices: int = 1, layout: str = "ddp"
     block = tokens * (norms + inputs + attention + feed_forward) + casts * counts.matrices
     others = tokens * stream * d if config.training.activation_checkpointing else block  # its input alone
     top = tokens * d * (stream + size) + casts * counts.table
-    activations = (model.num_layers - 1) * others + block + top
+    has_mask = config.data.packing or config.data.mask_documents  # one for all blocks, T x T for each sequence
+    mask = size * tokens * config.data.sequence_length * has_mask
+    activations = (model.num_layers - 1) * others + block + top + mask
 
     state = WIDE * counts.parameters, WIDE * counts.trained, counts.optimizer_bytes
     weights, gradients, optimizer = (-(-part // shards) for part in state)

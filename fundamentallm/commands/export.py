@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fundamentallm.atomic import replacing, sync_pending
 from fundamentallm.checkpoint.reading import explained
-from fundamentallm.commands.common import BASE_HELP, add_checkpoint, say
+from fundamentallm.commands.common import BASE_HELP, MODEL_HELP, say
 from fundamentallm.config.units import size_text
 from fundamentallm.errors import ConfigError, Problem, writing
 from fundamentallm.inference.gguf_format import DTYPES, write_gguf
@@ -18,12 +18,12 @@ def main(arguments: Sequence[str], program: str) -> int:
     """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(prog=program, description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add_checkpoint(parser)
+    add("checkpoint", metavar="DIR", help=MODEL_HELP)
     add("output", nargs="?", metavar="OUT", type=Path, help="a new file [the name of DIR with .gguf, in this folder]")
     add("--format", choices=["gguf"], default="gguf", help="[gguf]")
     add("--dtype", choices=DTYPES, default="f32", help="precision of the matrices; llama-quantize goes below [f32]")
     add("--base", metavar="DIR", help=BASE_HELP)
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     output = options.output or Path(f"{Path(options.checkpoint).expanduser().resolve().name}.gguf")
     if os.path.lexists(output):
         raise ConfigError(Problem("OUT", str(output), allowed="a new file", reason="which exists already"))

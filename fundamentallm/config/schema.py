@@ -194,12 +194,11 @@ class DataConfig(Section):
             unused |= dict.fromkeys(("prompt_field", "text_field"), "messages_field")
         return unused
 
-    def resolved(self, tokenizer: Any = None) -> DataConfig:
-        """Returns the settings with what "auto" stands for. A `tokenizer` made without the token keeps none."""
+    def resolved(self, has_end: bool = True) -> DataConfig:
+        """Returns the settings with what "auto" stands for. `has_end`: false if the tokens are made without an end."""
         if self.end_of_text != "auto":
             return self
-        lacks_it = tokenizer is not None and tokenizer.token_to_id(END_OF_TEXT) is None
-        return replace(self, end_of_text=END_OF_TEXT if self.tokenizer.startswith("bpe:") and not lacks_it else None)
+        return replace(self, end_of_text=END_OF_TEXT if self.tokenizer.startswith("bpe:") and has_end else None)
 
     def validation_sources(self) -> dict[str, str]:
         """Returns each source for validation by its name, which is "" if there is one without a name."""

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from fundamentallm.config.files import DATASETS, SourceFiles, are_samples, find_source, find_sources, is_prepared
-from fundamentallm.config.schema import DataConfig
+from fundamentallm.config.schema import END_OF_TEXT, DataConfig
 from fundamentallm.config.validation import expand_user
 from fundamentallm.data.chat import applied_template
 from fundamentallm.data.encoding import PARTS, split_pieces, token_dtype, write_source
@@ -186,7 +186,8 @@ class _Cache:
     def corpus(self, given: Tokenizer | None) -> Corpus:
         """Load the sources, with the tokenizer that is given."""
         made = (read_tokenizer(source.files[0] / TOKENIZER) for source in self.sources if source.kind == "prepared")
-        self.config = self.config.resolved(given or next(made, None))
+        known = given or next(made, None)
+        self.config = self.config.resolved(known is None or known.token_to_id(END_OF_TEXT) is not None)
         self.settings["end_of_text"] = self.config.end_of_text
         self.given, sources = given, list[Source]()
         for source in self.sources:

@@ -47,7 +47,8 @@ def write_gguf(path: Path, loaded: LoadedModel, name: str, dtype: str) -> str:
         saved = model.transformers_config(loaded.context or 0)
     else:
         saved = json.loads(model.config.to_json_string(use_diff=False))
-    kind, (shape, why_not) = str(saved["model_type"]), shape_of(saved | {"head_dim": None})  # which may be any
+    kind, irrelevant = str(saved["model_type"]), {"head_dim": None, "attention_dropout": 0.0}
+    shape, why_not = shape_of(saved | irrelevant)
     if shape is None or not loaded.context:
         raise refuse(f"which cannot be exported, since {why_not or 'it states no context'}", CONVERTER)
     weights: dict[str, Tensor] = model.state_dict()
@@ -92,6 +93,7 @@ def _split_name(saved: dict[str, Any]) -> str | None:
     # llama.cpp does not compose characters (NFC), not for the published Qwen2 tokenizer either.
     is_plain &= saved["normalizer"] in (None, {"type": "NFC"} if name == "qwen2" else None)
     is_plain &= model.get("ignore_merges", False) == (name == "llama-bpe")
+    is_plain &= not any(each[key] for each in saved["added_tokens"] for key in ("single_word", "lstrip", "rstrip"))
     return name if is_plain and has_bytes else None
 
 
@@ -120,7 +122,7 @@ def _add_tokenizer(writer: Any, loaded: LoadedModel, rows: int, refuse: Callable
     writer.add_token_list([names.get(index, f"[PAD{index}]") for index in range(rows)])
     writer.add_token_types([types.get(index, TokenType.UNUSED) for index in range(rows)])
     writer.add_token_merges([" ".join(pair) for pair in saved["model"]["merges"]])
-    ends = sorted((token for token in loaded.stop if token < rows), key=lambda token: (token != eos, token))
+    ends = sorted(loaded.stop & names.keys() & {*range(rows)}, key=lambda token: (token != eos, token))
     adders = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
     if len(ends) > len(adders):
         raise refuse(f"which has {len(ends)} tokens that end a text", CONVERTER, f"at most {len(adders)}")

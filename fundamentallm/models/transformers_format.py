@@ -158,7 +158,7 @@ def shape_of(saved: dict[str, Any]) -> tuple[ModelConfig | None, str]:
     kind = saved.get("model_type")
     if kind not in ("qwen3", "llama"):
         return None, f"its type is {kind!r}, and the Transformer's are 'qwen3' and 'llama'"
-    rope = saved.get("rope_parameters") or saved.get("rope_scaling") or {}
+    rope = saved.get("rope_scaling") or saved.get("rope_parameters") or {}  # as transformers
     head_dim = saved.get("hidden_size", 0) // max(saved.get("num_attention_heads", 1), 1)
     others = {*(saved.get("layer_types") or ())} - {"full_attention"}
     values = saved | {

@@ -12,7 +12,7 @@ from torch import nn
 from fundamentallm.checkpoint.manager import CheckpointManager
 from fundamentallm.checkpoint.manifest import STATE, is_ours, read_manifest, verify
 from fundamentallm.checkpoint.reading import Like, explained, load_checkpoint, load_parts, load_weights
-from fundamentallm.config.schema import Config, DataConfig, ModelConfig
+from fundamentallm.config.schema import END_OF_TEXT, Config, DataConfig, ModelConfig
 from fundamentallm.config.validation import expand_user
 from fundamentallm.data.tokenizers import create_tokenizer, read_tokenizer, same_tokenizer
 from fundamentallm.distributed.host_group import HostGroup
@@ -123,9 +123,11 @@ def learned_tokenizer(config: Config) -> Tokenizer | None:
 def check_tokenizer(checkpoint: Path, tokenizer: Tokenizer | None) -> None:
     """Raises ConfigError if a checkpoint has another tokenizer than the one that the run reads its text with."""
     path = checkpoint / TOKENIZER
-    if tokenizer is not None and path.is_file() and not same_tokenizer(read_tokenizer(path), tokenizer):
+    if tokenizer is not None and path.is_file() and not same_tokenizer(saved := read_tokenizer(path), tokenizer):
+        has_end, had_end = (each.token_to_id(END_OF_TEXT) is not None for each in (tokenizer, saved))
+        back = "Set data.end_of_text to null" if has_end and not had_end else "Set it back"
         text = f"{checkpoint} was trained with another tokenizer or end_of_text"
-        advice = f"Set it back, or give a copy of {path}: a tokenizer belongs to the weights."
+        advice = f"{back}, or give a copy of {path}: a tokenizer belongs to the weights."
         raise ConfigError(Problem("data.tokenizer", None, advice=advice, text=text))
 
 

@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 from fundamentallm.config.registry import not_one_of
 from fundamentallm.config.saved import flat_settings
 from fundamentallm.config.schema import Config, TrainingConfig
-from fundamentallm.data.datasets import Tokenized
 from fundamentallm.data.loaders import unwrapped
 from fundamentallm.data.sampler import StepSampler
 from fundamentallm.distributed.accelerator import check_accelerator, create_accelerator
@@ -58,7 +57,8 @@ def complete(
     compiled = by_launcher if training.compile is None else training.compile
     training = replace(training, mixed_precision=accelerator.mixed_precision, compile=compiled)
     dataset = getattr(train_loader, "dataset", None)
-    data = config.data.resolved(dataset.tokenizer if isinstance(dataset, Tokenized) else None)
+    dataset = getattr(dataset, "dataset", dataset)  # of a Subset
+    data = config.data.resolved(getattr(dataset, "end_of_text", None) is not None)
     return replace(config, data=data, training=training), accelerator, output_dir
 
 

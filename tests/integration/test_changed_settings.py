@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
-from fundamentallm import CheckpointError, ConfigError, Trainer, TrainingConfig, load_model
+from fundamentallm import CheckpointError, ConfigError, Trainer, TrainingConfig, create_dataloaders, load_model
 from fundamentallm.checkpoint.reading import load_parts
 from fundamentallm.commands import checkpoints, prepare
 from fundamentallm.commands.evaluate import main as evaluate
@@ -127,6 +127,7 @@ def test_run_without_an_end_of_text_resumes_by_the_default(tmp_path: Path, capsy
     with pytest.raises(ConfigError) as error:
         make_from_config(named).train()
     assert {problem.setting for problem in error.value.problems} == {"data.tokenizer"}
+    assert "data.end_of_text" in error.value.problems[0].advice
     new = dataclasses.replace(old, output_dir=str(tmp_path / "new"), data=data)
     reset_accelerate()
     made = make_from_config(new)
@@ -136,6 +137,22 @@ def test_run_without_an_end_of_text_resumes_by_the_default(tmp_path: Path, capsy
     ends = {load_model(checkpoint).tokenizer.id_to_token(token) for token in load_model(checkpoint).stop}
     assert ends == {made.config.data.end_of_text} == {"<|endoftext|>"}
     assert evaluate(["--checkpoint", str(checkpoint)], "evaluate") == 0
+
+
+@pytest.mark.parametrize("kind", ["own", "text"])
+def test_own_loader_without_an_end_resumes_by_the_default(tmp_path: Path, kind: str) -> None:
+    for end_of_text, steps in ((None, 2), ("auto", 4)):
+        reset_accelerate()
+        data = DataConfig(tokenizer="bpe:300", end_of_text=end_of_text, sequence_length=16)
+        training = TrainingConfig(max_steps=steps, warmup_steps=1, resume_changes=["training.max_steps"])
+        config = Config(output_dir=str(tmp_path), data=data, training=training)
+        dataset: Any = Counting(40)
+        if kind == "text":  # which has no documents, whatever the tokenizer knows
+            tokenizer = create_tokenizer("bpe:300", prose(), "<|endoftext|>")
+            dataset = Subset(create_dataloaders(prose(), tokenizer, config)[0].dataset, range(40))
+        trainer = Trainer(Bigram(300), config, DataLoader(dataset, batch_size=4, shuffle=True), callbacks=[])
+        trainer.train()
+        assert (trainer.global_step, trainer.config.data.end_of_text) == (steps, None)
 
 
 def test_resume_with_special_tokens_read_otherwise_names_them(tmp_path: Path) -> None:

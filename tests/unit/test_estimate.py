@@ -46,6 +46,21 @@ def test_tokens_of_run_follow_the_batch_size_schedule() -> None:
     assert [tokens_of_run(config, steps) for steps in (5, 6, 10)] == [20 * 24, 27 * 24, 50 * 24]
 
 
+def test_packed_memory_has_the_mask_once() -> None:
+    pairs = DataConfig(prompt_field="q", end_of_text="#", sequence_length=64)
+    configs = [
+        Config(
+            "runs",
+            ModelConfig(vocab_size=50, d_model=16, num_heads=2, num_layers=2),
+            each,
+            TrainingConfig(batch_size=4),
+        )
+        for each in (pairs, dataclasses.replace(pairs, packing=True))
+    ]
+    one, other = (memory(config, count(config)) for config in configs)
+    assert other.activations - one.activations == 4 * 64 * 64 * WIDE
+
+
 def test_memory_is_that_of_the_busiest_device() -> None:
     configs = [config_of(SHAPE, batch_size=size) for size in (3, 4)]
     three, four = (memory(config, count(config), devices=2).activations for config in configs)

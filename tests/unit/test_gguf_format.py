@@ -110,6 +110,23 @@ def test_vocabulary_without_an_end_ends_at_no_byte_of_utf8(tmp_path: Path) -> No
     assert found["tokenizer.ggml.eos_token_id"] not in tokenizer.encode(every).ids
 
 
+def test_ends_without_a_token_are_left_out(bpe: Tokenizer, tmp_path: Path) -> None:
+    save(tmp_path / "model", bpe, rows=284)
+    (tmp_path / "model/generation_config.json").write_text(json.dumps({"eos_token_id": [-1, 283, 279, 999]}))
+    export([str(tmp_path / "model"), str(tmp_path / "my.gguf")], "")
+    found, _ = fields(tmp_path / "my.gguf")
+    assert found["tokenizer.ggml.eos_token_id"] == 279
+    assert "tokenizer.ggml.eot_token_id" not in found
+
+
+def test_dropout_of_training_is_of_no_account(bpe: Tokenizer, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    save(tmp_path / "model", bpe)
+    config = json.loads((tmp_path / "model/config.json").read_text()) | {"attention_dropout": 0.1}
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    assert export([str(tmp_path / "model"), str(tmp_path / "my.gguf")], "") == 0
+
+
 def like(digits: str, normalizer: Any = None, level: Any = None, **options: Any) -> Tokenizer:
     """A tokenizer that splits as Qwen2's or Llama 3's."""
     tokenizer = Tokenizer(models.BPE(**options))
@@ -141,7 +158,7 @@ def test_known_splits_keep_their_name_and_all_ends(tmp_path: Path, split: str, t
 def other(**changes: Any) -> Tokenizer:
     saved = json.loads(create_tokenizer("bpe:280", TEXT, END_OF_TEXT).to_str())
     for name, value in changes.items():
-        saved[name] = (saved[name] or {}) | value
+        saved[name] = value if isinstance(value, list) else (saved[name] or {}) | value
     return Tokenizer.from_str(json.dumps(saved))
 
 
@@ -151,6 +168,7 @@ REFUSED = {
     "prefix": other(pre_tokenizer={"add_prefix_space": True}),
     "normalizer": other(normalizer={"type": "Lowercase"}),
     "merges": other(model={"ignore_merges": True}),
+    "blanks": other(added_tokens=[AddedToken("<a>", lstrip=True).__getstate__() | {"id": 280}]),
     "digits": like("{1,2}"),
     "llama without its merges": like("{1,3}"),
 }
@@ -178,7 +196,7 @@ def test_other_architecture_is_refused(bpe: Tokenizer, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("dtype", "kind"), [("f16", 1), ("bf16", 32)])
 def test_dtype_is_that_of_matrices(bpe: Tokenizer, tmp_path: Path, dtype: str, kind: int) -> None:
     model = save(tmp_path / "model", bpe)
-    export([str(tmp_path / "model"), str(tmp_path / "my.gguf"), "--dtype", dtype], "")
+    export([str(tmp_path / "model"), "--dtype", dtype, str(tmp_path / "my.gguf")], "")
     found, tensors = fields(tmp_path / "my.gguf")
     stored = tensors["blk.0.ffn_up.weight"]
     assert (found["general.file_type"], stored.tensor_type.name) == (kind, dtype.upper())

@@ -187,13 +187,21 @@ class Ignores(NoPositions):
         return self.head(self.embedding(input_ids).cumsum(1))
 
 
+class MixesLittle(NoPositions):
+    """Mixes by less than bfloat16 may round."""
+
+    def forward(self, input_ids: Tensor, **_: Any) -> Tensor:
+        hidden = self.embedding(input_ids)
+        return self.head(hidden + 1e-3 * hidden.cumsum(1)).bfloat16()
+
+
 def falcon() -> nn.Module:
     """Makes no mask from positions, in transformers 5."""
     shape = FalconConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
     return AutoModelForCausalLM.from_config(shape)
 
 
-@pytest.mark.parametrize("make", [NoPositions, Ignores, falcon])
+@pytest.mark.parametrize("make", [NoPositions, Ignores, MixesLittle, falcon])
 def test_model_that_mixes_packed_samples_is_refused(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     loader = DataLoader(both()[1], batch_size=3, collate_fn=collate)
