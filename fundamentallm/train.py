@@ -115,7 +115,7 @@ def make_trainer(config: Config) -> Trainer:
     batch_size = training.smallest_batch_size(training.batch_size)
     accelerator = create_accelerator(training.mixed_precision, batch_size, config.trackers, config.output_dir)
     callbacks = _check_names(config)
-    HostGroup().from_main(lambda: fetch_lost(config))
+    HostGroup(hours=24).from_main(lambda: fetch_lost(config))  # which may copy many GB
     config, pretrained, model = open_pretrained(config)
     is_main, corpus = accelerator.is_main_process, None
     with _local_main_process_first(accelerator):

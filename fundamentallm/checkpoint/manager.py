@@ -161,8 +161,8 @@ class CheckpointManager:
         files = {name: entry for entries, _ in written for name, entry in entries.items()}
         sequence = max((manifest["sequence"] for _, manifest in self._found()), default=0) + 1
         sync_pending()  # the run's log and other files that the checkpoint counts on
-        is_finite = all(finite for _, finite in written)
-        write_manifest(staging, files, sequence=sequence, is_finite=is_finite, **snapshot.about)
+        about = {"run": self.mirror.run() or uuid.uuid4().hex, "is_finite": all(finite for _, finite in written)}
+        write_manifest(staging, files, sequence=sequence, **about, **snapshot.about)
         self._put_in_place(staging, self.checkpoint_dir / snapshot.name)
 
     def _put_in_place(self, staging: Path, path: Path) -> None:
@@ -190,7 +190,7 @@ class CheckpointManager:
                 others = {entry.name for entry in path.iterdir()} - {*manifest["files"], MANIFEST}
                 if path in waiting - keep:  # kept too, unless the next checkpoint would have no room
                     size = sum(entry["size"] for entry in found[-1][1]["files"].values())
-                    if shutil.disk_usage(self.checkpoint_dir).free > 1.1 * size:
+                    if shutil.disk_usage(self.checkpoint_dir).free > 1.5 * size:  # files take whole blocks
                         continue
                     logger.warning("the disk is almost full: %s goes, which is not at the mirror yet", path)
                 if path not in keep and not others:
@@ -262,7 +262,7 @@ class CheckpointManager:
         mirror, best, (newest, skipped) = self.mirror, self.get_best(), self.newest_intact()
         try:
             with explained(mirror.url, "the mirror cannot be read"):
-                for name, manifest in mirror.newest_first(skipped) if mirror.url else []:
+                for name, manifest in mirror.newest_first(skipped, say) if mirror.url else []:
                     is_newer = newest is None or NEWNESS(manifest) > NEWNESS(read_manifest(newest))
                     is_best = best is None or manifest["sequence"] > read_manifest(best)["sequence"]
                     if not is_newer and not (is_best and manifest["is_best"]):

@@ -16,7 +16,7 @@ from fundamentallm.checkpoint.manifest import MANIFEST, NAME, TENSORS, parse_man
 from fundamentallm.errors import CheckpointError, ConfigError, Problem
 
 LOCAL = fsspec.get_filesystem_class("file")
-LOGS = ".logs"  # folder at the mirror: by the name of a checkpoint, the logs as they were when it was copied
+LOGS, RUN = ".logs", ".run"  # at the mirror: logs, by the name of the checkpoint they were copied with; id of its run
 NEWNESS = itemgetter("is_finite", "sequence")  # of a manifest: finite weights are preferred, then later ones
 
 
@@ -50,6 +50,16 @@ class Mirror:
         if isinstance(files, LOCAL):
             files.auto_mkdir = True  # others need no folders, or `put_file` makes them
         return files, root.rstrip("/")
+
+    def run(self) -> str:
+        """Returns the id of the run that the folder holds, or "": the manifests of earlier versions have none."""
+        return next((str(manifest["run"]) for _, manifest in reversed(self._found()) if "run" in manifest), "")
+
+    def _check_run(self) -> None:
+        """Raises ConfigError if the mirror holds another run than the folder."""
+        run = self.run().encode()
+        if self._found() and (self._read(f"{self._store[1]}/{RUN}") or run) != run:
+            raise ConfigError(Problem("training.mirror", self.url, "its own URL", reason="and it holds another run"))
 
     def missing(self) -> list[tuple[Path, dict[str, Any]]]:
         """Returns the folder's checkpoints that are not known to be at the mirror, oldest first."""
@@ -106,6 +116,7 @@ class Mirror:
     def _copy(self, path: Path) -> None:
         files, root = self._store
         files.invalidate_cache()
+        self._check_run()
         content, there = (path / MANIFEST).read_bytes(), f"{root}/{path.name}"
         theirs, names = self._read(f"{there}/{MANIFEST}"), self._names(there)
         if theirs == content:
@@ -124,6 +135,7 @@ class Mirror:
                 files.put_file(str(path / name), f"{there}/{name}")
                 if not self._holds(f"{there}/{name}", entry):
                     raise CheckpointError(f"{path / name} or its copy is damaged: they differ from the manifest.")
+        files.pipe_file(f"{root}/{RUN}", self.run().encode())  # last: a run lost in its first copy blocks no other
 
     def _holds(self, path: str, entry: dict[str, Any]) -> bool:
         files, _ = self._store
@@ -141,10 +153,12 @@ class Mirror:
             return [name.rstrip("/").split("/")[-1] for name in self._store[0].ls(folder, detail=False)]
         return []
 
-    def newest_first(self, skipped: list[str]) -> list[tuple[str, dict[str, Any]]]:
+    def newest_first(self, skipped: list[str], say: Callable[[str], None]) -> list[tuple[str, dict[str, Any]]]:
         """Returns names and manifests of the complete checkpoints. Adds to `skipped` which manifests are damaged."""
         (files, root), found = self._store, list[tuple[str, dict[str, Any]]]()
+        say(f"looking for checkpoints at {self.url}")  # a server that does not answer may take minutes
         files.invalidate_cache()
+        self._check_run()
         paths = [f"{root}/{name}/{MANIFEST}" for name in self._names(root) if NAME.fullmatch(name)]
         for path, content in (files.cat(paths, on_error="return") if paths else {}).items():
             name = path.split("/")[-2]
@@ -155,6 +169,7 @@ class Mirror:
                     skipped.append(str(error))
             elif not isinstance(content, (FileNotFoundError, NotADirectoryError)):
                 raise content
+        say(f"found {len(found)} there")  # none, if the URL is mistyped
         return sorted(found, key=lambda one: NEWNESS(one[1]), reverse=True)
 
     def fetch(self, name: str, manifest: dict[str, Any], folder: Path) -> None:

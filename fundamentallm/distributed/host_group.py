@@ -61,10 +61,10 @@ class HostGroup:
     """All processes of the run (`alone`: this one), in a gloo group of their own, so that no device has to wait.
 
     Each thread needs its own, since collectives of two threads in one group would mix. Raises FundamentaLLMError if
-    another process has died.
+    another process has died. An exchange waits for the slowest process up to `hours`.
     """
 
-    def __init__(self, alone: bool = False) -> None:
+    def __init__(self, alone: bool = False, hours: float = 0.5) -> None:
         self.rank, self.size = 0, 1
         if not alone and dist.is_initialized() and dist.get_world_size() > 1:
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
@@ -73,7 +73,7 @@ class HostGroup:
                 dist.barrier(dist.new_group(backend="gloo", timeout=timedelta(seconds=FORM_SECONDS)))
             except RuntimeError as error:
                 raise FundamentaLLMError(f"another process has died, or did not start in time: {error}") from error
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=hours))
 
     def all_gather(self, value: T) -> list[T]:
         """Returns the values of all processes, ordered by rank."""

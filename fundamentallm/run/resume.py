@@ -38,7 +38,7 @@ def choose_checkpoint(
             folder, url = manager.checkpoint_dir, manager.mirror.url
             is_used = any(path.name != LOCK for path in folder.glob("*"))
             with explained(url, "the mirror cannot be read"):
-                if is_used or (url and manager.mirror.newest_first([])):
+                if is_used or (url and manager.mirror.newest_first([], say)):
                     advice = "Choose another output_dir (and mirror), or set resume: auto to resume that run."
                     reason = f"and {folder if is_used else url} already holds a run"
                     raise ConfigError(Problem("training.resume", "never", advice=advice, reason=reason))
@@ -57,7 +57,7 @@ def choose_checkpoint(
         if isinstance(progress, dict) and progress.get("origin") == str(path):
             return newest, path, False
         if path.parent.resolve() != manager.checkpoint_dir.resolve():
-            advice = "Choose another output_dir (or checkpoint_dir)."
+            advice = "Choose another output_dir (and mirror)."
             reason = f"and {manager.checkpoint_dir} holds another run, whose checkpoints would be rotated away"
             raise ConfigError(Problem("training.resume", str(path), advice=advice, reason=reason))
     verify(path)

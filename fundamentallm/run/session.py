@@ -52,7 +52,7 @@ def session(
             try:
                 if manager is not None:
                     manager.wait()
-                    if group.rank == 0 and isinstance(error, Exception):
+                    if group.rank == 0 and isinstance(error, Exception) and not isinstance(error, ConfigError):
                         _finish_copies(manager, HostGroup(alone=True), say)
             except Exception as failure:  # the first error is the one to raise
                 say(str(failure))

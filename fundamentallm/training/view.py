@@ -162,4 +162,4 @@ class TrainerView(RunView):
             return f"{where} call trainer.train(max_steps=...)."
         longer = "max_steps (or max_epochs), and name it in training.resume_changes"
         longer = "early_stopping_patience" if self.global_step < self.total_steps else longer
-        return f"{where} raise training.{longer}. To start over, choose another output_dir."
+        return f"{where} raise training.{longer}. To start over, choose another output_dir (and mirror)."

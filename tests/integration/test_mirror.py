@@ -228,6 +228,13 @@ def test_train_resume_never_refuses_a_mirror_that_holds_a_run(tmp_path: Path) ->
     assert (problem.setting, problem.value) == ("training.resume", "never")
 
 
+def test_train_that_is_refused_copies_nothing(tmp_path: Path) -> None:
+    make_trainer(make_config(tmp_path / "run", **RUN | {"max_steps": 1})).train()
+    settings = RUN | {"max_steps": 1, "mirror": str(tmp_path / "far"), "weight_decay": 0.5}
+    assert problem_of(make_trainer(make_config(tmp_path / "run", **settings)).train).setting == "training.weight_decay"
+    assert not (tmp_path / "far").exists()
+
+
 def test_trainer_mirror_needs_a_folder_of_checkpoints(tmp_path: Path) -> None:
     trainer = make_trainer(make_config(tmp_path / "run", **RUN))
     config = TrainingConfig(max_steps=1, mirror=str(tmp_path / "far"))

@@ -1,5 +1,7 @@
 """A mirror has complete copies or none, the folder keeps what it lacks, and what is lost comes back from it."""
 
+import json
+import math
 import os
 import shutil
 import threading
@@ -14,6 +16,7 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 from fundamentallm import CheckpointManager
+from fundamentallm.checkpoint.manifest import write_manifest
 from fundamentallm.errors import CheckpointError
 from tests.conftest import problem_of
 from tests.unit.checkpoint_files import change_manifest, empty, flip_middle_bit, truncate
@@ -27,7 +30,8 @@ class Unreliable(MemoryFileSystem):
     protocol = "unreliable"
     store: dict[str, Any] = {}  # noqa: RUF012
     pseudo_dirs = [""]  # noqa: RUF012
-    gate, asked, error = threading.Event(), threading.Event(), None
+    gate, asked, error, error_at = threading.Event(), threading.Event(), None, ""
+    unreadable = "nothing"
     calls: list[str] = []  # noqa: RUF012
 
     def ls(self, *arguments: Any, **options: Any) -> Any:
@@ -37,7 +41,14 @@ class Unreliable(MemoryFileSystem):
     def put_file(self, source: str, target: str, **options: Any) -> None:
         self._access()
         self.calls.append(target.rpartition("/")[2])
+        if self.error_at and target.endswith(self.error_at):
+            raise OSError(5, "lost")
         super().put_file(source, target, **options)
+
+    def cat_file(self, path: str, *arguments: Any, **options: Any) -> Any:
+        if path.endswith(self.unreadable):
+            raise OSError(5, "unreadable")
+        return super().cat_file(path, *arguments, **options)
 
     def _access(self) -> None:
         Unreliable.asked.set()
@@ -55,7 +66,7 @@ def store() -> Iterator[type[Unreliable]]:
     Unreliable.store.clear()
     Unreliable.pseudo_dirs[:] = [""]
     Unreliable.calls.clear()
-    Unreliable.error = None
+    Unreliable.error, Unreliable.error_at, Unreliable.unreadable = None, "", "nothing"
     Unreliable.asked.clear()
 
 
@@ -123,6 +134,11 @@ def test_mirror_gets_the_manifest_last_and_a_killed_copy_is_completed(tmp_path: 
     again.mirror.request()
     assert copied(again) == []
     assert store.calls == ["model.safetensors", "manifest.json"]
+    store.calls.clear()
+    again = mirrored(tmp_path / "here", "unreliable://far")
+    again.mirror.request()
+    assert copied(again) == []
+    assert store.calls == []  # nothing twice
 
 
 def test_mirror_copies_a_replaced_checkpoint_again(tmp_path: Path) -> None:
@@ -131,6 +147,25 @@ def test_mirror_copies_a_replaced_checkpoint_again(tmp_path: Path) -> None:
         save(manager, 2, value=value)
         assert copied(manager) == []
         assert contents(tmp_path / "far/step_2") == contents(tmp_path / "here/step_2")
+
+
+def test_mirror_that_fails_while_it_replaces_has_none(tmp_path: Path, store: type[Unreliable]) -> None:
+    manager = mirrored(tmp_path / "here", "unreliable://far")
+    save(manager, 2)
+    assert copied(manager) == []
+    store.error_at = "model.safetensors"
+    save(manager, 2, value=0.5)
+    assert len(copied(manager)) == 1
+    assert fetch(mirrored(tmp_path / "empty", "unreliable://far")) == (None, [])  # not one with files of both
+
+
+def test_mirror_copies_the_newest_first(tmp_path: Path, store: type[Unreliable]) -> None:
+    save(CheckpointManager(tmp_path / "here"), 2, 3)
+    store.error_at = "state.json"
+    manager = mirrored(tmp_path / "here", "unreliable://far")
+    manager.mirror.request()
+    assert len(copied(manager)) == 1
+    assert {path.split("/")[-2] for path in store.store} == {"step_3"}
 
 
 def test_mirror_leaves_files_of_others_and_copies_the_rest(tmp_path: Path) -> None:
@@ -165,6 +200,22 @@ def test_mirror_that_fails_is_reported_once_until_it_works(tmp_path: Path, store
     assert len(list(filter(lambda path: path.endswith("manifest.json"), store.store))) == 5  # none was left out
 
 
+def test_has_ended_second_interrupt_ends_the_wait(
+    tmp_path: Path, store: type[Unreliable], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    manager = mirrored(tmp_path / "here", "unreliable://far")
+    store.gate.clear()
+    save(manager, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "join", interrupted)
+        assert manager.mirror.has_ended(LONG)
+    store.gate.set()
+    assert copied(manager) == []
+
+
 # ---- rotation ----------------------------------------------------------------------------------------------
 
 
@@ -175,6 +226,7 @@ def test_rotate_keeps_what_a_hanging_mirror_lacks(tmp_path: Path, store: type[Un
     assert store.asked.wait(LONG)
     assert not manager.mirror.has_ended(0.0)
     assert names(tmp_path / "here") == ["step_2", "step_3", "step_4"]
+    shutil.rmtree(tmp_path / "here/step_2")  # the one that is being copied
     store.gate.set()
     assert copied(manager) == []
     manager.rotate()
@@ -194,6 +246,7 @@ def test_rotate_without_room_deletes_the_oldest_uncopied(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=next(room)))
     save(manager, 6)
     assert names(tmp_path / "here") == ["step_4", "step_5", "step_6"]
+    copied(manager)  # so that the next test finds no files of this one
 
 
 # ---- reading from the mirror ---------------------------------------------------------------------------------
@@ -224,6 +277,7 @@ def test_newest_anywhere_skips_a_damaged_copy(
 def test_newest_anywhere_never_leaves_the_folder(tmp_path: Path, far: Path) -> None:
     entry = {"size": 4, "sha256": "0" * 64}
     (far / "outside").write_text("evil")
+    shutil.copytree(far / "step_3", far / ".step_4")
     change_manifest(far / "step_3", files={"state.json": entry, "../outside": entry})
     assert fetch(mirrored(tmp_path / "here", str(far)))[0] == tmp_path / "here/step_2"
     assert not (tmp_path / "here/outside").exists()
@@ -231,13 +285,74 @@ def test_newest_anywhere_never_leaves_the_folder(tmp_path: Path, far: Path) -> N
 
 
 def test_newest_anywhere_prefers_the_newer_of_here_and_there(tmp_path: Path, far: Path) -> None:
-    manager = CheckpointManager(tmp_path / "here")
-    save(manager, 7)
-    manager.mirror.set_url(str(far), set())
-    assert fetch(manager) == (tmp_path / "here/step_3", [])  # the second save, and that of step 7 was the first
-    save(manager, 8)
+    shutil.copytree(far / "step_2", tmp_path / "here/step_2")
+    manager = mirrored(tmp_path / "here", str(far))
+    assert fetch(manager) == (tmp_path / "here/step_3", [])
+    save(manager, 1)  # saved later, although of an earlier step
     assert copied(manager) == []
-    assert fetch(manager) == (tmp_path / "here/step_8", [])
+    assert fetch(manager) == (tmp_path / "here/step_1", [])
+
+
+def without_run(path: Path) -> None:
+    """Rewrites a manifest as earlier versions wrote it."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["run"], manifest["sha256"], manifest["format_version"]
+    write_manifest(path, manifest.pop("files"), **manifest)
+
+
+@pytest.mark.parametrize("has_id", [True, False])
+def test_mirror_of_another_run_is_refused_and_both_stay(tmp_path: Path, far: Path, has_id: bool) -> None:
+    manager = CheckpointManager(tmp_path / "here")
+    save(manager, 3)
+    if not has_id:
+        without_run(tmp_path / "here/step_3")
+    before = contents(far), contents(tmp_path / "here")
+    manager.mirror.set_url(str(far), set())
+    assert problem_of(fetch, manager).setting == "training.mirror"
+    manager.mirror.request()  # as if the mirror could not be read at the start
+    assert len(copied(manager)) == 1
+    assert (contents(far), contents(tmp_path / "here")) == before
+
+
+def test_mirror_is_free_after_a_first_copy_that_was_lost(tmp_path: Path, store: type[Unreliable]) -> None:
+    lost = mirrored(tmp_path / "lost", "unreliable://far")
+    store.error_at = "manifest.json"
+    save(lost, 2)
+    assert len(copied(lost)) == 1
+    store.error_at = ""
+    manager = mirrored(tmp_path / "here", "unreliable://far")
+    assert fetch(manager) == (None, [])
+    save(manager, 2)
+    assert copied(manager) == []
+
+
+def test_mirror_takes_checkpoints_without_a_run_id(tmp_path: Path) -> None:
+    save(CheckpointManager(tmp_path / "here"), 2)
+    without_run(tmp_path / "here/step_2")
+    manager = mirrored(tmp_path / "here", f"{tmp_path}/far")
+    manager.mirror.request()
+    assert copied(manager) == []
+    save(manager, 3)  # which has one
+    assert copied(manager) == []
+    for step in ("step_2", "step_3"):
+        assert contents(tmp_path / "far" / step) == contents(tmp_path / "here" / step)
+
+
+def test_newest_anywhere_prefers_finite_weights(tmp_path: Path, store: type[Unreliable]) -> None:
+    manager = mirrored(tmp_path / "here", "unreliable://far")
+    save(manager, 2, 3)
+    save(manager, 4, value=math.nan)
+    assert copied(manager) == []
+    assert fetch(mirrored(tmp_path / "empty", "unreliable://far"))[0] == tmp_path / "empty/step_3"
+
+
+def test_newest_anywhere_skips_none_that_it_cannot_read(tmp_path: Path, store: type[Unreliable]) -> None:
+    manager = mirrored(tmp_path / "here", "unreliable://far")
+    save(manager, 2, 3)
+    assert copied(manager) == []
+    store.unreadable = "step_3/manifest.json"
+    with pytest.raises(CheckpointError, match="unreadable"):
+        fetch(mirrored(tmp_path / "empty", "unreliable://far"))
 
 
 def test_newest_anywhere_repairs_a_damaged_checkpoint(tmp_path: Path, far: Path) -> None:
@@ -257,7 +372,7 @@ def test_newest_anywhere_unreadable_mirror_needs_one_here(tmp_path: Path, store:
     save(CheckpointManager(tmp_path / "here"), 2)
     said: list[str] = []
     assert manager.newest_anywhere(said.append) == (tmp_path / "here/step_2", [])
-    assert len(said) == 1
+    assert len(said) == 2  # where it looks, and why it continues without
 
 
 def test_newest_anywhere_restores_logs_and_keeps_other_lines(tmp_path: Path) -> None:
