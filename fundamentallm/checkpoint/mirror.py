@@ -96,7 +96,9 @@ class Mirror:
                 self._is_copying = bool(missing)
             if not missing:
                 return
-            path, manifest = missing[-1]  # the newest first: its loss would cost most
+            # The newest first, since its loss would cost most; but not without the best so far, which the run keeps.
+            best = [one for one in self._found() if one[1]["is_best"]][-1:]
+            path, manifest = next((one for one in best if one in missing), missing[-1])
             tried.add(manifest["sha256"])
             failure, text = "", f"{path.name} is copied to {self.url}, which works again"
             try:

@@ -159,13 +159,16 @@ def test_mirror_that_fails_while_it_replaces_has_none(tmp_path: Path, store: typ
     assert fetch(mirrored(tmp_path / "empty", "unreliable://far")) == (None, [])  # not one with files of both
 
 
-def test_mirror_copies_the_newest_first(tmp_path: Path, store: type[Unreliable]) -> None:
-    save(CheckpointManager(tmp_path / "here"), 2, 3)
+@pytest.mark.parametrize(("steps", "first"), [((2, 3), "step_3"), ((1, 2, 3), "step_1")])
+def test_mirror_copies_the_best_and_then_the_newest_first(
+    tmp_path: Path, store: type[Unreliable], steps: tuple[int, ...], first: str
+) -> None:
+    save(CheckpointManager(tmp_path / "here"), *steps)
     store.error_at = "state.json"
     manager = mirrored(tmp_path / "here", "unreliable://far")
     manager.mirror.request()
     assert len(copied(manager)) == 1
-    assert {path.split("/")[-2] for path in store.store} == {"step_3"}
+    assert {path.split("/")[-2] for path in store.store} == {first}
 
 
 def test_mirror_leaves_files_of_others_and_copies_the_rest(tmp_path: Path) -> None:
