@@ -152,7 +152,7 @@ def make_trainer(config: Config) -> Trainer:
 
 def _warn(trainer: Trainer) -> None:
     """Says if the run has few steps, and how many samples were cut or dropped."""
-    from fundamentallm.data.datasets import PackedDataset
+    from fundamentallm.data.datasets import MixedDataset, PackedDataset
     from fundamentallm.data.loaders import named_loaders
 
     training = trainer.config.training
@@ -160,13 +160,19 @@ def _warn(trainer: Trainer) -> None:
         few = f"warning: {trainer.total_steps} optimizer steps are few, with {training.warmup_steps} of warm-up"
         trainer.say(f"{few}; more come from more training.max_epochs, or a smaller training.batch_size")
     counts = {"num_cut": "were cut to data.sequence_length", "num_lost": "were dropped: their prompts fill it"}
-    parts = {"training": [trainer.train_loader], "validation": [*named_loaders(trainer.val_loader).values()]}
+    parts = {"training": {"": trainer.train_loader}, "validation": named_loaders(trainer.val_loader)}
     for name, loaders in parts.items():
-        for dataset in (each for loader in loaders for each in getattr(loader.dataset, "datasets", [loader.dataset])):
-            if isinstance(dataset, PackedDataset):
-                trainer.say(f"{name}: {dataset.describe(trainer.batch_size)}")
+        datasets = {key: loader.dataset for key, loader in loaders.items()}
+        for key, whole in datasets.items():
+            sources = (
+                zip(whole.names, whole.datasets, strict=True) if isinstance(whole, MixedDataset) else [(key, whole)]
+            )
+            for source, dataset in sources:
+                if isinstance(dataset, PackedDataset):
+                    where = f"{name}, {source}" if source else name
+                    trainer.say(f"{where}: {dataset.describe(trainer.batch_size)}")
         for attribute, what in counts.items():
-            if count := sum(getattr(loader.dataset, attribute, 0) for loader in loaders):
+            if count := sum(getattr(dataset, attribute, 0) for dataset in datasets.values()):
                 trainer.say(f"{count:,} {name} samples {what}")
 
 
