@@ -15,7 +15,7 @@ VERBS = {
     "prepare": "tokenize a config's data ahead of training; can be resumed",
     "generate": "generate text with a trained model",
     "evaluate": "measure the loss of a trained model on a text",
-    "checkpoints": "list, verify, show and export checkpoints; show the samples of a step",
+    "checkpoints": "list, verify, show and consolidate checkpoints; show the samples of a step",
     "export": "write a trained model as a GGUF file, for llama.cpp",
     "report": "compare runs on one HTML page",
     "estimate": "estimate memory, FLOPs and time, for any model size",
