@@ -1,4 +1,4 @@
-"""List, verify, show and export checkpoints; show the samples of a step."""
+"""List, verify, show and consolidate checkpoints; show the samples of a step."""
 
 import argparse
 import dataclasses
