@@ -27,7 +27,7 @@ MOST_BYTES = 4 << 20
 
 @contextlib.contextmanager
 def explained(path: object, what: str = "it cannot be read or used") -> Iterator[None]:
-    """Turns errors of reading a stranger's checkpoint, panics too, into CheckpointErrors; our own errors pass."""
+    """On exit, raises CheckpointError for an error or panic of reading a stranger's checkpoint; our own errors pass."""
     try:
         yield
     except (FundamentaLLMError, BrokenPipeError, torch.OutOfMemoryError):  # not of the checkpoint

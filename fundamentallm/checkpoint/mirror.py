@@ -93,11 +93,11 @@ class Mirror:
             with self._lock:  # so that no request comes between the last look and the end
                 self._is_copying = False  # if this raises
                 missing = [one for one in self.missing() if one[1]["sha256"] not in tried]
+                best = [one for one in self._found() if one[1]["is_best"]][-1:]
                 self._is_copying = bool(missing)
             if not missing:
                 return
             # The newest first, since its loss would cost most; but not without the best so far, which the run keeps.
-            best = [one for one in self._found() if one[1]["is_best"]][-1:]
             path, manifest = next((one for one in best if one in missing), missing[-1])
             tried.add(manifest["sha256"])
             failure, text = "", f"{path.name} is copied to {self.url}, which works again"
@@ -105,7 +105,7 @@ class Mirror:
                 self._copy(path)
                 self._copied.add(manifest["sha256"])
             except Exception as error:
-                if not (path / MANIFEST).exists():  # deleted meanwhile
+                if not (path / MANIFEST).exists():  # deleted while it was copied
                     continue
                 failure = f"{type(error)} {getattr(error, 'errno', '')}"  # not the text, which may name the file
                 text = f"warning: {path.name} is not copied to {self.url} yet: {type(error).__name__}: {error}"
