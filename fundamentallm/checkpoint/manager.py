@@ -18,7 +18,16 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fundamentallm.atomic import sync, sync_pending
-from fundamentallm.checkpoint.manifest import MANIFEST, NAME, describe, is_ours, read_manifest, verify, write_manifest
+from fundamentallm.checkpoint.manifest import (
+    MANIFEST,
+    NAME,
+    describe,
+    is_ours,
+    read_manifest,
+    total_size,
+    verify,
+    write_manifest,
+)
 from fundamentallm.checkpoint.mirror import NEWNESS, Mirror
 from fundamentallm.checkpoint.reading import explained, load_checkpoint
 from fundamentallm.checkpoint.snapshot import Snapshot, write_tensors
@@ -189,8 +198,8 @@ class CheckpointManager:
             try:
                 others = {entry.name for entry in path.iterdir()} - {*manifest["files"], MANIFEST}
                 if path in waiting - keep:  # kept too, unless the next checkpoint would have no room
-                    size = sum(entry["size"] for entry in found[-1][1]["files"].values())
-                    if shutil.disk_usage(self.checkpoint_dir).free > 1.5 * size:  # files take whole blocks
+                    room = 1.5 * total_size(found[-1][1])  # files take whole blocks
+                    if shutil.disk_usage(self.checkpoint_dir).free > room:
                         continue
                     logger.warning("the disk is almost full: %s goes, which is not at the mirror yet", path)
                 if path not in keep and not others:
@@ -267,7 +276,7 @@ class CheckpointManager:
                     is_best = best is None or manifest["sequence"] > read_manifest(best)["sequence"]
                     if not is_newer and not (is_best and manifest["is_best"]):
                         continue
-                    self.check_space(size := sum(entry["size"] for entry in manifest["files"].values()))
+                    self.check_space(size := total_size(manifest))
                     say(f"copying {name} ({size_text(size)}) from {mirror.url}")
                     path, staging = self.checkpoint_dir / name, _hidden("staging", self.checkpoint_dir / name)
                     mirror.fetch(name, manifest, staging)

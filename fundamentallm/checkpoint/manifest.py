@@ -103,6 +103,11 @@ def parse_manifest(content: bytes, checkpoint: object) -> dict[str, Any]:
     return manifest
 
 
+def total_size(manifest: Mapping[str, Any]) -> int:
+    """Returns the size of a checkpoint's files together, in bytes."""
+    return sum(entry["size"] for entry in manifest["files"].values())
+
+
 def verify(checkpoint: Path, hashed: Collection[str] | None = None) -> dict[str, Any]:
     """Check the sizes of all files of a checkpoint, and the SHA-256 of those in `hashed` (None: all).
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from fundamentallm.atomic import sync
 from fundamentallm.checkpoint.manager import CheckpointManager, checkpoints_folder
-from fundamentallm.checkpoint.manifest import MANIFEST, NAME, is_ours, read_manifest, verify
+from fundamentallm.checkpoint.manifest import MANIFEST, NAME, is_ours, read_manifest, total_size, verify
 from fundamentallm.checkpoint.reading import explained, export_weights, load_parts
 from fundamentallm.commands.common import BASE_HELP, add_checkpoint, say, say_table
 from fundamentallm.config.saved import flat_settings
@@ -166,4 +166,4 @@ def _facts(path: Path) -> tuple[dict[str, Any], str, str, str, str]:
         loss = f"{float(latest['val_loss']):.4f}" if has_loss else "-"
     step = "-" if manifest["step"] is None else f"{manifest['step']:,}"
     saved_at = time.strftime("%Y-%m-%d %H:%M", time.localtime((path / MANIFEST).stat().st_mtime))
-    return manifest, step, loss, size_text(sum(entry["size"] for entry in manifest["files"].values())), saved_at
+    return manifest, step, loss, size_text(total_size(manifest)), saved_at
