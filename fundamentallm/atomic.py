@@ -1,6 +1,7 @@
 """Write a file so that a crash leaves either the old content or the new, never half of it."""
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +49,12 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             new.unlink(missing_ok=True)
+
+
+def copy_name(path: Path) -> Path:
+    """Returns the name for a copy of a file beside it, by its content: a second copy of the same replaces the first."""
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return path.with_name(f"{path.stem}.before-{digest[:8]}{path.suffix}")
 
 
 def write_text(path: Path, text: str) -> None:

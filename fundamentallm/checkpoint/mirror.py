@@ -11,7 +11,7 @@ from typing import Any
 
 import fsspec
 
-from fundamentallm.atomic import replacing
+from fundamentallm.atomic import copy_name, replacing
 from fundamentallm.checkpoint.manifest import MANIFEST, NAME, TENSORS, parse_manifest, sha256_of
 from fundamentallm.errors import CheckpointError, ConfigError, Problem
 
@@ -189,6 +189,6 @@ class Mirror:
             own = log.read_bytes() if log.is_file() else b""
             if lines is not None and not own.startswith(lines):
                 if not lines.startswith(own):
-                    log.rename(log.with_stem(f"{log.stem}.before-{hashlib.sha256(own).hexdigest()[:8]}"))
+                    log.rename(copy_name(log))
                 with replacing(log) as new:
                     new.write_bytes(lines)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fundamentallm import errors
-from fundamentallm.atomic import sync, sync_later, write_text
+from fundamentallm.atomic import copy_name, sync, sync_later, write_text
 from fundamentallm.errors import START_AGAIN, RunInProgressError, is_launched, writing
 
 logger = logging.getLogger(__name__)
@@ -215,8 +215,7 @@ class LineFile:
         with writing(path):
             if keep_copy or message:
                 # Named by its content: if a kill interrupts the rewind, the next one makes the same copy.
-                digest = hashlib.sha256(path.read_bytes()).hexdigest()
-                copy = path.with_name(f"{path.stem}.before-{digest[:8]}{path.suffix}")
+                copy = copy_name(path)
                 shutil.copy2(path, copy)
                 sync(copy)
                 message += f"{len(lines) - len(kept):,} lines of {path} are in {copy} only."
